@@ -1,0 +1,196 @@
+"""The command line, `qtx-lab`."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from . import __version__
+from .errors import ArgumentError, QtxError, RunFailed
+
+
+def _one_line(error: BaseException) -> str:
+    notes = getattr(error, "__notes__", [])
+    text = f"{error} ({'; '.join(notes)})" if notes else str(error)
+    return " ".join(text.split())
+
+
+class Commands(click.Group):
+    """Commands whose errors are one line and an exit code: 1 a run that failed, 2 what was not allowed."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except QtxError as error:
+            click.echo(f"error: {_one_line(error)}", err=True)
+            ctx.exit(1 if isinstance(error, RunFailed) else 2)
+        except KeyboardInterrupt:
+            click.echo("interrupted", err=True)
+            ctx.exit(130)
+
+
+class Names(click.ParamType):
+    """A list separated by commas."""
+
+    def __init__(self, name: str, item: type):
+        self.name = name
+        self.item = item
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[Any, ...]:
+        try:
+            return tuple(self.item(part.strip()) for part in value.split(",") if part.strip())
+        except ValueError:
+            self.fail(f"{value!r} is not a list like {self.name}.", param, ctx)
+
+
+home_option = click.option(
+    "--home", type=click.Path(path_type=Path), help="Folder of runs [default: $QTX_LAB_HOME, else ./runs]."
+)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="qtx-lab")
+def main() -> None:
+    """A research workbench for sampled attention."""
+
+
+@main.command()
+@click.option("--text", metavar="FILE", help="A UTF-8 text file [default: the shipped held-out text].")
+@click.option("--samplers", type=Names("a,b", str), help="Samplers compared.")
+@click.option("--sample-counts", type=Names("8,16", int), help="Draws a row at which they are compared.")
+@click.option("--sampler", metavar="NAME", help="Sampler of the attention maps.")
+@click.option("--layer", type=int, help="Layer whose attention is shown.")
+@click.option("--head", type=int, help="Head whose attention is shown.")
+@click.option("--seed", type=int, help="Seed of every random number.")
+@home_option
+def demo(home: Path | None, **options: Any) -> None:
+    """Run the quickstart on real text and write its report; the last line is the report's path."""
+    from .experiments.notebooks import run_notebook
+    from .experiments.spec import ExperimentSpec
+
+    spec = ExperimentSpec(**{name: value for name, value in options.items() if value is not None})
+    run = run_notebook("00_quickstart", spec, home=home, name="demo")
+    _print_run(run.path, run.manifest)
+
+
+@main.command()
+@click.argument("notebook")
+@click.option(
+    "-p", "--parameter", "parameters", nargs=2, multiple=True, metavar="NAME VALUE", help="VALUE is YAML."
+)
+@click.option("--name", help="Name of the run [default: the notebook's].")
+@home_option
+def run(notebook: str, parameters: tuple[tuple[str, str], ...], name: str | None, home: Path | None) -> None:
+    """Execute NOTEBOOK, a file or a shipped one, in a run folder; the last line is the report's path."""
+    from .experiments.notebooks import run_notebook
+
+    done = run_notebook(notebook, _parsed(parameters), home=home, name=name)
+    _print_run(done.path, done.manifest)
+
+
+def _parsed(parameters: tuple[tuple[str, str], ...]) -> dict[str, Any]:
+    import yaml
+
+    values: dict[str, Any] = {}
+    for name, text in parameters:
+        if name in values:
+            raise ArgumentError(f"-p {name} is given more than once.")
+        try:
+            values[name] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ArgumentError(f"-p {name} {text!r} is not allowed: the value must be valid YAML.") from None
+    return values
+
+
+def _print_run(path: Path, manifest: dict[str, Any]) -> None:
+    summary = manifest["results"].get("summary", [])
+    for sentence in [summary] if isinstance(summary, str) else summary:
+        click.echo(sentence)
+    click.echo(f"{manifest['status']} in {manifest['seconds']:.1f} s; report:")
+    click.echo(path / "report.html")
+
+
+@main.command(name="runs")
+@home_option
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def list_runs(home: Path | None, as_json: bool) -> None:
+    """List the runs, newest first."""
+    from .experiments.runs import runs, runs_home
+
+    table = runs(home)
+    skipped = table.attrs["skipped"]
+    if as_json:
+        rows = json.loads(table.to_json(orient="records", date_format="iso"))
+        left_out = [{"folder": folder, "reason": reason} for folder, reason in skipped]
+        click.echo(json.dumps({"runs": rows, "skipped": left_out}, indent=2))
+        return
+    if table.empty:
+        click.echo(f"No runs in {runs_home(home)} yet. `qtx-lab demo` makes one.")
+    else:
+        shown = table[["run", "name", "status", "started", "seconds", "path"]].copy()
+        shown["started"] = shown["started"].dt.strftime("%Y-%m-%d %H:%M:%S")
+        shown["seconds"] = [f"{seconds:.1f}" if seconds == seconds else "" for seconds in shown["seconds"]]
+        _print_columns(list(shown.columns), shown.astype(str).to_numpy().tolist())
+    for folder, reason in skipped:
+        click.echo(f"skipped {folder}: {reason}", err=True)
+
+
+def _print_columns(names: list[str], rows: list[list[str]]) -> None:
+    widths = [max(map(len, column)) for column in zip(names, *rows, strict=True)]
+    for row in (names, *rows):
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        click.echo("  ".join(cells).rstrip())
+
+
+@main.command()
+@click.argument("run")
+@home_option
+def report(run: str, home: Path | None) -> None:
+    """Write the report of RUN (a folder, or part of its name) anew and print its path."""
+    from .experiments.report import write_report
+    from .experiments.runs import find_run
+
+    click.echo(write_report(find_run(run, home)))
+
+
+@main.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[JUPYTER ARGUMENTS]...")
+def lab(arguments: tuple[str, ...]) -> None:
+    """Start JupyterLab on the shipped notebooks."""
+    from .experiments.notebooks import notebooks_folder
+
+    offline = ["--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
+    command = [sys.executable, "-m", "jupyterlab", f"--notebook-dir={notebooks_folder()}"]
+    sys.exit(subprocess.run([*command, *offline, *arguments], check=False).returncode)
+
+
+@main.command()
+@click.option("--preset", type=click.Choice(["reference"]), default="reference", show_default=True)
+@click.option(
+    "--out", type=click.Path(path_type=Path), required=True, help="Folder for weights and model card."
+)
+def train(preset: str, out: Path) -> None:
+    """Train a model: `reference` is the one that is shipped."""
+    from .training.reference_training import train_reference
+
+    train_reference(out)
+
+
+@main.command()
+@click.argument("name")
+@click.option("--quick", is_flag=True, help="Fewer repetitions and smaller cases.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write a file.")
+def bench(name: str, quick: bool, json_path: Path | None) -> None:
+    """Measure NAME side by side with what one would use instead."""
+    from .experiments.bench import run_bench
+
+    run_bench(name, quick=quick, json_path=json_path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""What everything passes on: `Draws` from attention rows, and the `AttentionEstimate` made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from scipy import stats
+from torch import Tensor
+
+from .errors import ArgumentError, ShapeError
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Keys drawn from attention rows, with the weights that make an estimate of them.
+
+    For any f, `sum_s weights[s] * f(indices[s])` estimates `sum_j p[j] * f(j)`.
+
+    Parameters
+    ----------
+    indices : Tensor, int64, (..., R * S)
+        The drawn keys of each row, S for each of the R replicates, replicates one after the other.
+    weights : Tensor, float, (..., R * S)
+        The weight of each draw: 1 / (R * S) for a plain sampler; 0 in a row that attends to nothing.
+    probabilities : Tensor, float, (..., R * S), optional
+        p of each drawn key, where the sampler knows it. Error bars use it.
+    replicates : int
+        R, the number of independent repetitions held here.
+    """
+
+    indices: Tensor
+    weights: Tensor
+    probabilities: Tensor | None = None
+    replicates: int = 1
+
+    def view(self, rows: tuple[int, ...]) -> Draws:
+        """The same draws with their rows arranged as (*rows, R * S)."""
+        shape = (*rows, self.indices.shape[-1])
+        p = self.probabilities
+        return Draws(
+            self.indices.view(shape),
+            self.weights.view(shape),
+            None if p is None else p.view(shape),
+            self.replicates,
+        )
+
+    def __getitem__(self, rows: tuple[slice, ...]) -> Draws:
+        """The draws of some rows."""
+        p = self.probabilities
+        return Draws(self.indices[rows], self.weights[rows], None if p is None else p[rows], self.replicates)
+
+    def dense(self, num_keys: int) -> Tensor:
+        """The estimated attention weights, (..., num_keys), in the weights' dtype."""
+        shape = (*self.indices.shape[:-1], num_keys)
+        return self.weights.new_zeros(shape).scatter_add_(-1, self.indices, self.weights)
+
+    def average(self, values: Tensor, weights: Tensor | None = None) -> Tensor:
+        """sum_s weights[s] * values[indices[s]] of every row, without forming the gathered values.
+
+        Parameters
+        ----------
+        values : Tensor, (..., n, d)
+            The leading dimensions are those of the draws but for the last one, the rows: draws
+            (..., L, R * S) go with values (..., n, d).
+        weights : Tensor, (..., L, R * S), optional
+            Used in place of the draws' own.
+
+        Returns
+        -------
+        Tensor, (..., L, d), float32 (float64 where values are)
+
+        Raises
+        ------
+        ShapeError
+            If the leading dimensions differ.
+        """
+        return self.average_by_replicate(values, weights).sum(-2)
+
+    def average_by_replicate(self, values: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Each replicate's part of `average`, (..., L, R, d): their sum is the average."""
+        weights = self.weights if weights is None else weights
+        *batch, n, d = values.shape
+        if self.indices.shape[:-2] != torch.Size(batch):
+            raise ShapeError(
+                f"values has leading dimensions {tuple(batch)}, the draws have "
+                f"{tuple(self.indices.shape[:-2])}; they must be the same."
+            )
+        table = values.to(torch.promote_types(values.dtype, torch.float32)).reshape(-1, d)
+        *_, rows, total = self.indices.shape
+        s = total // self.replicates
+        first = torch.arange(table.shape[0] // n, device=values.device) * n  # [N], row of key 0
+        bags = self.indices.reshape(len(first), rows * total) + first[:, None]
+        out = F.embedding_bag(
+            bags.view(-1, s),
+            table,
+            per_sample_weights=weights.reshape(-1, s).to(table.dtype),
+            mode="sum",
+        )
+        return out.view(*batch, rows, self.replicates, d)
+
+    def effective_sample_size(self) -> Tensor:
+        """Kish's effective number of draws of each row, (...): (sum w)^2 / sum w^2; 0 for an empty row."""
+        square = self.weights.square().sum(-1)
+        return self.weights.sum(-1).square() / square.clamp_min(torch.finfo(square.dtype).tiny)
+
+    def multiplicity(self) -> Tensor:
+        """How often each draw's key was drawn in its row, (..., R * S), int64 >= 1."""
+        ordered, position = self.indices.sort(dim=-1)
+        starts = torch.ones_like(ordered, dtype=torch.bool)
+        starts[..., 1:] = ordered[..., 1:] != ordered[..., :-1]
+        run = starts.cumsum(-1) - 1  # which run of equal keys a draw belongs to
+        length = torch.zeros_like(run).scatter_add_(-1, run, torch.ones_like(run))
+        return torch.empty_like(run).scatter_(-1, position, length.gather(-1, run))
+
+
+@dataclass(frozen=True)
+class AttentionEstimate:
+    """An attention output, how wrong it may be, and the draws that it was made of.
+
+    Parameters
+    ----------
+    output : Tensor, (..., L, Ev), v's dtype
+        The estimate of softmax(q k^T scale + mask) v.
+    num_keys : int
+        n, the number of keys.
+    degrees_of_freedom : float
+        Of `std_error`, for Student's t; infinite where the error is known or predicted.
+    make_draws, make_std_error : callable
+        Give `draws` and `std_error` when they are first asked for; the latter None where one replicate
+        cannot tell.
+    diagnostics : mapping
+        `sampler`, `num_samples` and `replicates` as used; `draws_per_row`; `effective_sample_size`
+        (Tensor (..., L), Kish); `fallbacks`, a tuple of sentences: what was not done as asked, and why.
+    """
+
+    output: Tensor
+    num_keys: int
+    degrees_of_freedom: float
+    make_draws: Callable[[], Draws] = field(repr=False)
+    make_std_error: Callable[[], Tensor] | None = field(repr=False)
+    diagnostics: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def draws(self) -> Draws:
+        """`Draws` with indices (..., L, S) and weights (..., L, S), S the draws of all replicates."""
+        return self.make_draws()
+
+    @cached_property
+    def std_error(self) -> Tensor | None:
+        """Standard error of each coordinate, (..., L, Ev), float32 (float64 for float64 input).
+
+        None where the method cannot tell from one replicate: ask for replicates >= 2.
+        """
+        return None if self.make_std_error is None else self.make_std_error()
+
+    def attention_weights(self) -> Tensor:
+        """The estimated weights as a dense matrix, (..., L, n): memory L * n."""
+        return self.draws.dense(self.num_keys)
+
+    def confidence_interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
+        """(low, high), each (..., L, Ev): Student's t interval of every coordinate by itself.
+
+        Raises
+        ------
+        ArgumentError
+            If level is not between 0 and 1, or if there are no standard errors.
+        """
+        if not 0 < level < 1:
+            raise ArgumentError(f"level={level} is not allowed: it must be between 0 and 1.")
+        if self.std_error is None:
+            raise ArgumentError(
+                f"The sampler {self.diagnostics.get('sampler')!r} cannot tell its error from one replicate: "
+                "ask sampled_attention for replicates >= 2."
+            )
+        t = float(stats.t.ppf((1 + level) / 2, self.degrees_of_freedom))
+        centre = self.output.to(self.std_error.dtype)
+        return centre - t * self.std_error, centre + t * self.std_error

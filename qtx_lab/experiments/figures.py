@@ -1,0 +1,235 @@
+"""The figures of the lab: each draws one data frame in one theme, so that a run can redraw them from its files.
+
+Every function takes `(data, theme)` and returns a matplotlib `Figure`; `functools.partial` fixes the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from .. import theme as look
+
+WIDE = (8.4, 4.4)
+"""Inches."""
+
+VISIBLE = {" ": "·", "\n": "¶", "\t": "→"}
+"""How white space is shown on an axis of characters."""
+
+
+@contextmanager
+def _figure(theme: str, size: tuple[float, float] = WIDE) -> Iterator[Figure]:
+    style: Any = look.matplotlib_style(theme)
+    with mpl.rc_context(style):
+        yield Figure(figsize=size, layout="constrained")
+
+
+def _direct_labels(figure: Figure, ax: Axes, labels: list[tuple[str, float, float, str]]) -> None:
+    """Name each line at its right end (name, x, y, colour), pushed apart where they would overlap."""
+    figure.draw_without_rendering()  # fixes the layout and the scales
+    room = 13.0 * figure.dpi / 72  # pixels between two labels
+    placed = -np.inf
+    for name, x, y, colour in sorted(labels, key=lambda label: label[2]):
+        across, up = ax.transData.transform((x, y))
+        placed = max(up, placed + room)
+        x, y = ax.transData.inverted().transform((across, placed))
+        ax.annotate(
+            name, (float(x), float(y)), (8, 0), textcoords="offset points", va="center",
+            color=colour, fontsize=9.5, annotation_clip=False,
+        )  # fmt: skip
+
+
+def _draws_axis(ax: Axes, counts: np.ndarray) -> None:
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(counts, [f"{int(c)}" for c in counts])
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.set_xlabel("draws per row, S")
+
+
+def attention_maps(
+    data: pd.DataFrame, theme: str, *, title: str, tokens: str | None = None, sampler: str = "sampled"
+) -> Figure:
+    """Exact, sampled and difference maps of one head.
+
+    data: columns `query`, `key` (positions), `exact`, `sampled` (probabilities), one row a cell of the map.
+    tokens: one character a position, shown along the axes.
+    """
+    exact, sampled = (
+        data.pivot(index="query", columns="key", values=name).to_numpy() for name in ("exact", "sampled")
+    )
+    visible = np.tril(np.ones_like(exact, dtype=bool))
+    floor = 1e-4
+    with _figure(theme, (12.4, 4.9)) as figure:
+        axes = figure.subplots(1, 3, sharex=True, sharey=True)
+        extent = (
+            data["key"].min() - 0.5,
+            data["key"].max() + 0.5,
+            data["query"].max() + 0.5,
+            data["query"].min() - 0.5,
+        )
+        norm = LogNorm(floor, 1)
+        for ax, name, p in ((axes[0], "exact", exact), (axes[1], sampler, sampled)):
+            image = ax.imshow(
+                np.where(visible, np.clip(p, floor, 1), np.nan), norm=norm, cmap=look.SEQUENTIAL,
+                extent=extent, interpolation="nearest", aspect="auto",
+            )  # fmt: skip
+            ax.set_title(name, fontsize=11, fontweight="normal")
+        figure.colorbar(image, ax=axes[:2], label=f"attention weight (log; dark: ≤ {floor:g})", shrink=0.9)
+        difference = sampled - exact
+        limit = max(float(np.abs(difference).max()), floor)
+        image = axes[2].imshow(
+            np.where(visible, difference, np.nan), cmap=look.DIVERGING, vmin=-limit, vmax=limit,
+            extent=extent, interpolation="nearest", aspect="auto",
+        )  # fmt: skip
+        axes[2].set_title(f"{sampler} − exact", fontsize=11, fontweight="normal")
+        figure.colorbar(image, ax=axes[2], label="difference of weights", shrink=0.9)
+        for ax in axes:
+            ax.grid(False)
+            ax.set_xlabel("key")
+            if tokens is not None:
+                positions = np.arange(data["key"].min(), data["key"].max() + 1)
+                letters = [VISIBLE.get(c, c) for c in tokens]
+                ax.set_xticks(positions, letters, fontsize=6.5, fontfamily="monospace")
+                ax.set_yticks(positions, letters, fontsize=6.5, fontfamily="monospace")
+                ax.tick_params(length=0, pad=2)
+        axes[0].set_ylabel("query")
+        figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=12)
+    return figure
+
+
+def error_against_draws(data: pd.DataFrame, theme: str, *, title: str) -> Figure:
+    """Relative output error against draws, log-log, with error bars and the Monte-Carlo slope.
+
+    data: columns `sampler`, `num_samples`, `error` (relative, root mean square) and `std_error` of it.
+    """
+    counts = np.sort(data["num_samples"].unique())
+    with _figure(theme) as figure:
+        ax = figure.subplots()
+        ax.set_yscale("log")
+        _draws_axis(ax, counts)
+        ax.set_ylabel("relative output error, ‖ô − o‖ / ‖o‖")
+        labels = []
+        for sampler, part in data.groupby("sampler", sort=False):
+            part = part.sort_values("num_samples")
+            style = look.sampler_style(str(sampler), theme)
+            ax.errorbar(part["num_samples"], part["error"], 1.96 * part["std_error"], capsize=2.5, **style)
+            last = part.iloc[-1]
+            labels.append((str(sampler), last["num_samples"], last["error"], style["color"]))
+        if "monte-carlo" in set(data["sampler"]):
+            first = data[data["sampler"] == "monte-carlo"].sort_values("num_samples").iloc[0]
+            start = first["error"] * 1.25
+            guide = start * np.sqrt(counts[0] / counts)
+            muted = look.colours_of(theme)["muted"]
+            ax.plot(counts, guide, color=muted, linewidth=1, linestyle=":")
+            middle = len(counts) // 2
+            ax.annotate(
+                "slope −1/2", (counts[middle], guide[middle]), xytext=(4, 6), textcoords="offset points",
+                color=muted, fontsize=9.5,
+            )  # fmt: skip
+        _plain_log(ax)
+        _direct_labels(figure, ax, labels)
+        ax.set_title(title)
+    return figure
+
+
+def variance_map(data: pd.DataFrame, theme: str, *, title: str) -> Figure:
+    """Variance of every head, layers down and heads across.
+
+    data: columns `layer`, `head`, `variance` (relative: E‖ô − o‖² / ‖o‖²).
+    """
+    table = data.pivot(index="layer", columns="head", values="variance")
+    values = table.to_numpy()
+    with _figure(theme, (8.4, 4.6)) as figure:
+        ax = figure.subplots()
+        positive = values[values > 0]
+        low, high = (positive.min(), positive.max()) if positive.size else (1e-6, 1.0)
+        norm = LogNorm(low, max(high, low * 1.01))
+        image = ax.imshow(np.clip(values, low, None), norm=norm, cmap=look.SEQUENTIAL, aspect="auto")
+        for (row, column), value in np.ndenumerate(values):
+            bright = norm(max(value, low)) > 0.55
+            ax.text(
+                column, row, f"{value:.2g}", ha="center", va="center", fontsize=9,
+                color="#111417" if bright else "#f3f4f6",
+            )  # fmt: skip
+        ax.set_xticks(range(len(table.columns)), [str(h) for h in table.columns])
+        ax.set_yticks(range(len(table.index)), [str(i) for i in table.index])
+        ax.set_xlabel("query head")
+        ax.set_ylabel("layer")
+        ax.grid(False)
+        figure.colorbar(image, label="relative variance, E‖ô − o‖² / ‖o‖² (log scale)")
+        ax.set_title(title)
+    return figure
+
+
+def bits_against_draws(data: pd.DataFrame, theme: str, *, title: str, exact: float) -> Figure:
+    """Bits per byte of the whole model against draws, with the exact model's as a line.
+
+    data: columns `sampler`, `num_samples`, `bits_per_byte` and `std_error` of its distance from exact.
+    """
+    counts = np.sort(data["num_samples"].unique())
+    with _figure(theme) as figure:
+        ax = figure.subplots()
+        _draws_axis(ax, counts)
+        ax.set_ylabel("bits per byte")
+        style = look.sampler_style("exact", theme)
+        ax.plot(counts, np.full(len(counts), exact), **style)
+        labels = [("exact", float(counts[-1]), exact, style["color"])]
+        for sampler, part in data.groupby("sampler", sort=False):
+            part = part.sort_values("num_samples")
+            style = look.sampler_style(str(sampler), theme)
+            ax.errorbar(
+                part["num_samples"], part["bits_per_byte"], 1.96 * part["std_error"], capsize=2.5, **style
+            )
+            last = part.iloc[-1]
+            labels.append((str(sampler), last["num_samples"], last["bits_per_byte"], style["color"]))
+        _direct_labels(figure, ax, labels)
+        ax.set_title(title)
+    return figure
+
+
+def time_per_token(data: pd.DataFrame, theme: str, *, title: str) -> Figure:
+    """Milliseconds per token of the whole model: one bar a method.
+
+    data: columns `method`, `sampler`, `milliseconds` (median), `low`, `high` (fastest and slowest repeat).
+    """
+    with _figure(theme, (8.4, 0.55 * len(data) + 1.4)) as figure:
+        ax = figure.subplots()
+        y = np.arange(len(data))[::-1]
+        colours = [look.sampler_style(s, theme)["color"] for s in data["sampler"]]
+        spread = np.stack((data["milliseconds"] - data["low"], data["high"] - data["milliseconds"]))
+        ax.barh(y, data["milliseconds"], color=colours, height=0.62)
+        ax.errorbar(
+            data["milliseconds"], y, xerr=spread, fmt="none", capsize=2.5,
+            ecolor=look.colours_of(theme)["muted"], elinewidth=1.2,
+        )  # fmt: skip
+        for position, value, high in zip(y, data["milliseconds"], data["high"], strict=True):
+            ax.annotate(
+                f"{value:.3g}",
+                (high, position),
+                xytext=(6, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=9.5,
+            )
+        ax.set_yticks(y, data["method"])
+        ax.set_xlabel("milliseconds per token, whole model (median; bar: fastest to slowest)")
+        ax.grid(False, axis="y")
+        ax.margins(x=0.1)
+        ax.set_title(title)
+    return figure
+
+
+def _plain_log(ax: Axes) -> None:
+    """Plain numbers at 1, 2 and 5 of each decade of the y axis."""
+    ax.yaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.yaxis.set_minor_formatter(NullFormatter())

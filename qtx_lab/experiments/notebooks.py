@@ -1,0 +1,300 @@
+"""Notebooks executed by papermill, each in a run folder of its own."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import os
+import re
+import shlex
+import sys
+import tempfile
+import warnings
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+
+from ..errors import ArgumentError, QtxError, RunFailed, SpecError, TextError
+from ..training.reference import read_text
+from .report import write_report
+from .runs import Run
+from .spec import ExperimentSpec, NotebookSpec, Spec, nearest
+from .storage import write_atomic
+
+PACKAGE = Path(__file__).parent.parent
+
+QUIET = {
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+}
+"""Set in the kernel's environment: no telemetry, no downloads, no debugger's warning."""
+
+
+def notebooks_folder() -> Path:
+    """Where the shipped notebooks are: in the package (a wheel) or beside it (a checkout).
+
+    Raises
+    ------
+    ArgumentError
+        If this installation holds none.
+    """
+    beside = PACKAGE.parent / "notebooks"
+    if (PACKAGE / "notebooks").is_dir():
+        return PACKAGE / "notebooks"
+    if beside.is_dir() and (PACKAGE.parent / "pyproject.toml").is_file():
+        return beside
+    raise ArgumentError("This installation of qtx_lab holds no notebooks: give the path of one.")
+
+
+def notebook_path(notebook: str | Path) -> Path:
+    """The file at that path, or the shipped notebook of that name, with or without its ending.
+
+    Raises
+    ------
+    ArgumentError
+        If there is none; names the nearest shipped one.
+    """
+    if Path(notebook).is_file():
+        return Path(notebook)
+    name = Path(notebook).name.removesuffix(".ipynb")
+    shipped = {path.stem: path for path in sorted(notebooks_folder().glob("*.ipynb"))}
+    if str(notebook).removesuffix(".ipynb") in shipped:
+        return shipped[name]
+    raise ArgumentError(
+        f"notebook={str(notebook)!r} is neither a file nor a shipped notebook.{nearest(name, shipped)} "
+        f"Shipped: {', '.join(shipped) or 'none'}."
+    )
+
+
+def run_notebook(
+    notebook: str | Path,
+    parameters: Mapping[str, Any] | Spec | None = None,
+    *,
+    home: str | Path | None = None,
+    name: str | None = None,
+    command: str | None = None,
+    progress: bool = True,
+) -> Run:
+    """Execute a notebook in a new run folder, with this very interpreter as its kernel.
+
+    The kernel's working directory is the current one. The folder gets the executed notebook, saved whole
+    after every cell, and `report.html`. A notebook that declares the parameter `run_dir` receives the
+    folder and writes figures and metrics there through `Run.open(run_dir)`.
+
+    Parameters
+    ----------
+    notebook : str or path
+        See `notebook_path`.
+    parameters : mapping or Spec, optional
+        Values for the notebook's cell tagged `parameters`. Where that cell declares just the fields of
+        `ExperimentSpec`, they are checked as one.
+    home : path, optional
+        See `runs_home`.
+    name : str, optional
+        Of the run; the notebook's where None.
+    command : str, optional
+        What a person types to do this again, for the record.
+    progress : bool
+        Show a bar, a step a cell, on stderr.
+
+    Returns
+    -------
+    Run
+        Ended, as `done`.
+
+    Raises
+    ------
+    ArgumentError, SpecError, TextError
+        Before any work: no such notebook, not a Python notebook, an unknown parameter, a value not allowed,
+        a text that cannot be read.
+    StorageError
+        If the run cannot be written.
+    RunFailed
+        If a cell raised an error. The run is kept, marked as failed.
+    """
+    path = notebook_path(notebook)
+    declared = _declared_parameters(path)
+    spec = _spec(path, declared, parameters)
+    if importlib.util.find_spec("ipykernel") is None:
+        raise ArgumentError("This Python has no ipykernel to run notebooks with: pip install ipykernel.")
+    stem = re.sub("[^A-Za-z0-9]+", "-", path.stem).strip("-")[:80]
+    run = Run.create(spec, name or stem or "notebook", home)
+    try:
+        with run:
+            run.update(command=command or _command(notebook, parameters))
+            given = spec.parameters if isinstance(spec, NotebookSpec) else spec.to_parameters()
+            folder = {"run_dir": str(run.path.resolve())} if "run_dir" in declared else {}
+            _execute(path, run, {**given, **folder}, progress)
+    except BaseException as error:
+        with suppress(QtxError):  # the first error is the one to hear about
+            write_report(run)
+        if isinstance(error, RunFailed):
+            error.add_note(f"kept in {run.path}")
+        raise
+    write_report(run)
+    return run
+
+
+def _declared_parameters(path: Path) -> dict[str, str]:
+    """Names and defaults, as source, of the cell tagged `parameters`."""
+    import nbformat
+    import papermill
+
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            content = nbformat.read(path, as_version=4)
+            nbformat.validate(content)
+    except (OSError, ValueError, AttributeError, KeyError, nbformat.ValidationError) as error:
+        cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ArgumentError(f"notebook={str(path)!r} cannot be read as a notebook: {cause}.") from error
+    metadata = content.metadata
+    language = metadata.get("kernelspec", {}).get("language") or metadata.get("language_info", {}).get("name")
+    if language not in (None, "python"):
+        raise ArgumentError(f"notebook={str(path)!r} is in {language}; only Python notebooks are run.")
+    metadata.kernelspec = {"name": "python3", "language": "python", "display_name": "Python 3"}
+    metadata.setdefault("papermill", {})
+    found = papermill.inspect_notebook(content)
+    return {name: facts["default"] for name, facts in found.items()}
+
+
+def _spec(path: Path, declared: Mapping[str, str], parameters: Mapping[str, Any] | Spec | None) -> Spec:
+    """What is asked, checked against what the notebook declares."""
+    given = parameters.to_parameters() if isinstance(parameters, Spec) else dict(parameters or {})
+    known = [name for name in declared if name != "run_dir"]
+    for key in given:
+        if key not in known:
+            raise SpecError(
+                f"{path.name} has no parameter {key!r}.{nearest(str(key), known)} "
+                f"Allowed: {', '.join(known) or 'none'}."
+            )
+    if isinstance(parameters, Spec):
+        spec = parameters
+    elif set(known) == set(ExperimentSpec.model_fields):
+        spec = ExperimentSpec.from_parameters({**_literals(declared, known), **given})
+    else:
+        spec = NotebookSpec(notebook=path.stem, parameters=given)
+    if isinstance(spec, ExperimentSpec) and spec.text != "reference":
+        size = len(read_text(spec.text).encode())
+        if size <= spec.num_tokens:
+            raise TextError(
+                f"text={spec.text!r} has {size} bytes; a window of num_tokens={spec.num_tokens} needs "
+                f"{spec.num_tokens + 1}: give a longer text or fewer num_tokens."
+            )
+    return spec
+
+
+def _command(notebook: str | Path, parameters: Mapping[str, Any] | Spec | None) -> str:
+    """What to type to run this again."""
+    given = parameters.to_parameters() if isinstance(parameters, Spec) else parameters or {}
+    words = ["qtx-lab", "run", str(notebook)]
+    for name, value in given.items():
+        plain = isinstance(value, str) and yaml.safe_load(value) == value
+        words += ["-p", name, value if plain else json.dumps(value)]
+    return shlex.join(words)
+
+
+def _literals(declared: Mapping[str, str], names: list[str]) -> dict[str, Any]:
+    """Defaults that are literals; others stay the spec's."""
+    found = {}
+    for name in names:
+        with suppress(ValueError, SyntaxError):
+            found[name] = ast.literal_eval(declared[name])
+    return found
+
+
+def _execute(path: Path, run: Run, parameters: Mapping[str, Any], progress: bool) -> None:
+    import papermill
+    from nbclient.exceptions import DeadKernelError
+    from papermill.exceptions import PapermillExecutionError
+
+    target = run.path.resolve() / path.with_suffix(".ipynb").name
+    _register_run_files()
+    with tempfile.TemporaryFile() as stderr:
+        try:
+            papermill.execute_notebook(
+                _braces(path.resolve()),
+                f"{RunFiles.scheme}{_braces(target)}",
+                dict(parameters),
+                kernel_name="python3",
+                language="python",
+                kernel_manager_class=_kernel_manager(stderr),
+                progress_bar={"desc": path.stem} if progress else False,
+            )
+        except PapermillExecutionError as error:
+            last_line = f"{error.ename}: {error.evalue}".strip().splitlines()[-1]
+            first = next((line.strip() for line in error.source.splitlines() if line.strip()), "")
+            cell = f"cell [{error.exec_count}] ({first[:60]})"
+            raise RunFailed(f"{path.name} stopped in {cell} with {last_line}") from error
+        except (DeadKernelError, RuntimeError) as error:
+            if isinstance(error, QtxError):
+                raise
+            stderr.seek(0)
+            said = stderr.read().decode(errors="replace").strip().splitlines() or [str(error)]
+            raise RunFailed(f"{path.name} stopped: its kernel died (out of memory?): {said[-1]}") from error
+
+
+def _braces(path: Path) -> str:
+    """papermill formats paths with the parameters: a brace must stay a brace."""
+    return str(path).replace("{", "{{").replace("}", "}}")
+
+
+class RunFiles:
+    """papermill's file access for notebooks in a run folder: written whole, without widget state or paths.
+
+    GitHub and an HTML export show nothing where a notebook holds widget state, instead of the picture.
+    """
+
+    scheme = "qtx-run:"
+
+    def read(self, path: str) -> str:
+        return Path(path.removeprefix(self.scheme)).read_text(encoding="utf-8")
+
+    def listdir(self, path: str) -> list[str]:
+        return os.listdir(path.removeprefix(self.scheme))
+
+    def write(self, text: str, path: str) -> None:
+        notebook = json.loads(text)
+        metadata = notebook["metadata"]
+        metadata.pop("widgets", None)
+        for key in ("input_path", "output_path"):
+            if metadata.get("papermill", {}).get(key):
+                metadata["papermill"][key] = Path(metadata["papermill"][key]).name
+        content = json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
+        write_atomic(Path(path.removeprefix(self.scheme)), content.encode())
+
+    def pretty_path(self, path: str) -> str:
+        return path.removeprefix(self.scheme)
+
+
+def _register_run_files() -> None:
+    from papermill.iorw import papermill_io
+
+    if not any(scheme == RunFiles.scheme for scheme, _ in papermill_io._handlers):
+        papermill_io.register(RunFiles.scheme, RunFiles())
+
+
+def _kernel_manager(stderr: IO[bytes]) -> type:
+    """A kernel manager that starts this interpreter, whatever kernels are installed under `python3`.
+
+    What the kernel prints outside its cells, such as a traceback when it is stopped, goes to `stderr`.
+    """
+    from jupyter_client import AsyncKernelManager
+    from jupyter_client.kernelspec import KernelSpec
+
+    command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+
+    class ThisInterpreter(AsyncKernelManager):
+        @property
+        def kernel_spec(self) -> KernelSpec:
+            return KernelSpec(argv=command, env=QUIET, language="python", display_name="Python 3")
+
+        async def start_kernel(self, **options: Any) -> None:  # type: ignore[override]  # typed as blocking
+            await super().start_kernel(stderr=stderr, **options)
+
+    return ThisInterpreter

@@ -1,0 +1,220 @@
+"""`report.html`: a run as one self-contained page, without JavaScript or network."""
+
+from __future__ import annotations
+
+import base64
+import struct
+from collections.abc import Mapping
+from datetime import datetime
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+
+from .. import __version__
+from ..errors import StorageError
+from ..theme import COLOURS
+from . import spec as specs
+from .runs import Run
+from .storage import read_frame, write_atomic
+
+CSV_LIMIT = 256 << 10
+"""Bytes up to which a figure's data is put into the page."""
+PIXEL_RATIO = 1.5
+"""Pixels of the pictures for a CSS pixel: 144 dpi shown at 96."""
+THIN_SPACE = "\N{NARROW NO-BREAK SPACE}"
+
+
+def write_report(run: Run) -> Path:
+    """Write `report.html` from what the run folder holds, whatever the run's status.
+
+    Parts that are missing or broken are left out or named in the page.
+
+    Returns
+    -------
+    Path
+        The page.
+
+    Raises
+    ------
+    StorageError
+        If the manifest cannot be read, or the page cannot be written.
+    """
+    manifest = run.manifest
+    results = manifest.get("results") or {}
+    summary = results.get("summary") or []
+    fields, spec_missing = _spec_fields(run, manifest)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    page = environment.get_template("report.html.j2").render(
+        title=manifest.get("title") or manifest["name"],
+        manifest={"error": None, "command": None, **manifest},
+        started=f"{datetime.fromisoformat(manifest['started']):%-d %B %Y, %H:%M} UTC",
+        duration=_duration(manifest.get("seconds")),
+        summary=[summary] if isinstance(summary, str) else summary,
+        table=_table(results.get("table") or []),
+        figures=[figure for facts in run.figures() if (figure := _figure(run, facts))],
+        spec=fields,
+        spec_missing=spec_missing,
+        provenance=_provenance(manifest),
+        files=_files(run),
+        version=__version__,
+        colours={theme: _css(COLOURS[theme]) for theme in ("light", "dark")},
+    )
+    path = run.path / "report.html"
+    write_atomic(path, page.encode())
+    return path
+
+
+def _css(colours: Mapping[str, str]) -> str:
+    keys = ("background", "text", "muted", "accent", "line", "panel")
+    return " ".join(f"--{key}: {colours[key]};" for key in keys)
+
+
+def _figure(run: Run, facts: Mapping[str, Any]) -> dict[str, Any] | None:
+    folder, name = run.path / "figures", facts["name"]
+    light, dark = _bytes(folder / f"{name}.png"), _bytes(folder / f"{name}-dark.png")
+    if light is None:
+        return None
+    caption, title = str(facts.get("caption") or ""), facts.get("title")
+    rows = facts.get("rows")
+    return {
+        "name": name,
+        "title": title,
+        "caption": caption,
+        "alt": f"{title}. {caption}" if title else caption or name,
+        "light": _data_uri("image/png", light),
+        "dark": dark and _data_uri("image/png", dark),
+        "size": _size(light),
+        "rows": _text(rows) if isinstance(rows, int) else None,
+        "csv": _csv(folder / f"{name}.parquet", rows),
+    }
+
+
+def _csv(path: Path, rows: object) -> str | None:
+    """The data as a link; None where it is missing, broken or large."""
+    if not isinstance(rows, int) or rows > CSV_LIMIT // 4:  # a row takes four bytes at the least
+        return None
+    try:
+        content = read_frame(path).to_csv(index=False).encode()
+    except StorageError:
+        return None
+    return _data_uri("text/csv", content) if len(content) <= CSV_LIMIT else None
+
+
+def _size(png: bytes) -> tuple[int, int] | None:
+    """CSS pixels of a PNG, from its header, so that the page does not jump while it loads."""
+    if len(png) < 24 or not png.startswith(b"\x89PNG"):
+        return None
+    width, height = struct.unpack(">II", png[16:24])
+    return round(width / PIXEL_RATIO), round(height / PIXEL_RATIO)
+
+
+def _bytes(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return None
+
+
+def _data_uri(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def _spec_fields(run: Run, manifest: Mapping[str, Any]) -> tuple[list[dict[str, str]], str]:
+    """Name, value and help of each field; and why there are none, if they cannot be read."""
+    try:
+        content = yaml.safe_load((run.path / "spec.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return [], "spec.yaml cannot be read"
+    if not isinstance(content, dict):
+        return [], "spec.yaml holds no fields"
+    kind = getattr(specs, str((manifest.get("spec") or {}).get("kind")), specs.Spec)
+    if kind is specs.NotebookSpec:
+        content = {"notebook": content.get("notebook"), **(content.get("parameters") or {})}
+    known = kind.model_fields
+    helps = {name: field.description or "" for name, field in known.items()}
+    return [
+        {"name": str(name), "value": _text(value), "help": helps.get(name, "")}
+        for name, value in content.items()
+    ], ""
+
+
+def _table(rows: list[Mapping[str, Any]]) -> dict[str, Any]:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    numeric = [all(_is_number(row[name]) for row in rows if row.get(name) is not None) for name in names]
+    return {
+        "columns": [
+            {"name": name, "numeric": is_number} for name, is_number in zip(names, numeric, strict=True)
+        ],
+        "rows": [[_text(row.get(name)) for name in names] for row in rows],
+    }
+
+
+def _is_number(value: object) -> bool:
+    """A number, or a text that begins like one: '0.083 ± 0.004'."""
+    if isinstance(value, str):
+        return value.lstrip("+-\N{MINUS SIGN}")[:1].isdigit()
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _text(value: object) -> str:
+    if value is None:
+        return "\N{EN DASH}"
+    if isinstance(value, bool | str):
+        return str(value)
+    if isinstance(value, int):
+        return f"{value:,}".replace(",", THIN_SPACE) if abs(value) >= 10_000 else str(value)
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list | tuple):
+        return ", ".join(_text(item) for item in value)
+    return str(value)
+
+
+def _duration(seconds: object) -> str:
+    if not isinstance(seconds, int | float):
+        return ""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
+
+
+def _provenance(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
+    versions, machine, git = (manifest.get(key) or {} for key in ("versions", "machine", "git"))
+    facts = {
+        "Status": manifest["status"],
+        "Seed": str(manifest["seed"]) if manifest.get("seed") is not None else "",
+        "Spec": (manifest.get("spec") or {}).get("identity", ""),
+        "Commit": git.get("commit", "") + (", with changes not committed" if git.get("dirty") else ""),
+        "Processor": ", ".join(
+            part
+            for part in (
+                machine.get("cpu"),
+                f"{machine['cores']} cores" if machine.get("cores") else None,
+                f"{machine['memory_gib']} GiB memory" if machine.get("memory_gib") else None,
+            )
+            if part
+        ),
+        "System": machine.get("platform", ""),
+        "Versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+        "Duration": _duration(manifest.get("seconds")),
+    }
+    return [(name, text) for name, text in facts.items() if text]
+
+
+def _files(run: Run) -> list[str]:
+    notebooks = sorted(path.name for path in run.path.glob("*.ipynb"))
+    others = [
+        name for name in ("metrics.parquet", "spec.yaml", "manifest.json") if (run.path / name).exists()
+    ]
+    return notebooks + others

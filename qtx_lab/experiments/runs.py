@@ -1,0 +1,453 @@
+"""The run folder: what was asked, what was measured, how it ended; one folder a run, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import shutil
+import threading
+import traceback
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from datetime import UTC, datetime
+from io import BytesIO
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from ..errors import ArgumentError, StorageError
+from . import provenance
+from .storage import (
+    append_rows,
+    json_bytes,
+    read_frame,
+    storage_error,
+    sync_folder,
+    write_atomic,
+    write_frame,
+)
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from IPython.display import Image
+    from matplotlib.figure import Figure
+
+    from .spec import Spec
+
+STATUSES = ("running", "done", "failed", "interrupted")
+FREE_BYTES = 64 << 20
+"""Free space below which no run is started: a demo run with its figures takes about a tenth of it."""
+THEMES = ("light", "dark")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
+
+
+def runs_home(home: str | Path | None = None) -> Path:
+    """The folder that holds runs: the one given, else `$QTX_LAB_HOME`, else `./runs`."""
+    return Path(home or os.environ.get("QTX_LAB_HOME") or "runs")
+
+
+class Run:
+    """A run folder. The object holds no state but the path: every call reads and writes the files.
+
+    As a context manager it ends the run: `done`, `failed` on an exception, `interrupted` on Ctrl-C.
+    Calls from several threads of one process take turns; a run has one writing process at a time.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from qtx_lab.experiments import ExperimentSpec, Run
+    >>> with tempfile.TemporaryDirectory() as home:
+    ...     with Run.create(ExperimentSpec(seed=7), "trial", home) as run:
+    ...         run.log(sampler="systematic", draws=64, error=0.01)
+    ...     run.status, run.manifest["seed"], len(run.metrics())
+    ('done', 7, 1)
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._turn = threading.RLock()
+
+    @classmethod
+    def create(cls, spec: Spec, name: str, home: str | Path | None = None) -> Self:
+        """Start a run in a new folder `<UTC stamp>-<name>-<random>` of `home`.
+
+        Parameters
+        ----------
+        spec : Spec
+            What is asked; kept as `spec.yaml`, its hash in the manifest.
+        name : str
+            Letters, digits, '.', '_' and '-', at most 80.
+        home : path, optional
+            See `runs_home`. Made if missing.
+
+        Raises
+        ------
+        ArgumentError
+            If the name cannot be part of a folder's name.
+        StorageError
+            If home cannot be written or has less than 64 MiB free. Nothing is left behind.
+        """
+        _check_name("name", name)
+        home = _ready(runs_home(home))
+        started = datetime.now(UTC)
+        parameters = spec.to_parameters()
+        facts = {
+            "status": "running",
+            "name": name,
+            "spec": {"kind": type(spec).__name__, "identity": spec.identity},
+            "seed": _seed({**parameters.get("parameters", {}), **parameters}),
+            "started": started.isoformat(timespec="milliseconds"),
+            "versions": provenance.versions(),
+            "machine": provenance.machine(),
+            "git": provenance.commit(),
+            "process": provenance.this_process(),
+            "results": {},
+        }
+        facts = {key: value for key, value in facts.items() if value is not None}  # no git, no seed
+        path = home / f"{started:%Y%m%dT%H%M%SZ}-{name}-{secrets.token_hex(3)}"
+        # Filled under a hidden name: a folder that can be seen has its spec and manifest.
+        hidden = home / f".{path.name}.tmp"
+        try:
+            hidden.mkdir()
+            (hidden / "figures").mkdir()
+            write_atomic(hidden / "spec.yaml", spec.to_yaml().encode())
+            write_atomic(hidden / "manifest.json", json_bytes(facts))
+            hidden.rename(path)
+            sync_folder(home)
+        except BaseException as error:
+            shutil.rmtree(hidden, ignore_errors=True)
+            if isinstance(error, OSError) and not isinstance(error, StorageError):
+                raise storage_error(path, error) from error
+            raise
+        return cls(path)
+
+    @classmethod
+    def open(cls, path: str | Path) -> Self:
+        """The run in an existing folder.
+
+        Raises
+        ------
+        StorageError
+            If the folder holds no readable manifest.
+        """
+        run = cls(Path(path))
+        _ = run.manifest
+        return run
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """What `manifest.json` says, but `interrupted` for a run whose process is gone."""
+        manifest = self._stored()
+        if manifest["status"] == "running" and provenance.is_gone(manifest.get("process") or {}):
+            manifest["status"] = "interrupted"
+        return manifest
+
+    @property
+    def status(self) -> str:
+        """running, done, failed or interrupted."""
+        return str(self.manifest["status"])
+
+    def update(self, **facts: Any) -> None:
+        """Merge facts into the manifest, mappings key by key.
+
+        `results` is for headline numbers; in it, `summary` (a list of sentences) and `table` (a list of
+        rows) are shown at the top of the report.
+
+        Raises
+        ------
+        StorageError
+            If the manifest cannot be read or written.
+        """
+        with self._turn:
+            write_atomic(self.path / "manifest.json", json_bytes(_merged(self._stored(), facts)))
+
+    def log(self, **row: object) -> None:
+        """Append one row to the metrics. The file is rewritten at each call: use `log_many` for many rows.
+
+        Raises
+        ------
+        ArgumentError
+            If a value is no scalar, or a column would mix kinds of values.
+        StorageError
+            If the file cannot be written.
+        """
+        self.log_many([row])
+
+    def log_many(self, rows: Iterable[Mapping[str, object]]) -> None:
+        """Append rows to the metrics, one observation each; new keys become new columns (see `log`)."""
+        with self._turn:
+            append_rows(self.path / "metrics.parquet", rows)
+
+    def metrics(self) -> pd.DataFrame:
+        """The metrics logged so far; empty where there are none."""
+        import pandas as pd
+
+        path = self.path / "metrics.parquet"
+        return read_frame(path) if path.exists() else pd.DataFrame()
+
+    def save_figure(
+        self,
+        name: str,
+        draw: Callable[[pd.DataFrame, str], Figure],
+        data: pd.DataFrame,
+        caption: str,
+        title: str | None = None,
+    ) -> Image:
+        """Draw a figure in both themes and keep it with its data and caption.
+
+        Parameters
+        ----------
+        name : str
+            Name of the files: `<name>.png`, `.svg`, `-dark.png`, `.parquet` and `.json` in `figures/`.
+            A name saved before keeps its place in the report.
+        draw : callable
+            `draw(data, theme)` with theme "light" or "dark" gives a matplotlib figure.
+        data : DataFrame
+            All that is drawn.
+        caption, title : str
+            Shown with the figure in the report.
+
+        Returns
+        -------
+        IPython.display.Image
+            The light picture: as the last expression of a cell it is shown, and kept in the saved notebook.
+
+        Raises
+        ------
+        ArgumentError, StorageError
+            If the name is not usable, if a file cannot be written.
+        """
+        import matplotlib as mpl
+        import matplotlib.pyplot as plt
+        from IPython.display import Image
+
+        _check_name("name", name)
+        folder = self.path / "figures"
+        figures: dict[str, Figure] = {}
+        pictures: dict[str, bytes] = {}
+        with self._turn, mpl.rc_context({"svg.hashsalt": name}):
+            write_frame(folder / f"{name}.parquet", data)
+            for theme, suffix in zip(THEMES, ("", "-dark"), strict=True):
+                figures[theme] = draw(data, theme)
+                plt.close(figures[theme])
+                pictures[theme] = _rendered(figures[theme], "png")
+                write_atomic(folder / f"{name}{suffix}.png", pictures[theme])
+            write_atomic(folder / f"{name}.svg", _rendered(figures["light"], "svg"))
+            facts = {
+                "name": name,
+                "title": title,
+                "caption": caption,
+                "rows": len(data),
+                "order": self._place(name),
+            }
+            write_atomic(folder / f"{name}.json", json_bytes(facts))
+        return Image(pictures["light"], retina=True, alt=caption)
+
+    def figures(self) -> list[dict[str, Any]]:
+        """Name, title, caption, rows and order of each figure, in the order in which they were saved."""
+        found = []
+        for path in (self.path / "figures").glob("*.json"):
+            with suppress(OSError, ValueError):  # a broken one costs only itself
+                facts = json.loads(path.read_text(encoding="utf-8"))
+                if (
+                    isinstance(facts, dict)
+                    and facts.get("name") == path.stem
+                    and isinstance(facts.get("order"), int)
+                ):
+                    found.append(facts)
+        return sorted(found, key=lambda facts: facts["order"])
+
+    def finish(self, status: str, error: str | None = None) -> None:
+        """Say how the run ended: `done`, `failed` or `interrupted`, with an error's text.
+
+        Raises
+        ------
+        ArgumentError, StorageError
+            If the status is another, if the manifest cannot be written.
+        """
+        if status not in STATUSES[1:]:
+            raise ArgumentError(
+                f"status={status!r} is not allowed: it must be one of {', '.join(STATUSES[1:])}."
+            )
+        finished = datetime.now(UTC)
+        with self._turn:
+            seconds = finished.timestamp() - datetime.fromisoformat(self._stored()["started"]).timestamp()
+            end = {"status": status, "finished": finished.isoformat(timespec="milliseconds")}
+            self.update(**end, seconds=round(seconds, 3), **({"error": error} if error else {}))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.finish("done")
+            return
+        last_line = "".join(traceback.format_exception_only(error)).strip()
+        status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        try:
+            self.finish(status, None if status == "interrupted" else last_line)
+        except StorageError as second:  # the first error is the one to hear about
+            error.add_note(f"The run could not be marked as {status}: {second}")
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r})"
+
+    def _stored(self) -> dict[str, Any]:
+        path = self.path / "manifest.json"
+        try:
+            manifest = json.loads(path.read_bytes())
+        except OSError as error:
+            raise StorageError(
+                f"{self.path} is not a run: {path.name}: {error.strerror or error}."
+            ) from error
+        except (ValueError, RecursionError) as error:
+            raise StorageError(
+                f"{self.path} is not a readable run: manifest.json is not valid JSON."
+            ) from error
+        reason = _invalid(manifest)
+        if reason:
+            raise StorageError(f"{self.path} is not a readable run: {reason}.")
+        return dict(manifest)
+
+    def _place(self, name: str) -> int:
+        places = {facts["name"]: facts["order"] for facts in self.figures()}
+        return places.get(name, max(places.values(), default=-1) + 1)
+
+
+def runs(home: str | Path | None = None) -> pd.DataFrame:
+    """All runs in a folder, newest first: run, name, status, started, seconds, seed, spec, error, path.
+
+    `attrs["skipped"]` lists (folder name, reason) of what is not a readable run. Each manifest is read by
+    itself, so that one that is broken, vanishes or may not be read costs only itself.
+
+    Raises
+    ------
+    StorageError
+        If the folder itself exists but cannot be listed.
+    """
+    import pandas as pd
+
+    home = runs_home(home)
+    rows, skipped = [], []
+    for folder in _folders(home):
+        try:
+            manifest = Run(folder).manifest
+        except StorageError as error:
+            skipped.append((folder.name, str(error).removeprefix(f"{folder} is ")))
+            continue
+        row = {key: manifest.get(key) for key in ("name", "status", "started", "seconds", "seed")}
+        identity = (manifest.get("spec") or {}).get("identity")
+        rows.append(
+            {"run": folder.name, **row, "spec": identity, "error": manifest.get("error"), "path": str(folder)}
+        )
+    columns = ["run", "name", "status", "started", "seconds", "seed", "spec", "error", "path"]
+    table = pd.DataFrame(rows, columns=columns)
+    table["started"] = pd.to_datetime(table["started"], utc=True, format="ISO8601", errors="coerce")
+    table["seconds"] = table["seconds"].astype("float64")
+    table["seed"] = table["seed"].astype("Int64")
+    table = table.sort_values(["started", "run"], ascending=False, ignore_index=True)
+    table.attrs["skipped"] = skipped
+    return table
+
+
+def find_run(run: str | Path, home: str | Path | None = None) -> Run:
+    """The run at a path, or the one in `home` with that folder name or the start or end of it.
+
+    Raises
+    ------
+    ArgumentError
+        If no run, or more than one, is meant.
+    StorageError
+        If its manifest cannot be read.
+    """
+    if Path(run).is_dir():
+        return Run.open(run)
+    home, text = runs_home(home), str(run)
+    names = [folder.name for folder in _folders(home)]
+    meant = [name for name in names if text and (name.startswith(text) or name.endswith(text))]
+    if text in names:
+        meant = [text]
+    if len(meant) != 1:
+        what = f"is none of the {len(names)} runs" if not meant else f"could be {len(meant)} runs"
+        raise ArgumentError(f"run={text!r} {what} in {home}; `qtx-lab runs` lists them.")
+    return Run.open(home / meant[0])
+
+
+def _folders(home: Path) -> list[Path]:
+    try:
+        return sorted(entry for entry in home.iterdir() if not entry.name.startswith("."))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise StorageError(f"Cannot list runs in {home}: {error.strerror or error}.") from error
+
+
+def _ready(home: Path) -> Path:
+    """The home, made if missing, writable and with room; else StorageError."""
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(home).free
+        if not os.access(home, os.W_OK | os.X_OK):
+            raise PermissionError(13, "no permission to write in this folder")
+    except OSError as error:
+        raise storage_error(home, error) from error
+    if free < FREE_BYTES:
+        raise StorageError(
+            f"Cannot start a run in {home}: {free / 2**20:.0f} MiB free, a run needs {FREE_BYTES >> 20} MiB; "
+            "free some space, or choose another folder with --home or QTX_LAB_HOME."
+        )
+    return home
+
+
+def _check_name(argument: str, given: str) -> None:
+    if not NAME.fullmatch(given):
+        raise ArgumentError(
+            f"{argument}={given!r} is not allowed: it must be up to 80 letters, digits, '.', '_' and '-', "
+            "and begin with a letter or digit."
+        )
+
+
+def _invalid(manifest: object) -> str | None:
+    """Why this is no manifest of ours; None where it is one."""
+    if not isinstance(manifest, dict):
+        return "manifest.json holds no object"
+    if manifest.get("status") not in STATUSES:
+        return f"manifest.json has the status {manifest.get('status')!r}"
+    try:
+        if datetime.fromisoformat(manifest["started"]).tzinfo is None:
+            return "manifest.json has a start without a time zone"
+    except (KeyError, TypeError, ValueError):
+        return "manifest.json has no start"
+    if not isinstance(manifest.get("name"), str):
+        return "manifest.json has no name"
+    kinds: dict[str, Any] = dict.fromkeys(("spec", "process", "results", "versions", "machine", "git"), dict)
+    kinds |= {"seconds": int | float, "seed": int}
+    wrong = [key for key, kind in kinds.items() if not isinstance(manifest.get(key), kind | None)]
+    if not wrong and not 0 <= (manifest.get("seed") or 0) < 2**63:
+        wrong = ["seed"]
+    return f"manifest.json has {wrong[0]}={manifest[wrong[0]]!r}" if wrong else None
+
+
+def _seed(parameters: Mapping[str, Any]) -> int | None:
+    seed = parameters.get("seed")
+    return seed if isinstance(seed, int) and 0 <= seed < 2**63 else None
+
+
+def _merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(old)
+    for key, value in new.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merged(merged[key], value) if both else value
+    return merged
+
+
+def _rendered(figure: Figure, kind: str) -> bytes:
+    content = BytesIO()
+    # Without dates and versions, so that equal figures are equal files.
+    metadata = {"Software": None} if kind == "png" else {"Date": None, "Creator": None}
+    figure.savefig(content, format=kind, dpi=144, metadata=metadata, facecolor=figure.get_facecolor())
+    return content.getvalue()

@@ -1,0 +1,129 @@
+"""The one visual language: what a colour, a marker and a line mean in every figure of the lab.
+
+Plain tables, so that matplotlib figures, the widgets and the reports can all be made from them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .errors import unknown_name
+
+COLOURS: dict[str, dict[str, str]] = {
+    "light": {
+        "background": "#ffffff",
+        "panel": "#f5f6f8",
+        "text": "#1b1e23",
+        "muted": "#5b6470",
+        "line": "#d5d9df",
+        "accent": "#0063a3",
+        "exact": "#111417",
+        "baseline": "#767c85",
+    },
+    "dark": {
+        "background": "#16181c",
+        "panel": "#1f2227",
+        "text": "#e8eaed",
+        "muted": "#a0a7b1",
+        "line": "#3a3f47",
+        "accent": "#6cb6f0",
+        "exact": "#f3f4f6",
+        "baseline": "#9aa1ab",
+    },
+}
+"""By theme. `exact` is for exact attention; `baseline` for independent draws of the same number."""
+
+SAMPLER_COLOURS: dict[str, str] = {
+    "stratified": "#56B4E9",
+    "systematic": "#0072B2",
+    "sobol": "#009E73",
+    "halton": "#E69F00",
+    "lattice": "#F0E442",
+    "head-tail": "#D55E00",
+    "learned": "#CC79A7",
+}
+"""Okabe and Ito's set, safe for colour-blind eyes; `exact` and `monte-carlo` have the theme's own."""
+
+SAMPLER_MARKERS: dict[str, str] = {
+    "exact": "",
+    "monte-carlo": "o",
+    "stratified": "^",
+    "systematic": "s",
+    "sobol": "D",
+    "halton": "v",
+    "lattice": "P",
+    "head-tail": "X",
+    "learned": "*",
+}
+"""matplotlib's names of markers."""
+
+SEQUENTIAL = "cividis"
+"""Colour map of probabilities and other positive numbers."""
+
+DIVERGING = "RdBu_r"
+"""Colour map of signed differences, centred on zero."""
+
+
+def sampler_style(sampler: str, theme: str) -> dict[str, Any]:
+    """Line style of a sampler (`color`, `marker`, `linestyle`), as matplotlib's `plot` takes it.
+
+    A sampler that the tables do not know is drawn in the accent colour.
+    """
+    colours = colours_of(theme)
+    if sampler == "exact":
+        return {"color": colours["exact"], "marker": "", "linestyle": "-"}
+    if sampler == "monte-carlo":
+        return {"color": colours["baseline"], "marker": "o", "linestyle": "--"}
+    colour = SAMPLER_COLOURS.get(sampler, colours["accent"])
+    return {"color": colour, "marker": SAMPLER_MARKERS.get(sampler, "o"), "linestyle": "-"}
+
+
+def colours_of(theme: str) -> dict[str, str]:
+    """The colours of a theme.
+
+    Raises
+    ------
+    ArgumentError
+        If there is no such theme.
+    """
+    if theme not in COLOURS:
+        raise unknown_name("theme", theme, COLOURS)
+    return COLOURS[theme]
+
+
+def matplotlib_style(theme: str) -> dict[str, Any]:
+    """matplotlib's rcParams for a theme, to be used with `matplotlib.rc_context`."""
+    c = colours_of(theme)
+    return {
+        "figure.facecolor": c["background"],
+        "axes.facecolor": c["background"],
+        "savefig.facecolor": c["background"],
+        "text.color": c["text"],
+        "axes.labelcolor": c["text"],
+        "axes.edgecolor": c["muted"],
+        "axes.titlecolor": c["text"],
+        "xtick.color": c["muted"],
+        "ytick.color": c["muted"],
+        "xtick.labelcolor": c["text"],
+        "ytick.labelcolor": c["text"],
+        "grid.color": c["line"],
+        "grid.linewidth": 0.6,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.titlesize": 12,
+        "axes.titleweight": "bold",
+        "axes.titlelocation": "left",
+        "axes.labelsize": 10.5,
+        "font.size": 10,
+        "font.family": "sans-serif",
+        "legend.frameon": False,
+        "lines.linewidth": 1.8,
+        "lines.markersize": 6,
+        "figure.dpi": 110,
+        "savefig.dpi": 150,
+        "svg.fonttype": "path",
+        "svg.hashsalt": "qtx_lab",
+        "figure.constrained_layout.use": True,
+    }

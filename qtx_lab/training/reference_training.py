@@ -1,0 +1,171 @@
+"""Makes the shipped reference model: the text, the split, the training loop and the model card."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import platform
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm.auto import tqdm
+
+from ..errors import ArgumentError, StorageError
+from .reference import ReferenceConfig, ReferenceModel, bits_per_byte, encode
+
+SHARED_WINDOW = 64
+"""Bytes: a passage this long that the held-out text has too is cut from the training text."""
+
+
+def split_topics() -> tuple[str, str]:
+    """(training, held-out) text of this Python's `pydoc_data.topics`: topics by name, last tenth held out.
+
+    The manual repeats itself, so passages that stand in both parts are cut from the training text.
+    """
+    from pydoc_data.topics import topics
+
+    text = "\n\n".join(topics[name] for name in sorted(topics))
+    cut = text.index("\n\n", len(text) * 9 // 10) + 2
+    return without_shared(text[:cut], text[cut:]), text[cut:]
+
+
+def without_shared(text: str, other: str, window: int = SHARED_WINDOW) -> str:
+    """`text` without each character that lies in a passage of `window` characters found in `other`."""
+    seen = {other[i : i + window] for i in range(len(other) - window + 1)}
+    keep = bytearray(b"\1" * len(text))
+    for i in range(len(text) - window + 1):
+        if text[i : i + window] in seen:
+            keep[i : i + window] = bytes(window)
+    return "".join(c for c, kept in zip(text, keep, strict=True) if kept)
+
+
+def train_reference(
+    out: str | Path,
+    *,
+    steps: int = 1500,
+    batch: int = 4,
+    dropout: float = 0.1,
+    seed: int = 0,
+    config: ReferenceConfig | None = None,
+    progress: bool = True,
+) -> dict:
+    """Train a reference model and write `model.safetensors`, `heldout.txt` and a model card to `out`.
+
+    Muon (Jordan et al. 2024) for the matrices, AdamW for the rest; the rate warms up for 50 steps, then holds,
+    then falls to 0 over the last half.
+
+    Returns
+    -------
+    dict
+        `bits_per_byte`, `standard_error`, `parameters`, `steps`, `seconds`.
+
+    Raises
+    ------
+    ArgumentError, StorageError
+        If steps or batch is below 1, or if `out` cannot be written; both before training.
+    """
+    from safetensors.torch import save_file
+
+    if steps < 1 or batch < 1:
+        raise ArgumentError(f"steps={steps} and batch={batch} must both be at least 1.")
+    out = Path(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "heldout.txt").touch()
+    except OSError as error:
+        raise StorageError(f"out={str(out)!r} cannot be written: {error.strerror}.") from error
+
+    config = config or ReferenceConfig()
+    training_text, heldout_text = split_topics()
+    training, heldout = encode(training_text), encode(heldout_text)
+    torch.manual_seed(seed)  # initial weights and dropout
+    generator = torch.Generator().manual_seed(seed)
+    model = ReferenceModel(replace(config, dropout=dropout)).train()
+    optimizers = _optimizers(model)
+    started = time.monotonic()
+    bar = tqdm(range(steps), desc="training", unit="step", disable=not progress)
+    for step in bar:
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * min(1, (step + 1) / 50, 2 * (1 - step / steps))
+        starts = torch.randint(len(training) - config.context, (batch, 1), generator=generator)
+        windows = training[starts + torch.arange(config.context + 1)]
+        loss = F.cross_entropy(model(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        bar.set_postfix(bits_per_byte=f"{loss.item() / math.log(2):.3f}", refresh=False)
+    seconds = time.monotonic() - started
+
+    shipped = ReferenceModel(replace(config, dropout=0.0)).eval()
+    shipped.load_state_dict({name: p.half().float() for name, p in model.state_dict().items()})
+    windows_bpb = bits_per_byte(shipped, heldout)
+    result = {
+        "bits_per_byte": windows_bpb.mean().item(),
+        "standard_error": (windows_bpb.std() / math.sqrt(len(windows_bpb))).item(),
+        "parameters": sum(p.numel() for p in shipped.parameters()),
+        "steps": steps,
+        "seconds": seconds,
+    }
+    (out / "heldout.txt").write_text(heldout_text, encoding="utf-8")
+    save_file(
+        {name: p.half().contiguous() for name, p in shipped.state_dict().items()},
+        out / "model.safetensors",
+        metadata={"config": json.dumps(asdict(shipped.config))},
+    )
+    (out / "README.md").write_text(
+        model_card(shipped, result, training_text, heldout_text, batch, dropout, seed), encoding="utf-8"
+    )
+    return result
+
+
+def _optimizers(model: ReferenceModel) -> list[torch.optim.Optimizer]:
+    matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
+    rest = [p for p in model.parameters() if all(p is not m for m in matrices)]
+    muon = torch.optim.Muon([{"params": matrices, "peak_lr": 0.02}], lr=0.02, weight_decay=0.1)
+    adamw = torch.optim.AdamW(
+        [{"params": rest, "peak_lr": 3e-3}], lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0
+    )
+    return [muon, adamw]
+
+
+def model_card(
+    model: ReferenceModel,
+    result: dict,
+    training_text: str,
+    heldout_text: str,
+    batch: int,
+    dropout: float,
+    seed: int,
+) -> str:
+    """The README.md that lies beside the weights."""
+    c = model.config
+    digest = hashlib.sha256(training_text.encode()).hexdigest()
+    return f"""# The reference model
+
+A causal byte-level transformer, small enough to ship and to run anywhere, trained so that the lab's figures are
+about attention that was learned. It is not meant for anything else; it knows one manual.
+
+| | |
+|---|---|
+| held-out bits per byte | {result["bits_per_byte"]:.3f} ± {result["standard_error"]:.3f} (exact attention, windows of {c.context} bytes, standard error over windows) |
+| parameters | {result["parameters"]:,} (float16, `model.safetensors`) |
+| shape | {c.layers} layers, width {c.width}, {c.heads} query heads on {c.kv_heads} key heads of {c.head_dim}, SwiGLU {c.mlp_width}, rotary positions, RMS norm, tied embedding |
+| context | {c.context} bytes |
+| data | `pydoc_data.topics` of Python {platform.python_version()}: topics in the order of their names, joined by blank lines; last tenth held out |
+| training text | {len(training_text.encode()):,} bytes, passages of {SHARED_WINDOW} characters that the held-out text has too removed; sha256 {digest} |
+| held-out text | {len(heldout_text.encode()):,} bytes, `heldout.txt` |
+| training | {result["steps"]} steps of {batch} × {c.context} bytes, Muon and AdamW, dropout {dropout}, seed {seed}, {result["seconds"] / 60:.0f} minutes on {torch.get_num_threads()} threads, torch {torch.__version__.split("+")[0]} |
+
+Made by `qtx-lab train --preset reference --out DIR` under the same Python: its topics change from version to
+version, and sums in another order change the last digits.
+
+**Licence.** The text is Python's documentation, © Python Software Foundation, under the PSF License Version 2
+(examples in it also under Zero-Clause BSD). The weights are under the licence of qtx_lab.
+"""

@@ -1,0 +1,114 @@
+"""Intervals cover what they promise, on attention that a model has learned."""
+
+import functools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import qtx_lab as qtx
+from qtx_lab.samplers import SAMPLERS
+
+pytestmark = pytest.mark.statistical
+
+RANDOM = sorted(set(SAMPLERS) - {"exact"})
+CAUSAL = {"is_causal": True, "enable_gqa": True}
+
+
+@functools.cache
+def learned_attention():
+    """(q, k, v, exact output) of all layers of the reference model over 512 held-out bytes."""
+    tokens = qtx.encode(qtx.reference_text())[None, 20_000:20_512]
+    q, k, v = (torch.cat(x) for x in zip(*qtx.load_reference_model().attention_inputs(tokens), strict=True))
+    return q, k, v, F.scaled_dot_product_attention(q.double(), k.double(), v.double(), **CAUSAL)
+
+
+def coverage(name, num_samples, replicates, seed, level=0.95):
+    """Share of coordinates inside their interval, (layers,); n coordinates a layer."""
+    q, k, v, exact = learned_attention()
+    g = torch.Generator().manual_seed(seed)
+    est = qtx.sampled_attention(
+        q, k, v, sampler=name, num_samples=num_samples, replicates=replicates, generator=g, **CAUSAL
+    )
+    low, high = est.confidence_interval(level)
+    slack = 1e-5 * exact.abs().max()  # the float32 of the output itself
+    return ((low - slack <= exact) & (exact <= high + slack)).double().mean((1, 2, 3))
+
+
+@pytest.mark.parametrize(
+    ("name", "replicates", "num_samples"),
+    [("monte-carlo", 1, 64), *((name, 8, s) for name in RANDOM for s in (16, 64))],
+)
+def test_intervals_cover_every_layer(name, replicates, num_samples, seed):
+    """8 heads × 512 rows × 32 coordinates = 131,072 of each layer."""
+    share = coverage(name, num_samples, replicates, seed)
+    assert bool(((share >= 0.93) & (share <= 0.97)).all()), share
+
+
+@pytest.mark.parametrize(
+    ("name", "replicates", "num_samples"), [("monte-carlo", 1, 8), *((name, 2, 16) for name in RANDOM)]
+)
+def test_intervals_of_few_draws_or_replicates_err_on_the_safe_side(name, replicates, num_samples, seed):
+    share = coverage(name, num_samples, replicates, seed)
+    assert bool(((share >= 0.95) & (share <= 0.99)).all()), share
+
+
+def test_intervals_of_peaked_rows_cover(seed):
+    """Rows where most draws hit one key: the sample variance is often 0, and such an interval covers nothing.
+
+    With 64 draws of which 0.2 are expected to miss the top key, the last case is as far as this goes.
+    """
+    g = torch.Generator().manual_seed(seed)
+    top = torch.tensor([0.9, 0.99, 0.997]).repeat_interleave(4000)
+    k, v = torch.eye(64), torch.randn(64, 16, generator=g)
+    q = torch.zeros(len(top), 64)
+    q[torch.arange(len(top)), torch.randint(64, (len(top),), generator=g)] = (63 * top / (1 - top)).log()
+    exact = F.scaled_dot_product_attention(q, k, v, scale=1.0)
+    for name, replicates in (("monte-carlo", 1), *((name, 8) for name in RANDOM)):
+        est = qtx.sampled_attention(
+            q, k, v, sampler=name, num_samples=64, replicates=replicates, scale=1.0, generator=g
+        )
+        low, high = est.confidence_interval()
+        share = ((low <= exact) & (exact <= high)).double().view(3, 4000, 16).mean((1, 2))
+        assert bool((share >= torch.tensor([0.93, 0.93, 0.92])).all()), (name, share)
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_error_falls_as_it_should(name, seed):
+    """Log-log slope of the error of learned attention: -0.5 for independent draws, no worse for others."""
+    q, k, v, exact = learned_attention()
+    g = torch.Generator().manual_seed(seed)
+    counts, errors = [8, 16, 32, 64, 128, 256], []
+    for s in counts:
+        o = qtx.sampled_attention(q, k, v, sampler=name, num_samples=s, generator=g, **CAUSAL).output
+        errors.append(((o - exact).norm() / exact.norm()).item())
+    x, y = (torch.tensor(a, dtype=torch.float64).log() for a in (counts, errors))
+    slope = ((x - x.mean()) @ (y - y.mean()) / (x - x.mean()).square().sum()).item()
+    assert slope <= -0.45
+    assert name != "monte-carlo" or abs(slope + 0.5) <= 0.05
+
+
+@pytest.mark.parametrize("name", sorted(set(RANDOM) - {"monte-carlo"}))
+@pytest.mark.parametrize("num_samples", [8, 64])
+def test_no_worse_than_independent_draws(name, num_samples, seed):
+    q, k, v, exact = learned_attention()
+    g = torch.Generator().manual_seed(seed)
+
+    def error(sampler):
+        o = qtx.sampled_attention(
+            q, k, v, sampler=sampler, num_samples=num_samples, generator=g, **CAUSAL
+        ).output
+        return (o - exact).norm().item()
+
+    assert error(name) < error("monte-carlo")
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_standard_errors_have_the_right_size(name, seed):
+    """Root mean square of error / std_error is near 1: neither boastful nor timid."""
+    q, k, v, exact = learned_attention()
+    g = torch.Generator().manual_seed(seed)
+    est = qtx.sampled_attention(q, k, v, sampler=name, num_samples=64, replicates=16, generator=g, **CAUSAL)
+    ratio = (est.output - exact).square().sum() / est.std_error.double().square().sum()
+    assert 0.85 < math.sqrt(ratio) < 1.1

@@ -1,0 +1,282 @@
+"""`sampled_attention` against SDPA and against its own dense weights."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import qtx_lab as qtx
+from qtx_lab.attention import sampled
+from qtx_lab.samplers import SAMPLERS
+
+RANDOM = sorted(set(SAMPLERS) - {"exact"})
+SHAPES = [  # q, k, v, options
+    ((5, 8), (7, 8), (7, 3), {}),
+    ((2, 5, 8), (2, 7, 8), (2, 7, 8), {}),
+    ((2, 3, 5, 8), (2, 3, 7, 8), (2, 3, 7, 4), {}),
+    ((2, 1, 3, 6, 8), (2, 1, 3, 6, 8), (2, 1, 3, 6, 8), {"is_causal": True}),
+    ((2, 6, 9, 8), (2, 2, 9, 8), (2, 2, 9, 5), {"enable_gqa": True, "is_causal": True}),
+    ((4, 9, 8), (1, 9, 8), (1, 9, 5), {"enable_gqa": True}),
+    ((3, 4, 8), (3, 9, 8), (3, 9, 5), {"is_causal": True}),
+    ((3, 9, 8), (3, 4, 8), (3, 4, 5), {"is_causal": True}),
+    ((2, 2, 1, 8), (2, 2, 1, 8), (2, 2, 1, 8), {"scale": 0.3}),
+    ((2, 2, 0, 8), (2, 2, 4, 8), (2, 2, 4, 8), {}),
+    ((0, 2, 3, 8), (0, 2, 4, 8), (0, 2, 4, 8), {}),
+]
+
+
+def tensors(shapes, seed=0, dtype=torch.float32):
+    g = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(s, generator=g).to(dtype) for s in shapes)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def relative(a, b):
+    return ((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30)).item()
+
+
+@pytest.mark.parametrize("case", SHAPES, ids=str)
+def test_exact_is_sdpa(case):
+    *shapes, options = case
+    q, k, v = tensors(shapes)
+    est = qtx.sampled_attention(q, k, v, sampler="exact", **options)
+    expected = F.scaled_dot_product_attention(q, k, v, **options)
+    assert est.output.shape == expected.shape
+    assert torch.allclose(est.output, expected, atol=1e-6, rtol=1e-6)
+    # ... and so are its draws, which are made another way: softmax block by block.
+    values = v.repeat_interleave(q.shape[-3] // v.shape[-3], -3) if options.get("enable_gqa") else v
+    assert torch.allclose(est.attention_weights() @ values, expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", RANDOM)
+@pytest.mark.parametrize("case", SHAPES, ids=str)
+def test_output_is_the_drawn_weights_times_values_and_near_exact(case, name):
+    *shapes, options = case
+    q, k, v = tensors(shapes)
+    est = qtx.sampled_attention(
+        q, k, v, sampler=name, num_samples=512, replicates=8, generator=generator(), **options
+    )
+    assert est.draws.indices.shape == (*q.shape[:-1], 4096)
+    values = v.repeat_interleave(q.shape[-3] // v.shape[-3], -3) if options.get("enable_gqa") else v
+    weights = est.attention_weights()
+    assert torch.allclose(est.output, weights @ values, atol=1e-4)
+    if est.output.numel():
+        exact = F.scaled_dot_product_attention(q, k, v, **options)
+        assert relative(est.output, exact) < 0.06
+        assert est.std_error.shape == est.output.shape
+        assert bool(((est.output - exact).abs() <= 8 * est.std_error + 1e-4).all())
+
+
+def masks(shape, seed=3):
+    g = generator(seed)
+    keep = torch.rand(shape, generator=g) < 0.6
+    bias = torch.randn(shape, generator=g).masked_fill(~keep, -torch.inf)
+    return {"bool": keep, "float": bias}
+
+
+@pytest.mark.parametrize("kind", ["bool", "float"])
+@pytest.mark.parametrize("mask_shape", [(9,), (6, 9), (1, 9), (4, 6, 9), (2, 1, 6, 9), (2, 4, 6, 9)])
+@pytest.mark.parametrize("name", ["exact", "systematic"])
+def test_masks(kind, mask_shape, name, monkeypatch):
+    monkeypatch.setattr(sampled, "BLOCK_ELEMENTS", 40)  # several blocks, cut in the middle of a head
+    q, k, v = tensors([(2, 4, 6, 8), (2, 2, 9, 8), (2, 2, 9, 5)])
+    mask = masks(mask_shape)[kind]
+    est = qtx.sampled_attention(
+        q, k, v, sampler=name, num_samples=4096, attn_mask=mask, enable_gqa=True, generator=generator()
+    )
+    mask = mask.expand(6, 9) if mask.ndim == 1 else mask  # SDPA takes no mask of one dimension
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    assert relative(est.output, expected) < (1e-6 if name == "exact" else 0.01)
+    masked = ~mask if kind == "bool" else mask == -torch.inf
+    assert est.attention_weights()[masked.expand(2, 4, 6, 9)].eq(0).all()
+
+
+@pytest.mark.parametrize("kind", ["bool", "float"])
+@pytest.mark.parametrize("name", sorted(SAMPLERS))
+def test_an_all_masked_row_attends_to_nothing(kind, name):
+    q, k, v = tensors([(2, 5, 8), (2, 7, 8), (2, 7, 3)])
+    mask = torch.ones(5, 7, dtype=torch.bool)
+    mask[2] = False
+    if kind == "float":
+        mask = torch.zeros(5, 7).masked_fill(~mask, -torch.inf)
+    est = qtx.sampled_attention(q, k, v, sampler=name, num_samples=8, replicates=2, attn_mask=mask)
+    assert est.output[:, 2].eq(0).all()
+    assert est.std_error[:, 2].eq(0).all()
+    assert est.attention_weights()[:, 2].eq(0).all()
+    for part in (est.output, est.std_error, est.attention_weights()):
+        assert not part.isnan().any()
+    assert est.output[:, 1].ne(0).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", sorted(SAMPLERS))
+def test_dtypes(dtype, name):
+    """Draws are made in float32 (or float64), so the error is that of rounding the inputs and the output."""
+    q, k, v = tensors([(2, 6, 16), (2, 30, 16), (2, 30, 8)], dtype=dtype)
+    est = qtx.sampled_attention(q, k, v, sampler=name, num_samples=64, replicates=2, generator=generator())
+    assert est.output.dtype == dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    same = qtx.sampled_attention(
+        q.to(wide), k.to(wide), v.to(wide), sampler=name, num_samples=64, replicates=2, generator=generator()
+    )
+    assert torch.equal(est.draws.indices, same.draws.indices)
+    assert est.std_error.dtype == wide
+    assert relative(est.output, same.output) < {torch.float16: 2e-3, torch.bfloat16: 2e-2}.get(dtype, 1e-12)
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_same_seed_same_bits_on_one_thread_and_on_two(name):
+    q, k, v = tensors([(2, 8, 300, 32), (2, 2, 300, 32), (2, 2, 300, 32)])
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 2):
+            torch.set_num_threads(threads)
+            results.append(
+                qtx.sampled_attention(
+                    q, k, v, sampler=name, num_samples=32, replicates=2, is_causal=True, enable_gqa=True,
+                    generator=generator(5),
+                )
+            )  # fmt: skip
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert torch.equal(results[0].output, other.output)
+        assert torch.equal(results[0].std_error, other.std_error)
+        assert torch.equal(results[0].draws.indices, other.draws.indices)
+
+
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}])
+@pytest.mark.parametrize("name", RANDOM)
+def test_blocks_do_not_change_the_draws(name, options, monkeypatch):
+    q, k, v = tensors([(2, 4, 33, 8), (2, 2, 40, 8), (2, 2, 40, 8)], dtype=torch.float64)
+    estimates = []
+    for elements in (1, 100, 3000, 1 << 20):
+        monkeypatch.setattr(sampled, "BLOCK_ELEMENTS", elements)
+        estimates.append(
+            qtx.sampled_attention(
+                q,
+                k,
+                v,
+                sampler=name,
+                num_samples=8,
+                replicates=2,
+                enable_gqa=True,
+                generator=generator(),
+                **options,
+            )
+        )
+    for other in estimates[1:]:
+        assert torch.equal(estimates[0].draws.indices, other.draws.indices)
+        assert torch.allclose(estimates[0].std_error, other.std_error, rtol=1e-9, atol=1e-12)
+
+
+def test_randomness_comes_from_the_generator_alone():
+    q, k, v = tensors([(4, 8)] * 3)
+    state = torch.get_rng_state()
+    qtx.sampled_attention(q, k, v, num_samples=4, generator=generator())
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_inputs_are_left_alone():
+    q, k, v = tensors([(3, 20, 8)] * 3)
+    copies = [x.clone() for x in (q, k, v)]
+    for name in SAMPLERS:
+        qtx.sampled_attention(q, k, v, sampler=name, num_samples=4, replicates=2, is_causal=True)
+    assert all(torch.equal(a, b) for a, b in zip((q, k, v), copies, strict=True))
+
+
+def test_a_sampler_of_the_users_own():
+    class First:
+        """Always the first key that is not masked."""
+
+        name, unbiased, independent = "first", False, False
+
+        def draw(self, logits, num_samples, *, values=None, generator=None, replicates=1):
+            first = (
+                (logits > -torch.inf).int().argmax(-1, keepdim=True).expand(*logits.shape[:-1], num_samples)
+            )
+            return qtx.Draws(first, torch.full(first.shape, 1 / num_samples))
+
+    q, k, v = tensors([(3, 5, 8)] * 3)
+    est = qtx.sampled_attention(q, k, v, sampler=First(), num_samples=2)
+    assert torch.allclose(est.output, v[:, :1].expand(3, 5, 8))
+    assert est.diagnostics["sampler"] == "first"
+
+
+def test_diagnostics():
+    q, k, v = tensors([(3, 5, 8)] * 3)
+    d = qtx.sampled_attention(q, k, v, sampler="stratified", num_samples=6, replicates=3).diagnostics
+    assert (d["sampler"], d["num_samples"], d["replicates"], d["draws_per_row"]) == ("stratified", 6, 3, 18)
+    assert d["effective_sample_size"].shape == (3, 5)
+    assert torch.allclose(d["effective_sample_size"], torch.full((3, 5), 18.0))
+    assert d["fallbacks"] == ()
+
+
+Z = torch.zeros
+BAD = [  # q, k, v, options, error, what the message must hold
+    (Z(4, 8), Z(5, 9), Z(5, 8), {}, qtx.ShapeError, "features"),
+    (Z(4, 8), Z(5, 8), Z(6, 8), {}, qtx.ShapeError, "k and v"),
+    (Z(2, 4, 8), Z(3, 5, 8), Z(3, 5, 8), {}, qtx.ShapeError, "leading"),
+    (Z(4, 4, 8), Z(2, 5, 8), Z(2, 5, 8), {}, qtx.ShapeError, "enable_gqa"),
+    (Z(5, 4, 8), Z(2, 5, 8), Z(2, 5, 8), {"enable_gqa": True}, qtx.ShapeError, "multiple"),
+    (Z(4, 8), Z(0, 8), Z(0, 8), {}, qtx.ShapeError, "at least one key"),
+    (Z(4, 0), Z(5, 0), Z(5, 8), {}, qtx.ShapeError, "features"),
+    (Z(8), Z(5, 8), Z(5, 8), {}, qtx.ShapeError, "q has shape"),
+    (Z(4, 8).half(), Z(5, 8), Z(5, 8), {}, qtx.DtypeError, "agree"),
+    (Z(4, 8).long(), Z(5, 8).long(), Z(5, 8).long(), {}, qtx.DtypeError, "int64"),
+    ([[0.0]], Z(5, 8), Z(5, 8), {}, qtx.DtypeError, "q is a list"),
+    (Z(4, 8) + torch.nan, Z(5, 8), Z(5, 8), {}, qtx.ArgumentError, "q holds NaN"),
+    (Z(4, 8), Z(5, 8), Z(5, 8) + torch.inf, {}, qtx.ArgumentError, "v holds NaN or infinity"),
+    (Z(4, 8), Z(5, 8), Z(5, 8), {"num_samples": 0}, qtx.ArgumentError, "num_samples=0"),
+    (Z(4, 8), Z(5, 8), Z(5, 8), {"num_samples": -1}, qtx.ArgumentError, "num_samples=-1"),
+    (Z(4, 8), Z(5, 8), Z(5, 8), {"num_samples": 1.5}, qtx.ArgumentError, "whole number"),
+    (Z(4, 8), Z(5, 8), Z(5, 8), {"replicates": 0}, qtx.ArgumentError, "replicates=0"),
+    (Z(4, 8), Z(5, 8), Z(5, 8), {"sampler": "stratifed"}, qtx.ArgumentError, "Did you mean 'stratified'"),
+    (Z(4, 8), Z(5, 8), Z(5, 8), {"sampler": 7}, qtx.DtypeError, "sampler"),
+    (Z(4, 8), Z(5, 8), Z(5, 8), {"scale": math.nan}, qtx.ArgumentError, "scale"),
+    (Z(4, 8), Z(5, 8), Z(5, 8), {"attn_mask": Z(4, 6)}, qtx.ShapeError, "broadcast"),
+    (Z(4, 8), Z(5, 8), Z(5, 8), {"attn_mask": Z(2, 4, 5)}, qtx.ShapeError, "broadcast"),
+    (Z(4, 8), Z(5, 8), Z(5, 8), {"attn_mask": Z(4, 5).long()}, qtx.DtypeError, "attn_mask is torch.int64"),
+    (Z(4, 8), Z(5, 8), Z(5, 8), {"attn_mask": Z(4, 5) + torch.nan}, qtx.ArgumentError, "attn_mask holds"),
+    (Z(4, 8), Z(5, 8), Z(5, 8), {"attn_mask": Z(4, 5), "is_causal": True}, qtx.ArgumentError, "exclude"),
+    (Z(4, 8).requires_grad_(), Z(5, 8), Z(5, 8), {}, qtx.ArgumentError, "gradient"),
+    (Z(4, 8), Z(5, 8), Z(5, 8), {"generator": 3}, qtx.DtypeError, "generator"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("q", "k", "v", "options", "error", "match"), BAD)
+def test_bad_input_is_one_clear_error_before_any_work(q, k, v, options, error, match):
+    with pytest.raises(error, match=match) as caught:
+        qtx.sampled_attention(q, k, v, **options)
+    assert isinstance(caught.value, qtx.QtxError)
+    assert isinstance(caught.value, ValueError | TypeError)
+
+
+def test_overflowing_logits_are_refused():
+    q = torch.full((1, 4), 1e30)
+    with pytest.raises(qtx.ArgumentError, match="logits"):
+        qtx.sampled_attention(q, q, q)
+
+
+@pytest.mark.parametrize("length", [1024, 4096])
+def test_workspace_does_not_grow_with_the_map(length):
+    """Beyond inputs, output and draws, a call holds no more than BLOCK_ELEMENTS allows."""
+    from qtx_lab.experiments.bench import peak_memory
+
+    q, k, v = tensors([(1, 2, length, 32)] * 3)
+
+    def call():
+        return qtx.sampled_attention(q, k, v, sampler="systematic", num_samples=16, generator=generator())
+
+    est = call()
+    kept = est.output.nbytes + est.draws.indices.nbytes + 2 * est.draws.weights.nbytes
+    map_bytes = 2 * length * length * 4
+    limit = kept + q.nbytes + 64 * sampled.BLOCK_ELEMENTS + (8 << 20)
+    _, used = peak_memory(call)
+    assert used is None or used < limit
+    assert length < 4096 or limit < map_bytes

@@ -1,0 +1,91 @@
+"""What every test stands on: a fixed seed, a home of its own for runs, and no network."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import shutil
+import socket
+import tempfile
+from typing import Any
+
+import matplotlib
+import pytest
+import torch
+from hypothesis import settings
+
+SEED = int(os.environ.get("QTX_LAB_SEED", "20261123"))
+SOAK = os.environ.get("QTX_LAB_SOAK", "0") not in ("", "0")
+
+settings.register_profile("house", derandomize=True, deadline=None)
+settings.register_profile("soak", parent=settings.get_profile("house"), max_examples=2000)
+
+# Hooks and not fixtures, so that they also hold for the examples in qtx_lab's docstrings.
+
+_connect = {name: getattr(socket.socket, name) for name in ("connect", "connect_ex")}
+
+
+def _is_local(address: object) -> bool:
+    """Whether a socket address stays on this machine: a Unix path, or a loopback host."""
+    if not isinstance(address, tuple):
+        return True
+    host = str(address[0])
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _guarded(name: str) -> Any:
+    def connect(self: socket.socket, address: Any) -> Any:
+        # Connecting a datagram socket sends nothing: Dask does it to learn the machine's own address.
+        if self.type != socket.SOCK_DGRAM and not _is_local(address):
+            raise RuntimeError(f"A test reached for the network, {address!r}: only loopback is allowed.")
+        return _connect[name](self, address)
+
+    return connect
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Not by MPLBACKEND: notebook kernels would inherit it and show no figures.
+    matplotlib.use("agg")
+    settings.load_profile("soak" if SOAK else "house")
+    os.environ["QTX_LAB_HOME"] = tempfile.mkdtemp(prefix="qtx-lab-tests-")
+    for name in _connect:
+        setattr(socket.socket, name, _guarded(name))
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    for name, original in _connect.items():
+        setattr(socket.socket, name, original)
+    shutil.rmtree(os.environ.pop("QTX_LAB_HOME", ""), ignore_errors=True)
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    machine = f"torch {torch.__version__}, {torch.get_num_threads()} threads"
+    return f"QTX_LAB_SEED={SEED} QTX_LAB_SOAK={int(SOAK)} {machine}"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture
+def seed() -> int:
+    """The session's random seed: QTX_LAB_SEED, printed in the header."""
+    return SEED
+
+
+@pytest.fixture
+def generator(seed: int) -> torch.Generator:
+    """A CPU generator at the session's seed, new for every test."""
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture
+def soak() -> bool:
+    """Whether the long schedule was asked for (`make soak`)."""
+    return SOAK

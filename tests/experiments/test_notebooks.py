@@ -1,0 +1,157 @@
+"""Notebooks run by papermill: refused before work, kept after failure, and by this interpreter."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from qtx_lab.errors import ArgumentError, RunFailed, SpecError, TextError
+from qtx_lab.experiments.notebooks import notebook_path, run_notebook
+from qtx_lab.experiments.runs import runs
+from qtx_lab.experiments.spec import ExperimentSpec
+
+pytestmark = pytest.mark.notebooks
+
+
+def notebook(path: Path, parameters: str, *cells: str) -> Path:
+    new = nbformat.v4.new_notebook()
+    new.cells = [nbformat.v4.new_code_cell(cell) for cell in (parameters, *cells)]
+    new.cells[0].metadata["tags"] = ["parameters"]
+    nbformat.write(new, path)
+    return path
+
+
+def test_runs_in_a_folder_by_this_interpreter(tmp_path, monkeypatch) -> None:
+    impostor = tmp_path / "jupyter" / "kernels" / "python3"
+    impostor.mkdir(parents=True)
+    (impostor / "kernel.json").write_text(
+        json.dumps({"argv": ["false"], "language": "python", "display_name": "no"})
+    )
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    monkeypatch.setenv("JUPYTER_PREFER_ENV_PATH", "0")
+    monkeypatch.chdir(tmp_path)
+    path = notebook(
+        tmp_path / "a {brace}.ipynb",
+        "n = 1\nrun_dir = None\nwords = ()",
+        "import os, sys\nimport ipywidgets\nipywidgets.IntSlider()",
+        "from qtx_lab.experiments.runs import Run\n"
+        "run = Run.open(run_dir)\n"
+        "run.log(n=n)\n"
+        "run.update(results={'python': sys.executable, 'cwd': os.getcwd(), 'words': words,\n"
+        "                    'quiet': os.environ['DO_NOT_TRACK'], 'summary': ['n is 3.']})",
+    )
+    run = run_notebook(path, {"n": 3, "words": ["a", "b"]}, home="home", progress=False)
+    manifest = run.manifest
+    assert run.status == "done"
+    assert manifest["results"] == {
+        "python": sys.executable,
+        "cwd": str(tmp_path),
+        "words": ["a", "b"],
+        "quiet": "1",
+        "summary": ["n is 3."],
+    }
+    assert run.metrics()["n"].tolist() == [3]
+    assert "-p n 3" in manifest["command"]
+    executed = nbformat.read(run.path / path.name, as_version=4)
+    assert "widgets" not in executed.metadata
+    assert executed.metadata.papermill.input_path == path.name
+    assert "n is 3." in (run.path / "report.html").read_text(encoding="utf-8")
+
+
+def test_refuses_before_any_work(tmp_path) -> None:
+    path = notebook(tmp_path / "a.ipynb", "num_samples = 8\nrun_dir = None")
+    home = tmp_path / "home"
+    with pytest.raises(SpecError, match=r"no parameter 'num_sample'\. Did you mean 'num_samples'"):
+        run_notebook(path, {"num_sample": 9}, home=home)
+    with pytest.raises(SpecError, match="no parameter 'run_dir'"):
+        run_notebook(path, {"run_dir": "elsewhere"}, home=home)
+    with pytest.raises(ArgumentError, match="neither a file nor a shipped notebook"):
+        run_notebook(tmp_path / "none.ipynb", home=home)
+    for content in ("not JSON", "{}", "[]", json.dumps({"nbformat": 4, "nbformat_minor": 5})):
+        (tmp_path / "bad.ipynb").write_text(content)
+        with pytest.raises(ArgumentError, match="cannot be read as a notebook"):
+            run_notebook(tmp_path / "bad.ipynb", home=home)
+    other = nbformat.read(path, as_version=4)
+    other.metadata["kernelspec"] = {"name": "ir", "language": "R", "display_name": "R"}
+    nbformat.write(other, tmp_path / "r.ipynb")
+    with pytest.raises(ArgumentError, match="is in R; only Python"):
+        run_notebook(tmp_path / "r.ipynb", home=home)
+    assert not home.exists()
+
+
+def test_a_notebook_with_an_experiments_parameters_is_checked_as_one(tmp_path) -> None:
+    defaults = "\n".join(f"{name} = {value!r}" for name, value in ExperimentSpec().to_parameters().items())
+    path = notebook(tmp_path / "a.ipynb", defaults + "\nrun_dir = None", "1 / 0")
+    home = tmp_path / "home"
+    with pytest.raises(SpecError, match="layer=77"):
+        run_notebook(path, {"layer": 77}, home=home)
+    (tmp_path / "latin.txt").write_bytes(b"gr\xfc\xdfe" * 1000)
+    for text in ("latin.txt", "missing.txt"):
+        with pytest.raises(TextError, match=text):
+            run_notebook(path, ExperimentSpec(text=str(tmp_path / text)), home=home)
+    assert not home.exists()
+
+
+def test_a_failing_cell_is_named_and_kept(tmp_path) -> None:
+    path = notebook(tmp_path / "a.ipynb", "", "x = 1", "# a comment\nassert x == 2, 'x is off'")
+    with pytest.raises(
+        RunFailed, match=r"a.ipynb stopped in cell \[.\] \(# a comment\) with AssertionError: x is off"
+    ):
+        run_notebook(path, home=tmp_path / "home", progress=False)
+    table = runs(tmp_path / "home")
+    assert table["status"].tolist() == ["failed"]
+    assert "x is off" in table["error"][0]
+    folder = Path(table["path"][0])
+    assert "x is off" in (folder / "a.ipynb").read_text(encoding="utf-8")
+    assert "This run failed" in (folder / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.chaos
+def test_a_kernel_that_dies(tmp_path) -> None:
+    path = notebook(tmp_path / "a.ipynb", "", "import os\nos._exit(9)")
+    with pytest.raises(RunFailed, match="kernel died"):
+        run_notebook(path, home=tmp_path / "home", progress=False)
+    assert runs(tmp_path / "home")["status"].tolist() == ["failed"]
+
+
+@pytest.mark.chaos
+def test_ctrl_c_interrupts(tmp_path) -> None:
+    path = notebook(
+        tmp_path / "a.ipynb",
+        "",
+        f"open({str(tmp_path / 'ready')!r}, 'w').close()\nimport time\ntime.sleep(60)",
+    )
+    command = [sys.executable, "-m", "qtx_lab.cli", "run", path, "--home", tmp_path / "home"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        end = time.monotonic() + 60
+        while not (tmp_path / "ready").exists() and process.poll() is None and time.monotonic() < end:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    table = runs(tmp_path / "home")
+    assert table["status"].tolist() == ["interrupted"]
+    assert (Path(table["path"][0]) / "a.ipynb").exists()
+
+
+def test_shipped_notebooks_are_found_by_name() -> None:
+    path = notebook_path("00_quickstart")
+    assert path == notebook_path("00_quickstart.ipynb")
+    with pytest.raises(ArgumentError, match="Did you mean '00_quickstart'"):
+        notebook_path("00_quikstart")
+
+
+def test_the_quickstart_declares_the_experiment_with_its_defaults() -> None:
+    cells = nbformat.read(notebook_path("00_quickstart"), as_version=4).cells
+    declared: dict[str, object] = {}
+    exec(next(cell.source for cell in cells if "parameters" in cell.metadata.get("tags", [])), declared)
+    del declared["__builtins__"]
+    assert declared == {**ExperimentSpec().to_parameters(), "run_dir": None}

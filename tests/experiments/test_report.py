@@ -1,0 +1,85 @@
+"""The report: one page that stands alone, whatever became of the run."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+
+import pandas as pd
+import pytest
+
+from qtx_lab.experiments.report import write_report
+from qtx_lab.experiments.runs import Run
+from qtx_lab.experiments.spec import ExperimentSpec, NotebookSpec
+
+
+def draw(data: pd.DataFrame, theme: str):
+    import matplotlib.pyplot as plt
+
+    return plt.figure(figsize=(2, 1))
+
+
+class Page(HTMLParser):
+    """What a page loads and shows."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "link", "img", "source"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_the_page_stands_alone(tmp_path) -> None:
+    data = pd.DataFrame({"draws": [8, 16], "error": [0.5, 0.25]})
+    with Run.create(ExperimentSpec(), "trial", tmp_path) as run:
+        run.update(
+            title="A <b>finding</b>",
+            command="qtx-lab demo --seed 0",
+            results={
+                "summary": ["It works & is safe."],
+                "table": [{"n": 8, "error": 0.123456}, {"n": 12345}],
+            },
+        )
+        run.save_figure("later", draw, data, "its caption")
+        run.save_figure("earlier", draw, data.loc[data.index.repeat(100_000)], "a large one", title="Large")
+    text = write_report(run).read_text(encoding="utf-8")
+    page = Page(text)
+    assert page.open == []
+    assert "A &lt;b&gt;finding&lt;/b&gt;" in text
+    assert "It works &amp; is safe." in text
+    assert "0.1235" in text
+    assert not {"script", "iframe", "object", "embed"} & {tag for tag, _ in page.tags}
+    loaded = [attrs.get(key) for _, attrs in page.tags for key in ("src", "srcset") if attrs.get(key)]
+    assert len(loaded) == 4
+    assert all(address.startswith("data:image/png;base64,") for address in loaded)
+    assert not re.search(r"https?://|@import|url\(", text)
+    assert all(attrs["alt"] for tag, attrs in page.tags if tag == "img")
+    downloads = [attrs["href"] for tag, attrs in page.tags if tag == "a" and "download" in attrs]
+    assert [link.startswith("data:text/csv;base64,") for link in downloads] == [True]
+    assert "figures/earlier.parquet" in text
+    assert text.index("its caption") < text.index("a large one")
+    assert "qtx-lab demo --seed 0" in text
+    assert "This run" not in text
+    assert str(tmp_path) not in text
+
+
+@pytest.mark.parametrize(
+    ("raised", "says"), [(ValueError("off by <1>"), "failed"), (KeyboardInterrupt(), "interrupted")]
+)
+def test_a_run_that_did_not_end_well_says_so_first(tmp_path, raised, says) -> None:
+    with pytest.raises(type(raised)), Run.create(NotebookSpec(notebook="x"), "trial", tmp_path) as run:
+        raise raised
+    (run.path / "spec.yaml").write_text("]")
+    (run.path / "figures" / "cut.json").write_text("{")
+    text = write_report(run).read_text(encoding="utf-8")
+    assert f"This run {'was ' if says == 'interrupted' else ''}{says}" in text
+    assert ("off by &lt;1&gt;" in text) == (says == "failed")
+    assert "spec.yaml cannot be read" in text

@@ -1,0 +1,300 @@
+"""Run folders: written whole or not at all, and they say how a run ended whatever ended it."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from qtx_lab.errors import ArgumentError, StorageError
+from qtx_lab.experiments import provenance
+from qtx_lab.experiments.runs import Run, find_run, runs
+from qtx_lab.experiments.spec import ExperimentSpec
+from qtx_lab.experiments.storage import read_frame, write_atomic
+
+
+@pytest.fixture
+def spec() -> ExperimentSpec:
+    return ExperimentSpec(seed=3)
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_a_run_keeps_what_was_asked_and_done(tmp_path, spec) -> None:
+    with Run.create(spec, "trial", tmp_path) as run:
+        assert run.status == "running"
+        run.update(results={"error": np.float32(0.5), "bad": float("nan")})
+        run.update(results={"draws": 64})
+    manifest = Run.open(run.path).manifest
+    assert ExperimentSpec.from_yaml(run.path / "spec.yaml") == spec
+    assert manifest["spec"] == {"kind": "ExperimentSpec", "identity": spec.identity}
+    assert manifest["results"] == {"error": 0.5, "bad": None, "draws": 64}
+    assert (manifest["status"], manifest["seed"], manifest["name"]) == ("done", 3, "trial")
+    assert {"python", "qtx_lab", "torch", "numpy"} <= set(manifest["versions"])
+    assert manifest["machine"]["cores"] >= 1
+    assert manifest["seconds"] >= 0
+    assert names(tmp_path) == {run.path.name}
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "error"),
+    [(ValueError("no good"), "failed", "ValueError: no good"), (KeyboardInterrupt(), "interrupted", None)],
+)
+def test_how_a_run_ended(tmp_path, spec, raised, status, error) -> None:
+    with pytest.raises(type(raised)), Run.create(spec, "trial", tmp_path) as run:
+        raise raised
+    manifest = run.manifest
+    assert (manifest["status"], manifest.get("error")) == (status, error)
+
+
+@pytest.mark.parametrize("name", ["", "../up", ".hidden", "a/b", "x" * 81])
+def test_refuses_names_that_are_no_folder(tmp_path, spec, name) -> None:
+    with pytest.raises(ArgumentError, match="name="):
+        Run.create(spec, name, tmp_path / "home")
+    assert not (tmp_path / "home").exists()
+
+
+def test_metrics_append_and_grow_columns(tmp_path, spec) -> None:
+    run = Run.create(spec, "trial", tmp_path)
+    assert run.metrics().empty
+    run.log(sampler="exact", draws=np.int64(8), error=1)
+    run.log_many([{"sampler": "it's", "error": 0.5, "fine": True}, {"draws": 2**60}])
+    metrics = run.metrics()
+    assert list(metrics.columns) == ["sampler", "draws", "error", "fine"]
+    assert metrics["error"].tolist()[:2] == [1.0, 0.5]
+    assert metrics["sampler"].tolist()[:2] == ["exact", "it's"]
+    assert metrics["error"].isna().tolist() == [False, False, True]
+
+
+def test_same_rows_same_bytes(tmp_path, spec) -> None:
+    written = set()
+    for name in ("one", "two"):
+        run = Run.create(spec, name, tmp_path)
+        run.log_many({"i": i, "x": i / 7, "name": str(i % 5)} for i in range(5000))
+        run.log(i=1, extra=2.5)
+        written.add((run.path / "metrics.parquet").read_bytes())
+    assert len(written) == 1
+
+
+def test_refuses_untidy_metrics(tmp_path, spec) -> None:
+    run = Run.create(spec, "trial", tmp_path)
+    run.log(x=1)
+    for row in ({"x": "text"}, {"x": [1, 2]}, {"y": np.zeros(2)}):
+        with pytest.raises(ArgumentError, match=r"one kind|cannot be a metric"):
+            run.log(**row)
+    with pytest.raises(ArgumentError, match="mixes bool, int"):
+        run.log_many([{"z": 1}, {"z": True}])
+    assert len(run.metrics()) == 1
+
+
+def draw(data: pd.DataFrame, theme: str):
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(2, 1), facecolor="white" if theme == "light" else "black")
+    axes.plot(data["x"])
+    return figure
+
+
+def test_figures_in_both_themes_with_data(tmp_path, spec) -> None:
+    import matplotlib.pyplot as plt
+
+    run = Run.create(spec, "trial", tmp_path)
+    data = pd.DataFrame({"x": [1.0, 2.0], "name": ["a", "b"]})
+    before = plt.get_fignums()
+    for name in ("second", "first", "second"):
+        picture = run.save_figure(name, draw, data, f"caption of {name}", title="a title")
+    assert plt.get_fignums() == before
+    assert picture.data == (run.path / "figures" / "second.png").read_bytes()
+    assert names(run.path / "figures") == {
+        f"{name}{end}"
+        for name in ("first", "second")
+        for end in (".png", ".svg", ".json", ".parquet", "-dark.png")
+    }
+    assert [facts["name"] for facts in run.figures()] == ["second", "first"]
+    pd.testing.assert_frame_equal(read_frame(run.path / "figures" / "first.parquet"), data)
+    light, dark = (run.path / "figures" / f"first{end}.png" for end in ("", "-dark"))
+    assert light.read_bytes() != dark.read_bytes()
+
+
+def test_commit_is_that_of_the_package_or_absent() -> None:
+    found = provenance.commit()
+    assert found is None or (len(found["commit"]) == 40 and isinstance(found["dirty"], bool))
+
+
+def test_listing_nothing(tmp_path) -> None:
+    for home in (tmp_path, tmp_path / "missing"):
+        assert runs(home).empty
+        assert runs(home).attrs["skipped"] == []
+
+
+def test_listing_skips_what_is_broken_and_says_why(tmp_path, spec) -> None:
+    with Run.create(spec, "good", tmp_path) as run:
+        pass
+    stored = json.loads((run.path / "manifest.json").read_text())
+    broken = {
+        "cut": (run.path / "manifest.json").read_bytes()[:100],
+        "bytes": b"\xff\xfe\x00",
+        "deep": b"[" * 200_000,
+        "list": b"[]",
+        "status": json.dumps({**stored, "status": "great"}).encode(),
+        "start": json.dumps({**stored, "started": "today"}).encode(),
+        "seed": json.dumps({**stored, "seed": 2**70}).encode(),
+        "seconds": json.dumps({**stored, "seconds": "long"}).encode(),
+    }
+    for name, content in broken.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").write_bytes(content)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "directory" / "manifest.json").mkdir(parents=True)
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    table = runs(tmp_path)
+    assert table["run"].tolist() == [run.path.name]
+    skipped = dict(table.attrs["skipped"])
+    assert set(skipped) == {*broken, "folder", "notes.txt", "directory", "dangling"}
+    assert all(skipped.values())
+
+
+def test_newest_first_and_found_by_part_of_the_name(tmp_path, spec) -> None:
+    made = [Run.create(spec, name, tmp_path) for name in ("a", "b", "c")]
+    for age, run in enumerate(reversed(made)):
+        run.update(started=f"2024-01-0{9 - age}T00:00:00.000+00:00")
+    assert runs(tmp_path)["name"].tolist() == ["c", "b", "a"]
+    assert find_run(made[1].path.name[-6:], tmp_path).path == made[1].path
+    assert find_run(made[1].path).path == made[1].path
+    for part in ("nothing", "2"):
+        with pytest.raises(ArgumentError, match="run="):
+            find_run(part, tmp_path)
+
+
+def test_home_that_cannot_hold_runs(tmp_path, spec, monkeypatch) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="Cannot write"):
+        Run.create(spec, "trial", tmp_path / "file")
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=5 << 20))
+    with pytest.raises(StorageError, match=r"5 MiB free.*64 MiB.*--home"):
+        Run.create(spec, "trial", tmp_path)
+    assert names(tmp_path) == {"file"}
+
+
+@pytest.mark.parametrize("files_before", range(2))
+def test_disk_full_while_a_run_is_made_leaves_nothing(tmp_path, spec, monkeypatch, files_before) -> None:
+    # A disk that fills up between two writes cannot be had on purpose, so fsync says it for the disk.
+    count = iter(range(100))
+
+    def fsync(descriptor: int) -> None:
+        if next(count) >= files_before * 2:  # a file and its folder
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(StorageError, match=r"No space left.*free some space"):
+        Run.create(spec, "trial", tmp_path)
+    assert names(tmp_path) == set()
+
+
+def test_write_atomic_keeps_the_old_file(tmp_path, monkeypatch) -> None:
+    path = tmp_path / "file"
+    write_atomic(path, b"old")
+    monkeypatch.setattr(os, "replace", lambda *paths: (_ for _ in ()).throw(OSError(errno.EIO, "broken")))
+    with pytest.raises(StorageError, match="broken"):
+        write_atomic(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert names(tmp_path) == {"file"}
+
+
+LIMITED = """
+import resource, sys
+from qtx_lab.errors import StorageError
+from qtx_lab.experiments.runs import Run
+from qtx_lab.experiments.spec import ExperimentSpec
+import os
+run = Run.create(ExperimentSpec(), "trial", sys.argv[1])
+try:
+    with run:
+        run.log(x=1)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+        run.log_many({"x": hash(str(i))} for i in range(20_000))
+except StorageError as error:
+    print(error)
+"""
+
+
+@pytest.mark.chaos
+def test_files_that_may_not_grow_fail_the_run(tmp_path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, tmp_path], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("Cannot write")
+    table = runs(tmp_path)
+    assert table["status"].tolist() == ["failed"]
+    assert "StorageError" in table["error"][0]
+    run = find_run(table["path"][0])
+    assert run.metrics()["x"].tolist() == [1]
+    assert names(run.path) == {"figures", "manifest.json", "metrics.parquet", "spec.yaml"}
+
+
+@pytest.mark.chaos
+def test_a_disk_that_is_really_full(tmp_path, spec) -> None:
+    mount = ["mount", "-t", "tmpfs", "-o", "size=70m", "tmpfs", tmp_path]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        with pytest.raises(StorageError, match="No space left"), Run.create(spec, "trial", tmp_path) as run:  # noqa: PT012
+            run.log(x=1)
+            with suppress(OSError), (tmp_path / ".filler").open("wb", buffering=0) as filler:
+                while filler.write(bytes(1 << 16)):
+                    pass
+            run.log_many({"x": hash(str(i))} for i in range(20_000))
+        assert run.metrics()["x"].tolist() == [1]
+        with pytest.raises(StorageError, match="0 MiB free"):
+            Run.create(spec, "next", tmp_path)
+        assert len(runs(tmp_path)) == 1
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+
+
+ENDLESS = """
+import sys
+from qtx_lab.experiments.runs import Run
+from qtx_lab.experiments.spec import ExperimentSpec
+with Run.create(ExperimentSpec(), "trial", sys.argv[1]) as run:
+    print(run.path, flush=True)
+    for i in range(1_000_000):
+        run.log(step=i)
+        run.update(results={"step": i})
+        print(i, flush=True)
+"""
+
+
+@pytest.mark.chaos
+def test_a_killed_process_leaves_a_run_that_reads_as_interrupted(tmp_path) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", ENDLESS, tmp_path], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        path = Path(process.stdout.readline().strip())
+        for _ in range(5):
+            last = int(process.stdout.readline())
+        assert Run.open(path).status == "running"
+        process.send_signal(signal.SIGKILL)
+    run = Run.open(path)
+    assert run.status == "interrupted"
+    assert runs(tmp_path)["status"].tolist() == ["interrupted"]
+    assert run.metrics()["step"].tolist()[: last + 1] == list(range(last + 1))
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["process"] = {**manifest["process"], "pid": os.getpid()}  # the pid was given to another process
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    assert Run.open(path).status == "interrupted"

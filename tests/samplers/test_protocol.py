@@ -1,0 +1,120 @@
+"""Every sampler keeps the interface of `qtx_lab.samplers.base.Sampler`."""
+
+import pytest
+import torch
+
+import qtx_lab as qtx
+from qtx_lab.samplers import SAMPLERS
+
+NAMES = sorted(SAMPLERS)
+
+
+@pytest.fixture(params=NAMES)
+def sampler(request):
+    return qtx.make_sampler(request.param)
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("shape", [(7,), (3, 7), (2, 0, 7), (2, 3, 5, 130)])
+def test_shapes_dtypes_and_weights(sampler, shape):
+    logits = torch.randn(shape, generator=seeded(1))
+    draws = sampler.draw(logits, 5, generator=seeded(0), replicates=3)
+    total = 3 * (shape[-1] if sampler.name == "exact" else 5)
+    assert draws.indices.shape == draws.weights.shape == draws.probabilities.shape == (*shape[:-1], total)
+    assert draws.indices.dtype == torch.int64
+    assert draws.weights.dtype == logits.dtype
+    assert draws.replicates == 3
+    assert torch.allclose(draws.weights.sum(-1), torch.ones(shape[:-1]), atol=1e-6)
+    p = logits.softmax(-1)
+    assert torch.allclose(draws.probabilities, p.gather(-1, draws.indices), atol=1e-6)
+    if logits.numel():
+        assert torch.allclose(draws.dense(shape[-1]).sum(-1), torch.ones(shape[:-1]), atol=1e-5)
+
+
+def test_masked_keys_are_never_drawn(sampler):
+    g = seeded(2)
+    logits = torch.randn(2000, 40, generator=g)
+    mask = torch.rand(2000, 40, generator=g) < 0.7
+    mask[:, 11] = False
+    logits = logits.masked_fill(mask, -torch.inf)
+    logits[:, 11] = -200.0  # all but impossible, yet the last resort of a row where all else is masked
+    draws = sampler.draw(logits, 16, generator=g)
+    assert bool((logits.gather(-1, draws.indices)[draws.weights > 0] > -torch.inf).all())
+
+
+@pytest.mark.parametrize("point", [0.0, 1 - 2**-53])
+def test_the_ends_of_the_unit_interval(point):
+    """The first point is the first key of positive mass, the last one the last; masked ones lie outside."""
+    from qtx_lab.samplers.base import invert
+
+    logits = torch.tensor([[-torch.inf, 0.3, -1.0, 2.0, -torch.inf], [5.0, -torch.inf, 0, 0, 0]])
+    drawn = invert(logits, torch.full((2, 1), point, dtype=torch.float64), 1).indices.squeeze(-1)
+    assert drawn.tolist() == ([1, 0] if point == 0 else [3, 4])
+
+
+def test_an_all_masked_row_has_no_weight(sampler):
+    logits = torch.zeros(3, 4)
+    logits[1] = -torch.inf
+    draws = sampler.draw(logits, 6, generator=seeded(0), replicates=2)
+    assert draws.weights[1].eq(0).all()
+    assert draws.weights[0].sum() == pytest.approx(1)
+    assert draws.effective_sample_size()[1] == 0
+    assert not draws.probabilities.isnan().any()
+
+
+def test_same_seed_same_bits(sampler):
+    logits = torch.randn(50, 300, generator=seeded(3))
+    first, second, other = (
+        sampler.draw(logits, 16, generator=seeded(s), replicates=2).indices for s in (7, 7, 8)
+    )
+    assert torch.equal(first, second)
+    assert sampler.name == "exact" or not torch.equal(first, other)
+
+
+def test_extreme_logits(sampler):
+    logits = torch.tensor([[1e30, -1e30, 0.0], [-3e38, -3e38, -3e38], [88.0, 89.0, -1e5]])
+    draws = sampler.draw(logits, 64, generator=seeded(0))
+    dense = draws.dense(3)
+    assert dense[0].tolist() == [1, 0, 0]
+    assert torch.allclose(dense[1], torch.full((3,), 1 / 3), atol=0.2)
+    assert dense[2, 2] == 0
+
+
+@pytest.mark.parametrize(
+    ("logits", "count", "replicates", "match"),
+    [
+        (torch.zeros(4), 0, 1, "num_samples=0"),
+        (torch.zeros(4), -3, 1, "num_samples=-3"),
+        (torch.zeros(4), 2.5, 1, r"num_samples=2\.5"),
+        (torch.zeros(4), True, 1, "num_samples=True"),
+        (torch.zeros(4), 4, 0, "replicates=0"),
+        (torch.zeros(3, 0), 4, 1, "at least|n >= 1"),
+        (torch.tensor([0.0, torch.nan]), 4, 1, "NaN"),
+        (torch.tensor([0.0, torch.inf]), 4, 1, "inf"),
+    ],
+)
+def test_bad_input_is_one_clear_error(sampler, logits, count, replicates, match):
+    with pytest.raises(qtx.ArgumentError, match=match):
+        sampler.draw(logits, count, replicates=replicates)
+
+
+@pytest.mark.parametrize(
+    "logits", [torch.zeros(4, dtype=torch.float16), torch.zeros(4, dtype=torch.int64), [0.0]]
+)
+def test_bad_dtype_is_one_clear_error(sampler, logits):
+    with pytest.raises(qtx.DtypeError, match="float32 or float64"):
+        sampler.draw(logits, 4)
+
+
+def test_unknown_name_offers_the_nearest():
+    with pytest.raises(qtx.ArgumentError, match="Did you mean 'systematic'"):
+        qtx.make_sampler("sistematic")
+
+
+def test_docstrings_state_bias_variance_and_source(sampler):
+    text = type(sampler).__doc__.lower()
+    assert "variance" in text
+    assert sampler.name == "exact" or "unbiased" in text

@@ -1,0 +1,127 @@
+"""The command line: errors in one line, exit codes, and a help that loads nothing heavy."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+
+import qtx_lab
+from qtx_lab.cli import main
+from qtx_lab.errors import RunFailed
+from qtx_lab.experiments.runs import Run
+from qtx_lab.experiments.spec import ExperimentSpec
+
+
+def call(*arguments: object):
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def test_help_and_version_load_nothing_heavy() -> None:
+    code = (
+        "import sys\nfrom qtx_lab.cli import main\n"
+        "main(['--help'], standalone_mode=False)\n"
+        "print(sorted({'torch', 'pandas', 'pydantic', 'papermill'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert all(
+        command in done.stdout for command in ("demo", "lab", "run ", "runs", "report", "train", "bench")
+    )
+    assert qtx_lab.__version__ in call("--version").output
+
+
+def test_runs_lists_and_says_what_was_skipped(tmp_path) -> None:
+    assert "No runs" in call("runs", "--home", tmp_path).output
+    with Run.create(ExperimentSpec(seed=5), "trial", tmp_path) as run:
+        pass
+    (tmp_path / "mine").mkdir()
+    listed = call("runs", "--home", tmp_path)
+    assert listed.exit_code == 0
+    assert listed.stdout.splitlines()[0].split() == ["run", "name", "status", "started", "seconds", "path"]
+    assert run.path.name in listed.stdout
+    assert "skipped mine: not a run" in listed.stderr
+    content = json.loads(call("runs", "--home", tmp_path, "--json").stdout)
+    assert content["runs"][0]["seed"] == 5
+    assert content["skipped"][0]["folder"] == "mine"
+
+
+def test_report_by_part_of_the_name(tmp_path) -> None:
+    with Run.create(ExperimentSpec(), "trial", tmp_path) as run:
+        pass
+    done = call("report", run.path.name[-6:], "--home", tmp_path)
+    assert done.output.strip() == str(run.path / "report.html")
+    assert (run.path / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["demo", "--layer", "9"], "layer=9"),
+        (["demo", "--samplers", "exact,sytematic"], "Did you mean 'systematic'"),
+        (["demo", "--sample-counts", "8,0"], "sample_counts[1]=0"),
+        (["demo", "--text", "no such file"], "no such file"),
+        (["run", "no such notebook"], "no such notebook"),
+        (["report", "nothing"], "none of the 0 runs"),
+    ],
+)
+def test_what_is_not_allowed_is_one_line_and_exit_2(tmp_path, arguments, says) -> None:
+    done = call(*arguments, "--home", tmp_path / "home")
+    assert done.exit_code == 2
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert says in done.stderr
+    assert not (tmp_path / "home").exists()
+
+
+@pytest.mark.parametrize("name", ["empty", "binary"])
+def test_demo_refuses_text_before_any_run(tmp_path, name) -> None:
+    (tmp_path / "empty").write_bytes(b"")
+    (tmp_path / "binary").write_bytes(bytes(range(256)))
+    done = call("demo", "--text", tmp_path / name, "--home", tmp_path / "home")
+    assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
+    assert not (tmp_path / "home").exists()
+
+
+@pytest.fixture
+def asked(monkeypatch, tmp_path) -> list:
+    calls: list = []
+
+    def run_notebook(notebook, parameters, **options):
+        calls.append((notebook, parameters, options))
+        if options["name"] == "fails":
+            error = RunFailed("a.ipynb stopped in\ncell [1]")
+            error.add_note("kept in somewhere")
+            raise error
+        with Run.create(ExperimentSpec(), "trial", tmp_path) as run:
+            run.update(results={"summary": ["One.", "Two."]})
+        return run
+
+    monkeypatch.setattr("qtx_lab.experiments.notebooks.run_notebook", run_notebook)
+    return calls
+
+
+def test_demo_prints_the_report_last(asked, tmp_path) -> None:
+    done = call("demo", "--samplers", "exact, monte-carlo", "--sample-counts", "16,8", "--seed", 4)
+    assert done.exit_code == 0, done.output
+    assert done.stdout.splitlines()[:2] == ["One.", "Two."]
+    assert done.stdout.splitlines()[-1].endswith("report.html")
+    spec = ExperimentSpec(samplers=("exact", "monte-carlo"), sample_counts=(8, 16), seed=4)
+    assert asked[0][:2] == ("00_quickstart", spec)
+
+
+def test_run_reads_values_as_yaml(asked) -> None:
+    done = call("run", "x", "-p", "n", "3", "-p", "words", "[a, b]", "-p", "rate", "0.5", "-p", "name", "it")
+    assert done.exit_code == 0
+    assert asked[0][1] == {"n": 3, "words": ["a", "b"], "rate": 0.5, "name": "it"}
+    assert call("run", "x", "-p", "n", "[1").exit_code == 2
+    assert call("run", "x", "-p", "n", "1", "-p", "n", "2").exit_code == 2
+
+
+def test_a_failed_run_is_exit_1(asked) -> None:
+    done = call("run", "x", "--name", "fails")
+    assert done.exit_code == 1
+    assert done.stderr == "error: a.ipynb stopped in cell [1] (kept in somewhere)\n"

@@ -1,0 +1,52 @@
+"""`Draws` and `AttentionEstimate`."""
+
+import pytest
+import torch
+
+import qtx_lab as qtx
+
+
+def random_draws(shape, n, s, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return qtx.Draws(torch.randint(n, (*shape, s), generator=g), torch.rand(*shape, s, generator=g))
+
+
+@pytest.mark.parametrize("batch", [(), (3,), (2, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_average_is_the_dense_weights_times_values(batch, dtype):
+    draws = random_draws((*batch, 5), 11, 7)
+    values = torch.randn(*batch, 11, 4, dtype=dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    expected = draws.dense(11).to(wide) @ values.to(wide)
+    average = draws.average(values)
+    assert average.dtype == wide
+    assert torch.allclose(average, expected, atol=1e-5)
+
+
+def test_average_refuses_values_of_another_batch():
+    with pytest.raises(qtx.ShapeError, match="leading dimensions"):
+        random_draws((2, 5), 11, 7).average(torch.zeros(3, 11, 4))
+
+
+def test_multiplicity_counts_each_key_in_its_row():
+    draws = qtx.Draws(torch.tensor([[3, 1, 3, 3], [0, 2, 1, 2]]), torch.full((2, 4), 0.25))
+    assert draws.multiplicity().tolist() == [[3, 1, 3, 3], [1, 2, 1, 2]]
+
+
+def test_effective_sample_size():
+    draws = qtx.Draws(torch.zeros(3, 4).long(), torch.tensor([[0.25] * 4, [1.0, 0, 0, 0], [0.0] * 4]))
+    assert draws.effective_sample_size().tolist() == [4, 1, 0]
+
+
+def test_an_interval_needs_a_level_and_an_error():
+    q = torch.zeros(4, 8)
+    one = qtx.sampled_attention(q, q, q, sampler="systematic", num_samples=4)
+    assert one.std_error is None
+    with pytest.raises(qtx.ArgumentError, match="replicates >= 2"):
+        one.confidence_interval()
+    two = qtx.sampled_attention(q, q, q, sampler="systematic", num_samples=4, replicates=2)
+    for level in (0, 1, -0.5, 95):
+        with pytest.raises(qtx.ArgumentError, match="between 0 and 1"):
+            two.confidence_interval(level)
+    with pytest.raises(AttributeError):
+        two.output = q

@@ -5,6 +5,7 @@ Every function takes `(data, theme)` and returns a matplotlib `Figure`; `functoo
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -137,7 +138,7 @@ def error_against_draws(data: pd.DataFrame, theme: str, *, title: str) -> Figure
             )  # fmt: skip
         _plain_log(ax)
         _direct_labels(figure, ax, labels)
-        ax.set_title(title)
+        ax.set_title(textwrap.fill(title, 72))
     return figure
 
 
@@ -166,7 +167,7 @@ def variance_map(data: pd.DataFrame, theme: str, *, title: str) -> Figure:
         ax.set_ylabel("layer")
         ax.grid(False)
         figure.colorbar(image, label="relative variance, E‖ô − o‖² / ‖o‖² (log scale)")
-        ax.set_title(title)
+        ax.set_title(textwrap.fill(title, 72))
     return figure
 
 
@@ -192,7 +193,7 @@ def bits_against_draws(data: pd.DataFrame, theme: str, *, title: str, exact: flo
             last = part.iloc[-1]
             labels.append((str(sampler), last["num_samples"], last["bits_per_byte"], style["color"]))
         _direct_labels(figure, ax, labels)
-        ax.set_title(title)
+        ax.set_title(textwrap.fill(title, 72))
     return figure
 
 
@@ -224,7 +225,7 @@ def time_per_token(data: pd.DataFrame, theme: str, *, title: str) -> Figure:
         ax.set_xlabel("milliseconds per token, whole model (median; bar: fastest to slowest)")
         ax.grid(False, axis="y")
         ax.margins(x=0.1)
-        ax.set_title(title)
+        ax.set_title(textwrap.fill(title, 72))
     return figure
 
 

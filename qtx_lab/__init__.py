@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "attention": ["sampled_attention"],
+    "controls": ["MultilevelControlVariate"],
     "errors": [
         "ArgumentError",
         "DtypeError",
@@ -30,7 +31,10 @@ _HOMES = {
     "experiments.spec": ["ExperimentSpec", "SamplerSpec"],
     "samplers": [
         "ExactSampler",
+        "HeadTailSampler",
+        "LearnedImportanceSampler",
         "MonteCarloSampler",
+        "QuasiMonteCarloSampler",
         "Sampler",
         "StratifiedSampler",
         "SystematicSampler",

@@ -118,7 +118,7 @@ class Draws:
         return torch.empty_like(run).scatter_(-1, position, length.gather(-1, run))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class AttentionEstimate:
     """An attention output, how wrong it may be, and the draws that it was made of.
 
@@ -135,15 +135,21 @@ class AttentionEstimate:
         cannot tell.
     diagnostics : mapping
         `sampler`, `num_samples` and `replicates` as used; `draws_per_row`; `effective_sample_size`
-        (Tensor (..., L), Kish); `fallbacks`, a tuple of sentences: what was not done as asked, and why.
+        (Tensor (..., L), Kish's of the draws' weights; infinite for `exact`); `fallbacks`, a tuple of sentences: what was not done as asked, and why.
     """
 
     output: Tensor
     num_keys: int
     degrees_of_freedom: float
-    make_draws: Callable[[], Draws] = field(repr=False)
-    make_std_error: Callable[[], Tensor] | None = field(repr=False)
-    diagnostics: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    make_draws: Callable[[], Draws]
+    make_std_error: Callable[[], Tensor] | None
+    diagnostics: Mapping[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        how = ", ".join(
+            f"{k}={self.diagnostics[k]!r}" for k in ("sampler", "draws_per_row") if k in self.diagnostics
+        )
+        return f"AttentionEstimate(output {tuple(self.output.shape)} {self.output.dtype}, {how})"
 
     @cached_property
     def draws(self) -> Draws:
@@ -164,6 +170,9 @@ class AttentionEstimate:
 
     def confidence_interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
         """(low, high), each (..., L, Ev): Student's t interval of every coordinate by itself.
+
+        Standard errors of `stratified` and `systematic` draws lean on the probabilities of the keys and take their
+        order to have nothing to do with the values: values that alternate in step with the draws break them.
 
         Raises
         ------

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..errors import ArgumentError, DtypeError, ShapeError
 from ..estimates import AttentionEstimate, Draws
-from ..samplers import ExactSampler, Sampler, make_sampler
-from ..samplers.base import check_count
+from ..samplers import ExactSampler, InversionSampler, Sampler, make_sampler, value_order
+from ..samplers.base import Uniform, check_count
 from .error_bars import ErrorBars
 
 BLOCK_ELEMENTS = 1 << 20
@@ -38,7 +38,7 @@ def sampled_attention(
     """Estimate softmax(q k^T scale + mask) v from `num_samples` drawn keys a row.
 
     Shapes, masks, `scale` and grouped-query heads are those of
-    `torch.nn.functional.scaled_dot_product_attention`. Logits and draws are computed in float32 (float64
+    `torch.nn.functional.scaled_dot_product_attention`, but for broadcasting: leading dimensions must be equal. Logits and draws are computed in float32 (float64
     for float64 input), cumulative probabilities in float64, in blocks of queries whose workspace does not
     grow with L or n (`BLOCK_ELEMENTS`). No gradients.
 
@@ -99,7 +99,7 @@ def sampled_attention(
     with torch.no_grad():
         rows = Rows(q, k, v, attn_mask, is_causal, scale, group)
         settings = {"num_samples": num_samples, "generator": generator, "replicates": replicates}
-        if isinstance(sampler, ExactSampler):
+        if type(sampler) is ExactSampler:
             return _exact(rows, sampler, settings)
         return _sampled(rows, sampler, settings)
 
@@ -148,21 +148,29 @@ class Rows:
         self.v = v.to(self.dtype).reshape(self.count, self.num_keys, v.shape[-1])
         self.q = q.to(self.dtype).reshape(self.count, self.rows, q.shape[-1])
         self.group = group
+        self.order: Tensor | None = None
         self.mask = None
         if attn_mask is not None:  # broadcast dimensions are views of stride 0
             self.mask = attn_mask.expand(*self.row_shape, self.num_keys)
 
+    def reorder(self, order: Tensor) -> None:
+        """Lay the keys and values of each head out in an order (N, n); `logits` then are in this order too."""
+        self.order = order
+        self.k, self.v = (x.gather(1, order[..., None].expand_as(x)) for x in (self.k, self.v))
+
     def logits(self, heads: slice, rows: slice) -> Tensor:
         """The masked logits of a block, (heads, rows, n); of a causal one, up to the last key it sees."""
         position, keys = self.positions(rows), self.num_keys
-        if self.is_causal:
+        if self.is_causal and self.order is None and position.numel():
             keys = min(keys, int(position.max()) + 1)
         logits = torch.bmm(self.q[heads, rows] * self.scale, self.k[heads, :keys].mT)
         if self.is_causal:
-            key = torch.arange(keys, device=logits.device)
+            key = torch.arange(keys, device=logits.device) if self.order is None else self.order[heads, None]
             logits.masked_fill_(key > position[:, None], -torch.inf)
         if self.mask is not None:
             mask = self._mask_block(heads, rows)
+            if self.order is not None:
+                mask = mask.gather(-1, self.order[heads, None].expand_as(mask))
             if mask.dtype == torch.bool:
                 logits.masked_fill_(~mask, -torch.inf)
             else:
@@ -179,6 +187,16 @@ class Rows:
         leading = self.row_shape[:-1]
         return self.mask[(*torch.unravel_index(query_head, leading), index) if leading else (index,)]
 
+    def visible_keys(self) -> Tensor | None:
+        """The keys, in the caller's order, that some row of each key head sees by the mask: (N, n), bool."""
+        mask = self.args[3]
+        if mask is None:
+            return None
+        seen = mask if mask.dtype == torch.bool else mask > -torch.inf
+        seen = seen.any(-2) if seen.ndim > 1 else seen  # before it is broadcast to all heads
+        seen = seen.expand(*self.row_shape[:-1], self.num_keys)
+        return seen.reshape(self.count, self.group, self.num_keys).any(1)
+
     def positions(self, rows: slice) -> Tensor:
         """The query position of each row of a block, (rows,)."""
         return torch.arange(rows.start, rows.stop, device=self.q.device) % self.length
@@ -189,17 +207,25 @@ def _exact(rows: Rows, sampler: ExactSampler, settings: dict) -> AttentionEstima
     q, k, v, mask, is_causal, scale, enable_gqa = rows.args
     if mask is not None:  # SDPA takes masks of two dimensions or more, in q's dtype
         mask = mask.expand(*torch.broadcast_shapes(mask.shape, (1, 1)))
-        mask = mask if mask.dtype == torch.bool else mask.to(q.dtype)
+        if mask.dtype not in (torch.bool, q.dtype):
+            limits = torch.finfo(q.dtype)
+            mask = torch.where(mask == -torch.inf, mask, mask.clamp(limits.min, limits.max)).to(q.dtype)
+    # Its kernels that hold no map want four dimensions and as many features in v as in q: zeros change nothing.
+    width, wanted = v.shape[-1], max(v.shape[-1], q.shape[-1])
+    lift = (None,) * max(0, 4 - q.ndim)
+    q4, k4, v4 = (F.pad(x, (0, wanted - x.shape[-1]))[lift] for x in (q, k, v))
     output = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
+        q4, k4, v4, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
     )
+    output = output[..., :width].reshape(*q.shape[:-1], width)
+    kept = Rows(q.clone(), k.clone(), v, rows.args[3], is_causal, scale, rows.group)
 
     def make_draws() -> Draws:
         with torch.no_grad():
-            logits = rows.logits(slice(0, rows.count), slice(0, rows.rows))
-            return sampler.draw(logits.view(*rows.row_shape, logits.shape[-1]), **settings)
+            logits = kept.logits(slice(0, kept.count), slice(0, kept.rows))
+            return sampler.draw(logits.view(*kept.row_shape, logits.shape[-1]), **settings)
 
-    full = torch.full(rows.row_shape, float(rows.num_keys), device=q.device)
+    full = torch.full(rows.row_shape, math.inf, device=q.device)
     return AttentionEstimate(
         output=output,
         num_keys=rows.num_keys,
@@ -219,25 +245,37 @@ def _sampled(rows: Rows, sampler: Sampler, settings: dict) -> AttentionEstimate:
     indices = torch.empty(*shape, total, dtype=torch.int64, device=rows.q.device)
     weights = rows.q.new_empty(*shape, total)
     probabilities: Tensor | None = rows.q.new_empty(*shape, total)
+    points = None
+    if isinstance(sampler, InversionSampler):
+        uniform = Uniform(settings["generator"], rows.q.device)
+        points = sampler.points(shape, settings["num_samples"], replicates, uniform)
+        if sampler.ordered:
+            visible = rows.visible_keys()  # what is masked for all would only spread the order
+            rows.reorder(value_order(rows.v if visible is None else rows.v * visible[..., None]))
     for heads, part in blocks(shape, step):
         logits, values = rows.logits(heads, part), rows.v[heads]
-        draws = sampler.draw(logits, values=values[:, : logits.shape[-1]], **settings)
-        if draws.indices.shape != (*logits.shape[:-1], total):
-            raise ShapeError(
-                f"sampler={sampler.name!r} gave indices {tuple(draws.indices.shape)} for "
-                f"{replicates} × {settings['num_samples']} draws from logits {tuple(logits.shape)}."
-            )
+        if points is not None and isinstance(sampler, InversionSampler):
+            draws = sampler.place(logits, points[heads, part])
+        else:
+            draws = sampler.draw(logits, values=values[:, : logits.shape[-1]], **settings)
+            check_draws(sampler, draws, logits, replicates, total)
         output[heads, part] = draws.average(values)
         indices[heads, part], weights[heads, part] = draws.indices, draws.weights
         if probabilities is None or draws.probabilities is None:
             probabilities = None
         else:
             probabilities[heads, part] = draws.probabilities
+    del points
+    values = rows.v.clone()
+    if rows.order is not None:  # back to the caller's keys
+        indices = rows.order[:, None].expand(*shape, rows.num_keys).gather(-1, indices)
+        values = torch.empty_like(values).scatter_(1, rows.order[..., None].expand_as(values), values)
     flat = Draws(indices, weights, probabilities, replicates)
 
     make_std_error, degrees = None, math.inf
     if sampler.independent or replicates > 1:
-        bars = ErrorBars(rows.v.clone(), rows.length if rows.is_causal else None, sampler.independent)
+        causal_length = rows.length if rows.is_causal else None
+        bars = ErrorBars(values, rows.visible_keys(), causal_length, sampler, rows.args[2].dtype)
         degrees = bars.degrees_of_freedom(flat)
 
         def make_std_error() -> Tensor:
@@ -256,6 +294,26 @@ def _sampled(rows: Rows, sampler: Sampler, settings: dict) -> AttentionEstimate:
         make_std_error=make_std_error,
         diagnostics=_diagnostics(sampler, settings, total, draws.effective_sample_size()),
     )
+
+
+def check_draws(sampler: Sampler, draws: object, logits: Tensor, replicates: int, total: int) -> None:
+    """Refuse what a sampler of the user's own must not give."""
+    who = f"sampler={sampler.name!r} gave"
+    if not isinstance(draws, Draws):
+        raise DtypeError(f"{who} a {type(draws).__name__}; draw must give Draws.")
+    shape, n = (*logits.shape[:-1], total), logits.shape[-1]
+    parts = {"indices": draws.indices, "weights": draws.weights, "probabilities": draws.probabilities}
+    for name, x in parts.items():
+        if x is not None and x.shape != shape:
+            raise ShapeError(f"{who} {name} {tuple(x.shape)} from logits {tuple(logits.shape)}, not {shape}.")
+    if draws.replicates != replicates:
+        raise ArgumentError(f"{who} Draws(replicates={draws.replicates}) where {replicates} were asked for.")
+    if draws.indices.dtype != torch.int64 or not draws.weights.is_floating_point():
+        raise DtypeError(f"{who} {draws.indices.dtype} indices and {draws.weights.dtype} weights.")
+    if draws.indices.numel() and not (int(draws.indices.min()) >= 0 and int(draws.indices.max()) < n):
+        raise ArgumentError(f"{who} indices outside 0..{n - 1}, the keys that it was shown.")
+    if not bool(draws.weights.isfinite().all()):
+        raise ArgumentError(f"{who} weights that are not finite.")
 
 
 def _diagnostics(sampler: Sampler, settings: dict, spent: int, effective: Tensor) -> dict:
@@ -279,9 +337,18 @@ def check_inputs(
     enable_gqa: bool,
 ) -> int:
     """Refuse what cannot be attended to (see `sampled_attention`); the number of query heads a key head."""
+    for name, flag in (("is_causal", is_causal), ("enable_gqa", enable_gqa)):
+        if not isinstance(flag, bool):
+            raise DtypeError(f"{name}={flag!r} is not allowed: it must be True or False.")
+    if scale is not None and (isinstance(scale, bool | str) or not hasattr(scale, "__float__")):
+        raise DtypeError(f"scale={scale!r} is not allowed: it must be a number.")
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise DtypeError(f"{name} is a {type(x).__name__}; it must be a torch.Tensor.")
+        if x.layout != torch.strided or x.is_meta or x.is_nested:
+            raise DtypeError(
+                f"{name} is a {x.layout} tensor on {x.device}; it must be dense and hold numbers."
+            )
         if x.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
             raise DtypeError(f"{name} is {x.dtype}; it must be float32, float64, float16 or bfloat16.")
         if x.dtype != q.dtype or x.device != q.device:
@@ -297,6 +364,10 @@ def check_inputs(
         raise ShapeError(f"k and v must agree in all but their last dimension; given {shapes}.")
     if k.shape[-2] == 0:
         raise ShapeError(f"there must be at least one key (n >= 1); given {shapes}.")
+    if v.shape[-1] == 0:
+        raise ShapeError(f"v must have at least one feature; given {shapes}.")
+    if enable_gqa and min(q.ndim, k.ndim) < 3:
+        raise ShapeError(f"enable_gqa=True needs a dimension of heads; given {shapes}.")
     group = 1
     if enable_gqa and q.ndim >= 3 and k.ndim >= 3 and k.shape[-3] and q.shape[-3] % k.shape[-3] == 0:
         group = q.shape[-3] // k.shape[-3]
@@ -310,14 +381,22 @@ def check_inputs(
         raise ArgumentError(f"scale={scale} is not allowed: it must be a finite number.")
     if attn_mask is not None:
         _check_mask(attn_mask, (*q.shape[:-1], k.shape[-2]), q, is_causal)
+    largest = 1.0 if scale is None else abs(float(scale)) * q.shape[-1]
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.requires_grad and torch.is_grad_enabled():
             raise ArgumentError(
                 f"{name} requires a gradient, which sampled_attention does not give: call it under "
                 "torch.no_grad(), or pass detached tensors."
             )
-        if x.numel() and not all(bool(end.isfinite()) for end in x.aminmax()):
+        ends = [float(end) for end in x.detach().aminmax()] if x.numel() else [0.0]
+        if not all(math.isfinite(end) for end in ends):
             raise ArgumentError(f"{name} holds NaN or infinity; only finite numbers are allowed.")
+        if name != "v":
+            largest *= max(abs(end) for end in ends)
+    if largest > 1e38:
+        raise ArgumentError(
+            f"the logits of q, k and scale={scale} could overflow float32 (up to {largest:.0e}): make them smaller."
+        )
     return group
 
 

@@ -34,18 +34,18 @@ def _figure(theme: str, size: tuple[float, float] = WIDE) -> Iterator[Figure]:
         yield Figure(figsize=size, layout="constrained")
 
 
-def _direct_labels(figure: Figure, ax: Axes, labels: list[tuple[str, float, float, str]]) -> None:
-    """Name each line at its right end (name, x, y, colour), pushed apart where they would overlap."""
+def _direct_labels(figure: Figure, ax: Axes, labels: list[tuple[str, float, float]]) -> None:
+    """Name each line at its right end (name, x, y), pushed apart where they would overlap."""
     figure.draw_without_rendering()  # fixes the layout and the scales
     room = 13.0 * figure.dpi / 72  # pixels between two labels
     placed = -np.inf
-    for name, x, y, colour in sorted(labels, key=lambda label: label[2]):
+    for name, x, y in sorted(labels, key=lambda label: label[2]):
         across, up = ax.transData.transform((x, y))
         placed = max(up, placed + room)
         x, y = ax.transData.inverted().transform((across, placed))
         ax.annotate(
             name, (float(x), float(y)), (8, 0), textcoords="offset points", va="center",
-            color=colour, fontsize=9.5, annotation_clip=False,
+            fontsize=9.5, annotation_clip=False,
         )  # fmt: skip
 
 
@@ -69,7 +69,7 @@ def attention_maps(
     )
     visible = np.tril(np.ones_like(exact, dtype=bool))
     floor = 1e-4
-    with _figure(theme, (12.4, 4.9)) as figure:
+    with _figure(theme, (12.4, 5.4)) as figure:
         axes = figure.subplots(1, 3, sharex=True, sharey=True)
         extent = (
             data["key"].min() - 0.5,
@@ -84,7 +84,13 @@ def attention_maps(
                 extent=extent, interpolation="nearest", aspect="auto",
             )  # fmt: skip
             ax.set_title(name, fontsize=11, fontweight="normal")
-        figure.colorbar(image, ax=axes[:2], label=f"attention weight (log; dark: ≤ {floor:g})", shrink=0.9)
+        figure.colorbar(
+            image,
+            ax=axes[:2],
+            label=f"attention weight (log scale; darkest: ≤ {floor:g})",
+            location="bottom",
+            aspect=45,
+        )
         difference = sampled - exact
         limit = max(float(np.abs(difference).max()), floor)
         image = axes[2].imshow(
@@ -92,15 +98,15 @@ def attention_maps(
             extent=extent, interpolation="nearest", aspect="auto",
         )  # fmt: skip
         axes[2].set_title(f"{sampler} − exact", fontsize=11, fontweight="normal")
-        figure.colorbar(image, ax=axes[2], label="difference of weights", shrink=0.9)
+        figure.colorbar(image, ax=axes[2], label="difference of weights", location="bottom", aspect=22)
         for ax in axes:
             ax.grid(False)
             ax.set_xlabel("key")
             if tokens is not None:
                 positions = np.arange(data["key"].min(), data["key"].max() + 1)
                 letters = [VISIBLE.get(c, c) for c in tokens]
-                ax.set_xticks(positions, letters, fontsize=6.5, fontfamily="monospace")
-                ax.set_yticks(positions, letters, fontsize=6.5, fontfamily="monospace")
+                ax.set_xticks(positions, letters, fontsize=8, fontfamily="monospace")
+                ax.set_yticks(positions, letters, fontsize=8, fontfamily="monospace")
                 ax.tick_params(length=0, pad=2)
         axes[0].set_ylabel("query")
         figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=12)
@@ -110,7 +116,8 @@ def attention_maps(
 def error_against_draws(data: pd.DataFrame, theme: str, *, title: str) -> Figure:
     """Relative output error against draws, log-log, with error bars and the Monte-Carlo slope.
 
-    data: columns `sampler`, `num_samples`, `error` (relative, root mean square) and `std_error` of it.
+    data: columns `sampler`, `num_samples`, `error` (relative, root mean square) and the `half_width` of
+    its 95 % interval.
     """
     counts = np.sort(data["num_samples"].unique())
     with _figure(theme) as figure:
@@ -122,9 +129,9 @@ def error_against_draws(data: pd.DataFrame, theme: str, *, title: str) -> Figure
         for sampler, part in data.groupby("sampler", sort=False):
             part = part.sort_values("num_samples")
             style = look.sampler_style(str(sampler), theme)
-            ax.errorbar(part["num_samples"], part["error"], 1.96 * part["std_error"], capsize=2.5, **style)
+            ax.errorbar(part["num_samples"], part["error"], part["half_width"], capsize=2.5, **style)
             last = part.iloc[-1]
-            labels.append((str(sampler), last["num_samples"], last["error"], style["color"]))
+            labels.append((str(sampler), last["num_samples"], last["error"]))
         if "monte-carlo" in set(data["sampler"]):
             first = data[data["sampler"] == "monte-carlo"].sort_values("num_samples").iloc[0]
             start = first["error"] * 1.25
@@ -174,7 +181,8 @@ def variance_map(data: pd.DataFrame, theme: str, *, title: str) -> Figure:
 def bits_against_draws(data: pd.DataFrame, theme: str, *, title: str, exact: float) -> Figure:
     """Bits per byte of the whole model against draws, with the exact model's as a line.
 
-    data: columns `sampler`, `num_samples`, `bits_per_byte` and `std_error` of its distance from exact.
+    data: columns `sampler`, `num_samples`, `bits_per_byte` and the `half_width` of the 95 % interval of its
+    distance from exact.
     """
     counts = np.sort(data["num_samples"].unique())
     with _figure(theme) as figure:
@@ -183,15 +191,16 @@ def bits_against_draws(data: pd.DataFrame, theme: str, *, title: str, exact: flo
         ax.set_ylabel("bits per byte")
         style = look.sampler_style("exact", theme)
         ax.plot(counts, np.full(len(counts), exact), **style)
-        labels = [("exact", float(counts[-1]), exact, style["color"])]
-        for sampler, part in data.groupby("sampler", sort=False):
+        labels = [("exact", float(counts[-1]), exact)]
+        for place, (sampler, part) in enumerate(data.groupby("sampler", sort=False)):
             part = part.sort_values("num_samples")
             style = look.sampler_style(str(sampler), theme)
+            aside = 1.04 ** (place - (data["sampler"].nunique() - 1) / 2)  # so that bars stand side by side
             ax.errorbar(
-                part["num_samples"], part["bits_per_byte"], 1.96 * part["std_error"], capsize=2.5, **style
+                part["num_samples"] * aside, part["bits_per_byte"], part["half_width"], capsize=2.5, **style
             )
             last = part.iloc[-1]
-            labels.append((str(sampler), last["num_samples"], last["bits_per_byte"], style["color"]))
+            labels.append((str(sampler), last["num_samples"], last["bits_per_byte"]))
         _direct_labels(figure, ax, labels)
         ax.set_title(textwrap.fill(title, 72))
     return figure
@@ -207,7 +216,9 @@ def time_per_token(data: pd.DataFrame, theme: str, *, title: str) -> Figure:
         y = np.arange(len(data))[::-1]
         colours = [look.sampler_style(s, theme)["color"] for s in data["sampler"]]
         spread = np.stack((data["milliseconds"] - data["low"], data["high"] - data["milliseconds"]))
-        ax.barh(y, data["milliseconds"], color=colours, height=0.62)
+        ax.set_xscale("log")
+        left = 0.5 * data["low"].min()
+        ax.barh(y, data["milliseconds"] - left, left=left, color=colours, height=0.62)
         ax.errorbar(
             data["milliseconds"], y, xerr=spread, fmt="none", capsize=2.5,
             ecolor=look.colours_of(theme)["muted"], elinewidth=1.2,
@@ -222,9 +233,12 @@ def time_per_token(data: pd.DataFrame, theme: str, *, title: str) -> Figure:
                 fontsize=9.5,
             )
         ax.set_yticks(y, data["method"])
-        ax.set_xlabel("milliseconds per token, whole model (median; bar: fastest to slowest)")
+        ax.set_xlabel("milliseconds per token, whole model, log scale (median; whiskers: fastest to slowest)")
         ax.grid(False, axis="y")
-        ax.margins(x=0.1)
+        ax.set_xlim(left, 1.8 * data["high"].max())
+        ax.xaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        ax.xaxis.set_minor_formatter(NullFormatter())
         ax.set_title(textwrap.fill(title, 72))
     return figure
 

@@ -155,7 +155,9 @@ def _declared_parameters(path: Path) -> dict[str, str]:
         raise ArgumentError(f"notebook={str(path)!r} cannot be read as a notebook: {cause}.") from error
     metadata = content.metadata
     language = metadata.get("kernelspec", {}).get("language") or metadata.get("language_info", {}).get("name")
-    if language not in (None, "python"):
+    kernel = metadata.get("kernelspec", {}).get("name", "python3")
+    language = language or ("python" if "python" in kernel else kernel)
+    if language != "python":
         raise ArgumentError(f"notebook={str(path)!r} is in {language}; only Python notebooks are run.")
     metadata.kernelspec = {"name": "python3", "language": "python", "display_name": "Python 3"}
     metadata.setdefault("papermill", {})
@@ -235,7 +237,8 @@ def _execute(path: Path, run: Run, parameters: Mapping[str, Any], progress: bool
             if isinstance(error, QtxError):
                 raise
             stderr.seek(0)
-            said = stderr.read().decode(errors="replace").strip().splitlines() or [str(error)]
+            lines = stderr.read().decode(errors="replace").strip().splitlines()
+            said = [line for line in lines if "WARNING" not in line] or [str(error)]
             raise RunFailed(f"{path.name} stopped: its kernel died (out of memory?): {said[-1]}") from error
 
 

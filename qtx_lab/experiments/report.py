@@ -44,7 +44,7 @@ def write_report(run: Run) -> Path:
     """
     manifest = run.manifest
     results = manifest.get("results") or {}
-    summary = results.get("summary") or []
+    summary, table = results.get("summary") or [], results.get("table")
     fields, spec_missing = _spec_fields(run, manifest)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
@@ -58,8 +58,8 @@ def write_report(run: Run) -> Path:
         manifest={"error": None, "command": None, **manifest},
         started=f"{datetime.fromisoformat(manifest['started']):%-d %B %Y, %H:%M} UTC",
         duration=_duration(manifest.get("seconds")),
-        summary=[summary] if isinstance(summary, str) else summary,
-        table=_table(results.get("table") or []),
+        summary=[str(x) for x in summary] if isinstance(summary, list) else [str(summary)],
+        table=_table([row for row in table if isinstance(row, Mapping)] if isinstance(table, list) else []),
         figures=[figure for facts in run.figures() if (figure := _figure(run, facts))],
         spec=fields,
         spec_missing=spec_missing,

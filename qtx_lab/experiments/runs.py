@@ -157,11 +157,17 @@ class Run:
 
         Raises
         ------
+        ArgumentError
+            If the manifest would no longer be one.
         StorageError
             If the manifest cannot be read or written.
         """
         with self._turn:
-            write_atomic(self.path / "manifest.json", json_bytes(_merged(self._stored(), facts)))
+            merged = _merged(self._stored(), facts)
+            reason = _invalid(json.loads(json_bytes(merged)))
+            if reason:
+                raise ArgumentError(f"The run cannot be updated: {reason} would not be readable.")
+            write_atomic(self.path / "manifest.json", json_bytes(merged))
 
     def log(self, **row: object) -> None:
         """Append one row to the metrics. The file is rewritten at each call: use `log_many` for many rows.
@@ -355,7 +361,7 @@ def runs(home: str | Path | None = None) -> pd.DataFrame:
 
 
 def find_run(run: str | Path, home: str | Path | None = None) -> Run:
-    """The run at a path, or the one in `home` with that folder name or the start or end of it.
+    """The run at a path, or the one in `home` with that folder name or a part of it.
 
     Raises
     ------
@@ -368,7 +374,7 @@ def find_run(run: str | Path, home: str | Path | None = None) -> Run:
         return Run.open(run)
     home, text = runs_home(home), str(run)
     names = [folder.name for folder in _folders(home)]
-    meant = [name for name in names if text and (name.startswith(text) or name.endswith(text))]
+    meant = [name for name in names if text and text in name]
     if text in names:
         meant = [text]
     if len(meant) != 1:
@@ -429,6 +435,8 @@ def _invalid(manifest: object) -> str | None:
     wrong = [key for key, kind in kinds.items() if not isinstance(manifest.get(key), kind | None)]
     if not wrong and not 0 <= (manifest.get("seed") or 0) < 2**63:
         wrong = ["seed"]
+    if not wrong and not 0 <= (manifest.get("seconds") or 0) < 1e15:
+        wrong = ["seconds"]
     return f"manifest.json has {wrong[0]}={manifest[wrong[0]]!r}" if wrong else None
 
 

@@ -38,6 +38,12 @@ def _sampler_name(value: str) -> str:
     return make_sampler(value).name
 
 
+def _drawing_name(value: str) -> str:
+    if value == "exact":
+        raise ValueError("exact attention is always shown: name a sampler that draws")
+    return _sampler_name(value)
+
+
 Whole = Annotated[int, Field(strict=True), BeforeValidator(_whole)]
 Count = Annotated[int, Field(strict=True, ge=1, le=65_536), BeforeValidator(_whole)]
 
@@ -158,7 +164,7 @@ class ExperimentSpec(Spec):
         "systematic", description="Sampler of the attention maps.", json_schema_extra={"unit": "name"}
     )
     samplers: tuple[str, ...] = Field(
-        ("monte-carlo", "stratified", "systematic"),
+        ("monte-carlo", "stratified", "systematic", "head-tail"),
         min_length=1,
         description="Samplers compared, each named once.",
         json_schema_extra={"unit": "name"},
@@ -183,12 +189,12 @@ class ExperimentSpec(Spec):
         json_schema_extra={"unit": "windows"},
     )
 
-    _known = field_validator("sampler")(_sampler_name)
+    _known = field_validator("sampler")(_drawing_name)
 
     @field_validator("samplers")
     @classmethod
     def _known_once(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        return _once("samplers", tuple(_sampler_name(name) for name in names))
+        return _once("samplers", tuple(_drawing_name(name) for name in names))
 
     @field_validator("sample_counts")
     @classmethod

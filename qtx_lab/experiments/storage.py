@@ -157,6 +157,7 @@ def append_rows(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
     columns = _columns(rows)
     if not columns:
         return
+    _refuse_alike(columns)
     with database() as connection:
         types = {name: _column_type(name, values) for name, values in columns.items()}
         _register(connection, columns, types)
@@ -166,10 +167,22 @@ def append_rows(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
                 described = connection.execute(f"DESCRIBE FROM read_parquet('{_quoted(path)}')").fetchall()
             except duckdb.Error as error:
                 raise StorageError(f"Cannot read {path}: {str(error).splitlines()[0]}") from error
+            _refuse_alike([*columns, *(name for name, *_ in described if name not in columns)])
             for name, old, *_ in described:
                 _refuse_mixture(name, old, types.get(name, old))
             query = f"FROM read_parquet('{_quoted(path)}') UNION ALL BY NAME FROM new"
         write_atomic(path, parquet_bytes(connection, query))
+
+
+def _refuse_alike(names: Iterable[str]) -> None:
+    """DuckDB takes names that differ in case only for one."""
+    seen: dict[str, str] = {}
+    for name in names:
+        other = seen.setdefault(name.lower(), name)
+        if other != name:
+            raise ArgumentError(
+                f"The metrics {other!r} and {name!r} differ in case only: choose another name."
+            )
 
 
 def _columns(rows: Iterable[Mapping[str, object]]) -> dict[str, list[Scalar]]:
@@ -177,12 +190,18 @@ def _columns(rows: Iterable[Mapping[str, object]]) -> dict[str, list[Scalar]]:
     columns: dict[str, list[Scalar]] = {}
     for count, row in enumerate(rows):
         for name, value in row.items():
+            if not isinstance(name, str) or not name or "\0" in name:
+                raise ArgumentError(
+                    f"{name!r} cannot name a metric: it must be a text of at least one character."
+                )
             if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:  # NumPy and torch scalars
                 value = value.item()
             if not isinstance(value, str | int | float | None):
                 raise ArgumentError(
                     f"{name}={value!r} cannot be a metric: it must be a text, a number, True, False or None."
                 )
+            if isinstance(value, int) and not -(2**63) <= value < 2**63:
+                raise ArgumentError(f"{name}={value!r} cannot be a metric: whole numbers have 64 bits.")
             if name not in columns:
                 columns[name] = [None] * count
             columns[name].append(value)

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 from ..errors import DtypeError, unknown_name
-from .base import Sampler
+from .base import InversionSampler, Sampler
 from .exact import ExactSampler
+from .head_tail import HeadTailSampler
+from .learned import LearnedImportanceSampler
 from .monte_carlo import MonteCarloSampler
+from .quasi_monte_carlo import SEQUENCES, QuasiMonteCarloSampler
 from .stratified import StratifiedSampler
 from .systematic import SystematicSampler
+from .value_order import value_order
 
-SAMPLERS: dict[str, type[Sampler]] = {
-    cls.name: cls for cls in (ExactSampler, MonteCarloSampler, StratifiedSampler, SystematicSampler)
+SAMPLERS: dict[str, Callable[[], Sampler]] = {
+    "exact": ExactSampler,
+    "monte-carlo": MonteCarloSampler,
+    "stratified": StratifiedSampler,
+    "systematic": SystematicSampler,
+    **{name: partial(QuasiMonteCarloSampler, name) for name in SEQUENCES},
+    "head-tail": HeadTailSampler,
 }
 """Every sampler that a name alone can make."""
 
@@ -24,9 +36,11 @@ def make_sampler(sampler: str | Sampler) -> Sampler:
         If no sampler has that name; if the object cannot draw.
     """
     if not isinstance(sampler, str):
-        if not callable(getattr(sampler, "draw", None)):
+        missing = [name for name in ("name", "independent", "draw") if not hasattr(sampler, name)]
+        if missing or isinstance(sampler, type):
+            what = "a class, not an object" if isinstance(sampler, type) else f"without {', '.join(missing)}"
             raise DtypeError(
-                f"sampler={sampler!r} is neither a sampler's name nor an object with a draw method."
+                f"sampler={sampler!r} is {what}: it must be a name or an object with name, independent and draw."
             )
         return sampler
     if sampler not in SAMPLERS:
@@ -37,9 +51,14 @@ def make_sampler(sampler: str | Sampler) -> Sampler:
 __all__ = [
     "SAMPLERS",
     "ExactSampler",
+    "HeadTailSampler",
+    "InversionSampler",
+    "LearnedImportanceSampler",
     "MonteCarloSampler",
+    "QuasiMonteCarloSampler",
     "Sampler",
     "StratifiedSampler",
     "SystematicSampler",
     "make_sampler",
+    "value_order",
 ]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+import operator
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from typing import Protocol, SupportsIndex
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +13,7 @@ from torch import Tensor
 
 from ..errors import ArgumentError, DtypeError, ShapeError
 from ..estimates import Draws
+from .value_order import value_order
 
 
 class Sampler(Protocol):
@@ -59,8 +63,12 @@ class Sampler(Protocol):
         ...
 
 
+MOST = 1 << 31
+"""No count of draws or replicates is larger."""
+
+
 def check_draw_arguments(logits: Tensor, num_samples: int, replicates: int) -> None:
-    """Refuse what no sampler can draw from (see `Sampler.draw`)."""
+    """Refuse what no sampler can draw from (see `Sampler.draw`); `row_masses` refuses NaN and +inf."""
     check_count("num_samples", num_samples)
     check_count("replicates", replicates)
     if not isinstance(logits, Tensor) or logits.dtype not in (torch.float32, torch.float64):
@@ -68,72 +76,156 @@ def check_draw_arguments(logits: Tensor, num_samples: int, replicates: int) -> N
         raise DtypeError(f"logits is {given}; it must be a float32 or float64 tensor.")
     if logits.ndim < 1 or logits.shape[-1] == 0:
         raise ShapeError(f"logits has shape {tuple(logits.shape)}; it must be (..., n) with n >= 1 keys.")
-    if logits.numel() and not bool(logits.amax() < torch.inf):  # also False for NaN
-        raise ArgumentError("logits holds NaN or +inf; only finite numbers and -inf are allowed.")
 
 
 def check_count(argument: str, given: object) -> None:
-    """Refuse a count that is not a whole number >= 1."""
-    if isinstance(given, bool) or not isinstance(given, int) or given < 1:
-        raise ArgumentError(f"{argument}={given!r} is not allowed: it must be a whole number of at least 1.")
+    """Refuse a count that is not a whole number from 1 to `MOST`; NumPy's whole numbers will do."""
+    count = operator.index(given) if isinstance(given, SupportsIndex) and not isinstance(given, bool) else 0
+    if not 1 <= count <= MOST or isinstance(given, Tensor):
+        raise ArgumentError(
+            f"{argument}={given!r} is not allowed: it must be a whole number from 1 to {MOST}."
+        )
 
 
-def uniform(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Uniform numbers in [0, 1) with 53 random bits, float64, on `like`'s device.
+class InversionSampler(ABC):
+    """Base of the samplers that invert each row's cumulative distribution at points of [0, 1).
 
-    float32 has 24 bits: a key of probability 1e-5 would be drawn up to 0.6 % too often.
+    What makes them differ is where the points lie: `points`. `sampled_attention` makes the points of all
+    rows at once and places them block by block.
     """
-    device = like.device if generator is None else generator.device
-    return torch.rand(shape, generator=generator, device=device, dtype=torch.float64).to(like.device)
+
+    name: str
+    unbiased = True
+    independent = False
+    ordered = False
+    """Whether the keys are laid out in value order first (see `value_order`)."""
+
+    @abstractmethod
+    def points(self, rows: tuple[int, ...], num_samples: int, replicates: int, uniform: Uniform) -> Tensor:
+        """Points (*rows, R, S), float64 in [0, 1), replicates independent.
+
+        Averaged over a replicate's points, which key they hit must have the distribution of a uniform number.
+
+        The last of `rows` counts queries of the same head, which may share a point set.
+        """
+
+    def count_variance(self, expected: Tensor) -> Tensor | None:
+        """Variance of how often a key is drawn in a replicate, given how often it is on average; None: not known.
+
+        Used for error bars. Here that of a comb, f (1 - f) with f the fractional part: a key is drawn as often as
+        its share, rounded down or up.
+        """
+        f = expected.frac()
+        return f * (1 - f)
+
+    def place(self, logits: Tensor, points: Tensor) -> Draws:
+        """Draws at given points (..., R, S) of rows (..., n)."""
+        mass = row_masses(logits)
+        indices, total = invert(mass, points.flatten(-2))
+        probabilities = mass.gather(-1, indices) / total.clamp_min(1).to(mass.dtype)
+        weights = torch.full_like(probabilities, 1 / indices.shape[-1]).masked_fill_(total == 0, 0)
+        return Draws(indices, weights, probabilities, points.shape[-2])
+
+    def draw(
+        self,
+        logits: Tensor,
+        num_samples: int,
+        *,
+        values: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        replicates: int = 1,
+    ) -> Draws:
+        """Draw keys: see `Sampler.draw`."""
+        check_draw_arguments(logits, num_samples, replicates)
+        points = self.points(
+            tuple(logits.shape[:-1]), num_samples, replicates, Uniform(generator, logits.device)
+        )
+        if not self.ordered or values is None:
+            return self.place(logits, points)
+        order = value_order(values)  # [..., n], for rows of logits [..., L, n]
+        order = order.unsqueeze(-2).expand(logits.shape) if logits.ndim > 1 else order
+        draws = self.place(logits.gather(-1, order), points)
+        return replace(draws, indices=order.gather(-1, draws.indices))
+
+    def sample_attention_weights(
+        self, logits: Tensor, num_samples: int, *, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Dense attention weights (..., n) estimated from `num_samples` draws of each row (..., n)."""
+        return self.draw(logits, num_samples, generator=generator).dense(logits.shape[-1])
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """Uniform numbers in [0, 1) from a generator, for tensors on a device."""
+
+    generator: torch.Generator | None
+    device: torch.device
+
+    def __call__(self, *shape: int) -> Tensor:
+        """float64 with 53 random bits, of this shape.
+
+        float32 has 24 bits: a key of probability 1e-5 would be drawn up to 0.6 % too often.
+        """
+        source = self.device if self.generator is None else self.generator.device
+        u = torch.rand(shape, generator=self.generator, device=source, dtype=torch.float64)
+        return u.to(self.device)
 
 
 BLOCK = 16
 """Keys a block of `invert`: long rows are searched by block first, so that only block masses are summed up."""
 
 
-def invert(logits: Tensor, points: Tensor, replicates: int) -> Draws:
-    """Draws at given points of each row's cumulative distribution.
+def row_masses(logits: Tensor) -> Tensor:
+    """exp(logits - max) of rows (..., n), padded by zeros to whole blocks; all zero in an all-masked row.
 
-    Parameters
-    ----------
-    logits : Tensor, (..., n)
-    points : Tensor, (..., T), float64 in [0, 1)
-        Where the cumulative distribution is inverted: index_t = min {j : F_j > points_t}.
-    replicates : int
-        How many repetitions the T points hold.
-
-    Returns
-    -------
-    Draws
-        Of equal weights 1 / T; never a masked key; probabilities known. Masses within a block of `BLOCK` keys
-        have the logits' precision, those of whole blocks are summed in float64: the probability of a key is
-        off by a rounding of its block's, however long the row.
+    Raises
+    ------
+    ArgumentError
+        If logits holds NaN or +inf.
     """
     *lead, n = logits.shape
     top = logits.amax(-1, keepdim=True)
-    empty = top == -torch.inf
-    mass = logits.new_empty(*lead, -(-n // BLOCK) * BLOCK)  # unnormalised p, the largest 1, padded by 0
+    if not bool((top < torch.inf).all()):  # also False for NaN
+        raise ArgumentError("logits holds NaN or +inf; only finite numbers and -inf are allowed.")
+    mass = logits.new_empty(*lead, -(-n // BLOCK) * BLOCK)
     mass[..., n:] = 0
-    torch.sub(logits, top.masked_fill(empty, 0), out=mass[..., :n]).exp_()
-    blocks = mass.view(-1, BLOCK)
+    torch.sub(logits, top.masked_fill(top == -torch.inf, 0), out=mass[..., :n]).exp_()
+    return mass
 
-    cdf = (
-        blocks.sum(-1).view(*lead, mass.shape[-1] // BLOCK).cumsum(-1, dtype=torch.float64)
-    )  # [..., N], over whole blocks
+
+def invert(mass: Tensor, points: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
+    """Keys at given points of the cumulative masses of rows.
+
+    Parameters
+    ----------
+    mass : Tensor, (..., N * BLOCK), >= 0
+    points : Tensor, (..., T), float64 in [0, 1)
+    scale : float, optional
+        What a point of 1 stands for; the row's total mass where None.
+
+    Returns
+    -------
+    indices : Tensor, int64, (..., T)
+        min {j : F_j > scale * points_t}, never a key without mass; the last key with mass for a point past the
+        row's total, 0 in a row without mass. Masses within a block have their own precision, those of whole blocks
+        are summed in float64: the probability of a key is off by a rounding of its block's, however long the row.
+    total : Tensor, (..., 1), float64
+        The mass of each row.
+    """
+    *lead, padded = mass.shape
+    blocks = mass.view(-1, BLOCK)
+    cdf = blocks.sum(-1).view(*lead, padded // BLOCK).cumsum(-1, dtype=torch.float64)  # [..., N]
     total = cdf[..., -1:]
-    target = _below(points * total, total)
+    empty = total == 0
+    target = _below(points * (total if scale is None else scale), total)
     block = torch.searchsorted(cdf, target, right=True).masked_fill_(empty, 0)  # [..., T]
     rest = (target - F.pad(cdf, (1, 0)).gather(-1, block)).to(mass.dtype)  # left to find in the block
 
-    row = torch.arange(cdf[..., 0].numel(), device=logits.device).view(*lead, 1)
+    row = torch.arange(cdf[..., 0].numel(), device=mass.device).view(*lead, 1)
     inside = F.embedding(block + row * cdf.shape[-1], blocks).cumsum_(-1)  # [..., T, BLOCK]
     rest = _below(rest[..., None], inside[..., -1:])
     indices = block * BLOCK + inside.le_(rest).sum(-1).long()
-    indices = indices.masked_fill_(empty, 0)
-
-    probabilities = mass.gather(-1, indices) / total.clamp_min_(1).to(mass.dtype)
-    weights = torch.full_like(probabilities, 1 / points.shape[-1]).masked_fill_(empty, 0)
-    return Draws(indices, weights, probabilities, replicates)
+    return indices.masked_fill_(empty, 0), total
 
 
 def _below(x: Tensor, limit: Tensor) -> Tensor:

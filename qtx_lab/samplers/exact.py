@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..estimates import Draws
-from .base import check_draw_arguments
+from .base import check_draw_arguments, row_masses
 
 
 class ExactSampler:
@@ -34,8 +34,8 @@ class ExactSampler:
         replicates: int = 1,
     ) -> Draws:
         check_draw_arguments(logits, num_samples, replicates)
-        empty = logits.amax(-1, keepdim=True) == -torch.inf
-        p = logits.masked_fill(empty, 0).softmax(-1).masked_fill(empty, 0)
+        p = row_masses(logits)[..., : logits.shape[-1]]
+        p = p / p.sum(-1, keepdim=True).clamp_min(1)
         indices = torch.arange(logits.shape[-1], device=logits.device).expand(logits.shape)
         repeat = (*(1,) * (logits.ndim - 1), replicates)
         return Draws(indices.repeat(repeat), p.repeat(repeat) / replicates, p.repeat(repeat), replicates)

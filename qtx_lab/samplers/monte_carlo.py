@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from ..estimates import Draws
-from .base import check_draw_arguments, invert, uniform
+from .base import InversionSampler, Uniform
 
 
-class MonteCarloSampler:
+class MonteCarloSampler(InversionSampler):
     """S independent draws from p, by inversion.
 
     Unbiased. Variance of an output coordinate: (sum_j p_j v_j^2 - o^2) / S. This is also what
@@ -22,18 +20,7 @@ class MonteCarloSampler:
     """
 
     name = "monte-carlo"
-    unbiased = True
     independent = True
 
-    def draw(
-        self,
-        logits: Tensor,
-        num_samples: int,
-        *,
-        values: Tensor | None = None,
-        generator: torch.Generator | None = None,
-        replicates: int = 1,
-    ) -> Draws:
-        check_draw_arguments(logits, num_samples, replicates)
-        shape = (*logits.shape[:-1], replicates * num_samples)
-        return invert(logits, uniform(shape, logits, generator), replicates)
+    def points(self, rows: tuple[int, ...], num_samples: int, replicates: int, uniform: Uniform) -> Tensor:
+        return uniform(*rows, replicates, num_samples)

@@ -13,6 +13,8 @@ from qtx_lab.samplers import SAMPLERS
 pytestmark = pytest.mark.statistical
 
 RANDOM = sorted(set(SAMPLERS) - {"exact"})
+JOINT = ["halton", "lattice", "sobol"]  # the rows of a head share their randomness
+SINGLE = sorted(set(RANDOM) - set(JOINT))
 CAUSAL = {"is_causal": True, "enable_gqa": True}
 
 
@@ -38,7 +40,10 @@ def coverage(name, num_samples, replicates, seed, level=0.95):
 
 @pytest.mark.parametrize(
     ("name", "replicates", "num_samples"),
-    [("monte-carlo", 1, 64), *((name, 8, s) for name in RANDOM for s in (16, 64))],
+    [
+        *(("monte-carlo", r, s) for r, s in ((1, 8), (1, 64), (2, 16))),
+        *((name, 8, s) for name in SINGLE for s in (16, 64)),
+    ],
 )
 def test_intervals_cover_every_layer(name, replicates, num_samples, seed):
     """8 heads × 512 rows × 32 coordinates = 131,072 of each layer."""
@@ -46,12 +51,54 @@ def test_intervals_cover_every_layer(name, replicates, num_samples, seed):
     assert bool(((share >= 0.93) & (share <= 0.97)).all()), share
 
 
-@pytest.mark.parametrize(
-    ("name", "replicates", "num_samples"), [("monte-carlo", 1, 8), *((name, 2, 16) for name in RANDOM)]
-)
-def test_intervals_of_few_draws_or_replicates_err_on_the_safe_side(name, replicates, num_samples, seed):
-    share = coverage(name, num_samples, replicates, seed)
+@pytest.mark.parametrize("name", ["stratified", "systematic"])
+def test_intervals_of_two_replicates_err_on_the_safe_side(name, seed):
+    share = coverage(name, 16, 2, seed)
     assert bool(((share >= 0.95) & (share <= 0.99)).all()), share
+
+
+@pytest.mark.parametrize("name", JOINT)
+def test_intervals_of_joint_points_cover_on_average(name, seed):
+    """The rows of a head stand or fall together: it takes many randomisations to see the coverage."""
+    share = torch.stack([coverage(name, 16, 8, seed + i) for i in range(4)]).mean()
+    assert 0.94 <= share <= 0.99
+
+
+def test_intervals_allow_for_rounding():
+    """Equal values, or values far from 0: what is left of the error is the float32 of the sum."""
+    q, k = (torch.randn(4, 60, 8, generator=torch.Generator().manual_seed(i)) for i in range(2))
+    noise = torch.randn(4, 60, 8, generator=torch.Generator().manual_seed(2))
+    for v in (torch.full((4, 60, 8), 0.3), noise + 1e6, (noise + 10).bfloat16()):
+        exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
+        for name in RANDOM:
+            est = qtx.sampled_attention(
+                q.to(v.dtype), k.to(v.dtype), v, sampler=name, num_samples=32, replicates=8
+            )
+            reference = exact
+            if v.dtype != torch.float32:
+                reference = F.scaled_dot_product_attention(
+                    q.to(v.dtype).double(), k.to(v.dtype).double(), v.double()
+                )
+            low, high = est.confidence_interval()
+            assert ((low <= reference) & (reference <= high)).double().mean() > 0.9, (name, v.dtype)
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_what_is_masked_for_all_does_not_reach_the_error_bars(name):
+    """Padding may hold anything finite: standard errors are those of the visible keys."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 64, 8, generator=g) for _ in range(3))
+    mask = torch.arange(64) < 40
+    junk = v.clone()
+    junk[:, 40:] = 1e6
+    errors = [
+        qtx.sampled_attention(
+            q, k, x, sampler=name, num_samples=16, replicates=4, attn_mask=mask,
+            generator=torch.Generator().manual_seed(1),
+        ).std_error.square().mean().sqrt()
+        for x in (v, junk)
+    ]  # fmt: skip
+    assert 0.8 < errors[1] / errors[0] < 1.25
 
 
 def test_intervals_of_peaked_rows_cover(seed):
@@ -71,7 +118,7 @@ def test_intervals_of_peaked_rows_cover(seed):
         )
         low, high = est.confidence_interval()
         share = ((low <= exact) & (exact <= high)).double().view(3, 4000, 16).mean((1, 2))
-        assert bool((share >= torch.tensor([0.93, 0.93, 0.92])).all()), (name, share)
+        assert bool((share >= torch.tensor([0.93, 0.93, 0.9])).all()), (name, share)
 
 
 @pytest.mark.parametrize("name", RANDOM)

@@ -1,0 +1,32 @@
+"""Control variates correct an estimate by something whose mean is known: one file per control."""
+
+from __future__ import annotations
+
+from .base import Control, Prepared, control_noise
+from .exact import ExactControl
+from .linformer import LinformerControl
+from .multilevel import LevelDraws, MultilevelControlVariate
+from .performer import PerformerControl
+from .registry import CONTROLS, make_control
+from .regression import Regression, regress
+from .telescoping import MultilevelEstimate, allocate, multilevel_attention
+from .topk import TopKControl
+
+__all__ = [
+    "CONTROLS",
+    "Control",
+    "ExactControl",
+    "LevelDraws",
+    "LinformerControl",
+    "MultilevelControlVariate",
+    "MultilevelEstimate",
+    "PerformerControl",
+    "Prepared",
+    "Regression",
+    "TopKControl",
+    "allocate",
+    "control_noise",
+    "make_control",
+    "multilevel_attention",
+    "regress",
+]

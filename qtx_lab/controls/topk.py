@@ -1,0 +1,74 @@
+"""The heaviest keys of a row as its control."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..samplers.base import check_count
+from .base import EVERY, check_keys, check_queries, masked_logits
+
+
+class TopKControl:
+    """p̂ = softmax over the `keys` heaviest exact logits, 0 elsewhere.
+
+    Cost n E + keys d a query: it reads every key, though few values. It takes away the noise among the
+    heaviest keys and leaves that of the tail. Source: Gupta et al., Memory-efficient transformers via top-k
+    attention (2021), here as a control and not as an approximation.
+
+    Parameters
+    ----------
+    keys : int
+        At least 1; a row that sees fewer uses them all.
+    """
+
+    name = "topk"
+    oracle = False
+
+    def __init__(self, keys: int = 32):
+        check_count("keys", keys)
+        self.keys = keys
+
+    def prepare(
+        self,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float,
+        causal: bool,
+        q: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> TopKWeights:
+        check_keys(k, v, scale)
+        return TopKWeights(k, v, scale, causal, min(self.keys, k.shape[1]))
+
+
+class TopKWeights:
+    """`TopKControl` for given keys."""
+
+    def __init__(self, k: Tensor, v: Tensor, scale: float, causal: bool, keys: int):
+        self.k, self.v, self.scale, self.causal, self.keys = k, v, scale, causal, keys
+
+    def sums(self, q: Tensor, positions: Tensor, *, heads: slice = EVERY) -> Tensor:
+        return self._dense(q, positions, heads) @ self.v[heads]
+
+    def weights_at(self, q: Tensor, positions: Tensor, indices: Tensor, *, heads: slice = EVERY) -> Tensor:
+        return self._dense(q, positions, heads).gather(-1, indices)
+
+    def trust(self, q: Tensor, positions: Tensor, *, heads: slice = EVERY) -> Tensor:
+        """The share of p that the heaviest keys hold: p̂ / p is 1 over it on them."""
+        logits = masked_logits(q, self.k[heads], positions, self.scale, self.causal)
+        return (logits.topk(self.keys, dim=-1).values.logsumexp(-1) - logits.logsumexp(-1)).exp()
+
+    def cost_at(self) -> float:
+        return float(self.k.shape[-1])
+
+    def cost(self, n: int) -> float:
+        return float(n * self.k.shape[-1] + min(self.keys, n) * self.v.shape[-1])
+
+    def _dense(self, q: Tensor, positions: Tensor, heads: slice) -> Tensor:
+        k = self.k[heads]
+        check_queries(q, positions, k)
+        logits = masked_logits(q, k, positions, self.scale, self.causal)
+        top = logits.topk(self.keys, dim=-1)
+        return torch.zeros_like(logits).scatter_(-1, top.indices, top.values.softmax(-1))

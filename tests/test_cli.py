@@ -61,7 +61,7 @@ def test_report_by_part_of_the_name(tmp_path) -> None:
     ("arguments", "says"),
     [
         (["demo", "--layer", "9"], "layer=9"),
-        (["demo", "--samplers", "exact,sytematic"], "Did you mean 'systematic'"),
+        (["demo", "--samplers", "monte-carlo,sytematic"], "Did you mean 'systematic'"),
         (["demo", "--sample-counts", "8,0"], "sample_counts[1]=0"),
         (["demo", "--text", "no such file"], "no such file"),
         (["run", "no such notebook"], "no such notebook"),
@@ -105,11 +105,11 @@ def asked(monkeypatch, tmp_path) -> list:
 
 
 def test_demo_prints_the_report_last(asked, tmp_path) -> None:
-    done = call("demo", "--samplers", "exact, monte-carlo", "--sample-counts", "16,8", "--seed", 4)
+    done = call("demo", "--samplers", "stratified, monte-carlo", "--sample-counts", "16,8", "--seed", 4)
     assert done.exit_code == 0, done.output
     assert done.stdout.splitlines()[:2] == ["One.", "Two."]
     assert done.stdout.splitlines()[-1].endswith("report.html")
-    spec = ExperimentSpec(samplers=("exact", "monte-carlo"), sample_counts=(8, 16), seed=4)
+    spec = ExperimentSpec(samplers=("stratified", "monte-carlo"), sample_counts=(8, 16), seed=4)
     assert asked[0][:2] == ("00_quickstart", spec)
 
 

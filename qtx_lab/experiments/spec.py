@@ -170,7 +170,7 @@ class ExperimentSpec(Spec):
         json_schema_extra={"unit": "name"},
     )
     sample_counts: tuple[Count, ...] = Field(
-        (8, 16, 32, 64, 128),
+        (8, 32, 128),
         min_length=1,
         description="Draws a row at which the samplers are compared; kept in rising order, each once.",
         json_schema_extra={"unit": "draws"},

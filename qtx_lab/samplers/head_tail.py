@@ -49,7 +49,7 @@ class HeadTailSampler(SystematicSampler):
         replicates, s = points.shape[-2:]
         mass = row_masses(logits)
         p = mass / mass.sum(-1, keepdim=True, dtype=torch.float64).clamp_min(1).to(mass.dtype)
-        counts = optimal_counts(p, s) if self.head == "optimal" else self._fixed_counts(p, s)
+        counts = expected_counts(p, s, None if self.head == "optimal" else int(self.head))
         # In units of draws: a key of count 1 holds exactly one tooth of the comb. Where there are fewer keys than
         # draws, the teeth past the last key are draws of weight 0.
         indices, total = invert(counts, points.flatten(-2), scale=s)
@@ -58,35 +58,39 @@ class HeadTailSampler(SystematicSampler):
         weights.masked_fill_(points.flatten(-2) * s >= total, 0)
         return Draws(indices, weights, probabilities, replicates)
 
-    def _fixed_counts(self, p: Tensor, s: int) -> Tensor:
-        head = int(self.head)
-        if head >= s:
-            raise ArgumentError(f"head={head} is not allowed with num_samples={s}: it must be smaller.")
-        if head == 0:
-            return p * s
-        smallest = p.topk(min(head, p.shape[-1]), -1).values[..., -1:]
-        kept = (p >= smallest) & (p > 0)
-        kept &= kept.cumsum(-1) <= head  # ties beyond the head's size are tail
-        tail = p.masked_fill(kept, 0)
-        c = (s - kept.sum(-1, keepdim=True)) / tail.sum(-1, keepdim=True).clamp_min(torch.finfo(p.dtype).tiny)
-        return torch.where(kept, torch.ones_like(p), tail * c)
 
+def expected_counts(p: Tensor, num_samples: int, head: int | None = None) -> Tensor:
+    """How often each key of rows p (..., n) is drawn on average: 1 in the head, c p_j in the tail, S in all.
 
-def optimal_counts(p: Tensor, num_samples: int) -> Tensor:
-    """min(1, c p) with the c for which a row's counts sum to `num_samples`; 1 for every key where there are no more.
+    The head is the `head` heaviest keys (more where they are tied), or, where None, the smallest one that leaves no
+    key of the tail more than one draw: the heaviest h keys for the first h with p_(h+1) (S - h) / (tail's mass) < 1.
+    Where no more than S keys have mass, each is drawn once. In the tail a count is not cut off at 1, so that rounding
+    in the choice of the head costs no draw and no bias.
 
-    c is found from below: the keys that c p puts at 1 leave the other draws to the other keys, which raises c,
-    until no key joins. A few rounds do, at most one for each key of the head.
+    Raises
+    ------
+    ArgumentError
+        If head is not below num_samples.
     """
-    c = torch.full_like(p[..., :1], float(num_samples))
-    kept = torch.full_like(c, -1)
-    while True:
-        head = p * c >= 1
-        size = head.sum(-1, keepdim=True).to(p.dtype)
-        if torch.equal(size, kept):
-            break
-        kept = size
-        tail = p.masked_fill(head, 0).sum(-1, keepdim=True)
-        c = torch.where(tail > 0, torch.maximum(c, (num_samples - size) / tail), c)  # never down by rounding
-    short = (p > 0).sum(-1, keepdim=True) <= num_samples
-    return torch.where(short, (p > 0).to(p.dtype), (p * c).clamp_max(1))
+    if head is not None and head >= num_samples:
+        raise ArgumentError(f"head={head} is not allowed with num_samples={num_samples}: it must be smaller.")
+    top = p.topk(min(num_samples, p.shape[-1]), -1).values  # heaviest first
+    if head is None:
+        h = torch.arange(top.shape[-1], device=p.device)
+        tail = p.sum(-1, keepdim=True) - top.cumsum(-1) + top  # mass from the (h + 1)-th on
+        fits = top * (num_samples - h) < tail
+        size = torch.where(fits.any(-1, keepdim=True), fits.int().argmax(-1, keepdim=True), num_samples - 1)
+    else:
+        size = torch.full_like(top[..., :1], head, dtype=torch.int64)
+    least = top.gather(-1, (size - 1).clamp(0, top.shape[-1] - 1)).masked_fill(size == 0, torch.inf)
+    kept = p >= least
+    tail = p.masked_fill(kept, 0)
+    left = (num_samples - kept.sum(-1, keepdim=True)).clamp_min(0)
+    counts = tail * (left / tail.sum(-1, keepdim=True).clamp_min(torch.finfo(p.dtype).tiny))
+    seen = p > 0
+    few = seen.sum(-1, keepdim=True) <= num_samples
+    return (
+        torch.where(kept & seen, 1, counts)
+        if head is not None
+        else torch.where(few, seen, torch.where(kept, 1, counts))
+    )

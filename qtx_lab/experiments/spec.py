@@ -92,7 +92,13 @@ class Spec(BaseModel):
 
     def to_yaml(self) -> str:
         """The fields as YAML, in the order in which they are declared."""
-        return yaml.safe_dump(self.to_parameters(), sort_keys=False, allow_unicode=True)
+        parameters = self.to_parameters()
+        text = yaml.safe_dump(parameters, sort_keys=False, allow_unicode=True)
+        if (
+            not text.isascii() and yaml.safe_load(text) != parameters
+        ):  # line breaks of Unicode's own are folded
+            text = yaml.safe_dump(parameters, sort_keys=False)
+        return text
 
     @classmethod
     def from_yaml(cls, source: str | Path) -> Self:

@@ -104,7 +104,8 @@ def test_what_is_masked_for_all_does_not_reach_the_error_bars(name):
 def test_intervals_of_peaked_rows_cover(seed):
     """Rows where most draws hit one key: the sample variance is often 0, and such an interval covers nothing.
 
-    With 64 draws of which 0.2 are expected to miss the top key, the last case is as far as this goes.
+    With 64 draws of which 0.2 are expected to miss the top key, the last case is as far as this goes. All rows are
+    of one head here, so the samplers whose rows share their randomness are left to the test above.
     """
     g = torch.Generator().manual_seed(seed)
     top = torch.tensor([0.9, 0.99, 0.997]).repeat_interleave(4000)
@@ -112,7 +113,7 @@ def test_intervals_of_peaked_rows_cover(seed):
     q = torch.zeros(len(top), 64)
     q[torch.arange(len(top)), torch.randint(64, (len(top),), generator=g)] = (63 * top / (1 - top)).log()
     exact = F.scaled_dot_product_attention(q, k, v, scale=1.0)
-    for name, replicates in (("monte-carlo", 1), *((name, 8) for name in RANDOM)):
+    for name, replicates in (("monte-carlo", 1), *((name, 8) for name in SINGLE)):
         est = qtx.sampled_attention(
             q, k, v, sampler=name, num_samples=64, replicates=replicates, scale=1.0, generator=g
         )

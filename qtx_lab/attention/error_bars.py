@@ -8,6 +8,7 @@ too, and what it would have added can be predicted from the spread of all values
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -17,6 +18,21 @@ from ..samplers import Sampler
 
 PRIOR_WEIGHT = 2.0
 """Weight of the predicted variance against the R - 1 degrees of freedom of R replicates."""
+
+
+def degrees_of_freedom(sampler: Sampler, draws: Draws) -> float:
+    """Infinite for what p predicts; R - 1 (or T - 1) for a sample variance; of a mixture, Satterthwaite's."""
+    r, known = draws.replicates, draws.probabilities is not None
+    if sampler.independent:
+        return math.inf if known else max(1.0, draws.indices.shape[-1] - 1.0)
+    predicts = known and _count_variance(sampler)(draws.weights[:0]) is not None
+    g = PRIOR_WEIGHT if predicts else 0.0
+    return (g + r - 1) ** 2 / (r - 1)
+
+
+def _count_variance(sampler: Sampler) -> Callable[[Tensor], Tensor | None]:
+    """The sampler's own, or of nothing known where it has none."""
+    return getattr(sampler, "count_variance", lambda expected: None)
 
 
 class ErrorBars:
@@ -57,7 +73,7 @@ class ErrorBars:
         output_dtype: torch.dtype,
     ):
         self.independent = sampler.independent
-        self.count_variance = getattr(sampler, "count_variance", lambda expected: None)
+        self.count_variance = _count_variance(sampler)
         self.values = values
         self.causal_length = causal_length
         self.output_eps = torch.finfo(output_dtype).eps
@@ -73,15 +89,6 @@ class ErrorBars:
             self.moments = self.table.cumsum(1) / share.clamp_min(1)  # [N, n, 2 d], over keys 0..i
         else:
             self.moments = self.table.sum(1, keepdim=True) / count  # [N, 1, 2 d]
-
-    def degrees_of_freedom(self, draws: Draws) -> float:
-        """Infinite for what p predicts; R - 1 (or T - 1) for a sample variance; of a mixture, Satterthwaite's."""
-        r, known = draws.replicates, draws.probabilities is not None
-        if self.independent:
-            return math.inf if known else max(1.0, draws.indices.shape[-1] - 1.0)
-        predicts = known and self.count_variance(draws.weights[:0]) is not None
-        g = PRIOR_WEIGHT if predicts else 0.0
-        return (g + r - 1) ** 2 / (r - 1)
 
     def __call__(self, draws: Draws, output: Tensor, block: tuple[slice, slice]) -> Tensor:
         """Standard errors (heads, rows, d) of a block of the `output` (N, M, d) of `draws` (N, M, R * S)."""
@@ -111,9 +118,8 @@ class ErrorBars:
 
     def _predicted(self, draws: Draws, a: Tensor, b: Tensor, p: Tensor, heads: slice, rows: slice) -> Tensor:
         """V(a, b) of the class's docstring, (heads, rows, d); `a` and `p` at the draws, `b` a row."""
-        once = (draws.weights > 0) / draws.multiplicity().to(
-            p.dtype
-        )  # sum_s once_s f(j_s): each key seen once
+        # sum_s once_s f(j_s) runs over each key seen, once
+        once = (draws.weights > 0) / draws.multiplicity().to(p.dtype)
         unseen = (1 - (p * once).sum(-1, keepdim=True)).clamp_min(0)
         unseen = torch.where(b.isfinite(), unseen * b, 0)
         moments = self.moments[heads]

@@ -13,7 +13,7 @@ from ..errors import ArgumentError, DtypeError, ShapeError
 from ..estimates import AttentionEstimate, Draws
 from ..samplers import ExactSampler, InversionSampler, Sampler, make_sampler, value_order
 from ..samplers.base import Uniform, check_count
-from .error_bars import ErrorBars
+from .error_bars import ErrorBars, degrees_of_freedom
 
 BLOCK_ELEMENTS = 1 << 20
 """Size of a block of rows: keys, 16 for each draw or 4 for each feature of v, whichever is most, over its rows.
@@ -245,12 +245,13 @@ def _sampled(rows: Rows, sampler: Sampler, settings: dict) -> AttentionEstimate:
     indices = torch.empty(*shape, total, dtype=torch.int64, device=rows.q.device)
     weights = rows.q.new_empty(*shape, total)
     probabilities: Tensor | None = rows.q.new_empty(*shape, total)
+    visible = rows.visible_keys()
     points = None
     if isinstance(sampler, InversionSampler):
         uniform = Uniform(settings["generator"], rows.q.device)
         points = sampler.points(shape, settings["num_samples"], replicates, uniform)
         if sampler.ordered:
-            visible = rows.visible_keys()  # what is masked for all would only spread the order
+            # What is masked for all would only spread the order.
             rows.reorder(value_order(rows.v if visible is None else rows.v * visible[..., None]))
     for heads, part in blocks(shape, step):
         logits, values = rows.logits(heads, part), rows.v[heads]
@@ -275,15 +276,16 @@ def _sampled(rows: Rows, sampler: Sampler, settings: dict) -> AttentionEstimate:
     make_std_error, degrees = None, math.inf
     if sampler.independent or replicates > 1:
         causal_length = rows.length if rows.is_causal else None
-        bars = ErrorBars(values, rows.visible_keys(), causal_length, sampler, rows.args[2].dtype)
-        degrees = bars.degrees_of_freedom(flat)
+        degrees = degrees_of_freedom(sampler, flat)
+        row_shape, dtype = rows.row_shape, rows.args[2].dtype  # and not rows, which would keep q and k alive
 
         def make_std_error() -> Tensor:
             std_error = torch.empty_like(output)
             with torch.no_grad():
+                bars = ErrorBars(values, visible, causal_length, sampler, dtype)
                 for block in blocks(shape, step):
                     std_error[block] = bars(flat, output, block)
-            return std_error.view(*rows.row_shape, width)
+            return std_error.view(*row_shape, width)
 
     draws = flat.view(rows.row_shape)
     return AttentionEstimate(

@@ -88,9 +88,8 @@ def expected_counts(p: Tensor, num_samples: int, head: int | None = None) -> Ten
     left = (num_samples - kept.sum(-1, keepdim=True)).clamp_min(0)
     counts = tail * (left / tail.sum(-1, keepdim=True).clamp_min(torch.finfo(p.dtype).tiny))
     seen = p > 0
+    counts = torch.where(kept & seen, 1, counts)
+    if head is not None:
+        return counts
     few = seen.sum(-1, keepdim=True) <= num_samples
-    return (
-        torch.where(kept & seen, 1, counts)
-        if head is not None
-        else torch.where(few, seen, torch.where(kept, 1, counts))
-    )
+    return torch.where(few, seen, counts)

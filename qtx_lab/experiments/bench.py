@@ -24,8 +24,8 @@ from torch import Tensor
 from ..attention import sampled_attention
 from ..errors import unknown_name
 from ..samplers import SAMPLERS
+from ..storage import json_bytes, write_atomic
 from .provenance import machine
-from .storage import json_bytes, write_atomic
 
 Result = TypeVar("Result")
 

@@ -19,11 +19,11 @@ from typing import IO, Any
 import yaml
 
 from ..errors import ArgumentError, QtxError, RunFailed, SpecError, TextError
+from ..storage import write_atomic
 from ..training.reference import read_text
 from .report import write_report
 from .runs import Run
 from .spec import ExperimentSpec, NotebookSpec, Spec, nearest
-from .storage import write_atomic
 
 PACKAGE = Path(__file__).parent.parent
 

@@ -15,10 +15,10 @@ import yaml
 
 from .. import __version__
 from ..errors import StorageError
+from ..storage import read_frame, write_atomic
 from ..theme import COLOURS
 from . import spec as specs
 from .runs import Run
-from .storage import read_frame, write_atomic
 
 CSV_LIMIT = 256 << 10
 """Bytes up to which a figure's data is put into the page."""

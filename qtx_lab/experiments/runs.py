@@ -18,16 +18,17 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from ..errors import ArgumentError, StorageError
-from . import provenance
-from .storage import (
+from ..storage import (
     append_rows,
     json_bytes,
     read_frame,
+    runs_home,
     storage_error,
     sync_folder,
     write_atomic,
     write_frame,
 )
+from . import provenance
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,11 +42,6 @@ FREE_BYTES = 64 << 20
 """Free space below which no run is started: a demo run with its figures takes about a tenth of it."""
 THEMES = ("light", "dark")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
-
-
-def runs_home(home: str | Path | None = None) -> Path:
-    """The folder that holds runs: the one given, else `$QTX_LAB_HOME`, else `./runs`."""
-    return Path(home or os.environ.get("QTX_LAB_HOME") or "runs")
 
 
 class Run:

@@ -20,7 +20,7 @@ from qtx_lab.errors import ArgumentError, StorageError
 from qtx_lab.experiments import provenance
 from qtx_lab.experiments.runs import Run, find_run, runs
 from qtx_lab.experiments.spec import ExperimentSpec
-from qtx_lab.experiments.storage import read_frame, write_atomic
+from qtx_lab.storage import read_frame, write_atomic
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and tables as parquet through DuckDB."""
+"""Where runs are kept, files that are written whole or not at all, and tables as parquet through DuckDB."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ArgumentError, StorageError
+from .errors import ArgumentError, StorageError
 
 if TYPE_CHECKING:
     import duckdb
@@ -21,6 +21,11 @@ if TYPE_CHECKING:
 Scalar = str | int | float | bool | None
 
 COLUMN_TYPES = {bool: "BOOLEAN", int: "BIGINT", float: "DOUBLE", str: "VARCHAR"}
+
+
+def runs_home(home: str | Path | None = None) -> Path:
+    """The folder that holds runs: the one given, else `$QTX_LAB_HOME`, else `./runs`."""
+    return Path(home or os.environ.get("QTX_LAB_HOME") or "runs")
 
 
 def write_atomic(path: Path, content: bytes) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -118,6 +119,13 @@ class Draws:
         return torch.empty_like(run).scatter_(-1, position, length.gather(-1, run))
 
 
+def rounding_variance(output: Tensor, size: Tensor, total: int, dtype: torch.dtype) -> Tensor:
+    """Variance that rounding adds to an output: of the sum of `total` values of root mean square `size` in the output's
+    own precision, and of the cast to `dtype`."""
+    summed = torch.finfo(output.dtype).eps * math.sqrt(total) * size
+    return summed.square() + (torch.finfo(dtype).eps * output).square() / 12
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class AttentionEstimate:
     """An attention output, how wrong it may be, and the draws that it was made of.
@@ -133,8 +141,11 @@ class AttentionEstimate:
     make_draws, make_std_error : callable
         Give `draws` and `std_error` when they are first asked for; the latter None where one replicate
         cannot tell.
+    group : int
+        G, the query heads that share a key head.
     diagnostics : mapping
-        `sampler`, `num_samples` and `replicates` as used; `draws_per_row`; `effective_sample_size`
+        `sampler`, `num_samples` and `replicates` as used; `draws_per_row`, a Tensor (..., L) where a tolerance chose
+        them; `effective_sample_size`
         (Tensor (..., L), Kish's of the draws' weights; infinite for `exact`); `fallbacks`, a tuple of sentences: what was not done as asked, and why.
     """
 
@@ -143,11 +154,14 @@ class AttentionEstimate:
     degrees_of_freedom: float
     make_draws: Callable[[], Draws]
     make_std_error: Callable[[], Tensor] | None
+    group: int = 1
     diagnostics: Mapping[str, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:
+        shown = {k: self.diagnostics[k] for k in ("sampler", "draws_per_row") if k in self.diagnostics}
         how = ", ".join(
-            f"{k}={self.diagnostics[k]!r}" for k in ("sampler", "draws_per_row") if k in self.diagnostics
+            f"{k}={x.double().mean():.1f} on average" if isinstance(x, Tensor) else f"{k}={x!r}"
+            for k, x in shown.items()
         )
         return f"AttentionEstimate(output {tuple(self.output.shape)} {self.output.dtype}, {how})"
 
@@ -163,6 +177,15 @@ class AttentionEstimate:
         None where the method cannot tell from one replicate: ask for replicates >= 2.
         """
         return None if self.make_std_error is None else self.make_std_error()
+
+    def keys_touched(self) -> Tensor:
+        """Distinct values that each query position reads, the heads of a group together: (..., H / G, L), int64."""
+        indices = self.draws.indices.masked_fill(self.draws.weights == 0, -1)
+        if self.group > 1:
+            indices = indices.unflatten(-3, (-1, self.group)).movedim(-3, -2).flatten(-2)
+        ordered = indices.sort(dim=-1).values
+        fresh = ordered[..., 1:] != ordered[..., :-1]
+        return (fresh & (ordered[..., 1:] >= 0)).sum(-1) + (ordered[..., 0] >= 0)
 
     def attention_weights(self) -> Tensor:
         """The estimated weights as a dense matrix, (..., L, n): memory L * n."""

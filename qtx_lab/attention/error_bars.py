@@ -9,30 +9,47 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..estimates import Draws
+from ..estimates import Draws, rounding_variance
 from ..samplers import Sampler
+from .corrections import Correction
 
 PRIOR_WEIGHT = 2.0
 """Weight of the predicted variance against the R - 1 degrees of freedom of R replicates."""
 
 
-def degrees_of_freedom(sampler: Sampler, draws: Draws) -> float:
-    """Infinite for what p predicts; R - 1 (or T - 1) for a sample variance; of a mixture, Satterthwaite's."""
-    r, known = draws.replicates, draws.probabilities is not None
-    if sampler.independent:
-        return math.inf if known else max(1.0, draws.indices.shape[-1] - 1.0)
-    predicts = known and _count_variance(sampler)(draws.weights[:0]) is not None
-    g = PRIOR_WEIGHT if predicts else 0.0
-    return (g + r - 1) ** 2 / (r - 1)
+@dataclass(frozen=True)
+class Design:
+    """How draws were made, as far as error bars care.
 
+    Parameters
+    ----------
+    independent : bool
+        Whether the draws of a replicate are i.i.d. from p.
+    count_variance : callable, optional
+        `InversionSampler.count_variance`, where the sampler has one.
+    """
 
-def _count_variance(sampler: Sampler) -> Callable[[Tensor], Tensor | None]:
-    """The sampler's own, or of nothing known where it has none."""
-    return getattr(sampler, "count_variance", lambda expected: None)
+    independent: bool
+    count_variance: Callable[[Tensor], Tensor | None] | None = None
+
+    @classmethod
+    def of(cls, sampler: Sampler) -> Design:
+        """That of a sampler that draws from p."""
+        return cls(sampler.independent, getattr(sampler, "count_variance", None))
+
+    def degrees_of_freedom(self, draws: Draws) -> float:
+        """Infinite for what p predicts; R - 1 (or T - 1) for a sample variance; of a mixture, Satterthwaite's."""
+        r, known = draws.replicates, draws.probabilities is not None
+        if self.independent:
+            return math.inf if known else max(1.0, draws.indices.shape[-1] - 1.0)
+        predicted = self.count_variance(draws.weights[:0]) if known and self.count_variance else None
+        g = 0.0 if predicted is None else PRIOR_WEIGHT
+        return (g + r - 1) ** 2 / (r - 1)
 
 
 class ErrorBars:
@@ -44,10 +61,10 @@ class ErrorBars:
     visible : Tensor, bool, (N, n), or None
         The keys that some row of the head sees; all where None. What a row of its own does not see is not looked at
         when the unseen mass is priced, unless the mask is causal.
-    causal_length : int or None
-        L, where row i of each L sees keys 0..i only.
-    sampler : Sampler
-        If its draws are i.i.d. from p, all T = R * S draws are pooled,
+    causal : bool
+        Whether row i sees keys 0..i only.
+    design : Design
+        If the draws are i.i.d. from p, all T = R * S draws are pooled,
 
             var = V(p_j / T, 1 / T),    V(a, b) = A_0 var_A(v),
 
@@ -58,7 +75,7 @@ class ErrorBars:
             var = [ g V(c_j w_j^2, w_min) + (R - 1) s^2 ] / (g + R - 1) / R,    g = PRIOR_WEIGHT,
 
         where w_j is the weight of a draw of key j and c_j the variance of its count (`count_variance`; for keys in
-        random order, Hartley and Rao 1962). Where the sampler knows neither p nor c_j, only the sample variances
+        random order, Hartley and Rao 1962). Where the design knows neither p nor c_j, only the sample variances
         are left, with g = 0.
 
     To all of these the rounding of the sum and of the output's dtype is added.
@@ -68,15 +85,13 @@ class ErrorBars:
         self,
         values: Tensor,
         visible: Tensor | None,
-        causal_length: int | None,
-        sampler: Sampler,
+        causal: bool,
+        design: Design,
         output_dtype: torch.dtype,
     ):
-        self.independent = sampler.independent
-        self.count_variance = _count_variance(sampler)
+        self.design = design
         self.values = values
-        self.causal_length = causal_length
-        self.output_eps = torch.finfo(output_dtype).eps
+        self.output_dtype = output_dtype
         share = torch.ones_like(values[..., :1]) if visible is None else visible[..., None].to(values.dtype)
         count = share.sum(1, keepdim=True).clamp_min(1)
         values = torch.where(share > 0, values, 0)  # what nobody sees may be anything
@@ -84,55 +99,111 @@ class ErrorBars:
         self.size = values.square().sum(1, keepdim=True).div(count).sqrt()  # [N, 1, d]
         centred = (values - self.centre) * share
         self.table = torch.cat((centred, centred.square()), dim=-1)  # [N, n, 2 d]
-        if causal_length is not None:
+        if causal:
             share = share.cumsum(1)
             self.moments = self.table.cumsum(1) / share.clamp_min(1)  # [N, n, 2 d], over keys 0..i
         else:
             self.moments = self.table.sum(1, keepdim=True) / count  # [N, 1, 2 d]
 
-    def __call__(self, draws: Draws, output: Tensor, block: tuple[slice, slice]) -> Tensor:
-        """Standard errors (heads, rows, d) of a block of the `output` (N, M, d) of `draws` (N, M, R * S)."""
-        draws, output = draws[block], output[block]
-        heads, rows = block
+    def __call__(
+        self,
+        draws: Draws,
+        output: Tensor,
+        heads: slice,
+        positions: Tensor,
+        correction: Correction | None = None,
+    ) -> Tensor:
+        """Standard errors (heads, rows, d) of rows of some heads.
+
+        Parameters
+        ----------
+        draws : Draws
+            Rows (heads, rows).
+        output : Tensor, (heads, rows, d)
+            Their estimate.
+        positions : Tensor, int64, (rows,) or (heads, rows)
+            Query positions; looked at where the mask is causal.
+        correction : Correction, optional
+            Of the same rows, where controls corrected the estimate: v_j becomes what they leave of it, g_j, and keys
+            never seen are priced at what is left of those drawn once, which stand for them (Good, The population
+            frequencies of species, 1953).
+        """
         total, r, p = draws.indices.shape[-1], draws.replicates, draws.probabilities
-        if self.independent and p is None:
+        if self.design.independent and p is None:
             o = output - self.centre[heads]
             first, second = draws.average(self.table[heads]).chunk(2, dim=-1)
             held = draws.weights.sum(-1, keepdim=True)
             variance = (second - 2 * o * first + held * o.square()) / max(1, total - 1)
-        elif self.independent and p is not None:
+        elif self.design.independent and p is not None:
             each = torch.full_like(p[..., :1], 1 / total)
-            variance = self._predicted(draws, p / total, each, p, heads, rows)
+            variance = self._predicted(draws, output, p / total, each, heads, positions, correction)
         else:
-            variance, g = (r - 1) * self._between(draws, heads), 0.0
+            variance, g = (r - 1) * self._between(draws, heads, correction), 0.0
             w = draws.weights * r
-            c = None if p is None else self.count_variance(p / w.clamp_min(torch.finfo(w.dtype).tiny))
+            c = None
+            if p is not None and self.design.count_variance is not None:
+                c = self.design.count_variance(p / w.clamp_min(torch.finfo(w.dtype).tiny))
             if p is not None and c is not None:
                 least, g = w.masked_fill(w <= 0, torch.inf).amin(-1, keepdim=True), PRIOR_WEIGHT
-                variance = variance + g * self._predicted(draws, c * w.square(), least, p, heads, rows)
+                predicted = self._predicted(
+                    draws, output, c * w.square(), least, heads, positions, correction
+                )
+                variance = variance + g * predicted
             variance = variance / (g + r - 1) / r
         drawn = (draws.weights > 0).any(-1, keepdim=True)  # an empty row has no error
-        summed = torch.finfo(output.dtype).eps * math.sqrt(total) * self.size[heads]
-        rounding = summed.square() + (self.output_eps * output).square() / 12
+        rounding = rounding_variance(output, self.size[heads], total, self.output_dtype)
         return torch.where(drawn, variance.clamp_min(0) + rounding, 0).sqrt()
 
-    def _predicted(self, draws: Draws, a: Tensor, b: Tensor, p: Tensor, heads: slice, rows: slice) -> Tensor:
-        """V(a, b) of the class's docstring, (heads, rows, d); `a` and `p` at the draws, `b` a row."""
+    def _predicted(
+        self,
+        draws: Draws,
+        output: Tensor,
+        a: Tensor,
+        b: Tensor,
+        heads: slice,
+        positions: Tensor,
+        correction: Correction | None,
+    ) -> Tensor:
+        """V(a, b) of the class's docstring, (heads, rows, d); `a` at the draws, `b` a row."""
+        p = draws.probabilities
+        assert p is not None
         # sum_s once_s f(j_s) runs over each key seen, once
-        once = (draws.weights > 0) / draws.multiplicity().to(p.dtype)
+        times = draws.multiplicity()
+        once = (draws.weights > 0) / times.to(p.dtype)
         unseen = (1 - (p * once).sum(-1, keepdim=True)).clamp_min(0)
         unseen = torch.where(b.isfinite(), unseen * b, 0)
         moments = self.moments[heads]
-        if self.causal_length is not None:
-            position = torch.arange(rows.start, rows.stop, device=p.device) % self.causal_length
-            moments = moments[:, position.clamp_max(moments.shape[1] - 1)]
-        a = a * once
-        sums = draws.average(self.table[heads], a) + unseen * moments
-        first, second = sums.chunk(2, dim=-1)
-        held = (a.sum(-1, keepdim=True) + unseen).clamp_min(torch.finfo(a.dtype).tiny)
-        return second - first.square() / held
+        if moments.shape[1] > 1:
+            at = positions.clamp_max(moments.shape[1] - 1).expand(output.shape[:2])
+            moments = moments.gather(1, at[..., None].expand(*at.shape, moments.shape[-1]))
+        a, table = a * once, self.table[heads]
+        held = a.sum(-1, keepdim=True)
+        if correction is None:
+            sums = draws.average(table, a) + unseen * moments
+            first, second = sums.chunk(2, dim=-1)
+            return second - first.square() / (held + unseen).clamp_min(torch.finfo(a.dtype).tiny)
+        o, centre = output - self.centre[heads], self.centre[heads]
+        rare = draws.weights * (times == 1)
+        mass = rare.sum(-1, keepdim=True)
+        left = _about(o, mass, *correction.moments(draws, rare, table, centre)).sum((1, 2))
+        plain = (mass * _about(o, 1, *moments.chunk(2, dim=-1))).sum((1, 2))
+        rho = torch.where(plain > 0, left / plain, 1)[:, None, None].clamp_min(0)
+        first, second = correction.moments(draws, a, table, centre)
+        seen = _about(o, held, first, second)
+        mean, square = moments.chunk(2, dim=-1)
+        away = first - held * o + unseen * rho.sqrt() * (mean - o)
+        total = seen + unseen * rho * _about(o, 1, mean, square)
+        return total - away.square() / (held + unseen).clamp_min(torch.finfo(a.dtype).tiny)
 
-    def _between(self, draws: Draws, heads: slice) -> Tensor:
+    def _between(self, draws: Draws, heads: slice, correction: Correction | None) -> Tensor:
         """Variance between the replicates' outputs, (heads, rows, d)."""
-        means = draws.average_by_replicate(self.values[heads]) * draws.replicates
+        if correction is None:
+            means = draws.average_by_replicate(self.values[heads]) * draws.replicates
+        else:
+            means = correction.by_replicate
         return means.var(-2) if means.numel() else means.sum(-2)
+
+
+def _about(o: Tensor, mass: Tensor | float, first: Tensor, second: Tensor) -> Tensor:
+    """sum a (g - o)^2 from the sums of a, a g and a g^2."""
+    return second - 2 * o * first + mass * o.square()

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..controls import Control
 from ..errors import ArgumentError, DtypeError, ShapeError
 from ..estimates import AttentionEstimate, Draws
-from ..samplers import ExactSampler, InversionSampler, Sampler, make_sampler, value_order
+from ..samplers import ExactSampler, InversionSampler, LearnedImportanceSampler, Sampler, make_sampler
 from ..samplers.base import Uniform, check_count
 from ..samplers.rows import Rows, blocks, check_inputs
-from .error_bars import ErrorBars, degrees_of_freedom
+from ..samplers.value_order import kept_value_order, value_order
+from .corrections import ControlVariate, Correction, correct, make_controls
+from .error_bars import Design, ErrorBars
+from .tolerance import check_tolerance, to_tolerance
 
 BLOCK_ELEMENTS = 1 << 20
 """Size of a block of rows: keys, 16 for each draw or 4 for each feature of v, whichever is most, over its rows.
@@ -27,12 +33,15 @@ def sampled_attention(
     v: Tensor,
     *,
     sampler: str | Sampler = "systematic",
-    num_samples: int = 64,
+    num_samples: int | None = None,
     attn_mask: Tensor | None = None,
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
     replicates: int = 1,
+    control_variate: ControlVariate | None = None,
+    tolerance: float | None = None,
+    confidence: float = 0.95,
     generator: torch.Generator | None = None,
 ) -> AttentionEstimate:
     """Estimate softmax(q k^T scale + mask) v from `num_samples` drawn keys a row.
@@ -50,9 +59,10 @@ def sampled_attention(
     v : Tensor, (..., Hkv, n, Ev)
         float32, float64, float16 or bfloat16, as k and q.
     sampler : str or Sampler
-        A name in `qtx_lab.samplers.SAMPLERS` or an object with its `draw`.
-    num_samples : int
-        S, the draws of a row and replicate.
+        A name in `qtx_lab.samplers.SAMPLERS` or an object with its `draw`. A `LearnedImportanceSampler` gives its own
+        self-normalised estimate, biased by O(1 / num_samples), from its proposal; with controls its plain one.
+    num_samples : int, optional
+        S, the draws of a row and replicate; 64 where neither it nor `tolerance` is given.
     attn_mask : Tensor, broadcastable to (..., H, L, n), optional
         Boolean (True: attend) or float (added to the logits, -inf: masked). A row in which everything is
         masked has output 0 and standard error 0.
@@ -61,9 +71,21 @@ def sampled_attention(
     scale : float, optional
         1 / sqrt(E) where None.
     enable_gqa : bool
-        H is a multiple of Hkv; query head h uses key head h // (H / Hkv).
+        H is a multiple of Hkv; query head h uses key head h // (H / Hkv). The heads of a group share their random
+        numbers, so that together they read fewer values (`AttentionEstimate.keys_touched`); but for samplers that
+        invert nothing.
     replicates : int
         R independent repetitions, averaged; R >= 2 gives every sampler error bars.
+    control_variate : str, Control, MultilevelControlVariate, or a list of names and controls, optional
+        What corrects the estimate (`qtx_lab.controls.CONTROLS`): unbiased as the sampler is, coefficients one a control
+        and query head. No masks but `is_causal`; the sampler must know its draws' probabilities, and rows that share
+        their randomness (`sobol`, `halton`, `lattice`) need replicates >= 2.
+    tolerance : float, optional
+        In place of a count: every row gets as many draws as keep |o_hat - o| <= tolerance |o| with probability
+        `confidence`, norms over its features (see `to_tolerance`). `diagnostics` then has for each row
+        `draws_per_row`, `pilot_draws_per_row` and `predicted_relative_error`, the bound that was kept.
+    confidence : float
+        From 0.5 to below 1.
     generator : torch.Generator, optional
         The only source of randomness; torch's default generator of the device where None.
 
@@ -90,18 +112,39 @@ def sampled_attention(
     True
     """
     sampler = make_sampler(sampler)
-    check_count("num_samples", num_samples)
+    check_count("num_samples", 64 if num_samples is None else num_samples)
     check_count("replicates", replicates)
     if generator is not None and not isinstance(generator, torch.Generator):
         raise DtypeError(f"generator is a {type(generator).__name__}; it must be a torch.Generator.")
     group = check_inputs(q, k, v, attn_mask, is_causal, scale, enable_gqa)
+    controls = [] if control_variate is None else make_controls(control_variate)
+    if controls and attn_mask is not None:
+        raise ArgumentError("control_variate knows no attn_mask, only is_causal: leave one of them out.")
+    if controls and replicates == 1 and getattr(sampler, "joint", False):
+        raise ArgumentError(
+            f"control_variate with sampler={sampler.name!r}, whose rows share their randomness, needs "
+            "replicates >= 2: coefficients must come from other draws than those that they correct."
+        )
+    if tolerance is not None and type(sampler) is not ExactSampler:
+        check_tolerance(tolerance, confidence, num_samples, sampler)
+        if controls:
+            raise ArgumentError("tolerance and control_variate exclude each other: leave one of them out.")
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     with torch.no_grad():
         rows = Rows(q, k, v, attn_mask, is_causal, scale, group)
-        settings = {"num_samples": num_samples, "generator": generator, "replicates": replicates}
+        settings = {"num_samples": num_samples or 64, "generator": generator, "replicates": replicates}
         if type(sampler) is ExactSampler:
-            return _exact(rows, sampler, settings)
-        return _sampled(rows, sampler, settings)
+            estimate = _exact(rows, sampler, settings)
+            if controls:
+                estimate.diagnostics["fallbacks"] += ("control_variate is not used: the output is exact.",)  # type: ignore[index]
+            return estimate
+        if isinstance(sampler, LearnedImportanceSampler):
+            return _learned(rows, sampler, settings, controls)
+        if tolerance is not None and isinstance(sampler, InversionSampler):
+            lay_out(rows, sampler)
+            step = BLOCK_ELEMENTS // max(rows.num_keys, 4 * v.shape[-1])
+            return to_tolerance(rows, sampler, tolerance, confidence, replicates, generator, step)
+        return _sampled(rows, sampler, settings, controls)
 
 
 def _exact(rows: Rows, sampler: ExactSampler, settings: dict) -> AttentionEstimate:
@@ -133,70 +176,150 @@ def _exact(rows: Rows, sampler: ExactSampler, settings: dict) -> AttentionEstima
         num_keys=rows.num_keys,
         degrees_of_freedom=math.inf,
         make_draws=make_draws,
-        make_std_error=lambda: torch.zeros_like(output, dtype=rows.dtype),
+        make_std_error=lambda: torch.zeros_like(output, dtype=kept.dtype),
+        group=rows.group,
         diagnostics=_diagnostics(sampler, settings, rows.num_keys, full),
     )
 
 
-def _sampled(rows: Rows, sampler: Sampler, settings: dict) -> AttentionEstimate:
+def lay_out(rows: Rows, sampler: InversionSampler) -> None:
+    """Put the keys in value order, if the sampler wants that."""
+    visible = rows.visible_keys()
+    if sampler.ordered and visible is None:
+        rows.reorder(kept_value_order(rows.args[2]).view(rows.count, rows.num_keys))
+    elif sampler.ordered and visible is not None:  # what is masked for all would only spread the order
+        rows.reorder(value_order(rows.v * visible[..., None]))
+
+
+def _sampled(
+    rows: Rows, sampler: Sampler, settings: dict, controls: Sequence[Control] = ()
+) -> AttentionEstimate:
     """Draw and average, block by block."""
     replicates, total = settings["replicates"], settings["replicates"] * settings["num_samples"]
     shape, width = (rows.count, rows.rows), rows.v.shape[-1]
+    keys, values = rows.k, rows.v  # in the caller's order
     step = BLOCK_ELEMENTS // max(rows.num_keys, 16 * total, 4 * width)
-    output = rows.v.new_empty(*shape, width)
+    output = values.new_empty(*shape, width)
     indices = torch.empty(*shape, total, dtype=torch.int64, device=rows.q.device)
     weights = rows.q.new_empty(*shape, total)
     probabilities: Tensor | None = rows.q.new_empty(*shape, total)
-    visible = rows.visible_keys()
     points = None
     if isinstance(sampler, InversionSampler):
         uniform = Uniform(settings["generator"], rows.q.device)
-        points = sampler.points(shape, settings["num_samples"], replicates, uniform)
-        if sampler.ordered:
-            # What is masked for all would only spread the order.
-            rows.reorder(value_order(rows.v if visible is None else rows.v * visible[..., None]))
+        # One set of points for the query heads of a group.
+        points = sampler.points((rows.count, rows.length), settings["num_samples"], replicates, uniform)
+        lay_out(rows, sampler)
     for heads, part in blocks(shape, step):
-        logits, values = rows.logits(heads, part), rows.v[heads]
+        logits, laid = rows.logits(heads, part), rows.v[heads]
         if points is not None and isinstance(sampler, InversionSampler):
-            draws = sampler.place(logits, points[heads, part])
+            at = points[heads, part] if rows.group == 1 else points[heads, rows.positions(part)]
+            draws = sampler.place(logits, at)
         else:
-            draws = sampler.draw(logits, values=values[:, : logits.shape[-1]], **settings)
+            draws = sampler.draw(logits, values=laid[:, : logits.shape[-1]], **settings)
             check_draws(sampler, draws, logits, replicates, total)
-        output[heads, part] = draws.average(values)
+        output[heads, part] = draws.average(laid)
         indices[heads, part], weights[heads, part] = draws.indices, draws.weights
         if probabilities is None or draws.probabilities is None:
             probabilities = None
         else:
             probabilities[heads, part] = draws.probabilities
     del points
-    values = rows.v.clone()
     if rows.order is not None:  # back to the caller's keys
         indices = rows.order[:, None].expand(*shape, rows.num_keys).gather(-1, indices)
-        values = torch.empty_like(values).scatter_(1, rows.order[..., None].expand_as(values), values)
     flat = Draws(indices, weights, probabilities, replicates)
+    diagnostics = _diagnostics(sampler, settings, total, flat.view(rows.row_shape).effective_sample_size())
+    if not controls:
+        return _estimate(rows, Design.of(sampler), flat, values, output, diagnostics, step)
+    if probabilities is None:
+        raise ArgumentError(
+            f"control_variate needs the probabilities of the draws, which sampler={sampler.name!r} does not know."
+        )
+    weigh = None
+    if isinstance(sampler, InversionSampler) and not sampler.independent:
+        weigh = partial(sampler.variance_weights, num_samples=settings["num_samples"])
+    correction = correct(
+        rows, keys, values, flat, controls, settings["generator"], weigh, blocks(shape, step)
+    )
+    return _corrected(rows, Design.of(sampler), flat, values, diagnostics, step, correction)
 
-    make_std_error, degrees = None, math.inf
-    if sampler.independent or replicates > 1:
-        causal_length = rows.length if rows.is_causal else None
-        degrees = degrees_of_freedom(sampler, flat)
-        row_shape, dtype = rows.row_shape, rows.args[2].dtype  # and not rows, which would keep q and k alive
+
+def _learned(
+    rows: Rows, sampler: LearnedImportanceSampler, settings: dict, controls: Sequence[Control]
+) -> AttentionEstimate:
+    """The sampler's own estimate, from its proposal; with controls the plain one, which knows its probabilities."""
+    q, k, v, mask, is_causal, scale, enable_gqa = rows.args
+    call = {"attn_mask": mask, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa, **settings}
+    if not controls:
+        return sampler.estimate(q, k, v, **call)
+    plain = sampler.estimate(q, k, v, estimator="plain", **call)
+    shape = (rows.count, rows.rows)
+    flat = plain.draws.view(shape)
+    step = BLOCK_ELEMENTS // max(rows.num_keys, 16 * flat.indices.shape[-1], 4 * v.shape[-1])
+    correction = correct(
+        rows, rows.k, rows.v, flat, controls, settings["generator"], None, blocks(shape, step)
+    )
+    return _corrected(rows, Design(False), flat, rows.v, dict(plain.diagnostics), step, correction)
+
+
+def _corrected(
+    rows: Rows,
+    design: Design,
+    flat: Draws,
+    values: Tensor,
+    diagnostics: dict,
+    step: int,
+    correction: Correction,
+) -> AttentionEstimate:
+    diagnostics["control_variate"] = correction.diagnostics
+    if rows.length * flat.replicates == 1 and not correction.oracle:
+        diagnostics["fallbacks"] += (
+            "Not corrected by control_variate: one row of one replicate leaves nothing to fit coefficients to.",
+        )
+    return _estimate(rows, design, flat, values, correction.output, diagnostics, step, correction)
+
+
+def _estimate(
+    rows: Rows,
+    design: Design,
+    flat: Draws,
+    values: Tensor,
+    output: Tensor,
+    diagnostics: dict,
+    step: int,
+    correction: Correction | None = None,
+) -> AttentionEstimate:
+    """What the draws `flat` (N, M, T) and the `output` (N, M, d) come to; error bars are made when first read."""
+    make_std_error, degrees, shape = None, math.inf, (rows.count, rows.rows)
+    row_shape, width, dtype = rows.row_shape, values.shape[-1], rows.args[2].dtype
+    if correction is not None and correction.oracle:
+
+        def make_std_error() -> Tensor:
+            return torch.zeros_like(output).view(*row_shape, width)
+
+    elif design.independent or flat.replicates > 1:
+        # Copies, and not rows itself, which would keep q and k alive.
+        causal, positions = rows.is_causal, rows.positions(slice(0, rows.rows))
+        visible, values = rows.visible_keys(), values.clone()
+        degrees = design.degrees_of_freedom(flat)
 
         def make_std_error() -> Tensor:
             std_error = torch.empty_like(output)
             with torch.no_grad():
-                bars = ErrorBars(values, visible, causal_length, sampler, dtype)
+                bars = ErrorBars(values, visible, causal, design, dtype)
                 for block in blocks(shape, step):
-                    std_error[block] = bars(flat, output, block)
+                    cut = None if correction is None else correction[block]
+                    std_error[block] = bars(flat[block], output[block], block[0], positions[block[1]], cut)
             return std_error.view(*row_shape, width)
 
-    draws = flat.view(rows.row_shape)
+    draws = flat.view(row_shape)
     return AttentionEstimate(
-        output=output.view(*rows.row_shape, width).to(rows.args[2].dtype),
+        output=output.reshape(*row_shape, width).to(dtype),
         num_keys=rows.num_keys,
         degrees_of_freedom=degrees,
         make_draws=lambda: draws,
         make_std_error=make_std_error,
-        diagnostics=_diagnostics(sampler, settings, total, draws.effective_sample_size()),
+        group=rows.group,
+        diagnostics=diagnostics,
     )
 
 

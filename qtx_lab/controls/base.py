@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ArgumentError, DtypeError, ShapeError
@@ -53,7 +53,7 @@ class Prepared(Protocol):
         ...
 
     def trust(self, q: Tensor, positions: Tensor, *, heads: slice = EVERY) -> Tensor | None:
-        """1 / sum_j p̂_j^2 / p_j of every query, (N, M), in [0, 1]; None where only a look at p could tell."""
+        """1 / sum_j p̂_j^2 / p_j of every query, (N, M); None where only a look at p could tell: `measured_trust`."""
         ...
 
     def cost(self, n: int) -> float:
@@ -170,62 +170,31 @@ def measured_trust(
     q: Tensor,
     positions: Tensor,
     keys: Tensor,
-    draws: Draws,
     *,
     scale: float,
     causal: bool,
-    pilot: int | None = None,
+    variance_weights: Callable[[Tensor], Tensor] | None = None,
     heads: slice = EVERY,
 ) -> Tensor:
-    """1 / sum_j p̂_j^2 / p_j of every query, (N, M), in [0, 1].
+    """sum_j a_j / sum_j a_j (p̂_j / p_j)^2 of every query, (N, M), cut off at 1; 0 where nothing varies.
 
-    The sum is what draws from p must pay for a surrogate: keys that p̂ holds likely and p does not are drawn
-    once in a very long time, with a huge ratio. Draws do not show it, so the row is looked at: all of it, or
-    `pilot` evenly spread keys where it is longer. They are fixed, and log p_j = scale q·k_j - log Z needs only
-    the Z that every draw already knows, so that the result does not depend on what was drawn.
+    The weights a_j say how much key j adds to the variance of an estimate, p_j for independent draws: then the result is
+    1 / sum_j p̂_j^2 / p_j. The lower sum is what the draws must pay for a surrogate: keys that p̂ holds likely and p
+    does not are drawn once in a very long time, with a huge ratio. Draws do not show it, so the row is looked at, for
+    n (E + `cost_at`) multiply-adds a query.
     """
-    assert draws.probabilities is not None
-    n = keys.shape[1]
-    if pilot is None or pilot >= n:
-        p = masked_logits(q, keys, positions, scale, causal)
-        log_hat = dense_weights(prepared, q, positions, n, heads=heads).log_()
-        chi = (2 * log_hat).sub_(p).masked_fill_(p == -torch.inf, -torch.inf).logsumexp(-1)
-        return (-chi - p.logsumexp(-1)).clamp_max(0).exp()  # the sum is at least 1
-    last = positions.clamp_max(n - 1) if causal else torch.full_like(positions, n - 1)
-    visible = last + 1
-    # Rows start at different keys (golden ratio), so that all rows of a head together see most of them.
-    turn = torch.arange(len(positions), device=q.device, dtype=torch.float64) * ((math.sqrt(5) - 1) / 2)
-    comb = torch.arange(pilot, device=q.device, dtype=torch.float64)
-    stride = (visible.double() / pilot).clamp_min(1)[:, None]
-    at = ((comb + (turn % 1)[:, None]) * stride).long()
-    at = torch.where(visible[:, None] <= pilot, comb.long(), at)
-    seen = at < visible[:, None]  # [M, pilot]
-    at = at.minimum(last[:, None])
-    indices = at.expand(q.shape[0], *at.shape)
-
-    best = draws.probabilities.masked_fill(draws.weights <= 0, 0).argmax(-1, keepdim=True)
-    drawn = draws.indices.gather(-1, best)
-    log_p = draws.probabilities.gather(-1, best).log()
-    logits = _logits_at(q, keys, torch.cat((drawn, indices), dim=-1), scale)
-    log_p = logits[..., 1:] - (logits[..., :1] - log_p)
-    log_hat = prepared.weights_at(q, positions, indices, heads=heads).log()
-    chi = (2 * log_hat - log_p).masked_fill(~seen, -torch.inf).logsumexp(-1)
-    chi += (visible / seen.sum(-1)).to(chi.dtype).log()
-    return (-chi).nan_to_num(0, 0, 0).clamp_max(0).exp()  # the sum is at least 1
-
-
-def _logits_at(q: Tensor, keys: Tensor, indices: Tensor, scale: float) -> Tensor:
-    """scale q·k at keys `indices` (N, M, T), (N, M, T), gathering `GATHERED` numbers at a time."""
-    count, n, width = keys.shape
-    table = keys.reshape(count * n, width)
-    rows = indices + torch.arange(count, device=q.device)[:, None, None] * n
-    out = torch.empty_like(indices, dtype=q.dtype)
-    step = max(1, GATHERED // max(1, count * indices.shape[-1] * width))
-    for start in range(0, q.shape[1], step):
-        part = slice(start, start + step)
-        gathered = F.embedding(rows[:, part], table)  # [N, step, T, E]
-        out[:, part] = (gathered @ (q[:, part, :, None] * scale)).squeeze(-1)
-    return out
+    log_p = masked_logits(q, keys, positions, scale, causal).log_softmax(-1)
+    log_hat = dense_weights(prepared, q, positions, keys.shape[1], heads=heads).log_()
+    log_a = log_p
+    if variance_weights is not None:
+        p = log_p.exp().nan_to_num(0)
+        each = variance_weights(p) / p
+        # A probability too small for a number is one of those that are drawn least.
+        log_a = torch.where(p > 0, each, each.nan_to_num(0).amax(-1, keepdim=True)).log() + log_p
+    unseen = ~(log_p > -torch.inf)
+    paid = (2 * (log_hat - log_p) + log_a).masked_fill(unseen, -torch.inf).logsumexp(-1)
+    had = log_a.masked_fill(unseen, -torch.inf).logsumexp(-1)
+    return (had - paid).nan_to_num(-torch.inf).clamp_max(0).exp()
 
 
 def control_ratios(
@@ -237,16 +206,20 @@ def control_ratios(
     *,
     scale: float,
     causal: bool,
-    pilot: int | None = None,
+    variance_weights: Callable[[Tensor], Tensor] | None = None,
     heads: slice = EVERY,
 ) -> Tensor:
     """trust * weights_s p̂(j_s) / p(j_s) of every draw, (N, M, R * S): see `control_noise`."""
     weights = ratios(draws, prepared.weights_at(q, positions, draws.indices, heads=heads))
-    trust = prepared.trust(q, positions, heads=heads)
+    trust = prepared.trust(q, positions, heads=heads) if variance_weights is None else None
     if trust is None:
-        trust = measured_trust(
-            prepared, q, positions, keys, draws, scale=scale, causal=causal, pilot=pilot, heads=heads
-        )
+        options: dict[str, Any] = {
+            "scale": scale,
+            "causal": causal,
+            "variance_weights": variance_weights,
+            "heads": heads,
+        }
+        trust = measured_trust(prepared, q, positions, keys, **options)
     return weights * trust[..., None]
 
 
@@ -260,7 +233,7 @@ def control_noise(
     *,
     scale: float,
     causal: bool,
-    pilot: int | None = None,
+    variance_weights: Callable[[Tensor], Tensor] | None = None,
     heads: slice = EVERY,
 ) -> tuple[Tensor, Tensor]:
     """What the control's estimate from the same draws is off by, in each replicate, and its known sum.
@@ -270,7 +243,7 @@ def control_noise(
         noise_r = R c sum_{s in r} weights_s p̂(j_s) / p(j_s) (v_{j_s} - μ),       E[noise_r] = 0,
 
     since p̂ sums to 1. Taking off μ removes the noise of sum_s weights_s p̂ / p itself, which the target,
-    whose weights sum to 1, does not have. c = 1 / sum_j p̂_j^2 / p_j, the row's trust, makes one coefficient a
+    whose weights sum to 1, does not have. c, the row's trust (`measured_trust`), makes one coefficient a
     head nearly as good as one a row: a row on which p̂ fails would else spoil its whole head.
 
     Parameters
@@ -282,10 +255,8 @@ def control_noise(
         Of the heads `heads`, as in `prepare`; so are `scale` and `causal`.
     draws : Draws
         Rows (N, M), probabilities known.
-    pilot : int, optional
-        Keys that `measured_trust` looks at where the control does not know its trust; all where None, for
-        n (E + `cost_at`) multiply-adds a query. With fewer, a row whose worst keys are missed can raise its
-        head's variance.
+    variance_weights : callable, optional
+        Of the sampler (`InversionSampler.variance_weights`), where its draws are not independent.
     heads : slice
 
     Returns
@@ -301,7 +272,15 @@ def control_noise(
     """
     mean = prepared.sums(q, positions, heads=heads)
     w = control_ratios(
-        prepared, q, positions, keys, draws, scale=scale, causal=causal, pilot=pilot, heads=heads
+        prepared,
+        q,
+        positions,
+        keys,
+        draws,
+        scale=scale,
+        causal=causal,
+        variance_weights=variance_weights,
+        heads=heads,
     )
     r = draws.replicates
     mass = w.unflatten(-1, (r, w.shape[-1] // r)).sum(-1, keepdim=True)  # [N, M, R, 1]

@@ -258,7 +258,8 @@ class MultilevelControlVariate:
                 "bias. Draw replicates, or say independent=True where the draws are.",
             )
         else:
-            fit = regress(estimates, own, means.mean(0))
+            most = 1.0 if isinstance(controls, LevelDraws) else math.inf
+            fit = regress(estimates, own, means.mean(0), most=most)
             output, corrected, beta = fit.output, fit.by_replicate, fit.coefficients.mean(1)
         self.coefficients = {name: beta[:, c].reshape(heads) for c, name in enumerate(levels.names)}
         self.variance_before = self.variance_after = None

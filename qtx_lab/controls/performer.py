@@ -77,7 +77,7 @@ def orthogonal_directions(count: int, width: int, generator: torch.Generator | N
 def damping(square: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """(B, A) of the features exp(A |ω|^2 + B ω·x - |x|^2 / 2) of least variance for |q + k|^2 = `square` > 0.
 
-    Source: Likhosherstov et al., Chefs' random tables (2022), Theorem 3.2.
+    Source: Likhosherstov et al., Chefs' random tables (2022), optimal positive random features.
     """
     s, d = square.double(), width
     rho = (((2 * s + d).square() + 8 * d * s).sqrt() - 2 * s - d) / (4 * s)

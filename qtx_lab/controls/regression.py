@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -48,7 +49,12 @@ class Regression:
 
 
 def regress(
-    estimates: Tensor, noise: Tensor, centre: Tensor, *, row_folds: Tensor | None = None
+    estimates: Tensor,
+    noise: Tensor,
+    centre: Tensor,
+    *,
+    row_folds: Tensor | None = None,
+    most: float = math.inf,
 ) -> Regression:
     """Subtract from estimates what known-mean noise explains of theirs, by cross-fitted coefficients.
 
@@ -82,6 +88,9 @@ def regress(
     row_folds : Tensor, int64 of 0 and 1, (M,), optional
         The half that each row is in where R = 1: rows that share random numbers must be in the same one.
         Every other row where None.
+    most : float
+        No coefficient is larger, whatever its sign: 1 for a control that is scaled so that more makes no sense, which
+        keeps a head whose noise lies in a few rows from being judged by the others.
 
     Returns
     -------
@@ -135,7 +144,7 @@ def regress(
     kappa = torch.as_tensor(stats.t.ppf(CONFIDENCE, freedom.clamp_min(1).cpu().numpy())).to(gamma).square()
     t = gamma / std_errors  # 0 where std_errors is inf
     shrink = torch.where(gamma == 0, 0, (1 - kappa / t.square()).clamp_min(0))
-    beta = torch.einsum("fnc,fnce->fne", gamma * shrink, mix)  # [F, N, C]
+    beta = torch.einsum("fnc,fnce->fne", gamma * shrink, mix).clamp(-most, most)  # [F, N, C]
 
     of_unit = beta[fold].to(estimates.dtype)  # [M, R, N, C]
     corrected = estimates - torch.einsum("mrnc,cnmrd->nmrd", of_unit, noise)

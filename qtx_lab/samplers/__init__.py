@@ -12,9 +12,12 @@ from .head_tail import HeadTailSampler
 from .learned import LearnedImportanceSampler
 from .monte_carlo import MonteCarloSampler
 from .quasi_monte_carlo import SEQUENCES, QuasiMonteCarloSampler
+from .santa import SantaSampler
 from .stratified import StratifiedSampler
 from .systematic import SystematicSampler
+from .top_k import TopKSampler
 from .value_order import value_order
+from .vattention import VAttentionSampler
 
 SAMPLERS: dict[str, Callable[[], Sampler]] = {
     "exact": ExactSampler,
@@ -23,8 +26,18 @@ SAMPLERS: dict[str, Callable[[], Sampler]] = {
     "systematic": SystematicSampler,
     **{name: partial(QuasiMonteCarloSampler, name) for name in SEQUENCES},
     "head-tail": HeadTailSampler,
+    "learned": LearnedImportanceSampler,
 }
 """Every sampler that a name alone can make."""
+
+BASELINES: dict[str, Callable[[], Sampler]] = {
+    "santa-prop": SantaSampler,
+    "santa-prop-stratified": partial(SantaSampler, points="stratified"),
+    "santa-flash": partial(SantaSampler, "fixed"),
+    "vattention": VAttentionSampler,
+    "oracle-top-k": TopKSampler,
+}
+"""What others do, to compare with; some are biased. `make_sampler` knows these names too."""
 
 
 def make_sampler(sampler: str | Sampler) -> Sampler:
@@ -43,12 +56,14 @@ def make_sampler(sampler: str | Sampler) -> Sampler:
                 f"sampler={sampler!r} is {what}: it must be a name or an object with name, independent and draw."
             )
         return sampler
-    if sampler not in SAMPLERS:
-        raise unknown_name("sampler", sampler, SAMPLERS)
-    return SAMPLERS[sampler]()
+    known = SAMPLERS | BASELINES
+    if sampler not in known:
+        raise unknown_name("sampler", sampler, known)
+    return known[sampler]()
 
 
 __all__ = [
+    "BASELINES",
     "SAMPLERS",
     "ExactSampler",
     "HeadTailSampler",
@@ -57,8 +72,11 @@ __all__ = [
     "MonteCarloSampler",
     "QuasiMonteCarloSampler",
     "Sampler",
+    "SantaSampler",
     "StratifiedSampler",
     "SystematicSampler",
+    "TopKSampler",
+    "VAttentionSampler",
     "make_sampler",
     "value_order",
 ]

@@ -99,6 +99,8 @@ class InversionSampler(ABC):
     independent = False
     ordered = False
     """Whether the keys are laid out in value order first (see `value_order`)."""
+    joint = False
+    """Whether the rows of a head share their randomness."""
 
     @abstractmethod
     def points(self, rows: tuple[int, ...], num_samples: int, replicates: int, uniform: Uniform) -> Tensor:
@@ -117,6 +119,16 @@ class InversionSampler(ABC):
         """
         f = expected.frac()
         return f * (1 - f)
+
+    def variance_weights(self, p: Tensor, num_samples: int) -> Tensor:
+        """a_j of rows p (..., n), so that sum_j a_j (v_j - c)^2, for any c, is above the variance of one replicate.
+
+        c_j (p_j / m_j)^2 with m_j how often a key is drawn on average and c_j the variance of that count: above, if keys
+        lie in random order or neighbours in it are alike (see `count_variance`).
+        """
+        variance = self.count_variance(num_samples * p)
+        assert variance is not None
+        return variance / num_samples**2
 
     def place(self, logits: Tensor, points: Tensor) -> Draws:
         """Draws at given points (..., R, S) of rows (..., n)."""

@@ -24,3 +24,7 @@ class MonteCarloSampler(InversionSampler):
 
     def points(self, rows: tuple[int, ...], num_samples: int, replicates: int, uniform: Uniform) -> Tensor:
         return uniform(*rows, replicates, num_samples)
+
+    def count_variance(self, expected: Tensor) -> Tensor:
+        """Of a sum of independent rare events: above the binomial's, by what the variance of a mean takes off again."""
+        return expected

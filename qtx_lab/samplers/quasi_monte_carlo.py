@@ -52,6 +52,8 @@ class QuasiMonteCarloSampler(InversionSampler):
             [0.2500, 0.2500, 0.2500, 0.2500]])
     """
 
+    joint = True
+
     def __init__(self, sequence_type: str = "sobol", ordered: bool = True):
         if sequence_type not in SEQUENCES:
             raise unknown_name("sequence_type", sequence_type, SEQUENCES)

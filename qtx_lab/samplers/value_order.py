@@ -5,9 +5,28 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 POWER_STEPS = 4
 """Power iterations for a part's principal axis: any direction is valid, a better one gives less variance."""
+
+
+_KEPT: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""(version, order) of each tensor of values that `kept_value_order` has seen and that is still alive."""
+
+
+def kept_value_order(values: Tensor) -> Tensor:
+    """`value_order`, computed once for a tensor of values: kept until the tensor is changed or gone.
+
+    A change that torch does not count (through NumPy, say) leaves the old order, which costs variance and no bias.
+    """
+    if values.is_inference():  # its changes are not counted
+        return value_order(values)
+    version, order = _KEPT.get(values, (None, None))
+    if version != values._version:
+        order = value_order(values)
+        _KEPT[values] = (values._version, order)
+    return order
 
 
 def value_order(values: Tensor) -> Tensor:

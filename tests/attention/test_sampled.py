@@ -1,6 +1,7 @@
 """`sampled_attention` against SDPA and against its own dense weights."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -280,3 +281,36 @@ def test_workspace_does_not_grow_with_the_map(length):
     _, used = peak_memory(call)
     assert used is None or used < limit
     assert length < 4096 or limit < map_bytes
+
+
+@pytest.mark.parametrize("name", ["systematic", "monte-carlo", "head-tail", "sobol"])
+def test_the_heads_of_a_group_share_their_random_numbers(name, generator):
+    """Alike heads then draw the same keys, and all together touch fewer values than heads by themselves would."""
+    k, v = (torch.randn(2, 200, 8, generator=generator) for _ in range(2))
+    q = torch.randn(2, 1, 7, 8, generator=generator).expand(2, 4, 7, 8) + 0.1 * torch.randn(
+        2, 4, 7, 8, generator=generator
+    )
+    options = {"sampler": name, "num_samples": 16, "generator": generator}
+    together = qtx.sampled_attention(q.flatten(0, 1), k, v, enable_gqa=True, **options)
+    touched = together.keys_touched()
+    assert touched.shape == (2, 7)
+    counted = together.attention_weights().unflatten(0, (2, 4)).gt(0).any(1).sum(-1)
+    assert torch.equal(touched, counted)
+    alone = [x.repeat_interleave(4, 0) for x in (k, v)]
+    apart = qtx.sampled_attention(q.flatten(0, 1), *alone, **options).attention_weights()
+    assert touched.double().mean() < 0.75 * apart.unflatten(0, (2, 4)).gt(0).any(1).sum(-1).double().mean()
+    same = qtx.sampled_attention(q[:, :1].repeat(1, 4, 1, 1).flatten(0, 1), k, v, enable_gqa=True, **options)
+    assert torch.equal(same.draws.indices[0], same.draws.indices[3])
+
+
+def test_the_order_of_values_is_kept_between_calls(monkeypatch, generator):
+    counted, room = [], sys.modules[qtx.samplers.value_order.__module__]
+    whole = room.value_order
+    monkeypatch.setattr(room, "value_order", lambda v: counted.append(1) or whole(v))
+    q, k, v = (torch.randn(2, 20, 4, generator=generator) for _ in range(3))
+    for _ in range(3):
+        qtx.sampled_attention(q, k, v, sampler="head-tail", num_samples=4)
+    assert len(counted) == 1
+    v += 1
+    qtx.sampled_attention(q, k, v, sampler="head-tail", num_samples=4)
+    assert len(counted) == 2

@@ -5,7 +5,7 @@ import torch
 from scipy import stats
 
 import qtx_lab as qtx
-from qtx_lab.samplers import SAMPLERS
+from qtx_lab.samplers import SAMPLERS, SantaSampler
 
 pytestmark = pytest.mark.statistical
 
@@ -67,6 +67,17 @@ def test_a_planted_bias_of_half_a_percent_is_caught(name, row, seed):
 
     g = torch.Generator().manual_seed(seed)
     assert bias_p_value(Biased(qtx.make_sampler(name)), ROWS[row], g) < FALSE_ALARM
+
+
+@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("points", ["systematic", "stratified"])
+def test_tile_budgets_that_are_rounded_are_caught(points, row, seed):
+    """S²ANTA's proportional rule, in three tiles of eight keys, fails the test; its fixed rule passes it."""
+    p_value = {}
+    for budgets in ("proportional", "fixed"):
+        sampler, g = SantaSampler(budgets, points, tile=8), torch.Generator().manual_seed(seed)
+        p_value[budgets] = bias_p_value(sampler, ROWS[row], g, repetitions=100_000)
+    assert p_value["proportional"] < FALSE_ALARM < p_value["fixed"]
 
 
 @pytest.mark.parametrize("name", RANDOM)

@@ -1,0 +1,190 @@
+"""Attention rows with a low-rank proposal beside them: exact logits only where keys were drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .base import invert, row_masses
+from .rows import Rows, blocks
+
+BLOCK_ELEMENTS = 1 << 20
+"""Size of a block of rows: keys, or draws times features, whichever is more, over its rows."""
+
+SURE = 0.9
+"""How much of a key's variance training leaves out where it is sure to be drawn. All of it: training would stop caring
+how heavy such a key is, and would lose it on rows that it has not seen."""
+
+Maps = tuple[Tensor, Tensor, Tensor]
+"""A^T (heads, E, r), a (heads, 1, r) and B^T (heads, E, r) of the proposal's logits scale <A x + a, B k>."""
+
+
+class ProposedRows(Rows):
+    """`Rows` (N, M) with a proposal q_j = (1 - epsilon) softmax_j(scale <A x + a, B k_j>) + epsilon / keys seen.
+
+    The maps are those given, one for each head or one for all, or where None `best_low_rank` of rank `rank` of each
+    key head's own queries and keys.
+    """
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        attn_mask: Tensor | None,
+        is_causal: bool,
+        scale: float,
+        group: int,
+        maps: Maps | None,
+        rank: int,
+        defensive: float,
+    ):
+        super().__init__(q, k, v, attn_mask, is_causal, scale, group)
+        self.shape = (self.count, self.rows)
+        self.defensive = defensive
+        if maps is None:
+            a, b = best_low_rank(self.q, self.k, rank)
+            maps = a, torch.zeros_like(a[:, :1]), b
+        query, key = project(self.q, self.k, maps)
+        query, key = query.view(*q.shape[:-1], query.shape[-1]), key.view(*k.shape[:-1], key.shape[-1])
+        self.low = Rows(query, key, key, attn_mask, is_causal, scale, group)
+
+    def blocks(self, draws: int) -> Iterator[tuple[slice, slice]]:
+        """(heads, rows) of blocks whose workspace is bounded, in memory order."""
+        features = max(self.k.shape[-1], self.v.shape[-1])
+        return blocks(self.shape, BLOCK_ELEMENTS // max(self.num_keys, draws * features))
+
+    def log_proposal(self, heads: slice, rows: slice) -> Tensor:
+        """log q of a block, (heads, rows, keys), -inf where masked; of a causal one, up to the last key it sees."""
+        return mix(self.low.logits(heads, rows), self.defensive)
+
+    def log_target(self, heads: slice, rows: slice) -> Tensor:
+        """log p of a block, from all exact logits."""
+        return log_probabilities(self.logits(heads, rows))
+
+    def draw(self, heads: slice, rows: slice, points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(indices, exact logits, log q) of the keys at points (heads, rows, T), each (heads, rows, T)."""
+        log_q = self.log_proposal(heads, rows)
+        indices, _ = invert(row_masses(log_q), points)
+        flat, added = self.flat(heads, rows), self.added(heads, rows)
+        exact = self.exact(flat, indices.flatten(0, 1), added).view(indices.shape)
+        return indices, exact, log_q.gather(-1, indices)
+
+    def flat(self, heads: slice, rows: slice) -> Tensor:
+        """Which of the N * M rows those of a block are, (heads * rows,)."""
+        count, m = (torch.arange(size, device=self.q.device) for size in self.shape)
+        return (count[heads, None] * self.shape[1] + m[rows]).flatten()
+
+    def added(self, heads: slice, rows: slice) -> Tensor | None:
+        """What a float mask adds to the logits of a block, (heads * rows, n)."""
+        if self.mask is None or self.mask.dtype == torch.bool:
+            return None
+        return self._mask_block(heads, rows).flatten(0, 1)
+
+    def exact(self, row: Tensor, indices: Tensor, added: Tensor | None) -> Tensor:
+        """Exact logits of rows (B,) of the N * M at keys (B, T), and at no other: O(T E) each."""
+        n = self.num_keys
+        if indices.shape[-1] > n:  # more draws than keys: each key's logit once is cheaper
+            every = torch.arange(n, device=indices.device).expand(len(row), n)
+            return self.exact(row, every, added).gather(-1, indices)
+        k = F.embedding(indices + (row // self.rows * n)[:, None], self.k.flatten(0, 1))  # [B, T, E]
+        q = self.q.flatten(0, 1)[row] * self.scale
+        logits = torch.bmm(k, q[..., None]).squeeze(-1)
+        return logits if added is None else logits + added.gather(-1, indices)
+
+    def average(self, row: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+        """sum_t weights_t v_{j_t} of rows (B,) at keys (B, T), (B, Ev)."""
+        first = (row // self.rows * self.num_keys)[:, None]
+        return F.embedding_bag(indices + first, self.v.flatten(0, 1), per_sample_weights=weights, mode="sum")
+
+
+def project(q: Tensor, k: Tensor, maps: Maps) -> tuple[Tensor, Tensor]:
+    """A q + a and B k: (N, M, E), (N, n, E) -> (N, M, r), (N, n, r), N a multiple of the maps' heads."""
+    a, bias, b = (m.to(q.dtype).repeat(q.shape[0] // max(1, m.shape[0]), 1, 1) for m in maps)
+    return torch.baddbmm(bias, q, a), torch.bmm(k, b)
+
+
+def mix(logits: Tensor, defensive: float) -> Tensor:
+    """log of (1 - epsilon) softmax(logits) + epsilon / (number of keys seen); -inf where masked."""
+    seen = logits > -torch.inf
+    share = defensive / seen.sum(-1, keepdim=True).clamp_min(1).to(logits.dtype)
+    q = (1 - defensive) * logits.softmax(-1) + share
+    # The logarithm of a masked 0 has no gradient: 1 stands in for it.
+    return torch.where(seen, q, 1).log().masked_fill(~seen, -torch.inf)
+
+
+def log_probabilities(logits: Tensor) -> Tensor:
+    """log softmax of rows (..., n); -inf everywhere in a row in which all is masked."""
+    return torch.where(logits > -torch.inf, logits.log_softmax(-1), -torch.inf)
+
+
+def renyi(
+    log_p: Tensor,
+    log_q: Tensor,
+    log_cost: Tensor | None = None,
+    num_samples: int | None = None,
+    independent: bool = True,
+) -> Tensor:
+    """log sum_j cost_j p_j^2 / q_j of each row, in nats; masked keys add nothing.
+
+    Where S = num_samples is given, (1 - SURE pi_j) / pi_j stands in for 1 / q_j.
+    """
+    masked = log_p == -torch.inf
+    terms, log_q = 2 * log_p.masked_fill(masked, 0), log_q.masked_fill(masked, 0)
+    if num_samples is None:
+        terms = terms - log_q
+    else:
+        log_pi = log_inclusion(log_q, num_samples, independent)
+        terms = terms - log_pi + torch.log1p(-SURE * log_pi.exp())
+    terms = terms if log_cost is None else terms + log_cost
+    return terms.masked_fill(masked, -torch.inf).logsumexp(-1)
+
+
+def log_inclusion(log_q: Tensor, num_samples: int | Tensor, independent: bool) -> Tensor:
+    """log pi of keys of probability q among S draws of a row."""
+    if independent:
+        q = log_q.exp().clamp_max(1)
+        return (-torch.expm1(num_samples * torch.log1p(-q))).log()
+    return (log_q.exp() * num_samples).clamp_max(1).log()
+
+
+def best_low_rank(q: Tensor, k: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The maps of rank r that minimise the mean of (q . k - <A q, B k>)^2 over all pairs, keys centred.
+
+    With C_q = mean of q q^T, C_k the covariance of the keys (a shift of all keys changes no attention row) and
+    the singular value decomposition C_q^{1/2} C_k^{1/2} = U diag(s) W^T, cut off after r values,
+
+        A^T = C_k^{1/2} W diag(s)^{-1/2},        B^T = C_q^{1/2} U diag(s)^{-1/2}
+
+    (Eckart and Young 1936, in the metric of the queries' and keys' second moments).
+
+    Parameters
+    ----------
+    q : Tensor, (N, M, E)
+    k : Tensor, (N, n, E)
+    rank : int
+        r, 1 <= r <= E.
+
+    Returns
+    -------
+    tuple of Tensor
+        A^T and B^T, each (N, E, r), in q's dtype: q @ A^T and k @ B^T are the maps' values.
+    """
+    x, y = q.double(), k.double()
+    y = y - y.mean(1, keepdim=True)
+    root_q, root_k = (_root(t.mT @ t / max(1, t.shape[1])) for t in (x, y))
+    u, s, wt = torch.linalg.svd(root_q @ root_k)
+    s = s[..., None, :rank]
+    # Directions without variance carry no logits: 0 rather than a division by 0.
+    inverse = torch.where(s > 1e-12 * s[..., :1], s.clamp_min(torch.finfo(s.dtype).tiny).rsqrt(), 0.0)
+    a, b = root_k @ wt.mT[..., :rank] * inverse, root_q @ u[..., :rank] * inverse
+    return a.to(q.dtype), b.to(q.dtype)
+
+
+def _root(c: Tensor) -> Tensor:
+    """The symmetric square root of positive semi-definite matrices (N, E, E)."""
+    values, vectors = torch.linalg.eigh(c)
+    return (vectors * values.clamp_min(0).sqrt()[..., None, :]) @ vectors.mT

@@ -1,0 +1,180 @@
+"""Control variates in `sampled_attention`: unbiased, never harmful, with intervals that cover."""
+
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy import stats
+
+import qtx_lab as qtx
+from qtx_lab.attention import corrections
+from qtx_lab.controls import (
+    CONTROLS,
+    LinformerControl,
+    MultilevelControlVariate,
+    PerformerControl,
+    TopKControl,
+)
+from qtx_lab.samplers import SAMPLERS
+
+CAUSAL = {"is_causal": True, "enable_gqa": True}
+SURROGATES = sorted(set(CONTROLS) - {"exact"})
+SINGLE = ["head-tail", "monte-carlo", "stratified", "systematic"]
+
+
+@functools.cache
+def learned_attention():
+    """(q, k, v, exact output) of all layers of the reference model over 512 held-out bytes."""
+    tokens = qtx.encode(qtx.reference_text())[None, 20_000:20_512]
+    q, k, v = (torch.cat(x) for x in zip(*qtx.load_reference_model().attention_inputs(tokens), strict=True))
+    return q, k, v, F.scaled_dot_product_attention(q.double(), k.double(), v.double(), **CAUSAL)
+
+
+def learned_estimate(seed, **options):
+    q, k, v, exact = learned_attention()
+    g = torch.Generator().manual_seed(seed)
+    return qtx.sampled_attention(q, k, v, generator=g, **options, **CAUSAL), exact
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize("control", SURROGATES)
+@pytest.mark.parametrize(
+    ("name", "num_samples", "replicates"),
+    [("monte-carlo", 16, 1), ("monte-carlo", 64, 1), *((name, 16, 8) for name in SINGLE)],
+)
+def test_intervals_cover_every_layer(name, num_samples, replicates, control, seed):
+    """131,072 coordinates a layer. Combs and top-k err on the safe side: what top-k leaves is not in random order."""
+    options = {"sampler": name, "num_samples": num_samples, "replicates": replicates}
+    est, exact = learned_estimate(seed, control_variate=control, **options)
+    low, high = est.confidence_interval(0.95)
+    slack = 1e-5 * exact.abs().max()
+    share = ((low - slack <= exact) & (exact <= high + slack)).double().mean((1, 2, 3))
+    most = 0.98 if control == "topk" and name in ("stratified", "systematic") else 0.97
+    assert bool(((share >= 0.93) & (share <= most)).all()), share
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize(
+    ("name", "replicates", "control", "gain"),
+    [
+        ("monte-carlo", 1, "linformer", 0.9),
+        ("monte-carlo", 1, "topk", 0.3),
+        ("systematic", 1, "linformer", 0.9),
+        ("sobol", 2, "linformer", 0.9),
+        ("head-tail", 1, ["performer", "linformer", "topk"], 0.6),
+    ],
+)
+def test_no_head_is_harmed_and_most_gain(name, replicates, control, gain, seed):
+    """Square error of each of 48 heads, with the control and without, of the same draws."""
+    errors = []
+    for chosen in (None, control):
+        total = 0
+        for repeat in range(2):
+            est, exact = learned_estimate(
+                seed + repeat,
+                sampler=name,
+                num_samples=16,
+                replicates=replicates,
+                control_variate=chosen,
+            )
+            total += (est.output - exact).square().mean((2, 3))
+        errors.append(total)
+    ratio = errors[1] / errors[0]
+    assert ratio.max() < 1.05, ratio  # 1.02, and what two repetitions leave to chance
+    assert ratio.median() < gain
+
+
+SMALL = {"linformer": LinformerControl(3), "performer": PerformerControl(8), "topk": TopKControl(3)}
+
+
+def corrected_mean(name, replicates, control, plant, monkeypatch):
+    """Hotelling's T^2 of 20,000 independent estimates of one small problem against the exact output, and its limit."""
+    g = torch.Generator().manual_seed(5)
+    q, k, v = (torch.randn(*shape, generator=g) for shape in ((6, 4), (10, 4), (10, 2)))
+    many = 20_000
+    q, k, v = (x.expand(many, *x.shape) for x in (q, k, v))
+    if plant:  # coefficients of the very draws that they correct: the bias that cross-fitting avoids
+        honest = corrections.regress
+
+        def in_sample(estimates, noise, centre, **options):
+            fit = honest(estimates, noise, centre, **options)
+            x = estimates - centre[:, :, None]
+            beta = (noise * x).sum((2, 3, 4)) / noise.square().sum((2, 3, 4))  # [C, N]
+            z = estimates - (beta[..., None, None, None] * noise).sum(0)
+            return type(fit)(z.mean(2), z, fit.coefficients, fit.std_errors, fit.fold)
+
+        monkeypatch.setattr(corrections, "regress", in_sample)
+    est = qtx.sampled_attention(
+        q,
+        k,
+        v,
+        sampler=name,
+        num_samples=4,
+        replicates=replicates,
+        control_variate=SMALL[control],
+        generator=g,
+    )
+    off = (est.output - F.scaled_dot_product_attention(q[:1], k[:1], v[:1])).flatten(1).double()
+    mean, covariance = off.mean(0), off.T.cov() / many
+    return float(mean @ torch.linalg.solve(covariance, mean)), float(stats.chi2.isf(1e-6, len(mean)))
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize("control", sorted(SMALL))
+@pytest.mark.parametrize(
+    ("name", "replicates"), [("monte-carlo", 1), ("systematic", 1), ("head-tail", 2), ("sobol", 2)]
+)
+def test_corrected_estimates_are_unbiased(name, replicates, control, monkeypatch):
+    t2, limit = corrected_mean(name, replicates, control, False, monkeypatch)
+    assert t2 < limit
+
+
+@pytest.mark.statistical
+def test_coefficients_of_the_same_draws_would_be_caught(monkeypatch):
+    t2, limit = corrected_mean("monte-carlo", 1, "linformer", True, monkeypatch)
+    assert t2 > limit
+
+
+@pytest.mark.parametrize("name", sorted(SAMPLERS))
+@pytest.mark.parametrize("control", sorted(CONTROLS))
+def test_every_sampler_goes_with_every_control(name, control, generator):
+    q, k, v = (torch.randn(2, m, 8, generator=generator) for m in (5, 20, 20))
+    est = qtx.sampled_attention(
+        q, k, v, sampler=name, num_samples=8, replicates=2, control_variate=control, generator=generator
+    )
+    exact = F.scaled_dot_product_attention(q, k, v)
+    assert est.output.shape == est.std_error.shape == exact.shape
+    assert bool(((est.output - exact).abs() <= 8 * est.std_error + 0.5).all())
+    if control == "exact" or name == "exact":
+        assert torch.allclose(est.output, exact, atol=1e-5)
+        assert bool(est.std_error.lt(1e-5).all())
+
+
+def test_what_was_done_is_reported(generator):
+    q, k, v = (0.5 * torch.randn(2, 4, 64, 16, generator=generator) for _ in range(3))
+    control = MultilevelControlVariate([PerformerControl(64), "linformer"])
+    est = qtx.sampled_attention(q, k, v, replicates=4, control_variate=control, generator=generator)
+    told = est.diagnostics["control_variate"]
+    assert set(told["coefficients"]) == set(told["costs"]) == {"performer", "linformer"}
+    assert told["coefficients"]["linformer"].shape == told["variance_before"].shape == (2, 4)
+    assert bool((told["variance_after"] < told["variance_before"]).all())
+    one = qtx.sampled_attention(q[..., :1, :], k, v, control_variate="linformer", generator=generator)
+    assert "Not corrected" in one.diagnostics["fallbacks"][0]
+    assert torch.equal(one.draws.average(v), one.output)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"control_variate": "performr"}, qtx.ArgumentError, r"control='performr'.*performer"),
+        ({"control_variate": []}, qtx.ArgumentError, "at least one control"),
+        ({"control_variate": 3}, qtx.DtypeError, "prepare method"),
+        ({"control_variate": "topk", "attn_mask": torch.ones(4, 4).bool()}, qtx.ArgumentError, "attn_mask"),
+        ({"control_variate": "topk", "sampler": "sobol"}, qtx.ArgumentError, "replicates >= 2"),
+    ],
+)
+def test_bad_input_is_one_clear_error(options, error, match):
+    x = torch.randn(4, 8)
+    with pytest.raises(error, match=match):
+        qtx.sampled_attention(x, x, x, **options)

@@ -13,10 +13,22 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "attention": ["sampled_attention"],
+    "backends.jobs": ["find_jobs"],
+    "backends": [
+        "CircuitSampler",
+        "HybridPolicy",
+        "ParametricNoise",
+        "QiskitQuantumBackend",
+        "RowCounts",
+        "fake_devices",
+    ],
+    "circuits": ["DynamicLoader", "Loader", "MpsLoader", "TreeLoader", "UnaryLoader", "make_loader"],
     "controls": ["MultilevelControlVariate"],
     "errors": [
         "ArgumentError",
+        "BackendUnavailable",
         "DtypeError",
+        "FallbackWarning",
         "QtxError",
         "RunFailed",
         "ShapeError",

@@ -11,7 +11,8 @@ from typing import Any
 import click
 
 from . import __version__
-from .errors import ArgumentError, QtxError, RunFailed
+from .errors import ArgumentError, BackendUnavailable, QtxError, RunFailed
+from .storage import runs_home
 
 
 def _one_line(error: BaseException) -> str:
@@ -125,7 +126,7 @@ def _print_run(path: Path, manifest: dict[str, Any]) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def list_runs(home: Path | None, as_json: bool) -> None:
     """List the runs, newest first."""
-    from .experiments.runs import runs, runs_home
+    from .experiments.runs import runs
 
     table = runs(home)
     skipped = table.attrs["skipped"]
@@ -150,6 +151,52 @@ def _print_columns(names: list[str], rows: list[list[str]]) -> None:
     for row in (names, *rows):
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
         click.echo("  ".join(cells).rstrip())
+
+
+@main.command()
+@home_option
+@click.option(
+    "--fetch", metavar="TAG", help="Wait for a job and write its counts; the last line is the file's path."
+)
+@click.option("--cancel", metavar="TAG", help="Cancel a job.")
+def jobs(home: Path | None, fetch: str | None, cancel: str | None) -> None:
+    """List the jobs on devices, newest first, and ask where they are. A part of a TAG will do."""
+    from .backends.jobs import Unreachable, find_jobs
+
+    if fetch or cancel:
+        text = str(fetch or cancel)
+        found = find_jobs(home, tag=text)
+        if fetch and cancel:
+            raise ArgumentError("--fetch and --cancel are not allowed together.")
+        if len(found) != 1:
+            raise ArgumentError(
+                f"{text!r} is in the tags of {len(found)} jobs; it must be in one's: see `qtx-lab jobs`."
+            )
+        if cancel:
+            found[0].cancel()
+            click.echo(f"{found[0].tag} is {found[0].last_known}")
+        else:
+            click.echo(found[0].save_counts())
+        return
+    silent, troubles, rows = False, [], []
+    for job in find_jobs(home):
+        status, record = job.last_known, job.record
+        try:
+            status = status if silent else job.status()
+        except BackendUnavailable as error:
+            silent = isinstance(error, Unreachable)  # each question to a silent server takes long
+            troubles.append(_one_line(error))
+        run = job.path.parent.parent.name if job.path.parent.parent != runs_home(home) else ""
+        size = f"{record['circuits']} × {record['shots']}"
+        rows.append(
+            [job.tag, run, record["device"], str(status), size, record["recorded"][:19].replace("T", " ")]
+        )
+    if rows:
+        _print_columns(["tag", "run", "device", "state", "rows × shots", "recorded"], rows)
+    else:
+        click.echo(f"No jobs in {runs_home(home)}.")
+    for trouble in dict.fromkeys(troubles):
+        click.echo(f"The server could not be asked; states are those last known. {trouble}", err=True)
 
 
 @main.command()

@@ -38,6 +38,18 @@ class RunFailed(QtxError, RuntimeError):
     """A notebook stopped with an error; the run folder keeps what was done."""
 
 
+class BackendUnavailable(QtxError, RuntimeError):
+    """A device or simulator that cannot run what was asked now: no account, no network, too few qubits, a failed job."""
+
+
+class JobTimeout(QtxError, TimeoutError):
+    """A device job that is not done in the time given. It goes on."""
+
+
+class FallbackWarning(UserWarning):
+    """Something was done in another way than asked; the result's `fallbacks` say what and why."""
+
+
 def unknown_name(argument: str, given: object, allowed: Iterable[str]) -> ArgumentError:
     """The error for `argument=given` where only the names `allowed` exist, nearest name first."""
     allowed = list(allowed)

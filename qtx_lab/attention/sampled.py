@@ -59,7 +59,8 @@ def sampled_attention(
     v : Tensor, (..., Hkv, n, Ev)
         float32, float64, float16 or bfloat16, as k and q.
     sampler : str or Sampler
-        A name in `qtx_lab.samplers.SAMPLERS` or an object with its `draw`. A `LearnedImportanceSampler` gives its own
+        A name in `qtx_lab.samplers.SAMPLERS` or an object with its `draw`; the `fallbacks` of its `diagnostics`, if it
+        has any, are passed on. A `LearnedImportanceSampler` gives its own
         self-normalised estimate, biased by O(1 / num_samples), from its proposal; with controls its plain one.
     num_samples : int, optional
         S, the draws of a row and replicate; 64 where neither it nor `tolerance` is given.
@@ -209,6 +210,7 @@ def _sampled(
         # One set of points for the query heads of a group.
         points = sampler.points((rows.count, rows.length), settings["num_samples"], replicates, uniform)
         lay_out(rows, sampler)
+    told: dict[str, None] = {}
     for heads, part in blocks(shape, step):
         logits, laid = rows.logits(heads, part), rows.v[heads]
         if points is not None and isinstance(sampler, InversionSampler):
@@ -217,6 +219,7 @@ def _sampled(
         else:
             draws = sampler.draw(logits, values=laid[:, : logits.shape[-1]], **settings)
             check_draws(sampler, draws, logits, replicates, total)
+            told |= dict.fromkeys(getattr(sampler, "diagnostics", {}).get("fallbacks", ()))
         output[heads, part] = draws.average(laid)
         indices[heads, part], weights[heads, part] = draws.indices, draws.weights
         if probabilities is None or draws.probabilities is None:
@@ -228,6 +231,7 @@ def _sampled(
         indices = rows.order[:, None].expand(*shape, rows.num_keys).gather(-1, indices)
     flat = Draws(indices, weights, probabilities, replicates)
     diagnostics = _diagnostics(sampler, settings, total, flat.view(rows.row_shape).effective_sample_size())
+    diagnostics["fallbacks"] += tuple(told)
     if not controls:
         return _estimate(rows, Design.of(sampler), flat, values, output, diagnostics, step)
     if probabilities is None:

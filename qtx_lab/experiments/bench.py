@@ -25,6 +25,7 @@ from ..attention import sampled_attention
 from ..errors import unknown_name
 from ..samplers import SAMPLERS
 from ..storage import json_bytes, write_atomic
+from .bench_estimators import bench_estimators
 from .provenance import machine
 
 Result = TypeVar("Result")
@@ -244,5 +245,16 @@ def _status(field: str) -> int:
     raise KeyError(field)
 
 
-BENCHES: dict[str, Callable[[bool, float], list[dict[str, Any]]]] = {"samplers": bench_samplers}
+def _circuits(quick: bool, copy: float) -> list[dict[str, Any]]:
+    """See `bench_circuits`, which is loaded only when it is asked for: it needs qiskit."""
+    from .bench_circuits import bench_circuits
+
+    return bench_circuits(quick, copy)
+
+
+BENCHES: dict[str, Callable[[bool, float], list[dict[str, Any]]]] = {
+    "samplers": bench_samplers,
+    "estimators": bench_estimators,
+    "circuits": _circuits,
+}
 """Benchmark by name."""

@@ -381,7 +381,8 @@ def find_run(run: str | Path, home: str | Path | None = None) -> Run:
 
 def _folders(home: Path) -> list[Path]:
     try:
-        return sorted(entry for entry in home.iterdir() if not entry.name.startswith("."))
+        # `jobs` holds the device jobs of no run.
+        return sorted(e for e in home.iterdir() if not e.name.startswith(".") and e.name != "jobs")
     except FileNotFoundError:
         return []
     except OSError as error:

@@ -1,0 +1,20 @@
+"""Where circuits run: simulators, twins of devices, IBM's devices; noise, jobs, and the hybrid policy."""
+
+from __future__ import annotations
+
+from .counts import RowCounts, RowRequest
+from .hybrid import HybridPolicy, predicted_fidelity
+from .noise import ParametricNoise, fake_devices
+from .qiskit import QiskitQuantumBackend
+from .sampler import CircuitSampler
+
+__all__ = [
+    "CircuitSampler",
+    "HybridPolicy",
+    "ParametricNoise",
+    "QiskitQuantumBackend",
+    "RowCounts",
+    "RowRequest",
+    "fake_devices",
+    "predicted_fidelity",
+]

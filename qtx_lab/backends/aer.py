@@ -1,0 +1,294 @@
+"""Simulators: ideal, the twin of a real device, or noise by a few numbers."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from qiskit import QuantumCircuit, transpile
+from qiskit.circuit import ControlFlowOp
+from qiskit.transpiler import Target
+from qiskit_aer import AerSimulator
+from qiskit_aer.noise import NoiseModel, ReadoutError
+
+from ..circuits.base import pack
+from ..circuits.resources import resources
+from ..errors import ArgumentError, BackendUnavailable, unknown_name
+from .counts import draw_outcomes
+from .exact import Noise, Step, compile_steps, density_matrices, outcome_probabilities
+from .noise import (
+    ParametricNoise,
+    best_region,
+    device_noise,
+    fake_device,
+    fake_devices,
+    instruction_errors,
+    reduced_target,
+)
+
+IDEAL = ("aer", "aer_simulator")
+
+MOST_STATEVECTOR = 16
+"""Qubits up to which an ideal circuit's probabilities are kept whole."""
+
+MOST_NOISY = 24
+"""Qubits up to which noisy circuits are simulated shot by shot: more do not fit into memory."""
+
+FEED_FORWARD = (
+    "the time that feeding forward takes, and the decoherence of qubits that wait for it, is not modelled"
+)
+
+
+class AerEngine:
+    """Runs circuits on this machine.
+
+    Where it fits (eight entangled qubits at a time), the probabilities of all outcomes are computed for all rows at
+    once from the errors that Aer's noise model has, and shots are drawn from them (`exact.py`): the same
+    distribution as Aer's, without its random walk through every shot. Larger circuits go to `AerSimulator`.
+
+    Parameters
+    ----------
+    backend_name : str, optional
+        "aer" or None: a simulator. Otherwise the twin of a device, a name in `fake_devices()`: its calibrated
+        errors, on the connected qubits that suit the circuit best; what lies outside is left out, and does not matter.
+    noise : ParametricNoise, optional
+        Of the simulator, on a device that joins all qubits; not together with a twin.
+    noise_scale : float
+        All error probabilities, and 1/T1 and 1/T2, times this; 0 has no noise.
+    method : str
+        "auto" as above, or "aer": AerSimulator whatever it takes.
+
+    Raises
+    ------
+    ArgumentError
+        Unknown names; noise and a twin together; a negative scale.
+    """
+
+    def __init__(
+        self,
+        backend_name: str | None = None,
+        *,
+        noise: ParametricNoise | None = None,
+        noise_scale: float = 1.0,
+        method: str = "auto",
+    ):
+        name = backend_name or "aer"
+        if name not in (*IDEAL, *fake_devices()):
+            raise unknown_name("backend_name", name, ["aer", *fake_devices()])
+        self.name = "aer" if name in IDEAL else name
+        if noise is not None and not isinstance(noise, ParametricNoise):
+            raise ArgumentError(f"noise={noise!r} is not allowed: it must be a ParametricNoise or None.")
+        if noise is not None and self.name != "aer":
+            raise ArgumentError(
+                f"noise is not allowed with backend_name={name!r}, which has noise of its own."
+            )
+        if (
+            isinstance(noise_scale, bool)
+            or not isinstance(noise_scale, int | float)
+            or not 0 <= noise_scale < 1e6
+        ):
+            raise ArgumentError(f"noise_scale={noise_scale!r} is not allowed: it must be a number >= 0.")
+        if method not in ("auto", "aer"):
+            raise unknown_name("method", method, ("auto", "aer"))
+        self.noise, self.noise_scale, self.method = noise, float(noise_scale), method
+        self._compiled: dict[int, tuple[QuantumCircuit, tuple[Step, ...] | None]] = {}
+        self.ideal = (self.name == "aer" and noise is None) or noise_scale == 0
+
+    def identity(self) -> str:
+        if self.name == "aer":
+            return f"aer {self.noise!r}"
+        return f"{self.name} {_calibration(self.name)}"
+
+    def facts(self) -> dict[str, Any]:
+        noise: str = "none"
+        if self.name != "aer":
+            noise = f"Aer's model of {self.name}, on the qubits in use"
+        elif self.noise is not None:
+            noise = repr(self.noise)
+        return {
+            "device": self.name,
+            "calibration": _calibration(self.name),
+            "noise": noise if self.noise_scale else "none",
+            "noise_scale": self.noise_scale,
+            "num_qubits": None if self.name == "aer" else fake_device(self.name).num_qubits,
+        }
+
+    def problems(self) -> tuple[str, ...]:
+        return ()
+
+    def pending_jobs(self) -> int:
+        return 0
+
+    def errors(self, circuit: QuantumCircuit) -> list[float]:
+        if self.ideal:
+            return []
+        if self.name != "aer":
+            return instruction_errors(
+                circuit, _part(self.name, tuple(circuit.metadata["region"]), self.noise_scale)
+            )
+        assert self.noise is not None
+        return instruction_errors(circuit, self.noise.scaled(self.noise_scale).target(circuit.num_qubits))
+
+    def transpile(self, circuit: QuantumCircuit, level: int) -> QuantumCircuit:
+        if self.name == "aer" and self.noise is None:
+            return circuit
+        if self.name == "aer":
+            assert self.noise is not None
+            target, region = self.noise.target(circuit.num_qubits), list(range(circuit.num_qubits))
+        else:
+            device = fake_device(self.name).target
+            region = best_region(device, circuit.num_qubits, resources(circuit).two_qubit_gates)
+            target = _part(self.name, tuple(region), 1.0)
+        conditional = any(isinstance(i.operation, ControlFlowOp) for i in circuit.data)
+        if conditional and "if_else" not in target.operation_names:
+            raise BackendUnavailable(f"{self.name} has no conditions (if_else), which this circuit needs.")
+        isa = transpile(circuit, target=target, optimization_level=level, seed_transpiler=0)
+        isa.metadata = {**(isa.metadata or {}), "region": region}
+        return isa
+
+    def run(self, circuit: QuantumCircuit, bindings: np.ndarray, shots: int, seed: int) -> np.ndarray:
+        steps = self._steps(circuit)
+        if steps is not None:
+            p, values = outcome_probabilities(steps, bindings)
+        elif self._is_static(circuit):
+            p = self._statevector(circuit, bindings)
+            values = np.arange(1 << circuit.num_clbits)
+        else:
+            return self._shots(circuit, bindings, shots, seed)
+        drawn = draw_outcomes(p, shots, torch.Generator().manual_seed(seed))
+        return pack(values[drawn.numpy()], circuit.num_clbits)
+
+    def density_matrices(self, circuit: QuantumCircuit, bindings: np.ndarray) -> torch.Tensor:
+        """The states that a transpiled circuit leaves, complex (R, 2^m, 2^m), before they are measured.
+
+        Raises
+        ------
+        BackendUnavailable
+            If it measures on the way, or has more than eight qubits.
+        """
+        steps = compile_steps(circuit, self._noise(circuit))
+        if steps is None or any(step.condition for step in steps):
+            raise BackendUnavailable(f"{circuit.name} has no single final state, or one that is too large.")
+        return density_matrices(steps, bindings)
+
+    def how(self, circuit: QuantumCircuit) -> dict[str, Any]:
+        """For diagnostics: how `run` goes about a transpiled circuit."""
+        if self._steps(circuit) is not None:
+            method = "exact probabilities from density matrices, shots drawn from them"
+        elif self._is_static(circuit):
+            method = "exact probabilities from Aer's state vector, shots drawn from them"
+        else:
+            method = "Aer, shot by shot"
+        facts: dict[str, Any] = {"method": method}
+        if self.name != "aer":
+            facts["physical_qubits"] = tuple(circuit.metadata["region"])
+        if any(isinstance(i.operation, ControlFlowOp) for i in circuit.data):
+            facts["not_modelled"] = (FEED_FORWARD,)
+        return facts
+
+    def _noise(self, circuit: QuantumCircuit) -> Noise | None:
+        if self.ideal:
+            return None
+        if self.name == "aer":
+            assert self.noise is not None
+            return self.noise.scaled(self.noise_scale).noise(circuit.num_qubits)
+        return _part_noise(self.name, tuple(circuit.metadata["region"]), self.noise_scale)
+
+    def _steps(self, circuit: QuantumCircuit) -> tuple[Step, ...] | None:
+        """The circuit for `exact.py`, compiled once; None where it goes to AerSimulator."""
+        if id(circuit) not in self._compiled:
+            direct = self.method != "aer" and not self._is_static(circuit)
+            steps = compile_steps(circuit, self._noise(circuit)) if direct else None
+            self._compiled[id(circuit)] = circuit, steps  # the circuit too, so that its id stays taken
+        return self._compiled[id(circuit)][1]
+
+    def _is_static(self, circuit: QuantumCircuit) -> bool:
+        """Whether it is ideal, small, and measured at the end only."""
+        return (
+            self.ideal
+            and self.method != "aer"
+            and circuit.num_qubits <= MOST_STATEVECTOR
+            and not any(isinstance(i.operation, ControlFlowOp) for i in circuit.data)
+            and circuit.count_ops().get("measure", 0) == circuit.num_clbits
+        )
+
+    def _statevector(self, circuit: QuantumCircuit, bindings: np.ndarray) -> torch.Tensor:
+        measured = [i for i in circuit.data if i.operation.name == "measure"]
+        measured.sort(key=lambda i: circuit.find_bit(i.clbits[0]).index)
+        bare = circuit.copy_empty_like()
+        for instruction in circuit.data:
+            if instruction.operation.name != "measure":
+                bare.append(instruction)
+        bare.save_probabilities([circuit.find_bit(i.qubits[0]).index for i in measured])
+        simulator = AerSimulator(method="statevector")
+        result = _run(simulator, bare, bindings, shots=1)
+        p = np.stack([result.data(i)["probabilities"] for i in range(len(bindings))])
+        return torch.from_numpy(p)
+
+    def _shots(self, circuit: QuantumCircuit, bindings: np.ndarray, shots: int, seed: int) -> np.ndarray:
+        width = circuit.num_qubits
+        if not self.ideal and width > MOST_NOISY:
+            raise BackendUnavailable(
+                f"{width} noisy qubits do not fit into this machine; at most {MOST_NOISY} are simulated."
+            )
+        noise = self._noise(circuit)
+        simulator = AerSimulator(
+            method="matrix_product_state" if self.ideal and width > MOST_NOISY else "automatic",
+            noise_model=None if noise is None else _aer_model(noise),
+            max_parallel_shots=1,  # each experiment has its own random numbers, however many threads there are
+        )
+        result = _run(simulator, circuit, bindings, shots=shots, seed_simulator=seed % 2**31)
+        num_bytes = -(-circuit.num_clbits // 8)
+        out = np.empty((len(bindings), shots, num_bytes), dtype=np.uint8)
+        for row in range(len(bindings)):
+            counts = result.data(row)["counts"]
+            patterns = [int(key, 16).to_bytes(num_bytes, "big") for key in counts]
+            table = np.frombuffer(b"".join(patterns), dtype=np.uint8).reshape(-1, num_bytes)
+            shuffled = np.random.default_rng([seed, row]).permutation(
+                np.repeat(table, list(counts.values()), axis=0)
+            )
+            out[row] = shuffled
+        return out
+
+
+@lru_cache(maxsize=64)
+def _calibration(name: str) -> str | None:
+    """When the device was calibrated, ISO; None for a simulator."""
+    properties = None if name in IDEAL else fake_device(name).properties()
+    return None if properties is None else properties.last_update_date.isoformat()
+
+
+@lru_cache(maxsize=64)
+def _part(name: str, region: tuple[int, ...], scale: float) -> Target:
+    return reduced_target(fake_device(name).target, region, scale)
+
+
+@lru_cache(maxsize=64)
+def _part_noise(name: str, region: tuple[int, ...], scale: float) -> Noise:
+    return device_noise(_part(name, region, scale))
+
+
+def _aer_model(noise: Noise) -> NoiseModel:
+    """The same noise for AerSimulator."""
+    model = NoiseModel(
+        basis_gates=sorted({name for name, _ in noise.gates} | {"rz", "sx", "x", "cz", "if_else"})
+    )
+    for (name, qubits), error in noise.gates.items():
+        model.add_quantum_error(error, name, list(qubits))
+    for qubit, matrix in noise.readout.items():
+        model.add_readout_error(ReadoutError(matrix), [qubit])
+    return model
+
+
+def _run(simulator: AerSimulator, circuit: QuantumCircuit, bindings: np.ndarray, **options: int) -> Any:
+    """Aer's result, an experiment for each row of bindings."""
+    binds = [{parameter: bindings[:, i].tolist() for i, parameter in enumerate(circuit.parameters)}]
+    if circuit.num_parameters:
+        result = simulator.run(circuit, parameter_binds=binds, **options).result()
+    else:
+        result = simulator.run([circuit] * len(bindings), **options).result()
+    if not result.success:
+        raise BackendUnavailable(f"Aer could not run the circuit: {result.status}")
+    return result

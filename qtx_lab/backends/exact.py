@@ -1,0 +1,379 @@
+"""Outcome probabilities of noisy circuits, of all rows at once: density matrices in the Pauli basis, in torch.
+
+What a simulator of single shots converges to, including measurements and conditions in the middle of a circuit:
+the state is split into one branch for each value of the classical register, and a qubit is traced out after its
+last use. Rows share everything but the angles, so each fused pair of qubits is one batched product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import product
+
+import numpy as np
+import torch
+from qiskit import QuantumCircuit
+from qiskit.circuit import ClassicalRegister, Clbit, Gate, ParameterExpression
+from qiskit.circuit.library import UnitaryGate
+from qiskit.quantum_info import PTM, Pauli
+from torch import Tensor
+
+GENERATORS = {"rx": "X", "ry": "Y", "rz": "Z", "p": "Z", "rxx": "XX", "ryy": "YY", "rzz": "ZZ"}
+"""Gates exp(-i angle G / 2), up to a phase."""
+
+MOST_STATE = 4**8
+"""Numbers of a row's state up to which this is used: eight qubits at a time."""
+
+WORKSPACE = 1 << 19
+"""Numbers of the states of the rows that are taken together: 4 MiB, so that they stay in the cache."""
+
+
+@dataclass(frozen=True)
+class Noise:
+    """What goes wrong, after each gate and at each measurement.
+
+    Parameters
+    ----------
+    gates : mapping
+        (gate, qubits) to its error channel, a `qiskit_aer.noise.QuantumError`.
+    readout : mapping
+        qubit to the 2 × 2 matrix P(read column | true row).
+    """
+
+    gates: Mapping[tuple[str, tuple[int, ...]], object]
+    readout: Mapping[int, np.ndarray]
+    _channels: dict[object, Tensor] = field(default_factory=dict, repr=False)
+
+    def channel(self, gate: str, qubits: tuple[int, ...]) -> Tensor | None:
+        """The error after a gate in the Pauli basis, (4^k, 4^k); None where there is none."""
+        key = (gate, qubits)
+        if key in self.gates and key not in self._channels:  # slow to convert
+            self._channels[key] = torch.from_numpy(PTM(self.gates[key]).data.real.copy())
+        return self._channels.get(key)
+
+
+@dataclass(frozen=True)
+class Step:
+    """An instruction on numbered qubits and bits."""
+
+    name: str
+    qubits: tuple[int, ...]
+    clbits: tuple[int, ...] = ()
+    matrix: Tensor | None = None
+    """Of a fixed gate with its error, (4^k, 4^k); of a rotation: its error."""
+    angle: tuple[float, np.ndarray] | None = None
+    """Constant and coefficients of the parameters."""
+    condition: tuple[int, int] | None = None
+    """(mask, value): run where register & mask == value."""
+    bodies: tuple[tuple[Step, ...], ...] = ()
+
+
+def compile_steps(circuit: QuantumCircuit, noise: Noise | None) -> tuple[Step, ...] | None:
+    """The circuit's instructions, ready to run; None where it has some that are not supported here."""
+    noise = noise or Noise({}, {})
+    index = {parameter: i for i, parameter in enumerate(circuit.parameters)}
+    clbit = {bit: i for i, bit in enumerate(circuit.clbits)}
+    try:
+        steps = tuple(_steps(circuit, circuit, list(range(circuit.num_qubits)), clbit, index, noise))
+    except NotImplementedError:
+        return None
+    measured = [step.clbits[0] for step in steps if step.name == "measure"]
+    if len(set(measured)) < len(measured) or len(clbit) > 62:
+        return None
+    return steps if _largest_state(steps) <= MOST_STATE else None
+
+
+def _steps(
+    circuit: QuantumCircuit,
+    body: QuantumCircuit,
+    wires: list[int],
+    clbit: Mapping[Clbit, int],
+    index: Mapping[ParameterExpression, int],
+    noise: Noise,
+) -> Iterator[Step]:
+    for instruction in body.data:
+        operation = instruction.operation
+        name = operation.name
+        qubits = tuple(wires[body.find_bit(q).index] for q in instruction.qubits)
+        if name == "barrier":
+            continue
+        if name == "measure":
+            if body is not circuit:
+                raise NotImplementedError
+            wrong = torch.as_tensor(noise.readout.get(qubits[0], np.eye(2)), dtype=torch.float64)
+            half = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64) / 2  # of I and Z
+            kept = torch.zeros(2, 4, 4, dtype=torch.float64)
+            # Recorded bit r: the sum over true bits of P(r | true) times the projection on it.
+            for true in (0, 1):
+                projection = torch.outer(half[true] * 2, half[true])
+                kept[:, [[0], [3]], [[0, 3]]] += wrong[true, :, None, None] * projection
+            yield Step(name, qubits, (clbit[instruction.clbits[0]],), kept)
+        elif name == "if_else":
+            # Blocks have bits of their own, in the instruction's order; conditions name those outside.
+            inner = [
+                tuple(_steps(circuit, block, list(qubits), clbit, index, noise))
+                for block in operation.blocks
+                if block is not None
+            ]
+            used = tuple(sorted({q for steps in inner for step in steps for q in step.qubits}))
+            mask_value = _condition(operation.condition, clbit)
+            yield Step(name, used, condition=mask_value, bodies=tuple(inner))
+        elif not isinstance(operation, Gate) or len(qubits) > 2:
+            raise NotImplementedError
+        else:
+            after = noise.channel(name, qubits)
+            angles = [x for x in operation.params if isinstance(x, ParameterExpression)]
+            if not angles:
+                gate = _gate(operation)
+                yield Step(name, qubits, matrix=gate if after is None else after @ gate)
+            elif name in GENERATORS and len(operation.params) == 1:
+                yield Step(name, qubits, matrix=after, angle=_linear(angles[0], index))
+            else:
+                raise NotImplementedError
+
+
+def _condition(condition: object, clbit: Mapping[Clbit, int]) -> tuple[int, int]:
+    if not isinstance(condition, tuple):
+        raise NotImplementedError  # an expression
+    bits, value = condition
+    if isinstance(bits, Clbit):
+        return 1 << clbit[bits], int(value) << clbit[bits]
+    assert isinstance(bits, ClassicalRegister)
+    mask = sum(1 << clbit[bit] for bit in bits)
+    return mask, sum((int(value) >> i & 1) << clbit[bit] for i, bit in enumerate(bits))
+
+
+def _linear(angle: ParameterExpression, index: Mapping[ParameterExpression, int]) -> tuple[float, np.ndarray]:
+    """(constant, coefficients) of an angle that is linear in the parameters."""
+    coefficients = np.zeros(len(index))
+    for parameter in angle.parameters:
+        slope = angle.gradient(parameter)
+        if isinstance(slope, ParameterExpression) and slope.parameters:
+            raise NotImplementedError
+        coefficients[index[parameter]] = float(slope)
+    return float(angle.bind(dict.fromkeys(angle.parameters, 0.0))), coefficients
+
+
+def _largest_state(steps: tuple[Step, ...]) -> int:
+    last = {q: i for i, step in enumerate(steps) for q in step.qubits}
+    live: set[int] = set()
+    branches, largest = 1, 1
+    for i, step in enumerate(steps):
+        live |= set(step.qubits)
+        branches *= 2 if step.name == "measure" else 1
+        largest = max(largest, branches * 4 ** len(live) // (2 if step.name == "measure" else 1))
+        live -= {q for q in step.qubits if last[q] == i}
+    return largest
+
+
+def outcome_probabilities(steps: tuple[Step, ...], bindings: np.ndarray) -> tuple[Tensor, np.ndarray]:
+    """How probable each value of the register is.
+
+    Parameters
+    ----------
+    steps : tuple of Step
+        From `compile_steps`.
+    bindings : ndarray, (R, P)
+
+    Returns
+    -------
+    probabilities : Tensor, float64, (R, V)
+    values : ndarray, int64, (V,)
+        The register's values, ascending; others do not occur.
+    """
+    together = max(1, WORKSPACE // _largest_state(steps))
+    parts = []
+    values = np.zeros(1, dtype=np.int64)
+    with _one_thread():
+        for start in range(0, len(bindings), together):
+            state = _State(torch.from_numpy(np.ascontiguousarray(bindings[start : start + together])))
+            state.run(steps)
+            probabilities, values = state.probabilities()
+            parts.append(probabilities)
+    return torch.cat(parts), values
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Products this small wait longer for a second thread than they gain by it, and round as the threads cut them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def density_matrices(steps: tuple[Step, ...], bindings: np.ndarray) -> Tensor:
+    """The states before they are measured, complex (R, 2^m, 2^m), qubits in the order of the register's bits.
+
+    For circuits whose every qubit is measured once, at the end.
+    """
+    measured = sorted((step for step in steps if step.name == "measure"), key=lambda step: step.clbits)
+    state = _State(torch.from_numpy(np.ascontiguousarray(bindings)))
+    state.run(tuple(step for step in steps if step.name != "measure"))
+    qubits = [step.qubits[0] for step in reversed(measured)]  # the highest bit first
+    state.prepare(tuple(qubits))
+    state.settle(tuple(qubits))
+    rho = state.vector[:, 0].permute(0, *(1 + state.live.index(q) for q in qubits)).to(torch.complex128)
+    paulis = torch.from_numpy(np.stack([_pauli(x) for x in "IXYZ"]) / 2)
+    for _ in qubits:  # each digit in turn becomes a row and a column, at the end
+        rho = torch.tensordot(rho, paulis, dims=([1], [0]))
+    m = len(qubits)
+    rho = rho.permute(0, *range(1, 2 * m, 2), *range(2, 2 * m + 1, 2))
+    return rho.reshape(len(bindings), 1 << m, 1 << m)
+
+
+class _State:
+    """States of R rows in B branches: `vector` (R, B, 4, ..., 4), Tr(P rho) for each Pauli string P on the live qubits."""
+
+    def __init__(self, bindings: Tensor):
+        self.bindings = bindings  # [R, P]
+        self.vector = torch.ones(len(bindings), 1, dtype=torch.float64)
+        self.values = np.zeros(1, dtype=np.int64)  # [B], what the register holds
+        self.live: list[int] = []
+        self.pending: dict[tuple[int, ...], Tensor] = {}  # products of gates that are not applied yet
+
+    def run(self, steps: tuple[Step, ...]) -> None:
+        last = {q: i for i, step in enumerate(steps) for q in step.qubits}
+        for i, step in enumerate(steps):
+            self.prepare(step.qubits)
+            if step.name == "measure":
+                self.measure(step, last[step.qubits[0]] == i)
+            elif step.condition is not None:
+                self.branch(step)
+            else:
+                self.gate(step)
+
+    def prepare(self, qubits: tuple[int, ...]) -> None:
+        for q in qubits:
+            if q not in self.live:
+                zero = torch.tensor([1.0, 0, 0, 1], dtype=torch.float64)
+                self.vector = self.vector[..., None] * zero
+                self.live.append(q)
+
+    def gate(self, step: Step) -> None:
+        """Multiply onto what is pending on the same qubits."""
+        matrix = step.matrix
+        if step.angle is not None:
+            constant, coefficients = step.angle
+            used = np.flatnonzero(coefficients)
+            angle = constant + self.bindings[:, used] @ torch.from_numpy(coefficients[used])
+            turn, turn2 = _generator(GENERATORS[step.name])
+            rotation = (
+                torch.eye(len(turn), dtype=torch.float64)
+                + angle.sin()[:, None, None] * turn
+                + (1 - angle.cos())[:, None, None] * turn2
+            )
+            matrix = rotation if matrix is None else matrix @ rotation
+        assert matrix is not None
+        matrix = matrix.view(-1, *matrix.shape[-2:])  # [R or 1, 4^k, 4^k]
+        qubits = step.qubits
+        holder = next((key for key in self.pending if set(qubits) <= set(key)), None)
+        if holder is None:
+            inside = [key for key in self.pending if set(key) & set(qubits)]
+            if len(qubits) == 2:
+                before = _kron(
+                    *(
+                        self.pending.pop((q,), None) for q in reversed(qubits)
+                    )  # the second qubit is the higher digit
+                )
+                inside = [key for key in inside if len(key) == 2]
+                matrix = matrix if before is None else matrix @ before
+            for key in inside:
+                self.flush(key)
+            self.pending[qubits] = matrix
+            return
+        if len(holder) == 2 and len(qubits) == 1:
+            matrix = _kron(matrix, None) if holder[1] == qubits[0] else _kron(None, matrix)
+        elif len(holder) == 2 and holder != qubits:  # the same pair the other way round
+            matrix = matrix.view(-1, 4, 4, 4, 4).permute(0, 2, 1, 4, 3).reshape(-1, 16, 16)
+        assert matrix is not None
+        self.pending[holder] = matrix @ self.pending[holder]
+
+    def flush(self, key: tuple[int, ...]) -> None:
+        """Apply what is pending on these qubits."""
+        matrix = self.pending.pop(key)
+        axes = [2 + self.live.index(q) for q in reversed(key)]
+        front = self.vector.movedim(axes, list(range(1, 1 + len(axes))))
+        out = torch.matmul(matrix, front.reshape(len(self.vector), 4 ** len(axes), -1))
+        self.vector = out.view(front.shape).movedim(list(range(1, 1 + len(axes))), axes)
+
+    def settle(self, qubits: tuple[int, ...]) -> None:
+        for key in [key for key in self.pending if set(key) & set(qubits)]:
+            self.flush(key)
+
+    def measure(self, step: Step, last_use: bool) -> None:
+        q, bit = step.qubits[0], step.clbits[0]
+        self.settle((q,))
+        assert step.matrix is not None
+        axis = 2 + self.live.index(q)
+        rows = step.matrix[:, :1] if last_use else step.matrix  # [2, 1 or 4, 4]; I alone is the trace
+        split = torch.tensordot(self.vector, rows, dims=([axis], [2]))  # [R, B, ..., 2, 1 or 4]
+        split = split.movedim(-2, 2)
+        if last_use:
+            split = split.squeeze(-1)
+            self.live.remove(q)
+        else:
+            split = split.movedim(-1, axis + 1)
+        self.vector = split.flatten(1, 2)
+        self.values = (self.values[:, None] | np.array([0, 1 << bit])).reshape(-1)
+
+    def branch(self, step: Step) -> None:
+        self.settle(step.qubits)
+        assert step.condition is not None
+        mask, value = step.condition
+        holds = (self.values & mask) == value
+        for body, which in zip(step.bodies, (holds, ~holds), strict=False):
+            chosen = torch.from_numpy(np.flatnonzero(which))
+            if not body or not len(chosen):
+                continue
+            inner = _State(self.bindings)
+            inner.live, inner.vector = list(self.live), self.vector[:, chosen]
+            for part in body:
+                inner.branch(part) if part.condition is not None else inner.gate(part)
+            inner.settle(tuple(inner.live))
+            self.vector = self.vector.index_copy(1, chosen, inner.vector)
+
+    def probabilities(self) -> tuple[Tensor, np.ndarray]:
+        self.settle(tuple(self.live))
+        trace = self.vector.reshape(*self.vector.shape[:2], -1)[:, :, 0]
+        order = np.argsort(self.values)
+        return trace[:, order].clamp_min(0), self.values[order]
+
+
+def _kron(high: Tensor | None, low: Tensor | None) -> Tensor | None:
+    """Matrices (R or 1, 4, 4) on the higher and the lower digit as one (R or 1, 16, 16); None is the identity."""
+    if high is None and low is None:
+        return None
+    eye = torch.eye(4, dtype=torch.float64)[None]
+    both = torch.einsum(
+        "rab,rcd->racbd", *torch.broadcast_tensors(*(eye if x is None else x for x in (high, low)))
+    )
+    return both.reshape(-1, 16, 16)
+
+
+def _gate(operation: Gate) -> Tensor:
+    """A fixed gate in the Pauli basis, (4^k, 4^k): half of Tr(P_i U P_j U^+) for one qubit, a quarter for two."""
+    u = operation.to_matrix()
+    labels = ["".join(x) for x in product("IXYZ", repeat=operation.num_qubits)]
+    paulis = np.stack([_pauli(label) for label in labels])
+    turned = u @ paulis @ u.conj().T
+    return torch.from_numpy(np.einsum("iab,jba->ij", paulis, turned).real / len(u))
+
+
+@cache
+def _pauli(label: str) -> np.ndarray:
+    return Pauli(label).to_matrix()
+
+
+@cache
+def _generator(label: str) -> tuple[Tensor, Tensor]:
+    """K and K^2 of rho -> -i/2 [G, rho] in the Pauli basis: exp(a K) = 1 + sin(a) K + (1 - cos a) K^2."""
+    g = _pauli(label)
+    plus = _gate(UnitaryGate((np.eye(len(g)) - 1j * g) / np.sqrt(2)))  # exp(-i pi G / 4): 1 + K + K^2
+    turn = (plus - plus.T) / 2  # its transpose is 1 - K + K^2
+    return turn, turn @ turn

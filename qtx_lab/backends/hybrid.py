@@ -1,0 +1,102 @@
+"""Which rows a circuit draws from, and which a classical computer: decided before anything is run, with reasons."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..circuits.base import num_bits
+from ..errors import ArgumentError, BackendUnavailable
+from ..samplers.base import check_count
+from .qiskit import QiskitQuantumBackend
+
+
+@dataclass(frozen=True)
+class HybridPolicy:
+    """Limits within which rows go to a backend; the others are drawn by pseudo-random numbers, and reported.
+
+    Parameters
+    ----------
+    max_qubits : int
+        Rows whose last key with mass needs more qubits of a binary loader are drawn classically, one by one.
+    min_fidelity : float
+        Rows are drawn classically where the circuit's predicted fidelity is lower: the product of 1 - error over its
+        gates and measurements, by the device's calibration.
+    max_pending : int, optional
+        All rows are, while more jobs than that wait for the device.
+
+    >>> HybridPolicy(max_qubits=6).max_qubits
+    6
+    """
+
+    max_qubits: int = 10
+    min_fidelity: float = 0.0
+    max_pending: int | None = None
+
+    def __post_init__(self) -> None:
+        check_count("max_qubits", self.max_qubits)
+        if isinstance(self.min_fidelity, bool) or not 0 <= self.min_fidelity <= 1:
+            raise ArgumentError(f"min_fidelity={self.min_fidelity!r} is not allowed: it must be from 0 to 1.")
+        pending = self.max_pending
+        if pending is not None and (isinstance(pending, bool) or not isinstance(pending, int) or pending < 0):
+            raise ArgumentError(f"max_pending={pending!r} is not allowed: it must be a whole number >= 0.")
+
+    def decide(self, backend: QiskitQuantumBackend, p: Tensor) -> tuple[Tensor, tuple[str, ...]]:
+        """Which rows go to the backend, and why the others do not.
+
+        Parameters
+        ----------
+        backend : QiskitQuantumBackend
+            Asked for its state and calibration; nothing is submitted.
+        p : Tensor, (R, n)
+
+        Returns
+        -------
+        quantum : Tensor, bool, (R,)
+        reasons : tuple of str
+            A sentence for each reason that kept rows from the backend.
+        """
+        none = torch.zeros(len(p), dtype=torch.bool)
+        try:
+            problems = backend.problems()
+            if problems:
+                return none, problems
+            if self.max_pending is not None:
+                pending = backend.engine.pending_jobs()
+                if pending > self.max_pending:
+                    return none, (
+                        f"{pending} jobs wait for {backend.engine.name}, more than {self.max_pending}.",
+                    )
+            return self._by_size(backend, p)
+        except BackendUnavailable as error:
+            return none, (str(error),)
+
+    def _by_size(self, backend: QiskitQuantumBackend, p: Tensor) -> tuple[Tensor, tuple[str, ...]]:
+        last = ((p > 0) * torch.arange(1, p.shape[-1] + 1)).amax(-1)  # [R], keys up to the last with mass
+        qubits = torch.tensor([num_bits(max(1, n)) for n in last.tolist()])
+        quantum = qubits <= self.max_qubits
+        reasons = []
+        if not bool(quantum.all()):
+            reasons.append(
+                f"{int((~quantum).sum())} of {len(p)} rows need more than max_qubits={self.max_qubits} qubits."
+            )
+        while self.min_fidelity > 0 and bool(quantum.any()):
+            widest = int(last[quantum].max())
+            fidelity = predicted_fidelity(backend, widest)
+            if fidelity >= self.min_fidelity:
+                break
+            too_wide = quantum & (qubits == num_bits(widest))
+            reasons.append(
+                f"{int(too_wide.sum())} of {len(p)} rows would be loaded with a predicted fidelity of {fidelity:.3f}, "
+                f"below min_fidelity={self.min_fidelity:g}."
+            )
+            quantum &= ~too_wide
+        return quantum, tuple(reasons)
+
+
+def predicted_fidelity(backend: QiskitQuantumBackend, n: int) -> float:
+    """Product of 1 - error over the gates and measurements of the transpiled circuit for n keys; 1 without noise."""
+    return float(np.prod([1 - e for e in backend.engine.errors(backend.transpiled(n))]))

@@ -1,0 +1,288 @@
+"""Noise by a few numbers, and the noise of a real device on the part of it that is used."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import cache
+from typing import Any
+
+import numpy as np
+import qiskit_ibm_runtime.fake_provider as fake_provider
+from qiskit import QuantumCircuit
+from qiskit.circuit import ControlFlowOp, Gate, Measure, Parameter, Qubit
+from qiskit.circuit.controlflow import IfElseOp
+from qiskit.circuit.library import CZGate, RZGate, SXGate, XGate
+from qiskit.quantum_info import average_gate_fidelity
+from qiskit.transpiler import InstructionProperties, QubitProperties, Target
+from qiskit_aer.noise import (
+    QuantumError,
+    amplitude_damping_error,
+    depolarizing_error,
+    phase_damping_error,
+)
+from qiskit_aer.noise.device import basic_device_gate_errors, basic_device_readout_errors
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import shortest_path
+
+from ..errors import ArgumentError, BackendUnavailable, unknown_name
+from .exact import Noise
+
+BROKEN = 0.5
+"""Error from which on a gate or a measurement is not used."""
+
+
+@dataclass(frozen=True)
+class ParametricNoise:
+    """The same noise on every qubit of a device that joins all qubits; gates rz, sx, x, cz.
+
+    Parameters
+    ----------
+    one_qubit, two_qubit : float
+        Depolarising probability after sx and x; after cz. rz is done in software and has no error.
+    amplitude_damping, phase_damping : float
+        Probability that 1 decays to 0, or that the phase is lost, of each qubit of each sx, x and cz.
+    readout : float
+        Probability that a bit is read wrongly.
+    """
+
+    one_qubit: float = 0.0
+    two_qubit: float = 0.0
+    amplitude_damping: float = 0.0
+    phase_damping: float = 0.0
+    readout: float = 0.0
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            most = 0.5 if f.name == "readout" else 1.0
+            if not isinstance(value, int | float) or not 0 <= value <= most:
+                raise ArgumentError(f"{f.name}={value!r} is not allowed: it must be from 0 to {most:g}.")
+
+    def scaled(self, factor: float) -> ParametricNoise:
+        """Every probability times `factor`, at most its limit."""
+        limit = {f.name: 0.5 if f.name == "readout" else 1.0 for f in fields(self)}
+        return ParametricNoise(
+            **{name: min(getattr(self, name) * factor, most) for name, most in limit.items()}
+        )
+
+    def target(self, num_qubits: int) -> Target:
+        """The gates of all qubits, with their average errors."""
+        target = Target(num_qubits=num_qubits)
+        single = InstructionProperties(error=_infidelity(self._channel(self.one_qubit, 1)))
+        double = InstructionProperties(error=_infidelity(self._channel(self.two_qubit, 2)))
+        qubits = range(num_qubits)
+        for gate, properties in ((SXGate(), single), (XGate(), single), (RZGate(Parameter("a")), None)):
+            target.add_instruction(gate, {(q,): properties for q in qubits})
+        if num_qubits > 1:
+            pairs = {(a, b): double for a in qubits for b in qubits if a != b}
+            target.add_instruction(CZGate(), pairs)
+        target.add_instruction(Measure(), {(q,): InstructionProperties(error=self.readout) for q in qubits})
+        target.add_instruction(IfElseOp, name="if_else")
+        return target
+
+    def noise(self, num_qubits: int) -> Noise:
+        """The error channels of every gate and measurement."""
+        single, double = self._channel(self.one_qubit, 1), self._channel(self.two_qubit, 2)
+        gates: dict[tuple[str, tuple[int, ...]], object] = {}
+        qubits = range(num_qubits)
+        if single is not None:
+            gates |= {(name, (q,)): single for name in ("sx", "x") for q in qubits}
+        if double is not None:
+            gates |= {("cz", (a, b)): double for a in qubits for b in qubits if a != b}
+        e = self.readout
+        return Noise(gates, {q: np.array([[1 - e, e], [e, 1 - e]]) for q in qubits} if e else {})
+
+    def _channel(self, depolarising: float, qubits: int) -> QuantumError | None:
+        damping = [
+            error(p)
+            for error, p in (
+                (amplitude_damping_error, self.amplitude_damping),
+                (phase_damping_error, self.phase_damping),
+            )
+            if p
+        ]
+        parts = [depolarizing_error(depolarising, qubits)] if depolarising else []
+        parts += [d if qubits == 1 else d.tensor(d) for d in damping]
+        if not parts:
+            return None
+        whole = parts[0]
+        for part in parts[1:]:
+            whole = whole.compose(part)
+        return whole
+
+
+def _infidelity(channel: QuantumError | None) -> float:
+    return 0.0 if channel is None else float(1 - average_gate_fidelity(channel))
+
+
+@cache
+def fake_devices() -> dict[str, str]:
+    """Name of each device whose calibration ships with qiskit-ibm-runtime, to its class there."""
+    classes = [name for name in dir(fake_provider) if re.fullmatch(r"Fake[A-Z]\w+", name)]
+    classes = [c for c in classes if c not in ("FakeProviderForBackendV2", "FakeFractionalBackend")]
+    return {f"fake_{c.removeprefix('Fake').removesuffix('V2').lower()}": c for c in classes}
+
+
+@cache
+def fake_device(name: str) -> Any:
+    """The device of that name, with its calibration.
+
+    Raises
+    ------
+    ArgumentError
+        If there is none.
+    """
+    if name not in fake_devices():
+        raise unknown_name("backend_name", name, ["aer", *fake_devices()])
+    return getattr(fake_provider, fake_devices()[name])()
+
+
+def best_region(target: Target, size: int, two_qubit_gates: int) -> list[int]:
+    """The qubits on which a circuit of `size` qubits is expected to go wrong least: connected, if it has two-qubit gates.
+
+    Grown from each qubit by the neighbour that adds least to: readout errors, plus the errors along the paths between
+    all pairs, weighted by how often a pair meets.
+
+    Raises
+    ------
+    BackendUnavailable
+        If no region is large enough.
+    """
+    count = target.num_qubits
+    readout = np.full(count, np.inf)
+    for (q,), properties in target["measure"].items():
+        if properties is not None and properties.error is not None and properties.error < BROKEN:
+            readout[q] = properties.error
+    edges = _edges(target)
+    edges = {pair: e for pair, e in edges.items() if np.isfinite(readout[list(pair)]).all()}
+    if two_qubit_gates == 0 and np.isfinite(readout).sum() >= size:
+        return sorted(int(q) for q in readout.argsort()[:size])
+    a, b = np.array(list(edges)).reshape(-1, 2).T
+    graph = coo_array((np.maximum(list(edges.values()), 1e-9), (a, b)), shape=(count, count))
+    distance = shortest_path(graph.tocsr(), directed=False)  # [count, count], sums of errors
+    neighbours: dict[int, set[int]] = {}
+    for x, y in edges:
+        neighbours.setdefault(x, set()).add(y)
+        neighbours.setdefault(y, set()).add(x)
+    weight = two_qubit_gates / (size * (size - 1) / 2)
+    best, best_cost = None, np.inf
+    for start in neighbours:
+        region, cost, border = [start], readout[start], set(neighbours[start])
+        while len(region) < size and border:
+            added = {q: readout[q] + weight * distance[q, region].sum() for q in border}
+            q = min(added, key=lambda q: (added[q], q))
+            cost += added[q]
+            region.append(q)
+            border = (border | neighbours[q]) - set(region)
+        if len(region) == size and cost < best_cost:
+            best, best_cost = region, cost
+    if best is None:
+        raise BackendUnavailable(f"{size} connected qubits are needed; the device has no such region.")
+    return sorted(best)
+
+
+def _edges(target: Target) -> dict[tuple[int, int], float]:
+    """Pairs that have a two-qubit gate that works, with its error, the least where there are several."""
+    edges: dict[tuple[int, int], float] = {}
+    for name in target.operation_names:
+        for qubits, properties in (target[name] or {}).items():
+            if qubits is not None and len(qubits) == 2 and properties is not None:
+                if properties.error is None or properties.error >= BROKEN:
+                    continue
+                pair = (min(qubits), max(qubits))
+                edges[pair] = min(edges.get(pair, 1.0), properties.error)
+    return edges
+
+
+def reduced_target(target: Target, region: Sequence[int], scale: float = 1.0) -> Target:
+    """The part of a device on some qubits, numbered 0, 1, ... in their order, its errors times `scale`."""
+    index = {q: i for i, q in enumerate(region)}
+    properties = [target.qubit_properties[q] for q in region] if target.qubit_properties else None
+    if properties and scale != 1:
+        properties = [
+            QubitProperties(
+                t1=None if q.t1 is None else q.t1 / max(scale, 1e-12),
+                t2=None if q.t2 is None else q.t2 / max(scale, 1e-12),
+                frequency=q.frequency,
+            )
+            for q in properties
+        ]
+    part = Target(num_qubits=len(region), dt=target.dt, qubit_properties=properties)
+    for name in target.operation_names:
+        operation = target.operation_from_name(name)
+        if isinstance(operation, type):
+            if issubclass(operation, ControlFlowOp):
+                part.add_instruction(operation, name=name)
+            continue
+        inside = {
+            tuple(index[q] for q in qubits): _scaled(p, scale)
+            for qubits, p in target[name].items()
+            if qubits is not None and all(q in index for q in qubits) and _works(operation, p)
+        }
+        if inside:
+            part.add_instruction(operation, inside, name=name)
+    return part
+
+
+def _works(operation: Any, properties: InstructionProperties | None) -> bool:
+    error = None if properties is None else properties.error
+    return not isinstance(operation, Gate) or len(operation.params) > 0 or error is None or error < BROKEN
+
+
+def _scaled(properties: InstructionProperties | None, scale: float) -> InstructionProperties | None:
+    if properties is None or scale == 1:
+        return properties
+    error = None if properties.error is None else min(properties.error * scale, BROKEN)
+    return InstructionProperties(duration=properties.duration, error=error)
+
+
+def device_noise(target: Target) -> Noise:
+    """Aer's noise of a device: depolarising and thermal relaxation after each gate, readout errors."""
+    gates = {(name, tuple(qubits)): error for name, qubits, error in basic_device_gate_errors(target=target)}
+    readout = {q: error.probabilities for (q,), error in basic_device_readout_errors(target=target)}
+    return Noise(gates, readout)
+
+
+def instruction_errors(circuit: QuantumCircuit, target: Target) -> list[float]:
+    """The calibrated error of each gate and measurement of a transpiled circuit.
+
+    Of conditions that stand side by side, on one qubit and on values of one register, one is met: the worst body counts.
+    """
+    errors: list[float] = []
+    group, worst = None, 0.0
+    for instruction in circuit.data:
+        operation, qubits = instruction.operation, instruction.qubits
+        if isinstance(operation, ControlFlowOp):
+            wires = [circuit.find_bit(q).index for q in qubits]
+            inside: float = max(
+                1
+                - math.prod(
+                    [
+                        1 - e
+                        for i in body.data
+                        for e in _error(target, i.operation.name, body, i.qubits, wires)
+                    ]
+                )
+                for body in operation.blocks
+            )
+            worst = max(worst, inside) if qubits == group else inside
+            if qubits == group:
+                errors[-1] = worst
+            else:
+                errors.append(worst)
+            group = qubits
+        else:
+            group = None
+            errors += _error(target, operation.name, circuit, qubits, range(circuit.num_qubits))
+    return errors
+
+
+def _error(
+    target: Target, name: str, body: QuantumCircuit, qubits: Sequence[Qubit], wires: Sequence[int]
+) -> list[float]:
+    at = tuple(wires[body.find_bit(q).index] for q in qubits)
+    properties = (target[name] or {}).get(at) if name in target.operation_names else None
+    return [] if properties is None or properties.error is None else [float(properties.error)]

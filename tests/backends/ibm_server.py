@@ -1,0 +1,461 @@
+"""IBM's quantum cloud on loopback: the REST API that qiskit-ibm-runtime speaks, circuits run on Aer, faults to order."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import re
+import signal
+import socket
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import jwt
+import qiskit_ibm_runtime
+from ibm_quantum_schemas.common import CompressedTensorModel
+from ibm_quantum_schemas.executor.version_2_0.models import (
+    ItemMetadataModel,
+    MetadataModel,
+    QuantumProgramResultItemModel,
+    QuantumProgramResultModel,
+)
+from qiskit_aer import AerSimulator
+from qiskit_ibm_runtime.fake_provider.executor.run_quantum_program import run_quantum_program
+from qiskit_ibm_runtime.options_models.simulator import SimulatorOptions
+from qiskit_ibm_runtime.quantum_program.converters.converters_2_0 import passthrough_data_to_2_0
+from qiskit_ibm_runtime.quantum_program.params_converters import QUANTUM_PROGRAM_PARAMS_CONVERTERS
+from samplomatic.quantum_program import SamplexItem
+
+TOKEN = "an-api-key-of-the-loopback-server"
+CRN = "crn:v1:bluemix:public:quantum-computing:us-east:a/0123456789abcdef:loopback::"
+SNAPSHOTS = Path(qiskit_ibm_runtime.__file__).parent / "fake_provider" / "backends"
+
+
+@dataclass
+class Fault:
+    """What goes wrong with the next requests that match.
+
+    `request` is a regular expression over "METHOD /path". `what` is a status code, "cut" (the connection
+    closes without an answer), "truncate" (half the answer, then closed), "nonsense" (a 200 that is no JSON)
+    or "kill" (SIGKILL to the process `pid`; where `answered`, `delay` seconds after the answer). `when` says
+    whether the request has its effect: before, no; after, yes. The first `skip` matches pass; then `times` of
+    them fail.
+    """
+
+    request: str
+    what: int | str
+    when: str = "before"
+    times: int = 1
+    skip: int = 0
+    pid: int | None = None
+    answered: bool = False
+    delay: float = 0.0
+    headers: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class ServerJob:
+    """A job that the server accepted."""
+
+    id: str
+    tags: list[str]
+    backend: str
+    params: dict[str, Any]
+    session_id: str | None
+    created: str
+    polls_left: int
+    status: str = "Queued"
+    reason: str | None = None
+    result: str = ""
+
+
+class IBMServer:
+    """A loopback server with a few devices; use it as a context manager.
+
+    Attributes
+    ----------
+    jobs : dict
+        Accepted jobs by id, in order.
+    requests : list of str
+        "METHOD /path" of every request that arrived.
+    faults : list of Fault
+        Consumed as they strike.
+    polls_in_queue : int
+        How often a new job's state is asked before it leaves the queue.
+    job_error : str or None
+        If set, jobs end in this error instead of a result.
+    hidden_lookups : int
+        How many listings of jobs come back without the jobs accepted since, as from a lagging replica.
+    """
+
+    def __init__(self, devices: tuple[str, ...] = ("lagos",), noise: bool = False, seed: int = 7):
+        self.devices = {}
+        for device in devices:
+            folder = SNAPSHOTS / device
+            configuration = json.loads((folder / f"conf_{device}.json").read_bytes())
+            properties = json.loads((folder / f"props_{device}.json").read_bytes())
+            self.devices[configuration["backend_name"]] = (configuration, properties)
+        self.noise = noise
+        self.seed = seed
+        self._turn = threading.RLock()
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all jobs, requests and faults."""
+        self.jobs: dict[str, ServerJob] = {}
+        self.sessions: dict[str, dict[str, Any]] = {}
+        self.requests: list[str] = []
+        self.faults: list[Fault] = []
+        self.polls_in_queue = 0
+        self.job_error: str | None = None
+        self.hidden_lookups = 0
+        self._ids = itertools.count(1)
+
+    def __enter__(self) -> IBMServer:
+        server = self
+
+        class Handler(_Handler):
+            cloud = server
+
+        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._http.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._http.server_port}"
+        self._thread = threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._http.shutdown()
+        self._http.server_close()
+        self._thread.join()
+
+    def environment(self) -> dict[str, str]:
+        """Variables with which IBM's own client finds this server, as it would find an account."""
+        return {
+            "QISKIT_IBM_TOKEN": TOKEN,
+            # The client leaves a URL alone that has "experimental" in it; others it rewrites to IBM's hosts.
+            "QISKIT_IBM_URL": f"{self.url}/experimental/api/v1",
+            "QISKIT_IBM_INSTANCE": CRN,
+            "IAM_URL": self.url,
+            "GLOBAL_SEARCH_URL": f"{self.url}/search",
+            "GLOBAL_CATALOG_URL": f"{self.url}/catalog",
+            "NO_PROXY": "127.0.0.1",
+            "no_proxy": "127.0.0.1",
+        }
+
+    def accepted(self, tag: str) -> list[ServerJob]:
+        """The accepted jobs that carry a tag."""
+        return [job for job in self.jobs.values() if tag in job.tags]
+
+    def posts(self) -> int:
+        """How many submissions arrived, accepted or not."""
+        return self.requests.count("POST /jobs")
+
+    def strike(self, request: str, when: str) -> Fault | None:
+        """The fault that strikes this request now, if any; it is used up."""
+        with self._turn:
+            for fault in self.faults:
+                if fault.when == when and fault.times and re.fullmatch(fault.request, request):
+                    if not fault.skip:
+                        fault.times -= 1
+                        return fault
+                    fault.skip -= 1
+        return None
+
+    # --- What the requests do; each returns (status, JSON content or text) ----------------------
+
+    def answer(self, method: str, path: str, query: dict[str, list[str]], body: bytes) -> tuple[int, Any]:
+        with self._turn:
+            parts = path.strip("/").split("/")
+            match method, parts:
+                case "POST", ["jobs"]:
+                    return self._accept(json.loads(body))
+                case "GET", ["jobs"]:
+                    return self._list(query)
+                case "GET", ["jobs", id]:
+                    return self._job(id)
+                case "GET", ["jobs", id, "results"]:
+                    return (200, self.jobs[id].result) if id in self.jobs else _error(404, "Job not found")
+                case "GET", ["jobs", id, "metrics"]:
+                    return self._metrics(id)
+                case "POST", ["jobs", id, "cancel"]:
+                    return self._cancel(id)
+                case "GET", ["backends"]:
+                    return 200, {"devices": [self._device(name) for name in self.devices]}
+                case "GET", ["backends", name, what] if name in self.devices:
+                    configuration, properties = self.devices[name]
+                    status = {"state": True, "status": "active", "length_queue": self._waiting(name)}
+                    return 200, {
+                        "configuration": configuration,
+                        "properties": properties,
+                        "status": {**status, "backend_version": configuration["backend_version"]},
+                    }[what]
+                case "GET", ["instances", "usage"]:
+                    return 200, {"instance_id": CRN, "usage_consumed_seconds": 1, "usage_limit_seconds": 600}
+                case "POST", ["sessions"]:
+                    return self._open_session(json.loads(body))
+                case (("GET" | "PATCH" | "DELETE"), ["sessions", id, *_]) if id in self.sessions:
+                    if method != "GET":
+                        self.sessions[id].update(accepting_jobs=False, state="closed")
+                    return 200, self.sessions[id]
+        return _error(404, f"{method} {path} is not here")
+
+    def _device(self, name: str) -> dict[str, Any]:
+        configuration, _ = self.devices[name]
+        return {
+            "name": name,
+            "status": {"name": "online"},
+            "qubits": configuration["n_qubits"],
+            "queue_length": self._waiting(name),
+        }
+
+    def _waiting(self, name: str) -> int:
+        return sum(job.backend == name and job.status == "Queued" for job in self.jobs.values())
+
+    def _open_session(self, payload: dict[str, Any]) -> tuple[int, Any]:
+        id = f"session-{next(self._ids)}"
+        self.sessions[id] = {
+            "id": id,
+            "backend_name": payload["backend"],
+            "mode": payload["mode"],
+            "max_ttl": payload.get("max_ttl"),
+            "state": "open",
+            "accepting_jobs": True,
+        }
+        return 200, self.sessions[id]
+
+    def _accept(self, payload: dict[str, Any]) -> tuple[int, Any]:
+        session = payload.get("session_id")
+        if session and not self.sessions.get(session, {}).get("accepting_jobs"):
+            return _error(409, "The session is closed.")
+        if payload["backend"] not in self.devices:
+            return _error(404, f"Backend {payload['backend']} not found")
+        job = ServerJob(
+            id=f"job-{next(self._ids)}",
+            tags=payload.get("tags", []),
+            backend=payload["backend"],
+            params=payload["params"],
+            session_id=session,
+            created=datetime.now(UTC).isoformat().replace("+00:00", "Z"),
+            polls_left=self.polls_in_queue,
+        )
+        self.jobs[job.id] = job
+        return 200, {"id": job.id, "backend": job.backend, "session_id": session}
+
+    def _list(self, query: dict[str, list[str]]) -> tuple[int, Any]:
+        tags = query.get("tags", [])
+        found = [job for job in self.jobs.values() if set(tags) <= set(job.tags)][::-1]
+        if self.hidden_lookups:
+            self.hidden_lookups -= 1
+            found = []
+        start = int(query.get("offset", ["0"])[0])
+        page = found[start : start + int(query.get("limit", ["10"])[0])]
+        return 200, {"jobs": [self._describe(job) for job in page], "count": len(found)}
+
+    def _job(self, id: str) -> tuple[int, Any]:
+        if id not in self.jobs:
+            return _error(404, "Job not found")
+        job = self.jobs[id]
+        if job.status == "Queued":
+            if job.polls_left:
+                job.polls_left -= 1
+            else:
+                self._run(job)
+        return 200, self._describe(job)
+
+    def _describe(self, job: ServerJob) -> dict[str, Any]:
+        return {
+            "id": job.id,
+            "backend": job.backend,
+            "program": {"id": "executor"},
+            "tags": job.tags,
+            "created": job.created,
+            "session_id": job.session_id,
+            "state": {"status": job.status, **({"reason": job.reason} if job.reason else {})},
+            "estimated_running_time_seconds": 2.0,
+        }
+
+    def _metrics(self, id: str) -> tuple[int, Any]:
+        if id not in self.jobs:
+            return _error(404, "Job not found")
+        job = self.jobs[id]
+        usage = {"status": "completed" if job.status == "Completed" else "pending", "quantum_seconds": 2}
+        queued = {"position_in_queue": job.polls_left + 1} if job.status == "Queued" else {}
+        return 200, {"timestamps": {"created": job.created}, "usage": usage, **queued}
+
+    def _cancel(self, id: str) -> tuple[int, Any]:
+        if id not in self.jobs:
+            return _error(404, "Job not found")
+        if self.jobs[id].status not in ("Queued", "Running"):
+            return _error(409, "The job has ended and cannot be cancelled.")
+        self.jobs[id].status = "Cancelled"
+        return 204, ""
+
+    def _run(self, job: ServerJob) -> None:
+        try:
+            if self.job_error:
+                raise RuntimeError(self.job_error)
+            job.status, job.result = "Completed", self._execute(job)
+        except Exception as error:
+            job.status, job.reason, job.result = "Failed", str(error), traceback.format_exc()
+
+    def _execute(self, job: ServerJob) -> str:
+        converter = QUANTUM_PROGRAM_PARAMS_CONVERTERS[job.params["schema_version"]]
+        program, _ = converter.decoder(converter.model.model_validate(job.params))
+        for item in program.items:
+            if isinstance(item, SamplexItem):
+                item.samplex.finalize()  # as IBM's server does after it read one
+        options = SimulatorOptions(seed_simulator=self.seed + len(self.jobs))
+        result = run_quantum_program(self._simulator(job.backend), program, options)
+        model = QuantumProgramResultModel(
+            data=[
+                QuantumProgramResultItemModel(
+                    results={name: CompressedTensorModel.from_numpy(array) for name, array in item.items()},
+                    metadata=ItemMetadataModel(),
+                )
+                for item in result
+            ],
+            metadata=MetadataModel(chunk_timing=[]),
+            passthrough_data=passthrough_data_to_2_0(result.passthrough_data),
+            semantic_role=result._semantic_role,
+        )
+        return model.model_dump_json()
+
+    def _simulator(self, name: str) -> AerSimulator:
+        if not self.noise:
+            return AerSimulator()
+        fakes = {b.name: b for b in qiskit_ibm_runtime.fake_provider.FakeProviderForBackendV2().backends()}
+        return AerSimulator.from_backend(fakes[f"fake_{name.partition('_')[2]}"])
+
+
+def _error(status: int, message: str) -> tuple[int, Any]:
+    return status, {"error": {"code": 1000 + status, "message": message}}
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """One request: find its fault, if any, else answer it."""
+
+    cloud: IBMServer
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+
+    def do_GET(self) -> None:
+        length = int(self.headers.get("Content-Length") or 0)
+        body = self.rfile.read(length)
+        parts = urlsplit(self.path)
+        path = parts.path.replace("/experimental/api/v1", "").replace("/api/v1", "")
+        request = f"{self.command} {path}"
+        self.cloud.requests.append(request)
+        fault = self.cloud.strike(request, "before")
+        if fault:
+            self._suffer(fault, 0, "")
+            return
+        status, content = self._answer(path, parse_qs(parts.query), body)
+        fault = self.cloud.strike(request, "after")
+        if fault:
+            self._suffer(fault, status, content)
+        else:
+            self._send(status, content)
+
+    do_POST = do_PATCH = do_DELETE = do_PUT = do_GET
+
+    def _answer(self, path: str, query: dict[str, list[str]], body: bytes) -> tuple[int, Any]:
+        if path == "/identity/token":
+            if TOKEN not in body.decode():
+                return 400, {
+                    "errorCode": "BXNIM0415E",
+                    "errorMessage": "Provided API key could not be found.",
+                }
+            now = int(time.time())
+            bearer = jwt.encode({"iat": now, "exp": now + 3600}, TOKEN, algorithm="HS256")
+            return 200, {"access_token": bearer, "expires_in": 3600, "expiration": now + 3600}
+        if not self._authorised():
+            return _error(401, "Login failed. Invalid token.")
+        if path == "/search/v3/resources/search":
+            item = {"crn": CRN, "name": "loopback", "tags": [], "service_plan_unique_id": "plan"}
+            return 200, {"items": [{**item, "doc": {"extensions": {"backends": ["all"]}}}]}
+        if path == "/catalog/plan":
+            plan = {"overview_ui": {"en": {"display_name": "Open"}}}
+            return 200, {**plan, "metadata": {"pricing": {"type": "free"}}}
+        if self.headers.get("Service-CRN") != CRN:
+            return _error(403, "No access to this instance.")
+        return self.cloud.answer(self.command, path, query, body)
+
+    def _authorised(self) -> bool:
+        bearer = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
+        try:
+            return bool(jwt.decode(bearer, TOKEN, algorithms=["HS256"]))
+        except jwt.InvalidTokenError:
+            return False
+
+    def _suffer(self, fault: Fault, status: int, content: Any) -> None:
+        if fault.what == "kill":
+            if fault.answered:  # then a delay decides how far the process comes with the answer
+                with contextlib.suppress(OSError):
+                    self._send(status, content)
+                time.sleep(fault.delay)
+            while fault.pid is None:
+                time.sleep(0.01)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(fault.pid, signal.SIGKILL)
+            self._cut()
+        elif fault.what == "cut":
+            self._cut()
+        elif fault.what == "truncate":
+            self._send(status, content, share=0.5)
+            self._cut()
+        elif fault.what == "nonsense":
+            self._send(200, "this is not JSON {")
+        else:
+            self._send(int(fault.what), _error(int(fault.what), "ordered fault")[1], headers=fault.headers)
+
+    def _send(
+        self, status: int, content: Any, share: float = 1.0, headers: dict[str, str] | None = None
+    ) -> None:
+        data = (content if isinstance(content, str) else json.dumps(content)).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        if status != 204:
+            self.send_header("Content-Length", str(len(data)))
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if status != 204:
+            self.wfile.write(data[: int(len(data) * share)])
+
+    def _cut(self) -> None:
+        self.close_connection = True
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RDWR)
+
+    def handle(self) -> None:
+        with contextlib.suppress(OSError):  # a killed client
+            super().handle()
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def environment(variables: dict[str, str]) -> Iterator[None]:
+    """These environment variables for a while."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

@@ -1,0 +1,382 @@
+"""IBM's devices through IBM's own client: the whole life of a job, and every fault that can be ordered."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import chi2
+
+from qtx_lab.backends import QiskitQuantumBackend
+from qtx_lab.backends import ibm as room
+from qtx_lab.backends.counts import RowRequest
+from qtx_lab.backends.ibm import IBMEngine
+from qtx_lab.backends.jobs import find_jobs
+from qtx_lab.circuits import check_rows, make_loader
+from qtx_lab.errors import ArgumentError, BackendUnavailable, JobTimeout, StorageError
+
+pytestmark = pytest.mark.hardware
+
+SHOTS = 500
+
+
+def rows(n: int = 7, count: int = 3) -> torch.Tensor:
+    p = torch.rand(count, n, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    p[:, -2:] = 0
+    return p / p.sum(-1, keepdim=True)
+
+
+def submit(engine: IBMEngine, loader: str = "dynamic", n: int = 7, shots: int = SHOTS) -> Any:
+    """Submit the rows of `rows` as `QiskitQuantumBackend` does."""
+    make = make_loader(loader)
+    request = RowRequest(check_rows(rows(n)), make, shots, seed=1)
+    circuit = engine.transpile(make.circuit(make.size(n)), 1)
+    return engine.submit(circuit, request.bindings(), shots, request)
+
+
+def check_draws(counts: torch.Tensor, p: torch.Tensor) -> None:
+    """Counts are draws from the rows, by a chi-squared test at a false-alarm rate of 1e-6; masked keys never."""
+    assert not counts[p == 0].any()
+    expected = p * counts.sum(-1, keepdim=True)
+    statistic = ((counts - expected)[p > 0] ** 2 / expected[p > 0]).sum()
+    freedom = int((p > 0).sum()) - len(p)
+    assert chi2.sf(float(statistic), freedom) > 1e-6
+
+
+# --- The life of a job --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loader", ["dynamic", "tree"])
+def test_a_job_lives_from_token_to_counts(ibm: Any, cloud: Any, loader: str) -> None:
+    with ibm.IBMServer(("fez",)) as fez, ibm.environment(fez.environment()):
+        engine = IBMEngine("ibm_fez")
+        assert fez.requests == []
+        assert engine.problems() == ()
+        assert engine.facts()["num_qubits"] == 156
+        fez.polls_in_queue = 3
+        job = submit(engine, loader)
+        seen: list[str] = []
+        found = job.counts(progress=lambda status: seen.append(str(status)))
+        assert seen[-1] == "done"
+        assert any("queued, place" in text for text in seen)
+        check_draws(found.counts, rows())
+        assert found.counts.sum() == 3 * SHOTS
+        assert found.diagnostics["job"] == job.tag
+        assert [job.tag in accepted.tags for accepted in fez.jobs.values()] == [True]
+        assert {"POST /identity/token", "GET /backends", "GET /backends/ibm_fez/properties"} <= {
+            *fez.requests
+        }
+
+
+def test_another_process_reads_the_same_counts_by_tag(cloud: Any) -> None:
+    job = submit(IBMEngine("ibm_lagos"))
+    (again,) = find_jobs()
+    assert (again.tag, again.id, again.status().state) == (job.tag, "job-1", "done")
+    assert torch.equal(again.counts().counts, job.counts().counts)
+    posts = cloud.posts()
+    assert torch.equal(find_jobs()[0].counts().counts, job.counts().counts)  # now from the disk
+    assert cloud.posts() == posts == 1
+
+
+def test_the_backend_measures_rows_and_lists_its_jobs(cloud: Any, tmp_path: Path) -> None:
+    backend = QiskitQuantumBackend("ibm-q", "ibm_lagos", loader="tree", run_dir=tmp_path / "a-run")
+    assert cloud.requests == []
+    p = torch.cat([rows(), torch.zeros(1, 7, dtype=torch.float64)])  # the last row is all masked
+    found = backend.sample_rows(p, SHOTS)
+    check_draws(found.counts[:3], p[:3])
+    assert found.counts[3].sum() == found.discarded[3] == 0
+    job = backend.submit_rows(p, SHOTS)
+    assert [other.tag for other in backend.jobs()] == [job.tag, found.diagnostics["job"]]
+    assert cloud.posts() == 2
+    again = find_jobs(tag=job.tag)[0].counts()
+    assert torch.equal(again.counts, job.counts().counts)
+    assert torch.equal(again.classical.counts, job.counts().classical.counts)
+
+
+def test_a_ready_service_is_used(
+    cloud: Any, ibm: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from qiskit_ibm_runtime import QiskitRuntimeService
+
+    monkeypatch.delenv("QISKIT_IBM_TOKEN")
+    service = QiskitRuntimeService(
+        channel="ibm_quantum_platform",
+        token=ibm.TOKEN,
+        url=cloud.url,
+        url_resolver=lambda url, *_: url + "/api/v1",
+        instance=ibm.CRN,
+    )
+    job = submit(IBMEngine("ibm_lagos", service=service))
+    check_draws(job.counts().counts, rows())
+    elsewhere = IBMEngine("ibm_lagos", service=service, run_dir=tmp_path / "elsewhere" / "run")
+    cloud.polls_in_queue = 100
+    second = submit(elsewhere)
+    assert [other.tag for other in elsewhere.jobs()] == [second.tag, job.tag]
+    assert elsewhere.jobs()[0].status().state == "queued"  # by the service, there is no other account
+    adapters = service._get_api_client()._session.adapters
+    assert len(adapters) == 2  # as IBM's client made it: the guard against a second POST is gone again
+    with pytest.raises(ArgumentError, match="local"):
+        IBMEngine("ibm_lagos", service=QiskitRuntimeService(channel="local"))
+
+
+def test_a_queued_job_is_cancelled_and_a_finished_one_is_not(cloud: Any) -> None:
+    cloud.polls_in_queue = 100
+    engine = IBMEngine("ibm_lagos")
+    job = submit(engine)
+    assert engine.pending_jobs() == 1
+    with pytest.raises(JobTimeout, match=job.tag):
+        job.counts(timeout=0.1)
+    job.cancel()
+    assert job.status().state == find_jobs()[0].last_known.state == "cancelled"
+    with pytest.raises(BackendUnavailable, match=f"{job.tag}.*cancelled"):
+        job.counts()
+    cloud.polls_in_queue = 0
+    done = submit(engine)
+    with pytest.raises(BackendUnavailable, match=f"{done.tag}.*done"):
+        done.cancel()
+
+
+@pytest.mark.parametrize("mode", ["batch", "session"])
+def test_batch_and_session(cloud: Any, mode: str) -> None:
+    engine = IBMEngine("ibm_lagos", mode=mode)
+    first, second = submit(engine), submit(engine)
+    engine.close()
+    (session,) = cloud.sessions.values()
+    assert session["mode"] == {"batch": "batch", "session": "dedicated"}[mode]
+    assert not session["accepting_jobs"]
+    assert {job.session_id for job in cloud.jobs.values()} == {session["id"]}
+    for job in (first, second):
+        check_draws(job.counts().counts, rows())
+
+
+def test_rows_and_shots_are_split_by_the_limits(cloud: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "MAX_EXECUTIONS", 400)
+    monkeypatch.setitem(cloud.devices["ibm_lagos"][0], "max_shots", 200)
+    job = submit(IBMEngine("ibm_lagos"))  # 500 shots in 167 + 167 + 166, so 2 rows a job
+    assert cloud.posts() == len(cloud.jobs) == 6
+    found = job.counts()
+    assert found.shots == SHOTS
+    assert torch.equal(found.counts.sum(-1), torch.full((3,), SHOTS))
+    check_draws(found.counts, rows())
+    assert len({tag for accepted in cloud.jobs.values() for tag in accepted.tags}) == 7  # one, and one a part
+
+
+def test_twirling_and_dynamical_decoupling(cloud: Any) -> None:
+    options = {
+        "twirling": {"enable_gates": True, "enable_measure": True},
+        "dynamical_decoupling": {"enable": True},
+    }
+    engine = IBMEngine("ibm_lagos", **options)
+    found = submit(engine, "tree").counts()
+    assert (found.shots, found.diagnostics["shots_run"]) == (SHOTS, 512)  # 8 randomisations of 64
+    check_draws(found.counts, rows())
+    with pytest.raises(ArgumentError, match="feed"):
+        submit(engine, "dynamic")
+    assert cloud.posts() == 1
+
+
+def test_fractional_gates_where_the_device_has_them(ibm: Any, cloud: Any) -> None:
+    with ibm.IBMServer(("fractional",)) as server, ibm.environment(server.environment()):
+        engine = IBMEngine("fake_fractional", fractional_gates=True)
+        loader = make_loader("dynamic")
+        assert "rx" in engine.transpile(loader.circuit(1), 1).count_ops()
+        check_draws(submit(engine, "tree").counts().counts, rows())
+    with pytest.raises(BackendUnavailable, match="fractional"):
+        IBMEngine("ibm_lagos", fractional_gates=True).transpile(loader.circuit(1), 1)
+
+
+def test_cost_is_shown_and_asked_for(cloud: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = []
+    with pytest.raises(ArgumentError, match="max_quantum_seconds=2"):
+        submit(IBMEngine("ibm_lagos", max_quantum_seconds=2))
+    with pytest.raises(ArgumentError, match="confirm"):
+        submit(IBMEngine("ibm_lagos", max_quantum_seconds=2, confirm=lambda cost: bool(asked.append(cost))))
+    assert cloud.posts() == 0
+    assert find_jobs() == []
+    assert str(asked[0]) == "3 circuits × 500 shots = 1,500 executions, about 3 s of quantum time"
+    job = submit(IBMEngine("ibm_lagos", max_quantum_seconds=2, confirm=True))
+    assert capsys.readouterr().err.strip() == f"ibm_lagos: {asked[0]}; job {job.tag}"
+
+
+def test_other_circuits_run_too(cloud: Any) -> None:
+    from qiskit import ClassicalRegister, QuantumCircuit, QuantumRegister
+
+    circuit = QuantumCircuit(QuantumRegister(2), ClassicalRegister(2, "c"))
+    circuit.x(1)
+    circuit.measure([0, 1], [0, 1])
+    engine = IBMEngine("ibm_lagos")
+    outcomes = engine.run(engine.transpile(circuit, 1), np.zeros((2, 0)), 10, seed=0)
+    assert outcomes.tolist() == [[[2]] * 10] * 2
+    with pytest.raises(ArgumentError, match="not of rows"):
+        find_jobs()[0].counts()
+
+
+# --- What is refused before any request ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["ibmq_qasm_simulator", "ibmq_manila", "ibmqx2", "simulator_statevector"])
+def test_retired_names_are_refused_offline(cloud: Any, name: str) -> None:
+    engine = IBMEngine(name)
+    assert any("retired" in problem for problem in engine.problems())
+    with pytest.raises(BackendUnavailable, match="retired"):
+        submit(engine)
+    assert cloud.requests == []
+
+
+def test_a_missing_account_is_told_offline(no_account: None) -> None:
+    engine = IBMEngine("ibmq_qasm_simulator")
+    retired, account = engine.problems()
+    assert "retired" in retired
+    assert "save_account" in account
+    with pytest.raises(BackendUnavailable, match="save_account"):
+        submit(IBMEngine("ibm_fez"))
+    assert find_jobs() == []
+
+
+def test_an_account_on_disk_is_found(no_account: None, cloud: Any, ibm: Any, monkeypatch: Any) -> None:
+    from qiskit_ibm_runtime import QiskitRuntimeService
+
+    monkeypatch.delenv("QISKIT_IBM_TOKEN")
+    QiskitRuntimeService.save_account(
+        token=ibm.TOKEN, url=f"{cloud.url}/experimental/api/v1", instance=ibm.CRN, set_as_default=True
+    )
+    assert IBMEngine("ibm_lagos").problems() == ()
+    with pytest.raises(BackendUnavailable, match=r"ibm_nowhere.*ibm_lagos"):
+        submit(IBMEngine("ibm_nowhere"))
+
+
+def test_wrong_arguments() -> None:
+    with pytest.raises(ArgumentError, match=r"mode='btach'.*batch"):
+        IBMEngine("ibm_fez", mode="btach")  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="max_quantum_seconds"):
+        IBMEngine("ibm_fez", max_quantum_seconds=0)
+    with pytest.raises(ArgumentError, match="enable_gaets"):
+        IBMEngine("ibm_fez", twirling={"enable_gaets": True})
+
+
+def test_what_cannot_be_recorded_is_not_submitted(cloud: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError):
+        submit(IBMEngine("ibm_lagos", run_dir=tmp_path / "file"))
+    assert cloud.posts() == 0
+
+
+# --- Faults --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("what", [401, 403, 404, 409, 429, 500, 503, "cut", "truncate", "nonsense"])
+def test_a_fault_at_the_submission_costs_no_job_and_makes_no_second(
+    ibm: Any, cloud: Any, logged_in: Any, what: int | str, when: str
+) -> None:
+    engine = IBMEngine("ibm_lagos", service=logged_in)
+    engine.problems()
+    cloud.faults = [ibm.Fault("POST /jobs", what, when)]
+    cloud.hidden_lookups = 1  # the listing lags
+    if when == "after":
+        check_draws(submit(engine).counts().counts, rows())
+    else:
+        with pytest.raises(BackendUnavailable, match=r"qtx-\d{8}T"):
+            submit(engine)
+    assert cloud.posts() == 1
+    assert len(cloud.accepted(find_jobs()[0].tag)) == len(cloud.jobs) == int(when == "after")
+    assert cloud.faults[0].times == 0
+
+
+@pytest.mark.parametrize("what", [403, 429, 503, "cut", "nonsense"])
+@pytest.mark.parametrize(
+    "request_", ["POST /identity/token", "POST /search.*", "GET /backends", "GET /backends/.*/configuration"]
+)
+def test_a_fault_before_the_submission_is_a_clear_error(
+    ibm: Any, cloud: Any, request_: str, what: Any
+) -> None:
+    cloud.faults = [ibm.Fault(request_, what, times=99)]
+    with pytest.raises(BackendUnavailable) as caught:
+        submit(IBMEngine("ibm_lagos"))
+    assert str(caught.value).endswith(".")
+    assert cloud.posts() == 0
+    assert find_jobs() == []
+
+
+@pytest.mark.parametrize("what", [401, 500, "cut"])
+def test_a_fault_just_before_the_post_leaves_a_job_that_is_known_to_be_none(
+    ibm: Any, cloud: Any, what: Any
+) -> None:
+    engine = IBMEngine("ibm_lagos")
+    engine.problems()
+    cloud.faults = [ibm.Fault("GET /instances/usage", what, times=99)]
+    with pytest.raises(BackendUnavailable, match="nothing was submitted"):
+        submit(engine)
+    (job,) = find_jobs()
+    assert job.last_known.state == "failed"
+    assert cloud.posts() == 0
+
+
+@pytest.mark.parametrize("what", [503, "cut", "truncate", "nonsense"])
+@pytest.mark.parametrize(
+    "request_", ["GET /jobs/job-1", "GET /jobs/job-1/results", "GET /jobs/job-1/metrics"]
+)
+def test_a_fault_while_waiting_is_survived(
+    ibm: Any, cloud: Any, logged_in: Any, request_: str, what: Any
+) -> None:
+    cloud.polls_in_queue = 6
+    job = submit(IBMEngine("ibm_lagos", service=logged_in))
+    cloud.faults = [ibm.Fault(request_, what, "after", times=2)]
+    check_draws(job.counts().counts, rows())
+    assert cloud.faults[0].times == 0
+    assert cloud.posts() == 1
+
+
+def test_results_that_stay_broken_are_an_error_that_names_the_job(ibm: Any, cloud: Any) -> None:
+    job = submit(IBMEngine("ibm_lagos"))
+    cloud.faults = [ibm.Fault("GET /jobs/job-1/results", "nonsense", times=99)]
+    with pytest.raises(BackendUnavailable, match=job.tag):
+        job.counts()
+    cloud.faults = []
+    check_draws(find_jobs()[0].counts().counts, rows())
+
+
+def test_a_server_that_is_silent_for_too_long_is_an_error_that_names_the_job(ibm: Any, cloud: Any) -> None:
+    job = submit(IBMEngine("ibm_lagos"))
+    cloud.faults = [ibm.Fault("GET /jobs/job-1", "cut", times=999)]
+    with pytest.raises(BackendUnavailable, match=job.tag):
+        job.counts(patience=0.1)
+
+
+def test_two_threads_that_submit_at_once_post_one_job_each(cloud: Any, logged_in: Any) -> None:
+    engine = IBMEngine("ibm_lagos", service=logged_in)
+    engine.problems()
+    with ThreadPoolExecutor(4) as threads:
+        jobs = list(threads.map(lambda _: submit(engine), range(8)))
+    assert len({job.id for job in jobs}) == len(cloud.jobs) == cloud.posts() == 8
+
+
+def test_a_job_that_ends_in_error_says_why(cloud: Any) -> None:
+    cloud.job_error = "the fridge is warm"
+    job = submit(IBMEngine("ibm_lagos"))
+    with pytest.raises(BackendUnavailable, match=f"{job.tag}.*the fridge is warm"):
+        job.counts()
+    assert job.last_known.state == "failed"
+
+
+def test_a_wrong_key_is_said(ibm: Any, cloud: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QISKIT_IBM_TOKEN", "not the key")
+    (problem,) = IBMEngine("ibm_lagos").problems()
+    assert "API key is not valid" in problem
+
+
+def test_a_server_that_is_gone_loses_no_job(ibm: Any, cloud: Any) -> None:
+    job = submit(IBMEngine("ibm_lagos"))
+    cloud.faults = [ibm.Fault(".*", 401, times=999)]
+    with pytest.raises(BackendUnavailable):
+        find_jobs()[0].status()
+    assert find_jobs()[0].last_known.state == "submitted"
+    cloud.faults = []
+    assert job.status().state == "done"
+    content = json.loads(job.path.read_bytes())
+    assert content["parts"][0]["id"] == "job-1"

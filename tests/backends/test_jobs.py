@@ -1,0 +1,342 @@
+"""The ledger of jobs: nothing is lost and nothing submitted twice, whatever is killed, cut or refused, and when."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import random
+import runpy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+import qtx_lab
+from qtx_lab.backends.jobs import Job, JobStatus, Refused, Unreachable, find_jobs, record_job, submit_parts
+from qtx_lab.cli import main
+from qtx_lab.errors import BackendUnavailable, StorageError
+from qtx_lab.experiments.notebooks import run_notebook
+
+CLIENT = Path(__file__).with_name("ibm_client.py")
+SHOTS = 50
+
+
+class Machine:
+    """A `Remote` in memory, which does what it is told."""
+
+    def __init__(self) -> None:
+        self.jobs: dict[str, str] = {}
+        self.states: dict[str, str] = {}
+        self.unreachable = 0
+
+    def accept(self, part: Any) -> str:
+        id = f"id-{len(self.jobs)}"
+        self.jobs[id] = part["tag"]
+        self.states[id] = "queued"
+        return id
+
+    def lookup(self, tag: str) -> list[str]:
+        if self.unreachable:
+            self.unreachable -= 1
+            raise Unreachable("no answer.")
+        return [id for id, other in self.jobs.items() if other == tag]
+
+    def status(self, id: str) -> JobStatus:
+        return JobStatus(self.states[id])
+
+    def outcomes(self, id: str) -> np.ndarray:
+        return np.full((1, 10, 1), int(id.removeprefix("id-")), dtype=np.uint8)
+
+    def cancel(self, id: str) -> None:
+        self.states[id] = "cancelled"
+
+
+@pytest.fixture
+def machine() -> Machine:
+    return Machine()
+
+
+@pytest.fixture
+def recorded(quick: None, machine: Machine, tmp_path: Path) -> Job:
+    parts = [{"start": i, "stop": i + 1, "shots": 10} for i in range(3)]
+    facts = {"provider": "none", "device": "none", "circuits": 3, "shots": 10}
+    return Job(record_job(tmp_path / "jobs", None, parts, **facts), lambda: machine)
+
+
+# --- The ledger ----------------------------------------------------------------------------------
+
+
+def test_parts_are_posted_once_each_and_put_together_in_order(recorded: Job, machine: Machine) -> None:
+    submit_parts(recorded, machine.accept)
+    assert recorded.last_known.state == "submitted"
+    machine.states |= {"id-0": "running", "id-1": "queued", "id-2": "done"}
+    assert recorded.status().state == "queued"
+    machine.states |= dict.fromkeys(machine.jobs, "done")
+    assert recorded.outcomes()[:, 0, 0].tolist() == [0, 1, 2]
+    assert list(machine.jobs.values()) == [f"{recorded.tag}.{i}" for i in range(3)]
+
+
+def test_a_part_whose_answer_was_lost_is_found_by_its_tag(recorded: Job, machine: Machine) -> None:
+    def post(part: Any) -> str:
+        machine.accept(part)
+        machine.unreachable = 1
+        raise Unreachable("cut.")
+
+    submit_parts(recorded, post)
+    assert recorded.id == "id-0, id-1, id-2"
+
+
+def test_a_refused_part_stops_the_rest_and_what_is_there_can_be_cancelled(
+    recorded: Job, machine: Machine
+) -> None:
+    def post(part: Any) -> str:
+        if part["start"] == 1:
+            raise Refused("no more.")
+        return machine.accept(part)
+
+    with pytest.raises(BackendUnavailable, match=f"{recorded.tag}: 1 of its 3 parts"):
+        submit_parts(recorded, post)
+    assert len(machine.jobs) == 1
+    assert recorded.last_known.state == "failed"
+    with pytest.raises(BackendUnavailable, match="failed"):
+        recorded.cancel()
+    assert machine.states == {"id-0": "cancelled"}
+
+
+def test_an_unknown_fate_is_said_and_never_resolved_by_a_second_post(recorded: Job, machine: Machine) -> None:
+    posts = []
+
+    def post(part: Any) -> str:
+        posts.append(part["tag"])
+        raise Unreachable("cut.")
+
+    with pytest.raises(BackendUnavailable, match=f"{recorded.tag} was accepted is not known"):
+        submit_parts(recorded, post)
+    assert len(posts) == 1
+    assert recorded.status().state == "recorded"
+    with pytest.raises(BackendUnavailable, match="never arrived"):
+        recorded.outcomes()
+    machine.accept({"tag": posts[0]})  # it shows up late
+    assert recorded.status().state == "recorded"  # two parts are still nowhere
+    assert recorded.id == "id-0"
+
+
+def test_a_record_is_durable_before_anything_is_posted(recorded: Job, machine: Machine) -> None:
+    def post(part: Any) -> str:
+        (found,) = find_jobs(recorded.path.parent.parent)
+        assert part["tag"] in [other["tag"] for other in found.record["parts"]]
+        return machine.accept(part)
+
+    submit_parts(recorded, post)
+
+
+def test_jobs_of_runs_are_found_and_a_broken_record_costs_only_itself(recorded: Job, tmp_path: Path) -> None:
+    folder = tmp_path / "20260101T000000Z-a-run-abcdef" / "jobs"
+    facts = {"provider": "none", "device": "none", "circuits": 1, "shots": 1}
+    other = record_job(folder, None, [{"start": 0, "stop": 1, "shots": 1}], **facts)
+    (folder / "qtx-broken.json").write_text("{")
+    with pytest.warns(UserWarning, match="qtx-broken"):
+        found = qtx_lab.find_jobs(tmp_path)
+    assert [job.path for job in found] == [other, recorded.path]
+    assert [job.path for job in find_jobs(tmp_path, tag=other.stem)] == [other]
+    (folder / "qtx-broken.json").unlink()
+    recorded.path.unlink()
+    with pytest.raises(StorageError, match="cannot be read"):
+        recorded.status()
+
+
+# --- Killed processes ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def processes() -> Any:
+    """Processes that start in an instant, since the imports are done in their common parent."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["qtx_lab.backends.ibm", "qtx_lab.circuits", "scipy.stats"])
+    return context
+
+
+class Client:
+    """A process at work on a server; its home is the test's folder."""
+
+    def __init__(self, processes: Any, action: str, cloud: Any, home: Path):
+        self.result = home / f"{action}.result"
+        self.result.unlink(missing_ok=True)
+        environment = {**cloud.environment(), "QTX_LAB_HOME": str(home), "OMP_NUM_THREADS": "1"}
+        given = {"arguments": (action, environment, str(self.result))}
+        options = {"init_globals": given, "run_name": "__main__"}
+        self.process = processes.Process(target=runpy.run_path, args=(str(CLIENT),), kwargs=options)
+        self.process.start()
+        for fault in cloud.faults:
+            fault.pid = self.process.pid
+
+    def end(self) -> tuple[int, Any]:
+        """Wait for it: its exit code and what it found, None where it was killed before."""
+        self.process.join(120)
+        found = json.loads(self.result.read_bytes()) if self.result.exists() else None
+        return self.process.exitcode, found
+
+
+def check_nothing_lost_nothing_twice(cloud: Any, home: Path, recovered: dict[str, Any]) -> None:
+    """Each accepted job is recorded, has its counts, and is alone with its tag."""
+    records = {job.tag: job for job in find_jobs(home)}
+    accepted = [next(tag for tag in job.tags if tag in records) for job in cloud.jobs.values()]
+    assert len(accepted) == len(set(accepted)) <= cloud.posts() <= len(records)
+    assert set(recovered) == set(records)
+    for tag, job in records.items():
+        if tag in accepted:
+            counts = np.array(recovered[tag])
+            assert counts.sum(-1).tolist() == [SHOTS, SHOTS]
+            assert counts[0, 3] == 0
+            assert counts[1].tolist() == [0, 0, 0, SHOTS]
+            assert job.last_known.state == "done"
+        else:
+            assert "never arrived" in recovered[tag] or "Nothing was submitted" in recovered[tag]
+
+
+KILLS = {
+    "between record and submission": {"request": "GET /instances/usage"},
+    "as the submission arrives": {"request": "POST /jobs"},
+    "accepted, not answered": {"request": "POST /jobs", "when": "after"},
+    "as the answer comes": {"request": "POST /jobs", "when": "after", "answered": True},
+    "while waiting": {"request": "GET /jobs/job-1", "when": "after", "skip": 2},
+    "while fetching": {"request": "GET /jobs/job-1/results"},
+}
+
+
+@pytest.mark.hardware
+@pytest.mark.chaos
+@pytest.mark.parametrize("moment", KILLS)
+def test_a_killed_process_loses_nothing(
+    ibm: Any, cloud: Any, processes: Any, tmp_path: Path, moment: str
+) -> None:
+    cloud.polls_in_queue = 3
+    cloud.faults = [ibm.Fault(what="kill", **KILLS[moment])]
+    code, _ = Client(processes, "submit", cloud, tmp_path).end()
+    assert code == -9
+    assert len(find_jobs(tmp_path)) == 1
+    code, recovered = Client(processes, "recover", cloud, tmp_path).end()
+    assert code == 0
+    check_nothing_lost_nothing_twice(cloud, tmp_path, recovered)
+    assert len(cloud.jobs) == int(
+        moment not in ("between record and submission", "as the submission arrives")
+    )
+
+
+@pytest.mark.hardware
+@pytest.mark.chaos
+def test_no_schedule_of_faults_loses_a_job_or_makes_two(
+    ibm: Any, cloud: Any, processes: Any, tmp_path: Path, seed: int, soak: bool
+) -> None:
+    accepted = killed = unanswered = 0
+    for schedule in range(200 if soak else 8):
+        cloud.reset()
+        rng = random.Random(f"{seed} {schedule}")
+        home = tmp_path / str(schedule)
+        home.mkdir()
+        cloud.polls_in_queue = rng.randrange(4)
+        cloud.hidden_lookups = rng.choice([0, 0, 1, 2])
+        for action in ("submit", "recover", "submit"):
+            cloud.faults = [_fault(ibm, rng) for _ in range(rng.randrange(1, 4))]
+            code, _ = Client(processes, action, cloud, home).end()
+            assert code in (0, -9), f"schedule {schedule}, {action}: {cloud.faults}"
+            killed += code == -9
+        cloud.faults, cloud.hidden_lookups = [], 0
+        code, recovered = Client(processes, "recover", cloud, home).end()
+        assert code == 0
+        check_nothing_lost_nothing_twice(cloud, home, recovered)
+        accepted += len(cloud.jobs)
+        unanswered += cloud.posts() - len(cloud.jobs)
+    print(f"{accepted} jobs accepted, {unanswered} posts came to nothing, {killed} processes killed")
+    # The schedules are worth something: jobs got through, posts came to nothing, processes died.
+    assert accepted
+    assert killed
+    if soak:
+        assert accepted > 100
+        assert killed > 60
+        assert unanswered > 20
+
+
+def _fault(ibm: Any, rng: random.Random) -> Any:
+    """A fault or a kill, mostly around the submission."""
+    request = rng.choice(["POST /jobs"] * 5 + ["GET /jobs.*", "GET /jobs/.*", "GET /instances/usage", ".*"])
+    what = rng.choice(["kill", "kill", 500, 502, 503, 504, 429, 403, "cut", "truncate", "nonsense"])
+    return ibm.Fault(
+        request,
+        what,
+        when=rng.choice(["before", "after"]),
+        times=rng.choice([1, 1, 2, 7]),
+        skip=rng.randrange(3) if request != "POST /jobs" else 0,
+        answered=rng.random() < 0.5,
+        delay=rng.choice([0.0, rng.uniform(0, 0.05)]),
+    )
+
+
+# --- The command line ----------------------------------------------------------------------------
+
+
+@pytest.mark.hardware
+def test_jobs_are_listed_fetched_and_cancelled_by_command(
+    ibm: Any, cloud: Any, processes: Any, tmp_path: Path
+) -> None:
+    def run(*arguments: str) -> Any:
+        return CliRunner().invoke(main, ["jobs", "--home", str(tmp_path), *arguments])
+
+    assert run().output == f"No jobs in {tmp_path}.\n"
+    cloud.polls_in_queue = 10**6
+    for _ in range(2):
+        cloud.faults = [ibm.Fault("GET /jobs/.*", "kill", skip=1)]
+        Client(processes, "submit", cloud, tmp_path).end()
+    second, first = find_jobs(tmp_path)
+    listed = run()
+    assert listed.exit_code == 0
+    assert [line.split()[0] for line in listed.output.splitlines()] == ["tag", second.tag, first.tag]
+    assert "queued, place" in listed.output
+    assert run("--cancel", second.tag).output == f"{second.tag} is cancelled\n"
+    for job in cloud.jobs.values():
+        job.polls_left = 0
+    fetched = run("--fetch", first.tag[-6:])
+    path = Path(fetched.stdout.splitlines()[-1])
+    frame = qtx_lab.storage.read_frame(path)
+    assert frame.groupby("row")["count"].sum().tolist() == [SHOTS, SHOTS]
+
+    facts = {
+        name: first.record[name] for name in ("provider", "device", "instance", "region", "circuits", "shots")
+    }
+    record_job(tmp_path / "a-run" / "jobs", None, [{"start": 0, "stop": 2, "shots": SHOTS}], **facts)
+    cloud.faults = [ibm.Fault(".*", 403, times=10**6)]
+    offline = run()
+    assert offline.exit_code == 0
+    assert "could not be asked" in offline.stderr
+    states = [line.split("ibm_lagos")[1].split()[0] for line in offline.stdout.splitlines()[1:]]
+    assert states == ["recorded", "cancelled", "done"]
+    assert "  a-run  " in offline.stdout
+    refused = run("--fetch", "qtx-")
+    assert refused.exit_code == 2
+    assert "3 jobs" in refused.output
+
+
+# --- The notebook --------------------------------------------------------------------------------
+
+
+@pytest.mark.notebooks
+def test_the_notebook_runs_on_the_twin(tmp_path: Path) -> None:
+    run = run_notebook("03_hardware", home=tmp_path, progress=False)
+    assert run.status == "done"
+
+
+@pytest.mark.notebooks
+@pytest.mark.hardware
+def test_the_notebook_submits_and_comes_back(cloud: Any, tmp_path: Path) -> None:
+    cloud.polls_in_queue = 2
+    given = {"provider": "ibm", "backend_name": "ibm_lagos", "num_keys": 8, "shots": 200}
+    first = run_notebook("03_hardware", given, home=tmp_path, progress=False)
+    (job,) = find_jobs(tmp_path)
+    assert job.path.parent == first.path / "jobs"
+    assert first.manifest["results"]["job"] == job.tag
+    again = run_notebook("03_hardware", {**given, "tag": job.tag}, home=tmp_path, progress=False)
+    results = [run.manifest["results"]["total_variation"] for run in (first, again)]
+    assert results[0] == pytest.approx(results[1])
+    assert cloud.posts() == 1

@@ -29,6 +29,7 @@ _HOMES = {
         "BackendUnavailable",
         "DtypeError",
         "FallbackWarning",
+        "JobTimeout",
         "QtxError",
         "RunFailed",
         "ShapeError",

@@ -144,7 +144,7 @@ def regress(
     kappa = torch.as_tensor(stats.t.ppf(CONFIDENCE, freedom.clamp_min(1).cpu().numpy())).to(gamma).square()
     t = gamma / std_errors  # 0 where std_errors is inf
     shrink = torch.where(gamma == 0, 0, (1 - kappa / t.square()).clamp_min(0))
-    beta = torch.einsum("fnc,fnce->fne", gamma * shrink, mix).clamp(-most, most)  # [F, N, C]
+    beta = torch.einsum("fnc,fnce->fne", (gamma * shrink).clamp(-most, most), mix)  # [F, N, C]
 
     of_unit = beta[fold].to(estimates.dtype)  # [M, R, N, C]
     corrected = estimates - torch.einsum("mrnc,cnmrd->nmrd", of_unit, noise)

@@ -331,7 +331,6 @@ def print_targets(case: Case, found: dict[int, dict[str, Measured]], chi_square:
             "<=",
             1.0,
         ),
-        *harm(at),
         *several_controls(at),
         ("learned over systematic", ratio(at["learned"], at["systematic"]), "<=", 1.1),
         ("learned over i.i.d., i.i.d. points", ratio(at["learned, i.i.d. points"], at[BASELINE]), "<=", 1.1),
@@ -341,17 +340,6 @@ def print_targets(case: Case, found: dict[int, dict[str, Measured]], chi_square:
     for label, value, sign, limit in lines:
         met: Callable[[float, float], bool] = float.__le__ if sign == "<=" else float.__ge__
         print(f"    {label:<52}{value:>8.3f}  {sign} {limit:<5}{'met' if met(value, limit) else 'missed'}")
-
-
-def harm(at: dict[str, Measured]) -> list[tuple[str, float, str, float]]:
-    """The variance of the head that a control served worst, over that without it."""
-    lines = []
-    for sampler in (BASELINE, "head-tail"):
-        worst = max(
-            float((at[f"{sampler} + {c}"].square / at[sampler].square).max()) for c in (*CONTROLS, ALL)
-        )
-        lines.append((f"{sampler}, worst head of any control, variance", worst, "<=", 1.02))
-    return lines
 
 
 def several_controls(at: dict[str, Measured]) -> list[tuple[str, float, str, float]]:

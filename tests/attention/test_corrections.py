@@ -1,6 +1,7 @@
 """Control variates in `sampled_attention`: unbiased, never harmful, with intervals that cover."""
 
 import functools
+import os
 
 import pytest
 import torch
@@ -66,22 +67,22 @@ def test_intervals_cover_every_layer(name, num_samples, replicates, control, see
     ],
 )
 def test_no_head_is_harmed_and_most_gain(name, replicates, control, gain, seed):
-    """Square error of each of 48 heads, with the control and without, of the same draws."""
-    errors = []
-    for chosen in (None, control):
-        total = 0
-        for repeat in range(2):
-            est, exact = learned_estimate(
-                seed + repeat,
-                sampler=name,
-                num_samples=16,
-                replicates=replicates,
-                control_variate=chosen,
-            )
-            total += (est.output - exact).square().mean((2, 3))
-        errors.append(total)
-    ratio = errors[1] / errors[0]
-    assert ratio.max() < 1.05, ratio  # 1.02, and what two repetitions leave to chance
+    """Square error of each of 48 heads, with the control and without, of the same draws.
+
+    1.02 is the promise, on average over draws; beside it stand three standard errors of the repetitions.
+    """
+    ratios = []
+    for repeat in range(24 if "QTX_LAB_SOAK" in os.environ else 3):
+        errors = []
+        for chosen in (None, control):
+            options = {"sampler": name, "num_samples": 16, "replicates": replicates}
+            est, exact = learned_estimate(seed + repeat, control_variate=chosen, **options)
+            errors.append((est.output - exact).square().mean((2, 3)))
+        ratios.append(torch.stack(errors))
+    before, after = torch.stack(ratios).unbind(1)  # [repetitions, layers, heads]
+    ratio = after.mean(0) / before.mean(0)
+    error = (after - before).std(0) / len(ratios) ** 0.5 / before.mean(0)
+    assert bool((ratio <= 1.02 + 3 * error).all()), ratio
     assert ratio.median() < gain
 
 

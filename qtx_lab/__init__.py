@@ -12,7 +12,13 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "attention": ["sampled_attention"],
+    "attention": [
+        "QuantumMultiheadAttention",
+        "SampledKVCache",
+        "replace_attention",
+        "same_draws",
+        "sampled_attention",
+    ],
     "backends.jobs": ["find_jobs"],
     "backends": [
         "CircuitSampler",
@@ -42,6 +48,16 @@ _HOMES = {
     "experiments.report": ["write_report"],
     "experiments.runs": ["Run", "runs"],
     "experiments.spec": ["ExperimentSpec", "SamplerSpec"],
+    "mitigation": [
+        "CircuitMitigation",
+        "MitigationPlanner",
+        "ProbabilisticErrorCancellation",
+        "SharedDecay",
+        "TwoCopyLoader",
+        "ZeroNoiseExtrapolation",
+        "fold",
+        "project_to_simplex",
+    ],
     "samplers": [
         "ExactSampler",
         "HeadTailSampler",

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import click
 
 from . import __version__
-from .errors import ArgumentError, BackendUnavailable, QtxError, RunFailed
+from .errors import ArgumentError, BackendUnavailable, QtxError, RunFailed, StorageError
 from .storage import runs_home
 
 
@@ -163,29 +164,42 @@ def jobs(home: Path | None, fetch: str | None, cancel: str | None) -> None:
     """List the jobs on devices, newest first, and ask where they are. A part of a TAG will do."""
     from .backends.jobs import Unreachable, find_jobs
 
-    if fetch or cancel:
-        text = str(fetch or cancel)
-        found = find_jobs(home, tag=text)
-        if fetch and cancel:
-            raise ArgumentError("--fetch and --cancel are not allowed together.")
+    asked = [tag for tag in (fetch, cancel) if tag is not None]
+    if len(asked) > 1:
+        raise ArgumentError("--fetch and --cancel are not allowed together.")
+    if "" in asked:
+        raise ArgumentError("An empty TAG is not allowed: see `qtx-lab jobs`.")
+    with warnings.catch_warnings(record=True) as skipped:
+        warnings.simplefilter("always")
+        found = find_jobs(home, tag=asked[0] if asked else None)
+    for warning in skipped:
+        click.echo(f"skipped: {warning.message}", err=True)
+    if asked:
+        text = asked[0]
         if len(found) != 1:
             raise ArgumentError(
                 f"{text!r} is in the tags of {len(found)} jobs; it must be in one's: see `qtx-lab jobs`."
             )
-        if cancel:
+        if cancel is not None:
             found[0].cancel()
             click.echo(f"{found[0].tag} is {found[0].last_known}")
         else:
             click.echo(found[0].save_counts())
         return
     silent, troubles, rows = False, [], []
-    for job in find_jobs(home):
-        status, record = job.last_known, job.record
+    for job in found:
+        try:
+            status, record = job.last_known, job.record
+        except StorageError as error:  # gone, or broken, since it was found
+            click.echo(f"skipped: {error}", err=True)
+            continue
         try:
             status = status if silent else job.status()
         except BackendUnavailable as error:
             silent = isinstance(error, Unreachable)  # each question to a silent server takes long
-            troubles.append(_one_line(error))
+            troubles.append(f"The server could not be asked; states are those last known. {_one_line(error)}")
+        except StorageError as error:
+            troubles.append(f"What the server said cannot be kept; states are those last known. {error}")
         run = job.path.parent.parent.name if job.path.parent.parent != runs_home(home) else ""
         size = f"{record['circuits']} × {record['shots']}"
         rows.append(
@@ -196,7 +210,7 @@ def jobs(home: Path | None, fetch: str | None, cancel: str | None) -> None:
     else:
         click.echo(f"No jobs in {runs_home(home)}.")
     for trouble in dict.fromkeys(troubles):
-        click.echo(f"The server could not be asked; states are those last known. {trouble}", err=True)
+        click.echo(trouble, err=True)
 
 
 @main.command()

@@ -144,7 +144,7 @@ class AttentionEstimate:
     group : int
         G, the query heads that share a key head.
     diagnostics : mapping
-        `sampler`, `num_samples` and `replicates` as used; `draws_per_row`, a Tensor (..., L) where a tolerance chose
+        `sampler`, whether it is `unbiased`, `num_samples` and `replicates` as used; `draws_per_row`, a Tensor (..., L) where a tolerance chose
         them; `effective_sample_size`
         (Tensor (..., L), Kish's of the draws' weights; infinite for `exact`); `fallbacks`, a tuple of sentences: what was not done as asked, and why.
     """
@@ -179,7 +179,10 @@ class AttentionEstimate:
         return None if self.make_std_error is None else self.make_std_error()
 
     def keys_touched(self) -> Tensor:
-        """Distinct values that each query position reads, the heads of a group together: (..., H / G, L), int64."""
+        """Distinct values that the draws of each query position read, the heads of a group together: (..., H / G, L), int64.
+
+        What control variates and pilots of a tolerance read comes on top.
+        """
         indices = self.draws.indices.masked_fill(self.draws.weights == 0, -1)
         if self.group > 1:
             indices = indices.unflatten(-3, (-1, self.group)).movedim(-3, -2).flatten(-2)
@@ -195,7 +198,9 @@ class AttentionEstimate:
         """(low, high), each (..., L, Ev): Student's t interval of every coordinate by itself.
 
         Standard errors of `stratified` and `systematic` draws lean on the probabilities of the keys and take their
-        order to have nothing to do with the values: values that alternate in step with the draws break them.
+        order to have nothing to do with the values: values that alternate in step with the draws break them. They tell
+        variance, not bias: where `diagnostics["unbiased"]` is False (a noisy device, an approximate loader, oracle top-k)
+        they are about the mean of the method, and may cover the exact output far less often.
 
         Raises
         ------

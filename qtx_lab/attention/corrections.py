@@ -52,7 +52,8 @@ class Correction:
     oracle : bool
         Whether a control is the target itself, and the output exact.
     diagnostics : mapping
-        By control's name `coefficients` (..., H), the mean over folds, and `costs` in multiply-adds a query;
+        By control's name `coefficients` (..., H), the mean over folds, and `costs` in multiply-adds a query, beside
+        `exact_cost`, that of the exact output;
         `variance_before` and `variance_after` of the output (..., H), the mean over rows, summed over coordinates: None
         for one replicate.
     """
@@ -133,7 +134,7 @@ def correct(
                 heads=heads,
             )
             mean = control.sums(q, at, heads=heads)
-            held = w.unflatten(-1, (r, -1)).sum(-1, keepdim=True)
+            held = w.unflatten(-1, (r, total // r)).sum(-1, keepdim=True)
             noise[c, heads, part] = r * (
                 own.average_by_replicate(values[heads], w) - held * mean[..., None, :]
             )
@@ -149,7 +150,7 @@ def correct(
         )
         coefficients = fit.coefficients.mean(1)  # [H, C]
         beta = fit.coefficients[:, fit.fold].to(values.dtype)  # [H, L, R, C]
-        shares.view(len(controls), count, length, r, -1).mul_(beta.movedim(-1, 0)[..., None])
+        shares.view(len(controls), count, length, r, total // r).mul_(beta.movedim(-1, 0)[..., None])
         corrected = fit.by_replicate.view(estimates.shape)
         output = corrected.mean(2)
     else:
@@ -157,13 +158,22 @@ def correct(
         corrected, output = estimates - noise[oracle], means[oracle]
         coefficients = torch.arange(len(controls)).eq(oracle).double().expand(count, -1)
     lead, names = rows.row_shape[:-1], [c.name for c in controls]
-    before, after = (
-        (x.var(2).sum(-1) / r).view(count, length).mean(1).view(lead) if r > 1 else None
-        for x in (estimates, corrected)
-    )
+    before = after = None
+    if r > 1 and estimates.numel():
+        before, after = (
+            Rows.given_units(x.var(2).sqrt(), rows.unit)
+            .square()
+            .sum(-1)
+            .view(count, length)
+            .mean(1)
+            .view(lead)
+            / r
+            for x in (estimates, corrected)
+        )
     diagnostics = {
         "coefficients": {name: coefficients[:, c].reshape(lead) for c, name in enumerate(names)},
         "costs": {name: p.cost(n) + total * p.cost_at() for name, p in zip(names, prepared, strict=True)},
+        "exact_cost": float(n * (keys.shape[-1] + width)),
         "variance_before": before,
         "variance_after": after,
     }

@@ -186,8 +186,8 @@ class ErrorBars:
         rare = draws.weights * (times == 1)
         mass = rare.sum(-1, keepdim=True)
         left = _about(o, mass, *correction.moments(draws, rare, table, centre)).sum((1, 2))
-        plain = (mass * _about(o, 1, *moments.chunk(2, dim=-1))).sum((1, 2))
-        rho = torch.where(plain > 0, left / plain, 1)[:, None, None].clamp_min(0)
+        plain = _about(o, mass, *draws.average(table, rare).chunk(2, dim=-1)).sum((1, 2))
+        rho = torch.where(plain > 0, left / plain, 1).clamp(0, 1)[:, None, None]
         first, second = correction.moments(draws, a, table, centre)
         seen = _about(o, held, first, second)
         mean, square = moments.chunk(2, dim=-1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from ..samplers.rows import Rows, blocks, check_inputs
 from ..samplers.value_order import kept_value_order, value_order
 from .corrections import ControlVariate, Correction, correct, make_controls
 from .error_bars import Design, ErrorBars
+from .gradients import differentiable, outside_graphs
 from .tolerance import check_tolerance, to_tolerance
 
 BLOCK_ELEMENTS = 1 << 20
@@ -27,6 +28,7 @@ A block's workspace is at most about 32 bytes for each, 32 MiB at the default wh
 row alone is longer. Smaller blocks cost more time in starting threads than they save in caches."""
 
 
+@outside_graphs
 def sampled_attention(
     q: Tensor,
     k: Tensor,
@@ -49,7 +51,9 @@ def sampled_attention(
     Shapes, masks, `scale` and grouped-query heads are those of
     `torch.nn.functional.scaled_dot_product_attention`, but for broadcasting: leading dimensions must be equal. Logits and draws are computed in float32 (float64
     for float64 input), cumulative probabilities in float64, in blocks of queries whose workspace does not
-    grow with L or n (`BLOCK_ELEMENTS`). No gradients.
+    grow with L or n (`BLOCK_ELEMENTS`), autocast or not. Where q, k or v requires one, the output has a gradient, which
+    is as unbiased as the sampler is (`qtx_lab.attention.gradients.differentiable`). Under `torch.compile` it runs as it
+    is, between two graphs.
 
     Parameters
     ----------
@@ -59,8 +63,9 @@ def sampled_attention(
     v : Tensor, (..., Hkv, n, Ev)
         float32, float64, float16 or bfloat16, as k and q.
     sampler : str or Sampler
-        A name in `qtx_lab.samplers.SAMPLERS` or an object with its `draw`; the `fallbacks` of its `diagnostics`, if it
-        has any, are passed on. A `LearnedImportanceSampler` gives its own
+        A name in `qtx_lab.samplers.SAMPLERS` or an object with its `draw`. If that has `diagnostics`, they are passed
+        on as `drawn_by` and `fallbacks`; beside circuits stands `classical`, the estimate from as many pseudo-random
+        draws. A `LearnedImportanceSampler` gives its own
         self-normalised estimate, biased by O(1 / num_samples), from its proposal; with controls its plain one.
     num_samples : int, optional
         S, the draws of a row and replicate; 64 where neither it nor `tolerance` is given.
@@ -99,7 +104,7 @@ def sampled_attention(
     ------
     ShapeError, DtypeError, ArgumentError
         Before any work: shapes that do not fit, mixed or unsupported dtypes, NaN or infinities, counts below
-        1, an unknown sampler, an input that requires a gradient.
+        1, an unknown sampler, a gradient that is not given (of `attn_mask`, or by `tolerance` from one replicate).
 
     Examples
     --------
@@ -117,7 +122,8 @@ def sampled_attention(
     check_count("replicates", replicates)
     if generator is not None and not isinstance(generator, torch.Generator):
         raise DtypeError(f"generator is a {type(generator).__name__}; it must be a torch.Generator.")
-    group = check_inputs(q, k, v, attn_mask, is_causal, scale, enable_gqa)
+    with torch.no_grad():
+        group = check_inputs(q, k, v, attn_mask, is_causal, scale, enable_gqa)
     controls = [] if control_variate is None else make_controls(control_variate)
     if controls and attn_mask is not None:
         raise ArgumentError("control_variate knows no attn_mask, only is_causal: leave one of them out.")
@@ -126,15 +132,37 @@ def sampled_attention(
             f"control_variate with sampler={sampler.name!r}, whose rows share their randomness, needs "
             "replicates >= 2: coefficients must come from other draws than those that they correct."
         )
-    if tolerance is not None and type(sampler) is not ExactSampler:
-        check_tolerance(tolerance, confidence, num_samples, sampler)
-        if controls:
-            raise ArgumentError("tolerance and control_variate exclude each other: leave one of them out.")
+    check_tolerance(tolerance, confidence, num_samples, sampler)
+    if tolerance is not None and type(sampler) is not ExactSampler and controls:
+        raise ArgumentError("tolerance and control_variate exclude each other: leave one of them out.")
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
-    with torch.no_grad():
+    inputs = [q, k, v] if attn_mask is None else [q, k, v, attn_mask]
+    grad, exact = (
+        torch.is_grad_enabled() and any(x.requires_grad for x in inputs),
+        type(sampler) is ExactSampler,
+    )
+    if grad and not exact:
+        return differentiable(
+            sampled_attention,
+            q,
+            k,
+            v,
+            sampler=sampler,
+            num_samples=num_samples or (64 if tolerance is None else None),
+            attn_mask=attn_mask,
+            is_causal=is_causal,
+            scale=scale,
+            enable_gqa=enable_gqa,
+            replicates=replicates,
+            control_variate=control_variate,
+            tolerance=tolerance,
+            confidence=confidence,
+            generator=generator,
+        )
+    with torch.autocast(q.device.type, enabled=False), torch.set_grad_enabled(grad):
         rows = Rows(q, k, v, attn_mask, is_causal, scale, group)
         settings = {"num_samples": num_samples or 64, "generator": generator, "replicates": replicates}
-        if type(sampler) is ExactSampler:
+        if isinstance(sampler, ExactSampler) and exact:
             estimate = _exact(rows, sampler, settings)
             if controls:
                 estimate.diagnostics["fallbacks"] += ("control_variate is not used: the output is exact.",)  # type: ignore[index]
@@ -164,7 +192,9 @@ def _exact(rows: Rows, sampler: ExactSampler, settings: dict) -> AttentionEstima
         q4, k4, v4, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
     )
     output = output[..., :width].reshape(*q.shape[:-1], width)
-    kept = Rows(q.clone(), k.clone(), v, rows.args[3], is_causal, scale, rows.group)
+    q, k, v = (x.detach() for x in (q, k, v))
+    kept_mask = None if rows.args[3] is None else rows.args[3].clone()
+    kept = Rows(q.clone(), k.clone(), v, kept_mask, is_causal, scale, rows.group)
 
     def make_draws() -> Draws:
         with torch.no_grad():
@@ -211,6 +241,7 @@ def _sampled(
         points = sampler.points((rows.count, rows.length), settings["num_samples"], replicates, uniform)
         lay_out(rows, sampler)
     told: dict[str, None] = {}
+    drawn_by: dict[str, Any] = {}
     for heads, part in blocks(shape, step):
         logits, laid = rows.logits(heads, part), rows.v[heads]
         if points is not None and isinstance(sampler, InversionSampler):
@@ -219,7 +250,12 @@ def _sampled(
         else:
             draws = sampler.draw(logits, values=laid[:, : logits.shape[-1]], **settings)
             check_draws(sampler, draws, logits, replicates, total)
-            told |= dict.fromkeys(getattr(sampler, "diagnostics", {}).get("fallbacks", ()))
+            facts = dict(getattr(sampler, "diagnostics", {}))
+            told |= dict.fromkeys(facts.pop("fallbacks", ()))
+            for name in ("quantum_rows", "classical_rows"):  # of all blocks
+                if name in facts:
+                    facts[name] += drawn_by.get(name, 0)
+            drawn_by |= facts
         output[heads, part] = draws.average(laid)
         indices[heads, part], weights[heads, part] = draws.indices, draws.weights
         if probabilities is None or draws.probabilities is None:
@@ -232,6 +268,10 @@ def _sampled(
     flat = Draws(indices, weights, probabilities, replicates)
     diagnostics = _diagnostics(sampler, settings, total, flat.view(rows.row_shape).effective_sample_size())
     diagnostics["fallbacks"] += tuple(told)
+    if drawn_by:
+        diagnostics["drawn_by"] = drawn_by
+    if baseline := getattr(sampler, "classical_baseline", None):
+        diagnostics["classical"] = _sampled(rows, make_sampler(baseline), settings)
     if not controls:
         return _estimate(rows, Design.of(sampler), flat, values, output, diagnostics, step)
     if probabilities is None:
@@ -240,7 +280,10 @@ def _sampled(
         )
     weigh = None
     if isinstance(sampler, InversionSampler) and not sampler.independent:
-        weigh = partial(sampler.variance_weights, num_samples=settings["num_samples"])
+
+        def weigh(p: Tensor) -> Tensor:
+            return sampler.variance_weights(p, settings["num_samples"])[0]
+
     correction = correct(
         rows, keys, values, flat, controls, settings["generator"], weigh, blocks(shape, step)
     )
@@ -274,7 +317,13 @@ def _corrected(
     step: int,
     correction: Correction,
 ) -> AttentionEstimate:
-    diagnostics["control_variate"] = correction.diagnostics
+    told = diagnostics["control_variate"] = correction.diagnostics
+    dear = [f"{name} {cost:,.0f}" for name, cost in told["costs"].items() if cost >= told["exact_cost"]]
+    if dear:
+        diagnostics["fallbacks"] += (
+            f"Controls cost as much as the exact output, {told['exact_cost']:,.0f} multiply-adds a query: "
+            f"{', '.join(dear)}.",
+        )
     if rows.length * flat.replicates == 1 and not correction.oracle:
         diagnostics["fallbacks"] += (
             "Not corrected by control_variate: one row of one replicate leaves nothing to fit coefficients to.",
@@ -294,11 +343,11 @@ def _estimate(
 ) -> AttentionEstimate:
     """What the draws `flat` (N, M, T) and the `output` (N, M, d) come to; error bars are made when first read."""
     make_std_error, degrees, shape = None, math.inf, (rows.count, rows.rows)
-    row_shape, width, dtype = rows.row_shape, values.shape[-1], rows.args[2].dtype
+    row_shape, width, dtype, unit = rows.row_shape, values.shape[-1], rows.args[2].dtype, rows.unit
     if correction is not None and correction.oracle:
 
         def make_std_error() -> Tensor:
-            return torch.zeros_like(output).view(*row_shape, width)
+            return torch.zeros_like(output).reshape(*row_shape, width)
 
     elif design.independent or flat.replicates > 1:
         # Copies, and not rows itself, which would keep q and k alive.
@@ -313,11 +362,11 @@ def _estimate(
                 for block in blocks(shape, step):
                     cut = None if correction is None else correction[block]
                     std_error[block] = bars(flat[block], output[block], block[0], positions[block[1]], cut)
-            return std_error.view(*row_shape, width)
+            return Rows.given_units(std_error, unit).view(*row_shape, width)
 
     draws = flat.view(row_shape)
     return AttentionEstimate(
-        output=output.reshape(*row_shape, width).to(dtype),
+        output=Rows.given_units(output, unit).reshape(*row_shape, width).to(dtype),
         num_keys=rows.num_keys,
         degrees_of_freedom=degrees,
         make_draws=lambda: draws,
@@ -350,6 +399,7 @@ def check_draws(sampler: Sampler, draws: object, logits: Tensor, replicates: int
 def _diagnostics(sampler: Sampler, settings: dict, spent: int, effective: Tensor) -> dict:
     return {
         "sampler": sampler.name,
+        "unbiased": bool(getattr(sampler, "unbiased", False)),
         "num_samples": settings["num_samples"],
         "replicates": settings["replicates"],
         "draws_per_row": spent,

@@ -6,13 +6,14 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from scipy import stats
 from torch import Tensor
 
 from ..errors import ArgumentError
 from ..estimates import AttentionEstimate, Draws
-from ..samplers import InversionSampler, Sampler
+from ..samplers import ExactSampler, InversionSampler, Sampler
 from ..samplers.base import Uniform
 from ..samplers.rows import Rows, blocks
 from .error_bars import Design, ErrorBars
@@ -20,11 +21,16 @@ from .error_bars import Design, ErrorBars
 PILOT = 16
 """Draws from which the size of a row's output is first estimated; times 4 until they tell it."""
 
+CLEAR = 1.25
+"""A pilot tells how long an output is where it is so many times longer than it could be wrong."""
+
 LEAST = 4
 """No row gets fewer draws."""
 
 
-def check_tolerance(tolerance: object, confidence: object, num_samples: int | None, sampler: Sampler) -> None:
+def check_tolerance(
+    tolerance: float | None, confidence: float, num_samples: int | None, sampler: Sampler
+) -> None:
     """Refuse what `sampled_attention` cannot keep.
 
     Raises
@@ -32,21 +38,25 @@ def check_tolerance(tolerance: object, confidence: object, num_samples: int | No
     ArgumentError
         If a number is out of bounds, a count was given too, or the sampler cannot say how wrong it will be.
     """
-    number = isinstance(tolerance, int | float) and not isinstance(tolerance, bool)
-    if not number or not 0 < tolerance < math.inf:  # type: ignore[operator]
-        raise ArgumentError(f"tolerance={tolerance!r} is not allowed: it must be a number above 0.")
-    number = isinstance(confidence, int | float) and not isinstance(confidence, bool)
-    if not number or not 0.5 <= confidence < 1:  # type: ignore[operator]
+    if not _is_number(confidence) or not 0.5 <= confidence < 1:
         raise ArgumentError(f"confidence={confidence!r} is not allowed: it must be from 0.5 to below 1.")
+    if tolerance is None:
+        return
+    if not _is_number(tolerance) or not 0 < tolerance < math.inf:
+        raise ArgumentError(f"tolerance={tolerance!r} is not allowed: it must be a number above 0.")
     if num_samples is not None:
         raise ArgumentError(
             f"num_samples={num_samples} and tolerance={tolerance} exclude each other: give one of them."
         )
-    if not isinstance(sampler, InversionSampler):
+    if not isinstance(sampler, InversionSampler | ExactSampler):
         raise ArgumentError(
             f"tolerance needs a sampler that predicts its variance; sampler={sampler.name!r} does not: use "
             "monte-carlo, stratified, systematic, sobol, halton, lattice or head-tail."
         )
+
+
+def _is_number(x: object) -> bool:
+    return isinstance(x, float | int | np.floating | np.integer) and not isinstance(x, bool)
 
 
 @dataclass(frozen=True)
@@ -79,18 +89,19 @@ def to_tolerance(
     (`InversionSampler.variance_weights`). The square of a normal error of covariance C has nearly the distribution of
     tr C chi^2_f / f with f = (tr C)^2 / tr C^2 (Box, Some theorems on quadratic forms, 1954). Of C = sum_j b_j u_j u_j'
     with unit vectors u_j the share 1 / f of pairs of keys is h = sum_j b_j^2 / T^2 for a key with itself, and for two keys
-    1 / f_v, f_v being that of the head's values: 1 / f = h + (1 - h) / f_v. S is the least with
+    1 / f_v, f_v being that of the head's values: 1 / f = h + (1 - h) / f_v. A key that is far away and drawn seldom makes
+    the error anything but normal: as in Bernstein's inequality a third of log(1 / risk) jumps is added, a jump being the
+    root mean square w sqrt(D_j), weighted by b_j, of what one draw of weight w can do. S is the least with
 
-        x_f T(S) / R <= tolerance^2 |o|^2,        x_f the quantile of chi^2_f / f (Wilson and Hilferty 1931).
+        r = sqrt(x_f T(S)) + log(1 / (1 - confidence)) / 3 sqrt(sum_j b_j w^2 D_j / T),        r^2 / R <= tolerance^2 |o|^2,
 
-    |o|^2 is the one thing not known: a pilot
-    gives |o_hat|^2 - 2 T, and is drawn again with four times the draws where that is below half of |o_hat|^2. Its draws
-    are not used again, so that the output is as unbiased as the sampler. A row that would need as many draws as it has
-    keys is computed exactly.
+    x_f the quantile of chi^2_f / f (Wilson and Hilferty 1931). |o| is the one thing not known: a pilot, drawn again with
+    four times the draws until |o_hat| > `CLEAR` r, gives |o_hat| - sqrt(T). Its draws are not used again, so that the
+    output is as unbiased as the sampler. A row that would need as many draws as it has keys is computed exactly, without
+    a pilot where that can be told before.
     """
     uniform = Uniform(generator, rows.q.device)
     shape, width = (rows.count, rows.rows), rows.v.shape[-1]
-    z = float(stats.norm.ppf(confidence))
     output = rows.v.new_empty(*shape, width)
     spent, pilot = (torch.zeros(shape, dtype=torch.int64, device=output.device) for _ in range(2))
     predicted = output.new_zeros(shape)
@@ -109,9 +120,14 @@ def to_tolerance(
         masked = logits == -torch.inf
         p = logits.softmax(-1).masked_fill_(masked, 0)
         keys = (~masked).sum(-1)
-        size, tried = _output_size(logits, p, apart, values, keys, sampler, uniform)
+        # |o|^2 <= sum_j p_j |v_j|^2: where even that is too little for as many draws as keys, no pilot is needed.
+        largest = (p * values[:, None, : p.shape[-1]].square().sum(-1)).sum(-1)
+        near = alike[heads, None]
+        top = _bound(p, apart, p.shape[-1], sampler, near, confidence)
+        open_ = (keys > PILOT) & (top <= tolerance**2 * largest * replicates)
+        size, tried = _output_size(logits, p, apart, values, keys, sampler, uniform, open_, near, confidence)
         allowed = tolerance**2 * size * replicates
-        counts, bound = _counts(p, apart, keys, allowed, sampler, alike[heads], z)
+        counts, bound = _counts(p, apart, keys, allowed, sampler, alike[heads], confidence)
         pilot[heads, part] = tried
         spent[heads, part] = torch.where(counts < 0, keys, counts * replicates)
         predicted[heads, part] = (bound / replicates / size.clamp_min(torch.finfo(size.dtype).tiny)).sqrt()
@@ -134,7 +150,7 @@ def to_tolerance(
     if rows.order is not None:
         values = torch.empty_like(values).scatter_(1, rows.order[..., None].expand_as(values), values)
     visible, positions, causal = rows.visible_keys(), rows.positions(slice(0, rows.rows)), rows.is_causal
-    row_shape, dtype = rows.row_shape, rows.args[2].dtype
+    row_shape, dtype, unit = rows.row_shape, rows.args[2].dtype, rows.unit
 
     def make_draws() -> Draws:
         most = max((g.draws.indices.shape[-1] for g in groups), default=replicates) // replicates
@@ -163,14 +179,14 @@ def to_tolerance(
             )
             error = bars(g.draws, output[head, g.index], g.heads, positions[g.index])
             std_error[head[g.kept], g.index[g.kept]] = error[g.kept]
-        return std_error.view(*row_shape, width)
+        return Rows.given_units(std_error, unit).view(*row_shape, width)
 
     told = sampler.independent or replicates > 1
     design = Design.of(sampler)
     sample = groups[0].draws if groups else Draws(spent[..., :0], output[..., :0, 0], None, replicates)
     total = output.shape[:2].numel()
     return AttentionEstimate(
-        output=output.view(*row_shape, width).to(dtype),
+        output=Rows.given_units(output, unit).view(*row_shape, width).to(dtype),
         num_keys=rows.num_keys,
         degrees_of_freedom=design.degrees_of_freedom(sample) if told else math.inf,
         make_draws=make_draws,
@@ -178,6 +194,7 @@ def to_tolerance(
         group=rows.group,
         diagnostics={
             "sampler": sampler.name,
+            "unbiased": sampler.unbiased,
             "tolerance": tolerance,
             "confidence": confidence,
             "replicates": replicates,
@@ -186,7 +203,7 @@ def to_tolerance(
             "predicted_relative_error": predicted.view(row_shape),
             "fallbacks": (
                 f"{exact_rows:,} of {total:,} rows were computed exactly: to the tolerance they need as many draws "
-                "as they have keys.",
+                f"as they have keys. With pilots a row took {(spent + pilot).double().mean():.1f} draws on average.",
             )
             if exact_rows
             else (),
@@ -202,26 +219,45 @@ def _output_size(
     keys: Tensor,
     sampler: InversionSampler,
     uniform: Uniform,
+    open_: Tensor,
+    alike: Tensor,
+    confidence: float,
 ) -> tuple[Tensor, Tensor]:
-    """|o|^2 of each row from pilot draws, (heads, rows), 0 where as many draws as keys do not tell; what they took."""
+    """A size of |o|^2 of the `open_` rows from pilot draws, (heads, rows), 0 where they do not tell; their count."""
     size, spent = torch.zeros_like(p[..., 0]), torch.zeros_like(keys)
-    count, open_ = PILOT, keys > PILOT
+    count = PILOT
+    rounds = 1 + max(0, int(math.log2(max(1, p.shape[-1] / PILOT)) / 2))
+    sure = 1 - (1 - confidence) / (4 * rounds)  # of all rounds together, a quarter of the risk
     while bool(open_.any()):
         index, kept = _padded(open_)
         chosen = index[..., None].expand(*index.shape, p.shape[-1])
         points = sampler.points(tuple(index.shape), count, 1, uniform)
-        draws = sampler.place(logits.gather(1, chosen), points)
-        square = draws.average(values).square().sum(-1)
-        error = (sampler.variance_weights(p.gather(1, chosen), count) * apart).sum(-1)
-        lower = square - 2 * error
-        told = kept & (lower > square / 2)
+        length = sampler.place(logits.gather(1, chosen), points).average(values).norm(dim=-1)
+        some = p.gather(1, chosen)
+        told = kept & (length > CLEAR * _bound(some, apart, count, sampler, alike, sure).sqrt())
+        error = (sampler.variance_weights(some, count)[0] * apart).sum(-1).sqrt()
         head = torch.arange(len(p), device=p.device)[:, None].expand(index.shape)
-        size[head[told], index[told]] = lower[told]
+        size[head[told], index[told]] = (length - error)[told].clamp_min(0).square()
         spent[head[kept], index[kept]] += count
         open_[head[told], index[told]] = False
         count *= 4
-        open_ &= keys > count
+        open_ &= keys > 2 * count  # as dear as the exact row
     return size, spent
+
+
+def _bound(
+    p: Tensor, apart: Tensor, count: int, sampler: InversionSampler, alike: Tensor, confidence: float
+) -> Tensor:
+    """r^2 of rows p (..., n) at `count` draws, (...): see `to_tolerance`."""
+    a, weight = sampler.variance_weights(p, count)
+    b = a * apart
+    total = b.sum(-1)
+    tiny = torch.finfo(total.dtype).tiny
+    h = b.square().sum(-1) / total.square().clamp_min(tiny)
+    c = 2 / 9 * (h + (1 - h) * alike)
+    normal = total * (1 - c + float(stats.norm.ppf(confidence)) * c.sqrt()).clamp_min(0) ** 3
+    jump = weight[..., 0] * ((b * apart).sum(-1) / total.clamp_min(tiny)).sqrt()
+    return (normal.sqrt() - math.log(1 - confidence) / 3 * jump).square()
 
 
 def _counts(
@@ -231,28 +267,31 @@ def _counts(
     allowed: Tensor,
     sampler: InversionSampler,
     alike: Tensor,
-    z: float,
+    confidence: float,
 ) -> tuple[Tensor, Tensor]:
-    """The least count of draws with x_f T <= allowed, on a ladder of ratio sqrt(2), and x_f T; see `to_tolerance`.
+    """The least count of draws with r^2 <= allowed, on a ladder of ratio sqrt(2), and r^2.
 
     -1 and 0 where that is no less than the row's keys.
     """
-    counts, bound = torch.full_like(keys, -1), torch.zeros_like(allowed)
-    counts[keys == 0] = LEAST  # nothing to attend to
     most = int(keys.max()) if keys.numel() else 0
-    rung = float(LEAST)
-    while rung < most:
-        count = round(rung)
-        b = sampler.variance_weights(p, count) * apart
-        total = b.sum(-1)
-        h = b.square().sum(-1) / total.square().clamp_min(torch.finfo(total.dtype).tiny)
-        c = 2 / 9 * (h + (1 - h) * alike[:, None])
-        expected = total * (1 - c + z * c.sqrt()) ** 3
-        first = (counts < 0) & (expected <= allowed) & (count < keys)
-        counts[first] = count
-        bound = torch.where(first, expected, bound)
-        rung *= 2**0.5
-    return counts, bound
+    ladder = [round(LEAST * 2 ** (i / 2)) for i in range(64) if LEAST * 2 ** (i / 2) < most]
+    low = torch.zeros_like(keys)
+    high = torch.where((keys > 0) & (allowed > 0), len(ladder), 0)
+    bound = torch.zeros_like(allowed)
+    apart, alike = apart.expand_as(p), alike[:, None].expand_as(allowed)
+    while bool((low < high).any()):  # bisection, rows of the same rung together
+        middle = (low + high) // 2
+        for rung in middle[low < high].unique().tolist():
+            these = (low < high) & (middle == rung)
+            expected = _bound(p[these], apart[these], ladder[rung], sampler, alike[these], confidence)
+            enough = expected <= allowed[these]
+            high[these] = torch.where(enough, rung, high[these])
+            low[these] = torch.where(enough, low[these], rung + 1)
+            bound[these] = torch.where(enough, expected, bound[these])
+    found = torch.tensor([*ladder, -1], device=keys.device)[high]
+    found = torch.where((found < keys) & (allowed > 0), found, -1)
+    found[keys == 0] = LEAST  # nothing to attend to
+    return found, torch.where(found > 0, bound, 0)
 
 
 def _by_count(counts: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:

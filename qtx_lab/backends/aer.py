@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import lru_cache
 from typing import Any
 
@@ -15,7 +16,7 @@ from qiskit_aer.noise import NoiseModel, ReadoutError
 
 from ..circuits.base import pack
 from ..circuits.resources import resources
-from ..errors import ArgumentError, BackendUnavailable, unknown_name
+from ..errors import ArgumentError, BackendUnavailable, FallbackWarning, unknown_name
 from .counts import draw_outcomes
 from .exact import Noise, Step, compile_steps, density_matrices, outcome_probabilities
 from .noise import (
@@ -35,6 +36,12 @@ MOST_STATEVECTOR = 16
 
 MOST_NOISY = 24
 """Qubits up to which noisy circuits are simulated shot by shot: more do not fit into memory."""
+
+SHOT_AMPLITUDES = 1e6
+"""Amplitudes a second that shot-by-shot simulation was seen to get through."""
+
+PATIENCE = 30.0
+"""Seconds from which on a simulation shot by shot is announced with a warning."""
 
 FEED_FORWARD = (
     "the time that feeding forward takes, and the decoherence of qubits that wait for it, is not modelled"
@@ -198,11 +205,12 @@ class AerEngine:
 
     def _steps(self, circuit: QuantumCircuit) -> tuple[Step, ...] | None:
         """The circuit for `exact.py`, compiled once; None where it goes to AerSimulator."""
-        if id(circuit) not in self._compiled:
+        known, steps = self._compiled.get(id(circuit), (None, None))
+        if known is not circuit:  # in a copy of the engine, or after pickling, ids are another circuit's
             direct = self.method != "aer" and not self._is_static(circuit)
             steps = compile_steps(circuit, self._noise(circuit)) if direct else None
             self._compiled[id(circuit)] = circuit, steps  # the circuit too, so that its id stays taken
-        return self._compiled[id(circuit)][1]
+        return steps
 
     def _is_static(self, circuit: QuantumCircuit) -> bool:
         """Whether it is ideal, small, and measured at the end only."""
@@ -233,9 +241,18 @@ class AerEngine:
             raise BackendUnavailable(
                 f"{width} noisy qubits do not fit into this machine; at most {MOST_NOISY} are simulated."
             )
+        products = self.ideal and width > MOST_NOISY  # their time depends on the entanglement
+        seconds = len(bindings) * shots * 2.0**width / SHOT_AMPLITUDES
+        if seconds > PATIENCE and not products:
+            warnings.warn(
+                f"{circuit.name} on {width} qubits is simulated shot by shot, which may take {seconds / 60:.0f} minutes: "
+                "fewer rows, shots or keys, another loader or noise_scale=0 take less.",
+                FallbackWarning,
+                stacklevel=2,
+            )
         noise = self._noise(circuit)
         simulator = AerSimulator(
-            method="matrix_product_state" if self.ideal and width > MOST_NOISY else "automatic",
+            method="matrix_product_state" if products else "automatic",
             noise_model=None if noise is None else _aer_model(noise),
             max_parallel_shots=1,  # each experiment has its own random numbers, however many threads there are
         )

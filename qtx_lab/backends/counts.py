@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 
 from ..circuits import Loader
+
+MOST_SHOTS_AT_ONCE = 1 << 22
+"""Shots, of a byte each, whose outcomes are held at a time, all rows together; a row is never split."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -30,6 +33,8 @@ class RowCounts:
     diagnostics : mapping
         `device`, `calibration`, `noise`, `loader`, `method`, `depth`, `two_qubit_gates`, `seed`,
         `not_modelled` and `fallbacks` (tuples of sentences) as far as they apply.
+    estimate, std_error : Tensor, float64, (R, n), optional
+        What mitigation made of the counts: probabilities, and the standard error of each.
     """
 
     counts: Tensor
@@ -37,13 +42,20 @@ class RowCounts:
     shots: int
     classical: RowCounts | None = None
     diagnostics: Mapping[str, Any] = field(default_factory=dict)
+    estimate: Tensor | None = None
+    std_error: Tensor | None = None
 
     def __repr__(self) -> str:
         kept = f"{int(self.counts.sum())} kept, {int(self.discarded.sum())} discarded"
         return f"RowCounts({tuple(self.counts.shape)}, shots={self.shots}, {kept}, {self.diagnostics.get('device')})"
 
     def probabilities(self) -> Tensor:
-        """Share of each key among the shots that gave one, float64, (R, n); 0 in a row without any."""
+        """Share of each key among the shots that gave one, or `estimate` where there is one, float64, (R, n).
+
+        0 in a row without any.
+        """
+        if self.estimate is not None:
+            return self.estimate
         valid = self.counts.sum(-1, keepdim=True)
         return self.counts / valid.clamp_min(1).double()
 
@@ -82,9 +94,20 @@ class RowRequest:
 
     def finish(self, outcomes: np.ndarray) -> RowCounts:
         """The counts of the outcomes (R', S >= shots, B) that the bindings gave; devices may round shots up."""
-        keys = torch.from_numpy(self.loader.keys(outcomes[:, : self.shots], self.p.shape[-1]))
+        step = rows_at_once(self.shots, outcomes.shape[-1])
+        parts = [self.tally(outcomes[start : start + step]) for start in range(0, len(outcomes), step)]
+        return self.finish_counts(parts)
+
+    def tally(self, outcomes: np.ndarray) -> Tensor:
+        """How often each key stands in some rows' outcomes (R'', S >= shots, B), int64 (R'', n)."""
+        n = self.p.shape[-1]
+        return tally(torch.from_numpy(self.loader.keys(outcomes[:, : self.shots], n)), n)
+
+    def finish_counts(self, parts: Sequence[Tensor]) -> RowCounts:
+        """The counts of what `tally` gave for all rows that were run, part by part."""
         counts = torch.zeros(self.p.shape, dtype=torch.int64)
-        counts[self.running] = tally(keys, self.p.shape[-1])
+        if parts:
+            counts[self.running] = torch.cat(list(parts))
         counts[self.p == 0] = 0
         return self._result(counts, self.classical(), self.diagnostics)
 
@@ -104,21 +127,31 @@ class RowRequest:
         return RowCounts(counts, spent - counts.sum(-1), self.shots, baseline, diagnostics)
 
 
+def rows_at_once(shots: int, num_bytes: int = 1) -> int:
+    """Rows of as many shots, of outcomes of as many bytes, that are taken together."""
+    return max(1, MOST_SHOTS_AT_ONCE // (shots * num_bytes))
+
+
 def tally(keys: Tensor, n: int) -> Tensor:
     """How often each of n keys stands in a row of keys (R, S), int64 (R, n); -1 counts for none."""
     counts = torch.zeros(keys.shape[0], n + 1, dtype=torch.int64)
-    return counts.scatter_add_(-1, keys + 1, torch.ones_like(keys))[:, 1:]
+    return counts.scatter_add_(-1, keys + 1, torch.ones((), dtype=torch.int64).expand_as(keys))[:, 1:]
 
 
 def draw_outcomes(p: Tensor, shots: int, generator: torch.Generator) -> Tensor:
     """Independent draws (R, shots), int64, from rows of probabilities (R, n), float64; never an outcome of 0."""
     cdf = p.cumsum(-1)
     total = cdf[:, -1:]
-    points = torch.rand(len(p), shots, generator=generator, dtype=torch.float64) * total
-    points = torch.minimum(points, torch.nextafter(total, torch.zeros_like(total)))
+    points = torch.rand(len(p), shots, generator=generator, dtype=torch.float64).mul_(total)
+    torch.minimum(points, torch.nextafter(total, torch.zeros_like(total)), out=points)
     return torch.searchsorted(cdf, points, right=True)
 
 
 def draw_counts(p: Tensor, shots: int, generator: torch.Generator) -> Tensor:
-    """Counts (R, n) of `shots` independent draws from each row."""
-    return tally(draw_outcomes(p, shots, generator), p.shape[-1])
+    """Counts (R, n) of `shots` independent draws from each row, int64."""
+    counts = torch.zeros(p.shape, dtype=torch.int64)
+    step = rows_at_once(shots)
+    for start in range(0, len(p), step):
+        part = slice(start, start + step)
+        counts[part] = tally(draw_outcomes(p[part], shots, generator), p.shape[-1])
+    return counts

@@ -38,8 +38,9 @@ class HybridPolicy:
 
     def __post_init__(self) -> None:
         check_count("max_qubits", self.max_qubits)
-        if isinstance(self.min_fidelity, bool) or not 0 <= self.min_fidelity <= 1:
-            raise ArgumentError(f"min_fidelity={self.min_fidelity!r} is not allowed: it must be from 0 to 1.")
+        least = self.min_fidelity
+        if isinstance(least, bool) or not isinstance(least, int | float) or not 0 <= least <= 1:
+            raise ArgumentError(f"min_fidelity={least!r} is not allowed: it must be from 0 to 1.")
         pending = self.max_pending
         if pending is not None and (isinstance(pending, bool) or not isinstance(pending, int) or pending < 0):
             raise ArgumentError(f"max_pending={pending!r} is not allowed: it must be a whole number >= 0.")
@@ -83,17 +84,20 @@ class HybridPolicy:
             reasons.append(
                 f"{int((~quantum).sum())} of {len(p)} rows need more than max_qubits={self.max_qubits} qubits."
             )
+        fitting, low = quantum, []  # predicted fidelities that are too low, of the widest rows first
         while self.min_fidelity > 0 and bool(quantum.any()):
             widest = int(last[quantum].max())
             fidelity = predicted_fidelity(backend, widest)
             if fidelity >= self.min_fidelity:
                 break
-            too_wide = quantum & (qubits == num_bits(widest))
+            low.append(f"{fidelity:.3f}")
+            quantum = quantum & (qubits < num_bits(widest))
+        if low:
+            span = " to ".join(dict.fromkeys((low[0], low[-1])))
             reasons.append(
-                f"{int(too_wide.sum())} of {len(p)} rows would be loaded with a predicted fidelity of {fidelity:.3f}, "
+                f"{int((fitting & ~quantum).sum())} of {len(p)} rows would be loaded with a predicted fidelity of {span}, "
                 f"below min_fidelity={self.min_fidelity:g}."
             )
-            quantum &= ~too_wide
         return quantum, tuple(reasons)
 
 

@@ -132,7 +132,7 @@ class IBMEngine:
     ):
         if mode not in ("job", "batch", "session"):
             raise unknown_name("mode", mode, ("job", "batch", "session"))
-        if not max_quantum_seconds > 0:
+        if not isinstance(max_quantum_seconds, int | float) or not max_quantum_seconds > 0:
             raise ArgumentError(
                 f"max_quantum_seconds={max_quantum_seconds!r} is not allowed: it must be positive."
             )

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch
 
-from ..errors import ArgumentError, BackendUnavailable, JobTimeout, StorageError
+from ..errors import ArgumentError, BackendUnavailable, FallbackWarning, JobTimeout, StorageError
 from ..storage import json_bytes, runs_home, storage_error, write_atomic, write_frame
 
 if TYPE_CHECKING:
@@ -37,6 +37,29 @@ SETTLE = 30.0
 
 FETCHES = 4
 """How often results are asked for before giving up: an answer can be cut short."""
+
+RECORD: dict[str, Any] = {
+    "tag": str,
+    "recorded": str,
+    "device": str,
+    "circuits": int,
+    "shots": int,
+    "parts": list,
+}
+ROWS: dict[str, Any] = {"loader": str, "seed": int, "rows": int, "keys": int, "diagnostics": dict}
+PART: dict[str, Any] = {
+    "tag": str,
+    "start": int,
+    "stop": int,
+    "shots": int,
+    "state": str,
+    "id": str | None,
+    "reason": str | None,
+}
+"""What a record of a job must hold, what that of a job of rows too, and what each of its parts."""
+
+ACCOUNT = ("provider", "instance", "region")
+"""Texts that a record may hold."""
 
 
 @dataclass(frozen=True)
@@ -228,20 +251,32 @@ class Job:
         BackendUnavailable
             If it failed, was cancelled, never arrived, or its results cannot be read; if the server cannot be asked
             for longer than `patience`: then it goes on. Names the tag.
+        StorageError
+            If what was kept cannot be read and cannot be fetched again either; if nothing can be kept.
         JobTimeout
             If it is not done in time. It goes on.
         """
-        kept = self.path.with_suffix(".outcomes.npz")
-        if not kept.exists():
+        kept, broken = self.path.with_suffix(".outcomes.npz"), None
+        if kept.exists():
+            try:
+                return self._kept_outcomes(kept)
+            except StorageError as error:
+                broken = error
+                warnings.warn(f"{error} It is fetched anew.", FallbackWarning, stacklevel=2)
+        try:
             self._wait(timeout, progress, patience)
             parts = self.record["parts"]
             blocks: dict[int, list[np.ndarray]] = {}  # by first row; the shots of a block side by side
             for part in parts:
                 blocks.setdefault(part["start"], []).append(self._fetch(part))
-            rows = [np.concatenate(block, axis=1) for _, block in sorted(blocks.items())]
-            _save_arrays(kept, outcomes=np.concatenate(rows))
-        with np.load(kept) as content:
-            return np.asarray(content["outcomes"])
+        except BackendUnavailable as error:
+            if broken is None:
+                raise
+            raise StorageError(f"{broken} It cannot be fetched anew: {error}") from error
+        rows = [np.concatenate(block, axis=1) for _, block in sorted(blocks.items())]
+        outcomes = np.concatenate(rows)
+        _save_arrays(kept, outcomes=outcomes)
+        return outcomes
 
     def counts(self, timeout: float | None = None, **waiting: Any) -> RowCounts:
         """Wait for the job and count its outcomes; arguments and errors as for `outcomes`.
@@ -282,6 +317,8 @@ class Job:
         ------
         ArgumentError
             If circuits were run that are not of rows; if no loader has the recorded name.
+        StorageError
+            If the rows, kept beside the record, cannot be read.
         """
         if self._request is None:
             from ..circuits import make_loader
@@ -290,8 +327,12 @@ class Job:
             record = self.record
             if "loader" not in record:
                 raise ArgumentError(f"Job {self.tag} ran circuits that are not of rows: take its `outcomes`.")
-            with np.load(self.path.with_suffix(".rows.npz")) as content:
-                p = torch.from_numpy(content["p"])
+            kept = self.path.with_suffix(".rows.npz")
+            p = torch.from_numpy(_load_array(kept, "p"))
+            if p.shape != (record["rows"], record["keys"]) or p.dtype != torch.float64:
+                raise StorageError(
+                    f"{kept} does not hold the {record['rows']} rows of {record['keys']} keys."
+                )
             notes = record["diagnostics"].items()
             diagnostics = {name: tuple(note) if isinstance(note, list) else note for name, note in notes}
             self._request = RowRequest(
@@ -319,6 +360,15 @@ class Job:
         record = self.record
         size = f"{record['circuits']} circuits × {record['shots']} shots"
         return f"Job({self.tag!r}, {record['device']}, {size}, {_overall(record['parts']).state})"
+
+    def _kept_outcomes(self, path: Path) -> np.ndarray:
+        """The outcomes that were fetched before; StorageError where the file does not hold them."""
+        outcomes, record = _load_array(path, "outcomes"), self.record
+        rows = max(part["stop"] for part in record["parts"])
+        fits = outcomes.ndim == 3 and len(outcomes) == rows and outcomes.shape[1] >= record["shots"]
+        if not fits or outcomes.dtype != np.uint8:
+            raise StorageError(f"{path} does not hold the outcomes of {rows} rows × {record['shots']} shots.")
+        return outcomes
 
     def _is_fresh(self) -> bool:
         """Whether the job was recorded so recently that a listing may not show it yet."""
@@ -449,6 +499,8 @@ def _settled(job: Job, tag: str, seconds: float) -> str | None:
 def find_jobs(home: str | Path | None = None, *, tag: str | None = None, service: Any = None) -> list[Job]:
     """All recorded jobs, newest first, of this process or any before it. Asks no server.
 
+    A file that is not the record of a job is left out, with a warning that says why.
+
     Parameters
     ----------
     home : path, optional
@@ -496,14 +548,38 @@ def find_jobs(home: str | Path | None = None, *, tag: str | None = None, service
 def _read(path: Path) -> dict[str, Any]:
     try:
         record = json.loads(path.read_bytes())
-        if record["tag"] == path.stem and record["parts"]:
-            return dict(record)
-        cause = "holds another record"
+        cause = _wrong(record, path.stem)
     except OSError as error:
         cause = f"cannot be read: {error.strerror or error}"
-    except (ValueError, KeyError, TypeError):
-        cause = "is not a readable record"
-    raise StorageError(f"The job's record {path} {cause}.")
+    except (ValueError, RecursionError):  # what is nested deeply, and is not ours
+        cause = "is not readable JSON"
+    if cause:
+        raise StorageError(f"The job's record {path} {cause}.")
+    return dict(record)
+
+
+def _wrong(record: Any, tag: str) -> str | None:
+    """What keeps a file's content from being the record of a job with this tag; None where it is one."""
+    if not isinstance(record, dict):
+        return "is not the record of a job"
+    kinds = RECORD | (ROWS if "loader" in record else {})
+    kinds |= {name: str | None for name in ACCOUNT if name in record}
+    parts = record["parts"] if isinstance(record.get("parts"), list) else []
+    for holder, needed in ((record, kinds), *((part, PART) for part in parts)):
+        for name, kind in needed.items():
+            if not isinstance(holder, dict) or name not in holder:
+                return f"is not the record of a job: {name!r} is missing"
+            if not isinstance(holder[name], kind):
+                return f"is not the record of a job: {name!r} is {str(holder[name])[:60]!r}"
+        if holder.get("state", "done") not in STATES:
+            return f"has the state {holder['state']!r}; allowed are {', '.join(STATES)}"
+    if not parts or record["tag"] != tag:
+        return "holds another record"
+    try:
+        aware = datetime.fromisoformat(record["recorded"]).tzinfo is not None
+    except ValueError:
+        aware = False
+    return None if aware else f"has recorded={record['recorded']!r}, which is no time with a zone"
 
 
 def _overall(parts: Sequence[Mapping[str, Any]]) -> JobStatus:
@@ -513,13 +589,23 @@ def _overall(parts: Sequence[Mapping[str, Any]]) -> JobStatus:
     for state in ("failed", "cancelled", *STATES):
         if state in states:
             return JobStatus(state, reason=reasons or None)
-    raise StorageError(f"A job's record has the states {states}; allowed are {', '.join(STATES)}.")
+    raise AssertionError(f"{states} are none of {STATES}: `_read` lets no such record through")
 
 
 def _save_arrays(path: Path, **arrays: np.ndarray) -> None:
     content = io.BytesIO()
     np.savez_compressed(content, **arrays)  # type: ignore[arg-type]
     write_atomic(path, content.getvalue())
+
+
+def _load_array(path: Path, name: str) -> np.ndarray:
+    """One array of a file that `_save_arrays` made; StorageError where there is none."""
+    try:
+        with np.load(path) as content:
+            return np.asarray(content[name])
+    except Exception as error:  # numpy, zipfile and zlib each have errors of their own for junk
+        cause = (error.strerror if isinstance(error, OSError) else None) or "it is damaged, or another file"
+        raise StorageError(f"Cannot read {path}: {cause}.") from error
 
 
 @contextmanager

@@ -180,7 +180,10 @@ def best_region(target: Target, size: int, two_qubit_gates: int) -> list[int]:
         if len(region) == size and cost < best_cost:
             best, best_cost = region, cost
     if best is None:
-        raise BackendUnavailable(f"{size} connected qubits are needed; the device has no such region.")
+        connected = "connected " if two_qubit_gates else ""
+        raise BackendUnavailable(
+            f"{size} {connected}qubits are needed; the device of {count} has no such region."
+        )
     return sorted(best)
 
 

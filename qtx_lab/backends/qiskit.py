@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import io
-import uuid
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import suppress
 from copy import copy
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
+from uuid import UUID, uuid4
 
-import numpy as np
 import qiskit
 import torch
 from qiskit import QuantumCircuit, qpy
+from qiskit.circuit import Parameter
 from torch import Tensor
 
 from .. import __version__
@@ -27,13 +29,13 @@ from ..samplers.base import check_count
 from ..storage import runs_home, write_atomic
 from .aer import AerEngine
 from .base import Engine, Job
-from .counts import RowCounts, RowRequest
+from .counts import MOST_SHOTS_AT_ONCE, RowCounts, RowRequest, rows_at_once
 from .jobs import JobStatus
 
 PROVIDERS = ("aer", "ibm", "ibm-q")
 
-MOST_SHOTS_AT_ONCE = 1 << 24
-"""Shots whose outcomes a simulator holds at a time, all rows together."""
+MOST_SHOTS = 4 * MOST_SHOTS_AT_ONCE
+"""Of a row: its outcomes are held at once."""
 
 
 class QiskitQuantumBackend:
@@ -101,6 +103,7 @@ class QiskitQuantumBackend:
         self.loader = make_loader(loader)
         self.engine: Engine
         if self.provider == "aer":
+            _refuse_unknown(options, AerEngine)
             self.engine = AerEngine(backend_name, **options)
         else:
             if backend_name is None:
@@ -109,13 +112,17 @@ class QiskitQuantumBackend:
                 )
             from .ibm import IBMEngine  # loads IBM's client
 
+            _refuse_unknown(options, IBMEngine)
             self.engine = IBMEngine(backend_name, **options)
-        self._circuits: dict[tuple[str, int], QuantumCircuit] = {}
+        self._circuits: dict[tuple[object, ...], QuantumCircuit] = {}
         self._cache_trouble: tuple[str, ...] = ()
         self._threads: ThreadPoolExecutor | None = None
 
     def __repr__(self) -> str:
         return f"QiskitQuantumBackend({self.provider!r}, {self.backend_name!r}, loader={self.loader.name!r})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_threads": None}  # each process, and each copy, starts its own
 
     def with_loader(self, loader: Loader) -> QiskitQuantumBackend:
         """The same backend, on the same engine, with another loader."""
@@ -195,20 +202,22 @@ class QiskitQuantumBackend:
             If the loader cannot make it; if the device cannot run it.
         """
         size = self.loader.size(n)
-        key = (self.engine.identity(), size)
+        # The bound method stands for the loader, and keeps it; what it holds may have been changed.
+        what = (self.loader.circuit, str(getattr(self.loader, "__dict__", "")))
+        key = (*what, self.engine.identity(), self.optimization_level, size)
         if key not in self._circuits:
-            path = self._cache_path(size)
+            drawn = self.loader.circuit(size)
+            path = self._cache_path(size, drawn)
             circuit = _read_circuit(path)
             if circuit is None:
-                circuit = self.engine.transpile(self.loader.circuit(size), self.optimization_level)
+                circuit = self.engine.transpile(drawn, self.optimization_level)
                 self._keep(path, circuit)
             self._circuits[key] = circuit
         return self._circuits[key]
 
-    def _cache_path(self, size: int) -> Path:
-        maker = type(self.loader)
+    def _cache_path(self, size: int, circuit: QuantumCircuit) -> Path:
         what = (
-            f"{maker.__module__}.{maker.__qualname__} {sorted(vars(self.loader).items())} {size}",
+            _fingerprint(circuit),
             self.engine.identity(),
             f"level {self.optimization_level}",
             f"qiskit {qiskit.__version__}, qtx_lab {__version__}",
@@ -230,6 +239,10 @@ class QiskitQuantumBackend:
     def _request(self, p: Tensor, shots: int | None, generator: torch.Generator | None) -> RowRequest:
         shots = self.shots if shots is None else shots
         check_count("shots", shots)
+        if shots > MOST_SHOTS:
+            raise ArgumentError(
+                f"shots={shots} is not allowed: at most {MOST_SHOTS} a row; measure again and add the counts."
+            )
         if generator is not None and not isinstance(generator, torch.Generator):
             raise DtypeError(f"generator is a {type(generator).__name__}; it must be a torch.Generator.")
         p = check_rows(p)
@@ -243,16 +256,18 @@ class QiskitQuantumBackend:
                 request,
                 diagnostics={"device": self.engine.name, "method": "nothing was run: no row has mass"},
             )
-            return idle.finish(np.empty((0, request.shots, 1), dtype=np.uint8))
+            return idle.finish_counts([])
         circuit = self.transpiled(request.p.shape[-1])
         request = replace(request, diagnostics=self._diagnostics(circuit, request))
         bindings = request.bindings()
-        step = max(1, MOST_SHOTS_AT_ONCE // request.shots)
+        step = rows_at_once(request.shots, -(-circuit.num_clbits // 8))
         parts = [
-            self.engine.run(circuit, bindings[start : start + step], request.shots, request.seed + start)
+            request.tally(
+                self.engine.run(circuit, bindings[start : start + step], request.shots, request.seed + start)
+            )
             for start in range(0, len(bindings), step)
         ]
-        return request.finish(np.concatenate(parts))
+        return request.finish_counts(parts)
 
     def _diagnostics(self, circuit: QuantumCircuit, request: RowRequest) -> dict[str, Any]:
         needs = resources(circuit)
@@ -274,7 +289,7 @@ class LocalJob:
     """Rows that a thread of this process simulates: the interface of a device's job."""
 
     def __init__(self, future: Future[RowCounts]):
-        self.tag = f"local-{uuid.uuid4().hex[:12]}"
+        self.tag = f"local-{uuid4().hex[:12]}"
         self._future = future
 
     def status(self) -> JobStatus:
@@ -300,6 +315,24 @@ class LocalJob:
         """Cancel what has not started; BackendUnavailable where it has."""
         if not self._future.cancel():
             raise BackendUnavailable(f"Job {self.tag} cannot be cancelled: it is {self.status()}.")
+
+
+def _refuse_unknown(options: dict[str, Any], engine: Callable[..., Engine]) -> None:
+    allowed = [x.name for x in signature(engine).parameters.values() if x.kind is x.KEYWORD_ONLY]
+    for name in options:
+        if name not in allowed:
+            raise unknown_name("option", name, allowed)
+
+
+def _fingerprint(circuit: QuantumCircuit) -> str:
+    """A digest of a circuit, the same for circuits that are built alike: parameters count by name, not by identity."""
+    alike = circuit.assign_parameters(
+        [Parameter(x.name, uuid=UUID(int=i)) for i, x in enumerate(circuit.parameters)]
+    )
+    alike.name = ""  # where none is given, it has a number
+    content = io.BytesIO()
+    qpy.dump(alike, content)
+    return hashlib.sha256(content.getvalue()).hexdigest()
 
 
 def _read_circuit(path: Path) -> QuantumCircuit | None:

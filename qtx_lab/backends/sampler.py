@@ -52,6 +52,8 @@ class CircuitSampler:
     loader : str or Loader, optional
         In place of the backend's.
     mitigation : Mitigation, optional
+        Rows are measured by it, `num_samples` shots for each replicate; draws are as many of each key as its mitigated
+        probability times `num_samples`, rounded up or down at random.
     hybrid_mode : bool or HybridPolicy
         What the backend cannot do, or the policy does not want it to, is drawn by pseudo-random numbers, with a
         FallbackWarning that tells each reason once, and the reasons in `diagnostics`; True is `HybridPolicy()`. False: an error.
@@ -72,6 +74,8 @@ class CircuitSampler:
     """
 
     name = "circuit"
+    classical_baseline = "monte-carlo"
+    """The sampler that draws as an ideal circuit would: `sampled_attention` shows it beside."""
 
     def __init__(
         self,
@@ -92,6 +96,9 @@ class CircuitSampler:
         self.policy = HybridPolicy() if hybrid_mode is True else hybrid_mode or None
         self.unbiased = self.backend.engine.ideal and self.backend.loader.exact and mitigation is None
         self.independent = self.unbiased
+        self.exchangeable = (
+            mitigation is None
+        )  # shots are independent, from p or not: see attention/gradients.py
         self.diagnostics: Mapping[str, Any] = {}
         self._warned: set[str] = set()
 
@@ -110,8 +117,17 @@ class CircuitSampler:
         mass = row_masses(logits.reshape(-1, n).to("cpu", torch.float64))[:, :n]
         p = mass / mass.sum(-1, keepdim=True).clamp_min(1)
         total = num_samples * replicates
-        result = self.measure(p, total, generator=generator)
-        keys, weights = _deal(result.counts, total, replicates, generator)
+        if self.mitigation is None:
+            result = self.measure(p, total, generator=generator)
+            keys, weights = _deal(result.counts, total, replicates, generator)
+        else:  # replicates are mitigated one by one, so that their spread is that of mitigated rows
+            result = self.measure(p.repeat_interleave(replicates, 0), num_samples, generator=generator)
+            counts = (
+                result.counts if result.estimate is None else _round(result.estimate, num_samples, generator)
+            )
+            keys, weights = (x.reshape(len(p), total) for x in _deal(counts, num_samples, 1, generator))
+            filled = (weights.view(len(p), replicates, -1).sum(-1) > 0).sum(-1, keepdim=True)
+            weights = weights / filled.clamp_min(1)
         probabilities = p.gather(-1, keys).view(*rows, total).to(logits) if self.unbiased else None
         return Draws(
             keys.view(*rows, total).to(logits.device),
@@ -163,6 +179,8 @@ class CircuitSampler:
         counts = torch.zeros(p.shape, dtype=torch.int64)
         discarded = torch.zeros(len(p), dtype=torch.int64)
         baseline, diagnostics = torch.zeros_like(counts), {}
+        estimate: Tensor | None = None
+        std_error: Tensor | None = None
         if bool(kept.any()):
             last = int(p[kept].sum(0).nonzero().amax()) + 1 if bool((p[kept] > 0).any()) else 1
             try:
@@ -171,6 +189,12 @@ class CircuitSampler:
                 diagnostics = dict(part.diagnostics)
                 if part.classical is not None:
                     baseline[kept, :last] = part.classical.counts
+                if part.estimate is not None:
+                    estimate = torch.zeros(p.shape, dtype=torch.float64)
+                    estimate[kept, :last] = part.estimate
+                if part.std_error is not None:
+                    std_error = torch.zeros(p.shape, dtype=torch.float64)
+                    std_error[kept, :last] = part.std_error
             except BackendUnavailable as error:
                 reasons, kept = (*reasons, str(error)), torch.zeros_like(kept)
         drawn = ~kept & (p.sum(-1) > 0)
@@ -179,13 +203,31 @@ class CircuitSampler:
             seed = int(torch.randint(2**31 - 1, (), generator=generator, device=device))
             counts[drawn] = draw_counts(p[drawn], shots, torch.Generator().manual_seed(seed))
             baseline[drawn] = counts[drawn]
+            share = counts[drawn] / shots
+            if estimate is not None:
+                estimate[drawn] = share
+            if std_error is not None:
+                std_error[drawn] = (share * (1 - share) / shots).sqrt()
         classical = RowCounts(
             baseline,
             torch.zeros(len(p), dtype=torch.int64),
             shots,
             diagnostics={"device": "pseudo-random numbers"},
         )
-        return RowCounts(counts, discarded, shots, classical, diagnostics), kept, reasons
+        result = RowCounts(counts, discarded, shots, classical, diagnostics, estimate, std_error)
+        return result, kept, reasons
+
+
+def _round(p: Tensor, total: int, generator: torch.Generator | None) -> Tensor:
+    """Counts (R, n) whose expectations are `total` times p (R, n): each one of the two next whole numbers."""
+    device = "cpu" if generator is None else generator.device
+    start = torch.rand(len(p), 1, generator=generator, dtype=torch.float64, device=device).cpu()
+    ends = (p.cumsum(-1) * total + start).floor().clamp_max(total)
+    ends[:, -1:] = total * (p.sum(-1, keepdim=True) > 0)
+    # Rounding of the sum must not give keys behind the last one that has mass.
+    last = (p > 0).long().cumsum(-1) == (p > 0).sum(-1, keepdim=True)
+    ends = torch.where(last, ends[:, -1:], ends)
+    return torch.diff(ends, prepend=torch.zeros_like(start)).long()
 
 
 def _deal(

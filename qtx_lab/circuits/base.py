@@ -78,18 +78,19 @@ def check_rows(p: Tensor, argument: str = "p") -> Tensor:
     ------
     DtypeError, ShapeError, ArgumentError
         If p is no real floating-point tensor; if it is not (R, n) with n >= 1; if a probability is NaN, infinite or
-        negative; if a row sums neither to one within 1e-3 (half-precision rows are off by that) nor to zero.
+        negative; if a row sums neither to one within 1e-3, or what its dtype rounds by if that is more, nor to zero.
     """
     if not isinstance(p, Tensor) or not p.is_floating_point():
         given = p.dtype if isinstance(p, Tensor) else type(p).__name__
         raise DtypeError(f"{argument} is {given}; it must be a floating-point tensor.")
     if p.ndim != 2 or p.shape[-1] == 0:
         raise ShapeError(f"{argument} has shape {tuple(p.shape)}; it must be (R, n) with n >= 1 keys.")
+    tolerance = max(1e-3, torch.finfo(p.dtype).eps)  # bfloat16: 2^-7
     p = p.detach().to("cpu", torch.float64)
     if not bool((p >= 0).all()) or not bool(p.isfinite().all()):  # also False for NaN
         raise ArgumentError(f"{argument} holds a negative number, NaN or infinity; probabilities are >= 0.")
     total = p.sum(-1, keepdim=True)
-    wrong = ((total - 1).abs() > 1e-3) & (total != 0)
+    wrong = ((total - 1).abs() > tolerance) & (total != 0)
     if bool(wrong.any()):
         row = int(wrong.squeeze(-1).nonzero()[0])
         raise ArgumentError(

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import ArgumentError, ShapeError
+from ..errors import ArgumentError, DtypeError, ShapeError
 from ..samplers.base import check_count
 from .base import check_rows
 
@@ -24,6 +24,8 @@ class Measure:
         NaN in a row that has no counts, as its floor and error.
     floor : Tensor, float64, (R,)
         What as many shots of an ideal device would give on average: a finite sample is never at distance 0.
+    floor_range : Tensor, float64, (2, R)
+        Where 95 % of such shots' values lie: a `value` beyond it is not explained by shots alone.
     std_error : Tensor, float64, (R,)
         Standard deviation of `value` over repetitions of the shots, by the bootstrap: too large, by up to a half,
         where a row is at its floor.
@@ -31,6 +33,7 @@ class Measure:
 
     value: Tensor
     floor: Tensor
+    floor_range: Tensor
     std_error: Tensor
 
 
@@ -41,8 +44,8 @@ def total_variation(
 
     Parameters
     ----------
-    counts : Tensor, int64, (R, n)
-        Of each key; their sum S is the shots that count.
+    counts : Tensor, whole numbers, (R, n)
+        Of each key, as `RowCounts.counts`; their sum S is the shots that count.
     p : Tensor, (R, n)
     resamples : int
         Of the bootstraps behind `floor` (shots drawn from p) and `std_error` (from the counts).
@@ -52,7 +55,8 @@ def total_variation(
     Raises
     ------
     ArgumentError, ShapeError, DtypeError
-        If p is not rows of probabilities (see `check_rows`), or counts are not as many whole numbers >= 0.
+        If p is not rows of probabilities (see `check_rows`), or counts are not as many whole numbers >= 0, of which a
+        row sums to less than 2^53.
 
     >>> import torch
     >>> g = torch.Generator().manual_seed(0)
@@ -94,7 +98,7 @@ def state_fidelity(rho: Tensor, p: Tensor, *, shots: int | None = None) -> Measu
     Returns
     -------
     Measure
-        `floor` is 1, the fidelity without noise.
+        `floor` and its range are 1, the fidelity without noise.
 
     Raises
     ------
@@ -102,6 +106,9 @@ def state_fidelity(rho: Tensor, p: Tensor, *, shots: int | None = None) -> Measu
         As for `total_variation`; if rho does not fit p.
     """
     p = check_rows(p)
+    if not isinstance(rho, Tensor) or not (rho.is_complex() or rho.is_floating_point()):
+        given = rho.dtype if isinstance(rho, Tensor) else type(rho).__name__
+        raise DtypeError(f"rho is {given}; it must be a complex tensor.")
     rows, n = p.shape
     if rho.ndim != 3 or rho.shape[0] != rows or rho.shape[1] != rho.shape[2] or rho.shape[1] < n:
         raise ShapeError(
@@ -112,7 +119,7 @@ def state_fidelity(rho: Tensor, p: Tensor, *, shots: int | None = None) -> Measu
     psi = torch.nn.functional.pad(p.sqrt(), (0, rho.shape[-1] - n)).to(rho)
     value = torch.einsum("ri,rij,rj->r", psi, rho, psi).real.double()
     error = (value * (1 - value)).clamp_min(0).div(shots).sqrt() if shots else torch.zeros_like(value)
-    return Measure(value, torch.ones_like(value), error)
+    return Measure(value, torch.ones_like(value), torch.ones(2, rows, dtype=value.dtype), error)
 
 
 def _overlap(q: np.ndarray, p: np.ndarray) -> np.ndarray:
@@ -128,19 +135,27 @@ def _measure(
 ) -> Measure:
     p = check_rows(p)
     check_count("resamples", resamples)
+    if not isinstance(counts, Tensor):
+        raise DtypeError(
+            f"counts is a {type(counts).__name__}; it must be a tensor of whole numbers, as `RowCounts.counts`."
+        )
     if counts.shape != p.shape:
         raise ShapeError(
             f"counts has shape {tuple(counts.shape)}, p {tuple(p.shape)}; they must be the same."
         )
-    if counts.is_floating_point() or counts.is_complex() or bool((counts < 0).any()):
+    whole = not (counts.is_floating_point() or counts.is_complex())
+    counts = counts.cpu().long()
+    if not whole or bool((counts < 0).any()):
         raise ArgumentError("counts must be whole numbers >= 0.")
+    if bool((counts.double().sum(-1) >= 2**53).any()):
+        raise ArgumentError("counts sum to 2^53 or more in a row, which is more than can be resampled.")
     device = "cpu" if generator is None else generator.device
     seed = int(torch.randint(2**31 - 1, (), generator=generator, device=device))
     random = np.random.default_rng(seed)
-    exact, k = p.numpy(), counts.cpu().numpy()
+    exact, k = p.numpy(), counts.numpy()
     shots = k.sum(-1)
     some = (shots > 0) & (exact.sum(-1) > 0)
-    out = np.full((3, len(p)), np.nan)
+    out = np.full((5, len(p)), np.nan)
     if some.any():
         exact, k, shots = exact[some], k[some], shots[some]
         q = k / shots[:, None]
@@ -148,11 +163,12 @@ def _measure(
             random.multinomial(shots, x / x.sum(-1, keepdims=True), size=(resamples, len(x))) / shots[:, None]
             for x in (exact, q)
         )
-        spread = distance(again, exact)
+        floor, spread = distance(ideal, exact), distance(again, exact)
         out[:, some] = (
             distance(q, exact),
-            distance(ideal, exact).mean(0),
+            floor.mean(0),
+            *np.quantile(floor, (0.025, 0.975), axis=0),
             spread.std(0, ddof=min(1, resamples - 1)),
         )
-    value, floor, std_error = torch.from_numpy(out)
-    return Measure(value, floor, std_error)
+    result = torch.from_numpy(out)
+    return Measure(result[0], result[1], result[2:4], result[4])

@@ -51,14 +51,20 @@ class MpsLoader:
     def for_fidelity(cls, p: Tensor, fidelity: float, max_layers: int = 8) -> MpsLoader:
         """The loader with the fewest layers that load each row of p (R, n) with at least this ideal state fidelity.
 
+        Rows of all zeros are not run, and do not count.
+
         Raises
         ------
         ArgumentError
             If `max_layers` are not enough; says what they reach.
         """
-        if not 0 < fidelity <= 1:
+        if isinstance(fidelity, bool) or not isinstance(fidelity, int | float) or not 0 < fidelity <= 1:
             raise ArgumentError(f"fidelity={fidelity!r} is not allowed: it must be above 0 and at most 1.")
-        reached = cls(max_layers)._fit(check_rows(p))[1].amin(0)  # [layers]
+        most, p = cls(max_layers), check_rows(p)
+        p = p[p.sum(-1) > 0]
+        if not len(p):
+            return cls(1)
+        reached = most._fit(p)[1].amin(0)  # [layers]
         enough = (reached >= fidelity - 1e-12).nonzero()
         if not len(enough):
             raise ArgumentError(

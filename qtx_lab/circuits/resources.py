@@ -62,7 +62,7 @@ def draw(circuit: QuantumCircuit, **options: Any) -> Any:
     ----------
     circuit : QuantumCircuit
     **options
-        Of `QuantumCircuit.draw`: `fold`, `scale`, `idle_wires`, ...
+        Of `QuantumCircuit.draw`: `output`, `fold`, `scale`, `idle_wires`, ...
     """
     output = "mpl" if find_spec("pylatexenc") else "text"
-    return circuit.draw(output=output, **options)
+    return circuit.draw(**{"output": output, **options})

@@ -261,6 +261,11 @@ class MultilevelControlVariate:
             most = 1.0 if isinstance(controls, LevelDraws) else math.inf
             fit = regress(estimates, own, means.mean(0), most=most)
             output, corrected, beta = fit.output, fit.by_replicate, fit.coefficients.mean(1)
+            if not bool(beta.any()):
+                self.notes = (
+                    "No level explains noise beyond doubt: all coefficients are 0. If the samples of a row are independent, as "
+                    "shots are, independent=True tells more.",
+                )
         self.coefficients = {name: beta[:, c].reshape(heads) for c, name in enumerate(levels.names)}
         self.variance_before = self.variance_after = None
         if units > 1:

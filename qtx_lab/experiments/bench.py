@@ -202,13 +202,17 @@ def print_rows(case: str, rows: Sequence[dict[str, Any]], baselines: tuple[str, 
         + f"{'error':>10}{'MB moved':>10}{'of copy':>9}{'peak MB':>9}  check"
     )
     for row in rows:
-        low_high = f"({1e3 * row['low']:.1f}–{1e3 * row['high']:.1f})"
+        low_high = f"({1e3 * row['low']:.1f}–{1e3 * row['high']:.1f})" if row["low"] < row["high"] else "(once)"
         ratios = "".join(f"{'–' if row[key] is None else f'{row[key]:.2f}':>18}" for key in keys)
         peak = "–" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:.0f}"
         print(
             f"  {row['method']:<18}{1e3 * row['seconds']:>9.1f}{low_high:>18}{ratios}{row['error']:>10.2g}"
             f"{row['bytes'] / 1e6:>10.1f}{row['bandwidth']:>9.1%}{peak:>9}  {row['check']}"
         )
+    print(
+        "  ms: median (lowest–highest); × name: name's time over the method's, nothing where the check failed; error: of the\n"
+        "  output, relative; MB moved: inputs and outputs once; of copy: that a second, over what this machine copies."
+    )
 
 
 def copy_bandwidth() -> float:
@@ -252,9 +256,17 @@ def _circuits(quick: bool, copy: float) -> list[dict[str, Any]]:
     return bench_circuits(quick, copy)
 
 
+def _mitigation(quick: bool, copy: float) -> list[dict[str, Any]]:
+    """See `bench_mitigation`, which needs qiskit too."""
+    from .bench_mitigation import bench_mitigation
+
+    return bench_mitigation(quick, copy)
+
+
 BENCHES: dict[str, Callable[[bool, float], list[dict[str, Any]]]] = {
     "samplers": bench_samplers,
     "estimators": bench_estimators,
     "circuits": _circuits,
+    "mitigation": _mitigation,
 }
 """Benchmark by name."""

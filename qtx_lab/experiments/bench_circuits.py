@@ -30,6 +30,10 @@ def bench_circuits(quick: bool, copy: float) -> list[dict[str, Any]]:
 
     Errors are relative to the rows themselves, and allowed to be what shots and the twin's noise make of them: noise
     from a million shots a row of the backend's circuit, twice that for circuits that are laid out otherwise.
+
+    "a circuit a row" transpiles 64 circuits for the whole device and runs them shot by shot, each time; "bindings" is the
+    one circuit, transpiled before, its probabilities computed exactly and shots drawn from them; "bindings, Aer" is the
+    same circuit shot by shot, so that the gain of the engine can be told from that of the bindings.
     """
     simulator = AerSimulator.from_backend(fake_device(DEVICE))
     generator = torch.Generator().manual_seed(0)

@@ -61,6 +61,8 @@ class Measured:
     """Mean square of the exact output."""
     seconds: list[float]
     """Of each call, a layer and repetition."""
+    read: float
+    """Distinct values that the draws of a query position read, the heads of a group together, on average."""
 
 
 def bench_estimators(quick: bool, copy: float) -> list[dict[str, Any]]:
@@ -70,6 +72,8 @@ def bench_estimators(quick: bool, copy: float) -> list[dict[str, Any]]:
     - `error ratio`: root mean squared error over that of i.i.d. draws, likewise; `error ratio, diffuse heads` and
       `error ratio, other heads` apart (see `DIFFUSE`), `error ratio to systematic`;
     - `draws of i.i.d.`: how many times the draws i.i.d. sampling would need for the same error, 1 / (error ratio)^2;
+    - `values read`: distinct values that the draws of a query position read, the heads of a group together (what a
+      control reads comes on top);
     - `bias share`: the part of the squared error, over all heads, that is bias;
     - `seconds`, `ratio` of the time (above 1: faster than i.i.d.), `microseconds a row`.
 
@@ -169,6 +173,7 @@ def measure(
     squares: dict[str, list[Tensor]] = {}
     biases: dict[str, list[Tensor]] = {}
     seconds: dict[str, list[float]] = {}
+    read: dict[str, list[float]] = {}
     sizes = []
     calls = len(case.layers) * repetitions * len(methods(learned[0]))
     with tqdm(total=calls, desc=f"{case.name}, {draws} draws", leave=False) as bar:
@@ -181,9 +186,12 @@ def measure(
                     generator = torch.Generator().manual_seed(repetition)
                     start = time.perf_counter()
                     options = {**how, **case.options, "num_samples": draws, "generator": generator}
-                    output = sampled_attention(q, k, v, **options).output
+                    estimate = sampled_attention(q, k, v, **options)
                     seconds.setdefault(label, []).append(time.perf_counter() - start)
-                    error = output.double() - exact
+                    if repetition == 0:
+                        touched = estimate.keys_touched()[..., case.first :]
+                        read.setdefault(label, []).append(float(touched.double().mean()))
+                    error = estimate.output.double() - exact
                     sums = total.setdefault(label, [torch.zeros_like(error), torch.zeros_like(error)])
                     sums[0] += error
                     sums[1] += error.square()
@@ -202,6 +210,7 @@ def measure(
             torch.stack(biases[label]),
             torch.stack(sizes),
             seconds[label],
+            sum(read[label]) / len(read[label]),
         )
         for label, how in methods(learned[0])
     }
@@ -259,6 +268,7 @@ def table(case: Case, draws: int, found: dict[str, Measured]) -> list[dict[str, 
                 else None,
                 "error ratio to systematic": geometric(m.square / systematic.square) if passed else None,
                 "draws of i.i.d.": 1 / ratio**2 if passed else None,
+                "values read": m.read,
                 "bias share": float((m.bias.sum() / m.square.sum()).clamp(0, 1)) if passed else None,
                 "check": check,
             }
@@ -285,7 +295,7 @@ def print_rows(rows: Sequence[dict[str, Any]], diffuse: int, heads: int) -> None
     )
     print(
         f"  {'method':<24}{'error':>9}{'× i.i.d.':>10}{'diffuse':>9}{'others':>9}{'× systematic':>14}"
-        f"{'draws of i.i.d.':>17}{'bias':>7}{'µs a row':>10}{'speed':>7}  check"
+        f"{'draws of i.i.d.':>17}{'values read':>13}{'bias':>7}{'µs a row':>10}{'speed':>7}  check"
     )
     for row in rows:
         keys = ("error ratio", "error ratio, diffuse heads", "error ratio, other heads")
@@ -296,7 +306,7 @@ def print_rows(rows: Sequence[dict[str, Any]], diffuse: int, heads: int) -> None
         factor = "–" if needed is None or needed > 1e6 else f"{needed:.1f}"
         print(
             f"  {row['method']:<24}{shown(row['error'], '.2g'):>9}{ratios}"
-            f"{shown(row['error ratio to systematic'], '.3f'):>14}{factor:>17}"
+            f"{shown(row['error ratio to systematic'], '.3f'):>14}{factor:>17}{row['values read']:>13.1f}"
             f"{shown(row['bias share'], '.0%'):>7}{row['microseconds a row']:>10.1f}"
             f"{shown(row['ratio'], '.2f'):>7}  {row['check']}"
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from ..errors import DtypeError, unknown_name
+from ..errors import ArgumentError, DtypeError, unknown_name
 from .base import InversionSampler, Sampler
 from .exact import ExactSampler
 from .head_tail import HeadTailSampler
@@ -57,6 +57,10 @@ def make_sampler(sampler: str | Sampler) -> Sampler:
             )
         return sampler
     known = SAMPLERS | BASELINES
+    if sampler == "circuit":
+        raise ArgumentError(
+            "sampler='circuit' needs to know where circuits run: hand in CircuitSampler(backend)."
+        )
     if sampler not in known:
         raise unknown_name("sampler", sampler, known)
     return known[sampler]()

@@ -120,15 +120,15 @@ class InversionSampler(ABC):
         f = expected.frac()
         return f * (1 - f)
 
-    def variance_weights(self, p: Tensor, num_samples: int) -> Tensor:
-        """a_j of rows p (..., n), so that sum_j a_j (v_j - c)^2, for any c, is above the variance of one replicate.
+    def variance_weights(self, p: Tensor, num_samples: int) -> tuple[Tensor, Tensor]:
+        """a_j of rows p (..., n), and the weight w (..., 1) of a draw that varies.
 
-        c_j (p_j / m_j)^2 with m_j how often a key is drawn on average and c_j the variance of that count: above, if keys
-        lie in random order or neighbours in it are alike (see `count_variance`).
+        sum_j a_j (v_j - c)^2, for any c, is above the variance of one replicate, if keys lie in random order or neighbours
+        in it are alike: a_j = c_j w^2 with the variance c_j of a key's count (`count_variance`), 0 for one that is sure.
         """
         variance = self.count_variance(num_samples * p)
         assert variance is not None
-        return variance / num_samples**2
+        return variance / num_samples**2, torch.full_like(p[..., :1], 1 / num_samples)
 
     def place(self, logits: Tensor, points: Tensor) -> Draws:
         """Draws at given points (..., R, S) of rows (..., n)."""

@@ -45,10 +45,11 @@ class HeadTailSampler(SystematicSampler):
     def count_variance(self, expected: Tensor) -> None:
         """Not known: in value order it is less than a comb's, by as much as the values are alike."""
 
-    def variance_weights(self, p: Tensor, num_samples: int) -> Tensor:
+    def variance_weights(self, p: Tensor, num_samples: int) -> tuple[Tensor, Tensor]:
         counts = expected_counts(p, num_samples, None if self.head == "optimal" else int(self.head))
         left = counts.frac()
-        return left * (1 - left) * (p / counts.clamp_min(torch.finfo(p.dtype).tiny)).square()
+        weight = p / counts.clamp_min(torch.finfo(p.dtype).tiny)
+        return left * (1 - left) * weight.square(), (weight * (left > 0)).amax(-1, keepdim=True)
 
     def place(self, logits: Tensor, points: Tensor) -> Draws:
         replicates, s = points.shape[-2:]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import ArgumentError, DtypeError, ShapeError, StorageError, unknown_name
+from ..errors import ArgumentError, DtypeError, FallbackWarning, ShapeError, StorageError, unknown_name
 from ..estimates import AttentionEstimate, Draws
 from .base import InversionSampler, check_count
 from .learned_estimators import adaptive, debiased, importance
@@ -228,6 +229,7 @@ class LearnedImportanceSampler(nn.Module):
         rows = self._rows(q, k, v, attn_mask, is_causal, scale, enable_gqa)
         about = {
             "sampler": self.name,
+            "unbiased": estimator != "self-normalised",
             "estimator": estimator,
             "num_samples": num_samples,
             "replicates": replicates,
@@ -279,8 +281,11 @@ class LearnedImportanceSampler(nn.Module):
         check_count("base_num_samples", base_num_samples)
         _check_generator(generator)
         rows = self._rows(Q, K, V, attn_mask, is_causal, scale, enable_gqa)
+        if not bool(self.fitted):
+            warnings.warn(NOT_FITTED, FallbackWarning, stacklevel=3)  # where the module is called
         with torch.no_grad():
             output = adaptive(rows, base_num_samples, self.independent, generator)
+        output = rows.given_units(output, rows.unit)
         return output.view(*rows.row_shape, output.shape[-1]).to(V.dtype)
 
     def proposal(
@@ -448,6 +453,13 @@ class LearnedImportanceSampler(nn.Module):
                 generator=generator,
                 progress=progress,
                 cancelled=cancelled,
+            )
+        if steps and self.history.best_step == 0:
+            warnings.warn(
+                f"None of {self.history.steps[-1]} steps made the proposal better than the best low-rank map, which is kept: "
+                "these queries and keys have no more structure than that, or lr is too large.",
+                FallbackWarning,
+                stacklevel=2,
             )
         return self.history
 

@@ -51,15 +51,16 @@ def importance(
         else:
             z = log_normaliser
             z = rows.logits(heads, part).logsumexp(-1) if z is None else z[heads, part]
-            w = (log_w - z[..., None]).exp()
-            p[heads, part] = (exact - z[..., None]).exp().masked_fill(empty, 0)
+            log_p = (exact - z[..., None]).clamp_max(0)  # sums that are rounded otherwise can make it more
+            w = (log_p + log_w - exact).exp()
+            p[heads, part] = log_p.exp().masked_fill(empty, 0)
         w = (w / replicates).masked_fill(empty, 0)
         indices[heads, part], weights[heads, part], proposal[heads, part] = drawn, w, log_q.exp()
         output[heads, part] = Draws(drawn, w, None, replicates).average(rows.v[heads])
     flat = Draws(indices, weights, p, replicates)
 
     values = rows.v.clone()  # the error bars are made later, from the values as they are now
-    row_shape, causal, visible = rows.row_shape, rows.is_causal, rows.visible_keys()
+    row_shape, causal, visible, unit = rows.row_shape, rows.is_causal, rows.visible_keys(), rows.unit
     dtype = rows.args[2].dtype
     position = rows.positions(slice(0, rows.rows))
 
@@ -69,16 +70,16 @@ def importance(
             std_error = torch.empty_like(output)
             for block in cut:
                 std_error[block] = spread(flat, proposal, output, block).sqrt()
-        return std_error.view(*row_shape, width)
+        return ProposedRows.given_units(std_error, unit).view(*row_shape, width)
 
     def between() -> Tensor:
         with torch.no_grad():
             means = flat.average_by_replicate(values) * replicates  # [N, M, R, d]
-        return standard_error(means).view(*row_shape, width)
+        return ProposedRows.given_units(standard_error(means), unit).view(*row_shape, width)
 
     draws = flat.view(rows.row_shape)
     return AttentionEstimate(
-        output=output.view(*row_shape, width).to(rows.args[2].dtype),
+        output=ProposedRows.given_units(output, unit).view(*row_shape, width).to(rows.args[2].dtype),
         num_keys=rows.num_keys,
         group=rows.group,
         degrees_of_freedom=max(1.0, replicates - 1.0) if plain else math.inf,
@@ -194,7 +195,10 @@ def debiased(
         square.index_add_(0, pair // replicates, w.square().sum(-1))
         sums.index_add_(0, pair // replicates, w.sum(-1))
     effective = sums.square() / square.clamp_min(torch.finfo(square.dtype).tiny)
-    row_shape, width = rows.row_shape, rows.v.shape[-1]
+    row_shape, width, unit = rows.row_shape, rows.v.shape[-1], rows.unit
+
+    def between() -> Tensor:
+        return ProposedRows.given_units(standard_error(means), unit).view(*row_shape, width)
 
     def make_draws() -> Draws:
         most = num_samples << int(level.max()) if len(level) else num_samples
@@ -206,12 +210,12 @@ def debiased(
         return Draws(indices.view(shape), weights.view(shape), None, replicates)
 
     return AttentionEstimate(
-        output=means.mean(-2).view(*row_shape, width).to(rows.args[2].dtype),
+        output=ProposedRows.given_units(means.mean(-2), unit).view(*row_shape, width).to(rows.args[2].dtype),
         num_keys=rows.num_keys,
         group=rows.group,
         degrees_of_freedom=max(1.0, replicates - 1.0),
         make_draws=make_draws,
-        make_std_error=(lambda: standard_error(means).view(*row_shape, width)) if replicates > 1 else None,
+        make_std_error=between if replicates > 1 else None,
         diagnostics={
             **about,
             "draws_per_row": float(spent.double().mean()) if n * m else 0.0,

@@ -53,12 +53,29 @@ class Rows:
         self.rows = group * self.length  # M
         self.k = k.to(self.dtype).reshape(self.count, self.num_keys, k.shape[-1])
         self.v = v.to(self.dtype).reshape(self.count, self.num_keys, v.shape[-1])
+        self.unit: Tensor | None = None
+        """(N, 1, 1): what `v` is measured in where its squares would leave the range of float32; see `given_units`."""
+        size = self.v.abs().amax((1, 2), keepdim=True) if self.v.numel() else self.v.new_ones(())
+        if bool(((size > 0) & ((size < 2.0**-30) | (size > 2.0**30))).any()):
+            self.unit = torch.exp2(size.clamp_min(torch.finfo(self.dtype).tiny).log2().floor())
+            self.v = self.v / self.unit
         self.q = q.to(self.dtype).reshape(self.count, self.rows, q.shape[-1])
         self.group = group
         self.order: Tensor | None = None
         self.mask = None
-        if attn_mask is not None:  # broadcast dimensions are views of stride 0
-            self.mask = attn_mask.expand(*self.row_shape, self.num_keys)
+        if attn_mask is not None:
+            if attn_mask.is_floating_point() and attn_mask.dtype != self.dtype:
+                limits = torch.finfo(self.dtype)  # a finite number does not become -inf
+                clamped = attn_mask.clamp(limits.min, limits.max)
+                attn_mask = torch.where(attn_mask == -torch.inf, attn_mask, clamped).to(self.dtype)
+            self.mask = attn_mask.expand(
+                *self.row_shape, self.num_keys
+            )  # a view, of stride 0 where broadcast
+
+    @staticmethod
+    def given_units(x: Tensor, unit: Tensor | None) -> Tensor:
+        """What was computed from `v`, (N, M, d), in the units of the caller's values."""
+        return x if unit is None else x * unit
 
     def reorder(self, order: Tensor) -> None:
         """Lay the keys and values of each head out in an order (N, n); `logits` then are in this order too."""
@@ -167,8 +184,8 @@ def check_inputs(
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.requires_grad and torch.is_grad_enabled():
             raise ArgumentError(
-                f"{name} requires a gradient, which sampled_attention does not give: call it under "
-                "torch.no_grad(), or pass detached tensors."
+                f"{name} requires a gradient, which a sampler's own estimate does not have: use sampled_attention, "
+                "call it under torch.no_grad(), or pass detached tensors."
             )
         ends = [float(end) for end in x.detach().aminmax()] if x.numel() else [0.0]
         if not all(math.isfinite(end) for end in ends):
@@ -196,5 +213,7 @@ def _check_mask(mask: Tensor, shape: tuple[int, ...], q: Tensor, is_causal: bool
         mask.expand(shape)
     except RuntimeError:
         raise ShapeError(f"attn_mask has shape {tuple(mask.shape)}; it must broadcast to {shape}.") from None
-    if mask.is_floating_point() and not bool((mask < torch.inf).all()):
-        raise ArgumentError("attn_mask holds NaN or +inf; only finite numbers and -inf are allowed.")
+    if mask.is_floating_point() and not bool((mask < 1e38).all()):
+        raise ArgumentError(
+            "attn_mask holds NaN, +inf or a number above 1e38; only smaller ones and -inf are allowed."
+        )

@@ -12,7 +12,7 @@ POWER_STEPS = 4
 
 
 _KEPT: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""(version, order) of each tensor of values that `kept_value_order` has seen and that is still alive."""
+"""(what it looked like, order) of each tensor of values that `kept_value_order` has seen and that is still alive."""
 
 
 def kept_value_order(values: Tensor) -> Tensor:
@@ -22,10 +22,11 @@ def kept_value_order(values: Tensor) -> Tensor:
     """
     if values.is_inference():  # its changes are not counted
         return value_order(values)
-    version, order = _KEPT.get(values, (None, None))
-    if version != values._version:
+    seen = (values._version, values.data_ptr(), values.shape, values.stride())
+    known, order = _KEPT.get(values, (None, None))
+    if order is None or known != seen:
         order = value_order(values)
-        _KEPT[values] = (values._version, order)
+        _KEPT[values] = (seen, order)
     return order
 
 
@@ -49,6 +50,8 @@ def value_order(values: Tensor) -> Tensor:
     """
     *lead, n, d = values.shape
     x = values.reshape(-1, n, d).to(torch.promote_types(values.dtype, torch.float32))
+    if x.numel():  # so that squares are numbers
+        x = x / x.abs().amax((1, 2), keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
     size = 1 << (n - 1).bit_length()  # padded to a power of two; the padding goes to the end of each part
     order = torch.arange(size, device=x.device).expand(len(x), size)
     real = (order < n).to(x.dtype)

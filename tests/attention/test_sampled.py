@@ -245,7 +245,8 @@ BAD = [  # q, k, v, options, error, what the message must hold
     (Z(4, 8), Z(5, 8), Z(5, 8), {"attn_mask": Z(4, 5).long()}, qtx.DtypeError, "attn_mask is torch.int64"),
     (Z(4, 8), Z(5, 8), Z(5, 8), {"attn_mask": Z(4, 5) + torch.nan}, qtx.ArgumentError, "attn_mask holds"),
     (Z(4, 8), Z(5, 8), Z(5, 8), {"attn_mask": Z(4, 5), "is_causal": True}, qtx.ArgumentError, "exclude"),
-    (Z(4, 8).requires_grad_(), Z(5, 8), Z(5, 8), {}, qtx.ArgumentError, "gradient"),
+    (Z(4, 8), Z(5, 8), Z(5, 8), {"attn_mask": Z(4, 5).requires_grad_()}, qtx.ArgumentError, "gradient"),
+    (Z(4, 8).requires_grad_(), Z(5, 8), Z(5, 8), {"tolerance": 0.1}, qtx.ArgumentError, "replicates >= 2"),
     (Z(4, 8), Z(5, 8), Z(5, 8), {"generator": 3}, qtx.DtypeError, "generator"),
 ]  # fmt: skip
 
@@ -314,3 +315,52 @@ def test_the_order_of_values_is_kept_between_calls(monkeypatch, generator):
     v += 1
     qtx.sampled_attention(q, k, v, sampler="head-tail", num_samples=4)
     assert len(counted) == 2
+
+
+@pytest.mark.parametrize("name", ["monte-carlo", "systematic", "head-tail", "sobol", "learned"])
+@pytest.mark.parametrize("size", [2.0**-100, 2.0**-50, 2.0**66, 2.0**120])
+def test_values_of_any_size_give_the_same_relative_result(name, size):
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 30, 8, generator=g) for _ in range(3))
+    results = []
+    for unit in (1.0, size):
+        options = {"sampler": name, "num_samples": 8, "replicates": 3}
+        est = qtx.sampled_attention(q, k, unit * v, generator=torch.Generator().manual_seed(1), **options)
+        results.append((est.output / unit, est.std_error / unit))
+        assert torch.allclose(est.draws.average(unit * v) / unit, results[-1][0], rtol=1e-3, atol=1e-4)
+    for one, other in zip(*results, strict=True):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-5)
+    est = qtx.sampled_attention(q, k, size * v, sampler="systematic", tolerance=0.2)
+    exact = F.scaled_dot_product_attention(q, k, v)
+    assert ((est.output / size - exact).norm(dim=-1) <= 0.2 * exact.norm(dim=-1)).double().mean() > 0.95
+
+
+def test_values_swapped_under_a_tensor_get_an_order_of_their_own(generator):
+    v = torch.randn(4, 8, 3, generator=generator)
+    x = torch.randn(4, 8, 5, generator=generator)
+    qtx.sampled_attention(x, x, v, sampler="head-tail", num_samples=4)
+    v.data = torch.randn(2, 16, 3, generator=generator)
+    y = torch.randn(2, 16, 5, generator=generator)
+    est = qtx.sampled_attention(y, y, v, sampler="head-tail", num_samples=16)
+    assert torch.allclose(est.output, F.scaled_dot_product_attention(y, y, v), atol=1e-5)
+
+
+def test_draws_of_exact_do_not_see_a_mask_that_is_changed_later(generator):
+    x = torch.randn(1, 6, 4, generator=generator)
+    mask = torch.rand(6, 6, generator=generator) > 0.4
+    mask[:, 0] = True
+    est = qtx.sampled_attention(x, x, x, sampler="exact", attn_mask=mask)
+    mask[:] = True
+    assert torch.allclose(est.attention_weights() @ x, est.output, atol=1e-5)
+
+
+def test_a_mask_of_finite_numbers_hides_nothing(generator):
+    """-1e300 in float64 is no -inf: where all keys have it, the row still attends."""
+    x = torch.randn(1, 5, 4, generator=generator)
+    mask = torch.full((5, 5), -1e300, dtype=torch.float64)
+    exact = qtx.sampled_attention(x, x, x, sampler="exact", attn_mask=mask).output
+    assert torch.allclose(exact, x.mean(1, keepdim=True).expand_as(x), atol=1e-5)
+    drawn = qtx.sampled_attention(x, x, x, num_samples=5, attn_mask=mask)
+    assert torch.allclose(drawn.output, exact, atol=1e-5)
+    with pytest.raises(qtx.ArgumentError, match="attn_mask holds"):
+        qtx.sampled_attention(x, x, x, attn_mask=-mask)

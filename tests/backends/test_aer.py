@@ -1,5 +1,9 @@
 """Simulators: the distribution that Aer has, quickly; twins of devices, noise by numbers, a cache that cannot hurt."""
 
+import pickle
+import warnings
+from copy import deepcopy
+
 import numpy as np
 import pytest
 import torch
@@ -10,8 +14,11 @@ from qiskit_aer.noise import NoiseModel
 from scipy import stats
 
 import qtx_lab as qtx
+from qtx_lab.backends import aer
+from qtx_lab.backends import counts as counting
 from qtx_lab.backends.aer import AerEngine, _aer_model
 from qtx_lab.backends.base import Engine
+from qtx_lab.backends.counts import RowRequest, draw_outcomes
 from qtx_lab.backends.exact import compile_steps, density_matrices, outcome_probabilities
 from qtx_lab.backends.noise import best_region, device_noise, fake_device, reduced_target
 from qtx_lab.circuits.fidelity import state_fidelity, total_variation
@@ -287,6 +294,18 @@ def test_the_best_region_is_connected_and_works(device):
     assert sum(target["measure"][(q,)].error for q in alone) <= sum(readout)
 
 
+def test_a_long_simulation_is_announced(monkeypatch, generator):
+    """How long it takes to simulate shot by shot is told before, not where matrix products make it quick."""
+    monkeypatch.setattr(aer, "PATIENCE", 0.0)
+    slow = qtx.QiskitQuantumBackend("aer", noise=NOISE, method="aer")
+    with pytest.warns(qtx.FallbackWarning, match="3 qubits is simulated shot by shot"):
+        slow.sample_rows(rows(2, 8, generator), 10, generator=generator)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        wide = qtx.QiskitQuantumBackend("aer", loader="unary")
+        wide.sample_rows(rows(2, 40, generator), 10, generator=generator)
+
+
 def test_too_large_for_the_device():
     with pytest.raises(qtx.BackendUnavailable, match="40 connected qubits"):
         qtx.QiskitQuantumBackend("aer", "fake_manila", loader="unary").sample_rows(
@@ -308,6 +327,12 @@ def test_too_large_for_the_device():
         ({"shots": 0}, qtx.ArgumentError, "shots=0"),
         ({"optimization_level": 4}, qtx.ArgumentError, "optimization_level=4"),
         ({"loader": "treee"}, qtx.ArgumentError, "Did you mean 'tree'"),
+        ({"nois": 3}, qtx.ArgumentError, "option='nois' is unknown. Did you mean 'noise'"),
+        (
+            {"provider": "ibm", "backend_name": "ibm_fez", "noise": NOISE},
+            qtx.ArgumentError,
+            "Allowed: service",
+        ),
         ({"noise_scale": -1}, qtx.ArgumentError, "noise_scale=-1"),
         ({"noise": 0.1}, qtx.ArgumentError, "ParametricNoise"),
         ({"noise": NOISE, "backend_name": "fake_fez"}, qtx.ArgumentError, "noise of its own"),
@@ -326,6 +351,8 @@ def test_bad_calls_are_one_clear_error():
     p = torch.full((1, 2), 0.5)
     with pytest.raises(qtx.ArgumentError, match="shots=0"):
         backend.sample_rows(p, 0)
+    with pytest.raises(qtx.ArgumentError, match="at most 16777216 a row"):
+        backend.sample_rows(p, 2**31)
     with pytest.raises(qtx.ArgumentError, match="NaN"):
         backend.sample_rows(p * torch.nan)
     with pytest.raises(qtx.DtypeError, match="generator"):
@@ -345,6 +372,78 @@ def test_a_submission_gives_what_waiting_gives():
     )
     assert str(job.status()) == "done"
     assert job.tag != backend.submit_rows(p).tag
+
+
+def test_a_backend_with_a_submission_is_pickled_and_copied(generator):
+    backend = qtx.QiskitQuantumBackend("aer", "fake_fez")
+    p = rows(3, 5, generator)
+    backend.submit_rows(p).counts(60)
+    for other in (pickle.loads(pickle.dumps(backend)), deepcopy(backend)):
+        first, again = (
+            b.submit_rows(p, generator=torch.Generator().manual_seed(2)).counts(60) for b in (backend, other)
+        )
+        assert torch.equal(first.counts, again.counts)
+
+
+def test_many_shots_are_taken_in_parts(monkeypatch, generator):
+    """Never more outcomes than the limit at once, and the counts are those of all at once."""
+    p = rows(10, 12, generator)
+    sizes = []
+
+    def noting(p, shots, generator):
+        sizes.append(len(p) * shots)
+        return draw_outcomes(p, shots, generator)
+
+    monkeypatch.setattr(counting, "draw_outcomes", noting)
+    monkeypatch.setattr(aer, "draw_outcomes", noting)
+    for loader in ("dynamic", "unary"):
+        backend = qtx.QiskitQuantumBackend("aer", loader=loader)
+        backend.transpiled(12)
+        found = []
+        for limit in (10**6, 400):
+            monkeypatch.setattr(counting, "MOST_SHOTS_AT_ONCE", limit)
+            sizes.clear()
+            found.append(backend.sample_rows(p, 100, generator=torch.Generator().manual_seed(1)))
+            assert max(sizes) == min(limit, 1000)
+        assert torch.equal(found[0].classical.counts, found[1].classical.counts)
+        for result in found:
+            assert result.counts.sum(-1).eq(100).all()
+    request = RowRequest(p, qtx.make_loader("dynamic"), 100, 3)
+    outcomes = np.random.default_rng(0).integers(0, 16, (10, 120, 1), dtype=np.uint8)
+    in_parts = request.finish(outcomes)
+    monkeypatch.setattr(counting, "MOST_SHOTS_AT_ONCE", 10**6)
+    assert torch.equal(in_parts.counts, request.finish(outcomes).counts)
+    assert in_parts.counts[4, 7] == (outcomes[4, :100] == 7).sum()
+
+
+def test_a_loader_that_was_changed_does_not_get_the_circuit_of_before(monkeypatch, tmp_path):
+    """As where a notebook's cell with a class is changed and run again: same name, another circuit."""
+    monkeypatch.setenv("QTX_LAB_HOME", str(tmp_path))
+
+    def loader(turns):
+        class Mine(qtx.TreeLoader):
+            def circuit(self, size):
+                circuit = QuantumCircuit(1, 1)
+                circuit.ry(turns * ParameterVector("a", 1)[0], 0)
+                circuit.measure(0, 0)
+                return circuit
+
+        return Mine()
+
+    p = torch.tensor([[0.5, 0.5]])
+
+    def share(backend):
+        return backend.sample_rows(p, 2000, generator=torch.Generator().manual_seed(1)).counts[0, 1] / 2000
+
+    for turns, expected in ((1, 0.5), (2, 1.0)):
+        assert share(qtx.QiskitQuantumBackend("aer", "fake_fez", loader=loader(turns))) == pytest.approx(
+            expected, abs=0.06
+        )
+    backend = qtx.QiskitQuantumBackend("aer", "fake_fez", loader=loader(1))
+    for turns, expected in ((1, 0.5), (2, 1.0)):
+        backend.loader = loader(turns)
+        assert share(backend) == pytest.approx(expected, abs=0.06)
+    assert len(list((tmp_path / ".cache" / "circuits").iterdir())) == 2
 
 
 def test_one_transpile_for_all_rows_of_a_size(monkeypatch, tmp_path, generator):

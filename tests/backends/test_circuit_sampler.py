@@ -58,8 +58,10 @@ def test_bad_samplers_are_one_clear_error():
             qtx.CircuitSampler(*arguments)
     with pytest.raises(qtx.DtypeError, match="hybrid_mode"):
         qtx.CircuitSampler(backend, hybrid_mode="yes")
-    for limits in ({"max_qubits": 0}, {"min_fidelity": 1.5}, {"max_pending": -1}):
-        with pytest.raises(qtx.ArgumentError):
+    with pytest.raises(qtx.ArgumentError, match="hand in CircuitSampler"):
+        qtx.sampled_attention(*qkv(), sampler="circuit", num_samples=4)
+    for limits in ({"max_qubits": 0}, {"min_fidelity": 1.5}, {"min_fidelity": "a"}, {"max_pending": -1}):
+        with pytest.raises(qtx.ArgumentError, match=next(iter(limits))):
             qtx.HybridPolicy(**limits)
 
 
@@ -186,6 +188,11 @@ def test_a_predicted_fidelity_below_the_limit_falls_back():
     quantum, reasons = policy.decide(backend, p)
     assert quantum.tolist() == [True, False]
     assert "predicted fidelity" in reasons[0]
+    for n in (1, 2, 4, 8, 16):  # one sentence for all sizes
+        p = torch.cat((p, torch.nn.functional.pad(torch.full((1, n), 1 / n), (0, 32 - n))))
+    quantum, (reason,) = qtx.HybridPolicy(min_fidelity=0.999).decide(backend, p)
+    assert not quantum.any()
+    assert f"7 of 7 rows would be loaded with a predicted fidelity of {wide:.3f} to 0.99" in reason
     # One of many conditions is met, so that the dynamic loader does not pay for all.
     dynamic = predicted_fidelity(qtx.QiskitQuantumBackend("aer", "fake_fez"), 32)
     assert dynamic > wide

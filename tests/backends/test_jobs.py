@@ -11,12 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 
 import qtx_lab
+from qtx_lab.backends.counts import RowRequest
 from qtx_lab.backends.jobs import Job, JobStatus, Refused, Unreachable, find_jobs, record_job, submit_parts
 from qtx_lab.cli import main
-from qtx_lab.errors import BackendUnavailable, StorageError
+from qtx_lab.errors import BackendUnavailable, FallbackWarning, StorageError
 from qtx_lab.experiments.notebooks import run_notebook
 
 CLIENT = Path(__file__).with_name("ibm_client.py")
@@ -145,6 +147,92 @@ def test_jobs_of_runs_are_found_and_a_broken_record_costs_only_itself(recorded: 
     recorded.path.unlink()
     with pytest.raises(StorageError, match="cannot be read"):
         recorded.status()
+
+
+BROKEN = {
+    "recorded": [None, 5, "yesterday", "2026-01-01T00:00:00"],
+    "device": [None, 3],
+    "circuits": [None, "2"],
+    "shots": [None],
+    "region": [{}],
+    "parts": [None, {}, [], "abc", [3], [{}], [None]],
+    "tag": [None, "another"],
+}
+
+
+def test_no_foreign_or_partial_record_stops_a_listing(recorded: Job, tmp_path: Path) -> None:
+    """Whatever lies in the folder is skipped, with a line that names it and says why."""
+    record, folder = recorded.record, tmp_path / "jobs"
+    (part, *_) = record["parts"]
+    cases = [{**record, name: value} for name, values in BROKEN.items() for value in values]
+    cases += [
+        {key: value for key, value in record.items() if key != name} for name in record if name in BROKEN
+    ]
+    wrong = {"state": "asleep", "id": 3, "reason": {}, "start": None, "tag": 1}
+    cases += [
+        {**record, "parts": [{**part, name: value}]} for name, value in wrong.items() if name != "region"
+    ]
+    cases += [{**record, "parts": [{key: part[key] for key in part if key != name}]} for name in part]
+    cases += [{**record, "loader": "tree"}, [], 3, None]
+    contents = [json.dumps(case) for case in cases] + ["{", "", "[" * 100_000, "1" * 10_000, "\0"]
+    for i, content in enumerate(contents):
+        path = folder / f"qtx-broken-{i}.json"
+        if content.startswith("{") and content != "{" and json.loads(content).get("tag") == record["tag"]:
+            content = json.dumps({**json.loads(content), "tag": path.stem})
+        path.write_text(content)
+    (folder / "qtx-folder.json").mkdir()
+    with pytest.warns(UserWarning, match="The job's record") as caught:
+        assert [job.tag for job in find_jobs(tmp_path)] == [recorded.tag]
+    assert len(caught) == len(contents) + 1
+    listed = CliRunner().invoke(main, ["jobs", "--home", str(tmp_path)])
+    assert listed.exit_code == 0
+    assert [line.split()[0] for line in listed.stdout.splitlines()] == ["tag", recorded.tag]
+    assert listed.stderr.count("skipped: The job's record") == len(contents) + 1
+    assert "has the state 'asleep'; allowed are recorded" in listed.stderr
+
+
+def test_junk_outcomes_are_fetched_anew(recorded: Job, machine: Machine) -> None:
+    submit_parts(recorded, machine.accept)
+    machine.states |= dict.fromkeys(machine.jobs, "done")
+    good = recorded.outcomes()
+    kept = recorded.path.with_suffix(".outcomes.npz")
+    whole = kept.read_bytes()
+    other = kept.with_name("other.npz")
+    np.savez_compressed(other, outcomes=good[:1])
+    for junk in (b"", b"junk", b"PK\x03\x04", whole[:60], other.read_bytes(), b"\x93NUMPY\x01\x00"):
+        kept.write_bytes(junk)
+        with pytest.warns(FallbackWarning, match="fetched anew"):
+            assert np.array_equal(recorded.outcomes(), good)
+        assert np.array_equal(recorded.outcomes(), good)  # and kept again
+    kept.write_bytes(b"junk")
+    machine.states |= dict.fromkeys(machine.jobs, "gone")
+
+    def gone(id: str) -> np.ndarray:
+        raise Unreachable("deleted.")
+
+    machine.outcomes = gone  # type: ignore[method-assign]
+    with pytest.warns(FallbackWarning), pytest.raises(StorageError, match=r"damaged.*cannot be fetched anew"):
+        recorded.outcomes()
+
+
+def test_rows_that_cannot_be_read_are_one_clear_error(tmp_path: Path) -> None:
+    request = RowRequest(torch.full((2, 4), 0.25, dtype=torch.float64), qtx_lab.make_loader("tree"), 5, 0)
+    parts = [{"start": 0, "stop": 2, "shots": 5}]
+    facts = {"provider": "none", "device": "none", "circuits": 2, "shots": 5}
+    path = record_job(tmp_path / "jobs", request, parts, **facts)
+    assert torch.equal(Job(path, Machine).request().p, request.p)
+    rows = path.with_suffix(".rows.npz")
+    rows.write_bytes(b"junk")
+    with pytest.raises(StorageError, match="damaged"):
+        Job(path, Machine).request()
+    rows.unlink()
+    fetched = CliRunner().invoke(main, ["jobs", "--home", str(tmp_path), "--fetch", path.stem])
+    assert fetched.exit_code == 2
+    assert fetched.stderr.startswith("error: Cannot read")
+    for option in ("--fetch", "--cancel"):
+        empty = CliRunner().invoke(main, ["jobs", "--home", str(tmp_path), option, ""])
+        assert empty.exit_code == 2
+        assert "empty TAG" in empty.stderr
 
 
 # --- Killed processes ----------------------------------------------------------------------------

@@ -136,6 +136,10 @@ def test_mps_reaches_a_target_on_smooth_rows():
     )
     with pytest.raises(qtx.ArgumentError, match="max_layers=1 reach"):
         MpsLoader.for_fidelity(rows(64, torch.Generator().manual_seed(0)), 0.9999, max_layers=1)
+    assert MpsLoader.for_fidelity(torch.zeros(0, 8), 0.99).layers == 1
+    assert MpsLoader.for_fidelity(torch.cat((p, torch.zeros(1, 100))), 0.99).layers == loader.layers
+    with pytest.raises(qtx.ArgumentError, match="fidelity='a'"):
+        MpsLoader.for_fidelity(p, "a")
 
 
 def test_more_layers_are_never_worse(generator):
@@ -232,6 +236,13 @@ def test_half_precision_rows_and_masked_rows_are_rows():
     p = torch.rand(5, 40).softmax(-1).half()
     assert torch.allclose(check_rows(p).sum(-1), torch.ones(5, dtype=torch.float64))
     assert check_rows(torch.zeros(2, 3)).eq(0).all()
+    brain = (4 * torch.randn(500, 40, generator=torch.Generator().manual_seed(0))).bfloat16().softmax(-1)
+    assert (brain.double().sum(-1) - 1).abs().max() > 1e-3
+    assert torch.allclose(check_rows(brain).sum(-1), torch.ones(500, dtype=torch.float64))
+    with pytest.raises(qtx.ArgumentError, match="sums to"):
+        check_rows(brain * 0.98)
+    with pytest.raises(qtx.ArgumentError, match="sums to"):
+        check_rows(brain.double() * 0.998)
 
 
 def test_unknown_loaders_and_sizes():
@@ -250,4 +261,5 @@ def test_unknown_loaders_and_sizes():
 
 def test_circuits_are_drawn():
     assert str(draw(TreeLoader().circuit(2)))
+    assert "Ry" in str(draw(TreeLoader().circuit(2), output="text"))
     assert num_bits(1) == 1

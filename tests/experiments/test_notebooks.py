@@ -155,3 +155,18 @@ def test_the_quickstart_declares_the_experiment_with_its_defaults() -> None:
     exec(next(cell.source for cell in cells if "parameters" in cell.metadata.get("tags", [])), declared)
     del declared["__builtins__"]
     assert declared == {**ExperimentSpec().to_parameters(), "run_dir": None}
+
+
+REDUCED = {
+    "02_circuits": {"most_qubits": 3, "shot_counts": [256, 1024]},
+    "04_mitigation": {"qubits": 3, "shot_counts": [1000, 16_000], "devices": ["fake_fez"], "repeats": 2},
+}
+"""Parameters under which the other shipped notebooks check what they claim in seconds; `make demo` runs the quickstart."""
+
+
+@pytest.mark.parametrize("name", sorted(REDUCED))
+def test_shipped_notebooks_run(name: str, tmp_path: Path) -> None:
+    run = run_notebook(name, REDUCED[name], home=tmp_path, progress=False)
+    assert run.status == "done"
+    assert run.figures
+    assert (run.path / "report.html").exists() or run.manifest["results"]

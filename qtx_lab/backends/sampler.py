@@ -121,10 +121,9 @@ class CircuitSampler:
             result = self.measure(p, total, generator=generator)
             keys, weights = _deal(result.counts, total, replicates, generator)
         else:  # replicates are mitigated one by one, so that their spread is that of mitigated rows
-            result = self.measure(p.repeat_interleave(replicates, 0), num_samples, generator=generator)
-            counts = (
-                result.counts if result.estimate is None else _round(result.estimate, num_samples, generator)
-            )
+            counts = torch.stack(
+                [self._mitigated_counts(p, num_samples, generator) for _ in range(replicates)], dim=1
+            ).flatten(0, 1)
             keys, weights = (x.reshape(len(p), total) for x in _deal(counts, num_samples, 1, generator))
             filled = (weights.view(len(p), replicates, -1).sum(-1) > 0).sum(-1, keepdim=True)
             weights = weights / filled.clamp_min(1)
@@ -136,6 +135,11 @@ class CircuitSampler:
             replicates,
         )
 
+    def _mitigated_counts(self, p: Tensor, shots: int, generator: torch.Generator | None) -> Tensor:
+        """Counts (R, n) of rows p that were measured and mitigated together."""
+        result = self.measure(p, shots, generator=generator)
+        return result.counts if result.estimate is None else _round(result.estimate, shots, generator)
+
     def measure(self, p: Tensor, shots: int, *, generator: torch.Generator | None = None) -> RowCounts:
         """Counts of `shots` draws of rows p (R, n), by the backend or, where the policy says so, classically."""
         if self.policy is None:
@@ -146,7 +150,8 @@ class CircuitSampler:
             kept, reasons = self.policy.decide(self.backend, p)
             result, kept, reasons = self._hybrid(p, shots, kept, reasons, generator)
         reasons += tuple(result.diagnostics.get("fallbacks", ()))
-        empty = int(((p.sum(-1) > 0) & (result.counts.sum(-1) == 0)).sum())
+        found = result.counts if result.estimate is None else result.estimate
+        empty = int(((p.sum(-1) > 0) & (found.sum(-1) == 0)).sum())
         if empty:
             reasons += (
                 f"All {shots} shots of {empty} of {len(p)} rows were discarded: their weights are 0.",

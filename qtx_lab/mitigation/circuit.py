@@ -115,7 +115,12 @@ class CircuitMitigation:
         for level in self.levels:
             scaling = self.scaling if self.zne and level != 1 else None
             loader = make_loader(self.loader) if self.loader else None
-            key = (type(loader), str(sorted(vars(loader).items())) if loader else "", level, scaling)
+            how = (
+                (type(loader), str(sorted(getattr(loader, "__dict__", {}).items())))
+                if loader
+                else backend.loader
+            )
+            key = (how, backend.engine, backend.optimization_level, level, scaling)
             if key not in kept:
                 other = backend.with_loader(loader) if loader else backend
                 if scaling is not None:
@@ -249,8 +254,14 @@ class CircuitMitigation:
         kept, _ = keep_keys(value * signs, keys, p > 0)
         variance, _ = keep_keys(variance, keys, p > 0)
         mass = kept.sum(-1, keepdim=True)
-        kept = kept / mass.where(mass > 0, torch.ones_like(mass))
-        return Mitigated(project_to_simplex(kept, p > 0), variance.sqrt() / mass.clamp_min(1e-300), fallbacks)
+        told = mass > 0
+        if not bool(told.all()):
+            fallbacks += (
+                f"Of {int((~told).sum())} of {len(p)} rows nothing was left on their keys: their weights are 0.",
+            )
+        mass = mass.where(told, torch.ones_like(mass))
+        found = project_to_simplex(kept / mass, p > 0)
+        return Mitigated(found.where(told, 0), (variance.sqrt() / mass).where(told, torch.nan), fallbacks)
 
 
 @dataclass(frozen=True, eq=False)
@@ -261,7 +272,8 @@ class Mitigated:
     ----------
     p : Tensor, float64, (R, n)
     std_error : Tensor, float64, (R, n)
-        Before the projection, which can only bring a row closer to every distribution.
+        Before the projection, which can only bring a row closer to every distribution. NaN in a row of which all shots
+        were lost, whose p is 0.
     fallbacks : tuple of str
     """
 
@@ -353,7 +365,7 @@ def register_signs(backend: QiskitQuantumBackend, n: int) -> Tensor:
 
 def modelled_readout(backend: QiskitQuantumBackend, n: int) -> Tensor:
     """As `readout_errors`, by the calibration that the device reports."""
-    from .readout import _measured
+    from .readout import _measured, checked
 
     circuit = backend.transpiled(n)
     engine = backend.engine
@@ -363,7 +375,7 @@ def modelled_readout(backend: QiskitQuantumBackend, n: int) -> Tensor:
     else:
         circuit, noise = _reduced(circuit, device().target)
     matrices = [noise.readout.get(qubit, np.eye(2)) for qubit in _measured(circuit)]
-    return torch.from_numpy(np.stack(matrices)).double()
+    return checked(torch.from_numpy(np.stack(matrices)).double(), engine.name)
 
 
 def _reduced(circuit: QuantumCircuit, target: Any) -> tuple[QuantumCircuit, Noise]:

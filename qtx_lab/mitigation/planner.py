@@ -185,9 +185,10 @@ class MitigationPlanner:
         p = p[p.sum(-1) > 0]
         if not len(p):
             raise ArgumentError("p has no row with mass: there is nothing to plan.")
-        rows = p[torch.linspace(0, len(p) - 1, min(len(p), REHEARSED_ROWS)).round().long()]
         device = "cpu" if generator is None else generator.device
         rng = np.random.default_rng(int(torch.randint(2**31 - 1, (), generator=generator, device=device)))
+        some = rng.choice(len(p), min(len(p), REHEARSED_ROWS), replace=False)  # rows may repeat with a period
+        rows = p[torch.from_numpy(np.sort(some))]
         options = default_options(backend, p.shape[-1]) if self.options is None else self.options
         raw = CircuitMitigation()
         stage = Rehearsal(self.model or backend, rows)
@@ -299,9 +300,9 @@ class Rehearsal:
             each = option.allocate(shots)
             option.check(self.backend, self.p.shape[-1])
             outcomes, errors = self._expected(option)
-        except (ArgumentError, BackendUnavailable) as error:
+            limit = option.combine(self.backend, self.p, [ENDLESS * x for x in outcomes], errors).p
+        except (ArgumentError, BackendUnavailable, torch.linalg.LinAlgError) as error:
             return Prediction(option, inf, inf, inf, trouble=str(error))
-        limit = option.combine(self.backend, self.p, [ENDLESS * x for x in outcomes], errors).p
         misses, noises = [], []
         for _ in range(repeats):
             drawn = [
@@ -333,6 +334,11 @@ def total_variation(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _reason(best: Prediction, raw: Prediction, count: int) -> str:
+    if raw.trouble and best is not raw:
+        return (
+            f"{best.option.name!r} is expected to miss by {best.error:.4f}; what the counts themselves would miss by could "
+            f"not be rehearsed. {raw.trouble}"
+        )
     if raw.trouble:
         return f"Nothing was mitigated: no option could be rehearsed. {raw.trouble}"
     if best is raw:

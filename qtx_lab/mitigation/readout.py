@@ -61,9 +61,14 @@ def readout_errors(backend: QiskitQuantumBackend, n: int, *, seed: int = 0) -> T
     if errors is None:
         errors = _measure(backend, circuit, seed)
         _keep(path, errors)
+    return checked(errors, backend.engine.name)
+
+
+def checked(errors: Tensor, name: str) -> Tensor:
+    """The errors (bits, 2, 2), if they can be undone; else BackendUnavailable."""
     if bool((errors[:, 0, 0] + errors[:, 1, 1] < 1.02).any()):
         raise BackendUnavailable(
-            f"A bit of {backend.engine.name} reads nearly the same whatever its qubit is: its readout cannot be undone."
+            f"A bit of {name} reads nearly the same whatever its qubit is: its readout cannot be undone."
         )
     return errors
 
@@ -93,9 +98,10 @@ def _measured(circuit: QuantumCircuit) -> list[int]:
 
 
 def _read(path: Path, bits: int) -> Tensor | None:
-    with suppress(OSError, ValueError):  # missing or broken: measured again
+    with suppress(OSError, ValueError, TypeError):  # missing or broken: measured again
         errors = torch.tensor(json.loads(path.read_text()), dtype=torch.float64)
-        if errors.shape == (bits, 2, 2) and bool((errors.sum(-1) - 1).abs().max() < 1e-9):
+        sums = bool((errors.sum(-1) - 1).abs().max() < 1e-9) if errors.shape == (bits, 2, 2) else False
+        if sums and float(errors.min()) >= 0 and float(errors.max()) <= 1:
             return errors
     return None
 

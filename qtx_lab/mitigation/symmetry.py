@@ -40,13 +40,15 @@ def project_to_simplex(x: Tensor, support: Tensor | None = None) -> Tensor:
         raise ShapeError(f"support has shape {tuple(support.shape)}, x {tuple(x.shape)}: the same is needed.")
     if not bool(x.isfinite().all()):
         raise ArgumentError("x holds NaN or infinity; quasi-probabilities are finite.")
-    inside = x.masked_fill(~support, -torch.inf)
+    # A shift changes nothing, and keeps the sums below exact.
+    top = x.double().masked_fill(~support, -torch.inf).amax(-1, keepdim=True)
+    inside = (x - top.where(top.isfinite(), 0)).masked_fill(~support, -torch.inf)
     ordered = inside.sort(-1, descending=True).values
     rank = torch.arange(1, x.shape[-1] + 1, device=x.device)
     surplus = ordered.masked_fill(ordered.isneginf(), 0).cumsum(-1) - 1
     kept = (ordered > surplus / rank).sum(-1, keepdim=True).clamp_min(1)
     threshold = surplus.gather(-1, kept - 1) / kept
-    return (inside - threshold).clamp_min(0)
+    return (inside - threshold).clamp_min(0).to(x.dtype)
 
 
 def keep_keys(x: Tensor, keys: Tensor, support: Tensor) -> tuple[Tensor, Tensor]:

@@ -127,9 +127,12 @@ class ZeroNoiseExtrapolation:
             others = [np.delete(x, i) for i in range(len(x))]
             w = np.array([np.prod(o / (o - x_l)) for o, x_l in zip(others, x, strict=True)])
         else:
-            scale = max(levels)
-            vandermonde = np.vander(np.array(levels) / scale, degree + 1, increasing=True)
-            w = np.linalg.pinv(vandermonde)[0]
+            # Least squares in orthogonal polynomials on [-1, 1], evaluated where level 0 lies: digits stay where levels
+            # are close.
+            middle, half = (max(levels) + min(levels)) / 2, (max(levels) - min(levels)) / 2
+            fit = np.polynomial.legendre.legvander((np.array(levels) - middle) / half, degree)
+            zero = np.polynomial.legendre.legvander(np.array([-middle / half]), degree)
+            w = (zero @ np.linalg.pinv(fit))[0]
         return torch.from_numpy(w)
 
     @property
@@ -218,6 +221,12 @@ class ZeroNoiseExtrapolation:
     ) -> tuple[Tensor, Tensor, tuple[str, ...]]:
         """Values at 0, what they change by with each y, and which could not be fitted."""
         asymptote = torch.as_tensor(self.asymptote, dtype=y.dtype, device=y.device)
+        try:
+            asymptote = asymptote.expand(y.shape[1:])
+        except RuntimeError:
+            raise ShapeError(
+                f"asymptote has shape {tuple(asymptote.shape)}; it must broadcast to the values', {tuple(y.shape[1:])}."
+            ) from None
         above = y - asymptote
         fits = (above > 0).all(0) | (above < 0).all(0)
         decay = (w * above.abs().where(fits, torch.ones_like(above)).log()).sum(0).exp() * above[0].sign()

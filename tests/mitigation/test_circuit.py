@@ -311,3 +311,27 @@ def test_a_level_of_0_is_for_simulators(generator):
     with pytest.warns(qtx.FallbackWarning, match="the answer itself"):
         got = option.sample_rows(twin(), p, 100_000, generator=generator)
     assert total_variation(got.probabilities(), p).max() < 0.01
+
+
+def test_a_row_that_lost_all_its_shots_weighs_nothing():
+    noise = qtx.ParametricNoise(readout=0.45)
+    backend = qtx.QiskitQuantumBackend("aer", noise=noise, loader="unary")
+    p = torch.full((40, 3), 1 / 3)
+    result = qtx.CircuitMitigation().sample_rows(backend, p, 1, generator=torch.Generator().manual_seed(0))
+    lost = result.counts.sum(-1) == 0
+    assert bool(lost.any())
+    assert result.estimate[lost].eq(0).all()
+    assert result.std_error[lost].isnan().all()
+    assert torch.allclose(result.estimate[~lost].sum(-1), torch.ones((), dtype=torch.float64))
+
+
+def test_another_engine_is_measured_anew():
+    """Levels above 1 are kept for a backend: not beyond its engine."""
+    mitigation = qtx.CircuitMitigation(qtx.ZeroNoiseExtrapolation([1, 3], "linear"))
+    strong, weak = (
+        qtx.QiskitQuantumBackend("aer", noise=qtx.ParametricNoise(two_qubit=x), loader="tree")
+        for x in (0.1, 0.002)
+    )
+    before = mitigation.variants(weak)
+    weak.engine = strong.engine
+    assert [v.engine for v in mitigation.variants(weak)][1] is not before[1].engine

@@ -185,15 +185,15 @@ def test_a_device_is_planned_on_by_its_calibration(generator):
     backend = qtx.QiskitQuantumBackend("aer", loader="tree")
     backend.engine = Device()
     assert not any(option.loader == "dynamic" for option in default_options(backend, 8)), "unknown cost"
-    p = bench_mitigation.synthetic_rows(2)[:6]
+    p = bench_mitigation.synthetic_rows(2)[:24]
     assert backend.transpiled(4).num_qubits == 156
     options = [
         qtx.CircuitMitigation(qtx.SharedDecay([1, 5]), readout=True),
         qtx.CircuitMitigation(readout=True),
     ]
-    got = qtx.MitigationPlanner(options).sample_rows(backend, p, 50_000, generator=generator)
+    got = qtx.MitigationPlanner(options).sample_rows(backend, p, 200_000, generator=generator)
     assert got.diagnostics["mitigation"] != "raw"
-    raw = backend.sample_rows(p, 50_000, generator=generator)
+    raw = backend.sample_rows(p, 200_000, generator=generator)
     assert got.diagnostics["error"] < total_variation(raw.probabilities(), p).mean()
     assert got.diagnostics["error"] == pytest.approx(got.diagnostics["expected_error"], rel=0.5)
     with pytest.raises(qtx.ArgumentError, match="model"):

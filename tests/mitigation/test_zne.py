@@ -186,3 +186,30 @@ def test_bad_values_are_one_clear_error():
         zne.allocate(1)
     with pytest.raises(qtx.ArgumentError, match="spread"):
         zne.allocate(10, [1.0])
+
+
+def test_weights_of_close_levels_still_sum_to_one():
+    zne = qtx.ZeroNoiseExtrapolation([1 + 1e-3 * i for i in range(6)], "polynomial", degree=2)
+    x = torch.tensor(zne.noise_levels, dtype=torch.float64)
+    for power, at_zero in ((0, 1.0), (1, 0.0), (2, 0.0)):
+        assert float((zne.weights * x**power).sum()) == pytest.approx(at_zero, abs=1e-5)
+
+
+def test_an_asymptote_that_does_not_fit_is_refused():
+    zne = qtx.ZeroNoiseExtrapolation([1, 2, 3], "exponential", asymptote=torch.zeros(3, 1))
+    with pytest.raises(qtx.ShapeError, match="asymptote has shape"):
+        zne.extrapolate([torch.ones(4)] * 3)
+
+
+@pytest.mark.parametrize("levels", [[3, 1], [5, 3, 1], [1, 0.5]])
+def test_a_shared_decay_does_not_care_for_the_order_of_its_levels(levels):
+    p = torch.rand(12, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    p = p / p.sum(-1, keepdim=True)
+    values = [0.25 + (p - 0.25) * 0.9**x for x in levels]
+    assert torch.allclose(qtx.SharedDecay(levels).extrapolate(values).output, p, atol=1e-9)
+
+
+@pytest.mark.parametrize("row", [[1e8, 0.0, 3.0], [-1e9, -2e9, -3e9], [3000.0, 0.0, 0.0]])
+def test_projections_of_large_numbers_are_distributions(row):
+    found = qtx.project_to_simplex(torch.tensor([row]))
+    assert found.tolist() == [[1.0, 0.0, 0.0]]

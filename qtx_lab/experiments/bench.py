@@ -202,7 +202,9 @@ def print_rows(case: str, rows: Sequence[dict[str, Any]], baselines: tuple[str, 
         + f"{'error':>10}{'MB moved':>10}{'of copy':>9}{'peak MB':>9}  check"
     )
     for row in rows:
-        low_high = f"({1e3 * row['low']:.1f}–{1e3 * row['high']:.1f})" if row["low"] < row["high"] else "(once)"
+        low_high = (
+            f"({1e3 * row['low']:.1f}–{1e3 * row['high']:.1f})" if row["low"] < row["high"] else "(once)"
+        )
         ratios = "".join(f"{'–' if row[key] is None else f'{row[key]:.2f}':>18}" for key in keys)
         peak = "–" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:.0f}"
         print(

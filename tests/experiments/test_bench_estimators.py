@@ -22,7 +22,9 @@ def case():
 
 def measured(label, square, unbiased=True):
     square = torch.tensor(square, dtype=torch.float64)
-    return bench_estimators.Measured(label, unbiased, square, 0 * square, torch.ones_like(square), [1.0, 3.0], 8.0)
+    return bench_estimators.Measured(
+        label, unbiased, square, 0 * square, torch.ones_like(square), [1.0, 3.0], 8.0
+    )
 
 
 def test_everything_is_compared(case, monkeypatch, capsys):

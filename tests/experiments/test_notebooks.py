@@ -133,8 +133,9 @@ def test_ctrl_c_interrupts(tmp_path) -> None:
         end = time.monotonic() + 60
         while not (tmp_path / "ready").exists() and process.poll() is None and time.monotonic() < end:
             time.sleep(0.05)
+        time.sleep(1)  # the cell has begun; its runner waits for it
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=30)
+        _, errors = process.communicate(timeout=90)
     assert process.returncode == 130
     assert "Traceback" not in errors
     table = runs(tmp_path / "home")

@@ -1,4 +1,4 @@
-"""Where runs are kept, files that are written whole or not at all, and tables as parquet through DuckDB."""
+"""Where runs are kept, files that are written whole or not at all, tensors, and tables as parquet."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from .errors import ArgumentError, StorageError
 if TYPE_CHECKING:
     import duckdb
     import pandas as pd
+    from torch import Tensor
 
 Scalar = str | int | float | bool | None
 
@@ -94,6 +95,41 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value if value is None or isinstance(value, str | int | float) else str(value)
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
+    """Write tensors, and texts about them, as safetensors, whole or not at all.
+
+    Raises
+    ------
+    StorageError
+        If the file cannot be written.
+    """
+    from safetensors.torch import save
+
+    content = save({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, dict(about))
+    try:
+        write_atomic(Path(path), content)
+    except StorageError as error:
+        raise StorageError(f"path={str(path)!r} cannot be written: {error}") from error
+
+
+def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a file that `write_tensors` wrote, on the CPU, and the texts.
+
+    Raises
+    ------
+    ValueError
+        With the cause, if it cannot be read or is no such file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = file.keys()
+            return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
+    except (OSError, SafetensorError) as error:
+        raise ValueError(str(error)) from error
 
 
 def database() -> duckdb.DuckDBPyConnection:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..controls import Control, MultilevelControlVariate, make_control, regress
 from ..controls.base import control_ratios
 from ..estimates import Draws
-from ..samplers.rows import Rows
+from ..samplers.rows import Rows, in_units
 
 ControlVariate = str | Control | Sequence[str | Control] | MultilevelControlVariate
 
@@ -161,13 +161,7 @@ def correct(
     before = after = None
     if r > 1 and estimates.numel():
         before, after = (
-            Rows.given_units(x.var(2).sqrt(), rows.unit)
-            .square()
-            .sum(-1)
-            .view(count, length)
-            .mean(1)
-            .view(lead)
-            / r
+            in_units(x.var(2).sqrt(), rows.unit).square().sum(-1).view(count, length).mean(1).view(lead) / r
             for x in (estimates, corrected)
         )
     diagnostics = {

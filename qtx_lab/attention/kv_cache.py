@@ -12,13 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import ArgumentError, DtypeError, ShapeError, StorageError, unknown_name
+from ..errors import ArgumentError, DtypeError, ShapeError, unknown_name
 from ..estimates import AttentionEstimate, Draws, rounding_variance
 from ..samplers import SystematicSampler
-from ..samplers.base import Uniform, check_count, invert, row_masses
+from ..samplers.base import Uniform, check_count, check_generator, invert, row_masses
 from ..samplers.learned_proposal import best_low_rank, log_inclusion
 from ..samplers.rows import blocks
 from ..samplers.value_order import value_order
+from ..storage import read_tensors, write_tensors
 
 PROPOSALS = ("exact", "low-rank", "int4")
 REBUILD = 1.5
@@ -292,6 +293,7 @@ class SampledKVCache:
         """
         check_count("num_samples", num_samples)
         check_count("replicates", replicates)
+        check_generator(generator)
         rows, group = self._rows(q)
         scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
         with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
@@ -413,9 +415,6 @@ class SampledKVCache:
         StorageError
             If the file cannot be written.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-
         self._sum_up()
         n = self.length
         tensors = {"k": self._k[:, :n], "v": self._v[:, :n], "order": self._order[:, :n]}
@@ -424,11 +423,7 @@ class SampledKVCache:
             tensors[f"sketch.{name}"] = x[..., :n] if name in ("low", "packed") else x
         about = {"lead": list(self.lead), "seen": self.seen, "laid_out": self._laid_out}
         about |= {name: getattr(self, name) for name in ("proposal", "rank", "defensive")}
-        tensors = {name: x.cpu().contiguous() for name, x in tensors.items()}
-        try:
-            save_file(tensors, path, metadata={"sampled_kv_cache": json.dumps(about)})
-        except (OSError, SafetensorError) as error:
-            raise StorageError(f"path={str(path)!r} cannot be written: {error}") from error
+        write_tensors(path, tensors, {"sampled_kv_cache": json.dumps(about)})
 
     @classmethod
     def load(cls, path: str | Path) -> SampledKVCache:
@@ -439,12 +434,9 @@ class SampledKVCache:
         ArgumentError
             If the file is missing or holds something else.
         """
-        from safetensors import SafetensorError, safe_open
-
         try:
-            with safe_open(path, framework="pt") as file:
-                about: Mapping[str, Any] = json.loads((file.metadata() or {})["sampled_kv_cache"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors, metadata = read_tensors(path)
+            about: Mapping[str, Any] = json.loads(metadata["sampled_kv_cache"])
             cache = cls.__new__(cls)
             cache.proposal, cache.rank, cache.defensive = (
                 about[name] for name in ("proposal", "rank", "defensive")
@@ -456,7 +448,7 @@ class SampledKVCache:
             )
             cache._k, cache._v, cache._order = (tensors[name] for name in ("k", "v", "order"))
             cache.moment, cache._sums = tensors["moment"], tensors["sums"]
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise ArgumentError(f"path={str(path)!r} does not hold a cache: {error}") from error
         cache.heads, cache.length = cache._k.shape[:2]
         cache._asked = []

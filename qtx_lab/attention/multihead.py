@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..errors import ArgumentError, DtypeError, ShapeError
 from ..estimates import AttentionEstimate
 from ..samplers import Sampler, make_sampler
-from ..samplers.base import check_count
+from ..samplers.base import check_count, check_generator
 from .corrections import ControlVariate, make_controls
 from .sampled import sampled_attention
 
@@ -292,8 +292,7 @@ def attention_settings(
     check_count("replicates", replicates)
     if control_variate is not None:
         make_controls(control_variate)
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise DtypeError(f"generator is a {type(generator).__name__}; it must be a torch.Generator.")
+    check_generator(generator)
     return {
         "sampler": made,
         "num_samples": num_samples,

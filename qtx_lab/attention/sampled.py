@@ -14,8 +14,8 @@ from ..controls import Control
 from ..errors import ArgumentError, DtypeError, ShapeError
 from ..estimates import AttentionEstimate, Draws
 from ..samplers import ExactSampler, InversionSampler, LearnedImportanceSampler, Sampler, make_sampler
-from ..samplers.base import Uniform, check_count
-from ..samplers.rows import Rows, blocks, check_inputs
+from ..samplers.base import Uniform, check_count, check_generator
+from ..samplers.rows import Rows, blocks, check_inputs, in_dtype, in_units
 from ..samplers.value_order import kept_value_order, value_order
 from .corrections import ControlVariate, Correction, correct, make_controls
 from .error_bars import Design, ErrorBars
@@ -120,8 +120,7 @@ def sampled_attention(
     sampler = make_sampler(sampler)
     check_count("num_samples", 64 if num_samples is None else num_samples)
     check_count("replicates", replicates)
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise DtypeError(f"generator is a {type(generator).__name__}; it must be a torch.Generator.")
+    check_generator(generator)
     with torch.no_grad():
         group = check_inputs(q, k, v, attn_mask, is_causal, scale, enable_gqa)
     controls = [] if control_variate is None else make_controls(control_variate)
@@ -180,10 +179,7 @@ def _exact(rows: Rows, sampler: ExactSampler, settings: dict) -> AttentionEstima
     """SDPA itself; the draws, all L * n of them, are made only when asked for."""
     q, k, v, mask, is_causal, scale, enable_gqa = rows.args
     if mask is not None:  # SDPA takes masks of two dimensions or more, in q's dtype
-        mask = mask.expand(*torch.broadcast_shapes(mask.shape, (1, 1)))
-        if mask.dtype not in (torch.bool, q.dtype):
-            limits = torch.finfo(q.dtype)
-            mask = torch.where(mask == -torch.inf, mask, mask.clamp(limits.min, limits.max)).to(q.dtype)
+        mask = in_dtype(mask.expand(*torch.broadcast_shapes(mask.shape, (1, 1))), q.dtype)
     # Its kernels that hold no map want four dimensions and as many features in v as in q: zeros change nothing.
     width, wanted = v.shape[-1], max(v.shape[-1], q.shape[-1])
     lift = (None,) * max(0, 4 - q.ndim)
@@ -362,11 +358,11 @@ def _estimate(
                 for block in blocks(shape, step):
                     cut = None if correction is None else correction[block]
                     std_error[block] = bars(flat[block], output[block], block[0], positions[block[1]], cut)
-            return Rows.given_units(std_error, unit).view(*row_shape, width)
+            return in_units(std_error, unit).view(*row_shape, width)
 
     draws = flat.view(row_shape)
     return AttentionEstimate(
-        output=Rows.given_units(output, unit).reshape(*row_shape, width).to(dtype),
+        output=in_units(output, unit).reshape(*row_shape, width).to(dtype),
         num_keys=rows.num_keys,
         degrees_of_freedom=degrees,
         make_draws=lambda: draws,

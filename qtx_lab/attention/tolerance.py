@@ -15,7 +15,7 @@ from ..errors import ArgumentError
 from ..estimates import AttentionEstimate, Draws
 from ..samplers import ExactSampler, InversionSampler, Sampler
 from ..samplers.base import Uniform
-from ..samplers.rows import Rows, blocks
+from ..samplers.rows import Rows, blocks, in_units
 from .error_bars import Design, ErrorBars
 
 PILOT = 16
@@ -179,14 +179,14 @@ def to_tolerance(
             )
             error = bars(g.draws, output[head, g.index], g.heads, positions[g.index])
             std_error[head[g.kept], g.index[g.kept]] = error[g.kept]
-        return Rows.given_units(std_error, unit).view(*row_shape, width)
+        return in_units(std_error, unit).view(*row_shape, width)
 
     told = sampler.independent or replicates > 1
     design = Design.of(sampler)
     sample = groups[0].draws if groups else Draws(spent[..., :0], output[..., :0, 0], None, replicates)
     total = output.shape[:2].numel()
     return AttentionEstimate(
-        output=Rows.given_units(output, unit).view(*row_shape, width).to(dtype),
+        output=in_units(output, unit).view(*row_shape, width).to(dtype),
         num_keys=rows.num_keys,
         degrees_of_freedom=design.degrees_of_freedom(sample) if told else math.inf,
         make_draws=make_draws,

@@ -25,7 +25,7 @@ from .. import __version__
 from ..circuits import Loader, check_rows, make_loader
 from ..circuits.resources import resources
 from ..errors import ArgumentError, BackendUnavailable, DtypeError, JobTimeout, StorageError, unknown_name
-from ..samplers.base import check_count
+from ..samplers.base import check_count, check_generator
 from ..storage import runs_home, write_atomic
 from .aer import AerEngine
 from .base import Engine, Job
@@ -243,8 +243,7 @@ class QiskitQuantumBackend:
             raise ArgumentError(
                 f"shots={shots} is not allowed: at most {MOST_SHOTS} a row; measure again and add the counts."
             )
-        if generator is not None and not isinstance(generator, torch.Generator):
-            raise DtypeError(f"generator is a {type(generator).__name__}; it must be a torch.Generator.")
+        check_generator(generator)
         p = check_rows(p)
         device = "cpu" if generator is None else generator.device
         seed = int(torch.randint(2**31 - 1, (), generator=generator, device=device))

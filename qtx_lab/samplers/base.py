@@ -87,6 +87,12 @@ def check_count(argument: str, given: object) -> None:
         )
 
 
+def check_generator(generator: object) -> None:
+    """Refuse what is neither a generator nor None."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise DtypeError(f"generator is a {type(generator).__name__}; it must be a torch.Generator.")
+
+
 class InversionSampler(ABC):
     """Base of the samplers that invert each row's cumulative distribution at points of [0, 1).
 

@@ -14,14 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import ArgumentError, DtypeError, FallbackWarning, ShapeError, StorageError, unknown_name
+from ..errors import ArgumentError, FallbackWarning, ShapeError, unknown_name
 from ..estimates import AttentionEstimate, Draws
-from .base import InversionSampler, check_count
+from ..storage import read_tensors, write_tensors
+from .base import InversionSampler, check_count, check_generator
 from .learned_estimators import adaptive, debiased, importance
 from .learned_fit import Cancel, FitHistory, asker, fit_maps, start
 from .learned_proposal import ProposedRows, renyi
 from .monte_carlo import MonteCarloSampler
-from .rows import Rows, check_inputs
+from .rows import Rows, check_inputs, in_units
 from .systematic import SystematicSampler
 
 log = logging.getLogger(__name__)
@@ -225,7 +226,7 @@ class LearnedImportanceSampler(nn.Module):
         check_count("replicates", replicates)
         if estimator not in ESTIMATORS:
             raise unknown_name("estimator", estimator, ESTIMATORS)
-        _check_generator(generator)
+        check_generator(generator)
         rows = self._rows(q, k, v, attn_mask, is_causal, scale, enable_gqa)
         about = {
             "sampler": self.name,
@@ -279,13 +280,13 @@ class LearnedImportanceSampler(nn.Module):
             As in `estimate`.
         """
         check_count("base_num_samples", base_num_samples)
-        _check_generator(generator)
+        check_generator(generator)
         rows = self._rows(Q, K, V, attn_mask, is_causal, scale, enable_gqa)
         if not bool(self.fitted):
             warnings.warn(NOT_FITTED, FallbackWarning, stacklevel=3)  # where the module is called
         with torch.no_grad():
             output = adaptive(rows, base_num_samples, self.independent, generator)
-        output = rows.given_units(output, rows.unit)
+        output = in_units(output, rows.unit)
         return output.view(*rows.row_shape, output.shape[-1]).to(V.dtype)
 
     def proposal(
@@ -424,7 +425,7 @@ class LearnedImportanceSampler(nn.Module):
             raise unknown_name("initialise", initialise, STARTS)
         if seed is not None and generator is not None:
             raise ArgumentError(f"seed={seed} and generator exclude each other: give one of them.")
-        _check_generator(generator)
+        check_generator(generator)
         cancelled = asker(cancel)
         if seed is not None:
             generator = torch.Generator().manual_seed(seed)
@@ -473,19 +474,12 @@ class LearnedImportanceSampler(nn.Module):
         StorageError
             If the file cannot be written.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-
         settings = {name: getattr(self, name) for name in SETTINGS}
         metadata = {
             "learned_importance_sampler": json.dumps(settings),
             "history": json.dumps(None if self.history is None else asdict(self.history)),
         }
-        tensors = {name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()}
-        try:
-            save_file(tensors, path, metadata=metadata)
-        except (OSError, SafetensorError) as error:
-            raise StorageError(f"path={str(path)!r} cannot be written: {error}") from error
+        write_tensors(path, self.state_dict(), metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> LearnedImportanceSampler:
@@ -496,14 +490,10 @@ class LearnedImportanceSampler(nn.Module):
         ArgumentError
             If the file is missing or holds something else.
         """
-        from safetensors import SafetensorError, safe_open
-
         try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                settings = json.loads(metadata["learned_importance_sampler"])
-                history: dict[str, Any] | None = json.loads(metadata["history"])
-                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            state, metadata = read_tensors(path)
+            settings = json.loads(metadata["learned_importance_sampler"])
+            history: dict[str, Any] | None = json.loads(metadata["history"])
             sampler = cls(**settings)
             sampler.load_state_dict(state)
             if history is not None:
@@ -511,14 +501,9 @@ class LearnedImportanceSampler(nn.Module):
                     name: tuple(x) if isinstance(x, list) else x for name, x in history.items()
                 }
                 sampler.history = FitHistory(**found)
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ArgumentError(f"path={str(path)!r} does not hold a learned sampler: {error}") from error
         return sampler
-
-
-def _check_generator(generator: object) -> None:
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise DtypeError(f"generator is a {type(generator).__name__}; it must be a torch.Generator.")
 
 
 def _check_normaliser(given: Tensor, rows: torch.Size, estimator: str) -> None:

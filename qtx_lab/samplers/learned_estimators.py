@@ -11,6 +11,7 @@ from torch import Tensor
 from ..estimates import AttentionEstimate, Draws, rounding_variance
 from .base import InversionSampler, Uniform, invert, row_masses
 from .learned_proposal import BLOCK_ELEMENTS, ProposedRows, log_inclusion
+from .rows import in_units
 
 LEVEL_RATIO = 2**-1.5
 """P(level + 1) / P(level) of the debiased estimator. A level doubles the draws and divides the variance of its
@@ -70,16 +71,16 @@ def importance(
             std_error = torch.empty_like(output)
             for block in cut:
                 std_error[block] = spread(flat, proposal, output, block).sqrt()
-        return ProposedRows.given_units(std_error, unit).view(*row_shape, width)
+        return in_units(std_error, unit).view(*row_shape, width)
 
     def between() -> Tensor:
         with torch.no_grad():
             means = flat.average_by_replicate(values) * replicates  # [N, M, R, d]
-        return ProposedRows.given_units(standard_error(means), unit).view(*row_shape, width)
+        return in_units(standard_error(means), unit).view(*row_shape, width)
 
     draws = flat.view(rows.row_shape)
     return AttentionEstimate(
-        output=ProposedRows.given_units(output, unit).view(*row_shape, width).to(rows.args[2].dtype),
+        output=in_units(output, unit).view(*row_shape, width).to(rows.args[2].dtype),
         num_keys=rows.num_keys,
         group=rows.group,
         degrees_of_freedom=max(1.0, replicates - 1.0) if plain else math.inf,
@@ -198,7 +199,7 @@ def debiased(
     row_shape, width, unit = rows.row_shape, rows.v.shape[-1], rows.unit
 
     def between() -> Tensor:
-        return ProposedRows.given_units(standard_error(means), unit).view(*row_shape, width)
+        return in_units(standard_error(means), unit).view(*row_shape, width)
 
     def make_draws() -> Draws:
         most = num_samples << int(level.max()) if len(level) else num_samples
@@ -210,7 +211,7 @@ def debiased(
         return Draws(indices.view(shape), weights.view(shape), None, replicates)
 
     return AttentionEstimate(
-        output=ProposedRows.given_units(means.mean(-2), unit).view(*row_shape, width).to(rows.args[2].dtype),
+        output=in_units(means.mean(-2), unit).view(*row_shape, width).to(rows.args[2].dtype),
         num_keys=rows.num_keys,
         group=rows.group,
         degrees_of_freedom=max(1.0, replicates - 1.0),

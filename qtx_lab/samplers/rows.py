@@ -25,6 +25,19 @@ def blocks(shape: tuple[int, int], step: int) -> Iterator[tuple[slice, slice]]:
                 yield slice(head, head + 1), slice(start, min(start + step, rows))
 
 
+def in_dtype(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A boolean mask as it is; a float one in `dtype`, in which a finite number does not become -inf."""
+    if mask.dtype in (torch.bool, dtype):
+        return mask
+    limits = torch.finfo(dtype)
+    return torch.where(mask == -torch.inf, mask, mask.clamp(limits.min, limits.max)).to(dtype)
+
+
+def in_units(x: Tensor, unit: Tensor | None) -> Tensor:
+    """What was computed from `Rows.v`, (N, M, d), in the units of the caller's values."""
+    return x if unit is None else x * unit
+
+
 class Rows:
     """The attention rows of a call, flattened to (N, M): N key heads, M = G * L rows that share each.
 
@@ -54,7 +67,7 @@ class Rows:
         self.k = k.to(self.dtype).reshape(self.count, self.num_keys, k.shape[-1])
         self.v = v.to(self.dtype).reshape(self.count, self.num_keys, v.shape[-1])
         self.unit: Tensor | None = None
-        """(N, 1, 1): what `v` is measured in where its squares would leave the range of float32; see `given_units`."""
+        """(N, 1, 1): what `v` is measured in where its squares would leave the range of float32; see `in_units`."""
         size = self.v.abs().amax((1, 2), keepdim=True) if self.v.numel() else self.v.new_ones(())
         if bool(((size > 0) & ((size < 2.0**-30) | (size > 2.0**30))).any()):
             self.unit = torch.exp2(size.clamp_min(torch.finfo(self.dtype).tiny).log2().floor())
@@ -64,18 +77,10 @@ class Rows:
         self.order: Tensor | None = None
         self.mask = None
         if attn_mask is not None:
-            if attn_mask.is_floating_point() and attn_mask.dtype != self.dtype:
-                limits = torch.finfo(self.dtype)  # a finite number does not become -inf
-                clamped = attn_mask.clamp(limits.min, limits.max)
-                attn_mask = torch.where(attn_mask == -torch.inf, attn_mask, clamped).to(self.dtype)
-            self.mask = attn_mask.expand(
-                *self.row_shape, self.num_keys
-            )  # a view, of stride 0 where broadcast
-
-    @staticmethod
-    def given_units(x: Tensor, unit: Tensor | None) -> Tensor:
-        """What was computed from `v`, (N, M, d), in the units of the caller's values."""
-        return x if unit is None else x * unit
+            if attn_mask.dtype.itemsize > self.dtype.itemsize:
+                attn_mask = in_dtype(attn_mask, self.dtype)
+            # A view, of stride 0 where broadcast.
+            self.mask = attn_mask.expand(*self.row_shape, self.num_keys)
 
     def reorder(self, order: Tensor) -> None:
         """Lay the keys and values of each head out in an order (N, n); `logits` then are in this order too."""

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ArgumentError, TextError
+from ..storage import read_tensors
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -139,17 +140,14 @@ def load_reference_model(path: str | Path | None = None) -> ReferenceModel:
     ArgumentError
         If the file is missing or is no reference model.
     """
-    from safetensors import SafetensorError, safe_open
-
     path = ASSETS / "model.safetensors" if path is None else Path(path)
     try:
-        with safe_open(path, framework="pt") as file:
-            config = ReferenceConfig(**json.loads(file.metadata()["config"]))
-            weights = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        weights, about = read_tensors(path)
+        config = ReferenceConfig(**json.loads(about["config"]))
+    except (KeyError, TypeError, ValueError) as error:
         raise ArgumentError(f"path={str(path)!r} does not hold a reference model: {error}") from error
     model = ReferenceModel(config)
-    model.load_state_dict(weights)
+    model.load_state_dict({name: x.float() for name, x in weights.items()})
     return model.eval()
 
 

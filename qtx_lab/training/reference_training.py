@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from ..errors import ArgumentError, StorageError
+from ..storage import write_tensors
 from .reference import ReferenceConfig, ReferenceModel, bits_per_byte, encode
 
 SHARED_WINDOW = 64
@@ -68,8 +69,6 @@ def train_reference(
     ArgumentError, StorageError
         If steps or batch is below 1, or if `out` cannot be written; both before training.
     """
-    from safetensors.torch import save_file
-
     if steps < 1 or batch < 1:
         raise ArgumentError(f"steps={steps} and batch={batch} must both be at least 1.")
     out = Path(out)
@@ -114,10 +113,10 @@ def train_reference(
         "seconds": seconds,
     }
     (out / "heldout.txt").write_text(heldout_text, encoding="utf-8")
-    save_file(
-        {name: p.half().contiguous() for name, p in shipped.state_dict().items()},
+    write_tensors(
         out / "model.safetensors",
-        metadata={"config": json.dumps(asdict(shipped.config))},
+        {name: p.half() for name, p in shipped.state_dict().items()},
+        {"config": json.dumps(asdict(shipped.config))},
     )
     (out / "README.md").write_text(
         model_card(shipped, result, training_text, heldout_text, batch, dropout, seed), encoding="utf-8"

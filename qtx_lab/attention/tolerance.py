@@ -69,6 +69,18 @@ class _Group:
     draws: Draws
     exact: bool
 
+    @property
+    def where(self) -> tuple[Tensor, Tensor]:
+        """(heads, rows), each (heads, B): what `index` indexes."""
+        heads = torch.arange(self.heads.start, self.heads.stop, device=self.index.device)
+        return heads[:, None].expand(self.index.shape), self.index
+
+    @property
+    def kept_where(self) -> tuple[Tensor, Tensor]:
+        """(heads, rows) of the rows that are kept."""
+        head, row = self.where
+        return head[self.kept], row[self.kept]
+
 
 def to_tolerance(
     rows: Rows,
@@ -139,13 +151,12 @@ def to_tolerance(
             else:
                 points = sampler.points(tuple(index.shape), count, replicates, uniform)
                 draws = sampler.place(logits.gather(1, chosen), points)
-            at = index + part.start
-            head = torch.arange(heads.start, heads.stop, device=at.device)[:, None].expand(at.shape)
-            output[head[kept], at[kept]] = draws.average(values)[kept]
+            average = draws.average(values)[kept]
             if (laid := rows.order) is not None:  # back to the caller's keys
                 order = laid[heads][:, None].expand(*index.shape, rows.num_keys)
                 draws = Draws(order.gather(-1, draws.indices), draws.weights, draws.probabilities, replicates)
-            groups.append(_Group(heads, at, kept, draws, count < 0))
+            groups.append(_Group(heads, index + part.start, kept, draws, count < 0))
+            output[groups[-1].kept_where] = average
     values = rows.v.clone()
     if rows.order is not None:
         values = torch.empty_like(values).scatter_(1, rows.order[..., None].expand_as(values), values)
@@ -157,14 +168,10 @@ def to_tolerance(
         indices = torch.zeros(*shape, replicates, most, dtype=torch.int64, device=output.device)
         weights, p = (output.new_zeros(*shape, replicates, most) for _ in range(2))
         for g in groups:
-            head = torch.arange(g.heads.start, g.heads.stop, device=output.device)[:, None].expand(
-                g.index.shape
-            )
-            where = (head[g.kept], g.index[g.kept])
             assert g.draws.probabilities is not None  # every sampler that inverts p knows it
             for x, y in ((indices, g.draws.indices), (weights, g.draws.weights), (p, g.draws.probabilities)):
                 y = y[g.kept].unflatten(-1, (replicates, -1))
-                x[(*where, slice(None), slice(0, y.shape[-1]))] = y
+                x[(*g.kept_where, slice(None), slice(0, y.shape[-1]))] = y
         padded = Draws(indices.flatten(-2), weights.flatten(-2), p.flatten(-2), replicates)
         return padded.view(row_shape)
 
@@ -174,11 +181,8 @@ def to_tolerance(
         for g in groups:
             if g.exact:
                 continue
-            head = torch.arange(g.heads.start, g.heads.stop, device=output.device)[:, None].expand(
-                g.index.shape
-            )
-            error = bars(g.draws, output[head, g.index], g.heads, positions[g.index])
-            std_error[head[g.kept], g.index[g.kept]] = error[g.kept]
+            error = bars(g.draws, output[g.where], g.heads, positions[g.index])
+            std_error[g.kept_where] = error[g.kept]
         return in_units(std_error, unit).view(*row_shape, width)
 
     told = sampler.independent or replicates > 1

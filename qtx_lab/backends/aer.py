@@ -175,7 +175,7 @@ class AerEngine:
         BackendUnavailable
             If it measures on the way, or has more than eight qubits.
         """
-        steps = compile_steps(circuit, self._noise(circuit))
+        steps = compile_steps(*self.calibrated(circuit))
         if steps is None or any(step.condition for step in steps):
             raise BackendUnavailable(f"{circuit.name} has no single final state, or one that is too large.")
         return density_matrices(steps, bindings)
@@ -195,20 +195,20 @@ class AerEngine:
             facts["not_modelled"] = (FEED_FORWARD,)
         return facts
 
-    def _noise(self, circuit: QuantumCircuit) -> Noise | None:
+    def calibrated(self, circuit: QuantumCircuit) -> tuple[QuantumCircuit, Noise]:
         if self.ideal:
-            return None
+            return circuit, Noise({}, {})
         if self.name == "aer":
             assert self.noise is not None
-            return self.noise.scaled(self.noise_scale).noise(circuit.num_qubits)
-        return _part_noise(self.name, tuple(circuit.metadata["region"]), self.noise_scale)
+            return circuit, self.noise.scaled(self.noise_scale).noise(circuit.num_qubits)
+        return circuit, _part_noise(self.name, tuple(circuit.metadata["region"]), self.noise_scale)
 
     def _steps(self, circuit: QuantumCircuit) -> tuple[Step, ...] | None:
         """The circuit for `exact.py`, compiled once; None where it goes to AerSimulator."""
         known, steps = self._compiled.get(id(circuit), (None, None))
         if known is not circuit:  # in a copy of the engine, or after pickling, ids are another circuit's
             direct = self.method != "aer" and not self._is_static(circuit)
-            steps = compile_steps(circuit, self._noise(circuit)) if direct else None
+            steps = compile_steps(*self.calibrated(circuit)) if direct else None
             self._compiled[id(circuit)] = circuit, steps  # the circuit too, so that its id stays taken
         return steps
 
@@ -250,10 +250,9 @@ class AerEngine:
                 FallbackWarning,
                 stacklevel=2,
             )
-        noise = self._noise(circuit)
         simulator = AerSimulator(
             method="matrix_product_state" if products else "automatic",
-            noise_model=None if noise is None else _aer_model(noise),
+            noise_model=None if self.ideal else _aer_model(self.calibrated(circuit)[1]),
             max_parallel_shots=1,  # each experiment has its own random numbers, however many threads there are
         )
         result = _run(simulator, circuit, bindings, shots=shots, seed_simulator=seed % 2**31)

@@ -8,6 +8,7 @@ import numpy as np
 from qiskit import QuantumCircuit
 
 from .counts import RowCounts
+from .exact import Noise
 from .jobs import JobStatus
 
 
@@ -52,6 +53,10 @@ class Engine(Protocol):
 
     def errors(self, circuit: QuantumCircuit) -> list[float]:
         """The calibrated error of each gate and measurement of a transpiled circuit; see `instruction_errors`."""
+        ...
+
+    def calibrated(self, circuit: QuantumCircuit) -> tuple[QuantumCircuit, Noise]:
+        """A transpiled circuit, of a device on the qubits that it uses, and their noise by the calibration."""
         ...
 
     def run(self, circuit: QuantumCircuit, bindings: np.ndarray, shots: int, seed: int) -> np.ndarray:

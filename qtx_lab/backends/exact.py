@@ -71,14 +71,17 @@ class Step:
     bodies: tuple[tuple[Step, ...], ...] = ()
 
 
-def compile_steps(circuit: QuantumCircuit, noise: Noise | None) -> tuple[Step, ...] | None:
+class _TooGeneral(Exception):
+    """A circuit does what is left to AerSimulator: measures in a branch, has large gates or angles that are not linear."""
+
+
+def compile_steps(circuit: QuantumCircuit, noise: Noise) -> tuple[Step, ...] | None:
     """The circuit's instructions, ready to run; None where it has some that are not supported here."""
-    noise = noise or Noise({}, {})
     index = {parameter: i for i, parameter in enumerate(circuit.parameters)}
     clbit = {bit: i for i, bit in enumerate(circuit.clbits)}
     try:
         steps = tuple(_steps(circuit, circuit, list(range(circuit.num_qubits)), clbit, index, noise))
-    except NotImplementedError:
+    except _TooGeneral:
         return None
     measured = [step.clbits[0] for step in steps if step.name == "measure"]
     if len(set(measured)) < len(measured) or len(clbit) > 62:
@@ -102,7 +105,7 @@ def _steps(
             continue
         if name == "measure":
             if body is not circuit:
-                raise NotImplementedError
+                raise _TooGeneral
             wrong = torch.as_tensor(noise.readout.get(qubits[0], np.eye(2)), dtype=torch.float64)
             half = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64) / 2  # of I and Z
             kept = torch.zeros(2, 4, 4, dtype=torch.float64)
@@ -122,7 +125,7 @@ def _steps(
             mask_value = _condition(operation.condition, clbit)
             yield Step(name, used, condition=mask_value, bodies=tuple(inner))
         elif not isinstance(operation, Gate) or len(qubits) > 2:
-            raise NotImplementedError
+            raise _TooGeneral
         else:
             after = noise.channel(name, qubits)
             angles = [x for x in operation.params if isinstance(x, ParameterExpression)]
@@ -132,12 +135,12 @@ def _steps(
             elif name in GENERATORS and len(operation.params) == 1:
                 yield Step(name, qubits, matrix=after, angle=_linear(angles[0], index))
             else:
-                raise NotImplementedError
+                raise _TooGeneral
 
 
 def _condition(condition: object, clbit: Mapping[Clbit, int]) -> tuple[int, int]:
     if not isinstance(condition, tuple):
-        raise NotImplementedError  # an expression
+        raise _TooGeneral  # an expression
     bits, value = condition
     if isinstance(bits, Clbit):
         return 1 << clbit[bits], int(value) << clbit[bits]
@@ -152,7 +155,7 @@ def _linear(angle: ParameterExpression, index: Mapping[ParameterExpression, int]
     for parameter in angle.parameters:
         slope = angle.gradient(parameter)
         if isinstance(slope, ParameterExpression) and slope.parameters:
-            raise NotImplementedError
+            raise _TooGeneral
         coefficients[index[parameter]] = float(slope)
     return float(angle.bind(dict.fromkeys(angle.parameters, 0.0))), coefficients
 

@@ -34,7 +34,9 @@ from urllib3.util.retry import Retry
 from ..errors import ArgumentError, BackendUnavailable, unknown_name
 from ..storage import runs_home
 from .counts import RowRequest
+from .exact import Noise
 from .jobs import Job, JobStatus, Refused, Unreachable, find_jobs, record_job, submit_parts
+from .noise import instruction_errors, on_used_qubits
 
 RETIRED = re.compile(r"ibmq_.+|ibmqx\d+|simulator_(statevector|mps|stabilizer|extended_stabilizer)")
 """IBM's first devices and all its simulators in the cloud: none is left."""
@@ -199,9 +201,10 @@ class IBMEngine:
             ) from error
 
     def errors(self, circuit: QuantumCircuit) -> list[float]:
-        from .noise import instruction_errors
-
         return instruction_errors(circuit, self._backend().target)
+
+    def calibrated(self, circuit: QuantumCircuit) -> tuple[QuantumCircuit, Noise]:
+        return on_used_qubits(circuit, self._backend().target)
 
     def run(self, circuit: QuantumCircuit, bindings: np.ndarray, shots: int, seed: int) -> np.ndarray:
         return self.submit(circuit, bindings, shots).outcomes()

@@ -249,6 +249,21 @@ def device_noise(target: Target) -> Noise:
     return Noise(gates, readout)
 
 
+def on_used_qubits(circuit: QuantumCircuit, target: Target) -> tuple[QuantumCircuit, Noise]:
+    """A device's circuit without the qubits that it leaves alone, and the noise of the others."""
+    used = sorted(
+        {circuit.find_bit(q).index for i in circuit.data for q in i.qubits if i.operation.name != "barrier"}
+    )
+    small = QuantumCircuit(len(used), name=circuit.name)
+    for register in circuit.cregs:
+        small.add_register(register)
+    small.global_phase = circuit.global_phase
+    for i in circuit.data:
+        if i.operation.name != "barrier":
+            small.append(i.operation, [used.index(circuit.find_bit(q).index) for q in i.qubits], i.clbits)
+    return small, device_noise(reduced_target(target, used))
+
+
 def instruction_errors(circuit: QuantumCircuit, target: Target) -> list[float]:
     """The calibrated error of each gate and measurement of a transpiled circuit.
 

@@ -126,8 +126,15 @@ class QiskitQuantumBackend:
 
     def with_loader(self, loader: Loader) -> QiskitQuantumBackend:
         """The same backend, on the same engine, with another loader."""
+        return self._with(loader=loader)
+
+    def with_engine(self, engine: Engine) -> QiskitQuantumBackend:
+        """The same backend, with the same loader, on another engine."""
+        return self._with(engine=engine)
+
+    def _with(self, **parts: Any) -> QiskitQuantumBackend:
         other = copy(self)
-        other.loader, other._circuits = loader, {}
+        vars(other).update(parts, _circuits={})
         return other
 
     def sample_rows(
@@ -157,7 +164,7 @@ class QiskitQuantumBackend:
         """
         if hasattr(self.engine, "submit"):
             return self.submit_rows(p, shots, generator=generator).counts()
-        return self._run(self._request(p, shots, generator))
+        return self._run(self.request(p, shots, generator))
 
     def submit_rows(
         self, p: Tensor, shots: int | None = None, *, generator: torch.Generator | None = None, **options: Any
@@ -170,11 +177,11 @@ class QiskitQuantumBackend:
             `counts()` waits for the result. On IBM's devices the job outlives this process; a simulator works in a
             thread.
         """
-        request = self._request(p, shots, generator)
+        request = self.request(p, shots, generator)
         submit = getattr(self.engine, "submit", None)
         if submit is not None and bool(request.running.any()):
             circuit = self.transpiled(p.shape[-1])
-            request = replace(request, diagnostics=self._diagnostics(circuit, request))
+            request = replace(request, diagnostics=self.diagnostics(circuit, request))
             return submit(circuit, request.bindings(), request.shots, request, **options)
         if options:
             raise ArgumentError(
@@ -236,7 +243,10 @@ class QiskitQuantumBackend:
         except (OSError, StorageError) as error:
             self._cache_trouble = (f"the transpiled circuit was not kept on disk: {error}",)
 
-    def _request(self, p: Tensor, shots: int | None, generator: torch.Generator | None) -> RowRequest:
+    def request(
+        self, p: Tensor, shots: int | None = None, generator: torch.Generator | None = None
+    ) -> RowRequest:
+        """What is asked of the engine, checked: arguments and errors as for `sample_rows`."""
         shots = self.shots if shots is None else shots
         check_count("shots", shots)
         if shots > MOST_SHOTS:
@@ -257,7 +267,7 @@ class QiskitQuantumBackend:
             )
             return idle.finish_counts([])
         circuit = self.transpiled(request.p.shape[-1])
-        request = replace(request, diagnostics=self._diagnostics(circuit, request))
+        request = replace(request, diagnostics=self.diagnostics(circuit, request))
         bindings = request.bindings()
         step = rows_at_once(request.shots, -(-circuit.num_clbits // 8))
         parts = [
@@ -268,7 +278,8 @@ class QiskitQuantumBackend:
         ]
         return request.finish_counts(parts)
 
-    def _diagnostics(self, circuit: QuantumCircuit, request: RowRequest) -> dict[str, Any]:
+    def diagnostics(self, circuit: QuantumCircuit, request: RowRequest) -> dict[str, Any]:
+        """Device, calibration, what is not modelled and what the transpiled circuit costs: `RowCounts.diagnostics`."""
         needs = resources(circuit)
         how = getattr(self.engine, "how", None)
         return {

@@ -16,9 +16,8 @@ from torch import Tensor
 
 from ..backends import QiskitQuantumBackend, RowCounts
 from ..backends.counts import RowRequest, rows_at_once
-from ..backends.exact import Noise, compile_steps, outcome_probabilities
-from ..backends.noise import device_noise, reduced_target
-from ..circuits import DynamicLoader, Loader, check_rows, make_loader
+from ..backends.exact import compile_steps, outcome_probabilities
+from ..circuits import DynamicLoader, Loader, make_loader
 from ..circuits.base import integers, pack
 from ..errors import ArgumentError, BackendUnavailable, DtypeError, FallbackWarning, unknown_name
 from ..samplers.base import check_count
@@ -182,7 +181,8 @@ class CircuitMitigation:
         ArgumentError, ShapeError, DtypeError, BackendUnavailable
             As `QiskitQuantumBackend.sample_rows`; as `check`.
         """
-        p, request = _request(backend, p, shots, generator)
+        request = checked_request(backend, p, shots, generator)
+        p = request.p
         if 0 in self.levels:
             warnings.warn(
                 "noise_levels holds 0, which is the answer itself: only a simulator can give it.",
@@ -209,7 +209,7 @@ class CircuitMitigation:
             estimate.p,
             estimate.std_error,
             {
-                **variants[0]._diagnostics(variants[0].transpiled(n), request),
+                **variants[0].diagnostics(variants[0].transpiled(n), request),
                 "mitigation": self.name,
                 "shots_by_level": dict(zip(self.levels, each, strict=True)),
                 "fallbacks": estimate.fallbacks,
@@ -334,12 +334,7 @@ def register_probabilities(backend: QiskitQuantumBackend, p: Tensor) -> Tensor:
     """
     n = p.shape[-1]
     circuit = backend.transpiled(n)
-    engine = backend.engine
-    device = getattr(engine, "_backend", None)
-    if device is None:
-        steps = engine._steps(circuit) or compile_steps(circuit, engine._noise(circuit))  # type: ignore[attr-defined]
-    else:
-        steps = compile_steps(*_reduced(circuit, device().target))
+    steps = compile_steps(*backend.engine.calibrated(circuit))
     if steps is None:
         raise BackendUnavailable(f"{circuit.name} for {n} keys is too large to be simulated with its noise.")
     probabilities, values = outcome_probabilities(steps, backend.loader.angles(p))
@@ -367,37 +362,16 @@ def modelled_readout(backend: QiskitQuantumBackend, n: int) -> Tensor:
     """As `readout_errors`, by the calibration that the device reports."""
     from .readout import _measured, checked
 
-    circuit = backend.transpiled(n)
-    engine = backend.engine
-    device = getattr(engine, "_backend", None)
-    if device is None:
-        noise = engine._noise(circuit) or Noise({}, {})  # type: ignore[attr-defined]
-    else:
-        circuit, noise = _reduced(circuit, device().target)
+    circuit, noise = backend.engine.calibrated(backend.transpiled(n))
     matrices = [noise.readout.get(qubit, np.eye(2)) for qubit in _measured(circuit)]
-    return checked(torch.from_numpy(np.stack(matrices)).double(), engine.name)
+    return checked(torch.from_numpy(np.stack(matrices)).double(), backend.engine.name)
 
 
-def _reduced(circuit: QuantumCircuit, target: Any) -> tuple[QuantumCircuit, Noise]:
-    """A device's circuit on the qubits that it uses, and their noise."""
-    used = sorted(
-        {circuit.find_bit(q).index for i in circuit.data for q in i.qubits if i.operation.name != "barrier"}
-    )
-    small = QuantumCircuit(len(used), name=circuit.name)
-    for register in circuit.cregs:
-        small.add_register(register)
-    small.global_phase = circuit.global_phase
-    for i in circuit.data:
-        if i.operation.name != "barrier":
-            small.append(i.operation, [used.index(circuit.find_bit(q).index) for q in i.qubits], i.clbits)
-    return small, device_noise(reduced_target(target, used))
-
-
-def _request(
+def checked_request(
     backend: QiskitQuantumBackend, p: Tensor, shots: int, generator: torch.Generator | None
-) -> tuple[Tensor, RowRequest]:
+) -> RowRequest:
+    """What is asked of a backend, checked; shots are to be said, since levels share them."""
     if not isinstance(backend, QiskitQuantumBackend):
         raise DtypeError(f"backend is a {type(backend).__name__}; it must be a QiskitQuantumBackend.")
     check_count("shots", shots)
-    p = check_rows(p)
-    return p, backend._request(p, shots, generator)
+    return backend.request(p, shots, generator)

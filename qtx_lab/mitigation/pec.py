@@ -12,11 +12,9 @@ from torch import Tensor
 
 from ..backends import QiskitQuantumBackend, RowCounts
 from ..backends.aer import AerEngine
-from ..backends.exact import Noise
-from ..circuits import check_rows
 from ..errors import ArgumentError, BackendUnavailable, DtypeError
 from ..samplers.base import check_count
-from .circuit import counted, register_counts, register_keys
+from .circuit import checked_request, counted, register_counts, register_keys
 from .readout import readout_errors, undo_readout
 from .scaling import is_static
 from .symmetry import keep_keys, project_to_simplex
@@ -83,10 +81,8 @@ class ProbabilisticErrorCancellation:
         ArgumentError, ShapeError, DtypeError, BackendUnavailable
             As `QiskitQuantumBackend.sample_rows`; as `overhead`; fewer than two shots.
         """
-        if not isinstance(backend, QiskitQuantumBackend):
-            raise DtypeError(f"backend is a {type(backend).__name__}; it must be a QiskitQuantumBackend.")
-        p = check_rows(p)
-        request = backend._request(p, shots, generator)
+        request = checked_request(backend, p, shots, generator)
+        p = request.p
         if shots < 2:
             raise ArgumentError(f"shots={shots} is not allowed: two Pauli draws need one shot each.")
         running, n = request.running, p.shape[-1]
@@ -124,7 +120,7 @@ class ProbabilisticErrorCancellation:
             project_to_simplex(estimate, support),
             std_error,
             {
-                **backend._diagnostics(circuit, request),
+                **backend.diagnostics(circuit, request),
                 "mitigation": self.name,
                 "overhead": gamma**2,
                 "instances": instances,
@@ -146,7 +142,7 @@ def _inverses(
         raise ArgumentError(
             f"{circuit.name} measures on the way: its errors are not cancelled; take another loader, as 'tree'."
         )
-    noise = engine._noise(circuit) or Noise({}, {})
+    _, noise = engine.calibrated(circuit)
     found = []
     for place, instruction in enumerate(circuit.data):
         qubits = tuple(circuit.find_bit(q).index for q in instruction.qubits)

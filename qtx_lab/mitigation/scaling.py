@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from copy import copy
 from typing import Any
 
 import numpy as np
@@ -47,21 +46,18 @@ def scale_noise(backend: QiskitQuantumBackend, level: float, how: str = "two-qub
     """
     if how not in ("model", *FOLDINGS):
         raise unknown_name("how", how, ("model", *FOLDINGS))
-    scaled = copy(backend)
-    scaled._circuits = {}
     if how != "model":
-        scaled.engine = FoldedEngine(backend.engine, level, how)
-        return scaled
+        return backend.with_engine(FoldedEngine(backend.engine, level, how))
     engine = backend.engine
     if not isinstance(engine, AerEngine):
         raise ArgumentError(
             f"how='model' is not allowed on {engine.name}: only a simulator's noise is in a model; fold gates instead."
         )
     _check_level(level, 0.0)
-    scaled.engine = AerEngine(
-        engine.name, noise=engine.noise, noise_scale=engine.noise_scale * level, method=engine.method
+    scale = engine.noise_scale * level
+    return backend.with_engine(
+        AerEngine(engine.name, noise=engine.noise, noise_scale=scale, method=engine.method)
     )
-    return scaled
 
 
 class FoldedEngine:

@@ -19,7 +19,7 @@ from qtx_lab.backends import counts as counting
 from qtx_lab.backends.aer import AerEngine, _aer_model
 from qtx_lab.backends.base import Engine
 from qtx_lab.backends.counts import RowRequest, draw_outcomes
-from qtx_lab.backends.exact import compile_steps, density_matrices, outcome_probabilities
+from qtx_lab.backends.exact import Noise, compile_steps, density_matrices, outcome_probabilities
 from qtx_lab.backends.noise import best_region, device_noise, fake_device, reduced_target
 from qtx_lab.circuits.fidelity import state_fidelity, total_variation
 from qtx_lab.circuits.resources import resources
@@ -159,7 +159,7 @@ def test_probabilities_include_readout_as_aers_do(generator):
     ):
         backend = qtx.QiskitQuantumBackend("aer", loader=loader, **options)
         circuit = backend.transpiled(8)
-        steps = compile_steps(circuit, backend.engine._noise(circuit))
+        steps = compile_steps(*backend.engine.calibrated(circuit))
         exact, values = outcome_probabilities(steps, backend.loader.angles(p))
         assert values.tolist() == list(range(8))
         assert torch.allclose(exact.sum(-1), torch.ones(2, dtype=torch.float64))
@@ -190,13 +190,13 @@ def test_circuits_that_are_not_understood_go_to_aer():
     circuit.measure(0, 0)
     circuit.reset(0)
     circuit.measure(0, 0)
-    assert compile_steps(circuit, None) is None
+    assert compile_steps(circuit, Noise({}, {})) is None
     wide = QuantumCircuit(12, 12)
     wide.h(range(12))
     for q in range(11):
         wide.cx(q, q + 1)
     wide.measure(range(12), range(12))
-    assert compile_steps(wide, None) is None  # 4^12 numbers a row
+    assert compile_steps(wide, Noise({}, {})) is None  # 4^12 numbers a row
 
 
 # --- Twins and noise ----------------------------------------------------------------------------------------------

@@ -7,12 +7,11 @@ from qiskit.transpiler import generate_preset_pass_manager
 
 import qtx_lab as qtx
 from qtx_lab.backends.exact import compile_steps, outcome_probabilities
-from qtx_lab.backends.noise import fake_device
+from qtx_lab.backends.noise import fake_device, on_used_qubits
 from qtx_lab.circuits.base import pack
 from qtx_lab.experiments import bench_mitigation
 from qtx_lab.experiments.bench import BENCHES
 from qtx_lab.mitigation import scale_noise
-from qtx_lab.mitigation.circuit import _reduced
 from qtx_lab.mitigation.planner import Rehearsal, default_options, total_variation
 
 
@@ -173,9 +172,11 @@ class Device:
         manager = generate_preset_pass_manager(level, target=self.device.target, seed_transpiler=0)
         return manager.run(circuit)
 
+    def calibrated(self, circuit):
+        return on_used_qubits(circuit, self.device.target)
+
     def run(self, circuit, bindings, shots, seed):
-        small, noise = _reduced(circuit, self.device.target)
-        p, values = outcome_probabilities(compile_steps(small, noise), bindings)
+        p, values = outcome_probabilities(compile_steps(*self.calibrated(circuit)), bindings)
         rng = np.random.default_rng(seed)
         drawn = [rng.choice(values, shots, p=(row / row.sum()).numpy()) for row in p]
         return pack(np.stack(drawn), circuit.num_clbits)

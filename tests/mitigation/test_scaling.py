@@ -6,7 +6,7 @@ from qiskit import QuantumCircuit, transpile
 
 import qtx_lab as qtx
 from qtx_lab.backends.aer import _part
-from qtx_lab.backends.exact import compile_steps, outcome_probabilities
+from qtx_lab.backends.exact import Noise, compile_steps, outcome_probabilities
 from qtx_lab.mitigation import FOLDINGS, scale_noise
 
 DEVICES = {"fake_fez": "cz", "fake_sherbrooke": "ecr"}
@@ -31,7 +31,7 @@ def test_folding_keeps_the_distribution_and_survives_another_transpile(device, h
         folded, target=target, optimization_level=3, initial_layout=list(range(3)), seed_transpiler=0
     )
     for made in (folded, again):
-        ideal, _ = outcome_probabilities(compile_steps(made, None), backend.loader.angles(p))
+        ideal, _ = outcome_probabilities(compile_steps(made, Noise({}, {})), backend.loader.angles(p))
         assert torch.allclose(ideal, p, atol=1e-12)
     count = gates(circuit, how == "two-qubit")
     attained = folded.metadata["noise_level"]

@@ -47,7 +47,17 @@ _HOMES = {
     "experiments.notebooks": ["run_notebook"],
     "experiments.report": ["write_report"],
     "experiments.runs": ["Run", "runs"],
-    "experiments.spec": ["ExperimentSpec", "SamplerSpec"],
+    "experiments.spec": [
+        "CircuitSpec",
+        "ClusterSpec",
+        "ControlSpec",
+        "ExperimentSpec",
+        "MitigationSpec",
+        "SamplerSpec",
+        "TrainSpec",
+    ],
+    "experiments.sweeps": ["sweep"],
+    "kernels": ["gpu_quantum_attention"],
     "mitigation": [
         "CircuitMitigation",
         "MitigationPlanner",
@@ -69,6 +79,7 @@ _HOMES = {
         "SystematicSampler",
         "make_sampler",
     ],
+    "training": ["Cluster", "QuantumTrainer", "TrainingResult", "open_cluster"],
     "training.reference": [
         "bits_per_byte",
         "encode",
@@ -76,6 +87,12 @@ _HOMES = {
         "read_text",
         "reference_text",
     ],
+    "widgets.circuit_view": ["CircuitView"],
+    "widgets.forms": ["SpecForm"],
+    "widgets.job_table": ["JobTable"],
+    "widgets.lens": ["AttentionLens"],
+    "widgets.stream": ["MetricStream"],
+    "widgets.workbench": ["Workbench"],
 }
 _MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import warnings
@@ -122,22 +123,109 @@ def _print_run(path: Path, manifest: dict[str, Any]) -> None:
     click.echo(path / "report.html")
 
 
+@main.command()
+@click.argument("notebook")
+@click.option(
+    "-g", "--grid", "grid", multiple=True, metavar="NAME=A,B", help="Values of a parameter, as YAML."
+)
+@click.option(
+    "-p", "--parameter", "parameters", nargs=2, multiple=True, metavar="NAME VALUE", help="VALUE is YAML."
+)
+@click.option("--repeats", type=int, default=1, show_default=True, help="Runs of each combination.")
+@click.option("--seed", type=int, default=0, show_default=True, help="What the repeats' seeds come from.")
+@click.option("--workers", type=int, help="Processes on this machine [default: one a core].")
+@click.option(
+    "--cluster", metavar="SPEC|ADDRESS", help="A Dask cluster instead: a YAML file, or a scheduler's address."
+)
+@click.option("--measure", metavar="NAME", help="The result that the figure shows [default: the first].")
+@click.option("--resume", is_flag=True, help="Run only what an earlier sweep has not done.")
+@home_option
+def sweep(
+    notebook: str,
+    grid: tuple[str, ...],
+    parameters: tuple[tuple[str, str], ...],
+    cluster: str | None,
+    home: Path | None,
+    **options: Any,
+) -> None:
+    """Run NOTEBOOK for every combination of values; the last line is the report's path."""
+    import yaml
+
+    from .experiments.spec import ClusterSpec
+    from .experiments.sweeps import sweep as run_sweep
+
+    values: dict[str, Any] = {}
+    for text in grid:
+        name, _, listed = text.partition("=")
+        if not listed or name in values:
+            raise ArgumentError(f"-g {text!r} is not allowed: it must be NAME=A,B, each name once.")
+        try:
+            values[name] = yaml.safe_load(f"[{listed}]")
+        except (yaml.YAMLError, ValueError):
+            raise ArgumentError(f"-g {text!r} is not allowed: the values must be valid YAML.") from None
+    where = None
+    if cluster is not None:
+        where = cluster if "://" in cluster else ClusterSpec.from_yaml(Path(cluster))
+    done = run_sweep(notebook, values, parameters=_parsed(parameters), cluster=where, home=home, **options)
+    _print_run(done.path, done.manifest)
+    if done.status != "done":
+        sys.exit(1)
+
+
+@main.command()
+@click.option("--full", is_flag=True, help="Execute each with its own parameters, one after the other.")
+@home_option
+def notebooks(full: bool, home: Path | None) -> None:
+    """List the shipped notebooks, or execute them all in full."""
+    from .experiments.notebooks import notebooks_folder, run_notebook
+
+    failed = []
+    for path in sorted(notebooks_folder().glob("*.ipynb")):
+        if not full:
+            click.echo(path)
+            continue
+        try:
+            done = run_notebook(path, home=home)
+            click.echo(f"{path.stem}: done in {done.manifest['seconds']:.1f} s; {done.path / 'report.html'}")
+        except RunFailed as error:
+            failed.append(path.stem)
+            click.echo(f"{path.stem}: {_one_line(error)}", err=True)
+    if failed:
+        raise RunFailed(f"{len(failed)} notebook(s) failed: {', '.join(failed)}.")
+
+
 @main.command(name="runs")
 @home_option
+@click.option("--where", metavar="SQL", help="Only these, as \"status = 'done' and results.error < 0.1\".")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def list_runs(home: Path | None, as_json: bool) -> None:
+@click.option("--export", type=click.Choice(["csv", "parquet"]), help="Write all columns to standard output.")
+@click.option("--mlflow", metavar="URI", help="Copy them to an MLflow server, each once.")
+def list_runs(
+    home: Path | None, where: str | None, as_json: bool, export: str | None, mlflow: str | None
+) -> None:
     """List the runs, newest first."""
     from .experiments.runs import runs
 
-    table = runs(home)
+    if sum((as_json, export is not None, mlflow is not None)) > 1:
+        raise ArgumentError("--json, --export and --mlflow are not allowed together.")
+    if export == "parquet" and sys.stdout.isatty():
+        raise ArgumentError("--export parquet is not for a terminal: redirect it, as `> runs.parquet`.")
+    table = runs(home, where=where)
     skipped = table.attrs["skipped"]
     if as_json:
         rows = json.loads(table.to_json(orient="records", date_format="iso"))
         left_out = [{"folder": folder, "reason": reason} for folder, reason in skipped]
         click.echo(json.dumps({"runs": rows, "skipped": left_out}, indent=2))
         return
-    if table.empty:
-        click.echo(f"No runs in {runs_home(home)} yet. `qtx-lab demo` makes one.")
+    if export is not None:
+        click.echo(table.export(export), nl=False)
+    elif mlflow is not None:
+        from .experiments.mlflow_export import export_to_mlflow
+
+        click.echo(f"{export_to_mlflow(table, mlflow)} of {len(table)} runs copied to {mlflow}.")
+    elif table.empty:
+        none = "No run fits" if where else "No runs"
+        click.echo(f"{none} in {runs_home(home)}{'' if where else ' yet. `qtx-lab demo` makes one'}.")
     else:
         shown = table[["run", "name", "status", "started", "seconds", "path"]].copy()
         shown["started"] = shown["started"].dt.strftime("%Y-%m-%d %H:%M:%S")
@@ -145,6 +233,18 @@ def list_runs(home: Path | None, as_json: bool) -> None:
         _print_columns(list(shown.columns), shown.astype(str).to_numpy().tolist())
     for folder, reason in skipped:
         click.echo(f"skipped {folder}: {reason}", err=True)
+
+
+@main.command()
+@click.argument("kind")
+def spec(kind: str) -> None:
+    """Print the JSON schema of a KIND of spec: its fields, bounds, units and help."""
+    from .errors import unknown_name
+    from .experiments.spec import SPECS
+
+    if kind not in SPECS:
+        raise unknown_name("kind", kind, SPECS)
+    click.echo(json.dumps(SPECS[kind].model_json_schema(), indent=2, ensure_ascii=False))
 
 
 def _print_columns(names: list[str], rows: list[list[str]]) -> None:
@@ -232,19 +332,103 @@ def lab(arguments: tuple[str, ...]) -> None:
 
     offline = ["--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
     command = [sys.executable, "-m", "jupyterlab", f"--notebook-dir={notebooks_folder()}"]
-    sys.exit(subprocess.run([*command, *offline, *arguments], check=False).returncode)
+    # Kernels start in the notebooks' folder, the dashboard here: both are told of one folder of runs.
+    home = {"QTX_LAB_HOME": str(runs_home().resolve())}
+    done = subprocess.run([*command, *offline, *arguments], env={**os.environ, **home}, check=False)
+    sys.exit(done.returncode)
 
 
 @main.command()
-@click.option("--preset", type=click.Choice(["reference"]), default="reference", show_default=True)
+@home_option
+@click.option("--port", type=click.IntRange(0, 65_535), help="0: any that is free [default: 5006].")
 @click.option(
-    "--out", type=click.Path(path_type=Path), required=True, help="Folder for weights and model card."
+    "--address", help="Where to listen; a token is needed beyond this machine [default: 127.0.0.1]."
 )
-def train(preset: str, out: Path) -> None:
-    """Train a model: `reference` is the one that is shipped."""
-    from .training.reference_training import train_reference
+@click.option("--token", envvar="QTX_LAB_TOKEN", help="What visitors must give [default: $QTX_LAB_TOKEN].")
+@click.option("--prefix", metavar="PATH", help="Path under which a reverse proxy shows it.")
+@click.option("--socket", type=click.Path(path_type=Path), help="Listen on this Unix socket, not on a port.")
+def dashboard(home: Path | None, **options: Any) -> None:
+    """Serve the dashboard of all runs, live and read only, until Ctrl-C; prints its address."""
+    from .widgets.dashboard import serve
 
-    train_reference(out)
+    given = {name: value for name, value in options.items() if value is not None}
+    serve(home, started=click.echo, **given)
+
+
+class TrainCommand(click.Command):
+    """A command with a flag for each field of `TrainSpec`, which is loaded only when it is needed."""
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        from .experiments.spec import TrainSpec
+
+        flags = []
+        for name, field in TrainSpec.model_fields.items():
+            text = f"{field.description} [default: {field.default}]"
+            flags.append(click.Option([f"--{name.replace('_', '-')}"], metavar="VALUE", help=text))
+        return [*super().get_params(ctx), *flags]
+
+
+def _number(text: str) -> Any:
+    """What a flag's value means: YAML, but 1e-3, which YAML takes for a text, is a number."""
+    try:
+        return float(text) if "e" in text.lower() else _parsed((("value", text),))["value"]
+    except ValueError:
+        return text
+
+
+@main.command(cls=TrainCommand)
+@click.argument("spec_file", required=False, metavar="[SPEC.yaml]", type=click.Path(path_type=Path))
+@click.option("--preset", type=click.Choice(["reference"]), help="Remake the shipped model, in --out.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Folder for the preset's weights and model card."
+)
+@click.option(
+    "--cluster", type=click.Choice(["auto", "local", "cuda", "address"]), help="Train over a cluster."
+)
+@click.option("--num-workers", type=int, help="Its workers, a rank each.")
+@click.option("--address", help="Of its scheduler, with --cluster address.")
+@click.option("--resume", metavar="RUN", help="Go on with a training that was stopped.")
+@click.option("--name", default="train", show_default=True, help="Name of the run.")
+@home_option
+def train(
+    spec_file: Path | None,
+    preset: str | None,
+    out: Path | None,
+    cluster: str | None,
+    num_workers: int | None,
+    address: str | None,
+    resume: str | None,
+    name: str,
+    home: Path | None,
+    **flags: str | None,
+) -> None:
+    """Train a model as SPEC.yaml and the flags say, in a run folder; the last line is the report's path.
+
+    A flag sets a field of the spec, over what SPEC.yaml says. Without --cluster, in one process.
+    """
+    from .experiments.spec import ClusterSpec, TrainSpec
+
+    given = {field: _number(value) for field, value in flags.items() if value is not None}
+    if preset is not None or out is not None:
+        if preset is None or out is None or given or spec_file or cluster or resume:
+            raise ArgumentError("--preset and --out go together, and with nothing else.")
+        from .training.reference_training import train_reference
+
+        train_reference(out)
+        return
+    from .experiments.training_run import train_run
+
+    if cluster is None and (num_workers is not None or address is not None):
+        raise ArgumentError("--num-workers and --address belong to --cluster.")
+    where = None if cluster is None else ClusterSpec(kind=cluster, num_workers=num_workers, address=address)
+    if resume is not None:
+        if given or spec_file:
+            raise ArgumentError("--resume goes on under the run's own spec: leave the others out.")
+        done = train_run(cluster=where, home=home, resume=resume)
+    else:
+        base = {} if spec_file is None else TrainSpec.from_yaml(spec_file).to_parameters()
+        done = train_run(TrainSpec.from_parameters({**base, **given}), cluster=where, home=home, name=name)
+    _print_run(done.path, done.manifest)
 
 
 @main.command()

@@ -68,6 +68,13 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def sync_file(path: Path) -> None:
+    """Make a file's content and name durable."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    sync_folder(path.parent)
+
+
 def storage_error(path: Path, error: OSError) -> StorageError:
     """The error for a path that could not be written: the cause, and what to do."""
     advice = {

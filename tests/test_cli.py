@@ -125,3 +125,79 @@ def test_a_failed_run_is_exit_1(asked) -> None:
     done = call("run", "x", "--name", "fails")
     assert done.exit_code == 1
     assert done.stderr == "error: a.ipynb stopped in cell [1] (kept in somewhere)\n"
+
+
+def test_runs_are_filtered_and_exported(tmp_path) -> None:
+    for seed in (1, 2, 3):
+        with Run.create(ExperimentSpec(seed=seed), "trial", tmp_path) as run:
+            run.update(results={"error": seed / 10})
+    listed = call("runs", "--home", tmp_path, "--where", "results.error > 0.15")
+    assert len(listed.stdout.splitlines()) == 3
+    exported = call("runs", "--home", tmp_path, "--where", "seed = 2", "--export", "csv").stdout.splitlines()
+    assert len(exported) == 2
+    assert "results.error" in exported[0]
+    parquet = call("runs", "--home", tmp_path, "--export", "parquet").stdout_bytes
+    assert parquet[:4] == parquet[-4:] == b"PAR1"
+    assert "No run fits" in call("runs", "--home", tmp_path, "--where", "seed = 7").stdout
+    for arguments in (["--where", "sed = 2"], ["--json", "--export", "csv"], ["--where", "error = 1"]):
+        refused = call("runs", "--home", tmp_path, *arguments)
+        assert (refused.exit_code, refused.stderr.count("\n")) == (2, 1)
+
+
+def test_schemas_are_printed() -> None:
+    schema = json.loads(call("spec", "cluster").stdout)
+    assert schema["properties"]["timeout"]["unit"] == "s"
+    assert "Did you mean 'cluster'" in call("spec", "clusters").stderr
+
+
+def test_sweep_hands_on_what_was_typed(monkeypatch, tmp_path) -> None:
+    asked: list = []
+
+    def sweep(notebook, grid, **options):
+        asked.append((notebook, grid, options))
+        with Run.create(ExperimentSpec(), "sweep", tmp_path) as run:
+            run.update(results={"summary": ["Two."]})
+        if options["resume"]:
+            run.finish("failed", "1 of 2 notebooks failed.")
+        return run
+
+    monkeypatch.setattr("qtx_lab.experiments.sweeps.sweep", sweep)
+    (tmp_path / "cluster.yaml").write_text("kind: local\nnum_workers: 3\n")
+    words = ["sweep", "x", "-g", "n=1,2.5,true", "-g", "name=a,[b, c]", "-p", "rate", "0.5", "--repeats", 3]
+    done = call(*words, "--cluster", tmp_path / "cluster.yaml")
+    assert done.exit_code == 0, done.output
+    assert done.stdout.splitlines()[-1].endswith("report.html")
+    notebook, grid, options = asked[0]
+    assert (notebook, grid) == ("x", {"n": [1, 2.5, True], "name": ["a", ["b", "c"]]})
+    assert options["parameters"] == {"rate": 0.5}
+    assert (options["repeats"], options["cluster"].num_workers) == (3, 3)
+    assert call(*words, "--cluster", "tcp://127.0.0.1:8786", "--resume").exit_code == 1
+    assert asked[1][2]["cluster"] == "tcp://127.0.0.1:8786"
+    for bad in (
+        ["-g", "n"],
+        ["-g", "n="],
+        ["-g", "n=[1"],
+        ["-g", "n=1", "-g", "n=2"],
+        ["--cluster", "nowhere.yaml"],
+    ):
+        refused = call("sweep", "x", *bad)
+        assert (refused.exit_code, refused.stderr.count("\n")) == (2, 1), bad
+
+
+def test_all_notebooks_run_though_one_fails(monkeypatch, tmp_path) -> None:
+    listed = call("notebooks").stdout.splitlines()
+    assert any(line.endswith("00_quickstart.ipynb") for line in listed)
+    seen = []
+
+    def run_notebook(path, **options):
+        seen.append(path.stem)
+        if path.stem == "02_circuits":
+            raise RunFailed("02_circuits.ipynb stopped")
+        with Run.create(ExperimentSpec(), "trial", tmp_path) as run:
+            return run
+
+    monkeypatch.setattr("qtx_lab.experiments.notebooks.run_notebook", run_notebook)
+    done = call("notebooks", "--full")
+    assert done.exit_code == 1
+    assert len(seen) == len(listed)
+    assert "1 notebook(s) failed: 02_circuits" in done.stderr

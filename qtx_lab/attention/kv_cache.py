@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +12,41 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import ArgumentError, DtypeError, ShapeError, unknown_name
+from ..errors import ArgumentError, ShapeError, unknown_name
 from ..estimates import AttentionEstimate, Draws, rounding_variance
+from ..kernels.attention import attend_sketched, wanted
+from ..kernels.sketch_decode_reference import GrowingSketch, Sketch, int4_sketch, low_rank_sketch
 from ..samplers import SystematicSampler
 from ..samplers.base import Uniform, check_count, check_generator, invert, row_masses
-from ..samplers.learned_proposal import best_low_rank, log_inclusion
-from ..samplers.rows import blocks
+from ..samplers.learned_estimators import delta_terms
+from ..samplers.learned_proposal import best_low_rank
+from ..samplers.rows import blocks, check_finite, check_tensors
 from ..samplers.value_order import value_order
 from ..storage import read_tensors, write_tensors
 
 PROPOSALS = ("exact", "low-rank", "int4")
-REBUILD = 1.5
-"""The cache is laid out anew when it has grown by this factor: O(log n) work a token, amortised, though all at once."""
+SINKS, RECENT, BLOCK = 4, 64, 256
+"""The first `SINKS` tokens and the last `RECENT` are never sketched, nor are up to `BLOCK` that wait for a segment."""
+ORDER_FEATURES, ORDER_LEAF = 16, 8
+"""Of the value order: with all features and down to single keys it takes some ten times as long at d = 128, and errors on
+the reference model's own keys were the same to 2 %."""
 FITTED_KEYS = 8192
 """A low-rank sketch is fitted to no more keys than that, evenly spread."""
+RIDGE = 1e-4
+"""Of the mean variance of the queries seen, added in all directions: the next query may be another."""
+FARTHEST = 8.0
+"""A sketched component is cut off at that many times the largest of the keys fitted to."""
 OUTLIER = 1 / 256
 """The share of a channel's largest keys that int4 keeps as they are."""
+FIRST_RATE, NEWTON_STEPS = 2.0, 2
+"""Where the search for the draws a unit of mass starts, in draws, and its steps: see `_limit`."""
+PIECE = 1 << 14
+"""Keys whose scores are summed up together: few enough to stay in a processor's own cache."""
+HALF_RANGE, LEAST = 6e4, 1e-30
 BLOCK_ELEMENTS = 1 << 24
 """Size of a block of queries: keys, or draws times features, whichever is more, over its rows."""
+
+SAVED = ("proposal", "rank", "defensive", "features", "seen")
 
 
 class SampledKVCache:
@@ -37,21 +54,27 @@ class SampledKVCache:
 
     For a query x the sketch gives a score l~_j near scale x . k_j for every key, and a proposal
 
-        q_j = (1 - epsilon) softmax_j(l~) + epsilon / n,
+        q_j = (1 - epsilon) softmax_j(l~) + epsilon / n.
 
-    from which S keys are drawn by systematic points along the values' order (`value_order`). The exact logits of the
-    drawn keys alone, l_j, then weigh them: w_j proportional to exp(l_j) / min(1, S q_j) over the distinct keys drawn
-    (Hajek 1971), which is the self-normalised estimate of `LearnedImportanceSampler`, with its error bars, which take
-    keys to be in random order: in value order they err on the safe side. Biased by O(1 / S); exact where every key is
-    drawn. Tokens appended stand behind the others until the cache has grown by half and is laid out anew.
+    Key j is drawn with probability pi_j = min(1, c q_j), c such that sum_j pi_j is S: the heaviest surely, none twice,
+    as by `HeadTailSampler`, by systematic points along the values' order (`value_order`). The exact logits l_j of the
+    drawn keys alone then weigh them, w_j proportional to exp(l_j) / pi_j (Hajek 1971): the self-normalised estimate of
+    `LearnedImportanceSampler`, with its error bars, which take keys to be in random order: in value order they err on the
+    safe side. Biased by O(1 / S); exact where every key is drawn.
 
     Sketches:
 
     - `exact`: the keys. All of k is read, v only at the draws.
-    - `low-rank`: `rank` numbers a key, by `best_low_rank` of the keys and of the queries seen so far (all directions
-      alike where none was seen); refitted when the cache is laid out anew.
+    - `low-rank`: `rank` numbers a key, in half precision. Keys are kept in a basis fitted by `best_low_rank` to them and to
+      the queries seen so far (all directions alike where none was seen), all E components, half of float32 keys' memory
+      again; a query reads the `rank` components that matter most to it, by the size of its own times the keys' spread.
+      (Choosing components by the query is SparQ's idea: Ribar and others 2023; there among the channels themselves.)
     - `int4`: 4 bits a number, in steps of its channel's; the `OUTLIER` largest of a channel, and what is appended out
       of its range, are kept beside.
+
+    The first `SINKS` tokens and the last `RECENT` to `RECENT + BLOCK` have exact logits. Tokens that leave that window are
+    put in value order among themselves, as a segment, and segments are merged and ordered anew once all those after one
+    hold as many tokens: O(log n) times a token, at most log2(n / BLOCK) segments. A merger of all fits the sketch anew.
 
     Every query sees the whole cache: no masks, no gradients.
 
@@ -59,13 +82,16 @@ class SampledKVCache:
     --------
     >>> import torch
     >>> g = torch.Generator().manual_seed(0)
-    >>> k, v = (torch.randn(2, 300, 16, generator=g) for _ in range(2))
+    >>> k, v = (torch.randn(2, 500, 16, generator=g) for _ in range(2))
     >>> cache = SampledKVCache.build(k, v, proposal="low-rank", rank=8)
     >>> cache.append(k[:, :1], v[:, :1])
     >>> est = cache.attend(torch.randn(4, 1, 16, generator=g), num_samples=64, generator=g)  # two queries a key head
     >>> len(cache), est.output.shape, est.std_error.shape
-    (301, torch.Size([4, 1, 16]), torch.Size([4, 1, 16]))
+    (501, torch.Size([4, 1, 16]), torch.Size([4, 1, 16]))
     """
+
+    _growing: GrowingSketch | None = None
+    """The sketch for the kernel, where that is used."""
 
     def __init__(
         self,
@@ -91,17 +117,18 @@ class SampledKVCache:
             raise ArgumentError(f"defensive={defensive!r} is not allowed: it must be between 0 and 1.")
         self.proposal, self.rank, self.defensive = proposal, int(rank), float(defensive)
         self.lead, self.heads, self.length = k.shape[:-2], k.shape[:-2].numel(), 0
-        self.dtype = torch.promote_types(k.dtype, torch.float32)
+        self.features, self.dtype = features, torch.promote_types(k.dtype, torch.float32)
         self.moment = torch.zeros(self.heads, features, features, dtype=torch.float64, device=k.device)
         self.seen = 0  # queries in `moment`, a head
         self._asked: list[Tensor] = []  # those that are not in it yet
-        self._k, self._v = (x.detach().reshape(self.heads, *x.shape[-2:])[:, :0] for x in (k, v))
+        self._table = k.new_empty(self.heads, 0, features + v.shape[-1])  # k and v side by side
         self._order = torch.empty(self.heads, 0, dtype=torch.int64, device=k.device)
-        self._sketch: dict[str, Tensor] = {}
+        self._maps: dict[str, Tensor] = {}  # what all segments are sketched by
+        self._segments: list[dict[str, Tensor]] = []
+        self._sizes: list[int] = []
         self._sums = torch.zeros(2, self.heads, 1, v.shape[-1], dtype=torch.float64, device=v.device)
         if queries is not None:
             self._see(self._rows(queries)[0])
-        self._laid_out = 0
         self.append(k, v)
 
     @classmethod
@@ -146,17 +173,24 @@ class SampledKVCache:
     @property
     def nbytes(self) -> int:
         """Bytes held: keys, values, sketch, order, and room to grow."""
-        held = (self._k, self._v, self._order, self.moment, self._sums, *self._sketch.values())
-        return sum(x.nbytes for x in held)
+        held = [self._table, self._order, self.moment, self._sums, *self._maps.values()]
+        return sum(x.nbytes for part in (*self._segments, {}) for x in part.values()) + sum(
+            x.nbytes for x in held
+        )
 
     def sketch_nbytes(self) -> int:
-        """Bytes of it that a query reads in full: the sketch's, of the tokens held."""
-        if self.proposal == "exact":
-            return self._k[:, : self.length].nbytes
-        return sum(
-            (x[..., : self.length] if name in ("low", "packed") else x).nbytes
-            for name, x in self._sketch.items()
-        )
+        """Bytes of it that one query of each key head reads in full: the sketch, and the keys that have none."""
+        sketched = 0 if self.proposal == "exact" else sum(self._sizes)
+        plain = (self.length - sketched) * self.features * self.heads * self._table.element_size()
+        held = sum(x.nbytes for part in self._segments for x in part.values())
+        return plain + (held * self.rank // self.features if self.proposal == "low-rank" else held)
+
+    def tokens(self) -> tuple[Tensor, Tensor]:
+        """Keys (..., Hkv, n, E) and values (..., Hkv, n, Ev), copied, in the order in which they came."""
+        n = self.length
+        back = self._order[:, :n].argsort(-1)[..., None].expand(-1, -1, self._table.shape[-1])
+        found = self._table[:, :n].gather(1, back).view(*self.lead, n, -1)
+        return found[..., : self.features], found[..., self.features :]
 
     # --- Growing ------------------------------------------------------------------------------
 
@@ -169,68 +203,88 @@ class SampledKVCache:
             As `build`; the cache is then as it was.
         """
         _check(k, v)
-        for name, x, held in (("k", k, self._k), ("v", v, self._v)):
-            if x.shape[:-2] != self.lead or x.shape[-1] != held.shape[-1] or x.dtype != held.dtype:
+        widths = {"k": self.features, "v": self._table.shape[-1] - self.features}
+        for name, x in (("k", k), ("v", v)):
+            if x.shape[:-2] != self.lead or x.shape[-1] != widths[name] or x.dtype != self._table.dtype:
                 raise ShapeError(
                     f"{name} is {tuple(x.shape)} {x.dtype}; the cache holds (..., n, features) = "
-                    f"{(*self.lead, self.length, held.shape[-1])} {held.dtype}."
+                    f"{(*self.lead, self.length, widths[name])} {self._table.dtype}."
                 )
         k, v = (x.detach().reshape(self.heads, *x.shape[-2:]) for x in (k, v))
         start, end = self.length, self.length + k.shape[1]
-        self._k, self._v = _grown(self._k, start, end, 1), _grown(self._v, start, end, 1)
-        self._order = _grown(self._order, start, end, 1)
-        self._k[:, start:end], self._v[:, start:end] = k, v
+        self._table, self._order = _grown(self._table, start, end), _grown(self._order, start, end)
+        self._table[:, start:end, : self.features] = k
+        self._table[:, start:end, self.features :] = v
         self._order[:, start:end] = torch.arange(start, end, device=k.device)
-        wide = v.double()
-        self._sums += torch.stack((wide, wide.square())).sum(2, keepdim=True)
+        for held, x in zip(self._sums, (v, v.to(self.dtype).square()), strict=True):
+            held += x.sum(1, keepdim=True, dtype=torch.float64)
         self.length = end
-        if end >= REBUILD * self._laid_out:
-            self._lay_out()
-        else:
-            self._add_to_sketch(start)
+        waiting = end - sum(self._sizes) - SINKS - RECENT
+        if waiting >= BLOCK:
+            self._settle(waiting)
 
-    def _lay_out(self) -> None:
-        """Put all tokens in value order, and make the sketch anew."""
-        n = self.length
-        order = value_order(self._v[:, :n])
-        for x in (self._k, self._v, self._order):
-            index = order if x.ndim == 2 else order[..., None].expand(-1, -1, x.shape[-1])
-            x[:, :n] = x[:, :n].gather(1, index)
-        self._laid_out, self._sketch = n, {}
-        k = self._k[:, :n].to(self.dtype)
-        if self.proposal == "low-rank":
-            some = k[:, :: -(-n // FITTED_KEYS)]
-            a, b = best_low_rank(self._queries(), some, self.rank)
-            self._sketch = {"a": a, "b": b, "low": k.new_empty(self.heads, self.rank, 0)}
-        elif self.proposal == "int4":
-            kept = max(1, round(OUTLIER * n)) if n > 1 else 0
-            centre = k.mean(1, keepdim=True)
-            range_ = (
-                (k - centre).abs().topk(kept + 1, 1).values[:, -1:]
-            )  # the largest that is not kept beside
-            step = (range_ / 7).clamp_min(torch.finfo(self.dtype).tiny)
-            byte = torch.empty(self.heads, -(-k.shape[-1] // 2), 0, dtype=torch.uint8, device=k.device)
-            self._sketch = {"centre": centre, "step": step, "packed": byte}
-            self._sketch["head"], self._sketch["key"], self._sketch["channel"] = order.new_empty(3, 0)
-            self._sketch["rest"] = k.new_empty(0)
-        self._add_to_sketch(0)
+    def _settle(self, waiting: int) -> None:
+        """Make a segment of the oldest tokens that have none, and merge it with those before that are no larger."""
+        laid = sum(self._sizes)
+        sizes = [*self._sizes, waiting]
+        first = next(i for i in range(len(sizes)) if sizes[i] <= sum(sizes[i + 1 :]) or i == len(sizes) - 1)
+        start, end = sum(sizes[:first]), laid + waiting
+        place = torch.arange(end + SINKS - start, device=self._order.device)
+        sinks = (place >= laid - start) & (place < laid - start + SINKS)  # they go behind the segment
+        moved = place[~sinks]
+        order = value_order(self._values(start, end + SINKS)[:, moved], ORDER_FEATURES, ORDER_LEAF)
+        self._move(start, torch.cat((moved[order], place[sinks].expand(self.heads, -1)), 1))
+        self._sizes = [*sizes[:first], end - start]
+        k = self._keys(start, end).to(self.dtype)
+        if first == 0:
+            self._maps = self._fitted(k)
+        self._segments[first:] = [self._sketched(k)]
 
-    def _add_to_sketch(self, start: int) -> None:
-        """Sketch the tokens from `start` on, by the sketch's own maps or steps."""
-        s, k = self._sketch, self._k[:, start : self.length].to(self.dtype)
+    def _keys(self, start: int, end: int, heads: slice = slice(None)) -> Tensor:
+        return self._table[heads, start:end, : self.features]
+
+    def _values(self, start: int, end: int) -> Tensor:
+        return self._table[:, start:end, self.features :]
+
+    def _move(self, start: int, index: Tensor) -> None:
+        """Put in place start + i what is in place start + index_i, index (N, m)."""
+        for x in (self._table, self._order):
+            some = x[:, start : start + index.shape[1]]
+            some.copy_(some.gather(1, index if x.ndim == 2 else index[..., None].expand_as(some)))
+
+    def _fitted(self, k: Tensor) -> dict[str, Tensor]:
+        """Maps or steps to sketch keys by, fitted to k (N, m, E)."""
+        if self.proposal == "exact":
+            return {}
+        centre = k.mean(1, keepdim=True)
         if self.proposal == "low-rank":
-            s["low"] = _grown(s["low"], start, self.length, 2)
-            s["low"][..., start : self.length] = (k @ s["b"]).mT
-        elif self.proposal == "int4":
-            scaled = (k - s["centre"]) / s["step"]
-            level = scaled.round().clamp(-7, 7)
-            head, key, channel = (scaled.abs() > 7.5).nonzero(as_tuple=True)
-            rest = ((scaled - level) * s["step"])[head, key, channel]
-            new = {"head": head, "key": key + start, "channel": channel, "rest": rest}
-            s.update({name: torch.cat((s[name], x)) for name, x in new.items()})
-            nibbles = F.pad((level + 8).to(torch.uint8), (0, k.shape[-1] % 2)).mT  # [N, E, m]
-            s["packed"] = _grown(s["packed"], start, self.length, 2)
-            s["packed"][..., start : self.length] = nibbles[:, ::2] | (nibbles[:, 1::2] << 4)
+            some = k[:, :: -(-k.shape[1] // FITTED_KEYS)]
+            a, b = best_low_rank(self._queries(), some, self.features)
+            found = (some - centre) @ b
+            peak = found.abs().amax(1, keepdim=True).clamp_min(torch.finfo(self.dtype).tiny)
+            spread = (found / peak).square().mean(1, keepdim=True).sqrt()
+            return {"centre": centre, "a": a * peak, "b": b / peak, "spread": spread}
+        kept = max(1, round(OUTLIER * k.shape[1]))
+        largest = (k - centre).abs().topk(kept + 1, 1).values[:, -1:]  # that is not kept beside
+        return {"centre": centre, "step": (largest / 7).clamp_min(torch.finfo(self.dtype).tiny)}
+
+    def _sketched(self, k: Tensor) -> dict[str, Tensor]:
+        """The sketch of keys (N, m, E)."""
+        if self.proposal == "exact":
+            return {}
+        k = k - self._maps["centre"]
+        if self.proposal == "low-rank":
+            low = torch.bmm(k, self._maps["b"]).clamp(-FARTHEST, FARTHEST).half()
+            width = min(k.shape[1], PIECE)
+            pieces = F.pad(low, (0, 0, 0, -k.shape[1] % width)).unflatten(1, (-1, width))
+            return {"low": pieces.permute(1, 0, 3, 2).contiguous()}  # [pieces, N, E, width]
+        scaled = k / self._maps["step"]
+        level = scaled.round().clamp(-7, 7)
+        head, key, channel = (scaled.abs() > 7.5).nonzero(as_tuple=True)
+        rest = ((scaled - level) * self._maps["step"])[head, key, channel]
+        nibbles = F.pad((level + 8).to(torch.uint8), (0, k.shape[-1] % 2)).mT  # [N, E, m]
+        packed = nibbles[:, ::2] | (nibbles[:, 1::2] << 4)
+        return {"packed": packed, "head": head, "key": key, "channel": channel, "rest": rest}
 
     def _see(self, q: Tensor) -> None:
         """Remember queries (N, M, E): by their second moment, but for the latest, which cost less together."""
@@ -245,14 +299,14 @@ class SampledKVCache:
             self.seen, self._asked = self.seen + q.shape[1], []
 
     def _queries(self) -> Tensor:
-        """E queries a head that have the second moment of those seen, (N, E, E)."""
+        """E queries a head that have the second moment of those seen, and a little more, (N, E, E)."""
         self._sum_up()
-        size = self.moment.shape[-1]
-        eye = torch.eye(size, dtype=torch.float64, device=self.moment.device)
+        eye = torch.eye(self.features, dtype=torch.float64, device=self.moment.device)
         if not self.seen:
             return eye.expand_as(self.moment).to(self.dtype)
-        values, vectors = torch.linalg.eigh(self.moment * (size / self.seen))
-        return (values.clamp_min(0).sqrt()[..., None] * vectors.mT).to(self.dtype)
+        values, vectors = torch.linalg.eigh(self.moment * (self.features / self.seen))
+        values = values.clamp_min(0) + RIDGE * values.mean(-1, keepdim=True)
+        return (values.sqrt()[..., None] * vectors.mT).to(self.dtype)
 
     # --- Attending ------------------------------------------------------------------------------
 
@@ -284,7 +338,8 @@ class SampledKVCache:
         Returns
         -------
         AttentionEstimate
-            `std_error` by the delta method, as for `LearnedImportanceSampler`; indices count tokens as they came.
+            `std_error` by the delta method, as for `LearnedImportanceSampler`; indices count tokens as they came. Draws
+            that found no key that was not drawn yet have weight 0.
 
         Raises
         ------
@@ -295,50 +350,74 @@ class SampledKVCache:
         check_count("replicates", replicates)
         check_generator(generator)
         rows, group = self._rows(q)
-        scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+        scale = 1 / math.sqrt(self.features) if scale is None else float(scale)
+        told: dict[str, Any] = {}
+        if wanted(q) and self.proposal == "exact":
+            told = {
+                "kernel": {
+                    "path": "torch",
+                    "reason": "it takes sketches; sampled_attention has one for exact keys",
+                }
+            }
+        elif wanted(q):
+            self._growing = self._growing or GrowingSketch(self._kernel_sketch)
+            k, v, order = (
+                self._keys(0, self.length),
+                self._values(0, self.length),
+                self._order[:, : self.length],
+            )
+            options: dict[str, Any] = {
+                "num_samples": num_samples,
+                "replicates": replicates,
+                "scale": scale,
+                "generator": generator,
+            }
+            laid, epsilon = tuple(self._sizes), self.defensive
+            done, told = attend_sketched(
+                q, rows, k, v, order, self._growing, laid, defensive=epsilon, **options
+            )
+            if done is not None:
+                if self.proposal == "low-rank":
+                    self._see(rows)
+                return done
         with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
             if self.proposal == "low-rank":
                 self._see(rows)
-            shape, length, total = rows.shape[:2], q.shape[-2], num_samples * replicates
+            (n, m), length, total = rows.shape[:2], q.shape[-2], num_samples * replicates
             uniform = Uniform(generator, q.device)
-            points = (
-                SystematicSampler().points((self.heads, length), num_samples, replicates, uniform).flatten(-2)
+            points = SystematicSampler().points((self.heads, length), num_samples, replicates, uniform)
+            points = points.flatten(-2) if group == 1 else points.flatten(-2).repeat(1, group, 1)
+            step = BLOCK_ELEMENTS // max(self.length, total * self._table.shape[-1])
+            found = [
+                self._draw(rows[heads, part] * scale, points[heads, part], heads, num_samples)
+                for heads, part in blocks((n, m), step)
+            ]
+            if len(found) > 1:
+                columns = zip(*([x.flatten(0, 1) for x in block] for block in found), strict=True)
+                found = [tuple(torch.cat(x).unflatten(0, (n, m)) for x in columns)]
+            place, weights, proposed, pi, rate, output = found[0]
+            indices = self._order[:, None].expand(-1, m, -1).gather(-1, place)
+        draws = Draws(indices, weights, None, replicates).view(q.shape[:-1])
+        row_shape, width, dtype = q.shape[:-1], output.shape[-1], self._table.dtype
+        moments = self._sums / self.length
+
+        def make_std_error() -> Tensor:
+            # Draws that count for nothing are keys of their own, which no other is taken for.
+            none = self.length + torch.arange(total, device=place.device)
+            apart = Draws(torch.where(weights > 0, indices, none), weights, None, replicates)
+            now = self._order[:, : self.length].argsort(-1)  # tokens may have moved since
+            rows = self._drawn(now[:, None].expand(-1, m, -1).gather(-1, indices), slice(0, n))
+            drawn = rows[..., self.features :]
+            return _std_error(apart, proposed, pi, rate, drawn, output, moments, dtype).view(
+                *row_shape, width
             )
-            points = points.repeat(1, group, 1)
-            place = torch.empty(*shape, total, dtype=torch.int64, device=q.device)
-            weights, proposed = rows.new_empty(*shape, total), rows.new_empty(*shape, total)
-            drawn = rows.new_empty(*shape, total, self._v.shape[-1])
-            step = BLOCK_ELEMENTS // max(self.length, total * max(rows.shape[-1], drawn.shape[-1]))
-            for heads, part in blocks((shape[0], shape[1]), step):
-                block = rows[heads, part] * scale
-                found, chance = self._propose(block, points[heads, part], heads)
-                first = (torch.arange(heads.start, heads.stop, device=q.device) * self._k.shape[1])[
-                    :, None, None
-                ]
-                k = F.embedding(found + first, self._k.flatten(0, 1)).to(self.dtype)  # [N, M, T, E]
-                logits = torch.einsum("nmte,nme->nmt", k, block)
-                apart = found.unflatten(-1, (replicates, num_samples))
-                times = Draws(apart, apart).multiplicity().flatten(-2)
-                log_w = (
-                    logits - log_inclusion(chance.log(), num_samples, False) - times.to(logits.dtype).log()
-                )
-                w = log_w.unflatten(-1, apart.shape[-2:]).softmax(-1).flatten(-2) / replicates
-                place[heads, part], weights[heads, part], proposed[heads, part] = found, w, chance
-                drawn[heads, part] = F.embedding(found + first, self._v.flatten(0, 1)).to(self.dtype)
-            output = torch.einsum("nmtd,nmt->nmd", drawn, weights)
-            indices = self._order[:, None].expand(-1, shape[1], -1).gather(-1, place)
-        flat = Draws(indices, weights, None, replicates)
-        row_shape, dtype = q.shape[:-1], self._v.dtype
-        moments = (self._sums / self.length).to(torch.float64)
-        draws = flat.view(row_shape)
+
         return AttentionEstimate(
-            output=output.view(*row_shape, -1).to(dtype),
+            output=output.view(*row_shape, width).to(dtype),
             num_keys=self.length,
             degrees_of_freedom=math.inf,
             make_draws=lambda: draws,
-            make_std_error=lambda: _std_error(flat, proposed, drawn, output, moments, dtype).view(
-                *row_shape, -1
-            ),
+            make_std_error=make_std_error,
             group=group,
             diagnostics={
                 "sampler": f"cache, {self.proposal}",
@@ -348,62 +427,121 @@ class SampledKVCache:
                 "draws_per_row": total,
                 "effective_sample_size": draws.effective_sample_size(),
                 "fallbacks": (),
+                **told,
             },
+        )
+
+    def _kernel_sketch(self, k: Tensor) -> Sketch:
+        """What the kernel scans in place of the segments: one table of keys (N, n, E), `rank` numbers of each or 4 bits."""
+        return (
+            low_rank_sketch(k, self.rank, queries=self._queries())
+            if self.proposal == "low-rank"
+            else int4_sketch(k)
         )
 
     def scores(self, q: Tensor, scale: float | None = None) -> Tensor:
         """What the sketch takes the logits of queries q (..., H, L, E) to be, but for a shift of each row:
         (..., H, L, n), tokens as they came. For plots and tests."""
         rows, _ = self._rows(q)
-        scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+        scale = 1 / math.sqrt(self.features) if scale is None else float(scale)
         found = self._scores(rows * scale, slice(0, self.heads))
         order = self._order[:, None, : self.length].expand_as(found)
         return torch.empty_like(found).scatter_(-1, order, found).view(*q.shape[:-1], self.length)
 
-    def _propose(self, q: Tensor, points: Tensor, heads: slice) -> tuple[Tensor, Tensor]:
-        """Places and probabilities under the proposal, each (heads, M, T), of the tokens at points (heads, M, T)."""
-        mass, n = row_masses(self._scores(q, heads)), self.length
-        mass[..., :n] += mass.sum(-1, keepdim=True) * (self.defensive / (1 - self.defensive) / n)
-        found, total = invert(mass, points)
-        return found, mass.gather(-1, found) / total.to(mass.dtype)
-
-    def _scores(self, q: Tensor, heads: slice) -> Tensor:
-        """Logits of queries (heads, M, E), scaled, by the sketch, in the order of the places: (heads, M, n)."""
-        n, s = self.length, self._sketch
-        if self.proposal == "low-rank":
-            return torch.bmm(torch.bmm(q, s["a"][heads]), s["low"][heads, :, :n])
-        if self.proposal == "exact":
-            return torch.bmm(q, self._k[heads, :n].to(self.dtype).mT)
-        packed = s["packed"][heads, :, :n]
-        q_step = F.pad(q * s["step"][heads], (0, q.shape[-1] % 2))
-        logits = torch.bmm(q_step[..., ::2], (packed & 15).to(self.dtype))
-        logits.baddbmm_(q_step[..., 1::2], (packed >> 4).to(self.dtype))  # levels + 8: a shift of the row
-        mine = (s["head"] >= heads.start) & (s["head"] < heads.stop)
-        head, key, channel, rest = (s[name][mine] for name in ("head", "key", "channel", "rest"))
-        head = head - heads.start
-        added = q[head, :, channel] * rest[:, None]  # [outliers, M]
-        return (
-            logits.transpose(1, 2).index_put((head, key), added, accumulate=True).transpose(1, 2).contiguous()
+    def _draw(self, x: Tensor, points: Tensor, heads: slice, num_samples: int) -> tuple[Tensor, ...]:
+        """Of scaled queries x (heads, M, E) at points (heads, M, T): places, weights, q and pi of the draws, each
+        (heads, M, T), the draws a unit of q (heads, M, 1), and the output (heads, M, Ev)."""
+        mass = row_masses(self._scores(x, heads))
+        limit, total = _limit(mass, self.length, num_samples, self.defensive)
+        last = num_samples * limit.double()
+        place, held = invert(torch.minimum(mass, limit), points, scale=last)
+        proposed = mass.gather(-1, place)
+        pi = (proposed / limit).clamp_(max=1)
+        rows = self._drawn(place, heads).flatten(0, 1)
+        k, v = rows[..., : self.features], rows[..., self.features :]  # [N M, T, E]
+        log_w = torch.bmm(x.flatten(0, 1)[:, None], k.mT).view(place.shape) - pi.log()
+        log_w.masked_fill_(points * last >= held, -torch.inf)  # past the last key
+        apart, log_w = (
+            y.unflatten(-1, (points.shape[-1] // num_samples, num_samples)) for y in (place, log_w)
         )
+        # A key of pi = 1 holds one point, or two by rounding.
+        log_w[..., 1:].masked_fill_(apart[..., 1:] == apart[..., :-1], -torch.inf)
+        weights = (log_w.softmax(-1) / log_w.shape[-2]).flatten(-2)
+        output = torch.bmm(weights.flatten(0, 1)[:, None], v).view(*x.shape[:2], v.shape[-1])
+        return place, weights, proposed / total, pi, total / limit, output
+
+    def _drawn(self, place: Tensor, heads: slice) -> Tensor:
+        """Keys and values, side by side, at places (heads, M, T): (heads, M, T, E + Ev)."""
+        first = torch.arange(heads.start, heads.stop, device=place.device) * self._table.shape[1]
+        return F.embedding(place + first[:, None, None], self._table.flatten(0, 1)).to(self.dtype)
+
+    def _scores(self, x: Tensor, heads: slice) -> Tensor:
+        """Logits of scaled queries (heads, M, E) by the sketch, in the order of the places: (heads, M, n)."""
+        if self.proposal == "exact" or not self._segments:
+            return torch.bmm(x, self._keys(0, self.length, heads).to(self.dtype).mT)
+        scores, start = x.new_empty(*x.shape[:2], self.length), 0
+        score = self._score_low_rank(x, heads) if self.proposal == "low-rank" else self._score_int4(x, heads)
+        for size, part in zip(self._sizes, self._segments, strict=True):
+            score(part, scores[..., start : start + size])
+            start += size
+        shift = torch.bmm(x, self._maps["centre"][heads].mT)  # sketches are of centred keys
+        scores[..., start:] = torch.baddbmm(
+            shift, x, self._keys(start, self.length, heads).to(self.dtype).mT, beta=-1
+        )
+        return scores
+
+    def _score_low_rank(self, x: Tensor, heads: slice) -> Callable[[dict[str, Tensor], Tensor], None]:
+        component = torch.bmm(x, self._maps["a"][heads])
+        first = torch.arange(heads.start, heads.stop, device=x.device)[:, None, None] * self.features
+        most = (component.abs() * self._maps["spread"][heads]).topk(self.rank, sorted=False).indices
+        weight = component.gather(-1, most)
+        unit = (weight.abs().sum(-1, keepdim=True) * (FARTHEST / HALF_RANGE)).clamp_min(
+            1
+        )  # so that none overflows
+        bags, weight = (most + first).flatten(0, 1), (weight / unit).flatten(0, 1).half()
+
+        large = bool((unit > 1).any())
+
+        def score(part: dict[str, Tensor], out: Tensor) -> None:
+            for low, piece in zip(part["low"], out.split(part["low"].shape[-1], -1), strict=True):
+                found = F.embedding_bag(bags, low.flatten(0, 1), per_sample_weights=weight, mode="sum")
+                piece.copy_(found[:, : piece.shape[-1]].view(piece.shape))
+            if large:
+                out.mul_(unit)
+
+        return score
+
+    def _score_int4(self, x: Tensor, heads: slice) -> Callable[[dict[str, Tensor], Tensor], None]:
+        step = F.pad(x * self._maps["step"][heads], (0, self.features % 2))
+        shift = step.sum(-1, keepdim=True) * -8  # levels are kept + 8
+
+        def score(part: dict[str, Tensor], out: Tensor) -> None:
+            packed = part["packed"][heads]
+            low = torch.baddbmm(shift, step[..., ::2], (packed & 15).to(x.dtype))
+            low.baddbmm_(step[..., 1::2], (packed >> 4).to(x.dtype))
+            mine = (part["head"] >= heads.start) & (part["head"] < heads.stop)
+            head, key, channel, rest = (part[name][mine] for name in ("head", "key", "channel", "rest"))
+            head = head - heads.start
+            low.transpose(1, 2).index_put_((head, key), x[head, :, channel] * rest[:, None], accumulate=True)
+            out.copy_(low)
+
+        return score
 
     def _rows(self, q: Tensor) -> tuple[Tensor, int]:
         """q (..., H, L, E) as rows (N, G L, E), and G."""
-        if not isinstance(q, Tensor) or not q.is_floating_point():
-            raise DtypeError(
-                f"q is {getattr(q, 'dtype', type(q).__name__)}; it must be a floating-point tensor."
-            )
-        lead, features = self.lead, self._k.shape[-1]
+        check_tensors(q=q)
+        lead = self.lead
         heads = q.shape[-3] if q.ndim > 2 else 1
         each = lead[-1] if lead else 1
-        if q.ndim != len(lead) + 2 or q.shape[-1] != features or q.shape[:-3] != lead[:-1] or heads % each:
+        fits = q.ndim == len(lead) + 2 and q.shape[:-3] == lead[:-1] and heads and heads % each == 0
+        if not fits or q.shape[-1] != self.features:
             raise ShapeError(
-                f"q has shape {tuple(q.shape)}; to keys {(*lead, self.length, features)} it must be "
+                f"q has shape {tuple(q.shape)}; to keys {(*lead, self.length, self.features)} it must be "
                 "(..., H, L, features), H a multiple of the keys' heads."
             )
-        if not bool(q.isfinite().all()):
-            raise ArgumentError("q holds NaN or infinity; only finite numbers are allowed.")
+        check_finite("q", q)
         group = heads // each
-        return q.detach().to(self.dtype).reshape(self.heads, group * q.shape[-2], features), group
+        return q.detach().to(self.dtype).reshape(self.heads, group * q.shape[-2], self.features), group
 
     # --- On disk ------------------------------------------------------------------------------
 
@@ -417,12 +555,12 @@ class SampledKVCache:
         """
         self._sum_up()
         n = self.length
-        tensors = {"k": self._k[:, :n], "v": self._v[:, :n], "order": self._order[:, :n]}
+        tensors = {"table": self._table[:, :n], "order": self._order[:, :n]}
         tensors |= {"moment": self.moment, "sums": self._sums}
-        for name, x in self._sketch.items():
-            tensors[f"sketch.{name}"] = x[..., :n] if name in ("low", "packed") else x
-        about = {"lead": list(self.lead), "seen": self.seen, "laid_out": self._laid_out}
-        about |= {name: getattr(self, name) for name in ("proposal", "rank", "defensive")}
+        for i, part in enumerate([self._maps, *self._segments]):
+            tensors |= {f"{i}.{name}": x for name, x in part.items()}
+        about = {"lead": list(self.lead), "sizes": self._sizes}
+        about |= {name: getattr(self, name) for name in SAVED}
         write_tensors(path, tensors, {"sampled_kv_cache": json.dumps(about)})
 
     @classmethod
@@ -434,84 +572,90 @@ class SampledKVCache:
         ArgumentError
             If the file is missing or holds something else.
         """
+        cache = cls.__new__(cls)
         try:
             tensors, metadata = read_tensors(path)
             about: Mapping[str, Any] = json.loads(metadata["sampled_kv_cache"])
-            cache = cls.__new__(cls)
-            cache.proposal, cache.rank, cache.defensive = (
-                about[name] for name in ("proposal", "rank", "defensive")
-            )
-            cache.lead, cache.seen, cache._laid_out = (
-                torch.Size(about["lead"]),
-                about["seen"],
-                about["laid_out"],
-            )
-            cache._k, cache._v, cache._order = (tensors[name] for name in ("k", "v", "order"))
+            for name in SAVED:
+                setattr(cache, name, about[name])
+            cache.lead, cache._sizes = torch.Size(about["lead"]), list(about["sizes"])
+            cache._table, cache._order = tensors["table"], tensors["order"]
             cache.moment, cache._sums = tensors["moment"], tensors["sums"]
         except (KeyError, TypeError, ValueError) as error:
             raise ArgumentError(f"path={str(path)!r} does not hold a cache: {error}") from error
-        cache.heads, cache.length = cache._k.shape[:2]
-        cache._asked = []
-        cache.dtype = torch.promote_types(cache._k.dtype, torch.float32)
-        cache._sketch = {
-            name.removeprefix("sketch."): x for name, x in tensors.items() if name.startswith("sketch.")
-        }
+        cache.heads, cache.length = cache._table.shape[:2]
+        cache.dtype, cache._asked = torch.promote_types(cache._table.dtype, torch.float32), []
+        parts: list[dict[str, Tensor]] = [{} for _ in range(1 + len(cache._sizes))]
+        for name, x in tensors.items():
+            number, _, of = name.partition(".")
+            if of:
+                parts[int(number)][of] = x
+        cache._maps, *cache._segments = parts
         return cache
 
 
+def _limit(mass: Tensor, n: int, num_samples: int, defensive: float) -> tuple[Tensor, Tensor]:
+    """The mass from which a key of rows of masses (N, M, n and padding) is sure, 1 / c, and the total, each (N, M, 1).
+
+    Adds the defensive part to `mass`. c solves sum_j min(1, c mass_j) = S by Newton's steps. The sum is concave in c: from
+    its first step on it is not above S, and what is left of S after the last are draws without a key. Two steps leave under
+    3 % of them on the reference model's rows.
+    """
+    total = mass.sum(-1, keepdim=True)
+    mass[..., :n] += total * (defensive / (1 - defensive) / n)
+    total = total / (1 - defensive)
+    if n <= num_samples:  # the sum is never S: every key is drawn
+        return torch.full_like(total, LEAST), total
+    most, work = total / num_samples, torch.empty_like(mass)
+    limit = most / FIRST_RATE
+    for _ in range(NEWTON_STEPS):
+        sure = torch.ge(mass, limit, out=work).sum(-1, keepdim=True)
+        light = torch.minimum(mass, limit, out=work).sum(-1, keepdim=True).addcmul_(sure, limit, value=-1)
+        limit = (light / (num_samples - sure)).clamp_min(LEAST)
+        # Where as many were sure as there are draws, the search started too far out.
+        limit = torch.minimum(torch.where(sure < num_samples, limit, most), most)
+    return limit, total
+
+
 def _std_error(
-    draws: Draws, proposed: Tensor, drawn: Tensor, output: Tensor, moments: Tensor, dtype: torch.dtype
+    draws: Draws,
+    proposed: Tensor,
+    pi: Tensor,
+    rate: Tensor,
+    drawn: Tensor,
+    output: Tensor,
+    moments: Tensor,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Standard errors (N, M, d): `learned_estimators.Spread`, from the values drawn (N, M, T, d) and the mean of v and
     of v^2 over all keys."""
-    r = draws.replicates
-    size = draws.indices.shape[-1] // r
-    apart = draws.indices.unflatten(-1, (r, size))
-    times = Draws(apart, apart).multiplicity().flatten(-2).to(proposed.dtype)
-    once = 1 / draws.multiplicity().to(proposed.dtype)
-    pi = (proposed * size).clamp_max(1)
-    weight = draws.weights * r * times  # w_j
-    a = (1 - pi) * pi * weight.square() * once
-    unseen = (1 - (proposed * once).sum(-1, keepdim=True)).clamp_min(0) / size
-    chi = (draws.weights * weight * pi / proposed.clamp_min(torch.finfo(pi.dtype).tiny)).sum(-1, keepdim=True)
-    unseen = unseen * chi.clamp_min(1)
+    a, unseen = delta_terms(draws, proposed, pi, rate)
     mean, square = moments  # [N, 1, d]
     spread = (square - mean.square()).clamp_min(0) + (mean - output).square()
     variance = torch.einsum("nmt,nmtd->nmd", a, (drawn - output[..., None, :]).square())
-    variance = (variance + (unseen * spread).to(variance.dtype)) / r
+    variance = (variance + (unseen * spread).to(variance.dtype)) / draws.replicates
     rounding = rounding_variance(output, square.sqrt().to(output.dtype), draws.indices.shape[-1], dtype)
     return (variance + rounding).sqrt()
 
 
-def _grown(x: Tensor, used: int, needed: int, dim: int) -> Tensor:
-    """x with room for `needed` along `dim`, of which the first `used` hold something: twice as much where it grows."""
-    if x.shape[dim] >= needed:
+def _grown(x: Tensor, used: int, needed: int) -> Tensor:
+    """x with room for `needed` along dimension 1, of which the first `used` hold something: a quarter more, where it grows."""
+    if x.shape[1] >= needed:
         return x
-    shape = list(x.shape)
-    shape[dim] = needed if used == 0 else max(needed, 2 * used)
-    larger = x.new_zeros(shape)
-    larger.narrow(dim, 0, used).copy_(x.narrow(dim, 0, used))
+    larger = x.new_zeros(
+        x.shape[0], needed if used == 0 else max(needed, used + used // 4 + BLOCK), *x.shape[2:]
+    )
+    larger[:, :used] = x[:, :used]
     return larger
 
 
 def _check(k: Tensor, v: Tensor) -> None:
     """Refuse what cannot be kept."""
-    for name, x in (("k", k), ("v", v)):
-        if not isinstance(x, Tensor) or x.dtype not in (
-            torch.float32,
-            torch.float64,
-            torch.float16,
-            torch.bfloat16,
-        ):
-            given = x.dtype if isinstance(x, Tensor) else type(x).__name__
-            raise DtypeError(f"{name} is {given}; it must be a float32, float64, float16 or bfloat16 tensor.")
-        if x.dtype != k.dtype or x.device != k.device:
-            raise DtypeError(f"v is {v.dtype} on {v.device}, k is {k.dtype} on {k.device}; they must agree.")
-    if k.ndim < 2 or k.shape[:-1] != v.shape[:-1] or 0 in (*k.shape, v.shape[-1]):
+    check_tensors(k=k, v=v)
+    if k.shape[:-1] != v.shape[:-1] or 0 in (*k.shape, v.shape[-1]):
         raise ShapeError(
             f"k {tuple(k.shape)} and v {tuple(v.shape)} must be (..., n, features), alike but for their features, with "
             "at least one token and one feature."
         )
     for name, x in (("k", k), ("v", v)):
-        if not bool(x.isfinite().all()):
-            raise ArgumentError(f"{name} holds NaN or infinity; only finite numbers are allowed.")
+        check_finite(name, x)

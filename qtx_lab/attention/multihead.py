@@ -177,7 +177,8 @@ class QuantumMultiheadAttention(nn.MultiheadAttention):
             added = k.shape[1] - shape[2]
             mask = F.pad(mask, (0, added), value=mask.dtype == torch.bool)
         q, k, v = (x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for x in (q, k, v))
-        v = self._drop_keys(v)
+        if self.training:
+            v = drop_keys(v, self.dropout, self.settings["generator"])
         estimate = sampled_attention(q, k, v, attn_mask=mask, is_causal=hint, **self.settings)
         self.last_estimate = replace(estimate, output=estimate.output.detach())
 
@@ -244,16 +245,15 @@ class QuantumMultiheadAttention(nn.MultiheadAttention):
         inputs = (query, key, value)
         return [F.linear(x, w, b) for x, w, b in zip(inputs, weights, biases, strict=True)]
 
-    def _drop_keys(self, v: Tensor) -> Tensor:
-        """v (N, heads, n, d) with keys dropped in training."""
-        if not self.training or self.dropout == 0:
-            return v
-        generator = self.settings["generator"]
-        source = v.device if generator is None else generator.device
-        u = torch.rand(v.shape[:-1], generator=generator, device=source).to(v.device)
-        return v * ((u >= self.dropout) / (1 - self.dropout) if self.dropout < 1 else u * 0)[..., None].to(
-            v.dtype
-        )
+
+def drop_keys(v: Tensor, dropout: float, generator: torch.Generator | None) -> Tensor:
+    """v (..., n, d) with whole keys dropped at this rate, the others made larger, as dropout of the weights in training."""
+    if dropout == 0:
+        return v
+    source = v.device if generator is None else generator.device
+    u = torch.rand(v.shape[:-1], generator=generator, device=source).to(v.device)
+    kept = (u >= dropout) / (1 - dropout) if dropout < 1 else u * 0
+    return v * kept[..., None].to(v.dtype)
 
 
 def attention_settings(

@@ -13,7 +13,15 @@ from torch import Tensor
 from ..controls import Control
 from ..errors import ArgumentError, DtypeError, ShapeError
 from ..estimates import AttentionEstimate, Draws
-from ..samplers import ExactSampler, InversionSampler, LearnedImportanceSampler, Sampler, make_sampler
+from ..kernels.attention import attend_few, wanted
+from ..samplers import (
+    ExactSampler,
+    InversionSampler,
+    LearnedImportanceSampler,
+    Sampler,
+    SystematicSampler,
+    make_sampler,
+)
 from ..samplers.base import Uniform, check_count, check_generator
 from ..samplers.rows import Rows, blocks, check_inputs, in_dtype, in_units
 from ..samplers.value_order import kept_value_order, value_order
@@ -65,7 +73,8 @@ def sampled_attention(
     sampler : str or Sampler
         A name in `qtx_lab.samplers.SAMPLERS` or an object with its `draw`. If that has `diagnostics`, they are passed
         on as `drawn_by` and `fallbacks`; beside circuits stands `classical`, the estimate from as many pseudo-random
-        draws. A `LearnedImportanceSampler` gives its own
+        draws. Up to 64 `systematic` rows a key head, not causal, are drawn by a kernel on CUDA, as `diagnostics["kernel"]`
+        tells (`qtx_lab.kernels`; QTX_LAB_KERNELS=reference keeps to torch). A `LearnedImportanceSampler` gives its own
         self-normalised estimate, biased by O(1 / num_samples), from its proposal; with controls its plain one.
     num_samples : int, optional
         S, the draws of a row and replicate; 64 where neither it nor `tolerance` is given.
@@ -158,6 +167,11 @@ def sampled_attention(
             confidence=confidence,
             generator=generator,
         )
+    told: dict[str, Any] = {}
+    if wanted(q) and type(sampler) is SystematicSampler and not (controls or is_causal or tolerance):
+        done, told = attend_few(q, k, v, attn_mask, scale, group, num_samples or 64, replicates, generator)
+        if done is not None:
+            return done
     with torch.autocast(q.device.type, enabled=False), torch.set_grad_enabled(grad):
         rows = Rows(q, k, v, attn_mask, is_causal, scale, group)
         settings = {"num_samples": num_samples or 64, "generator": generator, "replicates": replicates}
@@ -172,7 +186,9 @@ def sampled_attention(
             lay_out(rows, sampler)
             step = BLOCK_ELEMENTS // max(rows.num_keys, 4 * v.shape[-1])
             return to_tolerance(rows, sampler, tolerance, confidence, replicates, generator, step)
-        return _sampled(rows, sampler, settings, controls)
+        estimate = _sampled(rows, sampler, settings, controls)
+        estimate.diagnostics.update(told)  # type: ignore[attr-defined]
+        return estimate
 
 
 def _exact(rows: Rows, sampler: ExactSampler, settings: dict) -> AttentionEstimate:
@@ -193,7 +209,7 @@ def _exact(rows: Rows, sampler: ExactSampler, settings: dict) -> AttentionEstima
     kept = Rows(q.clone(), k.clone(), v, kept_mask, is_causal, scale, rows.group)
 
     def make_draws() -> Draws:
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
             logits = kept.logits(slice(0, kept.count), slice(0, kept.rows))
             return sampler.draw(logits.view(*kept.row_shape, logits.shape[-1]), **settings)
 

@@ -243,6 +243,97 @@ def time_per_token(data: pd.DataFrame, theme: str, *, title: str) -> Figure:
     return figure
 
 
+def comparison(
+    data: pd.DataFrame,
+    theme: str,
+    *,
+    y: str,
+    x: str | None = None,
+    by: str | None = None,
+    title: str | None = None,
+) -> Figure:
+    """Means over runs with 95 % intervals: lines against a number, rows of points against names.
+
+    data: of `RunTable.summary`: `mean`, `half_width`, `runs`, and columns `x` and `by` where those are named.
+    """
+    numeric = x is not None and pd.api.types.is_numeric_dtype(data["x"])
+    if by is not None and not numeric and x is None:
+        data, x, by = data.rename(columns={"by": "x"}), by, None
+    groups = list(data.groupby("by", sort=False)) if by is not None else [("", data)]
+    many = len(groups) * (1 if numeric else data["x"].nunique())
+    with _figure(theme, WIDE if numeric else (8.4, 0.42 * many + 1.5)) as figure:
+        ax = figure.subplots()
+        value_axis = ax.yaxis if numeric else ax.xaxis
+        mean = data["mean"]
+        if bool((mean > 0).all()) and mean.max() >= 10 * mean.min():
+            (ax.set_yscale if numeric else ax.set_xscale)("log")
+        names = list(dict.fromkeys(data["x"].astype(str)))
+        labels = []
+        for place, (name, part) in enumerate(groups):
+            style = _group_style(str(name), place, theme, plain=len(groups) == 1)
+            bars = part["half_width"].fillna(0)
+            if numeric:
+                part = part.sort_values("x")
+                ax.errorbar(part["x"], part["mean"], bars.loc[part.index], capsize=2.5, **style)
+                labels.append((str(name), float(part["x"].iloc[-1]), float(part["mean"].iloc[-1])))
+            else:
+                aside = 0.6 * ((place + 0.5) / len(groups) - 0.5)  # so that bars stand side by side
+                heights = [names.index(str(value)) + aside for value in part["x"]]
+                ax.errorbar(
+                    part["mean"], heights, xerr=bars, capsize=2.5, label=str(name),
+                    **{**style, "linestyle": "none"},
+                )  # fmt: skip
+        if numeric:
+            counts = np.sort(data["x"].unique())
+            if counts[0] > 0 and counts[-1] >= 4 * counts[0]:
+                ax.set_xscale("log", base=2)
+                ax.set_xticks(counts, [f"{c:g}" for c in counts])
+                ax.xaxis.set_minor_formatter(NullFormatter())
+            ax.set_xlabel(str(x))
+            ax.set_ylabel(y)
+            if by is not None:
+                _direct_labels(figure, ax, labels)
+        else:
+            ax.set_yticks(range(len(names)), names)
+            ax.set_ylim(len(names) - 0.5, -0.5)
+            ax.set_xlabel(y)
+            ax.set_ylabel("" if x is None else str(x))
+            if by is not None:
+                ax.legend(title=by, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        if value_axis.get_scale() == "log":
+            value_axis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
+            value_axis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:g}"))
+            value_axis.set_minor_formatter(NullFormatter())
+        runs = data["runs"]
+        each = f"{runs.min()}" if runs.min() == runs.max() else f"{runs.min()} to {runs.max()}"
+        note = f"means of {each} run{'s' if runs.max() > 1 else ''} each" + (
+            "; bars: 95 % intervals" if runs.max() > 1 else ""
+        )
+        figure.text(
+            0.99, 0.005, note, ha="right", va="bottom", fontsize=8.5, color=look.colours_of(theme)["muted"]
+        )
+        question = (
+            f"How does {y} depend on {' and '.join(str(n) for n in (x, by) if n)}?"
+            if x
+            else f"{y} over all runs"
+        )
+        ax.set_title(textwrap.fill(title or question, 72))
+    return figure
+
+
+def _group_style(name: str, place: int, theme: str, *, plain: bool) -> dict[str, Any]:
+    """A sampler's own style; else a colour and a marker by place."""
+    if name in look.SAMPLER_MARKERS or plain:
+        return look.sampler_style(name, theme)
+    colours = [c for sampler, c in look.SAMPLER_COLOURS.items() if sampler != "lattice"]  # no yellow lines
+    markers = [m for m in look.SAMPLER_MARKERS.values() if m]
+    return {
+        "color": colours[place % len(colours)],
+        "marker": markers[place % len(markers)],
+        "linestyle": "-",
+    }
+
+
 def _plain_log(ax: Axes) -> None:
     """Plain numbers at 1, 2 and 5 of each decade of the y axis."""
     ax.yaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))

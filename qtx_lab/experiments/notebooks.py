@@ -8,18 +8,20 @@ import json
 import os
 import re
 import shlex
+import signal
 import sys
 import tempfile
+import threading
 import warnings
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 import yaml
 
 from ..errors import ArgumentError, QtxError, RunFailed, SpecError, TextError
-from ..storage import write_atomic
+from ..storage import storage_error, sync_file
 from ..training.reference import read_text
 from .report import write_report
 from .runs import Run
@@ -34,6 +36,9 @@ QUIET = {
     "PYDEVD_DISABLE_FILE_VALIDATION": "1",
 }
 """Set in the kernel's environment: no telemetry, no downloads, no debugger's warning."""
+
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+"""What tells numerical libraries how many threads to start."""
 
 
 def notebooks_folder() -> Path:
@@ -80,6 +85,7 @@ def run_notebook(
     name: str | None = None,
     command: str | None = None,
     progress: bool = True,
+    stop: Callable[[], bool] | None = None,
 ) -> Run:
     """Execute a notebook in a new run folder, with this very interpreter as its kernel.
 
@@ -102,6 +108,8 @@ def run_notebook(
         What a person types to do this again, for the record.
     progress : bool
         Show a bar, a step a cell, on stderr.
+    stop : callable, optional
+        Asked twice a second; once it says True the kernel is killed and the run ends as `interrupted`.
 
     Returns
     -------
@@ -117,20 +125,45 @@ def run_notebook(
         If the run cannot be written.
     RunFailed
         If a cell raised an error. The run is kept, marked as failed.
+    KeyboardInterrupt
+        On Ctrl-C, or once `stop` says so. The run is kept, marked as interrupted.
     """
     path = notebook_path(notebook)
-    declared = _declared_parameters(path)
-    spec = _spec(path, declared, parameters)
-    if importlib.util.find_spec("ipykernel") is None:
-        raise ArgumentError("This Python has no ipykernel to run notebooks with: pip install ipykernel.")
-    stem = re.sub("[^A-Za-z0-9]+", "-", path.stem).strip("-")[:80]
-    run = Run.create(spec, name or stem or "notebook", home)
+    declared = declared_parameters(path)
+    spec = notebook_spec(path, declared, parameters)
+    run = Run.create(spec, name or run_name(path), home, command=command or _command(notebook, parameters))
+    execute(run, path, spec, progress=progress, stop=stop)
+    return run
+
+
+def execute(
+    run: Run,
+    path: Path,
+    spec: Spec,
+    *,
+    progress: bool = True,
+    stop: Callable[[], bool] | None = None,
+    threads: int | None = None,
+) -> None:
+    """Execute a notebook in a run that has begun, as `run_notebook` does, and end the run.
+
+    Parameters
+    ----------
+    run : Run
+    path : path
+    spec : Spec
+        From `notebook_spec`.
+    progress, stop
+        See `run_notebook`, also for what is raised.
+    threads : int, optional
+        Of the kernel's numerical libraries (`OMP_NUM_THREADS` and its like); theirs to choose where None.
+    """
     try:
         with run:
-            run.update(command=command or _command(notebook, parameters))
             given = spec.parameters if isinstance(spec, NotebookSpec) else spec.to_parameters()
+            declared = declared_parameters(path)
             folder = {"run_dir": str(run.path.resolve())} if "run_dir" in declared else {}
-            _execute(path, run, {**given, **folder}, progress)
+            _execute(path, run, {**given, **folder}, progress, stop, threads)
     except BaseException as error:
         with suppress(QtxError):  # the first error is the one to hear about
             write_report(run)
@@ -138,14 +171,20 @@ def run_notebook(
             error.add_note(f"kept in {run.path}")
         raise
     write_report(run)
-    return run
 
 
-def _declared_parameters(path: Path) -> dict[str, str]:
+def run_name(path: Path) -> str:
+    """The name of a notebook's runs."""
+    return re.sub("[^A-Za-z0-9]+", "-", path.stem).strip("-")[:60] or "notebook"
+
+
+def declared_parameters(path: Path) -> dict[str, str]:
     """Names and defaults, as source, of the cell tagged `parameters`."""
     import nbformat
     import papermill
 
+    if importlib.util.find_spec("ipykernel") is None:
+        raise ArgumentError("This Python has no ipykernel to run notebooks with: pip install ipykernel.")
     try:
         with warnings.catch_warnings(action="ignore"):
             content = nbformat.read(path, as_version=4)
@@ -165,8 +204,16 @@ def _declared_parameters(path: Path) -> dict[str, str]:
     return {name: facts["default"] for name, facts in found.items()}
 
 
-def _spec(path: Path, declared: Mapping[str, str], parameters: Mapping[str, Any] | Spec | None) -> Spec:
-    """What is asked, checked against what the notebook declares."""
+def notebook_spec(
+    path: Path, declared: Mapping[str, str], parameters: Mapping[str, Any] | Spec | None
+) -> Spec:
+    """What is asked, checked against what the notebook declares.
+
+    Raises
+    ------
+    SpecError, TextError
+        An unknown parameter; a value that is not allowed, or of another kind than the default; an unreadable text.
+    """
     given = parameters.to_parameters() if isinstance(parameters, Spec) else dict(parameters or {})
     known = [name for name in declared if name != "run_dir"]
     for key in given:
@@ -181,6 +228,13 @@ def _spec(path: Path, declared: Mapping[str, str], parameters: Mapping[str, Any]
         spec = ExperimentSpec.from_parameters({**_literals(declared, known), **given})
     else:
         spec = NotebookSpec(notebook=path.stem, parameters=given)
+        defaults = _literals(declared, known)
+        for key, value in spec.parameters.items():
+            wanted, got = _kind(defaults.get(key)), _kind(value)
+            if wanted and got and wanted != got:
+                raise SpecError(
+                    f"{key}={value!r} is not allowed: {path.name} declares {wanted}, {key} = {declared[key]}."
+                )
     if isinstance(spec, ExperimentSpec) and spec.text != "reference":
         size = len(read_text(spec.text).encode())
         if size <= spec.num_tokens:
@@ -191,14 +245,25 @@ def _spec(path: Path, declared: Mapping[str, str], parameters: Mapping[str, Any]
     return spec
 
 
+def _kind(value: object) -> str:
+    """What sort of value a parameter holds; "" where any will do."""
+    kinds = ((bool, "yes or no"), (int | float, "a number"), (str, "a text"), (list | tuple, "a list"))
+    return next((name for kind, name in kinds if isinstance(value, kind)), "")
+
+
 def _command(notebook: str | Path, parameters: Mapping[str, Any] | Spec | None) -> str:
     """What to type to run this again."""
     given = parameters.to_parameters() if isinstance(parameters, Spec) else parameters or {}
     words = ["qtx-lab", "run", str(notebook)]
     for name, value in given.items():
-        plain = isinstance(value, str) and yaml.safe_load(value) == value
-        words += ["-p", name, value if plain else json.dumps(value)]
+        words += ["-p", name, as_word(value)]
     return shlex.join(words)
+
+
+def as_word(value: Any) -> str:
+    """A value as YAML in one word: what the command line reads back."""
+    plain = isinstance(value, str) and re.fullmatch(r"[\w./-]+", value) and yaml.safe_load(value) == value
+    return value if plain else json.dumps(value)
 
 
 def _literals(declared: Mapping[str, str], names: list[str]) -> dict[str, Any]:
@@ -210,14 +275,21 @@ def _literals(declared: Mapping[str, str], names: list[str]) -> dict[str, Any]:
     return found
 
 
-def _execute(path: Path, run: Run, parameters: Mapping[str, Any], progress: bool) -> None:
+def _execute(
+    path: Path,
+    run: Run,
+    parameters: Mapping[str, Any],
+    progress: bool,
+    stop: Callable[[], bool] | None = None,
+    threads: int | None = None,
+) -> None:
     import papermill
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
     target = run.path.resolve() / path.with_suffix(".ipynb").name
     _register_run_files()
-    with tempfile.TemporaryFile() as stderr:
+    with tempfile.TemporaryFile() as stderr, _stopping(stop) as kernels:
         try:
             papermill.execute_notebook(
                 _braces(path.resolve()),
@@ -225,7 +297,7 @@ def _execute(path: Path, run: Run, parameters: Mapping[str, Any], progress: bool
                 dict(parameters),
                 kernel_name="python3",
                 language="python",
-                kernel_manager_class=_kernel_manager(stderr),
+                kernel_manager_class=_kernel_manager(stderr, kernels, threads),
                 progress_bar={"desc": path.stem} if progress else False,
             )
         except PapermillExecutionError as error:
@@ -240,6 +312,36 @@ def _execute(path: Path, run: Run, parameters: Mapping[str, Any], progress: bool
             lines = stderr.read().decode(errors="replace").strip().splitlines()
             said = [line for line in lines if "WARNING" not in line] or [str(error)]
             raise RunFailed(f"{path.name} stopped: its kernel died (out of memory?): {said[-1]}") from error
+        finally:
+            with suppress(OSError):  # that it could not be written was said when it was
+                sync_file(target)
+
+
+@contextmanager
+def _stopping(stop: Callable[[], bool] | None) -> Iterator[list[int]]:
+    """A list for the process ids of kernels: once `stop` says so they are killed, and the block ends in KeyboardInterrupt."""
+    kernels: list[int] = []
+    stopped, over = threading.Event(), threading.Event()
+
+    def watch() -> None:
+        while stop is not None and not over.wait(0.5):
+            if stopped.is_set() or stop():
+                stopped.set()
+                for pid in kernels:
+                    with suppress(OSError):
+                        os.killpg(pid, signal.SIGKILL)  # it leads a session of its own
+
+    watcher = threading.Thread(target=watch, name="qtx-lab-stop", daemon=True)
+    if stop is not None:
+        watcher.start()
+    try:
+        yield kernels
+    except Exception:  # of whatever missed its kernel
+        if stopped.is_set():
+            raise KeyboardInterrupt("The notebook was stopped.") from None
+        raise
+    finally:
+        over.set()
 
 
 def _braces(path: Path) -> str:
@@ -269,7 +371,15 @@ class RunFiles:
             if metadata.get("papermill", {}).get(key):
                 metadata["papermill"][key] = Path(metadata["papermill"][key]).name
         content = json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
-        write_atomic(Path(path.removeprefix(self.scheme)), content.encode())
+        target = Path(path.removeprefix(self.scheme))
+        temporary = target.with_name(f".{target.name}.tmp")
+        try:  # not synced: papermill writes twice a cell, and only a power cut would lose the latest
+            temporary.write_bytes(content.encode())
+            os.replace(temporary, target)
+        except OSError as error:
+            with suppress(OSError):
+                temporary.unlink()
+            raise storage_error(target, error) from error
 
     def pretty_path(self, path: str) -> str:
         return path.removeprefix(self.scheme)
@@ -282,22 +392,26 @@ def _register_run_files() -> None:
         papermill_io.register(RunFiles.scheme, RunFiles())
 
 
-def _kernel_manager(stderr: IO[bytes]) -> type:
+def _kernel_manager(stderr: IO[bytes], kernels: list[int], threads: int | None) -> type:
     """A kernel manager that starts this interpreter, whatever kernels are installed under `python3`.
 
-    What the kernel prints outside its cells, such as a traceback when it is stopped, goes to `stderr`.
+    What the kernel prints outside its cells, such as a traceback when it is stopped, goes to `stderr`; its process id
+    is appended to `kernels`.
     """
     from jupyter_client import AsyncKernelManager
     from jupyter_client.kernelspec import KernelSpec
 
     command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    env = QUIET if threads is None else {**QUIET, **dict.fromkeys(THREADS, str(threads))}
 
     class ThisInterpreter(AsyncKernelManager):
         @property
         def kernel_spec(self) -> KernelSpec:
-            return KernelSpec(argv=command, env=QUIET, language="python", display_name="Python 3")
+            return KernelSpec(argv=command, env=env, language="python", display_name="Python 3")
 
         async def start_kernel(self, **options: Any) -> None:  # type: ignore[override]  # typed as blocking
             await super().start_kernel(stderr=stderr, **options)
+            if self.provisioner is not None:
+                kernels.append(getattr(self.provisioner, "pid"))  # noqa: B009  # of the local provisioner only
 
     return ThisInterpreter

@@ -6,6 +6,7 @@ import os
 import platform
 import socket
 import subprocess
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,11 @@ RECORDED = (
 
 def versions() -> dict[str, str]:
     """Versions of Python, of this package and of the installed distributions in `RECORDED`."""
+    return dict(_versions())
+
+
+@cache  # what a process has loaded stays loaded
+def _versions() -> dict[str, str]:
     found = {"python": platform.python_version(), "qtx_lab": __version__}
     for name in RECORDED:
         try:
@@ -70,8 +76,12 @@ def commit() -> dict[str, Any] | None:
     # A site-packages folder may lie inside someone else's checkout: only a tracked source counts.
     if _git(package, "ls-files", "--error-unmatch", "__init__.py") is None:
         return None
-    head, changes = _git(package, "rev-parse", "HEAD"), _git(package, "status", "--porcelain", "--", ".")
-    return None if head is None or changes is None else {"commit": head, "dirty": bool(changes)}
+    said = _git(package, "status", "--porcelain=v2", "--branch", "--", ".")
+    lines = (said or "").splitlines()
+    heads = [line.split()[-1] for line in lines if line.startswith("# branch.oid ")]
+    if not heads or heads[0] == "(initial)":
+        return None
+    return {"commit": heads[0], "dirty": any(not line.startswith("#") for line in lines)}
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

@@ -6,6 +6,7 @@ import base64
 import struct
 from collections.abc import Mapping
 from datetime import datetime
+from functools import cache
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -46,14 +47,7 @@ def write_report(run: Run) -> Path:
     results = manifest.get("results") or {}
     summary, table = results.get("summary") or [], results.get("table")
     fields, spec_missing = _spec_fields(run, manifest)
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    page = environment.get_template("report.html.j2").render(
+    page = _template().render(
         title=manifest.get("title") or manifest["name"],
         manifest={"error": None, "command": None, **manifest},
         started=f"{datetime.fromisoformat(manifest['started']):%-d %B %Y, %H:%M} UTC",
@@ -71,6 +65,18 @@ def write_report(run: Run) -> Path:
     path = run.path / "report.html"
     write_atomic(path, page.encode())
     return path
+
+
+@cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    return environment.get_template("report.html.j2")
 
 
 def _css(colours: Mapping[str, str]) -> str:
@@ -196,6 +202,11 @@ def _provenance(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
         "Seed": str(manifest["seed"]) if manifest.get("seed") is not None else "",
         "Spec": (manifest.get("spec") or {}).get("identity", ""),
         "Commit": git.get("commit", "") + (", with changes not committed" if git.get("dirty") else ""),
+        "Devices": ", ".join(
+            f"{name}, calibrated {time[:16].replace('T', ' ')}" if isinstance(time, str) else str(name)
+            for name, time in (manifest.get("devices") or {}).items()
+        ),
+        "Sweep": (manifest.get("sweep") or {}).get("name", ""),
         "Processor": ", ".join(
             part
             for part in (

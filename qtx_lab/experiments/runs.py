@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from IPython.display import Image
     from matplotlib.figure import Figure
 
+    from ..backends import QiskitQuantumBackend
+    from .listing import RunTable
     from .spec import Spec
 
 STATUSES = ("running", "done", "failed", "interrupted")
@@ -66,7 +68,7 @@ class Run:
         self._turn = threading.RLock()
 
     @classmethod
-    def create(cls, spec: Spec, name: str, home: str | Path | None = None) -> Self:
+    def create(cls, spec: Spec, name: str, home: str | Path | None = None, **facts: Any) -> Self:
         """Start a run in a new folder `<UTC stamp>-<name>-<random>` of `home`.
 
         Parameters
@@ -77,6 +79,8 @@ class Run:
             Letters, digits, '.', '_' and '-', at most 80.
         home : path, optional
             See `runs_home`. Made if missing.
+        **facts
+            Merged into the manifest from the start, as `update` would.
 
         Raises
         ------
@@ -89,10 +93,11 @@ class Run:
         home = _ready(runs_home(home))
         started = datetime.now(UTC)
         parameters = spec.to_parameters()
-        facts = {
+        manifest = {
             "status": "running",
             "name": name,
-            "spec": {"kind": type(spec).__name__, "identity": spec.identity},
+            # The fields are those of spec.yaml, here so that a listing reads one file a run.
+            "spec": {"kind": type(spec).__name__, "identity": spec.identity, "fields": parameters},
             "seed": _seed({**parameters.get("parameters", {}), **parameters}),
             "started": started.isoformat(timespec="milliseconds"),
             "versions": provenance.versions(),
@@ -101,7 +106,7 @@ class Run:
             "process": provenance.this_process(),
             "results": {},
         }
-        facts = {key: value for key, value in facts.items() if value is not None}  # no git, no seed
+        manifest = _merged({k: v for k, v in manifest.items() if v is not None}, facts)  # no git, no seed
         path = home / f"{started:%Y%m%dT%H%M%SZ}-{name}-{secrets.token_hex(3)}"
         # Filled under a hidden name: a folder that can be seen has its spec and manifest.
         hidden = home / f".{path.name}.tmp"
@@ -109,7 +114,7 @@ class Run:
             hidden.mkdir()
             (hidden / "figures").mkdir()
             write_atomic(hidden / "spec.yaml", spec.to_yaml().encode())
-            write_atomic(hidden / "manifest.json", json_bytes(facts))
+            write_atomic(hidden / "manifest.json", json_bytes(manifest))
             hidden.rename(path)
             sync_folder(home)
         except BaseException as error:
@@ -164,6 +169,16 @@ class Run:
             if reason:
                 raise ArgumentError(f"The run cannot be updated: {reason} would not be readable.")
             write_atomic(self.path / "manifest.json", json_bytes(merged))
+
+    def used(self, backend: QiskitQuantumBackend) -> None:
+        """Record a device: its name, and when it was calibrated (None where that is not known, as of a simulator).
+
+        Raises
+        ------
+        StorageError
+            If the manifest cannot be read or written.
+        """
+        self.update(devices={backend.engine.name: backend.engine.facts().get("calibration")})
 
     def log(self, **row: object) -> None:
         """Append one row to the metrics. The file is rewritten at each call: use `log_many` for many rows.
@@ -320,40 +335,46 @@ class Run:
         return places.get(name, max(places.values(), default=-1) + 1)
 
 
-def runs(home: str | Path | None = None) -> pd.DataFrame:
-    """All runs in a folder, newest first: run, name, status, started, seconds, seed, spec, error, path.
+def runs(home: str | Path | None = None, *, where: str | None = None) -> RunTable:
+    """All runs in a folder, newest first, as a DataFrame that also compares them (`RunTable.compare`).
 
+    Columns: run, name, status, started, seconds, seed, spec (its hash), kind, sweep, error, path; then each field of
+    the specs as `spec.NAME`, and each number, text or truth value in the results as `results.NAME`.
     `attrs["skipped"]` lists (folder name, reason) of what is not a readable run. Each manifest is read by
     itself, so that one that is broken, vanishes or may not be read costs only itself.
 
+    Parameters
+    ----------
+    home : path, optional
+        See `runs_home`.
+    where : str, optional
+        A condition in SQL, as "status = 'done' and results.error < 0.1"; see `RunTable.select`.
+
     Raises
     ------
+    ArgumentError
+        If the condition is not one.
     StorageError
         If the folder itself exists but cannot be listed.
     """
-    import pandas as pd
+    from .listing import run_table
 
-    home = runs_home(home)
-    rows, skipped = [], []
-    for folder in _folders(home):
+    table = run_table(*read_manifests(home))
+    return table if where is None else table.select(where)
+
+
+def read_manifests(
+    home: str | Path | None = None,
+) -> tuple[list[tuple[Path, dict[str, Any]]], list[tuple[str, str]]]:
+    """(folder, manifest) of each run in a folder, and (folder name, reason) of what is not a readable one."""
+    # Python reads 10,000 manifests in a third of the time of DuckDB's read_blob; its read_json cannot skip broken ones.
+    found, skipped = [], []
+    for folder in _folders(runs_home(home)):
         try:
-            manifest = Run(folder).manifest
+            found.append((folder, Run(folder).manifest))
         except StorageError as error:
             skipped.append((folder.name, str(error).removeprefix(f"{folder} is ")))
-            continue
-        row = {key: manifest.get(key) for key in ("name", "status", "started", "seconds", "seed")}
-        identity = (manifest.get("spec") or {}).get("identity")
-        rows.append(
-            {"run": folder.name, **row, "spec": identity, "error": manifest.get("error"), "path": str(folder)}
-        )
-    columns = ["run", "name", "status", "started", "seconds", "seed", "spec", "error", "path"]
-    table = pd.DataFrame(rows, columns=columns)
-    table["started"] = pd.to_datetime(table["started"], utc=True, format="ISO8601", errors="coerce")
-    table["seconds"] = table["seconds"].astype("float64")
-    table["seed"] = table["seed"].astype("Int64")
-    table = table.sort_values(["started", "run"], ascending=False, ignore_index=True)
-    table.attrs["skipped"] = skipped
-    return table
+    return found, skipped
 
 
 def find_run(run: str | Path, home: str | Path | None = None) -> Run:
@@ -382,7 +403,7 @@ def find_run(run: str | Path, home: str | Path | None = None) -> Run:
 def _folders(home: Path) -> list[Path]:
     try:
         # `jobs` holds the device jobs of no run.
-        return sorted(e for e in home.iterdir() if not e.name.startswith(".") and e.name != "jobs")
+        return [home / name for name in sorted(os.listdir(home)) if name[0] != "." and name != "jobs"]
     except FileNotFoundError:
         return []
     except OSError as error:
@@ -427,7 +448,8 @@ def _invalid(manifest: object) -> str | None:
         return "manifest.json has no start"
     if not isinstance(manifest.get("name"), str):
         return "manifest.json has no name"
-    kinds: dict[str, Any] = dict.fromkeys(("spec", "process", "results", "versions", "machine", "git"), dict)
+    parts = ("spec", "process", "results", "versions", "machine", "git", "devices", "sweep")
+    kinds: dict[str, Any] = dict.fromkeys(parts, dict)
     kinds |= {"seconds": int | float, "seed": int}
     wrong = [key for key, kind in kinds.items() if not isinstance(manifest.get(key), kind | None)]
     if not wrong and not 0 <= (manifest.get("seed") or 0) < 2**63:

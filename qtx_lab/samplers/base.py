@@ -211,14 +211,14 @@ def row_masses(logits: Tensor) -> Tensor:
     return mass
 
 
-def invert(mass: Tensor, points: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
+def invert(mass: Tensor, points: Tensor, scale: float | Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Keys at given points of the cumulative masses of rows.
 
     Parameters
     ----------
     mass : Tensor, (..., N * BLOCK), >= 0
     points : Tensor, (..., T), float64 in [0, 1)
-    scale : float, optional
+    scale : float or Tensor (..., 1), optional
         What a point of 1 stands for; the row's total mass where None.
 
     Returns

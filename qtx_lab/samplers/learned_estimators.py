@@ -132,14 +132,7 @@ class Spread:
         replicates = draws.replicates
         size = draws.indices.shape[-1] // replicates
         pi = log_inclusion(proposal.log(), size, self.independent).exp()
-        by_replicate = draws.indices.unflatten(-1, (replicates, size))
-        times = Draws(by_replicate, by_replicate).multiplicity().flatten(-2).to(pi.dtype)  # in its replicate
-        once = 1 / draws.multiplicity().to(pi.dtype)  # in all of them
-        weight = draws.weights * replicates * times  # w_j
-        a = (1 - pi) * pi * weight.square() * once  # ((1 - pi) / pi) p_hat^2, each key once
-        unseen = (1 - (proposal * once).sum(-1, keepdim=True)).clamp_min(0) / size
-        chi = draws.weights * weight * pi / proposal.clamp_min(torch.finfo(pi.dtype).tiny)
-        unseen = unseen * chi.sum(-1, keepdim=True).clamp_min(1) * (draws.weights > 0).any(-1, keepdim=True)
+        a, unseen = delta_terms(draws, proposal, pi, size)
         moments = (
             self.moments[heads] if self.position is None else self.moments[heads][:, self.position[part]]
         )
@@ -150,6 +143,22 @@ class Spread:
         )
         seen = (draws.weights > 0).any(-1, keepdim=True)
         return torch.where(seen, (variance / replicates).clamp_min(0) + rounding, 0)
+
+
+def delta_terms(draws: Draws, proposal: Tensor, pi: Tensor, rate: int | Tensor) -> tuple[Tensor, Tensor]:
+    """What `Spread` multiplies squared distances by: of each draw (..., R S), and of the keys not seen (..., 1).
+
+    `proposal` and `pi` are q and the inclusion probabilities at the draws, `rate` the draws a unit of q.
+    """
+    replicates = draws.replicates
+    by_replicate = draws.indices.unflatten(-1, (replicates, -1))
+    times = Draws(by_replicate, by_replicate).multiplicity().flatten(-2).to(pi.dtype)  # in its replicate
+    once = 1 / draws.multiplicity().to(pi.dtype)  # in all of them
+    weight = draws.weights * replicates * times  # w_j
+    a = (1 - pi) * pi * weight.square() * once  # ((1 - pi) / pi) p_hat^2, each key once
+    unseen = (1 - (proposal * once).sum(-1, keepdim=True)).clamp_min(0) / rate
+    chi = draws.weights * weight * pi / proposal.clamp_min(torch.finfo(pi.dtype).tiny)
+    return a, unseen * chi.sum(-1, keepdim=True).clamp_min(1) * (draws.weights > 0).any(-1, keepdim=True)
 
 
 def debiased(

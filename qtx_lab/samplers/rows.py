@@ -146,21 +146,7 @@ def check_inputs(
             raise DtypeError(f"{name}={flag!r} is not allowed: it must be True or False.")
     if scale is not None and (isinstance(scale, bool | str) or not hasattr(scale, "__float__")):
         raise DtypeError(f"scale={scale!r} is not allowed: it must be a number.")
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, Tensor):
-            raise DtypeError(f"{name} is a {type(x).__name__}; it must be a torch.Tensor.")
-        if x.layout != torch.strided or x.is_meta or x.is_nested:
-            raise DtypeError(
-                f"{name} is a {x.layout} tensor on {x.device}; it must be dense and hold numbers."
-            )
-        if x.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
-            raise DtypeError(f"{name} is {x.dtype}; it must be float32, float64, float16 or bfloat16.")
-        if x.dtype != q.dtype or x.device != q.device:
-            raise DtypeError(
-                f"{name} is {x.dtype} on {x.device}, q is {q.dtype} on {q.device}; they must agree."
-            )
-        if x.ndim < 2:
-            raise ShapeError(f"{name} has shape {tuple(x.shape)}; it must be (..., length, features).")
+    check_tensors(q=q, k=k, v=v)
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if q.shape[-1] != k.shape[-1] or q.shape[-1] == 0:
         raise ShapeError(f"q and k must have the same number E >= 1 of features; given {shapes}.")
@@ -192,16 +178,42 @@ def check_inputs(
                 f"{name} requires a gradient, which a sampler's own estimate does not have: use sampled_attention, "
                 "call it under torch.no_grad(), or pass detached tensors."
             )
-        ends = [float(end) for end in x.detach().aminmax()] if x.numel() else [0.0]
-        if not all(math.isfinite(end) for end in ends):
-            raise ArgumentError(f"{name} holds NaN or infinity; only finite numbers are allowed.")
+        size = check_finite(name, x)
         if name != "v":
-            largest *= max(abs(end) for end in ends)
+            largest *= size
     if largest > 1e38:
         raise ArgumentError(
             f"the logits of q, k and scale={scale} could overflow float32 (up to {largest:.0e}): make them smaller."
         )
     return group
+
+
+def check_tensors(**tensors: Tensor) -> None:
+    """Refuse what is no dense tensor (..., length, features) of a dtype that is attended to, or unlike the first."""
+    first, like = next(iter(tensors.items()))
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor):
+            raise DtypeError(f"{name} is a {type(x).__name__}; it must be a torch.Tensor.")
+        if x.layout != torch.strided or x.is_meta or x.is_nested:
+            raise DtypeError(
+                f"{name} is a {x.layout} tensor on {x.device}; it must be dense and hold numbers."
+            )
+        if x.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+            raise DtypeError(f"{name} is {x.dtype}; it must be float32, float64, float16 or bfloat16.")
+        if x.dtype != like.dtype or x.device != like.device:
+            raise DtypeError(
+                f"{name} is {x.dtype} on {x.device}, {first} is {like.dtype} on {like.device}; they must agree."
+            )
+        if x.ndim < 2:
+            raise ShapeError(f"{name} has shape {tuple(x.shape)}; it must be (..., length, features).")
+
+
+def check_finite(name: str, x: Tensor) -> float:
+    """Refuse NaN and infinities; the largest size of a number in x."""
+    ends = [float(end) for end in x.detach().aminmax()] if x.numel() else [0.0]
+    if not all(math.isfinite(end) for end in ends):
+        raise ArgumentError(f"{name} holds NaN or infinity; only finite numbers are allowed.")
+    return max(abs(end) for end in ends)
 
 
 def _check_mask(mask: Tensor, shape: tuple[int, ...], q: Tensor, is_causal: bool) -> None:

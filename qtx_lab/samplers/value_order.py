@@ -30,7 +30,7 @@ def kept_value_order(values: Tensor) -> Tensor:
     return order
 
 
-def value_order(values: Tensor) -> Tensor:
+def value_order(values: Tensor, features: int | None = None, leaf: int = 1) -> Tensor:
     """An order of the keys in which neighbours have similar values.
 
     Each part of the keys is split at the median along its first principal axis, again and again, until a key is
@@ -42,6 +42,10 @@ def value_order(values: Tensor) -> Tensor:
     Parameters
     ----------
     values : Tensor, (..., n, d)
+    features : int, optional
+        How many of the values' principal components are looked at; all d where None.
+    leaf : int
+        Parts of up to that many keys are left as they are.
 
     Returns
     -------
@@ -52,12 +56,15 @@ def value_order(values: Tensor) -> Tensor:
     x = values.reshape(-1, n, d).to(torch.promote_types(values.dtype, torch.float32))
     if x.numel():  # so that squares are numbers
         x = x / x.abs().amax((1, 2), keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+    if features is not None and features < d:
+        x = x - x.mean(1, keepdim=True)
+        x, d = x @ torch.linalg.eigh(x.mT @ x).eigenvectors[..., -features:], features
     size = 1 << (n - 1).bit_length()  # padded to a power of two; the padding goes to the end of each part
     order = torch.arange(size, device=x.device).expand(len(x), size)
     real = (order < n).to(x.dtype)
     x = F.pad(x, (0, 0, 0, size - n))
     parts = 1
-    while parts < size:
+    while parts * leaf < size:
         length = size // parts
         x, w = x.view(len(x), parts, length, d), real.view(len(x), parts, length, 1)
         centred = (x - (x * w).sum(2, keepdim=True) / w.sum(2, keepdim=True).clamp_min(1)) * w

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from ..errors import ArgumentError, StorageError
 from ..storage import write_tensors
+from .loop import run_steps
 from .reference import ReferenceConfig, ReferenceModel, bits_per_byte, encode
 
 SHARED_WINDOW = 64
@@ -84,22 +85,34 @@ def train_reference(
     torch.manual_seed(seed)  # initial weights and dropout
     generator = torch.Generator().manual_seed(seed)
     model = ReferenceModel(replace(config, dropout=dropout)).train()
-    optimizers = _optimizers(model)
     started = time.monotonic()
-    bar = tqdm(range(steps), desc="training", unit="step", disable=not progress)
-    for step in bar:
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * min(1, (step + 1) / 50, 2 * (1 - step / steps))
+    bar = tqdm(total=steps, desc="training", unit="step", disable=not progress)
+
+    def gradient(step: int) -> float:
         starts = torch.randint(len(training) - config.context, (batch, 1), generator=generator)
         windows = training[starts + torch.arange(config.context + 1)]
         loss = F.cross_entropy(model(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        bar.set_postfix(bits_per_byte=f"{loss.item() / math.log(2):.3f}", refresh=False)
+        torch.autograd.backward(loss)
+        return loss.item()
+
+    def after(step: int, loss: float, norm: float) -> bool:
+        bar.set_postfix(bits_per_byte=f"{loss / math.log(2):.3f}", refresh=False)
+        bar.update()
+        return False
+
+    def rate(step: int) -> float:
+        return min(1, (step + 1) / 50, 2 * (1 - step / steps))
+
+    with bar:
+        run_steps(
+            range(steps),
+            gradient,
+            list(model.parameters()),
+            _optimizers(model),
+            rate=rate,
+            clip_norm=1.0,
+            after=after,
+        )
     seconds = time.monotonic() - started
 
     shipped = ReferenceModel(replace(config, dropout=0.0)).eval()

@@ -1,14 +1,17 @@
 """`SampledKVCache`: near the exact output for every sketch, the same however it was filled, and again from disk."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 import qtx_lab as qtx
+from qtx_lab.attention import kv_cache
 from qtx_lab.attention.kv_cache import PROPOSALS
 
 
-def tokens(generator, *, heads=2, n=300, features=16, width=12):
+def tokens(generator, *, heads=2, n=700, features=16, width=12):
     return (
         torch.randn(heads, n, features, generator=generator),
         torch.randn(heads, n, width, generator=generator),
@@ -63,34 +66,93 @@ def test_sketches_are_near_the_logits(proposal, generator):
 
 
 def test_low_rank_sketches_follow_the_queries_seen(generator):
-    """Queries of few directions: a sketch of their rank is exact once it knows them, by `queries` or by having seen them."""
-    k, v = tokens(generator, n=200)
+    """Queries of few directions: a sketch of their rank is all but exact once it knows them, by `queries` or by having
+    seen them before it was fitted again."""
+    k, v = tokens(generator, n=1100)
     q = torch.randn(2, 40, 4, generator=generator) @ torch.randn(4, 16, generator=generator)
 
     def error(cache):
         wrong = cache.scores(q) - q @ k.mT / 4
         return float((wrong - wrong.mean(-1, keepdim=True)).std())
 
-    unknowing = qtx.SampledKVCache.build(k, v, rank=4)
-    assert error(unknowing) > 0.1
-    assert error(qtx.SampledKVCache.build(k, v, rank=4, queries=q)) < 1e-4
-    grown = qtx.SampledKVCache.build(k[:, :130], v[:, :130], rank=4)
+    assert error(qtx.SampledKVCache.build(k, v, rank=4)) > 0.1
+    assert error(qtx.SampledKVCache.build(k, v, rank=4, queries=q)) < 5e-3
+    grown = qtx.SampledKVCache.build(k[:, :500], v[:, :500], rank=4)
     grown.attend(q, num_samples=4, generator=generator)
-    grown.append(k[:, 130:], v[:, 130:])  # laid out anew
-    assert error(grown) < 1e-4
+    grown.append(k[:, 500:], v[:, 500:])  # more than were there: all is laid out anew
+    assert error(grown) < 5e-3
+
+
+def test_components_are_chosen_by_the_query(generator):
+    """Each query of its own few directions is scored from as many numbers; its neighbours choose others."""
+    k, v = tokens(generator, n=800)
+    k = k * 4 * 0.6 ** torch.arange(16)
+    cache = qtx.SampledKVCache.build(k, v, rank=3)
+    basis = torch.linalg.eigh((k - k.mean(1, keepdim=True)).mT @ (k - k.mean(1, keepdim=True))).eigenvectors
+    q = torch.stack([basis[:, :, i : i + 3].sum(-1) for i in range(0, 15, 3)], 1)  # (2, 5, 16)
+    logits = q @ k.mT / 4
+    wrong = cache.scores(q) - logits
+    assert ((wrong - wrong.mean(-1, keepdim=True)).std(-1) < 0.1 * logits.std(-1)).all()
 
 
 @pytest.mark.parametrize("proposal", PROPOSALS)
 def test_appended_tokens_are_attended_to(proposal, generator):
-    k, v = tokens(generator, n=130)
+    """One by one, by parts, or all at once: every token counts, in the order in which it came."""
+    k, v = tokens(generator, n=1500)
     q = torch.randn(4, 2, 16, generator=generator)
     cache = qtx.SampledKVCache.build(k[:, :1], v[:, :1], proposal=proposal)
-    for i in range(1, 130):
-        cache.append(k[:, i : i + 1], v[:, i : i + 1])
-    assert len(cache) == 130
-    est = cache.attend(q, num_samples=50_000, generator=generator)
+    start, parts = 1, [1] * 400 + [300, 7, 92, 700]
+    for size in parts:
+        cache.append(k[:, start : start + size], v[:, start : start + size])
+        start += size
+    assert len(cache) == start == 1500
+    for found, wanted in zip(cache.tokens(), (k, v), strict=True):
+        assert torch.equal(found, wanted)
+    est = cache.attend(q, num_samples=100_000, generator=generator)
     torch.testing.assert_close(est.output, exact(q, k, v), atol=2e-5, rtol=1e-4)
-    assert est.attention_weights().shape == (4, 2, 130)
+    assert est.attention_weights().shape == (4, 2, 1500)
+    logits = q @ k.repeat_interleave(2, 0).mT / 4
+    wrong = cache.scores(q) - logits
+    relative = (wrong - wrong.mean(-1, keepdim=True)).std() / logits.std()
+    assert relative < {"exact": 1e-5, "low-rank": 1e-2, "int4": 0.12}[proposal]
+
+
+def test_segments_are_few_and_keep_their_bounds(generator):
+    """After every token at most log2(n / BLOCK) + 1 segments, and the first and last tokens in none."""
+    k, v = tokens(generator, heads=1, n=6000, features=2, width=2)
+    cache = qtx.SampledKVCache.build(k[:, :1], v[:, :1])
+    for i in range(1, 6000):
+        cache.append(k[:, i : i + 1], v[:, i : i + 1])
+        sizes = cache._sizes
+        assert len(sizes) <= math.log2(max(2, i / kv_cache.BLOCK)) + 1
+        assert all(size > sum(sizes[j + 1 :]) for j, size in enumerate(sizes[:-1]))
+        plain = cache._order[0, sum(sizes) : len(cache)].tolist()
+        if sizes:
+            assert plain[: kv_cache.SINKS] == list(range(kv_cache.SINKS))
+            assert plain[-kv_cache.RECENT :] == list(range(i + 1 - kv_cache.RECENT, i + 1))
+    assert torch.equal(cache._order[0, : len(cache)].sort().values, torch.arange(6000))
+
+
+@pytest.mark.parametrize("proposal", PROPOSALS)
+def test_no_key_counts_twice_and_heavy_ones_are_sure(proposal, generator):
+    """Draws of weight are of distinct keys; nearly all count; keys of more than 2 / S of a row's mass are always there."""
+    k, v = tokens(generator, n=2000)
+    q = 2 * torch.randn(2, 50, 16, generator=generator)
+    cache = qtx.SampledKVCache.build(k, v, proposal=proposal, rank=16 if proposal == "low-rank" else None)
+    draws = cache.attend(q, num_samples=64, generator=generator).draws
+    assert (draws.weights > 0).float().mean() > 0.95
+    apart = torch.where(draws.weights > 0, draws.indices, 2000 + torch.arange(64))
+    assert (qtx.Draws(apart, draws.weights).multiplicity() == 1).all()
+    p = (q @ k.mT / 4).softmax(-1)
+    drawn = qtx.Draws(draws.indices, (draws.weights > 0).float()).dense(2000) > 0
+    assert drawn[p > 2 / 64].float().mean() > {"exact": 0.9999, "low-rank": 0.99, "int4": 0.99}[proposal]
+
+
+def test_logits_too_large_for_half_precision(generator):
+    k, v = tokens(generator, n=700)
+    q = 1e6 * torch.randn(2, 3, 16, generator=generator)
+    est = qtx.SampledKVCache.build(1e3 * k, v).attend(q, num_samples=32, generator=generator)
+    torch.testing.assert_close(est.output, exact(q, 1e3 * k, v), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("proposal", PROPOSALS)
@@ -137,8 +199,11 @@ def test_bytes_are_told(generator):
         assert cache.nbytes >= k.nbytes + v.nbytes
         sizes[proposal] = cache.sketch_nbytes() / k.nbytes
     assert sizes["exact"] == 1
-    assert 0.25 <= sizes["low-rank"] < 0.3
-    assert 0.125 <= sizes["int4"] < 0.2
+    left = (4 + 64) / 1024  # sinks and the newest
+    assert sizes["low-rank"] == pytest.approx(
+        0.125 * (1 - left) + left, rel=1e-3
+    )  # 4 of 16, in half precision
+    assert 0.125 * (1 - left) + left <= sizes["int4"] < 0.25
 
 
 BAD = [
@@ -179,7 +244,7 @@ def test_bad_tokens_and_queries_leave_the_cache_as_it_was(generator, tmp_path):
             cache.attend(bad)
     with pytest.raises(qtx.ArgumentError, match="num_samples=0"):
         cache.attend(q, num_samples=0)
-    assert len(cache) == 300
+    assert len(cache) == 700
     with pytest.raises(qtx.ArgumentError, match="does not hold a cache"):
         qtx.SampledKVCache.load(tmp_path / "none")
     with pytest.raises(qtx.StorageError):
@@ -188,16 +253,16 @@ def test_bad_tokens_and_queries_leave_the_cache_as_it_was(generator, tmp_path):
 
 @pytest.mark.statistical
 def test_errors_on_the_models_own_keys(generator):
-    """Root mean square error over layers and heads at n / 8 draws, beside that of draws from the exact logits.
+    """Root mean square error over layers and heads at n / 8 draws, beside that of draws by the exact logits.
 
-    Measured: int4 1.07 times `exact`; rank 16 of 32 dimensions, whose keys are turned by their positions, 0.84 times
-    independent draws, but 2.2 times `exact`, for which every heavy key is sure to be drawn.
+    Measured: int4 1.03 times that of the `exact` sketch, rank 16 of 32 dimensions 1.09 times, rank 8 1.51 times; the
+    `exact` sketch 0.30 times that of independent draws.
     """
     model = qtx.load_reference_model()
     text = torch.as_tensor(qtx.encode(qtx.reference_text())).flatten()[:1024].long()
     squares = {name: [] for name in ("monte-carlo", *PROPOSALS)}
     for q, k, v in model.attention_inputs(text[None]):
-        seen, asked = q[0, :, :-256], q[0, :, -256:]
+        seen, asked = q[0, :, :-64], q[0, :, -64:]
         o = exact(asked, k[0], v[0])
         for name, found in squares.items():
             if name == "monte-carlo":
@@ -208,6 +273,6 @@ def test_errors_on_the_models_own_keys(generator):
                 est = cache.attend(asked, num_samples=128, generator=generator)
             found.append((est.output - o).square().sum() / o.square().sum())
     error = {name: float(torch.stack(found).mean().sqrt()) for name, found in squares.items()}
-    assert error["int4"] < 1.15 * error["exact"]
-    assert error["exact"] < 0.5 * error["monte-carlo"]
-    assert error["low-rank"] < 0.95 * error["monte-carlo"]
+    assert error["int4"] < 1.1 * error["exact"]
+    assert error["low-rank"] < 1.15 * error["exact"]
+    assert error["exact"] < 0.4 * error["monte-carlo"]

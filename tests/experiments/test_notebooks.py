@@ -70,6 +70,8 @@ def test_refuses_before_any_work(tmp_path) -> None:
     home = tmp_path / "home"
     with pytest.raises(SpecError, match=r"no parameter 'num_sample'\. Did you mean 'num_samples'"):
         run_notebook(path, {"num_sample": 9}, home=home)
+    with pytest.raises(SpecError, match=r"num_samples='x' .* declares a number, num_samples = 8"):
+        run_notebook(path, {"num_samples": "x"}, home=home)
     with pytest.raises(SpecError, match="no parameter 'run_dir'"):
         run_notebook(path, {"run_dir": "elsewhere"}, home=home)
     with pytest.raises(ArgumentError, match="neither a file nor a shipped notebook"):
@@ -122,6 +124,18 @@ def test_a_kernel_that_dies(tmp_path) -> None:
 
 
 @pytest.mark.chaos
+def test_stopped_by_a_function(tmp_path) -> None:
+    path = notebook(
+        tmp_path / "a.ipynb",
+        "run_dir = None",
+        f"open({str(tmp_path / 'ready')!r}, 'w').close()\nimport time\ntime.sleep(600)",
+    )
+    with pytest.raises(KeyboardInterrupt):
+        run_notebook(path, home=tmp_path / "home", progress=False, stop=(tmp_path / "ready").exists)
+    assert runs(tmp_path / "home")["status"].tolist() == ["interrupted"]
+
+
+@pytest.mark.chaos
 def test_ctrl_c_interrupts(tmp_path) -> None:
     path = notebook(
         tmp_path / "a.ipynb",
@@ -158,9 +172,43 @@ def test_the_quickstart_declares_the_experiment_with_its_defaults() -> None:
     assert declared == {**ExperimentSpec().to_parameters(), "run_dir": None}
 
 
+def test_same_spec_and_seed_same_metrics_bit_for_bit(tmp_path, monkeypatch) -> None:
+    path = notebook(
+        tmp_path / "a.ipynb",
+        "seed = 0\nrun_dir = None",
+        "import torch\nimport qtx_lab as qtx\n"
+        "g = torch.Generator().manual_seed(seed)\n"
+        "q, k, v = torch.randn(3, 4, 64, 32, generator=g)\n"
+        "estimate = qtx.sampled_attention(q, k, v, num_samples=16, generator=g)\n"
+        "run = qtx.Run.open(run_dir)\n"
+        "run.log_many({'row': i, 'x': x} for i, x in enumerate(estimate.output.flatten().tolist()))",
+    )
+    made = {}
+    for name, seed, threads in (("one", 1, "1"), ("two", 1, "2"), ("other", 2, "1")):
+        monkeypatch.setenv("OMP_NUM_THREADS", threads)
+        run = run_notebook(path, {"seed": seed}, home=tmp_path / "home", progress=False)
+        made[name] = (run.path / "metrics.parquet").read_bytes()
+    assert made["one"] == made["two"] != made["other"]
+
+
 REDUCED = {
+    "01_estimators": {"num_tokens": 256, "sample_counts": [8, 32], "repeats": 2, "tolerances": [0.4, 0.2]},
     "02_circuits": {"most_qubits": 3, "shot_counts": [256, 1024]},
     "04_mitigation": {"qubits": 3, "shot_counts": [1000, 16_000], "devices": ["fake_fez"], "repeats": 2},
+    "07_batch_sweep": {
+        "samplers": ["monte-carlo", "systematic"],
+        "sample_counts": [16, 64],
+        "repeats": 1,
+        "workers": 1,
+    },
+    "08_bring_your_own_model": {
+        "draw_counts": [16, 64],
+        "context": 128,
+        "texts": 2,
+        "repeats": 2,
+        "prompt_tokens": 400,
+        "new_tokens": 20,
+    },
 }
 """Parameters under which the other shipped notebooks check what they claim in seconds; `make demo` runs the quickstart."""
 

@@ -39,7 +39,11 @@ def test_a_run_keeps_what_was_asked_and_done(tmp_path, spec) -> None:
         run.update(results={"draws": 64})
     manifest = Run.open(run.path).manifest
     assert ExperimentSpec.from_yaml(run.path / "spec.yaml") == spec
-    assert manifest["spec"] == {"kind": "ExperimentSpec", "identity": spec.identity}
+    assert manifest["spec"] == {
+        "kind": "ExperimentSpec",
+        "identity": spec.identity,
+        "fields": spec.to_parameters(),
+    }
     assert manifest["results"] == {"error": 0.5, "bad": None, "draws": 64}
     assert (manifest["status"], manifest["seed"], manifest["name"]) == ("done", 3, "trial")
     assert {"python", "qtx_lab", "torch", "numpy"} <= set(manifest["versions"])

@@ -1,0 +1,144 @@
+"""`qtx-lab bench training`: what the trainer costs over a bare DDP loop, and what a second rank is worth."""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+from statistics import median
+from typing import Any
+
+from ..training import QuantumTrainer, open_cluster
+from ..training.cluster import Cluster
+from ..training.data import SequenceOrder, open_tokens, stream_seed
+from ..training.rank import ORDER, open_store
+from ..training.recipe import Recipe
+from ..training.trainer import make_model
+
+MODEL = "reference-untrained"
+SETTINGS: dict[str, Any] = {
+    "num_tokens": 256,
+    "batch_size": 8,
+    "sampler": "exact",
+    "validate_every": 0,
+    "checkpoint_every": 0,
+    "precision": "fp32",
+    "warmup_steps": 5,
+}
+ALLOWED_OVERHEAD, WANTED_SPEEDUP, ALLOWED_LOSS = 0.05, 1.5, 1e-4
+
+
+def bench_training(quick: bool, copy: float) -> list[dict[str, Any]]:
+    """Median seconds a step, of methods that take turns; rows as in `run_bench`, `error` the distance between losses.
+
+    - "overhead": the trainer on two ranks against a bare DDP loop in the same two workers, on the same batches.
+    - "ranks": the trainer on two ranks against one, both of one thread, with the same global batch.
+
+    A method passes if its last loss is the baseline's to 1e-4, and its time is at most 5 % more, or 1.5 times less.
+    The ranks must have two cores for themselves: what else runs on the machine is in the numbers.
+    """
+    del copy
+    recipe = Recipe(steps=15 if quick else 40, **SETTINGS)
+    seconds: dict[str, list[float]] = {"bare DDP loop": [], "trainer, 2 ranks": [], "trainer, 1 rank": []}
+    losses = {}
+    with open_cluster("local", num_workers=2) as two, open_cluster("local", num_workers=1) as one:
+        for _ in range(2 if quick else 5):
+            for name in seconds:
+                if name == "bare DDP loop":
+                    steps, losses[name] = bare_loop(two, recipe)
+                else:
+                    cluster = one if name.endswith("1 rank") else two
+                    result = QuantumTrainer(
+                        MODEL, distributed=True, cluster=cluster, progress=False, **vars(recipe)
+                    ).train()
+                    tokens = recipe.batch_size * recipe.num_tokens
+                    steps = [tokens / row["tokens_per_second"] for row in result.metrics[5:]]
+                    losses[name] = result.loss
+                seconds[name].append(median(steps))
+    rows: list[dict[str, Any]] = []
+    for case, method, baseline in (
+        ("overhead", "trainer, 2 ranks", "bare DDP loop"),
+        ("ranks", "trainer, 2 ranks", "trainer, 1 rank"),
+    ):
+        for name in (baseline, method):
+            ratio = median(seconds[baseline]) / median(seconds[name])
+            error = abs(losses[name] - losses[baseline])
+            check = "pass" if error <= ALLOWED_LOSS else f"losses are {error:.2g} apart"
+            least = 1 / (1 + ALLOWED_OVERHEAD) if case == "overhead" else WANTED_SPEEDUP
+            if name == method and check == "pass" and ratio < least:
+                check = f"ratio {ratio:.2f} is below {least:.2f}"
+            rows.append({
+                "case": case, "method": name, "seconds": median(seconds[name]), "low": min(seconds[name]),
+                "high": max(seconds[name]), "baseline": baseline, "ratio": ratio if error <= ALLOWED_LOSS else None,
+                "error": error, "check": check,
+                "tokens_per_second": recipe.batch_size * recipe.num_tokens / median(seconds[name]),
+            })  # fmt: skip
+    print(
+        f"{'case':<10}{'method':<18}{'ms/step':>9}{'(low–high)':>18}{'tokens/s':>10}{'ratio':>8}{'loss off by':>13}  check"
+    )
+    for row in rows:
+        span = f"({1e3 * row['low']:.1f}–{1e3 * row['high']:.1f})"
+        shown = "–" if row["ratio"] is None else f"{row['ratio']:.2f}"
+        print(f"{row['case']:<10}{row['method']:<18}{1e3 * row['seconds']:>9.1f}{span:>18}{row['tokens_per_second']:>10,.0f}"
+              f"{shown:>8}{row['error']:>13.1g}  {row['check']}")  # fmt: skip
+    return rows
+
+
+def bare_loop(cluster: Cluster, recipe: Recipe) -> tuple[list[float], float]:
+    """Seconds of each step but the first five, and the last loss, of DDP as torch's tutorial writes it, on the same batches."""
+    workers, name = cluster.workers, f"bare-{time.monotonic_ns()}"
+    port = cluster.client.run(open_store, name, "127.0.0.1", 60.0, workers=[workers[0]])[workers[0]]
+    futures = [
+        cluster.client.submit(
+            bare_rank,
+            MODEL,
+            rank,
+            len(workers),
+            port,
+            recipe,
+            workers=[w],
+            allow_other_workers=False,
+            pure=False,
+        )
+        for rank, w in enumerate(workers)
+    ]
+    ends = cluster.client.gather(futures)
+    return ends[0][0], sum(loss for _, loss in ends) / len(ends)
+
+
+def bare_rank(model_name: str, rank: int, world: int, port: int, recipe: Recipe) -> tuple[list[float], float]:
+    """One rank of the bare loop."""
+    import torch
+    import torch.distributed as dist
+    import torch.nn.functional as F
+
+    torch.set_num_threads(1)
+    store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+    try:
+        tokens = open_tokens("reference", recipe.num_tokens)
+        order = SequenceOrder(tokens.training, recipe.num_tokens, stream_seed(recipe.seed, ORDER))
+        module = make_model(model_name, recipe.seed)
+        model = torch.nn.parallel.DistributedDataParallel(module)
+        matrices = [p for p in module.parameters() if p.ndim >= 2]
+        rest = [p for p in module.parameters() if p.ndim < 2]
+        optimizer = torch.optim.AdamW(
+            [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": rest, "weight_decay": 0.0}],
+            lr=recipe.learning_rate, betas=(0.9, 0.95), fused=True,
+        )  # fmt: skip
+        each, seconds, last = recipe.batch_size // world, [], 0.0
+        for step in range(recipe.steps):
+            started = time.perf_counter()
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.learning_rate * recipe.rate(step)
+            first = step * recipe.batch_size + rank * each
+            batch = order.sequences(range(first, first + each))
+            loss = F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(module.parameters(), recipe.clip_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            last = loss.item()
+            seconds.append(time.perf_counter() - started)
+        return seconds[5:], last
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,364 @@
+"""`gpu_quantum_attention`, and what `sampled_attention` and `SampledKVCache` hand to the kernels."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..errors import ArgumentError, BackendUnavailable
+from ..estimates import AttentionEstimate, Draws
+from ..samplers.base import check_count, check_generator
+from ..samplers.rows import check_inputs
+from . import decode_reference, prefill_reference
+from .choice import VARIABLE, Choice, choose
+from .decode_reference import Decoded, Inputs
+from .sketch_decode_reference import GrowingSketch
+
+FEW_ROWS = 64
+"""Rows of a key head up to which masses are kept between two passes (`decode`); more are drawn in blocks (`prefill`)."""
+
+
+def gpu_quantum_attention(
+    Q: Tensor,
+    K: Tensor,
+    V: Tensor,
+    num_samples: int = 64,
+    *,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    replicates: int = 1,
+    generator: torch.Generator | None = None,
+) -> AttentionEstimate:
+    """Sampled attention by Triton kernels on CUDA, by their plain-torch reference elsewhere.
+
+    Few queries without gradients, as in decoding, are drawn systematically along the whole row (`kernels.decode`); many,
+    causal ones or those with gradients page by page of 64 keys (`kernels.prefill`), whose gradients for q, k and v are
+    unbiased as `sampled_attention`'s are. Nothing is quantum about it: these are the draws that measuring an ideal
+    circuit would give, but less noisy. QTX_LAB_KERNELS=triton or reference overrides where it runs.
+
+    Parameters
+    ----------
+    Q : Tensor, (..., H, L, E)
+    K : Tensor, (..., Hkv, n, E)
+    V : Tensor, (..., Hkv, n, Ev)
+        float32, float16 or bfloat16, up to 256 features; others take the reference. That they are finite is checked,
+        which reads them once more.
+    num_samples : int
+        S, the draws of a row and replicate; in the blocks of `prefill` on average.
+    attn_mask : Tensor, broadcastable to (..., H, L, n), optional
+        Boolean (True: attend) or added to the logits. A row in which everything is masked has output 0.
+    is_causal : bool
+        Query i attends to keys 0..i; not together with `attn_mask`.
+    scale : float, optional
+        1 / sqrt(E) where None.
+    enable_gqa : bool
+        H is a multiple of Hkv; the heads of a group share their random numbers.
+    replicates : int
+        R independent repetitions, averaged; R >= 2 gives standard errors.
+    generator : torch.Generator, optional
+        Gives the seed of the kernels' counter-based random numbers: the same seed, the same draws, on any GPU up to
+        the rounding of logits.
+
+    Returns
+    -------
+    AttentionEstimate
+        `diagnostics["kernel"]` says which kernel, by which path and why; `draws` of `prefill` are made when asked for,
+        L * n of them.
+
+    Raises
+    ------
+    ShapeError, DtypeError, ArgumentError
+        Before any work.
+    BackendUnavailable
+        If QTX_LAB_KERNELS=triton cannot be had, or if CUDA runs out of memory.
+
+    Examples
+    --------
+    >>> import torch
+    >>> g = torch.Generator().manual_seed(0)
+    >>> q, k, v = (torch.randn(2, 100, 16, generator=g) for _ in range(3))
+    >>> est = gpu_quantum_attention(q, k, v, num_samples=64, replicates=4, generator=g)
+    >>> est.output.shape, est.std_error.shape, est.diagnostics["kernel"]["path"]
+    (torch.Size([2, 100, 16]), torch.Size([2, 100, 16]), 'reference')
+    """
+    check_count("num_samples", num_samples)
+    check_count("replicates", replicates)
+    check_generator(generator)
+    with torch.no_grad():
+        group = check_inputs(Q, K, V, attn_mask, is_causal, scale, enable_gqa)
+    if attn_mask is not None and attn_mask.requires_grad:
+        raise ArgumentError("attn_mask requires a gradient, which draws do not give: detach it.")
+    grad = torch.is_grad_enabled() and any(x.requires_grad for x in (Q, K, V))
+    scale = 1 / math.sqrt(Q.shape[-1]) if scale is None else float(scale)
+    few = not grad and not is_causal and group * Q.shape[-2] <= FEW_ROWS
+    choice = choose((Q, K, V), chained=not few)
+    seed = make_seed(generator, Q.device)
+    with torch.autocast(Q.device.type, enabled=False), memory_named():
+        if few:
+            with torch.no_grad():
+                x = Inputs.of(Q, K, V, attn_mask, scale)
+                return _few(x, Q.shape[:-1], group, num_samples, replicates, seed, choice)
+        call = _Call(num_samples, is_causal, scale, choice.path)
+        return _many(Q, K, V, attn_mask, group, seed, replicates, call, choice)
+
+
+def wanted(q: Tensor) -> bool:
+    """Whether kernels come into question for these queries, so that their choice has to be told."""
+    return q.is_cuda or os.environ.get(VARIABLE) == "triton"
+
+
+def attend_few(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None,
+    scale: float,
+    group: int,
+    num_samples: int,
+    replicates: int,
+    generator: torch.Generator | None,
+) -> tuple[AttentionEstimate | None, dict[str, Any]]:
+    """Systematic draws of checked inputs by the kernel `decode`, or None; and what to tell of it in `diagnostics`."""
+    if group * q.shape[-2] > FEW_ROWS:
+        reason = f"the kernel takes up to {FEW_ROWS} rows a key head here; gpu_quantum_attention takes more"
+        return None, {"kernel": {"path": "torch", "reason": reason}}
+    choice = choose((q, k, v))
+    if choice.path == "reference":
+        return None, {"kernel": {"path": "torch", "reason": choice.reason}, "fallbacks": choice.fallbacks}
+    with memory_named(), torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+        seed = make_seed(generator, q.device)
+        x = Inputs.of(q, k, v, attn_mask, scale)
+        return _few(x, q.shape[:-1], group, num_samples, replicates, seed, choice), {}
+
+
+def attend_sketched(
+    q: Tensor,
+    rows: Tensor,
+    k: Tensor,
+    v: Tensor,
+    order: Tensor,
+    sketch: GrowingSketch,
+    layout: tuple[int, ...],
+    num_samples: int,
+    replicates: int,
+    scale: float,
+    defensive: float,
+    generator: torch.Generator | None,
+) -> tuple[AttentionEstimate | None, dict[str, Any]]:
+    """Draws from a cache's sketch by the kernel `sketch_decode`, or None; and what to tell of it in `diagnostics`.
+
+    q (..., H, L, E) is `rows` (N, M, E); k (N, n, E) and v (N, n, Ev) lie as `layout` says, order (N, n) has which tokens
+    they are.
+    """
+    heads, m, _ = rows.shape
+    if m > FEW_ROWS:
+        reason = f"the kernel takes up to {FEW_ROWS} rows a key head, not {m}"
+        return None, {"kernel": {"path": "torch", "reason": reason}}
+    choice = choose((rows, k, v))
+    if choice.path == "reference" or 0 in (heads, m):
+        return None, {"kernel": {"path": "torch", "reason": choice.reason}, "fallbacks": choice.fallbacks}
+    from .sketch_decode import sketch_decode
+
+    with memory_named(), torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+        held = sketch.of(k, layout)
+        x = Inputs(rows.contiguous(), k[None], v[None], None, q.shape[-2], scale)
+        seed = make_seed(generator, q.device)
+        found = sketch_decode(x, held, num_samples, replicates, seed, defensive=defensive)
+    row_shape = q.shape[:-1]
+    indices = order[:, None].expand(-1, m, -1).gather(-1, found.indices)
+    draws = Draws(indices, found.weights(), None, replicates).view(row_shape)
+    return AttentionEstimate(
+        output=found.output.view(*row_shape, -1),
+        num_keys=k.shape[1],
+        degrees_of_freedom=math.inf,
+        make_draws=lambda: draws,
+        make_std_error=lambda: found.std_error.view(*row_shape, -1),
+        group=m // q.shape[-2],
+        diagnostics={
+            "sampler": f"cache, {held.kind}",
+            "unbiased": False,
+            "num_samples": num_samples,
+            "replicates": replicates,
+            "draws_per_row": num_samples * replicates,
+            "effective_sample_size": draws.effective_sample_size(),
+            "kernel": {"path": choice.path, "reason": choice.reason, "name": "sketch_decode"},
+            "fallbacks": choice.fallbacks,
+        },
+    ), {}
+
+
+def make_seed(generator: torch.Generator | None, device: torch.device) -> Tensor:
+    """A seed for the kernels, int64, (), on the device; without waiting for it."""
+    source = device if generator is None else generator.device
+    return torch.randint(2**63 - 1, (), generator=generator, device=source).to(device, non_blocking=True)
+
+
+@contextlib.contextmanager
+def memory_named() -> Iterator[None]:
+    """Say in the lab's words that CUDA ran out of memory, and what takes less."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise BackendUnavailable(
+            "CUDA ran out of memory. Decoding keeps two bytes a key and query besides its inputs (four from 4,097 draws on), "
+            f"many queries little more than their output: take fewer rows at a time. {str(error).splitlines()[0]}"
+        ) from error
+
+
+def _diagnostics(
+    name: str, choice: Choice, num_samples: int, replicates: int, effective: Tensor | None
+) -> dict[str, Any]:
+    found = {
+        "sampler": "systematic" if name == "decode" else "systematic in pages",
+        "unbiased": True,
+        "num_samples": num_samples,
+        "replicates": replicates,
+        "draws_per_row": num_samples * replicates,
+        "kernel": {"path": choice.path, "reason": choice.reason, "name": name},
+        "fallbacks": choice.fallbacks,
+    }
+    return found if effective is None else {**found, "effective_sample_size": effective}
+
+
+def _few(
+    x: Inputs,
+    row_shape: torch.Size,
+    group: int,
+    num_samples: int,
+    replicates: int,
+    seed: Tensor,
+    choice: Choice,
+) -> AttentionEstimate:
+    """By `decode`, kernel or reference."""
+    heads, rows, n, width = x.shape
+    if 0 in (heads, rows):
+        empty = x.q.new_zeros(heads, rows, replicates, width)
+        indices = x.q.new_zeros(heads, rows, num_samples * replicates, dtype=torch.int64)
+        found = Decoded(empty, indices, x.q.new_zeros(heads, rows, dtype=torch.bool))
+    elif choice.path == "triton":
+        from .decode import decode
+
+        found = decode(x, num_samples, replicates, seed)
+    else:
+        found = decode_reference.decode(x, num_samples, replicates, seed)
+    total = num_samples * replicates
+    seen = found.seen.view(row_shape).float()
+    draws = Draws(
+        found.indices.view(*row_shape, total),
+        (seen / total)[..., None].expand(*row_shape, total).contiguous(),
+        None,
+        replicates,
+    )
+    std_error = found.std_error()
+    return AttentionEstimate(
+        output=found.output().view(*row_shape, width).to(x.v.dtype),
+        num_keys=n,
+        degrees_of_freedom=replicates - 1 if replicates > 1 else math.inf,
+        make_draws=lambda: draws,
+        make_std_error=None if std_error is None else lambda: std_error.view(*row_shape, width),
+        group=group,
+        diagnostics=_diagnostics("decode", choice, num_samples, replicates, seen * total),
+    )
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What `_Prefill` is told besides tensors."""
+
+    num_samples: int
+    is_causal: bool
+    scale: float
+    path: str
+    replicate: int = 0
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"is_causal": self.is_causal, "replicate": self.replicate}
+
+
+class _Prefill(torch.autograd.Function):
+    """The output (N, M, Ev) of `prefill` in float32, with its gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, seed: Tensor, call: _Call
+    ) -> Tensor:
+        x = Inputs.of(q, k, v, mask, call.scale)
+        if call.path == "triton":
+            from .prefill import prefill
+
+            output, normaliser = prefill(x, call.num_samples, seed, **call.options)
+        else:
+            output = prefill_reference.prefill(x, call.num_samples, seed, **call.options).float()
+            normaliser = output.new_empty(0)
+        ctx.save_for_backward(q, k, v, mask, seed, output, normaliser)
+        ctx.call = call
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, mask, seed, output, normaliser = ctx.saved_tensors
+        call: _Call = ctx.call
+        x = Inputs.of(q, k, v, mask, call.scale)
+        with torch.autocast(q.device.type, enabled=False), memory_named():
+            if call.path == "triton":
+                from .prefill import gradients
+
+                found = gradients(x, call.num_samples, seed, g, output, normaliser, **call.options)
+            else:
+                found = prefill_reference.gradients(x, call.num_samples, seed, g, **call.options)
+        dq, dk, dv = (d.view(like.shape).to(like.dtype) for d, like in zip(found, (q, k, v), strict=True))
+        return dq, dk, dv, None, None, None
+
+
+def _many(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    group: int,
+    seed: Tensor,
+    replicates: int,
+    call: _Call,
+    choice: Choice,
+) -> AttentionEstimate:
+    """By `prefill`, kernel or reference."""
+    row_shape, width, n = q.shape[:-1], v.shape[-1], k.shape[-2]
+    calls = [_Call(call.num_samples, call.is_causal, call.scale, call.path, r) for r in range(replicates)]
+    if q.numel() == 0:
+        parts = q.new_zeros(replicates, *row_shape, width, dtype=torch.float32)
+    else:
+        parts = torch.stack([_Prefill.apply(q, k, v, mask, seed, each) for each in calls])
+    parts = parts.view(replicates, *row_shape, width)
+    std_error = None if replicates == 1 else parts.detach().std(0) / math.sqrt(replicates)
+    x = Inputs.of(q.detach(), k.detach(), v.detach(), mask, call.scale)
+
+    def make_draws() -> Draws:
+        found = [
+            prefill_reference.weights(x, c.num_samples, seed, **c.options)[1].flatten(-2)[..., :n]
+            for c in calls
+        ]
+        weights = torch.cat(found, -1).view(*row_shape, replicates * n) / replicates
+        indices = torch.arange(n, device=q.device).repeat(replicates).expand_as(weights)
+        return Draws(indices.contiguous(), weights, None, replicates)
+
+    return AttentionEstimate(
+        output=parts.mean(0).to(v.dtype),
+        num_keys=n,
+        degrees_of_freedom=replicates - 1 if replicates > 1 else math.inf,
+        make_draws=make_draws,
+        make_std_error=None if std_error is None else lambda: std_error,
+        group=group,
+        diagnostics=_diagnostics("prefill", choice, call.num_samples, replicates, None),
+    )

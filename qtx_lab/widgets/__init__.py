@@ -1,0 +1,1 @@
+"""Controls, live views and the dashboard: what people see."""

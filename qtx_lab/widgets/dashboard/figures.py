@@ -1,0 +1,397 @@
+"""The dashboard's figures in HoloViews: each draws a data frame in a theme; axes have units, bars are 95 % intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import holoviews as hv
+import holoviews.plotting.bokeh  # registers the renderer
+import numpy as np
+import pandas as pd
+from bokeh.core.properties import value
+from bokeh.models.annotations import ColorBar, TeeHead
+from scipy import stats
+
+from ... import theme as look
+
+hv.Store.set_current_backend("bokeh")
+
+HEIGHT = 430
+"""Pixels."""
+
+POINTS = 2000
+"""A curve with more points is thinned for the screen: of every stretch the lowest and the highest stay."""
+
+MARKERS = {"o": "circle", "^": "triangle", "s": "square", "D": "diamond", "v": "inverted_triangle"}
+MARKERS |= {"P": "square_cross", "X": "x", "*": "star", "": "circle"}
+"""Bokeh's names of the theme's markers."""
+
+UNITS = {
+    "step": "optimiser step",
+    "epoch": "epoch",
+    "loss": "loss, nats per byte",
+    "error": "relative output error, ‖ô − o‖ / ‖o‖",
+    "bits_per_byte": "bits per byte",
+    "bits": "bits per byte",
+    "variance": "relative variance, E‖ô − o‖² / ‖o‖²",
+    "num_samples": "draws per row, S",
+    "shots": "shots a row",
+    "distance": "total variation from the row, mean",
+    "fidelity": "state fidelity ⟨ψ|ρ|ψ⟩",
+    "m": "qubits, m",
+    "seconds": "seconds",
+    "lr": "learning rate",
+    "learning_rate": "learning rate",
+    "grad_norm": "norm of the gradient",
+}
+"""Axis labels of metrics that the lab writes; others are shown by their name."""
+
+LOADERS = ("dynamic", "tree", "unary", "mps")
+"""In this order they have the same colours in every figure."""
+
+FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "Noto Sans", sans-serif'
+
+
+def label(metric: str) -> str:
+    """A metric's name on an axis, with its unit where it is known."""
+    return UNITS.get(metric, metric.replace("_", " "))
+
+
+def curve_colours(theme: str, count: int) -> list[str]:
+    """Colours of `count` runs or loaders, told apart by colour-blind eyes as long as there are no more than seven."""
+    c = look.colours_of(theme)
+    named = [c["accent"], "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#F0E442", c["baseline"]]
+    return [named[i % len(named)] for i in range(count)]
+
+
+def _dressed(theme: str) -> Callable[[Any, Any], None]:
+    """A hook that puts a Bokeh figure into the house's clothes."""
+    c = look.colours_of(theme)
+
+    def dress(plot: Any, element: Any) -> None:
+        figure = plot.handles["plot"]
+        if "dressed" in figure.tags:
+            return  # hooks run at every update
+        figure.tags = [*figure.tags, "dressed"]
+        figure.background_fill_color = figure.border_fill_color = c["background"]
+        figure.outline_line_color = None
+        figure.title.text_color = c["text"]
+        figure.title.text_font, figure.title.text_font_size = FONT, "15px"
+        for axis in figure.axis:
+            axis.axis_line_color = axis.major_tick_line_color = c["muted"]
+            axis.minor_tick_line_color = None
+            axis.axis_label_text_color = axis.major_label_text_color = c["text"]
+            axis.axis_label_text_font = axis.major_label_text_font = FONT
+            axis.axis_label_text_font_size, axis.major_label_text_font_size = "13px", "12px"
+            axis.axis_label_text_font_style = "normal"
+        if plot.show_grid:
+            figure.grid.grid_line_color = c["line"]
+        figure.toolbar.logo, figure.toolbar.autohide = None, True
+        for bar in figure.select({"type": ColorBar}):
+            bar.background_fill_color = c["background"]
+            bar.title_text_color = bar.major_label_text_color = c["text"]
+            bar.title_text_font = bar.major_label_text_font = FONT
+            bar.title_text_font_style, bar.title_standoff = "normal", 8
+
+    return dress
+
+
+def axes(theme: str, **options: Any) -> dict[str, Any]:
+    """Options that every figure has, and its own."""
+    common = {"responsive": True, "height": HEIGHT, "show_legend": False, "show_grid": True}
+    return {**common, "active_tools": [], "hooks": [_dressed(theme)], **options}
+
+
+def _names_at_ends(
+    ends: Mapping[str, tuple[float, float, str]], low: float, high: float, log: bool = True
+) -> hv.Labels:
+    """A name behind each line's last point {name: (x, y, colour)}, pushed apart along an axis from low to high."""
+    scale: Callable[[float], float] = np.log if log else float
+    room = 16 / (HEIGHT - 90) * (scale(high) - scale(low))
+    placed, rows = -np.inf, []
+    for name, (x, y, colour) in sorted(ends.items(), key=lambda end: end[1][1]):
+        placed = max(scale(y), placed + room)
+        rows.append((x, float(np.exp(placed)) if log else placed, f"  {name}", colour))
+    return hv.Labels(rows, ["x", "y"], ["name", "colour"]).opts(
+        text_color="colour", text_align="left", text_font_size="12px", text_font=value(FONT)
+    )
+
+
+def numbers(frame: pd.DataFrame, *columns: str) -> pd.DataFrame:
+    """The rows that have a finite number, or a text that is one, in each of these columns."""
+    frame = frame.assign(
+        **{c: pd.to_numeric(frame[c], errors="coerce").astype("Float64").astype("float64") for c in columns}
+    )
+    return frame[np.isfinite(frame[list(columns)]).all(axis=1)]
+
+
+def positive(frame: pd.DataFrame, *columns: str) -> pd.DataFrame:
+    """The rows that have a positive finite number in each of these columns."""
+    frame = numbers(frame, *columns)
+    return frame[(frame[list(columns)] > 0).all(axis=1)]
+
+
+def over_runs(frame: pd.DataFrame, by: Sequence[str], metric: str) -> pd.DataFrame:
+    """Mean of a metric over runs, half of its 95 % interval, and the runs: columns `by`, the metric, half_width, runs.
+
+    Of several runs the interval is Student's, over the runs; of one run it is the run's own, where it has one.
+    """
+    own = frame["half_width"] if "half_width" in frame else pd.Series(np.nan, frame.index)
+    frame = frame.assign(half_width=pd.to_numeric(own, errors="coerce"))
+    single = frame.groupby([*by, "run"], as_index=False)[[metric, "half_width"]].mean()
+    rows = []
+    for key, part in single.groupby(list(by)):
+        n = len(part)
+        width = (
+            stats.t.ppf(0.975, n - 1) * part[metric].std() / np.sqrt(n)
+            if n > 1
+            else part["half_width"].iloc[0]
+        )
+        rows.append((*key, part[metric].mean(), np.nan_to_num(width), n))
+    return pd.DataFrame(rows, columns=[*by, metric, "half_width", "runs"])
+
+
+def _bars(part: pd.DataFrame, x: str, y: str, colour: str) -> hv.ErrorBars:
+    below = np.minimum(
+        part["half_width"], part[y] * (1 - 1e-9)
+    )  # a bar to zero leaves a log axis at the bottom
+    data = (part[x], part[y], below, part["half_width"])
+    lower, upper = (TeeHead(line_color=colour, size=7) for _ in range(2))
+    return hv.ErrorBars(data, x, [y, "below", "above"]).opts(
+        line_color=colour, line_width=1.3, lower_head=lower, upper_head=upper
+    )
+
+
+def _log_ticks(low: float, high: float) -> list[tuple[float, str]]:
+    """1, 2 and 5 of every decade between two numbers; 1 alone of three decades or more."""
+    decades = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
+    wanted = (1, 2, 5) if high / low < 1000 else (1,)
+    ticks = [m * 10.0**e for e in decades for m in wanted]
+    return [(t, f"{t:g}") for t in ticks if low <= t <= high]
+
+
+def _limits(values: pd.Series, spread: float = 1.35) -> tuple[float, float]:
+    values = values[values > 0]
+    return (values.min() / spread, values.max() * spread) if len(values) else (1e-3, 1.0)
+
+
+def error_against_draws(frame: pd.DataFrame, metric: str, theme: str) -> hv.Overlay:
+    """A metric against draws, one line a sampler: mean over runs with its 95 % interval, single runs as faint dots.
+
+    frame: columns `run`, `sampler`, `num_samples`, the metric, and `half_width` where there is one.
+    """
+    mean = over_runs(frame, ("sampler", "num_samples"), metric)
+    low, high = _limits(mean[metric])
+    counts = np.sort(mean["num_samples"].unique())
+    layers: list[Any] = []
+    ends = {}
+    for sampler, part in mean.groupby("sampler", sort=False):
+        style = look.sampler_style(str(sampler), theme)
+        colour, marker = style["color"], MARKERS[style["marker"]]
+        dashes = "dashed" if style["linestyle"] == "--" else "solid"
+        part = part.sort_values("num_samples")
+        if part["runs"].max() > 1:
+            single = frame[frame["sampler"] == sampler]
+            layers.append(
+                hv.Scatter(single, "num_samples", [metric, "run"]).opts(
+                    color=colour, marker=marker, alpha=0.3, size=5, tools=["hover"]
+                )
+            )
+        layers.append(
+            hv.Curve(part, "num_samples", metric).opts(color=colour, line_dash=dashes, line_width=2)
+        )
+        layers.append(_bars(part, "num_samples", metric, colour))
+        layers.append(
+            hv.Scatter(part, "num_samples", [metric, "half_width", "runs", "sampler"]).opts(
+                color=colour, marker=marker, size=8, tools=["hover"]
+            )
+        )
+        ends[str(sampler)] = (part["num_samples"].iloc[-1], part[metric].iloc[-1], colour)
+    if metric == "error" and "monte-carlo" in ends and len(counts) > 1:
+        first = mean[mean["sampler"] == "monte-carlo"].sort_values("num_samples").iloc[0]
+        guide = first[metric] * 1.2 * np.sqrt(first["num_samples"] / counts)
+        muted = look.colours_of(theme)["muted"]
+        layers.append(
+            hv.Curve((counts, guide), "num_samples", metric).opts(
+                color=muted, line_dash="dotted", line_width=1
+            )
+        )
+        middle = len(counts) // 2
+        layers.append(
+            hv.Text(counts[middle] * 1.03, guide[middle] * 1.06, "slope −1/2", halign="left").opts(
+                color=muted, text_font_size="12px", text_font=value(FONT)
+            )
+        )
+        high = max(high, guide.max() * 1.1)
+    layers.append(_names_at_ends(ends, low, high, log=True))
+    right = counts.max() * (counts.max() / counts.min()) ** 0.25 * 1.3
+    return hv.Overlay(layers).opts(
+        **axes(
+            theme,
+            logx=True,
+            logy=True,
+            xlim=(counts.min() / 1.15, right),
+            ylim=(low, high),
+            xlabel=label("num_samples"),
+            ylabel=label(metric),
+            xticks=[(c, f"{c:g}") for c in counts],
+            yticks=_log_ticks(low, high),
+        )
+    )
+
+
+def distance_against_shots(frame: pd.DataFrame, theme: str) -> hv.Overlay:
+    """Total variation against shots by device and loader: hollow points are raw counts; dashed, as many classical draws.
+
+    frame: columns `run`, `device`, `loader`, `shots`, `distance`, and `half_width` and `classical` where there are.
+    """
+    c = look.colours_of(theme)
+    mean = over_runs(frame, ("device", "loader", "shots"), "distance")
+    low, high = _limits(mean["distance"])
+    layers: list[Any] = []
+    ends: dict[str, tuple[float, float, str]] = {}
+    if "classical" in frame:
+        base = frame.dropna(subset=["classical"]).groupby("shots", as_index=False)["classical"].mean()
+        if len(base):
+            layers.append(
+                hv.Curve(base, "shots", "classical").opts(
+                    color=c["baseline"], line_dash="dashed", line_width=2
+                )
+            )
+            low = min(low, base["classical"].min() / 1.3)
+            ends["classical draw"] = (base["shots"].iloc[-1], base["classical"].iloc[-1], c["baseline"])
+    layers += _points(mean, "shots", "distance", theme, ends)
+    layers.append(_names_at_ends(ends, low, high))
+    shots = np.sort(mean["shots"].unique())
+    right = shots.max() * (shots.max() / shots.min()) ** 0.45 * 1.6
+    return hv.Overlay(layers).opts(
+        **axes(
+            theme, logx=True, logy=True, xlim=(shots.min() / 1.3, right), ylim=(low, high),
+            xlabel=label("shots"), ylabel=label("distance"), yticks=_log_ticks(low, high), xticks=[(s, f"{s:,.0f}".replace(",", " ")) for s in shots],
+        )
+    )  # fmt: skip
+
+
+def _points(
+    mean: pd.DataFrame, x: str, y: str, theme: str, ends: dict[str, tuple[float, float, str]]
+) -> list[Any]:
+    """Raw counts: hollow points with bars, a colour for each loader and a marker for each device; fills `ends`."""
+    devices = sorted(mean["device"].unique())
+    loaders = list(dict.fromkeys([*LOADERS, *sorted(mean["loader"].unique())]))
+    colours = dict(zip(loaders, curve_colours(theme, len(loaders)), strict=True))
+    marks = ("circle", "square", "diamond", "triangle", "inverted_triangle", "star")
+    layers = []
+    for (device, loader), part in mean.groupby(["device", "loader"]):
+        part, colour = part.sort_values(x), colours[loader]
+        layers.append(_bars(part, x, y, colour))
+        layers.append(
+            hv.Scatter(part, x, [y, "half_width", "runs", "device", "loader"]).opts(
+                line_color=colour,
+                fill_color=look.colours_of(theme)["background"],
+                line_width=2,
+                marker=marks[devices.index(device) % len(marks)],
+                size=9,
+                tools=["hover"],
+            )
+        )
+        ends[f"{loader}, {device}"] = (part[x].iloc[-1], part[y].iloc[-1], colour)
+    return layers
+
+
+def fidelity_against_qubits(frame: pd.DataFrame, theme: str) -> hv.Overlay:
+    """State fidelity against qubits by device and loader.
+
+    frame: columns `run`, `device`, `loader`, `m`, `fidelity`.
+    """
+    mean = over_runs(frame, ("device", "loader", "m"), "fidelity")
+    ends: dict[str, tuple[float, float, str]] = {}
+    layers = _points(mean, "m", "fidelity", theme, ends)
+    low = min(0.9, mean["fidelity"].min()) - 0.03
+    layers.append(_names_at_ends(ends, low, 1.02, log=False))
+    qubits = np.sort(mean["m"].unique())
+    return hv.Overlay(layers).opts(
+        **axes(
+            theme, xlim=(qubits.min() - 0.3, qubits.max() + 0.6 + 0.3 * (qubits.max() - qubits.min())),
+            ylim=(low, 1.02), xlabel=label("m"), ylabel=label("fidelity"), xticks=[(q, f"{q:g}") for q in qubits],
+        )
+    )  # fmt: skip
+
+
+def variance_by_head(frame: pd.DataFrame, theme: str) -> hv.Overlay:
+    """Variance of every head, layers down and heads across, on a log scale.
+
+    frame: columns `layer`, `head` and a positive `variance`.
+    """
+    frame = frame.groupby(["layer", "head"], as_index=False)["variance"].mean()
+    low = frame["variance"].min()
+    high = max(frame["variance"].max(), low * 1.01)
+    tone = (np.log(frame["variance"]) - np.log(low)) / (np.log(high) - np.log(low))
+    frame = frame.assign(
+        text=[f"{v:.2g}" for v in frame["variance"]],
+        colour=np.where(tone > 0.55, "#111417", "#f3f4f6"),
+    )
+    heads, layers = np.sort(frame["head"].unique()), np.sort(frame["layer"].unique())
+    tiles = hv.HeatMap(frame, ["head", "layer"], "variance").opts(
+        cmap=look.SEQUENTIAL,
+        logz=True,
+        clim=(low, high),
+        colorbar=True,
+        clabel=label("variance") + ", log scale",
+        tools=["hover"],
+    )
+    texts = hv.Labels(frame, ["head", "layer"], ["text", "colour"]).opts(
+        text_color="colour", text_font_size="12px", text_font=value(FONT)
+    )
+    return (tiles * texts).opts(
+        **axes(
+            theme, show_grid=False, xlabel="query head", ylabel="layer", invert_yaxis=True,
+            xticks=[(h, f"{h:g}") for h in heads], yticks=[(i, f"{i:g}") for i in layers],
+        )
+    )  # fmt: skip
+
+
+def thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """At most about `POINTS` of a curve's points: of every stretch the lowest and the highest, and the last."""
+    if len(x) <= POINTS:
+        return x, y
+    size = -(-2 * len(x) // POINTS)
+    starts = np.arange(0, len(x) - size + 1, size)
+    blocks = y[: len(starts) * size].reshape(-1, size)
+    filled = np.where(np.isnan(blocks), np.inf, blocks), np.where(np.isnan(blocks), -np.inf, blocks)
+    keep = np.unique(
+        np.concatenate((starts + filled[0].argmin(1), starts + filled[1].argmax(1), [0, len(x) - 1]))
+    )
+    return x[keep], y[keep]
+
+
+def live_curves(
+    curves: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    colours: Mapping[str, str],
+    x: str,
+    metric: str,
+    theme: str,
+) -> hv.Overlay:
+    """A metric of runs that are being written: {run: (x, y)}, one line a run."""
+    lines: list[Any] = []
+    for run, (across, up) in curves.items():
+        colour = colours[run]
+        across, up = thinned(np.asarray(across, float), np.asarray(up, float))
+        lines.append(
+            hv.Curve((across, up), x, metric).opts(
+                color=colour, line_width=2, tools=["hover"], framewise=True
+            )
+        )
+        lines.append(hv.Scatter((across[-1:], up[-1:]), x, metric).opts(color=colour, size=7, framewise=True))
+    return hv.Overlay(lines).opts(
+        **axes(
+            theme,
+            responsive=False,
+            width=470,
+            height=280,
+            xlabel=label(x),
+            ylabel=label(metric),
+            padding=0.05,
+            framewise=True,
+        )
+    )

@@ -1,0 +1,153 @@
+"""One head of the reference model, exact and sampled, as maps that follow a slider of draws."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any
+
+import datashader
+import holoviews as hv
+import numpy as np
+import torch
+import xarray
+from matplotlib import colormaps
+from matplotlib.colors import to_hex
+
+from ... import theme as look
+from ...attention import sampled_attention
+from ...samplers import SAMPLERS
+from ...training.reference import encode, load_reference_model, reference_text
+from .figures import axes
+
+FLOOR = 1e-4
+"""Weights below are drawn as this one: the log scale needs an end."""
+
+SAMPLER_NAMES = [name for name in SAMPLERS if name not in ("exact", "learned")]  # learned needs fitting first
+LENGTHS = (128, 256, 512, 1024)
+SIDE = 240
+"""Pixels of a map's side: what Datashader makes of it, zoomed or not."""
+APART = 0.02
+"""Differences of weights beyond are drawn in the deepest colours."""
+
+
+@dataclass(frozen=True)
+class Maps:
+    """One head: weights (L, L), float32, NaN where masked, and what the sample misses by."""
+
+    exact: np.ndarray
+    sampled: np.ndarray
+    distance: float
+    """Total variation of a row from the exact one, mean over rows."""
+    error: float
+    """‖ô − o‖ / ‖o‖ of the head's output."""
+
+
+@lru_cache(maxsize=len(LENGTHS))
+def _layers(length: int) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], ...]:
+    tokens = encode(reference_text())[None, :length]
+    return tuple(load_reference_model().attention_inputs(tokens))
+
+
+@lru_cache(maxsize=24)
+def _exact(length: int, layer: int, head: int) -> tuple[torch.Tensor, torch.Tensor]:
+    q, k, v = _one_head(length, layer, head)
+    estimate = sampled_attention(q, k, v, sampler="exact", is_causal=True)
+    return estimate.output, estimate.attention_weights()
+
+
+def _one_head(length: int, layer: int, head: int) -> tuple[torch.Tensor, ...]:
+    q, k, v = _layers(length)[layer]
+    group = q.shape[1] // k.shape[1]
+    return q[0, head], k[0, head // group], v[0, head // group]
+
+
+def _visible(weights: torch.Tensor) -> np.ndarray:
+    future = torch.ones_like(weights, dtype=torch.bool).triu(1)
+    return weights.masked_fill(future, torch.nan).numpy()
+
+
+@lru_cache(maxsize=64)
+def attention_maps(length: int, layer: int, head: int, sampler: str, draws: int, seed: int = 0) -> Maps:
+    """The maps of one head over the first bytes of the held-out text; the same arguments give the same draws."""
+    output, exact = _exact(length, layer, head)
+    q, k, v = _one_head(length, layer, head)
+    g = torch.Generator().manual_seed(seed)
+    estimate = sampled_attention(q, k, v, sampler=sampler, num_samples=draws, is_causal=True, generator=g)
+    weights = estimate.attention_weights()
+    return Maps(
+        _visible(exact),
+        _visible(weights),
+        float(0.5 * (weights - exact).abs().sum(-1).mean()),
+        float((estimate.output - output).norm() / output.norm()),
+    )
+
+
+def _pixels(
+    data: np.ndarray, x_range: Any = None, y_range: Any = None
+) -> tuple[np.ndarray, tuple[float, ...]]:
+    """What is seen of a map in a range, as `SIDE`² pixels, the mean of the cells under each; and its bounds."""
+    end = len(data) - 0.5
+    (left, right), (low, high) = x_range or (-0.5, end), y_range or (-0.5, end)
+    places = np.arange(len(data))
+    cells = xarray.DataArray(data, coords={"query": places, "key": places}, dims=("query", "key"))
+    seen = datashader.Canvas(SIDE, SIDE, (left, right), (low, high)).raster(cells, agg="mean").data
+    return seen[::-1].astype(np.float32), (left, low, right, high)
+
+
+def _image(data: np.ndarray, x_range: Any, y_range: Any, *, like: hv.Image, least: float) -> hv.Image:
+    """A map in a range; a copy of `like`, whose options are then not worked out again at every move."""
+    seen, bounds = _pixels(data, x_range, y_range)
+    return like.clone(np.maximum(seen, least), bounds=bounds)
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """The three maps of a head, which share axes and zoom; sending to a pipe repaints its map."""
+
+    pictures: tuple[hv.DynamicMap, ...]
+    exact: hv.streams.Pipe
+    sampled: hv.streams.Pipe
+    difference: hv.streams.Pipe
+
+    def show(self, maps: Maps, *, exact: bool) -> None:
+        """Repaint; the exact map only where it is another."""
+        if exact:
+            self.exact.send(maps.exact)
+        self.sampled.send(maps.sampled)
+        self.difference.send(maps.sampled - maps.exact)
+
+
+def canvas(maps: Maps, theme: str) -> Canvas:
+    """Exact, sampled and difference maps of one head."""
+    pipes = [hv.streams.Pipe(data=x) for x in (maps.exact, maps.sampled, maps.sampled - maps.exact)]
+    weights: dict[str, Any] = {"cmap": palette(look.SEQUENTIAL), "logz": True, "clim": (FLOOR, 1.0)}
+    weights["clabel"] = f"weight, log (darkest: ≤ {FLOOR:g})"
+    signed = {
+        "cmap": palette(look.DIVERGING),
+        "clim": (-APART, APART),
+        "clabel": f"difference (deepest: ≥ {APART:g})",
+    }
+    kinds = [("exact", weights, FLOOR), ("sampled", weights, FLOOR), ("sampled − exact", signed, -np.inf)]
+    pictures = []
+    for pipe, (title, colours, least) in zip(pipes, kinds, strict=True):
+        options = axes(
+            theme, responsive=False, height=None, frame_width=SIDE, frame_height=SIDE, show_grid=False,
+            title=title, xlabel="key", ylabel="query", invert_yaxis=True, tools=["hover"], toolbar="above",
+            colorbar=True, colorbar_position="bottom",
+        )  # fmt: skip
+        seen, bounds = _pixels(pipe.data)
+        like = hv.Image(seen, ["key", "query"], "weight", bounds=bounds).opts(**options, **colours)
+        draw = partial(_image, like=like, least=least)
+        pictures.append(hv.DynamicMap(draw, streams=[pipe, hv.streams.RangeXY()]))
+    return Canvas(tuple(pictures), *pipes)
+
+
+def palette(name: str) -> list[str]:
+    """256 colours of one of matplotlib's maps."""
+    return [to_hex(c) for c in colormaps[name](np.linspace(0, 1, 256))]
+
+
+def warm_up() -> None:
+    """Load the model, and compile what Datashader needs, before someone waits for it."""
+    _pixels(attention_maps(512, 3, 0, "systematic", 32).sampled)

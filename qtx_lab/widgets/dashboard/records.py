@@ -1,0 +1,231 @@
+"""What the dashboard knows of a folder of runs: a listing kept fresh by one thread, and metrics read when asked for."""
+
+from __future__ import annotations
+
+import threading
+import time
+import warnings
+from collections import OrderedDict
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from ...errors import QtxError, StorageError
+from ...experiments.runs import runs
+from ...storage import database, runs_home
+
+PERIOD = 0.5
+"""Seconds between two looks at what is running: at most two a second, however many people watch."""
+
+LISTING = 2.0
+"""Seconds between two listings of the folder, or four times what a listing takes, if that is longer."""
+
+KEPT = 2000
+"""Files whose content is kept until they change."""
+
+MOST = 200
+"""Runs whose metrics are drawn together: the newest of those that the filters leave."""
+
+ASKED = ("sampler", "num_samples", "device", "loader", "shots")
+"""Parameters of a run that stand in for a column which its metrics lack."""
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The folder at one moment."""
+
+    number: int
+    """Grows by one with every change."""
+    table: pd.DataFrame
+    """As of `qtx_lab.runs`, and `report`: whether the run has one."""
+    skipped: tuple[tuple[str, str], ...]
+    """(folder, why) of what is no readable run."""
+    jobs: pd.DataFrame
+    """tag, run, device, state, rows, shots, recorded: as last known, no server is asked."""
+    trouble: str = ""
+    """Why the folder cannot be listed."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Metrics of several runs, one below the other, with the columns `run` and `name`."""
+
+    frame: pd.DataFrame
+    skipped: tuple[tuple[str, str], ...] = ()
+    """(run, why) of metrics that cannot be read."""
+    left_out: int = 0
+    """Older runs beyond `MOST`."""
+
+
+@dataclass
+class Records:
+    """A folder of runs, read only. One for a server: everyone who watches shares its reading.
+
+    Parameters
+    ----------
+    home : path, optional
+        See `runs_home`.
+    """
+
+    home: Path
+    listing: Listing = field(init=False)
+    _files: OrderedDict[Path, tuple[tuple[int, int], Any]] = field(default_factory=OrderedDict)
+    _turn: threading.Lock = field(default_factory=threading.Lock)
+    _reading: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        self._database = database()  # kept: opening one takes longer than reading with it
+        self._database.execute(
+            "SET enable_external_file_cache = false"
+        )  # files change while they are watched
+        self.home = runs_home(self.home).resolve()
+        self.listing = Listing(0, pd.DataFrame(), (), pd.DataFrame())
+        self.look()
+
+    def watch(self) -> None:
+        """Keep `listing` fresh, by a thread that ends with the process."""
+        threading.Thread(target=self._watch, name="qtx-lab records", daemon=True).start()
+
+    def _watch(self) -> None:
+        while True:
+            start = time.monotonic()
+            self.look()
+            took = time.monotonic() - start
+            time.sleep(max(LISTING - took, 4 * took))
+
+    def look(self) -> None:
+        """List the folder now; `listing` is replaced if anything differs."""
+        try:
+            found = runs(self.home)
+            table, skipped = pd.DataFrame(found), tuple(found.attrs["skipped"])
+            table["report"] = [Path(path, "report.html").is_file() for path in table["path"]]
+            jobs, trouble = self._jobs(), ""
+        except QtxError as error:
+            table, skipped, jobs, trouble = self.listing.table, (), self.listing.jobs, str(error)
+        old = self.listing
+        same = (
+            (skipped, trouble) == (old.skipped, old.trouble)
+            and table.equals(old.table)
+            and jobs.equals(old.jobs)
+        )
+        if not same or old.number == 0:
+            self.listing = Listing(old.number + 1, table, skipped, jobs, trouble)
+
+    def _jobs(self) -> pd.DataFrame:
+        columns = ["tag", "run", "device", "state", "rows", "shots", "recorded"]
+        if not (self.home / "jobs").is_dir() and not any(self.home.glob("*/jobs")):
+            return pd.DataFrame(columns=columns)  # and the room of backends is not loaded
+        from ...backends.jobs import find_jobs
+
+        found = []
+        with warnings.catch_warnings(action="ignore"):  # files that are no records: `qtx-lab jobs` names them
+            for job in find_jobs(self.home):
+                with suppress(QtxError):  # gone since
+                    record, folder = job.record, job.path.parent.parent
+                    run = "" if folder == self.home else folder.name
+                    told = [record[key] for key in ("circuits", "shots", "recorded")]
+                    found.append([job.tag, run, record["device"], str(job.last_known), *told])
+        return pd.DataFrame(found, columns=columns)
+
+    def metrics(self, run: str | Path) -> pd.DataFrame:
+        """The metrics of a run as they are now; empty where there are none.
+
+        Raises
+        ------
+        StorageError
+            If they cannot be read.
+        """
+        path = self.home / Path(run).name / "metrics.parquet"
+        frame = self._kept(path, self._read_frame)
+        return pd.DataFrame() if frame is None else frame
+
+    def _read_frame(self, path: Path) -> pd.DataFrame:
+        import duckdb
+
+        with self._reading:
+            try:
+                return self._database.execute("FROM read_parquet(?)", [str(path)]).df()
+            except duckdb.Error as error:
+                raise StorageError(f"Cannot read {path}: {str(error).splitlines()[0]}") from error
+
+    def mark(self, run: str) -> tuple[int, int] | None:
+        """Changes whenever the metrics of a run do."""
+        return _mark(self.home / run / "metrics.parquet")
+
+    def parameters(self, run: str | Path) -> dict[str, Any]:
+        """What was asked of a run: the fields of its spec, or the parameters of its notebook."""
+        content = self._kept(self.home / Path(run).name / "spec.yaml", _read_yaml)
+        content = content if isinstance(content, Mapping) else {}
+        asked = content.get("parameters")
+        return dict(asked) if isinstance(asked, Mapping) else dict(content)
+
+    def rows(self, table: pd.DataFrame, *needed: str) -> Rows:
+        """Metrics of the runs of a table that have all columns `needed`, where they have values.
+
+        A column that a run's metrics lack is filled from what was asked of it, see `ASKED`.
+        """
+        frames, skipped = [], []
+        for run, name in table[["run", "name"]].head(MOST).itertuples(index=False):
+            try:
+                frame = self.metrics(run)
+            except QtxError as error:
+                skipped.append((run, str(error)))
+                continue
+            if frame.empty:
+                continue
+            asked = self.parameters(run)
+            lacking = {
+                key: asked[key]
+                for key in ASKED
+                if key not in frame and isinstance(asked.get(key), str | int | float)
+            }
+            frame = frame.assign(run=run, name=name, **lacking)
+            if set(needed) <= set(frame.columns):
+                frame = frame.dropna(subset=list(needed))
+                if len(frame):
+                    frames.append(frame)
+        together = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=[*needed, "run"])
+        return Rows(together, tuple(skipped), max(0, len(table) - MOST))
+
+    def _kept(self, path: Path, read: Any) -> Any:
+        """The content of a file, kept until the file changes; None where there is none."""
+        mark = _mark(path)
+        if mark is None:
+            return None
+        with self._turn:
+            known = self._files.get(path)
+        if known is not None and known[0] == mark:
+            content = known[1]
+        else:
+            try:
+                content = read(path)
+            except QtxError as error:
+                content = error
+            with self._turn:
+                self._files[path] = (mark, content)
+                self._files.move_to_end(path)
+                while len(self._files) > KEPT:
+                    self._files.popitem(last=False)
+        if isinstance(content, QtxError):
+            raise content
+        return content
+
+
+def _mark(path: Path) -> tuple[int, int] | None:
+    try:
+        now = path.stat()
+    except OSError:
+        return None
+    return now.st_mtime_ns, now.st_size
+
+
+def _read_yaml(path: Path) -> Any:
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        return None

@@ -1,0 +1,275 @@
+"""`SpecForm`: a form made from a spec, with each field's help, unit and bounds, and what is wrong beside it."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import anywidget
+import traitlets
+import yaml
+
+from ..errors import DtypeError, SpecError, unknown_name
+from ..experiments.spec import Spec
+from ..storage import write_atomic
+from .view import heard_while_busy
+from .work import Pace
+
+STATIC = Path(__file__).parent / "static"
+
+TURN = threading.RLock()
+"""Whoever changes a form holds it, until all who follow the form have heard: a form may be linked to others, and browsers,
+cells and threads change them at once. What observes a form must not wait for another thread."""
+
+WHOLE = re.compile(r"\s*[+-]?\d+\s*")
+MOST_EXACT = 2**53
+"""JavaScript's numbers are not exact beyond."""
+
+
+class _Spec(traitlets.Instance):
+    """A trait that is set while nobody else sets one, and that clears what was typed wrongly even if it is equal."""
+
+    def __set__(self, form: Any, spec: Any) -> None:
+        with TURN:
+            super().__set__(form, form._checked(spec))
+            form._show_spec()
+
+
+class SpecForm(anywidget.AnyWidget):
+    """A form for a spec. `spec` is always the last valid one, and may be set and observed from code.
+
+    What is typed is checked by the spec itself; while something is wrong, `spec` keeps its value, `valid` is False and
+    `problems` says beside each field what was given and what is allowed. Forms are changed by one thread at a time, so
+    that `traitlets.link((a, "spec"), (b, "spec"))` keeps two in step whoever changes them.
+
+    Parameters
+    ----------
+    spec : Spec or type of one
+        What is shown at first; a type stands for its defaults.
+    fields : sequence of str, optional
+        The fields that are shown, in their order; the others keep their values. All where None.
+    title : str, optional
+        What a screen reader calls the form; the type's name where None.
+
+    Raises
+    ------
+    DtypeError, ArgumentError
+        If it is no spec, or has no such field.
+
+    Examples
+    --------
+    >>> from qtx_lab.experiments import SamplerSpec
+    >>> form = SpecForm(SamplerSpec)
+    >>> form.enter(replicates="0")
+    >>> form.valid, form.spec.replicates
+    (False, 1)
+    >>> form.problems["replicates"]
+    'replicates=0 is not allowed: it must be a whole number from 1 to 1024.'
+    >>> form.change(replicates=8)
+    >>> form.valid, form.spec.replicates
+    (True, 8)
+    """
+
+    _esm = STATIC / "form.js"
+    _css = STATIC / "form.css"
+
+    spec = _Spec(Spec)
+    valid = traitlets.Bool(True, read_only=True)
+    problems = traitlets.Dict(read_only=True)
+    """What is wrong, by field; "" is the form as a whole, "yaml" a file that was loaded."""
+    enabled = traitlets.Bool(True).tag(sync=True)
+    _title = traitlets.Unicode().tag(sync=True)
+    _fields: Any = traitlets.List().tag(sync=True)
+    # The front end's only word: field -> [how often it was edited, what was typed], never shrinking, so that none
+    # is lost where messages are merged.
+    _edits = traitlets.Dict().tag(sync=True, echo_update=False)
+    _shown = traitlets.Dict().tag(sync=True)
+
+    def __init__(
+        self, spec: Spec | type[Spec], fields: Sequence[str] | None = None, *, title: str | None = None
+    ):
+        if isinstance(spec, type) and issubclass(spec, Spec):
+            spec = spec()
+        if not isinstance(spec, Spec):
+            raise DtypeError(f"spec={spec!r} is not allowed: it must be a Spec, or a type of one.")
+        self._kind = type(spec)
+        described = described_fields(self._kind)
+        for name in fields or ():
+            if name not in described:
+                raise unknown_name("fields", name, described)
+        self._described = described
+        self._typed: dict[str, Any] = {}
+        self._seen: dict[str, Any] = {}
+        self._pace = Pace(self._publish)
+        shown = [described[name] for name in fields or described]
+        super().__init__(_title=title or self._kind.__name__, _fields=shown, spec=spec)
+        heard_while_busy(self)
+
+    def change(self, **fields: Any) -> None:
+        """Set some fields, the others as they are.
+
+        Raises
+        ------
+        SpecError
+            If that is no valid spec; nothing is changed then.
+        """
+        with TURN:
+            self.spec = self._kind.from_parameters({**self.spec.to_parameters(), **fields})
+
+    def enter(self, **fields: Any) -> None:
+        """Do as if a person typed into fields: what is not allowed is shown beside them, and nothing is raised.
+
+        Numbers are typed as text, switches are True or False, lists are lists of text.
+        """
+        with TURN:
+            self._typed |= fields
+            read = {name: _read(self._described[name], value) for name, value in self._typed.items()}
+            try:
+                self.spec = self._kind.from_parameters(read)
+            except SpecError:
+                self._judge(self._kind.problems(read))
+
+    def load(self, source: str | Path) -> None:
+        """Show the spec of a YAML text, or of a file; see `Spec.from_yaml`.
+
+        Raises
+        ------
+        SpecError
+            If it is none; the form is left as it is.
+        """
+        self.spec = self._kind.from_yaml(source)
+
+    def save(self, path: str | Path) -> None:
+        """Write the spec as YAML, whole or not at all.
+
+        Raises
+        ------
+        StorageError
+            If the file cannot be written.
+        """
+        write_atomic(Path(path), self.spec.to_yaml().encode())
+
+    def set_state(self, sync_data: dict[str, Any]) -> None:
+        """Take what a browser says; see `TURN`."""
+        with TURN:
+            super().set_state(sync_data)
+
+    @traitlets.observe("_edits")
+    def _take(self, change: Any) -> None:
+        fresh = {name: edit for name, edit in self._edits.items() if edit != self._seen.get(name)}
+        self._seen = dict(self._edits)
+        text = fresh.pop("yaml", None)
+        known = {name: edit[1] for name, edit in fresh.items() if name in self._described}
+        if known:
+            self.enter(**known)
+        if text is not None:
+            try:
+                self.load(f"{text[1]}\n")  # never the name of a file
+            except SpecError as error:
+                self._judge({**self.problems, "yaml": str(error)})
+
+    def _checked(self, spec: Any) -> Spec:
+        if not isinstance(spec, self._kind):
+            raise DtypeError(f"spec={spec!r} is not allowed: this form is for {self._kind.__name__}.")
+        return spec
+
+    def _show_spec(self) -> None:
+        values = self.spec.to_parameters()
+        self._typed = {name: _written(self._described[name], value) for name, value in values.items()}
+        self._judge({})
+
+    def _judge(self, problems: dict[str, str]) -> None:
+        self.set_trait("problems", problems)
+        self.set_trait("valid", not problems)
+        self._pace.ask()
+
+    def _publish(self) -> None:
+        with TURN:
+            self._shown = {"values": self._typed, "problems": self.problems, "yaml": self.spec.to_yaml()}
+
+
+def described_fields(kind: type[Spec]) -> dict[str, dict[str, Any]]:
+    """What a form must know of each field of a spec: its kind, help, unit, heading, choices and bounds."""
+    described = {}
+    for name, schema in kind.model_json_schema()["properties"].items():
+        optional = any(option.get("type") == "null" for option in schema.get("anyOf", ()))
+        plain = next((x for x in schema.get("anyOf", ()) if x.get("type") != "null"), schema)
+        described[name] = {
+            "name": name,
+            "label": name.replace("_", " "),
+            "help": schema.get("description", ""),
+            "unit": _unit(schema.get("unit", "")),
+            "group": schema.get("group", ""),
+            "optional": optional,
+            **_control(plain),
+        }
+    return described
+
+
+def _unit(unit: str) -> str:
+    """The unit as it stands behind a field; none where it would only repeat what the field is."""
+    return "" if unit in ("name", "yes or no", "path", "address", "number", "index") else unit
+
+
+def _control(schema: Mapping[str, Any]) -> dict[str, Any]:
+    if "enum" in schema or "const" in schema:
+        return {"kind": "choice", "choices": list(schema.get("enum", [schema.get("const")]))}
+    if schema.get("type") == "array":
+        return {
+            "kind": "list",
+            "item": _control(schema.get("items", {})),
+            "most": schema.get("maxItems"),
+            "least": schema.get("minItems", 0),
+        }
+    if schema.get("type") == "object":
+        return {"kind": "mapping"}
+    if schema.get("type") == "boolean":
+        return {"kind": "switch"}
+    if schema.get("type") in ("integer", "number"):
+        low, high = _bound(schema, "minimum", "ge", "gt"), _bound(schema, "maximum", "le", "lt")
+        kind = "whole" if schema["type"] == "integer" else "number"
+        exact = kind == "number" or high is None or high <= MOST_EXACT
+        return {"kind": kind, "low": low if exact else None, "high": high if exact else None, "arrows": exact}
+    return {"kind": "text"}
+
+
+def _bound(schema: Mapping[str, Any], *names: str) -> float | None:
+    """A bound, by whatever name pydantic gives it: its own where the field may be None."""
+    words = (names[0], f"exclusive{names[0].capitalize()}", *names[1:])
+    return next((schema[word] for word in words if word in schema), None)
+
+
+def _written(field: Mapping[str, Any], value: Any) -> Any:
+    """A field's value as it stands in the form."""
+    if field["kind"] == "list":
+        return [_written(field["item"], item) for item in value]
+    if field["kind"] == "mapping":
+        text = yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
+        return text if yaml.safe_load(text) == value else yaml.safe_dump(value, sort_keys=False)
+    if field["kind"] == "switch":
+        return value
+    return "" if value is None else str(value).removesuffix(".0") if isinstance(value, float) else str(value)
+
+
+def _read(field: Mapping[str, Any], typed: Any) -> Any:
+    """What was typed, as the spec takes it; what cannot be read is left as it is, for the spec to refuse."""
+    kind = field["kind"]
+    if kind == "list" and isinstance(typed, list):
+        return [_read(field["item"], item) for item in typed]
+    if not isinstance(typed, str) or kind in ("switch", "list"):
+        return typed
+    if typed == "" and field.get("optional"):
+        return None
+    try:
+        if kind == "whole" and WHOLE.fullmatch(typed):
+            return int(typed)
+        if kind == "number":
+            return float(typed)
+        if kind == "mapping":
+            return yaml.safe_load(typed) if typed.strip() else {}
+    except (yaml.YAMLError, ValueError):
+        return typed
+    return typed

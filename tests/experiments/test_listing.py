@@ -1,0 +1,207 @@
+"""Listings: many runs, any condition in SQL, comparisons, exports; and what is not a run costs only itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from io import BytesIO, StringIO
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from qtx_lab.errors import ArgumentError, BackendUnavailable
+from qtx_lab.experiments.listing import COLUMNS, RunTable
+from qtx_lab.experiments.runs import Run, runs
+from qtx_lab.experiments.spec import CircuitSpec, ExperimentSpec, NotebookSpec
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """Two samplers at three numbers of draws, three runs each; one failed; one of another kind."""
+    home = tmp_path_factory.mktemp("runs")
+    for sampler, factor in (("systematic", 1.0), ("head-tail", 0.5)):
+        for draws in (8, 16, 32):
+            for seed in range(3):
+                spec = NotebookSpec(
+                    notebook="x",
+                    parameters={"sampler": sampler, "num_samples": draws, "seed": seed, "heads": [1, 2]},
+                )
+                with Run.create(spec, "cell", home) as run:
+                    run.log_many({"step": i, "loss": factor / (i + 1) + seed} for i in range(3))
+                    run.update(results={"error": factor / draws + seed / 100, "good": True, "table": [1]})
+    with pytest.raises(ValueError, match="no"), Run.create(NotebookSpec(notebook="x"), "bad", home):
+        raise ValueError("no good")
+    with Run.create(ExperimentSpec(seed=9), "demo", home) as run:
+        run.update(results={"error": "a text"})
+    return home
+
+
+def test_specs_and_results_are_columns(home) -> None:
+    table = runs(home)
+    assert list(table.columns[: len(COLUMNS)]) == list(COLUMNS)
+    assert len(table) == 20
+    cell = table[table["name"] == "cell"]
+    assert cell["spec.num_samples"].dtype == "Int64"
+    assert set(cell["spec.heads"]) == {"[1, 2]"}
+    assert "results.table" not in table
+    assert table.loc[table["name"] == "demo", "results.error"].tolist() == ["a text"]
+    assert table.loc[table["name"] == "demo", "spec.layer"].tolist() == [3]
+    assert table["results.good"].isna().sum() == 2
+
+
+@pytest.mark.parametrize(
+    ("where", "count"),
+    [
+        ("status = 'failed'", 1),
+        ("sampler = 'head-tail' and num_samples >= 16", 6),
+        ("spec.sampler = 'exact'", 0),
+        ("results.good and seconds >= 0 and spec.seed = 2", 6),
+        ("runs.error like '%no good%'", 1),
+        ("started > timestamptz '2020-01-01' and kind = 'ExperimentSpec'", 1),
+        ("true", 20),
+        ("num_samples = 8 -- a remark", 6),
+        ("seed = 9", 1),
+    ],
+)
+def test_conditions(home, where, count) -> None:
+    found = runs(home, where=where)
+    assert len(found) == count
+    assert isinstance(found, RunTable)
+    assert found["run"].tolist() == [run for run in runs(home)["run"] if run in set(found["run"])]
+    assert found.attrs["skipped"] == []
+
+
+@pytest.mark.parametrize(
+    "where", ["", "statuss = 'done'", "num_samples >", "true; drop table runs", "error > 0"]
+)
+def test_conditions_that_are_none(home, where) -> None:
+    with pytest.raises(ArgumentError, match="where="):
+        runs(home, where=where)
+
+
+def test_an_empty_folder_takes_conditions(tmp_path) -> None:
+    assert runs(tmp_path, where="status = 'done'").empty
+    assert runs(tmp_path).metrics().empty
+
+
+def test_means_and_intervals_over_runs_that_are_alike(home) -> None:
+    cell = runs(home, where="name = 'cell'")
+    cell["results.error"] = cell["results.error"].astype("float64")
+    found = cell.summary("error", "num_samples", "sampler")
+    assert len(found) == 6
+    row = found[(found["by"] == "head-tail") & (found["x"] == 16)].iloc[0]
+    errors = 0.5 / 16 + np.arange(3) / 100
+    assert row["mean"] == pytest.approx(errors.mean())
+    assert row["half_width"] == pytest.approx(stats.t.ppf(0.975, 2) * errors.std(ddof=1) / np.sqrt(3))
+    curves = cell[cell["spec.sampler"] == "systematic"].summary("loss", "step")
+    assert curves["x"].tolist() == [0, 1, 2]
+    assert curves["mean"].to_numpy() == pytest.approx(1 / np.arange(1, 4) + 1)
+    assert cell.summary("seconds")["runs"].tolist() == [18]
+
+
+def test_comparisons_survive_filtering(home) -> None:
+    cell = runs(home)[lambda t: t["name"] == "cell"].assign(
+        **{"results.error": lambda t: t["results.error"].astype(float)}
+    )
+    assert isinstance(cell, RunTable)
+    figure = cell.compare("error", "num_samples", "sampler", title="A question")
+    (axes,) = figure.axes
+    assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_title(loc="left")) == (
+        "num_samples",
+        "error",
+        "A question",
+    )
+    assert {text.get_text() for text in axes.texts} == {"systematic", "head-tail"}
+    for arguments in ({"by": "sampler"}, {"x": "sampler", "by": "num_samples"}, {}, {"x": "heads"}):
+        for theme in ("light", "dark"):
+            cell.compare("error", theme=theme, **arguments).canvas.draw()
+    with pytest.raises(ArgumentError, match="y='eror' is unknown"):
+        cell.compare("eror")
+    with pytest.raises(ArgumentError, match=r"by='samplr' is unknown\. Did you mean 'spec.sampler'"):
+        cell.compare("error", by="samplr")
+
+
+def test_broken_metrics_cost_only_themselves(home, tmp_path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(home, copy)
+    broken = next(iter(runs(copy, where="name = 'cell'")["path"]))
+    (Path(broken) / "metrics.parquet").write_bytes(b"PAR1 no")
+    metrics = runs(copy).metrics()
+    assert metrics["run"].nunique() == 17
+    assert [run for run, _ in metrics.attrs["skipped"]] == [Path(broken).name]
+
+
+def test_exports_hold_every_column(home) -> None:
+    table = runs(home)
+    csv = pd.read_csv(StringIO(table.export("csv").decode()))
+    assert list(csv.columns) == list(table.columns)
+    parquet = table.export("parquet")
+    assert parquet[:4] == parquet[-4:] == b"PAR1"
+    assert BytesIO(parquet).getbuffer().nbytes < 100_000
+    with pytest.raises(ArgumentError, match="kind='xls'"):
+        table.export("xls")
+
+
+def test_ten_thousand_runs_and_foreign_files(tmp_path) -> None:
+    with Run.create(ExperimentSpec(), "trial", tmp_path) as run:
+        pass
+    stored = json.loads((run.path / "manifest.json").read_text())
+    for i in range(10_000):
+        folder = tmp_path / f"20260101T000000Z-trial-{i:05d}"
+        folder.mkdir()
+        content = json.dumps({**stored, "seed": i, "results": {"error": i / 10_000}})
+        (folder / "manifest.json").write_text(content[: 40 if i % 1000 == 7 else None])
+    (tmp_path / "notes").write_text("mine")
+    table = runs(tmp_path)
+    assert len(table) == 10_001 - 10
+    assert len(table.attrs["skipped"]) == 11
+    assert len(table.select("results.error >= 0.5 and layer = 3")) == 5000 - 5
+
+
+def test_the_device_and_its_calibration_are_recorded(tmp_path) -> None:
+    with Run.create(CircuitSpec(), "circuits", tmp_path) as run:
+        run.used(CircuitSpec(device="fake_fez").build())
+        run.used(CircuitSpec().build())
+    assert run.manifest["devices"]["aer"] is None
+    assert run.manifest["devices"]["fake_fez"].startswith("20")
+    from qtx_lab.experiments.report import write_report
+
+    assert "fake_fez, calibrated 20" in write_report(run).read_text(encoding="utf-8")
+
+
+def test_export_to_mlflow_once_a_run(home, tmp_path, monkeypatch) -> None:
+    pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    from mlflow.tracking import MlflowClient
+
+    from qtx_lab.experiments.mlflow_export import TAG, export_to_mlflow
+
+    uri = f"file://{tmp_path / 'mlflow'}"
+    some = runs(home, where="num_samples = 8 or status = 'failed'")
+    assert export_to_mlflow(some, uri) == 7
+    assert export_to_mlflow(some, uri) == 0
+    client = MlflowClient(uri)
+    found = client.search_runs([client.get_experiment_by_name("qtx_lab").experiment_id])
+    assert {run.data.tags[TAG] for run in found} == set(some["run"])
+    assert sorted(run.info.status for run in found) == ["FAILED"] + ["FINISHED"] * 6
+    one = next(
+        run
+        for run in found
+        if run.data.params.get("seed") == "2" and run.data.params["sampler"] == "head-tail"
+    )
+    assert one.data.metrics["results.error"] == pytest.approx(0.5 / 8 + 0.02)
+    history = client.get_metric_history(one.info.run_id, "loss")
+    assert [(x.step, x.value) for x in history] == [(i, 0.5 / (i + 1) + 2) for i in range(3)]
+    assert {"spec.yaml", "manifest.json", "metrics.parquet"} <= {
+        x.path for x in client.list_artifacts(one.info.run_id)
+    }
+    client.update_run(one.info.run_id, status="RUNNING")  # an export that was killed
+    assert export_to_mlflow(some, uri) == 1
+    monkeypatch.delenv("MLFLOW_ALLOW_FILE_STORE")
+    os.environ.pop("MLFLOW_ALLOW_FILE_STORE", None)
+    with pytest.raises(BackendUnavailable, match="cannot be written"):
+        export_to_mlflow(some, "sqlite:///nowhere.db")

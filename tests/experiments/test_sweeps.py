@@ -1,0 +1,322 @@
+"""Sweeps: checked as a whole, one run a notebook, and nothing that has ended is lost, whoever is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import nbformat
+import psutil
+import pytest
+
+from qtx_lab.errors import ArgumentError, SpecError, StorageError
+from qtx_lab.experiments.runs import Run, read_manifests, runs
+from qtx_lab.experiments.spec import ClusterSpec, ExperimentSpec
+from qtx_lab.experiments.sweeps import plan, repeat_seed, sweep
+from qtx_lab.storage import read_frame
+
+pytestmark = pytest.mark.notebooks
+
+PARAMETERS = "n = 1\nsampler = 'a'\nseed = 0\nwait = 0\nrun_dir = None"
+# The kernel of a notebook that imports little starts in under a second; what it writes is what `Run.update` would.
+MEASURE = """
+import json, os, pathlib, time
+time.sleep(wait)
+if n == 13 and sampler == "b":
+    raise ValueError("unlucky")
+path = pathlib.Path(run_dir, "manifest.json")
+manifest = json.loads(path.read_text())
+manifest["results"] = {"error": 1 / n + seed % 97 / 1e4, "threads": os.environ["OMP_NUM_THREADS"]}
+path.with_suffix(".new").write_text(json.dumps(manifest))
+os.replace(path.with_suffix(".new"), path)
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[str]:
+    """The address of a scheduler with two workers."""
+    with ClusterSpec(kind="local", num_workers=2).build() as opened:
+        yield opened.client.scheduler.address
+
+
+@pytest.fixture
+def notebook(tmp_path: Path) -> Path:
+    return write(tmp_path / "tiny.ipynb", PARAMETERS, MEASURE)
+
+
+def write(path: Path, parameters: str, *cells: str) -> Path:
+    new = nbformat.v4.new_notebook()
+    new.cells = [nbformat.v4.new_code_cell(cell) for cell in (parameters, *cells)]
+    new.cells[0].metadata["tags"] = ["parameters"]
+    nbformat.write(new, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("grid", "options", "says"),
+    [
+        ({"m": [1]}, {}, r"no parameter 'm'.*at m=1"),
+        ({"n": [1, 2, "three"]}, {}, r"n='three' .* a number, n = 1\. \(at n='three'\)"),
+        ({"n": []}, {}, r"grid\['n'\]=\[\]"),
+        ({"n": "12"}, {}, r"grid\['n'\]='12'"),
+        ({"n": [1, 2, 1]}, {}, "1 is named more than once"),
+        ({"n": [object()]}, {}, "not a valid JSON"),
+        ({"n": [1]}, {"parameters": {"n": 2}}, "in the grid and in the parameters"),
+        ({"n": [1]}, {"parameters": {"run_dir": "x"}}, "no parameter 'run_dir'"),
+        ({"seed": [1, 2]}, {"repeats": 2}, "is given its seed"),
+        ({"n": [1]}, {"repeats": 0}, "repeats=0"),
+        ({"n": [1]}, {"seed": -1}, "seed=-1"),
+        ({"n": [1]}, {"workers": 0}, "workers=0"),
+        ({"n": [1]}, {"workers": 1, "cluster": "tcp://127.0.0.1:1"}, "exclude each other"),
+    ],
+)
+def test_the_whole_grid_is_checked_before_any_work(notebook, tmp_path, grid, options, says) -> None:
+    with pytest.raises(ArgumentError, match=says):
+        sweep(notebook, grid, home=tmp_path / "home", **options)
+    assert not (tmp_path / "home").exists()
+
+
+def test_every_combination_is_checked_as_an_experiment(tmp_path) -> None:
+    defaults = "\n".join(f"{name} = {value!r}" for name, value in ExperimentSpec().to_parameters().items())
+    path = write(tmp_path / "a.ipynb", defaults + "\nrun_dir = None")
+    with pytest.raises(SpecError, match=r"layer=6 .* \(at sampler='systematic', layer=6\)"):
+        plan(path, {"sampler": ["systematic", "sobol"], "layer": [0, 6]}, parameters={"num_tokens": 64})
+    _, cells = plan(path, {"layer": [0, 1]}, repeats=2, seed=5)
+    assert [cell.spec.layer for cell in cells] == [0, 1, 0, 1]
+    assert [cell.spec.seed for cell in cells] == [repeat_seed(5, 0)] * 2 + [repeat_seed(5, 1)] * 2
+    assert len({repeat_seed(seed, repeat) for seed in range(50) for repeat in range(50)}) == 2500
+
+
+def test_a_notebook_without_a_seed_is_not_repeated(tmp_path) -> None:
+    path = write(tmp_path / "a.ipynb", "n = 1")
+    with pytest.raises(ArgumentError, match="no parameter `seed`"):
+        plan(path, {"n": [1]}, repeats=2)
+    assert len(plan(path, {})[1]) == 1
+
+
+def test_a_sweep_and_what_resumes_it(notebook, cluster, tmp_path, capsys) -> None:
+    home = tmp_path / "home"
+    grid = {"n": [4, 13], "sampler": ["a", "b"]}
+    run = sweep(notebook, grid, repeats=2, cluster=cluster, home=home)
+    assert "4/8" in capsys.readouterr().err
+    assert run.status == "failed"
+    assert run.manifest["error"] == "Of 8 notebooks not all are done: 2 failed."
+    table = run.metrics()
+    assert sorted(table["status"]) == ["done"] * 6 + ["failed"] * 2
+    assert set(table["results.threads"].dropna()) == {"1"}
+    done = table[table["status"] == "done"]
+    expected = 1 / done["spec.n"] + done["spec.seed"] % 97 / 1e4
+    assert done["results.error"].to_numpy() == pytest.approx(expected.to_numpy())
+    failed = runs(home, where="status = 'failed' and kind = 'NotebookSpec'")
+    assert failed["sweep"].unique().tolist() == [run.path.name]
+    for path in failed["path"]:
+        assert '"evalue": "unlucky"' in (Path(path) / "tiny.ipynb").read_text(encoding="utf-8")
+    drawn = read_frame(run.path / "figures" / "results.parquet")
+    assert sorted(zip(drawn["by"], drawn["x"], drawn["runs"], strict=True)) == [
+        ("a", 4, 2),
+        ("a", 13, 2),
+        ("b", 4, 2),
+    ]
+    assert "2 failed" in (run.path / "report.html").read_text(encoding="utf-8")
+    assert "-g n=4,13 -g sampler=a,b --repeats 2" in run.manifest["command"]
+
+    (home / "foreign").mkdir()
+    (home / "cut").mkdir()
+    (home / "cut" / "manifest.json").write_text("{")
+    kept = {path: (path / "manifest.json").read_bytes() for path in map(Path, done["path"])}
+    more = sweep(
+        notebook, {**grid, "n": [4, 6]}, repeats=3, cluster=cluster, home=home, resume=True, progress=False
+    )
+    assert more.status == "done"
+    assert more.manifest["results"]["kept"] == 4
+    assert len(more.metrics()) == 12
+    assert {path: (path / "manifest.json").read_bytes() for path in kept} == kept
+    write(notebook, PARAMETERS, MEASURE, "'changed'")
+    assert plan(notebook, grid)[1][0].key != plan(notebook, grid, repeats=1, seed=1)[1][0].key
+    again = sweep(notebook, {"n": [4]}, cluster=cluster, home=home, resume=True, progress=False)
+    assert again.manifest["results"]["kept"] == 0
+
+
+@pytest.mark.chaos
+def test_two_sweeps_into_one_folder(notebook, cluster, tmp_path) -> None:
+    found: dict[int, Run] = {}
+
+    def work(seed: int) -> None:
+        found[seed] = sweep(
+            notebook, {"n": [1, 2, 3]}, seed=seed, cluster=cluster, home=tmp_path / "home", progress=False
+        )
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in (1, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for seed, run in found.items():
+        assert run.status == "done"
+        table = run.metrics()
+        assert sorted(table["spec.n"]) == [1, 2, 3]
+        assert set(table["spec.seed"]) == {repeat_seed(seed, 0)}
+        assert set(table["sweep"]) == {run.path.name}
+    assert len(runs(tmp_path / "home")) == 8
+
+
+@pytest.mark.chaos
+def test_stopped_from_elsewhere(notebook, cluster, tmp_path) -> None:
+    home = tmp_path / "home"
+
+    def stop() -> bool:
+        return sum(facts["status"] == "done" for _, facts in read_manifests(home)[0]) >= 1
+
+    with pytest.raises(KeyboardInterrupt):
+        sweep(
+            notebook, {"n": [1, 2, 3, 4, 5, 6]}, parameters={"wait": 1.0}, cluster=cluster, home=home,
+            stop=stop, progress=False,
+        )  # fmt: skip
+    statuses = [
+        json.loads((Path(path) / "manifest.json").read_text())["status"] for path in runs(home)["path"]
+    ]
+    assert set(statuses) == {"done", "interrupted"}  # as stored: each was told
+    assert len(statuses) < 7
+    table = Run(Path(runs(home, where="kind = 'SweepSpec'")["path"][0])).metrics()
+    assert len(table) == 6
+    assert "missing" in set(table["status"])
+
+
+KILLS = """
+import sys
+from qtx_lab.cli import main
+main(sys.argv[1:])
+"""
+
+
+def start(notebook: Path, home: Path, cells: int = 24) -> subprocess.Popen:
+    grid = ["-g", f"n={','.join(str(n) for n in range(1, cells // 2 + 1))}", "-g", "sampler=a,c"]
+    command = ["sweep", notebook, *grid, "--workers", "2", "--home", home, "--resume"]
+    return subprocess.Popen(
+        [sys.executable, "-c", KILLS, *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def done_in(home: Path) -> dict[str, bytes]:
+    """What has ended well, by folder, as it is on disk."""
+    return {
+        folder.name: (folder / "manifest.json").read_bytes()
+        for folder, facts in read_manifests(home)[0]
+        if facts["status"] == "done" and "cell" in facts.get("sweep", {})
+    }
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(7200)
+def test_killed_at_any_moment(notebook, tmp_path, seed, soak) -> None:
+    """No notebook that is done is lost or run again, and --resume completes each sweep."""
+    rng = random.Random(seed)
+    moments, victims = (50, ["sweep", "worker", "kernel"]) if soak else (2, ["sweep", "worker"])
+    cells = 24 if soak else 8
+    count = 0
+    for trial in range(moments):
+        home = tmp_path / str(trial // 5)  # a sweep is killed up to five times
+        before = done_in(home) if home.exists() else {}
+        process = start(notebook, home, cells)
+        target = psutil.Process(process.pid)
+        end = time.monotonic() + 120
+        enough = rng.randrange(0, cells // 3)
+        while time.monotonic() < end and process.poll() is None:  # until some notebooks more are done
+            if len(done_in(home) if home.exists() else {}) >= min(len(before) + enough, cells - 1):
+                break
+            time.sleep(0.1)
+        time.sleep(rng.random() * (4 if enough == 0 else 1))
+        victim = victims[trial % len(victims)]
+        with suppress(psutil.Error, IndexError):
+            children = target.children(recursive=True)
+            kernels = [x for x in children if "ipykernel_launcher" in " ".join(x.cmdline())]
+            workers = [x for x in children if "spawn_main" in " ".join(x.cmdline())]
+            pool = {"sweep": [target], "worker": workers, "kernel": kernels}[victim]
+            rng.choice(pool).send_signal(signal.SIGKILL)
+            count += 1
+        if victim != "sweep":
+            process.wait(timeout=300)  # it goes on by itself
+        process.communicate(timeout=60)
+        after = done_in(home)
+        assert {name: after.get(name) for name in before} == before
+        if trial % 5 == 4 or trial == moments - 1:
+            kept = done_in(home)
+            last = start(notebook, home, cells)
+            output, _ = last.communicate(timeout=300)
+            assert last.returncode == 0, output.decode()[-2000:]
+            final = done_in(home)
+            assert {name: final.get(name) for name in kept} == kept
+            keys = [json.loads(content)["sweep"]["cell"] for content in final.values()]
+            assert len(keys) == len(set(keys)) == cells
+            sweeps = runs(home, where="kind = 'SweepSpec' and status = 'done'")
+            assert len(Run(Path(sweeps["path"][0])).metrics()) == cells
+            assert not runs(home).attrs["skipped"]
+    assert count == moments or not soak
+
+
+@pytest.mark.chaos
+def test_ctrl_c_ends_a_sweep_in_order(notebook, tmp_path) -> None:
+    slow = write(notebook, PARAMETERS, MEASURE, "time.sleep(60)")
+    process = start(slow, tmp_path / "home")
+    end = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < end:
+        with suppress(StorageError, FileNotFoundError):
+            if any((folder / "tiny.ipynb").exists() for folder, _ in read_manifests(tmp_path / "home")[0]):
+                break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, output.decode()
+    assert b"Traceback" not in output
+    statuses = [
+        json.loads((folder / "manifest.json").read_text())["status"]
+        for folder, _ in read_manifests(tmp_path / "home")[0]
+    ]
+    assert set(statuses) == {"interrupted"}
+
+
+@pytest.mark.chaos
+def test_a_full_and_a_read_only_disk(notebook, cluster, tmp_path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=80m", "tmpfs", disk]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        fill = f"open({str(disk / 'filler')!r}, 'wb').write(bytes(30 << 20))"
+        full = write(tmp_path / "full.ipynb", PARAMETERS, fill)
+        with pytest.raises(StorageError, match=r"MiB free.*needs 64 MiB"):
+            sweep(full, {"n": [1, 2, 3]}, cluster=cluster, home=disk / "home", progress=False)
+        table = runs(disk / "home")
+        assert sorted(table["status"])[-1] != "running"
+        mine = table[table["kind"] == "SweepSpec"].iloc[0]
+        assert mine["status"] == "failed"
+        assert "MiB free" in mine["error"]
+        with pytest.raises(StorageError, match="MiB free"):
+            sweep(full, {"n": [1]}, cluster=cluster, home=disk / "home", progress=False)
+        assert len(runs(disk / "home")) == len(table)
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        with pytest.raises(StorageError, match="Read-only file system"):
+            sweep(notebook, {"n": [1]}, cluster=cluster, home=disk / "other", progress=False)
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_no_scheduler_there(notebook, tmp_path) -> None:
+    from qtx_lab.errors import BackendUnavailable
+
+    nowhere = ClusterSpec(kind="address", address="tcp://127.0.0.1:1", timeout=0.5)
+    with pytest.raises(BackendUnavailable, match=r"tcp://127.0.0.1:1"):
+        sweep(notebook, {"n": [1]}, cluster=nowhere, home=tmp_path)
+    assert runs(tmp_path)["status"].tolist() == ["failed"]
+    assert os.listdir(tmp_path)

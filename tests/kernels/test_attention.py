@@ -1,0 +1,192 @@
+"""`gpu_quantum_attention`, what others hand to the kernels, and which path is taken and why."""
+
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import qtx_lab as qtx
+from qtx_lab.kernels import attention, choice
+from qtx_lab.kernels.choice import choose, device_trouble
+
+BOTH = pytest.mark.parametrize("path", ["triton", "reference"])
+
+
+def heads(generator, device, group=2, length=1, n=150, dtype=torch.float32):
+    shapes = ((1, 2 * group, length, 16), (1, 2, n, 16), (1, 2, n, 16))
+    return [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
+
+
+def test_the_seed_documents_call_runs(generator, device):
+    Q, K, V = (torch.randn(2, 4, 32, 16, generator=generator).to(device) for _ in range(3))
+    gpu_output = qtx.gpu_quantum_attention(Q, K, V, num_samples=64)
+    assert gpu_output.output.shape == Q.shape
+    assert gpu_output.diagnostics["kernel"]["path"] == ("triton" if device.type == "cuda" else "reference")
+    assert gpu_output.diagnostics["kernel"]["reason"].startswith("the tensors are on")
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("length", "causal", "name"), [(2, False, "decode"), (60, False, "prefill"), (60, True, "prefill")]
+)
+def test_estimates_hold_together(path, length, causal, name, generator, device, monkeypatch):
+    monkeypatch.setenv("QTX_LAB_KERNELS", path)
+    q, k, v = heads(generator, device, length=length, n=70)
+    options = {"enable_gqa": True, "is_causal": causal, "replicates": 8, "num_samples": 16}
+    est, again = (
+        qtx.gpu_quantum_attention(q, k, v, generator=torch.Generator().manual_seed(4), **options)
+        for _ in range(2)
+    )
+    exact = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
+    assert est.diagnostics["kernel"]["path"] == path
+    assert est.diagnostics["kernel"]["name"] == name
+    assert torch.equal(est.output, again.output)
+    assert est.std_error.shape == est.output.shape == exact.shape
+    low, high = est.confidence_interval(0.999)
+    assert ((low - 1e-4 <= exact) & (exact <= high + 1e-4)).float().mean() > 0.98
+    drawn = est.draws.average(v.repeat_interleave(2, 1))
+    torch.testing.assert_close(drawn, est.output, rtol=1e-4, atol=1e-5)
+    assert float((est.attention_weights().sum(-1) - 1).abs().max()) < 1e-4
+
+
+@BOTH
+@pytest.mark.parametrize("name", ["decode", "prefill"])
+def test_rows_that_see_nothing_are_zero_and_nothing_is_nan(path, name, generator, device, monkeypatch):
+    monkeypatch.setenv("QTX_LAB_KERNELS", path)
+    q, k, v = heads(generator, device, length=3 if name == "decode" else 40, n=10)
+    mask = torch.ones(q.shape[-2], 10, dtype=torch.bool, device=device)
+    mask[1] = False
+    est = qtx.gpu_quantum_attention(q, k, v, attn_mask=mask, enable_gqa=True, replicates=2)
+    assert bool((est.output[:, :, 1] == 0).all())
+    assert bool((est.std_error[:, :, 1] == 0).all())
+    assert bool(est.output.isfinite().all())
+    assert bool((est.draws.weights[:, :, 1] == 0).all())
+
+
+@BOTH
+def test_gradients_flow_and_are_those_of_the_formulae(path, generator, device, monkeypatch):
+    """With hardly any noise left (draws many times the keys) they are SDPA's."""
+    monkeypatch.setenv("QTX_LAB_KERNELS", path)
+    inputs = heads(generator, device, length=20, n=20)
+    mine, theirs = ([x.clone().requires_grad_() for x in inputs] for _ in range(2))
+    upstream = torch.randn(1, 4, 20, 16, generator=generator).to(device)
+    est = qtx.gpu_quantum_attention(*mine, num_samples=20_000, is_causal=True, enable_gqa=True)
+    (est.output * upstream).sum().backward()
+    (F.scaled_dot_product_attention(*theirs, is_causal=True, enable_gqa=True) * upstream).sum().backward()
+    for a, b in zip(mine, theirs, strict=True):
+        assert (a.grad - b.grad).norm() / b.grad.norm() < 5e-3
+
+
+@BOTH
+def test_empty_batches(path, device, monkeypatch):
+    monkeypatch.setenv("QTX_LAB_KERNELS", path)
+    for length, lead in ((1, 0), (100, 0), (0, 2)):
+        q, k = torch.zeros(lead, length, 8, device=device), torch.zeros(lead, 5, 8, device=device)
+        assert qtx.gpu_quantum_attention(q, k, k).output.shape == q.shape
+
+
+def test_bad_input_is_refused_before_any_work(generator, device):
+    q, k, v = heads(generator, device)
+    call = qtx.gpu_quantum_attention
+    with pytest.raises(qtx.ArgumentError, match="num_samples=0"):
+        call(q, k, v, num_samples=0, enable_gqa=True)
+    with pytest.raises(qtx.ShapeError, match="leading dimensions of q and k do not fit"):
+        call(q, k, v)
+    with pytest.raises(qtx.ArgumentError, match="k holds NaN or infinity"):
+        call(q, k * torch.nan, v, enable_gqa=True)
+    with pytest.raises(qtx.DtypeError, match="generator is a int"):
+        call(q, k, v, enable_gqa=True, generator=3)
+    with pytest.raises(qtx.ArgumentError, match="attn_mask requires a gradient"):
+        call(q, k, v, enable_gqa=True, attn_mask=torch.zeros(1, 150, device=device, requires_grad=True))
+
+
+def test_what_the_variable_may_be(generator, device, monkeypatch):
+    q, k, v = heads(generator, device)
+    monkeypatch.setenv("QTX_LAB_KERNELS", "trition")
+    with pytest.raises(qtx.ArgumentError, match="Did you mean 'triton'"):
+        qtx.gpu_quantum_attention(q, k, v, enable_gqa=True)
+    monkeypatch.setenv("QTX_LAB_KERNELS", "triton")
+    for x, why in ((q.double(), "not torch.float64"), (torch.zeros(1, 300, device=device), "not 300")):
+        with pytest.raises(qtx.BackendUnavailable, match=f"QTX_LAB_KERNELS=triton cannot be had.*{why}"):
+            choose([x])
+    monkeypatch.setattr(choice.util, "find_spec", lambda name: None)
+    with pytest.raises(qtx.BackendUnavailable, match="triton is not installed"):
+        choose([q])
+
+
+def test_devices_and_compilers_that_will_not_do():
+    assert "has 7.5" in device_trouble((7, 5), (3, 7, 1), False)
+    assert device_trouble((8, 0), (3, 6, 0), True) is None
+    for version, refused in (((3, 3, 1), False), ((3, 4, 0), True), ((3, 7, 0), True), ((3, 7, 1), False)):
+        assert bool(device_trouble((9, 0), version, True)) == refused
+        assert device_trouble((9, 0), version, False) is None  # no product goes into a product
+    assert "flash-linear-attention issue 640" in device_trouble((9, 0), (3, 6, 0), True)
+
+
+def test_a_fallback_on_a_gpu_is_told(monkeypatch, generator):
+    """An old GPU: the reference runs, with one warning and the reason in the result."""
+    q, k, v = heads(generator, torch.device("cpu"))
+    fell = choice.Choice(
+        "reference", "it needs a GPU of compute capability 8.0 or newer, this one has 7.5", True
+    )
+    monkeypatch.setattr(attention, "choose", lambda *tensors, **options: fell)
+    est = qtx.gpu_quantum_attention(q, k, v, enable_gqa=True)
+    assert est.diagnostics["fallbacks"] == (f"The plain-torch reference ran, not the kernel: {fell.reason}.",)
+    assert est.diagnostics["kernel"] == {"path": "reference", "reason": fell.reason, "name": "decode"}
+    monkeypatch.undo()
+    monkeypatch.setattr(choice, "_trouble", lambda tensors, chained: "it is too old")
+    with pytest.warns(qtx.FallbackWarning, match="it is too old"):
+        assert choose([torch.empty(1, 1, device="meta")]).fell_back
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        choose([q])  # nothing is lost on the CPU
+
+
+def test_out_of_memory_is_named(monkeypatch, generator):
+    def full(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+    monkeypatch.setattr(attention.decode_reference, "decode", full)
+    q, k, v = heads(generator, torch.device("cpu"))
+    with pytest.raises(qtx.BackendUnavailable, match=r"take fewer rows at a time.*2.00 GiB"):
+        qtx.gpu_quantum_attention(q, k, v, enable_gqa=True)
+
+
+def test_sampled_attention_takes_the_kernel_for_few_rows(kernels, generator, device):
+    q, k, v = heads(generator, device, dtype=torch.bfloat16)
+    est = qtx.sampled_attention(q, k, v, num_samples=32, enable_gqa=True, generator=generator)
+    assert est.diagnostics["kernel"]["name"] == "decode"
+    assert est.diagnostics["kernel"]["path"] == "triton"
+    assert est.output.dtype == torch.bfloat16
+    drawn = est.draws.average(v.repeat_interleave(2, 1))
+    assert (drawn - est.output.float()).norm() / drawn.norm() < 4e-3
+    many = qtx.sampled_attention(
+        q.expand(1, 4, 99, 16), k, v, num_samples=4, enable_gqa=True, generator=generator
+    )
+    assert many.diagnostics["kernel"]["path"] == "torch"
+    assert "up to 64 rows" in many.diagnostics["kernel"]["reason"]
+
+
+@pytest.mark.parametrize("proposal", ["low-rank", "int4", "exact"])
+def test_a_cache_takes_the_kernel_and_goes_on_growing(proposal, kernels, generator, device):
+    q, k, v = heads(generator, device, n=400)
+    cache = qtx.SampledKVCache.build(k, v, proposal=proposal)
+    for _ in range(2):
+        est = cache.attend(q, num_samples=64, generator=generator)
+        assert est.diagnostics["kernel"]["path"] == ("torch" if proposal == "exact" else "triton")
+        tokens, values = cache.tokens()
+        exact = F.scaled_dot_product_attention(q, tokens, values, enable_gqa=True)
+        off = (est.output - exact) / est.std_error.clamp_min(1e-6)
+        assert off.square().mean() < 4
+        drawn = est.draws.average(values.repeat_interleave(2, 1))
+        torch.testing.assert_close(drawn, est.output, rtol=1e-3, atol=1e-4)
+        cache.append(k[:, :, :3], v[:, :, :3])
+    assert len(cache) == est.num_keys + 3
+
+
+def test_asked_for_the_reference_it_stays_with_torch(generator, device, monkeypatch):
+    monkeypatch.setenv("QTX_LAB_KERNELS", "reference")
+    q, k, v = heads(generator, device)
+    est = qtx.sampled_attention(q, k, v, enable_gqa=True, generator=generator)
+    assert est.diagnostics.get("kernel", {"path": "torch"})["path"] == "torch"

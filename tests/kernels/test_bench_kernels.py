@@ -1,0 +1,63 @@
+"""The benchmark of the kernels: refused without a GPU, small on the CPU, no ratio on a failed check."""
+
+import json
+import math
+
+import pytest
+import torch
+
+import qtx_lab as qtx
+from qtx_lab.experiments import bench, bench_kernels
+from qtx_lab.experiments.bench_kernels import Case, Method
+
+TINY = Case(1, 512, 64, 1)
+
+
+def test_without_a_gpu_it_says_so(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(qtx.BackendUnavailable, match=r"needs a CUDA device.*--quick"):
+        bench.BENCHES["kernels"](False, 1e9)
+
+
+def test_quick_runs_every_part(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(bench, "copy_bandwidth", lambda: 1e9)
+    monkeypatch.setattr(bench_kernels, "Case", lambda *shape: TINY)
+    bench.run_bench("kernels", quick=True, json_path=tmp_path / "out.json")
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert {row["method"] for row in rows} == {"SDPA", "exact K", "int4", "rank 16"}
+    assert {"case", "method", "seconds", "baseline", "ratio", "error", "check", "device"} <= set(rows[0])
+    assert all(row["check"] == "pass" and row["baseline"] == "SDPA" for row in rows)
+    keys, sketch = (next(row for row in rows if row["method"] == name) for name in ("exact K", "int4"))
+    assert sketch["bytes"] < keys["bytes"] < rows[0]["bytes"]
+    out = capsys.readouterr().out
+    assert "say nothing about a GPU" in out
+    assert "of copy" in out
+
+
+def test_a_failed_check_has_no_ratio(monkeypatch, capsys):
+    exact = torch.zeros(1)
+    calls = [lambda: exact]
+    monkeypatch.setattr(
+        bench_kernels, "baselines", lambda *_: [Method("right", calls, 10, 0.0, 1e-2, baseline=True)]
+    )
+    wrong = [
+        Method("exact K", calls, 10, 0.1, 0.2),
+        Method("int4", calls, 5, 0.3, 0.2),
+        Method("nan", calls, 5, math.nan, 1),
+    ]
+    monkeypatch.setattr(bench_kernels, "ours", lambda *_: wrong)
+    rows = bench_kernels.measure(TINY, torch.device("cpu"), 2, 1e9, "here")
+    assert [row["ratio"] is None for row in rows] == [False, False, True, True]
+    assert "above" in rows[2]["check"]
+    assert "above" in capsys.readouterr().out
+
+
+def test_a_baseline_that_cannot_run_is_named(monkeypatch, capsys):
+    def broken(x):
+        raise RuntimeError("no kernel for this")
+
+    inputs = [bench_kernels.make_inputs(TINY, torch.device("cpu"), 0)]
+    monkeypatch.setattr(bench_kernels, "exact_calls", lambda device: [("Broken", broken)])
+    assert list(bench_kernels.baselines(TINY, inputs, bench_kernels.exact_output(inputs[0]))) == []
+    assert "Broken cannot run: no kernel for this" in capsys.readouterr().out

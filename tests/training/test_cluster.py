@@ -1,0 +1,428 @@
+"""Clusters: what is opened and why, training over one, and what happens when its workers, or its scheduler, go."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import nullcontext
+from dataclasses import replace
+
+import pytest
+import torch
+
+import qtx_lab as qtx
+from qtx_lab.training import QuantumTrainer
+from qtx_lab.training.checkpoints import checkpoints
+from qtx_lab.training.cluster import find_gpus, open_cluster
+from qtx_lab.training.trainer import make_model
+
+FAST = {"num_tokens": 32, "steps": 12, "batch_size": 4, "warmup_steps": 2, "num_samples": 4, "seed": 3}
+FAST |= {"validate_every": 0, "checkpoint_every": 3, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with open_cluster("local", num_workers=2, timeout=30) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """One rank that works off two parts of a batch, as two ranks do one each."""
+    trainer = QuantumTrainer("small", accumulation=2, **FAST)
+    return weights(trainer.train() and trainer), trainer.train
+
+
+def weights(trainer):
+    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+
+
+def over(cluster, model="small", **options):
+    trainer = QuantumTrainer(model, distributed=True, cluster=cluster, **{**FAST, **options})
+    return trainer, trainer.train()
+
+
+# --- Opening --------------------------------------------------------------------------------------------
+
+
+def test_a_local_cluster_runs_tasks_and_says_why_it_is_there(cluster):
+    assert cluster.kind == "local"
+    assert len(cluster.workers) == 2
+    assert "2 worker(s)" in cluster.chosen
+    assert cluster.dashboard_link.startswith("http://127.0.0.1")
+    assert cluster.client.submit(lambda x: x + 1, 1).result() == 2
+
+
+@pytest.mark.skipif(find_gpus()[0] > 0, reason="this machine has GPUs")
+def test_without_a_gpu():
+    _, why = find_gpus()
+    assert "NVML" in why
+    for num_workers in (None, 2):
+        with (
+            pytest.raises(qtx.BackendUnavailable, match=r"kind='cuda'.*NVML.*kind='local'"),
+            open_cluster("cuda", num_workers=num_workers, rmm_pool_bytes=1 << 30, devices=[0, 1]),
+        ):
+            pass
+    with open_cluster("auto", num_workers=1) as opened:
+        assert opened.kind == "local"
+        assert "auto took 'local': NVML finds no GPU" in opened.chosen
+
+
+def test_with_gpus_that_nvml_tells_of(monkeypatch):
+    """As far as it goes without one: what is chosen, and dask-cuda's arguments."""
+    import dask_cuda
+    import pynvml
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetCount", lambda: 4)
+    if torch.version.cuda is None:
+        assert "built without CUDA" in find_gpus()[1]
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert find_gpus() == (4, "")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,2")
+    assert find_gpus() == (2, "")
+    assert find_gpus([1]) == (1, "")
+    with pytest.raises(qtx.ArgumentError, match=r"devices=\[2\]"):
+        find_gpus([2])
+    with pytest.raises(qtx.ArgumentError, match="num_gpus=4 is not allowed: there are 2"):
+        QuantumTrainer("small", distributed=True, num_gpus=4, **FAST).train()
+    monkeypatch.undo()
+    monkeypatch.setattr("qtx_lab.training.cluster.find_gpus", lambda devices=(): (1, ""))
+    asked = {}
+
+    def made(**options):
+        asked.update(options)
+        raise qtx.BackendUnavailable("far enough")
+
+    monkeypatch.setattr(dask_cuda, "LocalCUDACluster", made)
+    with (
+        pytest.raises(qtx.BackendUnavailable, match="far enough"),
+        open_cluster("auto", rmm_pool_bytes=1 << 30, devices=[1]),
+    ):
+        pass
+    assert (asked["n_workers"], asked["CUDA_VISIBLE_DEVICES"], asked["rmm_pool_size"]) == (1, [1], 1 << 30)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "match"),
+    [
+        ({"kind": "locl"}, qtx.ArgumentError, "Did you mean 'local'"),
+        ({"kind": "address"}, qtx.ArgumentError, "address=None"),
+        ({"kind": "local", "address": "tcp://127.0.0.1:1"}, qtx.ArgumentError, "kind='local'"),
+        ({"kind": "local", "devices": [0]}, qtx.ArgumentError, "only 'cuda'"),
+        ({"kind": "local", "num_workers": 0}, qtx.ArgumentError, "num_workers=0"),
+        ({"kind": "local", "timeout": 0}, qtx.ArgumentError, "timeout=0"),
+        (
+            {"kind": "address", "address": "tcp://127.0.0.1:1", "timeout": 1},
+            qtx.BackendUnavailable,
+            "no Dask scheduler",
+        ),
+    ],
+)
+def test_what_cannot_be_opened(arguments, error, match):
+    with pytest.raises(error, match=match), open_cluster(**arguments):
+        pass
+
+
+def test_too_few_workers_at_an_address(cluster):
+    address = cluster.client.scheduler.address
+    with (
+        pytest.raises(qtx.BackendUnavailable, match=r"num_workers=3: .* has 2 workers"),
+        open_cluster("address", address=address, num_workers=3, timeout=1),
+    ):
+        pass
+    with open_cluster("address", address=address) as opened:
+        assert opened.workers == cluster.workers
+    assert len(cluster.workers) == 2  # it was only left
+
+
+# --- Training -------------------------------------------------------------------------------------------
+
+
+def test_two_ranks_are_one_rank_with_twice_the_parts(cluster, whole):
+    """The same draws, so the same losses but for the order of sums; and bit for bit the same again."""
+    first, result = over(cluster)
+    assert result.ranks == 2
+    assert (weights(first) - whole[0]).abs().max() < 1e-5
+    again, _ = over(cluster)
+    assert torch.equal(weights(first), weights(again))
+    assert [row["step"] for row in result.metrics] == list(range(1, 13))
+    assert result.dashboard_link == cluster.dashboard_link
+
+
+def test_exact_attention_over_two_ranks_reaches_the_loss_of_one(cluster):
+    one = QuantumTrainer("small", **{**FAST, "sampler": "exact"}).train()
+    two = over(cluster, sampler="exact")[1]
+    assert two.loss == pytest.approx(one.loss, abs=1e-4)
+
+
+def test_fsdp_is_ddp_with_the_model_shared_out(cluster, whole):
+    sharded, result = over(cluster, parallel="fsdp", validate_every=4)
+    assert (weights(sharded) - whole[0]).abs().max() < 1e-4
+    ddp = over(cluster, validate_every=4)[1]
+    for name in ("sampling_variance", "held_out_bits_per_byte_exact", "held_out_bits_per_byte_sampled"):
+        assert result.metrics[3][name] == pytest.approx(ddp.metrics[3][name], rel=1e-3)
+
+
+def test_a_folder_of_two_ranks_is_resumed_by_one(cluster, whole, tmp_path):
+    trainer = QuantumTrainer("small", distributed=True, cluster=cluster, folder=tmp_path, **FAST)
+    trainer.on_metrics = lambda rows: trainer.cancel()
+    stopped = trainer.train()
+    assert stopped.stopped
+    assert stopped.steps == checkpoints(tmp_path)[-1] < 12
+    alone = QuantumTrainer("small", folder=tmp_path, **FAST)
+    alone.train()
+    assert (weights(alone) - whole[0]).abs().max() < 1e-5
+
+
+def test_the_benchmark_trains_what_it_is_compared_with(cluster, monkeypatch, capsys):
+    from qtx_lab.experiments import bench_training
+
+    monkeypatch.setattr(bench_training, "open_cluster", lambda *args, **options: nullcontext(cluster))
+    monkeypatch.setattr(bench_training, "MODEL", "small")
+    rows = bench_training.bench_training(True, 1e9)
+    assert [(row["case"], row["method"]) for row in rows] == [
+        ("overhead", "bare DDP loop"), ("overhead", "trainer, 2 ranks"),
+        ("ranks", "trainer, 1 rank"), ("ranks", "trainer, 2 ranks"),
+    ]  # fmt: skip
+    assert all(row["error"] <= 1e-4 for row in rows)
+    assert all(row["seconds"] > 0 for row in rows)
+    assert "tokens/s" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(find_gpus()[0] > 0, reason="this machine has GPUs")
+def test_the_code_of_the_seed_document_runs_as_a_script_without_gpus(tmp_path):
+    """No `if __name__ == "__main__"`: workers must not train again."""
+    (tmp_path / "script.py").write_text(
+        "import torch\n"
+        "from qtx_lab import QuantumMultiheadAttention, QuantumTrainer\n"
+        "class Model(torch.nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.embedding = torch.nn.Embedding(256, 16)\n"
+        "        self.attention = QuantumMultiheadAttention(16, 2, batch_first=True, num_samples=4)\n"
+        "    def forward(self, tokens):\n"
+        "        x = self.embedding(tokens)\n"
+        "        return (x + self.attention(x, x, x)[0]) @ self.embedding.weight.T\n"
+        "quantum_model = Model()\n"
+        "before = quantum_model.embedding.weight.detach().clone()\n"
+        "trainer = QuantumTrainer(model=quantum_model, distributed=True, num_gpus=4, mixed_precision=True,\n"
+        "                         steps=3, num_tokens=16)\n"
+        "result = trainer.train()\n"
+        "print(result.steps, result.ranks, result.notes)\n"
+        "assert not torch.equal(before, quantum_model.embedding.weight)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("3 4 ('num_gpus=4: NVML finds no GPU")
+    assert done.stdout.count("num_gpus=4") == 1
+    assert "bf16" in done.stdout
+    assert "FallbackWarning: num_gpus=4" in done.stderr
+
+
+# --- Faults ---------------------------------------------------------------------------------------------
+
+
+def hitting(cluster, how, when, which=1):
+    """An `on_metrics` that sends a signal to a rank's worker once training has come to a step; and whom it hit."""
+    hit = []
+
+    def on_metrics(rows):
+        if rows[-1]["step"] >= when and not hit:
+            worker = cluster.workers[which]
+            hit.append(cluster.client.run(os.getpid, workers=[worker])[worker])
+            os.kill(hit[0], how)
+
+    return on_metrics, hit
+
+
+@pytest.mark.chaos
+def test_killed_workers_change_nothing_but_the_time(cluster, whole, seed, soak, monkeypatch):
+    """Schedules at random: at which step, which rank; twenty in a soak."""
+    choose = random.Random(seed)
+    for _ in range(20 if soak else 2):
+        when, which = choose.randrange(1, 12), choose.randrange(2)
+        on_metrics, hit = hitting(cluster, signal.SIGKILL, when, which)
+        trainer, result = over(cluster, slowed(), on_metrics=on_metrics)
+        assert len(hit) == 1, (when, which)
+        assert "gone" in result.faults[0] or "went" in result.faults[0]
+        assert result.ranks == 2
+        assert (weights(trainer) - whole[0]).abs().max() < 1e-5, (when, which)
+
+
+def slowed():
+    """The small model, each training forward 50 ms longer, so that a signal comes before the end."""
+    model = make_model("small", FAST["seed"])
+
+    def wait(module, inputs):
+        import time
+
+        time.sleep(0.05)
+
+    model.register_forward_pre_hook(wait)
+    return model
+
+
+@pytest.mark.chaos
+def test_a_hung_rank_is_told_of_and_replaced(cluster, whole):
+    on_metrics, hit = hitting(cluster, signal.SIGSTOP, 4)
+    trainer, result = over(replace(cluster, timeout=5), slowed(), on_metrics=on_metrics)
+    assert len(hit) == 1
+    assert "hung" in result.faults[0]
+    assert "rank 1 at" in result.faults[0]
+    assert "does not answer" in result.faults[0]
+    assert (weights(trainer) - whole[0]).abs().max() < 1e-5
+
+
+@pytest.mark.chaos
+def test_a_worker_that_stays_away_is_done_without(cluster, whole):
+    local = cluster.client.cluster
+
+    def on_metrics(rows):
+        if rows[-1]["step"] >= 4 and len(local.workers) == 2:
+            local.scale(1)
+
+    try:
+        trainer, result = over(replace(cluster, timeout=5), slowed(), on_metrics=on_metrics)
+    finally:
+        local.scale(2)
+        cluster.client.wait_for_workers(2, timeout=60)
+    assert result.ranks == 1
+    assert any("stayed away" in fault for fault in result.faults)
+    assert (weights(trainer) - whole[0]).abs().max() < 1e-5
+
+
+@pytest.mark.chaos
+def test_faults_without_end_end_training(cluster, tmp_path):
+    model = slowed()
+    model.register_forward_pre_hook(lambda module, inputs: os._exit(9) if module.training else None)
+    with pytest.raises(qtx.RunFailed, match=r"given up after 1 fault.*gone"):
+        over(cluster, model, retries=0, folder=tmp_path)
+    assert checkpoints(tmp_path) == []
+
+
+def test_an_error_of_the_model_comes_back_as_it_is(cluster):
+    class Odd(Exception):
+        pass
+
+    model = make_model("small", 0)
+
+    def fail(module, inputs):
+        if module.training:
+            raise ZeroDivisionError("of the model")
+
+    model.register_forward_pre_hook(fail)
+    with pytest.raises(ZeroDivisionError, match="of the model"):
+        over(cluster, model)
+    assert cluster.client.submit(sum, [1]).result() == 1
+
+
+@pytest.mark.chaos
+def test_a_full_disk_on_a_worker_ends_training(cluster, tmp_path):
+    import resource
+
+    def limit(size):
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+    def full(rows):
+        if rows[-1]["step"] >= 4:
+            cluster.client.run(limit, 100_000)
+
+    try:
+        with pytest.raises(qtx.StorageError, match=r"Cannot write .*step-") as caught:
+            over(cluster, slowed(), on_metrics=full, folder=tmp_path)
+    finally:
+        cluster.client.run(limit, resource.RLIM_INFINITY)
+    kept = checkpoints(tmp_path)
+    assert kept
+    assert f"step-{kept[-1]:08d}" in caught.value.__notes__[0]
+    assert not list(tmp_path.glob(".step-*"))
+
+
+def test_cancel_stops_within_a_step(cluster):
+    trainer = QuantumTrainer(slowed(), distributed=True, cluster=cluster, **{**FAST, "steps": 100_000})
+    threading.Timer(2.0, trainer.cancel).start()
+    result = trainer.train()
+    assert result.stopped
+    assert 0 < result.steps < 1000
+    assert checkpoints(result.folder)[-1] == result.steps == result.metrics[-1]["step"]
+
+
+@pytest.mark.chaos
+def test_a_scheduler_that_is_started_again(whole, soak):
+    """Its workers end with it, by Dask's design; whoever runs it starts both again, at the same address."""
+    if not soak:
+        pytest.skip("starts six processes: make soak")
+    port = 20_000 + os.getpid() % 20_000
+    dask = [sys.executable, "-m", "distributed.cli"]
+    address = f"tcp://127.0.0.1:{port}"
+    processes = []
+
+    def start():
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        ends = [["127.0.0.1", "--port", str(port)], *[["127.0.0.1", "--nthreads", "1"]] * 2]
+        commands = [
+            [
+                f"{dask[2]}.{'dask_worker' if i else 'dask_scheduler'}",
+                *([address] if i else []),
+                "--host",
+                *rest,
+                "--no-dashboard",
+            ]
+            for i, rest in enumerate(ends)
+        ]
+        processes.extend(subprocess.Popen([*dask[:2], *command], **quiet) for command in commands)
+
+    def restart():
+        for process in processes[:3]:
+            process.kill()
+            process.wait()
+        start()
+
+    killed = threading.Event()
+
+    def on_metrics(rows):
+        if rows[-1]["step"] >= 4 and not killed.is_set():
+            killed.set()
+            threading.Thread(target=restart).start()
+
+    start()
+    try:
+        with open_cluster("address", address=address, num_workers=2, timeout=40) as opened:
+            trainer, result = over(opened, slowed(), on_metrics=on_metrics)
+        assert killed.is_set()
+        assert len(result.faults) >= 1
+        assert (weights(trainer) - whole[0]).abs().max() < 1e-5
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+@pytest.mark.chaos
+def test_ctrl_c_leaves_a_checkpoint_and_no_process(tmp_path):
+    command = [sys.executable, "-m", "qtx_lab.cli", "train", "--model", "small", "--steps", "100000", "--num-tokens", "32",
+               "--num-samples", "4", "--cluster", "local", "--num-workers", "2", "--home", tmp_path]  # fmt: skip
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        end = time.monotonic() + 90
+        while (
+            not list(tmp_path.glob("*/metrics.parquet")) and process.poll() is None and time.monotonic() < end
+        ):
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
+        _, errors = process.communicate(timeout=90)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    (folder,) = tmp_path.iterdir()
+    assert qtx.Run.open(folder).status == "interrupted"
+    assert checkpoints(folder / "checkpoints")

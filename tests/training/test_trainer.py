@@ -1,0 +1,443 @@
+"""Training in one process: it learns, repeats itself, resumes where it was, and refuses what it cannot do."""
+
+import itertools
+import math
+import resource
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import qtx_lab as qtx
+from qtx_lab.training import QuantumTrainer
+from qtx_lab.training.checkpoints import checkpoints
+from qtx_lab.training.data import SequenceOrder, open_tokens, stream_seed
+from qtx_lab.training.recipe import NOISE_TO_SIGNAL, Recipe
+from qtx_lab.training.sampling import Attention, NoisySampler
+from qtx_lab.training.trainer import make_model
+
+FAST = {"num_tokens": 32, "steps": 8, "batch_size": 4, "warmup_steps": 2, "num_samples": 4, "seed": 3}
+FAST |= {"validate_every": 4, "checkpoint_every": 3, "progress": False}
+
+
+def weights(trainer):
+    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+
+
+def trained(model="small", **options):
+    trainer = QuantumTrainer(model, **{**FAST, **options})
+    return trainer, trainer.train()
+
+
+# --- Data ---------------------------------------------------------------------------------------------
+
+
+def test_an_epoch_reads_every_window_once_and_the_next_one_others():
+    order = SequenceOrder(np.arange(107), 10, seed=0)
+    assert order.windows == 9
+    first, second = (order.sequences(range(start, start + 9)) for start in (0, 9))
+    for epoch in (first, second):
+        assert (epoch.diff(dim=1) == 1).all()
+        starts = epoch[:, 0].sort().values
+        assert (starts.diff() == 10).all()
+    assert not torch.equal(first.sort(dim=0).values, second.sort(dim=0).values) or not torch.equal(
+        first, second
+    )
+    everywhere = order.sequences(list(range(36)))
+    for i in (20, 3, 35, 4):  # any number at any time
+        assert torch.equal(order.sequences([i])[0], everywhere[i])
+    assert not torch.equal(SequenceOrder(np.arange(107), 10, seed=1).sequences(range(9)), first)
+
+
+def test_streams_differ():
+    seeds = {stream_seed(*path) for path in itertools.product(range(3), range(3), range(4), range(4))}
+    assert len(seeds) == 144
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_texts_of_every_kind(tmp_path):
+    tokens = np.arange(1000) % 50
+    np.save(tmp_path / "tokens.npy", tokens)
+    (tmp_path / "text.txt").write_text("Grüße " * 200)
+    for text in (tokens, torch.as_tensor(tokens), tmp_path / "tokens.npy"):
+        found = open_tokens(text, 32)
+        assert (len(found.training), len(found.held_out), found.vocab_size, found.bytes) == (
+            900,
+            100,
+            50,
+            False,
+        )
+    assert open_tokens(tmp_path / "text.txt", 32).bytes
+    assert open_tokens(tokens, 32).digest != open_tokens(tokens[::-1], 32).digest
+    reference = open_tokens("reference", 32)
+    assert bytes(reference.held_out) == qtx.reference_text().encode()
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "match"),
+    [
+        (np.arange(10), qtx.ArgumentError, "10 tokens"),
+        (np.zeros((9, 9), dtype=int), qtx.ArgumentError, "one dimension"),
+        (np.zeros(999), qtx.ArgumentError, "float64"),
+        (-np.ones(999, dtype=int), qtx.ArgumentError, "from 0"),
+        ("missing.txt", qtx.TextError, "cannot be read"),
+    ],
+)
+def test_texts_that_cannot_be_used(text, error, match):
+    with pytest.raises(error, match=match):
+        trained(text=text)
+
+
+# --- Schedules and settings -----------------------------------------------------------------------------
+
+
+def test_schedules():
+    recipe = Recipe(steps=101, warmup_steps=10, num_samples=8, final_num_samples=64, draws_schedule="linear",
+                    noise=0.2, noise_schedule="linear")  # fmt: skip
+    rates = [recipe.rate(step) for step in range(101)]
+    assert rates[0] == 0.1
+    assert max(rates) == rates[9] == rates[10] == 1
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert 0 < rates[-1] < 1e-3
+    draws = [recipe.draws(step, 8, 8) for step in range(101)]
+    assert (draws[0], draws[50], draws[100]) == (8, 36, 64)
+    assert [recipe.noise_at(step) for step in (0, 50, 100)] == [0, 0.1, 0.2]
+    cosine = Recipe(steps=101, final_num_samples=64, draws_schedule="cosine")
+    assert [cosine.draws(step, 8, 8) for step in (0, 50, 100)] == [8, 36, 64]
+    following = Recipe(draws_schedule="signal-to-noise", final_num_samples=100)
+    assert [following.draws_for(NOISE_TO_SIGNAL * x, 8, 40) for x in (9, 1.5, 1, 0.6, 0)] == [
+        80,
+        60,
+        40,
+        24,
+        20,
+    ]
+    assert following.draws_for(math.inf, 8, 90) == 100
+    assert following.draws_for(0, 8, 8) == 8
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"steps": 0}, "steps=0"),
+        ({"batch_size": 1.5}, "batch_size=1.5"),
+        ({"batch_size": 2, "accumulation": 3}, "batch_size=2"),
+        ({"noise": math.nan}, "noise=nan"),
+        ({"learning_rate": -1}, "learning_rate=-1"),
+        ({"sampler": "sistematic"}, "Did you mean 'systematic'"),
+        ({"sampler": "exact", "noise": 0.1}, "exact"),
+        ({"precision": "bf61"}, "Did you mean 'bf16'"),
+        ({"precision": "fp32", "mixed_precision": True}, "contradict"),
+        ({"parallel": "fsdp", "precision": "fp16"}, "fsdp"),
+        ({"stps": 1}, "Did you mean 'steps'"),
+        ({"model": "smal"}, "Did you mean 'small'"),
+        ({"num_gpus": 4}, "distributed=True"),
+        ({"num_gpus": 0, "distributed": True}, "num_gpus=0"),
+        ({"num_tokens": 5000}, "context, 1024"),
+        ({"seed": -1}, "seed=-1"),
+        ({"retries": -1}, "retries=-1"),
+    ],
+)
+def test_bad_settings_are_refused_before_work(settings, match):
+    with pytest.raises(qtx.ArgumentError, match=match):
+        trained(**settings)
+
+
+def test_models_that_do_not_fit():
+    embedding = torch.nn.Embedding(256, 8)
+    with pytest.raises(qtx.ShapeError, match="logits for 8"):
+        trained(embedding, num_samples=None)
+    with pytest.raises(qtx.ShapeError, match="must give logits"):
+        trained(torch.nn.Sequential(embedding, torch.nn.Flatten()), num_samples=None)
+    with pytest.raises(qtx.ArgumentError, match="no attention that could draw"):
+        trained(torch.nn.Sequential(embedding, torch.nn.Linear(8, 256)), sampler="systematic")
+    with pytest.raises(qtx.ArgumentError, match="no parameters"):
+        trained(torch.nn.Sequential(embedding, torch.nn.Linear(8, 256)).requires_grad_(False))
+
+
+# --- What draws -----------------------------------------------------------------------------------------
+
+
+def encoder(cls=torch.nn.MultiheadAttention, **options):
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = torch.nn.Embedding(256, 16)
+            self.attention = cls(16, 2, batch_first=True, **options)
+
+        def forward(self, tokens):
+            x = self.embedding(tokens)
+            mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+            x = x + self.attention(x, x, x, attn_mask=mask, is_causal=True, need_weights=False)[0]
+            return F.linear(x, self.embedding.weight)
+
+    torch.manual_seed(0)
+    return Model()
+
+
+def test_models_of_torchs_attention_draw_in_training_and_are_torchs_again_afterwards():
+    trainer, result = trained(encoder())
+    assert type(trainer.model.attention) is torch.nn.MultiheadAttention
+    assert {row["draws"] for row in result.metrics} == {4}
+    exact = trained(encoder(), sampler="exact")[1]
+    assert "draws" not in exact.metrics[0]
+    assert exact.loss == pytest.approx(result.loss, rel=0.05)
+    assert exact.loss != result.loss
+
+
+def test_modules_that_draw_already_keep_their_settings():
+    model = encoder(qtx.QuantumMultiheadAttention, sampler="head-tail", num_samples=6)
+    before = model.attention.settings
+    _, result = trained(model, num_samples=None)
+    assert {row["draws"] for row in result.metrics} == {6}
+    assert model.attention.settings is before
+
+
+def test_noise_is_the_uniform_distribution_over_visible_keys(generator):
+    logits = torch.randn(5, 8, generator=generator, dtype=torch.float64)
+    logits[:, 6:] = -torch.inf
+    logits[4] = -torch.inf
+    p = logits.softmax(-1).nan_to_num()
+    dense = (
+        NoisySampler(qtx.make_sampler("systematic"), 0.25).draw(logits, 200_000, generator=generator).dense(8)
+    )
+    expected = 0.75 * p + 0.25 * (logits > -torch.inf) / 6
+    assert torch.allclose(dense, expected, atol=1e-4)  # a comb misses a key's share by less than 1 / 200,000
+
+
+def test_the_measured_variance_is_that_of_the_gradient():
+    """Over 60 independent measurements its mean is that of ||g - E g||^2, to 5 standard errors."""
+    found, grads = [], []
+    model = make_model("small", 0)
+    batch = torch.arange(4 * 17).view(4, 17) % 256
+    attention = Attention(model, Recipe(sampler="monte-carlo", num_samples=2))
+
+    def gradient(seed):
+        model.zero_grad()
+        with attention.drawing(2, 0.0, torch.Generator().manual_seed(seed)):
+            logits = attention.forward(model, batch[:, :-1])
+            F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten()).backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    from qtx_lab.training.loop import squared_sums
+
+    names = [name for name, _ in model.named_parameters()]
+    for i in range(60):
+        pair = gradient(2 * i), gradient(2 * i + 1)
+        sums = squared_sums(names, *pair)
+        assert set(sums) == {"embedding", "blocks.0", "blocks.1", "norm"}
+        found.append(sum(noise.item() for noise, _ in sums.values()))
+        grads += [torch.cat([g.flatten() for g in one]) for one in pair]
+    grads = torch.stack(grads).double()
+    spread = (grads - grads.mean(0)).square().sum(-1) * len(grads) / (len(grads) - 1)
+    error = torch.tensor(found).std() / 60**0.5
+    assert abs(sum(found) / 60 - spread.mean().item()) < 5 * error
+
+
+def test_draws_follow_the_signal_to_noise():
+    _, result = trained(
+        sampler="monte-carlo", num_samples=1, draws_schedule="signal-to-noise", validate_every=1, steps=6
+    )
+    for row, following in itertools.pairwise(result.metrics):
+        recipe = Recipe(num_samples=1, draws_schedule="signal-to-noise")
+        assert following["draws"] == recipe.draws_for(row["noise_to_signal"], 1, row["draws"])
+    names = [name for name in result.metrics[0] if name.startswith("sampling_variance ")]
+    assert sum(result.metrics[0][name] for name in names) == pytest.approx(
+        result.metrics[0]["sampling_variance"]
+    )
+
+
+# --- Numbers --------------------------------------------------------------------------------------------
+
+
+def test_it_learns():
+    _, result = trained(steps=40, learning_rate=1e-2, validate_every=0)
+    bits = [row["bits_per_byte"] for row in result.metrics]
+    assert bits[0] > 7.9
+    assert result.metrics[-1]["held_out_bits_per_byte_exact"] < 6
+
+
+def test_the_first_step_is_plain_adamw():
+    """An independent loop: same batch, exact attention, bare AdamW."""
+    trainer, _ = trained(sampler="exact", steps=1, clip_norm=0, weight_decay=0.1)
+    model = make_model("small", FAST["seed"])
+    tokens = open_tokens("reference", 32)
+    batch = SequenceOrder(tokens.training, 32, stream_seed(FAST["seed"], 0)).sequences(range(4))
+    rate = FAST.get("learning_rate", 1e-3) / FAST["warmup_steps"]
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    rest = [p for p in model.parameters() if p.ndim == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}],
+        lr=rate,
+        betas=(0.9, 0.95),
+    )
+    F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten()).backward()
+    optimizer.step()
+    expected = torch.cat([p.detach().flatten() for p in model.parameters()])
+    assert torch.allclose(weights(trainer), expected, atol=2e-6)
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_one_others():
+    (a, first), (b, second), (c, _) = trained(), trained(), trained(seed=4)
+    assert torch.equal(weights(a), weights(b))
+    assert [row["loss"] for row in first.metrics] == [row["loss"] for row in second.metrics]
+    assert not torch.equal(weights(a), weights(c))
+
+
+def test_accumulation_with_exact_attention_changes_nothing():
+    one, two, three = (trained(sampler="exact", accumulation=n)[0] for n in (1, 2, 3))
+    assert torch.allclose(weights(one), weights(two), atol=1e-5)
+    assert torch.allclose(weights(one), weights(three), atol=1e-5)
+
+
+@pytest.mark.parametrize("sampler", ["exact", "systematic"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_mixed_precision(precision, sampler):
+    _, mixed = trained(precision=precision, sampler=sampler)
+    _, full = trained(precision="fp32", sampler=sampler)
+    assert mixed.loss == pytest.approx(full.loss, rel=0.02)
+    assert mixed.loss != full.loss
+
+
+def test_torchs_random_numbers_are_left_alone():
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    trained()
+    assert torch.equal(torch.rand(1), expected)
+
+
+# --- Faults ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"draws_schedule": "signal-to-noise", "num_samples": 1}, {"precision": "fp16"}]
+)
+def test_a_resumed_training_ends_where_an_uninterrupted_one_does(tmp_path, settings):
+    whole, _ = trained(**settings)
+
+    def cancel_at_5(rows):
+        if rows[-1]["step"] >= 5:
+            trainer.cancel()
+
+    trainer = QuantumTrainer("small", **{**FAST, **settings}, folder=tmp_path, on_metrics=cancel_at_5)
+    from qtx_lab.training import rank
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rank, "EVERY_SECONDS", 0)
+        stopped = trainer.train()
+    assert stopped.stopped
+    assert stopped.steps == checkpoints(tmp_path)[-1] == 6  # within a step
+    resumed, result = trained(folder=tmp_path, **settings)
+    assert [row["step"] for row in result.metrics] == [7, 8]
+    assert torch.equal(weights(resumed), weights(whole))
+    _, nothing = trained(folder=tmp_path, **settings)  # done already
+    assert nothing.steps == 8
+    assert nothing.metrics == ()
+
+
+def test_another_training_is_not_resumed(tmp_path):
+    trained(folder=tmp_path)
+    with pytest.raises(qtx.ArgumentError, match=r"steps=9 \(there 8\)"):
+        trained(folder=tmp_path, steps=9)
+    with pytest.raises(qtx.ArgumentError, match="other text="):
+        trained(folder=tmp_path, text=np.arange(999) % 256)
+
+
+def test_a_broken_checkpoint_is_passed_over_and_told_of(tmp_path):
+    whole, _ = trained(folder=tmp_path)
+    assert checkpoints(tmp_path) == [6, 8]
+    for part in (tmp_path / "step-00000008").glob("*.distcp"):
+        part.write_bytes(part.read_bytes()[:100])
+    resumed, result = trained(folder=tmp_path)
+    assert any("step-00000008" in note for note in result.notes)
+    assert torch.equal(weights(resumed), weights(whole))
+
+
+def poisoned(step, times):
+    """A small model whose loss is NaN on the batch of a step, `times` times."""
+    model = make_model("small", FAST["seed"])
+    order = SequenceOrder(open_tokens("reference", 32).training, 32, stream_seed(FAST["seed"], 0))
+    batch = order.sequences(range(4 * step, 4 * step + 4))[:, :-1]
+    left = [times]
+
+    def poison(module, inputs, output):
+        if torch.equal(inputs[0], batch) and left[0]:
+            left[0] -= 1
+            return output * math.nan
+        return output
+
+    model.register_forward_hook(poison)
+    return model
+
+
+@pytest.mark.parametrize("step", [1, 5])  # before and after the first checkpoint
+def test_a_loss_that_is_not_finite_once_is_overcome(step):
+    whole, _ = trained(sampler="exact")
+    trainer, result = trained(poisoned(step, 1), sampler="exact")
+    assert len(result.faults) == 1
+    assert "the loss is nan" in result.faults[0]
+    assert torch.equal(weights(trainer), weights(whole))
+
+
+def test_a_loss_that_is_not_finite_again_ends_training(tmp_path):
+    with pytest.raises(qtx.RunFailed, match=r"step 5: the loss is nan.*smaller learning_rate") as caught:
+        trained(poisoned(5, 2), sampler="exact", folder=tmp_path)
+    assert any("step-00000003" in note for note in caught.value.__notes__)
+    assert checkpoints(tmp_path) == [3]
+
+
+@pytest.mark.chaos
+def test_a_full_disk_ends_training_with_the_last_checkpoint_whole(tmp_path):
+    """A file may not be larger than 100 kB from step 4 on; the checkpoint at 6 is."""
+    code = f"""
+import resource, sys
+from qtx_lab import QuantumTrainer, StorageError
+from qtx_lab.training import rank
+rank.EVERY_SECONDS = 0
+def full(rows):
+    if rows[-1]["step"] >= 4:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    QuantumTrainer("small", on_metrics=full, folder={str(tmp_path)!r}, **{FAST!r}).train()
+except StorageError as error:
+    print(error, *error.__notes__)
+    sys.exit(7)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 7, done.stderr
+    assert "Cannot write" in done.stdout
+    assert "File too large" in done.stdout
+    assert "step-00000003" in done.stdout
+    assert checkpoints(tmp_path) == [3]
+    assert not list(tmp_path.glob(".step-*"))
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
+    whole, _ = trained()
+    resumed, _ = trained(folder=tmp_path)
+    assert torch.equal(weights(resumed), weights(whole))
+
+
+def test_cancel_before_anything_and_from_another_thread():
+    trainer = QuantumTrainer("small", **{**FAST, "steps": 100_000})
+    timer = threading.Timer(1.0, trainer.cancel)
+    timer.start()
+    result = trainer.train()
+    assert result.stopped
+    assert 0 < result.steps < 100_000
+    assert checkpoints(result.folder)[-1] == result.steps
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(qtx.StorageError, match="Cannot write"):
+        trained(folder=tmp_path / "file" / "below")
+
+
+def test_nothing_is_left_where_no_folder_was_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("QTX_LAB_HOME", str(tmp_path))
+    assert trained()[1].folder is None
+    assert list(tmp_path.iterdir()) == []

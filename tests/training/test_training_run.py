@@ -1,0 +1,121 @@
+"""A training as a run, as a person who typed `qtx-lab train` finds it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+import qtx_lab as qtx
+from qtx_lab.cli import main
+from qtx_lab.experiments.training_run import train_run
+from qtx_lab.training import scaling
+from qtx_lab.training.checkpoints import checkpoints
+
+FAST = {"model": "small", "num_tokens": 32, "steps": 9, "batch_size": 4, "warmup_steps": 2, "num_samples": 4}
+FAST |= {"validate_every": 3, "checkpoint_every": 3, "learning_rate": 1e-2}
+
+
+def flags(**fields):
+    return [part for name, value in fields.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def state(run):
+    return qtx.load_reference_model(run.path / "model.safetensors").state_dict()
+
+
+def test_a_spec_and_the_same_flags_are_the_same_training(tmp_path):
+    spec = qtx.TrainSpec(**FAST)
+    run = train_run(spec, home=tmp_path, progress=False)
+    assert run.status == "done"
+    metrics = run.metrics()
+    assert metrics["step"].tolist() == list(range(1, 10))
+    assert metrics["held_out_bits_per_byte_exact"].notna().sum() == 3
+    assert run.manifest["results"]["loss"] == metrics["loss"].iloc[-1]
+    assert [figure["name"] for figure in run.figures()] == ["training"]
+    assert (run.path / "report.html").exists()
+    (tmp_path / "spec.yaml").write_text(spec.to_yaml())
+    given = {name: FAST[name] for name in ("steps", "learning_rate")}
+    done = CliRunner().invoke(
+        main,
+        ["train", str(tmp_path / "spec.yaml"), *flags(**given), "--home", str(tmp_path), "--name", "again"],
+    )
+    assert done.exit_code == 0, done.output
+    assert done.stdout.splitlines()[-1].endswith("report.html")
+    (again,) = (qtx.Run.open(path) for path in tmp_path.glob("*-again-*"))
+    assert again.manifest["spec"]["identity"] == spec.identity
+    assert all(torch.equal(x, state(run)[name]) for name, x in state(again).items())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--steps", "0"], "steps=0"),
+        (["--steps", "1e-3"], "steps=0.001"),
+        (["--learning-rate", "fast"], "learning_rate='fast'"),
+        (["--sampler", "exact", "--noise", "0.5"], "noise"),
+        (["--model", "smal"], "model='smal'"),
+        (["--preset", "reference"], "--preset and --out"),
+        (["--out", "x", "--steps", "3"], "--preset and --out"),
+        (["--num-workers", "2"], "belong to --cluster"),
+        (["--cluster", "address"], "address"),
+        (["--resume", "none"], "resume='none'|run='none'"),
+        (["missing.yaml"], "missing.yaml"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_in_one_line(arguments, text, tmp_path):
+    import re
+
+    done = CliRunner().invoke(main, ["train", *arguments, "--home", str(tmp_path)])
+    assert done.exit_code == 2
+    assert re.search(text, done.output)
+    assert "Traceback" not in done.output
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.chaos
+def test_a_killed_training_is_resumed(tmp_path):
+    """kill -9 of the whole program: the run reads as interrupted, and resumed it ends as if nothing had happened."""
+    slow = {**FAST, "steps": 24}
+    command = [sys.executable, "-m", "qtx_lab.cli", "train", *flags(**slow), "--home", tmp_path]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        end = time.monotonic() + 90
+        while (
+            not list(tmp_path.glob("*/checkpoints/step-*"))
+            and process.poll() is None
+            and time.monotonic() < end
+        ):
+            time.sleep(0.02)
+        os.kill(process.pid, signal.SIGKILL)
+    (run,) = (qtx.Run.open(path) for path in tmp_path.iterdir())
+    assert run.status == "interrupted"
+    assert 0 < checkpoints(run.path / "checkpoints")[-1] < 24
+    resumed = train_run(home=tmp_path, resume=run.path.name[-6:], progress=False)
+    assert resumed.status == "done"
+    whole = train_run(qtx.TrainSpec(**slow), home=tmp_path, progress=False)
+    assert all(torch.equal(x, state(whole)[name]) for name, x in state(resumed).items())
+    with pytest.raises(qtx.ArgumentError, match="is done"):
+        train_run(home=tmp_path, resume=run.path)
+
+
+def test_the_cost_model():
+    assert scaling.bytes_per_step(10**8, 1) == 0
+    assert scaling.bytes_per_step(10**8, 2) == 4 * 10**8 + scaling.STATISTICS_BYTES
+    assert scaling.bytes_per_step(10**8, 8, parallel="fsdp") / scaling.bytes_per_step(
+        10**8, 8
+    ) == pytest.approx(1.5)
+    quiet = scaling.Machine(jitter=0)
+    assert scaling.simulate(10**8, 4096, 1, quiet)["efficiency"] == pytest.approx(1)
+    for jitter in (0.0, 0.05):
+        machine = scaling.Machine(jitter=jitter)
+        found = [scaling.simulate(10**8, 4096, ranks, machine)["efficiency"] for ranks in (1, 8, 64, 512)]
+        assert found == sorted(found, reverse=True)
+    more = [scaling.simulate(10**8, tokens, 512)["efficiency"] for tokens in (1024, 8192, 65_536)]
+    assert more == sorted(more)
+    # Without overlap's help a step is never shorter than its exchange alone, nor than computing alone.
+    one = scaling.simulate(10**9, 64, 512, quiet)
+    assert one["seconds"] >= scaling.exchange_seconds(4 * 10**9, 512, quiet)

@@ -1,0 +1,244 @@
+"""`CircuitView`: its drawing, its counts and its fit against what they stand for, and in a real browser."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from qtx_lab import QiskitQuantumBackend, make_loader
+from qtx_lab.backends.noise import fake_device
+from qtx_lab.errors import ArgumentError, DtypeError, ShapeError
+from qtx_lab.mitigation import ZeroNoiseExtrapolation
+from qtx_lab.mitigation.zne import METHODS
+from qtx_lab.widgets.circuit_view import NO_ADVANTAGE, CircuitView, _curve, drawing, region
+from qtx_lab.widgets.lens import AttentionLens
+
+P = torch.tensor([[0.4, 0.3, 0.2, 0.1, 0, 0, 0, 0], [0.125] * 8])
+
+
+def heard(view: CircuitView) -> list[dict[str, Any]]:
+    sent: list[dict[str, Any]] = []
+    view.send = lambda content, buffers=None: sent.append(content)  # type: ignore[method-assign]
+    return sent
+
+
+@pytest.mark.parametrize("loader", ["tree", "dynamic", "unary", "mps"])
+def test_every_gate_is_drawn_once_and_none_overlap(loader: str) -> None:
+    circuit = make_loader(loader).circuit(make_loader(loader).size(16))
+    drawn = drawing(circuit)
+    assert sum(gate["count"] for gate in drawn["gates"]) == sum(
+        i.operation.name != "barrier" for i in circuit.data
+    )
+    cells = [
+        (gate["column"], q)
+        for gate in drawn["gates"]
+        for q in range(min(gate["qubits"]), max(gate["qubits"]) + 1)
+    ]
+    assert len(cells) == len(set(cells))
+    measured = [g["column"] for g in drawn["gates"] if g["name"] == "measure"]
+    fed = [g["column"] for g in drawn["gates"] if g["conditional"]]
+    assert not fed or min(fed) > min(measured)
+
+
+@pytest.mark.parametrize("loader", ["tree", "dynamic"])
+def test_the_region_has_the_devices_calibration(loader: str) -> None:
+    backend = QiskitQuantumBackend("aer", "fake_fez", loader=loader)
+    found = region(backend, 16)
+    assert found is not None
+    target = fake_device("fake_fez").target
+    for node in found["nodes"]:
+        assert node["readout"] == target["measure"][(node["qubit"],)].error
+    assert len(found["nodes"]) == 4
+    assert bool(found["edges"]) == (loader == "tree")
+    places = np.array([[node["x"], node["y"]] for node in found["nodes"]])
+    assert np.isfinite(places).all()
+    assert len(np.unique(places.round(3), axis=0)) == 4
+    assert region(QiskitQuantumBackend("aer"), 16) is None
+
+
+def test_shots_arrive_in_parts_and_add_up() -> None:
+    view = CircuitView(QiskitQuantumBackend("aer", "fake_fez"), P, shots=2000)
+    sent = heard(view)
+    view.run()
+    view.run(500)
+    result = view.result
+    assert int(result.counts.sum() + result.discarded.sum()) == 2500
+    assert result.classical is not None
+    assert int(result.classical.counts.sum()) == 2500
+    parts = [message for message in sent if message["kind"] == "counts"]
+    assert len(parts) > 10
+    assert all(sum(m["counts"]) + m["discarded"] == m["done"] == sum(m["classical"]) for m in parts)
+    share = result.probabilities()[0]
+    assert float((share - P[0]).abs().sum()) < 0.12
+    again = CircuitView(QiskitQuantumBackend("aer", "fake_fez"), P, shots=2000)
+    again.run()
+    again.run(500)
+    assert torch.equal(again.result.counts, result.counts)
+
+
+def test_another_row_begins_anew_and_cancel_stops() -> None:
+    view = CircuitView(QiskitQuantumBackend("aer"), P, shots=1000)
+    sent = heard(view)
+    view.run()
+    view.row = 1
+    assert int(view.result.counts.sum()) == 0
+    view.send = lambda content, buffers=None: (
+        view.cancel() if content["kind"] == "counts" else sent.append(content)
+    )  # type: ignore[method-assign]
+    assert view._worker.join(30)
+    view.run(10_000)
+    assert 0 < view.result.shots < 10_000
+    assert sent[-1]["kind"] == "ended"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_curve_ends_at_the_answer(method: str) -> None:
+    levels = [1.0, 1.5, 2.5, 4.0]
+    y = np.array([0.52, 0.47, 0.4, 0.33])
+    zne = ZeroNoiseExtrapolation(levels, method, asymptote=0.125)
+    answer = float(zne.extrapolate(torch.tensor(y)[:, None]).output)
+    assert _curve(zne, y, np.array([0.0]))[0] == pytest.approx(answer)
+
+
+def test_a_level_is_measured_once_and_the_fit_is_the_extrapolation() -> None:
+    backend = QiskitQuantumBackend("aer", "fake_fez", loader="tree")
+    view = CircuitView(backend, P, shots=20_000, noise_levels=[1, 3])
+    fit = view.extrapolate()
+    assert fit["exact"] == pytest.approx(0.4)
+    assert fit["fit"][0][1] == pytest.approx(fit["answer"])
+    known = dict(view._levels)
+    moved = view.extrapolate([1, 2])
+    assert moved["values"][0] == fit["values"][0]
+    assert len(view._levels) == len(known) + 1
+    assert abs(moved["answer"] - 0.4) < 6 * moved["answer_error"] + 0.02
+    assert sum(moved["p"]) == pytest.approx(1)
+    with pytest.raises(ArgumentError, match="cannot be scaled"):
+        CircuitView(QiskitQuantumBackend("aer"), P).extrapolate()
+    with pytest.raises(ArgumentError, match="twice"):
+        view.extrapolate([1, 1])
+
+
+def test_it_follows_a_lens(generator: torch.Generator) -> None:
+    q, k, v = torch.randn(3, 1, 8, 4, generator=generator)
+    lens = AttentionLens(q, k, v)
+    view = CircuitView(QiskitQuantumBackend("aer"), P)
+    view.follow(lens)
+    assert view.num_rows == 2
+    lens.selected_rows = [2, 5, 6]
+    assert view.num_rows == 3
+    view.row = 2
+    torch.testing.assert_close(view._row_p()[0].float(), lens.rows()[2])
+    lens.selected_rows = []
+    assert view.num_rows == 3
+
+
+def test_what_cannot_be_shown_is_refused() -> None:
+    backend = QiskitQuantumBackend("aer")
+    with pytest.raises(DtypeError, match="QiskitQuantumBackend"):
+        CircuitView("aer")  # type: ignore[arg-type]
+    with pytest.raises(ShapeError):
+        CircuitView(backend, P[0])
+    with pytest.raises(ArgumentError, match=r"row=2 is not allowed: it must be in 0\.\.1"):
+        CircuitView(backend, P, row=2)
+    with pytest.raises(ArgumentError, match="twice"):
+        CircuitView(backend, P, noise_levels=[1, 1])
+    with pytest.raises(ArgumentError, match="rows"):
+        CircuitView(backend, P[:0])
+    with pytest.raises(ArgumentError, match="No row"):
+        _ = CircuitView(backend).result
+
+
+def test_it_is_saved_as_picture_and_data(tmp_path: Path) -> None:
+    view = CircuitView(QiskitQuantumBackend("aer", "fake_fez"), shots=200)
+    assert "image/png" in view._repr_mimebundle_()[0]
+    view.show_rows(P)
+    view.run()
+    view.extrapolate()
+    for name, start in {
+        "a.png": b"\x89PNG",
+        "a.svg": b"<?xml",
+        "a.csv": b"key,exact",
+        "a.parquet": b"PAR1",
+    }.items():
+        assert view.save(tmp_path / name).read_bytes().startswith(start)
+    assert NO_ADVANTAGE in str(view.note)
+
+
+CELL = """
+import torch, qtx_lab as qtx
+from qtx_lab.widgets.lens import AttentionLens
+from qtx_lab.widgets.circuit_view import CircuitView
+text = qtx.reference_text()[:16]
+layers = qtx.load_reference_model().attention_inputs(qtx.encode(text)[None, :16])
+lens = AttentionLens(*zip(*layers), tokens=text, is_causal=True, layer=3, head=2)
+view = CircuitView(qtx.QiskitQuantumBackend("aer", "fake_fez", loader="tree"), shots=4096)
+view.follow(lens)
+"""
+
+
+@pytest.mark.ui
+def test_in_jupyterlab(
+    page: Any, open_notebook: Callable[..., Any], run_all: Callable[..., None], run_python: Callable[..., None],
+    set_theme: Callable[..., None], shoot: Callable[..., Any], axe: Callable[..., list[str]],
+) -> None:  # fmt: skip
+    open_notebook(page, [CELL, "lens", "view"])
+    run_all(page)
+    view = page.locator(".qtx-circuit")
+    view.scroll_into_view_if_needed()
+    assert "No row is shown" in view.inner_text()
+    lens = page.locator(".qtx-lens")
+    lens.scroll_into_view_if_needed()
+    grip = lens.get_by_role("application", name="exact, 16 queries by 16 keys", exact=True)
+    page.wait_for_function("() => document.querySelector('.qtx-lens')?.dataset.draws === '64'")
+    box = grip.bounding_box()
+    page.mouse.move(box["x"] + 100, box["y"] + 0.7 * box["height"])
+    page.mouse.down()
+    page.mouse.move(box["x"] + 120, box["y"] + 0.8 * box["height"], steps=4)
+    page.mouse.up()
+    shoot(page, "lens-brushed")
+    run_python(
+        page,
+        "assert len(lens.selected_rows) >= 2, lens.selected_rows; assert view.num_rows == len(lens.selected_rows)",
+    )
+    view.scroll_into_view_if_needed()
+    page.wait_for_function("() => document.querySelector('.qtx-circuit').dataset.levels === '1 2 3'")
+    view.get_by_role("button", name="Measure").click()
+    page.wait_for_function("() => document.querySelector('.qtx-circuit').dataset.shots === '4096'")
+    assert "no advantage" in view.inner_text()
+    run_python(page, "assert int(view.result.shots) == 4096")
+    view.evaluate("(e) => e.scrollIntoView()")
+    shoot(page, "circuit-light")
+    slider = view.get_by_role("slider", name="noise level 3")
+    slider.focus()
+    for _ in range(4):
+        slider.press("ArrowRight")
+    page.wait_for_function("() => document.querySelector('.qtx-circuit').dataset.levels === '1 2 3.2'")
+    view.get_by_role("button", name="Add a level").click()
+    page.wait_for_function("() => document.querySelector('.qtx-circuit').dataset.levels === '1 2 3.2 4.2'")
+    handle = view.locator(".qtx-handle").nth(3)
+    handle.scroll_into_view_if_needed()
+    box = handle.bounding_box()
+    middle = (box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    page.mouse.move(*middle)
+    page.mouse.down()
+    page.mouse.move(middle[0] - 40, middle[1], steps=5)
+    page.mouse.up()
+    page.wait_for_function("() => !document.querySelector('.qtx-circuit').dataset.levels.endsWith('4.2')")
+    view.get_by_role("button", name="remove noise level 1", exact=True).click()
+    page.wait_for_function("() => document.querySelector('.qtx-circuit').dataset.levels.startsWith('2 3.2')")
+    run_python(
+        page, "assert len(view.noise_levels) == 3 and view.noise_levels[:2] == [2, 3.2], view.noise_levels"
+    )
+    set_theme(page, "dark")
+    view.evaluate("(e) => e.scrollIntoView()")
+    shoot(page, "circuit-dark")
+    wide = page.evaluate(
+        "() => [...document.querySelectorAll('.jp-OutputArea-output')].some((e) => e.scrollWidth > e.clientWidth + 1)"
+    )
+    assert not wide
+    assert axe(page, ".qtx-circuit") == []

@@ -1,0 +1,577 @@
+"""The served dashboard, as people with browsers find it; and what it reads, in this process."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from click.testing import CliRunner
+from scipy import stats
+
+import qtx_lab as qtx
+from qtx_lab import cli
+from qtx_lab.errors import ArgumentError, StorageError
+from qtx_lab.experiments.spec import ExperimentSpec, NotebookSpec
+from qtx_lab.widgets.dashboard import figures, maps, serve
+from qtx_lab.widgets.dashboard.records import Records
+from qtx_lab.widgets.dashboard.server import is_loopback, read_report
+
+VIEWS = ("Runs", "Live", "Error", "Heads", "Devices", "Maps", "Jobs")
+TOKEN = "a token of twenty-six chars"
+
+
+def fill(home: Path) -> None:
+    """A few small runs of each kind, and what is no run."""
+    rng = np.random.default_rng(0)
+    for seed in range(3):
+        with qtx.Run.create(ExperimentSpec(seed=seed), "demo", home) as run:
+            run.log_many(
+                {
+                    "figure": "error-against-draws", "sampler": name, "num_samples": n,
+                    "error": size * n**-0.5 * rng.lognormal(0, 0.05), "half_width": 0.01,
+                }
+                for name, size in (("monte-carlo", 1.0), ("systematic", 0.6), ("head-tail", 0.35))
+                for n in (8, 32, 128)
+            )  # fmt: skip
+            run.log_many(
+                {
+                    "sampler": "systematic",
+                    "num_samples": 32,
+                    "layer": i,
+                    "head": h,
+                    "variance": (1 + i + 6 * h) / 500,
+                }
+                for i in range(6)
+                for h in range(8)
+            )
+            run.update(title="Sampled attention", results={"summary": ["One sentence."]})
+        qtx.write_report(run)
+    for device, noise in (("fake_fez", 0.08), ("fake_sherbrooke", 0.17)):
+        spec = NotebookSpec(notebook="02_circuits", parameters={"device": device})
+        with qtx.Run.create(spec, "circuits", home) as run:
+            run.log_many(
+                {"loader": loader, "shots": s, "distance": 0.3 * s**-0.5 + off, "half_width": 0.002, "classical": 0.3 * s**-0.5}
+                for s in (256, 4096)
+                for loader, off in (("dynamic", noise / 20), ("tree", noise))
+            )  # fmt: skip
+            run.log_many({"loader": "tree", "m": m, "fidelity": 1 - noise * m / 4} for m in (1, 2, 3))
+    with pytest.raises(RuntimeError), qtx.Run.create(NotebookSpec(notebook="x"), "broken", home):
+        raise RuntimeError("<b>boom</b> it fell")
+    with qtx.Run.create(NotebookSpec(notebook="x"), "torn", home) as run:
+        run.log(sampler="systematic", num_samples=8, error=0.1)
+    metrics = run.path / "metrics.parquet"
+    metrics.write_bytes(metrics.read_bytes()[:100])
+    (home / "foreign").mkdir()
+    (home / "foreign" / "manifest.json").write_text("{nope")
+    (home / "notes.txt").write_text("not a run")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("dashboard") / "runs"
+    fill(home)
+    return home
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., str]]:
+    """`start(home, *options)`: a dashboard in a process of its own; gives its address."""
+    processes = []
+
+    def start(home: Path, *options: str) -> str:
+        log = tmp_path_factory.mktemp("log") / "stderr"
+        command = [
+            sys.executable,
+            "-m",
+            "qtx_lab.cli",
+            "dashboard",
+            "--home",
+            str(home),
+            "--port",
+            "0",
+            *options,
+        ]
+        with log.open("wb") as stderr:
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
+        processes.append((process, log))
+        assert process.stdout is not None
+        line = process.stdout.readline().strip()
+        assert line.startswith("http"), log.read_text()[-3000:]
+        return line
+
+    yield start
+    for process, log in processes:
+        process.terminate()
+        process.wait(20)
+        assert "could not be drawn" not in log.read_text(), log.read_text()[-3000:]
+
+
+@pytest.fixture(scope="module")
+def served(home: Path, start: Callable[..., str]) -> str:
+    return start(home)
+
+
+def visit(page: Any, url: str, view: str = "Runs", theme: str = "light") -> None:
+    """Open a view as a person would."""
+    page.goto(f"{url}?theme={theme}")
+    page.get_by_role("button", name="Runs", exact=True).wait_for()
+    if view != "Runs":
+        page.get_by_role("button", name=view, exact=True).click()
+
+
+def fetch(url: str, method: str = "GET", **headers: str) -> tuple[int, str, dict[str, str]]:
+    """Status, body and headers, redirects followed, past any proxy."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    request = urllib.request.Request(
+        url, method=method, headers=headers, data=b"" if method == "POST" else None
+    )
+    try:
+        with opener.open(request, timeout=30) as answer:
+            return answer.status, answer.read().decode(), dict(answer.headers)
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode(), dict(error.headers)
+
+
+# --- In a browser -----------------------------------------------------------------------------------
+
+
+@pytest.mark.ui
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_every_view_opens_in_both_themes(page: Any, served: str, shoot: Any, theme: str) -> None:
+    visit(page, served, theme=theme)
+    expected = {
+        "Runs": "2 skipped: not readable",
+        "Live": "Nothing is running",
+        "Error": re.compile(r"With 128 draws a row head-tail is best: 0\.03\d+ ± 0\.0"),
+        "Heads": "Layer 5, head 7 is the hardest",
+        "Devices": "Closest to the row: dynamic on fake_fez",
+        "Maps": "32 systematic draws lie",
+        "Jobs": "No jobs on devices",
+    }
+    for view in VIEWS:
+        page.get_by_role("button", name=view, exact=True).click()
+        page.get_by_text(expected[view]).first.wait_for()
+        if view in ("Error", "Heads", "Devices", "Maps"):
+            page.locator("#picture canvas:visible").first.wait_for()
+        page.wait_for_timeout(400)
+        width = page.evaluate("() => [document.documentElement.scrollWidth, innerWidth]")
+        assert width[0] <= width[1], f"{view} needs scrolling sideways"
+        shoot(page, f"dashboard-{view.lower()}-{theme}")
+    assert page.evaluate("() => getComputedStyle(document.body).colorScheme") == theme
+
+
+@pytest.mark.ui
+def test_filters_and_reports(page: Any, served: str, home: Path) -> None:
+    visit(page, served)
+    rows = page.locator("#picture tbody tr:visible")
+    page.get_by_text("boom").wait_for()
+    assert rows.count() == 7
+    assert page.get_by_text("<b>boom</b> it fell").count() == 1  # as text
+    page.get_by_label("Run contains").press_sequentially("CIRC")
+    page.get_by_text("boom").wait_for(state="hidden")
+    assert rows.count() == 2
+    page.get_by_label("Run contains").fill("")
+    page.get_by_text("boom").wait_for()
+    page.get_by_label("failed").uncheck()
+    page.get_by_text("boom").wait_for(state="hidden")
+    assert rows.count() == 6
+    page.get_by_label("Run contains").fill("no such run")
+    page.get_by_text("No run passes the filters").wait_for()
+    page.get_by_label("Run contains").fill("")
+    with page.expect_popup() as opened:
+        page.get_by_role("link", name=re.compile("Report of .*demo")).first.click()
+    report = opened.value
+    report.get_by_text("One sentence.").wait_for()
+    assert "/report/" in report.url
+
+
+@pytest.mark.ui
+def test_the_error_view_follows_its_filters(page: Any, served: str) -> None:
+    visit(page, served, "Error")
+    page.get_by_text("head-tail is best").wait_for()
+    page.get_by_text("Mean of 3 runs.").wait_for()
+    page.get_by_text("1 skipped").wait_for()  # the torn metrics are named
+    page.get_by_label("Samplers").select_option(["monte-carlo", "systematic"])
+    page.get_by_text("systematic is best").wait_for()
+
+
+@pytest.mark.ui
+def test_keyboard_reaches_every_control(page: Any, served: str) -> None:
+    visit(page, served, "Maps")
+    page.get_by_text("32 systematic draws lie").wait_for()
+    seen = set()
+    page.locator("#theme").focus()
+    for _ in range(14):
+        page.keyboard.press("Tab")
+        seen.add(page.evaluate(
+            """() => { let e = document.activeElement; while (e?.shadowRoot?.activeElement) e = e.shadowRoot.activeElement;
+            return e.getAttribute('role') || e.tagName; }"""
+        ))  # fmt: skip
+    assert {"slider", "SELECT"} <= seen
+    page.get_by_role("slider").first.focus()
+    page.keyboard.press("ArrowRight")
+    page.get_by_text("33 systematic draws lie").wait_for()
+
+
+REPAINTS = """async ([steps]) => {
+  // From the key that moves the slider to the frame in which the canvas of the sampled map is another.
+  const find = (root, found = []) => {
+    for (const e of root.querySelectorAll("*")) { if (e.tagName === "CANVAS" && e.offsetWidth) found.push(e);
+      if (e.shadowRoot) find(e.shadowRoot, found); }
+    return found;
+  };
+  const slider = (root) => { for (const e of root.querySelectorAll("*")) {
+      if (e.getAttribute("role") === "slider" && e.offsetWidth) return e;
+      const inner = e.shadowRoot && slider(e.shadowRoot); if (inner) return inner; } };
+  const all = find(document.querySelector("#picture")), third = all.length / 3;
+  const canvases = all.slice(third, 2 * third), small = document.createElement("canvas");
+  small.width = small.height = 96;
+  const pen = small.getContext("2d", { willReadFrequently: true });
+  const shot = () => canvases.map((c) => { pen.clearRect(0, 0, 96, 96); pen.drawImage(c, 0, 0, 96, 96);
+    return pen.getImageData(0, 0, 96, 96).data.reduce((h, x) => (h * 31 + x) | 0, 7); }).join();
+  const knob = slider(document.querySelector("#controls")), times = [];
+  for (let i = 0; i < steps; i++) {
+    const before = shot(), start = performance.now();
+    knob.dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowRight", keyCode: 39, bubbles: true, composed: true }));
+    while (shot() === before && performance.now() - start < 5000) await new Promise(requestAnimationFrame);
+    times.push(performance.now() - start);
+    await new Promise((done) => setTimeout(done, 150));
+  }
+  return times;
+}"""
+
+
+@pytest.mark.ui
+def test_the_map_follows_the_slider(page: Any, served: str, soak: bool, capsys: Any) -> None:
+    visit(page, served, "Maps")
+    page.get_by_text("32 systematic draws lie").wait_for()
+    page.locator("#picture canvas:visible").first.wait_for()
+    page.wait_for_timeout(500)
+    steps = 200 if soak else 30
+    times = page.evaluate(REPAINTS, [steps])
+    page.get_by_text(f"{32 + steps} systematic draws lie").wait_for()
+    assert max(times) < 5000, "a move of the slider did not change the picture"
+    with capsys.disabled():
+        median, p95 = np.percentile(times, [50, 95])
+        load = os.getloadavg()[0] / (os.cpu_count() or 1)
+        told = f"slider to repaint {median:.0f} ms (median), {p95:.0f} ms (p95), load {load:.1f} a core"
+        print(f"\ndashboard, n = 512, {steps} steps: {told}")
+
+
+@pytest.mark.ui
+def test_two_people_at_once(page: Any, browser: Any, served: str) -> None:
+    other = browser.new_context().new_page()
+    for someone, text in ((page, "circuits"), (other, "demo")):
+        visit(someone, served)
+        someone.get_by_text("boom").wait_for()
+        someone.get_by_label("Run contains").fill(text)
+    page.wait_for_timeout(1500)
+    for someone, text, others in ((page, "circuits", "demo"), (other, "demo", "circuits")):
+        shown = someone.locator("#picture tbody:visible").inner_text()
+        assert text in shown
+        assert others not in shown
+    other.context.close()
+
+
+@pytest.mark.ui
+def test_the_first_run_appears_and_is_followed(page: Any, start: Callable[..., str], tmp_path: Path) -> None:
+    home = tmp_path / "runs"
+    visit(page, start(home))
+    page.get_by_text("No runs yet").wait_for()
+    assert not home.exists()  # looking makes nothing
+    run = qtx.Run.create(NotebookSpec(notebook="train"), "train", home)
+    run.log(step=0, loss=5.0)
+    page.get_by_role("cell", name="train", exact=True).wait_for()
+    page.get_by_role("button", name="Live", exact=True).click()
+    page.get_by_text("1 rows; last: step 0, loss 5").wait_for()
+    for step in range(1, 6):
+        run.log_many({"step": 10 * step + i, "loss": 5.0 - 0.5 * step} for i in range(10))
+        page.wait_for_timeout(300)
+    page.get_by_text("51 rows; last: step 59, loss 2.5").wait_for()
+    page.locator("#picture canvas:visible").first.wait_for()
+    whole = (run.path / "metrics.parquet").read_bytes()
+    (run.path / "metrics.parquet").write_bytes(whole[:80])
+    page.get_by_text("metrics cannot be read").wait_for()
+    (run.path / "metrics.parquet").write_bytes(whole)
+    page.get_by_text("51 rows").wait_for()
+    run.finish("done")
+    page.get_by_text("done", exact=True).last.wait_for()  # it stays, ended
+    page.get_by_text("51 rows").wait_for()
+    for i in range(25):
+        shutil.copytree(run.path, home / f"copy-{i:02}")
+    page.get_by_role("button", name="Runs", exact=True).click()
+    page.get_by_text("1–20 of 26").wait_for()
+    page.get_by_role("button", name="Older").click()
+    page.get_by_text("21–26 of 26").wait_for()
+    page.get_by_role("button", name="Newer").click()
+    page.get_by_text("1–20 of 26").wait_for()
+
+
+@pytest.mark.ui
+def test_a_token_lets_in(page: Any, browser: Any, home: Path, start: Callable[..., str]) -> None:
+    link = start(home, "--token", TOKEN)
+    url = link.split("login")[0]
+    run = next(home.glob("*-demo-*")).name
+    for path in ("", f"report/{run}", "metadata"):
+        status, body, _ = fetch(url + path)
+        assert run not in body
+        assert "One sentence" not in body
+        assert "Token, as printed" in body or status == 404
+    page.goto(url)
+    page.get_by_label("Token").fill("wrong" * 5)
+    page.get_by_role("button", name="Enter").click()
+    page.get_by_text("This is not the token.").wait_for()
+    page.watch.errors.clear()  # the browser reports the 403
+    page.get_by_label("Token").fill(TOKEN)
+    page.get_by_role("button", name="Enter").click()
+    page.get_by_role("button", name="Runs", exact=True).wait_for()
+    assert TOKEN not in page.url
+    page.get_by_text("boom").wait_for()
+    other = browser.new_context().new_page()
+    other.goto(link)  # the printed link
+    other.get_by_role("button", name="Runs", exact=True).wait_for()
+    assert "token" not in other.url
+    other.context.close()
+
+
+@pytest.mark.ui
+def test_nothing_serious_for_axe(page: Any, served: str, axe: Any, soak: bool) -> None:
+    found = {}
+    for theme, views in (("light", ("Runs", "Error", "Maps")), ("dark", ("Runs", "Live", "Devices"))):
+        visit(page, served, theme=theme)
+        for view in VIEWS if soak else views:
+            page.get_by_role("button", name=view, exact=True).click()
+            page.wait_for_timeout(800)
+            found[view, theme] = axe(page, "body")
+    assert {key: problems for key, problems in found.items() if problems} == {}
+
+
+# --- By hand ----------------------------------------------------------------------------------------
+
+
+def test_reports_are_all_that_is_served(served: str, home: Path, tmp_path: Path) -> None:
+    run = next(home.glob("*-demo-*"))
+    status, body, headers = fetch(f"{served}report/{run.name}")
+    assert status == 200
+    assert "One sentence." in body
+    assert "sandbox" in headers["Content-Security-Policy"]
+    (home.parent / "report.html").write_text("secret")
+    (home.parent / "elsewhere").mkdir(exist_ok=True)
+    (home.parent / "elsewhere" / "report.html").write_text("secret")
+    link = home / "linked"
+    link.symlink_to(home.parent / "elsewhere")
+    try:
+        tries = ["..", "%2e%2e", ".", "..%2felsewhere", "..%2Felsewhere", "%2e%2e%2felsewhere", "..%5celsewhere", "linked",
+                 "%00", f"{run.name}%2fmanifest.json", f"{run.name}/manifest.json", "", "%252e%252e%252felsewhere"]  # fmt: skip
+        for name in tries:
+            status, body, _ = fetch(f"{served}report/{name}")
+            assert status in (400, 403, 404), name
+            assert "secret" not in body
+            assert "manifest" not in body
+    finally:
+        link.unlink()
+    assert read_report(home, run.name) is not None
+    for name in ("", "..", ".hidden", "a/b", "a\\b", "a\0b", "/etc", "x" * 5000):
+        assert read_report(home, name) is None
+    for method in ("POST", "PUT", "DELETE", "PATCH"):
+        assert fetch(f"{served}report/{run.name}", method)[0] == 405
+
+
+def test_looking_changes_no_file(served: str, home: Path) -> None:
+    def files() -> dict[Path, tuple[int, int]]:
+        return {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in home.rglob("*")}
+
+    before = files()
+    assert fetch(served)[0] == 200
+    assert fetch(f"{served}report/{next(home.glob('*-demo-*')).name}")[0] == 200
+    assert files() == before
+
+
+def test_other_names_for_this_machine_are_refused(served: str) -> None:
+    port = urllib.parse.urlsplit(served).port
+    assert fetch(served, Host=f"rebound.example:{port}")[0] == 403
+    assert fetch(served, Host=f"localhost:{port}")[0] == 200
+    assert [is_loopback(x) for x in ("127.0.0.1", "::1", "[::1]", "localhost", "0.0.0.0", "10.0.0.1", "localhost.example")] == [
+        True, True, True, True, False, False, False,
+    ]  # fmt: skip
+
+
+def test_a_public_address_needs_a_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("QTX_LAB_TOKEN", raising=False)
+    for address in ("0.0.0.0", "::", "", "192.0.2.1", "example.org"):
+        with pytest.raises(ArgumentError, match="token=None"):
+            serve(tmp_path, address=address)
+    with pytest.raises(ArgumentError, match="it must have 16 or more"):
+        serve(tmp_path, address="0.0.0.0", token="short")
+    told = CliRunner().invoke(cli.main, ["dashboard", "--address", "0.0.0.0"])
+    assert told.exit_code == 2
+    assert "--token or QTX_LAB_TOKEN" in told.output
+
+
+def test_a_port_that_is_taken_is_named(served: str, tmp_path: Path) -> None:
+    port = urllib.parse.urlsplit(served).port
+    with pytest.raises(ArgumentError, match=f"port={port} of 127.0.0.1 cannot be had"):
+        serve(tmp_path, port=port or 0)
+
+
+# --- What it reads ----------------------------------------------------------------------------------
+
+
+def test_records_read_a_file_once_until_it_changes(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = Records(home)
+    number = records.listing.number
+    records.look()
+    assert records.listing.number == number  # nothing changed
+    run = qtx.Run.create(NotebookSpec(notebook="x"), "growing", home)
+    try:
+        run.log(step=0, loss=1.0)
+        records.look()
+        assert records.listing.number == number + 1
+        assert len(records.metrics(run.path.name)) == 1
+        mark = records.mark(run.path.name)
+        with monkeypatch.context() as patch:
+            patch.setattr(Records, "_read_frame", lambda self, path: pytest.fail("read again"))
+            assert len(records.metrics(run.path.name)) == 1
+        run.log(step=1, loss=0.5)
+        assert records.mark(run.path.name) != mark
+        assert len(records.metrics(run.path.name)) == 2
+    finally:
+        run.finish("done")
+    torn = next(home.glob("*-torn-*")).name
+    for _ in range(2):
+        with pytest.raises(StorageError, match="Cannot read"):
+            records.metrics(torn)
+    table = records.listing.table
+    rows = records.rows(table, "sampler", "num_samples", "error")
+    assert [run for run, _ in rows.skipped] == [torn]
+    assert set(rows.frame["run"]) == set(table["run"][table["name"] == "demo"])
+    circuits = records.rows(table, "loader", "shots", "distance").frame
+    assert set(circuits["device"]) == {"fake_fez", "fake_sherbrooke"}  # from what was asked
+
+
+def test_over_runs_is_students_interval_of_the_mean() -> None:
+    rng = np.random.default_rng(1)
+    values = rng.normal(1, 0.1, 5)
+    frame = pd.DataFrame(
+        {"sampler": "a", "num_samples": 8, "error": values, "half_width": 9.0, "run": list("abcde")}
+    )
+    (row,) = figures.over_runs(frame, ("sampler", "num_samples"), "error").to_dict("records")
+    low, high = stats.t.interval(0.95, 4, values.mean(), stats.sem(values))
+    assert row["error"] == pytest.approx(values.mean())
+    assert 2 * row["half_width"] == pytest.approx(high - low)
+    (row,) = figures.over_runs(frame[:1], ("sampler", "num_samples"), "error").to_dict("records")
+    assert (row["half_width"], row["runs"]) == (9.0, 1)  # the run's own
+
+
+def test_a_thinned_curve_keeps_its_extremes() -> None:
+    rng = np.random.default_rng(2)
+    for size in (10, figures.POINTS + 1, 100_003):
+        y = rng.normal(size=size)
+        y[size // 3], y[size // 2] = 50, np.nan
+        x, kept = figures.thinned(np.arange(size), y)
+        assert len(x) <= figures.POINTS + 4
+        assert (np.nanmin(kept), np.nanmax(kept)) == (np.nanmin(y), np.nanmax(y))
+        assert (x[0], x[-1]) == (0, size - 1)
+        assert (np.diff(x) > 0).all()
+
+
+def test_maps_are_the_heads_own() -> None:
+    found = maps.attention_maps(128, 3, 0, "systematic", 16)
+    again = maps.attention_maps.__wrapped__(128, 3, 0, "systematic", 16)
+    assert np.array_equal(found.sampled, again.sampled, equal_nan=True)
+    lower = np.tril(np.ones((128, 128), bool))
+    assert np.isnan(found.exact[~lower]).all()
+    for p in (found.exact, found.sampled):
+        assert np.allclose(np.nansum(p, 1), 1, atol=1e-5)
+    more = maps.attention_maps(128, 3, 0, "systematic", 512)
+    assert 0 < more.distance < found.distance
+    assert 0 < more.error < found.error
+    tokens = qtx.encode(qtx.reference_text())[None, :128]
+    q, k, _ = qtx.load_reference_model().attention_inputs(tokens)[3]
+    p = np.exp((q[0, 0] @ k[0, 0].T).numpy() / q.shape[-1] ** 0.5) * lower
+    assert np.allclose(np.nan_to_num(found.exact), p / p.sum(1, keepdims=True), atol=1e-5)
+
+
+FOREIGN = {
+    "texts": {"sampler": ["x", "y"], "num_samples": ["many", "few"], "error": ["a", "b"], "layer": ["a", "b"], "head": ["c", "d"],
+              "variance": ["1", "2"], "loader": ["l", "m"], "shots": ["3", "x"], "distance": ["z", "0.1"], "m": ["1", "2"], "fidelity": ["q", "0.5"]},
+    "nothing": {name: [None, None] for name in ("sampler", "num_samples", "error", "layer", "head", "variance", "loader", "shots", "distance")},
+    "infinite": {"sampler": ["x", "x"], "num_samples": [0, -1], "error": [float("inf"), float("nan")], "layer": [0, 1], "head": [0, 1],
+                 "variance": [float("inf"), 0.0], "loader": ["t", "t"], "shots": [0.0, -3.0], "distance": [1.0, 1.0]},
+    "numbers for names": {"sampler": [1, 2], "num_samples": [True, False], "error": [1e300, 1e-300], "layer": [1.5, 1e18], "head": [0, 1],
+                          "variance": [1e-300, 1e300], "loader": [3, 4], "shots": [10, 20], "distance": [1e-9, 0.5], "device": [1, 2], "m": [1, 2], "fidelity": [0.5, 2.0]},
+    "one of each": {"sampler": ["<img src=x onerror=alert(1)>"], "num_samples": [8], "error": [0.1], "layer": [0], "head": [0], "variance": [0.1],
+                    "loader": ["tree"], "shots": [10], "distance": [0.1], "m": [3], "fidelity": [0.9], "step": ["late"]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_anybodys_metrics_are_drawn_or_left_out(kind: str, tmp_path: Path) -> None:
+    """Every view of a page over a run whose metrics hold anything."""
+    from qtx_lab.widgets.dashboard.page import Page
+
+    run = qtx.Run.create(NotebookSpec(notebook="x"), "anybody", tmp_path)
+    qtx.storage.write_frame(run.path / "metrics.parquet", pd.DataFrame(FOREIGN[kind]))
+    (run.path / "spec.yaml").write_text("- a list\n")
+    page = Page(Records(tmp_path), "light")
+    for name, view in page.views.items():
+        page.nav.value = name
+        listing = page.records.listing
+        view.show(view.prepare(listing, page.filtered(listing)))
+        for pane in view.body.select(lambda x: type(x).__name__ == "HoloViews"):
+            figures.hv.render(pane.object)
+        for pane in view.body.select(lambda x: type(x).__name__ == "HTML"):
+            assert "<img" not in pane.object
+    run.finish("done")
+
+
+def test_ten_thousand_runs_are_paged(tmp_path: Path) -> None:
+    from qtx_lab.widgets.dashboard.page import Page
+
+    page = Page(Records(tmp_path), "light")
+    n = 10_000
+    table = pd.DataFrame(
+        {
+            "run": [f"r{i}" for i in range(n)], "name": "r", "status": "done", "seconds": 1.0, "seed": pd.array([0] * n, "Int64"),
+            "started": pd.Timestamp("2026-11-23", tz="UTC"), "error": None, "report": False, "path": "",
+        }
+    )  # fmt: skip
+    listing = type(page.records.listing)(9, table, (), pd.DataFrame())
+    view = page.views["Runs"]
+    view.show(view.prepare(listing, table))
+    assert view.body[0].object.count("<tr>") == 21
+    assert "1–20 of 10000" in view.body[1][2].object
+
+
+def test_the_proxy_starts_what_the_command_line_has(tmp_path: Path) -> None:
+    from importlib.metadata import entry_points
+
+    from qtx_lab.widgets import proxy
+
+    (entry,) = (e for e in entry_points(group="jupyter_serverproxy_servers") if e.value.startswith("qtx_lab"))
+    assert entry.name == proxy.NAME
+    told = entry.load()()
+    assert Path(told["launcher_entry"]["icon_path"]).is_file()
+    command = [word.format(unix_socket=tmp_path / "socket", base_url="/user/me/") for word in told["command"]]
+    process = subprocess.Popen([*command, "--home", str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        assert "unix socket" in process.stdout.readline()
+        assert os.stat(tmp_path / "socket").st_mode & 0o077 == 0, "others may open the socket"
+    finally:
+        process.terminate()
+        process.wait(20)
+    assert json.dumps(told)

@@ -1,0 +1,206 @@
+"""`AttentionLens`: its numbers against plain torch, and in a real browser."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from qtx_lab import sampled_attention
+from qtx_lab.errors import ArgumentError, ShapeError
+from qtx_lab.widgets.lens import TILE, AttentionLens
+
+CELL = """
+import qtx_lab as qtx
+from qtx_lab.widgets.lens import AttentionLens
+text = qtx.reference_text()[:512]
+layers = qtx.load_reference_model().attention_inputs(qtx.encode(text)[None, :512])
+lens = AttentionLens(*zip(*layers), tokens=text, is_causal=True, layer=3, head=2)
+lens
+"""
+
+
+def heard(lens: AttentionLens) -> list[tuple[dict[str, Any], list[bytes]]]:
+    """What the lens sends from now on."""
+    sent: list[tuple[dict[str, Any], list[bytes]]] = []
+    lens.send = lambda content, buffers=None: sent.append((content, buffers or []))  # type: ignore[method-assign]
+    return sent
+
+
+def ask(lens: AttentionLens, level: int, tiles: list[list[int]], draws: int = 16) -> None:
+    where = {"layer": 0, "head": lens.head, "level": level, "exact": tiles, "sampled": tiles}
+    lens._heard({"kind": "maps", "view": "a", "seq": 1, "draws": draws, **where})
+    assert lens._worker.join(60)
+
+
+def inputs(length: int, n: int, generator: torch.Generator, heads: int = 2) -> tuple[torch.Tensor, ...]:
+    return tuple(torch.randn(heads, size, 8, generator=generator) for size in (length, n, n))
+
+
+@pytest.mark.parametrize(("length", "n", "level"), [(5, 7, 0), (300, 520, 0), (300, 520, 1), (513, 700, 2)])
+def test_tiles_are_the_means_of_the_maps(length: int, n: int, level: int, generator: torch.Generator) -> None:
+    q, k, v = inputs(length, n, generator)
+    lens = AttentionLens(q, k, v, head=1)
+    sent = heard(lens)
+    side = TILE << level
+    tiles = [[i, j] for i in range(-(-length // side)) for j in range(-(-n // side))]
+    ask(lens, level, tiles)
+    (content, buffers) = sent[0]
+    exact = torch.softmax(q[1] @ k[1].mT / 8**0.5, -1)
+    g = torch.Generator().manual_seed(1009)
+    est = sampled_attention(q[1], k[1], v[1], num_samples=16, generator=g)
+    for name, whole in (("exact", exact), ("sampled", est.attention_weights())):
+        found = np.full((-(-length // (1 << level)), -(-n // (1 << level))), np.nan)
+        for tile, buffer in zip(content["tiles"], buffers, strict=False):
+            if tile["map"] == name:
+                part = np.frombuffer(buffer, np.float16).reshape(tile["rows"], tile["columns"])
+                i, j = tile["i"] * TILE, tile["j"] * TILE
+                found[i : i + tile["rows"], j : j + tile["columns"]] = part
+        x = np.pad(
+            whole.numpy().astype(float),
+            ((0, -length % (1 << level)), (0, -n % (1 << level))),
+            constant_values=np.nan,
+        )
+        x = x.reshape(found.shape[0], 1 << level, found.shape[1], 1 << level)
+        np.testing.assert_allclose(found, np.nanmean(x, (1, 3)), rtol=1e-3, atol=1e-6)
+    facts = np.frombuffer(buffers[-1], np.float32).reshape(4, length)
+    off = (est.output - exact @ v[1]).norm(dim=-1) / (exact @ v[1]).norm(dim=-1)
+    np.testing.assert_allclose(facts[2], off, rtol=1e-4)
+    np.testing.assert_allclose(facts[1], [len(row.unique()) for row in est.draws.indices])
+
+
+def test_only_the_newest_request_is_answered(generator: torch.Generator) -> None:
+    lens = AttentionLens(*inputs(64, 64, generator))
+    sent = heard(lens)
+    for draws in range(1, 101):
+        lens._heard({"kind": "maps", "view": "a", "seq": draws, "layer": 0, "head": 0, "draws": draws,
+                     "level": 0, "exact": [], "sampled": [[0, 0]]})  # fmt: skip
+    assert lens._worker.join(60)
+    assert sent[-1][0]["seq"] == 100
+    assert len(sent) < 100
+    assert [content["seq"] for content, _ in sent] == sorted({content["seq"] for content, _ in sent})
+
+
+def test_variances_are_those_of_the_heads(generator: torch.Generator) -> None:
+    q, k, v = inputs(200, 200, generator, heads=4)
+    k[0] *= 30  # a head that looks at single keys is sampled without error
+    lens = AttentionLens(q, k, v, sampler="head-tail", is_causal=True)
+    sent = heard(lens)
+    lens._heard({"kind": "thumbnails", "draws": 16})
+    assert lens._worker.join(60)
+    variance = np.frombuffer(sent[0][1][0], np.float32)
+    assert len(variance) == 4
+    assert variance[0] < 0.05 * variance[1:].min()
+
+
+def test_an_estimate_that_was_handed_in_is_what_is_shown(generator: torch.Generator) -> None:
+    q, k, v = inputs(20, 30, generator)
+    est = sampled_attention(q, k, v, num_samples=8, sampler="monte-carlo", generator=generator)
+    lens = AttentionLens(q, k, v, num_samples=8, estimate=est, head=1)
+    frame = lens.frame()
+    shown = frame.pivot(index="query", columns="key", values="sampled").to_numpy()
+    np.testing.assert_array_equal(shown, est.attention_weights()[1])
+
+
+@pytest.mark.parametrize("shape", [(20, 8), (1, 4, 20, 8)])
+def test_shapes_and_grouped_queries(shape: tuple[int, ...], generator: torch.Generator) -> None:
+    q = torch.randn(shape, generator=generator)
+    k = torch.randn((*shape[:-3], 2, *shape[-2:]) if len(shape) > 2 else shape, generator=generator)
+    lens = AttentionLens(q, k, k, head=0 if len(shape) == 2 else 3)
+    lens.selected_rows = [7, 3, 3]
+    assert lens.selected_rows == [3, 7]
+    first = q.reshape(-1, *shape[-2:])[lens.head]
+    second = k.reshape(-1, *shape[-2:])[-1]
+    torch.testing.assert_close(lens.rows(), torch.softmax(first @ second.mT / 8**0.5, -1)[[3, 7]])
+
+
+def test_what_cannot_be_shown_is_refused(generator: torch.Generator) -> None:
+    q, k, v = inputs(4, 4, generator)
+    with pytest.raises(ShapeError, match="one text at a time"):
+        AttentionLens(q.expand(3, 2, 4, 8), k, v)
+    with pytest.raises(ShapeError, match="3 entries; there are 4 keys"):
+        AttentionLens(q, k, v, tokens="abc")
+    with pytest.raises(ArgumentError, match="NaN"):
+        AttentionLens(q * torch.nan, k, v)
+    with pytest.raises(ShapeError, match="4096"):
+        AttentionLens(torch.zeros(1, 4), torch.zeros(5000, 4), torch.zeros(5000, 4))
+    with pytest.raises(ShapeError, match="layers"):
+        AttentionLens([q, q], [k], [v])
+    with pytest.raises(ArgumentError, match=r"head=2 is not allowed: it must be in 0\.\.1"):
+        AttentionLens(q, k, v, head=2)
+    lens = AttentionLens(q, k, v)
+    for name, value in {"layer": 1, "head": -1, "num_samples": 0, "selected_rows": [4]}.items():
+        with pytest.raises(ArgumentError):
+            setattr(lens, name, value)
+    with pytest.raises(ArgumentError, match="pdf"):
+        lens.save("x.pdf")
+
+
+def test_it_is_saved_as_picture_and_data(tmp_path: Path, generator: torch.Generator) -> None:
+    lens = AttentionLens(*inputs(6, 6, generator), tokens="abcdef", is_causal=True)
+    data, _ = lens._repr_mimebundle_()
+    assert {"image/png", "application/vnd.jupyter.widget-view+json", "text/plain"} <= set(data)
+    for name, start in {
+        "a.png": b"\x89PNG",
+        "a.svg": b"<?xml",
+        "a.csv": b"query,key",
+        "a.parquet": b"PAR1",
+    }.items():
+        assert lens.save(tmp_path / name).read_bytes().startswith(start)
+    assert len(lens.frame()) == 21
+
+
+@pytest.mark.ui
+def test_in_jupyterlab(
+    page: Any, open_notebook: Callable[..., Any], run_all: Callable[..., None], run_python: Callable[..., None],
+    set_theme: Callable[..., None], shoot: Callable[..., Any], axe: Callable[..., list[str]],
+) -> None:  # fmt: skip
+    path = open_notebook(page, [CELL])
+    run_all(page)
+    lens = page.locator(".qtx-lens")
+    lens.wait_for()
+    page.wait_for_function("() => document.querySelector('.qtx-lens')?.dataset.draws === '64'")
+    page.wait_for_selector(".qtx-heads:not([data-stale])")
+    shoot(page, "lens-light")
+    slider = lens.get_by_role("slider", name="draws per row")
+    sampled = lens.locator(".qtx-map canvas:first-child").nth(1)
+    before = sampled.evaluate("(canvas) => canvas.toDataURL()")
+    slider.focus()
+    for _ in range(40):
+        slider.press("ArrowLeft")
+        page.wait_for_timeout(150)
+    page.wait_for_function("() => document.querySelector('.qtx-lens').dataset.draws === '1'")
+    assert sampled.evaluate("(canvas) => canvas.toDataURL()") != before
+    waits = json.loads(lens.get_attribute("data-latencies"))
+    p50, p95 = np.quantile(waits, [0.5, 0.95])
+    print(f"slider to repaint, n = 512, 8 heads, {len(waits)} steps: p50 {p50:.0f} ms, p95 {p95:.0f} ms")
+    run_python(page, "assert lens.num_samples == 1")
+    # By keyboard: a head, the cross, rows, and out of the view again.
+    lens.get_by_role("radio", name="layer 3, head 2").press("ArrowDown")
+    page.wait_for_function(
+        "() => document.querySelector('.qtx-lens h2').textContent.startsWith('Layer 4, head 2')"
+    )
+    grip = lens.get_by_role("application").first
+    grip.focus()
+    for key in ("ArrowDown", "Shift+ArrowDown", "Shift+ArrowDown"):
+        grip.press(key)
+    page.wait_for_function(
+        "() => document.querySelector('.qtx-lens').textContent.includes('3 rows selected')"
+    )
+    run_python(page, "assert lens.selected_rows == [256, 257, 258] and lens.layer == 4, lens.selected_rows")
+    assert "query 258" in lens.locator(".qtx-readout").inner_text()
+    for name, start in {"PNG": b"\x89PNG", "SVG": b"<?xml", "Data": b"PAR1", "CSV": b"query,"}.items():
+        with page.expect_download() as download:
+            lens.get_by_role("button", name=name, exact=True).click()
+        assert Path(download.value.path()).read_bytes().startswith(start)
+    page.evaluate("() => window.jupyterapp.commands.execute('docmanager:save')")
+    kept = json.loads(path.read_text())["cells"][0]["outputs"][0]["data"]
+    assert kept["image/png"].startswith("iVBOR")
+    set_theme(page, "dark")
+    shoot(page, "lens-dark")
+    assert axe(page, ".qtx-lens") == []

@@ -1,0 +1,657 @@
+"""The workbench: work that can be killed at any moment, state that survives, and all of it in a real browser."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from qtx_lab.errors import ArgumentError, DtypeError, JobTimeout, RunFailed, ShapeError, SpecError
+from qtx_lab.widgets import tasks
+from qtx_lab.widgets.work import Pace, Worker
+from qtx_lab.widgets.workbench import Workbench
+
+TASKS = """
+import os, time, warnings
+import numpy as np
+from qtx_lab.errors import ArgumentError, FallbackWarning
+
+def count(report, n):
+    for i in range(n):
+        report.send(i)
+        report((i + 1) / n, f"step {i}")
+    return n
+
+def stuck(report, how):
+    report(0.25, "stuck")
+    report.send("stuck")
+    if how == "native":
+        np.linalg.svd(np.random.default_rng(0).normal(size=(4000, 4000)))
+    else:
+        while True:
+            pass
+
+def die(report): os._exit(7)
+def refuse(report): raise ArgumentError("x=1 is not allowed: it must be 2.")
+def surprise(report): 1 / 0
+def shout(report):
+    print("a task may print")
+    warnings.warn("drawn classically", FallbackWarning)
+    return "done"
+"""
+
+
+@pytest.fixture
+def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Worker]:
+    (tmp_path / "qtx_tasks_for_tests.py").write_text(TASKS)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    worker = Worker("qtx_tasks_for_tests")
+    yield worker
+    worker.close()
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Workbench]:
+    bench = Workbench(home=tmp_path, num_tokens=64)
+    yield bench
+    bench.close()
+
+
+def test_work_tells_how_far_it_is_and_gives_all_that_was_sent(worker: Worker) -> None:
+    got: list[int] = []
+    states: list[tuple[str, float]] = []
+    work = worker.start(
+        "count", n=500, take=got.append, follow=lambda work: states.append((work.state, work.fraction))
+    )
+    with pytest.raises(ArgumentError, match="busy"):
+        worker.start("count", n=1)
+    assert work.wait(60) == 500
+    assert got == list(range(500))
+    assert states[-1] == ("done", 1.0)
+    assert states == sorted(states, key=lambda state: state[1])
+    process = worker._process
+    assert worker.start("count", n=1).wait(60) == 1
+    assert worker._process is process  # what it has loaded is kept
+
+
+@pytest.mark.parametrize("how", ["native", "python"])
+def test_cancel_kills_work_whatever_it_is_in(worker: Worker, how: str) -> None:
+    began = threading.Event()
+    work = worker.start("stuck", how=how, take=lambda _: began.set())
+    assert began.wait(60)
+    time.sleep(0.3)
+    with pytest.raises(JobTimeout, match="25%"):
+        work.wait(0.01)
+    process = worker._process
+    started = time.perf_counter()
+    work.cancel()
+    print(f"cancel of a {how} loop: {1000 * (time.perf_counter() - started):.1f} ms")
+    assert work.state == "cancelled"
+    with pytest.raises(RunFailed, match="cancelled"):
+        work.wait(0)
+    assert process is not None
+    assert process.wait(5) == -signal.SIGKILL
+    assert worker.start("count", n=3).wait(60) == 3
+
+
+def test_errors_of_tasks_are_told(worker: Worker) -> None:
+    with pytest.raises(ArgumentError, match="x=1 is not allowed"):
+        worker.start("refuse").wait(60)
+    with pytest.raises(RunFailed, match="ZeroDivisionError: division by zero"):
+        worker.start("surprise").wait(60)
+    with pytest.raises(RunFailed, match="died of exit code 7"):
+        worker.start("die").wait(60)
+    work = worker.start("shout")
+    assert work.wait(60) == "done"
+    assert work.warned == ["drawn classically"]
+
+
+@pytest.mark.chaos
+def test_a_worker_does_not_outlive_who_started_it(worker: Worker, tmp_path: Path) -> None:
+    code = (
+        "import time; from qtx_lab.widgets.work import Worker; w = Worker('qtx_tasks_for_tests');"
+        "x = w.start('stuck', how='python', take=lambda _: print(w._process.pid, flush=True)); time.sleep(600)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert parent.stdout is not None
+    child = psutil.Process(int(parent.stdout.readline()))
+    parent.kill()
+    parent.wait()
+    psutil.wait_procs([child], timeout=30)
+    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+
+
+def test_pace_never_forgets_the_last() -> None:
+    seen, value = [], [0]
+    pace = Pace(lambda: seen.append(value[0]), 0.01)
+
+    def ask(start: int) -> None:
+        for i in range(start, start + 500):
+            value[0] = i
+            pace.ask()
+
+    threads = [threading.Thread(target=ask, args=(1000 * i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    pace.flush()
+    time.sleep(0.05)
+    assert seen[-1] == value[0]
+
+
+def test_from_code_and_restored(bench: Workbench, tmp_path: Path) -> None:
+    bench.sample.form.change(name="monte-carlo", num_samples=32, replicates=2)
+    bench.sample.forms["control variates"].change(names=["topk"])
+    bench.sample.forms["source"].change(layer=1, head=5)
+    result = bench.sample.start().wait(120)
+    source = bench.sample.source
+    inputs = tasks.load_inputs(**source.inputs())
+    q, k, v = inputs.layers[1]
+    torch.testing.assert_close(torch.from_numpy(result["q"][1]), q)
+    p = tasks.exact_weights(inputs, 1, 5)
+    torch.testing.assert_close(
+        (p @ v[1].double()).float(),
+        torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[5],
+    )
+    assert 0 < result["error"] < result["plain_error"] < 1
+    lens = bench.sample.lens
+    assert lens is not None
+    assert (lens.layer, lens.head, lens.num_samples) == (1, 5, 32)
+    lens.num_samples = 16
+    lens.head = 2
+    assert bench.sample.form.spec.to_parameters()["num_samples"] == 16
+    assert bench.sample.source.head == 2
+
+    lens.selected_rows = [3, 7]
+    bench.sample.send_rows()
+    bench.circuit.form.change(shots=200)
+    parts: list[int] = []
+    bench.circuit._picture.observe(lambda change: parts.append(1), "value")
+    measured = bench.circuit.start().wait(120)
+    assert len(parts) > 3  # it fills in
+    assert measured["rows"].tolist() == [3, 7]
+    assert (measured["counts"].sum(-1) + measured["discarded"]).tolist() == [200, 200]
+    np.testing.assert_allclose(measured["p"].sum(-1), 1)
+    share = measured["counts"] / measured["counts"].sum(-1, keepdims=True)
+    np.testing.assert_allclose(measured["raw_error"], 0.5 * np.abs(share - measured["p"]).sum(-1))
+    assert "no advantage" in bench.circuit._picture.value
+
+    view = bench.circuit.view
+    assert view is not None
+    assert view.result.counts[0].tolist() == measured["counts"][0].tolist()
+    view.row = 1
+    assert view.result.counts[0].tolist() == measured["counts"][1].tolist()
+    view.noise_levels = [1.0, 2.0, 4.0]
+    assert bench.mitigate.form.spec.to_parameters()["noise_levels"] == [1, 2, 4]
+    bench.mitigate.form.change(noise_levels=[1, 3], extrapolation="linear")
+    assert (view.noise_levels, view.method) == ([1, 3], "linear")
+    mitigated = bench.mitigate.start().wait(120)
+    assert mitigated["estimate"].shape == measured["p"].shape
+    submitted = bench.hardware.start().wait(120)
+    assert (tmp_path / submitted["run"] / "metrics.parquet").exists()
+    listed = bench.runs.start().wait(60)
+    assert {row["name"] for row in listed["runs"]} == {"workbench", "hardware"}
+
+    state = {name: page.state() for name, page in bench.pages.items()}
+    shown = bench.circuit._picture.value
+    bench.close()
+    again = Workbench.restore(home=tmp_path)
+    assert again.run.path == bench.run.path
+    assert {name: page.state() for name, page in again.pages.items()} == state
+    assert again.circuit._picture.value == shown
+    assert again.sample.lens is not None
+    assert list(again.pages)[again.tabs.selected_index] == "circuit"
+    assert Workbench.restore(home=tmp_path) is again
+    again.close()
+
+
+def test_own_inputs_are_kept_with_the_run(tmp_path: Path) -> None:
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 4 if i == 0 else 2, 12, 8, generator=g) for i in range(3))
+    bench = Workbench(q, k, v, tokens=list("twelve words"), is_causal=True, home=tmp_path)
+    bench.sample.forms["source"].change(layer=1, head=3)
+    result = bench.sample.start().wait(120)
+    assert result["q"].shape == (2, 4, 12, 8)
+    assert result["tokens"] == list("twelve words")
+    bench.sample.forms["source"].change(layer=2)
+    with pytest.raises(ArgumentError, match="layer=2 is not allowed: there are 2"):
+        bench.sample.start().wait(60)
+    assert "layer=2 is not allowed" in bench.sample._told.value
+    assert "last picture is kept" in bench.sample._told.value
+    bench.close()
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "says"),
+    [
+        (lambda q: Workbench(q), ArgumentError, "give all three, or none"),
+        (lambda q: Workbench(q, q, q, model="x"), ArgumentError, "give all three, or none"),
+        (lambda q: Workbench(q, q[..., :3], q), ShapeError, "k"),
+        (lambda q: Workbench(q, q, [1]), DtypeError, "v is a list"),
+        (lambda q: Workbench(q * torch.nan, q, q), ArgumentError, "NaN"),
+        (lambda q: Workbench(q, q, q, tokens=["a"]), ShapeError, "tokens has 1 entries"),
+        (lambda q: Workbench(num_tokens=1), SpecError, "num_tokens=1"),
+        (lambda q: Workbench.restore(), ArgumentError, "no workbench to restore"),
+    ],
+)
+def test_what_does_not_fit_is_refused(
+    make: Callable[..., Any],
+    error: type[Exception],
+    says: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("QTX_LAB_HOME", str(tmp_path / "none"))
+    with pytest.raises(error, match=says):
+        make(torch.ones(2, 4, 4))
+
+
+def test_a_form_that_is_wrong_is_not_started(bench: Workbench) -> None:
+    bench.sample.form.enter(replicates="0")
+    with pytest.raises(SpecError, match="replicates=0"):
+        bench.sample.start()
+    bench.sample._begin()  # the button
+    assert "replicates=0" in bench.sample._told.value
+
+
+def test_a_huggingface_model_by_its_folder(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = ["the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog", "again", "and", "again"]
+    made = Tokenizer(models.WordLevel({w: i for i, w in enumerate(sorted(set(words)))}, unk_token="the"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=made).save_pretrained(tmp_path / "model")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=16, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    model = transformers.LlamaModel(config).eval()
+    model.save_pretrained(tmp_path / "model")
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(words))
+    inputs = tasks.load_inputs(str(tmp_path / "model"), str(text), 8)
+    assert inputs.tokens == tuple(words[:8])
+    model.set_attn_implementation("eager")
+    ids = torch.tensor([[sorted(set(words)).index(word) for word in words[:8]]])
+    with torch.no_grad():
+        expected = model(ids, output_attentions=True).attentions
+    for layer in range(2):
+        for head in range(4):
+            torch.testing.assert_close(
+                tasks.exact_weights(inputs, layer, head).float(),
+                expected[layer][0, head],
+                atol=1e-5,
+                rtol=1e-4,
+            )
+    with pytest.raises(ArgumentError, match="folder of a Hugging Face model"):
+        tasks.load_inputs(str(tmp_path), str(text), 8)
+
+
+def test_ten_thousand_updates_from_three_threads_end_in_the_files(bench: Workbench) -> None:
+    forms = [bench.sample.form, bench.circuit.form, bench.mitigate.form]
+    fields = [["num_samples", "replicates"], ["shots", "optimization_level"], ["instances", "degree"]]
+
+    def code() -> None:
+        for n in range(1, 3401):
+            forms[n % 2].change(**{fields[n % 2][0]: 1 + n % 4000})
+
+    def browser() -> None:
+        for n in range(1, 3301):
+            form, name = forms[n % 3], fields[n % 3][1]
+            form.set_state({"_edits": {**form._edits, name: [n, str(1 + n % (3 if n % 3 else 9))]}})
+
+    def thread() -> None:
+        for n in range(1, 3301):
+            forms[2].enter(instances=str(1 + n % 4000))
+
+    threads = [threading.Thread(target=target) for target in (browser, thread)]
+    for each in threads:
+        each.start()
+    code()
+    for each in threads:
+        each.join()
+    bench.flush()
+    written = json.loads((bench.run.path / "workbench.json").read_bytes())
+    assert written["forms"] == {
+        name: json.loads(json.dumps(page.state())) for name, page in bench.pages.items()
+    }
+    assert bench.sample.form.spec.to_parameters()["num_samples"] == 1 + 3400
+    assert bench.circuit.form.spec.to_parameters()["shots"] == 1 + 3399
+    assert bench.mitigate.form.spec.to_parameters()["instances"] == 1 + 3300
+
+
+@pytest.mark.notebooks
+def test_a_sweep_and_a_training_from_code(bench: Workbench, tmp_path: Path) -> None:
+    made = nbformat.v4.new_notebook(
+        cells=[
+            nbformat.v4.new_code_cell("x = 1\nseed = 0\nrun_dir = None", metadata={"tags": ["parameters"]}),
+            nbformat.v4.new_code_cell(
+                "import qtx_lab as qtx\nqtx.Run.open(run_dir).update(results={'square': x**2})"
+            ),
+        ],
+        metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}},
+    )
+    nbformat.write(made, tmp_path / "squares.ipynb")
+    bench.sweep.form.change(notebook=str(tmp_path / "squares.ipynb"), grid={"x": [2, 3]}, parameters={})
+    bench.sweep.forms["cluster"].change(num_workers=1)
+    swept = bench.sweep.start()
+    bench.train.form.change(model="small", num_tokens=32, steps=3, num_samples=4, batch_size=2)
+    trained = bench.train.start().wait(200)  # beside it
+    assert [row["step"] for row in trained["rows"]] == [1, 2, 3]
+    curves = bench.train.curves.frame()
+    assert curves[curves["series"] == "training"]["x"].tolist() == [1, 2, 3]
+    result = swept.wait(200)
+    assert result["status"] == "done"
+    at = result["columns"].index(next(name for name in result["columns"] if "square" in name))
+    assert sorted(row[at] for row in result["rows"]) == [4, 9]
+
+
+def test_a_full_disk_is_told_and_stops_nothing(bench: Workbench) -> None:
+    bench.sample.form.change(num_samples=8)
+    bench.flush()
+    folder = bench.run.path
+    folder.rename(folder.with_name("moved"))
+    bench.sample.form.change(num_samples=9)
+    bench.flush()
+    assert "not kept" in bench.where()
+    assert bench.sample.form.spec.to_parameters()["num_samples"] == 9
+    folder.with_name("moved").rename(folder)
+    bench.sample.form.change(num_samples=10)
+    bench.flush()
+    assert "kept in" in bench.where()
+
+
+# --- In a real browser -------------------------------------------------------------------------------------
+
+CELL = "import qtx_lab as qtx\nwb = qtx.Workbench(num_tokens=128)\nwb"
+
+
+def bar(page: Any, says: str) -> Any:
+    """The line at the bottom of the open tab, once it says so."""
+    found = page.locator(".qtx-wb-bar:visible").filter(has_text=says)
+    found.wait_for()
+    return found
+
+
+def press(page: Any, button: str) -> None:
+    page.locator(".qtx-workbench").get_by_role("button", name=button, exact=True).click()
+
+
+def open_tab(page: Any, name: str) -> None:
+    page.get_by_role("tab", name=name, exact=True).click()
+    page.locator(".qtx-wb-page:visible").wait_for()
+
+
+def field(page: Any, name: str) -> Any:
+    return page.locator(f".qtx-wb-page:visible [data-field={name}]")
+
+
+def cut_off(page: Any) -> list[str]:
+    """What of the workbench needs scrolling sideways, or lies over something else."""
+    return page.evaluate("""() => {
+      const root = document.querySelector(".qtx-workbench"), found = [];
+      const named = (e) => `${e.tagName}.${e.className} ${(e.innerText ?? "").slice(0, 40)}`;
+      for (const e of [root, ...root.querySelectorAll("*")]) {
+        if (!e.checkVisibility() || e.closest("[tabindex='0'][role=region]")) continue;
+        const style = getComputedStyle(e);
+        if (e.scrollWidth > e.clientWidth + 1 && ["auto", "scroll", "hidden"].includes(style.overflowX)
+            && e.clientWidth > 1 && !["INPUT", "SELECT"].includes(e.tagName)) found.push(`wider: ${named(e)}`);
+      }
+      const edge = root.getBoundingClientRect();
+      const boxes = [...root.querySelectorAll("button, input:not([type=file]), select, label, summary")]
+        .filter((e) => e.checkVisibility()).map((e) => [e, e.getBoundingClientRect()]).filter(([, b]) => b.width);
+      for (const [e, b] of boxes) if (b.left < edge.left - 1 || b.right > edge.right + 1) found.push(`outside: ${named(e)}`);
+      for (const [e, a] of boxes) for (const [f, b] of boxes) {
+        if (e === f || e.contains(f) || f.contains(e) || e.closest(".qtx-wb-act") || f.closest(".qtx-wb-act")) continue;
+        const over = Math.min(a.right, b.right) - Math.max(a.left, b.left), up = Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top);
+        if (over > 2 && up > 2) found.push(`over each other: ${named(e)} | ${named(f)}`);
+      }
+      return found;
+    }""")
+
+
+@pytest.mark.ui
+def test_the_whole_work_in_a_browser(
+    page: Any,
+    open_notebook: Callable[..., Any],
+    run_all: Callable[..., None],
+    set_theme: Callable[..., None],
+    shoot: Callable[..., Path],
+    axe: Callable[..., list[str]],
+) -> None:
+    open_notebook(page, [CELL])
+    run_all(page)
+    page.locator(".qtx-form:visible").first.wait_for()
+    shoot(page, "workbench-empty")
+    assert cut_off(page) == []
+
+    press(page, "Draw")
+    bar(page, "done")
+    lens = page.locator(".qtx-wb-views:visible")
+    said = lens.inner_text()
+    slider = lens.locator("input[type=range]").first
+    slider.focus()
+    page.keyboard.press("ArrowLeft")
+    page.keyboard.press("ArrowLeft")
+    page.wait_for_function("([old]) => document.querySelector('.qtx-wb-views').innerText !== old", arg=[said])
+    value = field(page, "num_samples").locator("input")
+    page.wait_for_function("(e) => e.value !== '64'", arg=value.element_handle())
+    page.wait_for_function(  # the summary follows
+        "(e) => document.querySelector('.qtx-wb-views').innerText.includes(`(${e.value} draws a row`)",
+        arg=value.element_handle(),
+    )
+
+    # What is wrong stands beside its field; Cancel and the other fields go on.
+    replicates = field(page, "replicates")
+    replicates.locator("input").fill("0")
+    replicates.locator("input").press("Enter")
+    replicates.locator("[role=alert]").filter(has_text="replicates=0 is not allowed").wait_for()
+    replicates.locator("input").fill("2")
+    replicates.locator("input").press("Tab")
+    page.wait_for_function("(e) => !e.classList.contains('qtx-form-wrong')", arg=replicates.element_handle())
+
+    # Rows are brushed, and sent to the circuit.
+    canvas = lens.locator("canvas:visible").last
+    canvas.scroll_into_view_if_needed()
+    box = canvas.bounding_box()
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] * 0.30)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] * 0.33, steps=4)
+    page.mouse.up()
+    page.get_by_role("button", name="Send").filter(has_text="to Circuit").click()
+    page.locator(".qtx-wb-page:visible").get_by_role("button", name="Measure rows").wait_for()
+    sent = [int(x.input_value()) for x in field(page, "rows").locator("input").all()]
+    assert len(sent) >= 2
+    assert sent == list(range(sent[0], sent[0] + len(sent)))
+    # A list's items are moved by the keyboard, and by dragging.
+    rows = field(page, "rows")
+    swapped = [str(x) for x in (sent[1], sent[0], *sent[2:])]
+    first, second = rows.locator("li").nth(0), rows.locator("li").nth(1)
+    first.locator(".qtx-form-handle").focus()
+    page.keyboard.press("ArrowDown")
+    assert [x.input_value() for x in rows.locator("input").all()] == swapped
+    rows.locator("li").nth(1).scroll_into_view_if_needed()
+    box, below = first.locator(".qtx-form-handle").bounding_box(), second.bounding_box()
+    page.mouse.move(box["x"] + 5, box["y"] + box["height"] / 2)
+    page.mouse.down()
+    page.mouse.move(box["x"] + 5, below["y"] + below["height"] - 2, steps=4)
+    page.mouse.up()
+    assert [x.input_value() for x in rows.locator("input").all()] == [str(x) for x in sent]
+    press(page, "Measure rows")
+    bar(page, "done")
+    assert page.locator(".qtx-wb-table:visible tbody tr").count() == len(sent)
+    open_tab(page, "Hardware")
+    press(page, "Submit rows")
+    bar(page, "done")
+
+    # A noise level is added, changed and removed.
+    open_tab(page, "Mitigate")
+    levels = field(page, "noise_levels")
+    levels.get_by_role("button", name="Add").click()
+    page.wait_for_timeout(300)
+    assert [x.input_value() for x in levels.locator("input").all()] == ["1", "3", "5"]
+    levels.locator("input").last.fill("4")
+    levels.locator("input").last.press("Enter")
+    levels.get_by_role("button", name="Remove noise levels 2").click()
+    page.wait_for_timeout(300)
+    assert [x.input_value() for x in levels.locator("input").all()] == ["1", "4"]
+    press(page, "Mitigate rows")
+    bar(page, "done")
+    assert "mitigated" in page.locator(".qtx-wb-table:visible").inner_text()
+    open_tab(page, "Runs")
+    press(page, "Refresh")
+    bar(page, "done")
+
+    # A small model is trained for a moment.
+    open_tab(page, "Train")
+    field(page, "model").locator("select").select_option("small")
+    for name, number in (("num_tokens", "64"), ("num_samples", "8"), ("steps", "40")):
+        heading = page.locator("details:visible").filter(has=page.locator(f"[data-field={name}]"))
+        heading.evaluate("(details) => { details.open = true; }")
+        field(page, name).locator("input").fill(number)
+        field(page, name).locator("input").press("Tab")
+    press(page, "Train")
+    bar(page, "done")
+
+    for theme in ("light", "dark"):
+        set_theme(page, theme)
+        for name in ("Sample", "Circuit", "Mitigate", "Hardware", "Train", "Sweep", "Runs"):
+            open_tab(page, name)
+            page.wait_for_timeout(300)
+            assert cut_off(page) == [], name
+            shoot(page, f"workbench-{name.lower()}-{theme}")
+            if theme == "dark" or name == "Sample":
+                assert axe(page, ".qtx-workbench") == [], name
+    set_theme(page, "light")
+
+    # By keyboard alone: the tabs, the button, the fields.
+    page.get_by_role("tab", name="Runs").focus()
+    page.keyboard.press("Home")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Enter")
+    page.locator(".qtx-wb-page:visible").get_by_role("button", name="Measure rows").wait_for()
+    reached = []
+    for _ in range(12):
+        page.keyboard.press("Tab")
+        reached.append(
+            page.evaluate(
+                "() => { const e = document.activeElement; return e.labels?.[0]?.innerText || e.ariaLabel || e.innerText; }"
+            )
+        )
+    assert "Measure rows" in reached
+    assert "device" in reached
+    assert "shots" in reached
+
+    # Half a window: one column.
+    page.set_viewport_size({"width": 700, "height": 800})
+    page.wait_for_timeout(500)
+    assert cut_off(page) == []
+    shoot(page, "workbench-narrow")
+
+
+@pytest.mark.ui
+def test_cancel_restart_and_ten_thousand_updates_in_a_browser(
+    page: Any,
+    open_notebook: Callable[..., Any],
+    run_all: Callable[..., None],
+    run_python: Callable[..., None],
+) -> None:
+    wait = "import pathlib, time\nwhile not pathlib.Path('go-on').exists(): time.sleep(0.05)"
+    path = open_notebook(page, [CELL, wait])
+    page.evaluate("() => window.jupyterapp.shell.currentWidget.content.activeCellIndex = 0")
+    run_all(page, wait=False)  # the second cell keeps the kernel busy
+    page.locator(".qtx-form:visible").first.wait_for()
+    open_tab(page, "Train")
+    prompt = page.locator(".jp-InputPrompt").nth(1)
+    for busy in (True, False):
+        if not busy:
+            path.with_name("go-on").touch()
+            prompt.filter(has_text="[2]:").wait_for()
+        press(page, "Train")
+        page.locator(".qtx-wb-page:visible progress").wait_for()
+        if busy:
+            assert prompt.inner_text() == "[*]:"  # the cell is still at work
+        took = page.evaluate("""async () => {
+          const open = [...document.querySelectorAll(".qtx-wb-page")].find((e) => e.checkVisibility());
+          const cancel = [...open.querySelectorAll("button")].find((e) => e.innerText === "Cancel");
+          const started = performance.now();
+          cancel.click();
+          while (!open.querySelector(".qtx-wb-bar").innerText.includes("cancelled")) {
+            if (performance.now() - started > 20000) return Infinity;
+            await new Promise((done) => setTimeout(done, 5));
+          }
+          return performance.now() - started;
+        }""")
+        print(f"cancel, {'a cell busy' if busy else 'no cell busy'}: {took:.0f} ms from click to picture")
+        assert took < 20_000
+
+    # The main thread, another thread and a subshell at once.
+    open_tab(page, "Circuit")
+    run_python(
+        page,
+        "import threading\n"
+        "def many(): [wb.mitigate.form.change(instances=n) for n in range(1, 3401)]\n"
+        "aside = threading.Thread(target=many); aside.start()\n"
+        "[wb.sample.form.change(num_samples=n) for n in range(1, 3401)]; aside.join()",
+        wait=False,
+    )
+    page.evaluate("""async () => {
+      const shots = [...document.querySelectorAll("[data-field=shots] input")].find((e) => e.checkVisibility());
+      for (let n = 1; n <= 3200; n++) {
+        shots.value = String(n);
+        shots.dispatchEvent(new Event("change", { bubbles: true }));
+        if (n % 20 === 0) await new Promise((done) => setTimeout(done));
+      }
+    }""")
+    run_python(
+        page,
+        "import json, time\n"
+        "end = time.monotonic() + 30\n"
+        "while wb.circuit.form.spec.shots != 3200 and time.monotonic() < end: time.sleep(0.1)\n"
+        "wb.flush()\n"
+        "kept = json.loads((wb.run.path / 'workbench.json').read_bytes())['forms']\n"
+        "assert kept == json.loads(json.dumps({name: page.state() for name, page in wb.pages.items()}))\n"
+        "assert kept['circuit']['circuit']['shots'] == 3200, kept['circuit']\n"
+        "assert kept['sample']['sampler']['num_samples'] == 3400, kept['sample']\n"
+        "assert kept['mitigate']['mitigation']['instances'] == 3400, kept['mitigate']",
+    )
+    open_tab(page, "Sample")
+    press(page, "Draw")
+    bar(page, "done")
+
+    page.evaluate("async () => window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.restart()")
+    page.wait_for_function(
+        """() => { const kernel = window.jupyterapp.shell.currentWidget.sessionContext.session.kernel;
+                   return kernel.connectionStatus === 'connected' && kernel.status === 'idle'; }"""
+    )
+    page.evaluate(
+        """([first]) => {
+          const cells = window.jupyterapp.shell.currentWidget.content.widgets;
+          cells[0].model.sharedModel.setSource(first);
+          cells[1].model.sharedModel.setSource("");
+        }""",
+        ["import qtx_lab as qtx\nwb = qtx.Workbench.restore()\nwb"],
+    )
+    run_all(page)
+    page.locator(".qtx-wb-views:visible canvas").first.wait_for()
+    # A view of the kernel that is gone may have had a word to say.
+    page.watch.errors[:] = [x for x in page.watch.errors if x != "page error: Cannot send"]
+    assert field(page, "num_samples").locator("input").input_value() == "3400"
+    open_tab(page, "Circuit")
+    assert field(page, "shots").locator("input").input_value() == "3200"

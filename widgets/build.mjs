@@ -1,0 +1,34 @@
+// Builds the one bundle of all views into ../qtx_lab/widgets/static, or into the folder that is named.
+import { createHash } from "node:crypto";
+import { readdirSync, readFileSync } from "node:fs";
+import { dirname, join } from "node:path";
+import { fileURLToPath } from "node:url";
+import { build } from "esbuild";
+
+const here = dirname(fileURLToPath(import.meta.url));
+const out = process.argv[2] ?? join(here, "..", "qtx_lab", "widgets", "static");
+
+/** A digest of what the bundle is made of, so that a machine without node can tell whether it is current. */
+function sources() {
+  const names = readdirSync(join(here, "src")).filter((name) => !name.endsWith(".test.ts"));
+  const digest = createHash("sha256");
+  for (const name of ["build.mjs", ...names.map((name) => `src/${name}`).sort()]) {
+    digest.update(`${name}\n`).update(readFileSync(join(here, name)));
+  }
+  return digest.digest("hex");
+}
+
+const banner = `/* qtx_lab: made from widgets/src by \`npm run build\`; sources ${sources()} */`;
+await build({
+  absWorkingDir: here,
+  entryPoints: { widgets: "src/index.ts", form: "src/form.ts" },
+  outdir: out,
+  bundle: true,
+  minify: true,
+  format: "esm",
+  target: "es2022",
+  charset: "utf8",
+  legalComments: "none",
+  define: { "define.amd": "false" },
+  banner: { js: banner, css: banner },
+});

@@ -1,0 +1,203 @@
+// Elements, the theme of the page, and what every view has: a frame, exports and a place for errors.
+import type { AnyModel } from "@anywidget/types";
+import { COLOURS } from "./theme";
+
+export type Theme = keyof typeof COLOURS;
+export type Model = AnyModel<any>;
+
+type Attributes = Record<string, string | number | boolean | null | undefined | ((event: any) => void)>;
+type Child = Node | string | null;
+
+const SVG = "http://www.w3.org/2000/svg";
+
+function fill<E extends Element>(element: E, attributes: Attributes, children: Child[]): E {
+  for (const [name, value] of Object.entries(attributes)) {
+    if (typeof value === "function") element.addEventListener(name, value);
+    else if (value === true) element.setAttribute(name, "");
+    else if (value !== false && value !== null && value !== undefined)
+      element.setAttribute(name, String(value));
+  }
+  element.append(...children.filter((child): child is Node | string => child !== null));
+  return element;
+}
+
+/** An HTML element; an attribute that is a function listens to the event of its name. */
+export function h<K extends keyof HTMLElementTagNameMap>(
+  name: K,
+  attributes: Attributes = {},
+  ...children: Child[]
+): HTMLElementTagNameMap[K] {
+  return fill(document.createElement(name), attributes, children);
+}
+
+/** An SVG element. */
+export function s<K extends keyof SVGElementTagNameMap>(
+  name: K,
+  attributes: Attributes = {},
+  ...children: Child[]
+): SVGElementTagNameMap[K] {
+  return fill(document.createElementNS(SVG, name), attributes, children);
+}
+
+let serial = 0;
+/** An id that no other element of the page has. */
+export const unique = (name: string): string => `qtx-${name}-${++serial}-${Math.floor(performance.now())}`;
+
+/** The theme of the page around: JupyterLab's and Notebook's, VS Code's, Colab's, else the system's. */
+export function pageTheme(): Theme {
+  const { body, documentElement: root } = document;
+  const light = body.dataset.jpThemeLight;
+  if (light !== undefined) return light === "false" ? "dark" : "light";
+  if (body.dataset.vscodeThemeKind)
+    return /dark|high-contrast$/.test(body.dataset.vscodeThemeKind) ? "dark" : "light";
+  if (root.hasAttribute("theme")) return root.getAttribute("theme") === "dark" ? "dark" : "light";
+  return matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
+}
+
+/** What a view is drawn in: its root element, the theme, and what is to be undone at its end. */
+export class Frame {
+  readonly root: HTMLElement;
+  readonly error: HTMLElement;
+  theme: Theme;
+  private undo: (() => void)[] = [];
+
+  constructor(
+    readonly model: Model,
+    el: HTMLElement,
+    kind: string,
+    label: string,
+    private repaint: () => void,
+  ) {
+    this.error = h("p", { class: "qtx-error", role: "alert", hidden: true });
+    this.root = h("section", { class: `qtx qtx-${kind}`, "aria-label": label });
+    // JupyterLab takes arrows and letters for its own shortcuts, on the way down to us; what has Ctrl it may have.
+    const keep = (event: KeyboardEvent) => {
+      const target = event.target as Element;
+      if (this.root.contains(target))
+        target.toggleAttribute("data-lm-suppress-shortcuts", !event.ctrlKey && !event.metaKey);
+    };
+    window.addEventListener("keydown", keep, true);
+    this.undo.push(() => window.removeEventListener("keydown", keep, true));
+    this.theme = pageTheme();
+    this.paintTheme();
+    el.append(this.root);
+    const watch = new MutationObserver(() => this.follow());
+    watch.observe(document.body, { attributeFilter: ["data-jp-theme-light", "data-vscode-theme-kind"] });
+    watch.observe(document.documentElement, { attributeFilter: ["theme"] });
+    const system = matchMedia("(prefers-color-scheme: dark)");
+    const follow = () => this.follow();
+    system.addEventListener("change", follow);
+    const size = new ResizeObserver(() => this.repaint());
+    size.observe(this.root);
+    this.undo.push(
+      () => watch.disconnect(),
+      () => system.removeEventListener("change", follow),
+      () => size.disconnect(),
+    );
+    this.onMessage((message, buffers) => {
+      if (message.kind === "file") download(message.name, message.type, buffers[0]);
+      if (message.kind === "error") this.fail(message.text);
+    });
+  }
+
+  get colours(): (typeof COLOURS)[Theme] {
+    return COLOURS[this.theme];
+  }
+
+  private follow(): void {
+    if (pageTheme() === this.theme) return;
+    this.theme = pageTheme();
+    this.paintTheme();
+    this.repaint();
+  }
+
+  private paintTheme(): void {
+    this.root.dataset.theme = this.theme;
+    for (const [name, colour] of Object.entries(this.colours))
+      this.root.style.setProperty(`--qtx-${name}`, colour);
+  }
+
+  /** Say what went wrong, where the eye is; null when it is over. */
+  fail(text: string | null): void {
+    this.error.hidden = text === null;
+    this.error.textContent = text ?? "";
+  }
+
+  /** Follow a trait until the view ends. */
+  onChange(traits: string[], listen: () => void): void {
+    for (const trait of traits) this.model.on(`change:${trait}`, listen);
+    this.undo.push(() => traits.forEach((trait) => this.model.off(`change:${trait}`, listen)));
+  }
+
+  /** Hear messages of the kernel until the view ends. */
+  onMessage(listen: (message: any, buffers: DataView[]) => void): void {
+    this.model.on("msg:custom", listen);
+    this.undo.push(() => this.model.off("msg:custom", listen));
+  }
+
+  /** Change traits and tell the kernel. */
+  set(values: Record<string, unknown>): void {
+    for (const [name, value] of Object.entries(values)) this.model.set(name, value);
+    this.model.save_changes();
+  }
+
+  /** Do something at the view's end. */
+  atEnd(act: () => void): void {
+    this.undo.push(act);
+  }
+
+  end(): void {
+    for (const act of this.undo) act();
+    this.root.remove();
+  }
+
+  /** Buttons that ask the kernel for a figure or the data as a file. */
+  exports(): HTMLElement {
+    const ask = (as: string) => () => this.model.send({ kind: "export", as });
+    const button = (as: string, name: string, title: string) =>
+      h("button", { type: "button", title, click: ask(as) }, name);
+    return h(
+      "div",
+      { class: "qtx-exports", role: "group", "aria-label": "Save" },
+      button("png", "PNG", "Save the figure as PNG"),
+      button("svg", "SVG", "Save the figure as SVG"),
+      button("parquet", "Data", "Save the data as Parquet"),
+      button("csv", "CSV", "Save the data as CSV"),
+    );
+  }
+}
+
+function download(name: string, type: string, content: DataView): void {
+  const bytes = new Uint8Array(content.buffer, content.byteOffset, content.byteLength);
+  const url = URL.createObjectURL(new Blob([bytes.slice()], { type }));
+  const link = h("a", { href: url, download: name });
+  document.body.append(link);
+  link.click();
+  link.remove();
+  setTimeout(() => URL.revokeObjectURL(url), 10_000);
+}
+
+/** A canvas as sharp as the screen: sizes it and gives a context in CSS pixels. */
+export function sharp(canvas: HTMLCanvasElement, width: number, height: number): CanvasRenderingContext2D {
+  const ratio = window.devicePixelRatio || 1;
+  const [w, t] = [Math.max(1, Math.round(width * ratio)), Math.max(1, Math.round(height * ratio))];
+  if (canvas.width !== w || canvas.height !== t) [canvas.width, canvas.height] = [w, t];
+  canvas.style.width = `${width}px`;
+  canvas.style.height = `${height}px`;
+  const context = canvas.getContext("2d")!;
+  context.setTransform(ratio, 0, 0, ratio, 0, 0);
+  return context;
+}
+
+/** Runs `act` once at the next frame, however often it is asked for. */
+export function onFrame(act: () => void): () => void {
+  let asked = false;
+  return () => {
+    if (asked) return;
+    asked = true;
+    requestAnimationFrame(() => {
+      asked = false;
+      act();
+    });
+  };
+}

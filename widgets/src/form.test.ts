@@ -1,0 +1,31 @@
+import { describe, expect, it } from "vitest";
+import { fresh, moved } from "./form";
+
+describe("a list's items", () => {
+  it("move to any place, and no further than the ends", () => {
+    const items = ["a", "b", "c", "d"];
+    expect(moved(items, 0, 2)).toEqual(["b", "c", "a", "d"]);
+    expect(moved(items, 3, 0)).toEqual(["d", "a", "b", "c"]);
+    expect(moved(items, 1, 9)).toEqual(["a", "c", "d", "b"]);
+    expect(moved(items, 1, -9)).toEqual(["b", "a", "c", "d"]);
+    for (let from = 0; from < 4; from++)
+      for (let to = 0; to < 4; to++) {
+        const after = moved(items, from, to);
+        expect([...after].sort()).toEqual(items);
+        expect(after[to]).toBe(items[from]);
+      }
+  });
+
+  it("begin as a choice that is not there yet, or as the next number", () => {
+    const choice = { kind: "choice" as const, choices: ["x", "y", "z"] };
+    expect(fresh(choice, ["x"])).toBe("y");
+    expect(fresh(choice, ["x", "y", "z"])).toBe("x");
+    const number = { kind: "number" as const, low: 0, high: 8 };
+    expect(fresh(number, ["1", "3"])).toBe("5");
+    expect(fresh(number, ["7"])).toBe("8");
+    expect(fresh(number, ["5", "8"])).toBe("8");
+    expect(fresh(number, [])).toBe("0");
+    expect(fresh({ kind: "whole" }, ["12", "14", "x"])).toBe("16");
+    expect(fresh({ kind: "text" }, ["a"])).toBe("");
+  });
+});

@@ -1,0 +1,387 @@
+// A form made from the description of a spec's fields: what is typed goes to Python, which says what is wrong with it.
+import type { AnyModel } from "@anywidget/types";
+import "./form.css";
+
+export interface Field {
+  name: string;
+  label: string;
+  help: string;
+  unit: string;
+  group: string;
+  kind: Kind;
+  optional: boolean;
+  choices?: string[];
+  item?: Item;
+  low?: number | null;
+  high?: number | null;
+  arrows?: boolean;
+  most?: number | null;
+  least?: number;
+}
+type Kind = "choice" | "switch" | "whole" | "number" | "text" | "list" | "mapping";
+type Item = Pick<Field, "kind" | "choices" | "low" | "high" | "arrows">;
+export type Typed = string | boolean | string[];
+interface Shown {
+  values: Record<string, Typed>;
+  problems: Record<string, string>;
+  yaml: string;
+}
+interface Model {
+  _title: string;
+  _fields: Field[];
+  _edits: Record<string, [number, Typed]>;
+  _shown: Shown;
+  enabled: boolean;
+}
+/** One field on the page. */
+interface Control {
+  element: HTMLElement;
+  /** Show a value that came from Python. */
+  show(value: Typed): void;
+  /** Say what is wrong; "" for nothing. */
+  judge(problem: string): void;
+}
+
+/** Groups of a form that are open at first where there are many. */
+const OPEN = 2;
+
+/** A list with one item moved from one place to another. */
+export function moved<T>(items: readonly T[], from: number, to: number): T[] {
+  const rest = items.filter((_, i) => i !== from);
+  const end = Math.max(0, Math.min(to, rest.length));
+  return [...rest.slice(0, end), items[from] as T, ...rest.slice(end)];
+}
+
+/** What a new item of a list is at first: a choice that is not there yet, or the number after the last. */
+export function fresh(item: Item, items: readonly string[]): string {
+  if (item.kind === "choice") {
+    return (item.choices ?? []).find((choice) => !items.includes(choice)) ?? item.choices?.[0] ?? "";
+  }
+  const numbers = items.map(Number).filter(Number.isFinite);
+  if (item.kind === "text") return "";
+  const next = numbers.length
+    ? Math.max(...numbers) + (numbers.length > 1 ? gap(numbers) : 1)
+    : (item.low ?? 1);
+  return String(Math.min(next, item.high ?? Infinity));
+}
+
+function gap(numbers: number[]): number {
+  const sorted = [...numbers].sort((a, b) => a - b);
+  const step = (sorted.at(-1) as number) - (sorted.at(-2) as number);
+  return step > 0 ? step : 1;
+}
+
+function make<K extends keyof HTMLElementTagNameMap>(
+  tag: K,
+  attributes: Record<string, string> = {},
+  ...children: (Node | string)[]
+): HTMLElementTagNameMap[K] {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+  element.append(...children);
+  return element;
+}
+
+/** The element in which one value is typed or chosen. */
+function input(
+  item: Item,
+  optional: boolean,
+  id: string,
+): HTMLInputElement | HTMLSelectElement | HTMLTextAreaElement {
+  if (item.kind === "choice") {
+    const select = make("select", { id });
+    if (optional) select.append(make("option", { value: "" }, "none"));
+    for (const choice of item.choices ?? []) select.append(make("option", { value: choice }, choice));
+    return select;
+  }
+  if (item.kind === "mapping") return make("textarea", { id, rows: "5", spellcheck: "false" });
+  const element = make("input", { id, autocomplete: "off", spellcheck: "false" });
+  if (item.kind === "switch") {
+    element.type = "checkbox";
+  } else if (item.arrows) {
+    element.type = "number";
+    element.step = item.kind === "whole" ? "1" : "any";
+    if (item.low != null) element.min = String(item.low);
+    if (item.high != null) element.max = String(item.high);
+  } else {
+    element.type = "text";
+    if (item.kind === "whole") element.inputMode = "numeric";
+  }
+  if (optional) element.placeholder = "none";
+  return element;
+}
+
+function showIn(element: HTMLInputElement | HTMLSelectElement | HTMLTextAreaElement, value: Typed): void {
+  if (element instanceof HTMLInputElement && element.type === "checkbox") {
+    element.checked = value === true;
+    return;
+  }
+  const text = String(value);
+  if (element instanceof HTMLSelectElement && ![...element.options].some((option) => option.value === text)) {
+    element.append(make("option", { value: text }, text)); // refused by Python, and shown with the reason
+  }
+  if (element.value !== text) element.value = text;
+}
+
+function single(field: Field, id: string, type: (value: Typed) => void): Control {
+  const element = input(field, field.optional, id);
+  element.setAttribute("aria-describedby", `${id}-help ${id}-problem`);
+  let dirty = false;
+  const commit = () => {
+    dirty = false;
+    type(
+      element instanceof HTMLInputElement && element.type === "checkbox" ? element.checked : element.value,
+    );
+  };
+  element.addEventListener("input", () => (dirty = true));
+  element.addEventListener("change", commit);
+  element.addEventListener("keydown", (event) => {
+    const key = (event as KeyboardEvent).key;
+    if (key === "Enter" && dirty && field.kind !== "mapping") commit(); // browsers differ on whether this is a change
+    if (key === "Escape" && dirty) {
+      dirty = false;
+      element.value = element.dataset["shown"] ?? element.value;
+    }
+    if (key !== "Tab") event.stopPropagation(); // not for JupyterLab's shortcuts
+  });
+  return {
+    element,
+    show: (value) => {
+      if (dirty && element.matches(":focus")) return; // not under the fingers of who types
+      element.dataset["shown"] = String(value);
+      showIn(element, value);
+    },
+    judge: (problem) => element.setAttribute("aria-invalid", String(problem !== "")),
+  };
+}
+
+/** A list: each item with a handle to drag it by, or to move it with the arrow keys, and a button that removes it. */
+function list(field: Field, id: string, type: (value: Typed) => void): Control {
+  const item = field.item ?? { kind: "text" };
+  const rows = make("ol", { class: "qtx-form-list", "aria-labelledby": `${id}-label` });
+  const add = make("button", { type: "button", class: "qtx-form-add" }, "+ add");
+  add.setAttribute("aria-label", `Add to ${field.label}`);
+  const element = make("div", { id, role: "group", "aria-labelledby": `${id}-label` }, rows, add);
+  element.setAttribute("aria-describedby", `${id}-help ${id}-problem`);
+  let items: string[] = [];
+  let dragged = -1;
+
+  const change = (next: string[], focus?: () => HTMLElement | null | undefined) => {
+    draw(next);
+    focus?.()?.focus();
+    type(next);
+  };
+  const handles = () => [...rows.querySelectorAll<HTMLElement>(".qtx-form-handle")];
+  const fields = () => [...rows.querySelectorAll<HTMLElement>("input, select")];
+
+  function draw(next: string[]): void {
+    items = next;
+    rows.replaceChildren(...items.map(row));
+    const full = field.most != null && items.length >= field.most;
+    add.disabled = full || (item.kind === "choice" && items.length >= (item.choices?.length ?? 0));
+  }
+
+  function row(value: string, at: number): HTMLLIElement {
+    const name = `${field.label} ${at + 1}`;
+    const handle = make(
+      "button",
+      { type: "button", class: "qtx-form-handle", title: "Drag, or move with the arrow keys" },
+      "⠿",
+    );
+    handle.setAttribute("aria-label", `Move ${name}: arrow up, arrow down`);
+    const typed = input(item, false, `${id}-${at}`);
+    typed.setAttribute("aria-label", name);
+    showIn(typed, value);
+    const commit = () => {
+      if (items[at] === typed.value) return;
+      items = items.map((old, i) => (i === at ? typed.value : old)); // rows stay: another may be about to be clicked
+      type(items);
+    };
+    typed.addEventListener("change", commit);
+    typed.addEventListener("keydown", (event) => {
+      if ((event as KeyboardEvent).key === "Enter") commit();
+      if ((event as KeyboardEvent).key !== "Tab") event.stopPropagation();
+    });
+    const remove = make("button", { type: "button", class: "qtx-form-remove", title: "Remove" }, "×");
+    remove.setAttribute("aria-label", `Remove ${name}`);
+    const without = () =>
+      change(
+        items.filter((_, i) => i !== at),
+        () => handles()[Math.min(at, items.length - 1)] ?? add,
+      );
+    remove.addEventListener("click", without);
+    handle.addEventListener("keydown", (event) => {
+      const step = { ArrowUp: -1, ArrowDown: 1 }[event.key];
+      if (step !== undefined && at + step >= 0 && at + step < items.length) {
+        change(moved(items, at, at + step), () => handles()[at + step]);
+      } else if (event.key === "Delete" || event.key === "Backspace") {
+        without();
+      } else {
+        return;
+      }
+      event.preventDefault();
+      event.stopPropagation();
+    });
+    const line = make("li", {}, handle, typed, remove);
+    handle.addEventListener("pointerdown", (event) => {
+      if (event.button !== 0) return;
+      dragged = at;
+      handle.setPointerCapture(event.pointerId);
+      line.classList.add("qtx-form-dragged");
+    });
+    handle.addEventListener("pointermove", (event) => {
+      if (dragged !== at) return;
+      const to = place(event.clientY);
+      [...rows.children].forEach((other, i) =>
+        other.classList.toggle("qtx-form-target", i === to && i !== at),
+      );
+    });
+    handle.addEventListener("pointerup", (event) => {
+      if (dragged !== at) return;
+      dragged = -1;
+      const to = place(event.clientY);
+      if (to !== at) change(moved(items, at, to), () => handles()[to]);
+      else draw(items);
+    });
+    handle.addEventListener("pointercancel", () => {
+      dragged = -1;
+      draw(items);
+    });
+    return line;
+  }
+
+  function place(y: number): number {
+    const middles = [...rows.children].map((child) => {
+      const box = child.getBoundingClientRect();
+      return box.top + box.height / 2;
+    });
+    const above = middles.filter((middle) => middle < y).length;
+    return Math.max(0, Math.min(above > dragged ? above - 1 : above, middles.length - 1));
+  }
+
+  add.addEventListener("click", () => change([...items, fresh(item, items)], () => fields().at(-1)));
+  return {
+    element,
+    show: (value) => {
+      const next = Array.isArray(value) ? value : [];
+      if (dragged >= 0 || JSON.stringify(next) === JSON.stringify(items)) return;
+      const active = element.contains(document.activeElement) ? document.activeElement : null;
+      const at = active
+        ? [handles().indexOf(active as HTMLElement), fields().indexOf(active as HTMLElement)]
+        : [-1, -1];
+      draw(next);
+      (handles()[at[0] as number] ?? fields()[at[1] as number])?.focus();
+    },
+    judge: (problem) => element.setAttribute("aria-invalid", String(problem !== "")),
+  };
+}
+
+/** Everything of one field: label, control, unit, help, and what is wrong. */
+function line(field: Field, id: string, type: (value: Typed) => void): Control {
+  const many = field.kind === "list";
+  const control = (many ? list : single)(field, id, type);
+  const label = make(many ? "span" : "label", { id: `${id}-label`, class: "qtx-form-label" }, field.label);
+  if (label instanceof HTMLLabelElement) label.htmlFor = id;
+  const help = make("div", { id: `${id}-help`, class: "qtx-form-help" }, field.help);
+  const problem = make("div", { id: `${id}-problem`, class: "qtx-form-problem", role: "alert" });
+  const unit = make("span", { class: "qtx-form-unit" }, field.unit);
+  const element = make("div", {
+    class: `qtx-form-field qtx-form-kind-${field.kind}`,
+    "data-field": field.name,
+  });
+  element.append(label, control.element, unit, help, problem);
+  return {
+    element,
+    show: control.show,
+    judge: (text) => {
+      if (problem.textContent !== text) problem.textContent = text;
+      element.classList.toggle("qtx-form-wrong", text !== "");
+      control.judge(text);
+    },
+  };
+}
+
+function render({ model, el }: { model: AnyModel<Model>; el: HTMLElement }): () => void {
+  const form = `qtx-form-${Math.random().toString(36).slice(2)}`; // each widget loads this file anew: a counter would not do
+  const fields = model.get("_fields");
+  const title = model.get("_title");
+  const root = make("form", { class: "qtx-form", "aria-label": title, novalidate: "" });
+  root.addEventListener("submit", (event) => event.preventDefault());
+
+  const type = (name: string, value: Typed) => {
+    const edits = model.get("_edits");
+    model.set("_edits", { ...edits, [name]: [(edits[name]?.[0] ?? 0) + 1, value] });
+    model.save_changes();
+  };
+  const controls = new Map<string, Control>();
+  const groups = new Map<string, { box: HTMLElement; names: string[] }>();
+  const names = [...new Set(fields.map((field) => field.group))];
+  for (const group of names) {
+    const inside = fields.filter((field) => field.group === group);
+    const box = group ? make("details", {}, make("summary", {}, group)) : make("div");
+    if (box instanceof HTMLDetailsElement) box.open = names.length <= OPEN + 1 || names.indexOf(group) < OPEN;
+    for (const field of inside) {
+      const control = line(field, `${form}-${field.name}`, (value) => type(field.name, value));
+      controls.set(field.name, control);
+      box.append(control.element);
+    }
+    groups.set(group, { box, names: inside.map((field) => field.name) });
+    root.append(box);
+  }
+
+  const whole = make("div", { class: "qtx-form-problem", role: "alert" });
+  const file = make("input", { type: "file", accept: ".yaml,.yml", hidden: "", "aria-label": "YAML file" });
+  const open = make(
+    "button",
+    { type: "button", "aria-label": `Load ${title} from a YAML file` },
+    "Load YAML…",
+  );
+  const save = make("button", { type: "button", "aria-label": `Save ${title} as a YAML file` }, "Save YAML");
+  open.addEventListener("click", () => file.click());
+  file.addEventListener("change", async () => {
+    const chosen = file.files?.[0];
+    if (chosen) type("yaml", await chosen.text());
+    file.value = "";
+  });
+  save.addEventListener("click", () => {
+    const url = URL.createObjectURL(new Blob([model.get("_shown").yaml], { type: "application/yaml" }));
+    make("a", {
+      href: url,
+      download: `${title.toLowerCase().replace(/\W+/g, "-")}.yaml`,
+    }).click();
+    setTimeout(() => URL.revokeObjectURL(url), 1000);
+  });
+  root.append(whole, make("div", { class: "qtx-form-files" }, open, file, save));
+
+  const show = () => {
+    const shown = model.get("_shown");
+    if (!shown.values) return;
+    const elsewhere = Object.entries(shown.problems).filter(([name]) => !controls.has(name));
+    for (const [name, control] of controls) {
+      const value = shown.values[name];
+      if (value !== undefined) control.show(value);
+      control.judge(shown.problems[name] ?? "");
+    }
+    for (const { box, names } of groups.values()) {
+      if (box instanceof HTMLDetailsElement && names.some((name) => shown.problems[name])) box.open = true;
+    }
+    const text = elsewhere.map(([, problem]) => problem).join(" ");
+    if (whole.textContent !== text) whole.textContent = text;
+  };
+  const enable = () => {
+    for (const element of root.querySelectorAll<HTMLButtonElement>("input, select, textarea, button")) {
+      element.disabled = !model.get("enabled");
+    }
+  };
+  model.on("change:_shown", show);
+  model.on("change:enabled", enable);
+  show();
+  if (!model.get("enabled")) enable();
+  el.append(root);
+  return () => {
+    model.off("change:_shown", show);
+    model.off("change:enabled", enable);
+  };
+}
+
+export default { render };

@@ -1,0 +1,232 @@
+// JobTable: jobs on devices and runs, to refresh, cancel and open.
+import { Frame, h, unique, type Model } from "./dom";
+
+export interface Job {
+  tag: string;
+  run: string;
+  device: string;
+  state: string;
+  ended: boolean;
+  reason: string;
+  rows: number;
+  shots: number;
+  recorded: string;
+}
+export interface RunRow {
+  run: string;
+  name: string;
+  status: string;
+  started: string;
+  seconds: string;
+}
+
+/** Rows that hold every word somewhere, and whose state is the one that is asked for. */
+export function matching<T extends object>(
+  rows: T[],
+  words: string,
+  state: string,
+  of: (row: T) => string,
+): T[] {
+  const wanted = words.toLowerCase().split(/\s+/).filter(Boolean);
+  return rows.filter((row) => {
+    const text = Object.values(row).join(" ").toLowerCase();
+    return (state === "" || of(row) === state) && wanted.every((word) => text.includes(word));
+  });
+}
+
+export function render(model: Model, el: HTMLElement): () => void {
+  let jobs: Job[] | null = null;
+  let runs: RunRow[] = [];
+  let shown: "jobs" | "runs" = "jobs";
+  let sure: string | null = null;
+  let busy = false;
+
+  const frame = new Frame(model, el, "jobs", "Jobs and runs", () => undefined);
+  const refresh = h("button", { type: "button", class: "qtx-primary", click: () => list(true) }, "Refresh");
+  const words = h("input", {
+    type: "text",
+    placeholder: "filter",
+    "aria-label": "filter",
+    input: () => paint(),
+  });
+  const state = h("select", { "aria-label": "state", change: () => paint() });
+  const name = unique("what");
+  const tab = (value: "jobs" | "runs", text: string) => {
+    const count = h("span", {}, text);
+    const input = h("input", {
+      type: "radio",
+      name,
+      value,
+      checked: value === shown,
+      change: () => {
+        shown = value;
+        state.value = "";
+        paint();
+      },
+    });
+    return { count, element: h("label", {}, input, count) };
+  };
+  const tabs = { jobs: tab("jobs", "Jobs"), runs: tab("runs", "Runs") };
+  const table = h("div", { class: "qtx-table", tabindex: 0, role: "region", "aria-label": "list" });
+  const details = h("details", { hidden: true });
+  const notes = h("ul", { class: "qtx-note" });
+  const status = h("p", { class: "qtx-status", role: "status" }, "reading the folder …");
+  frame.root.append(
+    h("header", {}, h("h2", {}, "Jobs and runs"), frame.exports()),
+    h(
+      "div",
+      { class: "qtx-buttons" },
+      refresh,
+      h(
+        "span",
+        { class: "qtx-modes", role: "radiogroup", "aria-label": "what is listed" },
+        tabs.jobs.element,
+        tabs.runs.element,
+      ),
+      state,
+      words,
+    ),
+    frame.error,
+    table,
+    details,
+    notes,
+    status,
+  );
+
+  function list(ask: boolean): void {
+    busy = true;
+    frame.fail(null);
+    frame.root.toggleAttribute("data-waiting", true);
+    refresh.disabled = true;
+    if (ask) status.textContent = "asking where the jobs are …";
+    model.send({ kind: "list", ask });
+  }
+
+  function button(text: string, label: string, click: () => void, disabled = false): HTMLElement {
+    return h("button", { type: "button", "aria-label": label, disabled, click }, text);
+  }
+
+  function cancelButton(job: Job): HTMLElement {
+    if (job.ended) return h("span", {});
+    const asked = sure === job.tag;
+    const act = () => {
+      if (!asked) {
+        sure = job.tag;
+        paint();
+        table.querySelector<HTMLElement>("[data-sure]")?.focus();
+        return;
+      }
+      sure = null;
+      busy = true;
+      model.send({ kind: "cancel", tag: job.tag });
+      status.textContent = `cancelling ${job.tag} …`;
+      paint();
+    };
+    const made = button(
+      asked ? "Cancel it?" : "Cancel",
+      `${asked ? "really " : ""}cancel ${job.tag}`,
+      act,
+      busy,
+    );
+    if (asked) {
+      made.dataset.sure = "";
+      made.addEventListener("blur", () => {
+        sure = null;
+        paint();
+      });
+    }
+    return made;
+  }
+
+  const mark = (text: string, reason = "") =>
+    h("span", { class: `qtx-state qtx-state-${text}`, title: reason }, text);
+
+  function paint(): void {
+    if (jobs === null) return;
+    tabs.jobs.count.textContent = `Jobs (${jobs.length})`;
+    tabs.runs.count.textContent = `Runs (${runs.length})`;
+    const of: string[] = shown === "jobs" ? jobs.map((job) => job.state) : runs.map((run) => run.status);
+    const states = ["", ...new Set([...of, state.value].filter(Boolean))];
+    const chosen = state.value;
+    state.replaceChildren(...states.map((x) => h("option", { value: x }, x || "any state")));
+    state.value = chosen;
+    const rows: HTMLElement[] =
+      shown === "jobs"
+        ? matching(jobs, words.value, chosen, (job) => job.state).map((job) =>
+            h(
+              "tr",
+              {},
+              h("th", { scope: "row" }, job.tag),
+              h("td", {}, job.run),
+              h("td", {}, job.device),
+              h("td", {}, mark(job.state, job.reason)),
+              h("td", {}, `${job.rows} × ${job.shots}`),
+              h("td", {}, job.recorded),
+              h(
+                "td",
+                { class: "qtx-acts" },
+                button("Open", `open ${job.tag}`, () => model.send({ kind: "open", tag: job.tag })),
+                cancelButton(job),
+              ),
+            ),
+          )
+        : matching(runs, words.value, chosen, (run) => run.status).map((run) =>
+            h(
+              "tr",
+              {},
+              h("th", { scope: "row" }, run.run),
+              h("td", {}, run.name),
+              h("td", {}, mark(run.status)),
+              h("td", {}, run.started),
+              h("td", {}, run.seconds),
+              h(
+                "td",
+                { class: "qtx-acts" },
+                button("Open", `open ${run.run}`, () => model.send({ kind: "open", run: run.run })),
+              ),
+            ),
+          );
+    const heads =
+      shown === "jobs"
+        ? ["tag", "run", "device", "state", "rows × shots", "recorded (UTC)", "act"]
+        : ["run", "name", "status", "started (UTC)", "seconds", "act"];
+    const none =
+      shown === "jobs"
+        ? 'No jobs yet: QiskitQuantumBackend("ibm", …).submit_rows(p) records one here.'
+        : "No runs yet: `qtx-lab demo` makes one.";
+    const top = table.scrollTop;
+    if (rows.length) {
+      const head = h("thead", {}, h("tr", {}, ...heads.map((x) => h("th", { scope: "col" }, x))));
+      table.replaceChildren(h("table", {}, head, h("tbody", {}, ...rows)));
+      table.scrollTop = top;
+    } else {
+      const all = shown === "jobs" ? jobs.length : runs.length;
+      table.replaceChildren(h("p", { class: "qtx-note" }, all ? "None matches the filter." : none));
+    }
+  }
+
+  frame.onMessage((message) => {
+    if (message.kind === "table") {
+      [jobs, runs, busy, sure] = [message.jobs, message.runs, false, null];
+      refresh.disabled = false;
+      frame.root.toggleAttribute("data-waiting", false);
+      notes.replaceChildren(...message.troubles.map((text: string) => h("li", {}, text)));
+      status.textContent = `${model.get("home")} · states ${message.asked ? "as the servers say now" : "as last known"}`;
+      paint();
+    } else if (message.kind === "details") {
+      details.hidden = false;
+      details.open = true;
+      details.replaceChildren(
+        h("summary", {}, message.name),
+        h("p", { class: "qtx-note" }, message.path),
+        h("pre", { tabindex: 0 }, message.text),
+      );
+    } else if (message.kind === "error") {
+      busy = false;
+      refresh.disabled = false;
+      paint();
+    }
+  });
+  list(false);
+  return () => frame.end();
+}

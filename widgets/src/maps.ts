@@ -1,0 +1,182 @@
+// Attention maps: half-precision tiles, colours, and the part of a map that is looked at.
+import { DIVERGING, SEQUENTIAL } from "./theme";
+
+export const TILE = 256;
+export const FLOOR = 1e-4;
+
+/** The number that each of the 65,536 half-precision codes stands for. */
+export const HALF = (() => {
+  const table = new Float32Array(65536);
+  for (let code = 0; code < 65536; code++) {
+    const sign = code & 0x8000 ? -1 : 1;
+    const exponent = (code >> 10) & 31;
+    const fraction = code & 1023;
+    table[code] =
+      exponent === 0
+        ? sign * fraction * 2 ** -24
+        : exponent === 31
+          ? fraction
+            ? NaN
+            : sign * Infinity
+          : sign * (1 + fraction / 1024) * 2 ** (exponent - 15);
+  }
+  return table;
+})();
+
+function unpack(base64: string): Uint32Array {
+  const bytes = Uint8Array.from(atob(base64), (c) => c.charCodeAt(0));
+  const colours = new Uint32Array(256);
+  for (let i = 0; i < 256; i++) {
+    colours[i] = (255 << 24) | (bytes[3 * i + 2] << 16) | (bytes[3 * i + 1] << 8) | bytes[3 * i];
+  }
+  return colours;
+}
+
+export const sequential = unpack(SEQUENTIAL);
+export const diverging = unpack(DIVERGING);
+
+/** CSS of a colour of a map: 0 the low end, 1 the high one. */
+export function css(colours: Uint32Array, share: number): string {
+  const c = colours[Math.round(255 * Math.min(1, Math.max(0, share)))];
+  return `rgb(${c & 255} ${(c >> 8) & 255} ${(c >> 16) & 255})`;
+}
+
+/** A CSS gradient of a whole map. */
+export const gradient = (colours: Uint32Array): string =>
+  `linear-gradient(to right, ${Array.from({ length: 17 }, (_, i) => css(colours, i / 16)).join(", ")})`;
+
+/** Where a probability lies on the colour map, 0 to 1. */
+export function share(p: number, log: boolean, top: number): number {
+  if (!log) return Math.min(1, Math.max(0, p / top));
+  return p <= FLOOR ? 0 : Math.min(1, 1 + Math.log(p) / -Math.log(FLOOR));
+}
+
+/** The colour of every half-precision code, so that painting a cell is one look-up. */
+export function paletteOf(log: boolean, top: number): Uint32Array {
+  const palette = new Uint32Array(65536);
+  for (let code = 0; code < 65536; code++) {
+    palette[code] = sequential[Math.round(255 * (share(HALF[code], log, top) || 0))];
+  }
+  return palette;
+}
+
+/** The part of a map that is looked at, in cells of level 0; fractions are parts of a cell. */
+export interface Viewport {
+  r0: number;
+  r1: number;
+  c0: number;
+  c1: number;
+}
+
+/** The coarsest level that still has a cell for every pixel, or the finest. */
+export function levelFor(view: Viewport, width: number, height: number, most: number): number {
+  const cells = Math.min((view.r1 - view.r0) / height, (view.c1 - view.c0) / width);
+  return Math.max(0, Math.min(most, Math.floor(Math.log2(Math.max(1, cells)))));
+}
+
+/** A viewport about a point, `factor` times as large, inside the map and with at least 4 cells a side. */
+export function zoomed(
+  view: Viewport,
+  row: number,
+  column: number,
+  factor: number,
+  rows: number,
+  columns: number,
+) {
+  const span = (low: number, high: number, at: number, count: number): [number, number] => {
+    const size = Math.min(count, Math.max(Math.min(4, count), (high - low) * factor));
+    const start = at - ((at - low) / (high - low)) * size;
+    const clipped = Math.min(count - size, Math.max(0, start));
+    return [clipped, clipped + size];
+  };
+  const [r0, r1] = span(view.r0, view.r1, row, rows);
+  const [c0, c1] = span(view.c0, view.c1, column, columns);
+  return { r0, r1, c0, c1 };
+}
+
+/** Tiles [i, j] that a viewport touches at a level. */
+export function tilesOf(view: Viewport, level: number): [number, number][] {
+  const side = TILE << level;
+  const out: [number, number][] = [];
+  for (let i = Math.floor(view.r0 / side); i < Math.ceil(view.r1 / side); i++) {
+    for (let j = Math.floor(view.c0 / side); j < Math.ceil(view.c1 / side); j++) out.push([i, j]);
+  }
+  return out;
+}
+
+export interface Tile {
+  rows: number;
+  columns: number;
+  codes: Uint16Array;
+}
+
+/** Tiles by name, of which the least recently used are forgotten. */
+export class Tiles {
+  private kept = new Map<string, Tile>();
+  constructor(private most: number) {}
+
+  get(name: string): Tile | undefined {
+    const tile = this.kept.get(name);
+    if (tile) {
+      this.kept.delete(name);
+      this.kept.set(name, tile);
+    }
+    return tile;
+  }
+
+  put(name: string, tile: Tile): void {
+    this.kept.delete(name);
+    this.kept.set(name, tile);
+    for (const old of this.kept.keys()) {
+      if (this.kept.size <= this.most) break;
+      this.kept.delete(old);
+    }
+  }
+
+  clear(): void {
+    this.kept.clear();
+  }
+}
+
+/** Codes of the cells [row, row + rows) × [column, column + columns) of a level; 0xffff where no tile is known. */
+export function region(
+  tile: (i: number, j: number) => Tile | undefined,
+  row: number,
+  column: number,
+  rows: number,
+  columns: number,
+): Uint16Array {
+  const out = new Uint16Array(rows * columns).fill(0xffff);
+  for (let i = Math.floor(row / TILE); i * TILE < row + rows; i++) {
+    for (let j = Math.floor(column / TILE); j * TILE < column + columns; j++) {
+      const found = tile(i, j);
+      if (!found) continue;
+      const [top, left] = [i * TILE, j * TILE];
+      const first = Math.max(left, column);
+      const last = Math.min(left + found.columns, column + columns);
+      for (let r = Math.max(top, row); r < Math.min(top + found.rows, row + rows); r++) {
+        const start = (r - top) * found.columns + first - left;
+        out.set(found.codes.subarray(start, start + last - first), (r - row) * columns + first - column);
+      }
+    }
+  }
+  return out;
+}
+
+/** Rows from a brush: whole queries between two positions, in rising order. */
+export function brushed(from: number, to: number, rows: number): number[] {
+  const low = Math.max(0, Math.min(from, to));
+  const high = Math.min(rows - 1, Math.max(from, to));
+  return Array.from({ length: Math.max(0, high - low + 1) }, (_, i) => low + i);
+}
+
+/** Runs of neighbouring rows, as [first, last]. */
+export function runs(rows: readonly number[]): [number, number][] {
+  const out: [number, number][] = [];
+  for (const row of rows) {
+    const last = out.at(-1);
+    if (last && last[1] === row - 1) last[1] = row;
+    else out.push([row, row]);
+  }
+  return out;
+}

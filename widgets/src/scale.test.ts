@@ -1,0 +1,72 @@
+import { describe, expect, it } from "vitest";
+import { digits, fromPixel, label, scale, ticks, toPixel, whole, withError } from "./scale";
+
+describe("scale", () => {
+  it("goes to pixels and back", () => {
+    for (const log of [false, true]) {
+      const s = scale(0.5, 200, 40, 600, log);
+      for (const x of [0.5, 3, 77, 200]) expect(fromPixel(s, toPixel(s, x))).toBeCloseTo(x, 9);
+      expect([toPixel(s, 0.5), toPixel(s, 200)]).toEqual([40, 600]);
+    }
+  });
+
+  it("is made valid where the range is not", () => {
+    for (const [low, high] of [
+      [Infinity, -Infinity],
+      [NaN, 1],
+      [3, 3],
+      [0, 0],
+      [-5, -1],
+      [-1, 10],
+    ]) {
+      for (const log of [false, true]) {
+        const s = scale(low, high, 0, 1, log);
+        expect(s.high).toBeGreaterThan(s.low);
+        if (log) expect(s.low).toBeGreaterThan(0);
+        for (const tick of ticks(s)) expect(Number.isFinite(toPixel(s, tick))).toBe(true);
+      }
+    }
+  });
+});
+
+describe("ticks", () => {
+  it("are round, inside, and not many more than asked for", () => {
+    for (const log of [false, true]) {
+      for (const [low, high] of [
+        [1e-9, 1],
+        [16, 4096],
+        [0.2, 0.9],
+        [1, 1e6],
+        [3, 70],
+      ]) {
+        for (const count of [2, 4, 8]) {
+          const s = scale(low, high, 0, 1, log);
+          const found = ticks(s, count);
+          expect(found.length).toBeGreaterThan(0);
+          expect(found.length).toBeLessThanOrEqual(2 * count + 1);
+          for (const x of found) {
+            expect(x).toBeGreaterThanOrEqual(low * (1 - 1e-6));
+            expect(x).toBeLessThanOrEqual(high * (1 + 1e-6));
+          }
+          expect(new Set(found.map(label)).size).toBe(found.length);
+        }
+      }
+    }
+  });
+});
+
+describe("numbers", () => {
+  it("carry the digits that their error allows", () => {
+    expect(withError(0.08312, 0.0041)).toBe("0.083 ± 0.004");
+    expect(withError(0.9985, 0.0014)).toBe("0.9985 ± 0.0014");
+    expect(withError(12.34, 3.3)).toBe("12 ± 3");
+    expect(withError(0.5, null)).toBe("0.5");
+    expect(withError(NaN, 1)).toBe("–");
+  });
+
+  it("are short", () => {
+    expect([0, 12, 12000, 1e6, 2.5e9, 0.0001].map(label)).toEqual(["0", "12", "12k", "1M", "2.5G", "1e-4"]);
+    expect(whole(1000000)).toBe("1\u2009000\u2009000");
+    expect(digits(0.012345, 3)).toBe("0.0123");
+  });
+});

@@ -70,3 +70,5 @@ clean: ## remove what make and the tests made, .venv too; runs/ stays
 .venv/.test: $(PINS) | .venv/.made
 	@echo "Installing qtx_lab and what its tests need into .venv (the first time about two minutes) ..." >&2
 	@$(INSTALL) -e '.[test]' && touch .venv/.base $@
+	@command -v chromium chromium-browser google-chrome >/dev/null || ! command -v apt-get >/dev/null \
+	|| test "$$(id -u)" != 0 || apt-get install -y -q chromium

@@ -1,7 +1,8 @@
-"""`qtx-lab bench sweep`: what a run folder and a sweep add to a notebook, over papermill by itself."""
+"""`qtx-lab bench sweep`: what a run folder and a sweep add to a notebook, over papermill by itself; and listing many runs."""
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 import time
@@ -14,7 +15,8 @@ import nbformat
 from tqdm.auto import tqdm
 
 from .notebooks import THREADS, run_notebook
-from .spec import ClusterSpec
+from .runs import Run, runs
+from .spec import ClusterSpec, ExperimentSpec
 from .sweeps import sweep
 
 PARAMETERS = "x = 0\nout = ''"
@@ -38,7 +40,7 @@ def bench_sweep(quick: bool, copy: float) -> list[dict[str, Any]]:
 
     Rows as in `run_bench`, with `overhead`, the part by which a notebook takes longer than with bare papermill. `error`
     is the number of notebooks whose answer is not bare papermill's. Starting the cluster is a row of its own: it is paid
-    once a sweep.
+    once a sweep. Listing many runs is a case of its own, over reading their manifests alone.
     """
     del copy
     turns, count = (2, 2) if quick else (5, 4)
@@ -47,6 +49,7 @@ def bench_sweep(quick: bool, copy: float) -> list[dict[str, Any]]:
     os.environ |= dict.fromkeys(THREADS, "1")  # as in a sweep
     try:
         with tempfile.TemporaryDirectory() as folder:
+            rows += _listing(Path(folder), 1_000 if quick else 10_000)
             for case, source in CASES.items():
                 rows += _compare(case, _write(Path(folder), source), Path(folder), turns, count)
     finally:
@@ -54,6 +57,55 @@ def bench_sweep(quick: bool, copy: float) -> list[dict[str, Any]]:
             os.environ.pop(name)
             if value is not None:
                 os.environ[name] = value
+    return rows
+
+
+def _listing(folder: Path, count: int) -> list[dict[str, Any]]:
+    """`runs` with a condition, over reading each manifest by json alone."""
+    with Run.create(ExperimentSpec(), "trial", folder) as run:
+        pass
+    stored = json.loads((run.path / "manifest.json").read_bytes())
+    home = folder / "listed"
+    for i in range(count):
+        (home / f"{i:05d}").mkdir(parents=True)
+        stored["results"] = {"error": i / count, "bits_per_byte": 2.0}
+        (home / f"{i:05d}" / "manifest.json").write_text(json.dumps(stored, indent=2))
+
+    def bare() -> int:
+        found = [json.loads((path / "manifest.json").read_bytes()) for path in sorted(home.iterdir())]
+        return sum(facts["results"]["error"] < 0.5 for facts in found)
+
+    def listed() -> int:
+        return len(runs(home, where="results.error < 0.5 and status = 'done'"))
+
+    methods = {"json alone": bare, "runs, filtered": listed}
+    wrong = {name: abs(method() - count // 2) for name, method in methods.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in methods}
+    for _ in range(5):
+        for name, method in methods.items():
+            start = time.perf_counter()
+            method()
+            seconds[name].append(time.perf_counter() - start)
+    middle = {name: median(times) for name, times in seconds.items()}
+    rows = [
+        {
+            "case": f"{count:,} runs",
+            "method": name,
+            "seconds": middle[name],
+            "low": min(times),
+            "high": max(times),
+            "baseline": "json alone",
+            "ratio": None if wrong[name] else middle["json alone"] / middle[name],
+            "error": wrong[name],
+            "check": f"{wrong[name]} runs too few or too many" if wrong[name] else "pass",
+        }
+        for name, times in seconds.items()
+    ]
+    print(f"\n{count:,} runs")
+    for row in rows:
+        print(
+            f"  {row['method']:<18}{row['seconds']:>6.2f} s ({row['low']:.2f}–{row['high']:.2f})  {row['check']}"
+        )
     return rows
 
 

@@ -194,60 +194,53 @@ class RunTable(pd.DataFrame):
         return comparison(self.summary(y, x, by), theme, y=y, x=x, by=by, title=title)
 
 
-def run_table(
-    found: Iterable[tuple[Path, Mapping[str, Any]]], skipped: Iterable[tuple[str, str]]
-) -> RunTable:
+def run_table(found: Iterable[tuple[Path, Mapping[str, Any]]]) -> RunTable:
     """Folders and manifests as a table, newest first."""
     rows: list[dict[str, Any]] = []
-    extra: dict[str, dict[int, Any]] = {}
-    for place, (folder, manifest) in enumerate(found):
+    asked: list[dict[str, Any]] = []
+    measured: list[dict[str, Any]] = []
+    for folder, manifest in found:
         spec = manifest.get("spec") or {}
-        rows.append(
-            {
-                **{
-                    key: manifest.get(key)
-                    for key in ("name", "status", "started", "seconds", "seed", "error")
-                },
-                "run": folder.name,
-                "spec": spec.get("identity"),
-                "kind": spec.get("kind"),
-                "sweep": (manifest.get("sweep") or {}).get("name"),
-                "path": str(folder),
-            }
-        )
+        row = {key: manifest.get(key) for key in ("name", "status", "started", "seconds", "seed", "error")}
+        row |= {"run": folder.name, "path": str(folder), "sweep": (manifest.get("sweep") or {}).get("name")}
+        rows.append({**row, "spec": spec.get("identity"), "kind": spec.get("kind")})
         fields = spec.get("fields") or {}
         if spec.get("kind") == "NotebookSpec":  # its parameters are what one asks for
             fields = {**fields, **(fields.get("parameters") or {})}
             fields.pop("parameters", None)
-        for name, value in fields.items():
-            extra.setdefault(f"spec.{name}", {})[place] = value
-        for name, value in (manifest.get("results") or {}).items():
-            if isinstance(value, str | int | float):  # tables and summaries are for the report
-                extra.setdefault(f"results.{name}", {})[place] = value
+        asked.append(fields)
+        results = manifest.get("results") or {}  # tables and summaries are for the report
+        measured.append({name: x for name, x in results.items() if isinstance(x, str | int | float)})
     table = pd.DataFrame(rows, columns=list(COLUMNS))
-    columns = {name: _values(extra[name], len(rows)) for name in sorted(extra, reverse=True)}
-    table = pd.concat([table, pd.DataFrame(columns, index=table.index)], axis=1)
+    parts = [_columns("spec.", asked, table.index), _columns("results.", measured, table.index)]
+    table = pd.concat([table, *parts], axis=1)
     table["started"] = pd.to_datetime(table["started"], utc=True, format="ISO8601", errors="coerce")
     table["seconds"] = table["seconds"].astype("float64")
     table["seed"] = table["seed"].astype("Int64")
-    ordered = RunTable(table.sort_values(["started", "run"], ascending=False, ignore_index=True))
-    ordered.attrs["skipped"] = list(skipped)
-    return ordered
+    return RunTable(table.sort_values(["started", "run"], ascending=False, ignore_index=True))
 
 
-def _values(given: Mapping[int, Any], size: int) -> Any:
-    """A column: whole numbers, numbers, truth values, or texts where kinds are mixed or nested."""
-    kinds = {type(value) for value in given.values() if value is not None}
-    column: list[Any] = [None] * size
-    dtype = {frozenset({bool}): "boolean", frozenset({int}): "Int64"}.get(frozenset(kinds))
-    if dtype == "Int64" and any(not -(2**63) <= x < 2**63 for x in given.values() if x is not None):
-        dtype = "float64"
-    if kinds and kinds <= {int, float}:
-        dtype = dtype or "float64"
-    for place, value in given.items():
-        plain = value is None or dtype or isinstance(value, str)
-        column[place] = value if plain else json.dumps(value)
-    return pd.array(column, dtype=dtype) if dtype else pd.Series(column, dtype="object").array
+def _columns(prefix: str, rows: list[dict[str, Any]], index: pd.Index) -> pd.DataFrame:
+    """Each name a column: whole numbers, numbers, truth values, or texts where kinds are mixed or nested."""
+    frame = pd.DataFrame(rows, index=index, dtype="object")
+    columns = {}
+    for name, column in frame.items():
+        kind = pd.api.types.infer_dtype(column, skipna=True)
+        dtype = {
+            "integer": "Int64",
+            "floating": "float64",
+            "mixed-integer-float": "float64",
+            "boolean": "boolean",
+            "string": "object",
+            "empty": "object",
+        }.get(kind)
+        if dtype is None:
+            column = column.map(lambda x: x if isinstance(x, str) else json.dumps(x), na_action="ignore")
+        try:
+            columns[f"{prefix}{name}"] = column.astype(dtype or "object")
+        except OverflowError:  # more than 64 bits
+            columns[f"{prefix}{name}"] = column.astype("float64")
+    return pd.DataFrame(columns, index=index)
 
 
 def _found(frame: pd.DataFrame, y: str, keys: Mapping[str, str | None]) -> dict[str, str | None]:

@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, chdir, contextmanager, suppress
+from contextlib import chdir, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -152,7 +152,11 @@ def sweep(
         write_atomic(copied, path.read_bytes())
         missing = [cell for cell in cells if cell.key not in earlier]
         if missing:
-            with _client(workers, cluster) as client, _bar(path, cells, missing, progress) as bar:
+            with (
+                _client(workers, cluster) as client,
+                client.as_current(),  # another thread may have another sweep, whose client would be the default
+                _bar(path, cells, missing, progress) as bar,
+            ):
                 _run_cells(client, run, copied, missing, folders, stop, bar)
         trouble = _gather(run, spec, cells, folders, measure)
         run.finish("failed" if trouble else "done", trouble)
@@ -228,17 +232,17 @@ def repeat_seed(seed: int, repeat: int) -> int:
 
 def find_done(home: Path, keys: set[str]) -> dict[str, Path]:
     """Folder by key of what earlier sweeps have done, or others are doing now."""
-    manifests = read_manifests(home)[0]
-    sweeping = {folder.name for folder, facts in manifests if facts["status"] == "running"}
-    done, doing = {}, {}
-    for folder, facts in manifests:
+    sweeping, done, doing = set(), {}, []
+    for folder, facts in read_manifests(home):
         about = facts.get("sweep") or {}
-        if about.get("cell") in keys and facts["status"] == "done":
+        if facts["status"] == "running" and "cell" not in about:
+            sweeping.add(folder.name)
+        elif about.get("cell") in keys and facts["status"] == "done":
             done[about["cell"]] = folder
-        # One on another machine reads as running for ever: it is not, once its sweep is over.
-        elif about.get("cell") in keys and facts["status"] == "running" and about.get("name") in sweeping:
-            doing[about["cell"]] = folder
-    return doing | done
+        elif about.get("cell") in keys and facts["status"] == "running":
+            doing.append((about["cell"], about.get("name"), folder))
+    # One on another machine reads as running for ever: it is not, once its sweep is over.
+    return {cell: folder for cell, name, folder in doing if name in sweeping} | done
 
 
 def _run_cells(
@@ -330,7 +334,7 @@ def _end(run: Run, error: BaseException) -> None:
 def _interrupted(run: Run) -> dict[str, Path]:
     """Mark the notebooks of a sweep that were in flight and are gone; their folders by key."""
     found = {}
-    for folder, facts in read_manifests(run.path.parent)[0]:
+    for folder, facts in read_manifests(run.path.parent):
         about = facts.get("sweep") or {}
         if about.get("name") == run.path.name and facts["status"] == "interrupted":
             found[str(about.get("cell"))] = folder
@@ -352,7 +356,7 @@ def _gather(
         found.append(
             (Path(), {"name": run_name(Path(spec.notebook)), "status": "missing", "spec": parameters})
         )
-    table = run_table(found, [])
+    table = run_table(found)
     started = table["started"].dt.strftime("%Y-%m-%dT%H:%M:%SZ")  # text: every reader of parquet knows it
     kept = table.drop(columns=["spec", "kind"]).assign(started=started).dropna(axis=1, how="all")
     write_frame(run.path / "metrics.parquet", kept)
@@ -438,23 +442,15 @@ def _client(workers: int | None, cluster: ClusterSpec | str | Client | None) -> 
     if not isinstance(cluster, ClusterSpec):
         yield cluster
         return
-    with ExitStack() as stack:
-        with _workers_without_ctrl_c():
-            opened = stack.enter_context(cluster.build())
+    with cluster.build() as opened:
+        if opened.kind != "address":
+            opened.client.register_worker_callbacks(_ignore_ctrl_c)
         yield opened.client
 
 
-@contextmanager
-def _workers_without_ctrl_c() -> Iterator[None]:
-    """Processes that are started meanwhile do not hear Ctrl-C: the sweep does, and stops them in an orderly way."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
+def _ignore_ctrl_c() -> None:
+    """For workers that share the terminal: the sweep hears Ctrl-C, and ends them in order."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _command(notebook: str | Path, spec: SweepSpec) -> str:

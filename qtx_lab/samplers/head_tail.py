@@ -92,7 +92,9 @@ def expected_counts(p: Tensor, num_samples: int, head: int | None = None) -> Ten
     kept = p >= least
     tail = p.masked_fill(kept, 0)
     left = (num_samples - kept.sum(-1, keepdim=True)).clamp_min(0)
-    counts = tail * (left / tail.sum(-1, keepdim=True).clamp_min(torch.finfo(p.dtype).tiny))
+    limits = torch.finfo(p.dtype)
+    scale = left / tail.sum(-1, keepdim=True).clamp_min(limits.tiny)
+    counts = tail * scale.clamp_max(limits.max)  # where the head is all there is, 0 and not 0 times infinity
     seen = p > 0
     counts = torch.where(kept & seen, 1, counts)
     if head is not None:

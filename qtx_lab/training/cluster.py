@@ -50,9 +50,17 @@ class Cluster:
 
     @property
     def workers(self) -> tuple[str, ...]:
-        """Addresses of the workers that are there now, in the order of their names."""
-        found = self.client.scheduler_info(n_workers=-1)["workers"]
-        return tuple(sorted(found, key=lambda address: (str(found[address].get("name")), address)))
+        """Addresses of the workers that are there now, in their order.
+
+        Raises
+        ------
+        OSError
+            If the scheduler does not answer.
+        """
+        # Not scheduler_info: the client's own look, every two seconds, replaces what it returns by one without workers.
+        if self.client.scheduler is None:
+            raise ConnectionError("the client has lost its scheduler")
+        return tuple(sorted(self.client.nthreads()))
 
 
 @contextmanager
@@ -119,11 +127,11 @@ def open_cluster(
             try:
                 client.wait_for_workers(num_workers, timeout=timeout)
             except TimeoutError:
-                found = len(client.scheduler_info(n_workers=-1)["workers"])
+                found = len(client.nthreads())
                 raise BackendUnavailable(
                     f"num_workers={num_workers}: the scheduler at {address} has {found} workers after {timeout:g} s."
                 ) from None
-        count = len(client.scheduler_info(n_workers=-1)["workers"])
+        count = len(client.nthreads())
         chosen = f"{count} worker(s) of {address or 'this machine'}; {reason}."
         yield Cluster(kind, client, chosen, client.dashboard_link, count, timeout)
 

@@ -18,7 +18,7 @@ from IPython.display import display
 
 from .. import theme as look
 from ..errors import QtxError, unknown_name
-from ..storage import write_atomic
+from ..storage import database, parquet_bytes, write_atomic
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -117,9 +117,9 @@ class View(anywidget.AnyWidget):
         frame = self.frame()
         if kind == "csv":
             return frame.to_csv(index=False).encode()
-        content = io.BytesIO()
-        frame.to_parquet(content, index=False)
-        return content.getvalue()
+        with database() as connection:
+            connection.register("frame", frame)
+            return parquet_bytes(connection, "FROM frame")
 
     def _heard(self, content: Mapping[str, Any]) -> None:
         """A message of the browser, on whichever thread the kernel hears it: nothing long may be done here."""

@@ -175,7 +175,7 @@ def test_stopped_from_elsewhere(notebook, cluster, tmp_path) -> None:
     home = tmp_path / "home"
 
     def stop() -> bool:
-        return sum(facts["status"] == "done" for _, facts in read_manifests(home)[0]) >= 1
+        return sum(facts["status"] == "done" for _, facts in read_manifests(home)) >= 1
 
     with pytest.raises(KeyboardInterrupt):
         sweep(
@@ -203,7 +203,10 @@ def start(notebook: Path, home: Path, cells: int = 24) -> subprocess.Popen:
     grid = ["-g", f"n={','.join(str(n) for n in range(1, cells // 2 + 1))}", "-g", "sampler=a,c"]
     command = ["sweep", notebook, *grid, "--workers", "2", "--home", home, "--resume"]
     return subprocess.Popen(
-        [sys.executable, "-c", KILLS, *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        [sys.executable, "-c", KILLS, *map(str, command)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
     )
 
 
@@ -211,7 +214,7 @@ def done_in(home: Path) -> dict[str, bytes]:
     """What has ended well, by folder, as it is on disk."""
     return {
         folder.name: (folder / "manifest.json").read_bytes()
-        for folder, facts in read_manifests(home)[0]
+        for folder, facts in read_manifests(home)
         if facts["status"] == "done" and "cell" in facts.get("sweep", {})
     }
 
@@ -271,16 +274,17 @@ def test_ctrl_c_ends_a_sweep_in_order(notebook, tmp_path) -> None:
     end = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < end:
         with suppress(StorageError, FileNotFoundError):
-            if any((folder / "tiny.ipynb").exists() for folder, _ in read_manifests(tmp_path / "home")[0]):
+            running = read_manifests(tmp_path / "home")
+            if any("sweep" in facts and (folder / "tiny.ipynb").exists() for folder, facts in running):
                 break
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 130, output.decode()
     assert b"Traceback" not in output
     statuses = [
         json.loads((folder / "manifest.json").read_text())["status"]
-        for folder, _ in read_manifests(tmp_path / "home")[0]
+        for folder, _ in read_manifests(tmp_path / "home")
     ]
     assert set(statuses) == {"interrupted"}
 

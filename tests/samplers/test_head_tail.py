@@ -124,3 +124,14 @@ def test_value_order_puts_like_beside_like():
     assert jumps(value_order(values)) < 0.4 * jumps(torch.arange(1000))
     constant = value_order(torch.ones(9, 3))
     assert torch.equal(constant.sort().values, torch.arange(9))
+
+
+def test_a_head_as_large_as_the_row_leaves_nothing_to_draw():
+    g = generator()
+    q, k, v = (torch.randn(1, 1, 300, 8, generator=g) for _ in range(3))
+    est = qtx.sampled_attention(
+        q, k, v, sampler=HeadTailSampler(head=4), num_samples=16, is_causal=True, generator=g
+    )
+    exact = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    torch.testing.assert_close(est.output[..., :4, :], exact[..., :4, :])
+    assert est.output.isfinite().all()

@@ -113,9 +113,11 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., st
         return line
 
     yield start
-    for process, log in processes:
+    for process, _ in processes:
         process.terminate()
-        process.wait(20)
+    for process, _ in processes:
+        process.wait(60)
+    for _, log in processes:
         assert "could not be drawn" not in log.read_text(), log.read_text()[-3000:]
 
 
@@ -573,5 +575,5 @@ def test_the_proxy_starts_what_the_command_line_has(tmp_path: Path) -> None:
         assert os.stat(tmp_path / "socket").st_mode & 0o077 == 0, "others may open the socket"
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(60)
     assert json.dumps(told)

@@ -85,6 +85,8 @@ def bench_training(quick: bool, copy: float) -> list[dict[str, Any]]:
 
 def bare_loop(cluster: Cluster, recipe: Recipe) -> tuple[list[float], float]:
     """Seconds of each step but the first five, and the last loss, of DDP as torch's tutorial writes it, on the same batches."""
+    from distributed import as_completed
+
     workers, name = cluster.workers, f"bare-{time.monotonic_ns()}"
     port = cluster.client.run(open_store, name, "127.0.0.1", 60.0, workers=[workers[0]])[workers[0]]
     futures = [
@@ -101,6 +103,8 @@ def bare_loop(cluster: Cluster, recipe: Recipe) -> tuple[list[float], float]:
         )
         for rank, w in enumerate(workers)
     ]
+    for future in as_completed(futures):  # the first error, while the other rank still waits
+        future.result()
     ends = cluster.client.gather(futures)
     return ends[0][0], sum(loss for _, loss in ends) / len(ends)
 
@@ -113,7 +117,7 @@ def bare_rank(model_name: str, rank: int, world: int, port: int, recipe: Recipe)
 
     torch.set_num_threads(1)
     store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=60))
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=60))
     try:
         tokens = open_tokens("reference", recipe.num_tokens)
         order = SequenceOrder(tokens.training, recipe.num_tokens, stream_seed(recipe.seed, ORDER))

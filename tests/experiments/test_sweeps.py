@@ -108,7 +108,7 @@ def test_a_sweep_and_what_resumes_it(notebook, cluster, tmp_path, capsys) -> Non
     home = tmp_path / "home"
     grid = {"n": [4, 13], "sampler": ["a", "b"]}
     run = sweep(notebook, grid, repeats=2, cluster=cluster, home=home)
-    assert "4/8" in capsys.readouterr().err
+    assert "8/8" in capsys.readouterr().err
     assert run.status == "failed"
     assert run.manifest["error"] == "Of 8 notebooks not all are done: 2 failed."
     table = run.metrics()

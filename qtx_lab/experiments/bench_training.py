@@ -10,7 +10,7 @@ from typing import Any
 from ..training import QuantumTrainer, open_cluster
 from ..training.cluster import Cluster
 from ..training.data import SequenceOrder, open_tokens, stream_seed
-from ..training.rank import ORDER, open_store
+from ..training.rank import ORDER, leave_group, open_store
 from ..training.recipe import Recipe
 from ..training.trainer import make_model
 
@@ -145,4 +145,4 @@ def bare_rank(model_name: str, rank: int, world: int, port: int, recipe: Recipe)
             seconds.append(time.perf_counter() - started)
         return seconds[5:], last
     finally:
-        dist.destroy_process_group()
+        leave_group()

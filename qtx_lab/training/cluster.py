@@ -211,6 +211,7 @@ def _connect(
     """The client, and on the stack what closes it."""
     import logging
 
+    import dask
     from distributed import Client, LocalCluster
 
     made: dict[str, Any] = {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0"}
@@ -225,6 +226,9 @@ def _connect(
         stack.callback(client.close)
         return client
     stack.enter_context(_main_is_not_run_again())
+    # That long after a worker went, its nanny is closed for good if the worker is not there at that moment: a second
+    # fault would then cost a worker. Nannies start anew what went; none is closed before the cluster is.
+    stack.enter_context(dask.config.set({"distributed.deploy.lost-worker-timeout": "365 days"}))
     if kind == "cuda":
         from dask_cuda import LocalCUDACluster
 

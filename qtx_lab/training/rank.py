@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -32,6 +32,9 @@ ORDER, DRAWS, DROPOUT, OTHER_DRAWS, VALIDATION = range(5)
 """What a stream of random numbers is for."""
 EVERY_SECONDS = 0.25
 """How often rank 0 reports its steps."""
+
+LEAVE_SECONDS = 5.0
+"""How long after the last exchange a process group's destructor runs: see `leave_group`."""
 
 _STOP: set[str] = set()
 """Attempts that are to stop, by name."""
@@ -462,15 +465,30 @@ def run_in_worker(
                 raise _Lost(f"The worker {worker.address} is {worker.status.name}.")
             return attempt in _STOP
 
-        return train_rank(job, attempt, rank, world, device, partial(worker.log_event, attempt), stopped)
+        end = train_rank(job, attempt, rank, world, device, partial(worker.log_event, attempt), stopped)
+        leave_group()
+        return end
     except Exception as error:
+        # The process group stays as it is: taking one down whose ranks wait for each other can take its process along.
+        # Whoever reads this starts the worker anew.
         return End(_kind(error), whereabouts(attempt)[0], _portable(error))
     finally:
-        with suppress(Exception):
-            if dist.is_initialized():
-                dist.destroy_process_group()
         torch.set_num_threads(threads)
         _AT.pop(attempt, None)
+
+
+def leave_group() -> None:
+    """Leave the default process group after a training that ended well.
+
+    Its last reference is dropped a while later. The group's destructor joins gloo's threads with Python's lock held, and
+    one that just then lets go of the last exchange's tensor waits for this lock: that would be a deadlock.
+    """
+    if dist.is_initialized():
+        kept = [dist.group.WORLD]
+        dist.destroy_process_group()
+        timer = threading.Timer(LEAVE_SECONDS, kept.clear)
+        timer.daemon = True
+        timer.start()
 
 
 class _Lost(RuntimeError):

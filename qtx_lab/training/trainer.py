@@ -10,6 +10,7 @@ import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +51,7 @@ LOOK_SECONDS = 0.5
 START_SECONDS = 60.0
 """How long ranks may at least take to start, whatever the timeout: a new process imports torch first."""
 GRACE_SECONDS = 10.0
-"""How long the other ranks of a failed attempt may take to end before their workers are started anew."""
+"""How long a worker that is to be started anew may take to end."""
 
 
 @dataclass(frozen=True)
@@ -489,7 +490,7 @@ class _Supervised:
                 workers = self.cluster.workers
             if len(workers) >= wanted:
                 break
-            if time.monotonic() > until:
+            if time.monotonic() > until + (0 if workers else START_SECONDS):
                 if not workers:
                     raise RunFailed(
                         f"No worker of the cluster ({self.cluster.chosen}) is there, or came back in {self.cluster.timeout:g} s."
@@ -597,31 +598,22 @@ class _Supervised:
         return dict(answers)
 
     def _end(self, name: str, workers: Sequence[str], futures: Sequence[Future]) -> None:
-        """Leave no rank behind: those that do not end by themselves lose their process."""
+        """Leave no rank behind: after a fault the workers that are left get a new process."""
         assert self.cluster is not None
         client = self.cluster.client
         with suppress(Exception):
             client.unsubscribe_topic(name)
-        there: Sequence[str] = ()
-        with suppress(Exception):
-            there = self.cluster.workers
-        left = {w: f for w, f in zip(workers, futures, strict=True) if w in there and not f.done()}
-        answered = self._ask(list(left), ranks.ask_to_stop, name, seconds=GRACE_SECONDS / 2)
-        # Once a silent one is gone, those that wait for it end by themselves; one that loops does not.
-        self._restart([w for w in left if w not in answered])
-        until = time.monotonic() + GRACE_SECONDS
-        while time.monotonic() < until and not all(f.done() for w, f in left.items() if w in answered):
-            time.sleep(POLL_SECONDS)
-        self._restart([w for w, f in left.items() if w in answered and not f.done()])
+        well = [f.status == "finished" and _end_of(f).how in ("done", "stopped") for f in futures]
         with suppress(Exception):
             client.cancel(list(futures), force=True)
-
-    def _restart(self, workers: list[str]) -> None:
-        """Give workers a new process."""
-        assert self.cluster is not None
+        if all(well):
+            return
         with suppress(Exception):
-            if workers:
-                self.cluster.client.restart_workers(workers, timeout=GRACE_SECONDS, raise_for_error=False)
+            left = set(workers) & set(self.cluster.workers)
+            client.restart_workers(sorted(left), timeout=GRACE_SECONDS, raise_for_error=False)
+            until = time.monotonic() + START_SECONDS
+            while left & set(self.cluster.workers) and time.monotonic() < until:
+                time.sleep(POLL_SECONDS)
 
     # --- What ranks report ---------------------------------------------------------------------
 
@@ -650,14 +642,13 @@ class _Supervised:
 
 def _end_of(future: Future) -> End:
     """How a rank says that it ended; a future without a result has lost its worker."""
-    if future.status == "finished":
-        return future.result(timeout=10)
-    error = (
-        future.exception(timeout=1)
-        if future.status == "error"
-        else RuntimeError(f"A rank was {future.status}.")
-    )
-    return End("lost", 0, error)
+    try:
+        if future.status == "finished":
+            return future.result(timeout=10)
+        error = future.exception(timeout=1) if future.status == "error" else None
+    except (OSError, TimeoutError, CancelledError):  # Dask keeps a result in the worker that made it
+        return End("lost", 0, RuntimeError("A worker went after its rank's last step, and its word of it."))
+    return End("lost", 0, error or RuntimeError(f"A rank was {future.status}."))
 
 
 def make_model(name: str, seed: int = 0) -> nn.Module:

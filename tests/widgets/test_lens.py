@@ -175,7 +175,9 @@ def test_in_jupyterlab(
         slider.press("ArrowLeft")
         page.wait_for_timeout(150)
     page.wait_for_function("() => document.querySelector('.qtx-lens').dataset.draws === '1'")
-    assert sampled.evaluate("(canvas) => canvas.toDataURL()") != before
+    page.wait_for_function(
+        "([canvas, old]) => canvas.toDataURL() !== old", arg=[sampled.element_handle(), before]
+    )
     waits = json.loads(lens.get_attribute("data-latencies"))
     p50, p95 = np.quantile(waits, [0.5, 0.95])
     print(f"slider to repaint, n = 512, 8 heads, {len(waits)} steps: p50 {p50:.0f} ms, p95 {p95:.0f} ms")
@@ -193,7 +195,7 @@ def test_in_jupyterlab(
         "() => document.querySelector('.qtx-lens').textContent.includes('3 rows selected')"
     )
     run_python(page, "assert lens.selected_rows == [256, 257, 258] and lens.layer == 4, lens.selected_rows")
-    assert "query 258" in lens.locator(".qtx-readout").inner_text()
+    lens.locator(".qtx-readout", has_text="query 258").wait_for()
     for name, start in {"PNG": b"\x89PNG", "SVG": b"<?xml", "Data": b"PAR1", "CSV": b"query,"}.items():
         with page.expect_download() as download:
             lens.get_by_role("button", name=name, exact=True).click()

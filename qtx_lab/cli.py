@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -102,15 +103,15 @@ def run(notebook: str, parameters: tuple[tuple[str, str], ...], name: str | None
 
 
 def _parsed(parameters: tuple[tuple[str, str], ...]) -> dict[str, Any]:
-    import yaml
+    from .experiments.spec import read_yaml
 
     values: dict[str, Any] = {}
     for name, text in parameters:
         if name in values:
             raise ArgumentError(f"-p {name} is given more than once.")
         try:
-            values[name] = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError):
+            values[name] = read_yaml(text)
+        except ValueError:
             raise ArgumentError(f"-p {name} {text!r} is not allowed: the value must be valid YAML.") from None
     return values
 
@@ -149,9 +150,7 @@ def sweep(
     **options: Any,
 ) -> None:
     """Run NOTEBOOK for every combination of values; the last line is the report's path."""
-    import yaml
-
-    from .experiments.spec import ClusterSpec
+    from .experiments.spec import ClusterSpec, read_yaml
     from .experiments.sweeps import sweep as run_sweep
 
     values: dict[str, Any] = {}
@@ -160,8 +159,8 @@ def sweep(
         if not listed or name in values:
             raise ArgumentError(f"-g {text!r} is not allowed: it must be NAME=A,B, each name once.")
         try:
-            values[name] = yaml.safe_load(f"[{listed}]")
-        except (yaml.YAMLError, ValueError):
+            values[name] = read_yaml(f"[{listed}]")
+        except ValueError:
             raise ArgumentError(f"-g {text!r} is not allowed: the values must be valid YAML.") from None
     where = None
     if cluster is not None:
@@ -196,7 +195,7 @@ def notebooks(full: bool, home: Path | None) -> None:
 
 @main.command(name="runs")
 @home_option
-@click.option("--where", metavar="SQL", help="Only these, as \"status = 'done' and results.error < 0.1\".")
+@click.option("--where", metavar="SQL", help="Only these, as \"status = 'done' and results.coverage > 0.9\".")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--export", type=click.Choice(["csv", "parquet"]), help="Write all columns to standard output.")
 @click.option("--mlflow", metavar="URI", help="Copy them to an MLflow server, each once.")
@@ -238,7 +237,10 @@ def list_runs(
 @main.command()
 @click.argument("kind")
 def spec(kind: str) -> None:
-    """Print the JSON schema of a KIND of spec: its fields, bounds, units and help."""
+    """Print the JSON schema of a KIND of spec: its fields, bounds, units and help.
+
+    KIND is experiment, sampler, control, circuit, mitigation, train, cluster, notebook or sweep.
+    """
     from .errors import unknown_name
     from .experiments.spec import SPECS
 
@@ -368,12 +370,17 @@ class TrainCommand(click.Command):
         return [*super().get_params(ctx), *flags]
 
 
-def _number(text: str) -> Any:
-    """What a flag's value means: YAML, but 1e-3, which YAML takes for a text, is a number."""
-    try:
-        return float(text) if "e" in text.lower() else _parsed((("value", text),))["value"]
-    except ValueError:
-        return text
+def _flag(kind: Any, text: str) -> Any:
+    """What a flag's value means: itself for a text, else YAML, but `none` is nothing, and 1e-3 (YAML: a text) a number."""
+    from .experiments.spec import read_yaml
+
+    if kind is str or text == "none":
+        return text if kind is str else None
+    value: Any = text
+    with suppress(ValueError):
+        value = read_yaml(text)
+        value = float(value) if isinstance(value, str) else value
+    return value
 
 
 @main.command(cls=TrainCommand)
@@ -408,9 +415,11 @@ def train(
     """
     from .experiments.spec import ClusterSpec, TrainSpec
 
-    given = {field: _number(value) for field, value in flags.items() if value is not None}
+    kinds = {name: field.annotation for name, field in TrainSpec.model_fields.items()}
+    given = {name: _flag(kinds[name], text) for name, text in flags.items() if text is not None}
     if preset is not None or out is not None:
-        if preset is None or out is None or given or spec_file or cluster or resume:
+        others = (spec_file, cluster, num_workers, address, resume, home)
+        if preset is None or out is None or given or any(x is not None for x in others):
             raise ArgumentError("--preset and --out go together, and with nothing else.")
         from .training.reference_training import train_reference
 
@@ -436,7 +445,10 @@ def train(
 @click.option("--quick", is_flag=True, help="Fewer repetitions and smaller cases.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write a file.")
 def bench(name: str, quick: bool, json_path: Path | None) -> None:
-    """Measure NAME side by side with what one would use instead."""
+    """Measure NAME side by side with what one would use instead.
+
+    NAME is samplers, estimators, decode, model, circuits, mitigation, sweep, training or kernels.
+    """
     from .experiments.bench import run_bench
 
     run_bench(name, quick=quick, json_path=json_path)

@@ -310,7 +310,8 @@ class SampledCache(Cache):
                 f"models with {IMPLEMENTATION!r}."
             )
         number = config.num_hidden_layers
-        kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+        window = ("sliding_attention",) if getattr(config, "sliding_window", None) else ()
+        kinds = set(getattr(config, "layer_types", None) or window) - {"full_attention"}
         if kinds:
             raise ArgumentError(
                 f"config has layers of {', '.join(sorted(kinds))}; only full attention is cached so."

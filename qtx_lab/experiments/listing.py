@@ -91,6 +91,8 @@ class RunTable(pd.DataFrame):
                 rows = connection.execute(query).fetchnumpy()["row"]
             except duckdb.Error as error:
                 said = str(error).splitlines()[0]
+                if isinstance(error, duckdb.BinderException):
+                    said += f". There are {', '.join(map(str, self.columns))}."
                 raise ArgumentError(f"where={where!r} is not a condition on the runs: {said}") from None
         kept = self.iloc[np.sort(np.asarray(rows))]
         return kept.reset_index(drop=True)

@@ -65,7 +65,7 @@ def notebook_path(notebook: str | Path) -> Path:
     ArgumentError
         If there is none; names the nearest shipped one.
     """
-    if Path(notebook).is_file():
+    if os.path.isfile(notebook):  # False also for a name that no file can have
         return Path(notebook)
     name = Path(notebook).name.removesuffix(".ipynb")
     shipped = {path.stem: path for path in sorted(notebooks_folder().glob("*.ipynb"))}

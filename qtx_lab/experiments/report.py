@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import yaml
 
 from .. import __version__
 from ..errors import StorageError
@@ -137,8 +136,8 @@ def _data_uri(kind: str, content: bytes) -> str:
 def _spec_fields(run: Run, manifest: Mapping[str, Any]) -> tuple[list[dict[str, str]], str]:
     """Name, value and help of each field; and why there are none, if they cannot be read."""
     try:
-        content = yaml.safe_load((run.path / "spec.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+        content = specs.read_yaml((run.path / "spec.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return [], "spec.yaml cannot be read"
     if not isinstance(content, dict):
         return [], "spec.yaml holds no fields"

@@ -348,7 +348,7 @@ def runs(home: str | Path | None = None, *, where: str | None = None) -> RunTabl
     home : path, optional
         See `runs_home`.
     where : str, optional
-        A condition in SQL, as "status = 'done' and results.error < 0.1"; see `RunTable.select`.
+        A condition in SQL, as "status = 'done' and results.coverage > 0.9"; see `RunTable.select`.
 
     Raises
     ------
@@ -390,7 +390,7 @@ def find_run(run: str | Path, home: str | Path | None = None) -> Run:
     StorageError
         If its manifest cannot be read.
     """
-    if Path(run).is_dir():
+    if os.path.isdir(run):  # False also for a name that no file can have
         return Run.open(run)
     home, text = runs_home(home), str(run)
     names = [folder.name for folder in _folders(home)]

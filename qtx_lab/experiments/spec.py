@@ -7,6 +7,7 @@ import hashlib
 import json
 import operator
 import re
+import reprlib
 from collections.abc import Hashable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from functools import cache
@@ -39,6 +40,11 @@ if TYPE_CHECKING:
 MAX_SEED = 2**63 - 1
 
 Value = TypeVar("Value", bound=Hashable)
+
+_SHORT = reprlib.Repr()
+"""Shows what was given, of what is long or nested (YAML's aliases can make much of a little) only the ends."""
+_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxtuple, _SHORT.maxdict = 3, 20, 20, 20
+_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 200
 
 
 def _whole(value: object) -> object:
@@ -167,9 +173,9 @@ class Spec(BaseModel):
             except (OSError, UnicodeError) as error:
                 raise SpecError(f"{where} cannot be read as a spec: {error}.") from error
         try:
-            content = yaml.load(source, _UniqueKeys)
-        except (yaml.YAMLError, ValueError) as error:
-            raise SpecError(f"{where} is not valid YAML: {' '.join(str(error).split())}.") from None
+            content = read_yaml(source)
+        except ValueError as error:
+            raise SpecError(f"{where} is not valid YAML: {error}.") from None
         if not isinstance(content, dict):
             raise SpecError(f"{where} holds a {type(content).__name__}; it must be `field: value` lines.")
         return cls.from_parameters(content)
@@ -787,7 +793,8 @@ def _problems(cls: type[Spec], error: ValidationError) -> list[tuple[str, str]]:
                 schema = schema.get("items", {})
             place = str(field) + "".join(f"[{part!r}]" for part in inside)
             names = [str(name) for name in _plain(schema).get("enum", ())]
-            text = f"{place}={given!r} is not allowed: {_allowed(schema, problem['msg'])}.{nearest(str(given), names)}"
+            near = nearest(given, names) if isinstance(given, str) else ""
+            text = f"{place}={_SHORT.repr(given)} is not allowed: {_allowed(schema, problem['msg'])}.{near}"
         found.append((str(field), text))
     return found
 
@@ -826,12 +833,31 @@ def _allowed(schema: Mapping[str, Any], message: str) -> str:
     return message.replace("Input should", "it must").replace("String should", "it must")
 
 
+def read_yaml(text: str) -> Any:
+    """What a YAML text says.
+
+    Raises
+    ------
+    ValueError
+        With what is wrong, in one line: no YAML, a key that is named twice, a tag that its value does not fit.
+    """
+    try:
+        return yaml.load(text, _UniqueKeys)
+    # PyYAML's constructors raise whatever they stumble over: `!!int ''` an IndexError, `!!bool x` a KeyError.
+    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        ours = isinstance(error, yaml.YAMLError | ValueError | RecursionError)
+        said = str(error) if ours else "a tag's value does not fit it"
+        raise ValueError(" ".join(said.split())) from None
+
+
 class _UniqueKeys(yaml.SafeLoader):
     """YAML in which naming a key twice is an error instead of a silent choice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
-        for key, _ in node.value:
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if isinstance(key.value, list):  # a key that is a list or a mapping: refused below
+                continue
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"{key.value!r} is named twice", key.start_mark

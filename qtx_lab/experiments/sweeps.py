@@ -21,9 +21,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from ..errors import ArgumentError, BackendUnavailable, QtxError, RunFailed, SpecError, StorageError
+from ..errors import (
+    ArgumentError,
+    BackendUnavailable,
+    DtypeError,
+    QtxError,
+    RunFailed,
+    SpecError,
+    StorageError,
+)
 from ..samplers.base import check_count
 from ..storage import runs_home, write_atomic, write_frame
+from ..training.cluster import Cluster
 from .figures import comparison
 from .listing import RunTable, run_table
 from .notebooks import as_word, declared_parameters, execute, notebook_path, notebook_spec, run_name
@@ -68,7 +77,7 @@ def sweep(
     repeats: int = 1,
     seed: int = 0,
     workers: int | None = None,
-    cluster: ClusterSpec | str | Client | None = None,
+    cluster: ClusterSpec | Cluster | str | Client | None = None,
     home: str | Path | None = None,
     resume: bool = False,
     measure: str | None = None,
@@ -97,8 +106,8 @@ def sweep(
         What these seeds are derived from.
     workers : int, optional
         Processes on this machine; one a core where None.
-    cluster : ClusterSpec, str or distributed.Client, optional
-        In place of them: a cluster, the address of a scheduler, or its client. Its workers have this version of qtx_lab,
+    cluster : ClusterSpec, Cluster, str or distributed.Client, optional
+        In place of them: a cluster to open, an open one, the address of a scheduler, or its client. Its workers have this version of qtx_lab,
         and see the same files.
     home : path, optional
         See `runs_home`.
@@ -119,7 +128,7 @@ def sweep(
 
     Raises
     ------
-    ArgumentError, SpecError, TextError
+    ArgumentError, DtypeError, SpecError, TextError
         Before any work: whatever `run_notebook` would refuse in any combination; an empty grid; repeats without a `seed`.
     StorageError
         If home cannot be written or has no room.
@@ -128,6 +137,14 @@ def sweep(
     KeyboardInterrupt
         On Ctrl-C, or once `stop` says so; the sweep is kept, marked as interrupted.
     """
+    kinds = ClusterSpec | Cluster | str | None
+    if not isinstance(cluster, kinds) and not hasattr(cluster, "submit"):
+        raise DtypeError(
+            f"cluster={cluster!r} is not allowed: it must be a ClusterSpec, a Cluster, an address or a client."
+        )
+    for name, value in (("grid", grid), ("parameters", parameters or {})):
+        if not isinstance(value, Mapping):
+            raise DtypeError(f"{name}={value!r} is not allowed: it must be a mapping by parameter.")
     path = notebook_path(notebook).resolve()
     spec, cells = plan(path, grid, parameters=parameters, repeats=repeats, seed=seed)
     if workers is not None:
@@ -153,7 +170,7 @@ def sweep(
         missing = [cell for cell in cells if cell.key not in earlier]
         if missing:
             with (
-                _client(workers, cluster) as client,
+                _client(workers and min(workers, len(missing)), cluster) as client,
                 client.as_current(),  # another thread may have another sweep, whose client would be the default
                 _bar(path, cells, missing, progress) as bar,
             ):
@@ -434,13 +451,13 @@ def _bar(path: Path, cells: Sequence[Cell], missing: Sequence[Cell], progress: b
 
 
 @contextmanager
-def _client(workers: int | None, cluster: ClusterSpec | str | Client | None) -> Iterator[Client]:
+def _client(workers: int | None, cluster: ClusterSpec | Cluster | str | Client | None) -> Iterator[Client]:
     if cluster is None:
         cluster = ClusterSpec(kind="local", num_workers=workers)
     elif isinstance(cluster, str):
         cluster = ClusterSpec(kind="address", address=cluster)
     if not isinstance(cluster, ClusterSpec):
-        yield cluster
+        yield cluster.client if isinstance(cluster, Cluster) else cluster
         return
     with cluster.build() as opened:
         if opened.kind != "address":

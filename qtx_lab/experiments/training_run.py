@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .. import theme as look
-from ..errors import ArgumentError, RunFailed
+from ..errors import ArgumentError, QtxError, RunFailed
 from ..storage import write_tensors
 from . import provenance
 from .figures import _figure
@@ -76,13 +76,19 @@ def train_run(
             )
         if spec is not None:
             raise ArgumentError("resume goes on under the run's own spec: leave spec out.")
+        kind = (run.manifest.get("spec") or {}).get("kind")
+        if kind != "TrainSpec":
+            raise ArgumentError(f"resume={str(resume)!r} is no training: its run was asked for by a {kind}.")
         spec = TrainSpec.from_yaml(run.path / "spec.yaml")
         run.update(status="running", error=None, process=provenance.this_process())
     try:
         with run:
             _train(run, spec, cluster, progress)
-    finally:
-        write_report(run)
+    except BaseException:
+        with suppress(QtxError):  # the first error is the one to hear about
+            write_report(run)
+        raise
+    write_report(run)
     return run
 
 

@@ -25,6 +25,8 @@ from ..errors import StorageError
 from ..storage import json_bytes, storage_error, sync_folder, write_atomic
 
 ABOUT = "training.json"
+NEEDED = {"recipe": dict, "text": str, "shards": int, "draws": int, "scaler": dict | None}
+"""What a checkpoint must say of itself."""
 FULL_BYTES = 16 << 20
 """Free space below which a disk is called full when a write failed for no reason that is told."""
 
@@ -37,7 +39,7 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 def checkpoints(folder: Path) -> list[int]:
     """Steps after which there is a whole checkpoint, in rising order."""
     found = (path.parent.name.removeprefix("step-") for path in folder.glob(f"step-*/{ABOUT}"))
-    return sorted(int(step) for step in found if step.isdigit())
+    return sorted(int(step) for step in found if step.isdecimal())
 
 
 def read_about(folder: Path, step: int) -> dict[str, Any]:
@@ -50,7 +52,13 @@ def read_about(folder: Path, step: int) -> dict[str, Any]:
     """
     path = checkpoint_path(folder, step) / ABOUT
     try:
-        return dict(json.loads(path.read_bytes()))
+        about = json.loads(path.read_bytes())
+        missing = [
+            x for x in NEEDED if not isinstance(about, dict) or not isinstance(about.get(x), NEEDED[x])
+        ]
+        if missing:
+            raise ValueError(f"{ABOUT} does not say its {missing[0]}")
+        return about
     except (OSError, ValueError) as error:
         raise StorageError(f"The checkpoint {path.parent} cannot be read: {error}.") from error
 
@@ -109,7 +117,9 @@ def save_checkpoint(
         if isinstance(error, OSError) and not isinstance(error, StorageError):
             raise storage_error(path, error) from error
         raise
-    for old in checkpoints(folder)[:-keep]:
+    # Those of later steps could not be read: else training would not have gone on from one before them.
+    found = checkpoints(folder)
+    for old in set(found) - set([x for x in found if x <= step][-keep:]):
         shutil.rmtree(checkpoint_path(folder, old), ignore_errors=True)
 
 

@@ -213,6 +213,7 @@ def _connect(
 
     import dask
     from distributed import Client, LocalCluster
+    from distributed.gc import disable_gc_diagnosis
 
     made: dict[str, Any] = {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0"}
     made["silence_logs"] = logging.CRITICAL  # of a worker that went, whoever needed it tells
@@ -244,6 +245,8 @@ def _connect(
     client = Client(cluster, timeout=timeout)
     stack.callback(client.close)
     client.register_worker_callbacks(_leave_ctrl_c_to_the_caller)
+    # A Ctrl-C that comes while garbage is collected would be raised in Dask's callback after it, and lost.
+    disable_gc_diagnosis(force=True)
     return client
 
 

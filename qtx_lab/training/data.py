@@ -74,7 +74,7 @@ def open_tokens(text: str | Path | Tensor | np.ndarray, num_tokens: int) -> Toke
     else:
         whole, is_bytes = _read(text)
         cut = len(whole) - max(len(whole) // 10, min(num_tokens + 1, len(whole)))
-        size = BYTES if is_bytes else int(whole.max(initial=-1)) + 1
+        size = BYTES if is_bytes else int(whole.max()) + 1 if len(whole) else 0
         tokens = Tokens(whole[:cut], whole[cut:], size, is_bytes)
     if min(len(tokens.training), len(tokens.held_out)) <= num_tokens:
         total = len(tokens.training) + len(tokens.held_out)

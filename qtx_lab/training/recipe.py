@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any
 
-from ..errors import ArgumentError, unknown_name
+from ..controls import make_control
+from ..errors import ArgumentError, DtypeError, unknown_name
 from ..samplers import Sampler, make_sampler
 from ..samplers.base import MOST, check_count
 
@@ -126,6 +127,15 @@ class Recipe:
         ):
             if getattr(self, name) not in allowed:
                 raise unknown_name(name, getattr(self, name), allowed)
+        if type(self.compile) is not bool:
+            raise ArgumentError(f"compile={self.compile!r} is not allowed: it must be True or False.")
+        if self.control_variate is not None:
+            try:
+                make_control(self.control_variate)
+            except (ArgumentError, DtypeError) as error:
+                raise type(error)(
+                    f"control_variate={self.control_variate!r} is not allowed: {error}"
+                ) from None
         if self.sampler is not None:
             made = make_sampler(self.sampler)
             if self.noise and made.name == "exact":

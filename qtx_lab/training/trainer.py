@@ -20,7 +20,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import ArgumentError, FallbackWarning, RunFailed, ShapeError, StorageError, unknown_name
+from ..errors import (
+    ArgumentError,
+    DtypeError,
+    FallbackWarning,
+    RunFailed,
+    ShapeError,
+    StorageError,
+    unknown_name,
+)
 from ..samplers.base import check_count
 from ..storage import runs_home, storage_error, write_atomic
 from . import rank as ranks
@@ -194,6 +202,15 @@ class QuantumTrainer:
             raise ArgumentError(f"retries={retries!r} is not allowed: it must be a whole number from 0.")
         if isinstance(model, str):
             model = make_model(model, self.recipe.seed)
+        kind: Any
+        for name, value, kind, what in (
+            ("model", model, nn.Module, f"an nn.Module or one of {', '.join(MODELS)}"),
+            ("cluster", cluster, Cluster | None, "a Cluster from open_cluster"),
+            ("folder", folder, str | Path | None, "a path"),
+            ("on_metrics", on_metrics, Callable | None, "a function of a list of rows"),
+        ):
+            if not isinstance(value, kind):
+                raise DtypeError(f"{name}={value!r} is not allowed: it must be {what}.")
         self.model, self.text = model, text
         self.distributed, self.num_gpus, self.cluster = distributed, num_gpus, cluster
         self.folder, self.on_metrics, self.progress, self.retries = folder, on_metrics, progress, retries
@@ -219,9 +236,9 @@ class QuantumTrainer:
             If the cluster cannot be opened.
         """
         started = time.monotonic()
+        self._cancelled.clear()
         digest = self._check()
         folder, kept = self._folder()
-        self._cancelled.clear()
         try:
             with self._cluster() as (cluster, notes), self._ctrl_c() as interrupted:
                 world = max(1, min(cluster.num_workers, self.recipe.batch_size)) if cluster else 1
@@ -233,6 +250,7 @@ class QuantumTrainer:
                 stopped = end.how == "stopped"
                 if cluster:
                     load_weights(folder, end.step, self.model)
+                    (folder / "job.pickle").unlink(missing_ok=True)  # as large as the model
                 if interrupted:
                     raise KeyboardInterrupt(
                         f"Stopped after step {end.step}; checkpoint: {checkpoint_path(folder, end.step)}"
@@ -276,6 +294,10 @@ class QuantumTrainer:
         try:
             with torch.no_grad(), attention.drawing(0):
                 logits = attention.forward(model.eval(), batch)
+        except IndexError as error:
+            raise ShapeError(
+                f"model fails on the text's tokens ({error}): has it embedded all {tokens.vocab_size}?"
+            ) from error
         finally:
             attention.undo()
             model.train(was_training)
@@ -398,7 +420,7 @@ class _Supervised:
         with self.bar:
             in_a_row, failed_at = 0, set()
             while True:
-                before = max(checkpoints(self.job.folder), default=0)
+                before = set(checkpoints(self.job.folder))
                 name = f"{uuid.uuid4().hex[:12]}-{self.attempt}"
                 claim(self.job.folder, name)
                 end = self._alone(name) if self.cluster is None else self._together(name, world)
@@ -415,7 +437,7 @@ class _Supervised:
                             f"learning_rate ({self.job.recipe.learning_rate:g}), more warmup_steps or a smaller clip_norm."
                         ) from end.error
                     raise end.error
-                progressed = max(checkpoints(self.job.folder), default=0) > before
+                progressed = bool(set(checkpoints(self.job.folder)) - before)
                 in_a_row = 1 if progressed else in_a_row + 1
                 self.faults.append(f"step {end.step}: {end.error}")
                 if in_a_row > self.trainer.retries:

@@ -256,6 +256,29 @@ def test_training_drops_keys_and_checkpoints_only_torchs_own_draws(tokens):
         assert seed == 0 or torch.allclose(*grads)
 
 
+@pytest.mark.parametrize("settings", [EXACT, MANY])
+def test_sliding_windows_hide_what_they_hide_from_eager(settings, tokens):
+    def logits(attention):
+        config = transformers.MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=4)
+        return model_of(transformers.MistralForCausalLM, config, attention, settings)(tokens).logits
+
+    with torch.no_grad():
+        torch.testing.assert_close(logits("qtx_sampled"), logits("eager"), atol=5e-3, rtol=0)
+
+
+@pytest.mark.parametrize("seed", [None, 0])
+def test_compiled_it_draws_as_it_does_uncompiled(seed, tokens):
+    model = llama(settings={"num_samples": 8, "seed": seed})
+    compiled = torch.compile(model, backend="eager")
+    found = []
+    for each in (compiled, model):
+        torch.manual_seed(1)
+        huggingface.restart(model)
+        with torch.no_grad():
+            found.append(each(tokens).logits)
+    assert torch.equal(*found)
+
+
 def test_weights_are_given_where_asked(tokens):
     with torch.no_grad():
         found = bert(settings=MANY)(tokens, output_attentions=True).attentions
@@ -292,6 +315,9 @@ def test_what_a_sampled_cache_cannot_do(tokens):
         huggingface.SampledCache(model.config, proposal="int3")
     with pytest.raises(qtx.ArgumentError, match="'eager'"):
         huggingface.SampledCache(llama("eager").config)
+    sliding = transformers.MistralConfig(**SMALL, sliding_window=4, attn_implementation="qtx_sampled")
+    with pytest.raises(qtx.ArgumentError, match="layers of sliding_attention"):
+        huggingface.SampledCache(sliding)
     padded, beams = (huggingface.SampledCache(model.config) for _ in range(2))
     with pytest.raises(qtx.ShapeError, match="padding"):
         model.generate(tokens, attention_mask=LEFT, past_key_values=padded, max_new_tokens=3, pad_token_id=0)

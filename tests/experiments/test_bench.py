@@ -4,8 +4,10 @@ import json
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 import qtx_lab as qtx
+from qtx_lab.cli import main
 from qtx_lab.experiments import bench
 
 
@@ -40,6 +42,11 @@ def test_the_json_holds_what_is_promised(tmp_path, monkeypatch, capsys):
     assert {"cpu", "cores", "threads"} <= set(result["machine"])
     assert {"case", "method", "seconds", "baseline", "ratio", "error", "check"} <= set(result["rows"][0])
     assert "MB moved" in capsys.readouterr().out
+
+
+def test_the_command_line_names_every_benchmark():
+    said = CliRunner().invoke(main, ["bench", "--help"]).output
+    assert all(name in said for name in bench.BENCHES)
 
 
 def test_bad_input_is_refused_before_the_work(tmp_path):

@@ -83,6 +83,11 @@ def test_conditions_that_are_none(home, where) -> None:
         runs(home, where=where)
 
 
+def test_a_column_that_there_is_not_is_answered_with_those_that_there_are(home) -> None:
+    with pytest.raises(ArgumentError, match=r"nope.*There are run, .*spec\.seed"):
+        runs(home, where="results.nope > 0")
+
+
 def test_an_empty_folder_takes_conditions(tmp_path) -> None:
     assert runs(tmp_path, where="status = 'done'").empty
     assert runs(tmp_path).metrics().empty

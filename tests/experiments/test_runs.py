@@ -183,6 +183,11 @@ def test_newest_first_and_found_by_part_of_the_name(tmp_path, spec) -> None:
             find_run(part, tmp_path)
 
 
+def test_a_name_that_no_file_can_have_is_no_run(tmp_path) -> None:
+    with pytest.raises(ArgumentError, match="none of the 0 runs"):
+        find_run("a" * 5000, tmp_path)
+
+
 def test_home_that_cannot_hold_runs(tmp_path, spec, monkeypatch) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="Cannot write"):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from functools import cache
 
 import pytest
 import torch
+from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from papermill.translators import PythonTranslator
@@ -16,6 +18,7 @@ from qtx_lab.attention import sampled_attention
 from qtx_lab.backends import HybridPolicy
 from qtx_lab.backends.qiskit import MOST_SHOTS
 from qtx_lab.circuits import LOADERS
+from qtx_lab.cli import main
 from qtx_lab.controls import CONTROLS
 from qtx_lab.errors import ArgumentError, SpecError
 from qtx_lab.experiments.spec import (
@@ -173,11 +176,31 @@ def test_one_error_names_all_problems() -> None:
         ("seed: 1\nseed: 2", "'seed' is named twice"),
         ("- a", "list"),
         ("1: 2", "names"),
+        ("? [a, b]\n: 1", "unhashable key"),
+        ("seed: !!int ''", "does not fit"),
+        ("seed: !!bool maybe", "does not fit"),
+        ("seed: !!python/object:os.system x", "tag"),
+        ("!!map [1]", "expected a mapping"),
+        ("[" * 5000, "recursion"),
     ],
 )
 def test_refuses_bad_yaml(text, says) -> None:
     with pytest.raises(SpecError, match=says):
         ExperimentSpec.from_yaml(text)
+
+
+def test_what_aliases_make_large_is_not_shown_whole() -> None:
+    names = "abcdefgh"
+    lines = [f"{new}: &{new} [{', '.join([f'*{old}'] * 10)}]" for old, new in itertools.pairwise(names)]
+    bomb = "\n".join(["a: &a [x]", *lines, "samplers: [*h]"])
+    with pytest.raises(SpecError, match="samplers") as caught:
+        ExperimentSpec.from_yaml(bomb)
+    assert len(str(caught.value)) < 100_000
+
+
+def test_the_command_line_names_every_kind() -> None:
+    said = CliRunner().invoke(main, ["spec", "--help"]).output
+    assert all(kind in said for kind in SPECS)
 
 
 def test_missing_file_is_a_spec_error(tmp_path) -> None:

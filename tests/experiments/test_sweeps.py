@@ -19,7 +19,7 @@ import nbformat
 import psutil
 import pytest
 
-from qtx_lab.errors import ArgumentError, SpecError, StorageError
+from qtx_lab.errors import ArgumentError, BackendUnavailable, DtypeError, SpecError, StorageError
 from qtx_lab.experiments.runs import Run, read_manifests, runs
 from qtx_lab.experiments.spec import ClusterSpec, ExperimentSpec
 from qtx_lab.experiments.sweeps import plan, repeat_seed, sweep
@@ -315,9 +315,33 @@ def test_a_full_and_a_read_only_disk(notebook, cluster, tmp_path) -> None:
         subprocess.run(["umount", disk], check=True)
 
 
-def test_no_scheduler_there(notebook, tmp_path) -> None:
-    from qtx_lab.errors import BackendUnavailable
+def test_a_cluster_that_is_open_already(notebook, cluster, tmp_path) -> None:
+    with ClusterSpec(kind="address", address=cluster).build() as opened:
+        assert sweep(notebook, {"n": [1]}, cluster=opened, home=tmp_path, progress=False).status == "done"
+        assert opened.client.status == "running"
 
+
+@pytest.mark.parametrize("name", ["cluster", "grid", "parameters"])
+def test_arguments_of_another_type_are_refused_by_name(notebook, tmp_path, name) -> None:
+    with pytest.raises(DtypeError, match=f"{name}=5 is not allowed"):
+        sweep(notebook, **{"grid": {"n": [1]}, "home": tmp_path / "home", name: 5})
+    assert not (tmp_path / "home").exists()
+
+
+def test_no_more_processes_than_notebooks(notebook, tmp_path, monkeypatch) -> None:
+    asked = []
+
+    def build(spec: ClusterSpec):
+        asked.append(spec.num_workers)
+        raise BackendUnavailable("not today")
+
+    monkeypatch.setattr(ClusterSpec, "build", build)
+    with pytest.raises(BackendUnavailable):
+        sweep(notebook, {"n": [1, 2]}, workers=10**6, home=tmp_path, progress=False)
+    assert asked == [2]
+
+
+def test_no_scheduler_there(notebook, tmp_path) -> None:
     nowhere = ClusterSpec(kind="address", address="tcp://127.0.0.1:1", timeout=0.5)
     with pytest.raises(BackendUnavailable, match=r"tcp://127.0.0.1:1"):
         sweep(notebook, {"n": [1]}, cluster=nowhere, home=tmp_path)

@@ -1,5 +1,6 @@
 """Clusters: what is opened and why, training over one, and what happens when its workers, or its scheduler, go."""
 
+import gc
 import os
 import random
 import signal
@@ -57,6 +58,11 @@ def test_a_local_cluster_runs_tasks_and_says_why_it_is_there(cluster):
 
 
 @pytest.mark.skipif(find_gpus()[0] > 0, reason="this machine has GPUs")
+def test_no_callback_of_dasks_swallows_a_ctrl_c(cluster):
+    """One that comes while garbage is collected is raised in the first Python code that follows."""
+    assert not [f for f in gc.callbacks if f.__module__.startswith("distributed")]
+
+
 def test_without_a_gpu():
     _, why = find_gpus()
     assert "NVML" in why
@@ -173,6 +179,7 @@ def test_a_folder_of_two_ranks_is_resumed_by_one(cluster, whole, tmp_path):
     trainer.on_metrics = lambda rows: trainer.cancel()
     stopped = trainer.train()
     assert stopped.stopped
+    assert not (tmp_path / "job.pickle").exists()
     assert stopped.steps == checkpoints(tmp_path)[-1] < 12
     alone = QuantumTrainer("small", folder=tmp_path, **FAST)
     alone.train()

@@ -140,11 +140,19 @@ def test_schedules():
         ({"num_tokens": 5000}, "context, 1024"),
         ({"seed": -1}, "seed=-1"),
         ({"retries": -1}, "retries=-1"),
+        ({"control_variate": "top"}, "control_variate='top'.*Did you mean 'topk'"),
+        ({"compile": "yes"}, "compile='yes'"),
     ],
 )
 def test_bad_settings_are_refused_before_work(settings, match):
     with pytest.raises(qtx.ArgumentError, match=match):
         trained(**settings)
+
+
+@pytest.mark.parametrize("name", ["model", "cluster", "folder", "on_metrics"])
+def test_arguments_of_another_type_are_refused_by_name(name):
+    with pytest.raises(qtx.DtypeError, match=f"{name}=5 is not allowed: it must be"):
+        QuantumTrainer(**{name: 5}, distributed=True)
 
 
 def test_models_that_do_not_fit():
@@ -157,6 +165,8 @@ def test_models_that_do_not_fit():
         trained(torch.nn.Sequential(embedding, torch.nn.Linear(8, 256)), sampler="systematic")
     with pytest.raises(qtx.ArgumentError, match="no parameters"):
         trained(torch.nn.Sequential(embedding, torch.nn.Linear(8, 256)).requires_grad_(False))
+    with pytest.raises(qtx.ShapeError, match="embedded all 256"):
+        trained(torch.nn.Sequential(torch.nn.Embedding(9, 8), torch.nn.Linear(8, 256)), num_samples=None)
 
 
 # --- What draws -----------------------------------------------------------------------------------------
@@ -358,6 +368,27 @@ def test_a_broken_checkpoint_is_passed_over_and_told_of(tmp_path):
     assert torch.equal(weights(resumed), weights(whole))
 
 
+@pytest.mark.parametrize("about", ["", "5", "{}", '{"recipe": 5}'])
+def test_a_checkpoint_that_says_nothing_of_itself_is_passed_over(tmp_path, about):
+    whole, _ = trained(folder=tmp_path)
+    (tmp_path / "step-00000008" / "training.json").write_text(about)
+    (tmp_path / "step-²").mkdir()
+    (tmp_path / "step-²" / "training.json").write_text("not ours")
+    resumed, result = trained(folder=tmp_path)
+    assert any("step-00000008" in note for note in result.notes)
+    assert torch.equal(weights(resumed), weights(whole))
+
+
+def test_a_broken_checkpoint_does_not_outlive_a_whole_one(tmp_path):
+    trained(folder=tmp_path, keep_checkpoints=1)
+    (tmp_path / "step-00000008" / "training.json").write_text("{}")
+    trainer = QuantumTrainer("small", **{**FAST, "folder": tmp_path, "keep_checkpoints": 1})
+    trainer.on_metrics = lambda rows: trainer.cancel()
+    result = trainer.train()
+    assert result.stopped
+    assert checkpoints(tmp_path) == [result.steps]
+
+
 def poisoned(step, times):
     """A small model whose loss is NaN on the batch of a step, `times` times."""
     model = make_model("small", FAST["seed"])
@@ -429,6 +460,13 @@ def test_cancel_before_anything_and_from_another_thread():
     assert result.stopped
     assert 0 < result.steps < 100_000
     assert checkpoints(result.folder)[-1] == result.steps
+
+
+def test_cancel_before_the_first_step_is_heard(monkeypatch):
+    trainer = QuantumTrainer("small", **{**FAST, "steps": 100_000})
+    check = trainer._check
+    monkeypatch.setattr(trainer, "_check", lambda: [trainer.cancel(), check()][1])
+    assert trainer.train().steps == 1
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):

@@ -11,7 +11,8 @@ import torch
 from click.testing import CliRunner
 
 import qtx_lab as qtx
-from qtx_lab.cli import main
+from qtx_lab.cli import _flag, main
+from qtx_lab.experiments import training_run
 from qtx_lab.experiments.training_run import train_run
 from qtx_lab.training import scaling
 from qtx_lab.training.checkpoints import checkpoints
@@ -65,6 +66,9 @@ def test_a_spec_and_the_same_flags_are_the_same_training(tmp_path):
         (["--cluster", "address"], "address"),
         (["--resume", "none"], "resume='none'|run='none'"),
         (["missing.yaml"], "missing.yaml"),
+        (["--compile", "maybe"], "compile='maybe'"),
+        (["--steps", "!!int"], "steps='!!int'"),
+        (["--preset", "reference", "--out", "x", "--num-workers", "2"], "--preset and --out"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_in_one_line(arguments, text, tmp_path):
@@ -75,6 +79,42 @@ def test_what_cannot_be_trained_is_refused_in_one_line(arguments, text, tmp_path
     assert re.search(text, done.output)
     assert "Traceback" not in done.output
     assert not list(tmp_path.iterdir())
+
+
+def test_flags_mean_what_they_look_like():
+    kinds = {name: field.annotation for name, field in qtx.TrainSpec.model_fields.items()}
+    read = {
+        ("compile", "true"): True,
+        ("compile", "False"): False,
+        ("learning_rate", "1e-3"): 1e-3,
+        ("control_variate", "none"): None,
+        ("text", "12"): "12",
+        ("text", "none"): "none",
+        ("steps", "12"): 12,
+        ("sampler", "head-tail"): "head-tail",
+    }
+    assert {key: _flag(kinds[key[0]], key[1]) for key in read} == read
+
+
+def test_only_a_training_is_resumed(tmp_path):
+    run = qtx.Run.create(qtx.ExperimentSpec(), "demo", tmp_path)
+    run.finish("interrupted")
+    with pytest.raises(qtx.ArgumentError, match=r"no training: .* ExperimentSpec"):
+        train_run(home=tmp_path, resume=run.path)
+    assert run.status == "interrupted"
+
+
+def test_the_first_error_is_the_one_told(tmp_path, monkeypatch):
+    def fail(error):
+        def call(*arguments):
+            raise error
+
+        return call
+
+    monkeypatch.setattr(training_run, "_train", fail(qtx.RunFailed("the first")))
+    monkeypatch.setattr(training_run, "write_report", fail(qtx.StorageError("the second")))
+    with pytest.raises(qtx.RunFailed, match="the first"):
+        train_run(qtx.TrainSpec(**FAST), home=tmp_path)
 
 
 @pytest.mark.chaos

@@ -21,7 +21,7 @@ from ..backends.noise import fake_device, reduced_target
 from ..circuits import check_rows
 from ..circuits.fidelity import hellinger_fidelity
 from ..circuits.resources import resources
-from ..errors import ArgumentError, DtypeError, unknown_name
+from ..errors import ArgumentError, DtypeError, ShapeError, unknown_name
 from ..mitigation import ZeroNoiseExtrapolation, project_to_simplex, scale_noise
 from ..mitigation.zne import METHODS
 from ..samplers.base import check_count
@@ -86,6 +86,8 @@ class CircuitView(View):
     """
 
     num_rows = traitlets.Int(0, read_only=True).tag(sync=True)
+    names = traitlets.List(traitlets.Unicode(), read_only=True).tag(sync=True)
+    """What each row is called."""
     row = traitlets.Int(0).tag(sync=True)
     shots = traitlets.Int(1024).tag(sync=True)
     noise_levels = traitlets.List(traitlets.Float()).tag(sync=True)
@@ -151,13 +153,19 @@ class CircuitView(View):
             baseline = RowCounts(self._classical.clone(), torch.zeros(1, dtype=torch.int64), self._done)
             return RowCounts(self._counts.clone(), left, self._done, baseline, self._diagnostics)
 
-    def show_rows(self, p: Tensor, row: int = 0) -> None:
-        """Show other rows, (R, n); what was measured of the last ones is forgotten."""
+    def show_rows(self, p: Tensor, row: int = 0, *, names: Sequence[str] | None = None) -> None:
+        """Show other rows, (R, n), by their names; what was measured of the last ones is forgotten."""
         p = check_rows(p)
         if len(p) == 0:
             raise ArgumentError("p has no rows; at least one is needed.")
+        names = [f"row {i}" for i in range(len(p))] if names is None else [str(x) for x in names]
+        if len(names) != len(p):
+            raise ShapeError(f"names has {len(names)} entries; p has {len(p)} rows, and each needs one.")
+        if not 0 <= row < len(p):
+            raise ArgumentError(f"row={row} is not allowed: it must be in 0..{len(p) - 1}.")
         with self._turn:
             self._p = p
+            self.set_trait("names", names)
             self.set_trait("num_rows", len(p))
             if self.row == row:
                 self._show()
@@ -166,14 +174,44 @@ class CircuitView(View):
 
     def follow(self, lens: AttentionLens) -> None:
         """Show the rows that are selected in a lens, now and whenever others are."""
-        if lens.selected_rows:
-            self.show_rows(lens.rows())
-        lens.observe(lambda change: self.show_rows(lens.rows()) if change["new"] else None, "selected_rows")
+
+        def show() -> None:
+            if lens.selected_rows:
+                self.show_rows(lens.rows(), names=[f"query {i}" for i in lens.selected_rows])
+
+        show()
+        lens.observe(lambda _: show(), "selected_rows")
 
     def run(self, shots: int | None = None) -> None:
         """Measure the shown row, in parts, and return when all is there or `cancel` was called."""
         self._stop.clear()
         self._measure(self.shots if shots is None else shots)
+
+    def fill(self, found: RowCounts, curve: Sequence[Mapping[str, float]] = ()) -> None:
+        """Show what was measured elsewhere of the shown row, in place of what was measured here.
+
+        Parameters
+        ----------
+        found : RowCounts, (1, n)
+            With its classical baseline.
+        curve : sequence of mapping
+            The fidelity as shots arrived: `shots`, `fidelity`, `error` (standard error), `classical`.
+
+        Raises
+        ------
+        ArgumentError, ShapeError
+            No row is shown; counts of other keys, or without a baseline.
+        """
+        shape = tuple(self._row_p().shape)
+        if found.classical is None or tuple(found.counts.shape) != shape:
+            raise ShapeError(
+                f"found has counts {tuple(found.counts.shape)}; they must be {shape}, with a baseline."
+            )
+        with self._turn:
+            self._counts, self._classical = found.counts.clone(), found.classical.counts.clone()
+            self._discarded, self._done = int(found.discarded.sum()), found.shots
+            self._curve, self._diagnostics = [dict(point) for point in curve], found.diagnostics
+        self._send_counts()
 
     def cancel(self) -> None:
         """Stop a run after the part that is being measured."""
@@ -264,7 +302,7 @@ class CircuitView(View):
                 ax.set_xlabel("noise level (1: the device's own)")
                 ax.set_ylabel(f"probability of key {fit['key']}")
             figure.suptitle(
-                f"Row {self.row} on {self.backend.engine.name}, {self.backend.loader.name} loader, "
+                f"{self.names[self.row].capitalize()} on {self.backend.engine.name}, {self.backend.loader.name} loader, "
                 f"{self._done} shots, seed {self._seed}",
                 x=0.01, ha="left", fontweight="bold", fontsize=12,
             )  # fmt: skip

@@ -188,7 +188,12 @@ class SpecForm(anywidget.AnyWidget):
 
     def _publish(self) -> None:
         with TURN:
-            self._shown = {"values": self._typed, "problems": self.problems, "yaml": self.spec.to_yaml()}
+            self._shown = {
+                "values": self._typed,
+                "problems": self.problems,
+                "yaml": self.spec.to_yaml(),
+                "heard": {name: edit[0] for name, edit in self._seen.items()},
+            }
 
 
 def described_fields(kind: type[Spec]) -> dict[str, dict[str, Any]]:

@@ -457,15 +457,18 @@ def _checked(
     layers = []
     for number, inputs in enumerate(zip(*stacks, strict=True)):
         for name, x in zip("qkv", inputs, strict=True):
-            if isinstance(x, Tensor) and (x.ndim not in (2, 3, 4) or (x.ndim == 4 and x.shape[0] != 1)):
+            if isinstance(x, Tensor) and (
+                x.ndim not in (2, 3, 4) or (x.ndim == 4 and x.shape[0] != 1) or 0 in x.shape
+            ):
                 raise ShapeError(
-                    f"{name} has shape {tuple(x.shape)}; it must be (L, E), (H, L, E) or (1, H, L, E): one text at a time."
+                    f"{name} has shape {tuple(x.shape)}; it must be (L, E), (H, L, E) or (1, H, L, E), one text at a time, "
+                    "and not empty."
                 )
         queries, keys, values = (
             x.detach().cpu().reshape(-1, *x.shape[-2:]) if isinstance(x, Tensor) else x for x in inputs
         )
         check_inputs(queries, keys, values, None, is_causal, scale, True)
-        if max(queries.shape[-2], keys.shape[-2]) > MOST_POSITIONS or 0 in queries.shape:
+        if max(queries.shape[-2], keys.shape[-2]) > MOST_POSITIONS:
             raise ShapeError(
                 f"q has {queries.shape[-2]} queries, k {keys.shape[-2]} keys; 1 to {MOST_POSITIONS} can be shown."
             )

@@ -11,7 +11,7 @@ import ipywidgets as widgets
 
 from ..errors import ArgumentError, QtxError, SpecError
 from .forms import TURN, SpecForm
-from .view import heard_while_busy
+from .view import View, drawn, heard_while_busy
 from .work import Pace, Work
 
 if TYPE_CHECKING:
@@ -100,6 +100,12 @@ class Page:
     def show(self, result: dict[str, Any]) -> None:
         """Draw what came of the task, or of a part of it."""
 
+    def picture(self) -> bytes | None:
+        """What is shown, as PNG; None where there is nothing to show."""
+        places = [child for place in self.views.children for child in getattr(place, "children", ())]
+        views = [view for view in places if isinstance(view, View)]
+        return drawn(views[0].figure) if views and self.result is not None else None
+
     def cost(self) -> str:
         """What it takes, for the line at the bottom."""
         return ""
@@ -120,9 +126,9 @@ class Page:
         with self._turn:
             if self.busy:
                 raise ArgumentError(f"{self.name} is running: cancel it, or wait for its end.")
-            self._tell()
             self.work = self.bench.begin(self.task, arguments, self._follow, self._take)
             self._made_by = made_by
+            self._tell()
         self.bench.remember()
         self._draw_bar.ask()
         return self.work
@@ -149,6 +155,7 @@ class Page:
         """A part of a result, from the worker."""
         self.result = data
         self.show(data)
+        self._tell()
 
     def _follow(self, work: Work) -> None:
         """The work has changed: called by the thread that listens to the worker, or that cancels."""
@@ -185,7 +192,8 @@ class Page:
         if problem:
             self._told.value = f'<div class="qtx-wb-error" role="alert">{html.escape(problem)}</div>'
         elif self.result is None:
-            self._told.value = f'<div class="qtx-wb-empty">{self.first}</div>'
+            first = "The first picture comes here." if self.busy else self.first
+            self._told.value = f'<div class="qtx-wb-empty">{first}</div>'
         else:
             self._told.value = ""
         self.views.layout.display = None if self.result is not None else "none"

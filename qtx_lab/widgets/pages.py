@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -280,11 +280,12 @@ class CircuitPage(Page):
         spec = CircuitSpec(**(self._made_by or self.state())["circuit"])
         what = (spec.model_copy(update={"shots": 1}), result["p"].tobytes())
         if self.view is None or what != self._view_of:
-            self._make_view(spec, torch.from_numpy(result["p"]))
+            self.view = self._make_view(spec, torch.from_numpy(result["p"]), result["rows"])
             self._view_of = what
+        self.view.shots = spec.shots
         self._fill_view()
 
-    def _make_view(self, spec: CircuitSpec, p: Tensor) -> None:
+    def _make_view(self, spec: CircuitSpec, p: Tensor, queries: Iterable[int]) -> CircuitView:
         """A view of these rows' circuit; the zero-noise fit in it has the levels of the Mitigate tab."""
         with (
             TURN
@@ -295,34 +296,37 @@ class CircuitPage(Page):
         assert isinstance(kept, MitigationSpec)
         levels = kept.noise_levels if len(kept.noise_levels) > 1 else (1.0, 3.0)
         view = CircuitView(
-            spec.build(), p, shots=spec.shots, noise_levels=levels, method=kept.extrapolation, seed=0
+            spec.build(), shots=spec.shots, noise_levels=levels, method=kept.extrapolation, seed=0
         )
+        view.show_rows(p, names=[f"query {i}" for i in queries])
         view.observe(lambda _: self._fill_view(), "row")
         view.observe(
             lambda change: mitigation.enter(noise_levels=[f"{x:g}" for x in change.new]), "noise_levels"
         )
         view.observe(lambda change: mitigation.enter(extrapolation=change.new), "method")
-        self.view = view
         self.place.children = self.bench.mitigate.place.children = (view,)
+        return view
 
     def _fill_view(self) -> None:
         """Show what was measured of the view's row."""
         view, result = self.view, self.result
         if view is not None and result is not None and view.num_rows == len(result["rows"]):
-            row = view.row
-            with view._turn:  # it measures by itself; here a worker does, which can be killed
-                view._counts = torch.from_numpy(result["counts"][row : row + 1]).clone()
-                view._classical = torch.from_numpy(result["classical"][row : row + 1]).clone()
-                view._discarded, view._done = int(result["discarded"][row]), int(result["shots"])
-                view._curve = [
-                    {name: x if name == "shots" else x[row] for name, x in point.items()}
-                    for point in result["curve"]
-                ]
-                view._diagnostics = {
-                    "fallbacks": result["fallbacks"],
-                    "not_modelled": result["facts"].get("not_modelled", ()),
-                }
-            view._send_counts()
+            from ..backends import RowCounts  # loads qiskit, as the view has
+
+            one, shots = slice(view.row, view.row + 1), int(result["shots"])
+            counts, classical, discarded = (
+                torch.from_numpy(result[name])[one] for name in ("counts", "classical", "discarded")
+            )
+            told = {
+                "fallbacks": result["fallbacks"],
+                "not_modelled": result["facts"].get("not_modelled", ()),
+            }
+            baseline = RowCounts(classical, torch.zeros_like(discarded), shots)
+            curve = [
+                {name: x if name == "shots" else x[view.row] for name, x in point.items()}
+                for point in result["curve"]
+            ]
+            view.fill(RowCounts(counts, discarded, shots, baseline, told), curve)
 
     def cost(self) -> str:
         spec, rows = self.form.spec, self.forms["rows"].spec
@@ -564,6 +568,9 @@ class SweepPage(Page):
             f"<table class='qtx-wb-table'><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
             f"<ul class='qtx-wb-notes'><li>Kept in the run <code>{html.escape(result['run'])}</code>.</li></ul>"
         )
+
+    def picture(self) -> bytes | None:
+        return self.result["light"].tobytes() if self.result and "light" in self.result else None
 
     def cost(self) -> str:
         spec = self.form.spec

@@ -14,7 +14,7 @@ import traitlets
 from numpy.typing import ArrayLike, NDArray
 
 from .. import theme as look
-from ..errors import ArgumentError, ShapeError
+from ..errors import ArgumentError, DtypeError, ShapeError
 from ..samplers.base import check_count
 from .view import View
 
@@ -127,13 +127,13 @@ class MetricStream(View):
 
         Raises
         ------
-        ShapeError, ArgumentError
-            Different lengths; an x that is not finite; one end of an interval without the other.
+        ShapeError, DtypeError, ArgumentError
+            Different lengths; what is no real number; an x that is not finite; one end of an interval without the other.
         """
         if (low is None) != (high is None):
             raise ArgumentError("low and high go together: give both or neither.")
         given = {"x": x, "y": y} | ({} if low is None or high is None else {"low": low, "high": high})
-        points = {name: np.atleast_1d(np.asarray(value, dtype=np.float64)) for name, value in given.items()}
+        points = {name: _numbers(name, value) for name, value in given.items()}
         shapes = {name: value.shape for name, value in points.items()}
         if len(set(shapes.values())) > 1 or points["x"].ndim != 1:
             raise ShapeError(f"push was given {shapes}; all must be (N,), or numbers.")
@@ -280,6 +280,15 @@ class MetricStream(View):
         if np.isnan(columns["low"]).all():
             columns["low"] = columns["high"] = np.empty(0, "<f4")
         return {**message, "count": len(columns["x"])}, [x.tobytes() for x in columns.values()]
+
+
+def _numbers(name: str, value: Any) -> NDArray[np.float64]:
+    """What was pushed, (N,); of a tensor that is being trained, its values."""
+    value = value.detach().cpu() if hasattr(value, "detach") else value
+    try:
+        return np.atleast_1d(np.asarray(value, dtype=np.float64))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DtypeError(f"{name} is no array of real numbers: {error}.") from error
 
 
 def _colour(name: str, number: int, theme: str) -> str:

@@ -98,22 +98,16 @@ class View(anywidget.AnyWidget):
 
     def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         data, metadata = super()._repr_mimebundle_(**kwargs) or ({}, {})
-        picture = self._content("png", "light", PICTURE_DPI)
-        data["image/png"] = base64.b64encode(picture).decode()
+        data["image/png"] = base64.b64encode(drawn(self.figure)).decode()
         return data, metadata
 
     def _ipython_display_(self, **kwargs: Any) -> None:
         data, metadata = self._repr_mimebundle_()
         self._handle = display(data, metadata=metadata, raw=True, display_id=True)
 
-    def _content(self, kind: str, theme: str, dpi: float | None = None) -> bytes:
+    def _content(self, kind: str, theme: str) -> bytes:
         if kind in ("png", "svg"):
-            style: Any = look.matplotlib_style(theme)
-            content = io.BytesIO()
-            with _drawing, mpl.rc_context(style):
-                metadata = {"Date": None} if kind == "svg" else {"Software": None}
-                self.figure(theme).savefig(content, format=kind, dpi=dpi or "figure", metadata=metadata)
-            return content.getvalue()
+            return drawn(self.figure, kind, theme, None)
         frame = self.frame()
         if kind == "csv":
             return frame.to_csv(index=False).encode()
@@ -134,6 +128,18 @@ class View(anywidget.AnyWidget):
     def _export(self, kind: str) -> None:
         name = f"{type(self).__name__.lower()}.{kind}"
         self.send({"kind": "file", "name": name, "type": EXPORTS[kind]}, [self._content(kind, "light")])
+
+
+def drawn(
+    figure: Callable[[str], Figure], kind: str = "png", theme: str = "light", dpi: float | None = PICTURE_DPI
+) -> bytes:
+    """What `figure(theme)` gives, as a PNG or SVG file."""
+    style: Any = look.matplotlib_style(theme)
+    content = io.BytesIO()
+    with _drawing, mpl.rc_context(style):
+        metadata = {"Date": None} if kind == "svg" else {"Software": None}
+        figure(theme).savefig(content, format=kind, dpi=dpi or "figure", metadata=metadata)
+    return content.getvalue()
 
 
 def heard_while_busy(*widgets: ipywidgets.Widget) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import html
 import io
 import json
@@ -14,6 +15,7 @@ from weakref import WeakValueDictionary
 
 import ipywidgets as widgets
 import numpy as np
+from IPython.display import display
 from torch import Tensor
 
 from ..errors import ArgumentError, QtxError, StorageError
@@ -95,6 +97,7 @@ class Workbench(widgets.VBox):
     >>> bench.close()
     """
 
+    _handle: Any
     _closed = True  # until it is made: what was refused is closed by ipywidgets all the same
 
     def __init__(
@@ -117,7 +120,7 @@ class Workbench(widgets.VBox):
         self._run: Run | None = None
         self._workers: list[Worker] = []
         self._closed, self._trouble, self.restoring = False, "", False
-        self._write = Pace(self._write_state, WRITE)
+        self._write, self._handle = Pace(self._write_state, WRITE), None
         source = SourceSpec(model=str(model), text=str(text), num_tokens=num_tokens)
         if q is not None and k is not None and v is not None:
             path = self.run.path.resolve() / "inputs.safetensors"
@@ -247,6 +250,11 @@ class Workbench(widgets.VBox):
                 self.jobs.children = (JobTable(self.home),)
         threading.Thread(target=self.jobs.children[0].refresh, daemon=True).start()  # may wait for a server
 
+    def refresh_picture(self) -> None:
+        """Put a picture of the open tab where this was displayed: the one that a saved notebook keeps."""
+        if self._handle is not None:
+            self._handle.update(self._repr_mimebundle_(), raw=True)
+
     def flush(self) -> None:
         """Write down now what is still to be written."""
         self._write.flush()
@@ -265,6 +273,19 @@ class Workbench(widgets.VBox):
             _OPEN.pop(self._run.path.resolve(), None)
             self._run.finish("done")
         super().close()
+
+    def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
+        data: dict[str, Any] = super()._repr_mimebundle_(**kwargs) or {}
+        page = list(self.pages.values())[self.tabs.selected_index or 0]
+        picture = page.picture()
+        if picture is not None:
+            data["image/png"] = base64.b64encode(picture).decode()
+        shown = "its picture when it was last kept" if picture else "nothing was drawn there yet"
+        data["text/plain"] = f"qtx_lab workbench, tab {page.title}: {shown}. It works where a kernel runs."
+        return data
+
+    def _ipython_display_(self, **kwargs: Any) -> None:
+        self._handle = display(self._repr_mimebundle_(), raw=True, display_id=True)
 
     def _worker(self) -> Worker:
         """One that is idle, made if there is none."""

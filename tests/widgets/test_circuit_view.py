@@ -131,10 +131,27 @@ def test_it_follows_a_lens(generator: torch.Generator) -> None:
     assert view.num_rows == 2
     lens.selected_rows = [2, 5, 6]
     assert view.num_rows == 3
+    assert view.names == ["query 2", "query 5", "query 6"]
     view.row = 2
     torch.testing.assert_close(view._row_p()[0].float(), lens.rows()[2])
     lens.selected_rows = []
     assert view.num_rows == 3
+
+
+def test_what_was_measured_elsewhere_fills_the_view() -> None:
+    backend = QiskitQuantumBackend("aer")
+    view = CircuitView(backend, P)
+    found = backend.sample_rows(P[:1], 300, generator=torch.Generator().manual_seed(1))
+    sent = heard(view)
+    view.fill(found, [{"shots": 300, "fidelity": 0.9, "error": 0.01, "classical": 0.95}])
+    assert torch.equal(view.result.counts, found.counts)
+    assert (sent[-1]["kind"], sent[-1]["done"]) == ("counts", 300)
+    assert sent[-1]["curve"][0]["fidelity"] == 0.9
+    view.run(100)  # goes on from there, and leaves what was handed in as it was
+    assert int(view.result.counts.sum()) == 400
+    assert int(found.counts.sum()) == 300
+    with pytest.raises(ShapeError, match="with a baseline"):
+        view.fill(backend.sample_rows(P[:1, :4], 10))
 
 
 def test_what_cannot_be_shown_is_refused() -> None:
@@ -145,6 +162,12 @@ def test_what_cannot_be_shown_is_refused() -> None:
         CircuitView(backend, P[0])
     with pytest.raises(ArgumentError, match=r"row=2 is not allowed: it must be in 0\.\.1"):
         CircuitView(backend, P, row=2)
+    view = CircuitView(backend, P[:, ::2] / P[:, ::2].sum(-1, keepdim=True))
+    view.run(10)
+    for wrong in ({"row": 2}, {"names": ["one"]}):
+        with pytest.raises(ArgumentError, match=r"row=2|names has 1"):
+            view.show_rows(P, **wrong)
+    assert view.result.counts.shape == (1, P.shape[-1] // 2)  # what is refused changes nothing
     with pytest.raises(ArgumentError, match="twice"):
         CircuitView(backend, P, noise_levels=[1, 1])
     with pytest.raises(ArgumentError, match="rows"):
@@ -203,6 +226,9 @@ def test_in_jupyterlab(
     shoot(page, "lens-brushed")
     run_python(
         page,
+        "import time\n"
+        "end = time.monotonic() + 10  # traits come by the subshell, one after the other\n"
+        "while view.num_rows < 2 and time.monotonic() < end: time.sleep(0.05)\n"
         "assert len(lens.selected_rows) >= 2, lens.selected_rows; assert view.num_rows == len(lens.selected_rows)",
     )
     view.scroll_into_view_if_needed()

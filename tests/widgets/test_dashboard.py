@@ -24,8 +24,9 @@ from scipy import stats
 import qtx_lab as qtx
 from qtx_lab import cli
 from qtx_lab.errors import ArgumentError, StorageError
-from qtx_lab.experiments.spec import ExperimentSpec, NotebookSpec
+from qtx_lab.experiments.spec import ExperimentSpec, NotebookSpec, SweepSpec
 from qtx_lab.widgets.dashboard import figures, maps, serve
+from qtx_lab.widgets.dashboard.page import Page
 from qtx_lab.widgets.dashboard.records import Records
 from qtx_lab.widgets.dashboard.server import is_loopback, read_report
 
@@ -462,6 +463,44 @@ def test_records_read_a_file_once_until_it_changes(home: Path, monkeypatch: pyte
     assert set(rows.frame["run"]) == set(table["run"][table["name"] == "demo"])
     circuits = records.rows(table, "loader", "shots", "distance").frame
     assert set(circuits["device"]) == {"fake_fez", "fake_sherbrooke"}  # from what was asked
+
+
+def test_what_no_table_can_hold_costs_a_warning(tmp_path: Path) -> None:
+    with qtx.Run.create(NotebookSpec(notebook="x"), "good", tmp_path) as run:
+        pass
+    records = Records(tmp_path)
+    manifest = json.loads((run.path / "manifest.json").read_text())
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "manifest.json").write_text(json.dumps({**manifest, "name": "\ud800"}))
+    records.look()
+    assert len(records.listing.table) >= 1
+    shutil.rmtree(tmp_path / "bad")
+    records.look()
+    assert (len(records.listing.table), records.listing.trouble) == (1, "")
+    (tmp_path / "file").write_text("no folder")
+    page = Page(Records(tmp_path / "file"), "light")
+    assert "Not a directory" in page.foot.object
+    for name in ("Live", "Error", "Heads", "Devices", "Jobs"):
+        view = page.views[name]
+        view.show(view.prepare(page.records.listing, page.filtered(page.records.listing)))
+
+
+def test_how_far_a_sweep_is(tmp_path: Path) -> None:
+    plan = SweepSpec(notebook="00_quickstart", sha256="0" * 64, grid={"x": [1, 2, 3, 4]})
+    sweep = qtx.Run.create(plan, "sweep-it", tmp_path, results={"notebooks": 8, "kept": 1})
+    for status in ("done", "done", "failed", "running"):
+        run = qtx.Run.create(NotebookSpec(notebook="x"), "x", tmp_path, sweep={"name": sweep.path.name})
+        if status != "running":
+            run.finish(status, "why" if status == "failed" else None)
+    page = Page(Records(tmp_path), "light")
+    view = page.views["Live"]
+    view.state()
+    told, _ = view.prepare(page.records.listing, page.filtered(page.records.listing))
+    assert "4 of 8 notebooks have ended (1 running, 2 done, 1 failed, 1 from earlier sweeps); about" in told
+    assert "max='8' value='4'" in told
+    sweep.update(results={"notebooks": "many"})
+    page.records.look()
+    assert view.prepare(page.records.listing, page.records.listing.table)[0] == ""
 
 
 def test_over_runs_is_students_interval_of_the_mean() -> None:

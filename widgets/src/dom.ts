@@ -54,6 +54,16 @@ export function pageTheme(): Theme {
   return matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
 }
 
+/** Send a message, where there is still a kernel to hear it: after a restart the channel of a view is closed. */
+export function post(model: Model, message: object): boolean {
+  try {
+    model.send(message);
+    return true;
+  } catch {
+    return false;
+  }
+}
+
 /** What a view is drawn in: its root element, the theme, and what is to be undone at its end. */
 export class Frame {
   readonly root: HTMLElement;
@@ -135,6 +145,14 @@ export class Frame {
     this.undo.push(() => this.model.off("msg:custom", listen));
   }
 
+  /** Tell the kernel, or the eye that there is none any more; the picture stays. */
+  send(message: object): boolean {
+    const sent = post(this.model, message);
+    if (!sent)
+      this.fail("The kernel behind this view is gone: run its cell again. The picture is the last one.");
+    return sent;
+  }
+
   /** Change traits and tell the kernel. */
   set(values: Record<string, unknown>): void {
     for (const [name, value] of Object.entries(values)) this.model.set(name, value);
@@ -153,7 +171,7 @@ export class Frame {
 
   /** Buttons that ask the kernel for a figure or the data as a file. */
   exports(): HTMLElement {
-    const ask = (as: string) => () => this.model.send({ kind: "export", as });
+    const ask = (as: string) => () => this.send({ kind: "export", as });
     const button = (as: string, name: string, title: string) =>
       h("button", { type: "button", title, click: ask(as) }, name);
     return h(

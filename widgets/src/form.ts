@@ -25,6 +25,8 @@ interface Shown {
   values: Record<string, Typed>;
   problems: Record<string, string>;
   yaml: string;
+  /** How many edits of a field were known when this was written. */
+  heard?: Record<string, number>;
 }
 interface Model {
   _title: string;
@@ -357,7 +359,9 @@ function render({ model, el }: { model: AnyModel<Model>; el: HTMLElement }): () 
     const shown = model.get("_shown");
     if (!shown.values) return;
     const elsewhere = Object.entries(shown.problems).filter(([name]) => !controls.has(name));
+    const edits = model.get("_edits");
     for (const [name, control] of controls) {
+      if ((edits[name]?.[0] ?? 0) > (shown.heard?.[name] ?? 0)) continue; // an answer to what was typed before
       const value = shown.values[name];
       if (value !== undefined) control.show(value);
       control.judge(shown.problems[name] ?? "");

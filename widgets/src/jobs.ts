@@ -38,6 +38,7 @@ export function render(model: Model, el: HTMLElement): () => void {
   let jobs: Job[] | null = null;
   let runs: RunRow[] = [];
   let shown: "jobs" | "runs" = "jobs";
+  let picked = false; // until someone has, what there is is shown
   let sure: string | null = null;
   let busy = false;
 
@@ -59,12 +60,12 @@ export function render(model: Model, el: HTMLElement): () => void {
       value,
       checked: value === shown,
       change: () => {
-        shown = value;
+        [shown, picked] = [value, true];
         state.value = "";
         paint();
       },
     });
-    return { count, element: h("label", {}, input, count) };
+    return { count, input, element: h("label", {}, input, count) };
   };
   const tabs = { jobs: tab("jobs", "Jobs"), runs: tab("runs", "Runs") };
   const table = h("div", { class: "qtx-table", tabindex: 0, role: "region", "aria-label": "list" });
@@ -94,12 +95,12 @@ export function render(model: Model, el: HTMLElement): () => void {
   );
 
   function list(ask: boolean): void {
-    busy = true;
     frame.fail(null);
+    if (!frame.send({ kind: "list", ask })) return;
+    busy = true;
     frame.root.toggleAttribute("data-waiting", true);
     refresh.disabled = true;
     if (ask) status.textContent = "asking where the jobs are …";
-    model.send({ kind: "list", ask });
   }
 
   function button(text: string, label: string, click: () => void, disabled = false): HTMLElement {
@@ -117,9 +118,8 @@ export function render(model: Model, el: HTMLElement): () => void {
         return;
       }
       sure = null;
-      busy = true;
-      model.send({ kind: "cancel", tag: job.tag });
-      status.textContent = `cancelling ${job.tag} …`;
+      busy = frame.send({ kind: "cancel", tag: job.tag });
+      if (busy) status.textContent = `cancelling ${job.tag} …`;
       paint();
     };
     const made = button(
@@ -165,7 +165,7 @@ export function render(model: Model, el: HTMLElement): () => void {
               h(
                 "td",
                 { class: "qtx-acts" },
-                button("Open", `open ${job.tag}`, () => model.send({ kind: "open", tag: job.tag })),
+                button("Open", `open ${job.tag}`, () => frame.send({ kind: "open", tag: job.tag })),
                 cancelButton(job),
               ),
             ),
@@ -182,7 +182,7 @@ export function render(model: Model, el: HTMLElement): () => void {
               h(
                 "td",
                 { class: "qtx-acts" },
-                button("Open", `open ${run.run}`, () => model.send({ kind: "open", run: run.run })),
+                button("Open", `open ${run.run}`, () => frame.send({ kind: "open", run: run.run })),
               ),
             ),
           );
@@ -192,7 +192,7 @@ export function render(model: Model, el: HTMLElement): () => void {
         : ["run", "name", "status", "started (UTC)", "seconds", "act"];
     const none =
       shown === "jobs"
-        ? 'No jobs yet: QiskitQuantumBackend("ibm", …).submit_rows(p) records one here.'
+        ? 'No jobs on devices yet: QiskitQuantumBackend("ibm", …).submit_rows(p) records one here. Twins need none.'
         : "No runs yet: `qtx-lab demo` makes one.";
     const top = table.scrollTop;
     if (rows.length) {
@@ -208,6 +208,8 @@ export function render(model: Model, el: HTMLElement): () => void {
   frame.onMessage((message) => {
     if (message.kind === "table") {
       [jobs, runs, busy, sure] = [message.jobs, message.runs, false, null];
+      if (!picked) shown = message.jobs.length || !message.runs.length ? "jobs" : "runs";
+      tabs[shown].input.checked = true;
       refresh.disabled = false;
       frame.root.toggleAttribute("data-waiting", false);
       notes.replaceChildren(...message.troubles.map((text: string) => h("li", {}, text)));

@@ -7,8 +7,8 @@ const NAMES = ["exact", "sampled", "difference"] as const;
 type Name = (typeof NAMES)[number];
 
 const VISIBLE: Record<string, string> = { " ": "·", "\n": "¶", "\t": "→" };
-const LEFT = 34;
-const BOTTOM = 22;
+const LEFT = 44;
+const BOTTOM = 33;
 const TOP = 2;
 
 interface Facts {
@@ -220,8 +220,10 @@ export function render(model: Model, el: HTMLElement): () => void {
     }
     seq += 1;
     if (since !== null) asked.set(seq, since);
-    model.send({ kind: "maps", view: me, seq, layer, head, draws, level, exact: missing, sampled: undrawn });
-    frame.root.toggleAttribute("data-waiting", true);
+    if (
+      frame.send({ kind: "maps", view: me, seq, layer, head, draws, level, exact: missing, sampled: undrawn })
+    )
+      frame.root.toggleAttribute("data-waiting", true);
   }
 
   let later = 0;
@@ -229,7 +231,7 @@ export function render(model: Model, el: HTMLElement): () => void {
   function askThumbnails(wait = 600): void {
     heads.toggleAttribute("data-stale", true);
     clearTimeout(later);
-    later = window.setTimeout(() => model.send({ kind: "thumbnails", draws }), wait);
+    later = window.setTimeout(() => frame.send({ kind: "thumbnails", draws }), wait);
   }
   frame.atEnd(() => clearTimeout(later));
 
@@ -431,6 +433,13 @@ export function render(model: Model, el: HTMLElement): () => void {
       },
       letters && perColumn >= 6.5 * longest + 3,
     );
+    context.font = small;
+    context.fillText("key", LEFT + width / 2, TOP + height + 19);
+    context.save();
+    context.translate(2, TOP + height / 2);
+    context.rotate(-Math.PI / 2);
+    context.fillText("query", 0, 0);
+    context.restore();
   }
 
   const paintOver = onFrame(() => {

@@ -1,5 +1,5 @@
 // MetricStream: live curves with bands.
-import { Frame, h, onFrame, sharp, unique, type Model } from "./dom";
+import { Frame, h, onFrame, post, sharp, unique, type Model } from "./dom";
 import { digits, fromPixel, label, scale, ticks, toPixel, whole, type Scale } from "./scale";
 import { spread, Store, thin, type Batch, type Thinned } from "./series";
 import { SAMPLER_COLOURS } from "./theme";
@@ -17,12 +17,12 @@ export function listen(model: Model): { store: Store; onNews: Set<() => void>; e
   const onNews = new Set<() => void>();
   const hear = (message: any, buffers: DataView[]) => {
     if (message.kind !== "points") return;
-    if (store.take(message as Batch, buffers)) model.send({ kind: "got", next: store.next });
-    else model.send({ kind: "want", next: store.next });
+    const kind = store.take(message as Batch, buffers) ? "got" : "want";
+    post(model, { kind, next: store.next });
     for (const tell of onNews) tell();
   };
   model.on("msg:custom", hear);
-  model.send({ kind: "want", next: 0 });
+  post(model, { kind: "want", next: 0 });
   return { store, onNews, end: () => model.off("msg:custom", hear) };
 }
 

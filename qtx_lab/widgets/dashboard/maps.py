@@ -11,6 +11,7 @@ import holoviews as hv
 import numpy as np
 import torch
 import xarray
+from bokeh.models import FixedTicker
 from matplotlib import colormaps
 from matplotlib.colors import to_hex
 
@@ -127,6 +128,7 @@ def canvas(maps: Maps, theme: str) -> Canvas:
         "cmap": palette(look.DIVERGING),
         "clim": (-APART, APART),
         "clabel": f"difference (deepest: ≥ {APART:g})",
+        "colorbar_opts": {"ticker": FixedTicker(ticks=[-APART, -APART / 2, 0, APART / 2, APART])},
     }
     kinds = [("exact", weights, FLOOR), ("sampled", weights, FLOOR), ("sampled − exact", signed, -np.inf)]
     pictures = []

@@ -79,6 +79,10 @@ NO_RUNS = """<div class="empty"><h2>No runs yet in <code>{home}</code></h2>
 shows up here by itself.</p></div>"""
 
 
+DRAWING = "<p class='note' role='status'>Reading and drawing …</p>"
+"""Before the first picture."""
+
+
 @dataclass
 class View:
     """A question that the dashboard answers.
@@ -375,6 +379,7 @@ def _live_view(page: Page) -> View:
         return tuple((run, page.records.mark(run)) for run in runs_now())
 
     def prepare(listing: Listing, rows: pd.DataFrame) -> Any:
+        sweeps = _sweeps_told(listing.table, [run for run in page.followed if run in set(rows["run"])])
         found: dict[str, tuple[Any, Any]] = {}
         for row in rows.itertuples():
             if row.run in page.followed and len(found) < FOLLOWED:
@@ -382,9 +387,10 @@ def _live_view(page: Page) -> View:
                     found[row.run] = (row, page.records.metrics(row.run))
                 except QtxError as error:
                     found[row.run] = (row, error)
-        return found
+        return sweeps, found
 
-    def show(found: dict[str, tuple[Any, Any]]) -> None:
+    def show(data: tuple[str, dict[str, tuple[Any, Any]]]) -> None:
+        sweeps, found = data
         if not found:
             top.object = (
                 "<div class='empty'><h2>Nothing is running</h2><p>Runs that are being written show their curves here, "
@@ -394,7 +400,7 @@ def _live_view(page: Page) -> View:
             charts.objects, drawn["key"] = [], None
             return
         colours = dict(zip(found, figures.curve_colours(page.theme, len(found)), strict=True))
-        top.object = _running_table(found, colours)
+        top.object = sweeps + _running_table(found, colours)
         frames = {run: frame for run, (_, frame) in found.items() if isinstance(frame, pd.DataFrame)}
         curves = _curves(frames)
         key = (tuple(found), {chart: tuple(lines) for chart, lines in curves.items()})
@@ -415,6 +421,30 @@ def _live_view(page: Page) -> View:
 
     body = pn.Column(top, charts, sizing_mode="stretch_width")
     return View([], body, prepare, show, state)
+
+
+def _sweeps_told(table: pd.DataFrame, followed: list[str]) -> str:
+    """How far the sweeps among these runs are."""
+    lines = []
+    for _, row in table[table["run"].isin(followed) & (table["kind"] == "SweepSpec")].iterrows():
+        asked, kept = (
+            pd.to_numeric(row.get(f"results.{name}"), errors="coerce") for name in ("notebooks", "kept")
+        )
+        counts = table["status"][table["sweep"] == row["run"]].value_counts()
+        ended = counts.sum() - counts.get("running", 0)
+        if not asked > 0:  # before it has said, or what it says is no number
+            continue
+        left, kept = "", 0 if pd.isna(kept) else int(kept)
+        if row["status"] == "running" and ended:
+            since = (datetime.now(UTC) - row["started"]).total_seconds()
+            left = f"; about {since / ended * (asked - kept - ended):.0f} s left"
+        told = ", ".join(f"{counts[status]} {status}" for status in STATUSES if status in counts)
+        lines.append(
+            f"<p><b>{escape(str(row['name']))}</b>: {kept + ended:.0f} of {asked:.0f} notebooks have ended ({escape(told)}"
+            f"{f', {kept} from earlier sweeps' if kept else ''}){left} <progress max='{asked:.0f}' value='{kept + ended:.0f}' "
+            f"aria-label='Progress of {escape(row['run'])}'></progress></p>"
+        )
+    return "".join(lines)
 
 
 def _curves(frames: dict[str, pd.DataFrame]) -> dict[tuple[str, str], dict[str, Any]]:
@@ -478,7 +508,7 @@ def _figure_view(
     state: Callable[[], Any] = lambda: None,
 ) -> View:
     """A view of a finding, a caption and figures; `draw` gives nothing where there is nothing to draw."""
-    finding, plots, caption = _html(""), pn.FlexBox(sizing_mode="stretch_width"), _html("")
+    finding, plots, caption = _html(DRAWING), pn.FlexBox(sizing_mode="stretch_width"), _html("")
 
     def show(data: Any) -> None:
         title, note, pictures, skipped = draw(data)
@@ -567,7 +597,7 @@ def _heads_view(page: Page) -> View:
 
     def draw(rows: Rows) -> tuple[str, str, list[Any], Skipped]:
         frame = figures.numbers(figures.positive(rows.frame, "variance"), "layer", "head")
-        _offer(run, list(dict.fromkeys(frame["run"])))
+        _offer(run, {name.partition("-")[2] or name: name for name in dict.fromkeys(frame["run"])})
         frame = frame[frame["run"] == run.value]
         if frame.empty:
             return "", "", [], rows.skipped
@@ -582,7 +612,7 @@ def _heads_view(page: Page) -> View:
             )
         ]
         frame = frame.assign(kind=kind)
-        _offer(how, list(dict.fromkeys(frame["kind"])))
+        _offer(how, {kind: kind for kind in frame["kind"]})
         frame = frame[frame["kind"] == how.value]
         step = ""
         if "step" in frame and len(steps := figures.numbers(frame, "step")):
@@ -601,10 +631,11 @@ def _heads_view(page: Page) -> View:
     return _figure_view(page, [run, how], gather, draw, empty, lambda: (run.value, how.value))
 
 
-def _offer(select: Any, options: list[str]) -> None:
-    """New options of a select; what was chosen stays where it still is one."""
+def _offer(select: Any, options: dict[str, str]) -> None:
+    """New options of a select, values by what they are called; what was chosen stays where it still is one."""
     if select.options != options:
-        chosen = select.value if select.value in options else (options[0] if options else None)
+        values = list(options.values())
+        chosen = select.value if select.value in values else (values[0] if values else None)
         select.param.update(options=options, value=chosen)
 
 
@@ -670,7 +701,7 @@ def _maps_view(page: Page) -> View:
     head = pn.widgets.Select(label="Query head", options=list(range(8)), value=0, width=WIDTH)
     length = pn.widgets.Select(label="Window, bytes", options=list(maps.LENGTHS), value=512, width=WIDTH)
     controls = [draws, sampler, layer, head, length]
-    finding, panes = _html(""), pn.FlexBox(sizing_mode="stretch_width")
+    finding, panes = _html(DRAWING), pn.FlexBox(sizing_mode="stretch_width")
     kept: dict[str, Any] = {"head": None, "canvas": None}
 
     def state() -> tuple[Any, ...]:

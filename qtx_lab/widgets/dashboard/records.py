@@ -16,6 +16,7 @@ import pandas as pd
 import yaml
 
 from ...errors import QtxError, StorageError
+from ...experiments.listing import COLUMNS
 from ...experiments.runs import runs
 from ...storage import database, runs_home
 
@@ -84,7 +85,7 @@ class Records:
             "SET enable_external_file_cache = false"
         )  # files change while they are watched
         self.home = runs_home(self.home).resolve()
-        self.listing = Listing(0, pd.DataFrame(), (), pd.DataFrame())
+        self.listing = Listing(0, pd.DataFrame(columns=[*COLUMNS, "report"]), (), pd.DataFrame())
         self.look()
 
     def watch(self) -> None:
@@ -105,7 +106,7 @@ class Records:
             table, skipped = pd.DataFrame(found), tuple(found.attrs["skipped"])
             table["report"] = [Path(path, "report.html").is_file() for path in table["path"]]
             jobs, trouble = self._jobs(), ""
-        except QtxError as error:
+        except Exception as error:  # whatever a folder holds, the thread that looks goes on
             table, skipped, jobs, trouble = self.listing.table, (), self.listing.jobs, str(error)
         old = self.listing
         same = (

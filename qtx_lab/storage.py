@@ -81,7 +81,7 @@ def storage_error(path: Path, error: OSError) -> StorageError:
         errno.ENOSPC: "free some space, or choose another folder with --home",
         errno.EDQUOT: "your quota is used up: free some space, or choose another folder with --home",
         errno.EFBIG: "the file is larger than this process may write (ulimit -f): raise the limit",
-        errno.ENOENT: "the folder is gone: was the run moved or deleted while it was written?",
+        errno.ENOENT: "there is no such folder, or no longer",
     }
     what = advice.get(error.errno or 0, "check that the folder can be written, or choose another with --home")
     return StorageError(f"Cannot write {path}: {error.strerror or error}; {what}.")

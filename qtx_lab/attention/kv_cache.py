@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from torch import Tensor
 from ..errors import ArgumentError, ShapeError, unknown_name
 from ..estimates import AttentionEstimate, Draws, rounding_variance
 from ..kernels.attention import attend_sketched, wanted
+from ..kernels.choice import choose_cpu
 from ..kernels.sketch_decode_reference import GrowingSketch, Sketch, int4_sketch, low_rank_sketch
 from ..samplers import SystematicSampler
 from ..samplers.base import Uniform, check_count, check_generator, invert, row_masses
@@ -23,6 +25,9 @@ from ..samplers.learned_proposal import best_low_rank
 from ..samplers.rows import blocks, check_finite, check_tensors
 from ..samplers.value_order import value_order
 from ..storage import read_tensors, write_tensors
+
+if TYPE_CHECKING:
+    from ..kernels.cpu_decode import Found, Scanned
 
 PROPOSALS = ("exact", "low-rank", "int4")
 SINKS, RECENT, BLOCK = 4, 64, 256
@@ -45,6 +50,9 @@ PIECE = 1 << 14
 HALF_RANGE, LEAST = 6e4, 1e-30
 BLOCK_ELEMENTS = 1 << 24
 """Size of a block of queries: keys, or draws times features, whichever is more, over its rows."""
+
+SEEING = threading.Lock()
+"""Threads may attend to a cache at the same time; nothing else may go on while it is appended to."""
 
 SAVED = ("proposal", "rank", "defensive", "features", "seen")
 
@@ -280,17 +288,18 @@ class SampledKVCache:
             return {"low": pieces.permute(1, 0, 3, 2).contiguous()}  # [pieces, N, E, width]
         scaled = k / self._maps["step"]
         level = scaled.round().clamp(-7, 7)
-        head, key, channel = (scaled.abs() > 7.5).nonzero(as_tuple=True)
+        head, key, channel = (x.contiguous() for x in (scaled.abs() > 7.5).nonzero(as_tuple=True))
         rest = ((scaled - level) * self._maps["step"])[head, key, channel]
         nibbles = F.pad((level + 8).to(torch.uint8), (0, k.shape[-1] % 2)).mT  # [N, E, m]
-        packed = nibbles[:, ::2] | (nibbles[:, 1::2] << 4)
+        packed = (nibbles[:, ::2] | (nibbles[:, 1::2] << 4)).contiguous()  # [N, E / 2, m]
         return {"packed": packed, "head": head, "key": key, "channel": channel, "rest": rest}
 
     def _see(self, q: Tensor) -> None:
         """Remember queries (N, M, E): by their second moment, but for the latest, which cost less together."""
-        self._asked.append(q)
-        if sum(x.shape[1] for x in self._asked) >= q.shape[-1]:
-            self._sum_up()
+        with SEEING:
+            self._asked.append(q)
+            if sum(x.shape[1] for x in self._asked) >= q.shape[-1]:
+                self._sum_up()
 
     def _sum_up(self) -> None:
         if self._asked:
@@ -339,7 +348,9 @@ class SampledKVCache:
         -------
         AttentionEstimate
             `std_error` by the delta method, as for `LearnedImportanceSampler`; indices count tokens as they came. Draws
-            that found no key that was not drawn yet have weight 0.
+            that found no key that was not drawn yet have weight 0. float32 on the CPU is attended to by a kernel, which
+            numba compiles at the first call of all (some ten seconds; then it is kept on disk), others by plain torch or
+            Triton: `diagnostics["kernel"]` says which and why.
 
         Raises
         ------
@@ -380,30 +391,40 @@ class SampledKVCache:
                 if self.proposal == "low-rank":
                     self._see(rows)
                 return done
-        with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
-            if self.proposal == "low-rank":
-                self._see(rows)
-            (n, m), length, total = rows.shape[:2], q.shape[-2], num_samples * replicates
-            uniform = Uniform(generator, q.device)
-            points = SystematicSampler().points((self.heads, length), num_samples, replicates, uniform)
-            points = points.flatten(-2) if group == 1 else points.flatten(-2).repeat(1, group, 1)
+        else:
+            choice = choose_cpu((rows, self._table))
+            how = {"path": "cpu", "name": "cpu_decode"} if choice.path == "cpu" else {"path": "torch"}
+            told = {"kernel": {**how, "reason": choice.reason}, "fallbacks": choice.fallbacks}
+        if self.proposal == "low-rank":
+            self._see(rows)
+        (n, m), total = rows.shape[:2], num_samples * replicates
+        x, uniform = rows * scale, Uniform(generator, q.device)
+        if told["kernel"]["path"] == "cpu":
+            u = uniform(n, q.shape[-2], replicates)  # of `SystematicSampler`'s points (s + u) / S
+            found = self._draw_compiled(x, u, num_samples)
+            indices, weights, proposed, pi, rate, output, effective = found
+        else:
+            points = SystematicSampler().points((n, q.shape[-2]), num_samples, replicates, uniform)
+            points = points.flatten(-2).repeat(1, group, 1)
             step = BLOCK_ELEMENTS // max(self.length, total * self._table.shape[-1])
-            found = [
-                self._draw(rows[heads, part] * scale, points[heads, part], heads, num_samples)
-                for heads, part in blocks((n, m), step)
-            ]
-            if len(found) > 1:
-                columns = zip(*([x.flatten(0, 1) for x in block] for block in found), strict=True)
-                found = [tuple(torch.cat(x).unflatten(0, (n, m)) for x in columns)]
-            place, weights, proposed, pi, rate, output = found[0]
+            with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+                parts = [
+                    self._draw(x[heads, part], points[heads, part], heads, num_samples)
+                    for heads, part in blocks((n, m), step)
+                ]
+            if len(parts) > 1:
+                columns = zip(*([x.flatten(0, 1) for x in block] for block in parts), strict=True)
+                parts = [tuple(torch.cat(x).unflatten(0, (n, m)) for x in columns)]
+            place, weights, proposed, pi, rate, output = parts[0]
             indices = self._order[:, None].expand(-1, m, -1).gather(-1, place)
+            effective = Draws(indices, weights).effective_sample_size()
         draws = Draws(indices, weights, None, replicates).view(q.shape[:-1])
         row_shape, width, dtype = q.shape[:-1], output.shape[-1], self._table.dtype
         moments = self._sums / self.length
 
         def make_std_error() -> Tensor:
             # Draws that count for nothing are keys of their own, which no other is taken for.
-            none = self.length + torch.arange(total, device=place.device)
+            none = self.length + torch.arange(total, device=indices.device)
             apart = Draws(torch.where(weights > 0, indices, none), weights, None, replicates)
             now = self._order[:, : self.length].argsort(-1)  # tokens may have moved since
             rows = self._drawn(now[:, None].expand(-1, m, -1).gather(-1, indices), slice(0, n))
@@ -425,7 +446,7 @@ class SampledKVCache:
                 "num_samples": num_samples,
                 "replicates": replicates,
                 "draws_per_row": total,
-                "effective_sample_size": draws.effective_sample_size(),
+                "effective_sample_size": effective.view(row_shape),
                 "fallbacks": (),
                 **told,
             },
@@ -447,6 +468,49 @@ class SampledKVCache:
         found = self._scores(rows * scale, slice(0, self.heads))
         order = self._order[:, None, : self.length].expand_as(found)
         return torch.empty_like(found).scatter_(-1, order, found).view(*q.shape[:-1], self.length)
+
+    def _draw_compiled(self, x: Tensor, offsets: Tensor, num_samples: int) -> Found:
+        """As `_draw`, with tokens in place of places, for all scaled queries x (N, M, E); points are (s + offset) / S."""
+        from ..kernels.cpu_decode import draw
+
+        search = (self.defensive, FIRST_RATE, NEWTON_STEPS, LEAST)
+        found = draw(x, offsets, self._scanned(), num_samples, search)
+        if found is None:
+            raise ArgumentError("logits holds NaN or +inf; only finite numbers and -inf are allowed.")
+        return found
+
+    def _scanned(self) -> Scanned:
+        """What the CPU's kernel reads. Made for each call: its addresses outlive no change and go into no copy."""
+        from ..kernels.cpu_decode import Scanned
+
+        maps = self._maps
+        segments: list[tuple[int, ...]] = []
+        for keys, part in zip(self._sizes, self._segments, strict=True):
+            if self.proposal == "low-rank":
+                segments.append((keys, part["low"].shape[-1], part["low"].data_ptr(), 0, 0, 0, 0, 0))
+            elif self.proposal == "int4":
+                names = ("packed", "head", "key", "channel", "rest")
+                held = [part[name].data_ptr() for name in names]
+                segments.append((keys, keys, *held, len(part["rest"])))
+        if not maps:  # keys are scanned themselves
+            none = self._table.new_empty(self.heads, 0)
+            return Scanned(
+                "exact", self.length, self.rank, self._table, self._order, (), none, none[..., None], none
+            )
+        spread = maps["spread" if self.proposal == "low-rank" else "step"]
+        basis = maps["a"] if self.proposal == "low-rank" else spread
+        centre = maps["centre"][:, 0]
+        return Scanned(
+            self.proposal,
+            self.length,
+            self.rank,
+            self._table,
+            self._order,
+            segments,
+            centre,
+            basis,
+            spread[:, 0],
+        )
 
     def _draw(self, x: Tensor, points: Tensor, heads: slice, num_samples: int) -> tuple[Tensor, ...]:
         """Of scaled queries x (heads, M, E) at points (heads, M, T): places, weights, q and pi of the draws, each

@@ -316,7 +316,10 @@ class Run:
     def _stored(self) -> dict[str, Any]:
         path = self.path / "manifest.json"
         try:
-            manifest = json.loads(path.read_bytes())
+            content = path.read_bytes()
+            manifest = json.loads(content)
+            if rb"\ud" in content.lower():  # half a pair of UTF-16 is a text that no file can hold
+                json.dumps(manifest, ensure_ascii=False).encode()
         except OSError as error:
             raise StorageError(
                 f"{self.path} is not a run: {path.name}: {error.strerror or error}."

@@ -26,10 +26,10 @@ class Choice:
 
     Parameters
     ----------
-    path : {"triton", "reference"}
+    path : {"triton", "cpu", "reference"}
     reason : str
     fell_back : bool
-        Whether a CUDA device is there and the kernel was not taken for a reason that nobody asked for.
+        Whether a kernel is there for this device and was not taken for a reason that nobody asked for.
     """
 
     path: str
@@ -78,6 +78,43 @@ def choose(tensors: Sequence[Tensor], *, chained: bool = False) -> Choice:
         return choice
     reason = f"{VARIABLE}=triton" if asked else "the tensors are on CUDA"
     return Choice("triton", f"{reason}, in Triton's interpreter" if on_cpu else reason)
+
+
+def choose_cpu(tensors: Sequence[Tensor]) -> Choice:
+    """The kernel that numba compiles for float32 on the CPU, or plain torch; QTX_LAB_KERNELS=reference overrides.
+
+    Raises
+    ------
+    ArgumentError
+        If QTX_LAB_KERNELS is something else than `triton` or `reference`.
+    """
+    asked = os.environ.get(VARIABLE) or None
+    if asked not in (None, "triton", "reference"):
+        raise unknown_name(VARIABLE, asked, ("triton", "reference"))
+    if asked:
+        return Choice("reference", f"{VARIABLE}={asked}")
+    for x in tensors:
+        if x.dtype != torch.float32 or x.device.type != "cpu":
+            return Choice("reference", f"the kernel for the CPU takes float32, not {x.dtype} on {x.device}")
+        if not x.numel():
+            return Choice("reference", "there is nothing to do")
+    if trouble := _compiler_trouble():
+        choice = Choice("reference", trouble, fell_back=True)
+        warnings.warn(choice.fallbacks[0], FallbackWarning, stacklevel=3)
+        return choice
+    return Choice("cpu", "the tensors are on the CPU")
+
+
+@functools.cache
+def _compiler_trouble() -> str | None:
+    """Why numba cannot compile the kernel, if so; the first call does."""
+    try:
+        from .cpu_decode import compiled
+
+        compiled()
+    except Exception as error:  # whatever a compiler may say
+        return f"numba cannot compile it: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    return None
 
 
 def _trouble(tensors: Sequence[Tensor], chained: bool) -> str | None:

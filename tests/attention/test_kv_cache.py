@@ -1,7 +1,14 @@
 """`SampledKVCache`: near the exact output for every sketch, the same however it was filled, and again from disk."""
 
 import math
+import multiprocessing
+import os
+import subprocess
+import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +16,7 @@ import torch.nn.functional as F
 import qtx_lab as qtx
 from qtx_lab.attention import kv_cache
 from qtx_lab.attention.kv_cache import PROPOSALS
+from qtx_lab.kernels import choice, cpu_decode
 
 
 def tokens(generator, *, heads=2, n=700, features=16, width=12):
@@ -276,3 +284,208 @@ def test_errors_on_the_models_own_keys(generator):
     assert error["int4"] < 1.1 * error["exact"]
     assert error["low-rank"] < 1.15 * error["exact"]
     assert error["exact"] < 0.4 * error["monte-carlo"]
+
+
+# --- Compiled for the CPU -------------------------------------------------------------------------
+
+
+def compiled_scores(cache, x, heads):
+    """What the kernel takes the logits of scaled queries to be, in the order of the places."""
+    held = cache._scanned()
+    out = np.empty((x.shape[0], x.shape[1], len(cache)), np.float32)
+    maps = tuple(y.contiguous().numpy() for y in (held.centre, held.basis, held.size))
+    segments = np.array(held.segments, np.int64).reshape(-1, 8)
+    kind = cpu_decode.KINDS.index(held.kind)
+    for i, head in enumerate(range(heads.start, heads.stop)):
+        rows = x[i].contiguous().numpy()
+        cpu_decode._score(
+            out[i], head, rows, held.table.numpy(), held.length, kind, segments, maps, held.rank
+        )
+    return torch.from_numpy(out)
+
+
+def both(cache, monkeypatch, q, num_samples, seed, scores=True, **options):
+    """The kernel's estimate, and plain torch's at the same points and, for draws to agree, the same scores."""
+
+    def attend():
+        return cache.attend(q, num_samples, generator=torch.Generator().manual_seed(seed), **options)
+
+    found = attend()
+    assert found.diagnostics["kernel"]["path"] == "cpu"
+    with monkeypatch.context() as patch:
+        patch.setenv("QTX_LAB_KERNELS", "reference")
+        if scores:
+            patch.setattr(cache, "_scores", lambda x, heads: compiled_scores(cache, x, heads))
+        wanted = attend()
+    assert wanted.diagnostics["kernel"] == {"path": "torch", "reason": "QTX_LAB_KERNELS=reference"}
+    return found, wanted
+
+
+@pytest.mark.parametrize("proposal", PROPOSALS)
+@pytest.mark.parametrize(
+    ("n", "features", "width", "rows", "draws", "replicates"),
+    [
+        (3000, 16, 12, 3, 64, 1),
+        (777, 33, 7, 2, 50, 3),
+        (65, 1, 1, 1, 3, 2),
+        (1, 5, 3, 1, 4, 1),
+        (40, 8, 8, 9, 64, 1),
+    ],
+)
+def test_compiled_draws_are_the_references(
+    proposal, n, features, width, rows, draws, replicates, monkeypatch, generator, seed
+):
+    """The same scores and points give the same keys, but where a point is a rounding away from two; then the same
+    weights, outputs and error bars."""
+    k, v = tokens(generator, n=n, features=features, width=width)
+    q = 3 * torch.randn(4, rows, features, generator=generator)
+    cache = qtx.SampledKVCache.build(k, v, proposal=proposal)
+    found, wanted = both(cache, monkeypatch, q, draws, seed, replicates=replicates)
+    same = found.draws.indices == wanted.draws.indices
+    assert same.float().mean() > 0.995
+    rows_alike = same.all(-1)
+    assert rows_alike.float().mean() > 0.85
+    weights = (est.draws.weights[rows_alike] for est in (found, wanted))
+    torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-6)
+    for name in ("output", "std_error"):
+        one, other = (getattr(est, name)[rows_alike] for est in (found, wanted))
+        torch.testing.assert_close(one, other, rtol=2e-4, atol=2e-5)
+    sizes = (est.diagnostics["effective_sample_size"][rows_alike] for est in (found, wanted))
+    torch.testing.assert_close(*sizes, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("proposal", PROPOSALS)
+def test_compiled_scores_are_the_references(proposal, generator):
+    """Over segments, pieces, outliers and plain tokens: to the rounding of half precision, of 8 bits a weight for int4."""
+    k, v = tokens(generator, n=kv_cache.PIECE + 3000, features=24)
+    k[:, ::500] *= 9
+    cache = qtx.SampledKVCache.build(k[:, :-500], v[:, :-500], proposal=proposal)
+    for part in (slice(-500, -200), slice(-200, None)):
+        cache.append(k[:, part], v[:, part])
+    x = torch.randn(2, 10, 24, generator=generator)
+    found, wanted = compiled_scores(cache, x, slice(0, 2)), cache._scores(x, slice(0, 2))
+    off = {"exact": 1e-5, "low-rank": 2e-3, "int4": 1e-2}[proposal]
+    assert (found - wanted).std() < off * wanted.std()
+
+
+@pytest.mark.parametrize("proposal", PROPOSALS)
+def test_compiled_draws_of_hard_rows(proposal, monkeypatch, generator, seed):
+    """Equal keys, one key that has it all, logits of 1e4, and keys that are not finite in single precision."""
+    k, v = tokens(generator, n=600)
+    q = torch.randn(2, 4, 16, generator=generator)
+    for keys, queries in (
+        (torch.ones_like(k), q),
+        (k, 5e3 * q),
+        (torch.zeros_like(k), q),
+        (1e3 * k, 1e6 * q),
+    ):
+        cache = qtx.SampledKVCache.build(keys, v, proposal=proposal)
+        found, wanted = both(cache, monkeypatch, queries, 32, seed)
+        assert found.output.isfinite().all()
+        assert found.std_error.isfinite().all()
+        assert (found.draws.indices == wanted.draws.indices).float().mean() > 0.99
+    cache = qtx.SampledKVCache.build(1e30 * k, v, proposal=proposal)
+    with pytest.raises(qtx.ArgumentError, match="NaN or"):
+        cache.attend(1e30 * q, 32)
+
+
+def test_what_is_not_compiled_takes_torch_and_says_so(generator, monkeypatch):
+    k, v = tokens(generator, n=90)
+    q = torch.randn(2, 3, 16, generator=generator)
+    for cache, x, reason in (
+        (qtx.SampledKVCache.build(k.double(), v.double()), q[:, :1].double(), "takes float32"),
+        (qtx.SampledKVCache.build(k.bfloat16(), v.bfloat16()), q[:, :1].bfloat16(), "takes float32"),
+        (qtx.SampledKVCache.build(k, v), q[:, :0], "nothing to do"),
+    ):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            est = cache.attend(x, 8)
+        assert est.diagnostics["kernel"]["path"] == "torch"
+        assert reason in est.diagnostics["kernel"]["reason"]
+        assert est.diagnostics["fallbacks"] == ()
+    monkeypatch.setattr(choice, "_compiler_trouble", lambda: "numba cannot compile it: no")
+    with pytest.warns(qtx.FallbackWarning, match="numba cannot compile it"):
+        est = cache.attend(q[:, :1], 8)
+    assert est.diagnostics["fallbacks"] == (
+        "The plain-torch reference ran, not the kernel: numba cannot compile it: no.",
+    )
+    monkeypatch.setenv("QTX_LAB_KERNELS", "numba")
+    with pytest.raises(qtx.ArgumentError, match="QTX_LAB_KERNELS"):
+        cache.attend(q[:, :1], 8)
+
+
+def test_without_numba_or_a_place_for_its_code(monkeypatch):
+    code = (
+        "import sys; sys.modules['numba'] = None; import torch, qtx_lab as qtx; x = torch.ones(1, 9, 4); "
+        "print(qtx.SampledKVCache.build(x, x).attend(x[:, :1]).diagnostics['fallbacks'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "numba cannot compile it: ModuleNotFoundError" in done.stdout
+    assert "FallbackWarning" in done.stderr
+    asked = []
+
+    def njit(signature, cache, **options):
+        asked.append(cache)
+        if cache:
+            raise RuntimeError("cannot cache function '_attend': no locator available")
+        return lambda function: function
+
+    monkeypatch.setattr(cpu_decode, "njit", njit)
+    assert cpu_decode.compiled.__wrapped__() is cpu_decode._attend
+    assert asked == [True, False]
+
+
+HALVES = """
+import numpy as np
+from numba import njit
+from qtx_lab.kernels.cpu_decode import _half
+
+@njit
+def convert(bits, out):
+    for i in range(len(bits)):
+        out[i] = _half(bits[i])
+
+halves = np.arange(1 << 16).astype(np.uint16).view(np.float16)
+halves = halves[np.isfinite(halves)]
+out = np.empty(len(halves), np.float32)
+convert(halves.view(np.int16), out)
+assert (out == halves).all()
+print("vcvtph2ps" in next(iter(convert.inspect_asm().values())))
+"""
+
+
+def test_half_precision_without_an_instruction_for_it():
+    plain = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}
+    command = [sys.executable, "-c", HALVES]
+    done = subprocess.run(command, env={**os.environ, **plain}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "False"
+
+
+def attended(cache, q, seed):
+    return cache.attend(q, 64, generator=torch.Generator().manual_seed(seed)).output
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_many_at_once(generator, monkeypatch):
+    """Threads that attend at the same time, and a process that is a copy of one that has: the same numbers."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    k, v = tokens(generator, n=20_000)
+    q = torch.randn(2, 1, 16, generator=generator)
+    cache = qtx.SampledKVCache.build(k, v, proposal="int4")
+    wanted = [attended(cache, q, seed) for seed in range(20)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda seed: attended(cache, q, seed), range(20)))
+    assert all(map(torch.equal, found, wanted))
+    torch.set_num_threads(1)  # OpenMP's own threads are not copied
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads
+        context = multiprocessing.get_context("fork")
+        ends = context.Pipe(duplex=False)
+        child = context.Process(target=lambda: ends[1].send(attended(cache, q, 3).tolist()))
+        child.start()
+    assert ends[0].poll(60)
+    assert ends[0].recv() == wanted[3].tolist()
+    child.join(60)
+    monkeypatch.undo()
+    assert child.exitcode == 0

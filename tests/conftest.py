@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import shutil
+import signal
 import socket
 import tempfile
 from typing import Any
@@ -47,6 +48,10 @@ def _guarded(name: str) -> Any:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if (
+        signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    ):  # a shell's background job: what it starts would be deaf too
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # Not by MPLBACKEND: notebook kernels would inherit it and show no figures.
     matplotlib.use("agg")
     settings.load_profile("soak" if SOAK else "house")

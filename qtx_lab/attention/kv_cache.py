@@ -128,7 +128,8 @@ class SampledKVCache:
         self.features, self.dtype = features, torch.promote_types(k.dtype, torch.float32)
         self.moment = torch.zeros(self.heads, features, features, dtype=torch.float64, device=k.device)
         self.seen = 0  # queries in `moment`, a head
-        self._asked: list[Tensor] = []  # those that are not in it yet
+        self._asked: list[Tensor] = []  # those that are not in it yet, `_waiting` of a head
+        self._waiting = 0
         self._table = k.new_empty(self.heads, 0, features + v.shape[-1])  # k and v side by side
         self._order = torch.empty(self.heads, 0, dtype=torch.int64, device=k.device)
         self._maps: dict[str, Tensor] = {}  # what all segments are sketched by
@@ -298,14 +299,15 @@ class SampledKVCache:
         """Remember queries (N, M, E): by their second moment, but for the latest, which cost less together."""
         with SEEING:
             self._asked.append(q)
-            if sum(x.shape[1] for x in self._asked) >= q.shape[-1]:
+            self._waiting += q.shape[1]
+            if self._waiting >= q.shape[-1]:
                 self._sum_up()
 
     def _sum_up(self) -> None:
         if self._asked:
             q = torch.cat(self._asked, 1).double()
             self.moment += q.mT @ q
-            self.seen, self._asked = self.seen + q.shape[1], []
+            self.seen, self._asked, self._waiting = self.seen + q.shape[1], [], 0
 
     def _queries(self) -> Tensor:
         """E queries a head that have the second moment of those seen, and a little more, (N, E, E)."""
@@ -648,7 +650,8 @@ class SampledKVCache:
         except (KeyError, TypeError, ValueError) as error:
             raise ArgumentError(f"path={str(path)!r} does not hold a cache: {error}") from error
         cache.heads, cache.length = cache._table.shape[:2]
-        cache.dtype, cache._asked = torch.promote_types(cache._table.dtype, torch.float32), []
+        cache.dtype = torch.promote_types(cache._table.dtype, torch.float32)
+        cache._asked, cache._waiting = [], 0
         parts: list[dict[str, Tensor]] = [{} for _ in range(1 + len(cache._sizes))]
         for name, x in tensors.items():
             number, _, of = name.partition(".")

@@ -580,12 +580,13 @@ def draw(
         np.array(search, np.float64),
         *(y.numpy() for y in (indices, weights, proposed, pi, output, facts)),
     )
-    run = compiled()
-    share = [units * t // threads for t in range(threads + 1)]
-    others = [
-        _pool(most - 1).submit(run, share[t], share[t + 1], tile, *arguments) for t in range(1, threads)
-    ]
-    fine = run(0, share[1], tile, *arguments)
-    if not all([fine, *(other.result() for other in others)]):
+    run, left = compiled(), iter(range(units))
+
+    def work() -> bool:
+        # One by one: torch's threads may hold a core for a while after its last product, and who is held up does less.
+        return all([run(unit, unit + 1, tile, *arguments) for unit in left])
+
+    others = [_pool(most - 1).submit(work) for _ in range(1, threads)]
+    if not all([work(), *(other.result() for other in others)]):
         return None
     return Found(indices, weights, proposed, pi, facts[..., :1], output, facts[..., 1])

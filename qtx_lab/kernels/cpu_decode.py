@@ -5,17 +5,18 @@ The reference is `SampledKVCache._draw`: the same scores and points give the sam
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import carray, njit, types
+from numba import carray, cfunc, njit, types
 from numba.extending import intrinsic
 from torch import Tensor
 
@@ -49,6 +50,18 @@ def _pointer(typing: Any, address: Any) -> Any:
         return builder.inttoptr(args[0], ir.IntType(8).as_pointer())
 
     return types.voidptr(types.int64), generate
+
+
+@built_in
+def _next(typing: Any, address: Any) -> Any:
+    """The number at an address, which is one more from then on, whoever else does so."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        number = ir.IntType(64)
+        at = builder.inttoptr(args[0], number.as_pointer())
+        return builder.atomic_rmw("add", at, number(1), "monotonic")
+
+    return types.int64(types.int64), generate
 
 
 @built_in
@@ -411,61 +424,64 @@ def _weigh(
                 output[i] += w * value[i]
 
 
-def _attend(
-    first: Any,
-    last: Any,
-    tile: Any,
-    x: Any,
-    offsets: Any,
-    table: Any,
-    order: Any,
-    segments: Any,
-    centre: Any,
-    basis: Any,
-    size: Any,
-    numbers: Any,
-    search: Any,
-    indices: Any,
-    weights: Any,
-    proposed: Any,
-    pi: Any,
-    output: Any,
-    facts: Any,
-) -> Any:
-    """Tiles `first` to `last` of rows; False if a score is not finite."""
-    n, kind, rank = numbers[0], numbers[1], numbers[2]
+FIELDS = 29
+"""Of a task: the next unit, whether a score is not finite, numbers, shapes and addresses."""
+
+
+def _attend(task: Any) -> None:
+    """Tiles of rows of the task at this address, until none is left; any number of threads may do so at once."""
+    of = carray(_pointer(task), FIELDS, np.int64)
+    units, tile, n, kind, rank, known = of[2], of[3], of[4], of[5], of[6], of[7]
+    heads, rows, features, capacity, width = of[8], of[9], of[10], of[11], of[12]
+    levels, replicates, draws = of[13], of[14], of[15]
+    x = carray(_pointer(of[16]), (heads, rows, features), np.float32)
+    offsets = carray(_pointer(of[17]), (heads, levels, replicates), np.float64)
+    table = carray(_pointer(of[18]), (heads, capacity, features + width), np.float32)
+    order = carray(_pointer(of[19]), (heads, capacity), np.int64)
+    segments = carray(_pointer(of[20]), (known, 8), np.int64)
+    centre = carray(_pointer(of[21]), (heads, features), np.float32)
+    basis = carray(_pointer(of[22]), (heads, features, features), np.float32)
+    size = carray(_pointer(of[23]), (heads, features), np.float32)
+    search = carray(_pointer(of[24]), 4, np.float64)
+    indices = carray(_pointer(of[25]), (heads, rows, replicates * draws), np.int64)
+    shares = carray(_pointer(of[26]), (3, heads, rows, replicates * draws), np.float32)
+    weights, proposed, pi = shares[0], shares[1], shares[2]
+    output = carray(_pointer(of[27]), (heads, rows, width), np.float32)
+    facts = carray(_pointer(of[28]), (heads, rows, 2), np.float32)
     defensive, first_rate, steps, least = search[0], search[1], np.int64(search[2]), search[3]
-    rows, replicates = x.shape[1], offsets.shape[2]
-    count = indices.shape[2] // replicates
     tiles = (rows + tile - 1) // tile
-    scores, place = np.empty((tile, n), np.float32), np.empty(count, np.int64)
+    scores, place = np.empty((tile, n), np.float32), np.empty(draws, np.int64)
     cdf = np.empty((n + BLOCK - 1) // BLOCK, np.float64)
-    for unit in range(first, last):
+    while True:
+        unit = _next(task)
+        if unit >= units:
+            return
         head, begin = unit // tiles, unit % tiles * tile
         end = min(begin + tile, rows)
         _score(scores, head, x[head, begin:end], table, n, kind, segments, (centre, basis, size), rank)
         for m in range(begin, end):
             mass = scores[m - begin]
             if not _finite(mass):
-                return False
+                of[1] = 1
+                return
             total = _exponentials(mass, _top(mass))
             mass += np.float32(total * (defensive / (1 - defensive) / n))
             total /= 1 - defensive
-            limit = _limit(mass, total, count, first_rate, steps, least)
+            limit = _limit(mass, total, draws, first_rate, steps, least)
             held = 0.0
             for block in range(cdf.shape[0]):
                 held += _clipped_sum(mass[block * BLOCK : (block + 1) * BLOCK], limit)
                 cdf[block] = held
             output[head, m] = 0
             for r in range(replicates):
-                part = slice(r * count, (r + 1) * count)
-                offset = offsets[head, m % offsets.shape[1], r]
-                within = _place(mass, limit, offset, cdf, count * np.float64(limit), place)
+                part = slice(r * draws, (r + 1) * draws)
+                offset = offsets[head, m % levels, r]
+                within = _place(mass, limit, offset, cdf, draws * np.float64(limit), place)
                 of_draws = pi[head, m, part]
-                for s in range(count):
+                for s in range(draws):
                     q = mass[place[s]]
-                    indices[head, m, r * count + s] = order[head, place[s]]
-                    proposed[head, m, r * count + s] = q / total
+                    indices[head, m, r * draws + s] = order[head, place[s]]
+                    proposed[head, m, r * draws + s] = q / total
                     of_draws[s] = min(q / limit, one)
                 _weigh(
                     x[head, m],
@@ -479,19 +495,10 @@ def _attend(
                 )
             facts[head, m, 0] = total / limit
             facts[head, m, 1] = one / _dot(weights[head, m], weights[head, m])
-    return True
 
 
 # --- From torch -------------------------------------------------------------------------------
 
-INT, SINGLE, DOUBLE = types.int64, types.float32, types.float64
-SIGNATURE = types.boolean(
-    *(INT, INT, INT),
-    *(SINGLE[:, :, ::1], DOUBLE[:, :, ::1], SINGLE[:, :, ::1], INT[:, ::1]),
-    *(INT[:, ::1], SINGLE[:, ::1], SINGLE[:, :, ::1], SINGLE[:, ::1], INT[::1], DOUBLE[::1]),
-    *(INT[:, :, ::1], SINGLE[:, :, ::1], SINGLE[:, :, ::1], SINGLE[:, :, ::1]),
-    *(SINGLE[:, :, ::1], SINGLE[:, :, ::1]),
-)
 ALONE = 1 << 18
 """Numbers of a sketch below which a second thread takes longer to wake than it saves."""
 
@@ -529,12 +536,12 @@ class Scanned(NamedTuple):
 
 
 @functools.cache
-def compiled() -> Callable[..., bool]:
+def compiled() -> Any:
     """`_attend` in machine code, kept on disk where there is a place for it."""
     with _COMPILING:
         for keep in (True, False):
             try:
-                return njit(SIGNATURE, nogil=True, cache=keep, error_model="numpy")(_attend)
+                return cfunc(types.void(types.int64), cache=keep, error_model="numpy")(_attend)
             except (OSError, RuntimeError):  # no folder to write to, a full disk
                 if not keep:
                     raise
@@ -542,6 +549,16 @@ def compiled() -> Callable[..., bool]:
 
 
 _COMPILING = threading.Lock()
+_FORKED = threading.Event()
+
+
+@functools.cache
+def _team() -> Any:
+    """What starts torch's own threads where they are GNU's OpenMP's: after a product they wait, awake, on their cores."""
+    start = getattr(ctypes.CDLL(torch._C.__file__), "GOMP_parallel", None)
+    if start is not None:
+        start.argtypes, start.restype = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint, ctypes.c_uint), None
+    return start
 
 
 @functools.cache
@@ -549,8 +566,14 @@ def _pool(workers: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(workers, "qtx-lab-decode")
 
 
+def _in_a_copy() -> None:
+    """Threads are not copied with a process, nor does OpenMP learn that its own are gone."""
+    _FORKED.set()
+    _pool.cache_clear()
+
+
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pool.cache_clear)  # threads are not copied
+    os.register_at_fork(after_in_child=_in_a_copy)
 
 
 def draw(
@@ -559,34 +582,42 @@ def draw(
     """Draws of scaled queries x (N, M, E) at the points (s + offset) / S, offsets (N, L, R) float64 in [0, 1), L dividing M.
 
     `search` has epsilon, and FIRST_RATE, NEWTON_STEPS and LEAST of the cache. None if scores are not finite. On
-    `torch.get_num_threads()` threads, none of torch's or numba's own, so that any number of calls may go on at once.
+    `torch.get_num_threads()` threads; any number of calls may go on at once.
     """
-    (heads, rows, _), replicates = x.shape, offsets.shape[-1]
-    total, width = num_samples * replicates, held.table.shape[-1] - x.shape[-1]
+    (heads, rows, features), (_, levels, replicates) = x.shape, offsets.shape
+    total, width = num_samples * replicates, held.table.shape[-1] - features
     indices = x.new_empty(heads, rows, total, dtype=torch.int64)
-    weights, proposed, pi = x.new_empty(3, heads, rows, total)
-    output, facts = x.new_empty(heads, rows, width), x.new_empty(heads, rows, 2)
-    terms = held.rank if held.kind == "low-rank" else x.shape[-1]
-    most = torch.get_num_threads()
-    threads = most if heads * rows * held.length * terms > ALONE else 1
+    shares, output = x.new_empty(3, heads, rows, total), x.new_empty(heads, rows, width)
+    facts = x.new_empty(heads, rows, 2)
+    terms = held.rank if held.kind == "low-rank" else features
+    threads = torch.get_num_threads()
+    if heads * rows * held.length * terms <= ALONE:
+        threads = 1
     tile = max(1, min(TILE, heads * rows // threads))
-    units = heads * -(-rows // tile)
-    threads = min(threads, units)
-    arguments = (
-        *(y.contiguous().numpy() for y in (x, offsets, held.table, held.order)),
-        np.array(held.segments, np.int64).reshape(-1, 8),
-        *(y.contiguous().numpy() for y in (held.centre, held.basis, held.size)),
-        np.array((held.length, KINDS.index(held.kind), held.rank), np.int64),
-        np.array(search, np.float64),
-        *(y.numpy() for y in (indices, weights, proposed, pi, output, facts)),
+    numbers = (
+        heads * -(-rows // tile),
+        tile,
+        held.length,
+        KINDS.index(held.kind),
+        held.rank,
+        len(held.segments),
     )
-    run, left = compiled(), iter(range(units))
-
-    def work() -> bool:
-        # One by one: torch's threads may hold a core for a while after its last product, and who is held up does less.
-        return all([run(unit, unit + 1, tile, *arguments) for unit in left])
-
-    others = [_pool(most - 1).submit(work) for _ in range(1, threads)]
-    if not all([work(), *(other.result() for other in others)]):
+    shapes = (heads, rows, features, held.table.shape[1], width, levels, replicates, num_samples)
+    segments = torch.tensor(held.segments, dtype=torch.int64)
+    given = (x, offsets, held.table, held.order, segments, held.centre, held.basis, held.size)
+    arrays = [y.contiguous() for y in (*given, torch.tensor(search, dtype=torch.float64))]
+    arrays += [indices, shares, output, facts]
+    task = torch.tensor((0, 0, *numbers, *shapes, *(y.data_ptr() for y in arrays)))
+    run, address = compiled(), task.data_ptr()
+    team = None if threads == 1 or _FORKED.is_set() else _team()
+    if team is not None:
+        team(run.address, address, threads, 0)
+    else:
+        others = [_pool(threads - 1).submit(run.ctypes, address) for _ in range(1, threads)]
+        run.ctypes(address)
+        for other in others:
+            other.result()
+    if task[1]:
         return None
+    weights, proposed, pi = shares
     return Found(indices, weights, proposed, pi, facts[..., :1], output, facts[..., 1])

@@ -424,13 +424,13 @@ def test_without_numba_or_a_place_for_its_code(monkeypatch):
     assert "FallbackWarning" in done.stderr
     asked = []
 
-    def njit(signature, cache, **options):
+    def cfunc(signature, cache, **options):
         asked.append(cache)
         if cache:
             raise RuntimeError("cannot cache function '_attend': no locator available")
         return lambda function: function
 
-    monkeypatch.setattr(cpu_decode, "njit", njit)
+    monkeypatch.setattr(cpu_decode, "cfunc", cfunc)
     assert cpu_decode.compiled.__wrapped__() is cpu_decode._attend
     assert asked == [True, False]
 

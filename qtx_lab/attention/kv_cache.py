@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import threading
@@ -137,7 +138,9 @@ class SampledKVCache:
         self._sizes: list[int] = []
         self._sums = torch.zeros(2, self.heads, 1, v.shape[-1], dtype=torch.float64, device=v.device)
         if queries is not None:
-            self._see(self._rows(queries)[0])
+            rows, _ = self._rows(queries)
+            check_finite("queries", queries)
+            self._see(rows)
         self.append(k, v)
 
     @classmethod
@@ -365,14 +368,18 @@ class SampledKVCache:
         rows, group = self._rows(q)
         scale = 1 / math.sqrt(self.features) if scale is None else float(scale)
         told: dict[str, Any] = {}
-        if wanted(q) and self.proposal == "exact":
+        kernels = wanted(q)
+        choice = None if kernels else choose_cpu((rows, self._table))
+        if choice is None or choice.path != "cpu":  # that kernel looks at q itself
+            check_finite("q", q)
+        if kernels and self.proposal == "exact":
             told = {
                 "kernel": {
                     "path": "torch",
                     "reason": "it takes sketches; sampled_attention has one for exact keys",
                 }
             }
-        elif wanted(q):
+        elif kernels:
             self._growing = self._growing or GrowingSketch(self._kernel_sketch)
             k, v, order = (
                 self._keys(0, self.length),
@@ -393,19 +400,20 @@ class SampledKVCache:
                 if self.proposal == "low-rank":
                     self._see(rows)
                 return done
-        else:
-            choice = choose_cpu((rows, self._table))
+        if choice is not None:
             how = {"path": "cpu", "name": "cpu_decode"} if choice.path == "cpu" else {"path": "torch"}
             told = {"kernel": {**how, "reason": choice.reason}, "fallbacks": choice.fallbacks}
-        if self.proposal == "low-rank":
-            self._see(rows)
         (n, m), total = rows.shape[:2], num_samples * replicates
-        x, uniform = rows * scale, Uniform(generator, q.device)
+        uniform = Uniform(generator, q.device)
         if told["kernel"]["path"] == "cpu":
             u = uniform(n, q.shape[-2], replicates)  # of `SystematicSampler`'s points (s + u) / S
-            found = self._draw_compiled(x, u, num_samples)
+            found = self._draw_compiled(rows, scale, u, num_samples)
+            if found is None:
+                check_finite("q", q)
+                raise ArgumentError("logits holds NaN or +inf; only finite numbers and -inf are allowed.")
             indices, weights, proposed, pi, rate, output, effective = found
         else:
+            x = rows * scale
             points = SystematicSampler().points((n, q.shape[-2]), num_samples, replicates, uniform)
             points = points.flatten(-2).repeat(1, group, 1)
             step = BLOCK_ELEMENTS // max(self.length, total * self._table.shape[-1])
@@ -420,7 +428,8 @@ class SampledKVCache:
             place, weights, proposed, pi, rate, output = parts[0]
             indices = self._order[:, None].expand(-1, m, -1).gather(-1, place)
             effective = Draws(indices, weights).effective_sample_size()
-        draws = Draws(indices, weights, None, replicates).view(q.shape[:-1])
+        if self.proposal == "low-rank":
+            self._see(rows)
         row_shape, width, dtype = q.shape[:-1], output.shape[-1], self._table.dtype
         moments = self._sums / self.length
 
@@ -439,7 +448,7 @@ class SampledKVCache:
             output=output.view(*row_shape, width).to(dtype),
             num_keys=self.length,
             degrees_of_freedom=math.inf,
-            make_draws=lambda: draws,
+            make_draws=lambda: Draws(indices, weights, None, replicates).view(row_shape),
             make_std_error=make_std_error,
             group=group,
             diagnostics={
@@ -466,25 +475,19 @@ class SampledKVCache:
         """What the sketch takes the logits of queries q (..., H, L, E) to be, but for a shift of each row:
         (..., H, L, n), tokens as they came. For plots and tests."""
         rows, _ = self._rows(q)
+        check_finite("q", q)
         scale = 1 / math.sqrt(self.features) if scale is None else float(scale)
         found = self._scores(rows * scale, slice(0, self.heads))
         order = self._order[:, None, : self.length].expand_as(found)
         return torch.empty_like(found).scatter_(-1, order, found).view(*q.shape[:-1], self.length)
 
-    def _draw_compiled(self, x: Tensor, offsets: Tensor, num_samples: int) -> Found:
-        """As `_draw`, with tokens in place of places, for all scaled queries x (N, M, E); points are (s + offset) / S."""
-        from ..kernels.cpu_decode import draw
-
+    def _draw_compiled(self, rows: Tensor, scale: float, offsets: Tensor, num_samples: int) -> Found | None:
+        """As `_draw`, with tokens in place of places, for all queries (N, M, E); points are (s + offset) / S."""
         search = (self.defensive, FIRST_RATE, NEWTON_STEPS, LEAST)
-        found = draw(x, offsets, self._scanned(), num_samples, search)
-        if found is None:
-            raise ArgumentError("logits holds NaN or +inf; only finite numbers and -inf are allowed.")
-        return found
+        return _kernel().draw(rows, scale, offsets, self._scanned(), num_samples, search)
 
     def _scanned(self) -> Scanned:
         """What the CPU's kernel reads. Made for each call: its addresses outlive no change and go into no copy."""
-        from ..kernels.cpu_decode import Scanned
-
         maps = self._maps
         segments: list[tuple[int, ...]] = []
         for keys, part in zip(self._sizes, self._segments, strict=True):
@@ -495,24 +498,10 @@ class SampledKVCache:
                 held = [part[name].data_ptr() for name in names]
                 segments.append((keys, keys, *held, len(part["rest"])))
         if not maps:  # keys are scanned themselves
-            none = self._table.new_empty(self.heads, 0)
-            return Scanned(
-                "exact", self.length, self.rank, self._table, self._order, (), none, none[..., None], none
-            )
-        spread = maps["spread" if self.proposal == "low-rank" else "step"]
-        basis = maps["a"] if self.proposal == "low-rank" else spread
-        centre = maps["centre"][:, 0]
-        return Scanned(
-            self.proposal,
-            self.length,
-            self.rank,
-            self._table,
-            self._order,
-            segments,
-            centre,
-            basis,
-            spread[:, 0],
-        )
+            return _kernel().Scanned("exact", self.length, 0, self._table, self._order)
+        size = maps["spread" if self.proposal == "low-rank" else "step"]
+        laid = (self.length, self.rank, self._table, self._order, segments, maps["centre"], size)
+        return _kernel().Scanned(self.proposal, *laid, maps.get("a"))
 
     def _draw(self, x: Tensor, points: Tensor, heads: slice, num_samples: int) -> tuple[Tensor, ...]:
         """Of scaled queries x (heads, M, E) at points (heads, M, T): places, weights, q and pi of the draws, each
@@ -594,7 +583,7 @@ class SampledKVCache:
         return score
 
     def _rows(self, q: Tensor) -> tuple[Tensor, int]:
-        """q (..., H, L, E) as rows (N, G L, E), and G."""
+        """q (..., H, L, E), which may hold anything, as rows (N, G L, E), and G."""
         check_tensors(q=q)
         lead = self.lead
         heads = q.shape[-3] if q.ndim > 2 else 1
@@ -605,7 +594,6 @@ class SampledKVCache:
                 f"q has shape {tuple(q.shape)}; to keys {(*lead, self.length, self.features)} it must be "
                 "(..., H, L, features), H a multiple of the keys' heads."
             )
-        check_finite("q", q)
         group = heads // each
         return q.detach().to(self.dtype).reshape(self.heads, group * q.shape[-2], self.features), group
 
@@ -703,6 +691,14 @@ def _std_error(
     variance = (variance + (unseen * spread).to(variance.dtype)) / draws.replicates
     rounding = rounding_variance(output, square.sqrt().to(output.dtype), draws.indices.shape[-1], dtype)
     return (variance + rounding).sqrt()
+
+
+@functools.cache
+def _kernel() -> Any:
+    """The module of the CPU's kernel: numba takes a second to import."""
+    from ..kernels import cpu_decode
+
+    return cpu_decode
 
 
 def _grown(x: Tensor, used: int, needed: int) -> Tensor:

@@ -9,6 +9,7 @@ import ctypes
 import functools
 import os
 import threading
+from array import array
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -434,23 +435,25 @@ def _attend(task: Any) -> None:
     units, tile, n, kind, rank, known = of[2], of[3], of[4], of[5], of[6], of[7]
     heads, rows, features, capacity, width = of[8], of[9], of[10], of[11], of[12]
     levels, replicates, draws = of[13], of[14], of[15]
-    x = carray(_pointer(of[16]), (heads, rows, features), np.float32)
+    queries = carray(_pointer(of[16]), (heads, rows, features), np.float32)
     offsets = carray(_pointer(of[17]), (heads, levels, replicates), np.float64)
     table = carray(_pointer(of[18]), (heads, capacity, features + width), np.float32)
     order = carray(_pointer(of[19]), (heads, capacity), np.int64)
-    segments = carray(_pointer(of[20]), (known, 8), np.int64)
-    centre = carray(_pointer(of[21]), (heads, features), np.float32)
-    basis = carray(_pointer(of[22]), (heads, features, features), np.float32)
-    size = carray(_pointer(of[23]), (heads, features), np.float32)
-    search = carray(_pointer(of[24]), 4, np.float64)
-    indices = carray(_pointer(of[25]), (heads, rows, replicates * draws), np.int64)
-    shares = carray(_pointer(of[26]), (3, heads, rows, replicates * draws), np.float32)
+    centre = carray(_pointer(of[20]), (heads, features), np.float32)
+    basis = carray(_pointer(of[21]), (heads, features, features), np.float32)
+    size = carray(_pointer(of[22]), (heads, features), np.float32)
+    indices = carray(_pointer(of[23]), (heads, rows, replicates * draws), np.int64)
+    shares = carray(_pointer(of[24]), (3, heads, rows, replicates * draws), np.float32)
     weights, proposed, pi = shares[0], shares[1], shares[2]
-    output = carray(_pointer(of[27]), (heads, rows, width), np.float32)
-    facts = carray(_pointer(of[28]), (heads, rows, 2), np.float32)
-    defensive, first_rate, steps, least = search[0], search[1], np.int64(search[2]), search[3]
+    output = carray(_pointer(of[25]), (heads, rows, width), np.float32)
+    facts = carray(_pointer(of[26]), (heads, rows, 2), np.float32)
+    segments = carray(_pointer(of[27]), (known, 8), np.int64)
+    reals = carray(_pointer(of[28]), 5, np.float64)
+    scale, defensive, first_rate, least = np.float32(reals[0]), reals[1], reals[2], reals[4]
+    steps = np.int64(reals[3])
     tiles = (rows + tile - 1) // tile
-    scores, place = np.empty((tile, n), np.float32), np.empty(draws, np.int64)
+    x, scores = np.empty((tile, features), np.float32), np.empty((tile, n), np.float32)
+    place = np.empty(draws, np.int64)
     cdf = np.empty((n + BLOCK - 1) // BLOCK, np.float64)
     while True:
         unit = _next(task)
@@ -458,10 +461,11 @@ def _attend(task: Any) -> None:
             return
         head, begin = unit // tiles, unit % tiles * tile
         end = min(begin + tile, rows)
-        _score(scores, head, x[head, begin:end], table, n, kind, segments, (centre, basis, size), rank)
+        x[: end - begin] = queries[head, begin:end] * scale
+        _score(scores, head, x[: end - begin], table, n, kind, segments, (centre, basis, size), rank)
         for m in range(begin, end):
             mass = scores[m - begin]
-            if not _finite(mass):
+            if not (_finite(x[m - begin]) and _finite(mass)):
                 of[1] = 1
                 return
             total = _exponentials(mass, _top(mass))
@@ -484,7 +488,7 @@ def _attend(task: Any) -> None:
                     proposed[head, m, r * draws + s] = q / total
                     of_draws[s] = min(q / limit, one)
                 _weigh(
-                    x[head, m],
+                    x[m - begin],
                     table[head],
                     place,
                     within,
@@ -520,8 +524,8 @@ class Scanned(NamedTuple):
     """What is scanned: tokens' keys and values (N, C, E + Ev), of C the first n, and which tokens they are (N, C).
 
     A segment is its number of keys, those a piece, and the address of its components or levels; of 4 bits also those of
-    the outliers' heads, keys, channels and sizes, and how many there are. Keys are sketched by `centre` (N, E), `basis`
-    (N, E, E) of low rank, and `size` (N, E), what a component is worth or a step of 4 bits.
+    the outliers' heads, keys, channels and sizes, and how many there are. Keys are sketched by `centre` (N, 1, E), `size`
+    (N, 1, E), what a component is worth or a step of 4 bits, and `basis` (N, E, E) of low rank.
     """
 
     kind: str
@@ -529,10 +533,10 @@ class Scanned(NamedTuple):
     rank: int
     table: Tensor
     order: Tensor
-    segments: Sequence[Sequence[int]]
-    centre: Tensor
-    basis: Tensor
-    size: Tensor
+    segments: Sequence[Sequence[int]] = ()
+    centre: Tensor | None = None
+    size: Tensor | None = None
+    basis: Tensor | None = None
 
 
 @functools.cache
@@ -577,18 +581,24 @@ if hasattr(os, "register_at_fork"):
 
 
 def draw(
-    x: Tensor, offsets: Tensor, held: Scanned, num_samples: int, search: tuple[float, ...]
+    queries: Tensor,
+    scale: float,
+    offsets: Tensor,
+    held: Scanned,
+    num_samples: int,
+    search: tuple[float, ...],
 ) -> Found | None:
-    """Draws of scaled queries x (N, M, E) at the points (s + offset) / S, offsets (N, L, R) float64 in [0, 1), L dividing M.
+    """Draws of queries (N, M, E) at the points (s + offset) / S, offsets (N, L, R) float64 in [0, 1), L dividing M.
 
-    `search` has epsilon, and FIRST_RATE, NEWTON_STEPS and LEAST of the cache. None if scores are not finite. On
-    `torch.get_num_threads()` threads; any number of calls may go on at once.
+    `search` has epsilon, and FIRST_RATE, NEWTON_STEPS and LEAST of the cache. None if a query or a score is not finite.
+    On `torch.get_num_threads()` threads; any number of calls may go on at once.
     """
-    (heads, rows, features), (_, levels, replicates) = x.shape, offsets.shape
+    # Between a model's other work, little of what this needs is in the processor's caches: the less, the faster.
+    (heads, rows, features), (_, levels, replicates) = queries.shape, offsets.shape
     total, width = num_samples * replicates, held.table.shape[-1] - features
-    indices = x.new_empty(heads, rows, total, dtype=torch.int64)
-    shares, output = x.new_empty(3, heads, rows, total), x.new_empty(heads, rows, width)
-    facts = x.new_empty(heads, rows, 2)
+    indices = torch.empty(heads, rows, total, dtype=torch.int64)
+    shares, output = torch.empty(3, heads, rows, total), torch.empty(heads, rows, width)
+    facts = torch.empty(heads, rows, 2)
     terms = held.rank if held.kind == "low-rank" else features
     threads = torch.get_num_threads()
     if heads * rows * held.length * terms <= ALONE:
@@ -603,12 +613,18 @@ def draw(
         len(held.segments),
     )
     shapes = (heads, rows, features, held.table.shape[1], width, levels, replicates, num_samples)
-    segments = torch.tensor(held.segments, dtype=torch.int64)
-    given = (x, offsets, held.table, held.order, segments, held.centre, held.basis, held.size)
-    arrays = [y.contiguous() for y in (*given, torch.tensor(search, dtype=torch.float64))]
-    arrays += [indices, shares, output, facts]
-    task = torch.tensor((0, 0, *numbers, *shapes, *(y.data_ptr() for y in arrays)))
-    run, address = compiled(), task.data_ptr()
+    given = (queries.contiguous(), offsets.contiguous(), held.table, held.order)
+    sketched = (held.centre, held.basis, held.size)
+    segments, reals = (
+        array("q", [x for segment in held.segments for x in segment]),
+        array("d", (scale, *search)),
+    )
+    addresses = [
+        0 if x is None else x.data_ptr() for x in (*given, *sketched, indices, shares, output, facts)
+    ]
+    addresses += [x.buffer_info()[0] for x in (segments, reals)]
+    task = array("q", (0, 0, *numbers, *shapes, *addresses))
+    run, (address, _) = compiled(), task.buffer_info()
     team = None if threads == 1 or _FORKED.is_set() else _team()
     if team is not None:
         team(run.address, address, threads, 0)

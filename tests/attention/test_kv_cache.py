@@ -293,7 +293,10 @@ def compiled_scores(cache, x, heads):
     """What the kernel takes the logits of scaled queries to be, in the order of the places."""
     held = cache._scanned()
     out = np.empty((x.shape[0], x.shape[1], len(cache)), np.float32)
-    maps = tuple(y.contiguous().numpy() for y in (held.centre, held.basis, held.size))
+    zero = torch.zeros(cache.heads, 1, 0)
+    centre, size = (zero if y is None else y for y in (held.centre, held.size))
+    basis = zero if held.basis is None else held.basis
+    maps = (centre[:, 0].numpy(), basis.numpy(), size[:, 0].numpy())
     segments = np.array(held.segments, np.int64).reshape(-1, 8)
     kind = cpu_decode.KINDS.index(held.kind)
     for i, head in enumerate(range(heads.start, heads.stop)):

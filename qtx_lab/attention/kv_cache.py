@@ -228,6 +228,7 @@ class SampledKVCache:
         self._table[:, start:end, : self.features] = k
         self._table[:, start:end, self.features :] = v
         self._order[:, start:end] = torch.arange(start, end, device=k.device)
+        self._sums = self._sums.clone()  # estimates hold on to what it was
         for held, x in zip(self._sums, (v, v.to(self.dtype).square()), strict=True):
             held += x.sum(1, keepdim=True, dtype=torch.float64)
         self.length = end
@@ -403,15 +404,16 @@ class SampledKVCache:
         if choice is not None:
             how = {"path": "cpu", "name": "cpu_decode"} if choice.path == "cpu" else {"path": "torch"}
             told = {"kernel": {**how, "reason": choice.reason}, "fallbacks": choice.fallbacks}
-        (n, m), total = rows.shape[:2], num_samples * replicates
+        (n, m), total, row_shape = rows.shape[:2], num_samples * replicates, q.shape[:-1]
         uniform = Uniform(generator, q.device)
+        shares: Tensor | tuple[Tensor, ...]
         if told["kernel"]["path"] == "cpu":
             u = uniform(n, q.shape[-2], replicates)  # of `SystematicSampler`'s points (s + u) / S
-            found = self._draw_compiled(rows, scale, u, num_samples)
+            found = self._draw_compiled(rows, scale, u, num_samples, row_shape)
             if found is None:
                 check_finite("q", q)
                 raise ArgumentError("logits holds NaN or +inf; only finite numbers and -inf are allowed.")
-            indices, weights, proposed, pi, rate, output, effective = found
+            indices, shares, rate, output, effective = found
         else:
             x = rows * scale
             points = SystematicSampler().points((n, q.shape[-2]), num_samples, replicates, uniform)
@@ -426,29 +428,31 @@ class SampledKVCache:
                 columns = zip(*([x.flatten(0, 1) for x in block] for block in parts), strict=True)
                 parts = [tuple(torch.cat(x).unflatten(0, (n, m)) for x in columns)]
             place, weights, proposed, pi, rate, output = parts[0]
+            shares = weights, proposed, pi
             indices = self._order[:, None].expand(-1, m, -1).gather(-1, place)
-            effective = Draws(indices, weights).effective_sample_size()
+            effective = Draws(indices, weights).effective_sample_size().view(row_shape)
+            output = output.view(*row_shape, output.shape[-1]).to(self._table.dtype)
         if self.proposal == "low-rank":
             self._see(rows)
-        row_shape, width, dtype = q.shape[:-1], output.shape[-1], self._table.dtype
-        moments = self._sums / self.length
+        length, sums = self.length, self._sums  # tokens may come and move until error bars are asked for
 
         def make_std_error() -> Tensor:
             # Draws that count for nothing are keys of their own, which no other is taken for.
-            none = self.length + torch.arange(total, device=indices.device)
+            weights, proposed, pi = shares
+            none = length + torch.arange(total, device=indices.device)
             apart = Draws(torch.where(weights > 0, indices, none), weights, None, replicates)
-            now = self._order[:, : self.length].argsort(-1)  # tokens may have moved since
+            now = self._order[:, : self.length].argsort(-1)
             rows = self._drawn(now[:, None].expand(-1, m, -1).gather(-1, indices), slice(0, n))
             drawn = rows[..., self.features :]
-            return _std_error(apart, proposed, pi, rate, drawn, output, moments, dtype).view(
-                *row_shape, width
-            )
+            found = output.view(n, m, output.shape[-1])
+            error = _std_error(apart, proposed, pi, rate, drawn, found, sums / length, self._table.dtype)
+            return error.view(output.shape)
 
         return AttentionEstimate(
-            output=output.view(*row_shape, width).to(dtype),
+            output=output,
             num_keys=self.length,
             degrees_of_freedom=math.inf,
-            make_draws=lambda: Draws(indices, weights, None, replicates).view(row_shape),
+            make_draws=lambda: Draws(indices, shares[0], None, replicates).view(row_shape),
             make_std_error=make_std_error,
             group=group,
             diagnostics={
@@ -457,7 +461,7 @@ class SampledKVCache:
                 "num_samples": num_samples,
                 "replicates": replicates,
                 "draws_per_row": total,
-                "effective_sample_size": effective.view(row_shape),
+                "effective_sample_size": effective,
                 "fallbacks": (),
                 **told,
             },
@@ -481,10 +485,12 @@ class SampledKVCache:
         order = self._order[:, None, : self.length].expand_as(found)
         return torch.empty_like(found).scatter_(-1, order, found).view(*q.shape[:-1], self.length)
 
-    def _draw_compiled(self, rows: Tensor, scale: float, offsets: Tensor, num_samples: int) -> Found | None:
+    def _draw_compiled(
+        self, rows: Tensor, scale: float, offsets: Tensor, num_samples: int, row_shape: tuple[int, ...]
+    ) -> Found | None:
         """As `_draw`, with tokens in place of places, for all queries (N, M, E); points are (s + offset) / S."""
         search = (self.defensive, FIRST_RATE, NEWTON_STEPS, LEAST)
-        return _kernel().draw(rows, scale, offsets, self._scanned(), num_samples, search)
+        return _kernel().draw(rows, scale, offsets, self._scanned(), num_samples, row_shape, search)
 
     def _scanned(self) -> Scanned:
         """What the CPU's kernel reads. Made for each call: its addresses outlive no change and go into no copy."""

@@ -301,15 +301,16 @@ def _score(
 # --- Draws ------------------------------------------------------------------------------------
 
 
-@njit
+@njit(fastmath=SUMS)
 def _top(x: Any) -> Any:
-    """The largest; in lanes, for a maximum is not vectorised otherwise."""
-    best = x[:256].copy()
-    for first in range(256, x.shape[0], 256):
+    """The largest, or NaN if any is not finite; in lanes, for a maximum is not vectorised otherwise."""
+    best, none = x[:256].copy(), zero
+    for first in range(0, x.shape[0], 256):
         part = x[first : first + 256]
         for j in range(part.shape[0]):
             best[j] = part[j] if part[j] > best[j] else best[j]
-    return best.max()
+            none += part[j] * zero
+    return best.max() + none
 
 
 @njit(fastmath=SUMS)
@@ -425,7 +426,7 @@ def _weigh(
                 output[i] += w * value[i]
 
 
-FIELDS = 29
+FIELDS = 30
 """Of a task: the next unit, whether a score is not finite, numbers, shapes and addresses."""
 
 
@@ -445,10 +446,11 @@ def _attend(task: Any) -> None:
     indices = carray(_pointer(of[23]), (heads, rows, replicates * draws), np.int64)
     shares = carray(_pointer(of[24]), (3, heads, rows, replicates * draws), np.float32)
     weights, proposed, pi = shares[0], shares[1], shares[2]
-    output = carray(_pointer(of[25]), (heads, rows, width), np.float32)
-    facts = carray(_pointer(of[26]), (heads, rows, 2), np.float32)
-    segments = carray(_pointer(of[27]), (known, 8), np.int64)
-    reals = carray(_pointer(of[28]), 5, np.float64)
+    rate = carray(_pointer(of[25]), (heads, rows), np.float32)
+    output = carray(_pointer(of[26]), (heads, rows, width), np.float32)
+    effective = carray(_pointer(of[27]), (heads, rows), np.float32)
+    segments = carray(_pointer(of[28]), (known, 8), np.int64)
+    reals = carray(_pointer(of[29]), 5, np.float64)
     scale, defensive, first_rate, least = np.float32(reals[0]), reals[1], reals[2], reals[4]
     steps = np.int64(reals[3])
     tiles = (rows + tile - 1) // tile
@@ -465,10 +467,11 @@ def _attend(task: Any) -> None:
         _score(scores, head, x[: end - begin], table, n, kind, segments, (centre, basis, size), rank)
         for m in range(begin, end):
             mass = scores[m - begin]
-            if not (_finite(x[m - begin]) and _finite(mass)):
+            top = _top(mass)
+            if not (_finite(x[m - begin]) and top == top):
                 of[1] = 1
                 return
-            total = _exponentials(mass, _top(mass))
+            total = _exponentials(mass, top)
             mass += np.float32(total * (defensive / (1 - defensive) / n))
             total /= 1 - defensive
             limit = _limit(mass, total, draws, first_rate, steps, least)
@@ -497,8 +500,8 @@ def _attend(task: Any) -> None:
                     output[head, m],
                     one / np.float32(replicates),
                 )
-            facts[head, m, 0] = total / limit
-            facts[head, m, 1] = one / _dot(weights[head, m], weights[head, m])
+            rate[head, m] = total / limit
+            effective[head, m] = one / _dot(weights[head, m], weights[head, m])
 
 
 # --- From torch -------------------------------------------------------------------------------
@@ -508,13 +511,11 @@ ALONE = 1 << 18
 
 
 class Found(NamedTuple):
-    """Draws of rows (N, M): `indices`, `weights`, q and pi (N, M, T), the draws a unit of q (N, M, 1), the output
-    (N, M, Ev) and Kish's effective number of draws (N, M)."""
+    """Draws of rows (N, M): `indices` (N, M, T), their weights, q and pi (3, N, M, T), the draws a unit of q (N, M, 1),
+    the output (..., Ev) and Kish's effective number of draws (...), rows as the caller has them."""
 
     indices: Tensor
-    weights: Tensor
-    proposed: Tensor
-    pi: Tensor
+    shares: Tensor
     rate: Tensor
     output: Tensor
     effective: Tensor
@@ -586,6 +587,7 @@ def draw(
     offsets: Tensor,
     held: Scanned,
     num_samples: int,
+    row_shape: tuple[int, ...],
     search: tuple[float, ...],
 ) -> Found | None:
     """Draws of queries (N, M, E) at the points (s + offset) / S, offsets (N, L, R) float64 in [0, 1), L dividing M.
@@ -597,8 +599,8 @@ def draw(
     (heads, rows, features), (_, levels, replicates) = queries.shape, offsets.shape
     total, width = num_samples * replicates, held.table.shape[-1] - features
     indices = torch.empty(heads, rows, total, dtype=torch.int64)
-    shares, output = torch.empty(3, heads, rows, total), torch.empty(heads, rows, width)
-    facts = torch.empty(heads, rows, 2)
+    shares, rate = torch.empty(3, heads, rows, total), torch.empty(heads, rows, 1)
+    output, effective = torch.empty(*row_shape, width), torch.empty(row_shape)
     terms = held.rank if held.kind == "low-rank" else features
     threads = torch.get_num_threads()
     if heads * rows * held.length * terms <= ALONE:
@@ -620,7 +622,8 @@ def draw(
         array("d", (scale, *search)),
     )
     addresses = [
-        0 if x is None else x.data_ptr() for x in (*given, *sketched, indices, shares, output, facts)
+        0 if x is None else x.data_ptr()
+        for x in (*given, *sketched, indices, shares, rate, output, effective)
     ]
     addresses += [x.buffer_info()[0] for x in (segments, reals)]
     task = array("q", (0, 0, *numbers, *shapes, *addresses))
@@ -635,5 +638,4 @@ def draw(
             other.result()
     if task[1]:
         return None
-    weights, proposed, pi = shares
-    return Found(indices, weights, proposed, pi, facts[..., :1], output, facts[..., 1])
+    return Found(indices, shares, rate, output, effective)

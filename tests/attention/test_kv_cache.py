@@ -259,6 +259,25 @@ def test_bad_tokens_and_queries_leave_the_cache_as_it_was(generator, tmp_path):
         cache.save(tmp_path / "no" / "folder")
 
 
+@pytest.mark.parametrize("proposal", PROPOSALS)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_a_query_that_is_not_finite_is_named_and_forgotten(proposal, bad, generator):
+    """The kernel finds it, in whatever number it is."""
+    k, v = tokens(generator)
+    cache = qtx.SampledKVCache.build(k, v, proposal=proposal)
+    for place in [(0, 0, 0), (1, 2, 15)]:
+        q = torch.randn(2, 3, 16, generator=generator)
+        q[place] = bad
+        for use in (cache.attend, cache.scores):
+            with pytest.raises(qtx.ArgumentError, match="q holds NaN or infinity"):
+                use(q)
+        with pytest.raises(qtx.ArgumentError, match="queries holds NaN or infinity"):
+            qtx.SampledKVCache.build(k, v, proposal=proposal, queries=q)
+    cache._sum_up()
+    assert cache.seen == 0
+    assert cache.attend(q.nan_to_num(posinf=0, neginf=0)).output.isfinite().all()
+
+
 @pytest.mark.statistical
 def test_errors_on_the_models_own_keys(generator):
     """Root mean square error over layers and heads at n / 8 draws, beside that of draws by the exact logits.

@@ -40,6 +40,11 @@ SLIDER = """
 .noUi-handle:focus-visible { outline: 2px solid var(--house-accent); outline-offset: 2px; }
 """
 
+SELECT = """
+select:not([multiple]).bk-input { appearance: auto; background-image: none; } select[multiple].bk-input { padding: 0; }
+select[multiple].bk-input option { padding: 1px 10px; }
+"""
+
 WIDTH = 196
 """Pixels of a control."""
 
@@ -141,7 +146,7 @@ class Page:
         self.nav = pn.widgets.RadioButtonGroup(options=list(self.views), value="Runs", stylesheets=[NAV])
         self.text = pn.widgets.TextInput(label="Run contains", placeholder="part of its name", width=WIDTH)
         self.status = pn.widgets.CheckBoxGroup(options=list(STATUSES), value=list(STATUSES))
-        self.since = pn.widgets.Select(label="Started", options=list(WINDOWS), width=WIDTH)
+        self.since = _select(label="Started", options=list(WINDOWS))
         filters = [
             self.text,
             pn.widgets.StaticText(value="Status", margin=(10, 10, 0, 10)),
@@ -549,14 +554,18 @@ def plus_minus(value: float, half_width: float) -> str:
     return f"{value:.{digits}f} ± {half_width:.{digits}f}"
 
 
+def _select(**options: Any) -> pn.widgets.Select:
+    return pn.widgets.Select(width=WIDTH, stylesheets=[SELECT], **options)
+
+
 def _several(name: str) -> Any:
-    return pn.widgets.MultiSelect(label=f"{name} (none chosen: all)", options=[], size=5, width=WIDTH)
+    return pn.widgets.MultiSelect(
+        label=f"{name} (none chosen: all)", options=[], size=5, width=WIDTH, stylesheets=[SELECT]
+    )
 
 
 def _error_view(page: Page) -> View:
-    metric = pn.widgets.Select(
-        label="Measured", options={"relative error": "error", "bits per byte": "bits_per_byte"}, width=WIDTH
-    )
+    metric = _select(label="Measured", options={"relative error": "error", "bits per byte": "bits_per_byte"})
     samplers = _several("Samplers")
 
     def gather(table: pd.DataFrame) -> tuple[Rows, str]:
@@ -589,8 +598,8 @@ def _error_view(page: Page) -> View:
 
 
 def _heads_view(page: Page) -> View:
-    run = pn.widgets.Select(label="Run", options=[], width=WIDTH)
-    how = pn.widgets.Select(label="Sampler and draws", options=[], width=WIDTH)
+    run = _select(label="Run", options=[])
+    how = _select(label="Sampler and draws", options=[])
 
     def gather(table: pd.DataFrame) -> Rows:
         return page.records.rows(table, "layer", "head", "variance")
@@ -696,10 +705,10 @@ def _maps_view(page: Page) -> View:
     draws = pn.widgets.IntSlider(
         label="Draws per row, S", start=1, end=512, value=32, width=WIDTH, stylesheets=[SLIDER]
     )
-    sampler = pn.widgets.Select(label="Sampler", options=maps.SAMPLER_NAMES, value="systematic", width=WIDTH)
-    layer = pn.widgets.Select(label="Layer", options=list(range(6)), value=3, width=WIDTH)
-    head = pn.widgets.Select(label="Query head", options=list(range(8)), value=0, width=WIDTH)
-    length = pn.widgets.Select(label="Window, bytes", options=list(maps.LENGTHS), value=512, width=WIDTH)
+    sampler = _select(label="Sampler", options=maps.SAMPLER_NAMES, value="systematic")
+    layer = _select(label="Layer", options=list(range(6)), value=3)
+    head = _select(label="Query head", options=list(range(8)), value=0)
+    length = _select(label="Window, bytes", options=list(maps.LENGTHS), value=512)
     controls = [draws, sampler, layer, head, length]
     finding, panes = _html(DRAWING), pn.FlexBox(sizing_mode="stretch_width")
     kept: dict[str, Any] = {"head": None, "canvas": None}

@@ -255,5 +255,7 @@ worker.join()
     view.get_by_role("button", name="Pause").click()
     run_python(page, "stream.push('monte-carlo', [1e6, 1e6 + 1], [1, 1])")
     page.wait_for_function("() => document.querySelector('.qtx-stream').textContent.includes('2 came since')")
+    widths = "() => ['.qtx-plot', '.qtx-plot canvas'].map((of) => document.querySelector(of).clientWidth)"
+    page.wait_for_function(f"() => {{ const [a, b] = ({widths})(); return a > 0 && a === b; }}")
     shoot(page, "stream-dark")
     assert axe(page, ".qtx-stream") == []

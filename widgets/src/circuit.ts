@@ -656,7 +656,7 @@ export function render(model: Model, el: HTMLElement): () => void {
   }
 
   const paint = onFrame(() => {
-    if (!frame.root.isConnected) return;
+    if (!frame.hasRoom()) return;
     const names: string[] = get("names");
     if (named !== names.join("\n")) {
       named = names.join("\n");

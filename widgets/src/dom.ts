@@ -70,6 +70,7 @@ export class Frame {
   readonly error: HTMLElement;
   theme: Theme;
   private undo: (() => void)[] = [];
+  private waits = 0;
 
   constructor(
     readonly model: Model,
@@ -112,6 +113,17 @@ export class Frame {
 
   get colours(): (typeof COLOURS)[Theme] {
     return COLOURS[this.theme];
+  }
+
+  /** Whether there is room to draw in; where there is none, what is drawn is drawn again soon.
+   *
+   * For a moment, while JupyterLab changes its theme, all widths are 0, and no ResizeObserver sees them come back.
+   * What stays hidden is drawn by the observer when it is shown.
+   */
+  hasRoom(): boolean {
+    if (this.root.clientWidth > 0) this.waits = 0;
+    else if (this.root.isConnected && this.waits++ < 20) setTimeout(() => this.repaint(), 50);
+    return this.root.clientWidth > 0;
   }
 
   private follow(): void {

@@ -285,7 +285,7 @@ export function render(model: Model, el: HTMLElement): () => void {
   }
 
   const paint = onFrame(() => {
-    if (!frame.root.isConnected) return;
+    if (!frame.hasRoom()) return;
     const [width, height] = size();
     const log: boolean = get("log_scale");
     logBox.checked = log;
@@ -443,7 +443,7 @@ export function render(model: Model, el: HTMLElement): () => void {
   }
 
   const paintOver = onFrame(() => {
-    if (!frame.root.isConnected) return;
+    if (!frame.hasRoom()) return;
     const [width, height] = size();
     const perRow = height / (view.r1 - view.r0);
     const perColumn = width / (view.c1 - view.c0);

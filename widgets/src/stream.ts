@@ -193,7 +193,7 @@ export function render(model: Model, el: HTMLElement, source: ReturnType<typeof 
   });
 
   function draw(): void {
-    if (!frame.root.isConnected) return;
+    if (!frame.hasRoom()) return;
     for (const b of boxes) b.input.checked = get(b.trait);
     heading.textContent = get("title");
     heading.hidden = !get("title");
@@ -335,7 +335,7 @@ export function render(model: Model, el: HTMLElement, source: ReturnType<typeof 
   }
 
   const paintOver = onFrame(() => {
-    if (!frame.root.isConnected) return;
+    if (!frame.hasRoom()) return;
     const width = Math.max(220, plot.clientWidth);
     const context = sharp(over, width, HEIGHT);
     context.clearRect(0, 0, width, HEIGHT);

@@ -156,6 +156,7 @@ def test_listing_skips_what_is_broken_and_says_why(tmp_path, spec) -> None:
         "start": json.dumps({**stored, "started": "today"}).encode(),
         "seed": json.dumps({**stored, "seed": 2**70}).encode(),
         "seconds": json.dumps({**stored, "seconds": "long"}).encode(),
+        "surrogate": json.dumps({**stored, "name": "half \ud800 a pair"}).encode(),
     }
     for name, content in broken.items():
         (tmp_path / name).mkdir()

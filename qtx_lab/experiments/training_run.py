@@ -65,22 +65,28 @@ def train_run(
     ArgumentError, SpecError, TextError, StorageError, BackendUnavailable, RunFailed
         As `QuantumTrainer`. The run is kept with what was done, and can be resumed.
     """
+    from ..training.checkpoints import locked
+
     if resume is None:
         spec = spec or TrainSpec()
-        run = Run.create(spec, name, home, title="A training")
-    else:
-        run = find_run(resume, home)
+        return _within(Run.create(spec, name, home, title="A training"), spec, cluster, progress)
+    if spec is not None:
+        raise ArgumentError("resume goes on under the run's own spec: leave spec out.")
+    run = find_run(resume, home)
+    kind = (run.manifest.get("spec") or {}).get("kind")
+    if kind != "TrainSpec":
+        raise ArgumentError(f"resume={str(resume)!r} is no training: its run was asked for by a {kind}.")
+    with locked(run.path / "checkpoints"):
         if run.status in ("running", "done"):
             raise ArgumentError(
                 f"resume={str(resume)!r} is {run.status}: only what has stopped early can be resumed."
             )
-        if spec is not None:
-            raise ArgumentError("resume goes on under the run's own spec: leave spec out.")
-        kind = (run.manifest.get("spec") or {}).get("kind")
-        if kind != "TrainSpec":
-            raise ArgumentError(f"resume={str(resume)!r} is no training: its run was asked for by a {kind}.")
         spec = TrainSpec.from_yaml(run.path / "spec.yaml")
         run.update(status="running", error=None, process=provenance.this_process())
+        return _within(run, spec, cluster, progress)
+
+
+def _within(run: Run, spec: TrainSpec, cluster: ClusterSpec | None, progress: bool) -> Run:
     try:
         with run:
             _train(run, spec, cluster, progress)

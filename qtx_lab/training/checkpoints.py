@@ -11,13 +11,15 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from filelock import FileLock, Timeout
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_state_dict, set_state_dict
 
@@ -61,6 +63,28 @@ def read_about(folder: Path, step: int) -> dict[str, Any]:
         return about
     except (OSError, ValueError) as error:
         raise StorageError(f"The checkpoint {path.parent} cannot be read: {error}.") from error
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Let nobody else train into a folder meanwhile, in this process or another; who is killed holds no lock.
+
+    Raises
+    ------
+    StorageError
+        If somebody does already, or the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        held = FileLock(folder / "lock", timeout=0, is_singleton=True).acquire()
+    except Timeout as error:
+        raise StorageError(
+            f"folder={str(folder)!r} is being trained into by somebody else: wait for that training's end, or stop it."
+        ) from error
+    except OSError as error:
+        raise storage_error(folder, error) from error
+    with held:
+        yield
 
 
 def claim(folder: Path, attempt: str) -> None:

@@ -32,7 +32,7 @@ from ..errors import (
 from ..samplers.base import check_count
 from ..storage import runs_home, storage_error, write_atomic
 from . import rank as ranks
-from .checkpoints import checkpoint_path, checkpoints, claim, load_weights, read_about
+from .checkpoints import checkpoint_path, checkpoints, claim, load_weights, locked, read_about
 from .cluster import Cluster, find_gpus, open_cluster
 from .data import open_tokens
 from .loop import NotFinite
@@ -240,7 +240,7 @@ class QuantumTrainer:
         digest = self._check()
         folder, kept = self._folder()
         try:
-            with self._cluster() as (cluster, notes), self._ctrl_c() as interrupted:
+            with locked(folder), self._cluster() as (cluster, notes), self._ctrl_c() as interrupted:
                 world = max(1, min(cluster.num_workers, self.recipe.batch_size)) if cluster else 1
                 shards = self._shards(folder, world, digest)
                 timeout = cluster.timeout if cluster else 60.0

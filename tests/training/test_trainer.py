@@ -6,6 +6,7 @@ import resource
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -348,6 +349,20 @@ def test_a_resumed_training_ends_where_an_uninterrupted_one_does(tmp_path, setti
     _, nothing = trained(folder=tmp_path, **settings)  # done already
     assert nothing.steps == 8
     assert nothing.metrics == ()
+
+
+def test_a_folder_is_trained_into_by_one_at_a_time(tmp_path):
+    errors = []
+
+    def second(rows):
+        with ThreadPoolExecutor(1) as pool:
+            errors.append(pool.submit(trained, folder=tmp_path).exception())
+
+    whole, _ = trained()
+    first, _ = trained(folder=tmp_path, on_metrics=second)
+    assert errors
+    assert all(isinstance(error, qtx.StorageError) and "somebody else" in str(error) for error in errors)
+    assert torch.equal(weights(first), weights(whole))
 
 
 def test_another_training_is_not_resumed(tmp_path):

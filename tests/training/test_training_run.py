@@ -142,6 +142,32 @@ def test_a_killed_training_is_resumed(tmp_path):
         train_run(home=tmp_path, resume=run.path)
 
 
+HOLD = """
+import sys
+from pathlib import Path
+from qtx_lab.training.checkpoints import locked
+
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.chaos
+def test_two_do_not_resume_one_training(tmp_path):
+    run = qtx.Run.create(qtx.TrainSpec(**FAST), "train", tmp_path)
+    run.finish("interrupted")
+    command = [sys.executable, "-c", HOLD, run.path / "checkpoints"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(qtx.StorageError, match="being trained into by somebody else"):
+            train_run(home=tmp_path, resume=run.path, progress=False)
+        assert run.status == "interrupted"  # nothing of the other's was touched
+        other.kill()
+        other.wait()
+        assert train_run(home=tmp_path, resume=run.path, progress=False).status == "done"
+
+
 def test_the_cost_model():
     assert scaling.bytes_per_step(10**8, 1) == 0
     assert scaling.bytes_per_step(10**8, 2) == 4 * 10**8 + scaling.STATISTICS_BYTES

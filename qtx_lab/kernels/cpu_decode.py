@@ -598,9 +598,9 @@ def draw(
     # Between a model's other work, little of what this needs is in the processor's caches: the less, the faster.
     (heads, rows, features), (_, levels, replicates) = queries.shape, offsets.shape
     total, width = num_samples * replicates, held.table.shape[-1] - features
-    indices = torch.empty(heads, rows, total, dtype=torch.int64)
-    shares, rate = torch.empty(3, heads, rows, total), torch.empty(heads, rows, 1)
-    output, effective = torch.empty(*row_shape, width), torch.empty(row_shape)
+    empty = queries.new_empty
+    indices, rate = empty(heads, rows, total, dtype=torch.int64), empty(heads, rows, 1)
+    shares, output, effective = empty(3, heads, rows, total), empty(*row_shape, width), empty(row_shape)
     terms = held.rank if held.kind == "low-rank" else features
     threads = torch.get_num_threads()
     if heads * rows * held.length * terms <= ALONE:
@@ -616,23 +616,19 @@ def draw(
     )
     shapes = (heads, rows, features, held.table.shape[1], width, levels, replicates, num_samples)
     given = (queries.contiguous(), offsets.contiguous(), held.table, held.order)
-    sketched = (held.centre, held.basis, held.size)
-    segments, reals = (
-        array("q", [x for segment in held.segments for x in segment]),
-        array("d", (scale, *search)),
-    )
-    addresses = [
-        0 if x is None else x.data_ptr()
-        for x in (*given, *sketched, indices, shares, rate, output, effective)
-    ]
-    addresses += [x.buffer_info()[0] for x in (segments, reals)]
+    tensors = (*given, held.centre, held.basis, held.size, indices, shares, rate, output, effective)
+    lists = array("q", [x for segment in held.segments for x in segment]), array("d", (scale, *search))
+    addresses = [0 if x is None else x.data_ptr() for x in tensors]
+    addresses += [x.buffer_info()[0] for x in lists]
     task = array("q", (0, 0, *numbers, *shapes, *addresses))
     run, (address, _) = compiled(), task.buffer_info()
     team = None if threads == 1 or _FORKED.is_set() else _team()
     if team is not None:
         team(run.address, address, threads, 0)
     else:
-        others = [_pool(threads - 1).submit(run.ctypes, address) for _ in range(1, threads)]
+        # A Ctrl-C ends the waiting here, not the others' work: what they write to is held for them.
+        kept = (tensors, lists, task, held)
+        others = [_pool(threads - 1).submit(lambda _: run.ctypes(address), kept) for _ in range(1, threads)]
         run.ctypes(address)
         for other in others:
             other.result()

@@ -484,6 +484,21 @@ def test_half_precision_without_an_instruction_for_it():
     assert done.stdout.strip() == "False"
 
 
+def test_torchs_defaults_do_not_matter(generator):
+    k, v = tokens(generator)
+    q = torch.randn(2, 1, 16, generator=generator)
+    cache = qtx.SampledKVCache.build(k, v, proposal="int4")
+    wanted = attended(cache, q, 0)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            found = attended(cache, q, 0)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, wanted)
+
+
 def attended(cache, q, seed):
     return cache.attend(q, 64, generator=torch.Generator().manual_seed(seed)).output
 

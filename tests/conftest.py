@@ -66,6 +66,10 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     shutil.rmtree(os.environ.pop("QTX_LAB_HOME", ""), ignore_errors=True)
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    torch.manual_seed(SEED)  # of what asks for no generator, whatever ran before
+
+
 def pytest_report_header(config: pytest.Config) -> str:
     machine = f"torch {torch.__version__}, {torch.get_num_threads()} threads"
     return f"QTX_LAB_SEED={SEED} QTX_LAB_SOAK={int(SOAK)} {machine}"

@@ -299,7 +299,8 @@ class SampledCache(Cache):
     ...                                   num_attention_heads=4, num_key_value_heads=2, attn_implementation="qtx_sampled")
     >>> model = transformers.AutoModelForCausalLM.from_config(config)
     >>> cache = SampledCache(model.config, proposal="low-rank", rank=2)
-    >>> model.generate(torch.arange(12)[None], past_key_values=cache, max_new_tokens=4, do_sample=False).shape
+    >>> four = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    >>> model.generate(torch.arange(12)[None], past_key_values=cache, **four).shape
     torch.Size([1, 16])
     """
 

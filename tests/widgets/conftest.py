@@ -53,7 +53,7 @@ class Watch:
 
     def attach(self, page: Any) -> None:
         """Record a page's errors, and its requests that leave the machine."""
-        page.on("pageerror", lambda error: self.errors.append(f"page error: {error}"))
+        page.on("pageerror", lambda error: self.errors.append(f"page error: {error.stack or error}"))
         page.on("console", self._console)
         page.on("request", lambda request: self._address(request.url))
         page.on("websocket", lambda websocket: self._address(websocket.url))
@@ -210,6 +210,11 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
         stop(process)
 
 
+def wait_for_splash(page: Any) -> None:
+    """Until JupyterLab's start screen is gone: a theme changed in its last 200 ms has it removed twice, an error."""
+    page.wait_for_function("() => !document.getElementById('jupyterlab-splash')")
+
+
 @pytest.fixture
 def open_notebook(lab: Lab) -> Callable[..., Path]:
     """`open_notebook(page, cells)`: a new notebook of these code cells in JupyterLab, its kernel ready, the side bar shut, light."""
@@ -229,6 +234,7 @@ def open_notebook(lab: Lab) -> Callable[..., Path]:
               return panel?.context?.isReady && kernel?.connectionStatus === "connected" && kernel.status === "idle";
             }"""
         )
+        wait_for_splash(page)
         page.evaluate("""async () => {
           const { commands, shell } = window.jupyterapp;
           if (!shell.leftCollapsed) await commands.execute("application:toggle-left-area");
@@ -236,6 +242,7 @@ def open_notebook(lab: Lab) -> Callable[..., Path]:
             await commands.execute("apputils:change-theme", { theme: "JupyterLab Light" });
         }""")
         page.wait_for_function("() => document.body.dataset.jpThemeLight === 'true'")
+        wait_for_splash(page)
         return path
 
     return open_notebook
@@ -273,6 +280,7 @@ def set_theme() -> Callable[..., None]:
         light = "true" if theme == "light" else "false"
         page.wait_for_function(f"() => document.body.dataset.jpThemeLight === '{light}'")
         page.wait_for_timeout(300)  # the style sheet comes after the mark
+        wait_for_splash(page)
 
     return set_theme
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..controls import Control
 from ..errors import ArgumentError, DtypeError, ShapeError
 from ..estimates import AttentionEstimate, Draws
-from ..kernels.attention import attend_few, wanted
+from ..kernels.attention import attend_systematic, wanted
 from ..samplers import (
     ExactSampler,
     InversionSampler,
@@ -73,8 +73,9 @@ def sampled_attention(
     sampler : str or Sampler
         A name in `qtx_lab.samplers.SAMPLERS` or an object with its `draw`. If that has `diagnostics`, they are passed
         on as `drawn_by` and `fallbacks`; beside circuits stands `classical`, the estimate from as many pseudo-random
-        draws. Up to 64 `systematic` rows a key head, not causal, are drawn by a kernel on CUDA, as `diagnostics["kernel"]`
-        tells (`qtx_lab.kernels`; QTX_LAB_KERNELS=reference keeps to torch). A `LearnedImportanceSampler` gives its own
+        draws. `systematic` draws are made by kernels on CUDA, as `diagnostics["kernel"]` tells: along the whole row for few
+        rows, page by page of 64 keys for causal ones, more than 64 a key head, or gradients
+        (`qtx_lab.kernels.gpu_quantum_attention`; QTX_LAB_KERNELS=reference keeps to torch). A `LearnedImportanceSampler` gives its own
         self-normalised estimate, biased by O(1 / num_samples), from its proposal; with controls its plain one.
     num_samples : int, optional
         S, the draws of a row and replicate; 64 where neither it nor `tolerance` is given.
@@ -149,6 +150,14 @@ def sampled_attention(
         torch.is_grad_enabled() and any(x.requires_grad for x in inputs),
         type(sampler) is ExactSampler,
     )
+    told: dict[str, Any] = {}
+    plain = type(sampler) is SystematicSampler and not (controls or tolerance)
+    if plain and wanted(q) and not (attn_mask is not None and attn_mask.requires_grad):
+        done, told = attend_systematic(
+            q, k, v, attn_mask, is_causal, scale, group, num_samples or 64, replicates, generator
+        )
+        if done is not None:
+            return done
     if grad and not exact:
         return differentiable(
             sampled_attention,
@@ -167,11 +176,6 @@ def sampled_attention(
             confidence=confidence,
             generator=generator,
         )
-    told: dict[str, Any] = {}
-    if wanted(q) and type(sampler) is SystematicSampler and not (controls or is_causal or tolerance):
-        done, told = attend_few(q, k, v, attn_mask, scale, group, num_samples or 64, replicates, generator)
-        if done is not None:
-            return done
     with torch.autocast(q.device.type, enabled=False), torch.set_grad_enabled(grad):
         rows = Rows(q, k, v, attn_mask, is_causal, scale, group)
         settings = {"num_samples": num_samples or 64, "generator": generator, "replicates": replicates}

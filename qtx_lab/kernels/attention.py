@@ -6,7 +6,7 @@ import contextlib
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -98,18 +98,11 @@ def gpu_quantum_attention(
         group = check_inputs(Q, K, V, attn_mask, is_causal, scale, enable_gqa)
     if attn_mask is not None and attn_mask.requires_grad:
         raise ArgumentError("attn_mask requires a gradient, which draws do not give: detach it.")
-    grad = torch.is_grad_enabled() and any(x.requires_grad for x in (Q, K, V))
     scale = 1 / math.sqrt(Q.shape[-1]) if scale is None else float(scale)
-    few = not grad and not is_causal and group * Q.shape[-2] <= FEW_ROWS
-    choice = choose((Q, K, V), chained=not few)
     seed = make_seed(generator, Q.device)
-    with torch.autocast(Q.device.type, enabled=False), memory_named():
-        if few:
-            with torch.no_grad():
-                x = Inputs.of(Q, K, V, attn_mask, scale)
-                return _few(x, Q.shape[:-1], group, num_samples, replicates, seed, choice)
-        call = _Call(num_samples, is_causal, scale, choice.path)
-        return _many(Q, K, V, attn_mask, group, seed, replicates, call, choice)
+    call = Call(num_samples, replicates, is_causal, scale, group, seed)
+    few = call.few(Q, K, V)
+    return attend(Q, K, V, attn_mask, call, few, choose((Q, K, V), chained=not few))
 
 
 def wanted(q: Tensor) -> bool:
@@ -117,28 +110,54 @@ def wanted(q: Tensor) -> bool:
     return q.is_cuda or os.environ.get(VARIABLE) == "triton"
 
 
-def attend_few(
+@dataclass(frozen=True)
+class Call:
+    """What a call asks for besides tensors."""
+
+    num_samples: int
+    replicates: int
+    is_causal: bool
+    scale: float
+    group: int
+    seed: Tensor
+
+    def few(self, q: Tensor, k: Tensor, v: Tensor) -> bool:
+        """Whether `decode` takes it, and not `prefill`."""
+        grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+        return not grad and not self.is_causal and self.group * q.shape[-2] <= FEW_ROWS
+
+
+def attend_systematic(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     attn_mask: Tensor | None,
+    is_causal: bool,
     scale: float,
     group: int,
     num_samples: int,
     replicates: int,
     generator: torch.Generator | None,
 ) -> tuple[AttentionEstimate | None, dict[str, Any]]:
-    """Systematic draws of checked inputs by the kernel `decode`, or None; and what to tell of it in `diagnostics`."""
-    if group * q.shape[-2] > FEW_ROWS:
-        reason = f"the kernel takes up to {FEW_ROWS} rows a key head here; gpu_quantum_attention takes more"
-        return None, {"kernel": {"path": "torch", "reason": reason}}
-    choice = choose((q, k, v))
+    """Systematic draws of checked inputs by `decode` or `prefill`, or None; and what to tell of it in `diagnostics`."""
+    call = Call(num_samples, replicates, is_causal, scale, group, q.new_zeros((), dtype=torch.int64))
+    few = call.few(q, k, v)
+    choice = choose((q, k, v), chained=not few)
     if choice.path == "reference":
         return None, {"kernel": {"path": "torch", "reason": choice.reason}, "fallbacks": choice.fallbacks}
-    with memory_named(), torch.no_grad(), torch.autocast(q.device.type, enabled=False):
-        seed = make_seed(generator, q.device)
-        x = Inputs.of(q, k, v, attn_mask, scale)
-        return _few(x, q.shape[:-1], group, num_samples, replicates, seed, choice), {}
+    call = replace(call, seed=make_seed(generator, q.device))
+    return attend(q, k, v, attn_mask, call, few, choice), {}
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, call: Call, few: bool, choice: Choice
+) -> AttentionEstimate:
+    """Checked inputs, by the kernel or its reference."""
+    with torch.autocast(q.device.type, enabled=False), memory_named():
+        if few:
+            with torch.no_grad():
+                return _few(Inputs.of(q, k, v, attn_mask, call.scale), q.shape[:-1], call, choice)
+        return _many(q, k, v, attn_mask, call, choice)
 
 
 def attend_sketched(
@@ -230,16 +249,9 @@ def _diagnostics(
     return found if effective is None else {**found, "effective_sample_size": effective}
 
 
-def _few(
-    x: Inputs,
-    row_shape: torch.Size,
-    group: int,
-    num_samples: int,
-    replicates: int,
-    seed: Tensor,
-    choice: Choice,
-) -> AttentionEstimate:
+def _few(x: Inputs, row_shape: torch.Size, call: Call, choice: Choice) -> AttentionEstimate:
     """By `decode`, kernel or reference."""
+    num_samples, replicates, seed = call.num_samples, call.replicates, call.seed
     heads, rows, n, width = x.shape
     if 0 in (heads, rows):
         empty = x.q.new_zeros(heads, rows, replicates, width)
@@ -266,20 +278,20 @@ def _few(
         degrees_of_freedom=replicates - 1 if replicates > 1 else math.inf,
         make_draws=lambda: draws,
         make_std_error=None if std_error is None else lambda: std_error.view(*row_shape, width),
-        group=group,
+        group=call.group,
         diagnostics=_diagnostics("decode", choice, num_samples, replicates, seen * total),
     )
 
 
 @dataclass(frozen=True)
-class _Call:
+class _Replicate:
     """What `_Prefill` is told besides tensors."""
 
     num_samples: int
     is_causal: bool
     scale: float
     path: str
-    replicate: int = 0
+    replicate: int
 
     @property
     def options(self) -> dict[str, Any]:
@@ -291,7 +303,7 @@ class _Prefill(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, seed: Tensor, call: _Call
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, seed: Tensor, call: _Replicate
     ) -> Tensor:
         x = Inputs.of(q, k, v, mask, call.scale)
         if call.path == "triton":
@@ -309,7 +321,7 @@ class _Prefill(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, mask, seed, output, normaliser = ctx.saved_tensors
-        call: _Call = ctx.call
+        call: _Replicate = ctx.call
         x = Inputs.of(q, k, v, mask, call.scale)
         with torch.autocast(q.device.type, enabled=False), memory_named():
             if call.path == "triton":
@@ -323,19 +335,12 @@ class _Prefill(torch.autograd.Function):
 
 
 def _many(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    group: int,
-    seed: Tensor,
-    replicates: int,
-    call: _Call,
-    choice: Choice,
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, call: Call, choice: Choice
 ) -> AttentionEstimate:
     """By `prefill`, kernel or reference."""
     row_shape, width, n = q.shape[:-1], v.shape[-1], k.shape[-2]
-    calls = [_Call(call.num_samples, call.is_causal, call.scale, call.path, r) for r in range(replicates)]
+    num_samples, replicates, seed = call.num_samples, call.replicates, call.seed
+    calls = [_Replicate(num_samples, call.is_causal, call.scale, choice.path, r) for r in range(replicates)]
     if q.numel() == 0:
         parts = q.new_zeros(replicates, *row_shape, width, dtype=torch.float32)
     else:
@@ -359,6 +364,6 @@ def _many(
         degrees_of_freedom=replicates - 1 if replicates > 1 else math.inf,
         make_draws=make_draws,
         make_std_error=None if std_error is None else lambda: std_error,
-        group=group,
-        diagnostics=_diagnostics("prefill", choice, call.num_samples, replicates, None),
+        group=call.group,
+        diagnostics=_diagnostics("prefill", choice, num_samples, replicates, None),
     )

@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .philox_reference import OFFSETS, ROUNDING, philox, uniform
+from .philox_reference import OFFSETS, ROUNDING, ROUNDING_ROUNDS, philox, uniform
 
 PAGE = 64
 """Keys whose masses share an exponent. Draws depend on it, but on no other size of a block."""
+GROUP = 8
+"""Keys of a page whose masses are summed up by themselves: a draw is looked for among the sums, then among those keys."""
 LOG2_E = 1.4426950408889634
 
 
@@ -91,14 +93,19 @@ class Masses:
     sums : Tensor, int64, (N, M, T)
     top : Tensor, float32, (N, M, T)
         The page's largest base-2 logit, rounded up; -inf where nothing is seen.
-    fine : int
-        Bits behind the point of the row's common unit.
+    dtype : torch.dtype
+        What masses are kept in, int16 or int32.
     """
 
     mass: Tensor
     sums: Tensor
     top: Tensor
-    fine: int
+    dtype: torch.dtype
+
+    @property
+    def fine(self) -> int:
+        """Bits behind the point of the row's common unit."""
+        return fine_bits(self.sums.shape[-1], self.dtype)
 
     @classmethod
     def of(cls, logits: Tensor, seed: Tensor, dtype: torch.dtype) -> Masses:
@@ -108,12 +115,13 @@ class Masses:
         logits = F.pad(logits, (0, -n % PAGE), value=-torch.inf).unflatten(-1, (-1, PAGE))
         top = logits.amax(-1).ceil()
         exact = torch.exp2(logits - top.masked_fill(top == -torch.inf, 0)[..., None]) * units
-        down = exact.floor()
         quarter = torch.arange(logits.shape[2] * PAGE // 4, device=logits.device)
         head = torch.arange(heads, device=logits.device)[:, None]
-        words = torch.stack(philox(seed, quarter, head, 0, ROUNDING), -1).view(heads, 1, -1, PAGE)
-        mass = (down + (uniform(words) < exact - down)).long()
-        return cls(mass, mass.sum(-1), top, fine_bits(logits.shape[2], dtype))
+        words = torch.stack(philox(seed, quarter, head, 0, ROUNDING, rounds=ROUNDING_ROUNDS), -1).view(
+            heads, 1, -1, PAGE
+        )
+        mass = (exact + uniform(words)).floor().long()
+        return cls(mass, mass.sum(-1), top, dtype)
 
     def shifts(self) -> tuple[Tensor, Tensor]:
         """Bits by which a page's units are shifted up and down to the row's common ones, (N, M, T) each."""
@@ -122,7 +130,13 @@ class Masses:
         return (self.fine - apart).clamp_min(0), (apart - self.fine).clamp_min(0)
 
 
-UNITS = {torch.int16: 65535.0, torch.int32: float(1 << 24)}
+UNITS = {torch.int16: 65534.0, torch.int32: float(1 << 23)}
+"""Of a page's largest mass, or up to half of them; one less than fits, since float32 may round a sum with a number below 1 up."""
+
+
+def least_bits(dtype: torch.dtype) -> int:
+    """How many a page's sum has at the least, where any key is seen: its largest mass is half of `UNITS` or more."""
+    return int(UNITS[dtype] / 2).bit_length()
 
 
 def fine_bits(pages: int, dtype: torch.dtype) -> int:
@@ -135,10 +149,10 @@ def mass_dtype(total: int) -> torch.dtype:
     return torch.int16 if total <= 4096 else torch.int32
 
 
-def comb(total: Tensor, num_samples: int, replicates: int, length: int, seed: Tensor) -> Tensor:
-    """Points of each row's mass total (N, M), int64 (N, M, R, S), equally far apart; rows of a group alike."""
-    heads, rows = total.shape
-    device = total.device
+def offsets(shape: tuple[int, ...], replicates: int, length: int, seed: Tensor) -> Tensor:
+    """Where the combs of rows (N, M) start, in parts of the distance of their points: (N, M, R), rows of a group alike."""
+    heads, rows = shape
+    device = seed.device
     words = philox(
         seed,
         torch.arange(replicates, device=device),
@@ -146,9 +160,14 @@ def comb(total: Tensor, num_samples: int, replicates: int, length: int, seed: Te
         torch.arange(heads, device=device)[:, None, None],
         OFFSETS,
     )
-    u = words[0].double() * 2.0**-32  # [N, M, R]
+    return words[0].double() * 2.0**-32
+
+
+def comb(total: Tensor, num_samples: int, replicates: int, length: int, seed: Tensor) -> Tensor:
+    """Points of each row's mass total (N, M), int64 (N, M, R, S), equally far apart; rows of a group alike."""
+    u = offsets(total.shape, replicates, length, seed)
     step = total.double() / num_samples
-    s = torch.arange(num_samples, device=device, dtype=torch.float64)
+    s = torch.arange(num_samples, device=total.device, dtype=torch.float64)
     points = ((s + u[..., None]) * step[..., None, None]).long()
     return torch.minimum(points, (total - 1)[..., None, None])
 
@@ -178,7 +197,7 @@ class Decoded:
 
     def output(self) -> Tensor:
         """(N, M, Ev), float32."""
-        return self.parts.mean(2)
+        return self.parts.mean(2) if self.parts.shape[2] > 1 else self.parts[:, :, 0]
 
     def std_error(self) -> Tensor | None:
         """(N, M, Ev), from how the replicates differ; None of one."""

@@ -13,7 +13,7 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 
 @triton.jit
-def words(seed, b_0, b_1, b_2, b_3):
+def words(seed, b_0, b_1, b_2, b_3, ROUNDS: tl.constexpr = 10):
     """Four blocks of random words for a block b_0 of counters and scalars or blocks b_1, b_2, b_3 beside it."""
     b_0 = b_0.to(tl.uint32)
     b_zero = b_0 * 0
@@ -23,6 +23,7 @@ def words(seed, b_0, b_1, b_2, b_3):
         (b_zero + b_1).to(tl.uint32),
         (b_zero + b_2).to(tl.uint32),
         (b_zero + b_3).to(tl.uint32),
+        ROUNDS,
     )
 
 

@@ -1,4 +1,4 @@
-"""Philox 4×32 with ten rounds in plain torch: the random numbers of the kernels, bit by bit."""
+"""Philox 4×32 in plain torch: the random numbers of the kernels, bit by bit."""
 
 from __future__ import annotations
 
@@ -9,8 +9,13 @@ WORD = 0xFFFFFFFF
 OFFSETS, ROUNDING, PAGES = 0, 1, 2
 """Streams, the last word of a counter: where a comb starts, how masses are rounded, where a page's comb starts."""
 
+ROUNDING_ROUNDS = 7
+"""For the rounding of masses, of which there are as many as keys: the fewest that pass BigCrush (Salmon and others 2011, table 2)."""
 
-def philox(seed: Tensor | int, *counter: Tensor | int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+
+def philox(
+    seed: Tensor | int, *counter: Tensor | int, rounds: int = 10
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Four random words for each counter; the same seed and counter give the same words, whatever is beside them.
 
     Parameters
@@ -36,7 +41,7 @@ def philox(seed: Tensor | int, *counter: Tensor | int) -> tuple[Tensor, Tensor, 
     )
     seed = torch.as_tensor(seed, dtype=torch.int64, device=device)
     k0, k1 = seed & WORD, (seed >> 32) & WORD
-    for _ in range(10):
+    for _ in range(rounds):
         high0, low0 = _product(0xD2511F53, c0)
         high1, low1 = _product(0xCD9E8D57, c2)
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0

@@ -91,7 +91,7 @@ BACKWARD = [
 KEY = ["BD", "BV", "SIZE", "CAUSAL", "HAS_MASK"]
 
 
-@triton.autotune(tuned(FORWARD), key=KEY, cache_results=True)
+@tuned(FORWARD, KEY)
 @triton.jit
 def forward_kernel(
     q_ptr,  # (N, M, E)
@@ -181,12 +181,17 @@ def forward_kernel(
         _, b_w = drawn(b_p, seed, i // PAGE, o_m, i_n, length, num_samples, replicate)
         p = p_v + o_n[:, None].to(tl.int64) * v_stride_n
         b_v = tl.load(p, mask=m_n[:, None] & m_v[None, :], other=0.0).to(DOT)  # [PAGE, BV]
-        b_o = tl.dot(b_w.to(DOT), b_v, b_o, input_precision="tf32x3")
+        b_high = b_w.to(DOT)
+        b_o = tl.dot(b_high, b_v, b_o, input_precision="tf32x3")
+        if (
+            tl.float32 != DOT
+        ):  # what 16 bits leave of a weight: outputs then miss by the rounding of their own
+            b_o = tl.dot((b_w - b_high.to(tl.float32)).to(DOT), b_v, b_o)
     p_o = output_ptr + (i_n * rows + o_m[:, None]) * width + o_v[None, :]
     tl.store(p_o, b_o, mask=m_m[:, None] & m_v[None, :])
 
 
-@triton.autotune(tuned(BACKWARD), key=KEY, cache_results=True)
+@tuned(BACKWARD, KEY)
 @triton.jit
 def backward_q_kernel(
     q_ptr,
@@ -280,7 +285,7 @@ def backward_q_kernel(
     tl.store(p_dq, b_dq, mask=m_m[:, None] & m_d[None, :])
 
 
-@triton.autotune(tuned(BACKWARD), key=KEY, cache_results=True)
+@tuned(BACKWARD, KEY)
 @triton.jit
 def backward_kv_kernel(
     q_ptr,

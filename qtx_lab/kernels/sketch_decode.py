@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,162 +14,508 @@ import triton.language as tl
 from torch import Tensor
 
 from .decode import (
+    GATHER,
+    GROUPS,
+    KEYS,
+    LOCATED,
     Space,
-    comb,
+    before,
+    clear,
+    comb_offset,
+    count_up,
     draw_options,
-    find_page,
+    folded,
+    highest_of,
+    pages_at_once,
+    place_of,
     power_of_two,
-    prefix,
     scan_grid,
     scan_options,
     shifts,
+    size_class,
     store_masses,
+    sum_up,
     tuned,
+    word,
 )
-from .decode_reference import LOG2_E, Inputs
+from .decode_reference import LOG2_E, PAGE, UNITS, Inputs, least_bits
 from .philox import INTERPRETED
-from .sketch_decode_reference import Sketch, SketchDecoded, defensive_inverse
+from .sketch_decode_reference import (
+    LOWER,
+    NEWTON_STEPS,
+    SAMPLED_PAGES,
+    SMALLEST,
+    UPPER,
+    Sketch,
+    SketchDecoded,
+    defensive_inverse,
+)
+
+DIGITS_UPPER, DIGITS_LOWER, LEAST = tl.constexpr(UPPER), tl.constexpr(LOWER), tl.constexpr(SMALLEST)
+PAGE_SIZE, PLAIN = tl.constexpr(PAGE), tl.constexpr(INTERPRETED)
+KINDS = {torch.float16: 0, torch.int8: 1, torch.uint8: 2}
+WARPS = [triton.Config({}, num_warps=warps) for warps in (4, 8)]
 
 
-@triton.autotune(
-    tuned(
-        [
-            triton.Config({"NP": pages, "LOOP": loop}, num_warps=warps, num_stages=stages)
-            for pages, warps in ((2, 4), (4, 4), (4, 8))
-            for loop in (4, 16)
-            for stages in (2, 4)
-        ]
-    ),
-    key=["BD", "BM", "BR", "SIZE"],
-    cache_results=True,
+@tuned(WARPS, ["BD", "BR", "HALVES"])
+@triton.jit
+def digits_kernel(
+    q_ptr,  # (N, M, E)
+    weight_ptr,  # (N, E, r)
+    digit_ptr,  # (N, M, 2, HALVES * BR), float16 or int8: upper and lower digits
+    unit_ptr,  # (N, M)
+    scale,
+    rows,
+    features,
+    rank,
+    half,  # components of a half, or all
+    BD: tl.constexpr,
+    BR: tl.constexpr,
+    HALVES: tl.constexpr,
+):
+    """A query by the table's components, in two digits: `Sketch.digits`."""
+    i_r = tl.program_id(0).to(tl.int64)
+    o_r = tl.arange(0, BR)
+    b_x = components(q_ptr, weight_ptr, i_r, rows, features, rank, o_r, o_r < half, BD) * scale
+    largest = tl.max(tl.abs(b_x), axis=0)
+    if HALVES == 2:
+        b_y = components(q_ptr, weight_ptr, i_r, rows, features, rank, half + o_r, o_r < half, BD) * scale
+        largest = tl.maximum(largest, tl.max(tl.abs(b_y), axis=0))
+    largest = tl.maximum(largest, LEAST)
+    p = digit_ptr + i_r * 2 * HALVES * BR + o_r
+    store_digits(p, b_x / largest, HALVES * BR)
+    if HALVES == 2:
+        store_digits(p + BR, b_y / largest, HALVES * BR)
+    if digit_ptr.dtype.element_ty == tl.int8:
+        largest = largest / (DIGITS_UPPER * DIGITS_LOWER)
+    tl.store(unit_ptr + i_r, largest.to(tl.float32))
+
+
+@triton.jit
+def components(q_ptr, weight_ptr, i_r, rows, features, rank, o_c, m_c, BD: tl.constexpr):
+    """Those of a query: float64, [BR]; in float64 no digit hangs on the order of the sum."""
+    o_d = tl.arange(0, BD)
+    m_d = o_d < features
+    m_c = m_c & (o_c < rank)
+    b_q = tl.load(q_ptr + i_r * features + o_d, mask=m_d, other=0.0).to(tl.float64)
+    p_w = weight_ptr + ((i_r // rows) * features + o_d[:, None]) * rank + o_c[None, :]
+    b_w = tl.load(p_w, mask=m_d[:, None] & m_c[None, :], other=0.0).to(tl.float64)  # [BD, BR]
+    return tl.sum(b_q[:, None] * b_w, axis=0)
+
+
+@triton.jit
+def store_digits(p, b_x, apart):
+    """Of numbers from -1 to 1, float64: the upper digits at p, the lower ones so far behind."""
+    as_kept = p.dtype.element_ty
+    if as_kept == tl.int8:
+        b_level = tl.floor(b_x * (DIGITS_UPPER * DIGITS_LOWER) + 0.5)
+        b_upper = tl.floor((b_level + DIGITS_LOWER // 2) / DIGITS_LOWER)
+        b_lower = b_level - b_upper * DIGITS_LOWER
+    else:
+        b_part = b_x.to(tl.float32)
+        b_upper = b_part.to(tl.float16)
+        b_lower = (b_part - b_upper.to(tl.float32)) * 2048.0
+    tl.store(p, b_upper.to(as_kept))
+    tl.store(p + apart, b_lower.to(as_kept))
+
+
+@triton.jit
+def low_and_high(b_t):
+    """The numbers from 0 to 15 in the lower and the upper four bits of bytes, as int8."""
+    if PLAIN:
+        b_low, b_high = (b_t & 15).to(tl.int8), (b_t >> 4).to(tl.int8)
+    else:  # four bytes at a time
+        b_low, b_high = tl.inline_asm_elementwise(
+            "and.b32 $0, $2, 0x0F0F0F0F; shr.u32 $1, $2, 4; and.b32 $1, $1, 0x0F0F0F0F;",
+            "=r,=r,r",
+            [b_t],
+            dtype=(tl.int8, tl.int8),
+            is_pure=True,
+            pack=4,
+        )
+    return b_low, b_high
+
+
+@tuned(
+    [
+        triton.Config({"NP": pages, "LOOP": loop}, num_warps=warps, num_stages=stages, maxnreg=registers)
+        for pages, loop, warps, stages, registers in (
+            (4, 8, 1, 2, None),
+            (4, 4, 1, 2, None),
+            (4, 16, 1, 2, 96),
+            (2, 16, 1, 4, None),
+            (2, 8, 1, 2, 64),
+            (4, 16, 4, 4, None),
+        )
+    ],
+    ["BM", "BR", "KIND", "SIZE"],
 )
 @triton.jit
 def scan_sketch_kernel(
-    q_ptr,  # (N, M, E)
-    weight_ptr,  # (N, E, r), or (N, E)
-    table_ptr,  # (N, r, n), or (N, E / 2, n)
+    digit_ptr,  # (N, M, 2, HALVES * BR)
+    unit_ptr,  # (N, M)
+    table_ptr,  # (N, n, r), of nibbles (N, n, r / 2)
     mass_ptr,  # (N, M, pages * PAGE)
+    part_ptr,  # (N, M, pages * GROUPS)
     sum_ptr,  # (N, M, pages)
     top_ptr,  # (N, M, pages)
     seed_ptr,
-    scale,
     rows,
     n,
     pages,
-    features,
     rank,
-    room,  # columns that may be read
     t_stride_n,
-    t_stride_r,
     t_stride_k,
     BM: tl.constexpr,
-    BD: tl.constexpr,
     BR: tl.constexpr,
     PAGE: tl.constexpr,
     UNITS: tl.constexpr,
-    KIND: tl.constexpr,  # 0: low-rank of 16 or 8 bits, 1: low-rank of 32, 2: int4
+    KIND: tl.constexpr,  # 0: of halves, 1: of bytes, 2: of nibbles
     SIZE: tl.constexpr,
     NP: tl.constexpr,
     LOOP: tl.constexpr,
 ):
-    """Guessed logits of NP pages at a time, kept as masses."""
+    """Guessed logits of NP pages at a time, kept as masses; a query's digits are two columns of the product."""
     tiles = tl.cdiv(rows, BM)
     i_n = (tl.program_id(0) // tiles).to(tl.int64)
-    o_m = (tl.program_id(0) % tiles) * BM + tl.arange(0, BM)
+    i_tile = tl.program_id(0) % tiles
+    o_m = i_tile * BM + tl.arange(0, BM)
     m_m = o_m < rows
     o_r = tl.arange(0, BR)
     m_r = o_r < rank
     seed = tl.load(seed_ptr)
-    p_q = q_ptr + (i_n * rows + o_m[:, None]) * features
+    WIDE: tl.constexpr = 2 * BR if KIND == 2 else BR
+    o_x = i_tile * BM * 2 + tl.arange(0, 2 * BM)  # a row's digits side by side
+    p_x = digit_ptr + (i_n * rows * 2 + o_x[None, :]) * WIDE + o_r[:, None]
+    b_x = tl.load(p_x, mask=(o_x < rows * 2)[None, :], other=0.0)  # [BR, 2 BM]
     if KIND == 2:
-        m_odd = 2 * o_r + 1 < features
-        b_q = tl.load(p_q + 2 * o_r[None, :], mask=m_m[:, None] & m_r[None, :], other=0.0).to(tl.float32)
-        b_o = tl.load(p_q + 2 * o_r[None, :] + 1, mask=m_m[:, None] & m_odd[None, :], other=0.0).to(
-            tl.float32
-        )
-        p_w = weight_ptr + i_n * features + 2 * o_r
-        b_q = b_q * tl.load(p_w, mask=m_r, other=0.0)[None, :] * scale  # [BM, BR], even features
-        b_o = b_o * tl.load(p_w + 1, mask=m_odd, other=0.0)[None, :] * scale  # [BM, BR], odd ones
-        b_unit = tl.maximum(tl.maximum(tl.max(tl.abs(b_q), axis=1), tl.max(tl.abs(b_o), axis=1)), 1e-30)
-        b_high = (b_q / b_unit[:, None]).to(tl.float16)
-        b_low = (b_o / b_unit[:, None]).to(tl.float16)
-    else:
-        o_d = tl.arange(0, BD)
-        m_d = o_d < features
-        b_q = tl.load(p_q + o_d[None, :], mask=m_m[:, None] & m_d[None, :], other=0.0).to(tl.float32)
-        p_w = weight_ptr + (i_n * features + o_d[:, None]) * rank + o_r[None, :]
-        b_w = tl.load(p_w, mask=m_d[:, None] & m_r[None, :], other=0.0)  # [BD, BR]
-        b_q = tl.dot(b_q, b_w, input_precision="ieee") * scale  # [BM, BR]
-        if KIND == 0:
-            b_unit = tl.maximum(tl.max(tl.abs(b_q), axis=1), 1e-30)
-            b_q = b_q / b_unit[:, None]
-            b_high = b_q.to(tl.float16)
-            b_low = ((b_q - b_high.to(tl.float32)) * 2048.0).to(tl.float16)
-    p_t = table_ptr + i_n * t_stride_n + o_r[:, None].to(tl.int64) * t_stride_r
+        b_y = tl.load(p_x + BR, mask=(o_x < rows * 2)[None, :], other=0.0)
+        # Levels are kept + 8.
+        b_shift = 8 * (tl.sum(b_x.to(tl.int32), axis=0) + tl.sum(b_y.to(tl.int32), axis=0))  # [2 BM]
+    b_unit = tl.load(unit_ptr + i_n * rows + o_m, mask=m_m, other=0.0)
+    p_t = table_ptr + i_n * t_stride_n + o_r[None, :]
 
     for i in range(LOOP):
         i_page = (tl.program_id(1) * LOOP + i) * NP
         o_n = i_page * PAGE + tl.arange(0, NP * PAGE)
         m_n = o_n < n
-        p = p_t + o_n[None, :].to(tl.int64) * t_stride_k
-        # A bound that 16 divides keeps loads wide, whatever n is.
-        m_t = m_r[:, None] & (o_n < room)[None, :]
-        b_t = tl.load(p, mask=m_t, other=0 if KIND == 2 else 0.0)  # [BR, NP * PAGE]
+        p = p_t + o_n[:, None].to(tl.int64) * t_stride_k
+        b_t = tl.load(p, mask=m_n[:, None] & m_r[None, :], other=0)  # [NP * PAGE, BR]
         if KIND == 2:
-            # 1024 + x is the half whose last bits are x: no conversion.
-            b_bits = b_t.to(tl.uint16)
-            b_even = ((b_bits & 15) | 0x6400).to(tl.float16, bitcast=True) - 1032.0
-            b_odd = ((b_bits >> 4) | 0x6400).to(tl.float16, bitcast=True) - 1032.0
-            b_l = tl.dot(b_high, b_even.to(tl.float16))
-            b_l = tl.dot(b_low, b_odd.to(tl.float16), b_l) * b_unit[:, None]  # [BM, NP * PAGE]
-        elif KIND == 1:
-            b_l = tl.dot(b_q, b_t.to(tl.float32), input_precision="ieee")
+            b_low, b_high = low_and_high(b_t)
+            b_l = tl.dot(b_low, b_x, out_dtype=tl.int32)  # [NP * PAGE, 2 BM]
+            b_l = tl.dot(b_high, b_y, b_l, out_dtype=tl.int32) - b_shift[None, :]
         else:
-            b_t = b_t.to(tl.float16)
-            b_l = (tl.dot(b_high, b_t) + tl.dot(b_low, b_t) * (1 / 2048)) * b_unit[:, None]
-        b_l = tl.where(m_m[:, None] & m_n[None, :], b_l, float("-inf"))
+            b_l = tl.dot(b_t, b_x)
+        b_upper, b_lower = tl.split(tl.reshape(b_l, [NP * PAGE, BM, 2]))
+        if KIND == 0:
+            b_l = (b_upper + b_lower * (1 / 2048)) * b_unit[None, :]
+        else:
+            b_l = (b_upper * DIGITS_LOWER + b_lower).to(tl.float32) * b_unit[None, :]
+        b_l = tl.where(m_n[:, None] & m_m[None, :], b_l, float("-inf"))
         store_masses(
-            b_l, mass_ptr, sum_ptr, top_ptr, seed, i_n, o_m, m_m, i_page, rows, pages, BM, NP, PAGE, UNITS
+            b_l,
+            mass_ptr,
+            part_ptr,
+            sum_ptr,
+            top_ptr,
+            seed,
+            i_n,
+            o_m,
+            m_m,
+            i_page,
+            rows,
+            pages,
+            BM,
+            NP,
+            PAGE,
+            UNITS,
         )
 
 
-@triton.autotune(
-    tuned(
-        [
-            triton.Config({"BS": size}, num_warps=warps)
-            for size, warps in ((64, 4), (32, 4), (16, 4), (32, 8), (16, 2))
-        ]
-    ),
-    key=["BD", "BV", "SIZE", "CHUNK"],
-    cache_results=True,
+@triton.jit
+def exponent(b_whole):
+    """That of whole numbers as float64, as by frexp."""
+    return (b_whole.to(tl.float64).to(tl.int64, bitcast=True) >> 52) - 1022
+
+
+@triton.jit
+def raised(b_sum, b_top, highest, fine, least, ALL: tl.constexpr):
+    """Bits by which a page's units are shifted up, and what each of its keys has besides: `Proposal`. int64, int32."""
+    b_up, _ = shifts(b_top, highest, fine)
+    b_whole = b_sum.to(tl.int64)
+    b_missing = tl.maximum(exponent(b_whole * 0 + least) - exponent(b_whole), 0)
+    b_missing += ((b_whole << b_missing) < least).to(tl.int64)
+    b_up = tl.maximum(b_up, b_missing)
+    b_besides = tl.maximum((least >> b_up) // PAGE_SIZE, 1).to(tl.int32)
+    if ALL:  # every key is sure
+        b_up = b_up * 0
+    return b_up, b_besides
+
+
+@tuned(WARPS, ["BP", "BS"])
+@triton.jit
+def plan_kernel(
+    mass_ptr,  # (N M, pages * PAGE)
+    sum_ptr,  # (N M, pages)
+    top_ptr,  # (N M, pages)
+    highest_ptr,  # (N M,)
+    least_ptr,  # (N M,), int64: the mass that a page is given at the least
+    sure_ptr,  # (N M,), int64: the mass from which a key is sure
+    n,
+    pages,
+    fine,
+    inverse,
+    num_samples,
+    stride,
+    sampled,  # keys of every stride-th page
+    BP: tl.constexpr,
+    BS: tl.constexpr,
+    PAGE: tl.constexpr,
+    WORD: tl.constexpr,
+    LEAST_BITS: tl.constexpr,
+    STEPS: tl.constexpr,
+    ALL: tl.constexpr,
+):
+    """The row's highest exponent, its pages' least mass, and from which mass a key is sure: `Proposal.sure_mass`."""
+    i_r = tl.program_id(0).to(tl.int64)
+    o_p = tl.arange(0, BP)
+    highest = highest_of(top_ptr + i_r * pages, pages, BP)
+    b_total = tl.zeros([BP], tl.int64)
+    for i in range(0, pages, BP):
+        m_p = i + o_p < pages
+        b_top = tl.load(top_ptr + i_r * pages + i + o_p, mask=m_p, other=float("-inf"))
+        b_up, b_down = shifts(b_top, highest, fine)
+        b_w = tl.load(sum_ptr + i_r * pages + i + o_p, mask=m_p, other=0).to(tl.int64)
+        b_total += tl.where(b_down == 0, b_w << b_up, 0)
+    least = tl.maximum(tl.sum(b_total, axis=0) // inverse, 1)
+    tl.store(highest_ptr + i_r, highest)
+    tl.store(least_ptr + i_r, least)
+    o_s = tl.arange(0, BS) * stride
+    m_s = o_s < pages
+    b_sum = tl.load(sum_ptr + i_r * pages + o_s, mask=m_s, other=1)
+    b_top = tl.load(top_ptr + i_r * pages + o_s, mask=m_s, other=float("-inf"))
+    b_up, b_besides = raised(b_sum, b_top, highest, fine, least, False)
+    o_key = o_s[:, None] * PAGE + tl.arange(0, PAGE)[None, :]
+    m_key = m_s[:, None] & (o_key < n)
+    b_mass = tl.load(mass_ptr + i_r * pages * PAGE + o_key, mask=m_key, other=0).to(tl.int32) & WORD
+    b_mass = (b_mass + b_besides[:, None]).to(tl.int64) << b_up[:, None]
+    b_mass = tl.where(m_key, b_mass, 0)  # [BS, PAGE]
+    draws = tl.maximum(num_samples.to(tl.int64) * sampled // n, 1)
+    most = (tl.sum(tl.sum(b_mass, axis=1), axis=0) + draws - 1) // draws
+    sure = (most + 1) // 2
+    for _ in range(STEPS):
+        left = draws - tl.sum(tl.sum((b_mass >= sure).to(tl.int32), axis=1), axis=0)
+        light = tl.sum(tl.sum(tl.where(b_mass < sure, b_mass, 0), axis=1), axis=0)
+        some = tl.maximum(left, 1)
+        sure = tl.where(left > 0, (light + some - 1) // some, most)
+        sure = tl.maximum(tl.minimum(sure, most), 1)
+    if stride > 1:
+        sure += sure >> 4
+    coarsest = tl.maximum(exponent(least) - LEAST_BITS + 1, fine)
+    sure = ((sure + (sure * 0 + 1 << coarsest) - 1) >> coarsest) << coarsest
+    if ALL:
+        sure = sure * 0 + 1
+    tl.store(sure_ptr + i_r, sure)
+
+
+@tuned(
+    [triton.Config({"BP": pages}, num_warps=warps) for pages, warps in ((16, 1), (32, 1), (32, 2), (64, 4))],
+    ["SIZE"],
 )
 @triton.jit
-def draw_sketch_kernel(
-    q_ptr,  # (N, M, E)
-    k_ptr,  # (B, Hkv, n, E)
-    v_ptr,  # (B, Hkv, n, Ev)
+def cap_kernel(
     mass_ptr,
+    part_ptr,  # of pages in which a key may be above its cap: of what keys have after it
+    sum_ptr,
+    top_ptr,
+    start_ptr,  # (N M, pages), int64: the pages' masses
+    highest_ptr,
+    least_ptr,
+    sure_ptr,
+    n,
+    pages,
+    fine,
+    SIZE: tl.constexpr,
+    PAGE: tl.constexpr,
+    UNITS: tl.constexpr,
+    WORD: tl.constexpr,
+    ALL: tl.constexpr,
+    BP: tl.constexpr,
+):
+    """The masses of BP pages, no key's above the one from which it is sure."""
+    i_r = tl.program_id(0).to(tl.int64)
+    o_p = tl.program_id(1) * BP + tl.arange(0, BP)
+    m_p = o_p < pages
+    b_sum = tl.load(sum_ptr + i_r * pages + o_p, mask=m_p, other=1)
+    b_top = tl.load(top_ptr + i_r * pages + o_p, mask=m_p, other=float("-inf"))
+    b_up, b_besides = raised(b_sum, b_top, tl.load(highest_ptr + i_r), fine, tl.load(least_ptr + i_r), ALL)
+    b_cap = capped(tl.load(sure_ptr + i_r), b_up)
+    b_keys = tl.minimum(tl.maximum(n - o_p * PAGE, 0), PAGE)
+    b_all = b_sum + b_keys * b_besides  # [BP]
+
+    # Only a page whose largest mass may be above the cap is read.
+    m_heavy = m_p & (b_besides + UNITS > b_cap)
+    o_key = o_p[:, None] * PAGE + tl.arange(0, PAGE)[None, :]
+    m_key = m_heavy[:, None] & (o_key < n)
+    b_mass = tl.load(mass_ptr + i_r * pages * PAGE + o_key, mask=m_key, other=0).to(tl.int32) & WORD
+    b_mass = tl.where(m_key, tl.minimum(b_mass + b_besides[:, None], b_cap[:, None]), 0)
+    b_part = tl.sum(tl.reshape(b_mass, [BP, GROUPS, KEYS]), axis=2)  # [BP, GROUPS]
+    o_part = (i_r * pages + o_p)[:, None] * GROUPS + tl.arange(0, GROUPS)[None, :]
+    tl.store(part_ptr + o_part, b_part, mask=m_heavy[:, None])
+    b_all = tl.where(m_heavy, tl.sum(b_part, axis=1), b_all)
+    tl.store(start_ptr + i_r * pages + o_p, b_all.to(tl.int64) << b_up, mask=m_p)
+
+
+@triton.jit
+def capped(sure, b_up):
+    """The largest mass of a key in the units of its page, int32; none is as large as 2^30 before."""
+    return tl.minimum(sure >> b_up, 0x3FFFFFFF).to(tl.int32)
+
+
+@triton.jit
+def step_kernel(
+    start_ptr,  # (N M, pages), int64: the pages' masses, then that of all before
+    total_ptr,  # (N M,), int64
+    sure_ptr,
+    step_ptr,  # (N M,), int64: how far apart the points lie
+    page_ptr,  # (N M, R, S), int32
+    seed_ptr,
+    rows,
+    length,
+    pages,
+    num_samples,
+    replicates,
+    BP: tl.constexpr,
+):
+    """Where pages start, how far apart points lie, and in which page each lies."""
+    i_r = tl.program_id(0).to(tl.int64)
+    o_p = tl.arange(0, BP)
+    seed = tl.load(seed_ptr)
+    p_start, p_page = start_ptr + i_r * pages, page_ptr + i_r * replicates * num_samples
+    carry = tl.zeros([], tl.int64)
+    for i in range(0, pages, BP):
+        m_p = i + o_p < pages
+        carry = sum_up(p_start, tl.load(p_start + i + o_p, mask=m_p, other=0), carry, i + o_p, m_p)
+    step = tl.maximum(tl.load(sure_ptr + i_r), (carry + num_samples - 1) // num_samples)
+    tl.store(total_ptr + i_r, carry)
+    tl.store(step_ptr + i_r, step)
+    clear(p_page, replicates * num_samples, BP)
+    tl.debug_barrier()
+    for i_replicate in range(replicates):
+        b_offset = offset_of(step, seed, i_replicate, (i_r % rows) % length, i_r // rows)
+        for i in range(0, pages, BP):
+            m_p = (i + o_p < pages) & (i + o_p > 0)
+            b_start = tl.load(p_start + i + o_p, mask=m_p, other=0)
+            b_first = multiples_before(b_start - b_offset, step, num_samples)
+            p = p_page + i_replicate * num_samples + b_first
+            tl.atomic_add(p, 1, mask=m_p & (b_first < num_samples), sem="relaxed")
+    tl.debug_barrier()
+    for i_replicate in range(replicates):
+        count_up(p_page + i_replicate * num_samples, num_samples, BP)
+
+
+@triton.jit
+def multiples_before(b_x, step, num_samples):
+    """How many of 0, step, 2 step, ... lie before b_x: int32; a division of whole numbers takes ten times as long."""
+    b_near = tl.maximum(
+        (b_x.to(tl.float64) / (b_x * 0 + step).to(tl.float64)).to(tl.int64) - 1, 0
+    )  # within one of it
+    b_count = b_near
+    for i in tl.static_range(3):
+        b_count += ((b_near + i) * step < b_x).to(tl.int64)
+    return tl.minimum(b_count, num_samples).to(tl.int32)
+
+
+@triton.jit
+def offset_of(step, seed, i_replicate, i_l, i_n):
+    """The first point of a comb: int64, [1]."""
+    b_offset = (comb_offset(seed, i_replicate, i_l, i_n) * step.to(tl.float64)).to(tl.int64)
+    return tl.minimum(b_offset, step - 1)
+
+
+@triton.jit
+def locate_sketch_kernel(
+    mass_ptr,
+    part_ptr,
+    sum_ptr,
     top_ptr,
     start_ptr,
     total_ptr,
     highest_ptr,
-    each_ptr,
+    least_ptr,
+    sure_ptr,
+    step_ptr,
+    page_ptr,
     seed_ptr,
     index_ptr,  # (N, M, R, S), int64
+    chance_ptr,  # (N, M, R, S), float32: pi; 0 where a point lies past the last key
+    rows,
+    length,
+    n,
+    pages,
+    num_samples,
+    replicates,
+    fine,
+    PAGE: tl.constexpr,
+    UNITS: tl.constexpr,
+    WORD: tl.constexpr,
+    ALL: tl.constexpr,
+    BS: tl.constexpr,
+):
+    """The keys at BS points of a row, and with what probability each is drawn."""
+    i_r = tl.program_id(0).to(tl.int64)
+    i_replicate = tl.program_id(1)
+    step, sure = tl.load(step_ptr + i_r), tl.load(sure_ptr + i_r)
+    b_offset = offset_of(step, tl.load(seed_ptr), i_replicate, (i_r % rows) % length, i_r // rows)
+    b_s = tl.program_id(2) * BS + tl.arange(0, BS)
+    o_s = (i_r * replicates + i_replicate) * num_samples + b_s
+    m_s = b_s < num_samples
+    b_point = b_s.to(tl.int64) * step + b_offset  # [BS]
+    m_found = m_s & (b_point < tl.load(total_ptr + i_r))
+    b_point = tl.where(m_found, b_point, 0)
+    b_page = tl.load(page_ptr + o_s, mask=m_found, other=0)
+    o_page = i_r * pages + b_page
+    b_sum, b_top = tl.load(sum_ptr + o_page), tl.load(top_ptr + o_page)
+    b_up, b_besides = raised(b_sum, b_top, tl.load(highest_ptr + i_r), fine, tl.load(least_ptr + i_r), ALL)
+    b_cap = capped(sure, b_up)
+    b_unit = ((b_point - tl.load(start_ptr + o_page)) >> b_up).to(tl.int32)
+
+    b_part = tl.load(part_ptr + o_page[:, None] * GROUPS + tl.arange(0, GROUPS)[None, :])  # [BS, GROUPS]
+    o_first = b_page[:, None] * PAGE + tl.arange(0, GROUPS)[None, :] * KEYS
+    b_more = tl.minimum(tl.maximum(n - o_first, 0), KEYS) * b_besides[:, None]
+    b_part += tl.where((b_besides + UNITS > b_cap)[:, None], 0, b_more)  # `cap_kernel` did the others
+    b_group = place_of(tl.cumsum(b_part, axis=1), b_unit)
+    b_unit -= before(b_part, b_group)
+    o_key = b_group[:, None] * KEYS + tl.arange(0, KEYS)[None, :]
+    b_mass = tl.load(mass_ptr + o_page[:, None] * PAGE + o_key).to(tl.int32) & WORD  # [BS, KEYS]
+    b_mass = tl.minimum(b_mass + b_besides[:, None], b_cap[:, None])
+    b_mass = tl.where(b_page[:, None] * PAGE + o_key < n, b_mass, 0)
+    b_place = place_of(tl.cumsum(b_mass, axis=1), b_unit)
+    b_own = before(b_mass, b_place + 1) - before(b_mass, b_place)
+    b_chance = (b_own.to(tl.int64) << b_up).to(tl.float64) / (b_point * 0 + step).to(tl.float64)
+    tl.store(index_ptr + o_s, b_page.to(tl.int64) * PAGE + b_group * KEYS + b_place, mask=m_s)
+    tl.store(chance_ptr + o_s, tl.where(m_found, b_chance.to(tl.float32), 0.0), mask=m_s)
+
+
+@tuned(GATHER, ["BD", "BV", "SIZE", "CHUNK"])
+@triton.jit
+def weigh_kernel(
+    q_ptr,  # (N, M, E)
+    k_ptr,  # (B, Hkv, n, E)
+    v_ptr,  # (B, Hkv, n, Ev)
+    index_ptr,  # (N, M, R, S), int64
+    chance_ptr,  # (N, M, R, S), float32
     log_weight_ptr,  # (N, M, R, S), float32
     scalar_ptr,  # (N, M, R, chunks, 3), float32: largest log weight, sum of weights, sum of a
     vector_ptr,  # (N, M, R, chunks, 3, Ev), float32: sums of w v, a v and a v^2
     scale,
     kv_heads,
     rows,
-    length,
-    n,
-    pages,
     features,
     width,
     num_samples,
     replicates,
-    fine,
     k_stride_b,
     k_stride_h,
     k_stride_n,
@@ -179,70 +526,44 @@ def draw_sketch_kernel(
     v_stride_d,
     BD: tl.constexpr,
     BV: tl.constexpr,
-    PAGE: tl.constexpr,
-    LOG: tl.constexpr,
-    WORD: tl.constexpr,
     SIZE: tl.constexpr,
     CHUNK: tl.constexpr,
     BS: tl.constexpr,
+    FOLD: tl.constexpr,
 ):
-    """Exact logits, weights and values at up to CHUNK draws of a row; a key that comes again adds nothing."""
+    """Exact logits, weights and values at up to CHUNK draws of a row; a draw past the last key adds nothing."""
     i_r = tl.program_id(0).to(tl.int64)
-    i_replicate = tl.program_id(1)
     i_chunk = tl.program_id(2)
     i_n = i_r // rows
-    i_l = (i_r % rows) % length
-    seed = tl.load(seed_ptr)
-    total = tl.load(total_ptr + i_r)
-    highest = tl.load(highest_ptr + i_r)
-    each = tl.load(each_ptr + i_r)
     o_d = tl.arange(0, BD)
     m_d = o_d < features
     o_v = tl.arange(0, BV)
     m_v = o_v < width
-    o_p = tl.arange(0, PAGE)
     i_b = i_n // kv_heads
     i_h = i_n % kv_heads
     p_k = k_ptr + i_b * k_stride_b + i_h * k_stride_h + o_d[None, :].to(tl.int64) * k_stride_d
     p_v = v_ptr + i_b * v_stride_b + i_h * v_stride_h + o_v[None, :].to(tl.int64) * v_stride_d
-    i_out = i_r * replicates + i_replicate
+    i_out = i_r * replicates + tl.program_id(1)
     b_q = tl.load(q_ptr + i_r * features + o_d, mask=m_d, other=0.0).to(tl.float32)  # [BD]
 
     largest = tl.full([], float("-inf"), tl.float32)
     b_den = tl.zeros([], tl.float32)
     b_a = tl.zeros([], tl.float32)
-    b_wv = tl.zeros([BV], tl.float32)
-    b_av = tl.zeros([BV], tl.float32)
-    b_avv = tl.zeros([BV], tl.float32)
+    b_wv = tl.zeros([FOLD, BV], tl.float32)
+    b_av = tl.zeros([FOLD, BV], tl.float32)
+    b_avv = tl.zeros([FOLD, BV], tl.float32)
     for i in range(0, CHUNK, BS):
         b_s = i_chunk * CHUNK + i + tl.arange(0, BS)
         m_s = b_s < num_samples
-        b_point = comb(b_s, total, num_samples, seed, i_replicate, i_l, i_n)  # [BS]
-        b_before = comb(b_s - 1, total, num_samples, seed, i_replicate, i_l, i_n)
-        b_page = find_page(start_ptr + i_r * pages, b_point, pages, LOG)
-        b_page = tl.where(m_s, b_page, 0)
-        o_page = i_r * pages + b_page
-        b_up, b_down = shifts(tl.load(top_ptr + o_page), highest, fine)
-        b_start = tl.load(start_ptr + o_page)
-        b_rest = b_point - b_start
-        o_key = b_page.to(tl.int64)[:, None] * PAGE + o_p[None, :]  # [BS, PAGE]
-        b_mass = tl.load(mass_ptr + o_page[:, None] * PAGE + o_p[None, :]).to(tl.int64) & WORD
-        b_mass = tl.where((b_down == 0)[:, None], b_mass << b_up[:, None], 0) + tl.where(o_key < n, each, 0)
-        b_below = tl.cumsum(b_mass, axis=1) <= b_rest[:, None]  # [BS, PAGE]
-        b_place = tl.sum(b_below.to(tl.int32), axis=1)
-        b_begin = b_start + tl.sum(tl.where(b_below, b_mass, 0), axis=1)  # of the key
-        b_own = tl.sum(tl.where(o_p[None, :] == b_place[:, None], b_mass, 0), axis=1)
-        b_index = tl.where(m_s, b_page.to(tl.int64) * PAGE + b_place, 0)
-        m_fresh = m_s & ((b_s == 0) | (b_before < b_begin))
-
-        b_chance = b_own.to(tl.float64) / (b_own * 0 + total).to(tl.float64)
-        b_pi = tl.minimum(b_chance * (b_own * 0 + num_samples).to(tl.float64), 1.0).to(tl.float32)
+        b_index = tl.load(index_ptr + i_out * num_samples + b_s, mask=m_s, other=0)  # [BS]
+        b_pi = tl.load(chance_ptr + i_out * num_samples + b_s, mask=m_s, other=0.0)
+        m_found = b_pi > 0
         p = p_k + b_index[:, None] * k_stride_n
-        b_k = tl.load(p, mask=m_fresh[:, None] & m_d[None, :], other=0.0).to(tl.float32)  # [BS, BD]
-        b_l = tl.sum(b_k * b_q[None, :], axis=1) * scale
-        b_pi = tl.where(m_fresh, b_pi, 1.0)
-        b_lw = tl.where(m_fresh, b_l - tl.log2(b_pi), float("-inf"))
-        tl.store(index_ptr + i_out * num_samples + b_s, b_index, mask=m_s)
+        b_k = tl.load(p, mask=m_found[:, None] & m_d[None, :], other=0.0)  # [BS, BD]
+        p = p_v + b_index[:, None] * v_stride_n
+        b_v = tl.load(p, mask=m_found[:, None] & m_v[None, :], other=0.0)  # [BS, BV]
+        b_l = tl.sum(b_k.to(tl.float32) * b_q[None, :], axis=1) * scale
+        b_lw = tl.where(m_found, b_l - tl.log2(tl.where(m_found, b_pi, 1.0)), float("-inf"))
         tl.store(log_weight_ptr + i_out * num_samples + b_s, b_lw, mask=m_s)
 
         top = tl.maximum(largest, tl.max(b_lw, axis=0))
@@ -251,20 +572,21 @@ def draw_sketch_kernel(
         largest = top
         b_w = tl.exp2(b_lw - safe)  # [BS]
         b_var = (1.0 - b_pi) * b_w * b_w
-        p = p_v + b_index[:, None] * v_stride_n
-        b_v = tl.load(p, mask=m_fresh[:, None] & m_v[None, :], other=0.0).to(tl.float32)  # [BS, BV]
+        b_v = b_v.to(tl.float32)
+        b_x = b_var[:, None] * b_v
         b_den = b_den * shrink + tl.sum(b_w, axis=0)
-        b_wv = b_wv * shrink + tl.sum(b_w[:, None] * b_v, axis=0)
+        b_wv = b_wv * shrink + folded(b_w[:, None] * b_v, FOLD)
         b_a = b_a * shrink * shrink + tl.sum(b_var, axis=0)
-        b_av = b_av * shrink * shrink + tl.sum(b_var[:, None] * b_v, axis=0)
-        b_avv = b_avv * shrink * shrink + tl.sum(b_var[:, None] * b_v * b_v, axis=0)
+        b_av = b_av * shrink * shrink + folded(b_x, FOLD)
+        b_avv = b_avv * shrink * shrink + folded(b_x * b_v, FOLD)
     i_part = i_out * tl.num_programs(2) + i_chunk
     tl.store(scalar_ptr + i_part * 3, largest)
     tl.store(scalar_ptr + i_part * 3 + 1, b_den)
     tl.store(scalar_ptr + i_part * 3 + 2, b_a)
-    tl.store(vector_ptr + i_part * 3 * width + o_v, b_wv, mask=m_v)
-    tl.store(vector_ptr + (i_part * 3 + 1) * width + o_v, b_av, mask=m_v)
-    tl.store(vector_ptr + (i_part * 3 + 2) * width + o_v, b_avv, mask=m_v)
+    p_vector = vector_ptr + i_part * 3 * width + o_v
+    tl.store(p_vector, tl.sum(b_wv, axis=0), mask=m_v)
+    tl.store(p_vector + width, tl.sum(b_av, axis=0), mask=m_v)
+    tl.store(p_vector + 2 * width, tl.sum(b_avv, axis=0), mask=m_v)
 
 
 @triton.jit
@@ -309,17 +631,123 @@ def combine_kernel(
     tl.store(std_error_ptr + i_r * width + o_v, tl.sqrt(b_variance) / replicates, mask=m_v)
 
 
-def readable_columns(table: Tensor) -> int:
-    """The table's columns, and as many after them, up to a multiple of 128, as its memory holds in every row."""
-    *lead, n = table.shape
-    wanted, stride = -(-n // 128) * 128, table.stride()
-    end = (
-        table.storage_offset()
-        + wanted
-        + sum((size - 1) * step for size, step in zip(lead, stride, strict=False))
+@dataclass(frozen=True)
+class Plan:
+    """What is known of each of N M rows before keys are drawn, and how to draw them; see `Proposal`."""
+
+    least: Tensor
+    """(N, M), int64: the mass that a page is given at the least."""
+    sure: Tensor
+    """(N, M), int64: the mass from which a key is sure."""
+    step: Tensor
+    """(N, M), int64: how far apart points lie."""
+
+    @classmethod
+    def of(
+        cls, x: Inputs, space: Space, num_samples: int, replicates: int, defensive: float, seed: Tensor
+    ) -> Plan:
+        """From the masses that a scan has left in `space`, where pages start then too."""
+        n, pages = x.shape[2], space.sums.shape[-1]
+        programs, every = space.total.numel(), n <= num_samples
+        least, sure, step = (torch.empty_like(space.total) for _ in range(3))
+        rows_of, sizes = (space.sums, space.top), (n, pages, space.fine)
+        stride = -(-pages // SAMPLED_PAGES)
+        some = -(-pages // stride)
+        sampled = some * PAGE - ((some - 1) * stride == pages - 1) * (pages * PAGE - n)
+        plan_kernel[(programs,)](
+            space.mass,
+            *rows_of,
+            space.highest,
+            least,
+            sure,
+            *sizes,
+            defensive_inverse(pages, defensive),
+            num_samples,
+            stride,
+            sampled,
+            BP=pages_at_once(space),
+            BS=power_of_two(some),
+            PAGE=PAGE,
+            WORD=word(space),
+            LEAST_BITS=least_bits(space.mass.dtype),
+            STEPS=NEWTON_STEPS,
+            ALL=every,
+        )
+        cap_kernel[lambda meta: (programs, -(-pages // meta["BP"]))](
+            space.mass,
+            space.part,
+            *rows_of,
+            space.start,
+            space.highest,
+            least,
+            sure,
+            *sizes,
+            SIZE=size_class(n),
+            PAGE=PAGE,
+            UNITS=int(UNITS[space.mass.dtype]),
+            WORD=word(space),
+            ALL=every,
+        )
+        step_kernel[(programs,)](
+            space.start,
+            space.total,
+            sure,
+            step,
+            space.page,
+            seed,
+            x.q.shape[1],
+            x.length,
+            pages,
+            num_samples,
+            replicates,
+            BP=pages_at_once(space),
+            num_warps=8,
+        )
+        return cls(least, sure, step)
+
+
+def scan_sketch(x: Inputs, sketch: Sketch, space: Space, seed: Tensor) -> None:
+    """Leave the masses of the guessed logits in `space`."""
+    heads, rows, n, _ = x.shape
+    kind = KINDS[sketch.table.dtype]
+    half, parts = sketch.table.shape[2], 1 + (kind == 2)
+    width = max(32 if kind else 16, power_of_two(half))
+    digits = x.q.new_empty(heads, rows, 2, parts * width, dtype=torch.int8 if kind else torch.float16)
+    unit = x.q.new_empty(heads, rows, dtype=torch.float32)
+    options = scan_options(x, space)
+    digits_kernel[(heads * rows,)](
+        x.q,
+        sketch.weight,
+        digits,
+        unit,
+        x.scale * LOG2_E,
+        rows,
+        x.q.shape[2],
+        sketch.weight.shape[2],
+        half,
+        BD=options.pop("BD"),
+        BR=width,
+        HALVES=parts,
     )
-    held = table.untyped_storage().nbytes() // table.element_size()
-    return wanted if stride[-1] == 1 and wanted <= stride[-2] and end <= held else n
+    pages = space.sums.shape[-1]
+    scan_sketch_kernel[scan_grid(x, pages)](
+        digits,
+        unit,
+        sketch.table,
+        space.mass,
+        space.part,
+        space.sums,
+        space.top,
+        seed,
+        rows,
+        n,
+        pages,
+        half,
+        *sketch.table.stride()[:2],
+        BR=width,
+        KIND=kind,
+        **options,
+    )
 
 
 def sketch_decode(
@@ -327,11 +755,12 @@ def sketch_decode(
 ) -> SketchDecoded:
     """Self-normalised averages of the values at draws from a sketch, with their standard errors: biased by O(1 / S).
 
-    From guessed logits l~_j comes the proposal q_j, the share of (1 - epsilon) softmax(l~)_j + epsilon / n, from which
-    points equally far apart draw keys. The exact logits of the distinct keys drawn weigh them, w_j proportional to
-    exp(l_j) / min(1, S q_j), sum_j w_j = 1 (Hajek 1971). Their variance is estimated by
-    sum_j (1 - min(1, S q_j)) w_j^2 (v_j - o)^2, that of independent inclusion, which a comb along keys in random order
-    does not reach. Reads all of the sketch, of K and V the drawn rows alone.
+    The proposal is near (1 - epsilon) softmax(l~) + epsilon / n for guessed logits l~, in whole numbers (`Proposal`). Points
+    equally far apart draw key j with probability pi_j = min(1, c q_j), c such that sum_j pi_j is about S and not more: the
+    heaviest surely, none twice, as by `SampledKVCache` on the CPU. The exact logits of the keys drawn weigh them, w_j
+    proportional to exp(l_j) / pi_j, sum_j w_j = 1 (Hajek 1971). Their variance is estimated by
+    sum_j (1 - pi_j) w_j^2 (v_j - o)^2, that of independent inclusion, which a comb along keys in random order does not reach.
+    Reads all of the sketch, of K and V the drawn rows alone.
 
     Parameters
     ----------
@@ -342,72 +771,68 @@ def sketch_decode(
         S draws in each of R independent repetitions, averaged.
     seed : Tensor, int64, (), on the same device
     defensive : float
-        epsilon, 0 < epsilon < 1, up to rounding to one part in n / epsilon.
+        epsilon, 0 < epsilon < 1.
     """
     heads, rows, n, width = x.shape
-    features, draws = x.q.shape[2], num_samples * replicates
-    space = Space.of(x, draws)
-    pages = space.sums.shape[-1]
-    rank = sketch.table.shape[1]
-    options = scan_options(x, space)
-    scan_sketch_kernel[scan_grid(x, pages)](
-        x.q,
-        sketch.weight,
-        sketch.table,
-        space.mass,
-        space.sums,
-        space.top,
-        seed,
-        x.scale * LOG2_E,
-        rows,
-        n,
-        pages,
-        features,
-        rank,
-        readable_columns(sketch.table),
-        *sketch.table.stride(),
-        BR=max(16, power_of_two(rank)),
-        KIND=2 if sketch.kind == "int4" else 1 if sketch.table.dtype == torch.float32 else 0,
-        **options,
-    )
-    prefix(x, space, inverse=defensive_inverse(n, defensive))
-    draw: dict[str, Any] = draw_options(x, space, num_samples)
-    chunks = -(-num_samples // draw["CHUNK"])
+    draws = num_samples * replicates
+    space = Space.of(x, num_samples, replicates)
+    scan_sketch(x, sketch, space, seed)
+    plan = Plan.of(x, space, num_samples, replicates, defensive, seed)
     indices = x.q.new_empty(heads, rows, draws, dtype=torch.int64)
-    log_weights = x.q.new_empty(heads, rows, draws, dtype=torch.float32)
-    parts = (heads, rows, replicates, chunks, 3)
-    scalars = x.q.new_empty(parts, dtype=torch.float32)
-    vectors = x.q.new_empty(*parts, width, dtype=torch.float32)
-    draw_sketch_kernel[(heads * rows, replicates, chunks)](
-        x.q,
-        x.k,
-        x.v,
+    chances, log_weights = (x.q.new_empty(heads, rows, draws, dtype=torch.float32) for _ in range(2))
+    locate_sketch_kernel[(heads * rows, replicates, -(-num_samples // LOCATED))](
         space.mass,
+        space.part,
+        space.sums,
         space.top,
         space.start,
         space.total,
         space.highest,
-        space.each,
+        plan.least,
+        plan.sure,
+        plan.step,
+        space.page,
         seed,
         indices,
+        chances,
+        rows,
+        x.length,
+        n,
+        space.sums.shape[-1],
+        num_samples,
+        replicates,
+        space.fine,
+        PAGE=PAGE,
+        UNITS=int(UNITS[space.mass.dtype]),
+        WORD=word(space),
+        ALL=n <= num_samples,
+        BS=LOCATED,
+    )
+    options: dict[str, Any] = draw_options(x, space, num_samples)
+    chunks = -(-num_samples // options["CHUNK"])
+    parts = (heads, rows, replicates, chunks, 3)
+    scalars = x.q.new_empty(parts, dtype=torch.float32)
+    vectors = x.q.new_empty(*parts, width, dtype=torch.float32)
+    weigh_kernel[(heads * rows, replicates, chunks)](
+        x.q,
+        x.k,
+        x.v,
+        indices,
+        chances,
         log_weights,
         scalars,
         vectors,
         x.scale * LOG2_E,
         x.k.shape[1],
         rows,
-        x.length,
-        n,
-        pages,
-        features,
+        x.q.shape[2],
         width,
         num_samples,
         replicates,
-        space.fine,
         *x.k.stride(),
         *x.v.stride(),
-        BD=options["BD"],
-        **draw,
+        BD=max(16, power_of_two(x.q.shape[2])),
+        **options,
     )
     # The interpreter cuts bfloat16 off where a GPU rounds.
     output = x.q.new_empty(heads, rows, width, dtype=torch.float32 if INTERPRETED else x.v.dtype)
@@ -423,6 +848,6 @@ def sketch_decode(
         chunks,
         width,
         BC=power_of_two(chunks),
-        BV=draw["BV"],
+        BV=options["BV"],
     )
     return SketchDecoded(output.to(x.v.dtype), std_error, indices, log_weights, normaliser)

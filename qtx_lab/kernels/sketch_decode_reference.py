@@ -13,74 +13,96 @@ from torch import Tensor
 from ..errors import ArgumentError, DtypeError
 from ..samplers.base import check_count
 from ..samplers.learned_proposal import best_low_rank
-from .decode_reference import LOG2_E, PAGE, Inputs, Masses, comb, find_page, mass_dtype
+from .decode_reference import LOG2_E, PAGE, Inputs, Masses, find_page, least_bits, mass_dtype, offsets
 
-FP8_LARGEST = 448.0
 FITTED_KEYS = 8192
-"""A low-rank sketch is fitted to no more keys than that, evenly spread."""
+"""A sketch is fitted to no more keys than that, evenly spread."""
+LARGEST = {torch.float16: 1024.0, torch.int8: 127.0, torch.uint8: 7.0}
+"""What the largest number of a component is scaled to. Of uint8 each byte holds two, of 4 bits."""
+UPPER, LOWER = 127, 128
+"""A query's component in units of its largest's 1 / (UPPER LOWER): an upper digit from -UPPER to UPPER, and a lower one."""
+SMALLEST = 1e-30
 
 
 @dataclass(frozen=True)
 class Sketch:
-    """A small table that all of a row's logits are guessed from.
+    """A small table that all of a row's logits are guessed from: a logit is about scale q^T weight table_j, but for a shift.
 
     Parameters
     ----------
-    kind : {"low-rank", "int4"}
-    table : Tensor, (N, r, n) or (N, ceil(E / 2), n)
-        float32, float16 or float8_e4m3fn: a logit is about scale q^T weight table, or of bytes: 8 + the level of an even
-        feature in the lower half, that of the next one in the upper half.
-    weight : Tensor, float32, (N, E, r) or (N, E)
-        The queries' map, or the step of each feature's levels.
-    key_map : Tensor, float32, (N, E, r) or (N, 1, E)
-        The keys' map, or what is taken off them first.
+    table : Tensor, (N, n, r) or (N, n, ceil(r / 2))
+        float16, int8, or uint8: 8 + a number of the first half of the components in the lower four bits, 8 + one of the
+        second half in the upper ones.
+    weight : Tensor, float32, (N, E, r)
+        The queries' map.
+    key_map : Tensor, float32, (N, E, r)
+        The keys' map, after `centre` is taken off them.
+    centre : Tensor, float32, (N, 1, E)
     """
 
-    kind: str
     table: Tensor
     weight: Tensor
     key_map: Tensor
+    centre: Tensor
 
-    def columns(self, k: Tensor) -> Tensor:
-        """What the table holds of keys (N, m, E), by the same maps or steps."""
-        k = k.float()
-        if self.kind == "low-rank":
-            dtype = self.table.dtype
-            limit = {torch.float8_e4m3fn: FP8_LARGEST, torch.float16: 6e4}.get(dtype, torch.inf)
-            return (k @ self.key_map).mT.clamp(-limit, limit).to(dtype)
-        level = ((k - self.key_map) / self.weight[:, None]).round().clamp(-7, 7) + 8
-        nibbles = F.pad(level.to(torch.uint8), (0, k.shape[-1] % 2), value=8).mT  # [N, E, m]
-        return nibbles[:, ::2] | nibbles[:, 1::2] << 4
+    @property
+    def kind(self) -> str:
+        """For a result's `diagnostics`."""
+        return "int4" if self.table.dtype == torch.uint8 else "low-rank"
+
+    def lines(self, k: Tensor) -> Tensor:
+        """What the table holds of keys (N, m, E), by the same maps."""
+        found, dtype = (k.float() - self.centre) @ self.key_map, self.table.dtype
+        if dtype == torch.float16:
+            return found.clamp(-6e4, 6e4).half()
+        found = found.round().clamp(-LARGEST[dtype], LARGEST[dtype])
+        if dtype == torch.int8:
+            return found.char()
+        low, high = halves((found + 8).byte(), 8)
+        return low | high << 4
+
+    def digits(self, x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+        """Base-2 queries by the table's components, in two digits: upper and lower (N, M, r), unit (N, M, 1).
+
+        A logit is unit (LOWER upper + lower) . table_j where the table is of whole numbers, so that it has no rounding but its
+        own; unit (upper + lower / 2048) . table_j where it is of halves. Made in float64: no digit hangs on an order of sums.
+        """
+        rows = torch.bmm(x.q.double(), self.weight.double()) * (x.scale * LOG2_E)
+        largest = rows.abs().amax(-1, keepdim=True).clamp_min(SMALLEST)
+        if self.table.dtype == torch.float16:
+            part = (rows / largest).float()
+            upper = part.half()
+            return upper, ((part - upper.float()) * 2048).half(), largest.float()
+        level = (rows / largest * (UPPER * LOWER) + 0.5).floor()
+        upper = ((level + LOWER // 2) / LOWER).floor()
+        return upper.char(), (level - LOWER * upper).char(), (largest / (UPPER * LOWER)).float()
 
     def scores(self, x: Inputs) -> Tensor:
         """The guessed logits, base 2, but for a shift of each row: (N, M, n), float32."""
-        q = x.q.float()
-        factor = x.scale * LOG2_E
-        if self.kind == "low-rank":
-            rows = torch.bmm(q, self.weight) * factor
-            if self.table.dtype == torch.float32:
-                return torch.bmm(rows, self.table)
-            table = self.table.float()
-            unit = rows.abs().amax(-1, keepdim=True).clamp_min(1e-30)
-            rows = rows / unit
-            upper = rows.half().float()
-            lower = (
-                ((rows - upper) * 2048).half().float()
-            )  # both halves: a draw must not hang on their rounding
-            return (torch.bmm(upper, table) + torch.bmm(lower, table) / 2048) * unit
-        rows = q * self.weight[:, None] * factor
-        unit = rows.abs().amax(-1, keepdim=True).clamp_min(1e-30)
-        rows = F.pad((rows / unit).half().float(), (0, rows.shape[-1] % 2))
-        even, odd = ((self.table >> shift & 15).float() - 8 for shift in (0, 4))
-        return (torch.bmm(rows[..., ::2], even) + torch.bmm(rows[..., 1::2], odd)) * unit
+        upper, lower, unit = self.digits(x)
+        if self.table.dtype == torch.float16:
+            table = self.table.float().mT
+            return (torch.bmm(upper.float(), table) + torch.bmm(lower.float(), table) / 2048) * unit
+        both = LOWER * upper.double() + lower.double()
+        if self.table.dtype == torch.int8:
+            return torch.bmm(both, self.table.double().mT).float() * unit
+        low, high = ((self.table >> shift & 15).double().mT - 8 for shift in (0, 4))
+        both_low, both_high = halves(both, 0)
+        return (torch.bmm(both_low, low) + torch.bmm(both_high, high)).float() * unit
 
     def nbytes(self) -> int:
         """What a scan reads."""
         return self.table.nbytes + self.weight.nbytes
 
 
+def halves(x: Tensor, fill: float) -> tuple[Tensor, Tensor]:
+    """The first and the second half of the last dimension, which is filled up to an even number."""
+    first, second = F.pad(x, (0, x.shape[-1] % 2), value=fill).chunk(2, -1)
+    return first, second
+
+
 def low_rank_sketch(
-    k: Tensor, rank: int = 16, *, queries: Tensor | None = None, dtype: torch.dtype = torch.float16
+    k: Tensor, rank: int = 16, *, queries: Tensor | None = None, dtype: torch.dtype = torch.int8
 ) -> Sketch:
     """The best `rank` numbers a key for these queries, all directions alike where there are none.
 
@@ -91,49 +113,43 @@ def low_rank_sketch(
         r, 1 <= r <= E.
     queries : Tensor, (..., H, L, E), optional
     dtype : torch.dtype
-        float32, float16 or float8_e4m3fn, the last for GPUs of compute capability 8.9 or newer.
+        int8, each component in 255 levels of its own, or float16.
 
     Raises
     ------
     ArgumentError, DtypeError
         If rank or dtype is not allowed.
     """
+    if dtype not in (torch.int8, torch.float16):
+        raise DtypeError(f"dtype={dtype} is not allowed: it must be int8 or float16.")
+    return _sketch(k, rank, queries, dtype)
+
+
+def int4_sketch(k: Tensor, rank: int | None = None, *, queries: Tensor | None = None) -> Sketch:
+    """`rank` numbers a key, E where None, of 4 bits: each principal component in 15 levels of its own.
+
+    Components, not the channels themselves: a query weighs all channels, and the rounding of the large ones would drown the
+    directions in which keys hardly differ. Arguments and errors as for `low_rank_sketch`.
+    """
+    return _sketch(k, k.shape[-1] if rank is None else rank, queries, torch.uint8)
+
+
+def _sketch(k: Tensor, rank: int, queries: Tensor | None, dtype: torch.dtype) -> Sketch:
     check_count("rank", rank)
     if rank > k.shape[-1]:
         raise ArgumentError(f"rank={rank} is not allowed: it must be at most E={k.shape[-1]}.")
-    if dtype not in (torch.float32, torch.float16, torch.float8_e4m3fn):
-        raise DtypeError(f"dtype={dtype} is not allowed: it must be float32, float16 or float8_e4m3fn.")
     keys = k.detach().flatten(0, -3).float()
     heads, n, features = keys.shape
+    centre = keys.mean(1, keepdim=True)
     if queries is None:
         q = torch.eye(features, device=k.device).expand(heads, -1, -1)
     else:
         q = queries.detach().float().reshape(heads, -1, features)
-    a, b = best_low_rank(q, keys[:, :: -(-n // FITTED_KEYS)], rank)
-    if dtype != torch.float32:
-        largest = (keys @ b).abs().amax(1, keepdim=True).clamp_min(1e-30)  # [N, 1, r]
-        step = largest / (FP8_LARGEST if dtype == torch.float8_e4m3fn else 1024.0)
-        a, b = a * step, b / step
-    empty = keys.new_empty(heads, rank, 0).to(dtype)
-    sketch = Sketch("low-rank", empty, a.contiguous(), b.contiguous())
-    return replace(sketch, table=_with_room(sketch.columns(keys), n)[..., :n])
-
-
-def int4_sketch(k: Tensor) -> Sketch:
-    """Each feature of the keys k (..., Hkv, n, E) in 15 levels, in steps of its own."""
-    keys = k.detach().flatten(0, -3).float()
-    n = keys.shape[1]
-    centre = keys.mean(1, keepdim=True)  # a shift of the row's logits
-    step = ((keys - centre).abs().amax(1) / 7).clamp_min(1e-30)
-    sketch = Sketch("int4", torch.empty(0), step.contiguous(), centre)
-    return replace(sketch, table=_with_room(sketch.columns(keys), n)[..., :n])
-
-
-def _with_room(table: Tensor, columns: int) -> Tensor:
-    """A table of so many columns or a few more, the first of them these; rows start at multiples of 128 bytes or numbers."""
-    room = table.new_zeros(*table.shape[:2], -(-columns // 128) * 128)
-    room[..., : table.shape[-1]] = table
-    return room
+    a, b = best_low_rank(q, keys[:, :: -(-n // FITTED_KEYS)] - centre, rank)
+    step = ((keys - centre) @ b).abs().amax(1, keepdim=True).clamp_min(SMALLEST) / LARGEST[dtype]  # [N, 1, r]
+    empty = keys.new_empty(0, dtype=dtype)
+    sketch = Sketch(empty, (a * step).contiguous(), (b / step).contiguous(), centre)
+    return replace(sketch, table=sketch.lines(keys))
 
 
 class GrowingSketch:
@@ -149,14 +165,14 @@ class GrowingSketch:
         """That of keys (N, n, E), of which those held so far lie as they lay while `layout` is the same."""
         n = keys.shape[1]
         held = self.held
-        if held is None or layout != self.layout or not self.length <= n <= held.table.shape[-1]:
+        if held is None or layout != self.layout or not self.length <= n <= held.table.shape[1]:
             made = self.make(keys)
-            held = self.held = replace(made, table=_with_room(made.table, n + max(512, n // 8)))
+            held = self.held = replace(made, table=F.pad(made.table, (0, 0, 0, max(512, n // 8))))
             self.layout = layout
         elif n > self.length:
-            held.table[..., self.length : n] = held.columns(keys[:, self.length :])
+            held.table[:, self.length : n] = held.lines(keys[:, self.length :])
         self.length = n
-        return replace(held, table=held.table[..., :n])
+        return replace(held, table=held.table[:, :n])
 
 
 @dataclass(frozen=True)
@@ -169,7 +185,7 @@ class SketchDecoded:
     std_error : Tensor, float32, (N, M, Ev)
     indices : Tensor, int64, (N, M, R * S)
     log_weights : Tensor, float32, (N, M, R * S)
-        Base 2, before normalisation; -inf for a key that its replicate drew before.
+        Base 2, before normalisation; -inf for a draw that found no key.
     log_normaliser : Tensor, float32, (N, M, R)
     """
 
@@ -186,9 +202,72 @@ class SketchDecoded:
         return (torch.exp2(apart) / replicates).flatten(-2)
 
 
-def defensive_inverse(n: int, defensive: float) -> int:
-    """The whole number c of 1 / c: the share of the guessed mass that every key gets on top of its own."""
-    return max(1, round(n * (1 - defensive) / defensive))
+def defensive_inverse(pages: int, defensive: float) -> int:
+    """The whole number c of 1 / c: the share of the guessed mass that every page is given at the least."""
+    return max(1, round(pages * (1 - defensive) / defensive))
+
+
+SAMPLED_PAGES, NEWTON_STEPS = 128, 4
+"""Pages, evenly spread, by which the search for the mass from which a key is sure goes, and its steps: see `sure_mass`."""
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """Whole masses of keys, made of a sketch's, from which they are drawn: v_j 2^up of the row's common units, v_j at most `cap`.
+
+    A key's own mass, in the units of its page, is raised by `besides`. A page of little mass is raised by whole powers of two
+    until it has its share `least` of the defensive part, of which `besides` is a key's. So all arithmetic within a page is
+    that of small whole numbers, and no key has less than about epsilon / (2 n) of the row.
+
+    Parameters
+    ----------
+    up : Tensor, int64, (N, M, T)
+    besides : Tensor, int64, (N, M, T)
+    coarsest : Tensor, int64, (N, M, 1)
+        No page's `up` is more.
+    """
+
+    up: Tensor
+    besides: Tensor
+    coarsest: Tensor
+
+    @classmethod
+    def of(cls, masses: Masses, defensive: float) -> Proposal:
+        up, down = masses.shifts()
+        pages = up.shape[-1]
+        total = torch.where(down == 0, masses.sums << up, 0).sum(-1, keepdim=True)
+        least = (total // defensive_inverse(pages, defensive)).clamp_min(1)
+        # 2^k s reaches `least` for k the difference of their exponents, or one more.
+        wanted = torch.frexp(least.double()).exponent.long()
+        missing = (wanted - torch.frexp(masses.sums.double()).exponent).clamp_min(0)
+        missing = missing + (masses.sums << missing < least)
+        up = torch.maximum(up, missing)
+        coarsest = (wanted - least_bits(masses.dtype) + 1).clamp_min(masses.fine)
+        return cls(up, ((least >> up) // PAGE).clamp_min(1), coarsest)
+
+    def sure_mass(self, mass: Tensor, there: Tensor, num_samples: int) -> Tensor:
+        """The mass c from which a key is drawn surely, int64, (N, M, 1), about that for which sum_j min(1, v_j / c) is S.
+
+        By Newton's steps for 1 / c, of which that sum is a concave function, over the keys of `SAMPLED_PAGES` pages. Where
+        those are not all, c is a sixteenth larger: more than S draws would cost the heaviest keys their certainty, and
+        a few less cost only themselves. It is rounded up to what every page can hold.
+        """
+        pages = mass.shape[2]
+        stride = -(-pages // SAMPLED_PAGES)
+        up, besides = (x[..., ::stride, None] for x in (self.up, self.besides))
+        some = torch.where(there[::stride], (mass[:, :, ::stride] + besides) << up, 0).flatten(2)
+        draws = max(1, num_samples * int(there[::stride].sum()) // int(there.sum()))
+        most = -(-some.sum(-1, keepdim=True) // draws)
+        c = (most + 1) // 2
+        for _ in range(NEWTON_STEPS):
+            left = draws - (some >= c).sum(-1, keepdim=True)
+            light = torch.where(some < c, some, 0).sum(-1, keepdim=True)
+            # Where as many were sure as there are draws, the search started too far out.
+            c = torch.where(left > 0, -(-light // left.clamp_min(1)), most)
+            c = torch.minimum(c, most).clamp_min(1)
+        if stride > 1:
+            c = c + (c >> 4)
+        return c + (1 << self.coarsest) - 1 >> self.coarsest << self.coarsest
 
 
 def sketch_decode(
@@ -197,36 +276,45 @@ def sketch_decode(
     """Self-normalised averages of the values at draws from a sketch: see `qtx_lab.kernels.sketch_decode.sketch_decode`."""
     heads, rows, n, width = x.shape
     masses = Masses.of(sketch.scores(x), seed, mass_dtype(num_samples * replicates))
-    up, down = masses.shifts()
-    own = torch.where((down == 0)[..., None], masses.mass << up[..., None], 0)  # [N, M, T, PAGE]
-    each = (own.sum((-2, -1)) // defensive_inverse(n, defensive)).clamp_min(1)
-    there = (torch.arange(own.shape[-2] * PAGE, device=own.device) < n).view(own.shape[-2:])
-    own = own + there * each[..., None, None]
-    weight = own.sum(-1)
+    there = (torch.arange(masses.mass[0, 0].numel(), device=x.q.device) < n).view(masses.mass.shape[2:])
+    proposal = Proposal.of(masses, defensive)
+    up, besides = proposal.up, proposal.besides
+    if n <= num_samples:  # every key is sure
+        up, sure = torch.zeros_like(up), torch.ones_like(up[..., :1])
+    else:
+        sure = proposal.sure_mass(masses.mass, there, num_samples)  # [N, M, 1]
+    cap = sure >> up
+    own = torch.where(
+        there, torch.minimum(masses.mass + besides[..., None], cap[..., None]), 0
+    )  # [N, M, T, PAGE]
+    weight = own.sum(-1) << up
     end = weight.cumsum(-1)
-    total = end[..., -1]
-    points = comb(total, num_samples, replicates, x.length, seed)  # [N, M, R, S]
-    page, rest = find_page(end - weight, points.flatten(-2))
+    total = end[..., -1:]
+    step = torch.maximum(sure, -(-total // num_samples))  # [N, M, 1]
+    u = offsets((heads, rows), replicates, x.length, seed)[..., None]
+    offset = torch.minimum((u * step[..., None]).long(), step[..., None] - 1)  # [N, M, R, 1]
+    points = (torch.arange(num_samples, device=u.device) * step[..., None] + offset).flatten(-2)
+    found = points < total
+    points = points.masked_fill(~found, 0)
+    page, rest = find_page(end - weight, points)
+    rest = rest >> up.gather(-1, page)
     inside = own.gather(2, page[..., None].expand(*page.shape, PAGE))  # [N, M, R S, PAGE]
     place = (inside.cumsum(-1) <= rest[..., None]).sum(-1)
     indices = page * PAGE + place
-    chance = inside.gather(-1, place[..., None])[..., 0].double() / total[..., None].double()
-    fresh = torch.ones_like(points, dtype=torch.bool)
-    apart = indices.view(points.shape)
-    fresh[..., 1:] = apart[..., 1:] != apart[..., :-1]
+    chance = (inside.gather(-1, place[..., None])[..., 0] << up.gather(-1, page)).double() / step.double()
 
     keys, values = (y.flatten(0, 1).float() for y in (x.k, x.v))
     at = indices.flatten(1)[..., None]
     drawn_k = keys.gather(1, at.expand(-1, -1, keys.shape[-1])).view(*indices.shape, -1)
     drawn_v = values.gather(1, at.expand(-1, -1, width)).view(heads, rows, replicates, num_samples, width)
     logits = torch.einsum("nmte,nme->nmt", drawn_k, x.q.float()) * (x.scale * LOG2_E)
-    included = (chance * num_samples).clamp_max(1).float()
-    log_weights = (logits - included.log2()).masked_fill(~fresh.flatten(-2), -torch.inf)
-    log_w = log_weights.view(points.shape)
+    included = chance.float()
+    log_weights = (logits - included.log2()).masked_fill(~found, -torch.inf)
+    log_w = log_weights.unflatten(-1, (replicates, num_samples))
     log_normaliser = (log_w * math.log(2)).logsumexp(-1) / math.log(2)  # [N, M, R]
     w = torch.exp2(log_w - log_normaliser[..., None])
     outputs = torch.einsum("nmrs,nmrsd->nmrd", w, drawn_v)
-    a = (1 - included.view(points.shape)) * w.square()
+    a = (1 - included.view(w.shape)) * w.square()
     variance = torch.einsum("nmrs,nmrsd->nmrd", a, (drawn_v - outputs[..., None, :]).square())
     std_error = variance.sum(2).sqrt() / replicates
     return SketchDecoded(outputs.mean(2).to(x.v.dtype), std_error, indices, log_weights, log_normaliser)

@@ -57,7 +57,7 @@ def main(capability, dtype, every, configs=False):
     jit.JITFunction.run = compile_only
     autotuner.Autotuner.run = each_config
     with torch.no_grad():
-        launches.launch_all(dtype, every, fp8=capability >= 89)
+        launches.launch_all(dtype, every)
 
 
 def describe(name, compiled):

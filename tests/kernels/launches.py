@@ -7,7 +7,7 @@ from qtx_lab.kernels.decode_reference import Inputs
 from qtx_lab.kernels.sketch_decode_reference import int4_sketch, low_rank_sketch
 
 
-def launch_all(dtype, every, fp8):
+def launch_all(dtype, every):
     """All kernels, for heads of 128 features; with `every` for other sizes, masks and counts of draws too."""
     seed = torch.zeros((), dtype=torch.int64)
     for width in (32, 64, 100, 128, 256) if every else (128,):
@@ -17,10 +17,8 @@ def launch_all(dtype, every, fp8):
         decode.decode(Inputs.of(q, k, v), 64, 1, seed)
         k = torch.randn(k.shape).to(dtype)
         sketches = [int4_sketch(k), low_rank_sketch(k, 16)]
-        if fp8:
-            sketches.append(low_rank_sketch(k, 16, dtype=torch.float8_e4m3fn))
         if every:
-            sketches.append(low_rank_sketch(k, 24, dtype=torch.float32))
+            sketches.append(low_rank_sketch(k, 24, dtype=torch.float16))
         for sketch in sketches:
             sketch_decode.sketch_decode(Inputs.of(q, k, v), sketch, 64, 1, seed)
         train(q.expand(1, 8, 200, width), k, v, None, True, seed)

@@ -161,11 +161,28 @@ def test_sampled_attention_takes_the_kernel_for_few_rows(kernels, generator, dev
     assert est.output.dtype == torch.bfloat16
     drawn = est.draws.average(v.repeat_interleave(2, 1))
     assert (drawn - est.output.float()).norm() / drawn.norm() < 4e-3
-    many = qtx.sampled_attention(
-        q.expand(1, 4, 99, 16), k, v, num_samples=4, enable_gqa=True, generator=generator
-    )
-    assert many.diagnostics["kernel"]["path"] == "torch"
-    assert "up to 64 rows" in many.diagnostics["kernel"]["reason"]
+    assert est.diagnostics["sampler"] == "systematic"
+
+
+def test_sampled_attention_takes_the_kernel_for_many_causal_or_trained_rows(kernels, generator, device):
+    """Its draws are then those of `gpu_quantum_attention`, and so are its gradients."""
+    q, k, v = heads(generator, device, length=99, n=99)
+    options = {"num_samples": 8, "is_causal": True, "enable_gqa": True}
+    found = []
+    for call in (qtx.sampled_attention, qtx.gpu_quantum_attention):
+        inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+        est = call(*inputs, generator=torch.Generator().manual_seed(1), **options)
+        est.output.square().sum().backward()
+        assert est.diagnostics["kernel"]["name"] == "prefill"
+        assert est.diagnostics["kernel"]["path"] == "triton"
+        found.append([est.output, *(x.grad for x in inputs)])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+    few = qtx.sampled_attention(q[:, :, :2].requires_grad_(), k, v, num_samples=8, enable_gqa=True)
+    assert few.diagnostics["kernel"]["name"] == "prefill"
+    mask = torch.zeros(99, 99, device=device, requires_grad=True)
+    with pytest.raises(qtx.ArgumentError, match="attn_mask requires a gradient"):
+        qtx.sampled_attention(q, k, v, attn_mask=mask, enable_gqa=True)
 
 
 @pytest.mark.parametrize("proposal", ["low-rank", "int4", "exact"])

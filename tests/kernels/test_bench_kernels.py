@@ -25,10 +25,10 @@ def test_quick_runs_every_part(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench_kernels, "Case", lambda *shape: TINY)
     bench.run_bench("kernels", quick=True, json_path=tmp_path / "out.json")
     rows = json.loads((tmp_path / "out.json").read_text())["rows"]
-    assert {row["method"] for row in rows} == {"SDPA", "exact K", "int4", "rank 16"}
+    assert {row["method"] for row in rows} == {"SDPA", "exact K", "int4", "rank 16", "int4, rank 64"}
     assert {"case", "method", "seconds", "baseline", "ratio", "error", "check", "device"} <= set(rows[0])
     assert all(row["check"] == "pass" and row["baseline"] == "SDPA" for row in rows)
-    keys, sketch = (next(row for row in rows if row["method"] == name) for name in ("exact K", "int4"))
+    keys, sketch = (next(row for row in rows if row["method"] == name) for name in ("exact K", "rank 16"))
     assert sketch["bytes"] < keys["bytes"] < rows[0]["bytes"]
     out = capsys.readouterr().out
     assert "say nothing about a GPU" in out

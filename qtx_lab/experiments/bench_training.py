@@ -37,12 +37,12 @@ ALLOWED_GAP = 0.1
 
 
 def bench_training(quick: bool, copy: float) -> list[dict[str, Any]]:
-    """Median seconds a step, of methods that take turns; rows as in `run_bench`, `error` the distance between losses.
+    """Median seconds a step, of methods that take turns; rows as in `run_bench`, `error` the last losses' relative distance.
 
     - "overhead": the trainer on two ranks against a bare DDP loop in the same two workers, on the same batches.
     - "ranks": the trainer on two ranks against one, both of one thread, with the same global batch.
 
-    A method passes if its last loss is the baseline's to 1e-4, and its time is at most 5 % more, or 1.5 times less.
+    A method passes if its last loss is the baseline's to 1e-4 of it, and its time is at most 5 % more, or 1.5 times less.
     The ranks must have two cores for themselves: what else runs on the machine is in the numbers.
 
     Where NVML finds a GPU it is "large on a GPU" instead: see `bench_large`.
@@ -74,7 +74,7 @@ def bench_training(quick: bool, copy: float) -> list[dict[str, Any]]:
     ):
         for name in (baseline, method):
             ratio = median(seconds[baseline]) / median(seconds[name])
-            error = abs(losses[name] - losses[baseline])
+            error = abs(losses[name] / losses[baseline] - 1)
             check = "pass" if error <= ALLOWED_LOSS else f"losses are {error:.2g} apart"
             least = 1 / (1 + ALLOWED_OVERHEAD) if case == "overhead" else WANTED_SPEEDUP
             if name == method and check == "pass" and ratio < least:

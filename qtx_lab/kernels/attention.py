@@ -72,8 +72,8 @@ def gpu_quantum_attention(
     Returns
     -------
     AttentionEstimate
-        `diagnostics["kernel"]` says which kernel, by which path and why; `draws` of `prefill` are made when asked for,
-        L * n of them.
+        `diagnostics["kernel"]` says which kernel, by which path and why; with a gradient `diagnostics["baseline"]` is
+        "other pages" (`kernels.prefill_reference.gradients`). `draws` of `prefill` are made when asked for, L * n of them.
 
     Raises
     ------
@@ -229,7 +229,7 @@ def memory_named() -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise BackendUnavailable(
-            "CUDA ran out of memory. Decoding keeps two bytes a key and query besides its inputs (four from 4,097 draws on), "
+            "CUDA ran out of memory. Decoding keeps about three bytes a key and query besides its inputs (five from 4,097 draws on), "
             f"many queries little more than their output: take fewer rows at a time. {str(error).splitlines()[0]}"
         ) from error
 
@@ -365,5 +365,6 @@ def _many(
         make_draws=make_draws,
         make_std_error=None if std_error is None else lambda: std_error,
         group=call.group,
-        diagnostics=_diagnostics("prefill", choice, num_samples, replicates, None),
+        diagnostics=_diagnostics("prefill", choice, num_samples, replicates, None)
+        | ({"baseline": "other pages"} if parts.requires_grad else {}),
     )

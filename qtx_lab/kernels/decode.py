@@ -536,9 +536,10 @@ def draw_options(x: Inputs, space: Space, num_samples: int) -> dict[str, Any]:
 def decode(x: Inputs, num_samples: int, replicates: int, seed: Tensor) -> Decoded:
     """Averages of the values at systematic draws from exact logits: unbiased.
 
-    K is read once and V only at the draws. Between the two passes stay the masses of the keys, two bytes a key and
-    row. Points lie equally far apart along them, so that a page of keys gets its share of the draws rounded up or down
-    at random, and a key within it likewise. Each replicate has an offset of its own, which the heads of a group share.
+    K is read once and V only at the draws. Between the two passes stay the masses of the keys and sums of eight, about
+    three bytes a key and row. Points lie equally far apart along them, so that a page of keys gets its share of the draws
+    rounded up or down at random, and a key within it likewise. Each replicate has an offset of its own, which the heads
+    of a group share.
 
     Parameters
     ----------

@@ -250,7 +250,8 @@ class Proposal:
 
         By Newton's steps for 1 / c, of which that sum is a concave function, over the keys of `SAMPLED_PAGES` pages. Where
         those are not all, c is a sixteenth larger: more than S draws would cost the heaviest keys their certainty, and
-        a few less cost only themselves. It is rounded up to what every page can hold.
+        a few less cost only themselves. It is rounded up to what every page can hold. Few draws on a row that few keys hold
+        may go wrong by half.
         """
         pages = mass.shape[2]
         stride = -(-pages // SAMPLED_PAGES)

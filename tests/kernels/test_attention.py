@@ -175,6 +175,7 @@ def test_sampled_attention_takes_the_kernel_for_many_causal_or_trained_rows(kern
         est.output.square().sum().backward()
         assert est.diagnostics["kernel"]["name"] == "prefill"
         assert est.diagnostics["kernel"]["path"] == "triton"
+        assert est.diagnostics["baseline"] == "other pages"
         found.append([est.output, *(x.grad for x in inputs)])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b)

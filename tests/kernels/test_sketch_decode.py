@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from qtx_lab import ArgumentError, DtypeError
 from qtx_lab.kernels import sketch_decode_reference as reference
-from qtx_lab.kernels.decode_reference import Inputs
+from qtx_lab.kernels.decode_reference import Inputs, Masses
 from qtx_lab.kernels.sketch_decode import sketch_decode
 from qtx_lab.kernels.sketch_decode_reference import GrowingSketch, int4_sketch, low_rank_sketch
 
@@ -100,6 +100,48 @@ def test_no_key_is_drawn_twice_and_the_heaviest_surely(generator, device):
         assert times[..., 1:].max() == 1
         assert times[..., 0].max() <= 4
         assert bool((times.gather(-1, heaviest + 1) == 1).all())
+
+
+@pytest.mark.parametrize("n", [900, 20_000])
+@pytest.mark.parametrize("spread", [0.0, 1.0, 6.0, 40.0])
+def test_the_draws_are_spent_and_every_key_may_be_drawn(spread, n, generator):
+    """A sum of pi above S would leave the last keys without their share of draws. Of 20,000 keys the search for the mass from
+    which a key is sure sees a third: few draws on rows that few keys hold then find no key half of the time."""
+    logits = torch.randn(3, 2, n, generator=generator) * spread
+    masses = Masses.of(logits, torch.tensor(7), torch.int16)
+    proposal = reference.Proposal.of(masses, 0.02)
+    assert bool((proposal.up <= proposal.coarsest).all())
+    there = (torch.arange(masses.mass[0, 0].numel()) < n).view(masses.mass.shape[2:])
+    mass = torch.where(there, masses.mass + proposal.besides[..., None] << proposal.up[..., None], 0).flatten(
+        2
+    )
+    share = mass / mass.sum(-1, keepdim=True)
+    assert float(share[:, :, :n].min()) > 0.02 / 3 / n
+    for draws in (7, 64, n // 3):
+        sure = proposal.sure_mass(masses.mass, there, draws)
+        spent = torch.minimum(mass, sure).sum(-1)
+        step = torch.maximum(sure[..., 0], -(-spent // draws))
+        assert bool((spent <= draws * step).all())
+        least = 0.3 if n == 20_000 and draws == 7 else 0.7
+        finest = (
+            step == 1 << proposal.coarsest[..., 0]
+        )  # where one key holds nearly all, the others need no more draws
+        assert bool((finest | (spent > least * draws * step)).all())
+
+
+def test_four_bits_a_component_guess_better_than_few_components(generator):
+    """Keys of a falling spectrum in a basis of their own: the small directions are not drowned by the large ones' rounding."""
+    basis = torch.linalg.qr(torch.randn(64, 64, generator=generator)).Q
+    k = torch.randn(1, 1, 3000, 64, generator=generator) * (1 + torch.arange(64.0)) ** -1 @ basis + 5
+    x = Inputs.of(torch.randn(1, 4, 1, 64, generator=generator), k, k)
+
+    def missed(sketch):
+        off = sketch.scores(x) - x.logits()
+        return float((off - off.mean(-1, keepdim=True)).std() / x.logits().std(-1).mean())
+
+    assert missed(int4_sketch(k)) < 0.25
+    assert missed(low_rank_sketch(k, 64)) < 0.02
+    assert missed(int4_sketch(k, 32)) < missed(low_rank_sketch(k, 8, dtype=torch.float16))
 
 
 @pytest.mark.statistical

@@ -43,7 +43,7 @@ from .philox import INTERPRETED
 from .sketch_decode_reference import (
     LOWER,
     NEWTON_STEPS,
-    SAMPLED_PAGES,
+    SEARCHED_PAGES,
     SMALLEST,
     UPPER,
     Sketch,
@@ -253,6 +253,36 @@ def raised(b_sum, b_top, highest, fine, least, ALL: tl.constexpr):
     return b_up, b_besides
 
 
+@triton.jit
+def masses_of(
+    mass_ptr,
+    sum_ptr,
+    top_ptr,
+    b_page,
+    m_page,
+    highest,
+    least,
+    fine,
+    n,
+    PAGE: tl.constexpr,
+    WORD: tl.constexpr,
+):
+    """What all keys of some pages have, in the row's common units: int64, [pages, PAGE]."""
+    b_sum = tl.load(sum_ptr + b_page, mask=m_page, other=1)
+    b_top = tl.load(top_ptr + b_page, mask=m_page, other=float("-inf"))
+    b_up, b_besides = raised(b_sum, b_top, highest, fine, least, False)
+    o_key = b_page[:, None] * PAGE + tl.arange(0, PAGE)[None, :]
+    m_key = m_page[:, None] & (o_key < n)
+    b_mass = tl.load(mass_ptr + o_key, mask=m_key, other=0).to(tl.int32) & WORD
+    return tl.where(m_key, (b_mass + b_besides[:, None]).to(tl.int64) << b_up[:, None], 0)
+
+
+@triton.jit
+def total_of(b_x):
+    """Of a block [pages, PAGE]."""
+    return tl.sum(tl.sum(b_x, axis=1), axis=0)
+
+
 @tuned(WARPS, ["BP", "BS"])
 @triton.jit
 def plan_kernel(
@@ -262,13 +292,13 @@ def plan_kernel(
     highest_ptr,  # (N M,)
     least_ptr,  # (N M,), int64: the mass that a page is given at the least
     sure_ptr,  # (N M,), int64: the mass from which a key is sure
+    list_ptr,  # (N M, BS), int32: pages that are searched
     n,
     pages,
     fine,
     inverse,
     num_samples,
     stride,
-    sampled,  # keys of every stride-th page
     BP: tl.constexpr,
     BS: tl.constexpr,
     PAGE: tl.constexpr,
@@ -279,39 +309,70 @@ def plan_kernel(
 ):
     """The row's highest exponent, its pages' least mass, and from which mass a key is sure: `Proposal.sure_mass`."""
     i_r = tl.program_id(0).to(tl.int64)
+    p_sum, p_top, p_mass = sum_ptr + i_r * pages, top_ptr + i_r * pages, mass_ptr + i_r * pages * PAGE
+    p_list = list_ptr + i_r * BS
     o_p = tl.arange(0, BP)
-    highest = highest_of(top_ptr + i_r * pages, pages, BP)
+    o_s = tl.arange(0, BS)
+    highest = highest_of(p_top, pages, BP)
     b_total = tl.zeros([BP], tl.int64)
     for i in range(0, pages, BP):
         m_p = i + o_p < pages
-        b_top = tl.load(top_ptr + i_r * pages + i + o_p, mask=m_p, other=float("-inf"))
-        b_up, b_down = shifts(b_top, highest, fine)
-        b_w = tl.load(sum_ptr + i_r * pages + i + o_p, mask=m_p, other=0).to(tl.int64)
+        b_up, b_down = shifts(tl.load(p_top + i + o_p, mask=m_p, other=float("-inf")), highest, fine)
+        b_w = tl.load(p_sum + i + o_p, mask=m_p, other=0).to(tl.int64)
         b_total += tl.where(b_down == 0, b_w << b_up, 0)
     least = tl.maximum(tl.sum(b_total, axis=0) // inverse, 1)
     tl.store(highest_ptr + i_r, highest)
     tl.store(least_ptr + i_r, least)
-    o_s = tl.arange(0, BS) * stride
-    m_s = o_s < pages
-    b_sum = tl.load(sum_ptr + i_r * pages + o_s, mask=m_s, other=1)
-    b_top = tl.load(top_ptr + i_r * pages + o_s, mask=m_s, other=float("-inf"))
-    b_up, b_besides = raised(b_sum, b_top, highest, fine, least, False)
-    o_key = o_s[:, None] * PAGE + tl.arange(0, PAGE)[None, :]
-    m_key = m_s[:, None] & (o_key < n)
-    b_mass = tl.load(mass_ptr + i_r * pages * PAGE + o_key, mask=m_key, other=0).to(tl.int32) & WORD
-    b_mass = (b_mass + b_besides[:, None]).to(tl.int64) << b_up[:, None]
-    b_mass = tl.where(m_key, b_mass, 0)  # [BS, PAGE]
-    draws = tl.maximum(num_samples.to(tl.int64) * sampled // n, 1)
-    most = (tl.sum(tl.sum(b_mass, axis=1), axis=0) + draws - 1) // draws
-    sure = (most + 1) // 2
+
+    # The least exponent of at most BS pages.
+    below = highest * 0 - 1
+    for step in tl.static_range(7):
+        b_few = tl.zeros([BP], tl.int32)
+        for i in range(0, pages, BP):
+            b_top = tl.load(p_top + i + o_p, mask=i + o_p < pages, other=float("-inf"))
+            b_few += (b_top >= highest - (below + (64 >> step))).to(tl.int32)
+        below = tl.where(tl.sum(b_few, axis=0) <= BS, below + (64 >> step), below)
+    first = highest - below
+
+    # Those pages, the mass of all, that of all but those, and that of a sample of the latter.
+    tl.store(p_list + o_s, tl.zeros([BS], tl.int32) - 1)
+    tl.debug_barrier()
+    found = tl.zeros([], tl.int32)
+    b_whole, b_rest, b_seen = (tl.zeros([BP], tl.int64), tl.zeros([BP], tl.int64), tl.zeros([BP], tl.int64))
+    for i in range(0, pages, BP):
+        m_p = i + o_p < pages
+        b_top = tl.load(p_top + i + o_p, mask=m_p, other=float("-inf"))
+        b_sum = tl.load(p_sum + i + o_p, mask=m_p, other=1)
+        b_up, b_besides = raised(b_sum, b_top, highest, fine, least, False)
+        b_keys = tl.minimum(tl.maximum(n - (i + o_p) * PAGE, 0), PAGE)
+        b_w = tl.where(m_p, (b_sum + b_keys * b_besides).to(tl.int64) << b_up, 0)
+        m_searched = m_p & (b_top >= first)
+        b_whole += b_w
+        b_rest += tl.where(m_searched, 0, b_w)
+        b_seen += tl.where(m_searched | ((i + o_p) % stride != 0), 0, b_w)
+        b_one = m_searched.to(tl.int32)
+        tl.store(p_list + found + tl.cumsum(b_one, axis=0) - b_one, i + o_p, mask=m_searched)
+        found += tl.sum(b_one, axis=0)
+    tl.debug_barrier()
+    total, rest, seen = tl.sum(b_whole, axis=0), tl.sum(b_rest, axis=0), tl.sum(b_seen, axis=0)
+    ratio = tl.where(seen > 0, rest.to(tl.float64) / tl.maximum(seen, 1).to(tl.float64), 0.0)
+    b_page = tl.load(p_list + o_s)
+    b_own = masses_of(p_mass, p_sum, p_top, b_page, b_page >= 0, highest, least, fine, n, PAGE, WORD)
+    b_page = o_s * stride
+    m_page = (b_page < pages) & (tl.load(p_top + b_page, mask=b_page < pages, other=float("inf")) < first)
+    b_other = masses_of(p_mass, p_sum, p_top, b_page, m_page, highest, least, fine, n, PAGE, WORD)
+
+    sure = (total + num_samples - 1) // num_samples
+    some = tl.zeros([], tl.int32)
     for _ in range(STEPS):
-        left = draws - tl.sum(tl.sum((b_mass >= sure).to(tl.int32), axis=1), axis=0)
-        light = tl.sum(tl.sum(tl.where(b_mass < sure, b_mass, 0), axis=1), axis=0)
-        some = tl.maximum(left, 1)
-        sure = tl.where(left > 0, (light + some - 1) // some, most)
-        sure = tl.maximum(tl.minimum(sure, most), 1)
-    if stride > 1:
-        sure += sure >> 4
+        m_sure, m_some = b_own >= sure, b_other >= sure
+        some = total_of(m_some.to(tl.int32))
+        left = num_samples - total_of(m_sure.to(tl.int32)).to(tl.float64) - some.to(tl.float64) * ratio
+        light = total.to(tl.float64) - total_of(tl.where(m_sure, b_own, 0)).to(tl.float64)
+        light -= total_of(tl.where(m_some, b_other, 0)).to(tl.float64) * ratio
+        closer = tl.minimum(sure, tl.ceil(light / tl.maximum(left, 0.5)).to(tl.int64))
+        sure = tl.maximum(tl.where(left > 0.5, closer, sure), 1)
+    sure = tl.where(some > 0, sure + (sure >> 4), sure)
     coarsest = tl.maximum(exponent(least) - LEAST_BITS + 1, fine)
     sure = ((sure + (sure * 0 + 1 << coarsest) - 1) >> coarsest) << coarsest
     if ALL:
@@ -651,22 +712,20 @@ class Plan:
         programs, every = space.total.numel(), n <= num_samples
         least, sure, step = (torch.empty_like(space.total) for _ in range(3))
         rows_of, sizes = (space.sums, space.top), (n, pages, space.fine)
-        stride = -(-pages // SAMPLED_PAGES)
-        some = -(-pages // stride)
-        sampled = some * PAGE - ((some - 1) * stride == pages - 1) * (pages * PAGE - n)
+        searched = min(SEARCHED_PAGES, power_of_two(pages))
         plan_kernel[(programs,)](
             space.mass,
             *rows_of,
             space.highest,
             least,
             sure,
+            x.q.new_empty(programs, searched, dtype=torch.int32),
             *sizes,
             defensive_inverse(pages, defensive),
             num_samples,
-            stride,
-            sampled,
+            -(-pages // SEARCHED_PAGES),
             BP=pages_at_once(space),
-            BS=power_of_two(some),
+            BS=searched,
             PAGE=PAGE,
             WORD=word(space),
             LEAST_BITS=least_bits(space.mass.dtype),

@@ -207,8 +207,9 @@ def defensive_inverse(pages: int, defensive: float) -> int:
     return max(1, round(pages * (1 - defensive) / defensive))
 
 
-SAMPLED_PAGES, NEWTON_STEPS = 128, 4
-"""Pages, evenly spread, by which the search for the mass from which a key is sure goes, and its steps: see `sure_mass`."""
+SEARCHED_PAGES, NEWTON_STEPS = 64, 6
+"""Of the search for the mass from which a key is sure: the pages of the largest keys, at most so many, that it goes through
+key by key, as many as it samples of the others, and its steps. See `Proposal.sure_mass`."""
 
 
 @dataclass(frozen=True)
@@ -245,30 +246,55 @@ class Proposal:
         coarsest = (wanted - least_bits(masses.dtype) + 1).clamp_min(masses.fine)
         return cls(up, ((least >> up) // PAGE).clamp_min(1), coarsest)
 
-    def sure_mass(self, mass: Tensor, there: Tensor, num_samples: int) -> Tensor:
+    def sure_mass(self, masses: Masses, there: Tensor, num_samples: int) -> Tensor:
         """The mass c from which a key is drawn surely, int64, (N, M, 1), about that for which sum_j min(1, v_j / c) is S.
 
-        By Newton's steps for 1 / c, of which that sum is a concave function, over the keys of `SAMPLED_PAGES` pages. Where
-        those are not all, c is a sixteenth larger: more than S draws would cost the heaviest keys their certainty, and
-        a few less cost only themselves. It is rounded up to what every page can hold. Few draws on a row that few keys hold
-        may go wrong by half.
+        By Newton's steps for c S - sum_j min(v_j, c), a convex function, from above: no step falls below its root, so that no
+        more than S draws are spent, which would cost the heaviest keys their certainty. Of at most `SEARCHED_PAGES`
+        pages, those whose largest keys are the largest, all keys are looked at; of the others a sample of pages, every
+        `stride`-th: what c cuts off there is scaled up by their mass. Where the sample has sure keys, c is a sixteenth larger: a
+        few draws less cost only themselves. It is rounded up to what every page can hold.
         """
-        pages = mass.shape[2]
-        stride = -(-pages // SAMPLED_PAGES)
-        up, besides = (x[..., ::stride, None] for x in (self.up, self.besides))
-        some = torch.where(there[::stride], (mass[:, :, ::stride] + besides) << up, 0).flatten(2)
-        draws = max(1, num_samples * int(there[::stride].sum()) // int(there.sum()))
-        most = -(-some.sum(-1, keepdim=True) // draws)
-        c = (most + 1) // 2
+        pages = self.up.shape[2]
+        stride = -(-pages // SEARCHED_PAGES)
+        first = first_searched(masses.top)  # [N, M, 1]
+        searched = masses.top >= first  # [N, M, T]
+        keys = there.sum(-1)
+        whole = masses.sums + keys * self.besides << self.up  # [N, M, T]
+        own = torch.where(there, masses.mass + self.besides[..., None] << self.up[..., None], 0)
+        sampled = ~searched & (torch.arange(pages, device=own.device) % stride == 0)
+        rest = torch.where(searched, 0, whole).sum(-1, keepdim=True).double()
+        seen = torch.where(sampled, whole, 0).sum(-1, keepdim=True).double()
+        ratio = torch.where(seen > 0, rest / seen, 0.0)  # [N, M, 1]
+        total = whole.sum(-1, keepdim=True)
+        c = -(-total // num_samples)
+        some = torch.zeros_like(c)
         for _ in range(NEWTON_STEPS):
-            left = draws - (some >= c).sum(-1, keepdim=True)
-            light = torch.where(some < c, some, 0).sum(-1, keepdim=True)
-            # Where as many were sure as there are draws, the search started too far out.
-            c = torch.where(left > 0, -(-light // left.clamp_min(1)), most)
-            c = torch.minimum(c, most).clamp_min(1)
-        if stride > 1:
-            c = c + (c >> 4)
+            over = own >= c[..., None]
+            sure, excess = over.sum(-1), torch.where(over, own, 0).sum(-1)  # [N, M, T]
+            sure, some, excess, other = (
+                torch.where(where, x, 0).sum(-1, keepdim=True)
+                for x in (sure, excess)
+                for where in (searched, sampled)
+            )
+            left = num_samples - sure.double() - some.double() * ratio
+            light = total.double() - excess.double() - other.double() * ratio
+            c = torch.where(
+                left > 0.5, torch.minimum(c, (light / left.clamp_min(0.5)).ceil().long()), c
+            ).clamp_min(1)
+        c = torch.where(some > 0, c + (c >> 4), c)
         return c + (1 << self.coarsest) - 1 >> self.coarsest << self.coarsest
+
+
+def first_searched(top: Tensor) -> Tensor:
+    """The least exponent of at most `SEARCHED_PAGES` pages, of `top` (N, M, T): float32, (N, M, 1); above all if those of the
+    largest exponent are more."""
+    highest = top.amax(-1, keepdim=True)
+    below = torch.full_like(highest, -1)
+    for bit in (64, 32, 16, 8, 4, 2, 1):
+        few = (top >= highest - (below + bit)).sum(-1, keepdim=True) <= SEARCHED_PAGES
+        below = torch.where(few, below + bit, below)
+    return highest - below
 
 
 def sketch_decode(
@@ -283,7 +309,7 @@ def sketch_decode(
     if n <= num_samples:  # every key is sure
         up, sure = torch.zeros_like(up), torch.ones_like(up[..., :1])
     else:
-        sure = proposal.sure_mass(masses.mass, there, num_samples)  # [N, M, 1]
+        sure = proposal.sure_mass(masses, there, num_samples)  # [N, M, 1]
     cap = sure >> up
     own = torch.where(
         there, torch.minimum(masses.mass + besides[..., None], cap[..., None]), 0

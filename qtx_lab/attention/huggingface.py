@@ -319,7 +319,8 @@ class SampledCache(Cache):
             )
         made = read_settings(_given(config), number)
         exact = [isinstance(made.get(i, made[None])["sampler"], ExactSampler) for i in range(number)]
-        probe = torch.zeros(1, max(1, options.get("rank") or 1))
+        features = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        probe = torch.zeros(1, features)
         SampledKVCache.build(probe, probe, **options)  # a mistake in the options is refused now
         super().__init__(layers=[DynamicLayer() if whole else SampledLayer(options) for whole in exact])
 

@@ -7,14 +7,15 @@ import json
 import math
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import ArgumentError, ShapeError, unknown_name
+from ..errors import ArgumentError, DtypeError, ShapeError, unknown_name
 from ..estimates import AttentionEstimate, Draws, rounding_variance
 from ..kernels.attention import attend_sketched, wanted
 from ..kernels.choice import choose_cpu
@@ -23,13 +24,15 @@ from ..samplers import SystematicSampler
 from ..samplers.base import Uniform, check_count, check_generator, invert, row_masses
 from ..samplers.learned_estimators import delta_terms
 from ..samplers.learned_proposal import best_low_rank
-from ..samplers.rows import blocks, check_finite, check_tensors
+from ..samplers.rows import blocks, check_finite, check_scale, check_tensors
 from ..samplers.value_order import value_order
 from ..storage import read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from ..kernels.cpu_decode import Found, Scanned
 
+P = ParamSpec("P")
+T = TypeVar("T")
 PROPOSALS = ("exact", "low-rank", "int4")
 SINKS, RECENT, BLOCK = 4, 64, 256
 """The first `SINKS` tokens and the last `RECENT` are never sketched, nor are up to `BLOCK` that wait for a segment."""
@@ -55,7 +58,23 @@ BLOCK_ELEMENTS = 1 << 24
 SEEING = threading.Lock()
 """Threads may attend to a cache at the same time; nothing else may go on while it is appended to."""
 
+FEWEST_FOR_KERNEL = 16
+"""Draws below which the kernel's error bars, of the keys drawn alone, say too little."""
+
 SAVED = ("proposal", "rank", "defensive", "features", "seen")
+
+
+def as_usual(method: Callable[P, T]) -> Callable[P, T]:
+    """Whatever mode the caller is in: no autocast, no gradients, and tensors that may be changed outside inference mode."""
+
+    @functools.wraps(method)
+    def call(*args: P.args, **options: P.kwargs) -> T:
+        tensors = [x for x in (*args, *options.values()) if isinstance(x, Tensor)]
+        device = tensors[0].device.type if tensors else "cpu"
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
+            return method(*args, **options)
+
+    return call
 
 
 class SampledKVCache:
@@ -81,7 +100,8 @@ class SampledKVCache:
     - `int4`: 4 bits a number, in steps of its channel's; the `OUTLIER` largest of a channel, and what is appended out
       of its range, are kept beside.
 
-    The first `SINKS` tokens and the last `RECENT` to `RECENT + BLOCK` have exact logits. Tokens that leave that window are
+    The first `SINKS` tokens and the last `RECENT` to `RECENT + BLOCK` have exact logits (not in the GPU's kernel, which
+    scans one sketch of all tokens: `qtx_lab.kernels.sketch_decode`). Tokens that leave that window are
     put in value order among themselves, as a segment, and segments are merged and ordered anew once all those after one
     hold as many tokens: O(log n) times a token, at most log2(n / BLOCK) segments. A merger of all fits the sketch anew.
 
@@ -102,6 +122,7 @@ class SampledKVCache:
     _growing: GrowingSketch | None = None
     """The sketch for the kernel, where that is used."""
 
+    @as_usual
     def __init__(
         self,
         k: Tensor,
@@ -206,6 +227,7 @@ class SampledKVCache:
 
     # --- Growing ------------------------------------------------------------------------------
 
+    @as_usual
     def append(self, k: Tensor, v: Tensor) -> None:
         """Add tokens: k (..., Hkv, m, E) and v (..., Hkv, m, Ev), as those of `build`.
 
@@ -217,7 +239,9 @@ class SampledKVCache:
         _check(k, v)
         widths = {"k": self.features, "v": self._table.shape[-1] - self.features}
         for name, x in (("k", k), ("v", v)):
-            if x.shape[:-2] != self.lead or x.shape[-1] != widths[name] or x.dtype != self._table.dtype:
+            if x.dtype != self._table.dtype:
+                raise DtypeError(f"{name} is {x.dtype}; the cache holds {self._table.dtype}.")
+            if x.shape[:-2] != self.lead or x.shape[-1] != widths[name]:
                 raise ShapeError(
                     f"{name} is {tuple(x.shape)} {x.dtype}; the cache holds (..., n, features) = "
                     f"{(*self.lead, self.length, widths[name])} {self._table.dtype}."
@@ -315,7 +339,8 @@ class SampledKVCache:
 
     def _queries(self) -> Tensor:
         """E queries a head that have the second moment of those seen, and a little more, (N, E, E)."""
-        self._sum_up()
+        with SEEING:
+            self._sum_up()
         eye = torch.eye(self.features, dtype=torch.float64, device=self.moment.device)
         if not self.seen:
             return eye.expand_as(self.moment).to(self.dtype)
@@ -325,6 +350,7 @@ class SampledKVCache:
 
     # --- Attending ------------------------------------------------------------------------------
 
+    @as_usual
     def attend(
         self,
         q: Tensor,
@@ -367,19 +393,18 @@ class SampledKVCache:
         check_count("replicates", replicates)
         check_generator(generator)
         rows, group = self._rows(q)
+        check_scale(scale)
         scale = 1 / math.sqrt(self.features) if scale is None else float(scale)
         told: dict[str, Any] = {}
         kernels = wanted(q)
         choice = None if kernels else choose_cpu((rows, self._table))
         if choice is None or choice.path != "cpu":  # that kernel looks at q itself
             check_finite("q", q)
-        if kernels and self.proposal == "exact":
-            told = {
-                "kernel": {
-                    "path": "torch",
-                    "reason": "it takes sketches; sampled_attention has one for exact keys",
-                }
-            }
+        if kernels and (self.proposal == "exact" or num_samples < FEWEST_FOR_KERNEL):
+            reason = "it takes sketches; sampled_attention has one for exact keys"
+            if self.proposal != "exact":
+                reason = f"it takes {FEWEST_FOR_KERNEL} draws or more"
+            told = {"kernel": {"path": "torch", "reason": reason}}
         elif kernels:
             self._growing = self._growing or GrowingSketch(self._kernel_sketch)
             k, v, order = (
@@ -400,7 +425,7 @@ class SampledKVCache:
             if done is not None:
                 if self.proposal == "low-rank":
                     self._see(rows)
-                return done
+                return self._with_rounding(done, num_samples * replicates)
         if choice is not None:
             how = {"path": "cpu", "name": "cpu_decode"} if choice.path == "cpu" else {"path": "torch"}
             told = {"kernel": {**how, "reason": choice.reason}, "fallbacks": choice.fallbacks}
@@ -436,6 +461,7 @@ class SampledKVCache:
             self._see(rows)
         length, sums = self.length, self._sums  # tokens may come and move until error bars are asked for
 
+        @as_usual
         def make_std_error() -> Tensor:
             # Draws that count for nothing are keys of their own, which no other is taken for.
             weights, proposed, pi = shares
@@ -467,6 +493,20 @@ class SampledKVCache:
             },
         )
 
+    def _with_rounding(self, estimate: AttentionEstimate, total: int) -> AttentionEstimate:
+        """The kernel's estimate; its standard errors know of draws, not of rounding."""
+        size = (self._sums[1] / self.length).sqrt().to(torch.float32)  # [N, 1, Ev]
+        make, output, dtype = estimate.make_std_error, estimate.output, self._table.dtype
+
+        def with_rounding() -> Tensor:
+            assert make is not None
+            found = make()
+            rows = output.reshape(self.heads, -1, output.shape[-1]).float()
+            rounding = rounding_variance(rows, size, total, dtype).view(found.shape)
+            return (found.square() + rounding).sqrt()
+
+        return replace(estimate, make_std_error=with_rounding)
+
     def _kernel_sketch(self, k: Tensor) -> Sketch:
         """What the kernel scans in place of the segments: one table of keys (N, n, E), `rank` numbers of each or 4 bits."""
         return (
@@ -475,11 +515,13 @@ class SampledKVCache:
             else int4_sketch(k)
         )
 
+    @as_usual
     def scores(self, q: Tensor, scale: float | None = None) -> Tensor:
         """What the sketch takes the logits of queries q (..., H, L, E) to be, but for a shift of each row:
         (..., H, L, n), tokens as they came. For plots and tests."""
         rows, _ = self._rows(q)
         check_finite("q", q)
+        check_scale(scale)
         scale = 1 / math.sqrt(self.features) if scale is None else float(scale)
         found = self._scores(rows * scale, slice(0, self.heads))
         order = self._order[:, None, : self.length].expand_as(found)
@@ -614,6 +656,7 @@ class SampledKVCache:
             If the file cannot be written.
         """
         self._sum_up()
+        self._growing = None  # this one's kernel fits its sketch anew then, as that of what is read back does
         n = self.length
         tensors = {"table": self._table[:, :n], "order": self._order[:, :n]}
         tensors |= {"moment": self.moment, "sums": self._sums}

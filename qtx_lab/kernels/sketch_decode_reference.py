@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -152,6 +153,10 @@ def _sketch(k: Tensor, rank: int, queries: Tensor | None, dtype: torch.dtype) ->
     return replace(sketch, table=sketch.lines(keys))
 
 
+GROWING = threading.Lock()
+"""Threads may attend to a cache at the same time."""
+
+
 class GrowingSketch:
     """The sketch of keys that grow, with room for more: what was sketched is sketched again only when keys moved."""
 
@@ -163,6 +168,10 @@ class GrowingSketch:
 
     def of(self, keys: Tensor, layout: tuple[int, ...]) -> Sketch:
         """That of keys (N, n, E), of which those held so far lie as they lay while `layout` is the same."""
+        with GROWING:
+            return self._of(keys, layout)
+
+    def _of(self, keys: Tensor, layout: tuple[int, ...]) -> Sketch:
         n = keys.shape[1]
         held = self.held
         if held is None or layout != self.layout or not self.length <= n <= held.table.shape[1]:

@@ -131,6 +131,16 @@ class Rows:
         return torch.arange(rows.start, rows.stop, device=self.q.device) % self.length
 
 
+def check_scale(scale: float | None) -> None:
+    """Refuse a factor of the logits that is no finite number."""
+    if scale is None:
+        return
+    if isinstance(scale, bool | str) or not hasattr(scale, "__float__"):
+        raise DtypeError(f"scale={scale!r} is not allowed: it must be a number.")
+    if not math.isfinite(scale):
+        raise ArgumentError(f"scale={scale} is not allowed: it must be a finite number.")
+
+
 def check_inputs(
     q: Tensor,
     k: Tensor,
@@ -144,8 +154,7 @@ def check_inputs(
     for name, flag in (("is_causal", is_causal), ("enable_gqa", enable_gqa)):
         if not isinstance(flag, bool):
             raise DtypeError(f"{name}={flag!r} is not allowed: it must be True or False.")
-    if scale is not None and (isinstance(scale, bool | str) or not hasattr(scale, "__float__")):
-        raise DtypeError(f"scale={scale!r} is not allowed: it must be a number.")
+    check_scale(scale)
     check_tensors(q=q, k=k, v=v)
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if q.shape[-1] != k.shape[-1] or q.shape[-1] == 0:
@@ -167,8 +176,6 @@ def check_inputs(
         raise ShapeError(
             f"the leading dimensions of q and k do not fit, they must be {hint}; given {shapes}."
         )
-    if scale is not None and not math.isfinite(scale):
-        raise ArgumentError(f"scale={scale} is not allowed: it must be a finite number.")
     if attn_mask is not None:
         _check_mask(attn_mask, (*q.shape[:-1], k.shape[-2]), q, is_causal)
     largest = 1.0 if scale is None else abs(float(scale)) * q.shape[-1]

@@ -189,7 +189,16 @@ class ReferenceModel(nn.Module):
                 f"prompt has {len(tokens)} bytes; with max_new_tokens={max_new_tokens} it must have 1 to "
                 f"{limit - max_new_tokens}."
             )
-        if not isinstance(temperature, int | float) or not 0 <= temperature < math.inf:
+        if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.config.vocab_size:
+            raise ArgumentError(
+                f"prompt holds tokens from {int(tokens.min())} to {int(tokens.max())}; they must be 0 to "
+                f"{self.config.vocab_size - 1}."
+            )
+        if (
+            isinstance(temperature, bool)
+            or not isinstance(temperature, int | float)
+            or not 0 <= temperature < math.inf
+        ):
             raise ArgumentError(f"temperature={temperature!r} is not allowed: it must be a number >= 0.")
         keys = torch.Generator(self.embedding.weight.device)
         keys.manual_seed(int(torch.randint(1 << 62, (), generator=generator)))

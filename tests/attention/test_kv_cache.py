@@ -1,5 +1,6 @@
 """`SampledKVCache`: near the exact output for every sketch, the same however it was filled, and again from disk."""
 
+import contextlib
 import math
 import multiprocessing
 import os
@@ -236,7 +237,7 @@ def test_bad_tokens_and_queries_leave_the_cache_as_it_was(generator, tmp_path):
         ((k[:1], v[:1]), qtx.ShapeError),
         ((k[..., :4], v), qtx.ShapeError),
         ((k, v[:, :3]), qtx.ShapeError),
-        ((k.double(), v.double()), qtx.ShapeError),
+        ((k.double(), v.double()), qtx.DtypeError),
         ((k * torch.nan, v), qtx.ArgumentError),
         ((k.long(), v.long()), qtx.DtypeError),
     ]:
@@ -482,6 +483,39 @@ def test_half_precision_without_an_instruction_for_it():
     done = subprocess.run(command, env={**os.environ, **plain}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("proposal", PROPOSALS)
+def test_modes_of_the_caller_do_not_matter(proposal, generator):
+    """Under autocast, or in inference mode, a cache is filled, asked and goes on as without."""
+    k, v = tokens(generator, n=800)
+    q = torch.randn(4, 2, 16, generator=generator)
+
+    def used(mode):
+        g = torch.Generator().manual_seed(3)
+        with mode():
+            cache = qtx.SampledKVCache.build(k[:, :600], v[:, :600], proposal=proposal)
+            cache.append(k[:, 600:], v[:, 600:])
+            first, scores = cache.attend(q, num_samples=32, generator=g), cache.scores(q)
+            error = first.std_error
+        cache.append(k[:, :1], v[:, :1])
+        return first.output, error, scores, cache.attend(q, num_samples=32, generator=g).output
+
+    wanted = used(contextlib.nullcontext)
+    for mode in (torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)):
+        for a, b in zip(used(mode), wanted, strict=True):
+            assert a.dtype == b.dtype
+            assert torch.equal(a, b)
+
+
+def test_a_scale_that_is_no_finite_number_is_named(generator):
+    k, v = tokens(generator, n=40)
+    cache = qtx.SampledKVCache.build(k, v)
+    for ask in (cache.attend, cache.scores):
+        with pytest.raises(qtx.ArgumentError, match="scale=nan"):
+            ask(k[:, :1], scale=math.nan)
+        with pytest.raises(qtx.DtypeError, match="scale='a'"):
+            ask(k[:, :1], scale="a")
 
 
 def test_torchs_defaults_do_not_matter(generator):

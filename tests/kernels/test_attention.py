@@ -203,6 +203,28 @@ def test_a_cache_takes_the_kernel_and_goes_on_growing(proposal, kernels, generat
     assert len(cache) == est.num_keys + 3
 
 
+def test_a_cache_by_the_kernel_tells_rounding_takes_enough_draws_and_is_the_same_from_disk(
+    kernels, generator, device, tmp_path
+):
+    q, k, v = heads(generator, device, n=400)
+    cache = qtx.SampledKVCache.build(k, v, rank=8)
+    assert cache.attend(q, num_samples=8).diagnostics["kernel"]["reason"] == "it takes 16 draws or more"
+    whole = cache.attend(
+        q, num_samples=400, generator=generator
+    )  # all keys are sure: rounding is what is left
+    assert whole.diagnostics["kernel"]["path"] == "triton"
+    assert 0 < float(whole.std_error.max()) < 1e-4
+    cache.save(tmp_path / "cache")
+    again = qtx.SampledKVCache.load(tmp_path / "cache")
+    if device.type == "cpu":
+        a, b = (c.attend(q, 32, generator=torch.Generator().manual_seed(1)).output for c in (cache, again))
+        assert torch.equal(a, b)
+    with torch.inference_mode():
+        cache.attend(q, num_samples=32)
+    cache.append(k[:, :, :1], v[:, :, :1])
+    assert cache.attend(q, num_samples=32).num_keys == 401
+
+
 def test_asked_for_the_reference_it_stays_with_torch(generator, device, monkeypatch):
     monkeypatch.setenv("QTX_LAB_KERNELS", "reference")
     q, k, v = heads(generator, device)

@@ -30,6 +30,11 @@ def test_decoding_step_by_step_is_the_model_itself(model):
         torch.testing.assert_close(torch.stack(logits, 1), wanted, atol=2e-4, rtol=1e-4)
 
 
+def test_tokens_that_the_model_does_not_know_are_named_on_the_call(model):
+    with pytest.raises(qtx.ArgumentError, match="prompt holds tokens from 3 to 300; they must be 0 to 255"):
+        model.generate(torch.tensor([3, 300]), 3)
+
+
 def test_exact_and_sampled_agree_where_all_is_drawn(model):
     exact = text(model, proposal=None)
     assert exact == text(model, proposal="exact", num_samples=430)

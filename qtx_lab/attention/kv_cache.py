@@ -101,9 +101,9 @@ class SampledKVCache:
       of its range, are kept beside.
 
     The first `SINKS` tokens and the last `RECENT` to `RECENT + BLOCK` have exact logits (not in the GPU's kernel, which
-    scans one sketch of all tokens: `qtx_lab.kernels.sketch_decode`). Tokens that leave that window are
-    put in value order among themselves, as a segment, and segments are merged and ordered anew once all those after one
-    hold as many tokens: O(log n) times a token, at most log2(n / BLOCK) segments. A merger of all fits the sketch anew.
+    scans one sketch of all tokens: `qtx_lab.kernels.sketch_decode`). Tokens that leave that window are put in value order
+    among themselves, as a segment, and segments are merged and ordered anew once all those after one hold as many tokens:
+    O(log n) times a token, at most log2(n / BLOCK) segments. A merger of all fits the sketch anew.
 
     Every query sees the whole cache: no masks, no gradients.
 
@@ -462,7 +462,7 @@ class SampledKVCache:
         length, sums = self.length, self._sums  # tokens may come and move until error bars are asked for
 
         @as_usual
-        def make_std_error() -> Tensor:
+        def std_error_of(output: Tensor) -> Tensor:
             # Draws that count for nothing are keys of their own, which no other is taken for.
             weights, proposed, pi = shares
             none = length + torch.arange(total, device=indices.device)
@@ -479,7 +479,7 @@ class SampledKVCache:
             num_keys=self.length,
             degrees_of_freedom=math.inf,
             make_draws=lambda: Draws(indices, shares[0], None, replicates).view(row_shape),
-            make_std_error=make_std_error,
+            make_std_error=lambda: std_error_of(output),
             group=group,
             diagnostics={
                 "sampler": f"cache, {self.proposal}",

@@ -320,18 +320,20 @@ def plan_kernel(
         b_up, b_down = shifts(tl.load(p_top + i + o_p, mask=m_p, other=float("-inf")), highest, fine)
         b_w = tl.load(p_sum + i + o_p, mask=m_p, other=0).to(tl.int64)
         b_total += tl.where(b_down == 0, b_w << b_up, 0)
-    least = tl.maximum(tl.sum(b_total, axis=0) // inverse, 1)
+    least = tl.maximum((tl.sum(b_total, axis=0).to(tl.float64) / inverse).to(tl.int64), 1)
     tl.store(highest_ptr + i_r, highest)
     tl.store(least_ptr + i_r, least)
 
     # The least exponent of at most BS pages.
-    below = highest * 0 - 1
-    for step in tl.static_range(7):
+    below = -1
+    bit = 64
+    for _ in range(7):
         b_few = tl.zeros([BP], tl.int32)
         for i in range(0, pages, BP):
             b_top = tl.load(p_top + i + o_p, mask=i + o_p < pages, other=float("-inf"))
-            b_few += (b_top >= highest - (below + (64 >> step))).to(tl.int32)
-        below = tl.where(tl.sum(b_few, axis=0) <= BS, below + (64 >> step), below)
+            b_few += (b_top >= highest - (below + bit)).to(tl.int32)
+        below = tl.where(tl.sum(b_few, axis=0) <= BS, below + bit, below)
+        bit = bit // 2
     first = highest - below
 
     # Those pages, the mass of all, that of all but those, and that of a sample of the latter.
@@ -362,7 +364,7 @@ def plan_kernel(
     m_page = (b_page < pages) & (tl.load(p_top + b_page, mask=b_page < pages, other=float("inf")) < first)
     b_other = masses_of(p_mass, p_sum, p_top, b_page, m_page, highest, least, fine, n, PAGE, WORD)
 
-    sure = (total + num_samples - 1) // num_samples
+    sure = tl.ceil(total.to(tl.float64) / num_samples).to(tl.int64)
     some = tl.zeros([], tl.int32)
     for _ in range(STEPS):
         m_sure, m_some = b_own >= sure, b_other >= sure

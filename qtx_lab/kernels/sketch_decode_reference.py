@@ -246,7 +246,7 @@ class Proposal:
         up, down = masses.shifts()
         pages = up.shape[-1]
         total = torch.where(down == 0, masses.sums << up, 0).sum(-1, keepdim=True)
-        least = (total // defensive_inverse(pages, defensive)).clamp_min(1)
+        least = (total.double() / defensive_inverse(pages, defensive)).long().clamp_min(1)
         # 2^k s reaches `least` for k the difference of their exponents, or one more.
         wanted = torch.frexp(least.double()).exponent.long()
         missing = (wanted - torch.frexp(masses.sums.double()).exponent).clamp_min(0)
@@ -276,7 +276,7 @@ class Proposal:
         seen = torch.where(sampled, whole, 0).sum(-1, keepdim=True).double()
         ratio = torch.where(seen > 0, rest / seen, 0.0)  # [N, M, 1]
         total = whole.sum(-1, keepdim=True)
-        c = -(-total // num_samples)
+        c = (total.double() / num_samples).ceil().long()
         some = torch.zeros_like(c)
         for _ in range(NEWTON_STEPS):
             over = own >= c[..., None]

@@ -6,7 +6,7 @@ import contextlib
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -100,8 +100,8 @@ def gpu_quantum_attention(
         raise ArgumentError("attn_mask requires a gradient, which draws do not give: detach it.")
     scale = 1 / math.sqrt(Q.shape[-1]) if scale is None else float(scale)
     seed = make_seed(generator, Q.device)
+    few = takes_few(Q, K, V, is_causal, group)
     call = Call(num_samples, replicates, is_causal, scale, group, seed)
-    few = call.few(Q, K, V)
     return attend(Q, K, V, attn_mask, call, few, choose((Q, K, V), chained=not few))
 
 
@@ -121,10 +121,11 @@ class Call:
     group: int
     seed: Tensor
 
-    def few(self, q: Tensor, k: Tensor, v: Tensor) -> bool:
-        """Whether `decode` takes it, and not `prefill`."""
-        grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-        return not grad and not self.is_causal and self.group * q.shape[-2] <= FEW_ROWS
+
+def takes_few(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, group: int) -> bool:
+    """Whether `decode` takes it, and not `prefill`."""
+    grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    return not grad and not is_causal and group * q.shape[-2] <= FEW_ROWS
 
 
 def attend_systematic(
@@ -140,12 +141,12 @@ def attend_systematic(
     generator: torch.Generator | None,
 ) -> tuple[AttentionEstimate | None, dict[str, Any]]:
     """Systematic draws of checked inputs by `decode` or `prefill`, or None; and what to tell of it in `diagnostics`."""
-    call = Call(num_samples, replicates, is_causal, scale, group, q.new_zeros((), dtype=torch.int64))
-    few = call.few(q, k, v)
+    few = takes_few(q, k, v, is_causal, group)
     choice = choose((q, k, v), chained=not few)
     if choice.path == "reference":
         return None, {"kernel": {"path": "torch", "reason": choice.reason}, "fallbacks": choice.fallbacks}
-    call = replace(call, seed=make_seed(generator, q.device))
+    seed = make_seed(generator, q.device)
+    call = Call(num_samples, replicates, is_causal, scale, group, seed)
     return attend(q, k, v, attn_mask, call, few, choice), {}
 
 

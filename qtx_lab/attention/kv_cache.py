@@ -19,7 +19,7 @@ from ..errors import ArgumentError, DtypeError, ShapeError, unknown_name
 from ..estimates import AttentionEstimate, Draws, rounding_variance
 from ..kernels.attention import attend_sketched, wanted
 from ..kernels.choice import choose_cpu
-from ..kernels.sketch_decode_reference import GrowingSketch, Sketch, int4_sketch, low_rank_sketch
+from ..kernels.sketch_decode_reference import FITTED_KEYS, GrowingSketch, Sketch, int4_sketch, low_rank_sketch
 from ..samplers import SystematicSampler
 from ..samplers.base import Uniform, check_count, check_generator, invert, row_masses
 from ..samplers.learned_estimators import delta_terms
@@ -39,8 +39,6 @@ SINKS, RECENT, BLOCK = 4, 64, 256
 ORDER_FEATURES, ORDER_LEAF = 16, 8
 """Of the value order: with all features and down to single keys it takes some ten times as long at d = 128, and errors on
 the reference model's own keys were the same to 2 %."""
-FITTED_KEYS = 8192
-"""A low-rank sketch is fitted to no more keys than that, evenly spread."""
 RIDGE = 1e-4
 """Of the mean variance of the queries seen, added in all directions: the next query may be another."""
 FARTHEST = 8.0

@@ -80,7 +80,7 @@ def demo(home: Path | None, **options: Any) -> None:
     Takes less than a minute on two cores. A text needs at least one byte more than a window has.
     """
     from .experiments.notebooks import run_notebook
-    from .experiments.spec import ExperimentSpec
+    from .specs.base import ExperimentSpec
 
     spec = ExperimentSpec(**{name: value for name, value in options.items() if value is not None})
     run = run_notebook("00_quickstart", spec, home=home, name="demo")
@@ -103,7 +103,7 @@ def run(notebook: str, parameters: tuple[tuple[str, str], ...], name: str | None
 
 
 def _parsed(parameters: tuple[tuple[str, str], ...]) -> dict[str, Any]:
-    from .experiments.spec import read_yaml
+    from .specs.base import read_yaml
 
     values: dict[str, Any] = {}
     for name, text in parameters:
@@ -150,8 +150,8 @@ def sweep(
     **options: Any,
 ) -> None:
     """Run NOTEBOOK for every combination of values; the last line is the report's path."""
-    from .experiments.spec import ClusterSpec, read_yaml
     from .experiments.sweeps import sweep as run_sweep
+    from .specs.base import ClusterSpec, read_yaml
 
     values: dict[str, Any] = {}
     for text in grid:
@@ -242,7 +242,7 @@ def spec(kind: str) -> None:
     KIND is experiment, sampler, control, circuit, mitigation, train, cluster, notebook or sweep.
     """
     from .errors import unknown_name
-    from .experiments.spec import SPECS
+    from .specs.base import SPECS
 
     if kind not in SPECS:
         raise unknown_name("kind", kind, SPECS)
@@ -264,7 +264,7 @@ def _print_columns(names: list[str], rows: list[list[str]]) -> None:
 @click.option("--cancel", metavar="TAG", help="Cancel a job.")
 def jobs(home: Path | None, fetch: str | None, cancel: str | None) -> None:
     """List the jobs on devices, newest first, and ask where they are. A part of a TAG will do."""
-    from .backends.jobs import Unreachable, find_jobs
+    from .backends.ibm.ledger import Unreachable, find_jobs
 
     asked = [tag for tag in (fetch, cancel) if tag is not None]
     if len(asked) > 1:
@@ -361,7 +361,7 @@ class TrainCommand(click.Command):
     """A command with a flag for each field of `TrainSpec`, which is loaded only when it is needed."""
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        from .experiments.spec import TrainSpec
+        from .specs.base import TrainSpec
 
         flags = []
         for name, field in TrainSpec.model_fields.items():
@@ -372,7 +372,7 @@ class TrainCommand(click.Command):
 
 def _flag(kind: Any, text: str) -> Any:
     """What a flag's value means: itself for a text, else YAML, but `none` is nothing, and 1e-3 (YAML: a text) a number."""
-    from .experiments.spec import read_yaml
+    from .specs.base import read_yaml
 
     if kind is str or text == "none":
         return text if kind is str else None
@@ -413,7 +413,7 @@ def train(
 
     A flag sets a field of the spec, over what SPEC.yaml says. Without --cluster, in one process.
     """
-    from .experiments.spec import ClusterSpec, TrainSpec
+    from .specs.base import ClusterSpec, TrainSpec
 
     kinds = {name: field.annotation for name, field in TrainSpec.model_fields.items()}
     given = {name: _flag(kinds[name], text) for name, text in flags.items() if text is not None}
@@ -449,7 +449,7 @@ def bench(name: str, quick: bool, json_path: Path | None) -> None:
 
     NAME is samplers, estimators, decode, model, circuits, mitigation, sweep, training or kernels.
     """
-    from .experiments.bench import run_bench
+    from .bench.base import run_bench
 
     run_bench(name, quick=quick, json_path=json_path)
 

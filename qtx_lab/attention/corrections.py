@@ -12,7 +12,7 @@ from torch import Tensor
 from ..controls import Control, MultilevelControlVariate, make_control, regress
 from ..controls.base import control_ratios
 from ..estimates import Draws
-from ..samplers.rows import Rows, in_units
+from ..problem import Rows, in_units
 
 ControlVariate = str | Control | Sequence[str | Control] | MultilevelControlVariate
 

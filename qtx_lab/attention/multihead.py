@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checks import check_count, check_generator
 from ..errors import ArgumentError, DtypeError, ShapeError
 from ..estimates import AttentionEstimate
 from ..samplers import Sampler, make_sampler
-from ..samplers.base import check_count, check_generator
 from .corrections import ControlVariate, make_controls
-from .sampled import sampled_attention
+from .dispatch import sampled_attention
 
 if TYPE_CHECKING:
     from ..backends import HybridPolicy, QiskitQuantumBackend

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ..errors import ArgumentError
 from ..estimates import AttentionEstimate, Draws
+from ..problem import Rows, blocks, in_units
 from ..samplers import ExactSampler, InversionSampler, Sampler
 from ..samplers.base import Uniform
-from ..samplers.rows import Rows, blocks, in_units
 from .error_bars import Design, ErrorBars
 
 PILOT = 16

@@ -9,7 +9,7 @@ from qiskit import QuantumCircuit
 
 from .counts import RowCounts
 from .exact import Noise
-from .jobs import JobStatus
+from .ibm.ledger import JobStatus
 
 
 class Engine(Protocol):

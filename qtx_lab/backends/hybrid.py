@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..checks import check_count
 from ..circuits.base import num_bits
 from ..errors import ArgumentError, BackendUnavailable
-from ..samplers.base import check_count
 from .qiskit import QiskitQuantumBackend
 
 

@@ -22,15 +22,15 @@ from qiskit.circuit import Parameter
 from torch import Tensor
 
 from .. import __version__
+from ..checks import check_count, check_generator
 from ..circuits import Loader, check_rows, make_loader
 from ..circuits.resources import resources
 from ..errors import ArgumentError, BackendUnavailable, DtypeError, JobTimeout, StorageError, unknown_name
-from ..samplers.base import check_count, check_generator
 from ..storage import runs_home, write_atomic
 from .aer import AerEngine
 from .base import Engine, Job
 from .counts import MOST_SHOTS_AT_ONCE, RowCounts, RowRequest, rows_at_once
-from .jobs import JobStatus
+from .ibm.ledger import JobStatus
 
 PROVIDERS = ("aer", "ibm", "ibm-q")
 
@@ -110,7 +110,7 @@ class QiskitQuantumBackend:
                 raise ArgumentError(
                     "backend_name=None is not allowed with IBM's devices: name one, as 'ibm_fez'."
                 )
-            from .ibm import IBMEngine  # loads IBM's client
+            from .ibm.engine import IBMEngine  # loads IBM's client
 
             _refuse_unknown(options, IBMEngine)
             self.engine = IBMEngine(backend_name, **options)

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..checks import check_count
 from ..errors import ArgumentError, DtypeError, ShapeError
-from ..samplers.base import check_count
 from .base import check_rows
 
 

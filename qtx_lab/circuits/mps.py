@@ -10,8 +10,8 @@ from qiskit.circuit import ParameterVector
 from qiskit.quantum_info import Operator
 from torch import Tensor
 
+from ..checks import check_count
 from ..errors import ArgumentError
-from ..samplers.base import check_count
 from .base import MOST_QUBITS, binary_keys, check_rows, check_size, num_bits
 
 MOST_LAYERS = 16

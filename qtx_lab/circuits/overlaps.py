@@ -15,8 +15,8 @@ from qiskit import ClassicalRegister, QuantumCircuit, QuantumRegister
 from qiskit.circuit.library import StatePreparation
 from torch import Tensor
 
+from ..checks import check_count
 from ..errors import ArgumentError, DtypeError, ShapeError
-from ..samplers.base import check_count
 from .base import num_bits
 
 

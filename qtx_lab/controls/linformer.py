@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..samplers.base import check_count
+from ..checks import check_count
 from .base import EVERY, check_keys, check_queries
 
 

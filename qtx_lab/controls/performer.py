@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..checks import check_count
 from ..errors import ArgumentError
-from ..samplers.base import check_count
 from .base import EVERY, GATHERED, check_keys, check_queries
 
 FLOOR = 1e-6

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..samplers.base import check_count
+from ..checks import check_count
 from .base import EVERY, check_keys, check_queries, masked_logits
 
 

@@ -39,7 +39,7 @@ class RunTable(pd.DataFrame):
     Examples
     --------
     >>> import tempfile
-    >>> from qtx_lab.experiments import ExperimentSpec, Run
+    >>> from qtx_lab import ExperimentSpec, Run
     >>> from qtx_lab.experiments.runs import runs
     >>> with tempfile.TemporaryDirectory() as home:
     ...     for seed in (1, 2):

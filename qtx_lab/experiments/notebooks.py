@@ -21,11 +21,11 @@ from typing import IO, Any
 import yaml
 
 from ..errors import ArgumentError, QtxError, RunFailed, SpecError, TextError
+from ..models.reference import read_text
+from ..specs.base import ExperimentSpec, NotebookSpec, Spec, nearest
 from ..storage import storage_error, sync_file
-from ..training.reference import read_text
 from .report import write_report
 from .runs import Run
-from .spec import ExperimentSpec, NotebookSpec, Spec, nearest
 
 PACKAGE = Path(__file__).parent.parent
 

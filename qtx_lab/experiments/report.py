@@ -15,9 +15,9 @@ import jinja2
 
 from .. import __version__
 from ..errors import StorageError
+from ..specs import base as specs
 from ..storage import read_frame, write_atomic
 from ..theme import COLOURS
-from . import spec as specs
 from .runs import Run
 
 CSV_LIMIT = 256 << 10

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from ..backends import QiskitQuantumBackend
+    from ..specs.base import Spec
     from .listing import RunTable
-    from .spec import Spec
 
 STATUSES = ("running", "done", "failed", "interrupted")
 FREE_BYTES = 64 << 20
@@ -55,7 +55,7 @@ class Run:
     Examples
     --------
     >>> import tempfile
-    >>> from qtx_lab.experiments import ExperimentSpec, Run
+    >>> from qtx_lab import ExperimentSpec, Run
     >>> with tempfile.TemporaryDirectory() as home:
     ...     with Run.create(ExperimentSpec(seed=7), "trial", home) as run:
     ...         run.log(sampler="systematic", draws=64, error=0.01)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from ..checks import check_count
 from ..errors import (
     ArgumentError,
     BackendUnavailable,
@@ -30,7 +31,7 @@ from ..errors import (
     SpecError,
     StorageError,
 )
-from ..samplers.base import check_count
+from ..specs.base import ClusterSpec, Spec, SweepSpec
 from ..storage import runs_home, write_atomic, write_frame
 from ..training.cluster import Cluster
 from .figures import comparison
@@ -38,7 +39,6 @@ from .listing import RunTable, run_table
 from .notebooks import as_word, declared_parameters, execute, notebook_path, notebook_spec, run_name
 from .report import write_report
 from .runs import Run, read_manifests
-from .spec import ClusterSpec, Spec, SweepSpec
 
 if TYPE_CHECKING:
     from distributed import Client, Future

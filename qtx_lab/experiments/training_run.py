@@ -12,12 +12,12 @@ import numpy as np
 
 from .. import theme as look
 from ..errors import ArgumentError, QtxError, RunFailed
+from ..specs.base import ClusterSpec, TrainSpec
 from ..storage import write_tensors
 from . import provenance
 from .figures import _figure
 from .report import write_report
 from .runs import Run, find_run
-from .spec import ClusterSpec, TrainSpec
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..checks import check_count, check_generator
 from ..errors import ArgumentError, BackendUnavailable
 from ..estimates import AttentionEstimate, Draws
-from ..samplers.base import check_count, check_generator
-from ..samplers.rows import check_inputs
+from ..problem import check_inputs
 from . import decode_reference, prefill_reference
 from .choice import VARIABLE, Choice, choose
 from .decode_reference import Decoded, Inputs

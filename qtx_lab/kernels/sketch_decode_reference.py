@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..checks import check_count
 from ..errors import ArgumentError, DtypeError
-from ..samplers.base import check_count
 from ..samplers.learned_proposal import best_low_rank
 from .decode_reference import LOG2_E, PAGE, Inputs, Masses, find_page, least_bits, mass_dtype, offsets
 

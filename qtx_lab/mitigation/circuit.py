@@ -17,10 +17,10 @@ from torch import Tensor
 from ..backends import QiskitQuantumBackend, RowCounts
 from ..backends.counts import RowRequest, rows_at_once
 from ..backends.exact import compile_steps, outcome_probabilities
+from ..checks import check_count
 from ..circuits import DynamicLoader, Loader, make_loader
 from ..circuits.base import integers, pack
 from ..errors import ArgumentError, BackendUnavailable, DtypeError, FallbackWarning, unknown_name
-from ..samplers.base import check_count
 from .decay import SharedDecay
 from .readout import can_undo, readout_errors, undo_dynamic_readout, undo_readout
 from .scaling import FOLDINGS, is_static, scale_noise

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..backends import QiskitQuantumBackend, RowCounts
 from ..backends.aer import AerEngine
+from ..checks import check_count
 from ..errors import ArgumentError, BackendUnavailable, DtypeError
-from ..samplers.base import check_count
 from .circuit import checked_request, counted, register_counts, register_keys
 from .readout import readout_errors, undo_readout
 from .scaling import is_static

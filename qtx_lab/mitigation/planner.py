@@ -14,10 +14,10 @@ from torch import Tensor
 
 from ..backends import QiskitQuantumBackend, RowCounts
 from ..backends.aer import AerEngine
+from ..checks import check_count
 from ..circuits import DynamicLoader, TreeLoader, check_rows
 from ..circuits.base import num_bits
 from ..errors import ArgumentError, BackendUnavailable, DtypeError
-from ..samplers.base import check_count
 from .circuit import CircuitMitigation, modelled_readout, register_probabilities
 from .decay import SharedDecay
 from .distillation import MOST as MOST_COPIED

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..checks import check_count
 from ..errors import ArgumentError, DtypeError, FallbackWarning, ShapeError, unknown_name
 from ..estimates import AttentionEstimate
-from ..samplers.base import check_count
 
 METHODS = ("richardson", "linear", "polynomial", "exponential")
 

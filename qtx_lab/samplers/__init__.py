@@ -7,17 +7,17 @@ from functools import partial
 
 from ..errors import ArgumentError, DtypeError, unknown_name
 from .base import InversionSampler, Sampler
+from .baselines.santa import SantaSampler
+from .baselines.top_k import TopKSampler
+from .baselines.vattention import VAttentionSampler
 from .exact import ExactSampler
 from .head_tail import HeadTailSampler
 from .learned import LearnedImportanceSampler
 from .monte_carlo import MonteCarloSampler
 from .quasi_monte_carlo import SEQUENCES, QuasiMonteCarloSampler
-from .santa import SantaSampler
 from .stratified import StratifiedSampler
 from .systematic import SystematicSampler
-from .top_k import TopKSampler
 from .value_order import value_order
-from .vattention import VAttentionSampler
 
 SAMPLERS: dict[str, Callable[[], Sampler]] = {
     "exact": ExactSampler,

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import operator
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..checks import check_count
 from ..errors import ArgumentError, DtypeError, ShapeError
 from ..estimates import Draws
 from .value_order import value_order
@@ -63,10 +63,6 @@ class Sampler(Protocol):
         ...
 
 
-MOST = 1 << 31
-"""No count of draws or replicates is larger."""
-
-
 def check_draw_arguments(logits: Tensor, num_samples: int, replicates: int) -> None:
     """Refuse what no sampler can draw from (see `Sampler.draw`); `row_masses` refuses NaN and +inf."""
     check_count("num_samples", num_samples)
@@ -76,24 +72,6 @@ def check_draw_arguments(logits: Tensor, num_samples: int, replicates: int) -> N
         raise DtypeError(f"logits is {given}; it must be a float32 or float64 tensor.")
     if logits.ndim < 1 or logits.shape[-1] == 0:
         raise ShapeError(f"logits has shape {tuple(logits.shape)}; it must be (..., n) with n >= 1 keys.")
-
-
-def check_count(argument: str, given: Any) -> None:
-    """Refuse a count that is not a whole number from 1 to `MOST`; NumPy's whole numbers will do."""
-    whole = hasattr(given, "__index__") and not isinstance(
-        given, bool | type
-    )  # SupportsIndex takes 10 µs to ask
-    count = operator.index(given) if whole else 0
-    if not 1 <= count <= MOST or isinstance(given, Tensor):
-        raise ArgumentError(
-            f"{argument}={given!r} is not allowed: it must be a whole number from 1 to {MOST}."
-        )
-
-
-def check_generator(generator: object) -> None:
-    """Refuse what is neither a generator nor None."""
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise DtypeError(f"generator is a {type(generator).__name__}; it must be a torch.Generator.")
 
 
 class InversionSampler(ABC):

@@ -14,15 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checks import check_count, check_generator
 from ..errors import ArgumentError, FallbackWarning, ShapeError, unknown_name
 from ..estimates import AttentionEstimate, Draws
+from ..problem import Rows, check_inputs, in_units
 from ..storage import read_tensors, write_tensors
-from .base import InversionSampler, check_count, check_generator
+from .base import InversionSampler
 from .learned_estimators import adaptive, debiased, importance
 from .learned_fit import Cancel, FitHistory, asker, fit_maps, start
 from .learned_proposal import ProposedRows, renyi
 from .monte_carlo import MonteCarloSampler
-from .rows import Rows, check_inputs, in_units
 from .systematic import SystematicSampler
 
 log = logging.getLogger(__name__)

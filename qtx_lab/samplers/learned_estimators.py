@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..estimates import AttentionEstimate, Draws, rounding_variance
+from ..problem import in_units
 from .base import InversionSampler, Uniform, invert, row_masses
 from .learned_proposal import BLOCK_ELEMENTS, ProposedRows, log_inclusion
-from .rows import in_units
 
 LEVEL_RATIO = 2**-1.5
 """P(level + 1) / P(level) of the debiased estimator. A level doubles the draws and divides the variance of its

@@ -12,8 +12,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..errors import DtypeError
+from ..problem import Rows
 from .learned_proposal import Maps, best_low_rank, mix, project, renyi
-from .rows import Rows
 
 Cancel = threading.Event | Callable[[], bool]
 

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..problem import Rows, blocks
 from .base import invert, row_masses
-from .rows import Rows, blocks
 
 BLOCK_ELEMENTS = 1 << 20
 """Size of a block of rows: keys, or draws times features, whichever is more, over its rows."""

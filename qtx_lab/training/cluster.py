@@ -12,8 +12,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..checks import check_count
 from ..errors import ArgumentError, BackendUnavailable, unknown_name
-from ..samplers.base import check_count
 
 if TYPE_CHECKING:
     from distributed import Client

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError, TextError
-from .reference import reference_text
+from ..models.reference import reference_text
 
 BYTES = 256
 """Vocabulary of a text that is read as bytes."""

@@ -6,10 +6,10 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any
 
+from ..checks import MAX_COUNT, check_count
 from ..controls import make_control
 from ..errors import ArgumentError, DtypeError, unknown_name
 from ..samplers import Sampler, make_sampler
-from ..samplers.base import MOST, check_count
 
 DRAWS_SCHEDULES = ("constant", "linear", "cosine", "signal-to-noise")
 NOISE_SCHEDULES = ("constant", "linear")
@@ -108,7 +108,7 @@ class Recipe:
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name))
         for name in ("warmup_steps", "validate_every", "checkpoint_every", "seed"):
-            value, most = getattr(self, name), 2**63 - 1 if name == "seed" else MOST
+            value, most = getattr(self, name), 2**63 - 1 if name == "seed" else MAX_COUNT
             if type(value) is not int or not 0 <= value <= most:
                 raise ArgumentError(
                     f"{name}={value!r} is not allowed: it must be a whole number from 0 to {most}."

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from ..errors import ArgumentError, StorageError
+from ..models.reference import ReferenceConfig, ReferenceModel, bits_per_byte, encode
 from ..storage import write_tensors
 from .loop import run_steps
-from .reference import ReferenceConfig, ReferenceModel, bits_per_byte, encode
 
 SHARED_WINDOW = 64
 """Bytes: a passage this long that the held-out text has too is cut from the training text."""

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from ..attention import QuantumMultiheadAttention, replace_attention, sampled_attention
 from ..errors import ArgumentError
 from ..estimates import Draws
+from ..models.reference import causal_sdpa
 from ..samplers import ExactSampler, Sampler, make_sampler
 from .recipe import Recipe
-from .reference import causal_sdpa
 
 
 class NoisySampler:
@@ -48,7 +48,7 @@ class Attention:
     Parameters
     ----------
     model : nn.Module
-        Whose forward takes `attention=` (see `qtx_lab.training.reference.AttentionFn`), or that holds
+        Whose forward takes `attention=` (see `qtx_lab.models.reference.AttentionFn`), or that holds
         `torch.nn.MultiheadAttention` or `QuantumMultiheadAttention` modules; else it attends in its own way.
         Modules of torch's become the latter, until `undo`.
     recipe : Recipe

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_count
 from ..errors import (
     ArgumentError,
     DtypeError,
@@ -29,7 +30,7 @@ from ..errors import (
     StorageError,
     unknown_name,
 )
-from ..samplers.base import check_count
+from ..models.reference import ReferenceConfig, ReferenceModel, load_reference_model
 from ..storage import runs_home, storage_error, write_atomic
 from . import rank as ranks
 from .checkpoints import checkpoint_path, checkpoints, claim, load_weights, locked, read_about
@@ -38,7 +39,6 @@ from .data import open_tokens
 from .loop import NotFinite
 from .rank import End, Job
 from .recipe import Recipe
-from .reference import ReferenceConfig, ReferenceModel, load_reference_model
 from .sampling import Attention
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ class QuantumTrainer:
     ----------
     model : nn.Module or str
         Maps tokens (B, T) to logits (B, T, V), or to an object with such `logits`. Its attention draws if its forward
-        takes `attention=` (`qtx_lab.training.reference.AttentionFn`) or if it holds `torch.nn.MultiheadAttention` or
+        takes `attention=` (`qtx_lab.models.reference.AttentionFn`) or if it holds `torch.nn.MultiheadAttention` or
         `QuantumMultiheadAttention` modules. A name in `MODELS` is one of the lab's. Trained in place.
     text : str, path, Tensor or array
         "reference", a UTF-8 file, a `.npy` file of whole numbers, or a 1-D tensor of them: see `open_tokens`.

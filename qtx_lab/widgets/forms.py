@@ -13,10 +13,10 @@ import traitlets
 import yaml
 
 from ..errors import DtypeError, SpecError, unknown_name
-from ..experiments.spec import Spec
+from ..specs.base import Spec
 from ..storage import write_atomic
-from .view import heard_while_busy
-from .work import Pace
+from .views.base import heard_while_busy
+from .workbench.process import Pace
 
 STATIC = Path(__file__).parent / "static"
 
@@ -61,7 +61,7 @@ class SpecForm(anywidget.AnyWidget):
 
     Examples
     --------
-    >>> from qtx_lab.experiments import SamplerSpec
+    >>> from qtx_lab import SamplerSpec
     >>> form = SpecForm(SamplerSpec)
     >>> form.enter(replicates="0")
     >>> form.valid, form.spec.replicates

@@ -263,7 +263,7 @@ def test_what_is_kept_for_backward_grows_with_the_draws_and_not_with_the_map(gen
 @pytest.mark.parametrize("name", ["systematic", "monte-carlo"])
 def test_neither_pass_makes_a_map(name, generator):
     """8,192 queries and keys: a single map of them would be 256 MiB."""
-    from qtx_lab.experiments.bench import peak_memory
+    from qtx_lab.bench.base import peak_memory
 
     q, k, v = (torch.randn(8192, 16, generator=generator).requires_grad_() for _ in range(3))
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import qtx_lab as qtx
-from qtx_lab.attention import sampled
+from qtx_lab.attention import dispatch as sampled
 from qtx_lab.samplers import SAMPLERS
 
 RANDOM = sorted(set(SAMPLERS) - {"exact"})
@@ -268,7 +268,7 @@ def test_overflowing_logits_are_refused():
 @pytest.mark.parametrize("length", [1024, 4096])
 def test_workspace_does_not_grow_with_the_map(length):
     """Beyond inputs, output and draws, a call holds no more than BLOCK_ELEMENTS allows."""
-    from qtx_lab.experiments.bench import peak_memory
+    from qtx_lab.bench.base import peak_memory
 
     q, k, v = tensors([(1, 2, length, 32)] * 3)
 

@@ -36,7 +36,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """No long pauses between questions, nor between the attempts of IBM's client."""
     from urllib3.util.retry import Retry
 
-    from qtx_lab.backends import jobs
+    from qtx_lab.backends.ibm import ledger as jobs
 
     monkeypatch.setattr(Retry, "_sleep_backoff", lambda retry: None)
 

@@ -11,9 +11,9 @@ import torch
 from ibm_cloud_sdk_core.token_managers.token_manager import TokenManager
 from urllib3.util.retry import Retry
 
-from qtx_lab.backends import jobs
 from qtx_lab.backends.counts import RowRequest
-from qtx_lab.backends.ibm import IBMEngine
+from qtx_lab.backends.ibm import ledger as jobs
+from qtx_lab.backends.ibm.engine import IBMEngine
 from qtx_lab.circuits import check_rows, make_loader
 from qtx_lab.errors import BackendUnavailable
 

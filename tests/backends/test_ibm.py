@@ -13,10 +13,10 @@ import torch
 from scipy.stats import chi2
 
 from qtx_lab.backends import QiskitQuantumBackend
-from qtx_lab.backends import ibm as room
 from qtx_lab.backends.counts import RowRequest
-from qtx_lab.backends.ibm import IBMEngine
-from qtx_lab.backends.jobs import find_jobs
+from qtx_lab.backends.ibm import engine as room
+from qtx_lab.backends.ibm.engine import IBMEngine
+from qtx_lab.backends.ibm.ledger import find_jobs
 from qtx_lab.circuits import check_rows, make_loader
 from qtx_lab.errors import ArgumentError, BackendUnavailable, JobTimeout, StorageError
 

@@ -16,7 +16,15 @@ from click.testing import CliRunner
 
 import qtx_lab
 from qtx_lab.backends.counts import RowRequest
-from qtx_lab.backends.jobs import Job, JobStatus, Refused, Unreachable, find_jobs, record_job, submit_parts
+from qtx_lab.backends.ibm.ledger import (
+    Job,
+    JobStatus,
+    Refused,
+    Unreachable,
+    find_jobs,
+    record_job,
+    submit_parts,
+)
 from qtx_lab.cli import main
 from qtx_lab.errors import BackendUnavailable, FallbackWarning, StorageError
 from qtx_lab.experiments.notebooks import run_notebook
@@ -242,7 +250,7 @@ def test_rows_that_cannot_be_read_are_one_clear_error(tmp_path: Path) -> None:
 def processes() -> Any:
     """Processes that start in an instant, since the imports are done in their common parent."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["qtx_lab.backends.ibm", "qtx_lab.circuits", "scipy.stats"])
+    context.set_forkserver_preload(["qtx_lab.backends.ibm.engine", "qtx_lab.circuits", "scipy.stats"])
     return context
 
 

@@ -15,7 +15,7 @@ import pytest
 from qtx_lab.errors import ArgumentError, RunFailed, SpecError, TextError
 from qtx_lab.experiments.notebooks import notebook_path, run_notebook
 from qtx_lab.experiments.runs import runs
-from qtx_lab.experiments.spec import ExperimentSpec
+from qtx_lab.specs.base import ExperimentSpec
 
 pytestmark = pytest.mark.notebooks
 

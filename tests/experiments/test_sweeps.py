@@ -21,8 +21,8 @@ import pytest
 
 from qtx_lab.errors import ArgumentError, BackendUnavailable, DtypeError, SpecError, StorageError
 from qtx_lab.experiments.runs import Run, read_manifests, runs
-from qtx_lab.experiments.spec import ClusterSpec, ExperimentSpec
 from qtx_lab.experiments.sweeps import plan, repeat_seed, sweep
+from qtx_lab.specs.base import ClusterSpec, ExperimentSpec
 from qtx_lab.storage import read_frame
 
 pytestmark = pytest.mark.notebooks

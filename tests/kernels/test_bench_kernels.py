@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import qtx_lab as qtx
-from qtx_lab.experiments import bench, bench_kernels
-from qtx_lab.experiments.bench_kernels import Case, Method
+from qtx_lab.bench import base as bench
+from qtx_lab.bench import kernels as bench_kernels
+from qtx_lab.bench.kernels import Case, Method
 
 TINY = Case(1, 512, 64, 1)
 

@@ -8,9 +8,9 @@ from qiskit.transpiler import generate_preset_pass_manager
 import qtx_lab as qtx
 from qtx_lab.backends.exact import compile_steps, outcome_probabilities
 from qtx_lab.backends.noise import fake_device, on_used_qubits
+from qtx_lab.bench import mitigation as bench_mitigation
+from qtx_lab.bench.base import BENCHES
 from qtx_lab.circuits.base import pack
-from qtx_lab.experiments import bench_mitigation
-from qtx_lab.experiments.bench import BENCHES
 from qtx_lab.mitigation import scale_noise
 from qtx_lab.mitigation.planner import Rehearsal, default_options, total_variation
 

@@ -10,11 +10,11 @@ from scipy import stats
 
 import qtx_lab as qtx
 from qtx_lab.errors import ArgumentError, DtypeError, ShapeError, StorageError
+from qtx_lab.models.reference import encode, load_reference_model, reference_text
 from qtx_lab.samplers import learned, learned_proposal
 from qtx_lab.samplers.learned import LearnedImportanceSampler
 from qtx_lab.samplers.learned_estimators import allocate
 from qtx_lab.samplers.learned_proposal import best_low_rank
-from qtx_lab.training.reference import encode, load_reference_model, reference_text
 
 FALSE_ALARM = 1e-6
 

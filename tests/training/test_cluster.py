@@ -187,7 +187,7 @@ def test_a_folder_of_two_ranks_is_resumed_by_one(cluster, whole, tmp_path):
 
 
 def test_the_benchmark_trains_what_it_is_compared_with(cluster, monkeypatch, capsys):
-    from qtx_lab.experiments import bench_training
+    from qtx_lab.bench import training as bench_training
 
     monkeypatch.setattr(bench_training, "open_cluster", lambda *args, **options: nullcontext(cluster))
     monkeypatch.setattr(bench_training, "MODEL", "small")

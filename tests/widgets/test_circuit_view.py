@@ -15,8 +15,8 @@ from qtx_lab.backends.noise import fake_device
 from qtx_lab.errors import ArgumentError, DtypeError, ShapeError
 from qtx_lab.mitigation import ZeroNoiseExtrapolation
 from qtx_lab.mitigation.zne import METHODS
-from qtx_lab.widgets.circuit_view import NO_ADVANTAGE, CircuitView, _curve, drawing, region
-from qtx_lab.widgets.lens import AttentionLens
+from qtx_lab.widgets.views.circuit import NO_ADVANTAGE, CircuitView, _curve, drawing, region
+from qtx_lab.widgets.views.lens import AttentionLens
 
 P = torch.tensor([[0.4, 0.3, 0.2, 0.1, 0, 0, 0, 0], [0.125] * 8])
 
@@ -194,8 +194,8 @@ def test_it_is_saved_as_picture_and_data(tmp_path: Path) -> None:
 
 CELL = """
 import torch, qtx_lab as qtx
-from qtx_lab.widgets.lens import AttentionLens
-from qtx_lab.widgets.circuit_view import CircuitView
+from qtx_lab.widgets.views.lens import AttentionLens
+from qtx_lab.widgets.views.circuit import CircuitView
 text = qtx.reference_text()[:16]
 layers = qtx.load_reference_model().attention_inputs(qtx.encode(text)[None, :16])
 lens = AttentionLens(*zip(*layers), tokens=text, is_causal=True, layer=3, head=2)

@@ -24,7 +24,7 @@ from scipy import stats
 import qtx_lab as qtx
 from qtx_lab import cli
 from qtx_lab.errors import ArgumentError, StorageError
-from qtx_lab.experiments.spec import ExperimentSpec, NotebookSpec, SweepSpec
+from qtx_lab.specs.base import ExperimentSpec, NotebookSpec, SweepSpec
 from qtx_lab.widgets.dashboard import figures, maps, serve
 from qtx_lab.widgets.dashboard.page import Page
 from qtx_lab.widgets.dashboard.records import Records
@@ -600,7 +600,7 @@ def test_ten_thousand_runs_are_paged(tmp_path: Path) -> None:
 def test_the_proxy_starts_what_the_command_line_has(tmp_path: Path) -> None:
     from importlib.metadata import entry_points
 
-    from qtx_lab.widgets import proxy
+    from qtx_lab.widgets.dashboard import proxy
 
     (entry,) = (e for e in entry_points(group="jupyter_serverproxy_servers") if e.value.startswith("qtx_lab"))
     assert entry.name == proxy.NAME

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from qtx_lab.backends.jobs import record_job
+from qtx_lab import ExperimentSpec, Run
+from qtx_lab.backends.ibm.ledger import record_job
 from qtx_lab.errors import ArgumentError
-from qtx_lab.experiments import ExperimentSpec, Run
-from qtx_lab.widgets.job_table import JobTable
+from qtx_lab.widgets.views.job_table import JobTable
 
 SERVER = Path(__file__).parents[1] / "backends" / "ibm_server.py"
 
@@ -102,7 +102,7 @@ def test_it_is_saved_as_picture_and_data(tmp_path: Path) -> None:
 
 CELL = """
 import qtx_lab as qtx, torch
-from qtx_lab.widgets.job_table import JobTable
+from qtx_lab.widgets.views.job_table import JobTable
 backend = qtx.QiskitQuantumBackend("ibm", "ibm_lagos", shots=64)
 jobs = [backend.submit_rows(torch.tensor([[0.5, 0.5]]), generator=torch.Generator().manual_seed(i)) for i in range(2)]
 table = JobTable()

@@ -13,11 +13,11 @@ import torch
 
 from qtx_lab import sampled_attention
 from qtx_lab.errors import ArgumentError, ShapeError
-from qtx_lab.widgets.lens import TILE, AttentionLens
+from qtx_lab.widgets.views.lens import TILE, AttentionLens
 
 CELL = """
 import qtx_lab as qtx
-from qtx_lab.widgets.lens import AttentionLens
+from qtx_lab.widgets.views.lens import AttentionLens
 text = qtx.reference_text()[:512]
 layers = qtx.load_reference_model().attention_inputs(qtx.encode(text)[None, :512])
 lens = AttentionLens(*zip(*layers), tokens=text, is_causal=True, layer=3, head=2)

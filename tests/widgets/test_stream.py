@@ -15,8 +15,8 @@ import torch
 
 from qtx_lab.errors import ArgumentError, DtypeError, ShapeError
 from qtx_lab.storage import read_frame
-from qtx_lab.widgets import stream as module
-from qtx_lab.widgets.stream import BLOCK, COLUMNS, MetricStream
+from qtx_lab.widgets.views import stream as module
+from qtx_lab.widgets.views.stream import BLOCK, COLUMNS, MetricStream
 
 
 class Browser:
@@ -140,8 +140,8 @@ def test_it_is_saved_as_picture_and_data(tmp_path: Path) -> None:
 
 FEED = """
 import threading, time, numpy as np
-from qtx_lab.experiments import ExperimentSpec, Run
-from qtx_lab.widgets.stream import MetricStream
+from qtx_lab import ExperimentSpec, Run
+from qtx_lab.widgets.views.stream import MetricStream
 stream = MetricStream("A run", x_label="step", y_label="loss", log_y=True)
 sent = []
 original = stream.send
@@ -173,7 +173,7 @@ def keep():
 BUTTON = """
 import ipywidgets
 button = ipywidgets.Button(description="feed on a subshell")
-from qtx_lab.widgets.view import heard_while_busy
+from qtx_lab.widgets.views.base import heard_while_busy
 heard_while_busy(button)
 button.on_click(lambda _: feed("head-tail", {}, 8, 160))
 button

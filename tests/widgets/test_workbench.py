@@ -20,9 +20,9 @@ import pytest
 import torch
 
 from qtx_lab.errors import ArgumentError, DtypeError, JobTimeout, RunFailed, ShapeError, SpecError
-from qtx_lab.widgets import tasks
-from qtx_lab.widgets.work import Pace, Worker
-from qtx_lab.widgets.workbench import Workbench
+from qtx_lab.widgets.workbench import tasks
+from qtx_lab.widgets.workbench.process import Pace, Worker
+from qtx_lab.widgets.workbench.workbench import Workbench
 
 TASKS = """
 import os, time, warnings
@@ -123,7 +123,7 @@ def test_errors_of_tasks_are_told(worker: Worker) -> None:
 @pytest.mark.chaos
 def test_a_worker_does_not_outlive_who_started_it(worker: Worker, tmp_path: Path) -> None:
     code = (
-        "import time; from qtx_lab.widgets.work import Worker; w = Worker('qtx_tasks_for_tests');"
+        "import time; from qtx_lab.widgets.workbench.process import Worker; w = Worker('qtx_tasks_for_tests');"
         "x = w.start('stuck', how='python', take=lambda _: print(w._process.pid, flush=True)); time.sleep(600)"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)

@@ -17,8 +17,8 @@ from matplotlib.colors import to_hex
 
 from ... import theme as look
 from ...attention import sampled_attention
+from ...models.reference import encode, load_reference_model, reference_text
 from ...samplers import SAMPLERS
-from ...training.reference import encode, load_reference_model, reference_text
 from .figures import axes
 
 FLOOR = 1e-4

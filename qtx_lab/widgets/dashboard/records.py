@@ -121,7 +121,7 @@ class Records:
         columns = ["tag", "run", "device", "state", "rows", "shots", "recorded"]
         if not (self.home / "jobs").is_dir() and not any(self.home.glob("*/jobs")):
             return pd.DataFrame(columns=columns)  # and the room of backends is not loaded
-        from ...backends.jobs import find_jobs
+        from ...backends.ibm.ledger import find_jobs
 
         found = []
         with warnings.catch_warnings(action="ignore"):  # files that are no records: `qtx-lab jobs` names them

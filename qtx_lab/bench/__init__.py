@@ -1,0 +1,1 @@
+"""`qtx-lab bench`: what things cost, beside what a user would pick instead. One file a benchmark."""

@@ -1,0 +1,71 @@
+"""Checks of arguments that every room shares: each refuses with one sentence that names the argument."""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import ArgumentError, DtypeError, ShapeError
+
+MAX_COUNT = 1 << 31
+"""No count of draws, replicates, keys or steps may be larger."""
+
+
+def check_count(argument: str, given: Any) -> None:
+    """Refuse a count that is not a whole number from 1 to `MAX_COUNT`; NumPy's whole numbers will do."""
+    whole = hasattr(given, "__index__") and not isinstance(
+        given, bool | type
+    )  # SupportsIndex takes 10 µs to ask
+    count = operator.index(given) if whole else 0
+    if not 1 <= count <= MAX_COUNT or isinstance(given, Tensor):
+        raise ArgumentError(
+            f"{argument}={given!r} is not allowed: it must be a whole number from 1 to {MAX_COUNT}."
+        )
+
+
+def check_generator(generator: object) -> None:
+    """Refuse what is neither a generator nor None."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise DtypeError(f"generator is a {type(generator).__name__}; it must be a torch.Generator.")
+
+
+def check_scale(scale: float | None) -> None:
+    """Refuse a factor of the logits that is no finite number."""
+    if scale is None:
+        return
+    if isinstance(scale, bool | str) or not hasattr(scale, "__float__"):
+        raise DtypeError(f"scale={scale!r} is not allowed: it must be a number.")
+    if not math.isfinite(scale):
+        raise ArgumentError(f"scale={scale} is not allowed: it must be a finite number.")
+
+
+def check_tensors(**tensors: Tensor) -> None:
+    """Refuse what is no dense tensor (..., length, features) of a dtype that is attended to, or unlike the first."""
+    first, like = next(iter(tensors.items()))
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor):
+            raise DtypeError(f"{name} is a {type(x).__name__}; it must be a torch.Tensor.")
+        if x.layout != torch.strided or x.is_meta or x.is_nested:
+            raise DtypeError(
+                f"{name} is a {x.layout} tensor on {x.device}; it must be dense and hold numbers."
+            )
+        if x.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+            raise DtypeError(f"{name} is {x.dtype}; it must be float32, float64, float16 or bfloat16.")
+        if x.dtype != like.dtype or x.device != like.device:
+            raise DtypeError(
+                f"{name} is {x.dtype} on {x.device}, {first} is {like.dtype} on {like.device}; they must agree."
+            )
+        if x.ndim < 2:
+            raise ShapeError(f"{name} has shape {tuple(x.shape)}; it must be (..., length, features).")
+
+
+def check_finite(name: str, x: Tensor) -> float:
+    """Refuse NaN and infinities; the largest size of a number in x."""
+    ends = [float(end) for end in x.detach().aminmax()] if x.numel() else [0.0]
+    if not all(math.isfinite(end) for end in ends):
+        raise ArgumentError(f"{name} holds NaN or infinity; only finite numbers are allowed.")
+    return max(abs(end) for end in ends)

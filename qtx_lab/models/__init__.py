@@ -1,0 +1,1 @@
+"""Language models: the reference model, the Hugging Face adapter, and generation."""

@@ -1,0 +1,391 @@
+"""The reference model: a small causal byte-level transformer, trained on Python's own manual, and its text.
+
+It exists so that every figure of the lab is about attention that a model has learned, on a machine without a
+network. The shipped weights and the held-out text lie in `assets/`, with a model card beside them;
+`reference_training.py` made them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..cache import SampledKVCache
+from ..checks import check_count, check_generator
+from ..errors import ArgumentError, DtypeError, TextError
+from ..storage import read_tensors
+
+ASSETS = Path(__file__).parent / "assets"
+
+AttentionFn = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""`attention(layer, q, k, v)`: q (B, H, L, E), k and v (B, Hkv, L, E), causal -> (B, H, L, E)."""
+
+
+@dataclass(frozen=True)
+class ReferenceConfig:
+    """Shape of the reference model; the defaults are the shipped one's."""
+
+    vocab_size: int = 256
+    context: int = 1024
+    layers: int = 6
+    width: int = 128
+    heads: int = 8
+    kv_heads: int = 2
+    head_dim: int = 32
+    mlp_width: int = 384
+    rope_base: float = 10_000.0
+    dropout: float = 0.0
+
+
+def causal_sdpa(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Exact causal attention with grouped-query heads: what the model was trained with."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
+class Block(nn.Module):
+    """Pre-norm attention with rotary positions and grouped-query heads, then a SwiGLU."""
+
+    def __init__(self, config: ReferenceConfig):
+        super().__init__()
+        c = self.config = config
+        self.attention_norm = nn.RMSNorm(c.width)
+        self.query = nn.Linear(c.width, c.heads * c.head_dim, bias=False)
+        self.key = nn.Linear(c.width, c.kv_heads * c.head_dim, bias=False)
+        self.value = nn.Linear(c.width, c.kv_heads * c.head_dim, bias=False)
+        self.out = nn.Linear(c.heads * c.head_dim, c.width, bias=False)
+        self.mlp_norm = nn.RMSNorm(c.width)
+        self.gate_up = nn.Linear(c.width, 2 * c.mlp_width, bias=False)
+        self.down = nn.Linear(c.mlp_width, c.width, bias=False)
+
+    def project(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, L, width) -> q (B, H, L, E), k and v (B, Hkv, L, E), rotary positions applied."""
+        h = self.attention_norm(x)
+        q, k, v = (
+            p(h).unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
+            for p in (self.query, self.key, self.value)
+        )
+        return rotate(q, rotation), rotate(k, rotation), v
+
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], attend: Callable[..., Tensor]) -> Tensor:
+        o = attend(*self.project(x, rotation)).transpose(1, 2).flatten(-2)
+        x = x + F.dropout(self.out(o), self.config.dropout, self.training)
+        gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, dim=-1)
+        return x + F.dropout(self.down(F.silu(gate) * up), self.config.dropout, self.training)
+
+
+def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary position embedding (Su et al. 2021, eq. 34) of x (..., L, E), halves paired."""
+    cos, sin = rotation
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+
+
+class ReferenceModel(nn.Module):
+    """A causal byte-level transformer whose attention can be replaced at every call.
+
+    `model(tokens)` gives next-byte logits (B, L, 256) for int64 tokens (B, L), L <= context.
+    `model(tokens, attention=fn)` computes each layer's attention with `fn(layer, q, k, v)` instead.
+    """
+
+    def __init__(self, config: ReferenceConfig | None = None):
+        super().__init__()
+        c = self.config = config or ReferenceConfig()
+        self.embedding = nn.Embedding(c.vocab_size, c.width)
+        self.blocks = nn.ModuleList(Block(c) for _ in range(c.layers))
+        self.norm = nn.RMSNorm(c.width)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        for block in self.blocks:
+            for name, p in block.named_parameters():
+                if p.ndim == 2:
+                    residual = name in ("out.weight", "down.weight")
+                    nn.init.normal_(p, std=0.02 / (math.sqrt(2 * c.layers) if residual else 1))
+
+    def rotation(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        half = self.config.head_dim // 2
+        exponent = torch.arange(half, device=device, dtype=torch.float32) / half
+        frequency = self.config.rope_base**-exponent  # [E/2], radians per position
+        angle = torch.outer(torch.arange(length, device=device, dtype=torch.float32), frequency)
+        return angle.cos(), angle.sin()
+
+    def forward(self, tokens: Tensor, attention: AttentionFn = causal_sdpa) -> Tensor:
+        rotation = self.rotation(tokens.shape[-1], tokens.device)
+        x = self.embedding(tokens)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, rotation, lambda q, k, v, i=layer: attention(i, q, k, v))
+        return F.linear(self.norm(x), self.embedding.weight)
+
+    def attention_inputs(self, tokens: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """(q, k, v) of every layer for tokens (B, L): q (B, H, L, E), k and v (B, Hkv, L, E), rotated."""
+        inputs = []
+
+        def record(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            inputs.append((q, k, v))
+            return causal_sdpa(layer, q, k, v)
+
+        with torch.no_grad():
+            self(tokens, attention=record)
+        return inputs
+
+    def generate(
+        self,
+        prompt: str | Tensor,
+        max_new_tokens: int = 256,
+        *,
+        temperature: float = 0.0,
+        proposal: str | None = "low-rank",
+        rank: int | None = None,
+        num_samples: int = 64,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[bytes]:
+        """Go on with a text, byte by byte as they come, decoding with a `SampledKVCache` a layer.
+
+        Parameters
+        ----------
+        prompt : str or Tensor, int64, (L,)
+            Attended to exactly; with the new bytes no longer than the context.
+        max_new_tokens : int
+        temperature : float
+            0: always the likeliest byte; otherwise what the logits are divided by before a byte is drawn.
+        proposal, rank : str or None, int
+            As for `SampledKVCache.build`; a proposal of None is exact attention to all tokens.
+        num_samples : int
+            Draws of each row.
+        generator : torch.Generator, optional
+            Of bytes and keys; the bytes' random numbers are the same whatever the proposal.
+
+        Yields
+        ------
+        bytes
+            One at a time: not always whole characters.
+
+        Raises
+        ------
+        ArgumentError, DtypeError
+            On the call, before any byte.
+
+        Examples
+        --------
+        >>> model = load_reference_model()
+        >>> b"".join(model.generate("The import statement", 12)).decode()[:5]
+        ' is a'
+        """
+        tokens = encode(prompt) if isinstance(prompt, str) else prompt
+        check_count("max_new_tokens", max_new_tokens)
+        check_generator(generator)
+        if not isinstance(tokens, Tensor) or tokens.dtype != torch.int64 or tokens.ndim != 1:
+            raise DtypeError(
+                f"prompt={prompt!r:.60} is not allowed: it must be a text, or int64 tokens (L,)."
+            )
+        limit = self.config.context
+        if not 1 <= len(tokens) <= limit - max_new_tokens:
+            raise ArgumentError(
+                f"prompt has {len(tokens)} bytes; with max_new_tokens={max_new_tokens} it must have 1 to "
+                f"{limit - max_new_tokens}."
+            )
+        if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.config.vocab_size:
+            raise ArgumentError(
+                f"prompt holds tokens from {int(tokens.min())} to {int(tokens.max())}; they must be 0 to "
+                f"{self.config.vocab_size - 1}."
+            )
+        if (
+            isinstance(temperature, bool)
+            or not isinstance(temperature, int | float)
+            or not 0 <= temperature < math.inf
+        ):
+            raise ArgumentError(f"temperature={temperature!r} is not allowed: it must be a number >= 0.")
+        keys = torch.Generator(self.embedding.weight.device)
+        keys.manual_seed(int(torch.randint(1 << 62, (), generator=generator)))
+        state = Decoding(
+            self, tokens[None], proposal=proposal, rank=rank, num_samples=num_samples, generator=keys
+        )
+        return self._stream(state, max_new_tokens, temperature, generator)
+
+    @staticmethod
+    def _stream(
+        state: Decoding, count: int, temperature: float, generator: torch.Generator | None
+    ) -> Iterator[bytes]:
+        for left in reversed(range(count)):
+            logits = state.logits[0].cpu()
+            if temperature == 0:
+                token = logits.argmax(-1, keepdim=True)
+            else:
+                token = (logits / temperature).softmax(-1).multinomial(1, generator=generator)
+            yield bytes(token.tolist())
+            if left:
+                state.step(token.to(state.logits.device))
+
+
+class Decoding:
+    """The reference model part of the way through a text: its layers' caches, and the logits of the next byte.
+
+    The tokens so far are attended to exactly, those that `step` adds by draws.
+
+    Parameters
+    ----------
+    model : ReferenceModel
+    tokens : Tensor, int64, (B, L)
+    proposal : str, optional
+        As for `SampledKVCache.build`; None: exact attention, with a cache of all keys and values.
+    rank : int, optional
+    num_samples : int
+    generator : torch.Generator, optional
+
+    Raises
+    ------
+    ArgumentError
+        If an argument is not allowed.
+    """
+
+    def __init__(
+        self,
+        model: ReferenceModel,
+        tokens: Tensor,
+        *,
+        proposal: str | None = "low-rank",
+        rank: int | None = None,
+        num_samples: int = 64,
+        generator: torch.Generator | None = None,
+    ):
+        check_count("num_samples", num_samples)
+        if proposal is None and rank is not None:
+            raise ArgumentError(f"rank={rank} is for proposal='low-rank' only; given None.")
+        self.model, self.num_samples, self.generator = model, num_samples, generator
+        self.caches: list[SampledKVCache] = []
+        self.exact: list[tuple[Tensor, Tensor]] = []
+        self.length = tokens.shape[1]
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if proposal is None:
+                self.exact.append((k, v))
+            else:
+                self.caches.append(SampledKVCache.build(k, v, proposal, rank, queries=q))
+            return causal_sdpa(layer, q, k, v)
+
+        with torch.no_grad():
+            self.logits = model(tokens, attention=attend)[:, -1]  # [B, 256]
+
+    def step(self, token: Tensor) -> Tensor:
+        """Add one token (B,) to each text; the logits (B, 256) of the next.
+
+        Raises
+        ------
+        ArgumentError
+            If the context is full.
+        """
+        if self.length == self.model.config.context:
+            raise ArgumentError(f"the context of {self.length} tokens is full.")
+        self.length += 1
+        rotation = self.model.rotation(self.length, token.device)
+        rotation = rotation[0][-1:], rotation[1][-1:]
+        with torch.no_grad():
+            x = self.model.embedding(token[:, None])
+            for layer, block in enumerate(self.model.blocks):
+                x = block(x, rotation, lambda q, k, v, i=layer: self._attend(i, q, k, v))
+            self.logits = F.linear(self.model.norm(x), self.model.embedding.weight)[:, 0]
+        return self.logits
+
+    def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.exact:
+            before = self.exact[layer]
+            k, v = (torch.cat((old, new), 2) for old, new in zip(before, (k, v), strict=True))
+            self.exact[layer] = (k, v)
+            return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        self.caches[layer].append(k, v)
+        return self.caches[layer].attend(q, self.num_samples, generator=self.generator).output
+
+
+def load_reference_model(path: str | Path | None = None) -> ReferenceModel:
+    """The shipped model (or one that `qtx-lab train` wrote to `path`), in evaluation mode, float32.
+
+    Raises
+    ------
+    ArgumentError
+        If the file is missing or is no reference model.
+    """
+    path = ASSETS / "model.safetensors" if path is None else Path(path)
+    try:
+        weights, about = read_tensors(path)
+        config = ReferenceConfig(**json.loads(about["config"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArgumentError(f"path={str(path)!r} does not hold a reference model: {error}") from error
+    model = ReferenceModel(config)
+    model.load_state_dict({name: x.float() for name, x in weights.items()})
+    return model.eval()
+
+
+def reference_text() -> str:
+    """The held-out text: the last tenth of Python 3.11's `pydoc_data.topics`, which the model never saw."""
+    return (ASSETS / "heldout.txt").read_text(encoding="utf-8")
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a UTF-8 file.
+
+    Raises
+    ------
+    TextError
+        If it cannot be read, is not UTF-8, or is empty.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise TextError(f"text={str(path)!r} cannot be read: {error.strerror or error}.") from error
+    except UnicodeDecodeError as error:
+        raise TextError(
+            f"text={str(path)!r} is not UTF-8 (byte {error.start}): save it as UTF-8 text."
+        ) from error
+    if not text.strip():
+        raise TextError(f"text={str(path)!r} is empty: the model needs at least some bytes.")
+    return text
+
+
+def encode(text: str) -> Tensor:
+    """The bytes of a text as int64 tokens, (number of bytes,)."""
+    return torch.tensor(bytearray(text.encode()), dtype=torch.uint8).long()
+
+
+def bits_per_byte(
+    model: ReferenceModel,
+    tokens: Tensor,
+    *,
+    attention: AttentionFn = causal_sdpa,
+    window: int | None = None,
+) -> Tensor:
+    """Mean cross-entropy of each next byte, in bits, for each window of the tokens.
+
+    Parameters
+    ----------
+    model : ReferenceModel
+    tokens : Tensor, int64, (T,)
+        Cut into windows of `window` + 1 bytes that overlap by one; an incomplete last one is left out.
+    attention : AttentionFn
+        What computes each layer's attention.
+    window : int, optional
+        Bytes predicted a window, each from those before it in the window; the model's context where None.
+
+    Returns
+    -------
+    Tensor, float64, (number of windows,)
+
+    Raises
+    ------
+    ArgumentError
+        If window is not in 1..context, or if there are not window + 1 tokens.
+    """
+    window = model.config.context if window is None else window
+    if not 1 <= window <= model.config.context:
+        raise ArgumentError(f"window={window} is not allowed: it must be in 1..{model.config.context}.")
+    if len(tokens) <= window:
+        raise ArgumentError(f"tokens has {len(tokens)} bytes; a window of {window} needs {window + 1}.")
+    windows = tokens.unfold(0, window + 1, window)  # [W, window + 1]
+    with torch.no_grad():
+        logits = model(windows[:, :-1], attention=attention)
+        nats = F.cross_entropy(logits.transpose(1, 2), windows[:, 1:], reduction="none")
+    return nats.double().mean(-1) / math.log(2)

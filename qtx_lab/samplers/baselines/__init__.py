@@ -1,0 +1,1 @@
+"""What others do, to compare with; some of it is biased, and says so."""

@@ -1,0 +1,120 @@
+"""S²ANTA, a baseline: systematic draws in tiles of keys, each tile with a whole number of draws."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...checks import check_count
+from ...errors import unknown_name
+from ...estimates import Draws
+from ..base import Uniform, check_draw_arguments, invert, row_masses
+
+BUDGETS = ("proportional", "fixed")
+POINTS = ("systematic", "stratified")
+
+
+class SantaSampler:
+    """Draws within tiles of keys by S²ANTA's two rules for how many a tile gets.
+
+    - `proportional` (S²ANTA-Prop): tile t of probability P_t gets S_t draws, S P_t rounded by largest remainders, and
+      every draw weighs 1 / S. Biased: a tile counts S_t / S in place of P_t in every repetition, since the rounding is
+      not random (but for ties).
+    - `fixed` (S²ANTA-Flash): every tile gets the same number of draws, a draw of tile t weighs P_t / S_t. Unbiased.
+
+    Variance: within a tile that of systematic (or stratified) sampling; none between tiles. With one tile both are
+    `SystematicSampler`. Source: Lee et al., Stochastic sparse attention for memory-bound inference (2026,
+    arXiv:2605.01910), and the kernels released with it, whose draws are systematic and whose tiles hold 256 keys
+    (Flash also 32 or 64).
+
+    Parameters
+    ----------
+    budgets : {"proportional", "fixed"}
+    points : {"systematic", "stratified"}
+        One random offset for each tile, or one for each draw.
+    tile : int
+        Keys in a tile; as many more as it takes to have no more tiles than draws.
+
+    Raises
+    ------
+    ArgumentError
+        If an argument is not allowed.
+    """
+
+    independent = False
+
+    def __init__(self, budgets: str = "proportional", points: str = "systematic", tile: int = 256):
+        if budgets not in BUDGETS:
+            raise unknown_name("budgets", budgets, BUDGETS)
+        if points not in POINTS:
+            raise unknown_name("points", points, POINTS)
+        check_count("tile", tile)
+        self.budgets, self.points, self.tile = budgets, points, tile
+        self.unbiased = budgets == "fixed"
+        kind = "santa-prop" if budgets == "proportional" else "santa-flash"
+        self.name = kind if points == "systematic" else f"{kind}-stratified"
+
+    def draw(
+        self,
+        logits: Tensor,
+        num_samples: int,
+        *,
+        values: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        replicates: int = 1,
+    ) -> Draws:
+        """Draw keys: see `Sampler.draw`."""
+        check_draw_arguments(logits, num_samples, replicates)
+        n, s = logits.shape[-1], num_samples
+        uniform = Uniform(generator, logits.device)
+        mass = row_masses(logits)
+        tile = max(self.tile, -(-n // s))
+        inside = F.pad(mass[..., :n], (0, -n % tile)).unflatten(-1, (-1, tile)).sum(-1, dtype=torch.float64)
+        total = inside.sum(-1, keepdim=True).clamp_min(1)
+        share = inside / total  # P_t, [..., tiles]
+        budgets = (
+            self._proportional(share, s, uniform) if self.budgets == "proportional" else _fixed(share, s)
+        )
+
+        last = budgets.cumsum(-1)
+        slot = torch.arange(s, device=logits.device).expand(*logits.shape[:-1], s).contiguous()
+        of = torch.searchsorted(last, slot, right=True).clamp_max_(share.shape[-1] - 1)  # the tile of a draw
+        count = budgets.gather(-1, of).clamp_min(1)
+        within = slot - (last - budgets).gather(-1, of)
+        of, count, within = (
+            x[..., None, :].expand(*x.shape[:-1], replicates, s) for x in (of, count, within)
+        )
+        lead = (*logits.shape[:-1], replicates)
+        if self.points == "systematic":
+            u = uniform(*lead, share.shape[-1]).gather(-1, of)
+        else:
+            u = uniform(*lead, s)
+        start, held = (
+            x[..., None, :].expand(*lead, -1).gather(-1, of) for x in (share.cumsum(-1) - share, share)
+        )
+        points = (start + held * (within + u) / count).flatten(-2)
+
+        indices, found = invert(mass, points)
+        probabilities = mass.gather(-1, indices) / total.to(mass.dtype)
+        weight = held / count if self.budgets == "fixed" else torch.full_like(held, 1 / s)
+        weights = (weight.flatten(-2) / replicates).to(mass.dtype).masked_fill_(found == 0, 0)
+        return Draws(indices, weights, probabilities, replicates)
+
+    @staticmethod
+    def _proportional(share: Tensor, num_samples: int, uniform: Uniform) -> Tensor:
+        """S P_t rounded down, and one more for the largest remainders."""
+        quota = num_samples * share
+        budgets = quota.floor()
+        remainder = quota - budgets + 1e-7 * uniform(*share.shape)  # ties in random order
+        rank = remainder.argsort(-1, descending=True).argsort(-1)
+        left = num_samples - budgets.sum(-1, keepdim=True)
+        return (budgets + (rank < left)).long()
+
+
+def _fixed(share: Tensor, num_samples: int) -> Tensor:
+    """The same number of draws for every tile that is seen, and one more for the first where it does not divide S."""
+    seen = share > 0
+    tiles = seen.sum(-1, keepdim=True).clamp_min(1)
+    budgets = num_samples // tiles + (seen.cumsum(-1) <= num_samples % tiles)
+    return budgets * seen

@@ -1,0 +1,203 @@
+"""`JobTable`: the jobs on devices and the runs of a folder, to refresh, cancel and open."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import traitlets
+
+from ... import theme as look
+from ...backends.ibm.ledger import ENDED, Job, Unreachable, find_jobs
+from ...errors import ArgumentError, BackendUnavailable, StorageError
+from ...experiments.runs import Run, runs
+from ...storage import json_bytes, runs_home
+from .base import View
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+MOST_ROWS = 500
+"""Jobs, and runs, that are listed: the newest."""
+
+JOB_COLUMNS = ("tag", "run", "device", "state", "rows", "shots", "recorded")
+RUN_COLUMNS = ("run", "name", "status", "started", "seconds")
+
+
+class JobTable(View):
+    """Jobs over all runs, and the runs themselves: what is queued, running, done or failed.
+
+    States are those last known until Refresh asks the servers. Cancel asks twice. Open shows a record and sets `opened`.
+
+    Parameters
+    ----------
+    home : path, optional
+        The folder of runs; see `runs_home`.
+    service : QiskitRuntimeService, optional
+        Asked about the jobs; see `find_jobs`.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as home:
+    ...     JobTable(home).frame().empty
+    True
+    """
+
+    home = traitlets.Unicode(read_only=True).tag(sync=True)
+    opened = traitlets.Unicode(read_only=True)
+    """The file or folder of the job or run that was opened last."""
+
+    def __init__(self, home: str | Path | None = None, *, service: Any = None):
+        self._service = service
+        self._turn = threading.Lock()
+        self._troubles: list[str] = []
+        super().__init__("jobs")
+        self.set_trait("home", str(runs_home(home).absolute()))
+
+    def frame(self) -> pd.DataFrame:
+        """The jobs, newest first, their states as last known."""
+        import pandas as pd
+
+        return pd.DataFrame([self._facts(job) for job in self._jobs()], columns=[*JOB_COLUMNS, "path"])
+
+    def figure(self, theme: str = "light") -> Figure:
+        """The newest jobs and runs as a picture of two tables."""
+        import matplotlib as mpl
+        from matplotlib.figure import Figure
+
+        c = look.colours_of(theme)
+        style: Any = look.matplotlib_style(theme)
+        jobs = [[str(row[name]) for name in JOB_COLUMNS] for row in map(self._facts, self._jobs())][:12]
+        listed = [[str(row[name]) for name in RUN_COLUMNS] for row in self._runs()[:12]]
+        with mpl.rc_context(style):
+            figure = Figure(figsize=(12.4, 1.6 + 0.26 * (len(jobs) + len(listed))), layout="constrained")
+            axes = figure.subplots(2, 1, height_ratios=[len(jobs) + 2, len(listed) + 2])
+            for ax, title, names, rows in (
+                (axes[0], "Jobs on devices", JOB_COLUMNS, jobs),
+                (axes[1], "Runs", RUN_COLUMNS, listed),
+            ):
+                ax.axis("off")
+                ax.set_title(title if rows else f"{title}: none yet")
+                if rows:
+                    table = ax.table(
+                        rows, colLabels=names, loc="upper center", cellLoc="left", edges="horizontal"
+                    )
+                    table.auto_set_font_size(False)
+                    table.set_fontsize(8)
+                    table.auto_set_column_width(range(len(names)))
+                    for cell in table.get_celld().values():
+                        cell.set_edgecolor(c["line"])
+                        cell.get_text().set_color(c["text"])
+        return figure
+
+    def refresh(self) -> None:
+        """Ask the servers where the jobs are, and list anew; waits for the answers."""
+        self._refresh(True)
+
+    def cancel(self, tag: str) -> None:
+        """Cancel the job with this tag.
+
+        Raises
+        ------
+        ArgumentError
+            If there is none.
+        BackendUnavailable
+            If it has ended; if the server cannot be asked.
+        """
+        self._job(tag).cancel()
+
+    def _jobs(self) -> list[Job]:
+        """The newest jobs; what was skipped, and why, goes to the troubles."""
+        with self._turn, warnings.catch_warnings(record=True) as skipped:
+            warnings.simplefilter("always")
+            found = find_jobs(self.home, service=self._service)[:MOST_ROWS]
+            self._troubles = [f"Left out: {warning.message}" for warning in skipped]
+        return found
+
+    def _job(self, tag: str) -> Job:
+        for job in find_jobs(self.home, tag=tag, service=self._service):
+            if job.tag == tag:
+                return job
+        raise ArgumentError(f"tag={tag!r} is not allowed: no job has it.")
+
+    def _facts(self, job: Job) -> dict[str, Any]:
+        record, status = job.record, job.last_known
+        folder = job.path.parent.parent
+        return {
+            "tag": job.tag,
+            "run": "" if folder == Path(self.home) else folder.name,
+            "device": record["device"],
+            "state": status.state,
+            "ended": status.state in ENDED,
+            "reason": status.reason or "",
+            "rows": record["circuits"],
+            "shots": record["shots"],
+            "recorded": record["recorded"][:19].replace("T", " "),
+            "path": str(job.path),
+        }
+
+    def _runs(self) -> list[dict[str, Any]]:
+        table = runs(self.home)
+        self._troubles += [f"Left out {folder}: {reason}." for folder, reason in table.attrs["skipped"]]
+        return [
+            {
+                "run": row["run"],
+                "name": row["name"],
+                "status": row["status"],
+                "started": f"{row['started']:%Y-%m-%d %H:%M:%S}",
+                "seconds": f"{row['seconds']:.1f}" if row["seconds"] == row["seconds"] else "",
+                "path": str(row["path"]),
+            }
+            for row in table.head(MOST_ROWS).to_dict("records")
+        ]
+
+    def _on_message(self, content: Mapping[str, Any]) -> None:
+        kind = content["kind"]
+        if kind == "list":
+            self._worker.put("list", partial(self._refresh, bool(content.get("ask"))))
+        elif kind == "cancel":
+            self._worker.put(f"cancel {content['tag']}", partial(self._cancel_and_list, str(content["tag"])))
+        elif kind == "open":
+            self._worker.put("open", partial(self._open, content.get("tag"), content.get("run")))
+
+    def _refresh(self, ask: bool) -> None:
+        jobs, silent, rows, troubles = self._jobs(), False, [], []
+        for job in jobs:
+            try:
+                facts = self._facts(job)
+                if ask and not silent and not facts["ended"]:
+                    job.status()
+                    facts = self._facts(job)
+            except BackendUnavailable as error:
+                silent = isinstance(error, Unreachable)  # each question to a silent server takes long
+                troubles.append(f"The server could not be asked; states are those last known. {error}")
+            except StorageError as error:  # gone, or broken, since it was found
+                troubles.append(str(error))
+                continue
+            rows.append(facts)
+        listed = self._runs()
+        troubles = list(dict.fromkeys([*self._troubles, *troubles]))
+        self.send({"kind": "table", "jobs": rows, "runs": listed, "asked": ask, "troubles": troubles})
+
+    def _cancel_and_list(self, tag: str) -> None:
+        try:
+            self.cancel(tag)
+        finally:
+            self._refresh(False)
+
+    def _open(self, tag: str | None, run: str | None) -> None:
+        if tag is not None:
+            job = self._job(tag)
+            path, facts = job.path, job.record
+        else:
+            folder = Path(self.home) / Path(str(run)).name
+            path, facts = folder, Run.open(folder).manifest
+        self.set_trait("opened", str(path))
+        text = json_bytes(facts).decode()
+        self.send({"kind": "details", "name": tag or str(run), "path": str(path), "text": text})

@@ -1,0 +1,1 @@
+"""`Workbench`: the whole lab in one notebook cell."""

@@ -1,0 +1,84 @@
+"""The reference model decodes with a cache: as without one where nothing is drawn, streaming, and again from a seed."""
+
+import itertools
+
+import pytest
+import torch
+
+import qtx_lab as qtx
+from qtx_lab.models.reference import Decoding
+
+TEXT = qtx.reference_text()[:400]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return qtx.load_reference_model()
+
+
+def text(model, count=30, **options):
+    return b"".join(model.generate(TEXT, count, **options))
+
+
+def test_decoding_step_by_step_is_the_model_itself(model):
+    tokens = qtx.encode(TEXT)[:120].view(2, 60)
+    with torch.no_grad():
+        wanted = model(tokens)[:, 39:]
+    for options in ({"proposal": None}, {"proposal": "int4", "num_samples": 60}):  # every key is drawn
+        state = Decoding(model, tokens[:, :40], **options)
+        logits = [state.logits, *(state.step(tokens[:, i]) for i in range(40, 60))]
+        torch.testing.assert_close(torch.stack(logits, 1), wanted, atol=2e-4, rtol=1e-4)
+
+
+def test_tokens_that_the_model_does_not_know_are_named_on_the_call(model):
+    with pytest.raises(qtx.ArgumentError, match="prompt holds tokens from 3 to 300; they must be 0 to 255"):
+        model.generate(torch.tensor([3, 300]), 3)
+
+
+def test_exact_and_sampled_agree_where_all_is_drawn(model):
+    exact = text(model, proposal=None)
+    assert exact == text(model, proposal="exact", num_samples=430)
+    assert exact == text(model, proposal="low-rank", num_samples=430)
+    for seed in (0, 1):  # bytes that are drawn are the same too
+        drawn = [
+            text(model, temperature=0.8, generator=torch.Generator().manual_seed(seed), **options)
+            for options in ({"proposal": None}, {"num_samples": 430})
+        ]
+        assert drawn[0] == drawn[1] != exact
+
+
+def test_it_streams_and_repeats(model):
+    stream = model.generate(TEXT, 600, num_samples=8)
+    first = list(itertools.islice(stream, 3))
+    assert [len(x) for x in first] == [1, 1, 1]
+    options = {"num_samples": 8, "temperature": 0.7}
+    found = [text(model, generator=torch.Generator().manual_seed(s), **options) for s in (3, 3, 4)]
+    assert found[0] == found[1] != found[2]
+    tokens = qtx.encode(TEXT)
+    assert b"".join(model.generate(tokens, 5, proposal=None)) == text(model, 5, proposal=None)
+
+
+BAD = [
+    ({"max_new_tokens": 625}, qtx.ArgumentError, "400 bytes"),
+    ({"max_new_tokens": 0}, qtx.ArgumentError, "max_new_tokens=0"),
+    ({"prompt": ""}, qtx.ArgumentError, "0 bytes"),
+    ({"prompt": torch.zeros(3)}, qtx.DtypeError, "int64"),
+    ({"temperature": -1}, qtx.ArgumentError, "temperature=-1"),
+    ({"temperature": float("nan")}, qtx.ArgumentError, "temperature=nan"),
+    ({"proposal": "lowrank"}, qtx.ArgumentError, "Did you mean 'low-rank'"),
+    ({"proposal": None, "rank": 4}, qtx.ArgumentError, "rank=4"),
+    ({"num_samples": 0}, qtx.ArgumentError, "num_samples=0"),
+    ({"generator": 3}, qtx.DtypeError, "generator"),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "match"), BAD)
+def test_bad_input_is_refused_before_the_first_byte(model, options, error, match):
+    with pytest.raises(error, match=match):
+        model.generate(**{"prompt": TEXT, **options})
+
+
+def test_a_full_context_is_refused(model):
+    state = Decoding(model, qtx.encode(qtx.reference_text())[None, :1024], proposal=None)
+    with pytest.raises(qtx.ArgumentError, match="full"):
+        state.step(torch.tensor([32]))

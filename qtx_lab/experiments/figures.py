@@ -19,12 +19,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from .. import theme as look
+from .attention_maps import attention_panels, draw_attention_maps
 
 WIDE = (8.4, 4.4)
 """Inches."""
-
-VISIBLE = {" ": "·", "\n": "¶", "\t": "→"}
-"""How white space is shown on an axis of characters."""
 
 
 @contextmanager
@@ -59,7 +57,7 @@ def _draws_axis(ax: Axes, counts: np.ndarray) -> None:
 def attention_maps(
     data: pd.DataFrame, theme: str, *, title: str, tokens: str | None = None, sampler: str = "sampled"
 ) -> Figure:
-    """Exact, sampled and difference maps of one head.
+    """Exact, sampled and difference maps of one causal head.
 
     data: columns `query`, `key` (positions), `exact`, `sampled` (probabilities), one row a cell of the map.
     tokens: one character a position, shown along the axes.
@@ -67,50 +65,12 @@ def attention_maps(
     exact, sampled = (
         data.pivot(index="query", columns="key", values=name).to_numpy() for name in ("exact", "sampled")
     )
-    visible = np.tril(np.ones_like(exact, dtype=bool))
-    floor = 1e-4
-    with _figure(theme, (12.4, 5.4)) as figure:
-        axes = figure.subplots(1, 3, sharex=True, sharey=True)
-        extent = (
-            data["key"].min() - 0.5,
-            data["key"].max() + 0.5,
-            data["query"].max() + 0.5,
-            data["query"].min() - 0.5,
-        )
-        norm = LogNorm(floor, 1)
-        for ax, name, p in ((axes[0], "exact", exact), (axes[1], sampler, sampled)):
-            image = ax.imshow(
-                np.where(visible, np.clip(p, floor, 1), np.nan), norm=norm, cmap=look.SEQUENTIAL,
-                extent=extent, interpolation="nearest", aspect="auto",
-            )  # fmt: skip
-            ax.set_title(name, fontsize=11, fontweight="normal")
-        figure.colorbar(
-            image,
-            ax=axes[:2],
-            label=f"attention weight (log scale; darkest: ≤ {floor:g})",
-            location="bottom",
-            aspect=45,
-        )
-        difference = sampled - exact
-        limit = max(float(np.abs(difference).max()), floor)
-        image = axes[2].imshow(
-            np.where(visible, difference, np.nan), cmap=look.DIVERGING, vmin=-limit, vmax=limit,
-            extent=extent, interpolation="nearest", aspect="auto",
-        )  # fmt: skip
-        axes[2].set_title(f"{sampler} − exact", fontsize=11, fontweight="normal")
-        figure.colorbar(image, ax=axes[2], label="difference of weights", location="bottom", aspect=22)
-        for ax in axes:
-            ax.grid(False)
-            ax.set_xlabel("key")
-            if tokens is not None:
-                positions = np.arange(data["key"].min(), data["key"].max() + 1)
-                letters = [VISIBLE.get(c, c) for c in tokens]
-                ax.set_xticks(positions, letters, fontsize=8, fontfamily="monospace")
-                ax.set_yticks(positions, letters, fontsize=8, fontfamily="monospace")
-                ax.tick_params(length=0, pad=2)
-        axes[0].set_ylabel("query")
-        figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=12)
-    return figure
+    panels = attention_panels(
+        exact, sampled, sampler=sampler, visible=np.tril(np.ones_like(exact, dtype=bool))
+    )
+    keys, queries = data["key"], data["query"]
+    extent = (keys.min() - 0.5, keys.max() + 0.5, queries.max() + 0.5, queries.min() - 0.5)
+    return draw_attention_maps(panels, theme, title=title, extent=extent, tokens=tokens)
 
 
 def error_against_draws(data: pd.DataFrame, theme: str, *, title: str) -> Figure:

@@ -15,21 +15,18 @@ from bokeh.models import FixedTicker
 from matplotlib import colormaps
 from matplotlib.colors import to_hex
 
-from ... import theme as look
 from ...attention import sampled_attention
+from ...experiments.attention_maps import attention_panels
 from ...models.reference import encode, load_reference_model, reference_text
 from ...samplers import SAMPLERS
 from .figures import axes
-
-FLOOR = 1e-4
-"""Weights below are drawn as this one: the log scale needs an end."""
 
 SAMPLER_NAMES = [name for name in SAMPLERS if name not in ("exact", "learned")]  # learned needs fitting first
 LENGTHS = (128, 256, 512, 1024)
 SIDE = 240
 """Pixels of a map's side: what Datashader makes of it, zoomed or not."""
-APART = 0.02
-"""Differences of weights beyond are drawn in the deepest colours."""
+DIFFERENCE_LIMIT = 0.02
+"""Larger differences of weights are drawn in the deepest colours, so that the scale stays while draws change."""
 
 
 @dataclass(frozen=True)
@@ -122,25 +119,21 @@ class Canvas:
 def canvas(maps: Maps, theme: str) -> Canvas:
     """Exact, sampled and difference maps of one head."""
     pipes = [hv.streams.Pipe(data=x) for x in (maps.exact, maps.sampled, maps.sampled - maps.exact)]
-    weights: dict[str, Any] = {"cmap": palette(look.SEQUENTIAL), "logz": True, "clim": (FLOOR, 1.0)}
-    weights["clabel"] = f"weight, log (darkest: ≤ {FLOOR:g})"
-    signed = {
-        "cmap": palette(look.DIVERGING),
-        "clim": (-APART, APART),
-        "clabel": f"difference (deepest: ≥ {APART:g})",
-        "colorbar_opts": {"ticker": FixedTicker(ticks=[-APART, -APART / 2, 0, APART / 2, APART])},
-    }
-    kinds = [("exact", weights, FLOOR), ("sampled", weights, FLOOR), ("sampled − exact", signed, -np.inf)]
+    panels = attention_panels(maps.exact, maps.sampled, difference_limit=DIFFERENCE_LIMIT)
     pictures = []
-    for pipe, (title, colours, least) in zip(pipes, kinds, strict=True):
+    for pipe, panel in zip(pipes, panels, strict=True):
         options = axes(
             theme, responsive=False, height=None, frame_width=SIDE, frame_height=SIDE, show_grid=False,
-            title=title, xlabel="key", ylabel="query", invert_yaxis=True, tools=["hover"], toolbar="above",
-            colorbar=True, colorbar_position="bottom",
+            title=panel.title, xlabel="key", ylabel="query", invert_yaxis=True, tools=["hover"],
+            toolbar="above", colorbar=True, colorbar_position="bottom", cmap=palette(panel.colours),
+            logz=panel.log_scale, clim=(panel.low, panel.high), clabel=panel.label.removeprefix("attention "),
         )  # fmt: skip
+        if panel.low < 0:
+            ticks = [panel.low, panel.low / 2, 0, panel.high / 2, panel.high]
+            options["colorbar_opts"] = {"ticker": FixedTicker(ticks=ticks)}
         seen, bounds = _pixels(pipe.data)
-        like = hv.Image(seen, ["key", "query"], "weight", bounds=bounds).opts(**options, **colours)
-        draw = partial(_image, like=like, least=least)
+        like = hv.Image(seen, ["key", "query"], "weight", bounds=bounds).opts(**options)
+        draw = partial(_image, like=like, least=panel.low if panel.log_scale else -np.inf)
         pictures.append(hv.DynamicMap(draw, streams=[pipe, hv.streams.RangeXY()]))
     return Canvas(tuple(pictures), *pipes)
 

@@ -16,11 +16,11 @@ import torch.nn.functional as F
 import traitlets
 from torch import Tensor
 
-from ... import theme as look
 from ...attention import sampled_attention
 from ...checks import check_count
 from ...errors import ArgumentError, ShapeError
 from ...estimates import AttentionEstimate
+from ...experiments.attention_maps import attention_panels, draw_attention_maps
 from ...problem import check_inputs
 from ...samplers import Sampler, make_sampler
 from .base import View
@@ -37,6 +37,9 @@ TILE = 256
 
 THUMBNAIL = 32
 """Cells of a side of a head's thumbnail."""
+
+MAX_LABELLED_KEYS = 48
+"""Keys of a head up to which a figure names each by its token."""
 
 KEPT_HEADS = 4
 """Heads whose maps are kept."""
@@ -205,55 +208,26 @@ class AttentionLens(View):
 
     def figure(self, theme: str = "light") -> Figure:
         """The three maps of the shown head."""
-        import matplotlib as mpl
-        from matplotlib.colors import LogNorm, Normalize
-        from matplotlib.figure import Figure
-
         head = self._get_head(self.layer, self.head)
         estimate = self._draw(self.layer, self.head, self.num_samples)
         level = _overview(self.num_queries, self.num_keys, 512)
         exact = self._level(head, level).astype(np.float32)
         sampled = _pool_draws(estimate, level, (0, exact.shape[0]), (0, exact.shape[1]), head.p.shape)
-        hidden = _pool(self._visible().float().numpy(), level) == 0
+        visible = _pool(self._visible().float().numpy(), level) > 0
         error = _relative(estimate.output - head.output, head.output)
-        floor = 1e-4
-        style: Any = look.matplotlib_style(theme)
-        with mpl.rc_context(style):
-            figure = Figure(figsize=(12.4, 5.0), layout="constrained")
-            axes = figure.subplots(1, 3, sharex=True, sharey=True)
-            difference = sampled - exact
-            limit = max(float(np.abs(difference).max()), floor)
-            top = max(float(exact.max()), float(sampled.max()), 2 * floor)
-            norm = LogNorm(floor, 1) if self.log_scale else Normalize(0, top)
-            extent = (-0.5, self.num_keys - 0.5, self.num_queries - 0.5, -0.5)
-            weights = {"norm": norm, "cmap": look.SEQUENTIAL}
-            signed = {"norm": Normalize(-limit, limit), "cmap": look.DIVERGING}
-            pictures = (
-                ("exact", np.clip(exact, floor, None), weights),
-                (self.sampler, np.clip(sampled, floor, None), weights),
-                (f"{self.sampler} − exact", difference, signed),
-            )
-            images = []
-            for ax, (name, picture, colours) in zip(axes, pictures, strict=True):
-                shown: Any = {"extent": extent, "interpolation": "nearest", "aspect": "auto", **colours}
-                images.append(ax.imshow(np.where(hidden, np.nan, picture), **shown))
-                ax.set_title(name, fontsize=11, fontweight="normal")
-                ax.set_xlabel("key")
-                ax.grid(False)
-                if self.tokens and self.num_keys <= 48:
-                    ax.set_xticks(range(self.num_keys), self.tokens, fontsize=8, fontfamily="monospace")
-            note = f"attention weight{f' (log scale; darkest: ≤ {floor:g})' if self.log_scale else ''}"
-            figure.colorbar(images[1], ax=axes[:2], label=note, location="bottom", aspect=45)
-            figure.colorbar(
-                images[2], ax=axes[2], label="difference of weights", location="bottom", aspect=22
-            )
-            axes[0].set_ylabel("query")
-            figure.suptitle(
-                f"Layer {self.layer}, head {self.head}: {self.num_samples} {self.sampler} draws a row are off by "
-                f"{error:.2g} of the output  (n = {self.num_keys}, seed {self._seed})",
-                x=0.01, ha="left", fontweight="bold", fontsize=12,
-            )  # fmt: skip
-        return figure
+        panels = attention_panels(
+            exact, sampled, sampler=self.sampler, visible=visible, log_scale=self.log_scale
+        )
+        return draw_attention_maps(
+            panels,
+            theme,
+            title=f"Layer {self.layer}, head {self.head}: {self.num_samples} {self.sampler} draws a row are off by "
+            f"{error:.2g} of the output  (n = {self.num_keys}, seed {self._seed})",
+            extent=(-0.5, self.num_keys - 0.5, self.num_queries - 0.5, -0.5),
+            tokens=self.tokens
+            if self.tokens and self.num_keys == self.num_queries <= MAX_LABELLED_KEYS
+            else None,
+        )
 
     def _visible(self) -> Tensor:
         shape = (self.num_queries, self.num_keys)

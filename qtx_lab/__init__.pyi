@@ -1,4 +1,5 @@
 from .attention import QuantumMultiheadAttention as QuantumMultiheadAttention
+from .attention import gpu_quantum_attention as gpu_quantum_attention
 from .attention import replace_attention as replace_attention
 from .attention import same_draws as same_draws
 from .attention import sampled_attention as sampled_attention
@@ -35,7 +36,6 @@ from .experiments.report import write_report as write_report
 from .experiments.runs import Run as Run
 from .experiments.runs import runs as runs
 from .experiments.sweeps import sweep as sweep
-from .kernels import gpu_quantum_attention as gpu_quantum_attention
 from .mitigation import CircuitMitigation as CircuitMitigation
 from .mitigation import MitigationPlanner as MitigationPlanner
 from .mitigation import ProbabilisticErrorCancellation as ProbabilisticErrorCancellation

@@ -14,7 +14,7 @@ from ..checks import check_count, check_generator
 from ..controls import Control
 from ..errors import ArgumentError, DtypeError, ShapeError
 from ..estimates import AttentionEstimate, Draws
-from ..kernels.attention import attend_systematic, wanted
+from ..kernels.choice import wanted
 from ..problem import Rows, blocks, check_inputs, in_dtype, in_units
 from ..samplers import (
     ExactSampler,
@@ -29,6 +29,7 @@ from ..samplers.value_order import kept_value_order, value_order
 from .corrections import ControlVariate, Correction, correct, make_controls
 from .error_bars import Design, ErrorBars
 from .gradients import differentiable, outside_graphs
+from .kernel_paths import attend_systematic
 from .tolerance import check_tolerance, to_tolerance
 
 BLOCK_ELEMENTS = 1 << 20
@@ -76,7 +77,7 @@ def sampled_attention(
         on as `drawn_by` and `fallbacks`; beside circuits stands `classical`, the estimate from as many pseudo-random
         draws. `systematic` draws are made by kernels on CUDA, as `diagnostics["kernel"]` tells: along the whole row for few
         rows, page by page of 64 keys for causal ones, more than 64 a key head, or gradients
-        (`qtx_lab.kernels.gpu_quantum_attention`; QTX_LAB_KERNELS=reference keeps to torch). A `LearnedImportanceSampler` gives its own
+        (`qtx_lab.gpu_quantum_attention`; QTX_LAB_KERNELS=reference keeps to torch). A `LearnedImportanceSampler` gives its own
         self-normalised estimate, biased by O(1 / num_samples), from its proposal; with controls its plain one.
     num_samples : int, optional
         S, the draws of a row and replicate; 64 where neither it nor `tolerance` is given.

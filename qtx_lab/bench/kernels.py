@@ -23,10 +23,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..errors import BackendUnavailable
-from ..kernels import decode_reference, sketch_decode_reference
 from ..kernels.choice import choose
-from ..kernels.decode_reference import Inputs
-from ..kernels.sketch_decode_reference import Sketch, int4_sketch, low_rank_sketch
+from ..kernels.decode import reference as decode_reference
+from ..kernels.inputs import Inputs
+from ..kernels.sketch_decode import reference as sketch_decode_reference
+from ..kernels.sketch_decode.reference import Sketch, int4_sketch, low_rank_sketch
 
 KV_HEADS, GROUP, FEATURES, DRAWS = 8, 4, 128, 2048
 SEEDS = 4
@@ -301,8 +302,8 @@ def ours(case: Case, inputs: list[Inputs], exact: Tensor) -> Iterator[Method]:
     plain: Callable[..., Any] = decode_reference.decode
     by_sketch: Callable[..., Any] = sketch_decode_reference.sketch_decode
     if triton:
-        from ..kernels.decode import decode as plain
-        from ..kernels.sketch_decode import sketch_decode as by_sketch
+        from ..kernels.decode.launch import decode as plain
+        from ..kernels.sketch_decode.launch import sketch_decode as by_sketch
     seeds = [torch.tensor(seed, device=device) for seed in range(SEEDS)]
     row = (x.k.shape[-1] + x.v.shape[-1]) * x.k.element_size()
 

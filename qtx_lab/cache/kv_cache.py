@@ -18,9 +18,8 @@ from torch import Tensor
 from ..checks import check_count, check_finite, check_generator, check_scale, check_tensors
 from ..errors import ArgumentError, DtypeError, ShapeError, unknown_name
 from ..estimates import AttentionEstimate, Draws, rounding_variance
-from ..kernels.attention import attend_sketched, wanted
-from ..kernels.choice import choose_cpu
-from ..kernels.sketch_decode_reference import FITTED_KEYS, GrowingSketch, Sketch, int4_sketch, low_rank_sketch
+from ..kernels.choice import choose_cpu, wanted
+from ..kernels.sketch_decode.reference import FITTED_KEYS, GrowingSketch, Sketch, int4_sketch, low_rank_sketch
 from ..problem import blocks
 from ..samplers import SystematicSampler
 from ..samplers.base import Uniform, invert, row_masses
@@ -28,6 +27,7 @@ from ..samplers.learned_estimators import delta_terms
 from ..samplers.learned_proposal import best_low_rank
 from ..samplers.value_order import value_order
 from ..storage import read_tensors, write_tensors
+from .kernel_path import attend_sketched
 
 if TYPE_CHECKING:
     from ..kernels.cpu_decode import Found, Scanned

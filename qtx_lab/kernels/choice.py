@@ -105,6 +105,11 @@ def choose_cpu(tensors: Sequence[Tensor]) -> Choice:
     return Choice("cpu", "the tensors are on the CPU")
 
 
+def wanted(q: Tensor) -> bool:
+    """Whether kernels come into question for these queries, so that their choice has to be told."""
+    return q.is_cuda or os.environ.get(VARIABLE) == "triton"
+
+
 @functools.cache
 def _compiler_trouble() -> str | None:
     """Why numba cannot compile the kernel, if so; the first call does."""

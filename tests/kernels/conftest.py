@@ -57,7 +57,9 @@ def hardly_tuned():
     if CUDA:
         from triton.runtime.autotuner import Autotuner
 
-        from qtx_lab.kernels import decode, prefill, sketch_decode
+        from qtx_lab.kernels.decode import triton as decode
+        from qtx_lab.kernels.prefill import triton as prefill
+        from qtx_lab.kernels.sketch_decode import triton as sketch_decode
 
         for module in (decode, prefill, sketch_decode):
             for kernel in vars(module).values():

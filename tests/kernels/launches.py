@@ -2,9 +2,11 @@
 
 import torch
 
-from qtx_lab.kernels import decode, prefill, sketch_decode
-from qtx_lab.kernels.decode_reference import Inputs
-from qtx_lab.kernels.sketch_decode_reference import int4_sketch, low_rank_sketch
+from qtx_lab.kernels.decode import launch as decode
+from qtx_lab.kernels.inputs import Inputs
+from qtx_lab.kernels.prefill import launch as prefill
+from qtx_lab.kernels.sketch_decode import launch as sketch_decode
+from qtx_lab.kernels.sketch_decode.reference import int4_sketch, low_rank_sketch
 
 
 def launch_all(dtype, every):

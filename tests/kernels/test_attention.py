@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 import qtx_lab as qtx
-from qtx_lab.kernels import attention, choice
+from qtx_lab.attention import kernel_paths
+from qtx_lab.kernels import choice
 from qtx_lab.kernels.choice import choose, device_trouble
 
 BOTH = pytest.mark.parametrize("path", ["triton", "reference"])
@@ -130,7 +131,7 @@ def test_a_fallback_on_a_gpu_is_told(monkeypatch, generator):
     fell = choice.Choice(
         "reference", "it needs a GPU of compute capability 8.0 or newer, this one has 7.5", True
     )
-    monkeypatch.setattr(attention, "choose", lambda *tensors, **options: fell)
+    monkeypatch.setattr(kernel_paths, "choose", lambda *tensors, **options: fell)
     est = qtx.gpu_quantum_attention(q, k, v, enable_gqa=True)
     assert est.diagnostics["fallbacks"] == (f"The plain-torch reference ran, not the kernel: {fell.reason}.",)
     assert est.diagnostics["kernel"] == {"path": "reference", "reason": fell.reason, "name": "decode"}
@@ -147,7 +148,7 @@ def test_out_of_memory_is_named(monkeypatch, generator):
     def full(*args, **options):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
 
-    monkeypatch.setattr(attention.decode_reference, "decode", full)
+    monkeypatch.setattr(kernel_paths.decode_reference, "decode", full)
     q, k, v = heads(generator, torch.device("cpu"))
     with pytest.raises(qtx.BackendUnavailable, match=r"take fewer rows at a time.*2.00 GiB"):
         qtx.gpu_quantum_attention(q, k, v, enable_gqa=True)

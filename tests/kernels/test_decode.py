@@ -7,9 +7,10 @@ import pytest
 import torch
 from scipy import stats
 
-from qtx_lab.kernels import decode_reference
-from qtx_lab.kernels.decode import decode
-from qtx_lab.kernels.decode_reference import PAGE, UNITS, Inputs, Masses, mass_dtype
+from qtx_lab.kernels.decode import reference as decode_reference
+from qtx_lab.kernels.decode.launch import decode
+from qtx_lab.kernels.inputs import Inputs
+from qtx_lab.kernels.masses import PAGE, UNITS, Masses, mass_dtype
 from qtx_lab.samplers import make_sampler
 
 SOAK = os.environ.get("QTX_LAB_SOAK", "0") not in ("", "0")

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from scipy import stats
 
-from qtx_lab.kernels import prefill, prefill_reference
-from qtx_lab.kernels.decode_reference import Inputs
+from qtx_lab.kernels.inputs import Inputs
+from qtx_lab.kernels.prefill import launch as prefill
+from qtx_lab.kernels.prefill import reference as prefill_reference
 
 SOAK = os.environ.get("QTX_LAB_SOAK", "0") not in ("", "0")
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-3}

@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 
 from qtx_lab import ArgumentError, DtypeError
-from qtx_lab.kernels import sketch_decode_reference as reference
-from qtx_lab.kernels.decode_reference import Inputs, Masses, mass_dtype
-from qtx_lab.kernels.sketch_decode import sketch_decode
-from qtx_lab.kernels.sketch_decode_reference import GrowingSketch, int4_sketch, low_rank_sketch
+from qtx_lab.kernels.inputs import Inputs
+from qtx_lab.kernels.masses import Masses, mass_dtype
+from qtx_lab.kernels.sketch_decode import reference
+from qtx_lab.kernels.sketch_decode.launch import sketch_decode
+from qtx_lab.kernels.sketch_decode.reference import GrowingSketch, int4_sketch, low_rank_sketch
 
 SOAK = os.environ.get("QTX_LAB_SOAK", "0") not in ("", "0")
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-3}

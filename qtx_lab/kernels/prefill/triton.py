@@ -1,21 +1,17 @@
-"""Sampled attention of many queries and its unbiased gradients, block by block: no map of queries by keys in memory."""
+"""The kernels of sampled attention of many queries and of its gradients."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 # Arguments of kernels have no types: Triton reads annotations as its own.
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from .decode import LOG2, dot_dtype, mask_pointer, power_of_two, size_class, tuned
-from .decode_reference import LOG2_E, PAGE, Inputs
-from .philox import uniform, words
-from .philox_reference import PAGES
+from ..blocks import LOG2
+from ..launches import tuned
+from ..philox import uniform, words
+from ..philox_reference import PAGES
 
 STREAM_PAGES = tl.constexpr(PAGES)
 
@@ -75,6 +71,8 @@ FORWARD = [
         (16, 4, 1),  # fits everywhere
     )
 ]
+
+
 BACKWARD = [
     triton.Config({"BM": rows}, num_warps=warps, num_stages=stages)
     for rows, warps, stages in (
@@ -88,6 +86,8 @@ BACKWARD = [
         (16, 4, 1),  # fits everywhere
     )
 ]
+
+
 KEY = ["BD", "BV", "SIZE", "CAUSAL", "HAS_MASK"]
 
 
@@ -395,95 +395,3 @@ def backward_kv_kernel(
     o_out = i_n * n + o_n[:, None]
     tl.store(dk_ptr + o_out * features + o_d[None, :], b_dk, mask=m_n[:, None] & m_d[None, :])
     tl.store(dv_ptr + o_out * width + o_v[None, :], b_dv, mask=m_n[:, None] & m_v[None, :])
-
-
-def _launch(
-    x: Inputs, num_samples: int, replicate: int, is_causal: bool
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What all three kernels are given: numbers, then what they are specialised for."""
-    _, rows, n, width = x.shape
-    numbers = (
-        num_samples,
-        replicate,
-        x.k.shape[1],
-        rows,
-        x.length,
-        n,
-        x.q.shape[2],
-        width,
-        *x.k.stride(),
-        *x.v.stride(),
-        *((0, 0, 0, 0) if x.mask is None else x.mask.stride()),
-    )
-    options = {
-        "BD": max(16, power_of_two(x.q.shape[2])),
-        "BV": max(16, power_of_two(width)),
-        "PAGE": PAGE,
-        "HAS_MASK": 0 if x.mask is None else 1 if x.mask.dtype == torch.bool else 2,
-        "CAUSAL": is_causal,
-        "DOT": dot_dtype(x.q),
-        "SIZE": size_class(n),
-    }
-    return numbers, options
-
-
-def prefill(
-    x: Inputs, num_samples: int, seed: Tensor, *, is_causal: bool = False, replicate: int = 0
-) -> tuple[Tensor, Tensor]:
-    """The sampled output (N, M, Ev), float32, and the rows' base-2 normalisers (N, M): unbiased.
-
-    Each page of keys has systematic draws of its own: S times its probability, rounded up or down at random, so that
-    any page can be drawn again without the others, as the gradients need. What a page's draws miss of its probability is
-    spread evenly over its keys, a control variate: only how values differ within a page makes noise. All of K is read
-    twice and all of V once, S or not: this is for training with the noise of draws, not for speed over exact attention.
-
-    Parameters
-    ----------
-    x : Inputs
-        As of `decode`.
-    num_samples : int
-        S, the draws of a row, on average.
-    seed : Tensor, int64, (), on the same device
-    is_causal : bool
-        Query i attends to keys 0..i.
-    replicate : int
-        Which of the independent repetitions of a seed.
-    """
-    heads, rows, _, width = x.shape
-    output = x.q.new_empty(heads, rows, width, dtype=torch.float32)
-    normaliser = x.q.new_empty(heads, rows, dtype=torch.float32)
-    numbers, options = _launch(x, num_samples, replicate, is_causal)
-    forward_kernel[lambda meta: (-(-rows // meta["BM"]) * heads,)](
-        x.q, x.k, x.v, mask_pointer(x), output, normaliser, seed, x.scale * LOG2_E, *numbers, **options
-    )
-    return output, normaliser
-
-
-def gradients(
-    x: Inputs,
-    num_samples: int,
-    seed: Tensor,
-    g: Tensor,
-    output: Tensor,
-    normaliser: Tensor,
-    *,
-    is_causal: bool = False,
-    replicate: int = 0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Unbiased estimates of q's (N, M, E), k's (N, n, E) and v's (N, n, Ev) gradients for g (N, M, Ev), float32.
-
-    From what `prefill` gave; see `prefill_reference.gradients`.
-    """
-    heads, rows, n, width = x.shape
-    delta = (g.float() * output).sum(-1)
-    g = g.to(x.q.dtype).contiguous()
-    numbers, options = _launch(x, num_samples, replicate, is_causal)
-    dq, dk, dv = (
-        x.q.new_empty(heads, *shape, dtype=torch.float32)
-        for shape in ((rows, x.q.shape[2]), (n, x.q.shape[2]), (n, width))
-    )
-    inputs = (x.q, x.k, x.v, mask_pointer(x), g, delta, normaliser)
-    both = (seed, x.scale, x.scale * LOG2_E, *numbers)
-    backward_q_kernel[lambda meta: (-(-rows // meta["BM"]) * heads,)](*inputs, dq, *both, **options)
-    backward_kv_kernel[(-(-n // PAGE) * heads,)](*inputs, dk, dv, *both, **options)
-    return dq, dk, dv

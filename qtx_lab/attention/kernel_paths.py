@@ -1,11 +1,8 @@
-"""`gpu_quantum_attention`, and what `sampled_attention` and `SampledKVCache` hand to the kernels."""
+"""`gpu_quantum_attention`, and what `sampled_attention` hands to the kernels."""
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,16 +11,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..checks import check_count, check_generator
-from ..errors import ArgumentError, BackendUnavailable
+from ..errors import ArgumentError
 from ..estimates import AttentionEstimate, Draws
+from ..kernels.calls import FEW_ROWS, make_seed, memory_named
+from ..kernels.choice import Choice, choose
+from ..kernels.decode import reference as decode_reference
+from ..kernels.decode.reference import Decoded
+from ..kernels.inputs import Inputs
+from ..kernels.prefill import reference as prefill_reference
 from ..problem import check_inputs
-from . import decode_reference, prefill_reference
-from .choice import VARIABLE, Choice, choose
-from .decode_reference import Decoded, Inputs
-from .sketch_decode_reference import GrowingSketch
-
-FEW_ROWS = 64
-"""Rows of a key head up to which masses are kept between two passes (`decode`); more are drawn in blocks (`prefill`)."""
 
 
 def gpu_quantum_attention(
@@ -105,11 +101,6 @@ def gpu_quantum_attention(
     return attend(Q, K, V, attn_mask, call, few, choose((Q, K, V), chained=not few))
 
 
-def wanted(q: Tensor) -> bool:
-    """Whether kernels come into question for these queries, so that their choice has to be told."""
-    return q.is_cuda or os.environ.get(VARIABLE) == "triton"
-
-
 @dataclass(frozen=True)
 class Call:
     """What a call asks for besides tensors."""
@@ -161,80 +152,6 @@ def attend(
         return _many(q, k, v, attn_mask, call, choice)
 
 
-def attend_sketched(
-    q: Tensor,
-    rows: Tensor,
-    k: Tensor,
-    v: Tensor,
-    order: Tensor,
-    sketch: GrowingSketch,
-    layout: tuple[int, ...],
-    num_samples: int,
-    replicates: int,
-    scale: float,
-    defensive: float,
-    generator: torch.Generator | None,
-) -> tuple[AttentionEstimate | None, dict[str, Any]]:
-    """Draws from a cache's sketch by the kernel `sketch_decode`, or None; and what to tell of it in `diagnostics`.
-
-    q (..., H, L, E) is `rows` (N, M, E); k (N, n, E) and v (N, n, Ev) lie as `layout` says, order (N, n) has which tokens
-    they are.
-    """
-    heads, m, _ = rows.shape
-    if m > FEW_ROWS:
-        reason = f"the kernel takes up to {FEW_ROWS} rows a key head, not {m}"
-        return None, {"kernel": {"path": "torch", "reason": reason}}
-    choice = choose((rows, k, v))
-    if choice.path == "reference" or 0 in (heads, m):
-        return None, {"kernel": {"path": "torch", "reason": choice.reason}, "fallbacks": choice.fallbacks}
-    from .sketch_decode import sketch_decode
-
-    with memory_named(), torch.no_grad(), torch.autocast(q.device.type, enabled=False):
-        held = sketch.of(k, layout)
-        x = Inputs(rows.contiguous(), k[None], v[None], None, q.shape[-2], scale)
-        seed = make_seed(generator, q.device)
-        found = sketch_decode(x, held, num_samples, replicates, seed, defensive=defensive)
-    row_shape = q.shape[:-1]
-    indices = order[:, None].expand(-1, m, -1).gather(-1, found.indices)
-    draws = Draws(indices, found.weights(), None, replicates).view(row_shape)
-    return AttentionEstimate(
-        output=found.output.view(*row_shape, -1),
-        num_keys=k.shape[1],
-        degrees_of_freedom=math.inf,
-        make_draws=lambda: draws,
-        make_std_error=lambda: found.std_error.view(*row_shape, -1),
-        group=m // q.shape[-2],
-        diagnostics={
-            "sampler": f"cache, {held.kind}",
-            "unbiased": False,
-            "num_samples": num_samples,
-            "replicates": replicates,
-            "draws_per_row": num_samples * replicates,
-            "effective_sample_size": draws.effective_sample_size(),
-            "kernel": {"path": choice.path, "reason": choice.reason, "name": "sketch_decode"},
-            "fallbacks": choice.fallbacks,
-        },
-    ), {}
-
-
-def make_seed(generator: torch.Generator | None, device: torch.device) -> Tensor:
-    """A seed for the kernels, int64, (), on the device; without waiting for it."""
-    source = device if generator is None else generator.device
-    return torch.randint(2**63 - 1, (), generator=generator, device=source).to(device, non_blocking=True)
-
-
-@contextlib.contextmanager
-def memory_named() -> Iterator[None]:
-    """Say in the lab's words that CUDA ran out of memory, and what takes less."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise BackendUnavailable(
-            "CUDA ran out of memory. Decoding keeps about three bytes a key and query besides its inputs (five from 4,097 draws on), "
-            f"many queries little more than their output: take fewer rows at a time. {str(error).splitlines()[0]}"
-        ) from error
-
-
 def _diagnostics(
     name: str, choice: Choice, num_samples: int, replicates: int, effective: Tensor | None
 ) -> dict[str, Any]:
@@ -259,7 +176,7 @@ def _few(x: Inputs, row_shape: torch.Size, call: Call, choice: Choice) -> Attent
         indices = x.q.new_zeros(heads, rows, num_samples * replicates, dtype=torch.int64)
         found = Decoded(empty, indices, x.q.new_zeros(heads, rows, dtype=torch.bool))
     elif choice.path == "triton":
-        from .decode import decode
+        from ..kernels.decode.launch import decode
 
         found = decode(x, num_samples, replicates, seed)
     else:
@@ -308,7 +225,7 @@ class _Prefill(torch.autograd.Function):
     ) -> Tensor:
         x = Inputs.of(q, k, v, mask, call.scale)
         if call.path == "triton":
-            from .prefill import prefill
+            from ..kernels.prefill.launch import prefill
 
             output, normaliser = prefill(x, call.num_samples, seed, **call.options)
         else:
@@ -326,7 +243,7 @@ class _Prefill(torch.autograd.Function):
         x = Inputs.of(q, k, v, mask, call.scale)
         with torch.autocast(q.device.type, enabled=False), memory_named():
             if call.path == "triton":
-                from .prefill import gradients
+                from ..kernels.prefill.launch import gradients
 
                 found = gradients(x, call.num_samples, seed, g, output, normaliser, **call.options)
             else:

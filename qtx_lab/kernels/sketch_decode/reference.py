@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import check_count
-from ..errors import ArgumentError, DtypeError
-from ..samplers.learned_proposal import best_low_rank
-from .decode_reference import LOG2_E, PAGE, Inputs, Masses, find_page, least_bits, mass_dtype, offsets
+from ...checks import check_count
+from ...errors import ArgumentError, DtypeError
+from ...samplers.learned_proposal import best_low_rank
+from ..inputs import LOG2_E, Inputs
+from ..masses import PAGE, Masses, find_page, least_bits, mass_dtype, offsets
 
 FITTED_KEYS = 8192
 """A sketch is fitted to no more keys than that, evenly spread."""

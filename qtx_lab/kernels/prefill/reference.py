@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .decode_reference import PAGE, Inputs
-from .philox_reference import PAGES, philox, uniform
+from ..inputs import Inputs
+from ..masses import PAGE
+from ..philox_reference import PAGES, philox, uniform
 
 
 def probabilities(x: Inputs, is_causal: bool) -> Tensor:

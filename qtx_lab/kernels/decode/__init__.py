@@ -1,0 +1,1 @@
+"""Decoding by systematic draws from exact logits."""

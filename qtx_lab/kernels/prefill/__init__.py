@@ -1,0 +1,1 @@
+"""Sampled attention of many queries, with gradients, drawn page by page."""

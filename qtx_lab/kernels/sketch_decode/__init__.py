@@ -1,0 +1,1 @@
+"""Decoding by draws from a sketch of the keys."""

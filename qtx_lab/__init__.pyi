@@ -44,6 +44,7 @@ from .mitigation import TwoCopyLoader as TwoCopyLoader
 from .mitigation import ZeroNoiseExtrapolation as ZeroNoiseExtrapolation
 from .mitigation import fold as fold
 from .mitigation import project_to_simplex as project_to_simplex
+from .models import huggingface as huggingface
 from .models.reference import bits_per_byte as bits_per_byte
 from .models.reference import encode as encode
 from .models.reference import load_reference_model as load_reference_model

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import sysconfig
+import tomllib
 import venv
 import zipfile
 from pathlib import Path
@@ -17,11 +18,11 @@ ROOT = Path(__file__).parents[1]
 
 def run(*command: str | Path, cwd: Path, **environment: str) -> str:
     """Run a command away from the tree and from the tests' own settings; return what it printed."""
-    kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "QTX_LAB_HOME")}
-    done = subprocess.run(command, cwd=cwd, env=kept | environment, capture_output=True, text=True)
-    if done.returncode:
-        pytest.fail(f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}", pytrace=False)
-    return done.stdout
+    inherited = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "QTX_LAB_HOME")}
+    process = subprocess.run(command, cwd=cwd, env=inherited | environment, capture_output=True, text=True)
+    if process.returncode:
+        pytest.fail(f"{' '.join(map(str, command))}\n{process.stdout}{process.stderr}", pytrace=False)
+    return process.stdout
 
 
 @pytest.fixture(scope="module")
@@ -61,12 +62,14 @@ def test_what_the_wheel_holds(wheel: Path) -> None:
     assert notebooks
     assert any("/assets/" in name for name in packed)
     assert packed == ours | notebooks  # so no tests, and nothing left out
+    assert {"qtx_lab/py.typed", "qtx_lab/__init__.pyi"} <= packed  # so an editor knows the types
 
 
 def test_clean_environment(clean: Path, tmp_path: Path) -> None:
     where = run(clean / "python", "-c", "import qtx_lab; print(qtx_lab.__file__)", cwd=tmp_path)
     assert Path(where.strip()).resolve().is_relative_to(clean.parent.resolve())
-    assert "0.1.0" in run(clean / "qtx-lab", "--version", cwd=tmp_path)
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert version in run(clean / "qtx-lab", "--version", cwd=tmp_path)
 
 
 @pytest.mark.notebooks

@@ -313,6 +313,7 @@ def print_rows(rows: Sequence[dict[str, Any]], diffuse: int, heads: int) -> None
 
 
 def shown(x: float | None, form: str) -> str:
+    """A number in the given format, or a dash where there is none."""
     return "–" if x is None else format(x, form)
 
 

@@ -187,6 +187,7 @@ def exact_output(x: Inputs) -> Tensor:
 
 
 def relative(output: Tensor, exact: Tensor) -> float:
+    """Norm of the error over the norm of the exact output."""
     return ((output.float().view_as(exact) - exact).norm() / exact.norm()).item()
 
 
@@ -227,6 +228,7 @@ def exact_calls(device: str) -> Iterator[tuple[str, Callable[[Inputs], Call]]]:
 
 @contextmanager
 def only(backend: SDPBackend | None) -> Iterator[None]:
+    """Let SDPA use only this back end; any where it is None."""
     if backend is None:
         yield
         return
@@ -247,6 +249,7 @@ def by_sdpa(backend: SDPBackend | None, grouped: bool, x: Inputs) -> Call:
 
 
 def by_flex(x: Inputs) -> Call:
+    """FlexAttention, compiled."""
     q = x.q.view(x.k.shape[0], -1, 1, x.q.shape[-1])
     return lambda: compiled_flex()(q, x.k, x.v, scale=x.scale, enable_gqa=True)
 
@@ -260,6 +263,7 @@ def compiled_flex() -> Callable[..., Tensor]:
 
 
 def by_flashinfer(x: Inputs) -> Call:
+    """FlashInfer's decoding of a paged cache, with pages of 64 tokens."""
     flashinfer = import_module("flashinfer")
     batch, heads, n, width = x.k.shape
     # Pages of 64 tokens, laid out (pages, heads, tokens, features) as "HND" wants; a copy, made before.
@@ -288,6 +292,7 @@ def by_flashinfer(x: Inputs) -> Call:
 
 
 def by_flash_attention(x: Inputs) -> Call:
+    """FlashAttention's decoding with a KV cache."""
     attend = import_module("flash_attn").flash_attn_with_kvcache
     q = x.q.view(x.k.shape[0], 1, -1, x.q.shape[-1])
     k, v = (y.transpose(1, 2).contiguous() for y in (x.k, x.v))

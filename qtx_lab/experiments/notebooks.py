@@ -22,7 +22,7 @@ import yaml
 
 from ..errors import ArgumentError, QtxError, RunFailed, SpecError, TextError
 from ..models.reference import read_text
-from ..specs.base import ExperimentSpec, NotebookSpec, Spec, nearest
+from ..specs.base import SPECS, ExperimentSpec, NotebookSpec, Spec, nearest
 from ..storage import storage_error, sync_file
 from .report import write_report
 from .runs import Run
@@ -98,8 +98,8 @@ def run_notebook(
     notebook : str or path
         See `notebook_path`.
     parameters : mapping or Spec, optional
-        Values for the notebook's cell tagged `parameters`. Where that cell declares just the fields of
-        `ExperimentSpec`, they are checked as one.
+        Values for the notebook's cell tagged `parameters`, checked as the kind of spec that the notebook's
+        metadata names; see `notebook_kind`.
     home : path, optional
         See `runs_home`.
     name : str, optional
@@ -204,16 +204,45 @@ def declared_parameters(path: Path) -> dict[str, str]:
     return {name: facts["default"] for name, facts in found.items()}
 
 
+def notebook_kind(path: Path) -> type[Spec]:
+    """The kind of spec that a notebook is run by: the one that its metadata names.
+
+    The metadata `{"qtx_lab": {"spec": "experiment"}}` says that the cell tagged `parameters` declares fields of
+    `ExperimentSpec`; any name in `SPECS` will do. A notebook that names none has parameters of its own:
+    it is run by a `NotebookSpec`.
+
+    Raises
+    ------
+    SpecError
+        If the metadata names a kind of spec that does not exist.
+    """
+    metadata = json.loads(path.read_bytes())["metadata"].get("qtx_lab", {})
+    kind = metadata.get("spec", "notebook") if isinstance(metadata, dict) else metadata
+    if not isinstance(kind, str) or kind not in SPECS:
+        raise SpecError(
+            f"{path.name} names the spec {kind!r} in its metadata, and there is no such kind."
+            f"{nearest(str(kind), SPECS)} Allowed: {', '.join(SPECS)}."
+        )
+    return SPECS[kind]
+
+
 def notebook_spec(
     path: Path, declared: Mapping[str, str], parameters: Mapping[str, Any] | Spec | None
 ) -> Spec:
-    """What is asked, checked against what the notebook declares.
+    """The spec of a run of this notebook: these parameters, checked against what the notebook declares.
 
     Raises
     ------
     SpecError, TextError
-        An unknown parameter; a value that is not allowed, or of another kind than the default; an unreadable text.
+        If the notebook's metadata names an unknown or another kind of spec, a parameter is unknown, a value is not
+        allowed or of another type than the default, or a text cannot be read.
     """
+    kind = notebook_kind(path)
+    if isinstance(parameters, Spec) and kind not in (NotebookSpec, type(parameters)):
+        raise SpecError(
+            f"{path.name} is run by a {kind.__name__}, as its metadata says; given was a "
+            f"{type(parameters).__name__}."
+        )
     given = parameters.to_parameters() if isinstance(parameters, Spec) else dict(parameters or {})
     known = [name for name in declared if name != "run_dir"]
     for key in given:
@@ -224,8 +253,9 @@ def notebook_spec(
             )
     if isinstance(parameters, Spec):
         spec = parameters
-    elif set(known) == set(ExperimentSpec.model_fields):
-        spec = ExperimentSpec.from_parameters({**_literals(declared, known), **given})
+    elif kind is not NotebookSpec:
+        fields = [name for name in known if name in kind.model_fields]
+        spec = kind.from_parameters({**_literals(declared, fields), **given})
     else:
         spec = NotebookSpec(notebook=path.stem, parameters=given)
         defaults = _literals(declared, known)

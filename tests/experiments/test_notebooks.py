@@ -13,15 +13,24 @@ import nbformat
 import pytest
 
 from qtx_lab.errors import ArgumentError, RunFailed, SpecError, TextError
-from qtx_lab.experiments.notebooks import notebook_path, run_notebook
+from qtx_lab.experiments.notebooks import (
+    declared_parameters,
+    notebook_kind,
+    notebook_path,
+    notebook_spec,
+    notebooks_folder,
+    run_notebook,
+)
 from qtx_lab.experiments.runs import runs
-from qtx_lab.specs.base import ExperimentSpec
+from qtx_lab.specs.base import ControlSpec, ExperimentSpec, NotebookSpec, SamplerSpec, Spec
 
 pytestmark = pytest.mark.notebooks
 
 
-def notebook(path: Path, parameters: str, *cells: str) -> Path:
+def notebook(path: Path, parameters: str, *cells: str, spec: str | None = None) -> Path:
     new = nbformat.v4.new_notebook()
+    if spec is not None:
+        new.metadata["qtx_lab"] = {"spec": spec}
     new.cells = [nbformat.v4.new_code_cell(cell) for cell in (parameters, *cells)]
     new.cells[0].metadata["tags"] = ["parameters"]
     nbformat.write(new, path)
@@ -90,9 +99,13 @@ def test_refuses_before_any_work(tmp_path) -> None:
     assert not home.exists()
 
 
-def test_a_notebook_with_an_experiments_parameters_is_checked_as_one(tmp_path) -> None:
-    defaults = "\n".join(f"{name} = {value!r}" for name, value in ExperimentSpec().to_parameters().items())
-    path = notebook(tmp_path / "a.ipynb", defaults + "\nrun_dir = None", "1 / 0")
+def parameters_cell(spec: Spec) -> str:
+    return "\n".join(f"{name} = {value!r}" for name, value in spec.to_parameters().items())
+
+
+def test_a_notebook_whose_metadata_names_the_experiment_is_checked_as_one(tmp_path) -> None:
+    cell = parameters_cell(ExperimentSpec()) + "\nrun_dir = None"
+    path = notebook(tmp_path / "a.ipynb", cell, "1 / 0", spec="experiment")
     home = tmp_path / "home"
     with pytest.raises(SpecError, match="layer=77"):
         run_notebook(path, {"layer": 77}, home=home)
@@ -101,6 +114,40 @@ def test_a_notebook_with_an_experiments_parameters_is_checked_as_one(tmp_path) -
         with pytest.raises(TextError, match=text):
             run_notebook(path, ExperimentSpec(text=str(tmp_path / text)), home=home)
     assert not home.exists()
+
+
+def test_one_more_parameter_does_not_make_a_notebook_another_kind(tmp_path) -> None:
+    cell = parameters_cell(ExperimentSpec(seed=4)) + "\nrun_dir = None"
+    for name, more in (("a", ""), ("b", "\ncolour = 'red'")):
+        path = notebook(tmp_path / f"{name}.ipynb", cell + more, spec="experiment")
+        spec = notebook_spec(path, declared_parameters(path), {"layer": 2})
+        assert spec == ExperimentSpec(seed=4, layer=2)
+    with pytest.raises(SpecError, match="ExperimentSpec has no field 'colour'"):
+        notebook_spec(path, declared_parameters(path), {"colour": "blue"})
+    path = notebook(tmp_path / "c.ipynb", parameters_cell(SamplerSpec()), spec="sampler")
+    assert notebook_spec(path, declared_parameters(path), {"num_samples": 9}) == SamplerSpec(num_samples=9)
+    with pytest.raises(
+        SpecError, match="run by a SamplerSpec, as its metadata says; given was a ControlSpec"
+    ):
+        run_notebook(path, ControlSpec(), home=tmp_path / "home")
+    path = notebook(tmp_path / "d.ipynb", cell)
+    assert isinstance(notebook_spec(path, declared_parameters(path), {}), NotebookSpec)
+
+
+@pytest.mark.parametrize(("kind", "hint"), [("samplr", r"\. Did you mean 'sampler'\? "), (5, "")])
+def test_an_unknown_kind_of_spec_is_refused_by_name(kind, hint, tmp_path) -> None:
+    path = notebook(tmp_path / "a.ipynb", "seed = 0", spec=kind)
+    with pytest.raises(SpecError, match=rf"a.ipynb names the spec {kind!r} in its metadata.*{hint}.*Allowed"):
+        run_notebook(path, home=tmp_path / "home")
+    assert not (tmp_path / "home").exists()
+
+
+def test_every_shipped_notebook_names_its_kind() -> None:
+    kinds = {path.stem: notebook_kind(path) for path in notebooks_folder().glob("*.ipynb")}
+    assert kinds.pop("00_quickstart") is ExperimentSpec
+    assert set(kinds.values()) == {NotebookSpec}
+    for path in notebooks_folder().glob("*.ipynb"):
+        assert "spec" in nbformat.read(path, as_version=4).metadata["qtx_lab"], path.name
 
 
 def test_a_failing_cell_is_named_and_kept(tmp_path) -> None:

@@ -54,8 +54,10 @@ def notebook(tmp_path: Path) -> Path:
     return write(tmp_path / "tiny.ipynb", PARAMETERS, MEASURE)
 
 
-def write(path: Path, parameters: str, *cells: str) -> Path:
+def write(path: Path, parameters: str, *cells: str, spec: str | None = None) -> Path:
     new = nbformat.v4.new_notebook()
+    if spec is not None:
+        new.metadata["qtx_lab"] = {"spec": spec}
     new.cells = [nbformat.v4.new_code_cell(cell) for cell in (parameters, *cells)]
     new.cells[0].metadata["tags"] = ["parameters"]
     nbformat.write(new, path)
@@ -88,7 +90,7 @@ def test_the_whole_grid_is_checked_before_any_work(notebook, tmp_path, grid, opt
 
 def test_every_combination_is_checked_as_an_experiment(tmp_path) -> None:
     defaults = "\n".join(f"{name} = {value!r}" for name, value in ExperimentSpec().to_parameters().items())
-    path = write(tmp_path / "a.ipynb", defaults + "\nrun_dir = None")
+    path = write(tmp_path / "a.ipynb", defaults + "\nrun_dir = None", spec="experiment")
     with pytest.raises(SpecError, match=r"layer=6 .* \(at sampler='systematic', layer=6\)"):
         plan(path, {"sampler": ["systematic", "sobol"], "layer": [0, 6]}, parameters={"num_tokens": 64})
     _, cells = plan(path, {"layer": [0, 1]}, repeats=2, seed=5)

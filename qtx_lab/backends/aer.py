@@ -14,7 +14,7 @@ from qiskit.transpiler import Target
 from qiskit_aer import AerSimulator
 from qiskit_aer.noise import NoiseModel, ReadoutError
 
-from ..circuits.base import pack
+from ..circuits.base import pack_values
 from ..circuits.resources import resources
 from ..errors import ArgumentError, BackendUnavailable, FallbackWarning, unknown_name
 from .counts import draw_outcomes
@@ -165,7 +165,7 @@ class AerEngine:
         else:
             return self._shots(circuit, bindings, shots, seed)
         drawn = draw_outcomes(p, shots, torch.Generator().manual_seed(seed))
-        return pack(values[drawn.numpy()], circuit.num_clbits)
+        return pack_values(values[drawn.numpy()], circuit.num_clbits)
 
     def density_matrices(self, circuit: QuantumCircuit, bindings: np.ndarray) -> torch.Tensor:
         """The states that a transpiled circuit leaves, complex (R, 2^m, 2^m), before they are measured.

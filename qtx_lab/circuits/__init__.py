@@ -1,4 +1,4 @@
-"""Rows as circuits: one file per loader, the interface in `base.py`. Knows no backend."""
+"""Rows, inner products and attention as circuits, without any backend; each loader has a file of its own."""
 
 from __future__ import annotations
 
@@ -17,27 +17,37 @@ LOADERS: dict[str, Callable[[], Loader]] = {
     "unary": UnaryLoader,
     "mps": MpsLoader,
 }
-"""Every loader that a name alone can make."""
+"""Every loader that can be chosen by its name. `Loader` says how to add one."""
 
 
 def make_loader(loader: str | Loader) -> Loader:
-    """The loader of that name, or the loader itself.
+    """Return the loader of a name, with its default settings; a loader is returned as it is.
 
     Raises
     ------
-    ArgumentError, DtypeError
-        If no loader has that name; if the object is none.
+    ArgumentError
+        If no loader has that name.
+    DtypeError
+        If `loader` is neither a name nor a `Loader`.
+
+    Examples
+    --------
+    >>> make_loader("mps")
+    MpsLoader(layers=2)
     """
     if isinstance(loader, str):
         if loader not in LOADERS:
             raise unknown_name("loader", loader, LOADERS)
         return LOADERS[loader]()
-    missing = [
-        name for name in ("name", "exact", "size", "circuit", "angles", "keys") if not hasattr(loader, name)
-    ]
-    if missing or isinstance(loader, type):
-        what = "a class, not an object" if isinstance(loader, type) else f"without {', '.join(missing)}"
-        raise DtypeError(f"loader={loader!r} is {what}: it must be a name or an object that keeps `Loader`.")
+    if isinstance(loader, type):
+        raise DtypeError(
+            f"loader={loader.__name__} is a class; it must be an object of it, as {loader.__name__}()."
+        )
+    if not isinstance(loader, Loader):
+        raise DtypeError(
+            f"loader={loader!r} is a {type(loader).__name__}; it must be a name ({', '.join(LOADERS)}) or an "
+            "object of a subclass of qtx_lab.Loader."
+        )
     return loader
 
 

@@ -1,43 +1,48 @@
-"""The loader without entanglement: measure a bit, choose the next rotation by it, and so on."""
+"""The loader without entanglement: it measures one bit, chooses the next rotation by it, and so on."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
-from qiskit import ClassicalRegister, QuantumCircuit, QuantumRegister
+from qiskit import QuantumCircuit
 from qiskit.circuit import ParameterVector
 from torch import Tensor
 
-from .base import binary_keys, check_size, node_angles, num_bits
+from .base import Loader, blank_circuit, check_num_qubits, node_angles
 
-MOST = 12
-"""Qubits: 4,094 conditions is more than any device takes."""
+MAX_QUBITS = 12
+"""Most qubits of a dynamic circuit: 12 qubits have 4,094 conditions, more than any device takes."""
 
 
-class DynamicLoader:
-    """The most significant bit first: Ry, measure, then the next qubit's Ry chosen by the bits so far.
+@dataclass(frozen=True)
+class DynamicLoader(Loader):
+    """Measures the key's bits one by one; the bits read so far choose the rotation of the next qubit.
 
-    No two-qubit gate. Each condition is a plain `if_test` of the register against a number, side by side, 2^m - 2 of
-    them, since IBM's devices take neither nested conditions nor `switch`. Simulators take feeding forward to cost
-    no time; on a device the qubits that wait for it decohere.
+    The most significant bit comes first. The circuit has no two-qubit gate. A register of m bits takes 2^m -
+    2 conditions, each of which compares the whole register with one number. They stand one after the other,
+    because IBM's devices allow neither nested conditions nor `switch`. Simulators take the feed-forward to
+    cost no time; on a device the qubits that wait for it decohere.
 
-    Source: the semiclassical idea of Griffiths and Niu, Semiclassical Fourier transform for quantum computation
-    (1996): a qubit that only controls can be measured first.
+    Source: Griffiths and Niu, Semiclassical Fourier transform for quantum computation (1996): a qubit that
+    does nothing but control others can be measured first.
 
+    Examples
+    --------
     >>> DynamicLoader().circuit(3).num_nonlocal_gates()
     0
     """
 
     name = "dynamic"
     exact = True
-
-    def size(self, n: int) -> int:
-        return num_bits(n)
+    feeds_forward = True
 
     def circuit(self, size: int) -> QuantumCircuit:
-        check_size(size, MOST)
+        """Build the circuit of `size` qubits; see `Loader.circuit`."""
+        check_num_qubits(size, MAX_QUBITS)
         angle = ParameterVector("a", (1 << size) - 1)
-        register = ClassicalRegister(size, "c")
-        circuit = QuantumCircuit(QuantumRegister(size, "q"), register, name=self.name)
+        circuit = blank_circuit(size, self.name)
+        register = circuit.cregs[0]
         for level in range(size):
             target, count = size - 1 - level, 1 << level
             if level == 0:
@@ -50,7 +55,5 @@ class DynamicLoader:
         return circuit
 
     def angles(self, p: Tensor) -> np.ndarray:
+        """Compute the angles of the rows' binary trees; see `Loader.angles`."""
         return node_angles(p).numpy()
-
-    def keys(self, outcomes: np.ndarray, n: int) -> np.ndarray:
-        return binary_keys(outcomes, n)

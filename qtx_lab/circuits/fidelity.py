@@ -14,21 +14,22 @@ from ..errors import ArgumentError, DtypeError, ShapeError
 from .base import check_rows
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Measure:
-    """A measure of each row.
+    """A distance or a fidelity of each row.
 
     Parameters
     ----------
     value : Tensor, float64, (R,)
-        NaN in a row that has no counts, as its floor and error.
+        The measure of the counts. It is NaN in a row without counts, as are the floor and the error.
     floor : Tensor, float64, (R,)
-        What as many shots of an ideal device would give on average: a finite sample is never at distance 0.
+        Mean over ideal devices with the same number of shots. A finite sample is never at distance 0.
     floor_range : Tensor, float64, (2, R)
-        Where 95 % of such shots' values lie: a `value` beyond it is not explained by shots alone.
+        Lower and upper end of the range that holds 95 % of the ideal devices' values. Shots alone do not
+        explain a `value` outside it.
     std_error : Tensor, float64, (R,)
-        Standard deviation of `value` over repetitions of the shots, by the bootstrap: too large, by up to a half,
-        where a row is at its floor.
+        Standard deviation of `value` over repetitions of the shots, by the bootstrap. It is too large, by up
+        to a half, where a row is at its floor.
     """
 
     value: Tensor
@@ -40,24 +41,32 @@ class Measure:
 def total_variation(
     counts: Tensor, p: Tensor, *, resamples: int = 200, generator: torch.Generator | None = None
 ) -> Measure:
-    """Half of sum_j |counts_j / S - p_j|: the most by which the probability of any set of keys is off.
+    """Compute half of sum_j |counts_j / S - p_j|: the most by which a set of keys can be too probable.
 
     Parameters
     ----------
     counts : Tensor, whole numbers, (R, n)
-        Of each key, as `RowCounts.counts`; their sum S is the shots that count.
+        How often each key was measured, as `RowCounts.counts`. S is the sum of a row.
     p : Tensor, (R, n)
+        The rows that were loaded.
     resamples : int
-        Of the bootstraps behind `floor` (shots drawn from p) and `std_error` (from the counts).
+        Number of simulated repetitions behind `floor`, with shots drawn from p, and behind `std_error`, with
+        shots drawn from the counts.
     generator : torch.Generator, optional
         The only source of randomness.
+
+    Returns
+    -------
+    Measure
 
     Raises
     ------
     ArgumentError, ShapeError, DtypeError
-        If p is not rows of probabilities (see `check_rows`), or counts are not as many whole numbers >= 0, of which a
-        row sums to less than 2^53.
+        If p does not hold rows of probabilities (see `check_rows`), if counts has another shape or does not
+        hold whole numbers >= 0, if a row of it sums to 2^53 or more, or if resamples is below 1.
 
+    Examples
+    --------
     >>> import torch
     >>> g = torch.Generator().manual_seed(0)
     >>> m = total_variation(torch.tensor([[75, 25]]), torch.tensor([[0.5, 0.5]]), generator=g)
@@ -70,40 +79,66 @@ def total_variation(
 def hellinger_distance(
     counts: Tensor, p: Tensor, *, resamples: int = 200, generator: torch.Generator | None = None
 ) -> Measure:
-    """sqrt(1 - sum_j sqrt(p_j counts_j / S)); arguments as for `total_variation`."""
+    """Compute sqrt(1 - sum_j sqrt(p_j counts_j / S)).
+
+    Arguments, result and errors are those of `total_variation`.
+
+    Examples
+    --------
+    >>> hellinger_distance(torch.tensor([[100, 0]]), torch.tensor([[1.0, 0.0]])).value
+    tensor([0.], dtype=torch.float64)
+    """
     return _measure(lambda q, p: np.sqrt(1 - _overlap(q, p)), counts, p, resamples, generator)
 
 
 def hellinger_fidelity(
     counts: Tensor, p: Tensor, *, resamples: int = 200, generator: torch.Generator | None = None
 ) -> Measure:
-    """(sum_j sqrt(p_j counts_j / S))^2, as `qiskit.quantum_info.hellinger_fidelity`; arguments as above.
+    """Compute (sum_j sqrt(p_j counts_j / S))², as `qiskit.quantum_info.hellinger_fidelity` does.
 
-    `floor` is below 1: finite shots of an ideal device do not reach it.
+    Arguments, result and errors are those of `total_variation`. `floor` is below 1, because finite shots of
+    an ideal device do not reach fidelity 1.
+
+    Examples
+    --------
+    >>> hellinger_fidelity(torch.tensor([[50, 50]]), torch.tensor([[1.0, 0.0]])).value
+    tensor([0.5000], dtype=torch.float64)
     """
     return _measure(lambda q, p: _overlap(q, p) ** 2, counts, p, resamples, generator)
 
 
 def state_fidelity(rho: Tensor, p: Tensor, *, shots: int | None = None) -> Measure:
-    """<psi|rho|psi> with psi = sum_j sqrt(p_j) |j>: includes phases, which measured keys do not show.
+    """Compute <psi|rho|psi> with psi = sum_j sqrt(p_j) |j>.
+
+    Unlike measured keys, this fidelity also depends on phases.
 
     Parameters
     ----------
     rho : Tensor, complex, (R, 2^m, 2^m)
-        Density matrices, as `AerEngine.density_matrices` gives; of a loader that keeps phases, `TreeLoader(phase=True)`.
-    p : Tensor, (R, n), n <= 2^m
+        Density matrices, as `AerEngine.density_matrices` computes them, of a loader whose amplitudes are all
+        positive, as those of `TreeLoader(phase=True)`.
+    p : Tensor, (R, n)
+        The rows that were loaded, n <= 2^m.
     shots : int, optional
-        Of a device that projects onto psi: then `std_error` is that of such an estimate. 0 where None: rho is known.
+        Shots of a device that projects rho onto psi: `std_error` is then the standard error of its estimate.
+        It is 0 if shots is None, because rho is known.
 
     Returns
     -------
     Measure
-        `floor` and its range are 1, the fidelity without noise.
+        `floor` and both ends of `floor_range` are 1, the fidelity without noise.
 
     Raises
     ------
     ArgumentError, ShapeError, DtypeError
-        As for `total_variation`; if rho does not fit p.
+        If p does not hold rows of probabilities (see `check_rows`), if rho is not a tensor of fitting shape,
+        or if shots is below 1.
+
+    Examples
+    --------
+    >>> mixed = torch.eye(2, dtype=torch.complex128)[None] / 2
+    >>> state_fidelity(mixed, torch.tensor([[0.25, 0.75]])).value
+    tensor([0.5000], dtype=torch.float64)
     """
     p = check_rows(p)
     if not isinstance(rho, Tensor) or not (rho.is_complex() or rho.is_floating_point()):
@@ -112,7 +147,7 @@ def state_fidelity(rho: Tensor, p: Tensor, *, shots: int | None = None) -> Measu
     rows, n = p.shape
     if rho.ndim != 3 or rho.shape[0] != rows or rho.shape[1] != rho.shape[2] or rho.shape[1] < n:
         raise ShapeError(
-            f"rho has shape {tuple(rho.shape)}; p {tuple(p.shape)} needs ({rows}, d, d), d >= {n}."
+            f"rho has shape {tuple(rho.shape)}; with p {tuple(p.shape)} it must be ({rows}, d, d), d >= {n}."
         )
     if shots is not None:
         check_count("shots", shots)
@@ -120,6 +155,17 @@ def state_fidelity(rho: Tensor, p: Tensor, *, shots: int | None = None) -> Measu
     value = torch.einsum("ri,rij,rj->r", psi, rho, psi).real.double()
     error = (value * (1 - value)).clamp_min(0).div(shots).sqrt() if shots else torch.zeros_like(value)
     return Measure(value, torch.ones_like(value), torch.ones(2, rows, dtype=value.dtype), error)
+
+
+def total_variation_distance(p: Tensor, q: Tensor) -> Tensor:
+    """Compute half of sum_j |p_j - q_j|, (...), for pairs of distributions (..., n).
+
+    Examples
+    --------
+    >>> total_variation_distance(torch.tensor([0.75, 0.25]), torch.tensor([0.5, 0.5]))
+    tensor(0.2500)
+    """
+    return (p - q).abs().sum(-1) / 2
 
 
 def _overlap(q: np.ndarray, p: np.ndarray) -> np.ndarray:
@@ -133,42 +179,47 @@ def _measure(
     resamples: int,
     generator: torch.Generator | None,
 ) -> Measure:
+    """Compute a distance (..., n), (..., n) -> (...) of the counts, of ideal shots and of the bootstrap."""
     p = check_rows(p)
     check_count("resamples", resamples)
-    if not isinstance(counts, Tensor):
-        raise DtypeError(
-            f"counts is a {type(counts).__name__}; it must be a tensor of whole numbers, as `RowCounts.counts`."
-        )
-    if counts.shape != p.shape:
-        raise ShapeError(
-            f"counts has shape {tuple(counts.shape)}, p {tuple(p.shape)}; they must be the same."
-        )
-    whole = not (counts.is_floating_point() or counts.is_complex())
-    counts = counts.cpu().long()
-    if not whole or bool((counts < 0).any()):
-        raise ArgumentError("counts must be whole numbers >= 0.")
-    if bool((counts.double().sum(-1) >= 2**53).any()):
-        raise ArgumentError("counts sum to 2^53 or more in a row, which is more than can be resampled.")
+    counts = _check_counts(counts, p)
     device = "cpu" if generator is None else generator.device
     seed = int(torch.randint(2**31 - 1, (), generator=generator, device=device))
     random = np.random.default_rng(seed)
     exact, k = p.numpy(), counts.numpy()
-    shots = k.sum(-1)
-    some = (shots > 0) & (exact.sum(-1) > 0)
-    out = np.full((5, len(p)), np.nan)
-    if some.any():
-        exact, k, shots = exact[some], k[some], shots[some]
+    measured = (k.sum(-1) > 0) & (exact.sum(-1) > 0)
+    value, floor, std_error = np.full((3, len(p)), np.nan)
+    floor_range = np.full((2, len(p)), np.nan)
+    if measured.any():
+        exact, k = exact[measured], k[measured]
+        shots = k.sum(-1)
         q = k / shots[:, None]
-        ideal, again = (
-            random.multinomial(shots, x / x.sum(-1, keepdims=True), size=(resamples, len(x))) / shots[:, None]
-            for x in (exact, q)
+
+        def repeated(rows: np.ndarray) -> np.ndarray:
+            rows = rows / rows.sum(-1, keepdims=True)
+            return random.multinomial(shots, rows, size=(resamples, len(rows))) / shots[:, None]
+
+        ideal, bootstrap = distance(repeated(exact), exact), distance(repeated(q), exact)
+        value[measured], floor[measured] = distance(q, exact), ideal.mean(0)
+        floor_range[:, measured] = np.quantile(ideal, (0.025, 0.975), axis=0)
+        std_error[measured] = bootstrap.std(0, ddof=min(1, resamples - 1))
+    return Measure(*(torch.from_numpy(x) for x in (value, floor, floor_range, std_error)))
+
+
+def _check_counts(counts: Tensor, p: Tensor) -> Tensor:
+    """Return counts as int64 on the CPU; refuse what are not whole numbers >= 0 of the shape of p."""
+    if not isinstance(counts, Tensor):
+        raise DtypeError(
+            f"counts is a {type(counts).__name__}; it must be a tensor, as `RowCounts.counts` is."
         )
-        floor, spread = distance(ideal, exact), distance(again, exact)
-        out[:, some] = (
-            distance(q, exact),
-            floor.mean(0),
-            *np.quantile(floor, (0.025, 0.975), axis=0),
-            spread.std(0, ddof=min(1, resamples - 1)),
+    if counts.shape != p.shape:
+        raise ShapeError(
+            f"counts has shape {tuple(counts.shape)} and p has {tuple(p.shape)}; they must be the same."
         )
-    result = torch.from_numpy(out)
-    return Measure(result[0], result[1], result[2:4], result[4])
+    whole = not (counts.is_floating_point() or counts.is_complex())
+    counts = counts.cpu().long()
+    if not whole or bool((counts < 0).any()):
+        raise ArgumentError("counts must hold whole numbers >= 0.")
+    if bool((counts.double().sum(-1) >= 2**53).any()):
+        raise ArgumentError("counts sum to 2^53 or more in a row, which is more than can be resampled.")
+    return counts

@@ -1,166 +1,203 @@
-"""The approximate loader: staircases of two-qubit gates that make matrix product states of bond dimension 2."""
+"""The approximate loader: layers of two-qubit gates that prepare states of bond dimension 2."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from qiskit import ClassicalRegister, QuantumCircuit, QuantumRegister
+from qiskit import QuantumCircuit
 from qiskit.circuit import ParameterVector
 from qiskit.quantum_info import Operator
 from torch import Tensor
 
 from ..checks import check_count
 from ..errors import ArgumentError
-from .base import MOST_QUBITS, binary_keys, check_rows, check_size, num_bits
+from .base import MAX_QUBITS, Loader, blank_circuit, check_num_qubits, check_rows, num_bits
 
-MOST_LAYERS = 16
+MAX_LAYERS = 16
+"""Most layers of two-qubit gates."""
 
 
-class MpsLoader:
-    """Each layer undoes the best-by-SVD state of bond dimension 2 in what the layers so far have left of the row.
+@dataclass(frozen=True)
+class MpsLoader(Loader):
+    """Prepares the row approximately, by layers of two-qubit gates between neighbours on a line.
 
-    2 (m - 1) two-qubit gates a layer between neighbours on a line, where a tree needs 2^m - m - 1 between all: few
-    enough for m >= 6, and exact for m <= 2. A row that is smooth in its keys needs few layers; `fidelities` says how
-    close each row comes, and `for_fidelity` chooses the layers. Amplitudes of masked keys may not be 0: such shots
-    are discarded.
+    Each layer prepares the state of bond dimension 2 that is nearest, by singular values, to what the other
+    layers have left of the row. A layer takes 2 (m - 1) two-qubit gates, where a tree takes 2^m - m - 1
+    between all qubits: that saves gates from m = 6 on. For m <= 2 one layer is exact. A row that is smooth in
+    its keys needs few layers. `fidelities` tells how close each row comes, and `for_fidelity` chooses the
+    number of layers. The circuit may give a masked key some probability; shots that measure it are discarded.
 
-    Sources: Ran, Encoding of matrix product states into quantum circuits of one- and two-qubit gates (2020), for
-    the layers; Vatan and Williams, Optimal quantum circuits for general two-qubit gates (2004), for real gates by
-    two CNOTs: in the magic basis they are a product of two one-qubit gates.
+    Sources: Ran, Encoding of matrix product states into quantum circuits of one- and two-qubit gates (2020),
+    for the layers; Vatan and Williams, Optimal quantum circuits for general two-qubit gates (2004), for real
+    gates by two CNOTs: in the magic basis they are a product of two one-qubit gates.
 
     Parameters
     ----------
     layers : int
-        1 to 16.
+        Number of layers, from 1 to 16.
 
+    Raises
+    ------
+    ArgumentError
+        If layers is not a whole number from 1 to 16.
+
+    Examples
+    --------
     >>> MpsLoader(layers=2).circuit(6).num_nonlocal_gates()
     20
+    >>> round(float(MpsLoader(layers=1).fidelities(torch.tensor([[0.1, 0.2, 0.3, 0.4]]))), 9)
+    1.0
     """
 
     name = "mps"
     exact = False
 
-    def __init__(self, layers: int = 2):
-        check_count("layers", layers)
-        if layers > MOST_LAYERS:
-            raise ArgumentError(f"layers={layers} is not allowed: at most {MOST_LAYERS}.")
-        self.layers = layers
+    layers: int = 2
+
+    def __post_init__(self) -> None:
+        check_count("layers", self.layers)
+        if self.layers > MAX_LAYERS:
+            raise ArgumentError(f"layers={self.layers} is not allowed: it must be at most {MAX_LAYERS}.")
 
     @classmethod
     def for_fidelity(cls, p: Tensor, fidelity: float, max_layers: int = 8) -> MpsLoader:
-        """The loader with the fewest layers that load each row of p (R, n) with at least this ideal state fidelity.
+        """Make the loader with the fewest layers that reaches a state fidelity in every row.
 
-        Rows of all zeros are not run, and do not count.
+        Parameters
+        ----------
+        p : Tensor, (R, n)
+            Rows of probabilities. Rows of all zeros are never run and do not count.
+        fidelity : float
+            Least fidelity without noise, above 0 and at most 1.
+        max_layers : int
+            Most layers to try.
 
         Raises
         ------
         ArgumentError
-            If `max_layers` are not enough; says what they reach.
+            If fidelity is not allowed, or if `max_layers` layers do not reach it. The message says what they
+            reach.
         """
         if isinstance(fidelity, bool) or not isinstance(fidelity, int | float) or not 0 < fidelity <= 1:
             raise ArgumentError(f"fidelity={fidelity!r} is not allowed: it must be above 0 and at most 1.")
-        most, p = cls(max_layers), check_rows(p)
+        deepest, p = cls(max_layers), check_rows(p)
         p = p[p.sum(-1) > 0]
         if not len(p):
             return cls(1)
-        reached = most._fit(p)[1].amin(0)  # [layers]
-        enough = (reached >= fidelity - 1e-12).nonzero()
+        worst = deepest._fit(p).fidelities.amin(0)  # [layers]
+        enough = (worst >= fidelity - 1e-12).nonzero()
         if not len(enough):
             raise ArgumentError(
-                f"max_layers={max_layers} reach a fidelity of {float(reached[-1]):.4f} in the worst row, "
-                f"fidelity={fidelity:g} was asked: allow more layers, or take the loader 'tree'."
+                f"fidelity={fidelity:g} is not reached: max_layers={max_layers} reach {float(worst[-1]):.4f} "
+                "in the worst row. Allow more layers, or use the loader 'tree'."
             )
         return cls(int(enough[0]) + 1)
 
     def fidelities(self, p: Tensor) -> Tensor:
-        """Ideal |<psi|circuit>|^2 of rows p (R, n) with psi = sum_j sqrt(p_j) |j>, float64, (R,)."""
-        return self._fit(check_rows(p))[1][:, -1]
+        """Compute the fidelity |<psi|circuit>|² without noise, with psi = sum_j sqrt(p_j) |j>.
 
-    def size(self, n: int) -> int:
-        return num_bits(n)
+        Parameters
+        ----------
+        p : Tensor, (R, n)
+            Rows of probabilities.
+
+        Returns
+        -------
+        Tensor, float64, (R,)
+        """
+        return self._fit(check_rows(p)).fidelities[:, -1]
 
     def circuit(self, size: int) -> QuantumCircuit:
-        check_size(size, MOST_QUBITS)
-        circuit = QuantumCircuit(QuantumRegister(size, "q"), ClassicalRegister(size, "c"), name=self.name)
+        """Build the circuit of `size` qubits; see `Loader.circuit`."""
+        check_num_qubits(size, MAX_QUBITS)
+        circuit = blank_circuit(size, self.name)
         if size == 1:
             circuit.ry(ParameterVector("a", 1)[0], 0)
         else:
             angle = iter(ParameterVector("a", 6 * (size - 1) * self.layers))
             for _ in range(self.layers):
-                for low in range(size - 1):  # the pair (low + 1, low), least significant first
-                    circuit.compose(_magic(), [low, low + 1], inplace=True)
+                for low in range(size - 1):  # the pair (low + 1, low), least significant pair first
+                    circuit.compose(_magic_basis(), [low, low + 1], inplace=True)
                     for qubit in (low + 1, low):
                         circuit.rz(next(angle), qubit)
                         circuit.ry(next(angle), qubit)
                         circuit.rz(next(angle), qubit)
-                    circuit.compose(_magic().inverse(), [low, low + 1], inplace=True)
+                    circuit.compose(_magic_basis().inverse(), [low, low + 1], inplace=True)
         circuit.measure(range(size), range(size))
         return circuit
 
     def angles(self, p: Tensor) -> np.ndarray:
-        return self._fit(p)[0].numpy()
+        """Fit the layers to the rows; see `Loader.angles`."""
+        return self._fit(p).angles.numpy()
 
-    def keys(self, outcomes: np.ndarray, n: int) -> np.ndarray:
-        return binary_keys(outcomes, n)
-
-    def _fit(self, p: Tensor) -> tuple[Tensor, Tensor]:
-        """Angles (R, P), and the fidelity after each layer (R, layers)."""
+    def _fit(self, p: Tensor) -> _Fit:
+        """Fit the layers one after the other to rows (R, n) that `check_rows` returned."""
         rows, m = len(p), num_bits(p.shape[-1])
-        left = F.pad(p, (0, (1 << m) - p.shape[-1])).sqrt()  # what is still to be loaded, [R, 2^m]
+        remaining = F.pad(p, (0, (1 << m) - p.shape[-1])).sqrt()  # what is still to be prepared, [R, 2^m]
         if m == 1:
-            angle = 2 * torch.atan2(left[:, 1:], left[:, :1])
-            return angle, torch.ones(rows, self.layers, dtype=torch.float64)
-        layers, reached = [], []
+            angle = 2 * torch.atan2(remaining[:, 1:], remaining[:, :1])
+            return _Fit(angle, torch.ones(rows, self.layers, dtype=torch.float64))
+        angles, fidelities = [], []
         for _ in range(self.layers):
-            gates = _staircase(left, m)  # [m - 1] of [R, 4, 4], least significant pair first
-            for low in reversed(range(m - 1)):  # the inverse of the layer
-                pair = left.view(rows, -1, 4, 1 << low)  # [R, higher, pair, lower]
-                left = torch.einsum("rji,rhjl->rhil", gates[low], pair).reshape(rows, -1)
-            layers.append(torch.cat([_euler(gate) for gate in gates], -1))
-            reached.append(left[:, 0].square())
-        return torch.cat(layers[::-1], -1), torch.stack(reached, -1)  # the circuit runs the last layer first
+            gates = _staircase(remaining, m)  # m - 1 gates [R, 4, 4], least significant pair first
+            for low in reversed(range(m - 1)):  # apply the inverse of the layer
+                pair = remaining.unflatten(1, (-1, 4, 1 << low))  # [R, higher bits, pair, lower bits]
+                remaining = torch.einsum("rji,rhjl->rhil", gates[low], pair).flatten(1)
+            angles.append(torch.cat([_euler_angles(gate) for gate in gates], -1))
+            fidelities.append(remaining[:, 0].square())
+        # The circuit runs the last layer first.
+        return _Fit(torch.cat(angles[::-1], -1), torch.stack(fidelities, -1))
+
+
+@dataclass(frozen=True, eq=False)
+class _Fit:
+    """Angles of fitted rows, (R, P) in radians, and the fidelity reached after each layer, (R, layers)."""
+
+    angles: Tensor
+    fidelities: Tensor
 
 
 def _staircase(state: Tensor, m: int) -> list[Tensor]:
-    """Real gates (R, 4, 4) that make the state's approximation of bond dimension 2 from |0...0>.
+    """Compute the gates that prepare the approximation of bond dimension 2 of states (R, 2^m) from |0...0>.
 
-    Gate k acts on qubits (k + 1, k), gate 0 first: qubit k + 1, still 0, takes over what is to be correlated with the
-    qubits above, qubit k is done.
+    Returns m - 1 real gates (R, 4, 4), the first of which acts first. Gate k acts on the qubits (k + 1, k).
+    Qubit k + 1 was 0 until then and takes over the correlations with the qubits above it; qubit k is in its
+    final state.
     """
     rows = len(state)
     tensors, rest, bond = [], state, 1
     for _ in range(m - 1):  # from the most significant qubit
-        u, s, v = torch.linalg.svd(rest.reshape(rows, bond * 2, -1), full_matrices=False)
-        kept = min(2, s.shape[-1])
-        tensors.append(u[..., :kept])  # [R, bond * 2, kept]
-        rest, bond = s[:, :kept, None] * v[:, :kept], kept
-    last = rest.reshape(rows, 4)  # bond and the least significant qubit
+        u, s, v = torch.linalg.svd(rest.flatten(1).unflatten(1, (bond * 2, -1)), full_matrices=False)
+        next_bond = min(2, s.shape[-1])
+        tensors.append(u[..., :next_bond])  # [R, bond * 2, next_bond]
+        rest, bond = s[:, :next_bond, None] * v[:, :next_bond], next_bond
+    last = rest.reshape(rows, 4)  # the bond and the least significant qubit
     last = last / last.norm(dim=-1, keepdim=True).clamp_min(1e-300)
-    gates = [_complete(last[..., None])]
-    if m > 2:
-        gates += [_complete(tensors[k]) for k in range(m - 2, 1, -1)]
-        both = torch.einsum("rsb,rbtc->rstc", tensors[0], tensors[1].view(rows, 2, 2, 2))
-        gates.append(_complete(both.reshape(rows, 4, 2)))
-    else:  # the most significant qubit's own rotation goes into the only gate
-        first = tensors[0]
-        gates = [_complete(torch.einsum("rsb,rbt->rst", first, last.view(rows, 2, 2)).reshape(rows, 4, 1))]
-    return gates
+    first = tensors[0]
+    if m == 2:  # the rotation of the most significant qubit is part of the only gate
+        both = torch.einsum("rsb,rbt->rst", first, last.view(rows, 2, 2))
+        return [_complete(both.reshape(rows, 4, 1))]
+    both = torch.einsum("rsb,rbtc->rstc", first, tensors[1].view(rows, 2, 2, 2))
+    middle = [_complete(tensors[k]) for k in range(m - 2, 1, -1)]
+    return [_complete(last[..., None]), *middle, _complete(both.reshape(rows, 4, 2))]
 
 
 def _complete(columns: Tensor) -> Tensor:
-    """An orthogonal matrix of determinant 1 (R, 4, 4) that begins with these orthonormal columns (R, 4, c < 4)."""
+    """Complete orthonormal columns (R, 4, c), c < 4, to orthogonal matrices (R, 4, 4) of determinant 1."""
     q, r = torch.linalg.qr(columns, mode="complete")
     signs = torch.ones(len(q), 4, dtype=q.dtype)
     signs[:, : columns.shape[-1]] = torch.where(torch.diagonal(r, dim1=1, dim2=2) < 0, -1.0, 1.0)
     q = q * signs[:, None]
-    turn = torch.ones_like(signs)
-    turn[:, 3] = torch.linalg.det(q).sign()
-    return q * turn[:, None]
+    orientation = torch.ones_like(signs)
+    orientation[:, 3] = torch.linalg.det(q).sign()
+    return q * orientation[:, None]
 
 
-def _magic() -> QuantumCircuit:
-    """A basis in which real gates of determinant 1 are products of two one-qubit gates."""
+def _magic_basis() -> QuantumCircuit:
+    """Build the change to the basis in which real gates of determinant 1 are two one-qubit gates."""
     circuit = QuantumCircuit(2)
     circuit.s([0, 1])
     circuit.h(1)
@@ -168,16 +205,21 @@ def _magic() -> QuantumCircuit:
     return circuit
 
 
-def _euler(gate: Tensor) -> Tensor:
-    """Angles (R, 6) of rz, ry, rz on the higher qubit, then on the lower, that are the gate in the magic basis."""
-    e = torch.from_numpy(Operator(_magic()).data)
+def _euler_angles(gate: Tensor) -> Tensor:
+    """Compute the angles (R, 6) of the one-qubit rotations that real gates (R, 4, 4) are in the magic basis.
+
+    The gates have determinant 1. The angles are those of rz, ry and rz on the higher qubit, then on the lower
+    one.
+    """
+    rows = len(gate)
+    e = torch.from_numpy(Operator(_magic_basis()).data)
     product = e @ gate.to(e.dtype) @ e.conj().T  # A kron B
-    pairs = product.view(-1, 2, 2, 2, 2).permute(0, 1, 3, 2, 4).reshape(-1, 4, 4)
+    pairs = product.view(rows, 2, 2, 2, 2).permute(0, 1, 3, 2, 4).reshape(rows, 4, 4)
     u, _, v = torch.linalg.svd(pairs)
     parts = []
-    for x in (u[:, :, 0].reshape(-1, 2, 2), v[:, 0].reshape(-1, 2, 2)):
+    for x in (u[:, :, 0].reshape(rows, 2, 2), v[:, 0].reshape(rows, 2, 2)):
         x = x / torch.linalg.det(x).sqrt()[:, None, None]
         y = 2 * torch.atan2(x[:, 1, 0].abs(), x[:, 0, 0].abs())
-        plus, minus = x[:, 1, 1].angle(), x[:, 1, 0].angle()  # half the sum and half the difference
-        parts += [plus - minus, y, plus + minus]
+        half_sum, half_difference = x[:, 1, 1].angle(), x[:, 1, 0].angle()  # of the two rz angles
+        parts += [half_sum - half_difference, y, half_sum + half_difference]
     return torch.stack(parts, -1)

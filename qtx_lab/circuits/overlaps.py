@@ -1,8 +1,9 @@
-"""Other ways in which circuits compute attention: overlaps of queries and keys, measured, as logits.
+"""Attention logits from circuits: the overlaps of queries and keys, measured by Hadamard and swap tests.
 
-A vector x is loaded as the amplitudes x_i / |x|. The Hadamard test gives <q|k> with its sign, the swap test its square;
-both need a controlled loading or a second copy, and their error falls only with the square root of the shots. The norms
-|q| and |k| are known classically and multiplied back.
+A vector x is loaded as the amplitudes x_i / |x|. The Hadamard test measures <q|k> with its sign, the swap
+test its square. The first needs loadings that an ancilla controls, the second a second copy, and the error of
+both falls only with the square root of the number of shots. The norms |q| and |k| are known classically and
+are multiplied back.
 """
 
 from __future__ import annotations
@@ -20,18 +21,19 @@ from ..errors import ArgumentError, DtypeError, ShapeError
 from .base import num_bits
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Overlaps:
     """Estimated overlaps of normalised queries and keys.
 
     Parameters
     ----------
     value : Tensor, float64, (..., L, n)
-        Of <q|k> (Hadamard test) or |<q|k>|^2 (swap test; may come out slightly negative).
+        Estimates z of <q|k> by the Hadamard test, or of |<q|k>|² by the swap test; these may be slightly
+        negative.
     std_error : Tensor, float64, (..., L, n)
-        Expected, for the true overlaps: sqrt((1 - z^2) / shots), z being what is estimated.
+        Standard error sqrt((1 - z²) / shots) of `value`, computed from the true z.
     logits : Tensor, float64, (..., L, n)
-        `value` times |q| |k| scale (Hadamard test) or |q|^2 |k|^2 scale (swap test).
+        `value` times |q| |k| scale for the Hadamard test, or times |q|² |k|² scale for the swap test.
     """
 
     value: Tensor
@@ -47,37 +49,44 @@ def hadamard_test(
     scale: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Overlaps:
-    """Logits q k^T scale from <q|k>: the ancilla of each pair reads 0 with probability (1 + <q|k>) / 2.
+    """Estimate the logits q k^T scale from measured overlaps <q|k>.
 
-    The outcomes of the ideal circuit (`hadamard_test_circuit`) are drawn from this probability.
+    The ancilla of each pair of vectors reads 0 with probability (1 + <q|k>) / 2. Outcomes of the ideal
+    circuit, `hadamard_test_circuit`, are drawn from this probability. The result has no gradients.
 
     Parameters
     ----------
     q : Tensor, (..., L, E)
     k : Tensor, (..., n, E)
-        Leading dimensions equal to q's. A vector of zeros has overlap 0.
+        The leading dimensions are those of q. A vector of zeros has overlap 0 with every other.
     shots : int
-        Of each pair: L n shots for a head in all.
+        Shots of each pair, so L n shots for a head.
     scale : float, optional
-        1 / sqrt(E) where None.
+        1 / sqrt(E) if None.
     generator : torch.Generator, optional
         The only source of randomness.
+
+    Returns
+    -------
+    Overlaps
 
     Raises
     ------
     ShapeError, DtypeError, ArgumentError
-        If the shapes do not fit, the tensors are not floating-point or not finite; if shots is below 1.
+        If the shapes do not fit, if the tensors are not floating-point, if they or the products of their
+        norms are not finite, or if shots is below 1.
 
     Source: Cleve, Ekert, Macchiavello and Mosca, Quantum algorithms revisited (1998).
 
+    Examples
+    --------
     >>> q, k = torch.eye(2)[None], torch.eye(2)[None]
     >>> hadamard_test(q, k, 100).value.diagonal(dim1=-2, dim2=-1)
     tensor([[1., 1.]], dtype=torch.float64)
     """
-    overlap, norms = _overlaps(q, k, shots)
+    true = _true_overlaps(q, k, shots)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    value = _ancilla(overlap, shots, generator)
-    return Overlaps(value, _error(overlap, shots), value * norms * scale)
+    return _estimate(true.overlap, true.norms, shots, scale, generator)
 
 
 def swap_test(
@@ -88,23 +97,38 @@ def swap_test(
     scale: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Overlaps:
-    """Logits (q k^T)^2 scale from |<q|k>|^2: the ancilla reads 0 with probability (1 + |<q|k>|^2) / 2.
+    """Estimate the logits (q k^T)² scale from measured squares |<q|k>|².
 
-    Signs are lost: this is attention with squared overlaps, another model than softmax of dot products. Arguments and
-    errors as for `hadamard_test`, the circuit is `swap_test_circuit`.
+    The ancilla reads 0 with probability (1 + |<q|k>|²) / 2. The signs of the overlaps are lost, so this is
+    attention with squared overlaps, another model than the softmax of dot products. The circuit is
+    `swap_test_circuit`. Arguments, result and errors are those of `hadamard_test`.
 
     Source: Buhrman, Cleve, Watrous and de Wolf, Quantum fingerprinting (2001).
+
+    Examples
+    --------
+    >>> swap_test(torch.eye(2), -torch.eye(2), 100).value.diagonal()
+    tensor([1., 1.], dtype=torch.float64)
     """
-    overlap, norms = _overlaps(q, k, shots)
+    true = _true_overlaps(q, k, shots)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    square = overlap.square()
-    value = _ancilla(square, shots, generator)
-    return Overlaps(value, _error(square, shots), value * norms.square() * scale)
+    return _estimate(true.overlap.square(), true.norms.square(), shots, scale, generator)
 
 
 def hadamard_test_circuit(q: Tensor, k: Tensor) -> QuantumCircuit:
-    """The Hadamard test of one pair of vectors (E,): log2 E + 1 qubits, both loadings controlled by the ancilla."""
-    a, b = (_amplitudes(x) for x in (q, k))
+    """Build the Hadamard test of two vectors (E,): the ancilla controls both loadings of ceil(log2 E) qubits.
+
+    Raises
+    ------
+    ShapeError, ArgumentError
+        If q and k are not two vectors of the same length, or if one is zero.
+
+    Examples
+    --------
+    >>> hadamard_test_circuit(torch.ones(4), torch.ones(4)).num_qubits
+    3
+    """
+    a, b = _amplitudes(q, k)
     m = num_bits(len(a))
     circuit = QuantumCircuit(
         QuantumRegister(m, "q"), QuantumRegister(1, "ancilla"), ClassicalRegister(1, "c")
@@ -118,8 +142,19 @@ def hadamard_test_circuit(q: Tensor, k: Tensor) -> QuantumCircuit:
 
 
 def swap_test_circuit(q: Tensor, k: Tensor) -> QuantumCircuit:
-    """The swap test of one pair of vectors (E,): 2 log2 E + 1 qubits, log2 E controlled swaps."""
-    a, b = (_amplitudes(x) for x in (q, k))
+    """Build the swap test of two vectors (E,), on 2 m + 1 qubits with m controlled swaps, m = ceil(log2 E).
+
+    Raises
+    ------
+    ShapeError, ArgumentError
+        If q and k are not two vectors of the same length, or if one is zero.
+
+    Examples
+    --------
+    >>> swap_test_circuit(torch.ones(4), torch.ones(4)).num_qubits
+    5
+    """
+    a, b = _amplitudes(q, k)
     m = num_bits(len(a))
     circuit = QuantumCircuit(
         QuantumRegister(m, "q"),
@@ -137,38 +172,66 @@ def swap_test_circuit(q: Tensor, k: Tensor) -> QuantumCircuit:
     return circuit
 
 
-def _amplitudes(x: Tensor) -> np.ndarray:
-    """x / |x|, padded to a power of two of at least 2."""
-    if x.ndim != 1 or not bool(x.norm() > 0):
-        raise ArgumentError("A circuit needs one vector (E,) that is not zero.")
-    padded = np.zeros(1 << num_bits(len(x)))
-    padded[: len(x)] = x.double().numpy()
-    return padded / np.linalg.norm(padded)
+def _amplitudes(*vectors: Tensor) -> list[np.ndarray]:
+    """Return each vector divided by its norm, padded with zeros to a power of two of at least 2."""
+    if any(x.ndim != 1 for x in vectors) or len({len(x) for x in vectors}) > 1:
+        shapes = " and ".join(str(tuple(x.shape)) for x in vectors)
+        raise ShapeError(f"q and k have the shapes {shapes}; a circuit needs two vectors of the same length.")
+    amplitudes = []
+    for x in vectors:
+        unit, norm = _normalised(x.detach().cpu().double())
+        if not bool(norm > 0):
+            raise ArgumentError("q or k is a vector of zeros; a circuit needs two vectors that are not zero.")
+        padded = np.zeros(1 << num_bits(len(x)))
+        padded[: len(x)] = unit.numpy()
+        amplitudes.append(padded / np.linalg.norm(padded))
+    return amplitudes
 
 
-def _overlaps(q: Tensor, k: Tensor, shots: int) -> tuple[Tensor, Tensor]:
-    """<q|k> of the normalised vectors and |q| |k|, float64 (..., L, n)."""
+@dataclass(frozen=True, eq=False)
+class _TrueOverlaps:
+    """<q|k> of the normalised vectors, and |q| |k|, both float64, (..., L, n)."""
+
+    overlap: Tensor
+    norms: Tensor
+
+
+def _true_overlaps(q: Tensor, k: Tensor, shots: int) -> _TrueOverlaps:
+    """Check the arguments of a test, and compute what it estimates."""
     check_count("shots", shots)
     for name, x in (("q", q), ("k", k)):
         if not isinstance(x, Tensor) or not x.is_floating_point():
-            raise DtypeError(f"{name} must be a floating-point tensor.")
+            given = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise DtypeError(f"{name} is {given}; it must be a floating-point tensor.")
         if not bool(x.isfinite().all()):
-            raise ArgumentError(f"{name} holds NaN or infinity.")
-    if q.ndim < 2 or q.shape[:-2] != k.shape[:-2] or q.shape[-1] != k.shape[-1]:
-        raise ShapeError(f"q {tuple(q.shape)} and k {tuple(k.shape)} must be (..., L, E) and (..., n, E).")
-    q, k = q.double(), k.double()
-    norms = q.norm(dim=-1)[..., :, None] * k.norm(dim=-1)[..., None, :]
-    overlap = (q @ k.mT) / norms.masked_fill(norms == 0, 1)
-    return overlap.clamp(-1, 1), norms
+            raise ArgumentError(f"{name} holds NaN or infinity; it must be finite.")
+    if q.ndim < 2 or q.shape[:-2] != k.shape[:-2] or not 0 < q.shape[-1] == k.shape[-1]:
+        raise ShapeError(
+            f"q has shape {tuple(q.shape)} and k {tuple(k.shape)}; they must be (..., L, E) and (..., n, E) "
+            "with E >= 1."
+        )
+    (unit_q, norm_q), (unit_k, norm_k) = (_normalised(x.detach().double()) for x in (q, k))
+    return _TrueOverlaps((unit_q @ unit_k.mT).clamp(-1, 1), norm_q * norm_k.mT)
 
 
-def _ancilla(z: Tensor, shots: int, generator: torch.Generator | None) -> Tensor:
-    """2 (share of zeros) - 1 of an ancilla that reads 0 with probability (1 + z) / 2."""
+def _normalised(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return vectors (..., E) divided by their norms, and the norms (..., 1); zeros stay zeros."""
+    largest = x.abs().amax(
+        -1, keepdim=True
+    )  # first divided by this, so that no square overflows or underflows
+    scaled = x / largest.masked_fill(largest == 0, 1)
+    norm = scaled.norm(dim=-1, keepdim=True)
+    return scaled / norm.masked_fill(norm == 0, 1), norm * largest
+
+
+def _estimate(
+    z: Tensor, factor: Tensor, shots: int, scale: float, generator: torch.Generator | None
+) -> Overlaps:
+    """Draw outcomes of ancillas that read 0 with probability (1 + z) / 2; logits are value factor scale."""
+    if not bool(factor.isfinite().all()):
+        raise ArgumentError("q and k are too large: the product of their norms is beyond what float64 holds.")
     device = "cpu" if generator is None else generator.device
     seed = int(torch.randint(2**31 - 1, (), generator=generator, device=device))
     zeros = np.random.default_rng(seed).binomial(shots, ((1 + z) / 2).cpu().numpy())
-    return torch.as_tensor(2 * zeros / shots - 1, dtype=torch.float64).to(z.device)
-
-
-def _error(z: Tensor, shots: int) -> Tensor:
-    return ((1 - z.square()) / shots).sqrt()
+    value = torch.as_tensor(2 * zeros / shots - 1, dtype=torch.float64).to(z.device)
+    return Overlaps(value, ((1 - z.square()) / shots).sqrt(), value * factor * scale)

@@ -1,4 +1,4 @@
-"""What a circuit takes: qubits, depth, two-qubit gates; and how it looks."""
+"""What a circuit takes, in qubits, depth and two-qubit gates, and a picture of it."""
 
 from __future__ import annotations
 
@@ -12,12 +12,29 @@ from qiskit.circuit import ControlFlowOp
 
 @dataclass(frozen=True)
 class Resources:
-    """What a circuit takes. Gates in the bodies of conditions are all counted, though few of them are run."""
+    """What a circuit takes.
+
+    Gates in the branches of conditions all count, although a shot runs only some of them.
+
+    Parameters
+    ----------
+    qubits : int
+    parameters : int
+        Free angles.
+    depth : int
+        Length of the longest chain of gates and measurements. A condition with its branches counts as one
+        gate.
+    gates : int
+        Gates of any number of qubits.
+    two_qubit_gates : int
+    conditions : int
+        Instructions that depend on measured bits.
+    measurements : int
+    """
 
     qubits: int
     parameters: int
     depth: int
-    """Longest chain of gates and measurements; a condition with its body is one."""
     gates: int
     two_qubit_gates: int
     conditions: int
@@ -25,13 +42,15 @@ class Resources:
 
 
 def resources(circuit: QuantumCircuit) -> Resources:
-    """Count what a circuit takes, before or after transpiling.
+    """Count what a circuit takes, before or after it is transpiled.
 
+    Examples
+    --------
     >>> from qtx_lab.circuits import make_loader
     >>> resources(make_loader("tree").circuit(6)).two_qubit_gates
     57
     """
-    gates = two = conditions = measurements = 0
+    gates = two_qubit_gates = conditions = measurements = 0
     bodies = [circuit]
     while bodies:
         for instruction in bodies.pop().data:
@@ -43,26 +62,26 @@ def resources(circuit: QuantumCircuit) -> Resources:
                 measurements += 1
             elif operation.name not in ("barrier", "delay"):
                 gates += 1
-                two += len(instruction.qubits) == 2
+                two_qubit_gates += len(instruction.qubits) == 2
     return Resources(
         qubits=circuit.num_qubits,
         parameters=circuit.num_parameters,
         depth=circuit.depth(),
         gates=gates,
-        two_qubit_gates=two,
+        two_qubit_gates=two_qubit_gates,
         conditions=conditions,
         measurements=measurements,
     )
 
 
 def draw(circuit: QuantumCircuit, **options: Any) -> Any:
-    """The circuit as a matplotlib Figure; as text where `pylatexenc`, which qiskit's drawer needs, is not installed.
+    """Draw a circuit as a matplotlib Figure, or as text if `pylatexenc` is not installed.
 
     Parameters
     ----------
     circuit : QuantumCircuit
     **options
-        Of `QuantumCircuit.draw`: `output`, `fold`, `scale`, `idle_wires`, ...
+        Options of `QuantumCircuit.draw`, as `output`, `fold`, `scale` and `idle_wires`.
     """
     output = "mpl" if find_spec("pylatexenc") else "text"
     return circuit.draw(**{"output": output, **options})

@@ -19,7 +19,7 @@ from ..backends.counts import RowRequest, rows_at_once
 from ..backends.exact import compile_steps, outcome_probabilities
 from ..checks import check_count
 from ..circuits import DynamicLoader, Loader, make_loader
-from ..circuits.base import integers, pack
+from ..circuits.base import pack_values, unpack_values
 from ..errors import ArgumentError, BackendUnavailable, DtypeError, FallbackWarning, unknown_name
 from .decay import SharedDecay
 from .readout import can_undo, readout_errors, undo_dynamic_readout, undo_readout
@@ -318,7 +318,7 @@ def register_counts(
     parts = []
     for start in range(0, len(bindings), step):
         outcomes = backend.engine.run(circuit, bindings[start : start + step], shots, seed + start)
-        values = torch.from_numpy(integers(outcomes[:, :shots]))
+        values = torch.from_numpy(unpack_values(outcomes[:, :shots]))
         counts = torch.zeros(len(values), 1 << circuit.num_clbits, dtype=torch.int64)
         parts.append(counts.scatter_add_(-1, values, torch.ones_like(values)))
     return torch.cat(parts)
@@ -346,7 +346,7 @@ def register_probabilities(backend: QiskitQuantumBackend, p: Tensor) -> Tensor:
 def register_keys(backend: QiskitQuantumBackend, n: int) -> Tensor:
     """The key of each value of the register, int64 (2^bits,); -1 for none."""
     bits = backend.transpiled(n).num_clbits
-    return torch.from_numpy(backend.loader.keys(pack(np.arange(1 << bits), bits), n))
+    return torch.from_numpy(backend.loader.keys(pack_values(np.arange(1 << bits), bits), n))
 
 
 def register_signs(backend: QiskitQuantumBackend, n: int) -> Tensor:
@@ -355,7 +355,7 @@ def register_signs(backend: QiskitQuantumBackend, n: int) -> Tensor:
     signs = getattr(backend.loader, "signs", None)
     if signs is None:
         return torch.ones(1 << bits, dtype=torch.int64)
-    return torch.from_numpy(signs(pack(np.arange(1 << bits), bits), n))
+    return torch.from_numpy(signs(pack_values(np.arange(1 << bits), bits), n))
 
 
 def modelled_readout(backend: QiskitQuantumBackend, n: int) -> Tensor:

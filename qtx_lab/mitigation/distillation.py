@@ -6,14 +6,14 @@ import numpy as np
 from qiskit import ClassicalRegister, QuantumCircuit, QuantumRegister
 from torch import Tensor
 
-from ..circuits import TreeLoader
-from ..circuits.base import check_size, integers
+from ..circuits import Loader, TreeLoader
+from ..circuits.base import check_num_qubits, unpack_values
 
 MOST = 3
 """Qubits of a copy: two copies and the ancilla are seven."""
 
 
-class TwoCopyLoader:
+class TwoCopyLoader(Loader):
     """Two copies of a tree-loaded row, exchanged under the control of an ancilla, for `CircuitMitigation`.
 
     The ancilla's Z averages Tr(SWAP rho ⊗ rho |j><j| ⊗ 1) = <j|rho²|j> over the shots that measure key j in the first
@@ -36,7 +36,7 @@ class TwoCopyLoader:
         return TreeLoader().size(n)
 
     def circuit(self, size: int) -> QuantumCircuit:
-        check_size(size, MOST)
+        check_num_qubits(size, MOST)
         # With its phases: both copies have to be the same state, so that SWAP sees no more than noise.
         tree = TreeLoader(phase=True).circuit(size)
         tree.remove_final_measurements()
@@ -57,9 +57,9 @@ class TwoCopyLoader:
         return TreeLoader(phase=True).angles(p)
 
     def keys(self, outcomes: np.ndarray, n: int) -> np.ndarray:
-        key = integers(outcomes) & ((1 << self.size(n)) - 1)
+        key = unpack_values(outcomes) & ((1 << self.size(n)) - 1)
         return np.where(key < n, key, -1)
 
     def signs(self, outcomes: np.ndarray, n: int) -> np.ndarray:
         """What each measured bit pattern counts, 1 or -1: the ancilla's Z."""
-        return 1 - 2 * (integers(outcomes) >> self.size(n) & 1)
+        return 1 - 2 * (unpack_values(outcomes) >> self.size(n) & 1)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..backends import QiskitQuantumBackend
 from ..circuits import DynamicLoader
-from ..circuits.base import integers
+from ..circuits.base import unpack_values
 from ..errors import ArgumentError, BackendUnavailable, StorageError
 from ..storage import runs_home, write_atomic
 
@@ -126,7 +126,7 @@ def _measure(backend: QiskitQuantumBackend, circuit: QuantumCircuit, seed: int) 
         for i, qubit in enumerate(qubits):
             prepare.measure(qubit, i)
         outcomes = backend.engine.run(prepare, np.empty((1, 0)), CALIBRATION_SHOTS, seed + pattern)
-        value = torch.from_numpy(integers(outcomes[0]))
+        value = torch.from_numpy(unpack_values(outcomes[0]))
         for i, bit in enumerate(bits):
             ones = (value >> i & 1).double().mean()
             seen[i, bit] += torch.stack((1 - ones, ones))

@@ -1,4 +1,4 @@
-"""Measures of rows: floors are what an ideal device gives, error bars what repetitions show."""
+"""Measures of rows: the floor is what an ideal device gives, the error bar is the spread of repetitions."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ def row(n=20):
     return (u**2 / (u**2).sum())[None]
 
 
-def test_values_by_hand():
+def test_values_computed_by_hand():
     p, counts = torch.tensor([[0.5, 0.5, 0.0]]), torch.tensor([[90, 0, 10]])
     overlap = (0.5 * 0.9) ** 0.5
     assert total_variation(counts, p).value.item() == pytest.approx(0.5)
@@ -30,7 +30,7 @@ def test_values_by_hand():
     assert hellinger_fidelity(counts, p).value.item() == pytest.approx(overlap**2)
 
 
-def test_the_floor_of_total_variation_is_de_moivres(generator):
+def test_the_floor_of_total_variation_is_the_closed_form(generator):
     """E|k - Sp| of a binomial k has a closed form (De Moivre, 1730)."""
     p, shots = row(), 300
     q = p.numpy()[0]
@@ -38,17 +38,17 @@ def test_the_floor_of_total_variation_is_de_moivres(generator):
     mean = 2 * (j + 1) * (1 - q) * stats.binom.pmf(j + 1, shots, q)
     floor = 0.5 * mean.sum() / shots
     counts = draw_counts(p, shots, generator)
-    found = total_variation(counts, p, resamples=4000, generator=generator).floor.item()
-    assert found == pytest.approx(floor, rel=0.01)
+    estimate = total_variation(counts, p, resamples=4000, generator=generator).floor.item()
+    assert estimate == pytest.approx(floor, rel=0.01)
 
 
 @pytest.mark.statistical
 @pytest.mark.parametrize("measure", MEASURES)
 def test_floors_and_error_bars_are_those_of_repetitions(measure, generator):
-    """2,000 repetitions of an ideal device, then of one that is off; five standard errors each."""
+    """2,000 repetitions of an ideal device, then of a noisy one; within five standard errors each."""
     p, shots = row(), 500
-    off = 0.8 * p + 0.2 / p.shape[-1]
-    for source in (p, off):
+    noisy = 0.8 * p + 0.2 / p.shape[-1]
+    for source in (p, noisy):
         counts = draw_counts(source.expand(2000, -1), shots, generator)
         m = measure(counts, p.expand(2000, -1), resamples=100, generator=generator)
         if source is p:
@@ -56,11 +56,13 @@ def test_floors_and_error_bars_are_those_of_repetitions(measure, generator):
             assert abs(m.value.mean() - m.floor.mean()) < 5 * error
             low, high = m.floor_range
             inside = ((m.value >= low) & (m.value <= high)).double().mean().item()
-            assert 0.90 < inside < 0.96  # .931 expected: quantiles of 100 resamples are a little too close
-        # Near the edge, which the ideal device is at, the bootstrap is on the safe side.
-        most = 1.6 if source is p else 1.2
-        assert 0.8 < (m.std_error.mean() / m.value.std()).item() < most
-        if source is off:
+            assert (
+                0.90 < inside < 0.96
+            )  # 0.931 is expected: quantiles of 100 resamples are a little too narrow
+        # The bootstrap's error is too large near the edge, where the ideal device is.
+        largest_ratio = 1.6 if source is p else 1.2
+        assert 0.8 < (m.std_error.mean() / m.value.std()).item() < largest_ratio
+        if source is noisy:
             inside = (m.value - m.value.mean()).abs() < 1.96 * m.std_error
             assert 0.90 < inside.double().mean().item() < 0.98
 
@@ -77,7 +79,7 @@ def test_state_fidelity_of_known_states():
     assert (m.floor.item(), m.std_error.item()) == pytest.approx((1, 0.05))
 
 
-def test_counts_of_any_whole_numbers_count():
+def test_counts_may_have_any_integer_dtype():
     p, counts = torch.tensor([[0.5, 0.5]]), torch.tensor([[200, 250]])
     expected = total_variation(counts, p, generator=torch.Generator().manual_seed(0))
     for dtype in (torch.uint8, torch.int16, torch.int32):
@@ -85,12 +87,12 @@ def test_counts_of_any_whole_numbers_count():
         assert (m.value.item(), m.floor.item()) == (expected.value.item(), expected.floor.item())
 
 
-def test_rows_without_counts_have_no_measure():
+def test_rows_without_counts_are_nan():
     m = total_variation(torch.tensor([[0, 0], [1, 0]]), torch.tensor([[0.5, 0.5], [0.5, 0.5]]))
     assert m.value.isnan().tolist() == [True, False]
 
 
-def test_bad_input_is_one_clear_error():
+def test_bad_input_is_refused():
     p = torch.tensor([[0.5, 0.5]])
     with pytest.raises(qtx.ShapeError, match="counts has shape"):
         total_variation(torch.tensor([[1, 2, 3]]), p)

@@ -1,4 +1,4 @@
-"""Overlaps by circuits: the circuits give what the formulae say, with the error that they say."""
+"""Overlaps from circuits: the circuits agree with the formulae, and estimates have the stated error."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def pair(features, generator):
 
 @pytest.mark.parametrize("test", TESTS)
 @pytest.mark.parametrize("features", [1, 2, 3, 5, 8])
-def test_the_ancilla_of_the_circuit_knows_the_overlap(test, features, generator):
+def test_the_ancilla_has_the_stated_probability(test, features, generator):
     _, make, power = test
     q, k = pair(features, generator)
     circuit = make(q, k)
@@ -30,7 +30,7 @@ def test_the_ancilla_of_the_circuit_knows_the_overlap(test, features, generator)
 @pytest.mark.statistical
 @pytest.mark.parametrize("test", TESTS)
 def test_estimates_are_unbiased_with_the_stated_error(test, generator):
-    """20,000 repetitions: the mean within five standard errors, the spread within 5 %."""
+    """Of 20,000 repetitions the mean is within five standard errors and the spread within 5 %."""
     estimate, _, power = test
     q, k = pair(8, generator).view(2, 1, 1, 8).expand(-1, 20_000, -1, -1)
     result = estimate(q, k, 50, generator=generator)
@@ -42,7 +42,7 @@ def test_estimates_are_unbiased_with_the_stated_error(test, generator):
     assert result.logits.mean().item() == pytest.approx(exact.item(), abs=0.05)
 
 
-def test_many_shots_give_attention(generator):
+def test_logits_of_many_shots_give_exact_attention(generator):
     q, k = torch.randn(2, 3, 5, 16, generator=generator)
     exact = (q.double() @ k.double().mT / 4).softmax(-1)
     result = hadamard_test(q, k, 10**8, generator=generator)
@@ -50,7 +50,17 @@ def test_many_shots_give_attention(generator):
     assert result.std_error.isfinite().all()
 
 
-def test_zero_vectors_and_bad_input():
+@pytest.mark.parametrize("factor", [1e-200, 1e-30, 1e140])
+def test_tiny_and_huge_vectors_keep_their_overlap(factor, generator):
+    q, k = torch.tensor([[[0.6, 0.8]], [[0.8, 0.6]]], dtype=torch.float64) * factor
+    result = hadamard_test(q.requires_grad_(), k, 10**6, generator=generator)
+    assert result.value.item() == pytest.approx(0.96, abs=0.002)
+    assert result.logits.item() == pytest.approx(0.96 * factor**2 / 2**0.5, rel=0.002)
+    state = Statevector(swap_test_circuit(q[0], k[0]).remove_final_measurements(inplace=False))
+    assert state.probabilities([2])[0] == pytest.approx((1 + 0.96**2) / 2, abs=1e-9)
+
+
+def test_zero_vectors_have_no_overlap_and_bad_input_is_refused():
     q = torch.zeros(2, 4)
     assert hadamard_test(q, torch.ones(3, 4), 10).logits.eq(0).all()
     for bad, error in (
@@ -58,8 +68,13 @@ def test_zero_vectors_and_bad_input():
         ((q, q * torch.nan, 10), qtx.ArgumentError),
         ((q, q.int(), 10), qtx.DtypeError),
         ((q, q, 0), qtx.ArgumentError),
+        (([[1.0]], q, 10), qtx.DtypeError),
+        ((q[:, :0], q[:, :0], 10), qtx.ShapeError),
+        ((1e200 * torch.ones(2, 4).double(), 1e200 * torch.ones(2, 4).double(), 10), qtx.ArgumentError),
     ):
         with pytest.raises(error):
             swap_test(*bad)
     with pytest.raises(qtx.ArgumentError, match="not zero"):
         swap_test_circuit(torch.zeros(4), torch.ones(4))
+    with pytest.raises(qtx.ShapeError, match="same length"):
+        hadamard_test_circuit(torch.ones(4), torch.ones(2))

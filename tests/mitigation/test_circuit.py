@@ -10,7 +10,7 @@ from scipy.optimize import minimize
 
 import qtx_lab as qtx
 from qtx_lab.backends.exact import compile_steps, density_matrices, outcome_probabilities
-from qtx_lab.circuits.base import pack
+from qtx_lab.circuits.base import pack_values
 from qtx_lab.mitigation import readout
 from qtx_lab.mitigation.circuit import modelled_readout
 from qtx_lab.mitigation.planner import Rehearsal, total_variation
@@ -218,7 +218,7 @@ def test_two_copies_measure_the_square_of_a_mixed_state(generator):
     noise = qtx.ParametricNoise(two_qubit=0.2).noise(5)
     loader, tree = qtx.TwoCopyLoader(), qtx.TreeLoader(phase=True)
     q, values = outcome_probabilities(compile_steps(loader.circuit(2), noise), loader.angles(p))
-    packed = pack(values, 3)
+    packed = pack_values(values, 3)
     signed = q * torch.from_numpy(loader.signs(packed, 4))
     keys = torch.from_numpy(loader.keys(packed, 4))
     found = torch.zeros(3, 4, dtype=torch.float64).index_add(-1, keys, signed)

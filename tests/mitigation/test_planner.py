@@ -10,7 +10,7 @@ from qtx_lab.backends.exact import compile_steps, outcome_probabilities
 from qtx_lab.backends.noise import fake_device, on_used_qubits
 from qtx_lab.bench import mitigation as bench_mitigation
 from qtx_lab.bench.base import BENCHES
-from qtx_lab.circuits.base import pack
+from qtx_lab.circuits.base import pack_values
 from qtx_lab.mitigation import scale_noise
 from qtx_lab.mitigation.planner import Rehearsal, default_options, total_variation
 
@@ -179,7 +179,7 @@ class Device:
         p, values = outcome_probabilities(compile_steps(*self.calibrated(circuit)), bindings)
         rng = np.random.default_rng(seed)
         drawn = [rng.choice(values, shots, p=(row / row.sum()).numpy()) for row in p]
-        return pack(np.stack(drawn), circuit.num_clbits)
+        return pack_values(np.stack(drawn), circuit.num_clbits)
 
 
 def test_a_device_is_planned_on_by_its_calibration(generator):

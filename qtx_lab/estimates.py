@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -126,6 +126,128 @@ def rounding_variance(output: Tensor, size: Tensor, total: int, dtype: torch.dty
     return summed.square() + (torch.finfo(dtype).eps * output).square() / 12
 
 
+@dataclass(frozen=True)
+class KernelUse:
+    """Which code computed an estimate.
+
+    Parameters
+    ----------
+    path : {"triton", "cpu", "reference", "torch"}
+        A Triton kernel, the pass compiled for CPUs, a kernel's plain-torch reference, or the samplers' own torch.
+    reason : str
+        Why this one.
+    name : str, optional
+        The kernel's name, where one ran.
+    """
+
+    path: str
+    reason: str
+    name: str | None = None
+
+
+@dataclass(frozen=True)
+class ControlReport:
+    """What control variates did to an estimate.
+
+    Parameters
+    ----------
+    coefficients : mapping of str to Tensor (..., H)
+        By control's name: the coefficient of each query head, the mean over folds.
+    costs : mapping of str to float
+        By control's name: multiply-adds a query.
+    exact_cost : float
+        Multiply-adds a query of the exact output.
+    variance_before, variance_after : Tensor, (..., H), or None
+        Of the output, the mean over rows, summed over features; None for one replicate, which cannot tell.
+    """
+
+    coefficients: Mapping[str, Tensor]
+    costs: Mapping[str, float]
+    exact_cost: float
+    variance_before: Tensor | None
+    variance_after: Tensor | None
+
+
+@dataclass(frozen=True)
+class EstimateInfo:
+    """How an estimate came about: what was asked for, what was done, and what was not done as asked.
+
+    Parameters
+    ----------
+    sampler : str
+        The sampler's name.
+    unbiased : bool
+        Whether the expected output is the exact one.
+    num_samples : int, optional
+        Draws of a row and replicate, as asked for; None where a tolerance chose them.
+    replicates : int
+        Independent repetitions.
+    draws_per_row : int, float or Tensor int64 (..., L)
+        Draws that a row took, all replicates together; a number for each row where rows differ by a tolerance.
+    effective_sample_size : Tensor, (..., L), optional
+        Kish's, of the draws' weights; infinite for `exact`.
+    fallbacks : tuple of str
+        What was not done as asked, and why.
+    kernel : KernelUse, optional
+        Which code ran; None where there was no choice.
+    drawn_by : mapping, optional
+        What the sampler reports about its draws: device, calibration, noise, what is not modelled.
+    classical : AttentionEstimate, optional
+        Beside circuits: the estimate from as many pseudo-random draws.
+    control_variate : ControlReport, optional
+    baseline : str, optional
+        Which draws the gradient's baseline comes from (`qtx_lab.attention.gradients`).
+    estimator : str, optional
+        Of a `LearnedImportanceSampler`: "self-normalised", "plain" or "debiased".
+    draws_of_each_row : Tensor int64 (..., L), optional
+        Of the debiased estimator, whose rows take random numbers of draws.
+    tolerance, confidence : float, optional
+        As asked for in place of a count.
+    pilot_draws_per_row : Tensor int64 (..., L), optional
+        Draws that told the size of a row's output before a tolerance chose the count.
+    predicted_relative_error : Tensor (..., L), optional
+        The bound that a tolerance kept, relative to the size of the output.
+    cache : mapping, optional
+        Of a `SampledKVCache`: the sketch that proposed the keys, and what it holds.
+    """
+
+    sampler: str
+    unbiased: bool
+    num_samples: int | None = None
+    replicates: int = 1
+    draws_per_row: int | float | Tensor | None = None
+    effective_sample_size: Tensor | None = None
+    fallbacks: tuple[str, ...] = ()
+    kernel: KernelUse | None = None
+    drawn_by: Mapping[str, Any] | None = None
+    classical: AttentionEstimate | None = None
+    control_variate: ControlReport | None = None
+    baseline: str | None = None
+    estimator: str | None = None
+    draws_of_each_row: Tensor | None = None
+    tolerance: float | None = None
+    confidence: float | None = None
+    pilot_draws_per_row: Tensor | None = None
+    predicted_relative_error: Tensor | None = None
+    cache: Mapping[str, Any] | None = None
+
+    def with_fallbacks(self, *reasons: str) -> EstimateInfo:
+        """The same with more reasons in `fallbacks`."""
+        return replace(self, fallbacks=(*self.fallbacks, *reasons))
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields that say something, by name; `kernel` and `control_variate` as dictionaries too."""
+        stated = {f.name: getattr(self, f.name) for f in fields(self)}
+        stated = {name: x for name, x in stated.items() if x is not None}
+        if self.kernel is not None:
+            name = {} if self.kernel.name is None else {"name": self.kernel.name}
+            stated["kernel"] = {"path": self.kernel.path, "reason": self.kernel.reason, **name}
+        if self.control_variate is not None:
+            report = self.control_variate
+            stated["control_variate"] = {f.name: getattr(report, f.name) for f in fields(report)}
+        return stated
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class AttentionEstimate:
     """An attention output, how wrong it may be, and the draws that it was made of.
@@ -141,12 +263,10 @@ class AttentionEstimate:
     make_draws, make_std_error : callable
         Give `draws` and `std_error` when they are first asked for; the latter None where one replicate
         cannot tell.
+    info : EstimateInfo
+        How the estimate came about.
     group : int
         G, the query heads that share a key head.
-    diagnostics : mapping
-        `sampler`, whether it is `unbiased`, `num_samples` and `replicates` as used; `draws_per_row`, a Tensor (..., L) where a tolerance chose
-        them; `effective_sample_size`
-        (Tensor (..., L), Kish's of the draws' weights; infinite for `exact`); `fallbacks`, a tuple of sentences: what was not done as asked, and why.
     """
 
     output: Tensor
@@ -154,16 +274,21 @@ class AttentionEstimate:
     degrees_of_freedom: float
     make_draws: Callable[[], Draws]
     make_std_error: Callable[[], Tensor] | None
+    info: EstimateInfo
     group: int = 1
-    diagnostics: Mapping[str, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:
-        shown = {k: self.diagnostics[k] for k in ("sampler", "draws_per_row") if k in self.diagnostics}
-        how = ", ".join(
-            f"{k}={x.double().mean():.1f} on average" if isinstance(x, Tensor) else f"{k}={x!r}"
-            for k, x in shown.items()
+        draws = self.info.draws_per_row
+        spent = f"{draws.double().mean():.1f} on average" if isinstance(draws, Tensor) else f"{draws}"
+        return (
+            f"AttentionEstimate(output {tuple(self.output.shape)} {self.output.dtype}, "
+            f"sampler={self.info.sampler!r}, draws_per_row={spent})"
         )
-        return f"AttentionEstimate(output {tuple(self.output.shape)} {self.output.dtype}, {how})"
+
+    @cached_property
+    def diagnostics(self) -> dict[str, Any]:
+        """`info` as a dictionary, without the fields that say nothing here."""
+        return self.info.as_dict()
 
     @cached_property
     def draws(self) -> Draws:
@@ -199,7 +324,7 @@ class AttentionEstimate:
 
         Standard errors of `stratified` and `systematic` draws lean on the probabilities of the keys and take their
         order to have nothing to do with the values: values that alternate in step with the draws break them. They tell
-        variance, not bias: where `diagnostics["unbiased"]` is False (a noisy device, an approximate loader, oracle top-k)
+        variance, not bias: where `info.unbiased` is False (a noisy device, an approximate loader, oracle top-k)
         they are about the mean of the method, and may cover the exact output far less often.
 
         Raises
@@ -211,7 +336,7 @@ class AttentionEstimate:
             raise ArgumentError(f"level={level} is not allowed: it must be between 0 and 1.")
         if self.std_error is None:
             raise ArgumentError(
-                f"The sampler {self.diagnostics.get('sampler')!r} cannot tell its error from one replicate: "
+                f"The sampler {self.info.sampler!r} cannot tell its error from one replicate: "
                 "ask sampled_attention for replicates >= 2."
             )
         t = float(stats.t.ppf((1 + level) / 2, self.degrees_of_freedom))

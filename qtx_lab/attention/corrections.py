@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..controls import Control, MultilevelControlVariate, make_control, regress
 from ..controls.base import control_ratios
-from ..estimates import Draws
+from ..estimates import ControlReport, Draws
 from ..problem import Rows, in_units
 
 ControlVariate = str | Control | Sequence[str | Control] | MultilevelControlVariate
@@ -51,11 +50,7 @@ class Correction:
         μ_c.
     oracle : bool
         Whether a control is the target itself, and the output exact.
-    diagnostics : mapping
-        By control's name `coefficients` (..., H), the mean over folds, and `costs` in multiply-adds a query, beside
-        `exact_cost`, that of the exact output;
-        `variance_before` and `variance_after` of the output (..., H), the mean over rows, summed over coordinates: None
-        for one replicate.
+    report : ControlReport
     """
 
     output: Tensor
@@ -63,7 +58,7 @@ class Correction:
     shares: Tensor
     means: Tensor
     oracle: bool
-    diagnostics: Mapping[str, Any]
+    report: ControlReport
 
     def __getitem__(self, rows: tuple[slice, slice]) -> Correction:
         """The correction of some rows."""
@@ -164,11 +159,11 @@ def correct(
             in_units(x.var(2).sqrt(), rows.unit).square().sum(-1).view(count, length).mean(1).view(lead) / r
             for x in (estimates, corrected)
         )
-    diagnostics = {
-        "coefficients": {name: coefficients[:, c].reshape(lead) for c, name in enumerate(names)},
-        "costs": {name: p.cost(n) + total * p.cost_at() for name, p in zip(names, prepared, strict=True)},
-        "exact_cost": float(n * (keys.shape[-1] + width)),
-        "variance_before": before,
-        "variance_after": after,
-    }
-    return Correction(output, corrected, shares, means, oracle is not None, diagnostics)
+    report = ControlReport(
+        coefficients={name: coefficients[:, c].reshape(lead) for c, name in enumerate(names)},
+        costs={name: p.cost(n) + total * p.cost_at() for name, p in zip(names, prepared, strict=True)},
+        exact_cost=float(n * (keys.shape[-1] + width)),
+        variance_before=before,
+        variance_after=after,
+    )
+    return Correction(output, corrected, shares, means, oracle is not None, report)

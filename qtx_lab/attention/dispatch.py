@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from ..checks import check_count, check_generator
 from ..controls import Control
 from ..errors import ArgumentError, DtypeError, ShapeError
-from ..estimates import AttentionEstimate, Draws
+from ..estimates import AttentionEstimate, Draws, EstimateInfo
 from ..kernels.choice import wanted
 from ..problem import Rows, blocks, check_inputs, in_dtype, in_units
 from ..samplers import (
@@ -184,7 +185,8 @@ def sampled_attention(
         if isinstance(sampler, ExactSampler) and exact:
             estimate = _exact(rows, sampler, settings)
             if controls:
-                estimate.diagnostics["fallbacks"] += ("control_variate is not used: the output is exact.",)  # type: ignore[index]
+                unused = "control_variate is not used: the output is exact."
+                estimate = replace(estimate, info=estimate.info.with_fallbacks(unused))
             return estimate
         if isinstance(sampler, LearnedImportanceSampler):
             return _learned(rows, sampler, settings, controls)
@@ -193,7 +195,9 @@ def sampled_attention(
             step = BLOCK_ELEMENTS // max(rows.num_keys, 4 * v.shape[-1])
             return to_tolerance(rows, sampler, tolerance, confidence, replicates, generator, step)
         estimate = _sampled(rows, sampler, settings, controls)
-        estimate.diagnostics.update(told)  # type: ignore[attr-defined]
+        if told:
+            info = replace(estimate.info, kernel=told["kernel"]).with_fallbacks(*told["fallbacks"])
+            estimate = replace(estimate, info=info)
         return estimate
 
 
@@ -227,7 +231,7 @@ def _exact(rows: Rows, sampler: ExactSampler, settings: dict) -> AttentionEstima
         make_draws=make_draws,
         make_std_error=lambda: torch.zeros_like(output, dtype=kept.dtype),
         group=rows.group,
-        diagnostics=_diagnostics(sampler, settings, rows.num_keys, full),
+        info=_info(sampler, settings, rows.num_keys, full),
     )
 
 
@@ -284,14 +288,12 @@ def _sampled(
     if rows.order is not None:  # back to the caller's keys
         indices = rows.order[:, None].expand(*shape, rows.num_keys).gather(-1, indices)
     flat = Draws(indices, weights, probabilities, replicates)
-    diagnostics = _diagnostics(sampler, settings, total, flat.view(rows.row_shape).effective_sample_size())
-    diagnostics["fallbacks"] += tuple(told)
-    if drawn_by:
-        diagnostics["drawn_by"] = drawn_by
+    info = _info(sampler, settings, total, flat.view(rows.row_shape).effective_sample_size())
+    info = replace(info.with_fallbacks(*told), drawn_by=drawn_by or None)
     if baseline := getattr(sampler, "classical_baseline", None):
-        diagnostics["classical"] = _sampled(rows, make_sampler(baseline), settings)
+        info = replace(info, classical=_sampled(rows, make_sampler(baseline), settings))
     if not controls:
-        return _estimate(rows, Design.of(sampler), flat, values, output, diagnostics, step)
+        return _estimate(rows, Design.of(sampler), flat, values, output, info, step)
     if probabilities is None:
         raise ArgumentError(
             f"control_variate needs the probabilities of the draws, which sampler={sampler.name!r} does not know."
@@ -305,7 +307,7 @@ def _sampled(
     correction = correct(
         rows, keys, values, flat, controls, settings["generator"], weigh, blocks(shape, step)
     )
-    return _corrected(rows, Design.of(sampler), flat, values, diagnostics, step, correction)
+    return _corrected(rows, Design.of(sampler), flat, values, info, step, correction)
 
 
 def _learned(
@@ -323,7 +325,7 @@ def _learned(
     correction = correct(
         rows, rows.k, rows.v, flat, controls, settings["generator"], None, blocks(shape, step)
     )
-    return _corrected(rows, Design(False), flat, rows.v, dict(plain.diagnostics), step, correction)
+    return _corrected(rows, Design(False), flat, rows.v, plain.info, step, correction)
 
 
 def _corrected(
@@ -331,22 +333,23 @@ def _corrected(
     design: Design,
     flat: Draws,
     values: Tensor,
-    diagnostics: dict,
+    info: EstimateInfo,
     step: int,
     correction: Correction,
 ) -> AttentionEstimate:
-    told = diagnostics["control_variate"] = correction.diagnostics
-    dear = [f"{name} {cost:,.0f}" for name, cost in told["costs"].items() if cost >= told["exact_cost"]]
-    if dear:
-        diagnostics["fallbacks"] += (
-            f"Controls cost as much as the exact output, {told['exact_cost']:,.0f} multiply-adds a query: "
-            f"{', '.join(dear)}.",
+    report = correction.report
+    info = replace(info, control_variate=report)
+    costly = [f"{name} {cost:,.0f}" for name, cost in report.costs.items() if cost >= report.exact_cost]
+    if costly:
+        info = info.with_fallbacks(
+            f"Controls cost as much as the exact output, {report.exact_cost:,.0f} multiply-adds a query: "
+            f"{', '.join(costly)}.",
         )
     if rows.length * flat.replicates == 1 and not correction.oracle:
-        diagnostics["fallbacks"] += (
+        info = info.with_fallbacks(
             "Not corrected by control_variate: one row of one replicate leaves nothing to fit coefficients to.",
         )
-    return _estimate(rows, design, flat, values, correction.output, diagnostics, step, correction)
+    return _estimate(rows, design, flat, values, correction.output, info, step, correction)
 
 
 def _estimate(
@@ -355,7 +358,7 @@ def _estimate(
     flat: Draws,
     values: Tensor,
     output: Tensor,
-    diagnostics: dict,
+    info: EstimateInfo,
     step: int,
     correction: Correction | None = None,
 ) -> AttentionEstimate:
@@ -390,7 +393,7 @@ def _estimate(
         make_draws=lambda: draws,
         make_std_error=make_std_error,
         group=rows.group,
-        diagnostics=diagnostics,
+        info=info,
     )
 
 
@@ -414,13 +417,12 @@ def check_draws(sampler: Sampler, draws: object, logits: Tensor, replicates: int
         raise ArgumentError(f"{who} weights that are not finite.")
 
 
-def _diagnostics(sampler: Sampler, settings: dict, spent: int, effective: Tensor) -> dict:
-    return {
-        "sampler": sampler.name,
-        "unbiased": bool(getattr(sampler, "unbiased", False)),
-        "num_samples": settings["num_samples"],
-        "replicates": settings["replicates"],
-        "draws_per_row": spent,
-        "effective_sample_size": effective,
-        "fallbacks": (),
-    }
+def _info(sampler: Sampler, settings: dict, spent: int, effective: Tensor) -> EstimateInfo:
+    return EstimateInfo(
+        sampler=sampler.name,
+        unbiased=bool(getattr(sampler, "unbiased", False)),
+        num_samples=settings["num_samples"],
+        replicates=settings["replicates"],
+        draws_per_row=spent,
+        effective_sample_size=effective,
+    )

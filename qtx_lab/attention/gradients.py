@@ -99,7 +99,7 @@ def differentiable(
     draws = estimate.draws
     how = _How(baseline, scale, draws.replicates, redraw)
     output = _Sampled.apply(q, k, v, estimate.output, draws.indices, draws.weights, how)
-    return replace(estimate, output=output, diagnostics={**estimate.diagnostics, "baseline": baseline})
+    return replace(estimate, output=output, info=replace(estimate.info, baseline=baseline))
 
 
 def same_draws(

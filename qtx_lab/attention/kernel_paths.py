@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from ..checks import check_count, check_generator
 from ..errors import ArgumentError
-from ..estimates import AttentionEstimate, Draws
+from ..estimates import AttentionEstimate, Draws, EstimateInfo, KernelUse
 from ..kernels.calls import FEW_ROWS, make_seed, memory_named
 from ..kernels.choice import Choice, choose
 from ..kernels.decode import reference as decode_reference
@@ -135,7 +135,7 @@ def attend_systematic(
     few = takes_few(q, k, v, is_causal, group)
     choice = choose((q, k, v), chained=not few)
     if choice.path == "reference":
-        return None, {"kernel": {"path": "torch", "reason": choice.reason}, "fallbacks": choice.fallbacks}
+        return None, {"kernel": KernelUse("torch", choice.reason), "fallbacks": choice.fallbacks}
     seed = make_seed(generator, q.device)
     call = Call(num_samples, replicates, is_causal, scale, group, seed)
     return attend(q, k, v, attn_mask, call, few, choice), {}
@@ -152,19 +152,19 @@ def attend(
         return _many(q, k, v, attn_mask, call, choice)
 
 
-def _diagnostics(
+def _info(
     name: str, choice: Choice, num_samples: int, replicates: int, effective: Tensor | None
-) -> dict[str, Any]:
-    found = {
-        "sampler": "systematic" if name == "decode" else "systematic in pages",
-        "unbiased": True,
-        "num_samples": num_samples,
-        "replicates": replicates,
-        "draws_per_row": num_samples * replicates,
-        "kernel": {"path": choice.path, "reason": choice.reason, "name": name},
-        "fallbacks": choice.fallbacks,
-    }
-    return found if effective is None else {**found, "effective_sample_size": effective}
+) -> EstimateInfo:
+    return EstimateInfo(
+        sampler="systematic" if name == "decode" else "systematic in pages",
+        unbiased=True,
+        num_samples=num_samples,
+        replicates=replicates,
+        draws_per_row=num_samples * replicates,
+        effective_sample_size=effective,
+        kernel=KernelUse(choice.path, choice.reason, name),
+        fallbacks=choice.fallbacks,
+    )
 
 
 def _few(x: Inputs, row_shape: torch.Size, call: Call, choice: Choice) -> AttentionEstimate:
@@ -197,7 +197,7 @@ def _few(x: Inputs, row_shape: torch.Size, call: Call, choice: Choice) -> Attent
         make_draws=lambda: draws,
         make_std_error=None if std_error is None else lambda: std_error.view(*row_shape, width),
         group=call.group,
-        diagnostics=_diagnostics("decode", choice, num_samples, replicates, seen * total),
+        info=_info("decode", choice, num_samples, replicates, seen * total),
     )
 
 
@@ -283,6 +283,8 @@ def _many(
         make_draws=make_draws,
         make_std_error=None if std_error is None else lambda: std_error,
         group=call.group,
-        diagnostics=_diagnostics("prefill", choice, num_samples, replicates, None)
-        | ({"baseline": "other pages"} if parts.requires_grad else {}),
+        info=replace(
+            _info("prefill", choice, num_samples, replicates, None),
+            baseline="other pages" if parts.requires_grad else None,
+        ),
     )

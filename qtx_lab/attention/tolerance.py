@@ -12,7 +12,7 @@ from scipy import stats
 from torch import Tensor
 
 from ..errors import ArgumentError
-from ..estimates import AttentionEstimate, Draws
+from ..estimates import AttentionEstimate, Draws, EstimateInfo
 from ..problem import Rows, blocks, in_units
 from ..samplers import ExactSampler, InversionSampler, Sampler
 from ..samplers.base import Uniform
@@ -196,22 +196,22 @@ def to_tolerance(
         make_draws=make_draws,
         make_std_error=make_std_error if told else None,
         group=rows.group,
-        diagnostics={
-            "sampler": sampler.name,
-            "unbiased": sampler.unbiased,
-            "tolerance": tolerance,
-            "confidence": confidence,
-            "replicates": replicates,
-            "draws_per_row": spent.view(row_shape),
-            "pilot_draws_per_row": pilot.view(row_shape),
-            "predicted_relative_error": predicted.view(row_shape),
-            "fallbacks": (
+        info=EstimateInfo(
+            sampler=sampler.name,
+            unbiased=sampler.unbiased,
+            tolerance=tolerance,
+            confidence=confidence,
+            replicates=replicates,
+            draws_per_row=spent.view(row_shape),
+            pilot_draws_per_row=pilot.view(row_shape),
+            predicted_relative_error=predicted.view(row_shape),
+            fallbacks=(
                 f"{exact_rows:,} of {total:,} rows were computed exactly: to the tolerance they need as many draws "
                 f"as they have keys. With pilots a row took {(spent + pilot).double().mean():.1f} draws on average.",
             )
             if exact_rows
             else (),
-        },
+        ),
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..estimates import AttentionEstimate, Draws
+from ..estimates import AttentionEstimate, Draws, EstimateInfo, KernelUse
 from ..kernels.calls import FEW_ROWS, make_seed, memory_named
 from ..kernels.choice import choose
 from ..kernels.inputs import Inputs
@@ -37,10 +37,10 @@ def attend_sketched(
     heads, m, _ = rows.shape
     if m > FEW_ROWS:
         reason = f"the kernel takes up to {FEW_ROWS} rows a key head, not {m}"
-        return None, {"kernel": {"path": "torch", "reason": reason}}
+        return None, {"kernel": KernelUse("torch", reason)}
     choice = choose((rows, k, v))
     if choice.path == "reference" or 0 in (heads, m):
-        return None, {"kernel": {"path": "torch", "reason": choice.reason}, "fallbacks": choice.fallbacks}
+        return None, {"kernel": KernelUse("torch", choice.reason), "fallbacks": choice.fallbacks}
     from ..kernels.sketch_decode.launch import sketch_decode
 
     with memory_named(), torch.no_grad(), torch.autocast(q.device.type, enabled=False):
@@ -58,14 +58,14 @@ def attend_sketched(
         make_draws=lambda: draws,
         make_std_error=lambda: found.std_error.view(*row_shape, -1),
         group=m // q.shape[-2],
-        diagnostics={
-            "sampler": f"cache, {held.kind}",
-            "unbiased": False,
-            "num_samples": num_samples,
-            "replicates": replicates,
-            "draws_per_row": num_samples * replicates,
-            "effective_sample_size": draws.effective_sample_size(),
-            "kernel": {"path": choice.path, "reason": choice.reason, "name": "sketch_decode"},
-            "fallbacks": choice.fallbacks,
-        },
+        info=EstimateInfo(
+            sampler=f"cache, {held.kind}",
+            unbiased=False,
+            num_samples=num_samples,
+            replicates=replicates,
+            draws_per_row=num_samples * replicates,
+            effective_sample_size=draws.effective_sample_size(),
+            kernel=KernelUse(choice.path, choice.reason, "sketch_decode"),
+            fallbacks=choice.fallbacks,
+        ),
     ), {}

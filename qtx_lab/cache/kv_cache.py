@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..checks import check_count, check_finite, check_generator, check_scale, check_tensors
 from ..errors import ArgumentError, DtypeError, ShapeError, unknown_name
-from ..estimates import AttentionEstimate, Draws, rounding_variance
+from ..estimates import AttentionEstimate, Draws, EstimateInfo, KernelUse, rounding_variance
 from ..kernels.choice import choose_cpu, wanted
 from ..kernels.sketch_decode.reference import FITTED_KEYS, GrowingSketch, Sketch, int4_sketch, low_rank_sketch
 from ..problem import blocks
@@ -403,7 +403,7 @@ class SampledKVCache:
             reason = "it takes sketches; sampled_attention has one for exact keys"
             if self.proposal != "exact":
                 reason = f"it takes {FEWEST_FOR_KERNEL} draws or more"
-            told = {"kernel": {"path": "torch", "reason": reason}}
+            told = {"kernel": KernelUse("torch", reason)}
         elif kernels:
             self._growing = self._growing or GrowingSketch(self._kernel_sketch)
             k, v, order = (
@@ -426,12 +426,13 @@ class SampledKVCache:
                     self._see(rows)
                 return self._with_rounding(done, num_samples * replicates)
         if choice is not None:
-            how = {"path": "cpu", "name": "cpu_decode"} if choice.path == "cpu" else {"path": "torch"}
-            told = {"kernel": {**how, "reason": choice.reason}, "fallbacks": choice.fallbacks}
+            cpu = choice.path == "cpu"
+            use = KernelUse("cpu" if cpu else "torch", choice.reason, "cpu_decode" if cpu else None)
+            told = {"kernel": use, "fallbacks": choice.fallbacks}
         (n, m), total, row_shape = rows.shape[:2], num_samples * replicates, q.shape[:-1]
         uniform = Uniform(generator, q.device)
         shares: Tensor | tuple[Tensor, ...]
-        if told["kernel"]["path"] == "cpu":
+        if told["kernel"].path == "cpu":
             u = uniform(n, q.shape[-2], replicates)  # of `SystematicSampler`'s points (s + u) / S
             found = self._draw_compiled(rows, scale, u, num_samples, row_shape)
             if found is None:
@@ -480,16 +481,15 @@ class SampledKVCache:
             make_draws=lambda: Draws(indices, shares[0], None, replicates).view(row_shape),
             make_std_error=lambda: std_error_of(output),
             group=group,
-            diagnostics={
-                "sampler": f"cache, {self.proposal}",
-                "unbiased": False,
-                "num_samples": num_samples,
-                "replicates": replicates,
-                "draws_per_row": total,
-                "effective_sample_size": effective,
-                "fallbacks": (),
+            info=EstimateInfo(
+                sampler=f"cache, {self.proposal}",
+                unbiased=False,
+                num_samples=num_samples,
+                replicates=replicates,
+                draws_per_row=total,
+                effective_sample_size=effective,
                 **told,
-            },
+            ),
         )
 
     def _with_rounding(self, estimate: AttentionEstimate, total: int) -> AttentionEstimate:

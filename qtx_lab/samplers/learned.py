@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..checks import check_count, check_generator
 from ..errors import ArgumentError, FallbackWarning, ShapeError, unknown_name
-from ..estimates import AttentionEstimate, Draws
+from ..estimates import AttentionEstimate, Draws, EstimateInfo
 from ..problem import Rows, check_inputs, in_units
 from ..storage import read_tensors, write_tensors
 from .base import InversionSampler
@@ -229,14 +229,14 @@ class LearnedImportanceSampler(nn.Module):
             raise unknown_name("estimator", estimator, ESTIMATORS)
         check_generator(generator)
         rows = self._rows(q, k, v, attn_mask, is_causal, scale, enable_gqa)
-        about = {
-            "sampler": self.name,
-            "unbiased": estimator != "self-normalised",
-            "estimator": estimator,
-            "num_samples": num_samples,
-            "replicates": replicates,
-            "fallbacks": () if bool(self.fitted) else (NOT_FITTED,),
-        }
+        about = EstimateInfo(
+            sampler=self.name,
+            unbiased=estimator != "self-normalised",
+            estimator=estimator,
+            num_samples=num_samples,
+            replicates=replicates,
+            fallbacks=() if bool(self.fitted) else (NOT_FITTED,),
+        )
         with torch.no_grad():
             if log_normaliser is not None:
                 _check_normaliser(log_normaliser, rows.row_shape, estimator)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ..estimates import AttentionEstimate, Draws, rounding_variance
+from ..estimates import AttentionEstimate, Draws, EstimateInfo, rounding_variance
 from ..problem import in_units
 from .base import InversionSampler, Uniform, invert, row_masses
 from .learned_proposal import BLOCK_ELEMENTS, ProposedRows, log_inclusion
@@ -29,7 +29,7 @@ def importance(
     plain: bool,
     log_normaliser: Tensor | None,
     generator: torch.Generator | None,
-    about: dict[str, Any],
+    about: EstimateInfo,
 ) -> AttentionEstimate:
     """The plain or the self-normalised estimate, block by block (see `LearnedImportanceSampler`)."""
     total, width = replicates * num_samples, rows.v.shape[-1]
@@ -86,7 +86,7 @@ def importance(
         degrees_of_freedom=max(1.0, replicates - 1.0) if plain else math.inf,
         make_draws=lambda: draws,
         make_std_error=(between if replicates > 1 else None) if plain else predicted,
-        diagnostics={**about, "draws_per_row": total, "effective_sample_size": draws.effective_sample_size()},
+        info=replace(about, draws_per_row=total, effective_sample_size=draws.effective_sample_size()),
     )
 
 
@@ -166,7 +166,7 @@ def debiased(
     num_samples: int,
     replicates: int,
     generator: torch.Generator | None,
-    about: dict[str, Any],
+    about: EstimateInfo,
 ) -> AttentionEstimate:
     """Randomised truncation: each row and replicate has a level of its own; rows of one level go together."""
     n, m = rows.shape
@@ -226,12 +226,12 @@ def debiased(
         degrees_of_freedom=max(1.0, replicates - 1.0),
         make_draws=make_draws,
         make_std_error=between if replicates > 1 else None,
-        diagnostics={
-            **about,
-            "draws_per_row": float(spent.double().mean()) if n * m else 0.0,
-            "draws_of_each_row": spent.view(row_shape),
-            "effective_sample_size": effective.view(row_shape),
-        },
+        info=replace(
+            about,
+            draws_per_row=float(spent.double().mean()) if n * m else 0.0,
+            draws_of_each_row=spent.view(row_shape),
+            effective_sample_size=effective.view(row_shape),
+        ),
     )
 
 

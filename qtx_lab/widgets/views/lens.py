@@ -276,7 +276,7 @@ class AttentionLens(View):
     def _given(self, layer: int, head: int, num_samples: int) -> AttentionEstimate | None:
         """The head of the estimate that was handed in, where that is asked for."""
         est = self._estimate
-        if est is None or layer != 0 or est.diagnostics.get("num_samples") != num_samples:
+        if est is None or layer != 0 or est.info.num_samples != num_samples:
             return None
         at = (head,) if est.output.ndim == 3 else (0, head) if est.output.ndim == 4 else ()
         draws, error = est.draws, est.std_error
@@ -286,7 +286,7 @@ class AttentionLens(View):
         output = est.output[at] if at else est.output
         return AttentionEstimate(
             output, est.num_keys, est.degrees_of_freedom, lambda: draws,
-            None if error is None else lambda: error, diagnostics=est.diagnostics,
+            None if error is None else lambda: error, info=est.info,
         )  # fmt: skip
 
     def _level(self, head: _Head, level: int) -> np.ndarray:
@@ -331,7 +331,7 @@ class AttentionLens(View):
     def _summary(self, head: _Head, estimate: AttentionEstimate) -> dict[str, Any]:
         return {
             "error": _relative(estimate.output - head.output, head.output),
-            "fallbacks": list(estimate.diagnostics.get("fallbacks", ())),
+            "fallbacks": list(estimate.info.fallbacks),
         }
 
     def _row_facts(self, head: _Head, estimate: AttentionEstimate) -> np.ndarray:

@@ -1,0 +1,53 @@
+"""The order of keys by their values: close values are neighbours, and later values change nothing that came before."""
+
+from __future__ import annotations
+
+import torch
+
+from qtx_lab.samplers.value_order import FIRST_VALUES, ValueOrder, hilbert_index
+
+
+def test_neighbours_on_the_curve_share_a_face() -> None:
+    for dimensions, bits in ((1, 5), (2, 4), (3, 3), (4, 2)):
+        axis = torch.arange(1 << bits, dtype=torch.int32)
+        cells = torch.cartesian_prod(*[axis] * dimensions).view(-1, dimensions)
+        index = hilbert_index(cells, bits)
+        assert torch.equal(index.sort().values, torch.arange(len(cells)))
+        along = cells[index.argsort()]
+        assert bool(((along[1:] - along[:-1]).abs().sum(-1) == 1).all())
+
+
+def test_an_order_key_does_not_depend_on_later_values(generator: torch.Generator) -> None:
+    values = torch.randn(3, 500, 20, generator=generator)
+    other = values.clone()
+    other[:, FIRST_VALUES:] = 5 + torch.randn(3, 500 - FIRST_VALUES, 20, generator=generator)
+    keys = ValueOrder.fit(values).keys(values)
+    assert torch.equal(ValueOrder.fit(other).keys(values), keys)
+    alone = ValueOrder.fit(values).keys(values[:, 400:])
+    assert (alone == keys[:, 400:]).float().mean() > 0.999  # but for a rounding at a cell's edge
+
+
+def test_the_order_brings_similar_values_together(generator: torch.Generator) -> None:
+    centres = 5 * torch.randn(8, 6, generator=generator)
+    kind = torch.randint(8, (1, 800), generator=generator)
+    values = centres[kind] + 0.1 * torch.randn(1, 800, 6, generator=generator)
+    along = kind[0, ValueOrder.fit(values).order(values)[0]]
+    assert int((along[1:] != along[:-1]).sum()) < 20  # of 700 where keys lie as they come
+
+
+def test_values_of_any_size_and_kind_have_an_order() -> None:
+    values = torch.randn(2, 100, 3)
+    order = ValueOrder.fit(values).order(values)
+    for scale in (1e-30, 1e30):
+        assert (ValueOrder.fit(values * scale).order(values * scale) == order).float().mean() > 0.95
+    assert torch.equal(ValueOrder.fit(torch.ones(1, 9, 4)).order(torch.ones(1, 9, 4)), torch.arange(9)[None])
+    for shape in ((2, 0, 4), (0, 5, 4), (1, 1, 1)):
+        assert ValueOrder.fit(torch.zeros(shape)).order(torch.zeros(shape)).shape == shape[:2]
+
+
+def test_hidden_values_do_not_count(generator: torch.Generator) -> None:
+    values = torch.randn(1, 300, 4, generator=generator)
+    visible = torch.ones(1, 300, dtype=torch.bool)
+    visible[:, :100] = False
+    seen = ValueOrder.fit(values, visible)
+    assert torch.allclose(seen.centre, values[:, 100 : 100 + FIRST_VALUES].mean(1, keepdim=True), atol=1e-6)

@@ -44,7 +44,7 @@ OPTIONAL_ATTRIBUTES = {
     "'status_code'": "Only some exceptions of IBM's client have it.",
     "'to_local'": "Of torch's tensors, only distributed ones have it.",
 }
-"""Attributes of other libraries' objects that may be missing, as they are written, and why they are looked for."""
+"""Attributes of other libraries' objects that may be missing, as they are written, and why."""
 
 ADAPTERS = {"qtx_lab/models/huggingface.py"}
 """Modules that read whatever settings a foreign model's configuration has."""

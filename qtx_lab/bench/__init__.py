@@ -1,1 +1,1 @@
-"""`qtx-lab bench`: what things cost, beside what a user would pick instead. One file a benchmark."""
+"""`qtx-lab bench`: what methods cost, beside what a user would choose instead; one file a benchmark."""

@@ -1,7 +1,7 @@
-"""`qtx-lab bench`: what things cost, side by side with what a user would pick instead, in one process.
+"""What the benchmarks share: the machine, competitors that take turns, rows of results, printing and JSON.
 
-Methods of a case take turns, so that a slow minute of the machine hits all of them alike; medians and the
-fastest and slowest turn are kept. A method that fails its error check gets no ratio.
+The competitors of a case take turns, so that a slow minute of the machine hits all of them equally. The
+median, the fastest and the slowest turn are reported. A method that fails its error check gets no ratio.
 """
 
 from __future__ import annotations
@@ -10,25 +10,72 @@ import ctypes
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
 from statistics import median
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..attention import sampled_attention
 from ..errors import unknown_name
 from ..experiments.provenance import machine
-from ..samplers import SAMPLERS
 from ..storage import json_bytes, write_atomic
 
 Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class BenchRow:
+    """One method in one case of a benchmark."""
+
+    case: str
+    method: str
+    seconds: float
+    """Median over the turns."""
+    baseline: str
+    """The method of the same case that `ratio` compares with."""
+    ratio: float | None
+    """The baseline's seconds over this method's; None where the check failed."""
+    error: float
+    """Relative error, or what the benchmark's docstring says instead."""
+    check: str
+    """ "pass", or why the check failed."""
+    low: float | None = None
+    """Seconds of the fastest turn, where there were several."""
+    high: float | None = None
+    """Seconds of the slowest turn, where there were several."""
+    details: Mapping[str, Any] = field(default_factory=dict)
+    """Further results that only this benchmark has; its docstring explains them."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether the check passed."""
+        return self.check == "pass"
+
+    def to_json(self) -> dict[str, Any]:
+        """The row as one flat mapping, in which the details stand beside the other fields."""
+        fields = asdict(self)
+        details = fields.pop("details")
+        if self.low is None:
+            del fields["low"], fields["high"]
+        return {**fields, **details}
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of a call over several turns."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> Self:
+        """The median, the lowest and the highest of measured seconds."""
+        return cls(median(seconds), min(seconds), max(seconds))
 
 
 @dataclass(frozen=True)
@@ -38,109 +85,61 @@ class Method:
     name: str
     call: Callable[[], Tensor]
     num_bytes: int
-    """What it has to read and write at the least, bytes."""
+    """The least number of bytes that it has to read and write."""
     allowed_error: float
-    """Relative output error above which its time does not count."""
+    """Relative error above which its time does not count."""
     error: float | None = None
-    """Its relative error, where that was measured elsewhere; of its first output's where None."""
+    """Its relative error if that was measured elsewhere; None to measure the error of its first output."""
 
 
 def run_bench(name: str, *, quick: bool = False, json_path: str | Path | None = None) -> dict[str, Any]:
-    """Run a benchmark, print its table, and write it as JSON where `json_path` says.
+    """Run a benchmark, print its tables, and write the result as JSON if `json_path` is given.
 
     Parameters
     ----------
     name : str
         One of `BENCHES`.
     quick : bool
-        Fewer cases and turns.
+        Measure fewer and smaller cases in fewer turns.
     json_path : path, optional
+        File to write.
 
     Returns
     -------
     dict
-        `bench`, `machine`, `rows`. A row has `case`, `method`, `seconds` (median), `low` and `high` (s),
-        `baseline` (a method of the case), `ratio` (baseline's seconds over the method's, None where the check
-        fails), `error` (relative), `check` ("pass" or why not), `bytes` (least traffic), `bandwidth` (fraction
-        of the machine's copy bandwidth that this traffic makes) and `peak_bytes` (memory above the start).
+        `bench` (the name), `machine` and `rows`, each of which is `BenchRow.to_json()`.
 
     Raises
     ------
     ArgumentError
-        If there is no such benchmark.
+        If there is no benchmark of that name.
     StorageError
-        If the JSON cannot be written.
+        If the JSON file cannot be written.
     """
     if name not in BENCHES:
         raise unknown_name("name", name, BENCHES)
     if json_path is not None:
-        write_atomic(Path(json_path), b"{}\n")  # refused now rather than after the work
-    copy = copy_bandwidth()
-    facts = {**machine(), "threads": torch.get_num_threads(), "copy_bytes_per_second": copy}
-    print(
-        f"{facts.get('cpu', 'unknown processor')}, {facts['threads']} threads, copies {copy / 1e9:.1f} GB/s"
-    )
-    rows = BENCHES[name](quick, copy)
-    result = {"bench": name, "machine": facts, "rows": rows}
+        write_atomic(Path(json_path), b"{}\n")  # a path that cannot be written is refused before the work
+    copy_bandwidth = measure_copy_bandwidth()
+    facts = {**machine(), "threads": torch.get_num_threads(), "copy_bytes_per_second": copy_bandwidth}
+    processor = facts.get("cpu", "unknown processor")
+    print(f"{processor}, {facts['threads']} threads, copies {copy_bandwidth / 1e9:.1f} GB/s")
+    rows = BENCHES[name](quick, copy_bandwidth)
+    result = {"bench": name, "machine": facts, "rows": [row.to_json() for row in rows]}
     if json_path is not None:
         write_atomic(Path(json_path), json_bytes(result))
     return result
 
 
-def bench_samplers(quick: bool, copy: float) -> list[dict[str, Any]]:
-    """Every sampler against exact SDPA and against a row-by-row loop, on rows of moderate peakedness."""
-    cases = [(1024, 64)] if quick else [(256, 64), (1024, 16), (1024, 64), (1024, 256), (4096, 64)]
-    rows = []
-    for n, draws in cases:
-        generator = torch.Generator().manual_seed(0)
-        q, k, v = (torch.randn(1, 8, n, 64, generator=generator) for _ in range(3))
-        q *= 1.5  # an effective number of keys of about n / 9
-        p = (q.double() @ k.double().mT / 8).softmax(-1)
-        exact = p @ v.double()
-        # What independent draws miss by on average (the variance of the estimate, summed over all outputs).
-        spread = (p @ v.double().square()).sum() - exact.square().sum()
-        independent = math.sqrt(spread / draws / exact.square().sum())
-        streamed = sum(x.numel() * x.element_size() for x in (q, k, v, q))
-        touched = streamed - v.numel() * 4 + 8 * n * draws * 64 * 4
-        methods = [
-            Method("sdpa", partial(F.scaled_dot_product_attention, q, k, v), streamed, 1e-5),
-            Method(
-                "row-by-row loop",
-                partial(row_by_row, q, k, v, draws, generator),
-                touched,
-                1.1 * independent,
-            ),
-            *(
-                Method(
-                    name, partial(sampled_output, q, k, v, name, draws, generator), touched, 1.1 * independent
-                )
-                for name in SAMPLERS
-                if name != "exact"
-            ),
-        ]
-        case = f"B=1 H=8 L=n={n} d=64 S={draws}"
-        turns = 5 if quick else 9
-        rows += compare(case, methods, exact, ("sdpa", "row-by-row loop"), turns, copy)
-    return rows
-
-
-def sampled_output(
-    q: Tensor, k: Tensor, v: Tensor, sampler: str, draws: int, generator: torch.Generator
-) -> Tensor:
-    """The output of `sampled_attention` alone."""
-    return sampled_attention(q, k, v, sampler=sampler, num_samples=draws, generator=generator).output
-
-
-def row_by_row(q: Tensor, k: Tensor, v: Tensor, draws: int, generator: torch.Generator) -> Tensor:
-    """Sampled attention as existing quantum-attention code writes it: a loop over rows (B, H, L)."""
-    out = torch.empty_like(q)
-    for b in range(q.shape[0]):
-        for h in range(q.shape[1]):
-            for i in range(q.shape[2]):
-                p = torch.softmax(k[b, h] @ q[b, h, i] / math.sqrt(q.shape[-1]), dim=0)
-                keys = torch.multinomial(p, draws, replacement=True, generator=generator)
-                out[b, h, i] = v[b, h, keys].mean(0)
-    return out
+def time_in_turns(calls: Mapping[str, Callable[[], object]], turns: int) -> dict[str, Timing]:
+    """Seconds of each call; the calls take turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(turns):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: Timing.of(measured) for name, measured in seconds.items()}
 
 
 def compare(
@@ -149,57 +148,70 @@ def compare(
     exact: Tensor,
     baselines: tuple[str, ...],
     turns: int,
-    copy: float,
-) -> list[dict[str, Any]]:
-    """Time the methods in turns, check each against `exact` (float64), print and return one row a method.
+    copy_bandwidth: float,
+) -> list[BenchRow]:
+    """Time the methods in turns, check their errors, and print and return one row for each.
 
-    The first baseline gives `ratio`, each further one `ratio to NAME`. Several joined by "/" in the first mean the fastest of
-    them.
+    Parameters
+    ----------
+    case : str
+        What is computed.
+    methods : sequence of Method
+        The competitors.
+    exact : Tensor
+        The exact result, float64, of the shape that each method returns.
+    baselines : tuple of str
+        Names of methods. The first one gives `ratio`; names joined by "/" mean the fastest of them. Each
+        further one gives the detail `ratio to NAME`.
+    turns : int
+        How often each method is timed.
+    copy_bandwidth : float
+        Bytes a second that this machine copies.
+
+    Returns
+    -------
+    list of BenchRow
+        Their details are `bytes` (the least traffic), `bandwidth` (the fraction of the machine's copy
+        bandwidth that this traffic makes) and `peak_bytes` (memory above that at the start of the call).
     """
-    seconds: dict[str, list[float]] = {m.name: [] for m in methods}
     errors: dict[str, float] = {}
     peaks: dict[str, int | None] = {}
-    for m in methods:  # first call: warm up, check, measure memory
+    for m in methods:  # the first call warms up, and shows the error and the memory
         output, peaks[m.name] = peak_memory(m.call)
-        found = ((output.double() - exact).norm() / exact.norm()).item()
-        errors[m.name] = found if m.error is None else m.error
-    for _ in range(turns):
-        for m in methods:
-            start = time.perf_counter()
-            m.call()
-            seconds[m.name].append(time.perf_counter() - start)
-    middle = {name: median(times) for name, times in seconds.items()}
-    baselines = (min(baselines[0].split("/"), key=middle.__getitem__), *baselines[1:])
+        measured = ((output.double() - exact).norm() / exact.norm()).item()
+        errors[m.name] = measured if m.error is None else m.error
+    timings = time_in_turns({m.name: m.call for m in methods}, turns)
+    fastest = min(baselines[0].split("/"), key=lambda name: timings[name].median)
+    baselines = (fastest, *baselines[1:])
     rows = []
     for m in methods:
-        error, limit = errors[m.name], m.allowed_error
+        timing, error, limit = timings[m.name], errors[m.name], m.allowed_error
         passed = error <= limit  # False for NaN too
-        row = {
-            "case": case,
-            "method": m.name,
-            "seconds": middle[m.name],
-            "low": min(seconds[m.name]),
-            "high": max(seconds[m.name]),
-            "baseline": baselines[0],
-            "ratio": middle[baselines[0]] / middle[m.name] if passed else None,
-            **{
-                f"ratio to {name}": middle[name] / middle[m.name] if passed else None
-                for name in baselines[1:]
-            },
-            "error": error,
-            "check": "pass" if passed else f"error {error:.2g} is above {limit:.2g}",
-            "bytes": m.num_bytes,
-            "bandwidth": m.num_bytes / middle[m.name] / copy,
-            "peak_bytes": peaks[m.name],
-        }
-        rows.append(row)
+        ratios = [timings[name].median / timing.median if passed else None for name in baselines]
+        details = {f"ratio to {name}": ratio for name, ratio in zip(baselines[1:], ratios[1:], strict=True)}
+        details["bytes"] = m.num_bytes
+        details["bandwidth"] = m.num_bytes / timing.median / copy_bandwidth
+        details["peak_bytes"] = peaks[m.name]
+        rows.append(
+            BenchRow(
+                case,
+                m.name,
+                timing.median,
+                fastest,
+                ratios[0],
+                error,
+                "pass" if passed else f"error {error:.2g} is above {limit:.2g}",
+                timing.low,
+                timing.high,
+                details,
+            )
+        )
     print_rows(case, rows, baselines)
     return rows
 
 
-def print_rows(case: str, rows: Sequence[dict[str, Any]], baselines: tuple[str, ...]) -> None:
-    """The table of a case."""
-    keys = ["ratio", *(f"ratio to {name}" for name in baselines[1:])]
+def print_rows(case: str, rows: Sequence[BenchRow], baselines: tuple[str, ...]) -> None:
+    """Print the table of a case that `compare` measured."""
     print(f"\n{case}")
     print(
         f"  {'method':<18}{'ms':>9}{'(low–high)':>18}"
@@ -207,64 +219,93 @@ def print_rows(case: str, rows: Sequence[dict[str, Any]], baselines: tuple[str, 
         + f"{'error':>10}{'MB moved':>10}{'of copy':>9}{'peak MB':>9}  check"
     )
     for row in rows:
-        low_high = (
-            f"({1e3 * row['low']:.1f}–{1e3 * row['high']:.1f})" if row["low"] < row["high"] else "(once)"
-        )
-        ratios = "".join(f"{'–' if row[key] is None else f'{row[key]:.2f}':>18}" for key in keys)
-        peak = "–" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:.0f}"
+        details = row.details
+        ratios = [row.ratio, *(details[f"ratio to {name}"] for name in baselines[1:])]
+        peak = details["peak_bytes"]
         print(
-            f"  {row['method']:<18}{1e3 * row['seconds']:>9.1f}{low_high:>18}{ratios}{row['error']:>10.2g}"
-            f"{row['bytes'] / 1e6:>10.1f}{row['bandwidth']:>9.1%}{peak:>9}  {row['check']}"
+            f"  {row.method:<18}{1e3 * row.seconds:>9.1f}{span(row, 1e3):>18}"
+            + "".join(f"{shown(ratio):>18}" for ratio in ratios)
+            + f"{row.error:>10.2g}{details['bytes'] / 1e6:>10.1f}{details['bandwidth']:>9.1%}"
+            f"{shown(None if peak is None else peak / 1e6, '.0f'):>9}  {row.check}"
         )
     print(
-        "  ms: median (lowest–highest); × name: name's time over the method's, nothing where the check failed; error: of the\n"
-        "  output, relative; MB moved: inputs and outputs once; of copy: that a second, over what this machine copies."
+        "  ms: median (lowest–highest); × name: the time of that method over this one's, none where the\n"
+        "  check failed; error: of the output, relative; MB moved: inputs and outputs once; of copy: MB\n"
+        "  moved a second, as a fraction of what this machine copies a second."
     )
 
 
-def copy_bandwidth() -> float:
-    """Bytes a second that a large copy reads and writes on this machine, best of five."""
-    source = torch.rand(1 << 25)  # 128 MiB
+def shown(number: float | None, form: str = ".2f") -> str:
+    """A number in a format, or a dash where there is none.
+
+    >>> shown(0.125), shown(None), shown(0.125, ".0%")
+    ('0.12', '–', '12%')
+    """
+    return "–" if number is None else format(number, form)
+
+
+def span(row: BenchRow, unit: float, form: str = ".1f") -> str:
+    """The fastest and the slowest turn, in units of 1 / `unit` seconds."""
+    if row.low is None or row.high is None or row.low == row.high:
+        return "(once)"
+    return f"({unit * row.low:{form}}–{unit * row.high:{form}})"
+
+
+def measure_copy_bandwidth() -> float:
+    """Bytes a second that a copy of 128 MiB reads and writes on this machine, the best of five."""
+    source = torch.rand(1 << 25)
     target = torch.empty_like(source)
     best = math.inf
     for _ in range(5):
         start = time.perf_counter()
         target.copy_(source)
         best = min(best, time.perf_counter() - start)
-    return 2 * source.numel() * 4 / best
+    return 2 * source.nbytes / best
 
 
 def peak_memory(call: Callable[[], Result]) -> tuple[Result, int | None]:
-    """What a call returns, and the bytes by which the process's resident memory rose during it at the most.
+    """Call a function; return its result, and the most bytes by which the process's resident memory rose
+    meanwhile.
 
-    None in place of the bytes where the machine does not run Linux.
+    The number of bytes is None where the machine does not run Linux.
     """
     if sys.platform != "linux":
         return call(), None
-    ctypes.CDLL(None).malloc_trim(0)  # memory that is kept for reuse would hide the rise
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again here
-    before = _status("VmRSS")
+    ctypes.CDLL(None).malloc_trim(0)  # freed memory that the process still holds would hide the rise
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+    before = _status_bytes("VmRSS")
     result = call()
-    return result, max(0, _status("VmHWM") - before)
+    return result, max(0, _status_bytes("VmHWM") - before)
 
 
-def _status(field: str) -> int:
-    """A field of /proc/self/status, bytes."""
+def _status_bytes(name: str) -> int:
+    """A field of /proc/self/status, in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
+        if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
-    raise KeyError(field)
+    raise KeyError(name)
 
 
-def _loaded_when_asked(name: str) -> Callable[[bool, float], list[dict[str, Any]]]:
-    """`bench_<name>` of the module of that name: some need qiskit, Dask or a GPU, and all time by this one."""
+def _loaded_on_use(name: str) -> Callable[[bool, float], list[BenchRow]]:
+    """`bench_NAME` of the module NAME, which is imported by the call: some need qiskit, Dask or a GPU."""
 
-    def bench(quick: bool, copy: float) -> list[dict[str, Any]]:
-        return getattr(import_module(f".{name}", __package__), f"bench_{name}")(quick, copy)
+    def bench(quick: bool, copy_bandwidth: float) -> list[BenchRow]:
+        module = import_module(f".{name}", __package__)
+        return list(getattr(module, f"bench_{name}")(quick, copy_bandwidth))
 
     return bench
 
 
-MODULES = ("estimators", "decode", "model", "circuits", "mitigation", "sweep", "training", "kernels")
-BENCHES = {"samplers": bench_samplers} | {name: _loaded_when_asked(name) for name in MODULES}
-"""Benchmark by name."""
+NAMES = (
+    "samplers",
+    "estimators",
+    "decode",
+    "model",
+    "circuits",
+    "mitigation",
+    "sweep",
+    "training",
+    "kernels",
+)
+BENCHES = {name: _loaded_on_use(name) for name in NAMES}
+"""Benchmarks by name: functions of `quick` and of the copy bandwidth (bytes a second) that return rows."""

@@ -1,7 +1,8 @@
 """`qtx-lab bench decode`: one new token's attention by a `SampledKVCache`, beside the fastest exact form.
 
-The exact forms are SDPA and two matrix products with K as it is and stored transposed; the baseline is the one that was
-fastest in the same run. Several layers' caches take turns, as in a model, so that none is left in the processor's own.
+The exact forms are SDPA and two matrix products, with K as it is and with K stored transposed. The baseline
+is the form that was the fastest in the same run. The caches of several layers take turns, as in a model, so
+that none of them stays in the processor's own cache.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import cycle
 from statistics import median
@@ -22,60 +23,64 @@ from torch import Tensor
 from ..attention import sampled_attention
 from ..cache import SampledKVCache
 from ..models.reference import encode, load_reference_model, reference_text
-from .base import Method, compare
+from .base import BenchRow, Method, compare
 
 EXACT_FORMS = ("sdpa", "matmul", "matmul, K transposed")
 ALLOWED = 1.1
-"""A sketch's error over that of draws by the exact logits (the `exact` sketch) above which it gets no ratio."""
+"""A sketch may have this many times the error of draws by the exact logits (the sketch `exact`)."""
 QUERIES = 64
-"""Queries a key head that errors are measured over."""
-ROTATED = 1 << 29
-"""Bytes of keys and values that take turns: more than processors' caches hold."""
+"""Queries of each head over which errors are averaged."""
+LAYERS_BYTES = 1 << 29
+"""Bytes of the keys and values that take turns: more than processors' caches hold."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """What a token attends to: q (H, QUERIES, E), k (Hkv, n, E) and v (Hkv, n, Ev), and queries that came before."""
+    """A layer: q (H, QUERIES, E), k (Hkv, n, E), v (Hkv, n, Ev), and earlier queries (H, M, E)."""
 
     q: Tensor
     k: Tensor
     v: Tensor
-    seen: Tensor
+    earlier_queries: Tensor
 
 
-def bench_decode(quick: bool, copy: float) -> list[dict[str, Any]]:
-    """Exact attention of one token against sketches at equal draws; rows as in `run_bench`, and with
+def bench_decode(quick: bool, copy_bandwidth: float) -> list[BenchRow]:
+    """Exact attention of one token against sketches at equal draws; rows as of `compare`.
 
-    - `error`: root mean squared error over the exact output's root mean square, over 64 queries of each head and layer;
-      `error ratio`: over that of the `exact` sketch, whose keys are drawn by their exact logits; a sketch passes where
-      it is at most `ALLOWED`;
-    - `build seconds` of a layer; `append seconds`, a token, and `longest append`, where a layer grows by a quarter.
+    Synthetic keys have a spectrum of variances 1 / i, along random axes for each head. `seconds` is the time
+    of one layer; `error` is the root mean squared error over the exact output's root mean square, over 64
+    queries of each head and layer. Further details of the sketches' rows:
 
-    `seconds` are of one layer. Synthetic keys have a spectrum of variances 1 / i, the heads' axes turned at random.
+    - `error ratio`: the error over that of the sketch `exact`, whose keys are drawn by their exact logits. A
+      sketch passes if this is at most `ALLOWED`;
+    - `error of i.i.d. draws`: what `monte-carlo` has at equal draws;
+    - `build seconds`: the time to build one layer's cache;
+    - `append seconds`, `median append`, `longest append`: the mean, the median and the longest time to append
+      a token, in seconds, while a layer grows by a quarter.
     """
     rows = []
     cases = [(2048, 64, 64)] if quick else [(8192, 128, 256), (65_536, 128, 256)]
+    turns = 5 if quick else 15
     for n, features, draws in cases:
-        count = 1 if quick else max(1, ROTATED // (2 * 8 * n * features * 4))
-        layers = [synthetic(8, n, features, seed) for seed in range(count)]
-        name = f"8 heads, n={n:,}, d={features}, S={draws}, {torch.get_num_threads()} threads"
-        ranks = (features // 8,)
-        rows += measure(name, layers, draws, ranks, copy, 5 if quick else 15)
+        num_layers = 1 if quick else max(1, LAYERS_BYTES // (2 * 8 * n * features * 4))
+        layers = [synthetic(8, n, features, seed) for seed in range(num_layers)]
+        case = f"8 heads, n={n:,}, d={features}, S={draws}, {torch.get_num_threads()} threads"
+        rows += measure(case, layers, draws, (features // 8,), copy_bandwidth, turns)
     n, draws = (512, 64) if quick else (1024, 128)
-    name = f"reference model's own keys, n={n:,}, d=32, S={draws}"
-    rows += measure(name, reference(n), draws, (8, 16, 24), copy, 5 if quick else 15)
+    case = f"reference model's own keys, n={n:,}, d=32, S={draws}"
+    rows += measure(case, reference(n), draws, (8, 16, 24), copy_bandwidth, turns)
     return rows
 
 
 def measure(
-    name: str, layers: Sequence[Layer], draws: int, ranks: Sequence[int], copy: float, turns: int
-) -> list[dict[str, Any]]:
+    case: str, layers: Sequence[Layer], draws: int, ranks: Sequence[int], copy_bandwidth: float, turns: int
+) -> list[BenchRow]:
     """The rows of a case."""
     generator = torch.Generator().manual_seed(0)
-    kinds: dict[str, dict[str, Any]] = {"exact logits": {"proposal": "exact"}}
-    kinds |= {f"low-rank {rank}": {"proposal": "low-rank", "rank": rank} for rank in ranks}
-    kinds["int4"] = {"proposal": "int4"}
-    wanted = [exact(layer.q, layer.k, layer.v) for layer in layers]
+    settings: dict[str, dict[str, Any]] = {"exact logits": {"proposal": "exact"}}
+    settings |= {f"low-rank {rank}": {"proposal": "low-rank", "rank": rank} for rank in ranks}
+    settings["int4"] = {"proposal": "int4"}
+    exact_outputs = [exact(layer.q, layer.k, layer.v) for layer in layers]
     independent = [
         sampled_attention(
             x.q, x.k, x.v, sampler="monte-carlo", num_samples=draws, enable_gqa=True, generator=generator
@@ -83,31 +88,46 @@ def measure(
         for x in layers
     ]
     methods = exact_forms(layers)
-    facts: dict[str, dict[str, float]] = {}
-    base = math.nan
-    for label, options in kinds.items():
+    details: dict[str, dict[str, float]] = {}
+    exact_sketch_error = math.nan
+    for name, options in settings.items():
         start = time.perf_counter()
-        caches = [SampledKVCache.build(x.k, x.v, queries=x.seen, **options) for x in layers]
-        built = (time.perf_counter() - start) / len(layers)
-        found = [
+        caches = [SampledKVCache.build(x.k, x.v, queries=x.earlier_queries, **options) for x in layers]
+        build_seconds = (time.perf_counter() - start) / len(layers)
+        outputs = [
             cache.attend(x.q, draws, generator=generator).output
             for cache, x in zip(caches, layers, strict=True)
         ]
-        error = relative(found, wanted)
-        base = error if label == "exact logits" else base
-        facts[label] = {"error ratio": error / base, "build seconds": built, **appending(layers[0], options)}
-        methods.append(sampled(label, caches, layers, draws, error, ALLOWED * base, generator))
-    first = wanted[0][:, :1].double()
-    rows = compare(name, methods, first, ("/".join(EXACT_FORMS),), turns, copy)
-    for row in rows:
-        row |= facts.get(row["method"], {})
-        row["error of i.i.d. draws"] = relative(independent, wanted)
-    print_facts(rows)
+        error = relative_error(outputs, exact_outputs)
+        if name == "exact logits":
+            exact_sketch_error = error
+        details[name] = {
+            "error ratio": error / exact_sketch_error,
+            "build seconds": build_seconds,
+            **append_seconds(layers[0], options),
+        }
+        allowed = ALLOWED * exact_sketch_error
+        methods.append(sketch_method(name, caches, layers, draws, error, allowed, generator))
+    first = exact_outputs[0][:, :1].double()
+    rows = compare(case, methods, first, ("/".join(EXACT_FORMS),), turns, copy_bandwidth)
+    independent_error = relative_error(independent, exact_outputs)
+    rows = [
+        replace(
+            row,
+            details={
+                **row.details,
+                **details.get(row.method, {}),
+                "error of i.i.d. draws": independent_error,
+            },
+        )
+        for row in rows
+    ]
+    print_details(rows)
     return rows
 
 
-def sampled(
-    label: str,
+def sketch_method(
+    name: str,
     caches: Sequence[SampledKVCache],
     layers: Sequence[Layer],
     draws: int,
@@ -115,53 +135,54 @@ def sampled(
     allowed: float,
     generator: torch.Generator,
 ) -> Method:
-    """A sketch as a competitor; the draws' keys and values count as read, once for each head."""
-    turn = cycle(list(zip(caches, [x.q[:, :1] for x in layers], strict=True)))
+    """A sketch as a competitor; the keys and values of the draws count as read once for each head."""
+    turns = cycle(list(zip(caches, [x.q[:, :1] for x in layers], strict=True)))
 
     def call() -> Tensor:
-        cache, q = next(turn)
+        cache, q = next(turns)
         return cache.attend(q, draws, generator=generator).output
 
     x = layers[0]
     heads, features = x.q.shape[0], x.k.shape[-1] + x.v.shape[-1]
-    sketch = caches[0].sketch_nbytes() * (heads // x.k.shape[0])  # each head reads its own components
-    if caches[0].proposal != "low-rank":
-        sketch = caches[0].sketch_nbytes()
-    return Method(label, call, sketch + heads * draws * features * x.k.element_size(), allowed, error)
+    sketch_bytes = caches[0].sketch_nbytes()
+    if caches[0].proposal == "low-rank":  # each query head reads components of its own
+        sketch_bytes *= heads // x.k.shape[0]
+    num_bytes = sketch_bytes + heads * draws * features * x.k.element_size()
+    return Method(name, call, num_bytes, allowed, error)
 
 
 def exact_forms(layers: Sequence[Layer]) -> list[Method]:
-    """SDPA, and two matrix products with the keys in both layouts, grouped heads side by side."""
+    """SDPA, and two matrix products with the keys in both layouts."""
     group = layers[0].q.shape[0] // layers[0].k.shape[0]
-    turned = [x.k.mT.contiguous() for x in layers]
+    transposed = [x.k.mT.contiguous() for x in layers]
     num_bytes = layers[0].k.nbytes + layers[0].v.nbytes
 
-    def products(x: Layer, k: Tensor) -> Tensor:
+    def products(x: Layer, k_transposed: Tensor) -> Tensor:
         q = x.q[:, :1].reshape(-1, group, x.q.shape[-1]) / math.sqrt(x.q.shape[-1])
-        return torch.bmm(torch.bmm(q, k).softmax(-1), x.v).view(-1, 1, x.v.shape[-1])
+        return torch.bmm(torch.bmm(q, k_transposed).softmax(-1), x.v).view(-1, 1, x.v.shape[-1])
 
-    def taking_turns(calls: list[Callable[[], Tensor]]) -> Callable[[], Tensor]:
-        turn = cycle(calls)
-        return lambda: next(turn)()
+    def in_turns(calls: list[Callable[[], Tensor]]) -> Callable[[], Tensor]:
+        turns = cycle(calls)
+        return lambda: next(turns)()
 
     forms: dict[str, list[Callable[[], Tensor]]] = {
         "sdpa": [partial(exact, x.q[:, :1], x.k, x.v) for x in layers],
         "matmul": [partial(products, x, x.k.mT) for x in layers],
-        "matmul, K transposed": [partial(products, x, k) for x, k in zip(layers, turned, strict=True)],
+        "matmul, K transposed": [partial(products, x, k) for x, k in zip(layers, transposed, strict=True)],
     }
-    return [Method(name, taking_turns(forms[name]), num_bytes, 1e-4) for name in EXACT_FORMS]
+    return [Method(name, in_turns(forms[name]), num_bytes, 1e-4) for name in EXACT_FORMS]
 
 
-def appending(layer: Layer, options: dict[str, Any]) -> dict[str, float]:
-    """Seconds to append a token, on average and at the most, while the last fifth of a layer's tokens is added."""
+def append_seconds(layer: Layer, options: dict[str, Any]) -> dict[str, float]:
+    """Mean, median and longest time to append a token, while the last fifth of a layer's tokens is added."""
     n = min(layer.k.shape[1], 8192)
-    start = n * 4 // 5
-    cache = SampledKVCache.build(layer.k[:, :start], layer.v[:, :start], **options)
+    first = n * 4 // 5
+    cache = SampledKVCache.build(layer.k[:, :first], layer.v[:, :first], **options)
     seconds = []
-    for i in range(start, n):
-        begin = time.perf_counter()
+    for i in range(first, n):
+        start = time.perf_counter()
         cache.append(layer.k[:, i : i + 1], layer.v[:, i : i + 1])
-        seconds.append(time.perf_counter() - begin)
+        seconds.append(time.perf_counter() - start)
     return {
         "append seconds": sum(seconds) / len(seconds),
         "median append": median(seconds),
@@ -170,31 +191,33 @@ def appending(layer: Layer, options: dict[str, Any]) -> dict[str, float]:
 
 
 def exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """SDPA of q (H, L, E) over all of k and v."""
+    """SDPA of q (H, L, E) over all of k and v, grouped heads included; (H, L, Ev)."""
     return F.scaled_dot_product_attention(q[None], k[None], v[None], enable_gqa=q.shape[0] != k.shape[0])[0]
 
 
-def relative(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+def relative_error(outputs: Sequence[Tensor], exact_outputs: Sequence[Tensor]) -> float:
     """Root mean squared error over the exact output's root mean square, over all layers."""
     squares = [
         ((x - o).double().square().mean() / o.double().square().mean())
-        for x, o in zip(found, wanted, strict=True)
+        for x, o in zip(outputs, exact_outputs, strict=True)
     ]
     return float(torch.stack(squares).mean().sqrt())
 
 
 def synthetic(heads: int, n: int, features: int, seed: int) -> Layer:
-    """Keys and queries of a spectrum of variances 1 / i along axes of each head's own; logits of variance 4."""
+    """Keys and queries with variances 1 / i along axes of each head's own, and logits of variance 4."""
     g = torch.Generator().manual_seed(seed)
     axes = torch.linalg.qr(torch.randn(heads, features, features, generator=g)).Q
-    size = torch.arange(1, features + 1).rsqrt()
-    axes = size[:, None] * axes.mT * (4 * features / size.pow(4).sum()) ** 0.25
-    q, seen, k = (torch.randn(heads, m, features, generator=g) @ axes for m in (QUERIES, 2 * features, n))
-    return Layer(q, k, torch.randn(heads, n, features, generator=g), seen)
+    scales = torch.arange(1, features + 1).rsqrt()
+    axes = scales[:, None] * axes.mT * (4 * features / scales.pow(4).sum()) ** 0.25
+    q, earlier, k = (
+        torch.randn(heads, count, features, generator=g) @ axes for count in (QUERIES, 2 * features, n)
+    )
+    return Layer(q, k, torch.randn(heads, n, features, generator=g), earlier)
 
 
 def reference(n: int) -> list[Layer]:
-    """The reference model's layers over n bytes of held-out text; the last queries are asked."""
+    """The reference model's layers over n bytes of held-out text; the last queries attend."""
     tokens = encode(reference_text())[None, :n]
     return [
         Layer(q[0, :, -QUERIES:], k[0], v[0], q[0, :, :-QUERIES])
@@ -202,13 +225,14 @@ def reference(n: int) -> list[Layer]:
     ]
 
 
-def print_facts(rows: Sequence[dict[str, Any]]) -> None:
-    """What the table of a case has no room for."""
+def print_details(rows: Sequence[BenchRow]) -> None:
+    """Print what the table of a case has no room for."""
     for row in rows:
-        if "error ratio" in row:
+        details = row.details
+        if "error ratio" in details:
             print(
-                f"  {row['method']:<14} error {row['error ratio']:.2f} × that of draws by exact logits, "
-                f"{row['error'] / row['error of i.i.d. draws']:.2f} × that of i.i.d. draws; built in "
-                f"{row['build seconds']:.2f} s; append {1e3 * row['append seconds']:.2f} ms a token, "
-                f"{1e3 * row['longest append']:.0f} ms at the most"
+                f"  {row.method:<14} error {details['error ratio']:.2f} × that of draws by exact logits, "
+                f"{row.error / details['error of i.i.d. draws']:.2f} × that of i.i.d. draws; built in "
+                f"{details['build seconds']:.2f} s; append {1e3 * details['append seconds']:.2f} ms a token, "
+                f"{1e3 * details['longest append']:.0f} ms at the most"
             )

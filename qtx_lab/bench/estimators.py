@@ -1,14 +1,16 @@
-"""`qtx-lab bench estimators`: how wrong every estimator is at equal draws, beside i.i.d. draws and what others do.
+"""`qtx-lab bench estimators`: the error of every estimator at equal draws, beside i.i.d. draws and published
+methods.
 
-On the reference model's own queries, keys and values, layer by layer, over text that it was not trained on, and on
-diffuse and peaked synthetic rows. The learned proposal is fitted to other text (other draws of the synthetic rows).
+They are measured on the reference model's own queries, keys and values, layer by layer, over text that it was
+not trained on, and on diffuse and peaked synthetic rows. The learned proposal is fitted to other text, or to
+other synthetic rows.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -21,17 +23,18 @@ from tqdm.auto import tqdm
 from ..attention import sampled_attention
 from ..models.reference import encode, load_reference_model, reference_text
 from ..samplers import BASELINES, SAMPLERS, LearnedImportanceSampler, make_sampler
+from .base import BenchRow, Timing, shown
 
 BASELINE = "monte-carlo"
 DIFFUSE = 1 / 8
-"""A head is diffuse where a row's effective number of keys, 1 / sum p^2, is this share of those seen, on average."""
+"""A head is diffuse if 1 / sum p², the effective number of keys, is on average this share of those seen."""
 
 CONTROLS = ("performer", "linformer", "topk")
 ALL = "all three"
+ALLOWED = 1.1
+"""An unbiased method may have this many times the error of i.i.d. draws."""
 
 Inputs = tuple[Tensor, Tensor, Tensor]
-Method = tuple[str, dict[str, Any]]
-"""What it is called, and what it is to `sampled_attention`."""
 
 
 @dataclass(frozen=True)
@@ -41,59 +44,103 @@ class Case:
     name: str
     layers: Sequence[Inputs]
     training: Sequence[Inputs]
+    """Inputs of the same kind to which the learned proposal is fitted."""
     options: dict[str, Any]
-    """How it is attended, as in SDPA."""
+    """Arguments of SDPA, such as `is_causal`."""
     first: int
-    """The first row whose error counts: causal rows before it see too few keys."""
+    """The first row whose error counts: the causal rows before it see too few keys."""
 
 
 @dataclass(frozen=True)
-class Measured:
-    """One method at one number of draws, over layers and heads (layers, H), float64."""
+class Estimator:
+    """One competitor: its name, and the arguments that select it in `sampled_attention`."""
 
-    label: str
+    name: str
+    options: dict[str, Any]
+
+    @property
+    def unbiased(self) -> bool:
+        """Whether it promises no bias. A learned proposal does not: its estimate is self-normalised."""
+        sampler = self.options["sampler"]
+        return make_sampler(sampler).unbiased and not isinstance(sampler, LearnedImportanceSampler)
+
+
+@dataclass(frozen=True)
+class EstimatorError:
+    """The error of one estimator at one number of draws, by layers and heads (layers, H), float64."""
+
+    name: str
     unbiased: bool
     square: Tensor
     """Mean squared error."""
     bias: Tensor
-    """The part of it that no averaging removes, estimated from the repetitions; may come out below 0."""
+    """The part of the squared error that averaging does not remove; being estimated, it may be below 0."""
     size: Tensor
     """Mean square of the exact output."""
     seconds: list[float]
-    """Of each call, a layer and repetition."""
-    read: float
+    """Time of each call, over layers and repetitions."""
+    values_read: float
     """Distinct values that the draws of a query position read, the heads of a group together, on average."""
 
 
-def bench_estimators(quick: bool, copy: float) -> list[dict[str, Any]]:
-    """Every estimator's error against that of i.i.d. draws; rows as in `run_bench`, and with
+@dataclass(frozen=True)
+class Fit:
+    """Learned proposals of rank d / 2 by name, for each layer, and the chi² divergence on held-out rows."""
 
-    - `error`: root mean squared error over the exact output's root mean square, geometric mean over heads;
-    - `error ratio`: root mean squared error over that of i.i.d. draws, likewise; `error ratio, diffuse heads` and
-      `error ratio, other heads` apart (see `DIFFUSE`), `error ratio to systematic`;
-    - `draws of i.i.d.`: how many times the draws i.i.d. sampling would need for the same error, 1 / (error ratio)^2;
-    - `values read`: distinct values that the draws of a query position read, the heads of a group together (what a
-      control reads comes on top);
-    - `bias share`: the part of the squared error, over all heads, that is bias;
-    - `seconds`, `ratio` of the time (above 1: faster than i.i.d.), `microseconds a row`.
+    proposals: list[dict[str, LearnedImportanceSampler]]
+    chi_square: float
+    """Geometric mean over the layers."""
+    chi_square_random: float
+    """The same of random projections that were not fitted."""
 
-    All of these ratios are None where the check fails: an error that is not finite, or for an unbiased method one
-    above 1.1 times that of i.i.d. draws.
+
+@dataclass(frozen=True)
+class Target:
+    """A ratio of errors, and its limit."""
+
+    name: str
+    ratio: float
+    limit: float
+    at_most: bool = True
+
+    @property
+    def met(self) -> bool:
+        """Whether the ratio is within the limit."""
+        return self.ratio <= self.limit if self.at_most else self.ratio >= self.limit
+
+
+def bench_estimators(quick: bool, copy_bandwidth: float) -> list[BenchRow]:
+    """Every estimator's error against that of i.i.d. draws.
+
+    `error` is the root mean squared error over the exact output's root mean square, as the geometric mean
+    over heads; `ratio` is of the time (above 1: faster than i.i.d. draws). Further details of the rows:
+
+    - `error ratio`: the root mean squared error over that of i.i.d. draws, as the geometric mean over heads;
+      the same over some heads as `error ratio, diffuse heads` (see `DIFFUSE`) and `error ratio, other heads`,
+      and over another method as `error ratio to systematic`;
+    - `draws of i.i.d.`: how many times as many i.i.d. draws would have the same error, 1 / (error ratio)²;
+    - `values read`: distinct values that the draws of a query position read, the heads of a group together
+      (the values that a control variate reads are not counted);
+    - `bias share`: the share of the squared error, over all heads, that is bias;
+    - `microseconds a row`.
+
+    A method fails its check if its error is not finite, or if it is unbiased and has more than 1.1 times the
+    error of i.i.d. draws. It then gets none of these ratios.
     """
-    del copy
-    rows: list[dict[str, Any]] = []
+    del copy_bandwidth
+    rows: list[BenchRow] = []
     repetitions = 3 if quick else 4
     for case in cases(quick):
         n = case.layers[0][1].shape[-2]
-        learned, chi_square = fit(case, steps=100 if quick else 400)
-        found: dict[int, dict[str, Measured]] = {}
+        fitted = fit(case, steps=100 if quick else 400)
+        errors: dict[int, dict[str, EstimatorError]] = {}
         for draws in (n // 32, n // 4) if quick else (n // 32, n // 8, n // 4):
-            found[draws] = measure(case, learned, draws, repetitions)
-            rows += table(case, draws, found[draws])
+            errors[draws] = measure(case, fitted.proposals, draws, repetitions)
+            rows += table(case, draws, errors[draws])
         if (
             case.options
-        ):  # of learned attention: synthetic rows have no heads to average over, and no low rank
-            print_targets(case, found, chi_square)
+        ):  # only learned attention: synthetic rows have no heads to average over, and no low rank
+            print_targets(case, errors, fitted)
     return rows
 
 
@@ -106,13 +153,14 @@ def cases(quick: bool) -> list[Case]:
     tokens = encode(reference_text())
     tokens = tokens[: len(tokens) // n * n].view(-1, n)
     model = load_reference_model()
-    fitted, held_out = (model.attention_inputs(x) for x in (tokens[:windows], tokens[-1:]))
+    training, held_out = (model.attention_inputs(x) for x in (tokens[:windows], tokens[-1:]))
     options = {"is_causal": True, "enable_gqa": True}
-    found = [Case(f"reference model, n={n}, last {n // 4} rows", held_out, fitted, options, 3 * n // 4)]
-    for name, spread in (("diffuse", 0.5), ("peaked", 2.5)):
-        some, other = (synthetic(n, spread, batch, seed) for seed, batch in ((0, 1), (1, 8)))
-        found.append(Case(f"{name} synthetic rows, n={n}", [some], [other], {}, 0))
-    return found
+    name = f"reference model, n={n}, last {n // 4} rows"
+    all_cases = [Case(name, held_out, training, options, 3 * n // 4)]
+    for kind, spread in (("diffuse", 0.5), ("peaked", 2.5)):
+        layer, other = (synthetic(n, spread, batch, seed) for seed, batch in ((0, 1), (1, 8)))
+        all_cases.append(Case(f"{kind} synthetic rows, n={n}", [layer], [other], {}, 0))
+    return all_cases
 
 
 def synthetic(n: int, spread: float, batch: int, seed: int) -> Inputs:
@@ -123,7 +171,7 @@ def synthetic(n: int, spread: float, batch: int, seed: int) -> Inputs:
 
 
 def effective_share(q: Tensor, k: Tensor, options: dict[str, Any], first: int) -> Tensor:
-    """1 / sum p^2 over the keys seen, mean over the rows that count: (H,)."""
+    """1 / sum p² as a share of the keys that a row sees, averaged over the rows from `first` on; (H,)."""
     k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
     logits = q[:, :, first:] @ k.mT / math.sqrt(q.shape[-1])
     position = torch.arange(first, q.shape[-2])[:, None]
@@ -135,95 +183,98 @@ def effective_share(q: Tensor, k: Tensor, options: dict[str, Any], first: int) -
 # --- How it is estimated --------------------------------------------------------------------------
 
 
-def methods(learned: dict[str, LearnedImportanceSampler]) -> list[Method]:
+def estimators(proposals: dict[str, LearnedImportanceSampler]) -> list[Estimator]:
     """Everything that is compared, i.i.d. draws first."""
     names = [BASELINE, *(name for name in SAMPLERS if name not in (BASELINE, "learned")), *BASELINES]
-    found: list[Method] = [(name, {"sampler": name}) for name in names]
-    found += [(label, {"sampler": sampler}) for label, sampler in learned.items()]
+    compared = [Estimator(name, {"sampler": name}) for name in names]
+    compared += [Estimator(name, {"sampler": sampler}) for name, sampler in proposals.items()]
     for sampler in (BASELINE, "head-tail"):
-        for control in CONTROLS:
-            found.append((f"{sampler} + {control}", {"sampler": sampler, "control_variate": control}))
-        found.append((f"{sampler} + {ALL}", {"sampler": sampler, "control_variate": list(CONTROLS)}))
-    return found
+        controls: dict[str, str | list[str]] = {name: name for name in CONTROLS}
+        for name, control in {**controls, ALL: list(CONTROLS)}.items():
+            options = {"sampler": sampler, "control_variate": control}
+            compared.append(Estimator(f"{sampler} + {name}", options))
+    return compared
 
 
-def fit(case: Case, steps: int) -> tuple[list[dict[str, LearnedImportanceSampler]], tuple[float, float]]:
-    """Proposals of rank d / 2 for each layer, by points; and the mean chi^2 on held-out rows of fitted and random ones."""
-    fitted, chi = [], []
+def fit(case: Case, steps: int) -> Fit:
+    """Fit a proposal to the training inputs of each layer, and measure it on the layer itself."""
+    proposals, chi_squares = [], []
     for (q, k, v), held_out in zip(case.training, case.layers, strict=True):
         heads = k.shape[1] if case.options.get("enable_gqa") else 1
-        made = [LearnedImportanceSampler(q.shape[-1], q.shape[-1] // 2, heads) for _ in range(2)]
-        how: dict[str, Any] = {**case.options, "seed": 0, "progress": False}
-        made[0].fit(q, k, v, num_samples=k.shape[-2] // 8, steps=steps, batch_rows=64, **how)
-        made[1].fit(q, k, steps=0, initialise="random", **how)
-        chi.append(
-            [float(x.chi_square(*held_out[:2], **case.options)[:, :, case.first :].mean()) for x in made]
-        )
+        learned, random = (LearnedImportanceSampler(q.shape[-1], q.shape[-1] // 2, heads) for _ in range(2))
+        options: dict[str, Any] = {**case.options, "seed": 0, "progress": False}
+        learned.fit(q, k, v, num_samples=k.shape[-2] // 8, steps=steps, batch_rows=64, **options)
+        random.fit(q, k, steps=0, initialise="random", **options)
+        divergences = [x.chi_square(*held_out[:2], **case.options) for x in (learned, random)]
+        chi_squares.append([float(x[:, :, case.first :].mean()) for x in divergences])
         independent = LearnedImportanceSampler(q.shape[-1], q.shape[-1] // 2, heads, points="monte-carlo")
-        independent.load_state_dict(made[0].state_dict())
-        fitted.append({"learned": made[0], "learned, i.i.d. points": independent})
-    ours, random = torch.tensor(chi).log().mean(0).exp().tolist()
-    return fitted, (ours, random)
+        independent.load_state_dict(learned.state_dict())
+        proposals.append({"learned": learned, "learned, i.i.d. points": independent})
+    return Fit(proposals, *torch.tensor(chi_squares).log().mean(0).exp().tolist())
+
+
+class _Sums:
+    """Sums over repetitions and layers for one estimator."""
+
+    def __init__(self) -> None:
+        self.squares: list[Tensor] = []
+        self.biases: list[Tensor] = []
+        self.seconds: list[float] = []
+        self.values_read: list[float] = []
+
+    def add_layer(self, errors: Sequence[Tensor], first: int) -> None:
+        """Add the errors (B, H, L, d) of each repetition on one layer."""
+        count = len(errors)
+        square = head_means(torch.stack([x.square() for x in errors]).mean(0), first)
+        squared_mean = head_means(torch.stack(list(errors)).mean(0).square(), first)
+        # E[squared_mean] = bias² + variance / count, and E[square] = bias² + variance
+        self.squares.append(square)
+        self.biases.append((count * squared_mean - square) / (count - 1))
 
 
 def measure(
-    case: Case, learned: list[dict[str, LearnedImportanceSampler]], draws: int, repetitions: int
-) -> dict[str, Measured]:
-    """Run all methods in turns, layer by layer, `repetitions` times each."""
-    squares: dict[str, list[Tensor]] = {}
-    biases: dict[str, list[Tensor]] = {}
-    seconds: dict[str, list[float]] = {}
-    read: dict[str, list[float]] = {}
+    case: Case, proposals: list[dict[str, LearnedImportanceSampler]], draws: int, repetitions: int
+) -> dict[str, EstimatorError]:
+    """Run all estimators in turns, layer by layer, `repetitions` times each."""
+    compared = estimators(proposals[0])
+    sums = {estimator.name: _Sums() for estimator in compared}
     sizes = []
-    calls = len(case.layers) * repetitions * len(methods(learned[0]))
+    calls = len(case.layers) * repetitions * len(compared)
     with tqdm(total=calls, desc=f"{case.name}, {draws} draws", leave=False) as bar:
-        for (q, k, v), proposals in zip(case.layers, learned, strict=True):
+        for (q, k, v), of_layer in zip(case.layers, proposals, strict=True):
             exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), **case.options)
             sizes.append(head_means(exact.square(), case.first))
-            total: dict[str, list[Tensor]] = {}
+            errors: dict[str, list[Tensor]] = {estimator.name: [] for estimator in compared}
             for repetition in range(repetitions):
-                for label, how in methods(proposals):
+                for estimator in estimators(of_layer):
                     generator = torch.Generator().manual_seed(repetition)
+                    options = {**estimator.options, **case.options, "num_samples": draws}
                     start = time.perf_counter()
-                    options = {**how, **case.options, "num_samples": draws, "generator": generator}
-                    estimate = sampled_attention(q, k, v, **options)
-                    seconds.setdefault(label, []).append(time.perf_counter() - start)
+                    estimate = sampled_attention(q, k, v, generator=generator, **options)
+                    sums[estimator.name].seconds.append(time.perf_counter() - start)
                     if repetition == 0:
                         touched = estimate.keys_touched()[..., case.first :]
-                        read.setdefault(label, []).append(float(touched.double().mean()))
-                    error = estimate.output.double() - exact
-                    sums = total.setdefault(label, [torch.zeros_like(error), torch.zeros_like(error)])
-                    sums[0] += error
-                    sums[1] += error.square()
+                        sums[estimator.name].values_read.append(float(touched.double().mean()))
+                    errors[estimator.name].append(estimate.output.double() - exact)
                     bar.update()
-            for label, (first, second) in total.items():
-                square = head_means(second / repetitions, case.first)
-                mean = head_means((first / repetitions).square(), case.first)
-                # E[mean^2] = bias^2 + variance / repetitions, E[square] = bias^2 + variance
-                squares.setdefault(label, []).append(square)
-                biases.setdefault(label, []).append((repetitions * mean - square) / (repetitions - 1))
+            for name, of_estimator in errors.items():
+                sums[name].add_layer(of_estimator, case.first)
     return {
-        label: Measured(
-            label,
-            is_unbiased(how),
-            torch.stack(squares[label]),
-            torch.stack(biases[label]),
+        estimator.name: EstimatorError(
+            estimator.name,
+            estimator.unbiased,
+            torch.stack(sums[estimator.name].squares),
+            torch.stack(sums[estimator.name].biases),
             torch.stack(sizes),
-            seconds[label],
-            sum(read[label]) / len(read[label]),
+            sums[estimator.name].seconds,
+            sum(sums[estimator.name].values_read) / len(case.layers),
         )
-        for label, how in methods(learned[0])
+        for estimator in compared
     }
 
 
-def is_unbiased(how: dict[str, Any]) -> bool:
-    """Whether a method promises no bias; a learned proposal's estimate is self-normalised."""
-    sampler = how["sampler"]
-    return make_sampler(sampler).unbiased and not isinstance(sampler, LearnedImportanceSampler)
-
-
 def head_means(x: Tensor, first: int) -> Tensor:
-    """Mean of (B, H, L, d) over everything but heads, rows before `first` left out: (H,)."""
+    """Mean of (B, H, L, d) over everything but heads, without the rows before `first`; (H,)."""
     return x[:, :, first:].mean((0, 2, 3))
 
 
@@ -231,135 +282,131 @@ def head_means(x: Tensor, first: int) -> Tensor:
 
 
 def geometric(ratio_of_squares: Tensor) -> float:
-    """Geometric mean of root ratios; NaN of nothing."""
+    """Geometric mean of the root ratios; NaN of an empty tensor."""
     return float(ratio_of_squares.clamp_min(1e-30).log().mean().div(2).exp())
 
 
-def table(case: Case, draws: int, found: dict[str, Measured]) -> list[dict[str, Any]]:
-    """The rows of a case at a number of draws, printed."""
-    iid, systematic = found[BASELINE], found["systematic"]
-    diffuse = (
-        torch.stack([effective_share(q, k, case.options, case.first) for q, k, _ in case.layers]) >= DIFFUSE
-    )
-    q = case.layers[0][0]
+def table(case: Case, draws: int, errors: dict[str, EstimatorError]) -> list[BenchRow]:
+    """The rows of a case at a number of draws; prints them too."""
+    iid, systematic = errors[BASELINE], errors["systematic"]
+    shares = [effective_share(q, k, case.options, case.first) for q, k, _ in case.layers]
+    diffuse = torch.stack(shares) >= DIFFUSE
+    num_rows = case.layers[0][0].shape[:-1].numel()
     rows = []
-    for m in found.values():
+    for m in errors.values():
         against = m.square / iid.square
         error, ratio = geometric(m.square / m.size), geometric(against)
         check = check_error(m, error, ratio)
-        passed = check == "pass"
+        timing = Timing.of(m.seconds)
+        ratios: dict[str, float | None] = {
+            "error ratio": ratio,
+            "error ratio, diffuse heads": geometric(against[diffuse]) if diffuse.any() else None,
+            "error ratio, other heads": geometric(against[~diffuse]) if not diffuse.all() else None,
+            "error ratio to systematic": geometric(m.square / systematic.square),
+            "draws of i.i.d.": 1 / ratio**2,
+            "bias share": float((m.bias.sum() / m.square.sum()).clamp(0, 1)),
+        }
+        if check != "pass":
+            ratios = dict.fromkeys(ratios)
         rows.append(
-            {
-                "case": f"{case.name}, {draws} draws",
-                "method": m.label,
-                "seconds": median(m.seconds),
-                "low": min(m.seconds),
-                "high": max(m.seconds),
-                "microseconds a row": 1e6 * median(m.seconds) / q.shape[:-1].numel(),
-                "baseline": BASELINE,
-                "ratio": median(iid.seconds) / median(m.seconds) if passed else None,
-                "error": error,
-                "error ratio": ratio if passed else None,
-                "error ratio, diffuse heads": geometric(against[diffuse])
-                if passed and diffuse.any()
-                else None,
-                "error ratio, other heads": geometric(against[~diffuse])
-                if passed and not diffuse.all()
-                else None,
-                "error ratio to systematic": geometric(m.square / systematic.square) if passed else None,
-                "draws of i.i.d.": 1 / ratio**2 if passed else None,
-                "values read": m.read,
-                "bias share": float((m.bias.sum() / m.square.sum()).clamp(0, 1)) if passed else None,
-                "check": check,
-            }
+            BenchRow(
+                case=f"{case.name}, {draws} draws",
+                method=m.name,
+                seconds=timing.median,
+                baseline=BASELINE,
+                ratio=median(iid.seconds) / timing.median if check == "pass" else None,
+                error=error,
+                check=check,
+                low=timing.low,
+                high=timing.high,
+                details={
+                    "microseconds a row": 1e6 * timing.median / num_rows,
+                    "values read": m.values_read,
+                    **ratios,
+                },
+            )
         )
     print_rows(rows, int(diffuse.sum()), diffuse.numel())
     return rows
 
 
-def check_error(m: Measured, error: float, ratio: float) -> str:
+def check_error(m: EstimatorError, error: float, ratio: float) -> str:
     """Whether the error is what the method promises: "pass", or why not."""
     if not math.isfinite(error) or not math.isfinite(ratio):
         return "its output is not finite"
-    if m.label == "exact" and error > 1e-4:
+    if m.name == "exact" and error > 1e-4:
         return f"error {error:.2g} of what should be exact"
-    if m.unbiased and ratio > 1.1:
+    if m.unbiased and ratio > ALLOWED:
         return f"error {ratio:.2f} times that of i.i.d. draws"
     return "pass"
 
 
-def print_rows(rows: Sequence[dict[str, Any]], diffuse: int, heads: int) -> None:
-    """The table of a case at a number of draws."""
+def print_rows(rows: Sequence[BenchRow], num_diffuse: int, num_heads: int) -> None:
+    """Print the table of a case at a number of draws."""
     print(
-        f"\n{rows[0]['case']} ({diffuse} of {heads} heads diffuse: 1 / sum p^2 at least {DIFFUSE:.3g} of the keys)"
+        f"\n{rows[0].case} ({num_diffuse} of {num_heads} heads diffuse: "
+        f"1 / sum p² at least {DIFFUSE:.3g} of the keys)"
     )
     print(
         f"  {'method':<24}{'error':>9}{'× i.i.d.':>10}{'diffuse':>9}{'others':>9}{'× systematic':>14}"
         f"{'draws of i.i.d.':>17}{'values read':>13}{'bias':>7}{'µs a row':>10}{'speed':>7}  check"
     )
     for row in rows:
-        keys = ("error ratio", "error ratio, diffuse heads", "error ratio, other heads")
-        ratios = "".join(
-            f"{shown(row[key], '.3f'):>{width}}" for key, width in zip(keys, (10, 9, 9), strict=True)
-        )
-        needed = row["draws of i.i.d."]
-        factor = "–" if needed is None or needed > 1e6 else f"{needed:.1f}"
+        details = row.details
+        factor = details["draws of i.i.d."]
+        if factor is not None and factor > 1e6:  # of an exact method it means nothing
+            factor = None
         print(
-            f"  {row['method']:<24}{shown(row['error'], '.2g'):>9}{ratios}"
-            f"{shown(row['error ratio to systematic'], '.3f'):>14}{factor:>17}{row['values read']:>13.1f}"
-            f"{shown(row['bias share'], '.0%'):>7}{row['microseconds a row']:>10.1f}"
-            f"{shown(row['ratio'], '.2f'):>7}  {row['check']}"
+            f"  {row.method:<24}{row.error:>9.2g}{shown(details['error ratio'], '.3f'):>10}"
+            f"{shown(details['error ratio, diffuse heads'], '.3f'):>9}"
+            f"{shown(details['error ratio, other heads'], '.3f'):>9}"
+            f"{shown(details['error ratio to systematic'], '.3f'):>14}{shown(factor, '.1f'):>17}"
+            f"{details['values read']:>13.1f}{shown(details['bias share'], '.0%'):>7}"
+            f"{details['microseconds a row']:>10.1f}{shown(row.ratio):>7}  {row.check}"
         )
 
 
-def shown(x: float | None, form: str) -> str:
-    """A number in the given format, or a dash where there is none."""
-    return "–" if x is None else format(x, form)
+def print_targets(case: Case, errors: dict[int, dict[str, EstimatorError]], fitted: Fit) -> None:
+    """Print what the lab promises of its estimators at n / 4 draws, beside what was measured."""
+    most, fewest = max(errors), min(errors)
+    at = errors[most]
+    few = errors[fewest]
 
-
-def print_targets(case: Case, found: dict[int, dict[str, Measured]], chi_square: tuple[float, float]) -> None:
-    """What the lab promises of its estimators, at n / 4 draws, beside what was measured."""
-    most, few = max(found), min(found)
-    at = found[most]
-
-    def ratio(a: Measured, b: Measured) -> float:
+    def over(a: EstimatorError, b: EstimatorError) -> float:
         return geometric(a.square / b.square)
 
-    # The error of i.i.d. draws falls as the root of their number.
-    lines: list[tuple[str, float, str, float]] = [
-        ("head-tail over i.i.d.", ratio(at["head-tail"], at[BASELINE]), "<=", 0.28),
-        ("head-tail over systematic", ratio(at["head-tail"], at["systematic"]), "<=", 0.5),
-        (
-            "head-tail over i.i.d. at 8 times its draws",
-            8**0.5 * ratio(at["head-tail"], at[BASELINE]),
-            "<=",
-            1.0,
-        ),
-        (f"head-tail at {few} draws over i.i.d.", ratio(found[few]["head-tail"], at[BASELINE]), "<=", 1.0),
-        (
-            f"head-tail + {ALL} at {few} draws over i.i.d.",
-            ratio(found[few][f"head-tail + {ALL}"], at[BASELINE]),
-            "<=",
-            1.0,
-        ),
+    iid, head_tail, systematic = at[BASELINE], at["head-tail"], at["systematic"]
+    targets = [
+        Target("head-tail over i.i.d.", over(head_tail, iid), 0.28),
+        Target("head-tail over systematic", over(head_tail, systematic), 0.5),
+        # The error of i.i.d. draws falls as the root of their number.
+        Target("head-tail over i.i.d. at 8 times its draws", 8**0.5 * over(head_tail, iid), 1.0),
+        Target(f"head-tail at {fewest} draws over i.i.d.", over(few["head-tail"], iid), 1.0),
+        Target(f"head-tail + {ALL} at {fewest} draws over i.i.d.", over(few[f"head-tail + {ALL}"], iid), 1.0),
         *several_controls(at),
-        ("learned over systematic", ratio(at["learned"], at["systematic"]), "<=", 1.1),
-        ("learned over i.i.d., i.i.d. points", ratio(at["learned, i.i.d. points"], at[BASELINE]), "<=", 1.1),
-        ("chi^2 of random projections over fitted", chi_square[1] / chi_square[0], ">=", 2.0),
+        Target("learned over systematic", over(at["learned"], systematic), 1.1),
+        Target("learned over i.i.d., i.i.d. points", over(at["learned, i.i.d. points"], iid), 1.1),
+        Target(
+            "chi² of random projections over fitted",
+            fitted.chi_square_random / fitted.chi_square,
+            2.0,
+            at_most=False,
+        ),
     ]
     print(f"\n  {case.name}, {most} draws, errors over errors")
-    for label, value, sign, limit in lines:
-        met: Callable[[float, float], bool] = float.__le__ if sign == "<=" else float.__ge__
-        print(f"    {label:<52}{value:>8.3f}  {sign} {limit:<5}{'met' if met(value, limit) else 'missed'}")
+    for x in targets:
+        sign = "<=" if x.at_most else ">="
+        print(f"    {x.name:<52}{x.ratio:>8.3f}  {sign} {x.limit:<5}{'met' if x.met else 'missed'}")
 
 
-def several_controls(at: dict[str, Measured]) -> list[tuple[str, float, str, float]]:
-    """Variance times time of all controls together over the best single one's."""
-    lines = []
+def several_controls(errors: dict[str, EstimatorError]) -> list[Target]:
+    """Variance times time of all controls together, over that of the best single one."""
+    targets = []
     for sampler in (BASELINE, "head-tail"):
-        all_, *single = (at[f"{sampler} + {c}"] for c in (ALL, *CONTROLS))
+        together, *single = (errors[f"{sampler} + {name}"] for name in (ALL, *CONTROLS))
         best = min(
-            geometric(x.square / all_.square) ** 2 * median(x.seconds) / median(all_.seconds) for x in single
+            geometric(x.square / together.square) ** 2 * median(x.seconds) / median(together.seconds)
+            for x in single
         )
-        lines.append((f"{sampler} + {ALL} over the best one, equal time", 1 / best, "<=", 1.0))
-    return lines
+        targets.append(Target(f"{sampler} + {ALL} over the best one, equal time", 1 / best, 1.0))
+    return targets

@@ -1,7 +1,9 @@
-"""`qtx-lab bench kernels`: decoding by the kernels against the fastest exact decoding that is installed, on one GPU.
+"""`qtx-lab bench kernels`: decoding by the kernels beside the fastest exact decoding that is installed, on
+one GPU.
 
-`qtx-lab bench kernels --json notebooks/results/gpu_kernels.json` writes the table that notebook 05 shows. Without a GPU
-only `--quick` runs: a small case of the plain-torch references on the CPU, which says nothing about a GPU's speed.
+`qtx-lab bench kernels --json notebooks/results/gpu_kernels.json` writes the table that notebook 05 shows.
+Without a GPU only `--quick` runs: it measures a small case of the plain-torch references on the CPU, whose
+times say nothing about those on a GPU.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,21 +30,22 @@ from ..kernels.decode import reference as decode_reference
 from ..kernels.inputs import Inputs
 from ..kernels.sketch_decode import reference as sketch_decode_reference
 from ..kernels.sketch_decode.reference import Sketch, int4_sketch, low_rank_sketch
+from .base import BenchRow, Timing, shown, span
 
 KV_HEADS, GROUP, FEATURES, DRAWS = 8, 4, 128, 2048
 SEEDS = 4
 """Repetitions over which errors are averaged."""
-WORSE = 1.1
-"""A kernel's error may be that many times its plain-torch reference's."""
+ALLOWED = 1.1
+"""A kernel may have this many times the error of its plain-torch reference."""
 TARGETS = {"exact K": 1.75, "int4": 5.0, "rank 16": 8.0}
-"""Times the fastest exact decoding, at 128k keys and batch 8 on an H200."""
+"""Speed-ups over the fastest exact decoding that are aimed at, at 128k keys and batch 8 on an H200."""
 
 Call = Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
 class Case:
-    """A decode step: one query of each head, all keys seen."""
+    """A decode step: one query of each head, which sees all keys."""
 
     batch: int
     keys: int
@@ -50,39 +53,38 @@ class Case:
     kv_heads: int = KV_HEADS
 
     def __str__(self) -> str:
-        return f"B={self.batch} n={self.keys:,} Hkv={self.kv_heads} H={self.kv_heads * GROUP} d={FEATURES} S={self.draws}"
+        heads = f"Hkv={self.kv_heads} H={self.kv_heads * GROUP}"
+        return f"B={self.batch} n={self.keys:,} {heads} d={FEATURES} S={self.draws}"
 
 
 @dataclass(frozen=True)
-class Method:
-    """One competitor: a call for each set of inputs."""
+class DecodeMethod:
+    """One competitor, with a call for each set of inputs."""
 
     name: str
     calls: list[Call]
     num_bytes: int
-    """The least that a call has to read and write."""
+    """The least number of bytes that a call has to read and write."""
     error: float
-    allowed: float
+    """Relative error of the output."""
+    allowed_error: float
     baseline: bool = False
+    """Whether it is exact, and may be the baseline."""
 
 
-@dataclass(frozen=True)
-class Times:
-    """Seconds a call: median, lowest and highest of the turns."""
+def bench_kernels(quick: bool, copy_bandwidth: float) -> list[BenchRow]:
+    """Decoding with exact keys, with int4 sketches and with rank-16 sketches.
 
-    seconds: float
-    low: float
-    high: float
+    The baseline is the fastest exact method. Further details of the rows:
 
-
-def bench_kernels(quick: bool, copy: float) -> list[dict[str, Any]]:
-    """Decoding with exact keys, int4 and rank-16 sketches; rows as in `run_bench`, `baseline` the fastest exact method.
-
-    Further fields: `bytes` is the byte bound of a call (keys or sketch once, drawn rows once for all heads of a group),
-    `terabytes_per_second` what that comes to, `bandwidth` the same as a fraction of what this device copies, which is
-    also the fraction of the byte bound's speed that is reached; `reference_error`, of plain torch at the same seeds;
-    `error_over_exact_k`, what a sketch costs; `sets` of inputs that take turns and
-    whether together they are `past_cache`; `device`.
+    - `bytes`: the byte bound of a call, for which keys or sketch are read once, and drawn rows once for all
+      heads of a group; `terabytes_per_second`: that bound over the time; `bandwidth`: the same as a fraction
+      of what this device copies, which is also the fraction of the byte bound's speed that is reached;
+      `peak_bytes`: not measured;
+    - `reference_error`: of plain torch at the same seeds; `error_over_exact_k`: what a sketch costs;
+    - `sets`: of inputs that take turns, and `past_cache`: whether together they exceed the device's last
+      cache;
+    - `device`.
 
     Raises
     ------
@@ -92,24 +94,26 @@ def bench_kernels(quick: bool, copy: float) -> list[dict[str, Any]]:
     if torch.cuda.is_available():
         device = torch.device("cuda")
         cases = [Case(8, 1 << 15)] if quick else [Case(b, n << 10) for b in (1, 8) for n in (8, 32, 128, 256)]
-        return compare(cases, device, 5 if quick else 15, copy_bandwidth(device))
+        return compare_decoding(cases, device, 5 if quick else 15, device_copy_bandwidth(device))
     if not quick:
         raise BackendUnavailable(
-            "bench kernels needs a CUDA device, and torch sees none here. --quick compares the plain-torch references on "
-            "the CPU, which says nothing about a GPU."
+            "bench kernels needs a CUDA device, and torch sees none here. --quick compares the plain-torch "
+            "references on the CPU, whose times say nothing about those on a GPU."
         )
     print("No CUDA device: the plain-torch references on the CPU. Their times say nothing about a GPU.")
-    return compare([Case(1, 1 << 13, 256, 2)], torch.device("cpu"), 3, copy)
+    return compare_decoding([Case(1, 1 << 13, 256, 2)], torch.device("cpu"), 3, copy_bandwidth)
 
 
-def compare(cases: list[Case], device: torch.device, turns: int, copy: float) -> list[dict[str, Any]]:
-    """One row for each method of each case; those that cannot run are named with the reason."""
-    rows: list[dict[str, Any]] = []
-    about = describe(device, copy)
-    print(about)
+def compare_decoding(
+    cases: Sequence[Case], device: torch.device, turns: int, copy_bandwidth: float
+) -> list[BenchRow]:
+    """One row for each method of each case; a method or case that cannot run is named with the reason."""
+    rows: list[BenchRow] = []
+    description = describe(device, copy_bandwidth)
+    print(description)
     for case in cases:
         try:
-            rows += measure(case, device, turns, copy, about)
+            rows += measure(case, device, turns, copy_bandwidth, description)
         except torch.OutOfMemoryError as error:
             print(f"\n{case}\n  left out, out of memory: {str(error).splitlines()[0]}")
         if device.type == "cuda":
@@ -117,51 +121,58 @@ def compare(cases: list[Case], device: torch.device, turns: int, copy: float) ->
     return rows
 
 
-def measure(case: Case, device: torch.device, turns: int, copy: float, about: str) -> list[dict[str, Any]]:
-    """Check each method's error, time all that run in turns, print and return their rows."""
+def measure(
+    case: Case, device: torch.device, turns: int, copy_bandwidth: float, description: str
+) -> list[BenchRow]:
+    """Check the error of each method, time all that can run in turns, and print and return their rows."""
     cache = cache_bytes(device)
     sets = number_of_sets(case, device, cache)
     inputs = [make_inputs(case, device, seed) for seed in range(sets)]
     exact = exact_output(inputs[0])
-    methods = [*baselines(case, inputs, exact), *ours(case, inputs, exact)]
-    least = min(method.num_bytes for method in methods)
-    times = time_in_turns(methods, device, turns)
-    first = min(
-        (m for m in methods if m.baseline and m.error <= m.allowed), key=lambda m: times[m.name].seconds
+    methods = [*baselines(case, inputs, exact), *kernel_methods(case, inputs, exact)]
+    timings = time_methods(methods, device, turns)
+    fastest = min(
+        (m for m in methods if m.baseline and m.error <= m.allowed_error),
+        key=lambda m: timings[m.name].median,
     )
-    plain = next(m.error for m in methods if m.name == "exact K")
+    least_bytes = min(method.num_bytes for method in methods)
+    exact_k_error = next(m.error for m in methods if m.name == "exact K")
     rows = []
     for m in methods:
-        t, passed = times[m.name], m.error <= m.allowed  # False for NaN
-        rate = m.num_bytes / t.seconds
+        timing = timings[m.name]
+        passed = m.error <= m.allowed_error  # False for NaN
+        bytes_per_second = m.num_bytes / timing.median
+        details = {
+            "reference_error": None if m.baseline else m.allowed_error / ALLOWED,
+            "error_over_exact_k": None if m.baseline else m.error / exact_k_error,
+            "bytes": m.num_bytes,
+            "terabytes_per_second": bytes_per_second / 1e12,
+            "bandwidth": bytes_per_second / copy_bandwidth,
+            "peak_bytes": None,
+            "sets": sets,
+            "past_cache": sets * least_bytes > 2 * cache,
+            "device": description,
+        }
         rows.append(
-            {
-                "case": str(case),
-                "method": m.name,
-                "seconds": t.seconds,
-                "low": t.low,
-                "high": t.high,
-                "baseline": first.name,
-                "ratio": times[first.name].seconds / t.seconds if passed else None,
-                "error": m.error,
-                "reference_error": None if m.baseline else m.allowed / WORSE,
-                "error_over_exact_k": None if m.baseline else m.error / plain,
-                "check": "pass" if passed else f"error {m.error:.3g} is above {m.allowed:.3g}",
-                "bytes": m.num_bytes,
-                "terabytes_per_second": rate / 1e12,
-                "bandwidth": rate / copy,
-                "peak_bytes": None,
-                "sets": sets,
-                "past_cache": sets * least > 2 * cache,
-                "device": about,
-            }
+            BenchRow(
+                case=str(case),
+                method=m.name,
+                seconds=timing.median,
+                baseline=fastest.name,
+                ratio=timings[fastest.name].median / timing.median if passed else None,
+                error=m.error,
+                check="pass" if passed else f"error {m.error:.3g} is above {m.allowed_error:.3g}",
+                low=timing.low,
+                high=timing.high,
+                details=details,
+            )
         )
     print_rows(case, rows)
     return rows
 
 
 def make_inputs(case: Case, device: torch.device, seed: int) -> Inputs:
-    """Random queries, keys of a falling spectrum in a basis of their own, logits of standard deviation 3; bfloat16."""
+    """Random queries, keys of a falling spectrum, and logits of standard deviation 3; bfloat16."""
     g = torch.Generator(device).manual_seed(seed)
     new = partial(torch.randn, generator=g, device=device)
     spectrum = (1 + torch.arange(FEATURES, device=device)) ** -1.0
@@ -171,7 +182,8 @@ def make_inputs(case: Case, device: torch.device, seed: int) -> Inputs:
     v = torch.empty_like(k)
     for b in range(case.batch):  # float32 of one sequence at a time
         k[b] = new(case.kv_heads, case.keys, FEATURES) @ basis
-        v[b] = 1 + new(case.kv_heads, case.keys, FEATURES)  # a mean, so that relative errors mean something
+        # The mean of 1 makes the exact output large enough for relative errors to mean something.
+        v[b] = 1 + new(case.kv_heads, case.keys, FEATURES)
     q = new(case.batch, case.kv_heads * GROUP, 1, FEATURES)
     logits = q.view(case.batch, case.kv_heads, GROUP, FEATURES) @ k[:, :, :4096].float().mT
     q = q * (3 * math.sqrt(FEATURES) / logits.std(-1).view(*q.shape[:2], 1, 1))
@@ -179,35 +191,38 @@ def make_inputs(case: Case, device: torch.device, seed: int) -> Inputs:
 
 
 def exact_output(x: Inputs) -> Tensor:
-    """In float32, a sequence at a time, (N, M, Ev)."""
+    """Exact attention in float32, one sequence at a time; (N, M, Ev)."""
     q = x.q.view(*x.k.shape[:2], -1, x.q.shape[-1])
     return torch.cat(
         [(q[b].float() @ x.k[b].float().mT * x.scale).softmax(-1) @ x.v[b].float() for b in range(len(x.k))]
     )
 
 
-def relative(output: Tensor, exact: Tensor) -> float:
+def relative_error(output: Tensor, exact: Tensor) -> float:
     """Norm of the error over the norm of the exact output."""
     return ((output.float().view_as(exact) - exact).norm() / exact.norm()).item()
 
 
-def baselines(case: Case, inputs: list[Inputs], exact: Tensor) -> Iterator[Method]:
-    """Exact decoding by everything that is installed; heads of a group are queries of one key head where that is faster."""
+def baselines(case: Case, inputs: list[Inputs], exact: Tensor) -> Iterator[DecodeMethod]:
+    """Exact decoding by everything that is installed.
+
+    Where that is faster, the heads of a group are queries of one key head.
+    """
     x = inputs[0]
-    moved = x.k.nbytes + x.v.nbytes + 2 * x.q.nbytes
-    for name, make in exact_calls(x.k.device.type):
+    num_bytes = x.k.nbytes + x.v.nbytes + 2 * x.q.nbytes
+    for name, make_call in exact_calls(x.k.device.type):
         try:
-            calls = [make(x) for x in inputs]
-            off = relative(calls[0](), exact)
-        except Exception as error:  # whatever a library of others says
-            reason = str(error).strip() or type(error).__name__
+            calls = [make_call(x) for x in inputs]
+            error = relative_error(calls[0](), exact)
+        except Exception as problem:  # any error of a library that is only compared with
+            reason = str(problem).strip() or type(problem).__name__
             print(f"  {name} cannot run: {reason.splitlines()[0]}")
             continue
-        yield Method(name, calls, moved, off, 1e-2, baseline=True)
+        yield DecodeMethod(name, calls, num_bytes, error, 1e-2, baseline=True)
 
 
 def exact_calls(device: str) -> Iterator[tuple[str, Callable[[Inputs], Call]]]:
-    """Names, and what makes a call of inputs."""
+    """Names of exact methods, each with a function that makes a call for given inputs."""
     if device == "cpu":
         yield "SDPA", partial(by_sdpa, None, True)
         return
@@ -237,7 +252,7 @@ def only(backend: SDPBackend | None) -> Iterator[None]:
 
 
 def by_sdpa(backend: SDPBackend | None, grouped: bool, x: Inputs) -> Call:
-    """SDPA; `grouped` has a group's heads as queries of one key head."""
+    """SDPA; with `grouped` the heads of a group are queries of one key head."""
     lead = x.k.shape[:2]
     q = x.q.view(*lead, GROUP, -1) if grouped else x.q.view(lead[0], lead[1] * GROUP, 1, -1)
 
@@ -266,7 +281,7 @@ def by_flashinfer(x: Inputs) -> Call:
     """FlashInfer's decoding of a paged cache, with pages of 64 tokens."""
     flashinfer = import_module("flashinfer")
     batch, heads, n, width = x.k.shape
-    # Pages of 64 tokens, laid out (pages, heads, tokens, features) as "HND" wants; a copy, made before.
+    # Copied in advance into pages of 64 tokens, laid out (pages, heads, tokens, features) as "HND" asks.
     pages = n // 64
     k, v = (
         y.view(batch, heads, pages, 64, width).transpose(1, 2).reshape(batch * pages, heads, 64, width)
@@ -299,64 +314,74 @@ def by_flash_attention(x: Inputs) -> Call:
     return lambda: attend(q, k, v, softmax_scale=x.scale)
 
 
-def ours(case: Case, inputs: list[Inputs], exact: Tensor) -> Iterator[Method]:
-    """The kernels (their references on the CPU), each allowed `WORSE` times its reference's error at the same seeds."""
+def kernel_methods(case: Case, inputs: list[Inputs], exact: Tensor) -> Iterator[DecodeMethod]:
+    """The kernels, or their references on the CPU.
+
+    Each may have `ALLOWED` times the error of its reference at the same seeds.
+    """
     x = inputs[0]
-    device = x.k.device
-    triton = choose((x.q, x.k, x.v)).path == "triton"
-    plain: Callable[..., Any] = decode_reference.decode
-    by_sketch: Callable[..., Any] = sketch_decode_reference.sketch_decode
-    if triton:
-        from ..kernels.decode.launch import decode as plain
-        from ..kernels.sketch_decode.launch import sketch_decode as by_sketch
-    seeds = [torch.tensor(seed, device=device) for seed in range(SEEDS)]
-    row = (x.k.shape[-1] + x.v.shape[-1]) * x.k.element_size()
-
-    def of(found: Any) -> Tensor:
-        return found.output() if callable(found.output) else found.output
-
-    def method(
-        name: str,
-        run: Callable[..., Any],
-        reference: Callable[..., Any],
-        calls: list[Call],
-        scan: int,
-        each: int,
-    ) -> Method:
-        found = [run(seed=seed) for seed in seeds]
-        error = math.sqrt(sum(relative(of(f), exact) ** 2 for f in found) / SEEDS)
-        wanted = math.sqrt(sum(relative(of(reference(seed=seed)), exact) ** 2 for seed in seeds) / SEEDS)
-        drawn = found[0].indices.flatten(1).sort(-1).values
-        distinct = int((drawn[:, 1:] != drawn[:, :-1]).sum()) + len(drawn)
-        return Method(name, calls, scan + distinct * each + 2 * x.q.nbytes, error, WORSE * wanted)
-
-    def output(run: Callable[..., Any], *args: Any) -> Call:
-        return lambda: of(run(*args, case.draws, 1, seeds[0]))
-
-    options: dict[str, Any] = {"num_samples": case.draws, "replicates": 1}
-    yield method(
-        "exact K",
-        partial(plain, x, **options),
-        partial(decode_reference.decode, x, **options),
-        [output(plain, y) for y in inputs],
-        x.k.nbytes,
-        x.v.shape[-1] * x.v.element_size(),
-    )
-    for name, make in SKETCHERS.items():
+    decode: Callable[..., Any] = decode_reference.decode
+    sketch_decode: Callable[..., Any] = sketch_decode_reference.sketch_decode
+    if choose((x.q, x.k, x.v)).path == "triton":
+        from ..kernels.decode.launch import decode
+        from ..kernels.sketch_decode.launch import sketch_decode
+    check = partial(checked_method, case, exact)
+    value_bytes = x.v.shape[-1] * x.v.element_size()
+    row_bytes = (x.k.shape[-1] + x.v.shape[-1]) * x.k.element_size()
+    yield check("exact K", decode, decode_reference.decode, [(y,) for y in inputs], x.k.nbytes, value_bytes)
+    for name, make_sketch in SKETCHERS.items():
         try:
-            first = make(x.k)
+            first = make_sketch(x.k)
             sketches = [first, *(replace(first, table=first.lines(y.k.flatten(0, 1))) for y in inputs[1:])]
         except RuntimeError as error:
             print(f"  {name} left out: {str(error).splitlines()[0]}")
             continue
-        yield method(
-            name,
-            partial(by_sketch, x, sketches[0], **options),
-            partial(sketch_decode_reference.sketch_decode, x, sketches[0], **options),
-            [output(by_sketch, y, s) for y, s in zip(inputs, sketches, strict=True)],
-            sketches[0].nbytes(),
-            row,
-        )
+        arguments = list(zip(inputs, sketches, strict=True))
+        reference = sketch_decode_reference.sketch_decode
+        yield check(name, sketch_decode, reference, arguments, first.nbytes(), row_bytes)
+
+
+def checked_method(
+    case: Case,
+    exact: Tensor,
+    name: str,
+    kernel: Callable[..., Any],
+    reference: Callable[..., Any],
+    arguments: Sequence[tuple[Any, ...]],
+    scanned_bytes: int,
+    bytes_per_draw: int,
+) -> DecodeMethod:
+    """A kernel as a competitor, with its error and its reference's over `SEEDS` seeds.
+
+    `arguments` are the tensors of each set of inputs; `scanned_bytes` are read whatever is drawn, and
+    `bytes_per_draw` for each distinct key that is drawn.
+    """
+    q = arguments[0][0].q
+    seeds = [torch.tensor(seed, device=q.device) for seed in range(SEEDS)]
+
+    def run(function: Callable[..., Any], inputs: tuple[Any, ...], seed: Tensor) -> Any:
+        return function(*inputs, num_samples=case.draws, replicates=1, seed=seed)
+
+    def mean_error(results: Sequence[Any]) -> float:
+        squares = [relative_error(output_of(x), exact) ** 2 for x in results]
+        return math.sqrt(sum(squares) / len(squares))
+
+    results = [run(kernel, arguments[0], seed) for seed in seeds]
+    reference_error = mean_error([run(reference, arguments[0], seed) for seed in seeds])
+    drawn = results[0].indices.flatten(1).sort(-1).values
+    num_distinct = int((drawn[:, 1:] != drawn[:, :-1]).sum()) + len(drawn)
+    num_bytes = scanned_bytes + num_distinct * bytes_per_draw + 2 * q.nbytes
+    calls: list[Call] = [partial(_output, run, kernel, inputs, seeds[0]) for inputs in arguments]
+    return DecodeMethod(name, calls, num_bytes, mean_error(results), ALLOWED * reference_error)
+
+
+def output_of(result: Any) -> Tensor:
+    """The output of a kernel's or a reference's result."""
+    return result.output() if callable(result.output) else result.output
+
+
+def _output(run: Callable[..., Any], *arguments: Any) -> Tensor:
+    return output_of(run(*arguments))
 
 
 SKETCHERS: dict[str, Callable[[Tensor], Sketch]] = {
@@ -364,24 +389,24 @@ SKETCHERS: dict[str, Callable[[Tensor], Sketch]] = {
     "rank 16": partial(low_rank_sketch, rank=16),
     "int4, rank 64": partial(int4_sketch, rank=64),
 }
-"""What sketches are compared: all components by 4 bits, 16 of them by a byte, 64 by 4 bits."""
+"""The sketches: all components by 4 bits each, 16 of them by a byte each, 64 of them by 4 bits each."""
 
 
 # --- Timing -----------------------------------------------------------------------------------
 
 
-def time_in_turns(methods: list[Method], device: torch.device, turns: int) -> dict[str, Times]:
-    """Seconds a call of each method, which take turns; a call goes round the sets of inputs."""
+def time_methods(methods: Sequence[DecodeMethod], device: torch.device, turns: int) -> dict[str, Timing]:
+    """Seconds a call of each method; the methods take turns, and each turn uses all sets of inputs once."""
     rounds = {m.name: round_of(m, device) for m in methods}
     seconds: dict[str, list[float]] = {m.name: [] for m in methods}
     for _ in range(turns):
         for m in methods:
             seconds[m.name].append(timed(rounds[m.name], device) / len(m.calls))
-    return {name: Times(median(found), min(found), max(found)) for name, found in seconds.items()}
+    return {name: Timing.of(measured) for name, measured in seconds.items()}
 
 
-def round_of(method: Method, device: torch.device) -> Callable[[], object]:
-    """One call for each set of inputs: a CUDA graph where one can be captured, so that launches cost little."""
+def round_of(method: DecodeMethod, device: torch.device) -> Callable[[], object]:
+    """One call for each set of inputs, as a CUDA graph if possible, so that launches cost little."""
 
     def all_calls() -> None:
         for call in method.calls:
@@ -393,7 +418,7 @@ def round_of(method: Method, device: torch.device) -> Callable[[], object]:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(3):  # compiles, tunes
+        for _ in range(3):  # compiles and tunes the kernels
             all_calls()
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
@@ -410,7 +435,7 @@ def round_of(method: Method, device: torch.device) -> Callable[[], object]:
 
 
 def timed(run: Callable[[], object], device: torch.device) -> float:
-    """Seconds of a run."""
+    """Seconds that a function takes on the device."""
     if device.type != "cuda":
         start = time.perf_counter()
         run()
@@ -423,66 +448,65 @@ def timed(run: Callable[[], object], device: torch.device) -> float:
     return start_event.elapsed_time(end_event) / 1e3
 
 
-def copy_bandwidth(device: torch.device) -> float:
+def device_copy_bandwidth(device: torch.device) -> float:
     """Bytes a second that a copy of 4 GiB within the device reads and writes, median of nine."""
     source = torch.randint(0, 255, (4 << 30,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    found = [timed(lambda: target.copy_(source), device) for _ in range(10)][1:]
-    return 2 * source.nbytes / median(found)
+    seconds = [timed(lambda: target.copy_(source), device) for _ in range(10)][1:]
+    return 2 * source.nbytes / median(seconds)
 
 
 def cache_bytes(device: torch.device) -> int:
-    """Of the device's last cache; of a processor's what is common."""
+    """Size of a GPU's last cache; for a processor, a common size."""
     return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 32 << 20
 
 
 def number_of_sets(case: Case, device: torch.device, cache: int) -> int:
-    """So many sets of inputs that the smallest sketch is read from memory; as many as a third of the memory holds."""
+    """Sets of inputs with which the smallest sketch comes from memory, as far as memory has room."""
     if device.type != "cuda":
         return 2
-    size = 4 * case.batch * case.kv_heads * case.keys * FEATURES
-    smallest = case.batch * case.kv_heads * (16 * case.keys + 4 * FEATURES * case.draws)
-    free, _ = torch.cuda.mem_get_info(device)
-    return max(1, min(-(-2 * cache // smallest) + 1, 32, free // (3 * size)))
+    set_bytes = 4 * case.batch * case.kv_heads * case.keys * FEATURES
+    smallest_bytes = case.batch * case.kv_heads * (16 * case.keys + 4 * FEATURES * case.draws)
+    free_bytes, _ = torch.cuda.mem_get_info(device)
+    return max(1, min(-(-2 * cache // smallest_bytes) + 1, 32, free_bytes // (3 * set_bytes)))
 
 
-def describe(device: torch.device, copy: float) -> str:
-    """The machine in words."""
+def describe(device: torch.device, copy_bandwidth: float) -> str:
+    """The machine and its versions, in words."""
     if device.type != "cuda":
-        return (
-            f"CPU, {torch.get_num_threads()} threads, torch {torch.__version__}, copies {copy / 1e9:.1f} GB/s"
-        )
+        threads = torch.get_num_threads()
+        return f"CPU, {threads} threads, torch {torch.__version__}, copies {copy_bandwidth / 1e9:.1f} GB/s"
     p = torch.cuda.get_device_properties(device)
     return (
-        f"{p.name}, {p.multi_processor_count} multiprocessors, {p.total_memory / 2**30:.0f} GiB, torch {torch.__version__}, "
-        f"triton {metadata.version('triton')}, CUDA {torch.version.cuda}, copies {copy / 1e12:.2f} TB/s"
+        f"{p.name}, {p.multi_processor_count} multiprocessors, {p.total_memory / 2**30:.0f} GiB, "
+        f"torch {torch.__version__}, triton {metadata.version('triton')}, CUDA {torch.version.cuda}, "
+        f"copies {copy_bandwidth / 1e12:.2f} TB/s"
     )
 
 
-def print_rows(case: Case, rows: list[dict[str, Any]]) -> None:
-    """The table of a case, and how its targets fare."""
+def print_rows(case: Case, rows: Sequence[BenchRow]) -> None:
+    """Print the table of a case, and whether its targets were met."""
+    sets, past_cache = rows[0].details["sets"], rows[0].details["past_cache"]
+    print(f"\n{case}, sets of inputs in turn: {sets}{'' if past_cache else ' (may stay in the cache)'}")
     print(
-        f"\n{case}, inputs in turn: {rows[0]['sets']}{'' if rows[0]['past_cache'] else ' (may stay in the cache)'}"
-    )
-    baseline = rows[0]["baseline"]
-    print(
-        f"  {'method':<24}{'µs':>10}{'(low–high)':>20}{'× ' + baseline:>24}{'TB/s':>7}{'of copy':>9}{'error':>9}  check"
+        f"  {'method':<24}{'µs':>10}{'(low–high)':>20}{'× ' + rows[0].baseline:>24}{'TB/s':>7}{'of copy':>9}"
+        f"{'error':>9}{'× exact K':>11}  check"
     )
     for row in rows:
-        spread = f"({1e6 * row['low']:.1f}–{1e6 * row['high']:.1f})"
-        over = "–" if row["error_over_exact_k"] is None else f"{row['error_over_exact_k']:.2f}"
-        ratio = "–" if row["ratio"] is None else f"{row['ratio']:.2f}"
+        details = row.details
         print(
-            f"  {row['method']:<24}{1e6 * row['seconds']:>10.1f}{spread:>20}{ratio:>24}{row['terabytes_per_second']:>7.2f}"
-            f"{row['bandwidth']:>9.1%}{row['error']:>9.3g}{over:>11}  {row['check']}"
+            f"  {row.method:<24}{1e6 * row.seconds:>10.1f}{span(row, 1e6):>20}{shown(row.ratio):>24}"
+            f"{details['terabytes_per_second']:>7.2f}{details['bandwidth']:>9.1%}{row.error:>9.3g}"
+            f"{shown(details['error_over_exact_k']):>11}  {row.check}"
         )
     print(
-        "  TB/s: of the byte bound; of copy: that over what the device copies, which is also the share of the byte bound's speed;\n"
-        f"  a check allows {WORSE} times the error of the plain-torch reference at the same seeds."
+        "  TB/s: the byte bound over the time; of copy: that as a fraction of what the device copies, which\n"
+        "  is also the fraction of the byte bound's speed that is reached; × exact K: the error over that\n"
+        f"  of exact K; a check allows {ALLOWED} times the error of plain torch at the same seeds."
     )
     if (case.batch, case.keys) == (8, 1 << 17):
         for row in rows:
-            target = TARGETS.get(row["method"])
-            if target is not None and row["ratio"] is not None:
-                met = "met" if row["ratio"] >= target else "missed"
-                print(f"  target {row['method']} ≥ {target}×: {met}, {row['ratio']:.2f}×")
+            target = TARGETS.get(row.method)
+            if target is not None and row.ratio is not None:
+                met = "met" if row.ratio >= target else "missed"
+                print(f"  target {row.method} ≥ {target}×: {met}, {row.ratio:.2f}×")

@@ -1,14 +1,16 @@
-"""`qtx-lab bench mitigation`: how wrong measured rows are, by each way to mitigate and by the planner, at equal shots.
+"""`qtx-lab bench mitigation`: the error of measured rows by each way to mitigate and by the planner, at equal
+shots.
 
-Outcomes are drawn from exact probabilities of the twins' noisy circuits, so that many shots cost little time.
+Outcomes are drawn from the exact probabilities of the twins' noisy circuits, so that many shots cost little
+time.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,21 +22,25 @@ from ..mitigation import MitigationPlanner
 from ..mitigation.planner import Plan, Prediction, Rehearsal, default_options
 from ..mitigation.readout import readout_errors
 from ..models.reference import encode, load_reference_model, reference_text
+from .base import BenchRow
 
 DEVICES = ("fake_fez", "fake_sherbrooke", "fake_torino")
-"""The last was not looked at while the planner was written."""
+"""The last one was not looked at while the planner was written."""
 
 BUDGETS = (1_000, 4_000, 16_000, 64_000, 256_000)
+"""Shots a row."""
 ROWS, REPEATS = 24, 8
-WRONG = 0.7
-"""Noise of the calibration that the misinformed planner sees, over the device's."""
+MISINFORMED_NOISE = 0.7
+"""Noise in the calibration that the misinformed planner sees, as a fraction of the device's."""
+ALLOWED = 1.05
+"""The planner may have this many times the error of the raw counts."""
 
 PLANNER, TREE, MISINFORMED = "planner", "planner, tree only", "planner, tree only, calibration 30 % low"
 
 
 @dataclass(frozen=True)
 class Case:
-    """Rows (R, n) on a device's twin."""
+    """Rows of probabilities (R, 2^m) on a device's twin."""
 
     device: str
     m: int
@@ -45,18 +51,32 @@ class Case:
         return f"{self.device} m={self.m} {self.kind} rows"
 
 
-def bench_mitigation(quick: bool, copy: float) -> list[dict[str, Any]]:
-    """Total variation between mitigated and true rows; rows as in `run_bench`, and with
+@dataclass(frozen=True)
+class Measured:
+    """One option's result, or one planner's with its plan."""
 
-    - `error`: total variation, mean over 24 rows and 8 repetitions; `raw ratio`, `best ratio`: over that of the tree's
-      own counts, and of the best option in hindsight (for "tree only", of those on the tree);
-    - `expected`: what was predicted; `choice`: what the planner picked;
-    - `seconds`: of planning, or of simulating and mitigating a repetition of all rows; other people's load is in it.
+    name: str
+    prediction: Prediction
+    seconds: float
+    plan: Plan | None = None
 
-    A planner passes where it is at most 5 % worse than the raw counts.
+
+def bench_mitigation(quick: bool, copy_bandwidth: float) -> list[BenchRow]:
+    """Total variation between mitigated and true rows.
+
+    `error` is the total variation, averaged over 24 rows and 8 repetitions. `seconds` is the time of
+    planning, or of simulating and mitigating one repetition of all rows. Further details of the rows:
+
+    - `device`, `m`, `kind`, `shots`: the case;
+    - `bias`: the part of the error that more shots would not remove;
+    - `raw ratio`, `best ratio`: the error over that of the tree's own counts, and over that of the best
+      option in hindsight (for the planners with "tree only", of the options on the tree);
+    - `expected`: the error that the planner predicted; `choice`: the option that it chose.
+
+    A planner passes if its error is at most 5 % above that of the raw counts.
     """
-    del copy
-    rows: list[dict[str, Any]] = []
+    del copy_bandwidth
+    rows: list[BenchRow] = []
     devices = DEVICES[:2] if quick else DEVICES
     sizes = (4,) if quick else (3, 4, 5, 6)
     budgets = BUDGETS[1::2] if quick else BUDGETS
@@ -70,16 +90,16 @@ def bench_mitigation(quick: bool, copy: float) -> list[dict[str, Any]]:
         for case in cases:
             stage = Stage(case)
             for shots in budgets:
-                found = stage.measure(shots)
-                print_table(f"{case}, {shots:,} shots", found)
-                rows += found
+                measured = stage.measure(shots)
+                print_table(measured)
+                rows += measured
                 bar.update()
     print_summary(rows)
     return rows
 
 
 def reference_rows(m: int) -> Tensor:
-    """Rows of 2^m keys of the reference model, float64 (24, 2^m): all heads of three layers, causally masked."""
+    """Causal rows of the reference model, float64 (24, 2^m): all heads of three layers."""
     model, tokens = load_reference_model(), encode(reference_text())
     parts = []
     for layer, (q, k, _) in enumerate(model.attention_inputs(tokens[None, : 1 << m])):
@@ -87,8 +107,8 @@ def reference_rows(m: int) -> Tensor:
             k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
             logits = (q @ k.mT)[0].double() / q.shape[-1] ** 0.5  # [H, L, n]
             future = torch.ones(1 << m, 1 << m, dtype=torch.bool).triu(1)
-            last = (1 << m) - 1 - layer  # some keys are masked
-            parts.append(logits.masked_fill(future, -torch.inf).softmax(-1)[:, last])
+            query = (1 << m) - 1 - layer  # not the last one, so that some keys are masked
+            parts.append(logits.masked_fill(future, -torch.inf).softmax(-1)[:, query])
     return torch.cat(parts)[:ROWS]
 
 
@@ -105,88 +125,100 @@ class Stage:
     def __init__(self, case: Case):
         self.case = case
         self.backend = QiskitQuantumBackend("aer", case.device, loader="tree")
-        wrong = QiskitQuantumBackend("aer", case.device, loader="tree", noise_scale=WRONG)
-        n = case.p.shape[-1]
-        self.options = default_options(self.backend, n)
+        misinformed = QiskitQuantumBackend("aer", case.device, loader="tree", noise_scale=MISINFORMED_NOISE)
+        self.options = default_options(self.backend, case.p.shape[-1])
         tree = [option for option in self.options if option.loader is None]
         self.planners = {
             PLANNER: MitigationPlanner(),
             TREE: MitigationPlanner(tree),
-            MISINFORMED: MitigationPlanner(tree, model=wrong),
+            MISINFORMED: MitigationPlanner(tree, model=misinformed),
         }
         self.truth = Rehearsal(self.backend, case.p, readout_errors)
 
-    def measure(self, shots: int) -> list[dict[str, Any]]:
-        """Rows of the result at one budget."""
+    def measure(self, shots: int) -> list[BenchRow]:
+        """The rows at one budget of shots."""
         rng = np.random.default_rng([self.case.m, shots])
         generator = torch.Generator().manual_seed(shots)
-        found: list[tuple[str, Prediction, float, Plan | None]] = []
+        options, planners = [], []
         for option in self.options:
             start = time.perf_counter()
-            got = self.truth.predict(option, shots, REPEATS, rng)
-            if not got.trouble:
-                found.append((option.name, got, (time.perf_counter() - start) / REPEATS, None))
+            prediction = self.truth.predict(option, shots, REPEATS, rng)
+            if not prediction.trouble:
+                seconds = (time.perf_counter() - start) / REPEATS
+                options.append(Measured(option.name, prediction, seconds))
         for name, planner in self.planners.items():
             start = time.perf_counter()
             plan = planner.plan(self.backend, self.case.p, shots, generator=generator)
             seconds = time.perf_counter() - start
-            got = self.truth.predict(plan.choice.option, shots, REPEATS, rng)
-            found.append((name, got, seconds, plan))
-        raw = found[0][1].error
-        best = min(got.error for _, got, _, plan in found if plan is None)
-        best_tree = min(got.error for _, got, _, plan in found if plan is None and got.option.loader is None)
-        return [
-            {
-                "case": f"{self.case}, {shots:,} shots",
+            prediction = self.truth.predict(plan.choice.option, shots, REPEATS, rng)
+            planners.append(Measured(name, prediction, seconds, plan))
+        raw = options[0]
+        best = min(x.prediction.error for x in options)
+        best_tree = min(x.prediction.error for x in options if x.prediction.option.loader is None)
+        rows = []
+        for x in (*options, *planners):
+            error = x.prediction.error
+            raw_ratio = error / raw.prediction.error
+            passed = x.plan is None or raw_ratio <= ALLOWED
+            details = {
                 "device": self.case.device,
                 "m": self.case.m,
                 "kind": self.case.kind,
                 "shots": shots,
-                "method": name,
-                "seconds": seconds,
-                "baseline": "raw",
-                "ratio": found[0][2] / seconds,
-                "error": got.error,
-                "bias": got.bias,
-                "expected": None if plan is None else plan.choice.error,
-                "choice": None if plan is None else plan.choice.option.name,
-                "raw ratio": got.error / raw,
-                "best ratio": got.error / (best_tree if name in (TREE, MISINFORMED) else best),
-                "check": "pass"
-                if plan is None or got.error <= 1.05 * raw
-                else f"{got.error / raw:.2f} times the raw error",
+                "bias": x.prediction.bias,
+                "expected": None if x.plan is None else x.plan.choice.error,
+                "choice": None if x.plan is None else x.plan.choice.option.name,
+                "raw ratio": raw_ratio,
+                "best ratio": error / (best_tree if x.name in (TREE, MISINFORMED) else best),
             }
-            for name, got, seconds, plan in found
-        ]
+            rows.append(
+                BenchRow(
+                    case=f"{self.case}, {shots:,} shots",
+                    method=x.name,
+                    seconds=x.seconds,
+                    baseline="raw",
+                    ratio=raw.seconds / x.seconds,
+                    error=error,
+                    check="pass" if passed else f"{raw_ratio:.2f} times the raw error",
+                    details=details,
+                )
+            )
+        return rows
 
 
-def print_table(title: str, rows: list[dict[str, Any]]) -> None:
-    """Options best first, then the planners."""
-    print(f"\n{title}")
+def print_table(rows: Sequence[BenchRow]) -> None:
+    """Print the options of a case, the best first, and then the planners."""
+    print(f"\n{rows[0].case}")
     print(f"  {'option':<42}{'error':>8}{'bias':>8}{'× raw':>7}{'× best':>8}  check")
-    for row in sorted(rows, key=lambda row: (row["choice"] is not None, row["error"])):
-        picked = f"  took {row['choice']}, expected {row['expected']:.4f}" if row["choice"] else ""
+    for row in sorted(rows, key=lambda row: (row.details["choice"] is not None, row.error)):
+        details = row.details
+        choice = (
+            f"  chose {details['choice']}, expected {details['expected']:.4f}" if details["choice"] else ""
+        )
         print(
-            f"  {row['method']:<42}{row['error']:>8.4f}{row['bias']:>8.4f}{row['raw ratio']:>7.2f}"
-            f"{row['best ratio']:>8.2f}  {row['check']}{picked}"
+            f"  {row.method:<42}{row.error:>8.4f}{details['bias']:>8.4f}{details['raw ratio']:>7.2f}"
+            f"{details['best ratio']:>8.2f}  {row.check}{choice}"
         )
 
 
-def print_summary(rows: list[dict[str, Any]]) -> None:
-    """What the lab promises of its planner, beside what was measured."""
+def print_summary(rows: Sequence[BenchRow]) -> None:
+    """Print what the lab promises of its planner, beside what was measured."""
     print()
     for name in (PLANNER, TREE, MISINFORMED):
-        part = [row for row in rows if row["method"] == name]
+        of_planner = [row.details for row in rows if row.method == name]
+        raw_ratios = [x["raw ratio"] for x in of_planner]
+        best_ratios = [x["best ratio"] for x in of_planner]
         print(
-            f"{name}: at most {max(row['raw ratio'] for row in part):.3f} times the raw error (<= 1.05), on average "
-            f"{fmean(row['best ratio'] for row in part):.3f} times that of the best option in hindsight (<= 1.10), "
-            f"{fmean(row['raw ratio'] for row in part):.2f} times the raw error on average"
+            f"{name}: at most {max(raw_ratios):.3f} times the raw error (<= {ALLOWED:.2f}), on average "
+            f"{fmean(best_ratios):.3f} times that of the best option in hindsight (<= 1.10) and "
+            f"{fmean(raw_ratios):.2f} times the raw error"
         )
     for m, limit in ((4, 0.008), (6, 0.025)):
         errors = [
-            row["error"]
+            row.error
             for row in rows
-            if (row["method"], row["device"], row["m"], row["shots"]) == (TREE, "fake_fez", m, 256_000)
+            if (row.method, row.details["device"], row.details["m"], row.details["shots"])
+            == (TREE, "fake_fez", m, 256_000)
         ]
         if errors:
             print(f"fake_fez, m={m}, 256,000 shots, tree: {fmean(errors):.4f} (<= {limit})")

@@ -1,4 +1,4 @@
-"""`qtx-lab bench sweep`: what a run folder and a sweep add to a notebook, over papermill by itself; and listing many runs."""
+"""`qtx-lab bench sweep`: what run folders and sweeps add to papermill's time, and the time to list runs."""
 
 from __future__ import annotations
 
@@ -6,18 +6,17 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from statistics import median
-from typing import Any
 
 import nbformat
-from tqdm.auto import tqdm
 
 from ..experiments.notebooks import THREADS, run_notebook
 from ..experiments.runs import Run, runs
 from ..experiments.sweeps import sweep
 from ..specs.base import ClusterSpec, ExperimentSpec
+from .base import BenchRow, span, time_in_turns
 
 PARAMETERS = "x = 0\nout = ''"
 
@@ -30,95 +29,99 @@ CASES = {
         "answer = [qtx.sampled_attention(q, k, v, generator=g).output.sum().item() for _ in range(20)][-1]"
     ),
 }
-"""What the notebooks do; the second takes about as long as a small experiment."""
+"""The cell that the notebooks run; the second takes about as long as a small experiment."""
 
-KEEP = "open(out + str(x), 'w').write(repr(answer))"
+SAVE_ANSWER = "open(out + str(x), 'w').write(repr(answer))"
 
 
-def bench_sweep(quick: bool, copy: float) -> list[dict[str, Any]]:
-    """Seconds a notebook: bare papermill, `run_notebook`, and a sweep on one worker that is up, in turns.
+def bench_sweep(quick: bool, copy_bandwidth: float) -> list[BenchRow]:
+    """Seconds a notebook by bare papermill, by `run_notebook`, and in a sweep on one worker that is already
+    up.
 
-    Rows as in `run_bench`, with `overhead`, the part by which a notebook takes longer than with bare papermill. `error`
-    is the number of notebooks whose answer is not bare papermill's. Starting the cluster is a row of its own: it is paid
-    once a sweep. Listing many runs is a case of its own, over reading their manifests alone.
+    The methods take turns. `error` is the number of notebooks whose answer is not that of bare papermill. The
+    rows have the detail `overhead`, the fraction by which a notebook takes longer than with bare papermill.
+    The time to start the cluster, which a sweep pays once, is printed but has no row. Listing many runs is a
+    case of its own, compared with reading their manifests alone; its `error` is the number of runs that are
+    listed too few or too many.
     """
-    del copy
+    del copy_bandwidth
     turns, count = (2, 2) if quick else (5, 4)
-    rows: list[dict[str, Any]] = []
-    threads = {name: os.environ.get(name) for name in THREADS}
-    os.environ |= dict.fromkeys(THREADS, "1")  # as in a sweep
+    with tempfile.TemporaryDirectory() as folder, one_thread():
+        rows = bench_listing(Path(folder), 1_000 if quick else 10_000)
+        for case, source in CASES.items():
+            notebook = write_notebook(Path(folder), source)
+            rows += bench_notebooks(case, notebook, Path(folder), turns, count)
+    return rows
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Tell numerical libraries of new processes to use one thread, as a sweep does."""
+    earlier = {name: os.environ.get(name) for name in THREADS}
+    os.environ |= dict.fromkeys(THREADS, "1")
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            rows += _listing(Path(folder), 1_000 if quick else 10_000)
-            for case, source in CASES.items():
-                rows += _compare(case, _write(Path(folder), source), Path(folder), turns, count)
+        yield
     finally:
-        for name, value in threads.items():
+        for name, value in earlier.items():
             os.environ.pop(name)
             if value is not None:
                 os.environ[name] = value
-    return rows
 
 
-def _listing(folder: Path, count: int) -> list[dict[str, Any]]:
-    """`runs` with a condition, over reading each manifest by json alone."""
+def bench_listing(folder: Path, count: int) -> list[BenchRow]:
+    """`runs` with a condition, compared with reading each manifest by json alone."""
     with Run.create(ExperimentSpec(), "trial", folder) as run:
         pass
-    stored = json.loads((run.path / "manifest.json").read_bytes())
+    manifest = json.loads((run.path / "manifest.json").read_bytes())
     home = folder / "listed"
     for i in range(count):
         (home / f"{i:05d}").mkdir(parents=True)
-        stored["results"] = {"error": i / count, "bits_per_byte": 2.0}
-        (home / f"{i:05d}" / "manifest.json").write_text(json.dumps(stored, indent=2))
+        manifest["results"] = {"error": i / count, "bits_per_byte": 2.0}
+        (home / f"{i:05d}" / "manifest.json").write_text(json.dumps(manifest, indent=2))
 
-    def bare() -> int:
-        found = [json.loads((path / "manifest.json").read_bytes()) for path in sorted(home.iterdir())]
-        return sum(facts["results"]["error"] < 0.5 for facts in found)
+    def by_json() -> int:
+        manifests = [json.loads((path / "manifest.json").read_bytes()) for path in sorted(home.iterdir())]
+        return sum(manifest["results"]["error"] < 0.5 for manifest in manifests)
 
-    def listed() -> int:
+    def by_runs() -> int:
         return len(runs(home, where="results.error < 0.5 and status = 'done'"))
 
-    methods = {"json alone": bare, "runs, filtered": listed}
+    methods = {"json alone": by_json, "runs, filtered": by_runs}
     wrong = {name: abs(method() - count // 2) for name, method in methods.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in methods}
-    for _ in range(5):
-        for name, method in methods.items():
-            start = time.perf_counter()
-            method()
-            seconds[name].append(time.perf_counter() - start)
-    middle = {name: median(times) for name, times in seconds.items()}
+    timings = time_in_turns(methods, 5)
+    baseline = timings["json alone"].median
     rows = [
-        {
-            "case": f"{count:,} runs",
-            "method": name,
-            "seconds": middle[name],
-            "low": min(times),
-            "high": max(times),
-            "baseline": "json alone",
-            "ratio": None if wrong[name] else middle["json alone"] / middle[name],
-            "error": wrong[name],
-            "check": f"{wrong[name]} runs too few or too many" if wrong[name] else "pass",
-        }
-        for name, times in seconds.items()
+        BenchRow(
+            case=f"{count:,} runs",
+            method=name,
+            seconds=timing.median,
+            baseline="json alone",
+            ratio=None if wrong[name] else baseline / timing.median,
+            error=wrong[name],
+            check=f"{wrong[name]} runs too few or too many" if wrong[name] else "pass",
+            low=timing.low,
+            high=timing.high,
+        )
+        for name, timing in timings.items()
     ]
     print(f"\n{count:,} runs")
     for row in rows:
-        print(
-            f"  {row['method']:<18}{row['seconds']:>6.2f} s ({row['low']:.2f}–{row['high']:.2f})  {row['check']}"
-        )
+        print(f"  {row.method:<18}{row.seconds:>6.2f} s {span(row, 1, '.2f')}  {row.check}")
     return rows
 
 
-def _write(folder: Path, source: str) -> Path:
-    new = nbformat.v4.new_notebook()
-    new.cells = [nbformat.v4.new_code_cell(cell) for cell in (PARAMETERS, source, KEEP)]
-    new.cells[0].metadata["tags"] = ["parameters"]
+def write_notebook(folder: Path, source: str) -> Path:
+    """Write a notebook with parameters, one cell of source, and one that saves the answer."""
+    content = nbformat.v4.new_notebook()
+    content.cells = [nbformat.v4.new_code_cell(cell) for cell in (PARAMETERS, source, SAVE_ANSWER)]
+    content.cells[0].metadata["tags"] = ["parameters"]
     path = folder / "case.ipynb"
-    nbformat.write(new, path)
+    nbformat.write(content, path)
     return path
 
 
-def _compare(case: str, path: Path, folder: Path, turns: int, count: int) -> list[dict[str, Any]]:
+def bench_notebooks(case: str, path: Path, folder: Path, turns: int, count: int) -> list[BenchRow]:
+    """Run `count` notebooks by each method in each turn."""
     import papermill
 
     start = time.perf_counter()
@@ -127,9 +130,13 @@ def _compare(case: str, path: Path, folder: Path, turns: int, count: int) -> lis
         def bare(out: str) -> None:
             for x in range(count):
                 papermill.execute_notebook(
-                    str(path), str(folder / "bare.ipynb"), {"x": x, "out": out}, kernel_name="python3", language="python",
+                    str(path),
+                    str(folder / "bare.ipynb"),
+                    {"x": x, "out": out},
+                    kernel_name="python3",
+                    language="python",
                     progress_bar=False,
-                )  # fmt: skip
+                )
 
         def in_a_run(out: str) -> None:
             for x in range(count):
@@ -137,48 +144,53 @@ def _compare(case: str, path: Path, folder: Path, turns: int, count: int) -> lis
 
         def swept(out: str) -> None:
             sweep(
-                path, {"x": list(range(count))}, parameters={"out": out}, cluster=cluster.client,
-                home=folder / "runs", progress=False,
-            )  # fmt: skip
+                path,
+                {"x": list(range(count))},
+                parameters={"out": out},
+                cluster=cluster.client,
+                home=folder / "runs",
+                progress=False,
+            )
 
         methods: dict[str, Callable[[str], None]] = {
             "bare papermill": bare,
             "run_notebook": in_a_run,
             "sweep": swept,
         }
+
+        def call(name: str) -> Callable[[], None]:
+            return lambda: methods[name](str(folder / name))
+
         swept(str(folder / "warm"))
-        ready = time.perf_counter() - start
-        seconds: dict[str, list[float]] = {name: [] for name in methods}
-        for _ in tqdm(range(turns), desc=case, leave=False):
-            for name, method in methods.items():
-                start = time.perf_counter()
-                method(str(folder / name))
-                seconds[name].append((time.perf_counter() - start) / count)
-    middle = {name: median(times) for name, times in seconds.items()}
+        start_seconds = time.perf_counter() - start
+        timings = time_in_turns({name: call(name) for name in methods}, turns)
     answers = {name: [Path(f"{folder / name}{x}").read_text() for x in range(count)] for name in methods}
+    baseline = timings["bare papermill"].median
     rows = []
-    for name in methods:
+    for name, timing in timings.items():
         wrong = sum(a != b for a, b in zip(answers[name], answers["bare papermill"], strict=True))
         rows.append(
-            {
-                "case": case,
-                "method": name,
-                "seconds": middle[name],
-                "low": min(seconds[name]),
-                "high": max(seconds[name]),
-                "baseline": "bare papermill",
-                "ratio": None if wrong else middle["bare papermill"] / middle[name],
-                "overhead": middle[name] / middle["bare papermill"] - 1,
-                "error": wrong,
-                "check": f"{wrong} other answers" if wrong else "pass",
-            }
+            BenchRow(
+                case=case,
+                method=name,
+                seconds=timing.median / count,
+                baseline="bare papermill",
+                ratio=None if wrong else baseline / timing.median,
+                error=wrong,
+                check=f"{wrong} other answers" if wrong else "pass",
+                low=timing.low / count,
+                high=timing.high / count,
+                details={"overhead": timing.median / baseline - 1},
+            )
         )
     print(f"\n{case}: {turns} turns of {count} notebooks each")
     print(f"  {'method':<18}{'s a notebook':>14}{'(low–high)':>16}{'overhead':>10}  check")
     for row in rows:
-        span = f"({row['low']:.2f}–{row['high']:.2f})"
         print(
-            f"  {row['method']:<18}{row['seconds']:>14.2f}{span:>16}{row['overhead']:>+10.1%}  {row['check']}"
+            f"  {row.method:<18}{row.seconds:>14.2f}{span(row, 1, '.2f'):>16}"
+            f"{row.details['overhead']:>+10.1%}  {row.check}"
         )
-    print(f"  a cluster of one worker, with the first {count} notebooks: {ready:.1f} s")
+    print(
+        f"  starting a cluster of one worker and running its first {count} notebooks: {start_seconds:.1f} s"
+    )
     return rows

@@ -1,4 +1,4 @@
-"""The benchmark of circuits compares what gives the same rows."""
+"""`bench circuits`: all methods that it compares measure the same rows."""
 
 import torch
 from qiskit_aer import AerSimulator

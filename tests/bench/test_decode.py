@@ -15,24 +15,24 @@ def rows():
     return bench_decode.bench_decode(True, 1e10)
 
 
-def test_the_rows_hold_what_is_promised(rows):
-    assert len({row["case"] for row in rows}) == 2
-    for case in {row["case"] for row in rows}:
-        part = {row["method"]: row for row in rows if row["case"] == case}
+def test_the_rows_hold_the_promised_details(rows):
+    assert len({row.case for row in rows}) == 2
+    for case in {row.case for row in rows}:
+        part = {row.method: row for row in rows if row.case == case}
         assert {*bench_decode.EXACT_FORMS, "exact logits", "int4"} < set(part)
-        fastest = min(bench_decode.EXACT_FORMS, key=lambda name: part[name]["seconds"])
-        assert {row["baseline"] for row in part.values()} == {fastest}
-        assert part[fastest]["ratio"] == 1
+        fastest = min(bench_decode.EXACT_FORMS, key=lambda name: part[name].seconds)
+        assert {row.baseline for row in part.values()} == {fastest}
+        assert part[fastest].ratio == 1
         for name, row in part.items():
-            assert row["bytes"] > 0
+            assert row.details["bytes"] > 0
             if name not in bench_decode.EXACT_FORMS:
-                assert (row["ratio"] is None) == (row["error ratio"] > bench_decode.ALLOWED)
-                assert row["longest append"] >= row["median append"] > 0
-                assert 0 < row["error"] < 2 * row["error of i.i.d. draws"]
+                assert (row.ratio is None) == (row.details["error ratio"] > bench_decode.ALLOWED)
+                assert row.details["longest append"] >= row.details["median append"] > 0
+                assert 0 < row.error < 2 * row.details["error of i.i.d. draws"]
             else:
-                assert row["check"] == "pass"
-        assert part["exact logits"]["error ratio"] == 1
-        assert part["int4"]["bytes"] < part["exact logits"]["bytes"]
+                assert row.check == "pass"
+        assert part["exact logits"].details["error ratio"] == 1
+        assert part["int4"].details["bytes"] < part["exact logits"].details["bytes"]
 
 
 def test_the_fastest_of_several_is_the_baseline():
@@ -41,9 +41,9 @@ def test_the_fastest_of_several_is_the_baseline():
         return torch.ones(3)
 
     methods = [bench.Method("slow", slow, 1, 1e-6), bench.Method("quick", lambda: torch.ones(3), 1, 1e-6)]
-    found = bench.compare("case", methods, torch.ones(3, dtype=torch.float64), ("slow/quick",), 3, 1e9)
-    assert [row["baseline"] for row in found] == ["quick", "quick"]
-    assert found[1]["ratio"] == 1
+    rows = bench.compare("case", methods, torch.ones(3, dtype=torch.float64), ("slow/quick",), 3, 1e9)
+    assert [row.baseline for row in rows] == ["quick", "quick"]
+    assert rows[1].ratio == 1
 
 
 def test_synthetic_logits_have_the_variance_and_spectrum_they_should():

@@ -1,4 +1,4 @@
-"""The benchmark of estimators: every competitor is in it, and nothing that fails its check gets a ratio."""
+"""`bench estimators`: every sampler is in it, and a method that fails its check gets no ratio."""
 
 import math
 
@@ -23,7 +23,7 @@ def case():
 
 def measured(label, square, unbiased=True):
     square = torch.tensor(square, dtype=torch.float64)
-    return bench_estimators.Measured(
+    return bench_estimators.EstimatorError(
         label, unbiased, square, 0 * square, torch.ones_like(square), [1.0, 3.0], 8.0
     )
 
@@ -31,34 +31,34 @@ def measured(label, square, unbiased=True):
 def test_everything_is_compared(case, monkeypatch, capsys):
     monkeypatch.setattr(bench_estimators, "cases", lambda quick: [case])
     rows = bench_estimators.bench_estimators(True, 1e9)
-    rows = [row for row in rows if row["case"] == "tiny, 12 draws"]
-    assert {*SAMPLERS, *BASELINES} <= {row["method"] for row in rows}
-    by_name = {row["method"]: row for row in rows}
-    assert {"case", "method", "seconds", "baseline", "ratio", "error", "check"} <= set(rows[0])
-    assert by_name["monte-carlo"]["error ratio"] == 1
-    assert by_name["exact"]["error"] < 1e-5
-    assert by_name["oracle-top-k"]["bias share"] == pytest.approx(1)  # no noise, only bias
-    assert by_name["monte-carlo"]["bias share"] < 0.2
+    rows = [row for row in rows if row.case == "tiny, 12 draws"]
+    assert {*SAMPLERS, *BASELINES} <= {row.method for row in rows}
+    details = {row.method: row.details for row in rows}
+    assert {"case", "method", "seconds", "baseline", "ratio", "error", "check"} <= set(rows[0].to_json())
+    assert details["monte-carlo"]["error ratio"] == 1
+    assert next(row.error for row in rows if row.method == "exact") < 1e-5
+    assert details["oracle-top-k"]["bias share"] == pytest.approx(1)  # no noise, only bias
+    assert details["monte-carlo"]["bias share"] < 0.2
     assert (
-        by_name["head-tail"]["error ratio, diffuse heads"] > by_name["head-tail"]["error ratio, other heads"]
+        details["head-tail"]["error ratio, diffuse heads"] > details["head-tail"]["error ratio, other heads"]
     )
     printed = capsys.readouterr().out
     assert "2 of 4 heads diffuse" in printed
     assert "head-tail over i.i.d." in printed
 
 
-def test_the_ratios_are_what_they_say(case):
-    """Errors of 1 and 4 where i.i.d. draws have 4 and 4: a geometric mean of 1/2 and 1, in root mean squares."""
-    found = {
+def test_ratios_are_geometric_means_over_heads(case):
+    """Squares of 1 and 4 where i.i.d. draws have 4 and 4: the root ratios are 1/2 and 1."""
+    errors = {
         "monte-carlo": measured("monte-carlo", [[4.0, 4.0]] * 2),
         "systematic": measured("systematic", [[1.0, 4.0]] * 2),
     }
-    _, row = bench_estimators.table(case, 12, found)
-    assert row["error ratio"] == pytest.approx(0.5**0.5)
-    assert row["draws of i.i.d."] == pytest.approx(2)
-    assert row["error ratio, diffuse heads"] == pytest.approx(0.5)
-    assert row["error ratio, other heads"] == pytest.approx(1)
-    assert row["seconds"] == 2
+    _, row = bench_estimators.table(case, 12, errors)
+    assert row.details["error ratio"] == pytest.approx(0.5**0.5)
+    assert row.details["draws of i.i.d."] == pytest.approx(2)
+    assert row.details["error ratio, diffuse heads"] == pytest.approx(0.5)
+    assert row.details["error ratio, other heads"] == pytest.approx(1)
+    assert row.seconds == 2
 
 
 @pytest.mark.parametrize(
@@ -70,24 +70,28 @@ def test_the_ratios_are_what_they_say(case):
         ("exact", 1.0, True, "should be exact"),
     ],
 )
-def test_a_failed_check_prints_no_ratio(case, capsys, label, square, unbiased, why):
-    found = {name: measured(name, [[4.0, 4.0]] * 2) for name in ("monte-carlo", "systematic")}
-    found[label] = measured(label, [[square, square]] * 2, unbiased)
-    row = bench_estimators.table(case, 12, found)[-1]
-    assert why in row["check"]
-    assert all(row[key] is None for key in row if "ratio" in key or key == "draws of i.i.d.")
+def test_a_method_that_fails_its_check_gets_no_ratio(case, capsys, label, square, unbiased, why):
+    errors = {name: measured(name, [[4.0, 4.0]] * 2) for name in ("monte-carlo", "systematic")}
+    errors[label] = measured(label, [[square, square]] * 2, unbiased)
+    row = bench_estimators.table(case, 12, errors)[-1]
+    assert why in row.check
+    assert all(
+        value is None for key, value in row.to_json().items() if "ratio" in key or key == "draws of i.i.d."
+    )
     printed = capsys.readouterr().out.splitlines()[-1]
     assert why in printed
     assert "–" in printed
 
 
 def test_a_biased_baseline_may_be_worse(case):
-    found = {name: measured(name, [[4.0, 4.0]] * 2) for name in ("monte-carlo", "systematic")}
-    found["top"] = measured("top", [[9.0, 9.0]] * 2, unbiased=False)
-    assert bench_estimators.table(case, 12, found)[-1]["error ratio"] == pytest.approx(1.5)
+    errors = {name: measured(name, [[4.0, 4.0]] * 2) for name in ("monte-carlo", "systematic")}
+    errors["top"] = measured("top", [[9.0, 9.0]] * 2, unbiased=False)
+    assert bench_estimators.table(case, 12, errors)[-1].details["error ratio"] == pytest.approx(1.5)
 
 
-def test_it_can_be_asked_for_by_name(monkeypatch):
-    monkeypatch.setattr(bench_estimators, "bench_estimators", lambda quick, copy: [(quick, copy)])
+def test_it_is_registered_under_its_name(monkeypatch):
+    monkeypatch.setattr(
+        bench_estimators, "bench_estimators", lambda quick, copy_bandwidth: [(quick, copy_bandwidth)]
+    )
     assert bench.BENCHES["estimators"](True, 2.0) == [(True, 2.0)]
     assert qtx.make_sampler("santa-prop").unbiased is False

@@ -1,4 +1,4 @@
-"""What `qtx-lab bench training` does on a GPU, rehearsed by a small model on the CPU."""
+"""`bench training` on a GPU, rehearsed with a small model on the CPU."""
 
 import pytest
 
@@ -10,16 +10,18 @@ TINY = ReferenceConfig(context=32, layers=2, width=16, heads=2, kv_heads=1, head
 
 def test_a_model_is_timed_with_exact_attention_and_with_draws(capsys):
     exact, drawn = bench_training.bench_large(True, "local", TINY, steps=8, batch_size=2, precision="fp32")
-    assert (exact["method"], drawn["method"]) == ("exact", "systematic, S=64")
-    assert exact["ratio"] == 1
-    assert drawn["check"] == "pass"
-    assert drawn["ratio"] == pytest.approx(drawn["tokens_per_second"] / exact["tokens_per_second"])
-    assert exact["parameters"] == drawn["parameters"] > 0
-    assert exact["device"].startswith("CPU")
+    assert (exact.method, drawn.method) == ("exact", "systematic, S=64")
+    assert exact.ratio == 1
+    assert drawn.check == "pass"
+    assert drawn.ratio == pytest.approx(
+        drawn.details["tokens_per_second"] / exact.details["tokens_per_second"]
+    )
+    assert exact.details["parameters"] == drawn.details["parameters"] > 0
+    assert exact.details["device"].startswith("CPU")
     assert "tokens/s" in capsys.readouterr().out
 
 
-def test_where_there_is_a_gpu_the_large_model_is_trained(monkeypatch):
+def test_on_a_gpu_the_large_model_is_trained(monkeypatch):
     monkeypatch.setattr(bench_training, "find_gpus", lambda: (1, ""))
     monkeypatch.setattr(bench_training, "bench_large", lambda quick: ["large", quick])
     assert bench_training.bench_training(True, 1e9) == ["large", True]

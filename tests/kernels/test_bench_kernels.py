@@ -9,7 +9,7 @@ import torch
 import qtx_lab as qtx
 from qtx_lab.bench import base as bench
 from qtx_lab.bench import kernels as bench_kernels
-from qtx_lab.bench.kernels import Case, Method
+from qtx_lab.bench.kernels import Case, DecodeMethod
 
 TINY = Case(1, 512, 64, 1)
 
@@ -22,7 +22,7 @@ def test_without_a_gpu_it_says_so(monkeypatch):
 
 def test_quick_runs_every_part(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(bench, "copy_bandwidth", lambda: 1e9)
+    monkeypatch.setattr(bench, "measure_copy_bandwidth", lambda: 1e9)
     monkeypatch.setattr(bench_kernels, "Case", lambda *shape: TINY)
     bench.run_bench("kernels", quick=True, json_path=tmp_path / "out.json")
     rows = json.loads((tmp_path / "out.json").read_text())["rows"]
@@ -40,17 +40,17 @@ def test_a_failed_check_has_no_ratio(monkeypatch, capsys):
     exact = torch.zeros(1)
     calls = [lambda: exact]
     monkeypatch.setattr(
-        bench_kernels, "baselines", lambda *_: [Method("right", calls, 10, 0.0, 1e-2, baseline=True)]
+        bench_kernels, "baselines", lambda *_: [DecodeMethod("right", calls, 10, 0.0, 1e-2, baseline=True)]
     )
     wrong = [
-        Method("exact K", calls, 10, 0.1, 0.2),
-        Method("int4", calls, 5, 0.3, 0.2),
-        Method("nan", calls, 5, math.nan, 1),
+        DecodeMethod("exact K", calls, 10, 0.1, 0.2),
+        DecodeMethod("int4", calls, 5, 0.3, 0.2),
+        DecodeMethod("nan", calls, 5, math.nan, 1),
     ]
-    monkeypatch.setattr(bench_kernels, "ours", lambda *_: wrong)
+    monkeypatch.setattr(bench_kernels, "kernel_methods", lambda *_: wrong)
     rows = bench_kernels.measure(TINY, torch.device("cpu"), 2, 1e9, "here")
-    assert [row["ratio"] is None for row in rows] == [False, False, True, True]
-    assert "above" in rows[2]["check"]
+    assert [row.ratio is None for row in rows] == [False, False, True, True]
+    assert "above" in rows[2].check
     assert "above" in capsys.readouterr().out
 
 

@@ -78,7 +78,7 @@ def test_options_that_cannot_be_used_are_told(generator):
 def test_it_is_not_worse_than_raw_and_close_to_the_best(device, soak):
     """Errors of 24 rows × 8 repetitions are known to about 2 %: the best of many in hindsight is some luck ahead."""
     sizes, budgets = ((3, 4, 5, 6), bench_mitigation.BUDGETS) if soak else ((3, 4), (1_000, 64_000))
-    found = [
+    rows = [
         row
         for m in sizes
         for kind, p in (
@@ -88,10 +88,10 @@ def test_it_is_not_worse_than_raw_and_close_to_the_best(device, soak):
         for stage in [bench_mitigation.Stage(bench_mitigation.Case(device, m, kind, p))]
         for shots in budgets
         for row in stage.measure(shots)
-        if row["choice"] is not None
+        if row.details["choice"] is not None
     ]
     for name in (bench_mitigation.PLANNER, bench_mitigation.TREE, bench_mitigation.MISINFORMED):
-        part = [row for row in found if row["method"] == name]
+        part = [row.details for row in rows if row.method == name]
         assert max(row["raw ratio"] for row in part) <= 1.05, part
         assert np.mean([row["best ratio"] for row in part]) <= 1.10, part
 

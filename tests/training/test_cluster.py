@@ -192,12 +192,12 @@ def test_the_benchmark_trains_what_it_is_compared_with(cluster, monkeypatch, cap
     monkeypatch.setattr(bench_training, "open_cluster", lambda *args, **options: nullcontext(cluster))
     monkeypatch.setattr(bench_training, "MODEL", "small")
     rows = bench_training.bench_training(True, 1e9)
-    assert [(row["case"], row["method"]) for row in rows] == [
+    assert [(row.case, row.method) for row in rows] == [
         ("overhead", "bare DDP loop"), ("overhead", "trainer, 2 ranks"),
         ("ranks", "trainer, 1 rank"), ("ranks", "trainer, 2 ranks"),
     ]  # fmt: skip
-    assert all(row["error"] <= 1e-4 for row in rows)
-    assert all(row["seconds"] > 0 for row in rows)
+    assert all(row.error <= 1e-4 for row in rows)
+    assert all(row.seconds > 0 for row in rows)
     assert "tokens/s" in capsys.readouterr().out
 
 

@@ -15,12 +15,12 @@ import yaml
 from ..errors import DtypeError, SpecError, unknown_name
 from ..specs.base import Spec
 from ..storage import write_atomic
-from .views.base import heard_while_busy
-from .workbench.process import Pace
+from .comms import hear_while_busy
+from .throttle import ThrottledCall
 
 STATIC = Path(__file__).parent / "static"
 
-TURN = threading.RLock()
+FORM_LOCK = threading.RLock()
 """Whoever changes a form holds it, until all who follow the form have heard: a form may be linked to others, and browsers,
 cells and threads change them at once. What observes a form must not wait for another thread."""
 
@@ -33,7 +33,7 @@ class _Spec(traitlets.Instance):
     """A trait that is set while nobody else sets one, and that clears what was typed wrongly even if it is equal."""
 
     def __set__(self, form: Any, spec: Any) -> None:
-        with TURN:
+        with FORM_LOCK:
             super().__set__(form, form._checked(spec))
             form._show_spec()
 
@@ -103,10 +103,10 @@ class SpecForm(anywidget.AnyWidget):
         self._described = described
         self._typed: dict[str, Any] = {}
         self._seen: dict[str, Any] = {}
-        self._pace = Pace(self._publish)
+        self._publish_call = ThrottledCall(self._publish)
         shown = [described[name] for name in fields or described]
         super().__init__(_title=title or self._kind.__name__, _fields=shown, spec=spec)
-        heard_while_busy(self)
+        hear_while_busy(self)
 
     def change(self, **fields: Any) -> None:
         """Set some fields, the others as they are.
@@ -116,7 +116,7 @@ class SpecForm(anywidget.AnyWidget):
         SpecError
             If that is no valid spec; nothing is changed then.
         """
-        with TURN:
+        with FORM_LOCK:
             self.spec = self._kind.from_parameters({**self.spec.to_parameters(), **fields})
 
     def enter(self, **fields: Any) -> None:
@@ -124,7 +124,7 @@ class SpecForm(anywidget.AnyWidget):
 
         Numbers are typed as text, switches are True or False, lists are lists of text.
         """
-        with TURN:
+        with FORM_LOCK:
             self._typed |= fields
             read = {name: _read(self._described[name], value) for name, value in self._typed.items()}
             try:
@@ -153,8 +153,8 @@ class SpecForm(anywidget.AnyWidget):
         write_atomic(Path(path), self.spec.to_yaml().encode())
 
     def set_state(self, sync_data: dict[str, Any]) -> None:
-        """Take what a browser says; see `TURN`."""
-        with TURN:
+        """Take what a browser says; see `FORM_LOCK`."""
+        with FORM_LOCK:
             super().set_state(sync_data)
 
     @traitlets.observe("_edits")
@@ -184,10 +184,10 @@ class SpecForm(anywidget.AnyWidget):
     def _judge(self, problems: dict[str, str]) -> None:
         self.set_trait("problems", problems)
         self.set_trait("valid", not problems)
-        self._pace.ask()
+        self._publish_call.request()
 
     def _publish(self) -> None:
-        with TURN:
+        with FORM_LOCK:
             self._shown = {
                 "values": self._typed,
                 "problems": self.problems,

@@ -15,13 +15,15 @@ from qtx_lab.backends.noise import fake_device
 from qtx_lab.errors import ArgumentError, DtypeError, ShapeError
 from qtx_lab.mitigation import ZeroNoiseExtrapolation
 from qtx_lab.mitigation.zne import METHODS
-from qtx_lab.widgets.views.circuit import NO_ADVANTAGE, CircuitView, _curve, drawing, region
+from qtx_lab.widgets.views.circuit import NO_ADVANTAGE, CircuitView
+from qtx_lab.widgets.views.circuit_drawing import circuit_drawing, device_region
 from qtx_lab.widgets.views.lens import AttentionLens
+from qtx_lab.widgets.views.zero_noise import fitted_curve
 
 P = torch.tensor([[0.4, 0.3, 0.2, 0.1, 0, 0, 0, 0], [0.125] * 8])
 
 
-def heard(view: CircuitView) -> list[dict[str, Any]]:
+def recorded_messages(view: CircuitView) -> list[dict[str, Any]]:
     sent: list[dict[str, Any]] = []
     view.send = lambda content, buffers=None: sent.append(content)  # type: ignore[method-assign]
     return sent
@@ -30,40 +32,40 @@ def heard(view: CircuitView) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("loader", ["tree", "dynamic", "unary", "mps"])
 def test_every_gate_is_drawn_once_and_none_overlap(loader: str) -> None:
     circuit = make_loader(loader).circuit(make_loader(loader).size(16))
-    drawn = drawing(circuit)
-    assert sum(gate["count"] for gate in drawn["gates"]) == sum(
+    drawing = circuit_drawing(circuit)
+    assert sum(gate["count"] for gate in drawing["gates"]) == sum(
         i.operation.name != "barrier" for i in circuit.data
     )
     cells = [
         (gate["column"], q)
-        for gate in drawn["gates"]
+        for gate in drawing["gates"]
         for q in range(min(gate["qubits"]), max(gate["qubits"]) + 1)
     ]
     assert len(cells) == len(set(cells))
-    measured = [g["column"] for g in drawn["gates"] if g["name"] == "measure"]
-    fed = [g["column"] for g in drawn["gates"] if g["conditional"]]
+    measured = [g["column"] for g in drawing["gates"] if g["name"] == "measure"]
+    fed = [g["column"] for g in drawing["gates"] if g["conditional"]]
     assert not fed or min(fed) > min(measured)
 
 
 @pytest.mark.parametrize("loader", ["tree", "dynamic"])
 def test_the_region_has_the_devices_calibration(loader: str) -> None:
     backend = QiskitQuantumBackend("aer", "fake_fez", loader=loader)
-    found = region(backend, 16)
-    assert found is not None
+    region = device_region(backend, 16)
+    assert region is not None
     target = fake_device("fake_fez").target
-    for node in found["nodes"]:
+    for node in region["nodes"]:
         assert node["readout"] == target["measure"][(node["qubit"],)].error
-    assert len(found["nodes"]) == 4
-    assert bool(found["edges"]) == (loader == "tree")
-    places = np.array([[node["x"], node["y"]] for node in found["nodes"]])
+    assert len(region["nodes"]) == 4
+    assert bool(region["edges"]) == (loader == "tree")
+    places = np.array([[node["x"], node["y"]] for node in region["nodes"]])
     assert np.isfinite(places).all()
     assert len(np.unique(places.round(3), axis=0)) == 4
-    assert region(QiskitQuantumBackend("aer"), 16) is None
+    assert device_region(QiskitQuantumBackend("aer"), 16) is None
 
 
 def test_shots_arrive_in_parts_and_add_up() -> None:
     view = CircuitView(QiskitQuantumBackend("aer", "fake_fez"), P, shots=2000)
-    sent = heard(view)
+    sent = recorded_messages(view)
     view.run()
     view.run(500)
     result = view.result
@@ -72,7 +74,7 @@ def test_shots_arrive_in_parts_and_add_up() -> None:
     assert int(result.classical.counts.sum()) == 2500
     parts = [message for message in sent if message["kind"] == "counts"]
     assert len(parts) > 10
-    assert all(sum(m["counts"]) + m["discarded"] == m["done"] == sum(m["classical"]) for m in parts)
+    assert all(sum(m["counts"]) + m["discarded"] == m["shots"] == sum(m["classical"]) for m in parts)
     share = result.probabilities()[0]
     assert float((share - P[0]).abs().sum()) < 0.12
     again = CircuitView(QiskitQuantumBackend("aer", "fake_fez"), P, shots=2000)
@@ -83,7 +85,7 @@ def test_shots_arrive_in_parts_and_add_up() -> None:
 
 def test_another_row_begins_anew_and_cancel_stops() -> None:
     view = CircuitView(QiskitQuantumBackend("aer"), P, shots=1000)
-    sent = heard(view)
+    sent = recorded_messages(view)
     view.run()
     view.row = 1
     assert int(view.result.counts.sum()) == 0
@@ -102,21 +104,22 @@ def test_the_curve_ends_at_the_answer(method: str) -> None:
     y = np.array([0.52, 0.47, 0.4, 0.33])
     zne = ZeroNoiseExtrapolation(levels, method, asymptote=0.125)
     answer = float(zne.extrapolate(torch.tensor(y)[:, None]).output)
-    assert _curve(zne, y, np.array([0.0]))[0] == pytest.approx(answer)
+    assert fitted_curve(zne, y, np.array([0.0]))[0] == pytest.approx(answer)
 
 
 def test_a_level_is_measured_once_and_the_fit_is_the_extrapolation() -> None:
     backend = QiskitQuantumBackend("aer", "fake_fez", loader="tree")
     view = CircuitView(backend, P, shots=20_000, noise_levels=[1, 3])
     fit = view.extrapolate()
-    assert fit["exact"] == pytest.approx(0.4)
-    assert fit["fit"][0][1] == pytest.approx(fit["answer"])
-    known = dict(view._levels)
+    assert fit.exact == pytest.approx(0.4)
+    assert fit.fit[0][1] == pytest.approx(fit.answer)
+    assert view._noise is not None
+    known = dict(view._noise.measured)
     moved = view.extrapolate([1, 2])
-    assert moved["values"][0] == fit["values"][0]
-    assert len(view._levels) == len(known) + 1
-    assert abs(moved["answer"] - 0.4) < 6 * moved["answer_error"] + 0.02
-    assert sum(moved["p"]) == pytest.approx(1)
+    assert moved.values[0] == fit.values[0]
+    assert len(view._noise.measured) == len(known) + 1
+    assert abs(moved.answer - 0.4) < 6 * moved.answer_error + 0.02
+    assert sum(moved.p) == pytest.approx(1)
     with pytest.raises(ArgumentError, match="cannot be scaled"):
         CircuitView(QiskitQuantumBackend("aer"), P).extrapolate()
     with pytest.raises(ArgumentError, match="twice"):
@@ -142,10 +145,10 @@ def test_what_was_measured_elsewhere_fills_the_view() -> None:
     backend = QiskitQuantumBackend("aer")
     view = CircuitView(backend, P)
     found = backend.sample_rows(P[:1], 300, generator=torch.Generator().manual_seed(1))
-    sent = heard(view)
+    sent = recorded_messages(view)
     view.fill(found, [{"shots": 300, "fidelity": 0.9, "error": 0.01, "classical": 0.95}])
     assert torch.equal(view.result.counts, found.counts)
-    assert (sent[-1]["kind"], sent[-1]["done"]) == ("counts", 300)
+    assert (sent[-1]["kind"], sent[-1]["shots"]) == ("counts", 300)
     assert sent[-1]["curve"][0]["fidelity"] == 0.9
     view.run(100)  # goes on from there, and leaves what was handed in as it was
     assert int(view.result.counts.sum()) == 400

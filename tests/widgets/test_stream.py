@@ -173,8 +173,8 @@ def keep():
 BUTTON = """
 import ipywidgets
 button = ipywidgets.Button(description="feed on a subshell")
-from qtx_lab.widgets.views.base import heard_while_busy
-heard_while_busy(button)
+from qtx_lab.widgets.comms import hear_while_busy
+hear_while_busy(button)
 button.on_click(lambda _: feed("head-tail", {}, 8, 160))
 button
 """

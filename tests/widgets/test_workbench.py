@@ -20,8 +20,9 @@ import pytest
 import torch
 
 from qtx_lab.errors import ArgumentError, DtypeError, JobTimeout, RunFailed, ShapeError, SpecError
+from qtx_lab.widgets.throttle import ThrottledCall
 from qtx_lab.widgets.workbench import tasks
-from qtx_lab.widgets.workbench.process import Pace, Worker
+from qtx_lab.widgets.workbench.process import ProcessWorker
 from qtx_lab.widgets.workbench.workbench import Workbench
 
 TASKS = """
@@ -55,11 +56,11 @@ def shout(report):
 
 
 @pytest.fixture
-def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Worker]:
+def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ProcessWorker]:
     (tmp_path / "qtx_tasks_for_tests.py").write_text(TASKS)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    worker = Worker("qtx_tasks_for_tests")
+    worker = ProcessWorker("qtx_tasks_for_tests")
     yield worker
     worker.close()
 
@@ -71,11 +72,11 @@ def bench(tmp_path: Path) -> Iterator[Workbench]:
     bench.close()
 
 
-def test_work_tells_how_far_it_is_and_gives_all_that_was_sent(worker: Worker) -> None:
+def test_work_reports_its_progress_and_all_that_the_task_sends(worker: ProcessWorker) -> None:
     got: list[int] = []
     states: list[tuple[str, float]] = []
     work = worker.start(
-        "count", n=500, take=got.append, follow=lambda work: states.append((work.state, work.fraction))
+        "count", n=500, on_data=got.append, on_change=lambda work: states.append((work.state, work.fraction))
     )
     with pytest.raises(ArgumentError, match="busy"):
         worker.start("count", n=1)
@@ -89,9 +90,9 @@ def test_work_tells_how_far_it_is_and_gives_all_that_was_sent(worker: Worker) ->
 
 
 @pytest.mark.parametrize("how", ["native", "python"])
-def test_cancel_kills_work_whatever_it_is_in(worker: Worker, how: str) -> None:
+def test_cancel_kills_work_whatever_it_is_in(worker: ProcessWorker, how: str) -> None:
     began = threading.Event()
-    work = worker.start("stuck", how=how, take=lambda _: began.set())
+    work = worker.start("stuck", how=how, on_data=lambda _: began.set())
     assert began.wait(60)
     time.sleep(0.3)
     with pytest.raises(JobTimeout, match="25%"):
@@ -108,7 +109,7 @@ def test_cancel_kills_work_whatever_it_is_in(worker: Worker, how: str) -> None:
     assert worker.start("count", n=3).wait(60) == 3
 
 
-def test_errors_of_tasks_are_told(worker: Worker) -> None:
+def test_errors_of_tasks_are_reported(worker: ProcessWorker) -> None:
     with pytest.raises(ArgumentError, match="x=1 is not allowed"):
         worker.start("refuse").wait(60)
     with pytest.raises(RunFailed, match="ZeroDivisionError: division by zero"):
@@ -117,14 +118,14 @@ def test_errors_of_tasks_are_told(worker: Worker) -> None:
         worker.start("die").wait(60)
     work = worker.start("shout")
     assert work.wait(60) == "done"
-    assert work.warned == ["drawn classically"]
+    assert work.warnings == ["drawn classically"]
 
 
 @pytest.mark.chaos
-def test_a_worker_does_not_outlive_who_started_it(worker: Worker, tmp_path: Path) -> None:
+def test_a_worker_does_not_outlive_its_parent(worker: ProcessWorker, tmp_path: Path) -> None:
     code = (
-        "import time; from qtx_lab.widgets.workbench.process import Worker; w = Worker('qtx_tasks_for_tests');"
-        "x = w.start('stuck', how='python', take=lambda _: print(w._process.pid, flush=True)); time.sleep(600)"
+        "import time; from qtx_lab.widgets.workbench.process import ProcessWorker; w = ProcessWorker('qtx_tasks_for_tests');"
+        "x = w.start('stuck', how='python', on_data=lambda _: print(w._process.pid, flush=True)); time.sleep(600)"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     assert parent.stdout is not None
@@ -135,21 +136,21 @@ def test_a_worker_does_not_outlive_who_started_it(worker: Worker, tmp_path: Path
     assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
 
 
-def test_pace_never_forgets_the_last() -> None:
+def test_a_throttled_call_is_made_after_the_last_request() -> None:
     seen, value = [], [0]
-    pace = Pace(lambda: seen.append(value[0]), 0.01)
+    throttled = ThrottledCall(lambda: seen.append(value[0]), 0.01)
 
     def ask(start: int) -> None:
         for i in range(start, start + 500):
             value[0] = i
-            pace.ask()
+            throttled.request()
 
     threads = [threading.Thread(target=ask, args=(1000 * i,)) for i in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    pace.flush()
+    throttled.flush()
     time.sleep(0.05)
     assert seen[-1] == value[0]
 
@@ -181,7 +182,7 @@ def test_from_code_and_restored(bench: Workbench, tmp_path: Path) -> None:
     bench.sample.send_rows()
     bench.circuit.form.change(shots=200)
     parts: list[int] = []
-    bench.circuit._picture.observe(lambda change: parts.append(1), "value")
+    bench.circuit._table.observe(lambda change: parts.append(1), "value")
     measured = bench.circuit.start().wait(120)
     assert len(parts) > 3  # it fills in
     assert measured["rows"].tolist() == [3, 7]
@@ -189,7 +190,7 @@ def test_from_code_and_restored(bench: Workbench, tmp_path: Path) -> None:
     np.testing.assert_allclose(measured["p"].sum(-1), 1)
     share = measured["counts"] / measured["counts"].sum(-1, keepdims=True)
     np.testing.assert_allclose(measured["raw_error"], 0.5 * np.abs(share - measured["p"]).sum(-1))
-    assert "no advantage" in bench.circuit._picture.value
+    assert "no advantage" in bench.circuit._table.value
 
     view = bench.circuit.view
     assert view is not None
@@ -212,15 +213,15 @@ def test_from_code_and_restored(bench: Workbench, tmp_path: Path) -> None:
     listed = bench.runs.start().wait(60)
     assert {row["name"] for row in listed["runs"]} == {"workbench", "hardware"}
 
-    state = {name: page.state() for name, page in bench.pages.items()}
-    shown = bench.circuit._picture.value
+    state = {name: page.state() for name, page in bench.tabs.items()}
+    shown = bench.circuit._table.value
     bench.close()
     again = Workbench.restore(home=tmp_path)
     assert again.run.path == bench.run.path
-    assert {name: page.state() for name, page in again.pages.items()} == state
-    assert again.circuit._picture.value == shown
+    assert {name: page.state() for name, page in again.tabs.items()} == state
+    assert again.circuit._table.value == shown
     assert again.sample.lens is not None
-    assert list(again.pages)[again.tabs.selected_index] == "circuit"
+    assert again.open_tab_name == "circuit"
     assert Workbench.restore(home=tmp_path) is again
     again.close()
 
@@ -238,9 +239,9 @@ def test_a_saved_notebook_has_a_picture(bench: Workbench) -> None:
 def test_parts_are_shown_while_the_first_work_runs(bench: Workbench) -> None:
     shown: list[tuple[str, str | None]] = []
     page = bench.circuit
-    page._picture.observe(lambda _: shown.append((page.work.state, page.views.layout.display)), "value")
+    page._table.observe(lambda _: shown.append((page.work.state, page.views.layout.display)), "value")
     page.start()
-    assert "comes here" in page._told.value
+    assert "comes here" in page._message.value
     page.work.wait(120)
     assert ("running", None) in shown
 
@@ -256,8 +257,8 @@ def test_own_inputs_are_kept_with_the_run(tmp_path: Path) -> None:
     bench.sample.forms["source"].change(layer=2)
     with pytest.raises(ArgumentError, match="layer=2 is not allowed: there are 2"):
         bench.sample.start().wait(60)
-    assert "layer=2 is not allowed" in bench.sample._told.value
-    assert "last picture is kept" in bench.sample._told.value
+    assert "layer=2 is not allowed" in bench.sample._message.value
+    assert "last picture is kept" in bench.sample._message.value
     bench.close()
 
 
@@ -290,8 +291,8 @@ def test_a_form_that_is_wrong_is_not_started(bench: Workbench) -> None:
     bench.sample.form.enter(replicates="0")
     with pytest.raises(SpecError, match="replicates=0"):
         bench.sample.start()
-    bench.sample._begin()  # the button
-    assert "replicates=0" in bench.sample._told.value
+    bench.sample._start_or_explain()  # the button
+    assert "replicates=0" in bench.sample._message.value
 
 
 def test_a_huggingface_model_by_its_folder(tmp_path: Path) -> None:
@@ -355,7 +356,7 @@ def test_ten_thousand_updates_from_three_threads_end_in_the_files(bench: Workben
     bench.flush()
     for _ in range(100):  # what follows the last change, as a redrawn sample, is written by itself soon after
         written = json.loads((bench.run.path / "workbench.json").read_bytes())
-        shown = {name: json.loads(json.dumps(page.state())) for name, page in bench.pages.items()}
+        shown = {name: json.loads(json.dumps(page.state())) for name, page in bench.tabs.items()}
         if written["forms"] == shown:
             break
         time.sleep(0.2)
@@ -391,19 +392,19 @@ def test_a_sweep_and_a_training_from_code(bench: Workbench, tmp_path: Path) -> N
     assert sorted(row[at] for row in result["rows"]) == [4, 9]
 
 
-def test_a_full_disk_is_told_and_stops_nothing(bench: Workbench) -> None:
+def test_a_full_disk_is_reported_and_stops_nothing(bench: Workbench) -> None:
     bench.sample.form.change(num_samples=8)
     bench.flush()
     folder = bench.run.path
     folder.rename(folder.with_name("moved"))
     bench.sample.form.change(num_samples=9)
     bench.flush()
-    assert "not kept" in bench.where()
+    assert "not saved" in bench.storage_note()
     assert bench.sample.form.spec.to_parameters()["num_samples"] == 9
     folder.with_name("moved").rename(folder)
     bench.sample.form.change(num_samples=10)
     bench.flush()
-    assert "kept in" in bench.where()
+    assert "saved in" in bench.storage_note()
 
 
 # --- In a real browser -------------------------------------------------------------------------------------
@@ -655,7 +656,7 @@ def test_cancel_restart_and_ten_thousand_updates_in_a_browser(
         "while wb.circuit.form.spec.shots != 3200 and time.monotonic() < end: time.sleep(0.1)\n"
         "wb.flush()\n"
         "kept = json.loads((wb.run.path / 'workbench.json').read_bytes())['forms']\n"
-        "assert kept == json.loads(json.dumps({name: page.state() for name, page in wb.pages.items()}))\n"
+        "assert kept == json.loads(json.dumps({name: page.state() for name, page in wb.tabs.items()}))\n"
         "assert kept['circuit']['circuit']['shots'] == 3200, kept['circuit']\n"
         "assert kept['sample']['sampler']['num_samples'] == 3400, kept['sample']\n"
         "assert kept['mitigate']['mitigation']['instances'] == 3400, kept['mitigate']",

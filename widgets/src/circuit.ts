@@ -66,7 +66,7 @@ export function render(model: Model, el: HTMLElement): () => void {
   let drawing: (Drawing & { loader: string; device: string; noisy: boolean; exact: number[] }) | null = null;
   let device: { depth: number; two_qubit_gates: number; qubits: number; region: Region | null } | null = null;
   let counts: {
-    done: number;
+    shots: number;
     discarded: number;
     counts: number[];
     classical: number[];
@@ -438,7 +438,7 @@ export function render(model: Model, el: HTMLElement): () => void {
     const [width, height] = size(keys, 190);
     const total = counts?.counts.reduce((a, b) => a + b, 0) ?? 0;
     const shares = counts && total ? counts.counts.map((x) => x / total) : null;
-    const baseline = counts?.done ? counts.classical.map((x) => x / counts!.done) : null;
+    const baseline = counts?.shots ? counts.classical.map((x) => x / counts!.shots) : null;
     const known = exact.map((p, j) => (p > 0 || (shares?.[j] ?? 0) > 0 ? j : -1)).filter((j) => j >= 0);
     const [first, last] = [known[0] ?? 0, known.at(-1) ?? 0];
     const xs = scale(first - 0.6, last + 0.6, 46, width - 8);
@@ -501,8 +501,8 @@ export function render(model: Model, el: HTMLElement): () => void {
     }
     keys.svg.replaceChildren(...nodes);
     const lost = counts?.discarded ? `, ${whole(counts.discarded)} discarded` : "";
-    keys.title.textContent = counts?.done
-      ? `${whole(counts.done)} shots against the exact row`
+    keys.title.textContent = counts?.shots
+      ? `${whole(counts.shots)} shots against the exact row`
       : "The exact row; nothing is measured yet";
     keys.caption.replaceChildren(
       mark("line", "exact"),
@@ -680,12 +680,12 @@ export function render(model: Model, el: HTMLElement): () => void {
     paintFidelity();
     paintFit();
     paintPlace();
-    const parts = [counts?.done ? `${whole(counts.done)} shots` : "no shots yet"];
+    const parts = [counts?.shots ? `${whole(counts.shots)} shots` : "no shots yet"];
     if (running !== null) parts.unshift("measuring");
     if (counts?.not_modelled.length) parts.push(counts.not_modelled.join("; "));
     if (counts?.fallbacks.length) parts.push(counts.fallbacks.join(" "));
     status.textContent = parts.join(" · ");
-    frame.root.dataset.shots = String(counts?.done ?? 0);
+    frame.root.dataset.shots = String(counts?.shots ?? 0);
   });
 
   frame.onMessage((message) => {
@@ -702,7 +702,7 @@ export function render(model: Model, el: HTMLElement): () => void {
     else if (message.kind === "zne") {
       fit = message;
       frame.fail(null);
-    } else if (message.kind === "running") running = message.asked;
+    } else if (message.kind === "running") running = message.shots;
     else if (message.kind === "ended") running = null;
     else return;
     paint();

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import anywidget
-import ipywidgets
 import matplotlib as mpl
 import traitlets
 from IPython.display import display
@@ -19,6 +18,8 @@ from IPython.display import display
 from ... import theme as look
 from ...errors import QtxError, unknown_name
 from ...storage import database, parquet_bytes, write_atomic
+from ..comms import hear_while_busy
+from .thread_worker import ThreadWorker
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -36,7 +37,7 @@ EXPORTS = {
 
 PICTURE_DPI = 110
 
-_drawing = threading.RLock()
+_DRAWING_LOCK = threading.RLock()
 """matplotlib's style is global: two threads that draw take turns."""
 
 
@@ -53,10 +54,10 @@ class View(anywidget.AnyWidget):
     """Which view of the bundle this is."""
 
     def __init__(self, kind: str, **traits: Any):
-        self._worker = Worker(self.fail)
+        self._worker = ThreadWorker(self.fail)
         self._handle: Any = None
         super().__init__(**traits)
-        heard_while_busy(self)
+        hear_while_busy(self)
         self.set_trait("kind", kind)
         self.on_msg(lambda _, content, buffers: self._heard(content))
 
@@ -98,7 +99,7 @@ class View(anywidget.AnyWidget):
 
     def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         data, metadata = super()._repr_mimebundle_(**kwargs) or ({}, {})
-        data["image/png"] = base64.b64encode(drawn(self.figure)).decode()
+        data["image/png"] = base64.b64encode(render_figure(self.figure)).decode()
         return data, metadata
 
     def _ipython_display_(self, **kwargs: Any) -> None:
@@ -107,7 +108,7 @@ class View(anywidget.AnyWidget):
 
     def _content(self, kind: str, theme: str) -> bytes:
         if kind in ("png", "svg"):
-            return drawn(self.figure, kind, theme, None)
+            return render_figure(self.figure, kind, theme, None)
         frame = self.frame()
         if kind == "csv":
             return frame.to_csv(index=False).encode()
@@ -130,72 +131,13 @@ class View(anywidget.AnyWidget):
         self.send({"kind": "file", "name": name, "type": EXPORTS[kind]}, [self._content(kind, "light")])
 
 
-def drawn(
+def render_figure(
     figure: Callable[[str], Figure], kind: str = "png", theme: str = "light", dpi: float | None = PICTURE_DPI
 ) -> bytes:
     """What `figure(theme)` gives, as a PNG or SVG file."""
     style: Any = look.matplotlib_style(theme)
     content = io.BytesIO()
-    with _drawing, mpl.rc_context(style):
+    with _DRAWING_LOCK, mpl.rc_context(style):
         metadata = {"Date": None} if kind == "svg" else {"Software": None}
         figure(theme).savefig(content, format=kind, dpi=dpi or "figure", metadata=metadata)
     return content.getvalue()
-
-
-def heard_while_busy(*widgets: ipywidgets.Widget) -> None:
-    """Have what the browser tells widgets handled while a cell is busy.
-
-    JupyterLab sends it to a subshell for that. ipykernel 7.4 sends it on to where the widget last spoke: the main shell,
-    if a cell made it, and there it waits for the cell to end.
-    """
-    for widget in widgets:
-        if hasattr(widget.comm, "_reply_subshell_for"):
-            widget.comm._reply_subshell_for = None  # then the message's own header says where it goes
-
-
-class Worker:
-    """A thread that does what is asked one after the other, and only the newest of what has the same name.
-
-    It ends when nothing waits, and is started anew.
-
-    Parameters
-    ----------
-    fail : callable
-        Told the exception of a task that raises.
-    """
-
-    def __init__(self, fail: Callable[[BaseException], None]):
-        self._fail = fail
-        self._turn = threading.Lock()
-        self._waiting: dict[str, tuple[int, Callable[[], None]]] = {}
-        self._thread: threading.Thread | None = None
-
-    def put(self, name: str, task: Callable[[], None], *, rank: int = 0) -> None:
-        """Do a task, in place of one of the same name that has not begun; those of lower rank come first."""
-        with self._turn:
-            self._waiting[name] = (rank, task)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="qtx-lab-view", daemon=True)
-                self._thread.start()
-
-    def join(self, seconds: float) -> bool:
-        """Wait until nothing is to be done; whether that came."""
-        with self._turn:
-            thread = self._thread
-        if thread is not None:
-            thread.join(seconds)
-        with self._turn:
-            return self._thread is None
-
-    def _work(self) -> None:
-        while True:
-            with self._turn:
-                if not self._waiting:
-                    self._thread = None
-                    return
-                name = min(self._waiting, key=lambda name: self._waiting[name][0])
-                _, task = self._waiting.pop(name)
-            try:
-                task()
-            except Exception as error:
-                self._fail(error)

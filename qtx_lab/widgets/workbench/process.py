@@ -1,127 +1,88 @@
-"""Long work in processes that can be killed at any moment: progress, time left, results, and a word when they die."""
+"""`ProcessWorker`: long tasks in another process, which can be killed at any moment; `Work` is one such task."""
 
 from __future__ import annotations
 
-import importlib
 import os
 import pickle
-import queue
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-import traceback
-import warnings
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from typing import IO, Any
 
-from ...errors import ArgumentError, JobTimeout, QtxError, RunFailed
+from ...errors import ArgumentError, JobTimeout, RunFailed
+from ..throttle import ThrottledCall
 
-SERVE = "from qtx_lab.widgets.workbench.process import serve; serve()"
-
-REPORTS = 0.05
-"""Least seconds between two reports of a task's progress."""
-
-
-class Pace:
-    """Does something soon after it was asked for, at most every `least` seconds, and once more after the last time.
-
-    >>> done = []
-    >>> pace = Pace(lambda: done.append(len(done)), 0.01)
-    >>> for _ in range(1000):
-    ...     pace.ask()
-    >>> pace.flush()
-    >>> 1 <= len(done) < 1000
-    True
-    """
-
-    def __init__(self, act: Callable[[], object], least: float = REPORTS):
-        self._act, self._least = act, least
-        self._last, self._due = -least, False
-        self._turn = threading.Lock()
-
-    def ask(self) -> None:
-        with self._turn:
-            if self._due:
-                return
-            wait = self._last + self._least - time.monotonic()
-            if wait > 0:
-                self._due = True
-                timer = threading.Timer(wait, self.flush)
-                timer.daemon = True
-                timer.start()
-                return
-            self._last = time.monotonic()
-        self._act()
-
-    def flush(self) -> None:
-        """Do it now if it was asked for and is not done."""
-        with self._turn:
-            if not self._due:
-                return
-            self._due, self._last = False, time.monotonic()
-        self._act()
+SERVE = "from qtx_lab.widgets.workbench.process_server import serve; serve()"
 
 
 class Work:
-    """One task in a worker: where it is, and what came of it. Any thread may ask, wait or cancel.
+    """One task in a worker process: how far it is, and what came of it. Any thread may ask, wait or cancel.
 
     Attributes
     ----------
     state : str
-        running, done, failed or cancelled.
+        "running", "done", "failed" or "cancelled".
     fraction : float
-        Done so far, 0 to 1; 0 where the task does not say.
+        The share that is done, 0 to 1; 0 where the task does not report any progress.
     text : str
-        What is being done.
-    warned : list of str
-        What was done in another way than asked, and why.
+        What the task is doing.
+    warnings : list of str
+        What was done in another way than was asked for, and why.
     result : object
         What the task returned.
     error : Exception or None
     """
 
-    def __init__(self, worker: Worker, follow: Callable[[Work], object], take: Callable[[Any], object]):
+    def __init__(
+        self, worker: ProcessWorker, on_change: Callable[[Work], object], on_data: Callable[[Any], object]
+    ):
         self.state, self.fraction, self.text = "running", 0.0, ""
-        self.warned: list[str] = []
+        self.warnings: list[str] = []
         self.result: Any = None
         self.error: Exception | None = None
         self.started = time.monotonic()
         self.ended: float | None = None
-        self._worker, self._follow, self._take = worker, follow, take
-        self._pace = Pace(lambda: self.state == "running" and follow(self))
-        self._turn, self._over = threading.RLock(), threading.Event()
+        self._worker, self._on_change, self._on_data = worker, on_change, on_data
+        self._announce_progress = ThrottledCall(lambda: self.state == "running" and on_change(self))
+        self._lock, self._over = threading.RLock(), threading.Event()
 
     def __repr__(self) -> str:
         return f"Work({self.state}, {self.fraction:.0%}, {self.seconds:.1f} s)"
 
     @property
     def seconds(self) -> float:
-        """How long it has worked."""
+        """Seconds since the start, until the end if the work has ended."""
         return (self.ended or time.monotonic()) - self.started
 
     @property
     def seconds_left(self) -> float | None:
-        """How long it will go on at the pace so far; None before it has told of any progress."""
-        return (
-            self.seconds * (1 / self.fraction - 1) if self.fraction > 0 and self.state == "running" else None
-        )
+        """Seconds until the end at the speed so far; None before there is any progress, and after the end."""
+        if self.fraction <= 0 or self.state != "running":
+            return None
+        return self.seconds * (1 / self.fraction - 1)
 
     def wait(self, timeout: float | None = None) -> Any:
-        """Wait for the end, and give the result.
+        """Wait for the end, and return the result.
+
+        Parameters
+        ----------
+        timeout : float, optional
+            Seconds to wait; without end where None.
 
         Raises
         ------
         JobTimeout
-            If it takes longer than `timeout` seconds; it goes on.
+            If the work takes longer than that; it goes on.
         RunFailed
-            If it was cancelled, or if its process died.
+            If it was cancelled, if its process died, or if the task raised an error that is not ours.
         QtxError
-            What the task raised; errors that are not ours as RunFailed.
+            What the task raised.
         """
         if not self._over.wait(timeout):
             raise JobTimeout(f"The work is at {self.fraction:.0%} after {timeout:g} s; it goes on.")
@@ -130,20 +91,36 @@ class Work:
         return self.result
 
     def cancel(self) -> None:
-        """Kill its process, whatever it is in; nothing where it has ended."""
-        with self._worker._turn:  # nobody may start work in a process that is about to be killed
+        """Kill the process of the task, whatever it is doing; does nothing after the end."""
+        with self._worker.lock:  # nobody may start work in a process that is about to be killed
             if self.state != "running":
                 return
             self._worker.kill()
-            self._settle("cancelled", error=RunFailed("The work was cancelled."))
-        self._announce()
+            self._set_end("cancelled", error=RunFailed("The work was cancelled."))
+        self._announce_end()
 
-    def _end(self, state: str, result: Any = None, error: Exception | None = None) -> None:
-        if self._settle(state, result, error):
-            self._announce()
+    def end(self, state: str, result: Any = None, error: Exception | None = None) -> None:
+        """Note the end, unless the work has ended already, and tell those who follow it."""
+        if self._set_end(state, result, error):
+            self._announce_end()
 
-    def _settle(self, state: str, result: Any = None, error: Exception | None = None) -> bool:
-        with self._turn:
+    def receive(self, kind: str, content: Any) -> None:
+        """Take in a message of the task; see `process_server`."""
+        if kind == "progress" and self.state == "running":
+            self.fraction, self.text = content
+            self._announce_progress.request()
+        elif kind == "warning":
+            self.warnings.append(content)
+            self._announce_progress.request()
+        elif kind == "data" and self.state == "running":
+            self._on_data(content)
+        elif kind == "done":
+            self.end("done", content)
+        elif kind == "failed":
+            self.end("failed", error=content)
+
+    def _set_end(self, state: str, result: Any = None, error: Exception | None = None) -> bool:
+        with self._lock:
             if self.state != "running":
                 return False
             self.state, self.result, self.error = state, result, error
@@ -151,66 +128,61 @@ class Work:
             self.fraction = 1.0 if state == "done" else self.fraction
             return True
 
-    def _announce(self) -> None:
-        """Tell of the end; holding no lock, for who is told may start other work."""
+    def _announce_end(self) -> None:
+        """Tell those who follow the work. No lock is held, because they may start other work."""
         try:
-            self._follow(self)
+            self._on_change(self)
         finally:
             self._over.set()
 
-    def _hear(self, kind: str, content: Any) -> None:
-        if kind == "progress" and self.state == "running":
-            self.fraction, self.text = content
-            self._pace.ask()
-        elif kind == "warned":
-            self.warned.append(content)
-            self._pace.ask()
-        elif kind == "data" and self.state == "running":
-            self._take(content)
-        elif kind == "done":
-            self._end("done", content)
-        elif kind == "failed":
-            self._end("failed", error=content)
 
+class ProcessWorker:
+    """A process that runs one task after the other, and has imported what they need before the first one.
 
-class Worker:
-    """A process that runs one task after the other, and that has loaded what they need before the first.
+    It ends with this process, however this process ends. Any thread may start work; a busy worker refuses it.
 
-    It ends with this process, however that ends. Work is started by any thread; a worker that is busy refuses.
+    Notes
+    -----
+    We tried two libraries in its place (measured in November 2026) and kept ours, because with either of them most of
+    this module would remain. `pebble.ProcessPool` 5.2 cancels a native loop within .6 s and a Python loop within .05 s,
+    but the processes that a task has started live on (a sweep's kernels, a cluster's workers); a worker that is busy
+    outlives its parent if that is killed; it has no channel for progress, and one that is handed to it stays blocked
+    for ever once a worker is killed in the middle of a message. `distributed` cannot stop a running task: restarting
+    its worker takes 5.9 s, and the processes of the task live on there, too.
 
     Parameters
     ----------
     module : str
-        Imported by the process at its start.
+        Name of the module whose functions are the tasks; the process imports it at its start.
     """
 
     def __init__(self, module: str = "qtx_lab.widgets.workbench.tasks"):
         self.module = module
-        self._turn = threading.RLock()
+        self.lock = threading.RLock()
         self._process: subprocess.Popen[bytes] | None = None
-        self._current: Work | None = None
-        self._said: Any = None
+        self._work: Work | None = None
 
     @property
     def busy(self) -> bool:
-        return self._current is not None and self._current.state == "running"
+        """Whether a task is running."""
+        return self._work is not None and self._work.state == "running"
 
-    def warm(self) -> None:
-        """Start the process, if there is none; returns at once."""
-        with self._turn:
+    def start_process(self) -> None:
+        """Start the process if there is none; returns at once, before the process has imported its module."""
+        with self.lock:
             if self._process is not None and self._process.poll() is None:
                 return
-            self._said = tempfile.TemporaryFile()  # noqa: SIM115  # the process writes to it as long as it lives
+            stderr = tempfile.TemporaryFile()  # noqa: SIM115  # open as long as the process lives
             self._process = process = subprocess.Popen(
                 [sys.executable, "-c", SERVE, self.module],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=self._said,
-                start_new_session=True,  # so that its own processes are killed with it
+                stderr=stderr,
+                start_new_session=True,  # so that the processes it starts are killed with it
             )
-            weakref.finalize(self, _kill, process)
+            weakref.finalize(self, _kill_group, process)
             reader = threading.Thread(
-                target=_listen, args=(weakref.ref(self), process, self._said), daemon=True
+                target=_pass_on_messages, args=(weakref.ref(self), process, stderr), daemon=True
             )
             reader.start()
 
@@ -218,161 +190,100 @@ class Worker:
         self,
         task: str,
         *,
-        follow: Callable[[Work], object] = lambda work: None,
-        take: Callable[[Any], object] = lambda data: None,
+        on_change: Callable[[Work], object] = lambda work: None,
+        on_data: Callable[[Any], object] = lambda data: None,
         **arguments: Any,
     ) -> Work:
-        """Begin `module.task(report, **arguments)`; see `Report`.
+        """Begin `module.task(report, **arguments)`; see `process_server.TaskReport`.
 
         Parameters
         ----------
         task : str
             Name of a function of the module.
-        follow : callable
-            Told, by another thread, that the work has changed, a few times a second and at its end.
-        take : callable
-            Given, by another thread, each thing that the task sends, in order.
+        on_change : callable
+            Called by another thread with the work: a few times a second while it makes progress, and at its end.
+        on_data : callable
+            Called by another thread with each thing that the task sends, in order.
+        **arguments
+            Of the task; they are pickled.
 
         Raises
         ------
         ArgumentError
-            If it is busy.
+            If the worker is busy.
         """
-        with self._turn:
+        with self.lock:
             if self.busy:
                 raise ArgumentError("The worker is busy: cancel its work, or wait for its end.")
-            self.warm()
+            self.start_process()
             assert self._process is not None
             assert self._process.stdin is not None
-            work = self._current = Work(self, follow, take)
-            try:
+            work = self._work = Work(self, on_change, on_data)
+            # Where the process has died, the thread that reads its messages says why.
+            with suppress(OSError):
                 pickle.dump((task, arguments), self._process.stdin)
                 self._process.stdin.flush()
-            except OSError:  # its reader says why
-                pass
         return work
 
     def kill(self) -> None:
-        """Kill the process, and start another in its place."""
-        with self._turn:
+        """Kill the process, and start another one in its place."""
+        with self.lock:
             if self._process is not None:
-                _kill(self._process)
+                _kill_group(self._process)
                 self._process = None
-        # Not by who cancels, who is to be back at once.
-        threading.Thread(target=self.warm, daemon=True).start()
+        # In a thread, so that whoever cancels does not wait for the start.
+        threading.Thread(target=self.start_process, daemon=True).start()
 
     def close(self) -> None:
-        """Kill the process; the work, if any, is cancelled."""
-        with self._turn:
-            work, process, self._process = self._current, self._process, None
+        """Kill the process; its work, if any, is cancelled."""
+        with self.lock:
+            work, process, self._process = self._work, self._process, None
             if process is not None:
-                _kill(process)
+                _kill_group(process)
         if work is not None:
-            work._end("cancelled", error=RunFailed("The work was cancelled."))
+            work.end("cancelled", error=RunFailed("The work was cancelled."))
+
+    def work_of(self, process: subprocess.Popen[bytes]) -> Work | None:
+        """The work that a process does for this worker; None if it was replaced by another process, or has none."""
+        return self._work if self._process is process else None
 
 
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    """Kill a worker and all that it started."""
+def _kill_group(process: subprocess.Popen[bytes]) -> None:
+    """Kill a worker's process and all processes that it has started."""
     if process.poll() is None:
         with suppress(OSError):
-            os.killpg(process.pid, signal.SIGKILL) if hasattr(os, "killpg") else process.kill()
+            if sys.platform == "win32":
+                process.kill()
+            else:
+                os.killpg(process.pid, signal.SIGKILL)
 
 
-def _listen(worker: weakref.ref[Worker], process: subprocess.Popen[bytes], said: Any) -> None:
-    """Pass on what a worker's process says, until it says no more."""
+def _pass_on_messages(
+    worker_reference: weakref.ref[ProcessWorker], process: subprocess.Popen[bytes], stderr: IO[bytes]
+) -> None:
+    """Hand each message of a process to the work that it belongs to, until the process ends."""
     assert process.stdout is not None
     while True:
         try:
             kind, content = pickle.load(process.stdout)
-        except Exception:  # the end, or cut off in the middle of a word
+        except Exception:  # the process has ended, perhaps in the middle of a message
             break
-        owner = worker()
-        if owner is None:
-            break
-        if owner._process is process and owner._current is not None:
-            owner._current._hear(kind, content)
-        del owner
-    ended = process.wait()
-    owner = worker()
-    if owner is None or owner._process is not process or owner._current is None:
-        return
-    said.seek(0)
-    last = said.read().decode(errors="replace").strip().splitlines()[-1:]
-    why = f"signal {-ended}" if ended < 0 else f"exit code {ended}"
-    hint = " Out of memory?" if ended == -signal.SIGKILL else ""
-    owner._current._end(
-        "failed", error=RunFailed(" ".join([f"The worker's process died of {why}.{hint}", *last]))
-    )
+        worker = worker_reference()
+        if worker is None:
+            return
+        if (work := worker.work_of(process)) is not None:
+            work.receive(kind, content)
+        del worker
+    exit_code = process.wait()
+    worker = worker_reference()
+    if worker is not None and (work := worker.work_of(process)) is not None:
+        work.end("failed", error=RunFailed(_cause_of_death(exit_code, stderr)))
 
 
-class Report:
-    """How a task tells of itself.
-
-    `report(0.5, "half")` says how far it is; `report.send(data)` passes data on. Warnings of ours are passed on too.
-    """
-
-    def __init__(self, say: Callable[[str, Any], None]):
-        self._say = say
-        self._last = 0.0
-
-    def __call__(self, fraction: float, text: str = "") -> None:
-        if time.monotonic() - self._last >= REPORTS or fraction >= 1:
-            self._last = time.monotonic()
-            self._say("progress", (min(max(float(fraction), 0.0), 1.0), text))
-
-    def send(self, data: Any) -> None:
-        self._say("data", data)
-
-
-def serve() -> None:
-    """What a worker's process does: tasks from its standard input, reports to its standard output."""
-    orders, reports = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a task prints must not stand between reports
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    tasks: queue.Queue[tuple[str, dict[str, Any]]] = queue.Queue()
-    turn = threading.Lock()
-
-    def listen() -> None:
-        while True:
-            try:
-                tasks.put(pickle.load(orders))
-            except EOFError:  # who started it is gone
-                with suppress(OSError):
-                    os.killpg(0, signal.SIGKILL)
-                os._exit(1)
-
-    def say(kind: str, content: Any) -> None:
-        message = pickle.dumps((kind, content), protocol=pickle.HIGHEST_PROTOCOL)
-        with turn:
-            reports.write(message)
-            reports.flush()
-
-    threading.Thread(target=listen, daemon=True).start()
-    module = importlib.import_module(sys.argv[1])
-    usual = warnings.showwarning
-
-    def showwarning(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
-        if category.__module__.startswith("qtx_lab"):
-            say("warned", str(message))
-        else:
-            usual(message, category, *where, **more)
-
-    warnings.showwarning = showwarning
-    warnings.simplefilter("always", append=True)
-    while True:
-        task, arguments = tasks.get()
-        try:
-            say("done", getattr(module, task)(Report(say), **arguments))
-        except BaseException as error:
-            traceback.print_exc()
-            say("failed", _portable(error))
-
-
-def _portable(error: BaseException) -> Exception:
-    """The error as another process can have it: ours as they are, others by their text."""
-    if isinstance(error, QtxError):
-        with suppress(Exception):
-            pickle.loads(pickle.dumps(error))
-            return error
-    text = " ".join(str(error).split())
-    return RunFailed(f"{type(error).__name__}: {text}" if text else type(error).__name__)
+def _cause_of_death(exit_code: int, stderr: IO[bytes]) -> str:
+    """Why a process died, with the last line that it printed."""
+    stderr.seek(0)
+    last_line = stderr.read().decode(errors="replace").strip().splitlines()[-1:]
+    reason = f"signal {-exit_code}" if exit_code < 0 else f"exit code {exit_code}"
+    hint = " Was the memory exhausted?" if exit_code == -signal.SIGKILL else ""
+    return " ".join([f"The worker's process died of {reason}.{hint}", *last_line])

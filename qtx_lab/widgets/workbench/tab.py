@@ -1,4 +1,4 @@
-"""`Page`: a tab of the workbench, with forms on the left, a picture on the right, and what runs along the bottom."""
+"""`WorkbenchTab`: forms on the left, a picture on the right, and the state of the work along the bottom."""
 
 from __future__ import annotations
 
@@ -10,74 +10,83 @@ from typing import TYPE_CHECKING, Any
 import ipywidgets as widgets
 
 from ...errors import ArgumentError, QtxError, SpecError
-from ..forms import TURN, SpecForm
-from ..views.base import View, drawn, heard_while_busy
-from .process import Pace, Work
+from ..comms import hear_while_busy
+from ..forms import FORM_LOCK, SpecForm
+from ..throttle import ThrottledCall
+from ..views.base import View, render_figure
+from .process import Work
 
 if TYPE_CHECKING:
     from .workbench import Workbench
 
-FOLLOW = 0.1
-"""Least seconds between two pictures of the same progress."""
+STATUS_INTERVAL_S = 0.1
+"""Seconds between two drawings of the status line, at least."""
 
 
-class Page:
-    """One tab. `start()` does what its primary button does, `work` is what runs, `result` what came of it last.
+class WorkbenchTab:
+    """One tab of the workbench. `start()` does what its primary button does.
 
-    Each page overrides what it needs: `arguments` of its `task`, and `show` for the picture.
+    A tab overrides what it needs: `arguments` for its `task`, and `show` for the picture.
+
+    Attributes
+    ----------
+    work : Work or None
+        What was started last.
+    result : dict or None
+        What came of it, or the part of it that has arrived.
 
     Parameters
     ----------
     bench : Workbench
     forms : mapping
-        By name, the first being `form`. Changes of any are kept in the run, and mark the picture as stale.
-    views : widgets
-        The picture; shown as soon as there is a result.
+        Forms by name; the first one is `form`. Their changes are saved in the run, and mark the picture as stale.
+    *views : widgets
+        The picture; it is shown as soon as there is a result.
     """
 
     name = title = ""
     button = ""
-    """What the primary button says."""
-    first = ""
-    """What to do first, shown where there is no picture yet."""
+    """The label of the primary button."""
+    first_step = ""
+    """What to do first, shown (as HTML) while there is no picture."""
     task = ""
-    """A function of `tasks`."""
+    """Name of a function of `tasks`."""
 
     def __init__(self, bench: Workbench, forms: Mapping[str, SpecForm], *views: widgets.Widget):
         self.bench, self.forms = bench, dict(forms)
         self.work: Work | None = None
         self.result: dict[str, Any] | None = None
-        self._made_by: dict[str, Any] | None = None
-        self._turn, self._bar_turn = threading.RLock(), threading.RLock()
-        self._draw_bar = Pace(self._show_bar, FOLLOW)
-        self.redraw_bar = self._draw_bar.ask
+        self._forms_of_result: dict[str, Any] | None = None
+        self._lock, self._status_lock = threading.RLock(), threading.RLock()
+        self._status_call = ThrottledCall(self._draw_status, STATUS_INTERVAL_S)
 
-        self._run = widgets.Button(description=self.button, button_style="primary")
-        self._cancel = widgets.Button(description="Cancel", disabled=True)
-        self._bar, self._told = widgets.HTML(), widgets.HTML()
+        self._start_button = widgets.Button(description=self.button, button_style="primary")
+        self._cancel_button = widgets.Button(description="Cancel", disabled=True)
+        self._status, self._message = widgets.HTML(), widgets.HTML()
         self.views = widgets.VBox(views).add_class("qtx-wb-views")
-        heard_while_busy(self._run, self._cancel)
-        self._run.on_click(lambda _: self._begin())
-        self._cancel.on_click(lambda _: self.cancel())
+        hear_while_busy(self._start_button, self._cancel_button)
+        self._start_button.on_click(lambda _: self._start_or_explain())
+        self._cancel_button.on_click(lambda _: self.cancel())
         for form in self.forms.values():
-            form.observe(lambda _: self._changed(), "spec")
-        act = widgets.HBox([self._run, self._cancel]).add_class("qtx-wb-act")
-        controls = widgets.VBox([act, *self.forms.values()]).add_class("qtx-wb-controls")
-        picture = widgets.VBox([self._told, self.views]).add_class("qtx-wb-picture")
+            form.observe(lambda _: self._form_changed(), "spec")
+        buttons = widgets.HBox([self._start_button, self._cancel_button]).add_class("qtx-wb-act")
+        controls = widgets.VBox([buttons, *self.forms.values()]).add_class("qtx-wb-controls")
+        picture = widgets.VBox([self._message, self.views]).add_class("qtx-wb-picture")
         body = widgets.Box([controls, picture]).add_class("qtx-wb-body")
         self.widget = (
-            widgets.VBox([body, self._bar]).add_class("qtx-wb-page").add_class(f"qtx-wb-of-{self.name}")
+            widgets.VBox([body, self._status]).add_class("qtx-wb-page").add_class(f"qtx-wb-of-{self.name}")
         )
-        self._tell()
-        self._show_bar()
+        self._show_message()
+        self._draw_status()
 
     @property
     def form(self) -> SpecForm:
-        """The page's first form."""
+        """The first form of the tab."""
         return next(iter(self.forms.values()))
 
     @property
     def busy(self) -> bool:
+        """Whether its work is running."""
         return self.work is not None and self.work.state == "running"
 
     def state(self) -> dict[str, Any]:
@@ -85,52 +94,59 @@ class Page:
         return {title: form.spec.to_parameters() for title, form in self.forms.items()}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Show kept fields; a form of another version that does not fit any more is left at its defaults, and told."""
+        """Show saved fields; a form that does not fit them, because the version differs, says so and is left alone."""
         for title, form in self.forms.items():
             if title in state:
                 try:
                     form.spec = type(form.spec).from_parameters(state[title])
                 except SpecError as error:
-                    self._tell(f"The form {title!r} could not be restored: {error}")
+                    self._show_message(f"The form {title!r} could not be restored: {error}")
 
     def arguments(self) -> dict[str, Any]:
-        """What the task is called with."""
+        """The arguments of the task."""
         return {}
 
     def show(self, result: dict[str, Any]) -> None:
-        """Draw what came of the task, or of a part of it."""
+        """Draw what came of the task, or a part of it."""
 
     def picture(self) -> bytes | None:
         """What is shown, as PNG; None where there is nothing to show."""
-        places = [child for place in self.views.children for child in getattr(place, "children", ())]
-        views = [view for view in places if isinstance(view, View)]
-        return drawn(views[0].figure) if views and self.result is not None else None
+        boxes = [box for box in self.views.children if isinstance(box, widgets.Box)]
+        views = [view for box in boxes for view in box.children if isinstance(view, View)]
+        return render_figure(views[0].figure) if views and self.result is not None else None
 
     def cost(self) -> str:
-        """What it takes, for the line at the bottom."""
+        """What the work costs, for the status line."""
         return ""
 
     def start(self, **changes: Any) -> Work:
-        """Begin; the work goes on by itself. `changes` are arguments of the task in place of the page's own.
+        """Start the work, and return it while it runs.
+
+        Parameters
+        ----------
+        **changes
+            Arguments of the task in place of the tab's own.
 
         Raises
         ------
+        SpecError
+            If a form holds something that is not allowed.
         ArgumentError
-            If it is running already, or (a SpecError) if a form holds something that is not allowed.
+            If the work is running already.
         """
         for form in self.forms.values():
             if not form.valid:
                 raise SpecError(" ".join(form.problems.values()))
-        with TURN:
-            made_by, arguments = self.state(), {**self.arguments(), **changes}
-        with self._turn:
+        with FORM_LOCK:
+            forms, arguments = self.state(), {**self.arguments(), **changes}
+        with self._lock:
             if self.busy:
                 raise ArgumentError(f"{self.name} is running: cancel it, or wait for its end.")
-            self.work = self.bench.begin(self.task, arguments, self._follow, self._take)
-            self._made_by = made_by
-            self._tell()
-        self.bench.remember()
-        self._draw_bar.ask()
+            self.work = self.bench.start_task(self.task, arguments, self._work_changed, self._show_part)
+            self._forms_of_result = forms
+            self._show_message()
+        self.bench.request_save()
+        self.request_status()
         return self.work
 
     def cancel(self) -> None:
@@ -138,96 +154,106 @@ class Page:
         if self.work is not None:
             self.work.cancel()
 
-    def put(self, result: dict[str, Any], made_by: Mapping[str, Any] | None = None) -> None:
-        """Show a result that was kept."""
-        self.result, self._made_by = result, dict(made_by or self.state())
+    def show_saved(self, result: dict[str, Any], forms: Mapping[str, Any] | None = None) -> None:
+        """Show a result that was saved, and that these forms led to."""
+        self.result, self._forms_of_result = result, dict(forms or self.state())
         self.show(result)
-        self._tell()
-        self._show_bar()
+        self._show_message()
+        self._draw_status()
 
-    def _begin(self) -> None:
+    def request_status(self) -> None:
+        """Draw the status line soon."""
+        self._status_call.request()
+
+    def _start_or_explain(self) -> None:
+        """Start, or say in the tab why not: what the button does."""
         try:
             self.start()
         except QtxError as error:
-            self._tell(str(error))
+            self._show_message(str(error))
 
-    def _take(self, data: Any) -> None:
-        """A part of a result, from the worker."""
+    def _show_part(self, data: Any) -> None:
+        """Show a part of a result that the worker sends."""
         self.result = data
         self.show(data)
-        self._tell()
+        self._show_message()
 
-    def _follow(self, work: Work) -> None:
-        """The work has changed: called by the thread that listens to the worker, or that cancels."""
-        with self._turn:  # not before `start` has said which work it is
+    def _work_changed(self, work: Work) -> None:
+        """Follow the work; called by the thread that reads the worker's messages, or that cancels."""
+        with self._lock:  # not before `start` has set `self.work`
             if work is not self.work:
                 return
         if work.state == "done":
             self.result = work.result
             try:
                 self.show(work.result)
-                self.bench.keep(self.name, work.result, self._made_by or {})
+                self.bench.save_result(self.name, work.result, self._forms_of_result or {})
             except QtxError as error:
-                self._tell(str(error))
+                self._show_message(str(error))
             else:
-                self._tell()
+                self._show_message()
         elif work.state == "failed":
-            self._tell(f"{work.error}{' The last picture is kept.' if self.result else ''}")
+            self._show_message(f"{work.error}{' The last picture is kept.' if self.result else ''}")
         elif work.state == "cancelled":
-            self._tell()
+            self._show_message()
         if work.state == "running":
-            self._draw_bar.ask()
+            self.request_status()
         else:
-            self._show_bar()
+            self._draw_status()
 
-    def _changed(self) -> None:
-        self.bench.remember()
-        self._draw_bar.ask()
+    def _form_changed(self) -> None:
+        self.bench.request_save()
+        self.request_status()
 
-    def _stale(self) -> bool:
-        return self.result is not None and not self.busy and self._made_by != self.state()
+    def _is_stale(self) -> bool:
+        return self.result is not None and not self.busy and self._forms_of_result != self.state()
 
-    def _tell(self, problem: str = "") -> None:
-        """What went wrong, or what to do first, where the picture is."""
+    def _show_message(self, problem: str = "") -> None:
+        """Say what went wrong, or what to do first, in the place of the picture."""
         if problem:
-            self._told.value = f'<div class="qtx-wb-error" role="alert">{html.escape(problem)}</div>'
+            self._message.value = f'<div class="qtx-wb-error" role="alert">{html.escape(problem)}</div>'
         elif self.result is None:
-            first = "The first picture comes here." if self.busy else self.first
-            self._told.value = f'<div class="qtx-wb-empty">{first}</div>'
+            text = "The first picture comes here." if self.busy else self.first_step
+            self._message.value = f'<div class="qtx-wb-empty">{text}</div>'
         else:
-            self._told.value = ""
+            self._message.value = ""
         self.views.layout.display = None if self.result is not None else "none"
 
-    def _show_bar(self) -> None:
-        with self._bar_turn:  # who comes second must not show what was earlier
-            self._make_bar()
-
-    def _make_bar(self) -> None:
-        """The line at the bottom: state, progress and time left, cost."""
-        work, busy = self.work, self.busy
-        self._run.disabled, self._cancel.disabled = busy, not busy
-        stale = self._stale()
-        for mark, on in (("qtx-wb-busy", busy), ("qtx-wb-stale", stale)):
-            self.views.add_class(mark) if on else self.views.remove_class(mark)
-        state, meter = "ready", ""
-        if work is not None:
-            state = {"running": work.text or "starting", "done": f"done in {work.seconds:.1f} s"}.get(
-                work.state, f"{work.state} after {work.seconds:.1f} s"
+    def _draw_status(self) -> None:
+        """The status line: state, progress and time left, cost, and the run."""
+        with self._status_lock:  # so that an older state is never drawn over a newer one
+            work, busy, stale = self.work, self.busy, self._is_stale()
+            self._start_button.disabled, self._cancel_button.disabled = busy, not busy
+            for css_class, active in (("qtx-wb-busy", busy), ("qtx-wb-stale", stale)):
+                self.views.add_class(css_class) if active else self.views.remove_class(css_class)
+            meter = ""
+            if busy and work is not None:
+                meter = f'<progress max="1" value="{work.fraction:.3f}" aria-label="{self.name}: progress"></progress>'
+            text = html.escape(_state_text(work, stale))
+            self._status.value = (
+                f'<div class="qtx-wb-bar"><span class="qtx-wb-state" role="status">{text}</span>{meter}'
+                f'<span class="qtx-wb-cost">{self.cost()}</span>'
+                f'<span class="qtx-wb-run">{self.bench.storage_note()}</span></div>'
             )
-        if busy and work is not None:
-            meter = f'<progress max="1" value="{work.fraction:.3f}" aria-label="{self.name}: progress"></progress>'
-            left = work.seconds_left
-            state += f", {work.fraction:.0%}" + ("" if left is None else f", about {_duration(left)} left")
-        elif stale:
-            state += "; the form has changed since"
-        if work is not None and work.warned:
-            state += f"; {len(work.warned)} warning{'s' * (len(work.warned) > 1)}"
-        parts = [f'<span class="qtx-wb-state" role="status">{html.escape(state)}</span>', meter]
-        parts += [
-            f'<span class="qtx-wb-cost">{self.cost()}</span>',
-            f'<span class="qtx-wb-run">{self.bench.where()}</span>',
-        ]
-        self._bar.value = f'<div class="qtx-wb-bar">{"".join(parts)}</div>'
+
+
+def _state_text(work: Work | None, stale: bool) -> str:
+    """The state of the work in words."""
+    if work is None:
+        text = "ready"
+    elif work.state == "running":
+        left = work.seconds_left
+        text = f"{work.text or 'starting'}, {work.fraction:.0%}"
+        text += "" if left is None else f", about {_duration(left)} left"
+    elif work.state == "done":
+        text = f"done in {work.seconds:.1f} s"
+    else:
+        text = f"{work.state} after {work.seconds:.1f} s"
+    if stale:
+        text += "; the form has changed since"
+    if work is not None and work.warnings:
+        text += f"; {len(work.warnings)} warning{'s' * (len(work.warnings) > 1)}"
+    return text
 
 
 def _duration(seconds: float) -> str:

@@ -1,0 +1,107 @@
+"""Files of the workbench in its run: results of the tabs, and the inputs that a user gave."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from ...errors import StorageError
+from ...storage import storage_error, write_atomic, write_tensors
+
+MAX_RESULT_BYTES = 256 << 20
+"""Bytes of a result that is saved in the run, at most."""
+
+
+def write_result(path: Path, result: Mapping[str, Any], forms: Mapping[str, Any]) -> None:
+    """Write a result, whole or not at all.
+
+    Parameters
+    ----------
+    path : Path
+        Of the `.npz` file; its folder is made.
+    result : mapping
+        Arrays, and values that JSON knows.
+    forms : mapping
+        The fields of the forms that led to it.
+
+    Raises
+    ------
+    StorageError
+        If it is too large, or cannot be written.
+    """
+    arrays = {name: value for name, value in result.items() if isinstance(value, np.ndarray)}
+    if sum(array.nbytes for array in arrays.values()) > MAX_RESULT_BYTES:
+        raise StorageError(
+            f"The result of {path.stem} is not saved for a restart: it has more than {MAX_RESULT_BYTES >> 20} MiB."
+        )
+    values = {name: value for name, value in result.items() if name not in arrays}
+    text = json.dumps({"result": values, "made_by": forms}, allow_nan=True).encode()
+    content = io.BytesIO()
+    arrays["json"] = np.frombuffer(text, np.uint8)
+    np.savez(content, allow_pickle=False, **arrays)
+    try:
+        path.parent.mkdir(exist_ok=True)
+    except OSError as error:
+        raise storage_error(path.parent, error) from error
+    write_atomic(path, content.getvalue())
+
+
+def read_result(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A result that `write_result` wrote, and the fields of the forms that led to it.
+
+    Raises
+    ------
+    StorageError
+        If it cannot be read.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        content = json.loads(arrays.pop("json").tobytes())
+        return {**content["result"], **arrays}, content["made_by"]
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        raise StorageError(f"Cannot read {path}: {error}.") from error
+
+
+def write_inputs(
+    path: Path, q: Tensor, k: Tensor, v: Tensor, tokens: Sequence[str] | None, is_causal: bool
+) -> None:
+    """Write q, k and v for the workers, as (layers, heads, positions, features).
+
+    Raises
+    ------
+    ShapeError, DtypeError, ArgumentError
+        If they do not fit each other, or the tokens do not fit them.
+    StorageError
+        If they cannot be written.
+    """
+    from ...attention import sampled_attention
+    from ...errors import DtypeError, ShapeError
+
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor):
+            raise DtypeError(f"{name} is a {type(x).__name__}; it must be a Tensor.")
+        if x.ndim not in (2, 3, 4):
+            raise ShapeError(
+                f"{name} has shape {tuple(x.shape)}; it must be (L, E), (H, L, E) or (layers, H, L, E)."
+            )
+    q, k, v = (x.detach().cpu()[(None,) * (4 - x.ndim)].contiguous() for x in (q, k, v))
+    sampled_attention(  # refuses what does not fit
+        q[:1, :, :1], k[:1], v[:1], num_samples=1, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    layers = [len(q), len(k), len(v)]
+    if len(set(layers)) > 1:
+        raise ShapeError(f"q, k, v have {layers} layers; they must have the same.")
+    if tokens is not None and len(tokens) != k.shape[-2]:
+        raise ShapeError(
+            f"tokens has {len(tokens)} entries; there are {k.shape[-2]} keys, and each needs one."
+        )
+    about = {"tokens": json.dumps(list(tokens or ())), "is_causal": json.dumps(bool(is_causal))}
+    write_tensors(path, {"q": q, "k": k, "v": v}, about)

@@ -1,0 +1,127 @@
+"""The tab Circuit: rows as circuits, on a simulator or on the twin of a device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import ipywidgets as widgets
+import torch
+from torch import Tensor
+
+from ....specs.base import CircuitSpec, Spec, Whole
+from ...forms import FORM_LOCK, SpecForm
+from ..tab import WorkbenchTab
+from .html_parts import field_groups, form_field, rows_table, spaced
+
+if TYPE_CHECKING:
+    from ...views.circuit import CircuitView
+    from ..workbench import Workbench
+
+MAX_ROWS = 16
+"""Rows that are sent to a circuit at a time."""
+
+TWIN = CircuitSpec.model_construct(device="fake_fez")
+"""The device at first. It is not checked, because that would load qiskit, which takes seconds, in the cell that makes
+a workbench."""
+
+
+class RowsSpec(Spec):
+    """Which rows of the head are measured."""
+
+    rows: tuple[Whole, ...] = form_field(
+        (15, 31),
+        "Queries whose rows are measured, counted from 0.",
+        "",
+        "rows",
+        min_length=1,
+        max_length=MAX_ROWS,
+    )
+
+
+class CircuitTab(WorkbenchTab):
+    """Rows as circuits, on a simulator or on the twin of a device."""
+
+    name, title, button, task = "circuit", "Circuit", "Measure rows", "measure"
+    first_step = "Press <b>Measure rows</b> to load rows of the head into a circuit and measure it."
+
+    def __init__(self, bench: Workbench):
+        groups = field_groups(CircuitSpec)
+        fields = [name for name, group in groups.items() if group != "IBM" and name != "provider"]
+        forms = {"circuit": SpecForm(TWIN, fields), "rows": SpecForm(RowsSpec)}
+        self._table, self.view_box = widgets.HTML(), widgets.VBox()
+        self.view: CircuitView | None = None
+        self._view_inputs: Any = None
+        super().__init__(bench, forms, self.view_box, self._table)
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """The queries whose rows are measured."""
+        spec = self.forms["rows"].spec
+        assert isinstance(spec, RowsSpec)
+        return spec.rows
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of the task."""
+        sample = self.bench.sample.arguments()
+        return {
+            **{name: sample[name] for name in ("source", "layer", "head", "seed")},
+            "rows": list(self.rows),
+            "circuit": self.form.spec.to_parameters(),
+        }
+
+    def show(self, result: dict[str, Any]) -> None:
+        """Show the table of the rows, and the measurement of one of them in the view."""
+        self._table.value = rows_table(result)
+        spec = CircuitSpec(**(self._forms_of_result or self.state())["circuit"])
+        inputs = (spec.model_copy(update={"shots": 1}), result["p"].tobytes())
+        if self.view is None or inputs != self._view_inputs:
+            self.view = self._make_view(spec, torch.from_numpy(result["p"]), result["rows"])
+            self._view_inputs = inputs
+        self.view.shots = spec.shots
+        self._fill_view()
+
+    def _make_view(self, spec: CircuitSpec, p: Tensor, queries: Iterable[int]) -> CircuitView:
+        """A view of the circuit of these rows; its zero-noise fit has the levels of the Mitigate tab."""
+        # This loads qiskit, as the check of a circuit's form does, and two threads must not do so at the same time.
+        with FORM_LOCK:
+            from ...views.circuit import CircuitView
+        mitigation = self.bench.mitigate.form
+        levels, extrapolation = self.bench.mitigate.fit_settings()
+        view = CircuitView(spec.build(), shots=spec.shots, noise_levels=levels, method=extrapolation, seed=0)
+        view.show_rows(p, names=[f"query {i}" for i in queries])
+        view.observe(lambda _: self._fill_view(), "row")
+        view.observe(
+            lambda change: mitigation.enter(noise_levels=[f"{x:g}" for x in change.new]), "noise_levels"
+        )
+        view.observe(lambda change: mitigation.enter(extrapolation=change.new), "method")
+        self.view_box.children = self.bench.mitigate.view_box.children = (view,)
+        return view
+
+    def _fill_view(self) -> None:
+        """Show what was measured of the row that the view shows."""
+        view, result = self.view, self.result
+        if view is None or result is None or view.num_rows != len(result["rows"]):
+            return
+        from ....backends import RowCounts  # loads qiskit, as the view has
+
+        one, shots = slice(view.row, view.row + 1), int(result["shots"])
+        counts, classical, discarded = (
+            torch.from_numpy(result[name])[one] for name in ("counts", "classical", "discarded")
+        )
+        diagnostics = {
+            "fallbacks": result["fallbacks"],
+            "not_modelled": result["facts"].get("not_modelled", ()),
+        }
+        baseline = RowCounts(classical, torch.zeros_like(discarded), shots)
+        curve = [
+            {name: x if name == "shots" else x[view.row] for name, x in point.items()}
+            for point in result["curve"]
+        ]
+        view.fill(RowCounts(counts, discarded, shots, baseline, diagnostics), curve)
+
+    def cost(self) -> str:
+        """Rows and shots of the next measurement."""
+        spec = self.form.spec
+        assert isinstance(spec, CircuitSpec)
+        return f"{len(self.rows)} rows × {spaced(spec.shots)} shots"

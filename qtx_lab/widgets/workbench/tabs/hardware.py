@@ -1,0 +1,54 @@
+"""The tab Hardware: rows on a device, as a job that is recorded before it is submitted."""
+
+from __future__ import annotations
+
+import html
+from typing import TYPE_CHECKING, Any
+
+import ipywidgets as widgets
+
+from ....specs.base import CircuitSpec
+from ...forms import SpecForm
+from ..tab import WorkbenchTab
+from .circuit import TWIN
+from .html_parts import field_groups, rows_table, spaced
+
+if TYPE_CHECKING:
+    from ..workbench import Workbench
+
+
+class HardwareTab(WorkbenchTab):
+    """Rows on a device or on its twin, as a job that is recorded before it is submitted."""
+
+    name, title, button, task = "hardware", "Hardware", "Submit rows", "submit"
+    first_step = (
+        "Press <b>Submit rows</b> to run the rows of the Circuit tab as a job; a twin needs no account."
+    )
+
+    def __init__(self, bench: Workbench):
+        groups = field_groups(CircuitSpec)
+        fields = [name for name, group in groups.items() if group not in ("noise", "hybrid")]
+        self._table = widgets.HTML()
+        super().__init__(bench, {"device": SpecForm(TWIN, fields)}, self._table, bench.job_box)
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of the task."""
+        return {
+            **self.bench.circuit.arguments(),
+            "circuit": self.form.spec.to_parameters(),
+            "home": self.bench.runs_folder(),
+        }
+
+    def show(self, result: dict[str, Any]) -> None:
+        """Show the table of the rows, and the jobs."""
+        saved = (
+            f"<p>Saved in the run <code>{html.escape(result['run'])}</code>.</p>" if "run" in result else ""
+        )
+        self._table.value = saved + rows_table(result)
+        self.bench.list_jobs()
+
+    def cost(self) -> str:
+        """Rows and shots of the next job."""
+        spec = self.form.spec
+        assert isinstance(spec, CircuitSpec)
+        return f"{len(self.bench.circuit.rows)} rows × {spaced(spec.shots)} shots"

@@ -1,0 +1,35 @@
+"""The tab Runs: all runs and jobs, newest first."""
+
+from __future__ import annotations
+
+import html
+from typing import TYPE_CHECKING, Any
+
+import ipywidgets as widgets
+
+from ..tab import WorkbenchTab
+from .html_parts import spaced
+
+if TYPE_CHECKING:
+    from ..workbench import Workbench
+
+
+class RunsTab(WorkbenchTab):
+    """All runs and jobs, newest first."""
+
+    name, title, button, task = "runs", "Runs", "Refresh", "list_runs"
+    first_step = "Press <b>Refresh</b> to list the runs."
+
+    def __init__(self, bench: Workbench):
+        self._heading = widgets.HTML()
+        super().__init__(bench, {}, self._heading, bench.job_box)
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of the task."""
+        return {"home": str(self.bench.home)}
+
+    def show(self, result: dict[str, Any]) -> None:
+        """Show how many runs there are, and list them."""
+        self.bench.list_jobs()
+        home = html.escape(result["home"])
+        self._heading.value = f"<p><b>{spaced(result['all'])} runs in {home}</b></p>"

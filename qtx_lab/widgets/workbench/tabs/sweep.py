@@ -1,0 +1,77 @@
+"""The tab Sweep: the same notebook for many values of its parameters."""
+
+from __future__ import annotations
+
+import base64
+import html
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import ipywidgets as widgets
+
+from ....specs.base import ClusterSpec, SweepSpec
+from ...forms import SpecForm
+from ..tab import WorkbenchTab
+from .html_parts import head_row, notes_list, spaced
+
+if TYPE_CHECKING:
+    from ..workbench import Workbench
+
+
+class SweepTab(WorkbenchTab):
+    """The same notebook for many values of its parameters."""
+
+    name, title, button, task = "sweep", "Sweep", "Sweep", "sweep"
+    first_step = "Press <b>Sweep</b> to run a notebook once for every combination of the grid's values."
+
+    def __init__(self, bench: Workbench):
+        plan = SweepSpec(
+            notebook="00_quickstart",
+            sha256="0" * 64,  # of no file: the sweep that is started has the right one
+            grid={"sampler": ["systematic", "head-tail"]},
+            parameters={"num_tokens": 128, "num_windows": 1, "sample_counts": [8, 32]},
+        )
+        fields = [name for name in SweepSpec.model_fields if name != "sha256"]
+        forms = {"plan": SpecForm(plan, fields), "cluster": SpecForm(ClusterSpec(kind="local"))}
+        self._table = widgets.HTML()
+        super().__init__(bench, forms, self._table)
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of the task."""
+        return {"home": self.bench.runs_folder(), **self.state()}
+
+    def show(self, result: dict[str, Any]) -> None:
+        """Show the figure and the table of the sweep."""
+        pictures = "".join(
+            f"<img class='qtx-wb-{theme}' alt='{html.escape(result['caption'])}' "
+            f"src='data:image/png;base64,{base64.b64encode(result[theme].tobytes()).decode()}'>"
+            for theme in ("light", "dark")
+            if theme in result
+        )
+        rows = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(_short(value))}</td>" for value in row) + "</tr>"
+            for row in result["rows"]
+        )
+        count, status = len(result["rows"]), html.escape(result["status"])
+        self._table.value = (
+            f"<p><b>{count} notebooks; the sweep is {status}</b></p>{pictures}"
+            "<div class='qtx-wb-wide' tabindex='0' role='region' aria-label='Table of the sweep'>"
+            f"<table class='qtx-wb-table'><thead>{head_row(result['columns'])}</thead>"
+            f"<tbody>{rows}</tbody></table></div>"
+            + notes_list([], f"Saved in the run <code>{html.escape(result['run'])}</code>.")
+        )
+
+    def picture(self) -> bytes | None:
+        """The figure of the sweep as PNG, where it has one."""
+        return self.result["light"].tobytes() if self.result and "light" in self.result else None
+
+    def cost(self) -> str:
+        """Notebooks of the next sweep."""
+        spec = self.form.spec
+        assert isinstance(spec, SweepSpec)
+        combinations = prod(len(values) for values in spec.grid.values()) if spec.grid else 0
+        return f"{spaced(combinations * spec.repeats)} notebooks"
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)

@@ -1,0 +1,114 @@
+"""The tab Train: training with sampled attention."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import ipywidgets as widgets
+
+from ....specs.base import ClusterSpec, Spec, Switch, TrainSpec
+from ...forms import SpecForm
+from ...views.stream import MetricStream
+from ..process import Work
+from ..tab import WorkbenchTab
+from .html_parts import form_field, notes_list, spaced
+
+if TYPE_CHECKING:
+    from ..workbench import Workbench
+
+CURVES = {
+    "bits_per_byte": "training",
+    "held_out_bits_per_byte_exact": "held out, exact",
+    "held_out_bits_per_byte_sampled": "held out, sampled",
+}
+"""The metrics of a training that are drawn as curves, and how they are called in the picture."""
+
+LAST_STEP = {
+    "step": "step",
+    "loss": "loss, nats a token",
+    "bits_per_byte": "bits per byte",
+    "draws": "draws a row",
+    "gradient_norm": "gradient norm",
+    "tokens_per_second": "tokens per second",
+}
+"""The metrics of the last step that are listed, and how they are called."""
+
+
+class WhereSpec(Spec):
+    """Where a model is trained."""
+
+    distributed: Switch = form_field(
+        False, "Over the workers of the cluster below; otherwise in one process.", "yes or no", "where"
+    )
+
+
+class TrainTab(WorkbenchTab):
+    """Training with sampled attention."""
+
+    name, title, button, task = "train", "Train", "Train", "train"
+    first_step = "Press <b>Train</b> to train the reference model with sampled attention."
+
+    def __init__(self, bench: Workbench):
+        forms = {
+            "training": SpecForm(TrainSpec(steps=100)),
+            "where": SpecForm(WhereSpec),
+            "cluster": SpecForm(ClusterSpec),
+        }
+        self._summary, self._curve_box = widgets.HTML(), widgets.VBox()
+        self._work_of_curves: Work | None = None
+        super().__init__(bench, forms, self._curve_box, self._summary)
+
+    def show_saved(self, result: dict[str, Any], forms: Mapping[str, Any] | None = None) -> None:
+        """Show a training that was saved."""
+        self._new_curves()
+        self._push(result["rows"])
+        super().show_saved(result, forms)
+
+    def _new_curves(self) -> None:
+        self.curves = MetricStream("Loss of each step", x_label="step", y_label="bits per byte")
+        self._curve_box.children = (self.curves,)
+
+    def _show_part(self, data: Any) -> None:
+        with self._lock:  # not before `start` has set `self.work`
+            work = self.work
+        if work is not self._work_of_curves:
+            self._new_curves()
+            self._work_of_curves = work
+        self._push(data["rows"])
+        super()._show_part(data)
+
+    def _push(self, rows: list[dict[str, Any]]) -> None:
+        for metric, curve in CURVES.items():
+            measured = [row for row in rows if row.get(metric) is not None]
+            if measured:
+                self.curves.push(curve, [row["step"] for row in measured], [row[metric] for row in measured])
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of the task."""
+        state = self.state()
+        return {
+            "home": self.bench.runs_folder(),
+            "training": state["training"],
+            "cluster": state["cluster"],
+            **state["where"],
+        }
+
+    def show(self, result: dict[str, Any]) -> None:
+        """List the metrics of the last step."""
+        last = result["rows"][-1]
+        cells = "".join(
+            f"<tr><th scope='row'>{label}</th><td>{last[metric]:.4g}</td></tr>"
+            for metric, label in LAST_STEP.items()
+            if last.get(metric) is not None
+        )
+        saved = f"Saved in the run <code>{html.escape(result['run'])}</code>."
+        notes = notes_list([*result.get("faults", []), *result.get("notes", [])], saved)
+        self._summary.value = f"<table class='qtx-wb-table'><tbody>{cells}</tbody></table>{notes}"
+
+    def cost(self) -> str:
+        """Steps and tokens of the next training."""
+        spec = self.form.spec
+        assert isinstance(spec, TrainSpec)
+        return f"{spaced(spec.steps)} steps × {spaced(spec.batch_size * spec.num_tokens)} tokens"

@@ -1,0 +1,21 @@
+"""What the workbench's workers do: each task takes specs as plain parameters, and returns arrays and plain values."""
+
+from __future__ import annotations
+
+from .circuits import measure, submit
+from .inputs import Inputs, exact_weights, load_inputs
+from .runs import list_runs, sweep
+from .sampling import sample
+from .training import train
+
+__all__ = [
+    "Inputs",
+    "exact_weights",
+    "list_runs",
+    "load_inputs",
+    "measure",
+    "sample",
+    "submit",
+    "sweep",
+    "train",
+]

@@ -80,7 +80,7 @@ def demo(home: Path | None, **options: Any) -> None:
     Takes less than a minute on two cores. A text needs at least one byte more than a window has.
     """
     from .experiments.notebooks import run_notebook
-    from .specs.base import ExperimentSpec
+    from .specs import ExperimentSpec
 
     spec = ExperimentSpec(**{name: value for name, value in options.items() if value is not None})
     run = run_notebook("00_quickstart", spec, home=home, name="demo")
@@ -103,7 +103,7 @@ def run(notebook: str, parameters: tuple[tuple[str, str], ...], name: str | None
 
 
 def _parsed(parameters: tuple[tuple[str, str], ...]) -> dict[str, Any]:
-    from .specs.base import read_yaml
+    from .specs import read_yaml
 
     values: dict[str, Any] = {}
     for name, text in parameters:
@@ -151,7 +151,7 @@ def sweep(
 ) -> None:
     """Run NOTEBOOK for every combination of values; the last line is the report's path."""
     from .experiments.sweeps import sweep as run_sweep
-    from .specs.base import ClusterSpec, read_yaml
+    from .specs import ClusterSpec, read_yaml
 
     values: dict[str, Any] = {}
     for text in grid:
@@ -242,7 +242,7 @@ def spec(kind: str) -> None:
     KIND is experiment, sampler, control, circuit, mitigation, train, cluster, notebook or sweep.
     """
     from .errors import unknown_name
-    from .specs.base import SPECS
+    from .specs import SPECS
 
     if kind not in SPECS:
         raise unknown_name("kind", kind, SPECS)
@@ -361,7 +361,7 @@ class TrainCommand(click.Command):
     """A command with a flag for each field of `TrainSpec`, which is loaded only when it is needed."""
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        from .specs.base import TrainSpec
+        from .specs import TrainSpec
 
         flags = []
         for name, field in TrainSpec.model_fields.items():
@@ -372,7 +372,7 @@ class TrainCommand(click.Command):
 
 def _flag(kind: Any, text: str) -> Any:
     """What a flag's value means: itself for a text, else YAML, but `none` is nothing, and 1e-3 (YAML: a text) a number."""
-    from .specs.base import read_yaml
+    from .specs import read_yaml
 
     if kind is str or text == "none":
         return text if kind is str else None
@@ -413,7 +413,7 @@ def train(
 
     A flag sets a field of the spec, over what SPEC.yaml says. Without --cluster, in one process.
     """
-    from .specs.base import ClusterSpec, TrainSpec
+    from .specs import ClusterSpec, TrainSpec
 
     kinds = {name: field.annotation for name, field in TrainSpec.model_fields.items()}
     given = {name: _flag(kinds[name], text) for name, text in flags.items() if text is not None}

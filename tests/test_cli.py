@@ -13,7 +13,7 @@ import qtx_lab
 from qtx_lab.cli import main
 from qtx_lab.errors import RunFailed
 from qtx_lab.experiments.runs import Run
-from qtx_lab.specs.base import ExperimentSpec
+from qtx_lab.specs import ExperimentSpec
 
 
 def call(*arguments: object):

@@ -15,7 +15,8 @@ import nbformat
 from ..experiments.notebooks import THREADS, run_notebook
 from ..experiments.runs import Run, runs
 from ..experiments.sweeps import sweep
-from ..specs.base import ClusterSpec, ExperimentSpec
+from ..specs import ExperimentSpec
+from ..training import open_cluster
 from .base import BenchRow, span, time_in_turns
 
 PARAMETERS = "x = 0\nout = ''"
@@ -125,7 +126,7 @@ def bench_notebooks(case: str, path: Path, folder: Path, turns: int, count: int)
     import papermill
 
     start = time.perf_counter()
-    with ClusterSpec(kind="local", num_workers=1).build() as cluster:
+    with open_cluster("local", num_workers=1) as cluster:
 
         def bare(out: str) -> None:
             for x in range(count):

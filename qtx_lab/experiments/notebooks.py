@@ -22,7 +22,7 @@ import yaml
 
 from ..errors import ArgumentError, QtxError, RunFailed, SpecError, TextError
 from ..models.reference import read_text
-from ..specs.base import SPECS, ExperimentSpec, NotebookSpec, Spec, nearest
+from ..specs import SPECS, ExperimentSpec, NotebookSpec, Spec, nearest
 from ..storage import storage_error, sync_file
 from .report import write_report
 from .runs import Run

@@ -13,9 +13,8 @@ from typing import Any
 
 import jinja2
 
-from .. import __version__
+from .. import __version__, specs
 from ..errors import StorageError
-from ..specs import base as specs
 from ..storage import read_frame, write_atomic
 from ..theme import COLOURS
 from .runs import Run

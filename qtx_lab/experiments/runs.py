@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from ..backends import QiskitQuantumBackend
-    from ..specs.base import Spec
+    from ..specs import Spec
     from .listing import RunTable
 
 STATUSES = ("running", "done", "failed", "interrupted")

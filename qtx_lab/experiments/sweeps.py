@@ -31,9 +31,9 @@ from ..errors import (
     SpecError,
     StorageError,
 )
-from ..specs.base import ClusterSpec, Spec, SweepSpec
+from ..specs import ClusterSpec, Spec, SweepSpec
 from ..storage import runs_home, write_atomic, write_frame
-from ..training.cluster import Cluster
+from ..training.cluster import Cluster, open_cluster
 from .figures import comparison
 from .listing import RunTable, run_table
 from .notebooks import as_word, declared_parameters, execute, notebook_path, notebook_spec, run_name
@@ -459,7 +459,7 @@ def _client(workers: int | None, cluster: ClusterSpec | Cluster | str | Client |
     if not isinstance(cluster, ClusterSpec):
         yield cluster.client if isinstance(cluster, Cluster) else cluster
         return
-    with cluster.build() as opened:
+    with open_cluster(**cluster.arguments()) as opened:
         if opened.kind != "address":
             opened.client.register_worker_callbacks(_ignore_ctrl_c)
         yield opened.client

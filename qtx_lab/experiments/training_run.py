@@ -12,8 +12,9 @@ import numpy as np
 
 from .. import theme as look
 from ..errors import ArgumentError, QtxError, RunFailed
-from ..specs.base import ClusterSpec, TrainSpec
+from ..specs import ClusterSpec, TrainSpec
 from ..storage import write_tensors
+from ..training import open_cluster
 from . import provenance
 from .figures import _figure
 from .report import write_report
@@ -99,7 +100,7 @@ def _within(run: Run, spec: TrainSpec, cluster: ClusterSpec | None, progress: bo
 
 
 def _train(run: Run, spec: TrainSpec, cluster: ClusterSpec | None, progress: bool) -> None:
-    with nullcontext(None) if cluster is None else cluster.build() as opened:
+    with nullcontext(None) if cluster is None else open_cluster(**cluster.arguments()) as opened:
         if opened is not None:
             run.update(cluster={"chosen": opened.chosen, "dashboard": opened.dashboard_link})
         trainer = spec.build(

@@ -1,1 +1,52 @@
-"""Specs say what to do: frozen and checked, they travel as YAML, notebook parameters, forms and flags."""
+"""Specs say what the rooms below are to do; they travel as YAML, notebook parameters, forms and flags."""
+
+from .base import Spec, read_yaml
+from .circuit import CircuitSpec
+from .cluster import ClusterSpec
+from .control import ControlSpec
+from .experiment import ExperimentSpec
+from .fields import MAX_SEED, ControlName, Count, DrawingName, Real, SamplerName, Switch, Whole, field
+from .mitigation import MitigationSpec
+from .notebook import NotebookSpec
+from .problems import nearest
+from .sampler import SamplerSpec
+from .sweep import SweepSpec
+from .training import TrainSpec
+
+SPECS: dict[str, type[Spec]] = {
+    "experiment": ExperimentSpec,
+    "sampler": SamplerSpec,
+    "control": ControlSpec,
+    "circuit": CircuitSpec,
+    "mitigation": MitigationSpec,
+    "train": TrainSpec,
+    "cluster": ClusterSpec,
+    "notebook": NotebookSpec,
+    "sweep": SweepSpec,
+}
+"""Every kind of spec by its name, as `qtx-lab spec NAME` and a notebook's metadata use it."""
+
+__all__ = [
+    "MAX_SEED",
+    "SPECS",
+    "CircuitSpec",
+    "ClusterSpec",
+    "ControlName",
+    "ControlSpec",
+    "Count",
+    "DrawingName",
+    "ExperimentSpec",
+    "MitigationSpec",
+    "NotebookSpec",
+    "Real",
+    "SamplerName",
+    "SamplerSpec",
+    "Spec",
+    "SweepSpec",
+    "Switch",
+    "TrainSpec",
+    "Whole",
+    "field",
+    "nearest",
+    "read_yaml",
+]

@@ -13,7 +13,7 @@ import traitlets
 import yaml
 
 from ..errors import DtypeError, SpecError, unknown_name
-from ..specs.base import Spec
+from ..specs import Spec
 from ..storage import write_atomic
 from .comms import hear_while_busy
 from .throttle import ThrottledCall

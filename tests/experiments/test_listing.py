@@ -16,7 +16,7 @@ from scipy import stats
 from qtx_lab.errors import ArgumentError, BackendUnavailable
 from qtx_lab.experiments.listing import COLUMNS, RunTable
 from qtx_lab.experiments.runs import Run, runs
-from qtx_lab.specs.base import CircuitSpec, ExperimentSpec, NotebookSpec
+from qtx_lab.specs import CircuitSpec, ExperimentSpec, NotebookSpec
 
 
 @pytest.fixture(scope="module")

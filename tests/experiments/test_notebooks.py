@@ -22,7 +22,7 @@ from qtx_lab.experiments.notebooks import (
     run_notebook,
 )
 from qtx_lab.experiments.runs import runs
-from qtx_lab.specs.base import ControlSpec, ExperimentSpec, NotebookSpec, SamplerSpec, Spec
+from qtx_lab.specs import ControlSpec, ExperimentSpec, NotebookSpec, SamplerSpec, Spec
 
 pytestmark = pytest.mark.notebooks
 

@@ -10,7 +10,7 @@ import pytest
 
 from qtx_lab.experiments.report import write_report
 from qtx_lab.experiments.runs import Run
-from qtx_lab.specs.base import ExperimentSpec, NotebookSpec
+from qtx_lab.specs import ExperimentSpec, NotebookSpec
 
 
 def draw(data: pd.DataFrame, theme: str):

@@ -19,7 +19,7 @@ import pytest
 from qtx_lab.errors import ArgumentError, StorageError
 from qtx_lab.experiments import provenance
 from qtx_lab.experiments.runs import Run, find_run, runs
-from qtx_lab.specs.base import ExperimentSpec
+from qtx_lab.specs import ExperimentSpec
 from qtx_lab.storage import read_frame, write_atomic
 
 
@@ -229,7 +229,7 @@ LIMITED = """
 import resource, sys
 from qtx_lab.errors import StorageError
 from qtx_lab.experiments.runs import Run
-from qtx_lab.specs.base import ExperimentSpec
+from qtx_lab.specs import ExperimentSpec
 import os
 run = Run.create(ExperimentSpec(), "trial", sys.argv[1])
 try:
@@ -279,7 +279,7 @@ def test_a_disk_that_is_really_full(tmp_path, spec) -> None:
 ENDLESS = """
 import sys
 from qtx_lab.experiments.runs import Run
-from qtx_lab.specs.base import ExperimentSpec
+from qtx_lab.specs import ExperimentSpec
 with Run.create(ExperimentSpec(), "trial", sys.argv[1]) as run:
     print(run.path, flush=True)
     for i in range(1_000_000):

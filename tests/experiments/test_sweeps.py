@@ -22,8 +22,9 @@ import pytest
 from qtx_lab.errors import ArgumentError, BackendUnavailable, DtypeError, SpecError, StorageError
 from qtx_lab.experiments.runs import Run, read_manifests, runs
 from qtx_lab.experiments.sweeps import plan, repeat_seed, sweep
-from qtx_lab.specs.base import ClusterSpec, ExperimentSpec
+from qtx_lab.specs import ClusterSpec, ExperimentSpec
 from qtx_lab.storage import read_frame
+from qtx_lab.training import open_cluster
 
 pytestmark = pytest.mark.notebooks
 
@@ -45,7 +46,7 @@ os.replace(path.with_suffix(".new"), path)
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
     """The address of a scheduler with two workers."""
-    with ClusterSpec(kind="local", num_workers=2).build() as opened:
+    with open_cluster("local", num_workers=2) as opened:
         yield opened.client.scheduler.address
 
 
@@ -318,7 +319,7 @@ def test_a_full_and_a_read_only_disk(notebook, cluster, tmp_path) -> None:
 
 
 def test_a_cluster_that_is_open_already(notebook, cluster, tmp_path) -> None:
-    with ClusterSpec(kind="address", address=cluster).build() as opened:
+    with open_cluster("address", address=cluster) as opened:
         assert sweep(notebook, {"n": [1]}, cluster=opened, home=tmp_path, progress=False).status == "done"
         assert opened.client.status == "running"
 
@@ -333,11 +334,11 @@ def test_arguments_of_another_type_are_refused_by_name(notebook, tmp_path, name)
 def test_no_more_processes_than_notebooks(notebook, tmp_path, monkeypatch) -> None:
     asked = []
 
-    def build(spec: ClusterSpec):
-        asked.append(spec.num_workers)
+    def opening(**arguments):
+        asked.append(arguments["num_workers"])
         raise BackendUnavailable("not today")
 
-    monkeypatch.setattr(ClusterSpec, "build", build)
+    monkeypatch.setattr("qtx_lab.experiments.sweeps.open_cluster", opening)
     with pytest.raises(BackendUnavailable):
         sweep(notebook, {"n": [1, 2]}, workers=10**6, home=tmp_path, progress=False)
     assert asked == [2]

@@ -24,7 +24,7 @@ from scipy import stats
 import qtx_lab as qtx
 from qtx_lab import cli
 from qtx_lab.errors import ArgumentError, StorageError
-from qtx_lab.specs.base import ExperimentSpec, NotebookSpec, SweepSpec
+from qtx_lab.specs import ExperimentSpec, NotebookSpec, SweepSpec
 from qtx_lab.widgets.dashboard import figures, maps, serve
 from qtx_lab.widgets.dashboard.page import Page
 from qtx_lab.widgets.dashboard.records import Records

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qtx_lab.errors import ArgumentError, DtypeError, SpecError
-from qtx_lab.specs.base import SPECS, CircuitSpec, ExperimentSpec, NotebookSpec, SamplerSpec, Spec, SweepSpec
+from qtx_lab.specs import SPECS, CircuitSpec, ExperimentSpec, NotebookSpec, SamplerSpec, Spec, SweepSpec
 from qtx_lab.widgets.forms import SpecForm, _written, described_fields
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)

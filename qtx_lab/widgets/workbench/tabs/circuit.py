@@ -9,7 +9,7 @@ import ipywidgets as widgets
 import torch
 from torch import Tensor
 
-from ....specs.base import CircuitSpec, Spec, Whole
+from ....specs import CircuitSpec, Spec, Whole
 from ...forms import FORM_LOCK, SpecForm
 from ..tab import WorkbenchTab
 from .html_parts import field_groups, form_field, rows_table, spaced

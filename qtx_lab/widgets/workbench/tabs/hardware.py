@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import ipywidgets as widgets
 
-from ....specs.base import CircuitSpec
+from ....specs import CircuitSpec
 from ...forms import SpecForm
 from ..tab import WorkbenchTab
 from .circuit import TWIN

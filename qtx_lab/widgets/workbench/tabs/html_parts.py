@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import Field
 
-from ....specs.base import Spec
+from ....specs import Spec
 
 NO_ADVANTAGE = (
     "Loading a row that is known into a circuit gives no advantage over drawing from it: the same number of "

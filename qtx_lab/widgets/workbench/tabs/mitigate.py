@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import ipywidgets as widgets
 
-from ....specs.base import MitigationSpec
+from ....specs import MitigationSpec
 from ...forms import SpecForm
 from ..tab import WorkbenchTab
 from .html_parts import rows_table

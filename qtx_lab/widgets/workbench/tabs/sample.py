@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import ipywidgets as widgets
 import torch
 
-from ....specs.base import MAX_SEED, ControlSpec, SamplerSpec, Spec, Whole
+from ....specs import MAX_SEED, ControlSpec, SamplerSpec, Spec, Whole
 from ...comms import hear_while_busy
 from ...forms import SpecForm
 from ...views.lens import AttentionLens

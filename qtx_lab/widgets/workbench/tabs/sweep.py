@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import ipywidgets as widgets
 
-from ....specs.base import ClusterSpec, SweepSpec
+from ....specs import ClusterSpec, SweepSpec
 from ...forms import SpecForm
 from ..tab import WorkbenchTab
 from .html_parts import head_row, notes_list, spaced

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import ipywidgets as widgets
 
-from ....specs.base import ClusterSpec, Spec, Switch, TrainSpec
+from ....specs import ClusterSpec, Spec, Switch, TrainSpec
 from ...forms import SpecForm
 from ...views.stream import MetricStream
 from ..process import Work

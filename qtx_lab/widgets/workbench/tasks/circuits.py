@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ....errors import ArgumentError
 from ....experiments.runs import Run
-from ....specs.base import CircuitSpec, MitigationSpec
+from ....specs import CircuitSpec, MitigationSpec
 from ..process_server import TaskReport
 from .inputs import Inputs, exact_weights, load_inputs
 

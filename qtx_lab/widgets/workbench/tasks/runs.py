@@ -14,7 +14,7 @@ import pandas as pd
 from ....experiments.listing import COLUMNS
 from ....experiments.notebooks import notebook_path
 from ....experiments.runs import Run, runs
-from ....specs.base import ClusterSpec
+from ....specs import ClusterSpec
 from ..process_server import TaskReport
 
 MAX_LISTED_RUNS = 200

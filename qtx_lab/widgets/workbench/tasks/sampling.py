@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ....attention import sampled_attention
-from ....specs.base import ControlSpec, SamplerSpec
+from ....specs import ControlSpec, SamplerSpec
 from ..process_server import TaskReport
 from .inputs import load_inputs
 

@@ -7,7 +7,8 @@ from contextlib import ExitStack
 from typing import Any
 
 from ....experiments.runs import Run
-from ....specs.base import ClusterSpec, TrainSpec
+from ....specs import TrainSpec
+from ....training import open_cluster
 from ..process_server import TaskReport
 
 
@@ -37,7 +38,7 @@ def train(
             report.send({"rows": new, "run": run.path.name})
             report(new[-1]["step"] / spec.steps, f"step {new[-1]['step']} of {spec.steps}")
 
-        workers = stack.enter_context(ClusterSpec(**cluster).build()) if distributed else None
+        workers = stack.enter_context(open_cluster(**cluster)) if distributed else None
         trainer = spec.build(
             on_metrics=log,
             progress=False,

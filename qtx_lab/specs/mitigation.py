@@ -1,0 +1,129 @@
+"""`MitigationSpec`: what is done about a device's noise."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, Self
+
+from pydantic import field_validator, model_validator
+
+from ..errors import ArgumentError
+from .base import Spec
+from .fields import Real, Switch, Whole, each_once, field
+
+if TYPE_CHECKING:
+    from ..mitigation import CircuitMitigation, MitigationPlanner, ProbabilisticErrorCancellation
+
+
+class MitigationSpec(Spec):
+    """What is done about a device's noise.
+
+    Outcomes on masked keys and on padding are always thrown away: that costs nothing, so no field is needed.
+    """
+
+    method: Literal["none", "planner", "zne", "shared-decay", "corrected-decay", "distillation", "pec"] = (
+        field(
+            "none",
+            "planner: rehearse every method on the device's calibration and take the best for the shots.",
+            "name",
+            "method",
+        )
+    )
+    readout: Switch = field(
+        False,
+        "Undo readout errors, by a calibration of their own; the planner decides it by itself.",
+        "yes or no",
+        "method",
+    )
+    noise_levels: tuple[Real, ...] = field(
+        (1.0, 3.0, 5.0),
+        "Noise levels of zne and the decays, in rising order; 1 is the device's own noise.",
+        "times the device's noise",
+        "noise levels",
+        min_length=1,
+        max_length=16,
+    )
+    extrapolation: Literal["richardson", "linear", "polynomial", "exponential"] = field(
+        "richardson", "The curve that zne fits through the levels.", "name", "noise levels"
+    )
+    degree: Whole = field(2, "Degree of zne's polynomial.", "degree", "noise levels", ge=1, le=8)
+    scaling: Literal["local", "two-qubit", "global", "model"] = field(
+        "local",
+        "How the levels are made: by folded gates, or by a simulator's scaled noise model.",
+        "name",
+        "noise levels",
+    )
+    instances: Whole = field(
+        256,
+        "Circuits with random Paulis that pec runs.",
+        "circuits",
+        "cancellation",
+        ge=1,
+        le=65_536,
+    )
+
+    @field_validator("noise_levels")
+    @classmethod
+    def _rising_levels(cls, levels: tuple[float, ...]) -> tuple[float, ...]:
+        outside = [level for level in levels if not 0 <= level <= 1000]
+        if outside:
+            raise ValueError(
+                f"noise_levels={list(levels)} is not allowed: {outside[0]:g} is not from 0 to 1000."
+            )
+        return tuple(sorted(each_once("noise_levels", levels)))
+
+    @model_validator(mode="after")
+    def _check_the_levels(self) -> Self:
+        if self.method in ("zne", "shared-decay", "corrected-decay"):
+            try:
+                self.build(num_keys=2)
+            except ArgumentError as error:  # it names noise_levels
+                raise ValueError(str(error)) from None
+        return self
+
+    def build(
+        self, num_keys: int | None = None
+    ) -> CircuitMitigation | MitigationPlanner | ProbabilisticErrorCancellation | None:
+        """The `mitigation` of `CircuitSampler`; None where nothing is done.
+
+        Parameters
+        ----------
+        num_keys : int, optional
+            Length of the rows; only the exponential fit needs it, whose curve ends at 1 / num_keys.
+
+        Raises
+        ------
+        ArgumentError
+            If the exponential fit is asked for without `num_keys`.
+        """
+        from ..mitigation import (
+            CircuitMitigation,
+            MitigationPlanner,
+            ProbabilisticErrorCancellation,
+            SharedDecay,
+            TwoCopyLoader,
+            ZeroNoiseExtrapolation,
+        )
+
+        if self.method == "none":
+            return CircuitMitigation(readout=True) if self.readout else None
+        if self.method == "planner":
+            return MitigationPlanner()
+        if self.method == "pec":
+            return ProbabilisticErrorCancellation(self.instances, readout=self.readout)
+        if self.method == "distillation":
+            return CircuitMitigation(readout=self.readout, loader=TwoCopyLoader())
+        inference: ZeroNoiseExtrapolation | SharedDecay
+        if self.method == "zne":
+            asymptote = 0.0
+            if self.extrapolation == "exponential":
+                if num_keys is None:
+                    raise ArgumentError(
+                        "num_keys=None is not allowed: the exponential fit ends at 1 / num_keys."
+                    )
+                asymptote = 1 / num_keys
+            inference = ZeroNoiseExtrapolation(
+                self.noise_levels, self.extrapolation, degree=self.degree, asymptote=asymptote
+            )
+        else:
+            inference = SharedDecay(self.noise_levels, corrected=self.method == "corrected-decay")
+        return CircuitMitigation(inference, self.readout, scaling=self.scaling)

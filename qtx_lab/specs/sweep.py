@@ -1,0 +1,35 @@
+"""`SweepSpec`: a notebook that is run for every combination of values, several times."""
+
+from __future__ import annotations
+
+from pydantic import JsonValue
+
+from .base import Spec
+from .fields import MAX_SEED, Whole, field
+
+
+class SweepSpec(Spec):
+    """A notebook that is run for every combination of values, several times."""
+
+    notebook: str = field(
+        ..., "The notebook's name, without its folder and ending.", "name", "notebook", min_length=1
+    )
+    sha256: str = field(
+        ...,
+        "Hash of the notebook's file: another content is another sweep.",
+        "hash",
+        "notebook",
+        pattern="[0-9a-f]{64}",
+    )
+    grid: dict[str, tuple[JsonValue, ...]] = field(
+        {}, "Values by parameter; every combination of them is run.", "values", "grid"
+    )
+    parameters: dict[str, JsonValue] = field(
+        {}, "Parameters that are the same in every run.", "values", "grid"
+    )
+    repeats: Whole = field(
+        1, "Runs of each combination, each with a seed of its own.", "runs", "grid", ge=1, le=65_536
+    )
+    seed: Whole = field(
+        0, "The number from which the seeds of the repeats are derived.", "number", "grid", ge=0, le=MAX_SEED
+    )

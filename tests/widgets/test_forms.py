@@ -226,6 +226,6 @@ def test_few_messages_leave_the_kernel() -> None:
     form.observe(sent.append, "_shown")
     for n in range(1, 2001):
         form.change(num_samples=n)
-    form._pace.flush()
+    form._publish_call.flush()
     assert len(sent) < 200
     assert form._shown["values"]["num_samples"] == "2000"

@@ -9,7 +9,7 @@ from .backends import ParametricNoise as ParametricNoise
 from .backends import QiskitQuantumBackend as QiskitQuantumBackend
 from .backends import RowCounts as RowCounts
 from .backends import fake_devices as fake_devices
-from .backends.ibm.ledger import find_jobs as find_jobs
+from .backends.ibm.jobs import find_jobs as find_jobs
 from .cache import SampledKVCache as SampledKVCache
 from .circuits import DynamicLoader as DynamicLoader
 from .circuits import Loader as Loader

@@ -264,7 +264,8 @@ def _print_columns(names: list[str], rows: list[list[str]]) -> None:
 @click.option("--cancel", metavar="TAG", help="Cancel a job.")
 def jobs(home: Path | None, fetch: str | None, cancel: str | None) -> None:
     """List the jobs on devices, newest first, and ask where they are. A part of a TAG will do."""
-    from .backends.ibm.ledger import Unreachable, find_jobs
+    from .backends.ibm.jobs import find_jobs
+    from .backends.ibm.remote import Unreachable
 
     asked = [tag for tag in (fetch, cancel) if tag is not None]
     if len(asked) > 1:
@@ -303,10 +304,8 @@ def jobs(home: Path | None, fetch: str | None, cancel: str | None) -> None:
         except StorageError as error:
             troubles.append(f"What the server said cannot be kept; states are those last known. {error}")
         run = job.path.parent.parent.name if job.path.parent.parent != runs_home(home) else ""
-        size = f"{record['circuits']} × {record['shots']}"
-        rows.append(
-            [job.tag, run, record["device"], str(status), size, record["recorded"][:19].replace("T", " ")]
-        )
+        size = f"{record.circuits} × {record.shots}"
+        rows.append([job.tag, run, record.device, str(status), size, f"{record.recorded:%Y-%m-%d %H:%M:%S}"])
     if rows:
         _print_columns(["tag", "run", "device", "state", "rows × shots", "recorded"], rows)
     else:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from .counts import RowCounts, RowRequest
+from .counts import RowCounts
 from .hybrid import HybridPolicy, predicted_fidelity
 from .noise import ParametricNoise, fake_devices
 from .qiskit import QiskitQuantumBackend
+from .requests import RowRequest
 from .sampler import CircuitSampler
 
 __all__ = [

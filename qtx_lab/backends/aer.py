@@ -17,6 +17,7 @@ from qiskit_aer.noise import NoiseModel, ReadoutError
 from ..circuits.base import pack_values
 from ..circuits.resources import resources
 from ..errors import ArgumentError, BackendUnavailable, FallbackWarning, unknown_name
+from .base import Engine
 from .counts import draw_outcomes
 from .exact import Noise, Step, compile_steps, density_matrices, outcome_probabilities
 from .noise import (
@@ -28,6 +29,7 @@ from .noise import (
     instruction_errors,
     reduced_target,
 )
+from .requests import Request
 
 IDEAL = ("aer", "aer_simulator")
 
@@ -48,7 +50,7 @@ FEED_FORWARD = (
 )
 
 
-class AerEngine:
+class AerEngine(Engine):
     """Runs circuits on this machine.
 
     Where it fits (eight entangled qubits at a time), the probabilities of all outcomes are computed for all rows at
@@ -155,7 +157,14 @@ class AerEngine:
         isa.metadata = {**(isa.metadata or {}), "region": region}
         return isa
 
-    def run(self, circuit: QuantumCircuit, bindings: np.ndarray, shots: int, seed: int) -> np.ndarray:
+    def run(
+        self,
+        circuit: QuantumCircuit,
+        bindings: np.ndarray,
+        shots: int,
+        seed: int,
+        request: Request | None = None,
+    ) -> np.ndarray:
         steps = self._steps(circuit)
         if steps is not None:
             p, values = outcome_probabilities(steps, bindings)

@@ -1,96 +1,88 @@
-"""What runs circuits: the `Engine` that a backend stands on, and the `Job` that a submission gives."""
+"""What runs circuits (`Engine`), and where a job is that was handed to one (`JobState`, `JobStatus`, `RowJob`)."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any, Protocol
 
 import numpy as np
 from qiskit import QuantumCircuit
 
+from ..errors import ArgumentError
 from .counts import RowCounts
 from .exact import Noise
-from .ibm.ledger import JobStatus
+from .requests import Request
 
 
-class Engine(Protocol):
-    """A simulator or a device that runs one circuit with many bindings.
+class JobState(StrEnum):
+    """The stages of a job, in their order."""
 
-    Making one asks nothing of a network. Its methods raise `BackendUnavailable` where it cannot be reached.
-    An engine that queues jobs also has `submit(circuit, bindings, shots, request) -> Job`, where `request` is the
-    `RowRequest` that turns outcomes into counts, now or after a restart.
+    RECORDED = "recorded"
+    """Written down here; no job with its tag was seen on the server."""
+    SUBMITTED = "submitted"
+    """Accepted by the server, which was not asked about it since."""
+    QUEUED = "queued"
+    """Waiting for the device."""
+    RUNNING = "running"
+    """Being run."""
+    DONE = "done"
+    """Ended; its results can be fetched."""
+    FAILED = "failed"
+    """Ended without results, or refused."""
+    CANCELLED = "cancelled"
+    """Ended by a request to cancel it."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether the state can no longer change."""
+        return self in (JobState.DONE, JobState.FAILED, JobState.CANCELLED)
+
+
+@dataclass(frozen=True)
+class JobStatus:
+    """Where a job is.
+
+    Parameters
+    ----------
+    state : JobState
+        Its stage.
+    position : int or None
+        Place in the queue, 1 for the next job, where the server tells it.
+    reason : str or None
+        Why the job failed, or what is unusual about it.
+    pending : int or None
+        Number of jobs that wait for the device, where the server tells no place.
+
+    Examples
+    --------
+    >>> print(JobStatus(JobState.QUEUED, position=3))
+    queued, place 3
     """
 
-    name: str
-    """Of the device: "aer", "fake_fez", "ibm_fez"."""
-    ideal: bool
-    """Whether it runs circuits without noise."""
+    state: JobState
+    position: int | None = None
+    reason: str | None = None
+    pending: int | None = None
 
-    def identity(self) -> str:
-        """What a transpiled circuit holds for, besides the circuit: device, calibration, options; a key of the cache."""
-        ...
-
-    def facts(self) -> dict[str, Any]:
-        """For diagnostics: `device`, `calibration` (ISO time or None), `noise`, `num_qubits` (None: unlimited) and more."""
-        ...
-
-    def problems(self) -> tuple[str, ...]:
-        """Sentences on why nothing can be run now: no account, no network, no such device, under maintenance."""
-        ...
-
-    def pending_jobs(self) -> int:
-        """Jobs in the device's queue."""
-        ...
-
-    def transpile(self, circuit: QuantumCircuit, level: int) -> QuantumCircuit:
-        """The circuit in the device's gates, on its qubits; level 0 to 3.
-
-        Raises
-        ------
-        BackendUnavailable
-            If it needs more qubits than there are, or what the device does not have.
-        """
-        ...
-
-    def errors(self, circuit: QuantumCircuit) -> list[float]:
-        """The calibrated error of each gate and measurement of a transpiled circuit; see `instruction_errors`."""
-        ...
-
-    def calibrated(self, circuit: QuantumCircuit) -> tuple[QuantumCircuit, Noise]:
-        """A transpiled circuit, of a device on the qubits that it uses, and their noise by the calibration."""
-        ...
-
-    def run(self, circuit: QuantumCircuit, bindings: np.ndarray, shots: int, seed: int) -> np.ndarray:
-        """Measure each binding of a transpiled circuit.
-
-        Parameters
-        ----------
-        circuit : QuantumCircuit
-            From `transpile`.
-        bindings : ndarray, (R, P), float64
-            In the order of `circuit.parameters`.
-        shots : int
-            Per row.
-        seed : int
-            Of simulators: the same seed gives the same outcomes on any number of threads.
-
-        Returns
-        -------
-        ndarray, uint8, (R, shots, B)
-            Bits of the register `c`, packed as in `qiskit.primitives.BitArray.array`. Shots of a row are independent.
-        """
-        ...
+    def __str__(self) -> str:
+        place = f", place {self.position}" if self.position is not None else ""
+        place = place or (f", {self.pending} pending on the device" if self.pending is not None else "")
+        return f"{self.state}{place}" + (f": {self.reason}" if self.reason else "")
 
 
-class Job(Protocol):
-    """Rows on their way: what `submit_rows` gives at once."""
+class RowJob(Protocol):
+    """Rows that are being measured: what `submit_rows` returns at once."""
 
     @property
     def tag(self) -> str:
-        """Unique, known before the submission."""
+        """Unique name of the job, known before it is submitted."""
         ...
 
     def status(self) -> JobStatus:
-        """Where it is."""
+        """Where the job is now."""
         ...
 
     def counts(self, timeout: float | None = None) -> RowCounts:
@@ -98,11 +90,149 @@ class Job(Protocol):
 
         Raises
         ------
-        BackendUnavailable, JobTimeout
-            If it failed or was cancelled; if it took longer.
+        BackendUnavailable
+            If the job failed or was cancelled.
+        JobTimeout
+            If it is not done in time. It goes on.
         """
         ...
 
     def cancel(self) -> None:
-        """Cancel what has not ended."""
+        """Cancel the job.
+
+        Raises
+        ------
+        BackendUnavailable
+            If it has ended.
+        """
         ...
+
+
+class Engine(ABC):
+    """A simulator or a device that runs one circuit with many bindings.
+
+    Making an engine uses no network. Its methods raise `BackendUnavailable` where a device cannot be reached.
+
+    A new engine has to define `name`, `ideal` and the abstract methods. What else an engine may be able to do stands
+    here too, with the answer of an engine that cannot.
+    """
+
+    name: str
+    """The device's name: "aer", "fake_fez", "ibm_fez"."""
+    ideal: bool
+    """Whether circuits are run without noise."""
+    queues: bool = False
+    """Whether circuits are handed over as jobs that outlive this process, by `submit`."""
+
+    @abstractmethod
+    def identity(self) -> str:
+        """Everything besides the circuit that decides how it is transpiled: device, calibration, options.
+
+        It is part of the key under which transpiled circuits are cached.
+        """
+
+    @abstractmethod
+    def facts(self) -> dict[str, Any]:
+        """Diagnostics of the device.
+
+        Returns
+        -------
+        dict
+            `device`, `calibration` (ISO time or None), `noise`, `num_qubits` (None where it is unlimited) and what
+            else the engine knows.
+        """
+
+    @abstractmethod
+    def transpile(self, circuit: QuantumCircuit, level: int) -> QuantumCircuit:
+        """The circuit in the device's gates and on its qubits.
+
+        Parameters
+        ----------
+        circuit : QuantumCircuit
+            Measured into one register `c`.
+        level : int
+            Optimisation level, 0 to 3.
+
+        Raises
+        ------
+        BackendUnavailable
+            If the circuit needs more qubits, or other instructions, than the device has.
+        """
+
+    @abstractmethod
+    def errors(self, circuit: QuantumCircuit) -> list[float]:
+        """The calibrated error of each gate and measurement of a transpiled circuit; see `instruction_errors`."""
+
+    @abstractmethod
+    def calibrated(self, circuit: QuantumCircuit) -> tuple[QuantumCircuit, Noise]:
+        """A transpiled circuit on the qubits that it uses, and their noise according to the calibration."""
+
+    @abstractmethod
+    def run(
+        self,
+        circuit: QuantumCircuit,
+        bindings: np.ndarray,
+        shots: int,
+        seed: int,
+        request: Request | None = None,
+    ) -> np.ndarray:
+        """Measure a transpiled circuit with each of the bindings, and wait for the outcomes.
+
+        Parameters
+        ----------
+        circuit : QuantumCircuit
+            As `transpile` returns it.
+        bindings : ndarray, float64, (R, P)
+            Values of `circuit.parameters`, in their order; angles in radians.
+        shots : int
+            Shots of each row.
+        seed : int
+            Seed of a simulation: the same seed gives the same outcomes on any number of threads.
+        request : Request, optional
+            What the circuit is run for. An engine that queues jobs writes it into the job's record.
+
+        Returns
+        -------
+        ndarray, uint8, (R, shots, B)
+            Bits of the register `c`, packed as in `qiskit.primitives.BitArray.array`. Shots of a row are independent.
+        """
+
+    def how(self, circuit: QuantumCircuit) -> dict[str, Any]:
+        """Diagnostics of how `run` treats a transpiled circuit: `method`, `not_modelled`; empty by default."""
+        return {}
+
+    def problems(self) -> tuple[str, ...]:
+        """Sentences that say why nothing can be run now: no account, no network, maintenance; none by default."""
+        return ()
+
+    def pending_jobs(self) -> int:
+        """Number of jobs in the device's queue; 0 by default."""
+        return 0
+
+    def submit(
+        self,
+        circuit: QuantumCircuit,
+        bindings: np.ndarray,
+        shots: int,
+        request: Request | None = None,
+        **options: Any,
+    ) -> RowJob:
+        """Hand over what `run` takes as a job, without waiting; for engines with `queues` only.
+
+        Parameters
+        ----------
+        circuit, bindings, shots, request
+            As for `run`. A `RowRequest` turns outcomes into counts, now or after a restart.
+        **options
+            Options of this submission that the engine has.
+
+        Raises
+        ------
+        ArgumentError
+            If the engine does not queue jobs.
+        """
+        raise ArgumentError(f"{self.name} queues no jobs: call `run`, which waits for the outcomes.")
+
+    def jobs(self) -> Sequence[RowJob]:
+        """The recorded jobs of this device, newest first; none by default."""
+        return ()

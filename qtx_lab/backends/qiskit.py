@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import suppress
@@ -12,7 +12,7 @@ from copy import copy
 from dataclasses import replace
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 from uuid import UUID, uuid4
 
 import qiskit
@@ -28,44 +28,74 @@ from ..circuits.resources import resources
 from ..errors import ArgumentError, BackendUnavailable, DtypeError, JobTimeout, StorageError, unknown_name
 from ..storage import runs_home, write_atomic
 from .aer import AerEngine
-from .base import Engine, Job
-from .counts import MOST_SHOTS_AT_ONCE, RowCounts, RowRequest, rows_at_once
-from .ibm.ledger import JobStatus
+from .base import Engine, JobState, JobStatus, RowJob
+from .counts import MAX_OUTCOME_BYTES, RowCounts, rows_at_once
+from .ibm.engine import Cost, IBMEngine
+from .noise import ParametricNoise
+from .requests import RowRequest
+
+if TYPE_CHECKING:
+    from qiskit_ibm_runtime import QiskitRuntimeService
 
 PROVIDERS = ("aer", "ibm", "ibm-q")
 
-MOST_SHOTS = 4 * MOST_SHOTS_AT_ONCE
-"""Of a row: its outcomes are held at once."""
+MAX_SHOTS_PER_ROW = 4 * MAX_OUTCOME_BYTES
+"""The outcomes of a row, of at least a byte each, are in memory together."""
 
 
 class QiskitQuantumBackend:
-    """Measures keys of rows by circuits: on a simulator, on the twin of a device, on a device.
+    """Measures keys of rows with circuits: on a simulator, on the twin of a device, or on a device.
 
     One circuit serves all rows of a size. It is transpiled once for each (loader, size, device and calibration,
     level), kept in memory and under `<runs>/.cache/circuits`, and run with an array of bindings.
 
-    Loading a row that is known into a circuit has no advantage over drawing from it on a classical computer: every
-    result holds that draw beside it (`RowCounts.classical`).
+    Loading a row that is known into a circuit has no advantage over drawing from it on a classical computer. So every
+    result has that draw beside it (`RowCounts.classical`).
 
     Parameters
     ----------
-    provider : str
-        "aer": simulators; "ibm" or "ibm-q": IBM's devices, through qiskit-ibm-runtime.
+    provider : {"aer", "ibm", "ibm-q"}
+        "aer": simulators on this machine. "ibm", or "ibm-q": IBM's devices, through qiskit-ibm-runtime.
     backend_name : str, optional
-        aer: see `AerEngine`. ibm: the device's name, as "ibm_fez".
+        With "aer": None or "aer" for a simulator, or a name in `fake_devices()` for the twin of that device, which has
+        its calibrated noise; see `AerEngine`. With "ibm": the device's name, as "ibm_fez".
     shots : int
-        Of each row, unless a call says otherwise.
+        Shots of each row, unless a call says otherwise.
     optimization_level : int
-        0 to 3, of the transpiler.
+        Optimisation level of the transpiler, 0 to 3.
     loader : str or Loader
-        How a row becomes a circuit: a name in `qtx_lab.circuits.LOADERS`.
-    **options
-        aer: `noise`, `noise_scale`, `method`. ibm: `service`, `instance`, `region` and more; see `IBMEngine`.
+        How a row becomes a circuit: a name in `qtx_lab.circuits.LOADERS`, or a loader of your own.
+    noise : ParametricNoise, optional
+        "aer" only: noise of the simulator, by a few numbers. Not together with a twin.
+    noise_scale : float
+        "aer" only: factor on all error probabilities, and on 1/T1 and 1/T2; 0 is no noise.
+    method : {"auto", "aer"}
+        "aer" only: compute exact probabilities where that fits, or simulate every shot with `AerSimulator`.
+    service : QiskitRuntimeService, optional
+        "ibm" only: a service that is logged in. Where None, the account in the environment (QISKIT_IBM_TOKEN,
+        QISKIT_IBM_INSTANCE) or on disk is used.
+    instance, region : str, optional
+        "ibm" only: the instance, by CRN or name; the region, us-east or eu-de, of an instance that is chosen for you.
+    mode : {"job", "batch", "session"}
+        "ibm" only: how jobs are run, each by itself, or in one Batch or Session.
+    fractional_gates : bool
+        "ibm" only: transpile to rx and rzz too.
+    twirling, dynamical_decoupling : mapping, optional
+        "ibm" only: options of IBM's Sampler by these names.
+    max_quantum_seconds : float
+        "ibm" only: a submission that is estimated to take longer needs `confirm`.
+    confirm : bool or callable
+        "ibm" only: True allows such a submission; a function is called with its `Cost` and decides.
+    run_dir : path, optional
+        "ibm" only: folder of the run that gets the jobs' records; where None, the folder of all runs.
 
     Raises
     ------
-    ArgumentError, DtypeError
-        Unknown names, counts below 1. Nothing is asked of a network before a circuit is run.
+    ArgumentError
+        If a name is unknown, a number is out of its bounds, or an option is given that belongs to the other provider.
+        The network is not used before a circuit is run.
+    DtypeError
+        If `backend_name` is no name.
 
     Examples
     --------
@@ -87,7 +117,19 @@ class QiskitQuantumBackend:
         optimization_level: int = 3,
         *,
         loader: str | Loader = "dynamic",
-        **options: Any,
+        noise: ParametricNoise | None = None,
+        noise_scale: float = 1.0,
+        method: Literal["auto", "aer"] = "auto",
+        service: QiskitRuntimeService | None = None,
+        instance: str | None = None,
+        region: str | None = None,
+        mode: Literal["job", "batch", "session"] = "job",
+        fractional_gates: bool = False,
+        twirling: Mapping[str, Any] | None = None,
+        dynamical_decoupling: Mapping[str, Any] | None = None,
+        max_quantum_seconds: float = 60.0,
+        confirm: bool | Callable[[Cost], bool] = False,
+        run_dir: str | Path | None = None,
     ):
         if provider not in PROVIDERS:
             raise unknown_name("provider", provider, PROVIDERS)
@@ -101,21 +143,32 @@ class QiskitQuantumBackend:
         self.provider = "aer" if provider == "aer" else "ibm"
         self.backend_name, self.shots, self.optimization_level = backend_name, shots, optimization_level
         self.loader = make_loader(loader)
+        for_aer: dict[str, Any] = {"noise": noise, "noise_scale": noise_scale, "method": method}
+        for_ibm: dict[str, Any] = {
+            "service": service,
+            "instance": instance,
+            "region": region,
+            "mode": mode,
+            "fractional_gates": fractional_gates,
+            "twirling": twirling,
+            "dynamical_decoupling": dynamical_decoupling,
+            "max_quantum_seconds": max_quantum_seconds,
+            "confirm": confirm,
+            "run_dir": run_dir,
+        }
         self.engine: Engine
         if self.provider == "aer":
-            _refuse_unknown(options, AerEngine)
-            self.engine = AerEngine(backend_name, **options)
+            _refuse_options(for_ibm, provider, for_aer)
+            self.engine = AerEngine(backend_name, **for_aer)
         else:
             if backend_name is None:
                 raise ArgumentError(
                     "backend_name=None is not allowed with IBM's devices: name one, as 'ibm_fez'."
                 )
-            from .ibm.engine import IBMEngine  # loads IBM's client
-
-            _refuse_unknown(options, IBMEngine)
-            self.engine = IBMEngine(backend_name, **options)
+            _refuse_options(for_aer, provider, for_ibm)
+            self.engine = IBMEngine(backend_name, **for_ibm)
         self._circuits: dict[tuple[object, ...], QuantumCircuit] = {}
-        self._cache_trouble: tuple[str, ...] = ()
+        self._cache_problems: tuple[str, ...] = ()
         self._threads: ThreadPoolExecutor | None = None
 
     def __repr__(self) -> str:
@@ -162,27 +215,38 @@ class QiskitQuantumBackend:
         BackendUnavailable
             If the device cannot be reached, or cannot run the circuit.
         """
-        if hasattr(self.engine, "submit"):
+        if self.engine.queues:
             return self.submit_rows(p, shots, generator=generator).counts()
         return self._run(self.request(p, shots, generator))
 
     def submit_rows(
         self, p: Tensor, shots: int | None = None, *, generator: torch.Generator | None = None, **options: Any
-    ) -> Job:
-        """Measure rows, without waiting: arguments as for `sample_rows`, and what the engine's `submit` takes.
+    ) -> RowJob:
+        """Measure rows, without waiting for the result.
+
+        Parameters
+        ----------
+        p, shots, generator
+            As for `sample_rows`.
+        **options
+            Options of this submission that the engine's `submit` has: `confirm` on IBM's devices.
 
         Returns
         -------
-        Job
-            `counts()` waits for the result. On IBM's devices the job outlives this process; a simulator works in a
-            thread.
+        RowJob
+            `counts()` waits for the result. On IBM's devices it is a `DeviceJob`, which outlives this process; a
+            simulator works in a thread.
+
+        Raises
+        ------
+        ArgumentError, ShapeError, DtypeError, BackendUnavailable
+            As for `sample_rows`; options that the engine does not have.
         """
         request = self.request(p, shots, generator)
-        submit = getattr(self.engine, "submit", None)
-        if submit is not None and bool(request.running.any()):
+        if self.engine.queues and bool(request.running.any()):
             circuit = self.transpiled(p.shape[-1])
             request = replace(request, diagnostics=self.diagnostics(circuit, request))
-            return submit(circuit, request.bindings(), request.shots, request, **options)
+            return self.engine.submit(circuit, request.bindings(), request.shots, request, **options)
         if options:
             raise ArgumentError(
                 f"{', '.join(options)} is not allowed: simulators take no options of a submission."
@@ -191,34 +255,40 @@ class QiskitQuantumBackend:
             self._threads = ThreadPoolExecutor(1, "qtx-lab-aer")
         return LocalJob(self._threads.submit(self._run, request))
 
-    def jobs(self) -> list[Any]:
-        """The jobs that this computer has sent to this device, by this process or before, newest first; see `find_jobs`."""
-        jobs = getattr(self.engine, "jobs", None)
-        return list(jobs()) if jobs else []
+    def jobs(self) -> Sequence[RowJob]:
+        """The jobs that this machine has sent to this device, in this process or before, newest first; see `find_jobs`."""
+        return self.engine.jobs()
 
     def problems(self) -> tuple[str, ...]:
-        """Sentences on why nothing can be run now; asks a device over the network, a simulator never."""
+        """Sentences that say why nothing can be run now. A device is asked over the network, a simulator is not."""
         return self.engine.problems()
 
     def transpiled(self, n: int) -> QuantumCircuit:
-        """The circuit for rows of n keys in the device's gates; made once and kept, see the class.
+        """The circuit for rows of n keys in the device's gates. It is made once and kept, see the class.
 
         Raises
         ------
-        ArgumentError, BackendUnavailable
-            If the loader cannot make it; if the device cannot run it.
+        ArgumentError
+            If the loader cannot make it.
+        BackendUnavailable
+            If the device cannot run it.
         """
         size = self.loader.size(n)
-        # The bound method stands for the loader, and keeps it; what it holds may have been changed.
-        what = (self.loader.circuit, str(getattr(self.loader, "__dict__", "")))
-        key = (*what, self.engine.identity(), self.optimization_level, size)
+        # The bound method stands for the loader, and keeps it alive; its settings may have been changed since.
+        key = (
+            self.loader.circuit,
+            str(self.loader.__getstate__()),
+            self.engine.identity(),
+            self.optimization_level,
+            size,
+        )
         if key not in self._circuits:
-            drawn = self.loader.circuit(size)
-            path = self._cache_path(size, drawn)
+            original = self.loader.circuit(size)
+            path = self._cache_path(size, original)
             circuit = _read_circuit(path)
             if circuit is None:
-                circuit = self.engine.transpile(drawn, self.optimization_level)
-                self._keep(path, circuit)
+                circuit = self.engine.transpile(original, self.optimization_level)
+                self._write_circuit(path, circuit)
             self._circuits[key] = circuit
         return self._circuits[key]
 
@@ -233,7 +303,7 @@ class QiskitQuantumBackend:
         name = f"{self.engine.name}-{self.loader.name}-{size}-{digest}.qpy"
         return runs_home() / ".cache" / "circuits" / name
 
-    def _keep(self, path: Path, circuit: QuantumCircuit) -> None:
+    def _write_circuit(self, path: Path, circuit: QuantumCircuit) -> None:
         content = io.BytesIO()
         qpy.dump(circuit, content)
         body = content.getvalue()
@@ -241,17 +311,17 @@ class QiskitQuantumBackend:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(path, hashlib.sha256(body).digest() + body)
         except (OSError, StorageError) as error:
-            self._cache_trouble = (f"the transpiled circuit was not kept on disk: {error}",)
+            self._cache_problems = (f"the transpiled circuit was not kept on disk: {error}",)
 
     def request(
         self, p: Tensor, shots: int | None = None, generator: torch.Generator | None = None
     ) -> RowRequest:
-        """What is asked of the engine, checked: arguments and errors as for `sample_rows`."""
+        """The checked request to measure rows; arguments and errors as for `sample_rows`."""
         shots = self.shots if shots is None else shots
         check_count("shots", shots)
-        if shots > MOST_SHOTS:
+        if shots > MAX_SHOTS_PER_ROW:
             raise ArgumentError(
-                f"shots={shots} is not allowed: at most {MOST_SHOTS} a row; measure again and add the counts."
+                f"shots={shots} is not allowed: at most {MAX_SHOTS_PER_ROW} a row; measure again and add the counts."
             )
         check_generator(generator)
         p = check_rows(p)
@@ -261,11 +331,8 @@ class QiskitQuantumBackend:
 
     def _run(self, request: RowRequest) -> RowCounts:
         if not bool(request.running.any()):
-            idle = replace(
-                request,
-                diagnostics={"device": self.engine.name, "method": "nothing was run: no row has mass"},
-            )
-            return idle.finish_counts([])
+            facts = {"device": self.engine.name, "method": "nothing was run: no row has mass"}
+            return replace(request, diagnostics=facts).finish_counts([])
         circuit = self.transpiled(request.p.shape[-1])
         request = replace(request, diagnostics=self.diagnostics(circuit, request))
         bindings = request.bindings()
@@ -279,39 +346,55 @@ class QiskitQuantumBackend:
         return request.finish_counts(parts)
 
     def diagnostics(self, circuit: QuantumCircuit, request: RowRequest) -> dict[str, Any]:
-        """Device, calibration, what is not modelled and what the transpiled circuit costs: `RowCounts.diagnostics`."""
-        needs = resources(circuit)
-        how = getattr(self.engine, "how", None)
+        """The diagnostics of a `RowCounts`: device, calibration, what is not modelled, size of the transpiled circuit."""
+        size = resources(circuit)
         return {
             **self.engine.facts(),
             "loader": self.loader.name,
-            "qubits": needs.qubits,
-            "depth": needs.depth,
-            "two_qubit_gates": needs.two_qubit_gates,
+            "qubits": size.qubits,
+            "depth": size.depth,
+            "two_qubit_gates": size.two_qubit_gates,
             "optimization_level": self.optimization_level,
             "seed": request.seed,
-            **(how(circuit) if how else {}),
-            "fallbacks": self._cache_trouble,
+            **self.engine.how(circuit),
+            "fallbacks": self._cache_problems,
         }
 
 
 class LocalJob:
-    """Rows that a thread of this process simulates: the interface of a device's job."""
+    """Rows that a thread of this process simulates: a `RowJob` as a device has.
+
+    Parameters
+    ----------
+    future : Future of RowCounts
+        The thread's work.
+    """
 
     def __init__(self, future: Future[RowCounts]):
         self.tag = f"local-{uuid4().hex[:12]}"
         self._future = future
 
     def status(self) -> JobStatus:
+        """Where the job is now."""
         if self._future.cancelled():
-            return JobStatus("cancelled")
+            return JobStatus(JobState.CANCELLED)
         if self._future.done():
             error = self._future.exception()
-            return JobStatus("done") if error is None else JobStatus("failed", None, str(error))
-        return JobStatus("running" if self._future.running() else "queued")
+            return JobStatus(JobState.DONE) if error is None else JobStatus(JobState.FAILED, None, str(error))
+        return JobStatus(JobState.RUNNING if self._future.running() else JobState.QUEUED)
 
     def counts(self, timeout: float | None = None) -> RowCounts:
-        """Wait for the result; JobTimeout, BackendUnavailable as for a device's job, or what the simulation raised."""
+        """Wait for the result, at most `timeout` seconds.
+
+        Raises
+        ------
+        JobTimeout
+            If it is not done in time. It goes on.
+        BackendUnavailable
+            If it was cancelled.
+        Exception
+            What the simulation raised.
+        """
         try:
             return self._future.result(timeout)
         except FutureTimeout as error:
@@ -322,32 +405,35 @@ class LocalJob:
             raise
 
     def cancel(self) -> None:
-        """Cancel what has not started; BackendUnavailable where it has."""
+        """Cancel a job that has not started; BackendUnavailable where it has."""
         if not self._future.cancel():
             raise BackendUnavailable(f"Job {self.tag} cannot be cancelled: it is {self.status()}.")
 
 
-def _refuse_unknown(options: dict[str, Any], engine: Callable[..., Engine]) -> None:
-    allowed = [x.name for x in signature(engine).parameters.values() if x.kind is x.KEYWORD_ONLY]
-    for name in options:
-        if name not in allowed:
-            raise unknown_name("option", name, allowed)
+def _refuse_options(options: Mapping[str, Any], provider: str, allowed: Mapping[str, Any]) -> None:
+    """Refuse options of the other provider that differ from their defaults."""
+    defaults = signature(QiskitQuantumBackend).parameters
+    for name, value in options.items():
+        if value is not defaults[name].default and value != defaults[name].default:
+            raise ArgumentError(
+                f"{name}={value!r} is not allowed with provider={provider!r}. Allowed: {', '.join(allowed)}."
+            )
 
 
 def _fingerprint(circuit: QuantumCircuit) -> str:
-    """A digest of a circuit, the same for circuits that are built alike: parameters count by name, not by identity."""
-    alike = circuit.assign_parameters(
+    """A digest that is the same for equal circuits: their parameters count by name, not by identity."""
+    renamed = circuit.assign_parameters(
         [Parameter(x.name, uuid=UUID(int=i)) for i, x in enumerate(circuit.parameters)]
     )
-    alike.name = ""  # where none is given, it has a number
+    renamed.name = ""  # where none is given, it has a number
     content = io.BytesIO()
-    qpy.dump(alike, content)
+    qpy.dump(renamed, content)
     return hashlib.sha256(content.getvalue()).hexdigest()
 
 
 def _read_circuit(path: Path) -> QuantumCircuit | None:
-    """A circuit that was kept; None where there is none, or none that can be read."""
-    with suppress(Exception):  # whatever is wrong with it, the circuit can be made anew
+    """A circuit from the cache; None where there is none, or none that can be read."""
+    with suppress(Exception):  # whatever is wrong with the file, the circuit can be transpiled again
         content = path.read_bytes()
         if hashlib.sha256(content[32:]).digest() == content[:32]:
             return qpy.load(io.BytesIO(content[32:]))[0]

@@ -15,8 +15,9 @@ from qiskit import QuantumCircuit
 from torch import Tensor
 
 from ..backends import QiskitQuantumBackend, RowCounts
-from ..backends.counts import RowRequest, rows_at_once
+from ..backends.counts import rows_at_once
 from ..backends.exact import compile_steps, outcome_probabilities
+from ..backends.requests import RowRequest
 from ..checks import check_count
 from ..circuits import DynamicLoader, Loader, make_loader
 from ..circuits.base import pack_values, unpack_values

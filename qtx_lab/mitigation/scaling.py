@@ -7,7 +7,7 @@ hence the folding here.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,9 @@ from qiskit.circuit.library import RZGate, SXGate
 
 from ..backends import QiskitQuantumBackend
 from ..backends.aer import AerEngine
-from ..backends.base import Engine
+from ..backends.base import Engine, RowJob
+from ..backends.exact import Noise
+from ..backends.requests import Request
 from ..errors import ArgumentError, DtypeError, unknown_name
 
 FOLDINGS = ("two-qubit", "local", "global")
@@ -60,7 +62,7 @@ def scale_noise(backend: QiskitQuantumBackend, level: float, how: str = "two-qub
     )
 
 
-class FoldedEngine:
+class FoldedEngine(Engine):
     """An engine whose circuits are folded after they are transpiled; everything else is the engine's own."""
 
     def __init__(self, engine: Engine, level: float, how: str):
@@ -68,11 +70,7 @@ class FoldedEngine:
             raise unknown_name("how", how, FOLDINGS)
         _check_level(level, 1.0)
         self._engine, self._level, self._how = engine, float(level), how
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(self._engine, name)
+        self.name, self.ideal, self.queues = engine.name, engine.ideal, engine.queues
 
     def identity(self) -> str:
         return f"{self._engine.identity()} folded {self._how} {self._level!r}"
@@ -82,6 +80,44 @@ class FoldedEngine:
 
     def transpile(self, circuit: QuantumCircuit, level: int) -> QuantumCircuit:
         return fold(self._engine.transpile(circuit, level), self._level, self._how)
+
+    def errors(self, circuit: QuantumCircuit) -> list[float]:
+        return self._engine.errors(circuit)
+
+    def calibrated(self, circuit: QuantumCircuit) -> tuple[QuantumCircuit, Noise]:
+        return self._engine.calibrated(circuit)
+
+    def run(
+        self,
+        circuit: QuantumCircuit,
+        bindings: np.ndarray,
+        shots: int,
+        seed: int,
+        request: Request | None = None,
+    ) -> np.ndarray:
+        return self._engine.run(circuit, bindings, shots, seed, request)
+
+    def how(self, circuit: QuantumCircuit) -> dict[str, Any]:
+        return self._engine.how(circuit)
+
+    def problems(self) -> tuple[str, ...]:
+        return self._engine.problems()
+
+    def pending_jobs(self) -> int:
+        return self._engine.pending_jobs()
+
+    def submit(
+        self,
+        circuit: QuantumCircuit,
+        bindings: np.ndarray,
+        shots: int,
+        request: Request | None = None,
+        **options: Any,
+    ) -> RowJob:
+        return self._engine.submit(circuit, bindings, shots, request, **options)
+
+    def jobs(self) -> Sequence[RowJob]:
+        return self._engine.jobs()
 
 
 def fold(circuit: QuantumCircuit, level: float, how: str = "two-qubit") -> QuantumCircuit:

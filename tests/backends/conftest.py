@@ -36,13 +36,13 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """No long pauses between questions, nor between the attempts of IBM's client."""
     from urllib3.util.retry import Retry
 
-    from qtx_lab.backends.ibm import ledger as jobs
+    from qtx_lab.backends.ibm import jobs
 
     monkeypatch.setattr(Retry, "_sleep_backoff", lambda retry: None)
 
-    monkeypatch.setattr(jobs, "SETTLE", 0.6)
-    monkeypatch.setattr(jobs, "FIRST_POLL", 0.01)
-    monkeypatch.setattr(jobs, "LAST_POLL", 0.05)
+    monkeypatch.setattr(jobs, "LISTING_LAG_S", 0.6)
+    monkeypatch.setattr(jobs, "FIRST_POLL_DELAY_S", 0.01)
+    monkeypatch.setattr(jobs, "LAST_POLL_DELAY_S", 0.05)
 
 
 @pytest.fixture(scope="module")

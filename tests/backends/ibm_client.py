@@ -11,9 +11,9 @@ import torch
 from ibm_cloud_sdk_core.token_managers.token_manager import TokenManager
 from urllib3.util.retry import Retry
 
-from qtx_lab.backends.counts import RowRequest
-from qtx_lab.backends.ibm import ledger as jobs
+from qtx_lab.backends.ibm import jobs
 from qtx_lab.backends.ibm.engine import IBMEngine
+from qtx_lab.backends.requests import RowRequest
 from qtx_lab.circuits import check_rows, make_loader
 from qtx_lab.errors import BackendUnavailable
 
@@ -24,7 +24,7 @@ P = torch.tensor([[0.5, 0.25, 0.25, 0.0], [0.0, 0.0, 0.0, 1.0]], dtype=torch.flo
 def client(action: str, environment: dict[str, str], result: str) -> None:
     """Do it in this process, quickly; what was found is written to `result`."""
     os.environ.update(environment)
-    jobs.SETTLE, jobs.FIRST_POLL, jobs.LAST_POLL = 0.4, 0.01, 0.05
+    jobs.LISTING_LAG_S, jobs.FIRST_POLL_DELAY_S, jobs.LAST_POLL_DELAY_S = 0.4, 0.01, 0.05
     Retry._sleep_backoff = lambda retry: None
     TokenManager.paced_request_token = _ask_for_a_token  # IBM's own waits a minute after a failure
     found = {"submit": _submit, "recover": _recover}[action]()
@@ -51,7 +51,7 @@ def _recover() -> dict[str, Any]:
     return {job.tag: _counts(job) for job in jobs.find_jobs()}
 
 
-def _counts(job: jobs.Job) -> Any:
+def _counts(job: jobs.DeviceJob) -> Any:
     try:
         return job.counts(progress=False, patience=2).counts.tolist()
     except BackendUnavailable as error:

@@ -18,9 +18,10 @@ from qtx_lab.backends import aer
 from qtx_lab.backends import counts as counting
 from qtx_lab.backends.aer import AerEngine, _aer_model
 from qtx_lab.backends.base import Engine
-from qtx_lab.backends.counts import RowRequest, draw_outcomes
+from qtx_lab.backends.counts import draw_outcomes
 from qtx_lab.backends.exact import Noise, compile_steps, density_matrices, outcome_probabilities
 from qtx_lab.backends.noise import best_region, device_noise, fake_device, reduced_target
+from qtx_lab.backends.requests import RowRequest
 from qtx_lab.circuits.fidelity import state_fidelity, total_variation
 from qtx_lab.circuits.resources import resources
 
@@ -327,7 +328,8 @@ def test_too_large_for_the_device():
         ({"shots": 0}, qtx.ArgumentError, "shots=0"),
         ({"optimization_level": 4}, qtx.ArgumentError, "optimization_level=4"),
         ({"loader": "treee"}, qtx.ArgumentError, "Did you mean 'tree'"),
-        ({"nois": 3}, qtx.ArgumentError, "option='nois' is unknown. Did you mean 'noise'"),
+        ({"nois": 3}, TypeError, "unexpected keyword argument 'nois'"),
+        ({"region": "us-east"}, qtx.ArgumentError, "region='us-east' is not allowed with provider='aer'"),
         (
             {"provider": "ibm", "backend_name": "ibm_fez", "noise": NOISE},
             qtx.ArgumentError,
@@ -401,7 +403,7 @@ def test_many_shots_are_taken_in_parts(monkeypatch, generator):
         backend.transpiled(12)
         found = []
         for limit in (10**6, 400):
-            monkeypatch.setattr(counting, "MOST_SHOTS_AT_ONCE", limit)
+            monkeypatch.setattr(counting, "MAX_OUTCOME_BYTES", limit)
             sizes.clear()
             found.append(backend.sample_rows(p, 100, generator=torch.Generator().manual_seed(1)))
             assert max(sizes) == min(limit, 1000)
@@ -411,7 +413,7 @@ def test_many_shots_are_taken_in_parts(monkeypatch, generator):
     request = RowRequest(p, qtx.make_loader("dynamic"), 100, 3)
     outcomes = np.random.default_rng(0).integers(0, 16, (10, 120, 1), dtype=np.uint8)
     in_parts = request.finish(outcomes)
-    monkeypatch.setattr(counting, "MOST_SHOTS_AT_ONCE", 10**6)
+    monkeypatch.setattr(counting, "MAX_OUTCOME_BYTES", 10**6)
     assert torch.equal(in_parts.counts, request.finish(outcomes).counts)
     assert in_parts.counts[4, 7] == (outcomes[4, :100] == 7).sum()
 
@@ -490,10 +492,14 @@ def test_a_cache_that_cannot_be_written_is_reported(monkeypatch, tmp_path):
     assert "not kept on disk" in result.diagnostics["fallbacks"][0]
 
 
-def test_the_engine_keeps_the_protocol():
-    members = {name for name in vars(Engine) if not name.startswith("_")} | set(Engine.__annotations__)
+def test_a_simulator_is_an_engine_without_a_queue(generator):
     for engine in (AerEngine(), AerEngine("fake_fez"), AerEngine(noise=NOISE)):
-        assert all(hasattr(engine, name) for name in members)
+        assert isinstance(engine, Engine)
+        assert isinstance(engine.ideal, bool)
+        assert not engine.queues
+        assert list(engine.jobs()) == []
+        with pytest.raises(qtx.ArgumentError, match="queues no jobs"):
+            engine.submit(QuantumCircuit(1, 1), np.zeros((1, 0)), 1)
         assert engine.problems() == ()
         assert engine.pending_jobs() == 0
         assert engine.facts()["device"] == engine.name

@@ -13,10 +13,10 @@ import torch
 from scipy.stats import chi2
 
 from qtx_lab.backends import QiskitQuantumBackend
-from qtx_lab.backends.counts import RowRequest
-from qtx_lab.backends.ibm import engine as room
+from qtx_lab.backends.ibm import engine as ibm_engine
 from qtx_lab.backends.ibm.engine import IBMEngine
-from qtx_lab.backends.ibm.ledger import find_jobs
+from qtx_lab.backends.ibm.jobs import find_jobs
+from qtx_lab.backends.requests import RowRequest
 from qtx_lab.circuits import check_rows, make_loader
 from qtx_lab.errors import ArgumentError, BackendUnavailable, JobTimeout, StorageError
 
@@ -155,7 +155,7 @@ def test_batch_and_session(cloud: Any, mode: str) -> None:
 
 
 def test_rows_and_shots_are_split_by_the_limits(cloud: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "MAX_EXECUTIONS", 400)
+    monkeypatch.setattr(ibm_engine, "MAX_EXECUTIONS_PER_JOB", 400)
     monkeypatch.setitem(cloud.devices["ibm_lagos"][0], "max_shots", 200)
     job = submit(IBMEngine("ibm_lagos"))  # 500 shots in 167 + 167 + 166, so 2 rows a job
     assert cloud.posts() == len(cloud.jobs) == 6
@@ -212,7 +212,7 @@ def test_other_circuits_run_too(cloud: Any) -> None:
     engine = IBMEngine("ibm_lagos")
     outcomes = engine.run(engine.transpile(circuit, 1), np.zeros((2, 0)), 10, seed=0)
     assert outcomes.tolist() == [[[2]] * 10] * 2
-    with pytest.raises(ArgumentError, match="not of rows"):
+    with pytest.raises(ArgumentError, match="'circuits', not of rows"):
         find_jobs()[0].counts()
 
 

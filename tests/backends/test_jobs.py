@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import random
 import runpy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +16,17 @@ import torch
 from click.testing import CliRunner
 
 import qtx_lab
-from qtx_lab.backends.counts import RowRequest
-from qtx_lab.backends.ibm.ledger import (
-    Job,
-    JobStatus,
-    Refused,
-    Unreachable,
-    find_jobs,
-    record_job,
-    submit_parts,
-)
+from qtx_lab.backends.base import JobStatus
+from qtx_lab.backends.ibm.jobs import DeviceJob, find_jobs, submit_parts
+from qtx_lab.backends.ibm.ledger import Block, record_job
+from qtx_lab.backends.ibm.remote import Refused, Unreachable
+from qtx_lab.backends.requests import CalibrationRequest, MitigatedRowRequest, RowRequest
 from qtx_lab.cli import main
-from qtx_lab.errors import BackendUnavailable, FallbackWarning, StorageError
+from qtx_lab.errors import ArgumentError, BackendUnavailable, FallbackWarning, StorageError
 from qtx_lab.experiments.notebooks import run_notebook
 
 CLIENT = Path(__file__).with_name("ibm_client.py")
+RECORDS_WITHOUT_VERSION = Path(__file__).with_name("records_without_version")
 SHOTS = 50
 
 
@@ -43,7 +40,7 @@ class Machine:
 
     def accept(self, part: Any) -> str:
         id = f"id-{len(self.jobs)}"
-        self.jobs[id] = part["tag"]
+        self.jobs[id] = part.tag
         self.states[id] = "queued"
         return id
 
@@ -69,16 +66,16 @@ def machine() -> Machine:
 
 
 @pytest.fixture
-def recorded(quick: None, machine: Machine, tmp_path: Path) -> Job:
-    parts = [{"start": i, "stop": i + 1, "shots": 10} for i in range(3)]
+def recorded(quick: None, machine: Machine, tmp_path: Path) -> DeviceJob:
+    parts = [Block(i, i + 1, 10) for i in range(3)]
     facts = {"provider": "none", "device": "none", "circuits": 3, "shots": 10}
-    return Job(record_job(tmp_path / "jobs", None, parts, **facts), lambda: machine)
+    return DeviceJob(record_job(tmp_path / "jobs", None, parts, **facts), lambda: machine)
 
 
 # --- The ledger ----------------------------------------------------------------------------------
 
 
-def test_parts_are_posted_once_each_and_put_together_in_order(recorded: Job, machine: Machine) -> None:
+def test_parts_are_posted_once_each_and_put_together_in_order(recorded: DeviceJob, machine: Machine) -> None:
     submit_parts(recorded, machine.accept)
     assert recorded.last_known.state == "submitted"
     machine.states |= {"id-0": "running", "id-1": "queued", "id-2": "done"}
@@ -88,7 +85,7 @@ def test_parts_are_posted_once_each_and_put_together_in_order(recorded: Job, mac
     assert list(machine.jobs.values()) == [f"{recorded.tag}.{i}" for i in range(3)]
 
 
-def test_a_part_whose_answer_was_lost_is_found_by_its_tag(recorded: Job, machine: Machine) -> None:
+def test_a_part_whose_answer_was_lost_is_found_by_its_tag(recorded: DeviceJob, machine: Machine) -> None:
     def post(part: Any) -> str:
         machine.accept(part)
         machine.unreachable = 1
@@ -99,10 +96,10 @@ def test_a_part_whose_answer_was_lost_is_found_by_its_tag(recorded: Job, machine
 
 
 def test_a_refused_part_stops_the_rest_and_what_is_there_can_be_cancelled(
-    recorded: Job, machine: Machine
+    recorded: DeviceJob, machine: Machine
 ) -> None:
     def post(part: Any) -> str:
-        if part["start"] == 1:
+        if part.start == 1:
             raise Refused("no more.")
         return machine.accept(part)
 
@@ -115,11 +112,13 @@ def test_a_refused_part_stops_the_rest_and_what_is_there_can_be_cancelled(
     assert machine.states == {"id-0": "cancelled"}
 
 
-def test_an_unknown_fate_is_said_and_never_resolved_by_a_second_post(recorded: Job, machine: Machine) -> None:
+def test_an_unknown_fate_is_said_and_never_resolved_by_a_second_post(
+    recorded: DeviceJob, machine: Machine
+) -> None:
     posts = []
 
     def post(part: Any) -> str:
-        posts.append(part["tag"])
+        posts.append(part.tag)
         raise Unreachable("cut.")
 
     with pytest.raises(BackendUnavailable, match=f"{recorded.tag} was accepted is not known"):
@@ -128,24 +127,26 @@ def test_an_unknown_fate_is_said_and_never_resolved_by_a_second_post(recorded: J
     assert recorded.status().state == "recorded"
     with pytest.raises(BackendUnavailable, match="never arrived"):
         recorded.outcomes()
-    machine.accept({"tag": posts[0]})  # it shows up late
+    machine.accept(recorded.record.parts[0])  # it shows up late
     assert recorded.status().state == "recorded"  # two parts are still nowhere
     assert recorded.id == "id-0"
 
 
-def test_a_record_is_durable_before_anything_is_posted(recorded: Job, machine: Machine) -> None:
+def test_a_record_is_durable_before_anything_is_posted(recorded: DeviceJob, machine: Machine) -> None:
     def post(part: Any) -> str:
         (found,) = find_jobs(recorded.path.parent.parent)
-        assert part["tag"] in [other["tag"] for other in found.record["parts"]]
+        assert part.tag in [other.tag for other in found.record.parts]
         return machine.accept(part)
 
     submit_parts(recorded, post)
 
 
-def test_jobs_of_runs_are_found_and_a_broken_record_costs_only_itself(recorded: Job, tmp_path: Path) -> None:
+def test_jobs_of_runs_are_found_and_a_broken_record_costs_only_itself(
+    recorded: DeviceJob, tmp_path: Path
+) -> None:
     folder = tmp_path / "20260101T000000Z-a-run-abcdef" / "jobs"
     facts = {"provider": "none", "device": "none", "circuits": 1, "shots": 1}
-    other = record_job(folder, None, [{"start": 0, "stop": 1, "shots": 1}], **facts)
+    other = record_job(folder, None, [Block(0, 1, 1)], **facts)
     (folder / "qtx-broken.json").write_text("{")
     with pytest.warns(UserWarning, match="qtx-broken"):
         found = qtx_lab.find_jobs(tmp_path)
@@ -168,20 +169,20 @@ BROKEN = {
 }
 
 
-def test_no_foreign_or_partial_record_stops_a_listing(recorded: Job, tmp_path: Path) -> None:
+def test_no_foreign_or_partial_record_stops_a_listing(recorded: DeviceJob, tmp_path: Path) -> None:
     """Whatever lies in the folder is skipped, with a line that names it and says why."""
-    record, folder = recorded.record, tmp_path / "jobs"
+    record, folder = json.loads(recorded.path.read_bytes()), tmp_path / "jobs"
     (part, *_) = record["parts"]
     cases = [{**record, name: value} for name, values in BROKEN.items() for value in values]
-    cases += [
-        {key: value for key, value in record.items() if key != name} for name in record if name in BROKEN
-    ]
+    needed = [name for name in BROKEN if name != "region"]
+    cases += [{key: value for key, value in record.items() if key != name} for name in needed]
     wrong = {"state": "asleep", "id": 3, "reason": {}, "start": None, "tag": 1}
     cases += [
         {**record, "parts": [{**part, name: value}]} for name, value in wrong.items() if name != "region"
     ]
     cases += [{**record, "parts": [{key: part[key] for key in part if key != name}]} for name in part]
-    cases += [{**record, "loader": "tree"}, [], 3, None]
+    cases += [{**record, "request": request} for request in (None, {}, {"kind": "rows", "loader": "tree"})]
+    cases += [{**record, "schema_version": 2}, [], 3, None]
     contents = [json.dumps(case) for case in cases] + ["{", "", "[" * 100_000, "1" * 10_000, "\0"]
     for i, content in enumerate(contents):
         path = folder / f"qtx-broken-{i}.json"
@@ -196,10 +197,10 @@ def test_no_foreign_or_partial_record_stops_a_listing(recorded: Job, tmp_path: P
     assert listed.exit_code == 0
     assert [line.split()[0] for line in listed.stdout.splitlines()] == ["tag", recorded.tag]
     assert listed.stderr.count("skipped: The job's record") == len(contents) + 1
-    assert "has the state 'asleep'; allowed are recorded" in listed.stderr
+    assert "parts.0.state is 'asleep'; Input should be 'recorded'" in listed.stderr
 
 
-def test_junk_outcomes_are_fetched_anew(recorded: Job, machine: Machine) -> None:
+def test_junk_outcomes_are_fetched_anew(recorded: DeviceJob, machine: Machine) -> None:
     submit_parts(recorded, machine.accept)
     machine.states |= dict.fromkeys(machine.jobs, "done")
     good = recorded.outcomes()
@@ -225,14 +226,14 @@ def test_junk_outcomes_are_fetched_anew(recorded: Job, machine: Machine) -> None
 
 def test_rows_that_cannot_be_read_are_one_clear_error(tmp_path: Path) -> None:
     request = RowRequest(torch.full((2, 4), 0.25, dtype=torch.float64), qtx_lab.make_loader("tree"), 5, 0)
-    parts = [{"start": 0, "stop": 2, "shots": 5}]
+    parts = [Block(0, 2, 5)]
     facts = {"provider": "none", "device": "none", "circuits": 2, "shots": 5}
     path = record_job(tmp_path / "jobs", request, parts, **facts)
-    assert torch.equal(Job(path, Machine).request().p, request.p)
+    assert torch.equal(DeviceJob(path, Machine).request().p, request.p)
     rows = path.with_suffix(".rows.npz")
     rows.write_bytes(b"junk")
     with pytest.raises(StorageError, match="damaged"):
-        Job(path, Machine).request()
+        DeviceJob(path, Machine).request()
     rows.unlink()
     fetched = CliRunner().invoke(main, ["jobs", "--home", str(tmp_path), "--fetch", path.stem])
     assert fetched.exit_code == 2
@@ -241,6 +242,56 @@ def test_rows_that_cannot_be_read_are_one_clear_error(tmp_path: Path) -> None:
         empty = CliRunner().invoke(main, ["jobs", "--home", str(tmp_path), option, ""])
         assert empty.exit_code == 2
         assert "empty TAG" in empty.stderr
+
+
+def test_every_kind_of_request_is_rebuilt_from_its_record(tmp_path: Path) -> None:
+    p = torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.0, 0.0]], dtype=torch.float64)
+    rows = RowRequest(p, qtx_lab.make_loader("tree"), 90, seed=4, diagnostics={"fallbacks": ("a", "b")})
+    settings = {"name": "readout, linear 1 3 (local)", "noise_levels": [1, 3], "readout": True}
+    level = MitigatedRowRequest(rows, settings, noise_level=3.0, shots=30, batch="abc")
+    calibration = CalibrationRequest(qubits=(5, 3), prepared=(0, 1), shots=70, seed=8)
+    facts = {"device": "none", "circuits": 1, "shots": 30}
+    paths = [
+        record_job(tmp_path / "jobs", x, [Block(0, 1, 30)], **facts) for x in (rows, level, calibration, None)
+    ]
+    assert len(find_jobs(tmp_path)) == 4
+    plain, mitigated, calibrated, other = (DeviceJob(path, Machine).request() for path in paths)
+    for rebuilt in (plain, mitigated.rows):
+        assert torch.equal(rebuilt.p, p)
+        assert (rebuilt.loader.name, rebuilt.shots, rebuilt.seed) == ("tree", 90, 4)
+        assert rebuilt.diagnostics == rows.diagnostics
+    assert mitigated.mitigation == settings
+    assert (mitigated.noise_level, mitigated.shots, mitigated.batch) == (3.0, 30, "abc")
+    assert calibrated == calibration
+    assert other is None
+    for path, kind in zip(paths[1:], ("mitigated-rows", "calibration", "circuits"), strict=True):
+        job = DeviceJob(path, Machine)
+        assert job.record.request.kind == kind
+        with pytest.raises(ArgumentError, match=f"{kind}.*take its `outcomes`"):
+            job.counts()
+
+
+def test_records_from_before_there_was_a_schema_version_are_read(machine: Machine, tmp_path: Path) -> None:
+    """Three records that were written through IBM's client: rows that are done, rows in the queue, other circuits."""
+    shutil.copytree(RECORDS_WITHOUT_VERSION, tmp_path / "jobs")
+    states = {str(job.last_known.state): job for job in find_jobs(tmp_path)}
+    assert set(states) == {"done", "queued", "submitted"}
+    done = states["done"]
+    assert done.counts().counts.tolist() == [[17, 12, 11, 0], [0, 0, 0, 40], [0, 0, 0, 0]]
+    assert done.counts().diagnostics["calibration"] == "2024-05-27T15:51:15+00:00"
+    assert done.request().loader.name == "dynamic"
+    assert states["submitted"].request() is None
+    queued = DeviceJob(states["queued"].path, lambda: machine)
+    assert queued.request().p.tolist() == done.request().p.tolist()
+    machine.states["job-2"] = "done"
+    assert queued.status().state == "done"
+    assert json.loads(queued.path.read_bytes())["schema_version"] == 1
+    assert queued.record["quantum_seconds"] == queued.record.quantum_seconds == 2.028
+    broken = json.loads((RECORDS_WITHOUT_VERSION / done.path.name).read_bytes())
+    for name in ("rows", "keys", "seed", "diagnostics"):
+        done.path.write_text(json.dumps({key: value for key, value in broken.items() if key != name}))
+        with pytest.raises(StorageError, match=f"request.rows.{name} is missing"):
+            done.status()
 
 
 # --- Killed processes ----------------------------------------------------------------------------
@@ -401,7 +452,7 @@ def test_jobs_are_listed_fetched_and_cancelled_by_command(
     facts = {
         name: first.record[name] for name in ("provider", "device", "instance", "region", "circuits", "shots")
     }
-    record_job(tmp_path / "a-run" / "jobs", None, [{"start": 0, "stop": 2, "shots": SHOTS}], **facts)
+    record_job(tmp_path / "a-run" / "jobs", None, [Block(0, 2, SHOTS)], **facts)
     cloud.faults = [ibm.Fault(".*", 403, times=10**6)]
     offline = run()
     assert offline.exit_code == 0

@@ -6,8 +6,9 @@ import torch
 from qiskit.transpiler import generate_preset_pass_manager
 
 import qtx_lab as qtx
+from qtx_lab.backends.base import Engine
 from qtx_lab.backends.exact import compile_steps, outcome_probabilities
-from qtx_lab.backends.noise import fake_device, on_used_qubits
+from qtx_lab.backends.noise import fake_device, instruction_errors, on_used_qubits
 from qtx_lab.bench import mitigation as bench_mitigation
 from qtx_lab.bench.base import BENCHES
 from qtx_lab.circuits.base import pack_values
@@ -151,7 +152,7 @@ def test_the_benchmark_is_registered():
     assert "mitigation" in BENCHES
 
 
-class Device:
+class Device(Engine):
     """An engine that is a device, as far as one can be offline: it knows its calibration, and runs on its twin."""
 
     name, ideal = "ibm_fez", False
@@ -175,7 +176,10 @@ class Device:
     def calibrated(self, circuit):
         return on_used_qubits(circuit, self.device.target)
 
-    def run(self, circuit, bindings, shots, seed):
+    def errors(self, circuit):
+        return instruction_errors(circuit, self.device.target)
+
+    def run(self, circuit, bindings, shots, seed, request=None):
         p, values = outcome_probabilities(compile_steps(*self.calibrated(circuit)), bindings)
         rng = np.random.default_rng(seed)
         drawn = [rng.choice(values, shots, p=(row / row.sum()).numpy()) for row in p]

@@ -16,7 +16,7 @@ from papermill.translators import PythonTranslator
 
 from qtx_lab.attention import sampled_attention
 from qtx_lab.backends import HybridPolicy
-from qtx_lab.backends.qiskit import MOST_SHOTS
+from qtx_lab.backends.qiskit import MAX_SHOTS_PER_ROW
 from qtx_lab.circuits import LOADERS
 from qtx_lab.cli import main
 from qtx_lab.controls import CONTROLS
@@ -236,7 +236,7 @@ def test_choices_are_those_that_can_be_made() -> None:
     assert set(choices["mitigation", "extrapolation"]) == set(METHODS)
     assert choices["cluster", "kind"] == list(CLUSTERS)
     shots = CircuitSpec.model_json_schema()["properties"]["shots"]
-    assert shots["maximum"] == MOST_SHOTS
+    assert shots["maximum"] == MAX_SHOTS_PER_ROW
 
 
 def test_problems_are_told_field_by_field() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from qtx_lab import ExperimentSpec, Run
-from qtx_lab.backends.ibm.ledger import record_job
+from qtx_lab.backends.ibm.ledger import Block, record_job
 from qtx_lab.errors import ArgumentError
 from qtx_lab.widgets.views.job_table import JobTable
 
@@ -47,7 +47,7 @@ def fill(home: Path) -> str:
     run.finish("failed", "it broke")
     for folder, state in ((home / "jobs", "done"), (run.path / "jobs", "failed"), (home / "jobs", "queued")):
         path = record_job(
-            folder, None, [{"start": 0, "stop": 2, "shots": 100}],
+            folder, None, [Block(0, 2, 100)],
             provider="ibm", device="ibm_lagos", instance=None, region=None, circuits=2, shots=100,
         )  # fmt: skip
         record = json.loads(path.read_text())

@@ -1,1 +1,5 @@
-"""IBM's devices: the engine that posts jobs, and the ledger that never loses one."""
+"""IBM's devices: the engine that runs circuits there, the jobs it hands over, their records, and IBM's client.
+
+`engine` runs circuits, `jobs` follows what was submitted, `ledger` keeps the records on disk, and `remote` talks to
+IBM through IBM's client. `client_internals` holds the few uses of that client's private attributes.
+"""

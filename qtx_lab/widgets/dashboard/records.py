@@ -121,7 +121,7 @@ class Records:
         columns = ["tag", "run", "device", "state", "rows", "shots", "recorded"]
         if not (self.home / "jobs").is_dir() and not any(self.home.glob("*/jobs")):
             return pd.DataFrame(columns=columns)  # and the room of backends is not loaded
-        from ...backends.ibm.ledger import find_jobs
+        from ...backends.ibm.jobs import find_jobs
 
         found = []
         with warnings.catch_warnings(action="ignore"):  # files that are no records: `qtx-lab jobs` names them
@@ -129,8 +129,9 @@ class Records:
                 with suppress(QtxError):  # gone since
                     record, folder = job.record, job.path.parent.parent
                     run = "" if folder == self.home else folder.name
-                    told = [record[key] for key in ("circuits", "shots", "recorded")]
-                    found.append([job.tag, run, record["device"], str(job.last_known), *told])
+                    size = (record.circuits, record.shots)
+                    recorded = record.recorded.isoformat()
+                    found.append([job.tag, run, record.device, str(record.status), *size, recorded])
         return pd.DataFrame(found, columns=columns)
 
     def metrics(self, run: str | Path) -> pd.DataFrame:

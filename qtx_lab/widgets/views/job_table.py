@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import traitlets
 
 from ... import theme as look
-from ...backends.ibm.ledger import ENDED, Job, Unreachable, find_jobs
+from ...backends.ibm.jobs import DeviceJob, find_jobs
+from ...backends.ibm.remote import Unreachable
 from ...errors import ArgumentError, BackendUnavailable, StorageError
 from ...experiments.runs import Run, runs
 from ...storage import json_bytes, runs_home
@@ -112,7 +113,7 @@ class JobTable(View):
         """
         self._job(tag).cancel()
 
-    def _jobs(self) -> list[Job]:
+    def _jobs(self) -> list[DeviceJob]:
         """The newest jobs; what was skipped, and why, goes to the troubles."""
         with self._turn, warnings.catch_warnings(record=True) as skipped:
             warnings.simplefilter("always")
@@ -120,25 +121,25 @@ class JobTable(View):
             self._troubles = [f"Left out: {warning.message}" for warning in skipped]
         return found
 
-    def _job(self, tag: str) -> Job:
+    def _job(self, tag: str) -> DeviceJob:
         for job in find_jobs(self.home, tag=tag, service=self._service):
             if job.tag == tag:
                 return job
         raise ArgumentError(f"tag={tag!r} is not allowed: no job has it.")
 
-    def _facts(self, job: Job) -> dict[str, Any]:
+    def _facts(self, job: DeviceJob) -> dict[str, Any]:
         record, status = job.record, job.last_known
         folder = job.path.parent.parent
         return {
             "tag": job.tag,
             "run": "" if folder == Path(self.home) else folder.name,
-            "device": record["device"],
-            "state": status.state,
-            "ended": status.state in ENDED,
+            "device": record.device,
+            "state": str(status.state),
+            "ended": status.state.ended,
             "reason": status.reason or "",
-            "rows": record["circuits"],
-            "shots": record["shots"],
-            "recorded": record["recorded"][:19].replace("T", " "),
+            "rows": record.circuits,
+            "shots": record.shots,
+            "recorded": f"{record.recorded:%Y-%m-%d %H:%M:%S}",
             "path": str(job.path),
         }
 
@@ -194,7 +195,7 @@ class JobTable(View):
     def _open(self, tag: str | None, run: str | None) -> None:
         if tag is not None:
             job = self._job(tag)
-            path, facts = job.path, job.record
+            path, facts = job.path, job.record.model_dump()
         else:
             folder = Path(self.home) / Path(str(run)).name
             path, facts = folder, Run.open(folder).manifest

@@ -1,0 +1,381 @@
+"""The machine that holds the jobs (`Remote`), and IBM's (`IBMRemote`, `IBMDevice`): everything that asks IBM's client."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import requests
+from qiskit import QuantumCircuit
+from qiskit.primitives.containers.sampler_pub import SamplerPub
+from qiskit.providers.exceptions import QiskitBackendNotFoundError
+from qiskit.transpiler import Target
+from qiskit.transpiler.exceptions import TranspilerError
+from qiskit_ibm_runtime import Batch, QiskitRuntimeService, RuntimeInvalidStateError, Session
+from qiskit_ibm_runtime.api.exceptions import RequestsApiError
+from qiskit_ibm_runtime.exceptions import IBMError, IBMInputValueError
+from qiskit_ibm_runtime.executor_sampler import Sampler
+from qiskit_ibm_runtime.utils import validate_rzz_pubs
+
+from ...errors import ArgumentError, BackendUnavailable
+from ..base import JobState, JobStatus
+from .client_internals import SinglePost, device_names, posting_by
+
+RETIRED = re.compile(r"ibmq_.+|ibmqx\d+|simulator_(statevector|mps|stabilizer|extended_stabilizer)")
+"""Names of IBM's first devices and of all its simulators in the cloud, none of which is left."""
+
+IBM_JOB_STATES = {
+    "INITIALIZING": JobState.QUEUED,
+    "QUEUED": JobState.QUEUED,
+    "RUNNING": JobState.RUNNING,
+    "DONE": JobState.DONE,
+    "CANCELLED": JobState.CANCELLED,
+    "ERROR": JobState.FAILED,
+}
+
+HTTP_STATUS = re.compile(r"(\d{3}) (?:Client|Server) Error|too many (\d{3}) error|Status code: (\d{3})")
+"""How the messages of requests, urllib3 and IBM's login name an HTTP status."""
+
+NO_ACCOUNT = (
+    "No IBM Quantum account is saved on this machine, and QISKIT_IBM_TOKEN is not set: save one with "
+    "`QiskitRuntimeService.save_account(token=...)` of qiskit_ibm_runtime, or pass service=."
+)
+
+
+class Unreachable(BackendUnavailable):
+    """The server gave no usable answer; it may give one later."""
+
+
+class Refused(Exception):
+    """There is certainly no job: the server said no, or the request never left."""
+
+
+class Remote(Protocol):
+    """The machine that holds the jobs. Every method may raise BackendUnavailable."""
+
+    def lookup(self, tag: str) -> list[str]:
+        """Ids of the jobs with this tag, oldest first."""
+
+    def status(self, id: str) -> JobStatus:
+        """Where the job is: queued, running or ended."""
+
+    def outcomes(self, id: str) -> np.ndarray:
+        """Measured bits of a job that is done, uint8 (rows, shots, B), packed as in `BitArray`."""
+
+    def cancel(self, id: str) -> None:
+        """Cancel the job; no error where it has ended already."""
+
+
+class IBMRemote:
+    """The jobs of an account at IBM, by id and tag: a `Remote`.
+
+    Parameters
+    ----------
+    given : QiskitRuntimeService, optional
+        A service that is logged in; where None, one is made, and the network used, when it is first needed.
+    instance, region : str, optional
+        Of the service that is made.
+
+    Attributes
+    ----------
+    crn : str or None
+        The instance that jobs are looked for in, where it is known.
+
+    Raises
+    ------
+    ArgumentError
+        If the service is a local one.
+    """
+
+    def __init__(
+        self,
+        given: QiskitRuntimeService | None = None,
+        *,
+        instance: str | None = None,
+        region: str | None = None,
+    ):
+        if given is not None and given.is_local:
+            raise ArgumentError("service is a local one, which runs no jobs at IBM: use provider='aer'.")
+        self.given = given
+        self.instance = instance
+        self.region = region
+        self.crn = instance if instance and instance.startswith("crn:") else None
+        self._service: QiskitRuntimeService | None = given
+        self._jobs: dict[str, Any] = {}
+
+    def service(self) -> Any:
+        """IBM's service, logged in."""
+        if self._service is None:
+            if not has_account():
+                raise BackendUnavailable(NO_ACCOUNT)
+            with explained("logging in to IBM Quantum"):
+                self._service = QiskitRuntimeService(instance=self.instance, region=self.region)
+        return self._service
+
+    def lookup(self, tag: str) -> list[str]:
+        service = self.service()
+        with explained(f"looking for job {tag}"):
+            jobs = service.jobs(job_tags=[tag], limit=10, descending=False, instance=self.crn)
+            return [job.job_id() for job in jobs]
+
+    def status(self, id: str) -> JobStatus:
+        with explained(f"asking for job {id}"):
+            job = self._job(id)
+            state = IBM_JOB_STATES.get(job.status(), JobState.RUNNING)
+            if state == JobState.QUEUED:
+                place = job.metrics().get("position_in_queue")
+                return JobStatus(state, place, pending=None if place else job.backend().status().pending_jobs)
+            message = job.error_message() if state == JobState.FAILED else None
+            return JobStatus(state, reason=message and " ".join(message.split()))
+
+    def outcomes(self, id: str) -> np.ndarray:
+        with explained(f"fetching the results of job {id}"):
+            try:
+                arrays = [pub.data.c.array for pub in self._job(id).result()]
+                return np.concatenate([array.reshape(-1, *array.shape[-2:]) for array in arrays])
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                raise Unreachable(f"The results of job {id} cannot be read ({error}).") from error
+
+    def cancel(self, id: str) -> None:
+        with explained(f"cancelling job {id}"):
+            try:
+                self._job(id).cancel()
+            except RuntimeInvalidStateError:  # it has ended
+                return
+
+    def _job(self, id: str) -> Any:
+        if id not in self._jobs:
+            self._jobs[id] = self.service().job(id)
+        return self._jobs[id]
+
+
+class IBMDevice:
+    """One of IBM's devices, as an account sees it. The network is used when it is first needed.
+
+    Every method raises BackendUnavailable where the account has no such device, or the server gives no answer.
+
+    Parameters
+    ----------
+    remote : IBMRemote
+        The account.
+    name : str
+        The device's name.
+    fractional_gates : bool
+        Whether the device's rx and rzz are used.
+    """
+
+    def __init__(self, remote: IBMRemote, name: str, fractional_gates: bool):
+        self.remote = remote
+        self.name = name
+        self.fractional_gates = fractional_gates
+        self._backend: Any = None
+        self._session: Batch | Session | None = None
+
+    def connect(self) -> Any:
+        """IBM's object of the device, asked for once."""
+        if self._backend is None:
+            problems = offline_problems(self.name, self.remote.given)
+            if problems:
+                raise BackendUnavailable(" ".join(problems))
+            service = self.remote.service()
+            with explained(f"asking for {self.name}"):
+                try:
+                    self._backend = service.backend(self.name, use_fractional_gates=self.fractional_gates)
+                except QiskitBackendNotFoundError:
+                    raise self._not_found(service) from None
+            self.remote.crn = service.active_instance()  # the one that has the device
+        return self._backend
+
+    def _not_found(self, service: Any) -> BackendUnavailable:
+        with explained(f"listing the devices of {service.active_instance()}"):
+            names = device_names(service)
+        if self.name in names:
+            return Unreachable(f"IBM Quantum lists {self.name}, but its configuration cannot be read now.")
+        return BackendUnavailable(
+            f"This account has no device {self.name!r}. It has: {', '.join(names) or 'none'}."
+        )
+
+    @property
+    def crn(self) -> str | None:
+        """The instance that has the device."""
+        self.connect()
+        return self.remote.crn
+
+    @property
+    def target(self) -> Target:
+        """The device's gates and their errors."""
+        return self.connect().target
+
+    @property
+    def num_qubits(self) -> int:
+        """Number of qubits."""
+        return int(self.connect().num_qubits)
+
+    @property
+    def max_shots(self) -> int:
+        """Most shots of a circuit in one job."""
+        return int(self.connect().configuration().max_shots)
+
+    def calibration(self) -> str | None:
+        """When the device was calibrated, ISO time; None where it does not tell."""
+        device = self.connect()
+        with explained(f"reading the calibration of {self.name}"):
+            properties = device.properties()
+        return properties.last_update_date.isoformat() if properties else None
+
+    def status(self) -> Any:
+        """IBM's status: `operational`, `status_msg` and `pending_jobs`."""
+        device = self.connect()
+        with explained(f"asking for the state of {self.name}"):
+            return device.status()
+
+    def check_fractional(self, circuit: QuantumCircuit, bindings: np.ndarray) -> None:
+        """Refuse angles that the device's rzz does not take."""
+        with explained(f"{circuit.name} on {self.name}"):
+            validate_rzz_pubs([SamplerPub.coerce((circuit, bindings))])
+
+    def post(
+        self,
+        circuit: QuantumCircuit,
+        bindings: np.ndarray,
+        shots: int,
+        *,
+        tags: list[str],
+        options: Mapping[str, Any],
+        mode: Literal["job", "batch", "session"],
+    ) -> str:
+        """Post one job, a single time, and return the server's id of it.
+
+        Parameters
+        ----------
+        circuit : QuantumCircuit
+            Transpiled.
+        bindings : ndarray, (R, P)
+            Values of its parameters.
+        shots : int
+            Shots of each row.
+        tags : list of str
+            What the job is found by.
+        options : mapping
+            Options of IBM's Sampler.
+        mode : {"job", "batch", "session"}
+            By itself, or in the Batch or Session that the first such job opens.
+
+        Raises
+        ------
+        Refused
+            If there is certainly no job.
+        BackendUnavailable
+            If it is not known whether the server accepted it.
+        """
+        # IBM's client takes an empty array of parameters for a single circuit.
+        pubs = [(circuit, bindings)] if bindings.shape[1] else [(circuit,)] * len(bindings)
+        adapter = SinglePost()
+        try:
+            sampler = Sampler(mode=self._mode(mode), options={**options, "environment": {"job_tags": tags}})
+            crn = str(self.crn)
+            with posting_by(adapter, self.remote.service(), crn), explained(f"submitting to {self.name}"):
+                return str(sampler.run(pubs, shots=shots).job_id())
+        except Exception as error:
+            if not adapter.sent or 400 <= adapter.status < 500:
+                raise Refused(str(error)) from error
+            raise
+
+    def _mode(self, mode: str) -> Any:
+        """What IBM's Sampler runs on: the device, or its open Batch or Session."""
+        device = self.connect()
+        if mode == "job":
+            return device
+        if self._session is None:
+            with explained(f"opening a {mode} on {self.name}"):
+                self._session = (Batch if mode == "batch" else Session)(device)
+        return self._session
+
+    def close(self) -> None:
+        """End the Batch or Session; what it has queued is still run."""
+        if self._session:
+            with explained(f"closing the batch or session on {self.name}"):
+                self._session.close()
+            self._session = None
+
+
+def offline_problems(name: str, service: object | None) -> tuple[str, ...]:
+    """What is known to be wrong without asking anybody: a retired name, no account.
+
+    >>> for problem in offline_problems("ibmq_qasm_simulator", service=object()):
+    ...     print(problem)
+    'ibmq_qasm_simulator' is retired: IBM no longer runs it. Simulate with provider='aer', or name another device.
+    """
+    problems = []
+    if RETIRED.fullmatch(name):
+        problems.append(
+            f"{name!r} is retired: IBM no longer runs it. Simulate with provider='aer', or name another device."
+        )
+    if service is None and not has_account():
+        problems.append(NO_ACCOUNT)
+    return tuple(problems)
+
+
+def has_account() -> bool:
+    """Whether IBM's tools find an account, in the environment or on disk.
+
+    Raises
+    ------
+    BackendUnavailable
+        If the file of accounts cannot be read.
+    """
+    if os.environ.get("QISKIT_IBM_TOKEN"):
+        return True
+    try:
+        return bool(QiskitRuntimeService.saved_accounts())
+    except (ValueError, OSError, IBMError) as error:
+        raise BackendUnavailable(f"IBM's file of saved accounts cannot be read: {error}") from error
+
+
+@contextmanager
+def explained(doing: str) -> Iterator[None]:
+    """Raise errors of IBM's client as ours, with what was being done and what to do about them."""
+    try:
+        yield
+    except (BackendUnavailable, ArgumentError):
+        raise
+    except (IBMInputValueError, TranspilerError) as error:
+        raise BackendUnavailable(f"IBM refused {doing}: {error}") from error
+    except (IBMError, QiskitBackendNotFoundError, requests.RequestException, OSError) as error:
+        status = _http_status(error)
+        # A 401 may pass: after a failed login, IBM's client sends what the server then takes for no login at all.
+        kind = BackendUnavailable if 400 <= status < 500 and status not in (401, 408, 429) else Unreachable
+        raise kind(_advice(status, doing, error)) from error
+
+
+def _http_status(error: BaseException | None) -> int:
+    """The HTTP status that an error of IBM's client, or its cause, names; 0 where there was none."""
+    while error is not None:
+        match = HTTP_STATUS.search(str(error))
+        if match:
+            return int(match[match.lastindex or 0])
+        if isinstance(error, RequestsApiError) and error.status_code > 0:
+            return error.status_code
+        error = error.__cause__
+    return 0
+
+
+def _advice(status: int, doing: str, error: Exception) -> str:
+    """One sentence for a person."""
+    what = {
+        400: "the request was not understood; at a login: the API key is not valid",
+        401: "the login failed: if it stays so, the API key is no longer valid; save the account again",
+        403: "the account may not do this: check instance= and what the account has access to",
+        404: "there is no such thing: check the name, and instance=",
+        409: "its state does not allow this",
+        429: "too many requests, or the limit of jobs is reached: wait, then try again",
+    }.get(
+        status,
+        "IBM's server failed; try again later" if status >= 500 else "no answer came; check the network",
+    )
+    message = re.sub(r"[\\'\"]+", "", " ".join(str(error).split()))  # quoted as often as it was passed on
+    return f"IBM Quantum, {doing}: {what} ({f'status {status}; ' if status else ''}{message[:300]})."

@@ -8,27 +8,37 @@ import { build } from "esbuild";
 const here = dirname(fileURLToPath(import.meta.url));
 const out = process.argv[2] ?? join(here, "..", "qtx_lab", "widgets", "static");
 
-/** A digest of what the bundle is made of, so that a machine without node can tell whether it is current. */
+/** A digest of what the bundle is made of, by which a machine without node can see whether it is current. */
 function sources() {
   const names = readdirSync(join(here, "src")).filter((name) => !name.endsWith(".test.ts"));
   const digest = createHash("sha256");
-  for (const name of ["build.mjs", ...names.map((name) => `src/${name}`).sort()]) {
+  for (const name of ["build.mjs", "package-lock.json", ...names.map((name) => `src/${name}`).sort()]) {
     digest.update(`${name}\n`).update(readFileSync(join(here, name)));
   }
   return digest.digest("hex");
 }
 
 const banner = `/* qtx_lab: made from widgets/src by \`npm run build\`; sources ${sources()} */`;
-await build({
-  absWorkingDir: here,
-  entryPoints: { widgets: "src/index.ts", form: "src/form.ts" },
-  outdir: out,
-  bundle: true,
-  minify: true,
-  format: "esm",
-  target: "es2022",
-  charset: "utf8",
-  legalComments: "none",
-  define: { "define.amd": "false" },
-  banner: { js: banner, css: banner },
-});
+// The licence of d3 asks for its notice in every copy.
+const licence = readFileSync(join(here, "node_modules", "d3-scale", "LICENSE"), "utf8").trim();
+const notice = `/* Contains d3-scale, d3-array and the modules of d3 that they need.\n${licence} */`;
+
+const bundles = [
+  { name: "widgets", source: "src/index.ts", js: `${banner}\n${notice}` },
+  { name: "form", source: "src/form.ts", js: banner },
+];
+for (const { name, source, js } of bundles) {
+  await build({
+    absWorkingDir: here,
+    entryPoints: { [name]: source },
+    outdir: out,
+    bundle: true,
+    minify: true,
+    format: "esm",
+    target: "es2022",
+    charset: "utf8",
+    legalComments: "none",
+    define: { "define.amd": "false" },
+    banner: { js, css: banner },
+  });
+}

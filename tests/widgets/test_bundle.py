@@ -22,7 +22,7 @@ def digest() -> str:
         f"src/{path.name}" for path in (SOURCES / "src").iterdir() if not path.name.endswith(".test.ts")
     )
     found = hashlib.sha256()
-    for name in ["build.mjs", *names]:
+    for name in ["build.mjs", "package-lock.json", *names]:
         found.update(f"{name}\n".encode() + (SOURCES / name).read_bytes())
     return found.hexdigest()
 

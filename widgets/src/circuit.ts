@@ -1,7 +1,7 @@
 // CircuitView: a row's circuit, the device's region, what was measured, and the zero-noise fit.
 import { Frame, h, onFrame, s, type Model } from "./dom";
 import { css, sequential } from "./maps";
-import { digits, fromPixel, label, scale, ticks, toPixel, whole, withError, type Scale } from "./scale";
+import { digits, label, scale, ticks, whole, withError, type Scale } from "./scale";
 import { SAMPLER_COLOURS } from "./theme";
 
 export interface Gate {
@@ -259,12 +259,12 @@ export function render(model: Model, el: HTMLElement): () => void {
   function axes(height: number, xs: Scale, ys: Scale, xName: string, yName: string): Node[] {
     const out: Node[] = [];
     for (const x of ticks(xs, Math.max(2, (xs.to - xs.from) / 70))) {
-      const at = toPixel(xs, x);
+      const at = xs(x);
       out.push(s("line", { x1: at, x2: at, y1: ys.from, y2: ys.to, class: "qtx-grid" }));
       out.push(text(at, ys.from + 13, label(x)));
     }
     for (const y of ticks(ys, 4)) {
-      const at = toPixel(ys, y);
+      const at = ys(y);
       out.push(s("line", { x1: xs.from, x2: xs.to, y1: at, y2: at, class: "qtx-grid" }));
       out.push(text(xs.from - 4, at + 4, label(y), "end"));
     }
@@ -280,7 +280,7 @@ export function render(model: Model, el: HTMLElement): () => void {
 
   function point(x: number, y: Scale, value: number, error: number, full: boolean, radius = 4): Node {
     const colour = measured();
-    const clamp = (v: number) => toPixel(y, Math.min(y.high, Math.max(y.low, v)));
+    const clamp = (v: number) => y(Math.min(y.high, Math.max(y.low, v)));
     return s(
       "g",
       { stroke: colour, "stroke-width": 1.4 },
@@ -447,20 +447,20 @@ export function render(model: Model, el: HTMLElement): () => void {
     const each = (xs.to - xs.from) / (last - first + 1.2);
     const nodes: Node[] = axes(height, xs, ys, "key", "probability");
     for (const j of known) {
-      const x = toPixel(xs, j);
+      const x = xs(j);
       const reach = Math.min(9, Math.max(1, each / 3));
       nodes.push(
         s("line", {
           x1: x,
           x2: x,
-          y1: toPixel(ys, 0),
-          y2: toPixel(ys, exact[j]),
+          y1: ys(0),
+          y2: ys(exact[j]),
           stroke: "var(--qtx-exact)",
           "stroke-width": Math.min(3, Math.max(1, each / 6)),
         }),
       );
       if (baseline) {
-        const y = toPixel(ys, baseline[j]);
+        const y = ys(baseline[j]);
         nodes.push(
           s("line", {
             x1: x - reach,
@@ -556,9 +556,7 @@ export function render(model: Model, el: HTMLElement): () => void {
     const least = Math.min(0.9, ...curve.map((x) => Math.min(x.fidelity - Z95 * x.error, x.classical)));
     const ys = scale(Math.max(0, least), 1, height - 34, 8);
     const nodes = axes(height, xs, ys, "shots", "Hellinger fidelity");
-    const path = curve
-      .map((x, i) => `${i ? "L" : "M"}${toPixel(xs, x.shots)} ${toPixel(ys, x.classical)}`)
-      .join("");
+    const path = curve.map((x, i) => `${i ? "L" : "M"}${xs(x.shots)} ${ys(x.classical)}`).join("");
     nodes.push(
       s("path", {
         d: path,
@@ -568,7 +566,7 @@ export function render(model: Model, el: HTMLElement): () => void {
         "stroke-dasharray": "6 4",
       }),
     );
-    for (const x of curve) nodes.push(point(toPixel(xs, x.shots), ys, x.fidelity, x.error, false));
+    for (const x of curve) nodes.push(point(xs(x.shots), ys, x.fidelity, x.error, false));
     fidelity.svg.replaceChildren(...nodes);
     const last = curve.at(-1);
     fidelity.title.textContent = last
@@ -604,7 +602,7 @@ export function render(model: Model, el: HTMLElement): () => void {
     const room = 0.05 * (Math.max(...all) - Math.min(...all) || 1);
     const ys = scale(Math.min(...all) - room, Math.max(...all) + room, height - 34, 8);
     const nodes = axes(height, xs, ys, "noise level (1: the device's own)", `probability of key ${fit.key}`);
-    const exact = toPixel(ys, fit.exact);
+    const exact = ys(fit.exact);
     nodes.push(
       s("line", {
         x1: xs.from,
@@ -618,24 +616,24 @@ export function render(model: Model, el: HTMLElement): () => void {
       s("path", {
         d: fit.fit
           .filter(([x]) => x <= high)
-          .map(([x, y], i) => `${i ? "L" : "M"}${toPixel(xs, x)} ${toPixel(ys, y)}`)
+          .map(([x, y], i) => `${i ? "L" : "M"}${xs(x)} ${ys(y)}`)
           .join(""),
         fill: "none",
         stroke: measured(),
         "stroke-width": 1.5,
       }),
-      point(toPixel(xs, 0), ys, fit.answer, fit.answer_error, true, 5),
+      point(xs(0), ys, fit.answer, fit.answer_error, true, 5),
     );
     fit.levels.forEach((level, i) => {
       const index = levels.indexOf(level);
-      const handle = point(toPixel(xs, level), ys, fit!.values[i], fit!.errors[i], false, 6) as SVGGElement;
+      const handle = point(xs(level), ys, fit!.values[i], fit!.errors[i], false, 6) as SVGGElement;
       handle.classList.add("qtx-handle");
       handle.append(s("title", {}, "Drag to another noise level"));
       if (index >= 0) {
         handle.addEventListener("pointerdown", (event) => {
           event.preventDefault();
           const box = zne.svg.getBoundingClientRect();
-          const to = (e: PointerEvent) => fromPixel(xs, e.clientX - box.left);
+          const to = (e: PointerEvent) => xs.invert(e.clientX - box.left);
           const drag = (e: PointerEvent) => move(index, Math.min(5, to(e)), false);
           const drop = (e: PointerEvent) => {
             window.removeEventListener("pointermove", drag);

@@ -1,7 +1,8 @@
 // AttentionLens: the exact, sampled and difference maps of a head, and thumbnails of all heads.
+import { ticks } from "d3-array";
 import { Frame, h, onFrame, sharp, unique, type Model } from "./dom";
 import * as maps from "./maps";
-import { digits, label, ticks, whole } from "./scale";
+import { digits, label, whole } from "./scale";
 
 const NAMES = ["exact", "sampled", "difference"] as const;
 type Name = (typeof NAMES)[number];
@@ -406,8 +407,7 @@ export function render(model: Model, el: HTMLElement): () => void {
       if (named) {
         for (let i = Math.ceil(low); i < high; i++) write(i, tokens[i] ?? "", (i + 0.5 - low) * per);
       } else {
-        const s = { log: false, low, high: high - 1, from: 0, to: 1 };
-        for (const i of ticks(s, Math.max(2, (per * (high - low)) / 48))) {
+        for (const i of ticks(low, high - 1, Math.max(2, (per * (high - low)) / 48))) {
           if (Number.isInteger(i)) write(i, label(i), (i + 0.5 - low) * per);
         }
       }

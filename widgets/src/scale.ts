@@ -1,76 +1,39 @@
-// Axes: from numbers to pixels, and the ticks between them.
+// Axes: from numbers to pixels (by d3-scale), the ticks between them, and numbers as text.
+import { ticks as linearTicks } from "d3-array";
+import { scaleLinear, scaleLog, type ScaleContinuousNumeric } from "d3-scale";
 
-export interface Scale {
+/** A scale of d3, from `low` and `high` to the pixels `from` and `to`, which can be read off it. */
+export type Scale = ScaleContinuousNumeric<number, number> & {
   log: boolean;
   low: number;
   high: number;
-  /** Pixel of `low` and of `high`. */
   from: number;
   to: number;
-}
+};
 
-/** A scale over a range that is made valid: not empty, and positive if logarithmic. */
+/** A scale over a range that is made valid: not empty, and positive where the scale is logarithmic. */
 export function scale(low: number, high: number, from: number, to: number, log = false): Scale {
-  if (!(Number.isFinite(low) && Number.isFinite(high))) [low, high] = log ? [0.1, 1] : [0, 1];
+  [low, high] = validRange(low, high, log);
+  const mapping = (log ? scaleLog() : scaleLinear()).domain([low, high]).range([from, to]);
+  return Object.assign(mapping, { log, low, high, from, to });
+}
+
+function validRange(low: number, high: number, log: boolean): [number, number] {
+  if (!(Number.isFinite(low) && Number.isFinite(high))) return log ? [0.1, 1] : [0, 1];
   if (log) {
-    if (!(high > 0)) [low, high] = [0.1, 1];
-    if (!(low > 0)) low = high / 1e6;
-    if (low === high) [low, high] = [low / 2, high * 2];
-  } else if (low === high) {
-    const room = Math.abs(low) / 2 || 0.5;
-    [low, high] = [low - room, high + room];
+    if (!(high > 0)) return [0.1, 1];
+    if (!(low > 0)) return [high / 1e6, high];
+    return low === high ? [low / 2, high * 2] : [low, high];
   }
-  return { log, low, high, from, to };
-}
-
-const at = (s: Scale, x: number): number => (s.log ? Math.log(x) : x);
-
-export function toPixel(s: Scale, x: number): number {
-  const share = (at(s, x) - at(s, s.low)) / (at(s, s.high) - at(s, s.low));
-  return s.from + share * (s.to - s.from);
-}
-
-export function fromPixel(s: Scale, pixel: number): number {
-  const share = (pixel - s.from) / (s.to - s.from);
-  const x = at(s, s.low) + share * (at(s, s.high) - at(s, s.low));
-  return s.log ? Math.exp(x) : x;
+  const margin = Math.abs(low) / 2 || 0.5;
+  return low === high ? [low - margin, high + margin] : [low, high];
 }
 
 /** About `count` round numbers in the range of a scale. */
 export function ticks(s: Scale, count = 6): number[] {
-  if (s.log) {
-    const from = Math.floor(Math.log10(s.low));
-    const to = Math.floor(Math.log10(s.high));
-    if (s.high / s.low >= 10) {
-      const skip = Math.max(1, Math.ceil((to - from) / Math.max(1, count)));
-      const of = (steps: number[]) => {
-        const out: number[] = [];
-        for (let e = Math.ceil(from / skip) * skip; e <= to; e += skip)
-          out.push(...steps.map((m) => Number(`${m}e${e}`)));
-        if (steps.length > 1 && from % skip) out.unshift(...steps.map((m) => Number(`${m}e${from}`)));
-        return out.filter((x) => x >= s.low * (1 - 1e-9) && x <= s.high * (1 + 1e-9));
-      };
-      const choices = (skip > 1 ? [[1]] : [[1, 2, 5], [1, 3], [1]]).map(of);
-      return choices.find((ticks) => ticks.length <= 1.5 * count) ?? choices.at(-1)!;
-    }
-  }
-  const raw = (s.high - s.low) / Math.max(1, count);
-  const size = 10 ** Math.floor(Math.log10(raw));
-  const steps = [10, 5, 2, 1, 0.5].map((m) => m * size);
-  let out: number[] = [];
-  for (const step of steps.slice(
-    Math.max(
-      0,
-      steps.findLastIndex((x) => x >= raw * 0.999),
-    ),
-  )) {
-    out = [];
-    for (let i = Math.ceil(s.low / step - 1e-9); i * step <= s.high + step * 1e-9; i++) {
-      out.push(Number((i * step).toPrecision(12)));
-    }
-    if (out.length > Math.min(2, count - 1)) break;
-  }
-  return out;
+  if (!s.log || s.high / s.low < 10) return linearTicks(s.low, s.high, count);
+  const text = s.tickFormat(count, "g"); // empty for those ticks that would stand too close
+  return s.ticks(count).filter((x) => text(x) !== "");
 }
 
 const PREFIXES = ["", "k", "M", "G", "T"];

@@ -1,5 +1,5 @@
 import { describe, expect, it } from "vitest";
-import { scale, toPixel } from "./scale";
+import { scale } from "./scale";
 import { Series, spread, Store, thin, type Batch } from "./series";
 
 /** A message as stream.py makes it. */
@@ -72,7 +72,7 @@ describe("thinning", () => {
     const all = Array.from({ length: 100_000 }, (_, i) => y(i));
     expect(curve.low).toBe(Math.min(...all.slice(0, 50_000), ...all.slice(50_000)));
     for (const column of [0, 77, 199]) {
-      const inside = all.filter((_, i) => Math.floor(toPixel(xs, i)) === column);
+      const inside = all.filter((_, i) => Math.floor(xs(i)) === column);
       const drawn = curve.y.filter((_, i) => Math.floor(curve.x[i]) === column);
       expect(Math.max(...drawn)).toBe(Math.max(...inside));
       expect(Math.min(...drawn)).toBe(Math.min(...inside));

@@ -1,5 +1,5 @@
 // Points as they come from the kernel: kept in typed arrays, in order, and thinned to a curve for drawing.
-import { fromPixel, toPixel, type Scale } from "./scale";
+import type { Scale } from "./scale";
 
 const SMALLEST = 256;
 const LARGEST = 16384;
@@ -217,7 +217,7 @@ export function thin(series: Series, xs: Scale): Thinned {
         continue;
       }
       if (before) {
-        out.x.push(toPixel(xs, before[0] > 0 || !xs.log ? before[0] : xs.low));
+        out.x.push(xs(before[0] > 0 || !xs.log ? before[0] : xs.low));
         out.y.push(before[1]);
         before = null;
       }
@@ -226,11 +226,11 @@ export function thin(series: Series, xs: Scale): Thinned {
         if (++past > margin) break;
       }
       if (!series.sorted || x >= edge) {
-        const at = Math.floor(toPixel(xs, x));
+        const at = Math.floor(xs(x));
         if (at !== column) {
           close();
           column = at;
-          edge = fromPixel(xs, at + 1);
+          edge = xs.invert(at + 1);
         }
       }
       const y = chunk.y[i];

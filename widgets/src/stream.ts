@@ -1,6 +1,6 @@
 // MetricStream: live curves with bands.
 import { Frame, h, onFrame, post, sharp, unique, type Model } from "./dom";
-import { digits, fromPixel, label, scale, ticks, toPixel, whole, type Scale } from "./scale";
+import { digits, label, scale, ticks, whole, type Scale } from "./scale";
 import { spread, Store, thin, type Batch, type Thinned } from "./series";
 import { SAMPLER_COLOURS } from "./theme";
 
@@ -79,7 +79,7 @@ export function render(model: Model, el: HTMLElement, source: ReturnType<typeof 
       },
       pointerup: () => {
         if (drag && Math.abs(drag[1] - drag[0]) > 5) {
-          const ends = drag.map((x) => fromPixel(xs, Math.min(xs.to, Math.max(xs.from, x))));
+          const ends = drag.map((x) => xs.invert(Math.min(xs.to, Math.max(xs.from, x))));
           setZoom([Math.min(...ends), Math.max(...ends)]);
         }
         drag = null;
@@ -172,17 +172,14 @@ export function render(model: Model, el: HTMLElement, source: ReturnType<typeof 
   }
 
   function zoomBy(pixel: number, factor: number): void {
-    const ends = [xs.from, xs.to].map((end) => fromPixel(xs, pixel + (end - pixel) * factor)) as [
-      number,
-      number,
-    ];
+    const ends = [xs.from, xs.to].map((end) => xs.invert(pixel + (end - pixel) * factor)) as [number, number];
     const [low, high] = extent();
     setZoom(factor > 1 && ends[0] <= low && ends[1] >= high ? null : ends);
   }
 
   function shift(share: number): void {
     const by = share * (xs.to - xs.from);
-    setZoom([fromPixel(xs, xs.from + by), fromPixel(xs, xs.to + by)]);
+    setZoom([xs.invert(xs.from + by), xs.invert(xs.to + by)]);
   }
 
   /** Draws even while paused: the person has asked for another part. */
@@ -231,7 +228,7 @@ export function render(model: Model, el: HTMLElement, source: ReturnType<typeof 
     context.rect(LEFT, TOP - 2, xs.to - LEFT, HEIGHT - TOP - BOTTOM + 4);
     context.clip();
     for (const [name, curve] of drawn) {
-      const clamp = (y: number) => toPixel(ys, log && !(y > 0) ? ys.low : y);
+      const clamp = (y: number) => ys(log && !(y > 0) ? ys.low : y);
       const colour = colourOf(name);
       if (curve.band.length) {
         context.fillStyle = colour;
@@ -252,9 +249,9 @@ export function render(model: Model, el: HTMLElement, source: ReturnType<typeof 
       curve.x.forEach((x, i) => {
         const y = curve.y[i];
         if (y !== y || (log && !(y > 0))) pen = false;
-        else if (pen) context.lineTo(x, toPixel(ys, y));
+        else if (pen) context.lineTo(x, ys(y));
         else {
-          context.moveTo(x, toPixel(ys, y));
+          context.moveTo(x, ys(y));
           pen = true;
         }
       });
@@ -263,7 +260,7 @@ export function render(model: Model, el: HTMLElement, source: ReturnType<typeof 
         const i = curve.y.findIndex((y) => y === y);
         context.fillStyle = colour;
         context.beginPath();
-        context.arc(curve.x[i], toPixel(ys, curve.y[i]), 3, 0, 7);
+        context.arc(curve.x[i], ys(curve.y[i]), 3, 0, 7);
         context.fill();
       }
     }
@@ -273,7 +270,7 @@ export function render(model: Model, el: HTMLElement, source: ReturnType<typeof 
       const ends = [...drawn].filter(([, curve]) => curve.y.some((y) => y === y && (!log || y > 0)));
       const wishes = ends.map(([, curve]) => {
         const y = curve.y.findLast((y) => y === y && (!log || y > 0))!;
-        return Math.min(HEIGHT - BOTTOM, Math.max(TOP, toPixel(ys, y)));
+        return Math.min(HEIGHT - BOTTOM, Math.max(TOP, ys(y)));
       });
       const places = spread(wishes, 14, TOP + 4, HEIGHT - BOTTOM);
       context.font = "12px system-ui, sans-serif";
@@ -299,7 +296,7 @@ export function render(model: Model, el: HTMLElement, source: ReturnType<typeof 
     context.textAlign = "center";
     context.textBaseline = "top";
     for (const x of ticks(xs, (xs.to - xs.from) / 90)) {
-      const at = Math.round(toPixel(xs, x)) + 0.5;
+      const at = Math.round(xs(x)) + 0.5;
       context.beginPath();
       context.moveTo(at, TOP);
       context.lineTo(at, HEIGHT - BOTTOM);
@@ -309,7 +306,7 @@ export function render(model: Model, el: HTMLElement, source: ReturnType<typeof 
     context.textAlign = "right";
     context.textBaseline = "middle";
     for (const y of ticks(ys, 5)) {
-      const at = Math.round(toPixel(ys, y)) + 0.5;
+      const at = Math.round(ys(y)) + 0.5;
       context.beginPath();
       context.moveTo(LEFT, at);
       context.lineTo(xs.to, at);
@@ -355,7 +352,7 @@ export function render(model: Model, el: HTMLElement, source: ReturnType<typeof 
     context.moveTo(cursor! + 0.5, TOP);
     context.lineTo(cursor! + 0.5, HEIGHT - BOTTOM);
     context.stroke();
-    const x = fromPixel(xs, cursor!);
+    const x = xs.invert(cursor!);
     const parts = [...drawn.keys()].slice(0, 6).map((name) => {
       const point = store.series.get(name)!.nearest(x);
       if (!point) return null;

@@ -143,7 +143,7 @@ class Stage:
         for option in self.options:
             start = time.perf_counter()
             prediction = self.truth.predict(option, shots, REPEATS, rng)
-            if not prediction.trouble:
+            if not prediction.problem:
                 seconds = (time.perf_counter() - start) / REPEATS
                 options.append(Measured(option.name, prediction, seconds))
         for name, planner in self.planners.items():

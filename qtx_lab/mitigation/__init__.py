@@ -1,20 +1,22 @@
-"""From noisy results to better estimates: what scales noise, what infers its absence, and what to do with a budget of shots."""
+"""From noisy counts to better estimates: scaling of noise, inference of the zero, readout, the planner."""
 
 from __future__ import annotations
 
 from .circuit import CircuitMitigation
 from .decay import SharedDecay
 from .distillation import TwoCopyLoader
+from .inference import ZeroNoiseEstimate, ZeroNoiseInference
 from .pec import ProbabilisticErrorCancellation
 from .planner import MitigationPlanner, Plan
+from .projection import project_to_simplex
 from .readout import readout_errors, undo_readout
-from .scaling import FOLDINGS, fold, scale_noise
-from .symmetry import project_to_simplex
-from .zne import METHODS, ZeroNoiseEstimate, ZeroNoiseExtrapolation
+from .scaling import FOLDINGS, SCALINGS, fold, scale_noise
+from .zne import METHODS, ZeroNoiseExtrapolation
 
 __all__ = [
     "FOLDINGS",
     "METHODS",
+    "SCALINGS",
     "CircuitMitigation",
     "MitigationPlanner",
     "Plan",
@@ -23,6 +25,7 @@ __all__ = [
     "TwoCopyLoader",
     "ZeroNoiseEstimate",
     "ZeroNoiseExtrapolation",
+    "ZeroNoiseInference",
     "fold",
     "project_to_simplex",
     "readout_errors",

@@ -1,37 +1,47 @@
-"""Extrapolation that learns from all rows together how fast each parity of the measured bits decays with noise."""
+"""Zero-noise inference that learns from all rows how fast each parity of the measured bits decays."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..circuits.base import walsh_hadamard
 from ..errors import ShapeError
-from .zne import ZeroNoiseEstimate, ZeroNoiseExtrapolation
+from .inference import ZeroNoiseEstimate, ZeroNoiseInference
+from .zne import ZeroNoiseExtrapolation
 
-SLOWEST, FASTEST = 1.0, 0.05
-"""What may be left of a parity from the first level to the second."""
+MIN_SURVIVAL, MAX_SURVIVAL = 0.05, 1.0
+"""Limits of the share of a parity that is left at the second level."""
 
 
-class SharedDecay:
-    """Zero-noise extrapolation of the distributions that one circuit gives with many angles.
+class SharedDecay(ZeroNoiseInference):
+    """Infers what one circuit would measure with many different angles, if there were no noise.
 
-    Under Pauli noise the parity <Z_S> of a set S of measured bits decays exponentially with the noise, each Pauli that
-    it passes by its own fidelity, towards a value that relaxation gives it. Those fidelities belong to the circuit and
-    hardly to its angles. So the decay of each parity is learned by regression over all rows, of the second level's
-    values on the first's (less the variance that shots add there), and undone in each row: the second level has to say
-    little about a single row, and the noise of an extrapolation row by row is not paid. What the shared decay misses
-    stays as bias; `corrected` takes the Richardson extrapolation of each row instead and removes from it what it gets
-    wrong on the shared exponential.
+    Under Pauli noise the parity <Z_S> of a set S of measured bits decays exponentially with the noise,
+    towards a value that relaxation gives it. How fast depends on the circuit and hardly on its angles. So the
+    decay of each parity is learned by a regression over all rows, of the values at the second level on those
+    at the first, less the variance that shots add there. It is then undone in each row. The second level has
+    to say little about a single row, and the large error bars of an extrapolation row by row are avoided.
+    What differs between rows stays as bias. With `corrected`, the Richardson extrapolation of each row is
+    used instead, less the error that it makes on the shared exponential.
 
-    Own work; Fourier analysis of Pauli noise as in Flammia and Wallman, Efficient estimation of Pauli channels (2020).
+    The method is our own and has no paper. It uses the Fourier analysis of Pauli noise of Flammia and
+    Wallman, Efficient estimation of Pauli channels (2020).
 
     Parameters
     ----------
     noise_levels : sequence of float
-        See `ZeroNoiseExtrapolation`; decays are learned from the first two.
+        Levels as for `ZeroNoiseExtrapolation`. Decays are learned from the two lowest.
     corrected : bool
+        Whether to correct the Richardson extrapolation of each row.
+
+    Raises
+    ------
+    ArgumentError, DtypeError
+        If levels are negative, equal, not finite or fewer than two.
 
     Examples
     --------
@@ -43,31 +53,34 @@ class SharedDecay:
     """
 
     def __init__(self, noise_levels: Sequence[float] = (1.0, 3.0), *, corrected: bool = False):
-        self._line = ZeroNoiseExtrapolation(noise_levels)
-        self.noise_levels, self.corrected = self._line.noise_levels, corrected
+        self._richardson = ZeroNoiseExtrapolation(noise_levels)
+        self.noise_levels, self.corrected = self._richardson.noise_levels, corrected
         self.method = "corrected decay" if corrected else "shared decay"
-        self.allocate = self._line.allocate
 
     def __repr__(self) -> str:
         return f"SharedDecay({list(self.noise_levels)}, corrected={self.corrected})"
 
+    def allocate(self, shots: int, spread: Sequence[float] | None = None) -> list[int]:
+        """Spread `shots` as for Richardson extrapolation; see `ZeroNoiseInference.allocate`."""
+        return self._richardson.allocate(shots, spread)
+
     def extrapolate(
         self,
-        values: Sequence[Tensor],
-        std_errors: Sequence[Tensor] | None = None,
+        values: Sequence[Tensor] | Tensor,
+        std_errors: Sequence[Tensor] | Tensor | None = None,
         *,
         levels: Sequence[float] | None = None,
     ) -> ZeroNoiseEstimate:
-        """The distributions at noise 0.
+        """Estimate the distributions at noise 0.
 
         Parameters
         ----------
-        values : sequence of Tensor, float64, (R, 2^bits)
-            Shares of the register's values, at each level.
-        std_errors : the same, optional
-            Taken to be 0 where None.
+        values : Tensor, float64, (levels, R, 2^bits), or sequence of Tensor, (R, 2^bits)
+            Shares of the register's values at each level, in the order of `noise_levels`.
+        std_errors : same as values, optional
+            Standard errors of the values; 0 if None.
         levels : sequence of float, optional
-            What the levels were in truth.
+            The levels that were attained, if they differ from `noise_levels`.
 
         Returns
         -------
@@ -77,75 +90,109 @@ class SharedDecay:
         Raises
         ------
         ShapeError, DtypeError, ArgumentError
-            As `ZeroNoiseExtrapolation.extrapolate`; if values are not rows of 2^bits numbers.
+            As `ZeroNoiseExtrapolation.extrapolate`; also if values are not rows of 2^bits numbers.
         """
-        plain = self._line.extrapolate(values, std_errors, levels=levels)
+        richardson = self._richardson.extrapolate(values, std_errors, levels=levels)
         n = values[0].shape[-1]
         if values[0].ndim != 2 or n & (n - 1):
             raise ShapeError(
                 f"values has shape {tuple(values[0].shape)}; it must be (R, 2^bits) at each level."
             )
-        x = self.noise_levels if levels is None else levels
-        order = sorted(range(len(x)), key=lambda level: x[level])  # the two lowest tell the decay
-        x, values = [x[level] for level in order], [values[level] for level in order]
-        std_errors = None if std_errors is None else [std_errors[level] for level in order]
-        near, far = parities(values[0]), parities(values[1])  # [R, 2^bits]
-        added = 0.0 if std_errors is None else float(std_errors[0].square().sum())  # over rows, of a parity
-        left, offset = _shared_decay(near, far, added)
-        rate = -left.log() / (x[1] - x[0])
-        grown = (rate * x[0]).exp()
-        # far = left near + offset: a decay towards offset / (1 - left), undone from x_0 to 0.
-        if not self.corrected:
-            limit = torch.where(rate == 0, -x[0] / (x[1] - x[0]), (1 - grown) / (1 - left))
-            parity = near * grown + offset * limit
-            slopes = [grown, *[torch.zeros_like(grown)] * (len(x) - 1)]
+        attained = self.noise_levels if levels is None else levels
+        order = sorted(range(len(attained)), key=lambda level: attained[level])
+        x = [float(attained[level]) for level in order]
+        shares = [values[level] for level in order]
+        errors = None if std_errors is None else [std_errors[level] for level in order]
+        near, far = (
+            walsh_hadamard(shares[0]),
+            walsh_hadamard(shares[1]),
+        )  # parities at the two lowest, [R, 2^bits]
+        # Shots add this much to the sum of a squared parity over all rows.
+        shot_variance = 0.0 if errors is None else float(errors[0].square().sum())
+        decay = _shared_decay(near, far, shot_variance)
+        if self.corrected:
+            undone = _correct_extrapolation(decay, near, richardson, richardson.weights[order], x)
         else:
-            w = plain.weights[order]
-            missed = 1 - (w[:, None] * (-rate * torch.tensor(x, dtype=torch.float64)[:, None]).exp()).sum(0)
-            towards = offset / (1 - left).clamp_min(1e-9)
-            parity = parities(plain.output.double()) + missed * (near - towards) * grown
-            slopes = [w_l + missed * grown * (level == 0) for level, w_l in enumerate(w)]
-        output = parities(parity) / n
-        if std_errors is None:
-            return ZeroNoiseEstimate(output, None, plain.weights)
-        # Parity by parity is a convolution over the register's values, and its square takes variances to variances.
-        variance = sum(
-            parities(parities((parities(slope[None]) / n).square()) * parities(error.square())) / n
-            for slope, error in zip(slopes, std_errors, strict=True)
-        )
-        assert isinstance(variance, Tensor)
-        return ZeroNoiseEstimate(output, variance.clamp_min(0).sqrt(), plain.weights)
+            undone = _undo_decay(decay, near, x)
+        output = walsh_hadamard(undone.parity) / n
+        if errors is None:
+            return ZeroNoiseEstimate(output, None, richardson.weights)
+        # A factor for each parity is a convolution over the register's values; its square maps variances to
+        # variances.
+        variance = torch.zeros_like(output)
+        for slope, error in zip(undone.slopes, errors, strict=True):
+            kernel = (walsh_hadamard(slope[None]) / n).square()
+            variance += walsh_hadamard(walsh_hadamard(kernel) * walsh_hadamard(error.square())) / n
+        return ZeroNoiseEstimate(output, variance.clamp_min(0).sqrt(), richardson.weights)
 
 
-def parities(x: Tensor) -> Tensor:
-    """sum_v (-1)^|v & s| x_v for each s: the Walsh-Hadamard transform of rows (R, 2^bits); 2^bits times its own inverse."""
-    shape, half = x.shape, 1
-    while half < shape[-1]:
-        pairs = x.reshape(len(x), -1, 2, half)
-        x = torch.stack((pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]), 2)
-        half *= 2
-    return x.reshape(shape)
+@dataclass(frozen=True, eq=False)
+class _Decay:
+    """How parities decay from the first level to the second: far = survival near + offset, (2^bits,) each."""
+
+    survival: Tensor
+    offset: Tensor
+
+    def rate(self, x: Sequence[float]) -> Tensor:
+        """Decay rate per level, given the two lowest levels x."""
+        return -self.survival.log() / (x[1] - x[0])
 
 
-def _shared_decay(near: Tensor, far: Tensor, added: float) -> tuple[Tensor, Tensor]:
-    """What is left of each parity at the second level, and what is added to it: (2^bits,) each.
+@dataclass(frozen=True, eq=False)
+class _Undone:
+    """Parities at noise 0, (R, 2^bits), and their derivatives by those at each level, (2^bits,) each."""
 
-    Regression with an intercept, drawn towards what is left of all parities together where rows tell little: few of
-    them, all alike, or lost in shot noise.
+    parity: Tensor
+    slopes: list[Tensor]
+
+
+def _undo_decay(decay: _Decay, near: Tensor, x: Sequence[float]) -> _Undone:
+    """Undo the decay from level 0 to the lowest level; it goes towards offset / (1 - survival)."""
+    rate = decay.rate(x)
+    growth = (rate * x[0]).exp()
+    shift = torch.where(rate == 0, -x[0] / (x[1] - x[0]), (1 - growth) / (1 - decay.survival))
+    return _Undone(near * growth + decay.offset * shift, [growth, *[torch.zeros_like(growth)] * (len(x) - 1)])
+
+
+def _correct_extrapolation(
+    decay: _Decay, near: Tensor, richardson: ZeroNoiseEstimate, weights: Tensor, x: Sequence[float]
+) -> _Undone:
+    """Add to the extrapolation of each row what it misses on the shared exponential."""
+    rate = decay.rate(x)
+    growth = (rate * x[0]).exp()
+    levels = torch.tensor(x, dtype=torch.float64)
+    missed = 1 - (weights[:, None] * (-rate * levels[:, None]).exp()).sum(0)
+    limit = decay.offset / (1 - decay.survival).clamp_min(1e-9)
+    parity = walsh_hadamard(richardson.output.double()) + missed * (near - limit) * growth
+    return _Undone(parity, [w + missed * growth * (level == 0) for level, w in enumerate(weights)])
+
+
+def _shared_decay(near: Tensor, far: Tensor, shot_variance: float) -> _Decay:
+    """Learn the decay of each parity by regression with an intercept over rows of parities, (R, 2^bits).
+
+    The regression is drawn towards the mean survival of all parities where the rows say little: if they are
+    few, or all the same, or lost in the noise of their shots.
+
+    Parameters
+    ----------
+    near, far : Tensor, (R, 2^bits)
+        Parities at the lowest and at the second level.
+    shot_variance : float
+        What shots add to the sum of a squared parity over all rows.
     """
     rows = len(near)
-    total = float((near.square().sum(0) - added)[1:].sum())
-    # Where there is no parity but shot noise, `total` has a standard deviation of added sqrt(2 n / rows).
-    seen = total > 4 * added * (2 * near.shape[1] / rows) ** 0.5
-    prior = float((near * far)[:, 1:].sum()) / total if seen else 1.0
-    prior = min(max(prior, FASTEST), SLOWEST)
-    spread = (near - near.mean(0)).square().sum(0) - added * (1 - 1 / rows)
-    together = ((near - near.mean(0)) * (far - far.mean(0))).sum(0)
-    weight = 4 * added + 1e-12
-    left = (together + weight * prior) / (spread.clamp_min(0) + weight)
-    left = left.clamp(FASTEST, SLOWEST)
-    offset = far.mean(0) - left * near.mean(0)
-    if rows < 4:  # no row can tell a parity's own decay from shot noise, nor a decay from an intercept
-        left, offset = torch.full_like(left, prior), torch.zeros_like(left)
-    left[0], offset[0] = 1.0, 0.0  # the sum of all shares
-    return left, offset
+    signal = float((near.square().sum(0) - shot_variance)[1:].sum())
+    # Without any parity, `signal` has a standard deviation of shot_variance sqrt(2 n / rows).
+    significant = signal > 4 * shot_variance * (2 * near.shape[1] / rows) ** 0.5
+    prior = float((near * far)[:, 1:].sum()) / signal if significant else 1.0
+    prior = min(max(prior, MIN_SURVIVAL), MAX_SURVIVAL)
+    spread = (near - near.mean(0)).square().sum(0) - shot_variance * (1 - 1 / rows)
+    covariance = ((near - near.mean(0)) * (far - far.mean(0))).sum(0)
+    prior_weight = 4 * shot_variance + 1e-12
+    survival = (covariance + prior_weight * prior) / (spread.clamp_min(0) + prior_weight)
+    survival = survival.clamp(MIN_SURVIVAL, MAX_SURVIVAL)
+    offset = far.mean(0) - survival * near.mean(0)
+    if rows < 4:  # too few to tell a parity's own decay from shot noise, or a decay from an intercept
+        survival, offset = torch.full_like(survival, prior), torch.zeros_like(offset)
+    survival[0], offset[0] = 1.0, 0.0  # the sum of all shares
+    return _Decay(survival, offset)

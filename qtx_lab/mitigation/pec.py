@@ -1,8 +1,10 @@
-"""Probabilistic error cancellation: random Pauli gates with signs that undo the Pauli part of known noise on average."""
+"""Probabilistic error cancellation: random Pauli gates with signs undo the Pauli part of known noise."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,33 +16,52 @@ from ..backends import QiskitQuantumBackend, RowCounts
 from ..backends.aer import AerEngine
 from ..checks import check_count
 from ..errors import ArgumentError, BackendUnavailable, DtypeError
-from .circuit import checked_request, counted, register_counts, register_keys
+from .projection import project_to_simplex, sum_by_key
 from .readout import readout_errors, undo_readout
+from .register import register_counts, register_keys
+from .results import MitigatedRows, checked_request, finish_request
 from .scaling import is_static
-from .symmetry import keep_keys, project_to_simplex
 
-COMMUTES = np.array([[1, 1, 1, 1], [1, 1, -1, -1], [1, -1, 1, -1], [1, -1, -1, 1]])
-"""1 where two of I, X, Y, Z commute, -1 where they do not."""
+MIN_PAULI_FIDELITY = 0.1
+"""Least Pauli fidelity of a gate's noise that is still inverted."""
+
+MIN_SIGNAL = 2.0
+"""Least sum of a row's signed shares, in its standard errors, for which anything is said of the row."""
+
+_COMMUTES = np.array([[1, 1, 1, 1], [1, 1, -1, -1], [1, -1, 1, -1], [1, -1, -1, 1]])
+"""1 where two of I, X, Y, Z commute, and -1 where they anticommute."""
 
 
 class ProbabilisticErrorCancellation:
-    """A `Mitigation` for simulators, whose noise is known.
+    """Cancels the noise of circuits on simulators, whose noise is known.
 
-    The inverse of a Pauli channel with fidelities f_P is sum_Q c_Q Q rho Q with c_Q = 4^-k sum_P (±1) / f_P, + where P
-    and Q commute. Some c are negative: after each noisy gate a Pauli Q is drawn with probability |c_Q| / gamma,
-    gamma = sum |c|, and the shot counts as sign(c_Q) gamma. That is unbiased for Pauli noise, as depolarising; of
-    damping the part that is no Pauli channel stays. Variance grows by gamma² of all gates: see `overhead` beforehand.
-    The drawn Paulis are taken to cost nothing, as where they are merged into the gates beside them.
+    `CircuitSampler` takes it as its `mitigation`.
+
+    The inverse of a Pauli channel with fidelities f_P is sum_Q c_Q Q rho Q with c_Q = 4^-k sum_P (±1) / f_P,
+    where the sign is + if P and Q commute. Some c are negative. So after each noisy gate a Pauli Q is drawn
+    with probability |c_Q| / gamma, gamma = sum |c|, and the shot counts as sign(c_Q) gamma. The estimate is
+    unbiased for Pauli noise, such as depolarising noise; of damping, the part that is no Pauli channel stays.
+    The variance grows by the product of gamma² over all gates: see `overhead` beforehand. The drawn Paulis
+    are taken to have no noise, as where they are merged with the gates beside them.
 
     Source: Temme, Bravyi and Gambetta, Error mitigation for short-depth quantum circuits (2017).
 
     Parameters
     ----------
     instances : int
-        Draws of all Paulis for each row; its shots are split over them.
+        Number of draws of all Paulis for each row, at least 2. The shots of the row are split over them.
     readout : bool
-        Undo readout errors too.
+        Whether to undo readout errors too.
 
+    Raises
+    ------
+    ArgumentError
+        If instances is below 2: the spread of the instances gives the error bars.
+    DtypeError
+        If readout is not True or False.
+
+    Examples
+    --------
     >>> from qtx_lab.backends import ParametricNoise
     >>> backend = QiskitQuantumBackend("aer", noise=ParametricNoise(two_qubit=0.01), loader="tree")
     >>> round(ProbabilisticErrorCancellation().overhead(backend, 8), 3)
@@ -49,22 +70,29 @@ class ProbabilisticErrorCancellation:
 
     def __init__(self, instances: int = 256, *, readout: bool = False):
         check_count("instances", instances)
+        if instances < 2:
+            raise ArgumentError(f"instances={instances} is not allowed: error bars need at least 2.")
         if not isinstance(readout, bool):
             raise DtypeError(f"readout={readout!r} is not allowed: it must be True or False.")
         self.instances, self.readout = instances, readout
         self.name = "readout, pec" if readout else "pec"
 
     def overhead(self, backend: QiskitQuantumBackend, n: int) -> float:
-        """gamma², by how much more shots are needed for the same variance with rows of n keys.
+        """Compute gamma² of the circuit for rows of n keys: how many times the shots it takes.
 
         Raises
         ------
-        ArgumentError, BackendUnavailable
-            On a device, whose calibration does not tell its Pauli errors; for circuits that measure on the way; for
-            noise that leaves nothing to be recovered.
+        ArgumentError
+            If the circuit measures before its end.
+        BackendUnavailable
+            On a device, whose calibration does not tell its Pauli errors; for noise that is too strong to be
+            inverted.
         """
-        gates = _inverses(backend, backend.transpiled(n))
-        return math.prod(float(np.abs(c).sum()) ** 2 for _, _, c in gates)
+        return _gamma(_invert_noise(backend, backend.transpiled(n))) ** 2
+
+    def check(self, backend: QiskitQuantumBackend, n: int) -> None:
+        """Refuse, before any work, what cannot be done with rows of n keys; errors are as for `overhead`."""
+        self.overhead(backend, n)
 
     def sample_rows(
         self,
@@ -74,120 +102,204 @@ class ProbabilisticErrorCancellation:
         *,
         generator: torch.Generator | None = None,
     ) -> RowCounts:
-        """Measure rows; see `Mitigation`. Its diagnostics hold `overhead`, which is gamma².
+        """Measure rows and mitigate them; arguments are those of `Mitigation.sample_rows`.
+
+        Returns
+        -------
+        RowCounts
+            Its diagnostics hold `overhead`, which is gamma², `instances`, and `unused_shots`.
 
         Raises
         ------
         ArgumentError, ShapeError, DtypeError, BackendUnavailable
-            As `QiskitQuantumBackend.sample_rows`; as `overhead`; fewer than two shots.
+            As `QiskitQuantumBackend.sample_rows`, and as `overhead`; also for fewer than two shots.
         """
         request = checked_request(backend, p, shots, generator)
-        p = request.p
         if shots < 2:
-            raise ArgumentError(f"shots={shots} is not allowed: two Pauli draws need one shot each.")
-        running, n = request.running, p.shape[-1]
-        if not bool(running.any()):
-            return backend.sample_rows(p, shots, generator=generator)
+            raise ArgumentError(f"shots={shots} is not allowed: two draws of the Paulis need one shot each.")
+        if not bool(request.running.any()):
+            return backend.sample_rows(request.p, shots, generator=generator)
+        running = request.p[request.running]
+        rows, n = running.shape
         circuit = backend.transpiled(n)
-        gates = _inverses(backend, circuit)
-        rows, instances = int(running.sum()), min(self.instances, shots)
-        each = shots // instances
-        rng = np.random.default_rng(request.seed)
-        signs, bits = _draw(gates, rows * instances, rng)
-        twirled = _with_paulis(circuit, gates)
-        angles = np.repeat(backend.loader.angles(p[running]), instances, axis=0)
-        bindings = np.concatenate((angles, np.pi * bits), axis=1)
-        outcomes = register_counts(backend, twirled, bindings, each, request.seed)
-        gamma = math.prod(float(np.abs(c).sum()) for _, _, c in gates)
-        shares = outcomes.double().view(rows, instances, -1) / each
-        if self.readout:
-            errors = readout_errors(backend, n, seed=request.seed)
-            shares = undo_readout(shares.flatten(0, 1), errors).view_as(shares)
-        signed = gamma * torch.from_numpy(signs)[:, None] * shares.flatten(0, 1)
-        keys, support = register_keys(backend, n), p[running] > 0
-        kept, _ = keep_keys(signed, keys, support.repeat_interleave(instances, 0))
-        kept = kept.view(rows, instances, -1)
-        mass = kept.sum(-1).mean(1)[:, None]
-        mass = mass.where(mass > 0, torch.ones_like(mass))
-        estimate = kept.mean(1) / mass
-        # Of a ratio: what each instance has beyond its share of the mass, which goes up and down with the signs.
-        beyond = kept - estimate[:, None] * kept.sum(-1, keepdim=True)
+        inverses = _invert_noise(backend, circuit)
+        instances = min(self.instances, shots)
+        shots_by_instance = shots // instances
+        draws = _draw_paulis(inverses, rows * instances, np.random.default_rng(request.seed))
+        angles = np.repeat(backend.loader.angles(running), instances, axis=0)
+        counts = register_counts(
+            backend,
+            _add_paulis(circuit, inverses),
+            np.concatenate((angles, draws.angles), axis=1),
+            shots_by_instance,
+            request.seed,
+        )
+        errors = readout_errors(backend, n, seed=request.seed) if self.readout else None
+        signs = _gamma(inverses) * torch.from_numpy(draws.signs)
+        estimate = self.combine_results(backend, running, counts, signs, errors)
+        diagnostics = {
+            **backend.diagnostics(circuit, request),
+            "mitigation": self.name,
+            "overhead": _gamma(inverses) ** 2,
+            "instances": instances,
+            "unused_shots": shots - shots_by_instance * instances,
+        }
+        by_row = counts.view(rows, instances, -1).sum(1)
+        return finish_request(
+            request, sum_by_key(by_row, register_keys(backend, n), running > 0), estimate, diagnostics
+        )
+
+    def combine_results(
+        self,
+        backend: QiskitQuantumBackend,
+        p: Tensor,
+        counts: Tensor,
+        signs: Tensor,
+        errors: Tensor | None,
+    ) -> MitigatedRows:
+        """Estimate rows from the register's counts of all instances.
+
+        Parameters
+        ----------
+        backend : QiskitQuantumBackend
+        p : Tensor, (R, n)
+            The rows that were measured; only which keys are masked is used.
+        counts : Tensor, (R instances, 2^bits)
+            How often the register had each value, the instances of a row one after the other.
+        signs : Tensor, float64, (R instances,)
+            What a shot of each instance counts as: gamma or -gamma.
+        errors : Tensor, (bits, 2, 2), optional
+            Readout errors to be undone.
+
+        Returns
+        -------
+        MitigatedRows
+            A row whose signed shares nearly cancel has estimate 0 and standard error NaN, and a fallback says
+            so.
+        """
+        rows, support = len(p), p > 0
+        instances = len(counts) // rows
+        shares = counts.double() / counts.sum(-1, keepdim=True)
+        if errors is not None:
+            shares = undo_readout(shares, errors)
+        keys = register_keys(backend, p.shape[-1])
+        by_key = sum_by_key(signs[:, None] * shares, keys, support.repeat_interleave(instances, 0))
+        by_key = by_key.view(rows, instances, -1)
+        masses = by_key.sum(-1, keepdim=True)  # [R, instances, 1]
+        mass = masses.mean(1)
+        known = mass > MIN_SIGNAL * masses.std(1) / instances**0.5
+        fallbacks: tuple[str, ...] = ()
+        if not bool(known.all()):
+            fallbacks = (
+                f"The signed shots of {int((~known).sum())} of {rows} rows cancel to within {MIN_SIGNAL:g} "
+                "standard errors: their weights are 0. Use more shots or another mitigation.",
+            )
+        mass = mass.where(known, torch.ones_like(mass))
+        estimate = by_key.mean(1) / mass
+        # The variance of a ratio: what each instance has beyond its share of the mass, which varies with the
+        # signs.
+        beyond = by_key - estimate[:, None] * masses
         std_error = (beyond.square().sum(1) / (instances * (instances - 1))).sqrt() / mass
-        counts, _ = keep_keys(outcomes.view(rows, instances, -1).sum(1), keys, support)
-        return counted(
-            request,
-            counts,
-            project_to_simplex(estimate, support),
-            std_error,
-            {
-                **backend.diagnostics(circuit, request),
-                "mitigation": self.name,
-                "overhead": gamma**2,
-                "instances": instances,
-                "unused_shots": shots - each * instances,
-            },
+        return MitigatedRows(
+            project_to_simplex(estimate, support).where(known, 0),
+            std_error.where(known, torch.nan),
+            fallbacks,
         )
 
 
-def _inverses(
-    backend: QiskitQuantumBackend, circuit: QuantumCircuit
-) -> list[tuple[int, tuple[int, ...], np.ndarray]]:
-    """(place in the circuit, qubits, coefficients c (4^k,)) of the inverse of each noisy gate's Pauli part."""
+@dataclass(frozen=True, eq=False)
+class _NoiseInverse:
+    """Inverse of the Pauli part of a gate's noise.
+
+    Parameters
+    ----------
+    place : int
+        Position of the gate in the circuit's instructions.
+    qubits : tuple of int
+        The k qubits of the gate.
+    coefficients : ndarray, (4^k,)
+        c of each Pauli string.
+    """
+
+    place: int
+    qubits: tuple[int, ...]
+    coefficients: np.ndarray
+
+    @property
+    def gamma(self) -> float:
+        """sum |c|, 1 without noise."""
+        return float(np.abs(self.coefficients).sum())
+
+
+def _gamma(inverses: Sequence[_NoiseInverse]) -> float:
+    """Compute the gamma of a whole circuit."""
+    return math.prod(inverse.gamma for inverse in inverses)
+
+
+def _invert_noise(backend: QiskitQuantumBackend, circuit: QuantumCircuit) -> list[_NoiseInverse]:
+    """Compute the inverse of each noisy gate of a transpiled circuit."""
     engine = backend.engine
     if not isinstance(engine, AerEngine):
         raise BackendUnavailable(
-            f"{engine.name} does not tell the Pauli errors of its gates: probabilistic error cancellation is for simulators."
+            f"{engine.name} does not tell the Pauli errors of its gates: probabilistic error cancellation is "
+            "for simulators."
         )
     if not is_static(circuit):
         raise ArgumentError(
-            f"{circuit.name} measures on the way: its errors are not cancelled; take another loader, as 'tree'."
+            f"{circuit.name} measures before its end, so its errors cannot be cancelled: use another loader, "
+            "as 'tree'."
         )
     _, noise = engine.calibrated(circuit)
-    found = []
+    inverses = []
     for place, instruction in enumerate(circuit.data):
         qubits = tuple(circuit.find_bit(q).index for q in instruction.qubits)
-        if instruction.operation.name in ("measure", "barrier"):
-            continue
-        channel = noise.channel(instruction.operation.name, qubits)
+        name = instruction.operation.name
+        channel = None if name in ("measure", "barrier") else noise.channel(name, qubits)
         if channel is None:
             continue
         fidelity = channel.diagonal().numpy()
-        if fidelity.min() < 0.1:
+        if fidelity.min() < MIN_PAULI_FIDELITY:
             raise BackendUnavailable(
-                f"{instruction.operation.name} on qubits {qubits} keeps {fidelity.min():.2g} of a Pauli: too little to recover."
+                f"The noise of {name} on the qubits {qubits} leaves {fidelity.min():.2g} of a Pauli; at "
+                f"least {MIN_PAULI_FIDELITY:g} are needed to cancel it."
             )
-        commutes = COMMUTES if len(qubits) == 1 else np.kron(COMMUTES, COMMUTES)
-        found.append((place, qubits, commutes @ (1 / fidelity) / len(fidelity)))
-    return found
+        commutes = _COMMUTES if len(qubits) == 1 else np.kron(_COMMUTES, _COMMUTES)
+        inverses.append(_NoiseInverse(place, qubits, commutes @ (1 / fidelity) / len(fidelity)))
+    return inverses
 
 
-def _draw(
-    gates: list[tuple[int, tuple[int, ...], np.ndarray]], count: int, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
-    """Signs (count,), and of each drawn Pauli of each gate and qubit whether it holds Y, and Z: (count, 2 G)."""
+@dataclass(frozen=True, eq=False)
+class _PauliDraws:
+    """Signs (D,) of D draws of all Paulis, and angles (D, P') of the rotations that apply them, 0 or pi."""
+
+    signs: np.ndarray
+    angles: np.ndarray
+
+
+def _draw_paulis(inverses: Sequence[_NoiseInverse], count: int, rng: np.random.Generator) -> _PauliDraws:
+    """Draw a Pauli for each noisy gate, `count` times."""
     signs = np.ones(count)
     columns = []
-    for _, qubits, c in gates:
+    for inverse in inverses:
+        c = inverse.coefficients
         drawn = rng.choice(len(c), count, p=np.abs(c) / np.abs(c).sum())
         signs *= np.sign(c)[drawn]
-        for i in range(len(qubits)):  # the second qubit is the higher digit
+        for i in range(len(inverse.qubits)):  # the second qubit is the higher digit
             digit = drawn >> (2 * i) & 3
             columns += [(digit == 1) | (digit == 2), (digit == 1) | (digit == 3)]  # X is Y Z up to a phase
-    return signs, np.stack(columns, 1).astype(float) if columns else np.zeros((count, 0))
+    angles = np.pi * np.stack(columns, 1) if columns else np.zeros((count, 0))
+    return _PauliDraws(signs, angles)
 
 
-def _with_paulis(
-    circuit: QuantumCircuit, gates: list[tuple[int, tuple[int, ...], np.ndarray]]
-) -> QuantumCircuit:
-    """The circuit with turns about Y and Z after each noisy gate, by parameters that come after its own."""
-    turns = ParameterVector("~pauli", sum(2 * len(qubits) for _, qubits, _ in gates))  # sorts last
-    after = {place: qubits for place, qubits, _ in gates}
+def _add_paulis(circuit: QuantumCircuit, inverses: Sequence[_NoiseInverse]) -> QuantumCircuit:
+    """Add rotations about Y and Z after each noisy gate; their parameters come after the circuit's own."""
+    angles = ParameterVector("~pauli", sum(2 * len(inverse.qubits) for inverse in inverses))  # sorts last
+    qubits_after = {inverse.place: inverse.qubits for inverse in inverses}
     out, used = circuit.copy_empty_like(), 0
     for place, instruction in enumerate(circuit.data):
         out.append(instruction)
-        for qubit in after.get(place, ()):
-            # No device has a gate of the name ry, so that these have no noise of their own.
-            out.ry(turns[used], qubit)
-            out.rz(turns[used + 1], qubit)
+        for qubit in qubits_after.get(place, ()):
+            out.ry(angles[used], qubit)  # no device has a gate of the name ry, so these have no noise
+            out.rz(angles[used + 1], qubit)
             used += 2
     return out

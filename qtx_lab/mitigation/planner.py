@@ -1,4 +1,4 @@
-"""`MitigationPlanner`: rehearses every way to measure rows on the device's own calibration, and takes the best."""
+"""`MitigationPlanner`: rehearses all ways to measure rows on the device's calibration, and takes the best."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import inf
 from statistics import fmean, stdev
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,16 +14,19 @@ from torch import Tensor
 from ..backends import QiskitQuantumBackend, RowCounts
 from ..backends.aer import AerEngine
 from ..checks import check_count
-from ..circuits import DynamicLoader, TreeLoader, check_rows
+from ..circuits import TreeLoader, check_rows
 from ..circuits.base import num_bits
+from ..circuits.fidelity import total_variation_distance
 from ..errors import ArgumentError, BackendUnavailable, DtypeError
-from .circuit import CircuitMitigation, modelled_readout, register_probabilities
+from .circuit import CircuitMitigation
 from .decay import SharedDecay
-from .distillation import MOST as MOST_COPIED
-from .distillation import TwoCopyLoader
+from .distillation import MAX_COPY_QUBITS, TwoCopyLoader
+from .readout import calibrated_readout_errors
+from .register import register_probabilities
+from .results import check_backend
 from .zne import ZeroNoiseExtrapolation
 
-LEVELS = (
+EXTRAPOLATIONS = (
     ("richardson", (1, 2)),
     ("richardson", (1, 3)),
     ("richardson", (1, 5)),
@@ -35,9 +37,12 @@ LEVELS = (
     ("richardson", (1, 3, 7)),
     ("polynomial", (1, 3, 5, 7)),
 )
-"""Methods and noise levels that are tried; readout errors are undone first."""
+"""Methods and noise levels of `ZeroNoiseExtrapolation` that are tried, with readout errors undone."""
 
-DECAYS = (
+RAW_EXTRAPOLATIONS = (("richardson", (1, 3)), ("richardson", (1, 5)))
+"""Those that are tried without undoing readout errors."""
+
+SHARED_DECAYS = (
     (False, (1, 3)),
     (False, (1, 5)),
     (True, (1, 3)),
@@ -45,19 +50,25 @@ DECAYS = (
     (True, (1, 3, 5)),
     (True, (1, 3, 7)),
 )
-"""Whether corrected, and noise levels, of `SharedDecay`."""
+"""`corrected` and noise levels of `SharedDecay` that are tried."""
 
-REHEARSED_ROWS, REHEARSALS = 16, 10
-"""Rows a plan is rehearsed on, and how often: expected errors are then known to about 1 %."""
+REHEARSED_ROWS = 16
+"""Most rows on which a plan is rehearsed."""
 
-FIRST, SHORTLISTED = 3, 1.3
-"""How often all options are rehearsed; and those whose error is at most so many times the least go on."""
+FIRST_REHEARSALS = 3
+"""Rehearsals of every option."""
 
-ENDLESS = 1e15
-"""Shots whose noise does not matter."""
+REHEARSALS = 10
+"""Rehearsals of the shortlisted options. With 16 rows, expected errors are then known to about 1 %."""
 
-MARGIN = 0.03
-"""Part of the raw error that must be gained, or nothing is mitigated."""
+SHORTLIST_RATIO = 1.3
+"""An option is shortlisted if its error is at most this many times the least error."""
+
+LIMIT_SHOTS = 1e15
+"""Number of shots whose noise does not matter."""
+
+MIN_GAIN = 0.03
+"""Part of the raw error that an option has to save, or nothing is mitigated."""
 
 
 @dataclass(frozen=True)
@@ -68,15 +79,16 @@ class Prediction:
     ----------
     option : CircuitMitigation
     error : float
-        Total variation from the rows, on average; infinite where the option cannot be used.
+        Total variation between mitigated and true rows, mean over rows; infinite if the option cannot be
+        used.
     bias : float
-        Total variation with infinitely many shots.
+        The same with infinitely many shots.
     noise : float
-        Total variation between what the shots give and what infinitely many would, on average.
+        Total variation between what the shots give and what infinitely many would, mean over rows.
     std_error : float
-        Of `error`: rehearsals are few.
-    trouble : str
-        Why it cannot be used.
+        Standard error of `error`, because rehearsals are few.
+    problem : str
+        Why the option cannot be used; empty if it can.
     """
 
     option: CircuitMitigation
@@ -84,22 +96,25 @@ class Prediction:
     bias: float
     noise: float
     std_error: float = 0.0
-    trouble: str = ""
+    problem: str = ""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What the planner picked, and why.
+    """What the planner chose, and why.
 
     Parameters
     ----------
-    choice, raw : Prediction
-        What was picked; the backend's own counts.
+    choice : Prediction
+        The option that was chosen.
+    raw : Prediction
+        The backend's own counts, without mitigation.
     predictions : tuple of Prediction
-        All options, best first.
+        All options, the best first.
     shots : int
-        Of each row.
+        Shots of each row.
     reason : str
+        Why it was chosen, in a sentence.
     """
 
     choice: Prediction
@@ -114,34 +129,41 @@ class Plan:
             f"  {'option':<44}{'error':>8}{'bias':>8}{'noise':>8}",
         ]
         for x in self.predictions:
-            numbers = f"{x.error:>8.4f}{x.bias:>8.4f}{x.noise:>8.4f}" if not x.trouble else f"  {x.trouble}"
+            numbers = f"{x.error:>8.4f}{x.bias:>8.4f}{x.noise:>8.4f}" if not x.problem else f"  {x.problem}"
             lines.append(f"{'→' if x is self.choice else ' '} {x.option.name:<44}{numbers}")
         return "\n".join(lines)
 
 
 class MitigationPlanner:
-    """Measures rows in the way that is expected to miss them least, given how many shots there are.
+    """Measures rows in the way that is expected to have the least error with the given number of shots.
 
-    Every option is rehearsed on some of the rows: exact outcome probabilities by the errors that the device's
-    calibration reports, then the shots that the option would spend, then what it makes of them. So bias, variance, and
-    all that projections do to them are in the prediction, as far as the calibration is right. On a device's twin it is
-    right by construction; a device differs from its calibration. Where nothing is expected to be 3 % better than the
-    backend's own counts, those are taken.
+    Every option is rehearsed on some of the rows: the outcome probabilities are computed from the errors that
+    the device's calibration reports, the shots that the option would spend are drawn from them, and the
+    option estimates the rows. So the prediction contains bias, variance and everything that projections do to
+    them, as far as the calibration is right. On a device's twin it is right by construction; a real device
+    differs from its calibration. If no option is expected to be 3 % better than the backend's own counts,
+    those are used.
 
-    A `Mitigation` for `CircuitSampler`. Rows are known before they are measured: that is why an option can be rehearsed
-    on them, and why circuits have no advantage here.
+    `CircuitSampler` takes the planner as its `mitigation`. The rows are known before they are measured. That
+    is why options can be rehearsed on them, and also why circuits have no advantage here.
 
     Parameters
     ----------
     options : sequence of CircuitMitigation, optional
-        What is tried; `default_options` of the backend where None. The backend's own counts are always tried.
+        Options to try; `default_options` of the backend if None. The backend's own counts are always tried.
     model : QiskitQuantumBackend, optional
-        What options are rehearsed on, in place of the backend's own calibration.
+        Backend on which options are rehearsed, in place of the backend's own calibration.
+
+    Raises
+    ------
+    DtypeError
+        If options holds something else, or model is not a backend.
 
     Examples
     --------
     >>> from qtx_lab.backends import ParametricNoise
-    >>> noisy = QiskitQuantumBackend("aer", noise=ParametricNoise(two_qubit=0.02, readout=0.02), loader="tree")
+    >>> noise = ParametricNoise(two_qubit=0.02, readout=0.02)
+    >>> noisy = QiskitQuantumBackend("aer", noise=noise, loader="tree")
     >>> p = torch.tensor([[0.4, 0.3, 0.2, 0.1]])
     >>> plan = MitigationPlanner().plan(noisy, p, 100_000, generator=torch.Generator().manual_seed(0))
     >>> plan.choice.option.readout, plan.choice.error < plan.raw.error / 2
@@ -159,8 +181,8 @@ class MitigationPlanner:
         for option in options or ():
             if not isinstance(option, CircuitMitigation):
                 raise DtypeError(f"options holds {option!r}; it must hold CircuitMitigation only.")
-        if model is not None and not isinstance(model, QiskitQuantumBackend):
-            raise DtypeError(f"model is a {type(model).__name__}; it must be a QiskitQuantumBackend.")
+        if model is not None:
+            check_backend(model, "model")
         self.options, self.model = None if options is None else tuple(options), model
 
     def plan(
@@ -171,43 +193,59 @@ class MitigationPlanner:
         *,
         generator: torch.Generator | None = None,
     ) -> Plan:
-        """What to do with rows p (R, n), `shots` in all for each.
+        """Choose how to measure rows.
+
+        Parameters
+        ----------
+        backend : QiskitQuantumBackend
+        p : Tensor, (R, n)
+            Rows of probabilities.
+        shots : int
+            Shots of each row, over all noise levels.
+        generator : torch.Generator, optional
+            The only source of randomness.
+
+        Returns
+        -------
+        Plan
 
         Raises
         ------
         ArgumentError, ShapeError, DtypeError
-            As for `sample_rows`; if no row has mass.
+            As `sample_rows`; also if every key of every row is masked.
         """
-        if not isinstance(backend, QiskitQuantumBackend):
-            raise DtypeError(f"backend is a {type(backend).__name__}; it must be a QiskitQuantumBackend.")
+        check_backend(backend)
         check_count("shots", shots)
         p = check_rows(p)
         p = p[p.sum(-1) > 0]
         if not len(p):
-            raise ArgumentError("p has no row with mass: there is nothing to plan.")
+            raise ArgumentError("p has no row with a key of probability above 0: there is nothing to plan.")
         device = "cpu" if generator is None else generator.device
         rng = np.random.default_rng(int(torch.randint(2**31 - 1, (), generator=generator, device=device)))
         some = rng.choice(len(p), min(len(p), REHEARSED_ROWS), replace=False)  # rows may repeat with a period
         rows = p[torch.from_numpy(np.sort(some))]
         options = default_options(backend, p.shape[-1]) if self.options is None else self.options
         raw = CircuitMitigation()
-        stage = Rehearsal(self.model or backend, rows)
-        found = {o: stage.predict(o, shots, FIRST, rng) for o in (raw, *(o for o in options if o != raw))}
-        near = SHORTLISTED * min(x.error for x in found.values())
+        rehearsal = Rehearsal(self.model or backend, rows)
+        predictions = {
+            option: rehearsal.predict(option, shots, FIRST_REHEARSALS, rng)
+            for option in (raw, *(option for option in options if option != raw))
+        }
+        limit = SHORTLIST_RATIO * min(x.error for x in predictions.values())
         repeats = max(REHEARSALS, min(2 * REHEARSALS, REHEARSALS * REHEARSED_ROWS // len(rows)))
-        # Those that may win are rehearsed anew and more often, so that luck does not carry over.
-        shortlist = [option for option, x in found.items() if option is raw or x.error <= near]
-        found |= {option: stage.predict(option, shots, repeats, rng) for option in shortlist}
-        # The best of several that are known roughly only is best by luck too: twice the doubt counts against it.
-        best = min((found[option] for option in shortlist), key=lambda x: x.error + 2 * x.std_error)
-        if not best.error + 2 * best.std_error <= (1 - MARGIN) * found[raw].error:
-            best = found[raw]
+        # The shortlist is rehearsed anew and more often, so that luck in the first rehearsals does not count.
+        shortlist = [option for option, x in predictions.items() if option is raw or x.error <= limit]
+        predictions |= {option: rehearsal.predict(option, shots, repeats, rng) for option in shortlist}
+        # The best of several rough estimates is also the luckiest: two standard errors count against each.
+        best = min((predictions[option] for option in shortlist), key=lambda x: x.error + 2 * x.std_error)
+        if not best.error + 2 * best.std_error <= (1 - MIN_GAIN) * predictions[raw].error:
+            best = predictions[raw]
         return Plan(
             best,
-            found[raw],
-            tuple(sorted(found.values(), key=lambda x: x.error)),
+            predictions[raw],
+            tuple(sorted(predictions.values(), key=lambda x: x.error)),
             shots,
-            _reason(best, found[raw], len(found)),
+            _reason(best, predictions[raw], len(predictions)),
         )
 
     def sample_rows(
@@ -218,75 +256,86 @@ class MitigationPlanner:
         *,
         generator: torch.Generator | None = None,
     ) -> RowCounts:
-        """Plan, then measure; see `Mitigation`.
+        """Plan, measure rows and mitigate them; arguments are those of `Mitigation.sample_rows`.
 
         Returns
         -------
         RowCounts
-            Its diagnostics hold `plan`, `expected_error` and `error`: total variation from the rows, on average.
+            Its diagnostics hold `plan`, `expected_error` and `error`: the expected and the attained total
+            variation between estimated and true rows, mean over rows.
+
+        Raises
+        ------
+        ArgumentError, ShapeError, DtypeError, BackendUnavailable
+            As `QiskitQuantumBackend.sample_rows`.
         """
         p = check_rows(p)
-        if not bool((p.sum(-1) > 0).any()):
+        running = p.sum(-1) > 0
+        if not bool(running.any()):
             return backend.sample_rows(p, shots, generator=generator)
         plan = self.plan(backend, p, shots, generator=generator)
-        result = (
-            backend.sample_rows(p, shots, generator=generator)
-            if plan.choice is plan.raw
-            else plan.choice.option.sample_rows(backend, p, shots, generator=generator)
-        )
-        running = p.sum(-1) > 0
-        error = float(total_variation(result.probabilities(), p)[running].mean())
-        facts: dict[str, Any] = {
+        if plan.choice is plan.raw:
+            result = backend.sample_rows(p, shots, generator=generator)
+        else:
+            result = plan.choice.option.sample_rows(backend, p, shots, generator=generator)
+        error = total_variation_distance(result.probabilities(), p)[running].mean()
+        diagnostics = {
             "mitigation": plan.choice.option.name,
             **result.diagnostics,
             "plan": plan,
             "expected_error": plan.choice.error,
-            "error": error,
+            "error": float(error),
         }
-        return replace(result, diagnostics=facts)
+        return replace(result, diagnostics=diagnostics)
 
 
 def default_options(backend: QiskitQuantumBackend, n: int) -> tuple[CircuitMitigation, ...]:
-    """What is tried for rows of n keys: the backend's loader with and without readout, extrapolated in several ways; two
-    copies of few keys; and, on a simulator, the loader without entanglement.
+    """List the options to try for rows of n keys.
 
-    On a device that one is left out, since its calibration says nothing of what feeding forward costs there.
+    These are the backend's loader with readout errors undone or not, and extrapolated in several ways; two
+    copies of rows of few keys; and on a simulator the loader without entanglement. On a device that loader is
+    left out, because the calibration does not say what feeding forward costs there.
     """
-    own = [CircuitMitigation(), CircuitMitigation(readout=True)]
-    if not isinstance(backend.loader, DynamicLoader):
-        bits = backend.loader.circuit(backend.loader.size(n)).num_clbits
-        zne = [
-            ZeroNoiseExtrapolation(levels, method, asymptote=0.5**bits if method == "exponential" else 0.0)
-            for method, levels in LEVELS
-        ]
-        own += [CircuitMitigation(z) for z in zne[1:3]]
-        own += [CircuitMitigation(z, readout=True) for z in zne]
-        own += [CircuitMitigation(SharedDecay(x, corrected=c), readout=True) for c, x in DECAYS]
-        if num_bits(n) <= MOST_COPIED and isinstance(backend.loader, TreeLoader):
-            own.append(CircuitMitigation(loader=TwoCopyLoader(), readout=True))
-        if isinstance(backend.engine, AerEngine):
-            own += [CircuitMitigation(loader="dynamic", readout=readout) for readout in (False, True)]
-    return tuple(own)
+    options = [CircuitMitigation(), CircuitMitigation(readout=True)]
+    if backend.loader.feeds_forward:
+        return tuple(options)
+    bits = backend.loader.circuit(backend.loader.size(n)).num_clbits
+
+    def extrapolation(method: str, levels: Sequence[float]) -> ZeroNoiseExtrapolation:
+        asymptote = 0.5**bits if method == "exponential" else 0.0
+        return ZeroNoiseExtrapolation(levels, method, asymptote=asymptote)
+
+    options += [CircuitMitigation(extrapolation(*x)) for x in RAW_EXTRAPOLATIONS]
+    options += [CircuitMitigation(extrapolation(*x), readout=True) for x in EXTRAPOLATIONS]
+    options += [
+        CircuitMitigation(SharedDecay(levels, corrected=corrected), readout=True)
+        for corrected, levels in SHARED_DECAYS
+    ]
+    if num_bits(n) <= MAX_COPY_QUBITS and isinstance(backend.loader, TreeLoader):
+        options.append(CircuitMitigation(loader=TwoCopyLoader(), readout=True))
+    if isinstance(backend.engine, AerEngine):
+        options += [CircuitMitigation(loader="dynamic", readout=readout) for readout in (False, True)]
+    return tuple(options)
 
 
 class Rehearsal:
-    """Options tried out on rows by the errors that a device reports; what they share is computed once.
+    """Tries options on rows, by the errors that a device reports; what options share is computed only once.
 
     Parameters
     ----------
     backend : QiskitQuantumBackend
     p : Tensor, float64, (R, n)
-        From `check_rows`, each row with mass.
+        Rows that `check_rows` returned, each with a key of probability above 0.
     readout : callable
-        (backend, keys) to the readout errors that are undone: `modelled_readout`, or `readout_errors` for those that
-        were measured.
+        Returns the readout errors to undo, given the backend and the number of keys:
+        `calibrated_readout_errors`, or `readout_errors` for those that are measured.
     """
 
     def __init__(
         self,
         backend: QiskitQuantumBackend,
         p: Tensor,
-        readout: Callable[[QiskitQuantumBackend, int], Tensor] = modelled_readout,
+        readout: Callable[[QiskitQuantumBackend, int], Tensor] = calibrated_readout_errors,
     ):
         self.backend, self.p, self._readout = backend, p, readout
         self._outcomes: dict[QiskitQuantumBackend, Tensor] = {}
@@ -295,58 +344,73 @@ class Rehearsal:
     def predict(
         self, option: CircuitMitigation, shots: int, repeats: int, rng: np.random.Generator
     ) -> Prediction:
-        """What `option` gives with `shots` a row, from `repeats` rehearsals."""
+        """Predict what an option gives.
+
+        Parameters
+        ----------
+        option : CircuitMitigation
+        shots : int
+            Shots of each row.
+        repeats : int
+            Number of rehearsals.
+        rng : numpy.random.Generator
+            The only source of randomness.
+        """
         try:
-            each = option.allocate(shots)
+            shots_by_level = option.allocate(shots)
             option.check(self.backend, self.p.shape[-1])
-            outcomes, errors = self._expected(option)
-            limit = option.combine(self.backend, self.p, [ENDLESS * x for x in outcomes], errors).p
+            outcomes, errors = self.outcomes(option), self.readout_errors(option)
+            limit = option.combine_results(
+                self.backend, self.p, [LIMIT_SHOTS * x for x in outcomes], errors
+            ).p
         except (ArgumentError, BackendUnavailable, torch.linalg.LinAlgError) as error:
-            return Prediction(option, inf, inf, inf, trouble=str(error))
+            return Prediction(option, inf, inf, inf, problem=str(error))
         misses, noises = [], []
         for _ in range(repeats):
-            drawn = [
-                torch.from_numpy(rng.multinomial(count, x.numpy()))
-                for count, x in zip(each, outcomes, strict=True)
+            counts = [
+                torch.from_numpy(rng.multinomial(level_shots, x.numpy()))
+                for level_shots, x in zip(shots_by_level, outcomes, strict=True)
             ]
-            got = option.combine(self.backend, self.p, drawn, errors).p
-            misses.append(float(total_variation(got, self.p).mean()))
-            noises.append(float(total_variation(got, limit).mean()))
-        bias = float(total_variation(limit, self.p).mean())
-        known = stdev(misses) / repeats**0.5 if repeats > 1 else 0.0
-        return Prediction(option, fmean(misses), bias, fmean(noises), known)
+            estimate = option.combine_results(self.backend, self.p, counts, errors).p
+            misses.append(float(total_variation_distance(estimate, self.p).mean()))
+            noises.append(float(total_variation_distance(estimate, limit).mean()))
+        bias = float(total_variation_distance(limit, self.p).mean())
+        std_error = stdev(misses) / repeats**0.5 if repeats > 1 else 0.0
+        return Prediction(option, fmean(misses), bias, fmean(noises), std_error)
 
-    def _expected(self, option: CircuitMitigation) -> tuple[list[Tensor], list[Tensor] | None]:
-        variants = option.variants(self.backend)
-        for v in variants:
-            if v not in self._outcomes:
-                self._outcomes[v] = register_probabilities(v, self.p)
-            if option.readout and v not in self._errors:
-                self._errors[v] = self._readout(v, self.p.shape[-1])
-        return [self._outcomes[v] for v in variants], (
-            [self._errors[v] for v in variants] if option.readout else None
-        )
+    def outcomes(self, option: CircuitMitigation) -> list[Tensor]:
+        """Return the probabilities of the register's values at each noise level of an option, (R, 2^bits)."""
+        backends = option.construct_backends(self.backend)
+        for backend in backends:
+            if backend not in self._outcomes:
+                self._outcomes[backend] = register_probabilities(backend, self.p)
+        return [self._outcomes[backend] for backend in backends]
 
-
-def total_variation(a: Tensor, b: Tensor) -> Tensor:
-    """Half the sum of absolute differences, (..., n) -> (...)."""
-    return (a - b).abs().sum(-1) / 2
+    def readout_errors(self, option: CircuitMitigation) -> list[Tensor] | None:
+        """Return the readout errors at each noise level, (bits, 2, 2), or None if the option undoes none."""
+        if not option.readout:
+            return None
+        backends = option.construct_backends(self.backend)
+        for backend in backends:
+            if backend not in self._errors:
+                self._errors[backend] = self._readout(backend, self.p.shape[-1])
+        return [self._errors[backend] for backend in backends]
 
 
 def _reason(best: Prediction, raw: Prediction, count: int) -> str:
-    if raw.trouble and best is not raw:
+    if raw.problem and best is not raw:
         return (
-            f"{best.option.name!r} is expected to miss by {best.error:.4f}; what the counts themselves would miss by could "
-            f"not be rehearsed. {raw.trouble}"
+            f"{best.option.name!r} is expected to have an error of {best.error:.4f}. The raw counts could "
+            f"not be rehearsed: {raw.problem}"
         )
-    if raw.trouble:
-        return f"Nothing was mitigated: no option could be rehearsed. {raw.trouble}"
+    if raw.problem:
+        return f"Nothing was mitigated, because no option could be rehearsed: {raw.problem}"
     if best is raw:
         return (
-            f"Nothing was mitigated: of {count} options none is expected to be {MARGIN:.0%} better than "
-            f"the error {raw.error:.4f} of the counts themselves."
+            f"Nothing was mitigated: none of {count} options is expected to be {MIN_GAIN:.0%} better than "
+            f"the raw counts, whose expected error is {raw.error:.4f}."
         )
     return (
-        f"{best.option.name!r} is expected to miss by {best.error:.4f} (bias {best.bias:.4f}, noise {best.noise:.4f}), "
-        f"the counts themselves by {raw.error:.4f} (bias {raw.bias:.4f}, noise {raw.noise:.4f})."
+        f"{best.option.name!r} is expected to have an error of {best.error:.4f} (bias {best.bias:.4f}, noise "
+        f"{best.noise:.4f}), the raw counts {raw.error:.4f} (bias {raw.bias:.4f}, noise {raw.noise:.4f})."
     )

@@ -1,9 +1,9 @@
-"""Readout errors: measured once for the qubits in use and the device's calibration, and undone on all rows at once.
+"""Readout errors: how they are measured, once for the qubits in use and the device's calibration, and undone.
 
-Errors of qubits are taken to be independent, as mthree and IBM's calibration take them. mthree inverts the counts of
-one circuit at a time on the outcomes that occurred; a loader's register is small and there are many rows, so here
-the inverses of the qubits' 2 × 2 matrices are applied to all values of the register, which is the same (tested
-against mthree) and needs no loop over rows.
+The errors of different qubits are taken to be independent, as mthree and IBM's calibration take them. mthree
+corrects the counts of one circuit at a time, for the outcomes that occurred. A loader's register is small and
+there are many rows, so here the inverses of the qubits' 2 × 2 matrices are applied to all values of the
+register. The result is the same (it is tested against mthree) and needs no loop over rows.
 """
 
 from __future__ import annotations
@@ -19,28 +19,32 @@ from qiskit import QuantumCircuit
 from torch import Tensor
 
 from ..backends import QiskitQuantumBackend
-from ..circuits import DynamicLoader
 from ..circuits.base import unpack_values
 from ..errors import ArgumentError, BackendUnavailable, StorageError
 from ..storage import runs_home, write_atomic
+from .register import RegisterEstimate
 
 CALIBRATION_SHOTS = 1 << 17
-"""Of each of the prepared states: readout errors of 1 % are then known to 2 % of themselves."""
+"""Shots of each prepared state. Readout errors of 1 % are then known to 2 % of their value."""
+
+MIN_CONTRAST = 0.02
+"""Least difference of the probabilities to read 1 from a qubit in the states 1 and 0."""
 
 
 def readout_errors(backend: QiskitQuantumBackend, n: int, *, seed: int = 0) -> Tensor:
-    """How the bits that rows of n keys are measured into are misread.
+    """Measure how the bits of the register for rows of n keys are misread.
 
-    The qubits are prepared in 0...0, 1...1, and the two patterns that alternate; errors of preparing them count as
-    errors of reading. Measured once for a region and a device's calibration time, and kept under
-    `<runs>/.cache/readout`: with a new calibration, or on other qubits, it is measured again.
+    The qubits are prepared in 0...0, in 1...1, and in the two patterns that alternate. Errors of the
+    preparation count as readout errors. The result is kept under `<runs>/.cache/readout`; with a new
+    calibration of the device, or for other qubits, it is measured again.
 
     Parameters
     ----------
     backend : QiskitQuantumBackend
     n : int
+        Number of keys.
     seed : int
-        Of a simulator.
+        Seed of a simulation.
 
     Returns
     -------
@@ -50,156 +54,217 @@ def readout_errors(backend: QiskitQuantumBackend, n: int, *, seed: int = 0) -> T
     Raises
     ------
     BackendUnavailable
-        If it cannot be measured, or if a bit says nothing.
+        If the errors cannot be measured, or if a bit reads the same whatever its qubit is.
+
+    Examples
+    --------
+    >>> readout_errors(QiskitQuantumBackend("aer"), 2)  # an ideal simulator makes none
+    tensor([[[1., 0.],
+             [0., 1.]]], dtype=torch.float64)
     """
     circuit = backend.transpiled(n)
     bits = circuit.num_clbits
     if backend.engine.ideal:
         return torch.eye(2, dtype=torch.float64).expand(bits, 2, 2)
-    path = _path(backend, circuit)
+    path = _cache_path(backend, circuit)
     errors = _read(path, bits)
     if errors is None:
         errors = _measure(backend, circuit, seed)
         _keep(path, errors)
-    return checked(errors, backend.engine.name)
-
-
-def checked(errors: Tensor, name: str) -> Tensor:
-    """The errors (bits, 2, 2), if they can be undone; else BackendUnavailable."""
-    if bool((errors[:, 0, 0] + errors[:, 1, 1] < 1.02).any()):
-        raise BackendUnavailable(
-            f"A bit of {name} reads nearly the same whatever its qubit is: its readout cannot be undone."
-        )
+    _check_contrast(errors, backend.engine.name)
     return errors
 
 
-def _path(backend: QiskitQuantumBackend, circuit: QuantumCircuit) -> Path:
-    facts = backend.engine.facts()
-    what = (
-        # The region is that of the transpiled circuit; the same numbers of qubits are others in another region.
-        f"{(circuit.metadata or {}).get('region')} {_measured(circuit)}",
-        f"{facts.get('device')} {facts.get('calibration')} {facts.get('noise')} {facts.get('noise_scale')}",
-        f"{CALIBRATION_SHOTS}",
-    )
-    digest = hashlib.sha256("\n".join(what).encode()).hexdigest()[:20]
-    return runs_home() / ".cache" / "readout" / f"{backend.engine.name}-{digest}.json"
+def calibrated_readout_errors(backend: QiskitQuantumBackend, n: int) -> Tensor:
+    """Return the same as `readout_errors`, without measuring, by the calibration that the device reports.
+
+    Parameters
+    ----------
+    backend : QiskitQuantumBackend
+    n : int
+        Number of keys.
+
+    Returns
+    -------
+    Tensor, float64, (bits, 2, 2)
+
+    Raises
+    ------
+    BackendUnavailable
+        If a bit reads the same whatever its qubit is.
+    """
+    circuit, noise = backend.engine.calibrated(backend.transpiled(n))
+    matrices = [noise.readout.get(qubit, np.eye(2)) for qubit in _measured_qubits(circuit)]
+    errors = torch.from_numpy(np.stack(matrices)).double()
+    _check_contrast(errors, backend.engine.name)
+    return errors
 
 
-def _measured(circuit: QuantumCircuit) -> list[int]:
-    """The qubit that each bit of the register is measured from."""
+def undo_readout(shares: Tensor, errors: Tensor) -> Tensor:
+    """Estimate the shares of the register's values if no bit were misread.
+
+    This is for circuits that measure at their end only.
+
+    Parameters
+    ----------
+    shares : Tensor, float64, (R, 2^bits)
+        Shares of the values that were read.
+    errors : Tensor, float64, (bits, 2, 2)
+        Readout errors, as `readout_errors` returns them.
+
+    Returns
+    -------
+    Tensor, float64, (R, 2^bits)
+        Quasi-probabilities. They have the same sum as `shares`; some may be negative.
+
+    Source: Bravyi, Sheldon, Kandala, McKay and Gambetta, Mitigating measurement errors in multiqubit
+    experiments (2021), the tensor product model.
+
+    Examples
+    --------
+    >>> errors = torch.tensor([[[0.875, 0.125], [0.25, 0.75]]])
+    >>> undo_readout(torch.tensor([[0.5625, 0.4375]]), errors)
+    tensor([[0.5000, 0.5000]])
+    """
+    return _apply_to_bits(torch.linalg.inv(errors.mT), shares)
+
+
+def estimate_register(
+    counts: Tensor, errors: Tensor | None = None, *, feeds_forward: bool = False
+) -> RegisterEstimate:
+    """Estimate the probabilities of the register's values from counts, and undo known readout errors.
+
+    Parameters
+    ----------
+    counts : Tensor, (R, 2^bits)
+        How often each value was read.
+    errors : Tensor, float64, (bits, 2, 2), optional
+        Readout errors; None to undo none.
+    feeds_forward : bool
+        Whether the loader chooses rotations by the bits read so far; see `Loader.feeds_forward`.
+
+    Returns
+    -------
+    RegisterEstimate
+    """
+    if errors is not None and feeds_forward:
+        return _undo_bit_by_bit(counts, errors)
+    shots = counts.sum(-1, keepdim=True).double()
+    shares = counts / shots
+    if errors is None:
+        return RegisterEstimate(shares, shares * (1 - shares) / shots)
+    value = undo_readout(shares, errors)
+    # The value of a single shot is an element of the inverse, so its second moment takes their squares.
+    second_moment = _apply_to_bits(torch.linalg.inv(errors.mT).square(), shares)
+    return RegisterEstimate(value, ((second_moment - value.square()) / shots).clamp_min(0))
+
+
+def _undo_bit_by_bit(counts: Tensor, errors: Tensor) -> RegisterEstimate:
+    """Estimate the same for a loader that feeds forward, where a misread bit also chooses the next rotations.
+
+    Whatever the true bits were, the next qubit is rotated by the angle of the bits that were read. So the
+    share of 1 among shots with the same bits so far, corrected for the readout of this one bit, is the row's
+    own conditional probability: only the last measurement has to be undone. The variance is that to first
+    order in the variances of the conditional probabilities.
+    """
+    bits = len(errors)
+    p = torch.ones(len(counts), 1, dtype=torch.float64)
+    relative_variance = torch.zeros_like(p)
+    for bit in reversed(range(bits)):
+        pairs = counts.double().reshape(len(counts), p.shape[-1], 2, -1).sum(-1)  # [R, prefixes, 2]
+        shots = pairs.sum(-1, keepdim=True)
+        contrast = errors[bit, 0, 0] + errors[bit, 1, 1] - 1
+        read = torch.where(shots > 0, pairs / shots.clamp_min(1e-300), 0.5)
+        misread = torch.stack((errors[bit, 1, 0], errors[bit, 0, 1]))  # of bits read as 0, as 1
+        share = ((read - misread) / contrast).clamp(0, 1)
+        share = share / share.sum(-1, keepdim=True)
+        variance = (read * (1 - read)).clamp_min(0) / shots.clamp_min(1e-300) / contrast**2
+        added = (variance / share.square().clamp_min(1e-300)).masked_fill(share == 0, 0)
+        relative_variance = (relative_variance[..., None] + added).flatten(1)
+        p = (p[..., None] * share).flatten(1)
+    return RegisterEstimate(p, p.square() * relative_variance)
+
+
+def _apply_to_bits(matrices: Tensor, x: Tensor) -> Tensor:
+    """Apply matrices (bits, 2, 2), indexed [result, given], to the bits of the register in x (R, 2^bits)."""
+    bits = len(matrices)
+    y = x.reshape(len(x), *[2] * bits)
+    for bit in range(bits):
+        axis = bits - bit  # the highest bit comes first
+        y = torch.tensordot(y, matrices[bit], dims=([axis], [1])).movedim(-1, axis)
+    return y.reshape(len(x), -1)
+
+
+def _check_contrast(errors: Tensor, device: str) -> None:
+    """Refuse errors (bits, 2, 2) that cannot be undone."""
+    if bool((errors[:, 0, 0] + errors[:, 1, 1] - 1 < MIN_CONTRAST).any()):
+        raise BackendUnavailable(
+            f"A bit of {device} reads nearly the same whatever its qubit is: its readout errors cannot be "
+            "undone."
+        )
+
+
+def _measured_qubits(circuit: QuantumCircuit) -> list[int]:
+    """Return the qubit that each bit of the register is measured from."""
     qubit = {
         circuit.find_bit(i.clbits[0]).index: circuit.find_bit(i.qubits[0]).index
         for i in circuit.data
         if i.operation.name == "measure"
     }
     if sorted(qubit) != list(range(circuit.num_clbits)):
-        raise ArgumentError(f"{circuit.name} does not measure every bit once: its readout cannot be undone.")
+        raise ArgumentError(
+            f"{circuit.name} does not measure every bit once, so its readout errors cannot be undone."
+        )
     return [qubit[bit] for bit in range(circuit.num_clbits)]
 
 
+def _measure(backend: QiskitQuantumBackend, circuit: QuantumCircuit, seed: int) -> Tensor:
+    """Measure the readout errors (bits, 2, 2) of the qubits that a transpiled circuit measures."""
+    qubits = _measured_qubits(circuit)
+    totals = torch.zeros(len(qubits), 2, 2, dtype=torch.float64)
+    for pattern in range(4):
+        prepared = [pattern >> (i % 2) & 1 for i in range(len(qubits))]  # 0000, 1010, 0101, 1111
+        calibration = circuit.copy_empty_like(f"readout-{pattern}")
+        calibration.global_phase = 0
+        for qubit, bit in zip(qubits, prepared, strict=True):
+            if bit:
+                calibration.x(qubit)
+        calibration.barrier()
+        for i, qubit in enumerate(qubits):
+            calibration.measure(qubit, i)
+        outcomes = backend.engine.run(calibration, np.empty((1, 0)), CALIBRATION_SHOTS, seed + pattern)
+        value = torch.from_numpy(unpack_values(outcomes[0]))
+        for i, bit in enumerate(prepared):
+            ones = (value >> i & 1).double().mean()
+            totals[i, bit] += torch.stack((1 - ones, ones))
+    return totals / totals.sum(-1, keepdim=True)
+
+
+def _cache_path(backend: QiskitQuantumBackend, circuit: QuantumCircuit) -> Path:
+    facts = backend.engine.facts()
+    key = (
+        # The region is that of the transpiled circuit: the same numbers are other qubits in another region.
+        f"{(circuit.metadata or {}).get('region')} {_measured_qubits(circuit)}",
+        f"{facts.get('device')} {facts.get('calibration')} {facts.get('noise')} {facts.get('noise_scale')}",
+        f"{CALIBRATION_SHOTS}",
+    )
+    digest = hashlib.sha256("\n".join(key).encode()).hexdigest()[:20]
+    return runs_home() / ".cache" / "readout" / f"{backend.engine.name}-{digest}.json"
+
+
 def _read(path: Path, bits: int) -> Tensor | None:
-    with suppress(OSError, ValueError, TypeError):  # missing or broken: measured again
+    """Read errors that were kept; None if there are none, or if the file is broken."""
+    with suppress(OSError, ValueError, TypeError):
         errors = torch.tensor(json.loads(path.read_text()), dtype=torch.float64)
-        sums = bool((errors.sum(-1) - 1).abs().max() < 1e-9) if errors.shape == (bits, 2, 2) else False
-        if sums and float(errors.min()) >= 0 and float(errors.max()) <= 1:
-            return errors
+        if errors.shape == (bits, 2, 2):
+            sums_to_one = bool((errors.sum(-1) - 1).abs().max() < 1e-9)
+            if sums_to_one and float(errors.min()) >= 0 and float(errors.max()) <= 1:
+                return errors
     return None
 
 
 def _keep(path: Path, errors: Tensor) -> None:
-    with suppress(OSError, StorageError):  # a cache: it can be measured again
+    """Keep errors for the next time; if that fails, they will be measured again."""
+    with suppress(OSError, StorageError):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, json.dumps(errors.tolist()).encode())
-
-
-def _measure(backend: QiskitQuantumBackend, circuit: QuantumCircuit, seed: int) -> Tensor:
-    qubits = _measured(circuit)
-    seen = torch.zeros(len(qubits), 2, 2, dtype=torch.float64)
-    for pattern in range(4):
-        bits = [pattern >> (i % 2) & 1 for i in range(len(qubits))]  # 0000, 1010, 0101, 1111
-        prepare = circuit.copy_empty_like(f"readout-{pattern}")
-        prepare.global_phase = 0
-        for qubit, bit in zip(qubits, bits, strict=True):
-            if bit:
-                prepare.x(qubit)
-        prepare.barrier()
-        for i, qubit in enumerate(qubits):
-            prepare.measure(qubit, i)
-        outcomes = backend.engine.run(prepare, np.empty((1, 0)), CALIBRATION_SHOTS, seed + pattern)
-        value = torch.from_numpy(unpack_values(outcomes[0]))
-        for i, bit in enumerate(bits):
-            ones = (value >> i & 1).double().mean()
-            seen[i, bit] += torch.stack((1 - ones, ones))
-    return seen / seen.sum(-1, keepdim=True)
-
-
-def undo_readout(shares: Tensor, errors: Tensor, *, squared: bool = False) -> Tensor:
-    """The shares of the register's values if none were misread, for circuits that measure at their end only.
-
-    Parameters
-    ----------
-    shares : Tensor, float64, (R, 2^bits)
-        As measured.
-    errors : Tensor, (bits, 2, 2)
-        From `readout_errors`.
-    squared : bool
-        Apply the squares of the inverse's elements, as variances need.
-
-    Returns
-    -------
-    Tensor, (R, 2^bits)
-        Quasi-probabilities: they sum to what shares do; some may be negative.
-
-    Source: Bravyi, Sheldon, Kandala, McKay and Gambetta, Mitigating measurement errors in multiqubit experiments
-    (2021), the tensor product model.
-    """
-    bits = len(errors)
-    inverse = torch.linalg.inv(errors.mT)  # [bits, true, read]
-    inverse = inverse.square() if squared else inverse
-    x = shares.reshape(len(shares), *[2] * bits)
-    for bit in range(bits):
-        axis = bits - bit  # the highest bit comes first
-        x = torch.tensordot(x, inverse[bit], dims=([axis], [1])).movedim(-1, axis)
-    return x.reshape(len(shares), -1)
-
-
-def undo_dynamic_readout(counts: Tensor, errors: Tensor) -> tuple[Tensor, Tensor]:
-    """The same for `DynamicLoader`, where a bit that is misread also chooses the next rotations.
-
-    Given the bits read so far, the next qubit is rotated by the angle of just those bits, whatever the true ones
-    were. So the share of 1 among shots with the same bits so far, corrected for that one bit's readout, is the row's
-    own conditional probability: nothing but the last measurement has to be undone.
-
-    Parameters
-    ----------
-    counts : Tensor, (R, 2^bits)
-    errors : Tensor, (bits, 2, 2)
-
-    Returns
-    -------
-    probabilities, variances : Tensor, float64, (R, 2^bits)
-        The latter to first order in those of the conditional probabilities.
-    """
-    bits = len(errors)
-    p = torch.ones(len(counts), 1, dtype=torch.float64)
-    relative = torch.zeros_like(p)
-    for bit in reversed(range(bits)):
-        pairs = counts.double().reshape(len(counts), p.shape[-1], 2, -1).sum(-1)  # [R, prefixes, 2]
-        shots = pairs.sum(-1, keepdim=True)
-        gain = errors[bit, 0, 0] + errors[bit, 1, 1] - 1
-        raw = torch.where(shots > 0, pairs / shots.clamp_min(1e-300), 0.5)
-        wrongly = torch.stack((errors[bit, 1, 0], errors[bit, 0, 1]))  # read 0, read 1
-        share = ((raw - wrongly) / gain).clamp(0, 1)
-        share = share / share.sum(-1, keepdim=True)
-        variance = (raw * (1 - raw)).clamp_min(0) / shots.clamp_min(1e-300) / gain**2
-        relative = relative[..., None] + (variance / share.square().clamp_min(1e-300)).masked_fill(
-            share == 0, 0
-        )
-        p = (p[..., None] * share).flatten(1)
-        relative = relative.flatten(1)
-    return p, p.square() * relative
-
-
-def can_undo(loader: object, static: bool) -> bool:
-    """Whether a circuit's readout can be undone: it measures at its end, or is `DynamicLoader`'s."""
-    return static or isinstance(loader, DynamicLoader)

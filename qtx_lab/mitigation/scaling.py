@@ -1,7 +1,7 @@
-"""What scales noise: a simulator's noise model, or gates that are undone and done again on a circuit.
+"""How noise is scaled: by a simulator's noise model, or on circuits by gates that are undone and done again.
 
-`qiskit_mitigation.zne.GateFoldingPass` folds two-qubit gates, without barriers, so that a later transpile undoes it;
-hence the folding here.
+`qiskit_mitigation.zne.GateFoldingPass` folds two-qubit gates too, but without barriers, so that a later
+transpile undoes it. That is why circuits are folded here.
 """
 
 from __future__ import annotations
@@ -23,37 +23,54 @@ from ..backends.requests import Request
 from ..errors import ArgumentError, DtypeError, unknown_name
 
 FOLDINGS = ("two-qubit", "local", "global")
+"""Ways to fold the gates of a circuit; see `fold`."""
 
-SELF_INVERSE = ("x", "y", "z", "h", "cx", "cy", "cz", "ecr", "swap", "id")
-ROTATIONS = ("rx", "ry", "rz", "p", "rxx", "ryy", "rzz")
-NOISELESS = ("rz", "p", "z", "barrier", "delay", "id")
-"""Not folded by themselves: done in software, or nothing."""
+SCALINGS = ("model", *FOLDINGS)
+"""Ways to scale the noise of a backend; see `scale_noise`."""
+
+SELF_INVERSE_GATES = ("x", "y", "z", "h", "cx", "cy", "cz", "ecr", "swap", "id")
+ROTATION_GATES = ("rx", "ry", "rz", "p", "rxx", "ryy", "rzz")
+NOISELESS_GATES = ("rz", "p", "z", "barrier", "delay", "id")
+"""Instructions that are not folded, because they are done in software or do nothing."""
 
 
 def scale_noise(backend: QiskitQuantumBackend, level: float, how: str = "two-qubit") -> QiskitQuantumBackend:
-    """The backend with `level` times its noise.
+    """Make a backend with `level` times the noise.
 
     Parameters
     ----------
     backend : QiskitQuantumBackend
     level : float
+        1 is the backend's own noise.
     how : str
-        "model": a simulator's noise model is scaled, readout too; 0 is no noise. Or one of `FOLDINGS`: circuits are
-        folded after they are transpiled, by the attainable level next to `level` >= 1; see `fold`.
+        "model" multiplies the noise of a simulator's model, also its readout errors; level 0 is no noise. One
+        of `FOLDINGS` folds circuits after they are transpiled, to the level >= 1 nearest to `level` that they
+        allow; see `fold`.
+
+    Returns
+    -------
+    QiskitQuantumBackend
 
     Raises
     ------
     ArgumentError
-        Unknown names; a level that cannot be: below 1 for folding; "model" on a device.
+        If `how` is unknown, if level is negative or below 1 for folding, or if "model" is asked of a device.
+
+    Examples
+    --------
+    >>> noisy = QiskitQuantumBackend("aer", "fake_fez", loader="tree")
+    >>> scale_noise(noisy, 2, "model").engine.noise_scale
+    2.0
     """
-    if how not in ("model", *FOLDINGS):
-        raise unknown_name("how", how, ("model", *FOLDINGS))
+    if how not in SCALINGS:
+        raise unknown_name("how", how, SCALINGS)
     if how != "model":
         return backend.with_engine(FoldedEngine(backend.engine, level, how))
     engine = backend.engine
     if not isinstance(engine, AerEngine):
         raise ArgumentError(
-            f"how='model' is not allowed on {engine.name}: only a simulator's noise is in a model; fold gates instead."
+            f"how='model' is not allowed on {engine.name}: only a simulator's noise can be scaled. Fold "
+            "gates instead."
         )
     _check_level(level, 0.0)
     scale = engine.noise_scale * level
@@ -63,7 +80,21 @@ def scale_noise(backend: QiskitQuantumBackend, level: float, how: str = "two-qub
 
 
 class FoldedEngine(Engine):
-    """An engine whose circuits are folded after they are transpiled; everything else is the engine's own."""
+    """An engine whose circuits are folded after they are transpiled; all else is left to the engine inside.
+
+    Parameters
+    ----------
+    engine : Engine
+    level : float
+        Noise level, >= 1.
+    how : str
+        One of `FOLDINGS`.
+
+    Raises
+    ------
+    ArgumentError
+        If `how` is unknown, or level is below 1.
+    """
 
     def __init__(self, engine: Engine, level: float, how: str):
         if how not in FOLDINGS:
@@ -121,29 +152,40 @@ class FoldedEngine(Engine):
 
 
 def fold(circuit: QuantumCircuit, level: float, how: str = "two-qubit") -> QuantumCircuit:
-    """A circuit that does the same with `level` times the gates, kept apart by barriers so that no compiler undoes it.
+    """Build a circuit that does the same with `level` times the gates.
 
-    Levels between odd numbers fold some gates once more than others, evenly spread over the circuit; the level that
-    is attained, 1 + 2 folds / gates, is in the result's `metadata["noise_level"]`.
+    Barriers keep the added gates apart, so that no compiler undoes them. For a level between two odd numbers
+    some gates are folded once more than others, evenly spread over the circuit. The level that is attained, 1
+    + 2 folds / gates, is in the result's `metadata["noise_level"]`.
 
     Parameters
     ----------
     circuit : QuantumCircuit
-        Transpiled. Measured at its end only.
+        A transpiled circuit that is measured at its end only.
     level : float
-        >= 1.
+        Noise level, >= 1.
     how : str
-        "two-qubit": G → G (G⁻¹ G)^k for two-qubit gates, where most errors are; "local": for all gates but those done
-        in software; "global": U → U (U⁻¹ U)^k for the circuit, what is left of the level folded onto its last gates.
+        "two-qubit" replaces two-qubit gates G, which have most of the errors, by G (G⁻¹ G)^k. "local" does so
+        for all gates but those that are done in software. "global" replaces the whole circuit U by U (U⁻¹
+        U)^k, and folds its last gates for what is left of the level.
+
+    Returns
+    -------
+    QuantumCircuit
 
     Raises
     ------
     ArgumentError
-        Unknown names; a level below 1; a circuit that measures, resets or asks conditions on the way, which cannot be
-        undone; a gate whose inverse is not a gate of the device.
+        If `how` is unknown; if level is below 1; if the circuit measures, resets or tests bits before its
+        end, which cannot be undone; if it has a gate whose inverse may be no gate of the device.
+    DtypeError
+        If circuit is not a QuantumCircuit, or level is not a number.
 
-    Source: Giurgica-Tiron et al., Digital zero noise extrapolation for quantum error mitigation (2020), section II.
+    Source: Giurgica-Tiron et al., Digital zero noise extrapolation for quantum error mitigation (2020),
+    section II.
 
+    Examples
+    --------
     >>> from qtx_lab.circuits import make_loader
     >>> fold(make_loader("tree").circuit(3), 2).count_ops()["cz"]
     8
@@ -153,77 +195,40 @@ def fold(circuit: QuantumCircuit, level: float, how: str = "two-qubit") -> Quant
     if how not in FOLDINGS:
         raise unknown_name("how", how, FOLDINGS)
     _check_level(level, 1.0)
-    _check_static(circuit)
+    if not is_static(circuit):
+        raise ArgumentError(
+            f"{circuit.name} measures or tests bits before its end, which cannot be undone, so it is not "
+            "folded: use another loader, as 'tree', or scale the noise model of a simulator (how='model')."
+        )
     body = [i for i in circuit.data if i.operation.name != "measure"]
-    end = [i for i in circuit.data if i.operation.name == "measure"]
+    measurements = [i for i in circuit.data if i.operation.name == "measure"]
     foldable = [
-        at
-        for at, i in enumerate(body)
-        if i.operation.name not in NOISELESS and (how != "two-qubit" or len(i.qubits) == 2)
+        place
+        for place, i in enumerate(body)
+        if i.operation.name not in NOISELESS_GATES and (how != "two-qubit" or len(i.qubits) == 2)
     ]
     folds = round(len(foldable) * (level - 1) / 2)
     folded = circuit.copy_empty_like()
     if how == "global":
-        _global(folded, body, foldable, folds)
+        _fold_whole(folded, body, foldable, folds)
     else:
-        _local(folded, body, foldable, folds)
-    for instruction in end:
+        _fold_gates(folded, body, foldable, folds)
+    for instruction in measurements:
         folded.append(instruction)
     attained = 1 + 2 * folds / len(foldable) if foldable else 1.0
     folded.metadata = {**(circuit.metadata or {}), "noise_level": attained}
     return folded
 
 
-def _local(folded: QuantumCircuit, body: list[CircuitInstruction], foldable: list[int], folds: int) -> None:
-    count = len(foldable)
-    # Gate i of G is folded floor((i + 1) F / G) - floor(i F / G) times: F in all, evenly spread.
-    times = {at: (i + 1) * folds // count - i * folds // count for i, at in enumerate(foldable)}
-    for at, instruction in enumerate(body):
-        folded.append(instruction)
-        for _ in range(times.get(at, 0)):
-            for again in (list(_inverse(instruction)), [instruction]):
-                folded.barrier(instruction.qubits)
-                for part in again:
-                    folded.append(part)
-        if times.get(at, 0):
-            folded.barrier(instruction.qubits)
-
-
-def _global(folded: QuantumCircuit, body: list[CircuitInstruction], foldable: list[int], folds: int) -> None:
-    whole, rest = divmod(folds, len(foldable)) if foldable else (0, 0)
-    starts = [0] * whole + ([foldable[-rest]] if rest else [])
-    for instruction in body:
-        folded.append(instruction)
-    for start in starts:
-        folded.barrier()
-        for instruction in reversed(body[start:]):
-            for part in _inverse(instruction):
-                folded.append(part)
-        folded.barrier()
-        for instruction in body[start:]:
-            folded.append(instruction)
-    if starts:
-        folded.barrier()
-
-
-def _inverse(instruction: CircuitInstruction) -> Iterator[CircuitInstruction]:
-    """The inverse in gates that the device has, up to a phase: SX⁻¹ = Z SX Z, and Z is a turn by π."""
-    operation = instruction.operation
-    if operation.name in SELF_INVERSE or operation.name == "barrier":
-        yield instruction
-    elif operation.name == "sx":
-        for gate in (RZGate(math.pi), SXGate(), RZGate(math.pi)):
-            yield CircuitInstruction(gate, instruction.qubits)
-    elif operation.name in ROTATIONS:
-        yield CircuitInstruction(operation.inverse(), instruction.qubits)
-    else:
-        raise ArgumentError(
-            f"The gate {operation.name!r} is not folded: its inverse may be no gate of the device."
-        )
-
-
 def is_static(circuit: QuantumCircuit) -> bool:
-    """Whether all measurements come last, and nothing depends on them."""
+    """Whether all measurements of a circuit come last, and nothing depends on them.
+
+    Examples
+    --------
+    >>> from qtx_lab.circuits import make_loader
+    >>> is_static(make_loader("tree").circuit(3)), is_static(make_loader("dynamic").circuit(3))
+    (True, False)
+    """
     measured: set[Any] = set()
     for instruction in circuit.data:
         operation = instruction.operation
@@ -238,11 +243,57 @@ def is_static(circuit: QuantumCircuit) -> bool:
     return True
 
 
-def _check_static(circuit: QuantumCircuit) -> None:
-    if not is_static(circuit):
+def _fold_gates(
+    folded: QuantumCircuit, body: list[CircuitInstruction], foldable: list[int], folds: int
+) -> None:
+    """Append the instructions, with `folds` foldings spread evenly over those at the foldable places."""
+    count = len(foldable)
+    # Gate i of G is folded floor((i + 1) F / G) - floor(i F / G) times, which is F times in all.
+    times = {place: (i + 1) * folds // count - i * folds // count for i, place in enumerate(foldable)}
+    for place, instruction in enumerate(body):
+        folded.append(instruction)
+        for _ in range(times.get(place, 0)):
+            for gates in (list(_inverse(instruction)), [instruction]):
+                folded.barrier(instruction.qubits)
+                for gate in gates:
+                    folded.append(gate)
+        if times.get(place, 0):
+            folded.barrier(instruction.qubits)
+
+
+def _fold_whole(
+    folded: QuantumCircuit, body: list[CircuitInstruction], foldable: list[int], folds: int
+) -> None:
+    """Append the instructions, then fold all of them, and the last ones for what is left of `folds`."""
+    whole, rest = divmod(folds, len(foldable)) if foldable else (0, 0)
+    starts = [0] * whole + ([foldable[-rest]] if rest else [])
+    for instruction in body:
+        folded.append(instruction)
+    for start in starts:
+        folded.barrier()
+        for instruction in reversed(body[start:]):
+            for gate in _inverse(instruction):
+                folded.append(gate)
+        folded.barrier()
+        for instruction in body[start:]:
+            folded.append(instruction)
+    if starts:
+        folded.barrier()
+
+
+def _inverse(instruction: CircuitInstruction) -> Iterator[CircuitInstruction]:
+    """Yield the inverse in gates that the device has, up to a phase: SX⁻¹ = Z SX Z, with Z = RZ(π)."""
+    operation = instruction.operation
+    if operation.name in SELF_INVERSE_GATES or operation.name == "barrier":
+        yield instruction
+    elif operation.name == "sx":
+        for gate in (RZGate(math.pi), SXGate(), RZGate(math.pi)):
+            yield CircuitInstruction(gate, instruction.qubits)
+    elif operation.name in ROTATION_GATES:
+        yield CircuitInstruction(operation.inverse(), instruction.qubits)
+    else:
         raise ArgumentError(
-            f"{circuit.name} measures or asks conditions on the way, which cannot be undone, so it is not folded: take "
-            "another loader, as 'tree', or scale the noise model of a simulator (how='model')."
+            f"The gate {operation.name!r} is not folded, because its inverse may be no gate of the device."
         )
 
 

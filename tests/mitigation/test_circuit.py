@@ -1,4 +1,4 @@
-"""Mitigated rows are nearer to the true ones, with error bars that cover; readout is never undone by stale numbers."""
+"""Mitigated rows are nearer to the true rows, their error bars cover, and readout errors are never stale."""
 
 import warnings
 
@@ -11,14 +11,19 @@ from scipy.optimize import minimize
 import qtx_lab as qtx
 from qtx_lab.backends.exact import compile_steps, density_matrices, outcome_probabilities
 from qtx_lab.circuits.base import pack_values
+from qtx_lab.circuits.fidelity import total_variation_distance
 from qtx_lab.mitigation import readout
-from qtx_lab.mitigation.circuit import modelled_readout
-from qtx_lab.mitigation.planner import Rehearsal, total_variation
-from qtx_lab.mitigation.readout import readout_errors, undo_dynamic_readout, undo_readout
+from qtx_lab.mitigation.planner import Rehearsal
+from qtx_lab.mitigation.readout import (
+    calibrated_readout_errors,
+    estimate_register,
+    readout_errors,
+    undo_readout,
+)
 
 ZNE = qtx.ZeroNoiseExtrapolation
 RICHARDSON = qtx.CircuitMitigation(ZNE([1, 3]), readout=True)
-MANY = 10**15
+LIMIT_SHOTS = 10**15
 
 
 def rows(count, n, generator, masked=0):
@@ -45,7 +50,7 @@ def test_the_projection_is_the_nearest_distribution(generator):
     for row in range(4):
         keys = support[row].nonzero()[:, 0]
         y = x[row, keys].numpy()
-        found = minimize(
+        nearest = minimize(
             lambda z, y=y: ((z - y) ** 2).sum(),
             np.full(len(y), 1 / len(y)),
             jac=lambda z, y=y: 2 * (z - y),
@@ -53,7 +58,7 @@ def test_the_projection_is_the_nearest_distribution(generator):
             constraints={"type": "eq", "fun": lambda z: z.sum() - 1},
             options={"ftol": 1e-14},
         )
-        assert np.allclose(got[row, keys], found.x, atol=1e-6)
+        assert np.allclose(got[row, keys], nearest.x, atol=1e-6)
     p = rows(5, 6, generator)
     assert torch.allclose(qtx.project_to_simplex(p), p, atol=1e-15)
     assert ((qtx.project_to_simplex(x) - p).norm(dim=-1) <= (x - p).norm(dim=-1)).all()
@@ -69,25 +74,27 @@ def test_undoing_readout_agrees_with_mthree(generator):
     errors = errors.double()
     counts = torch.randint(1, 1000, (4, 8), generator=generator)
     mitigation = mthree.M3Mitigation(None)
-    mitigation.cals_from_matrices([e.T.numpy() for e in errors])  # columns are true there
+    mitigation.cals_from_matrices([e.T.numpy() for e in errors])  # its columns are the true values
     got = undo_readout(counts / counts.sum(-1, keepdim=True).double(), errors)
     for row in range(4):
         theirs = mitigation.apply_correction(
             {f"{v:03b}": int(c) for v, c in enumerate(counts[row])}, [0, 1, 2], method="direct"
         )
-        assert np.allclose(got[row], [theirs[f"{v:03b}"] for v in range(8)], atol=1e-6)  # float32 there
+        assert np.allclose(
+            got[row], [theirs[f"{v:03b}"] for v in range(8)], atol=1e-6
+        )  # mthree computes in float32
 
 
-def test_with_readout_errors_alone_the_row_comes_back(generator):
-    """Exactly, with endless shots: of circuits that measure at the end and of those that measure on the way."""
+def test_readout_errors_alone_are_undone_exactly(generator):
+    """With infinitely many shots, of circuits that measure at their end and of those that feed forward."""
     p = rows(4, 8, generator)
-    for loader, undo in (("tree", undo_readout), ("dynamic", lambda x, e: undo_dynamic_readout(x, e)[0])):
+    for loader in ("tree", "dynamic"):
         backend = qtx.QiskitQuantumBackend("aer", noise=qtx.ParametricNoise(readout=0.05), loader=loader)
-        stage = Rehearsal(backend, p)
-        option = qtx.CircuitMitigation(readout=True)
-        outcomes, errors = stage._expected(option)
-        assert total_variation(outcomes[0], p).max() > 0.02
-        assert torch.allclose(undo(outcomes[0], errors[0]), p, atol=1e-12)
+        rehearsal, option = Rehearsal(backend, p), qtx.CircuitMitigation(readout=True)
+        (outcomes,), (errors,) = rehearsal.outcomes(option), rehearsal.readout_errors(option)
+        assert total_variation_distance(outcomes, p).max() > 0.02
+        estimate = estimate_register(outcomes, errors, feeds_forward=backend.loader.feeds_forward)
+        assert torch.allclose(estimate.value, p, atol=1e-12)
 
 
 def test_readout_errors_are_measured_once_for_each_calibration(monkeypatch, tmp_path, generator):
@@ -98,26 +105,26 @@ def test_readout_errors_are_measured_once_for_each_calibration(monkeypatch, tmp_
     monkeypatch.setattr(type(backend.engine), "run", lambda *a: runs.append(1) or run(*a))
     first = readout_errors(backend, 8)
     assert len(runs) == 4
-    truth = modelled_readout(backend, 8)
+    truth = calibrated_readout_errors(backend, 8)
     assert (first - truth).abs().max() < 0.002
     assert torch.equal(readout_errors(twin(), 8), first)
     assert len(runs) == 4, "measured again"
     readout_errors(backend, 4)
-    assert len(runs) == 8, "other qubits, and not measured"
-    louder = readout_errors(twin(noise_scale=2.0), 8)
-    assert len(runs) == 12, "other noise, and not measured"
-    assert (louder - first).abs().max() > 0.002
+    assert len(runs) == 8, "other qubits were not measured"
+    doubled = readout_errors(twin(noise_scale=2.0), 8)
+    assert len(runs) == 12, "other noise was not measured"
+    assert (doubled - first).abs().max() > 0.002
     facts = type(backend.engine).facts
     monkeypatch.setattr(type(backend.engine), "facts", lambda e: {**facts(e), "calibration": "tomorrow"})
     readout_errors(backend, 8)
-    assert len(runs) == 16, "a new calibration, and the old numbers were used"
+    assert len(runs) == 16, "numbers of an old calibration were used"
     for path in (tmp_path / ".cache" / "readout").iterdir():
         path.write_text("[[1")
     readout_errors(backend, 8)
     assert len(runs) == 20, "a broken file was used"
 
 
-def test_readout_that_says_nothing_is_not_undone(monkeypatch):
+def test_readout_without_contrast_is_not_undone(monkeypatch):
     monkeypatch.setattr(readout, "_measure", lambda *a: torch.full((2, 2, 2), 0.5, dtype=torch.float64))
     with pytest.raises(qtx.BackendUnavailable, match="cannot be undone"):
         readout_errors(twin(noise_scale=1.5), 4)
@@ -149,42 +156,49 @@ def test_mitigated_rows_are_nearer(option, generator):
     assert (estimate >= 0).all()
     assert torch.allclose(estimate.sum(-1), torch.ones(6, dtype=torch.float64))
     assert (estimate[p == 0] == 0).all()
-    assert total_variation(estimate, p).mean() < 0.8 * total_variation(raw.probabilities(), p).mean()
+    assert (
+        total_variation_distance(estimate, p).mean()
+        < 0.8 * total_variation_distance(raw.probabilities(), p).mean()
+    )
     assert (got.counts.sum(-1) + got.discarded == shots).all()
     assert (got.discarded > 0).all()
     assert (got.classical.counts.sum(-1) == shots).all()
-    again = option.sample_rows(backend, p, shots, generator=torch.Generator().manual_seed(5))
-    same = option.sample_rows(backend, p, shots, generator=torch.Generator().manual_seed(5))
-    assert torch.equal(again.probabilities(), same.probabilities())
+    first, second = (
+        option.sample_rows(backend, p, shots, generator=torch.Generator().manual_seed(5)) for _ in range(2)
+    )
+    assert torch.equal(first.probabilities(), second.probabilities())
 
 
 @pytest.mark.statistical
 @pytest.mark.parametrize("name", ["readout", "richardson", "shared", "pec"])
 def test_error_bars_of_rows_cover(name, generator):
-    """Of 64 rows × 8 keys, 95 % intervals about the mean of many repetitions cover 95 %, ± 3 %: the coverages of 512
-    correlated numbers have a standard deviation of about 1 %. Bars 20 % too small would cover 88 %."""
+    """95 % intervals of 64 rows × 8 keys cover the mean of many repetitions in 95 ± 3 % of cases.
+
+    The coverage of 512 correlated numbers has a standard deviation of about 1 %. Error bars that are 20 % too
+    small would cover 88 %.
+    """
     option = OPTIONS[name]
     backend = qtx.QiskitQuantumBackend(
         "aer", noise=qtx.ParametricNoise(two_qubit=0.02, readout=0.02), loader="tree"
     )
     p = 0.5 / 8 + 0.5 * rows(64, 8, generator)  # away from the simplex's edge
     got = option.sample_rows(backend, p, 4000, generator=generator)
-    if name == "pec":  # unbiased here
+    if name == "pec":  # it is unbiased for this noise
         centre = p
-    elif name == "shared":  # decays differ from draw to draw
+    elif name == "shared":  # its decays differ from repetition to repetition
         centre = (
             sum(option.sample_rows(backend, p, 4000, generator=generator).estimate for _ in range(16)) / 16
         )
     else:
-        stage = Rehearsal(backend, p, readout_errors)
-        outcomes, errors = stage._expected(option)
-        centre = option.combine(backend, p, [MANY * x for x in outcomes], errors).p
+        rehearsal = Rehearsal(backend, p, readout_errors)
+        counts = [LIMIT_SHOTS * x for x in rehearsal.outcomes(option)]
+        centre = option.combine_results(backend, p, counts, rehearsal.readout_errors(option)).p
     covered = ((got.estimate - centre).abs() < 1.96 * got.std_error).double().mean()
     assert abs(covered - 0.95) < 0.03
 
 
-def test_pec_is_unbiased_for_pauli_noise_at_the_price_it_says(generator):
-    """The mean of 24 rows is within 4 standard errors (false alarm 1 in 1,000 for all keys); unmitigated it is 20 off."""
+def test_pec_is_unbiased_for_pauli_noise_at_the_stated_overhead(generator):
+    """The mean of 24 rows is within 4 standard errors (false alarm 0.1 %); the raw counts are 20 off."""
     noise = qtx.ParametricNoise(two_qubit=0.05, one_qubit=0.005)
     backend = qtx.QiskitQuantumBackend("aer", noise=noise, loader="tree")
     p = rows(1, 4, generator).expand(24, 4)
@@ -197,23 +211,38 @@ def test_pec_is_unbiased_for_pauli_noise_at_the_price_it_says(generator):
     assert got.diagnostics["overhead"] == pytest.approx(pec.overhead(backend, 4))
     spread = got.estimate.var(0).mean() / (p[0] * (1 - p[0]) / 8192).mean()
     assert 0.5 < spread / pec.overhead(backend, 4) < 1.6
-    with pytest.raises(qtx.ArgumentError, match="on the way"):
+    with pytest.raises(qtx.ArgumentError, match="before its end"):
         pec.overhead(twin("dynamic"), 4)
 
 
-def test_two_copies_have_in_common_the_row(generator):
+def test_pec_says_nothing_of_rows_whose_signs_cancel(generator):
+    """They are flagged, and not normalised into a wrong certainty; the other rows are estimated."""
+    backend = qtx.QiskitQuantumBackend("aer", noise=qtx.ParametricNoise(two_qubit=0.3), loader="tree")
+    p = rows(200, 8, generator)
+    with pytest.warns(qtx.FallbackWarning, match="cancel"):
+        got = qtx.CircuitSampler(backend, mitigation=qtx.ProbabilisticErrorCancellation()).measure(
+            p, 256, generator=generator
+        )
+    unknown = got.std_error.isnan().any(-1)
+    assert 0 < int(unknown.sum()) < 200
+    assert got.estimate[unknown].eq(0).all()
+    assert torch.allclose(got.estimate[~unknown].sum(-1), torch.ones((), dtype=torch.float64))
+    assert any("cancel" in fallback for fallback in got.diagnostics["fallbacks"])
+
+
+def test_two_copies_without_noise_show_the_row(generator):
     p = rows(3, 8, generator)
     option = qtx.CircuitMitigation(loader=qtx.TwoCopyLoader())
     ideal = option.sample_rows(
         qtx.QiskitQuantumBackend("aer", loader="tree"), p, 400_000, generator=generator
     )
-    assert total_variation(ideal.probabilities(), p).max() < 0.01
+    assert total_variation_distance(ideal.probabilities(), p).max() < 0.01
     with pytest.raises(qtx.ArgumentError):
         qtx.TwoCopyLoader().circuit(4)
 
 
 def test_two_copies_measure_the_square_of_a_mixed_state(generator):
-    """Noise after the trees' CZ gates only, so that the exchange, in CX gates, has none."""
+    """Noise comes after the trees' CZ gates only, so that the swap, made of CX gates, has none."""
     p = rows(3, 4, generator)
     noise = qtx.ParametricNoise(two_qubit=0.2).noise(5)
     loader, tree = qtx.TwoCopyLoader(), qtx.TreeLoader(phase=True)
@@ -221,15 +250,15 @@ def test_two_copies_measure_the_square_of_a_mixed_state(generator):
     packed = pack_values(values, 3)
     signed = q * torch.from_numpy(loader.signs(packed, 4))
     keys = torch.from_numpy(loader.keys(packed, 4))
-    found = torch.zeros(3, 4, dtype=torch.float64).index_add(-1, keys, signed)
+    measured = torch.zeros(3, 4, dtype=torch.float64).index_add(-1, keys, signed)
     rho = density_matrices(compile_steps(tree.circuit(2), noise), tree.angles(p))
     square = (rho @ rho).diagonal(dim1=-2, dim2=-1).real
-    assert torch.allclose(found, square, atol=1e-12)
+    assert torch.allclose(measured, square, atol=1e-12)
     pure, mixed = square / square.sum(-1, keepdim=True), rho.diagonal(dim1=-2, dim2=-1).real
-    assert (total_variation(pure, p) < 0.7 * total_variation(mixed, p)).all()
+    assert (total_variation_distance(pure, p) < 0.7 * total_variation_distance(mixed, p)).all()
 
 
-def test_rows_without_mass_and_single_keys(generator):
+def test_rows_of_zeros_and_of_a_single_key(generator):
     p = torch.tensor([[0.0, 0.0, 0.0], [0.2, 0.3, 0.5], [0.0, 1.0, 0.0]])
     for option in (RICHARDSON, OPTIONS["shared"], OPTIONS["pec"]):
         got = option.sample_rows(twin(), p, 5000, generator=generator)
@@ -240,8 +269,8 @@ def test_rows_without_mass_and_single_keys(generator):
         assert empty.probabilities().eq(0).all()
 
 
-def test_shared_decays_never_blow_up_where_rows_tell_nothing(generator):
-    """Uniform rows, one row, equal rows, few shots: at most twice the error of undone readout, which has all the shots."""
+def test_shared_decay_stays_near_where_rows_say_little(generator):
+    """For uniform, single and equal rows and few shots, the error is at most twice that of readout alone."""
     for p in (
         torch.full((5, 8), 1 / 8, dtype=torch.float64),
         rows(1, 8, generator),
@@ -249,20 +278,20 @@ def test_shared_decays_never_blow_up_where_rows_tell_nothing(generator):
     ):
         backend = twin()
         for shots in (50, 2000):
-            found = {}
+            errors = {}
             for name in ("readout", "shared"):
-                found[name] = np.mean(
+                errors[name] = np.mean(
                     [
-                        total_variation(
+                        total_variation_distance(
                             OPTIONS[name].sample_rows(backend, p, shots, generator=generator).estimate, p
                         ).mean()
                         for _ in range(8)
                     ]
                 )
-            assert found["shared"] < 2 * found["readout"]
+            assert errors["shared"] < 2 * errors["readout"]
 
 
-def test_mitigated_rows_are_drawn_from(generator):
+def test_sampler_draws_from_mitigated_rows(generator):
     backend = twin()
     p = rows(3, 8, generator, masked=1)
     sampler = qtx.CircuitSampler(backend, mitigation=RICHARDSON)
@@ -272,8 +301,8 @@ def test_mitigated_rows_are_drawn_from(generator):
     dense = draws.dense(8)
     assert (dense[p == 0] == 0).all()
     raw = qtx.CircuitSampler(backend).draw(p.log(), 160_000, generator=generator).dense(8)
-    assert total_variation(dense, p).mean() < total_variation(raw, p).mean()
-    # Replicates differ as mitigated rows do, by more than as many draws would.
+    assert total_variation_distance(dense, p).mean() < total_variation_distance(raw, p).mean()
+    # Replicates differ as mitigated rows do, which is more than as many independent draws would.
     parts = draws.weights.view(3, 4, -1) * 4
     each = torch.zeros(3, 4, 8, dtype=torch.float64).scatter_add_(-1, draws.indices.view(3, 4, -1), parts)
     assert (each.var(1).mean() > 1.5 * (p * (1 - p)).mean() / 40_000).all()
@@ -292,28 +321,29 @@ def test_mitigated_rows_are_drawn_from(generator):
         (lambda: qtx.CircuitMitigation(scaling="globl"), "scaling"),
         (lambda: qtx.CircuitMitigation(loader="treee"), "loader"),
         (lambda: qtx.ProbabilisticErrorCancellation(0), "instances"),
+        (lambda: qtx.ProbabilisticErrorCancellation(1), "at least 2"),
         (lambda: RICHARDSON.sample_rows("aer", torch.ones(1, 2) / 2, 10), "backend"),
         (lambda: RICHARDSON.sample_rows(twin(), torch.ones(1, 2), 10), "sums to"),
         (lambda: RICHARDSON.sample_rows(twin(), torch.ones(1, 2) / 2, 1), "shots"),
-        (lambda: RICHARDSON.sample_rows(twin("dynamic"), torch.ones(1, 4) / 4, 10), "on the way"),
+        (lambda: RICHARDSON.sample_rows(twin("dynamic"), torch.ones(1, 4) / 4, 10), "before its end"),
         (lambda: OPTIONS["two-qubit"].sample_rows(twin(), torch.ones(1, 2) / 2, 10), "too few gates"),
         (lambda: RICHARDSON.sample_rows(twin("unary"), torch.ones(1, 32) / 32, 10), "bits"),
     ],
 )
-def test_what_cannot_be_done_is_one_clear_error(make, error):
+def test_what_cannot_be_done_is_refused(make, error):
     with pytest.raises(qtx.QtxError, match=error):
         make()
 
 
-def test_a_level_of_0_is_for_simulators(generator):
+def test_a_level_of_0_warns(generator):
     option = qtx.CircuitMitigation(ZNE([0, 1]), scaling="model")
     p = rows(2, 4, generator)
     with pytest.warns(qtx.FallbackWarning, match="the answer itself"):
         got = option.sample_rows(twin(), p, 100_000, generator=generator)
-    assert total_variation(got.probabilities(), p).max() < 0.01
+    assert total_variation_distance(got.probabilities(), p).max() < 0.01
 
 
-def test_a_row_that_lost_all_its_shots_weighs_nothing():
+def test_a_row_whose_shots_are_all_discarded_is_zero():
     noise = qtx.ParametricNoise(readout=0.45)
     backend = qtx.QiskitQuantumBackend("aer", noise=noise, loader="unary")
     p = torch.full((40, 3), 1 / 3)
@@ -325,13 +355,13 @@ def test_a_row_that_lost_all_its_shots_weighs_nothing():
     assert torch.allclose(result.estimate[~lost].sum(-1), torch.ones((), dtype=torch.float64))
 
 
-def test_another_engine_is_measured_anew():
-    """Levels above 1 are kept for a backend: not beyond its engine."""
+def test_backends_of_noise_levels_follow_a_change_of_the_engine():
+    """They are made once for a backend, but anew when its engine is replaced."""
     mitigation = qtx.CircuitMitigation(qtx.ZeroNoiseExtrapolation([1, 3], "linear"))
     strong, weak = (
         qtx.QiskitQuantumBackend("aer", noise=qtx.ParametricNoise(two_qubit=x), loader="tree")
         for x in (0.1, 0.002)
     )
-    before = mitigation.variants(weak)
+    before = mitigation.construct_backends(weak)
     weak.engine = strong.engine
-    assert [v.engine for v in mitigation.variants(weak)][1] is not before[1].engine
+    assert mitigation.construct_backends(weak)[1].engine is not before[1].engine

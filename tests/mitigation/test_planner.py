@@ -1,4 +1,4 @@
-"""The planner is never worse than doing nothing, close to the best option in hindsight, and says what it did."""
+"""The planner is never worse than doing nothing, near the best option in hindsight, and says what it did."""
 
 import numpy as np
 import pytest
@@ -12,8 +12,9 @@ from qtx_lab.backends.noise import fake_device, instruction_errors, on_used_qubi
 from qtx_lab.bench import mitigation as bench_mitigation
 from qtx_lab.bench.base import BENCHES
 from qtx_lab.circuits.base import pack_values
+from qtx_lab.circuits.fidelity import total_variation_distance
 from qtx_lab.mitigation import scale_noise
-from qtx_lab.mitigation.planner import Rehearsal, default_options, total_variation
+from qtx_lab.mitigation.planner import Rehearsal, default_options
 
 
 def tree_options(backend, n):
@@ -30,9 +31,11 @@ def test_the_plan_says_what_was_picked_and_why(generator):
     assert plan.choice.option.name in plan.reason
     assert plan.choice in plan.predictions
     assert got.diagnostics["expected_error"] == plan.choice.error
-    assert got.diagnostics["error"] == pytest.approx(total_variation(got.probabilities(), p).mean().item())
+    assert got.diagnostics["error"] == pytest.approx(
+        total_variation_distance(got.probabilities(), p).mean().item()
+    )
     assert got.diagnostics["error"] == pytest.approx(got.diagnostics["expected_error"], rel=0.15)
-    for x in plan.predictions:  # the triangle
+    for x in plan.predictions:  # the triangle inequality
         assert x.error <= x.bias + x.noise + 1e-9
     twice = [planner.plan(backend, p, 20_000, generator=torch.Generator().manual_seed(1)) for _ in range(2)]
     assert str(twice[0]) == str(twice[1])
@@ -54,21 +57,20 @@ def test_without_noise_nothing_is_mitigated(generator):
     assert plan.reason.startswith("Nothing was mitigated")
 
 
-def test_options_that_cannot_be_used_are_told(generator):
+def test_options_that_cannot_be_used_are_reported(generator):
     backend = qtx.QiskitQuantumBackend("aer", "fake_fez", loader="dynamic")
     folded = qtx.CircuitMitigation(qtx.ZeroNoiseExtrapolation([1, 3]))
     plan = qtx.MitigationPlanner([folded]).plan(backend, torch.ones(2, 8) / 8, 1000, generator=generator)
     assert plan.choice is plan.raw
-    assert "on the way" in plan.predictions[-1].trouble
-    assert "on the way" in str(plan)
+    assert "before its end" in plan.predictions[-1].problem
+    assert "before its end" in str(plan)
     large = qtx.QiskitQuantumBackend("aer", "fake_fez", loader="tree", noise_scale=2.0)
-    p = torch.ones(1, 600) / 600  # ten entangled qubits with noise are not simulated exactly
+    p = torch.ones(1, 600) / 600  # ten entangled qubits with noise are too many for an exact simulation
     plan = qtx.MitigationPlanner([]).plan(large, p, 100, generator=generator)
     assert plan.choice is plan.raw
     assert "too large" in plan.reason
-    unary = qtx.QiskitQuantumBackend(
-        "aer", loader="unary"
-    )  # more bits than are mitigated: counted all the same
+    # This register has more bits than can be mitigated, but its shots are counted all the same.
+    unary = qtx.QiskitQuantumBackend("aer", loader="unary")
     got = qtx.MitigationPlanner([]).sample_rows(unary, torch.ones(1, 17) / 17, 100, generator=generator)
     assert got.counts.sum() == 100
     assert "at most 16" in got.diagnostics["plan"].reason
@@ -76,10 +78,10 @@ def test_options_that_cannot_be_used_are_told(generator):
 
 @pytest.mark.statistical
 @pytest.mark.parametrize("device", ["fake_fez", "fake_sherbrooke"])
-def test_it_is_not_worse_than_raw_and_close_to_the_best(device, soak):
-    """Errors of 24 rows × 8 repetitions are known to about 2 %: the best of many in hindsight is some luck ahead."""
+def test_it_is_not_worse_than_raw_and_near_the_best(device, soak):
+    """Errors of 24 rows × 8 repetitions are known to 2 %, so the best in hindsight is also the luckiest."""
     sizes, budgets = ((3, 4, 5, 6), bench_mitigation.BUDGETS) if soak else ((3, 4), (1_000, 64_000))
-    rows = [
+    measured = [
         row
         for m in sizes
         for kind, p in (
@@ -92,7 +94,7 @@ def test_it_is_not_worse_than_raw_and_close_to_the_best(device, soak):
         if row.details["choice"] is not None
     ]
     for name in (bench_mitigation.PLANNER, bench_mitigation.TREE, bench_mitigation.MISINFORMED):
-        part = [row.details for row in rows if row.method == name]
+        part = [row.details for row in measured if row.method == name]
         assert max(row["raw ratio"] for row in part) <= 1.05, part
         assert np.mean([row["best ratio"] for row in part]) <= 1.10, part
 
@@ -109,7 +111,7 @@ def test_at_256k_shots_on_the_twin_of_fez(m, limit, generator):
 
 
 def test_attention_outputs_come_closer(generator, soak):
-    """Of a layer of the reference model, mitigated by the planner, on three twins."""
+    """Outputs of a layer of the reference model, mitigated by the planner, on three twins."""
     model = qtx.load_reference_model()
     tokens = qtx.encode(qtx.reference_text())[None, :16]
     q, k, v = (x[0].double() for x in model.attention_inputs(tokens)[3])
@@ -120,15 +122,15 @@ def test_attention_outputs_come_closer(generator, soak):
     for device in bench_mitigation.DEVICES if soak else bench_mitigation.DEVICES[1:2]:
         backend = qtx.QiskitQuantumBackend("aer", device, loader="tree")
         planner = qtx.MitigationPlanner(tree_options(backend, 16))
-        misses = []
+        errors = []
         for mitigation in (None, planner):
             sampler = qtx.CircuitSampler(backend, mitigation=mitigation)
             draws = sampler.draw(p.log(), 16_000, generator=generator)
-            misses.append(((draws.dense(16)[:, None] @ v)[:, 0] - exact).norm())
-        assert misses[1] < 0.7 * misses[0]
+            errors.append(((draws.dense(16)[:, None] @ v)[:, 0] - exact).norm())
+        assert errors[1] < 0.7 * errors[0]
 
 
-def test_bad_input_is_one_clear_error(generator):
+def test_bad_input_is_refused(generator):
     backend = qtx.QiskitQuantumBackend("aer", "fake_fez", loader="tree")
     planner = qtx.MitigationPlanner()
     p = torch.ones(1, 4) / 4
@@ -153,7 +155,7 @@ def test_the_benchmark_is_registered():
 
 
 class Device(Engine):
-    """An engine that is a device, as far as one can be offline: it knows its calibration, and runs on its twin."""
+    """An engine that stands for a device offline: it reports a calibration, and runs on the device's twin."""
 
     name, ideal = "ibm_fez", False
 
@@ -186,10 +188,12 @@ class Device(Engine):
         return pack_values(np.stack(drawn), circuit.num_clbits)
 
 
-def test_a_device_is_planned_on_by_its_calibration(generator):
+def test_a_device_is_planned_by_its_calibration(generator):
     backend = qtx.QiskitQuantumBackend("aer", loader="tree")
     backend.engine = Device()
-    assert not any(option.loader == "dynamic" for option in default_options(backend, 8)), "unknown cost"
+    assert not any(option.loader == "dynamic" for option in default_options(backend, 8)), (
+        "what feeding forward costs there is not known"
+    )
     p = bench_mitigation.synthetic_rows(2)[:24]
     assert backend.transpiled(4).num_qubits == 156
     options = [
@@ -199,7 +203,7 @@ def test_a_device_is_planned_on_by_its_calibration(generator):
     got = qtx.MitigationPlanner(options).sample_rows(backend, p, 200_000, generator=generator)
     assert got.diagnostics["mitigation"] != "raw"
     raw = backend.sample_rows(p, 200_000, generator=generator)
-    assert got.diagnostics["error"] < total_variation(raw.probabilities(), p).mean()
+    assert got.diagnostics["error"] < total_variation_distance(raw.probabilities(), p).mean()
     assert got.diagnostics["error"] == pytest.approx(got.diagnostics["expected_error"], rel=0.5)
     with pytest.raises(qtx.ArgumentError, match="model"):
         scale_noise(backend, 2, "model")

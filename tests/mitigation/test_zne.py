@@ -1,4 +1,4 @@
-"""Zero-noise extrapolation agrees with others' mathematics, knows its error, and refuses what cannot be."""
+"""Zero-noise extrapolation agrees with NumPy's fits, has the right error bars, and refuses bad arguments."""
 
 import warnings
 
@@ -18,7 +18,7 @@ LEVELS = {
 
 
 def by_numpy(levels, values, method, degree, asymptote):
-    """A scalar's value at noise 0, by numpy's fits."""
+    """The value of one number at noise 0, by NumPy's fits."""
     if method == "exponential":
         intercept = np.polyfit(levels, np.log(np.abs(np.array(values) - asymptote)), 1)[-1]
         return asymptote + np.sign(values[0] - asymptote) * np.exp(intercept)
@@ -40,13 +40,13 @@ def test_every_method_agrees_with_numpy_on_scalars(method, levels, generator):
 
 
 @pytest.mark.parametrize("method", ["richardson", "linear", "polynomial"])
-def test_the_weights_are_explicit(method, generator):
+def test_the_estimate_is_the_weighted_sum(method, generator):
     levels = [1.0, 1.5, 2.0, 4.0]
     zne = qtx.ZeroNoiseExtrapolation(levels, method)
     values = torch.randn(4, 7, generator=generator, dtype=torch.float64)
     assert torch.allclose(zne.extrapolate(values).output, zne.weights @ values, atol=1e-12)
     assert abs(zne.weights.sum() - 1) < 1e-12
-    # Exact on polynomials of its degree.
+    # It is exact for polynomials of its degree.
     degree = {"richardson": 3, "linear": 1, "polynomial": 2}[method]
     x = torch.tensor(levels, dtype=torch.float64)
     y = sum((c + 1) * x**c for c in range(degree + 1))
@@ -56,8 +56,10 @@ def test_the_weights_are_explicit(method, generator):
 @pytest.mark.statistical
 @pytest.mark.parametrize("method", METHODS)
 def test_error_bars_cover(method, generator):
-    """95 % intervals on 20,000 numbers cover 95 %, ± .5 %: three standard deviations, false alarm 0.3 %. A standard
-    error that is 5 % too small would cover 93.7 %."""
+    """95 % intervals of 20,000 numbers cover 95 ± 0.5 %: three standard deviations, false alarm 0.3 %.
+
+    A standard error that is 5 % too small would cover 93.7 %.
+    """
     levels = torch.tensor([1.0, 2.0, 3.0, 5.0], dtype=torch.float64)
     zne = qtx.ZeroNoiseExtrapolation(levels, method, asymptote=0.1 if method == "exponential" else 0.0)
     truth = {
@@ -73,7 +75,7 @@ def test_error_bars_cover(method, generator):
     assert abs(covered - 0.95) < 0.005
 
 
-def test_shots_are_spread_where_they_help_most(generator):
+def test_shots_are_spread_so_that_the_error_is_least(generator):
     zne = qtx.ZeroNoiseExtrapolation([1, 3, 5])
     spread = [1.0, 2.0, 0.5]
     each = zne.allocate(10_000, spread)
@@ -85,7 +87,7 @@ def test_shots_are_spread_where_they_help_most(generator):
 
     best = variance(each)
     assert best <= variance([3334, 3333, 3333])
-    for a, b in ((0, 1), (1, 2), (2, 0)):  # moving shots from any level to any other makes it worse
+    for a, b in ((0, 1), (1, 2), (2, 0)):  # to move shots from any level to any other makes it worse
         for sign in (-300, 300):
             moved = list(each)
             moved[a] += sign
@@ -101,7 +103,7 @@ def noisy_attention(q, k, v, *, noise_level):
     return exact * (1 - noise_level) + noise_level**2
 
 
-def test_attention_as_in_the_document_that_started_the_project(generator):
+def test_attention_as_in_the_advanced_features_document(generator):
     q, k, v = (torch.randn(2, 5, 8, generator=generator) for _ in range(3))
     zne = qtx.ZeroNoiseExtrapolation(noise_levels=[0.0, 0.01, 0.02])
     with pytest.warns(qtx.FallbackWarning, match="the answer itself"):
@@ -135,7 +137,7 @@ def test_error_bars_of_attention_are_propagated(generator):
     assert torch.allclose(got.std_error, (4 * near.std_error**2 + far.std_error**2).sqrt())
 
 
-def test_values_on_both_sides_of_the_asymptote_are_told(generator):
+def test_values_on_both_sides_of_the_asymptote_are_reported(generator):
     zne = qtx.ZeroNoiseExtrapolation([1, 2], "exponential", asymptote=0.5)
     got = zne.extrapolate(torch.tensor([[0.6, 0.9], [0.4, 0.7]], dtype=torch.float64))
     assert got.fallbacks[0].startswith("1 of 2 values")
@@ -161,12 +163,12 @@ def test_values_on_both_sides_of_the_asymptote_are_told(generator):
         ({"asymptote": "0"}, "number"),
     ],
 )
-def test_bad_levels_and_methods_are_one_clear_error(arguments, error):
+def test_bad_levels_and_methods_are_refused(arguments, error):
     with pytest.raises(qtx.QtxError, match=error):
         qtx.ZeroNoiseExtrapolation(**arguments)
 
 
-def test_bad_values_are_one_clear_error():
+def test_bad_values_are_refused():
     zne = qtx.ZeroNoiseExtrapolation([1, 2])
     good = torch.zeros(2, 3)
     for values, kind in (
@@ -202,7 +204,7 @@ def test_an_asymptote_that_does_not_fit_is_refused():
 
 
 @pytest.mark.parametrize("levels", [[3, 1], [5, 3, 1], [1, 0.5]])
-def test_a_shared_decay_does_not_care_for_the_order_of_its_levels(levels):
+def test_a_shared_decay_does_not_depend_on_the_order_of_levels(levels):
     p = torch.rand(12, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     p = p / p.sum(-1, keepdim=True)
     values = [0.25 + (p - 0.25) * 0.9**x for x in levels]
@@ -211,5 +213,5 @@ def test_a_shared_decay_does_not_care_for_the_order_of_its_levels(levels):
 
 @pytest.mark.parametrize("row", [[1e8, 0.0, 3.0], [-1e9, -2e9, -3e9], [3000.0, 0.0, 0.0]])
 def test_projections_of_large_numbers_are_distributions(row):
-    found = qtx.project_to_simplex(torch.tensor([row]))
-    assert found.tolist() == [[1.0, 0.0, 0.0]]
+    projected = qtx.project_to_simplex(torch.tensor([row]))
+    assert projected.tolist() == [[1.0, 0.0, 0.0]]

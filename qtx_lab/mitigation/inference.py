@@ -1,0 +1,121 @@
+"""How results at several noise levels become an estimate at noise 0: the interface, and the estimate."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from ..errors import ArgumentError, DtypeError
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ZeroNoiseEstimate:
+    """An estimate of what would be measured without noise.
+
+    Parameters
+    ----------
+    output : Tensor, (...)
+        The estimate.
+    std_error : Tensor, (...), optional
+        Standard error of each number, from the standard errors at the noise levels; None if those are
+        unknown. It does not contain the bias that is left where the model of the noise is wrong.
+    weights : Tensor, float64, (levels,)
+        Weight of each level's values; for "exponential", of their logarithms.
+    fallbacks : tuple of str
+        What was done in another way than asked, and why.
+    """
+
+    output: Tensor
+    std_error: Tensor | None
+    weights: Tensor
+    fallbacks: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"ZeroNoiseEstimate(output {tuple(self.output.shape)}, weights {self.weights.tolist()})"
+
+
+class ZeroNoiseInference(ABC):
+    """A way to infer what would be measured without noise. It knows nothing of circuits.
+
+    `CircuitMitigation` takes any subclass: it spreads the shots by `allocate`, measures at `noise_levels`,
+    and hands the results to `extrapolate`. What scales the noise of circuits is in `scaling.py`.
+
+    Attributes
+    ----------
+    noise_levels : tuple of float
+        Where to measure: 1 is the device's own noise, 3 three times that.
+    method : str
+        Name of the method, for people.
+    """
+
+    noise_levels: tuple[float, ...]
+    method: str
+
+    @abstractmethod
+    def allocate(self, shots: int, spread: Sequence[float] | None = None) -> list[int]:
+        """Spread `shots` over the noise levels so that the standard error of the result is least.
+
+        Parameters
+        ----------
+        shots : int
+            Shots of all levels together.
+        spread : sequence of float, optional
+            Standard deviation of a single shot at each level; equal at all levels if None.
+
+        Returns
+        -------
+        list of int
+            Shots of each level, at least one.
+        """
+
+    @abstractmethod
+    def extrapolate(
+        self,
+        values: Sequence[Tensor] | Tensor,
+        std_errors: Sequence[Tensor] | Tensor | None = None,
+        *,
+        levels: Sequence[float] | None = None,
+    ) -> ZeroNoiseEstimate:
+        """Infer the values at noise 0.
+
+        Parameters
+        ----------
+        values : Tensor, (levels, ...), or sequence of Tensor, (...)
+            Values at each level, in the order of `noise_levels`.
+        std_errors : same as values, optional
+            Standard errors of the values, independent from level to level.
+        levels : sequence of float, optional
+            The noise levels that were attained, if they differ from `noise_levels`: folding a circuit reaches
+            a level only nearly.
+        """
+
+
+def check_noise_levels(levels: object) -> tuple[float, ...]:
+    """Check noise levels, and return them as a tuple.
+
+    Raises
+    ------
+    DtypeError
+        If they are not a sequence of numbers.
+    ArgumentError
+        If a level is negative, not finite or there twice, or if there are fewer than two.
+    """
+    if not isinstance(levels, Sequence | np.ndarray | Tensor) or isinstance(levels, str):
+        raise DtypeError(f"noise_levels={levels!r} is not allowed: it must be a sequence of numbers.")
+    checked: list[float] = []
+    for level in levels.tolist() if isinstance(levels, np.ndarray | Tensor) else levels:
+        if isinstance(level, bool) or not isinstance(level, int | float | np.number):
+            raise DtypeError(f"noise_levels holds {level!r}; it must hold numbers.")
+        if not math.isfinite(level) or level < 0:
+            raise ArgumentError(f"noise_levels holds {level!r}; levels must be finite and >= 0.")
+        checked.append(float(level))
+    if len(set(checked)) < len(checked):
+        raise ArgumentError(f"noise_levels={checked} holds a level twice; levels must differ.")
+    if len(checked) < 2:
+        raise ArgumentError(f"noise_levels has {len(checked)} levels; at least 2 are needed.")
+    return tuple(checked)

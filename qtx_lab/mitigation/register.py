@@ -1,0 +1,107 @@
+"""The classical register of a loader's circuit: counts and probabilities of its values, and their keys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from qiskit import QuantumCircuit
+from torch import Tensor
+
+from ..backends import QiskitQuantumBackend
+from ..backends.counts import rows_at_once
+from ..backends.exact import compile_steps, outcome_probabilities
+from ..circuits.base import pack_values, unpack_values
+from ..errors import BackendUnavailable
+
+MAX_BITS = 16
+"""Most bits of a register whose counts are held for all its values, for every row."""
+
+
+@dataclass(frozen=True, eq=False)
+class RegisterEstimate:
+    """Estimated probabilities of the register's values.
+
+    Parameters
+    ----------
+    value : Tensor, float64, (R, 2^bits)
+        Estimates that sum to 1; some may be negative.
+    variance : Tensor, float64, (R, 2^bits)
+        Variance of each estimate over repetitions of the shots.
+    """
+
+    value: Tensor
+    variance: Tensor
+
+
+def register_counts(
+    backend: QiskitQuantumBackend, circuit: QuantumCircuit, bindings: np.ndarray, shots: int, seed: int
+) -> Tensor:
+    """Run a circuit, and count how often the register has each value.
+
+    Parameters
+    ----------
+    backend : QiskitQuantumBackend
+    circuit : QuantumCircuit
+        A transpiled circuit of the backend.
+    bindings : ndarray, (R, P)
+        Angles of each row, in radians.
+    shots : int
+        Shots of each row.
+    seed : int
+        Seed of a simulation.
+
+    Returns
+    -------
+    Tensor, int64, (R, 2^bits)
+    """
+    step = rows_at_once(shots)
+    parts = []
+    for start in range(0, len(bindings), step):
+        outcomes = backend.engine.run(circuit, bindings[start : start + step], shots, seed + start)
+        values = torch.from_numpy(unpack_values(outcomes[:, :shots]))
+        counts = torch.zeros(len(values), 1 << circuit.num_clbits, dtype=torch.int64)
+        parts.append(counts.scatter_add_(-1, values, torch.ones_like(values)))
+    return torch.cat(parts)
+
+
+def register_probabilities(backend: QiskitQuantumBackend, p: Tensor) -> Tensor:
+    """Compute how probable each value of the register is, by the calibration that the device reports.
+
+    Parameters
+    ----------
+    backend : QiskitQuantumBackend
+    p : Tensor, float64, (R, n)
+        Rows that `check_rows` returned, each with a key of probability above 0.
+
+    Returns
+    -------
+    Tensor, float64, (R, 2^bits)
+
+    Raises
+    ------
+    BackendUnavailable
+        If the circuit is too large to be simulated exactly.
+    """
+    n = p.shape[-1]
+    circuit = backend.transpiled(n)
+    steps = compile_steps(*backend.engine.calibrated(circuit))
+    if steps is None:
+        raise BackendUnavailable(f"{circuit.name} for {n} keys is too large to be simulated with its noise.")
+    probabilities, values = outcome_probabilities(steps, backend.loader.angles(p))
+    out = torch.zeros(len(p), 1 << circuit.num_clbits, dtype=torch.float64)
+    out[:, torch.from_numpy(values)] = probabilities
+    return out / out.sum(-1, keepdim=True)
+
+
+def register_keys(backend: QiskitQuantumBackend, n: int) -> Tensor:
+    """Return the key of each value of the register, int64, (2^bits,), for rows of n keys; -1 for no key."""
+    bits = backend.transpiled(n).num_clbits
+    return torch.from_numpy(backend.loader.keys(pack_values(np.arange(1 << bits), bits), n))
+
+
+def register_signs(backend: QiskitQuantumBackend, n: int) -> Tensor:
+    """Return the sign with which a shot of each value of the register is counted, int64, (2^bits,)."""
+    bits = backend.transpiled(n).num_clbits
+    return torch.from_numpy(backend.loader.signs(pack_values(np.arange(1 << bits), bits), n))

@@ -1,4 +1,4 @@
-"""Simulators: ideal, the twin of a real device, or noise by a few numbers."""
+"""`AerEngine`: simulators without noise, with a real device's noise, or with noise given by a few numbers."""
 
 from __future__ import annotations
 
@@ -32,18 +32,19 @@ from .noise import (
 from .requests import Request
 
 IDEAL = ("aer", "aer_simulator")
+"""Names of the simulator that is no device's twin."""
 
-MOST_STATEVECTOR = 16
-"""Qubits up to which an ideal circuit's probabilities are kept whole."""
+MAX_STATEVECTOR_QUBITS = 16
+"""Up to here the probabilities of all outcomes of an ideal circuit are computed from its state vector."""
 
-MOST_NOISY = 24
-"""Qubits up to which noisy circuits are simulated shot by shot: more do not fit into memory."""
+MAX_NOISY_QUBITS = 24
+"""Up to here noisy circuits are simulated shot by shot; larger ones do not fit into memory."""
 
-SHOT_AMPLITUDES = 1e6
-"""Amplitudes a second that shot-by-shot simulation was seen to get through."""
+AMPLITUDES_PER_S = 1e6
+"""Measured speed of shot-by-shot simulation, in amplitudes a second."""
 
-PATIENCE = 30.0
-"""Seconds from which on a simulation shot by shot is announced with a warning."""
+LONG_SIMULATION_S = 30.0
+"""A simulation shot by shot that is expected to take longer, in seconds, is announced by a warning."""
 
 FEED_FORWARD = (
     "the time that feeding forward takes, and the decoherence of qubits that wait for it, is not modelled"
@@ -53,26 +54,33 @@ FEED_FORWARD = (
 class AerEngine(Engine):
     """Runs circuits on this machine.
 
-    Where it fits (eight entangled qubits at a time), the probabilities of all outcomes are computed for all rows at
-    once from the errors that Aer's noise model has, and shots are drawn from them (`exact.py`): the same
-    distribution as Aer's, without its random walk through every shot. Larger circuits go to `AerSimulator`.
+    Where it fits (eight entangled qubits at a time), the probabilities of all outcomes are computed for all
+    rows at once from the errors of Aer's noise model, and shots are drawn from them (`exact.py`). This gives
+    the same distribution as Aer without simulating every shot. Larger circuits are run by `AerSimulator`.
 
     Parameters
     ----------
     backend_name : str, optional
-        "aer" or None: a simulator. Otherwise the twin of a device, a name in `fake_devices()`: its calibrated
-        errors, on the connected qubits that suit the circuit best; what lies outside is left out, and does not matter.
+        None or "aer" for a simulator. Or a name in `fake_devices()` for the twin of that device: circuits run
+        with its calibrated errors, on the connected qubits that suit them best. Qubits that a circuit does
+        not use are left out, which changes nothing.
     noise : ParametricNoise, optional
-        Of the simulator, on a device that joins all qubits; not together with a twin.
+        Noise of the simulator, on a device in which all pairs of qubits are connected. Not together with a
+        twin.
     noise_scale : float
-        All error probabilities, and 1/T1 and 1/T2, times this; 0 has no noise.
-    method : str
-        "auto" as above, or "aer": AerSimulator whatever it takes.
+        Factor >= 0 on all error probabilities, and on 1/T1 and 1/T2; 0 is no noise.
+    method : {"auto", "aer"}
+        "auto" as described above; "aer" simulates every shot with `AerSimulator`, however long it takes.
 
     Raises
     ------
     ArgumentError
-        Unknown names; noise and a twin together; a negative scale.
+        If a name is unknown, noise and a twin are given together, or the scale is negative.
+
+    Examples
+    --------
+    >>> AerEngine("fake_fez").facts()["num_qubits"]
+    156
     """
 
     def __init__(
@@ -177,12 +185,24 @@ class AerEngine(Engine):
         return pack_values(values[drawn.numpy()], circuit.num_clbits)
 
     def density_matrices(self, circuit: QuantumCircuit, bindings: np.ndarray) -> torch.Tensor:
-        """The states that a transpiled circuit leaves, complex (R, 2^m, 2^m), before they are measured.
+        """The states of a transpiled circuit just before they are measured.
+
+        Parameters
+        ----------
+        circuit : QuantumCircuit
+            As `transpile` returns it.
+        bindings : ndarray, float64, (R, P)
+            Values of `circuit.parameters`.
+
+        Returns
+        -------
+        Tensor, complex128, (R, 2^m, 2^m)
+            A density matrix for each row.
 
         Raises
         ------
         BackendUnavailable
-            If it measures on the way, or has more than eight qubits.
+            If the circuit measures before its end, or has more than eight qubits.
         """
         steps = compile_steps(*self.calibrated(circuit))
         if steps is None or any(step.condition for step in steps):
@@ -190,7 +210,6 @@ class AerEngine(Engine):
         return density_matrices(steps, bindings)
 
     def how(self, circuit: QuantumCircuit) -> dict[str, Any]:
-        """For diagnostics: how `run` goes about a transpiled circuit."""
         if self._steps(circuit) is not None:
             method = "exact probabilities from density matrices, shots drawn from them"
         elif self._is_static(circuit):
@@ -213,25 +232,26 @@ class AerEngine(Engine):
         return circuit, _part_noise(self.name, tuple(circuit.metadata["region"]), self.noise_scale)
 
     def _steps(self, circuit: QuantumCircuit) -> tuple[Step, ...] | None:
-        """The circuit for `exact.py`, compiled once; None where it goes to AerSimulator."""
+        """The circuit for `exact.py`, compiled once; None where `AerSimulator` runs it."""
         known, steps = self._compiled.get(id(circuit), (None, None))
-        if known is not circuit:  # in a copy of the engine, or after pickling, ids are another circuit's
+        if known is not circuit:  # in a copy of the engine, or after pickling, the id is another circuit's
             direct = self.method != "aer" and not self._is_static(circuit)
             steps = compile_steps(*self.calibrated(circuit)) if direct else None
-            self._compiled[id(circuit)] = circuit, steps  # the circuit too, so that its id stays taken
+            self._compiled[id(circuit)] = circuit, steps  # keeping it, its id stays taken
         return steps
 
     def _is_static(self, circuit: QuantumCircuit) -> bool:
-        """Whether it is ideal, small, and measured at the end only."""
+        """Whether a circuit is ideal, small, and measured at its end only."""
         return (
             self.ideal
             and self.method != "aer"
-            and circuit.num_qubits <= MOST_STATEVECTOR
+            and circuit.num_qubits <= MAX_STATEVECTOR_QUBITS
             and not any(isinstance(i.operation, ControlFlowOp) for i in circuit.data)
             and circuit.count_ops().get("measure", 0) == circuit.num_clbits
         )
 
     def _statevector(self, circuit: QuantumCircuit, bindings: np.ndarray) -> torch.Tensor:
+        """Probabilities of all outcomes of a static circuit, float64 (R, 2^bits)."""
         measured = [i for i in circuit.data if i.operation.name == "measure"]
         measured.sort(key=lambda i: circuit.find_bit(i.clbits[0]).index)
         bare = circuit.copy_empty_like()
@@ -245,24 +265,29 @@ class AerEngine(Engine):
         return torch.from_numpy(p)
 
     def _shots(self, circuit: QuantumCircuit, bindings: np.ndarray, shots: int, seed: int) -> np.ndarray:
+        """Outcomes of `AerSimulator`, as `run` returns them."""
         width = circuit.num_qubits
-        if not self.ideal and width > MOST_NOISY:
+        if not self.ideal and width > MAX_NOISY_QUBITS:
             raise BackendUnavailable(
-                f"{width} noisy qubits do not fit into this machine; at most {MOST_NOISY} are simulated."
+                f"{width} noisy qubits do not fit into this machine; at most {MAX_NOISY_QUBITS} are "
+                "simulated."
             )
-        products = self.ideal and width > MOST_NOISY  # their time depends on the entanglement
-        seconds = len(bindings) * shots * 2.0**width / SHOT_AMPLITUDES
-        if seconds > PATIENCE and not products:
+        # Ideal circuits that are too wide for a state vector run as matrix products: their time depends on
+        # the entanglement.
+        products = self.ideal and width > MAX_NOISY_QUBITS
+        seconds = len(bindings) * shots * 2.0**width / AMPLITUDES_PER_S
+        if seconds > LONG_SIMULATION_S and not products:
             warnings.warn(
-                f"{circuit.name} on {width} qubits is simulated shot by shot, which may take {seconds / 60:.0f} minutes: "
-                "fewer rows, shots or keys, another loader or noise_scale=0 take less.",
+                f"{circuit.name} on {width} qubits is simulated shot by shot, which may take "
+                f"{seconds / 60:.0f} minutes: fewer rows, shots or keys, another loader or noise_scale=0 "
+                "take less.",
                 FallbackWarning,
                 stacklevel=2,
             )
         simulator = AerSimulator(
             method="matrix_product_state" if products else "automatic",
             noise_model=None if self.ideal else _aer_model(self.calibrated(circuit)[1]),
-            max_parallel_shots=1,  # each experiment has its own random numbers, however many threads there are
+            max_parallel_shots=1,  # so that the same seed gives the same outcomes on any number of threads
         )
         result = _run(simulator, circuit, bindings, shots=shots, seed_simulator=seed % 2**31)
         num_bytes = -(-circuit.num_clbits // 8)
@@ -271,27 +296,27 @@ class AerEngine(Engine):
             counts = result.data(row)["counts"]
             patterns = [int(key, 16).to_bytes(num_bytes, "big") for key in counts]
             table = np.frombuffer(b"".join(patterns), dtype=np.uint8).reshape(-1, num_bytes)
-            shuffled = np.random.default_rng([seed, row]).permutation(
-                np.repeat(table, list(counts.values()), axis=0)
-            )
-            out[row] = shuffled
+            in_order = np.repeat(table, list(counts.values()), axis=0)
+            out[row] = np.random.default_rng([seed, row]).permutation(in_order)
         return out
 
 
 @lru_cache(maxsize=64)
 def _calibration(name: str) -> str | None:
-    """When the device was calibrated, ISO; None for a simulator."""
+    """When a twin's device was calibrated, ISO time; None for a simulator."""
     properties = None if name in IDEAL else fake_device(name).properties()
     return None if properties is None else properties.last_update_date.isoformat()
 
 
 @lru_cache(maxsize=64)
 def _part(name: str, region: tuple[int, ...], scale: float) -> Target:
+    """The part of a twin's device on some of its qubits."""
     return reduced_target(fake_device(name).target, region, scale)
 
 
 @lru_cache(maxsize=64)
 def _part_noise(name: str, region: tuple[int, ...], scale: float) -> Noise:
+    """The noise of that part."""
     return device_noise(_part(name, region, scale))
 
 
@@ -308,7 +333,7 @@ def _aer_model(noise: Noise) -> NoiseModel:
 
 
 def _run(simulator: AerSimulator, circuit: QuantumCircuit, bindings: np.ndarray, **options: int) -> Any:
-    """Aer's result, an experiment for each row of bindings."""
+    """Aer's result, with an experiment for each row of bindings."""
     binds = [{parameter: bindings[:, i].tolist() for i, parameter in enumerate(circuit.parameters)}]
     if circuit.num_parameters:
         result = simulator.run(circuit, parameter_binds=binds, **options).result()

@@ -1,4 +1,4 @@
-"""What runs circuits (`Engine`), and where a job is that was handed to one (`JobState`, `JobStatus`, `RowJob`)."""
+"""What runs circuits (`Engine`), and the state of a job that was submitted to one (`JobStatus`, `RowJob`)."""
 
 from __future__ import annotations
 
@@ -113,8 +113,8 @@ class Engine(ABC):
 
     Making an engine uses no network. Its methods raise `BackendUnavailable` where a device cannot be reached.
 
-    A new engine has to define `name`, `ideal` and the abstract methods. What else an engine may be able to do stands
-    here too, with the answer of an engine that cannot.
+    A new engine has to define `name`, `ideal` and the abstract methods. What else an engine may be able to do
+    stands here too, with the answer of an engine that cannot.
     """
 
     name: str
@@ -138,8 +138,8 @@ class Engine(ABC):
         Returns
         -------
         dict
-            `device`, `calibration` (ISO time or None), `noise`, `num_qubits` (None where it is unlimited) and what
-            else the engine knows.
+            `device`, `calibration` (ISO time or None), `noise`, `num_qubits` (None where it is unlimited) and
+            what else the engine knows.
         """
 
     @abstractmethod
@@ -161,7 +161,7 @@ class Engine(ABC):
 
     @abstractmethod
     def errors(self, circuit: QuantumCircuit) -> list[float]:
-        """The calibrated error of each gate and measurement of a transpiled circuit; see `instruction_errors`."""
+        """Calibrated error of each gate and measurement of a transpiled circuit; see `instruction_errors`."""
 
     @abstractmethod
     def calibrated(self, circuit: QuantumCircuit) -> tuple[QuantumCircuit, Noise]:
@@ -194,15 +194,16 @@ class Engine(ABC):
         Returns
         -------
         ndarray, uint8, (R, shots, B)
-            Bits of the register `c`, packed as in `qiskit.primitives.BitArray.array`. Shots of a row are independent.
+            Bits of the register `c`, packed as in `qiskit.primitives.BitArray.array`. Shots of a row are
+            independent.
         """
 
     def how(self, circuit: QuantumCircuit) -> dict[str, Any]:
-        """Diagnostics of how `run` treats a transpiled circuit: `method`, `not_modelled`; empty by default."""
+        """Diagnostics of how `run` treats a transpiled circuit, as `method`; empty by default."""
         return {}
 
     def problems(self) -> tuple[str, ...]:
-        """Sentences that say why nothing can be run now: no account, no network, maintenance; none by default."""
+        """Sentences that say why nothing can be run now: no account, no network; none by default."""
         return ()
 
     def pending_jobs(self) -> int:

@@ -48,7 +48,7 @@ class RowCounts:
         return f"RowCounts({shape}, shots={self.shots}, {shots}, {device})"
 
     def probabilities(self) -> Tensor:
-        """Probabilities of the keys, float64 (R, n): `estimate`, or each key's share of the shots that gave a key.
+        """Probabilities of the keys, float64 (R, n): `estimate`, or shares of the shots that gave a key.
 
         A row without such shots has only zeros.
         """
@@ -70,7 +70,10 @@ def tally(keys: Tensor, n: int) -> Tensor:
 
 
 def draw_outcomes(p: Tensor, shots: int, generator: torch.Generator) -> Tensor:
-    """Independent draws, int64 (R, shots), from rows of probabilities, float64 (R, n); never one of probability 0."""
+    """Independent draws, int64 (R, shots), from rows of probabilities, float64 (R, n).
+
+    An outcome of probability 0 is never drawn.
+    """
     cdf = p.cumsum(-1)
     total = cdf[:, -1:]
     points = torch.rand(len(p), shots, generator=generator, dtype=torch.float64).mul_(total)

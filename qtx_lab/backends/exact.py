@@ -1,8 +1,9 @@
-"""Outcome probabilities of noisy circuits, of all rows at once: density matrices in the Pauli basis, in torch.
+"""Outcome probabilities of noisy circuits for all rows at once, from density matrices in the Pauli basis.
 
-What a simulator of single shots converges to, including measurements and conditions in the middle of a circuit:
-the state is split into one branch for each value of the classical register, and a qubit is traced out after its
-last use. Rows share everything but the angles, so each fused pair of qubits is one batched product.
+These are the probabilities that a simulation of single shots converges to, also for circuits that measure and
+branch on the way: the state is split into one branch for each value of the classical register, and a qubit is
+traced out after its last use. Rows share everything but the angles, so that each fused pair of qubits is one
+batched product.
 """
 
 from __future__ import annotations
@@ -22,25 +23,28 @@ from qiskit.quantum_info import PTM, Pauli
 from torch import Tensor
 
 GENERATORS = {"rx": "X", "ry": "Y", "rz": "Z", "p": "Z", "rxx": "XX", "ryy": "YY", "rzz": "ZZ"}
-"""Gates exp(-i angle G / 2), up to a phase."""
+"""Gates exp(-i angle G / 2), up to a phase, and their G."""
 
-MOST_STATE = 4**8
-"""Numbers of a row's state up to which this is used: eight qubits at a time."""
+MAX_STATE_NUMBERS = 4**8
+"""Size of the largest state of a row that is computed here, in numbers: eight qubits at a time."""
 
-WORKSPACE = 1 << 19
-"""Numbers of the states of the rows that are taken together: 4 MiB, so that they stay in the cache."""
+WORKSPACE_NUMBERS = 1 << 19
+"""Size of the states of the rows that are computed together, in numbers: 4 MiB stay in the cache."""
+
+MAX_REGISTER_BITS = 62
+"""A value of the register is kept in an int64."""
 
 
 @dataclass(frozen=True)
 class Noise:
-    """What goes wrong, after each gate and at each measurement.
+    """The errors of a device: a channel after each gate, and wrong readings of measurements.
 
     Parameters
     ----------
     gates : mapping
-        (gate, qubits) to its error channel, a `qiskit_aer.noise.QuantumError`.
+        From (name of the gate, qubits) to its error channel, a `qiskit_aer.noise.QuantumError`.
     readout : mapping
-        qubit to the 2 × 2 matrix P(read column | true row).
+        From a qubit to the 2 × 2 matrix P(read column | true row).
     """
 
     gates: Mapping[tuple[str, tuple[int, ...]], object]
@@ -48,35 +52,48 @@ class Noise:
     _channels: dict[object, Tensor] = field(default_factory=dict, repr=False)
 
     def channel(self, gate: str, qubits: tuple[int, ...]) -> Tensor | None:
-        """The error after a gate in the Pauli basis, (4^k, 4^k); None where there is none."""
+        """The error after a gate of k qubits in the Pauli basis, (4^k, 4^k); None where there is none."""
         key = (gate, qubits)
-        if key in self.gates and key not in self._channels:  # slow to convert
+        if key in self.gates and key not in self._channels:  # the conversion is slow
             self._channels[key] = torch.from_numpy(PTM(self.gates[key]).data.real.copy())
         return self._channels.get(key)
 
 
 @dataclass(frozen=True)
 class Step:
-    """An instruction on numbered qubits and bits."""
+    """One instruction of a compiled circuit, on numbered qubits and bits."""
 
     name: str
     qubits: tuple[int, ...]
     clbits: tuple[int, ...] = ()
     matrix: Tensor | None = None
-    """Of a fixed gate with its error, (4^k, 4^k); of a rotation: its error."""
+    """In the Pauli basis, (4^k, 4^k): a fixed gate with its error, or the error of a rotation."""
     angle: tuple[float, np.ndarray] | None = None
-    """Constant and coefficients of the parameters."""
+    """A rotation's angle: the constant, and the coefficients of the parameters."""
     condition: tuple[int, int] | None = None
-    """(mask, value): run where register & mask == value."""
+    """(mask, value): the first of `bodies` is run where register & mask == value, the second elsewhere."""
     bodies: tuple[tuple[Step, ...], ...] = ()
 
 
 class _TooGeneral(Exception):
-    """A circuit does what is left to AerSimulator: measures in a branch, has large gates or angles that are not linear."""
+    """Only `AerSimulator` runs the circuit: measurements in a branch, large gates, nonlinear angles."""
 
 
 def compile_steps(circuit: QuantumCircuit, noise: Noise) -> tuple[Step, ...] | None:
-    """The circuit's instructions, ready to run; None where it has some that are not supported here."""
+    """The circuit's instructions, ready to run.
+
+    Parameters
+    ----------
+    circuit : QuantumCircuit
+        Transpiled.
+    noise : Noise
+        Errors of its gates and measurements.
+
+    Returns
+    -------
+    tuple of Step or None
+        None where the circuit is too large, or has instructions that are not supported here.
+    """
     index = {parameter: i for i, parameter in enumerate(circuit.parameters)}
     clbit = {bit: i for i, bit in enumerate(circuit.clbits)}
     try:
@@ -84,9 +101,9 @@ def compile_steps(circuit: QuantumCircuit, noise: Noise) -> tuple[Step, ...] | N
     except _TooGeneral:
         return None
     measured = [step.clbits[0] for step in steps if step.name == "measure"]
-    if len(set(measured)) < len(measured) or len(clbit) > 62:
+    if len(set(measured)) < len(measured) or len(clbit) > MAX_REGISTER_BITS:
         return None
-    return steps if _largest_state(steps) <= MOST_STATE else None
+    return steps if _largest_state(steps) <= MAX_STATE_NUMBERS else None
 
 
 def _steps(
@@ -106,14 +123,7 @@ def _steps(
         if name == "measure":
             if body is not circuit:
                 raise _TooGeneral
-            wrong = torch.as_tensor(noise.readout.get(qubits[0], np.eye(2)), dtype=torch.float64)
-            half = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64) / 2  # of I and Z
-            kept = torch.zeros(2, 4, 4, dtype=torch.float64)
-            # Recorded bit r: the sum over true bits of P(r | true) times the projection on it.
-            for true in (0, 1):
-                projection = torch.outer(half[true] * 2, half[true])
-                kept[:, [[0], [3]], [[0, 3]]] += wrong[true, :, None, None] * projection
-            yield Step(name, qubits, (clbit[instruction.clbits[0]],), kept)
+            yield Step(name, qubits, (clbit[instruction.clbits[0]],), _measurement(noise, qubits[0]))
         elif name == "if_else":
             # Blocks have bits of their own, in the instruction's order; conditions name those outside.
             inner = [
@@ -138,9 +148,24 @@ def _steps(
                 raise _TooGeneral
 
 
+def _measurement(noise: Noise, qubit: int) -> Tensor:
+    """What reading 0, and reading 1, does to a qubit's state in the Pauli basis, (2, 4, 4).
+
+    For a bit r that is read: the sum over the true bits of P(r | true) times the projection on the true bit.
+    """
+    misread = torch.as_tensor(noise.readout.get(qubit, np.eye(2)), dtype=torch.float64)
+    half = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64) / 2  # components of I and Z
+    out = torch.zeros(2, 4, 4, dtype=torch.float64)
+    for true in (0, 1):
+        projection = torch.outer(half[true] * 2, half[true])
+        out[:, [[0], [3]], [[0, 3]]] += misread[true, :, None, None] * projection
+    return out
+
+
 def _condition(condition: object, clbit: Mapping[Clbit, int]) -> tuple[int, int]:
+    """(mask, value) of a condition on bits of the register."""
     if not isinstance(condition, tuple):
-        raise _TooGeneral  # an expression
+        raise _TooGeneral  # a classical expression
     bits, value = condition
     if isinstance(bits, Clbit):
         return 1 << clbit[bits], int(value) << clbit[bits]
@@ -161,6 +186,7 @@ def _linear(angle: ParameterExpression, index: Mapping[ParameterExpression, int]
 
 
 def _largest_state(steps: tuple[Step, ...]) -> int:
+    """Size of a row's largest state while the steps run, in numbers."""
     last = {q: i for i, step in enumerate(steps) for q in step.qubits}
     live: set[int] = set()
     branches, largest = 1, 1
@@ -173,21 +199,23 @@ def _largest_state(steps: tuple[Step, ...]) -> int:
 
 
 def outcome_probabilities(steps: tuple[Step, ...], bindings: np.ndarray) -> tuple[Tensor, np.ndarray]:
-    """How probable each value of the register is.
+    """Probabilities of the values of the register.
 
     Parameters
     ----------
     steps : tuple of Step
-        From `compile_steps`.
-    bindings : ndarray, (R, P)
+        As `compile_steps` returns them.
+    bindings : ndarray, float64, (R, P)
+        Values of the circuit's parameters.
 
     Returns
     -------
     probabilities : Tensor, float64, (R, V)
+        Of each value, for each row.
     values : ndarray, int64, (V,)
-        The register's values, ascending; others do not occur.
+        The values of the register, ascending. Others do not occur.
     """
-    together = max(1, WORKSPACE // _largest_state(steps))
+    together = max(1, WORKSPACE_NUMBERS // _largest_state(steps))
     parts = []
     values = np.zeros(1, dtype=np.int64)
     with _one_thread():
@@ -201,7 +229,10 @@ def outcome_probabilities(steps: tuple[Step, ...], bindings: np.ndarray) -> tupl
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Products this small wait longer for a second thread than they gain by it, and round as the threads cut them."""
+    """Run torch on one thread: products this small lose more by waiting than they gain.
+
+    On several threads they would also be rounded differently for each number of threads.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -211,9 +242,12 @@ def _one_thread() -> Iterator[None]:
 
 
 def density_matrices(steps: tuple[Step, ...], bindings: np.ndarray) -> Tensor:
-    """The states before they are measured, complex (R, 2^m, 2^m), qubits in the order of the register's bits.
+    """The states before they are measured, of circuits that measure every qubit once, at the end.
 
-    For circuits whose every qubit is measured once, at the end.
+    Returns
+    -------
+    Tensor, complex128, (R, 2^m, 2^m)
+        Qubits are in the order of the register's bits.
     """
     measured = sorted((step for step in steps if step.name == "measure"), key=lambda step: step.clbits)
     state = _State(torch.from_numpy(np.ascontiguousarray(bindings)))
@@ -231,16 +265,21 @@ def density_matrices(steps: tuple[Step, ...], bindings: np.ndarray) -> Tensor:
 
 
 class _State:
-    """States of R rows in B branches: `vector` (R, B, 4, ..., 4), Tr(P rho) for each Pauli string P on the live qubits."""
+    """States of R rows in B branches of the register's values.
+
+    `vector` (R, B, 4, ..., 4) has Tr(P rho) of each Pauli string P on the live qubits, an axis for each of
+    them.
+    """
 
     def __init__(self, bindings: Tensor):
         self.bindings = bindings  # [R, P]
         self.vector = torch.ones(len(bindings), 1, dtype=torch.float64)
-        self.values = np.zeros(1, dtype=np.int64)  # [B], what the register holds
+        self.values = np.zeros(1, dtype=np.int64)  # [B], the register's value
         self.live: list[int] = []
-        self.pending: dict[tuple[int, ...], Tensor] = {}  # products of gates that are not applied yet
+        self.pending: dict[tuple[int, ...], Tensor] = {}  # by qubits: products of gates not applied yet
 
     def run(self, steps: tuple[Step, ...]) -> None:
+        """Run the steps, in their order."""
         last = {q: i for i, step in enumerate(steps) for q in step.qubits}
         for i, step in enumerate(steps):
             self.prepare(step.qubits)
@@ -252,6 +291,7 @@ class _State:
                 self.gate(step)
 
     def prepare(self, qubits: tuple[int, ...]) -> None:
+        """Add qubits that are not live yet, in the state 0."""
         for q in qubits:
             if q not in self.live:
                 zero = torch.tensor([1.0, 0, 0, 1], dtype=torch.float64)
@@ -259,7 +299,31 @@ class _State:
                 self.live.append(q)
 
     def gate(self, step: Step) -> None:
-        """Multiply onto what is pending on the same qubits."""
+        """Multiply a gate onto what is pending on the same qubits."""
+        qubits = step.qubits
+        matrix = self._matrix(step)  # [R or 1, 4^k, 4^k]
+        holder = next((key for key in self.pending if set(qubits) <= set(key)), None)
+        if holder is None:
+            inside = [key for key in self.pending if set(key) & set(qubits)]
+            if len(qubits) == 2:
+                # The second qubit is the higher digit.
+                before = _kron(*(self.pending.pop((q,), None) for q in reversed(qubits)))
+                inside = [key for key in inside if len(key) == 2]
+                matrix = matrix if before is None else matrix @ before
+            for key in inside:
+                self.flush(key)
+            self.pending[qubits] = matrix
+            return
+        if len(holder) == 2 and len(qubits) == 1:
+            widened = _kron(matrix, None) if holder[1] == qubits[0] else _kron(None, matrix)
+            assert widened is not None
+            matrix = widened
+        elif len(holder) == 2 and holder != qubits:  # the same pair the other way round
+            matrix = matrix.view(-1, 4, 4, 4, 4).permute(0, 2, 1, 4, 3).reshape(-1, 16, 16)
+        self.pending[holder] = matrix @ self.pending[holder]
+
+    def _matrix(self, step: Step) -> Tensor:
+        """A gate with its error in the Pauli basis, (R, 4^k, 4^k), or (1, 4^k, 4^k) where rows share it."""
         matrix = step.matrix
         if step.angle is not None:
             constant, coefficients = step.angle
@@ -273,29 +337,7 @@ class _State:
             )
             matrix = rotation if matrix is None else matrix @ rotation
         assert matrix is not None
-        matrix = matrix.view(-1, *matrix.shape[-2:])  # [R or 1, 4^k, 4^k]
-        qubits = step.qubits
-        holder = next((key for key in self.pending if set(qubits) <= set(key)), None)
-        if holder is None:
-            inside = [key for key in self.pending if set(key) & set(qubits)]
-            if len(qubits) == 2:
-                before = _kron(
-                    *(
-                        self.pending.pop((q,), None) for q in reversed(qubits)
-                    )  # the second qubit is the higher digit
-                )
-                inside = [key for key in inside if len(key) == 2]
-                matrix = matrix if before is None else matrix @ before
-            for key in inside:
-                self.flush(key)
-            self.pending[qubits] = matrix
-            return
-        if len(holder) == 2 and len(qubits) == 1:
-            matrix = _kron(matrix, None) if holder[1] == qubits[0] else _kron(None, matrix)
-        elif len(holder) == 2 and holder != qubits:  # the same pair the other way round
-            matrix = matrix.view(-1, 4, 4, 4, 4).permute(0, 2, 1, 4, 3).reshape(-1, 16, 16)
-        assert matrix is not None
-        self.pending[holder] = matrix @ self.pending[holder]
+        return matrix.view(-1, *matrix.shape[-2:])
 
     def flush(self, key: tuple[int, ...]) -> None:
         """Apply what is pending on these qubits."""
@@ -306,10 +348,12 @@ class _State:
         self.vector = out.view(front.shape).movedim(list(range(1, 1 + len(axes))), axes)
 
     def settle(self, qubits: tuple[int, ...]) -> None:
+        """Apply everything that is pending on these qubits."""
         for key in [key for key in self.pending if set(key) & set(qubits)]:
             self.flush(key)
 
     def measure(self, step: Step, last_use: bool) -> None:
+        """Split every branch by the bit that is read; trace the qubit out after its last use."""
         q, bit = step.qubits[0], step.clbits[0]
         self.settle((q,))
         assert step.matrix is not None
@@ -326,6 +370,7 @@ class _State:
         self.values = (self.values[:, None] | np.array([0, 1 << bit])).reshape(-1)
 
     def branch(self, step: Step) -> None:
+        """Run each body in the branches that meet its condition."""
         self.settle(step.qubits)
         assert step.condition is not None
         mask, value = step.condition
@@ -342,6 +387,7 @@ class _State:
             self.vector = self.vector.index_copy(1, chosen, inner.vector)
 
     def probabilities(self) -> tuple[Tensor, np.ndarray]:
+        """Probabilities (R, V) of the register's values (V,), which ascend."""
         self.settle(tuple(self.live))
         trace = self.vector.reshape(*self.vector.shape[:2], -1)[:, :, 0]
         order = np.argsort(self.values)
@@ -349,7 +395,7 @@ class _State:
 
 
 def _kron(high: Tensor | None, low: Tensor | None) -> Tensor | None:
-    """Matrices (R or 1, 4, 4) on the higher and the lower digit as one (R or 1, 16, 16); None is the identity."""
+    """Matrices (R or 1, 4, 4) on the higher and lower digit as one (R or 1, 16, 16); None is the identity."""
     if high is None and low is None:
         return None
     eye = torch.eye(4, dtype=torch.float64)[None]
@@ -360,7 +406,7 @@ def _kron(high: Tensor | None, low: Tensor | None) -> Tensor | None:
 
 
 def _gate(operation: Gate) -> Tensor:
-    """A fixed gate in the Pauli basis, (4^k, 4^k): half of Tr(P_i U P_j U^+) for one qubit, a quarter for two."""
+    """A fixed gate U of k qubits in the Pauli basis, (4^k, 4^k): 2^-k Tr(P_i U P_j U^+)."""
     u = operation.to_matrix()
     labels = ["".join(x) for x in product("IXYZ", repeat=operation.num_qubits)]
     paulis = np.stack([_pauli(label) for label in labels])

@@ -1,4 +1,4 @@
-"""Which rows a circuit draws from, and which a classical computer: decided before anything is run, with reasons."""
+"""`HybridPolicy`: which rows a circuit draws and which a classical computer, decided before anything runs."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from .qiskit import QiskitQuantumBackend
 
 @dataclass(frozen=True)
 class HybridPolicy:
-    """Limits within which rows go to a backend; the others are drawn by pseudo-random numbers, and reported.
+    """Limits within which rows go to a backend. Other rows are drawn by pseudo-random numbers, and reported.
 
     Parameters
     ----------
     max_qubits : int
         Rows whose last key with mass needs more qubits of a binary loader are drawn classically, one by one.
     min_fidelity : float
-        Rows are drawn classically where the circuit's predicted fidelity is lower: the product of 1 - error over its
-        gates and measurements, by the device's calibration.
+        Rows are drawn classically where the circuit's predicted fidelity is lower: the product of 1 - error
+        over its gates and measurements, by the device's calibration.
     max_pending : int, optional
         All rows are, while more jobs than that wait for the device.
 
@@ -38,9 +38,9 @@ class HybridPolicy:
 
     def __post_init__(self) -> None:
         check_count("max_qubits", self.max_qubits)
-        least = self.min_fidelity
-        if isinstance(least, bool) or not isinstance(least, int | float) or not 0 <= least <= 1:
-            raise ArgumentError(f"min_fidelity={least!r} is not allowed: it must be from 0 to 1.")
+        fidelity = self.min_fidelity
+        if isinstance(fidelity, bool) or not isinstance(fidelity, int | float) or not 0 <= fidelity <= 1:
+            raise ArgumentError(f"min_fidelity={fidelity!r} is not allowed: it must be from 0 to 1.")
         pending = self.max_pending
         if pending is not None and (isinstance(pending, bool) or not isinstance(pending, int) or pending < 0):
             raise ArgumentError(f"max_pending={pending!r} is not allowed: it must be a whole number >= 0.")
@@ -51,14 +51,16 @@ class HybridPolicy:
         Parameters
         ----------
         backend : QiskitQuantumBackend
-            Asked for its state and calibration; nothing is submitted.
+            Is asked for its state and calibration. Nothing is submitted.
         p : Tensor, (R, n)
+            Probabilities of the rows.
 
         Returns
         -------
         quantum : Tensor, bool, (R,)
+            Which rows go to the backend.
         reasons : tuple of str
-            A sentence for each reason that kept rows from the backend.
+            A sentence for each reason that keeps rows from the backend.
         """
         none = torch.zeros(len(p), dtype=torch.bool)
         try:
@@ -76,15 +78,17 @@ class HybridPolicy:
             return none, (str(error),)
 
     def _by_size(self, backend: QiskitQuantumBackend, p: Tensor) -> tuple[Tensor, tuple[str, ...]]:
+        """As `decide`, by qubits and predicted fidelity alone."""
         last = ((p > 0) * torch.arange(1, p.shape[-1] + 1)).amax(-1)  # [R], keys up to the last with mass
         qubits = torch.tensor([num_bits(max(1, n)) for n in last.tolist()])
         quantum = qubits <= self.max_qubits
         reasons = []
         if not bool(quantum.all()):
             reasons.append(
-                f"{int((~quantum).sum())} of {len(p)} rows need more than max_qubits={self.max_qubits} qubits."
+                f"{int((~quantum).sum())} of {len(p)} rows need more than max_qubits={self.max_qubits} "
+                "qubits."
             )
-        fitting, low = quantum, []  # predicted fidelities that are too low, of the widest rows first
+        fitting, low = quantum, []  # low: predicted fidelities below the limit, of the widest rows first
         while self.min_fidelity > 0 and bool(quantum.any()):
             widest = int(last[quantum].max())
             fidelity = predicted_fidelity(backend, widest)
@@ -95,12 +99,12 @@ class HybridPolicy:
         if low:
             span = " to ".join(dict.fromkeys((low[0], low[-1])))
             reasons.append(
-                f"{int((fitting & ~quantum).sum())} of {len(p)} rows would be loaded with a predicted fidelity of {span}, "
-                f"below min_fidelity={self.min_fidelity:g}."
+                f"{int((fitting & ~quantum).sum())} of {len(p)} rows would be loaded with a predicted "
+                f"fidelity of {span}, below min_fidelity={self.min_fidelity:g}."
             )
         return quantum, tuple(reasons)
 
 
 def predicted_fidelity(backend: QiskitQuantumBackend, n: int) -> float:
-    """Product of 1 - error over the gates and measurements of the transpiled circuit for n keys; 1 without noise."""
+    """Product of 1 - error over the gates and measurements of the circuit for n keys; 1 without noise."""
     return float(np.prod([1 - e for e in backend.engine.errors(backend.transpiled(n))]))

@@ -1,11 +1,11 @@
-"""Noise by a few numbers, and the noise of a real device on the part of it that is used."""
+"""`ParametricNoise`, given by a few numbers, and the noise of a real device on the qubits that are used."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -30,22 +30,37 @@ from scipy.sparse.csgraph import shortest_path
 from ..errors import ArgumentError, BackendUnavailable, unknown_name
 from .exact import Noise
 
-BROKEN = 0.5
-"""Error from which on a gate or a measurement is not used."""
+BROKEN_ERROR = 0.5
+"""A gate or a measurement with at least this error is not used."""
+
+MAX_READOUT_ERROR = 0.5
+"""Above this a bit would rather be read as its opposite."""
 
 
 @dataclass(frozen=True)
 class ParametricNoise:
-    """The same noise on every qubit of a device that joins all qubits; gates rz, sx, x, cz.
+    """The same noise on every qubit of a device with gates rz, sx, x and cz between all pairs of qubits.
 
     Parameters
     ----------
-    one_qubit, two_qubit : float
-        Depolarising probability after sx and x; after cz. rz is done in software and has no error.
+    one_qubit : float
+        Depolarising probability after sx and x. rz is done in software and has no error.
+    two_qubit : float
+        Depolarising probability after cz.
     amplitude_damping, phase_damping : float
-        Probability that 1 decays to 0, or that the phase is lost, of each qubit of each sx, x and cz.
+        Probability that 1 decays to 0, or that the phase is lost, for each qubit of each sx, x and cz.
     readout : float
-        Probability that a bit is read wrongly.
+        Probability that a bit is read wrongly, at most 0.5.
+
+    Raises
+    ------
+    ArgumentError
+        If a probability is out of its bounds.
+
+    Examples
+    --------
+    >>> ParametricNoise(two_qubit=0.01, readout=0.3).scaled(2).readout
+    0.5
     """
 
     one_qubit: float = 0.0
@@ -55,21 +70,19 @@ class ParametricNoise:
     readout: float = 0.0
 
     def __post_init__(self) -> None:
-        for f in fields(self):
-            value = getattr(self, f.name)
-            most = 0.5 if f.name == "readout" else 1.0
-            if not isinstance(value, int | float) or not 0 <= value <= most:
-                raise ArgumentError(f"{f.name}={value!r} is not allowed: it must be from 0 to {most:g}.")
+        for name, value in vars(self).items():
+            limit = _limit(name)
+            if not isinstance(value, int | float) or not 0 <= value <= limit:
+                raise ArgumentError(f"{name}={value!r} is not allowed: it must be from 0 to {limit:g}.")
 
     def scaled(self, factor: float) -> ParametricNoise:
-        """Every probability times `factor`, at most its limit."""
-        limit = {f.name: 0.5 if f.name == "readout" else 1.0 for f in fields(self)}
+        """Noise with every probability multiplied by `factor`, up to its upper bound."""
         return ParametricNoise(
-            **{name: min(getattr(self, name) * factor, most) for name, most in limit.items()}
+            **{name: min(value * factor, _limit(name)) for name, value in vars(self).items()}
         )
 
     def target(self, num_qubits: int) -> Target:
-        """The gates of all qubits, with their average errors."""
+        """A device of this noise for the transpiler: the gates of all qubits, with their average errors."""
         target = Target(num_qubits=num_qubits)
         single = InstructionProperties(error=_infidelity(self._channel(self.one_qubit, 1)))
         double = InstructionProperties(error=_infidelity(self._channel(self.two_qubit, 2)))
@@ -96,6 +109,7 @@ class ParametricNoise:
         return Noise(gates, {q: np.array([[1 - e, e], [e, 1 - e]]) for q in qubits} if e else {})
 
     def _channel(self, depolarising: float, qubits: int) -> QuantumError | None:
+        """The error of a gate of one qubit or two; None where there is none."""
         damping = [
             error(p)
             for error, p in (
@@ -114,13 +128,19 @@ class ParametricNoise:
         return whole
 
 
+def _limit(name: str) -> float:
+    """Upper bound of a probability of `ParametricNoise`."""
+    return MAX_READOUT_ERROR if name == "readout" else 1.0
+
+
 def _infidelity(channel: QuantumError | None) -> float:
+    """Average error of a gate with this channel."""
     return 0.0 if channel is None else float(1 - average_gate_fidelity(channel))
 
 
 @cache
 def fake_devices() -> dict[str, str]:
-    """Name of each device whose calibration ships with qiskit-ibm-runtime, to its class there."""
+    """From the name of each device whose calibration ships with qiskit-ibm-runtime to its class there."""
     classes = [name for name in dir(fake_provider) if re.fullmatch(r"Fake[A-Z]\w+", name)]
     classes = [c for c in classes if c not in ("FakeProviderForBackendV2", "FakeFractionalBackend")]
     return {f"fake_{c.removeprefix('Fake').removesuffix('V2').lower()}": c for c in classes}
@@ -141,10 +161,26 @@ def fake_device(name: str) -> Any:
 
 
 def best_region(target: Target, size: int, two_qubit_gates: int) -> list[int]:
-    """The qubits on which a circuit of `size` qubits is expected to go wrong least: connected, if it has two-qubit gates.
+    """The qubits on which a circuit is expected to have the least error.
 
-    Grown from each qubit by the neighbour that adds least to: readout errors, plus the errors along the paths between
-    all pairs, weighted by how often a pair meets.
+    They are connected, if the circuit has two-qubit gates.
+
+    A region grows from each qubit in turn, by the neighbour that adds least to this cost: the readout errors,
+    plus the errors along the paths between all pairs of qubits, weighted by how often a pair meets in a gate.
+
+    Parameters
+    ----------
+    target : Target
+        The device.
+    size : int
+        Number of qubits that are needed.
+    two_qubit_gates : int
+        Number of two-qubit gates of the circuit.
+
+    Returns
+    -------
+    list of int
+        The qubits, ascending.
 
     Raises
     ------
@@ -154,7 +190,7 @@ def best_region(target: Target, size: int, two_qubit_gates: int) -> list[int]:
     count = target.num_qubits
     readout = np.full(count, np.inf)
     for (q,), properties in target["measure"].items():
-        if properties is not None and properties.error is not None and properties.error < BROKEN:
+        if properties is not None and properties.error is not None and properties.error < BROKEN_ERROR:
             readout[q] = properties.error
     edges = _edges(target)
     edges = {pair: e for pair, e in edges.items() if np.isfinite(readout[list(pair)]).all()}
@@ -188,12 +224,12 @@ def best_region(target: Target, size: int, two_qubit_gates: int) -> list[int]:
 
 
 def _edges(target: Target) -> dict[tuple[int, int], float]:
-    """Pairs that have a two-qubit gate that works, with its error, the least where there are several."""
+    """Pairs of qubits with a two-qubit gate that works, and its error, the least where there are several."""
     edges: dict[tuple[int, int], float] = {}
     for name in target.operation_names:
         for qubits, properties in (target[name] or {}).items():
             if qubits is not None and len(qubits) == 2 and properties is not None:
-                if properties.error is None or properties.error >= BROKEN:
+                if properties.error is None or properties.error >= BROKEN_ERROR:
                     continue
                 pair = (min(qubits), max(qubits))
                 edges[pair] = min(edges.get(pair, 1.0), properties.error)
@@ -201,7 +237,7 @@ def _edges(target: Target) -> dict[tuple[int, int], float]:
 
 
 def reduced_target(target: Target, region: Sequence[int], scale: float = 1.0) -> Target:
-    """The part of a device on some qubits, numbered 0, 1, ... in their order, its errors times `scale`."""
+    """The part of a device on some qubits, numbered 0, 1, ... in their order, with errors times `scale`."""
     index = {q: i for i, q in enumerate(region)}
     properties = [target.qubit_properties[q] for q in region] if target.qubit_properties else None
     if properties and scale != 1:
@@ -231,26 +267,29 @@ def reduced_target(target: Target, region: Sequence[int], scale: float = 1.0) ->
 
 
 def _works(operation: Any, properties: InstructionProperties | None) -> bool:
-    error = None if properties is None else properties.error
-    return not isinstance(operation, Gate) or len(operation.params) > 0 or error is None or error < BROKEN
+    """Whether a gate can be used: its error is small, or it has parameters and is done in software."""
+    if not isinstance(operation, Gate) or operation.params or properties is None:
+        return True
+    return properties.error is None or properties.error < BROKEN_ERROR
 
 
 def _scaled(properties: InstructionProperties | None, scale: float) -> InstructionProperties | None:
+    """Properties of a gate or a measurement with their error times `scale`."""
     if properties is None or scale == 1:
         return properties
-    error = None if properties.error is None else min(properties.error * scale, BROKEN)
+    error = None if properties.error is None else min(properties.error * scale, BROKEN_ERROR)
     return InstructionProperties(duration=properties.duration, error=error)
 
 
 def device_noise(target: Target) -> Noise:
-    """Aer's noise of a device: depolarising and thermal relaxation after each gate, readout errors."""
+    """Aer's noise model of a device: depolarising and thermal relaxation after each gate, readout errors."""
     gates = {(name, tuple(qubits)): error for name, qubits, error in basic_device_gate_errors(target=target)}
     readout = {q: error.probabilities for (q,), error in basic_device_readout_errors(target=target)}
     return Noise(gates, readout)
 
 
 def on_used_qubits(circuit: QuantumCircuit, target: Target) -> tuple[QuantumCircuit, Noise]:
-    """A device's circuit without the qubits that it leaves alone, and the noise of the others."""
+    """A device's circuit without the qubits that it does not use, and the noise of those that it uses."""
     used = sorted(
         {circuit.find_bit(q).index for i in circuit.data for q in i.qubits if i.operation.name != "barrier"}
     )
@@ -265,42 +304,39 @@ def on_used_qubits(circuit: QuantumCircuit, target: Target) -> tuple[QuantumCirc
 
 
 def instruction_errors(circuit: QuantumCircuit, target: Target) -> list[float]:
-    """The calibrated error of each gate and measurement of a transpiled circuit.
+    """Calibrated error of each gate and measurement of a transpiled circuit.
 
-    Of conditions that stand side by side, on one qubit and on values of one register, one is met: the worst body counts.
+    Of conditions that stand side by side, on one qubit and on values of one register, only one is met:
+    together they count as the one with the largest error.
     """
     errors: list[float] = []
-    group, worst = None, 0.0
+    previous = None  # the qubits of the condition just before
     for instruction in circuit.data:
         operation, qubits = instruction.operation, instruction.qubits
-        if isinstance(operation, ControlFlowOp):
-            wires = [circuit.find_bit(q).index for q in qubits]
-            inside: float = max(
-                1
-                - math.prod(
-                    [
-                        1 - e
-                        for i in body.data
-                        for e in _error(target, i.operation.name, body, i.qubits, wires)
-                    ]
-                )
-                for body in operation.blocks
-            )
-            worst = max(worst, inside) if qubits == group else inside
-            if qubits == group:
-                errors[-1] = worst
-            else:
-                errors.append(worst)
-            group = qubits
-        else:
-            group = None
+        if not isinstance(operation, ControlFlowOp):
+            previous = None
             errors += _error(target, operation.name, circuit, qubits, range(circuit.num_qubits))
+            continue
+        wires = [circuit.find_bit(q).index for q in qubits]
+        worst: float = max(_body_error(target, body, wires) for body in operation.blocks)
+        if qubits == previous:
+            errors[-1] = max(errors[-1], worst)
+        else:
+            errors.append(worst)
+        previous = qubits
     return errors
+
+
+def _body_error(target: Target, body: QuantumCircuit, wires: Sequence[int]) -> float:
+    """Probability that anything goes wrong in the body of a condition, which stands on `wires`."""
+    errors = [e for i in body.data for e in _error(target, i.operation.name, body, i.qubits, wires)]
+    return 1 - math.prod(1 - e for e in errors)
 
 
 def _error(
     target: Target, name: str, body: QuantumCircuit, qubits: Sequence[Qubit], wires: Sequence[int]
 ) -> list[float]:
+    """The calibrated error of one gate or measurement, in a list that is empty where there is none."""
     at = tuple(wires[body.find_bit(q).index] for q in qubits)
     properties = (target[name] or {}).get(at) if name in target.operation_names else None
     return [] if properties is None or properties.error is None else [float(properties.error)]

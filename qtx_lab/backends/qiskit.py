@@ -46,19 +46,19 @@ MAX_SHOTS_PER_ROW = 4 * MAX_OUTCOME_BYTES
 class QiskitQuantumBackend:
     """Measures keys of rows with circuits: on a simulator, on the twin of a device, or on a device.
 
-    One circuit serves all rows of a size. It is transpiled once for each (loader, size, device and calibration,
-    level), kept in memory and under `<runs>/.cache/circuits`, and run with an array of bindings.
+    One circuit serves all rows of a size. It is transpiled once for each (loader, size, device and
+    calibration, level), kept in memory and under `<runs>/.cache/circuits`, and run with an array of bindings.
 
-    Loading a row that is known into a circuit has no advantage over drawing from it on a classical computer. So every
-    result has that draw beside it (`RowCounts.classical`).
+    Loading a row that is known into a circuit has no advantage over drawing from it on a classical computer.
+    So every result has that draw beside it (`RowCounts.classical`).
 
     Parameters
     ----------
     provider : {"aer", "ibm", "ibm-q"}
         "aer": simulators on this machine. "ibm", or "ibm-q": IBM's devices, through qiskit-ibm-runtime.
     backend_name : str, optional
-        With "aer": None or "aer" for a simulator, or a name in `fake_devices()` for the twin of that device, which has
-        its calibrated noise; see `AerEngine`. With "ibm": the device's name, as "ibm_fez".
+        With "aer": None or "aer" for a simulator, or a name in `fake_devices()` for the twin of that device,
+        which has its calibrated noise; see `AerEngine`. With "ibm": the device's name, as "ibm_fez".
     shots : int
         Shots of each row, unless a call says otherwise.
     optimization_level : int
@@ -75,7 +75,8 @@ class QiskitQuantumBackend:
         "ibm" only: a service that is logged in. Where None, the account in the environment (QISKIT_IBM_TOKEN,
         QISKIT_IBM_INSTANCE) or on disk is used.
     instance, region : str, optional
-        "ibm" only: the instance, by CRN or name; the region, us-east or eu-de, of an instance that is chosen for you.
+        "ibm" only: the instance, by CRN or name; the region, us-east or eu-de, of an instance that is chosen
+        for you.
     mode : {"job", "batch", "session"}
         "ibm" only: how jobs are run, each by itself, or in one Batch or Session.
     fractional_gates : bool
@@ -92,8 +93,8 @@ class QiskitQuantumBackend:
     Raises
     ------
     ArgumentError
-        If a name is unknown, a number is out of its bounds, or an option is given that belongs to the other provider.
-        The network is not used before a circuit is run.
+        If a name is unknown, a number is out of its bounds, or an option is given that belongs to the other
+        provider. The network is not used before a circuit is run.
     DtypeError
         If `backend_name` is no name.
 
@@ -234,8 +235,8 @@ class QiskitQuantumBackend:
         Returns
         -------
         RowJob
-            `counts()` waits for the result. On IBM's devices it is a `DeviceJob`, which outlives this process; a
-            simulator works in a thread.
+            `counts()` waits for the result. On IBM's devices it is a `DeviceJob`, which outlives this
+            process; a simulator works in a thread.
 
         Raises
         ------
@@ -256,11 +257,11 @@ class QiskitQuantumBackend:
         return LocalJob(self._threads.submit(self._run, request))
 
     def jobs(self) -> Sequence[RowJob]:
-        """The jobs that this machine has sent to this device, in this process or before, newest first; see `find_jobs`."""
+        """The jobs sent to this device from this machine, in any process, newest first; see `find_jobs`."""
         return self.engine.jobs()
 
     def problems(self) -> tuple[str, ...]:
-        """Sentences that say why nothing can be run now. A device is asked over the network, a simulator is not."""
+        """Sentences that say why nothing can be run now; of a device, this asks over the network."""
         return self.engine.problems()
 
     def transpiled(self, n: int) -> QuantumCircuit:
@@ -274,7 +275,8 @@ class QiskitQuantumBackend:
             If the device cannot run it.
         """
         size = self.loader.size(n)
-        # The bound method stands for the loader, and keeps it alive; its settings may have been changed since.
+        # The bound method stands for the loader, and keeps it alive; its settings may have been changed
+        # since.
         key = (
             self.loader.circuit,
             str(self.loader.__getstate__()),
@@ -321,7 +323,8 @@ class QiskitQuantumBackend:
         check_count("shots", shots)
         if shots > MAX_SHOTS_PER_ROW:
             raise ArgumentError(
-                f"shots={shots} is not allowed: at most {MAX_SHOTS_PER_ROW} a row; measure again and add the counts."
+                f"shots={shots} is not allowed: at most {MAX_SHOTS_PER_ROW} a row; measure again and add the "
+                "counts."
             )
         check_generator(generator)
         p = check_rows(p)
@@ -346,7 +349,7 @@ class QiskitQuantumBackend:
         return request.finish_counts(parts)
 
     def diagnostics(self, circuit: QuantumCircuit, request: RowRequest) -> dict[str, Any]:
-        """The diagnostics of a `RowCounts`: device, calibration, what is not modelled, size of the transpiled circuit."""
+        """Diagnostics for a `RowCounts`: device, calibration, what is not modelled, the circuit's size."""
         size = resources(circuit)
         return {
             **self.engine.facts(),

@@ -92,8 +92,8 @@ class RowRequest:
 class MitigatedRowRequest:
     """One of the circuits with which a mitigation measures rows.
 
-    The outcomes of one circuit are no result yet: the mitigation combines those of all circuits that have the same
-    `batch`.
+    The outcomes of one circuit are no result yet: the mitigation combines those of all circuits that have the
+    same `batch`.
 
     Parameters
     ----------

@@ -39,12 +39,12 @@ class Mitigation(Protocol):
 class CircuitSampler:
     """Each row is loaded into a circuit and measured: a shot is a draw.
 
-    Unbiased, with the variance of independent draws, on an ideal simulator with an exact loader: then the draws have
-    the distribution of `monte-carlo`, and are no better. On a device, or its twin, the draws are from what noise makes
-    of the row: biased by up to the total variation between the two, so error bars come from replicates and show the
-    variance only. Shots that gave no key (padding, a masked key, a wrong Hamming weight) are discarded and the
-    weights are those of the rest, 1 / valid shots: masked keys are never drawn. A row whose shots were all discarded
-    has weight 0 and is reported.
+    Unbiased, with the variance of independent draws, on an ideal simulator with an exact loader: then the
+    draws have the distribution of `monte-carlo`, and are no better. On a device, or its twin, the draws are
+    from what noise makes of the row: biased by up to the total variation between the two, so error bars come
+    from replicates and show the variance only. Shots that gave no key (padding, a masked key, a wrong Hamming
+    weight) are discarded and the weights are those of the rest, 1 / valid shots: masked keys are never drawn.
+    A row whose shots were all discarded has weight 0 and is reported.
 
     Parameters
     ----------
@@ -52,16 +52,18 @@ class CircuitSampler:
     loader : str or Loader, optional
         In place of the backend's.
     mitigation : Mitigation, optional
-        Rows are measured by it, `num_samples` shots for each replicate; draws are as many of each key as its mitigated
-        probability times `num_samples`, rounded up or down at random.
+        Rows are measured by it, `num_samples` shots for each replicate; draws are as many of each key as its
+        mitigated probability times `num_samples`, rounded up or down at random.
     hybrid_mode : bool or HybridPolicy
-        What the backend cannot do, or the policy does not want it to, is drawn by pseudo-random numbers, with a
-        FallbackWarning that tells each reason once, and the reasons in `diagnostics`; True is `HybridPolicy()`. False: an error.
+        What the backend cannot do, or the policy does not want it to, is drawn by pseudo-random numbers, with
+        a FallbackWarning that tells each reason once, and the reasons in `diagnostics`; True is
+        `HybridPolicy()`. False: an error.
 
     Attributes
     ----------
     diagnostics : mapping
-        Of the latest draw: those of `RowCounts`, `quantum_rows`, `classical_rows`, `discarded_shots` and `fallbacks`.
+        Of the latest draw: those of `RowCounts`, `quantum_rows`, `classical_rows`, `discarded_shots` and
+        `fallbacks`.
 
     Source: Grover and Rudolph, Creating superpositions that correspond to efficiently integrable probability
     distributions (2002), for measuring a loaded distribution; discarding as in post-selection on a symmetry.
@@ -240,7 +242,8 @@ def _deal(
 ) -> tuple[Tensor, Tensor]:
     """Keys and weights (R, total) of counts (R, n), dealt in random order to replicates like cards.
 
-    Shots are exchangeable, so that any order is as good. What was discarded is left over at the end, with weight 0.
+    Shots are exchangeable, so that any order is as good. What was discarded is left over at the end, with
+    weight 0.
     """
     rows, n = counts.shape
     ends = counts.cumsum(-1)

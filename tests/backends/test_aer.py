@@ -49,7 +49,8 @@ def chi_squared(counts, p):
     return stats.chi2.sf(statistic, max(1, used.sum() - 1))
 
 
-# --- Ideal ------------------------------------------------------------------------------------------------------
+# --- Ideal
+# ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.statistical
@@ -112,7 +113,8 @@ def test_same_seed_same_counts_on_any_number_of_threads():
         torch.set_num_threads(threads)
 
 
-# --- Against Aer itself -------------------------------------------------------------------------------------------
+# --- Against Aer itself
+# -------------------------------------------------------------------------------------------
 
 
 def random_circuit(qubits, generator):
@@ -200,7 +202,8 @@ def test_circuits_that_are_not_understood_go_to_aer():
     assert compile_steps(wide, Noise({}, {})) is None  # 4^12 numbers a row
 
 
-# --- Twins and noise ----------------------------------------------------------------------------------------------
+# --- Twins and noise
+# ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.statistical
@@ -208,7 +211,8 @@ def test_circuits_that_are_not_understood_go_to_aer():
 def test_dynamic_loader_is_near_the_shot_noise_floor(device, generator, soak):
     """At most .004 above what as many ideal shots give: mean over 64 rows, softmax of standard normal logits.
 
-    Rows that are more peaked lose more to readout errors: with logits twice as wide, .004 (Fez) to .011 (Torino).
+    Rows that are more peaked lose more to readout errors: with logits twice as wide, .004 (Fez) to .011
+    (Torino).
     """
     backend = qtx.QiskitQuantumBackend("aer", device, loader="dynamic")
     for m in range(1, 7) if soak else (2, 6):
@@ -297,7 +301,7 @@ def test_the_best_region_is_connected_and_works(device):
 
 def test_a_long_simulation_is_announced(monkeypatch, generator):
     """How long it takes to simulate shot by shot is told before, not where matrix products make it quick."""
-    monkeypatch.setattr(aer, "PATIENCE", 0.0)
+    monkeypatch.setattr(aer, "LONG_SIMULATION_S", 0.0)
     slow = qtx.QiskitQuantumBackend("aer", noise=NOISE, method="aer")
     with pytest.warns(qtx.FallbackWarning, match="3 qubits is simulated shot by shot"):
         slow.sample_rows(rows(2, 8, generator), 10, generator=generator)
@@ -317,7 +321,8 @@ def test_too_large_for_the_device():
         wide.sample_rows(torch.full((1, 30), 1 / 30))
 
 
-# --- The backend --------------------------------------------------------------------------------------------------
+# --- The backend
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,8 @@ def test_dealing_shares_shots_out_evenly():
     assert sorted(valid.tolist()) == [3, 4]
 
 
-# --- When it falls back -------------------------------------------------------------------------------------------
+# --- When it falls back
+# -------------------------------------------------------------------------------------------
 
 
 def test_a_retired_simulator_runs_offline_and_says_why(monkeypatch, tmp_path):

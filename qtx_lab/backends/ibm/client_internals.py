@@ -1,7 +1,7 @@
 """The only uses of private attributes of IBM's client, for two things that its public interface cannot do.
 
-A job must be posted a single time, but the client sends a POST again after a server error, and no option turns that
-off. And the client hides why it could list no devices, in every public method that lists them.
+A job must be posted a single time, but the client sends a POST again after a server error, and no option
+turns that off. And the client hides why it could list no devices, in every public method that lists them.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ MAX_EXECUTIONS_PER_JOB = 10_000_000
 """Rows times shots of one job. From "Job limits" in IBM's documentation."""
 
 SECONDS_PER_JOB, SECONDS_PER_EXECUTION = 2.0, 0.00035
-"""Quantum time of a job without error mitigation: the quick formula of "Workload usage" in IBM's documentation."""
+"""Quantum time of a job without error mitigation. From "Workload usage" in IBM's documentation."""
 
 Mode = Literal["job", "batch", "session"]
 MODES = ("job", "batch", "session")
@@ -84,8 +84,8 @@ class IBMEngine(Engine):
     fractional_gates : bool
         Transpile to rx and rzz too. Refused where the device has none.
     twirling, dynamical_decoupling : mapping, optional
-        Options of IBM's Sampler by these names; {"enable": True} is enough for the second. Either is refused for
-        circuits that feed measurements forward.
+        Options of IBM's Sampler by these names; {"enable": True} is enough for the second. Either is refused
+        for circuits that feed measurements forward.
     max_quantum_seconds : float
         A submission that is estimated to take longer needs `confirm`.
     confirm : bool or callable
@@ -233,18 +233,19 @@ class IBMEngine(Engine):
         Raises
         ------
         ArgumentError
-            If it is estimated to take longer than `max_quantum_seconds` and is not confirmed; if the options do
-            not go with the circuit. Nothing is recorded or submitted.
+            If it is estimated to take longer than `max_quantum_seconds` and is not confirmed; if the options
+            do not go with the circuit. Nothing is recorded or submitted.
         BackendUnavailable
-            If the device is retired or unknown, the account is missing or has no access, or the server refused; if
-            it is not known whether the server accepted. The message names the tag once there is one.
+            If the device is retired or unknown, the account is missing or has no access, or the server
+            refused; if it is not known whether the server accepted. The message names the tag once there is
+            one.
         StorageError
             If the job cannot be recorded. Then nothing is submitted.
         """
         if self._needs_static and circuit.has_control_flow_op():
             raise ArgumentError(
-                "twirling and dynamical_decoupling are not for circuits that feed measurements forward, as those "
-                "of the loader 'dynamic': take another loader, or leave them out."
+                "twirling and dynamical_decoupling are not for circuits that feed measurements forward, as "
+                "those of the loader 'dynamic': take another loader, or leave them out."
             )
         instance = self._device.crn
         if self.fractional_gates:
@@ -292,7 +293,7 @@ class IBMEngine(Engine):
         self._device.close()
 
     def _blocks(self, circuits: int, shots: int) -> list[Block]:
-        """Rows and shots of each job: shots split evenly by the device's limit, then rows by that of a job."""
+        """Rows and shots of each job: shots are split evenly by the device's limit, then rows by a job's."""
         pieces = math.ceil(shots / self._device.max_shots)
         shots_of_piece = [shots // pieces + (i < shots % pieces) for i in range(pieces)]
         rows = max(1, MAX_EXECUTIONS_PER_JOB // shots_of_piece[0])

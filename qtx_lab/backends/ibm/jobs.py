@@ -1,4 +1,4 @@
-"""Jobs on devices: `DeviceJob` follows one that is recorded, `submit_parts` submits it once, `find_jobs` finds it again."""
+"""`DeviceJob`, a job on a device that is recorded on disk: submitted once, followed, and found again."""
 
 from __future__ import annotations
 
@@ -119,14 +119,15 @@ class DeviceJob:
         progress: bool | Callable[[JobStatus], None] = True,
         patience: float = 600.0,
     ) -> np.ndarray:
-        """Wait for the job and fetch what was measured. It is kept beside the record, so that it is fetched once.
+        """Wait for the job and fetch what was measured, once: it is kept beside the record.
 
         Parameters
         ----------
         timeout : float, optional
             Seconds to wait at most. None: as long as it takes.
         progress : bool or callable
-            Whether to show state and place in the queue on stderr; or a function that is called with each `JobStatus`.
+            Whether to show state and place in the queue on stderr; or a function that is called with each
+            `JobStatus`.
         patience : float
             Seconds for which a server that cannot be reached is asked again.
 
@@ -138,8 +139,8 @@ class DeviceJob:
         Raises
         ------
         BackendUnavailable
-            If the job failed, was cancelled or never arrived; if its results cannot be read; if the server cannot be
-            reached for longer than `patience`, while the job goes on. The message names the tag.
+            If the job failed, was cancelled or never arrived; if its results cannot be read; if the server
+            cannot be reached for longer than `patience`, while the job goes on. The message names the tag.
         StorageError
             If outcomes that were kept can neither be read nor fetched again; if they cannot be kept.
         JobTimeout
@@ -169,8 +170,8 @@ class DeviceJob:
     def counts(self, timeout: float | None = None, **waiting: Any) -> RowCounts:
         """Wait for the job and count its outcomes; arguments and errors as for `outcomes`.
 
-        `diagnostics` has the job's tag and id. Twirling may round the shots up: those beyond the requested number are
-        left out, and `shots_run` is how many were run.
+        `diagnostics` has the job's tag and id. Twirling may round the shots up: those beyond the requested
+        number are left out, and `shots_run` is how many were run.
 
         Raises
         ------
@@ -335,16 +336,17 @@ class DeviceJob:
 def submit_parts(job: DeviceJob, post: Callable[[PartRecord], str]) -> DeviceJob:
     """Submit each part of a recorded job, once.
 
-    Whatever happens, a part is posted a single time. Where the answer does not say whether it was accepted, it is
-    looked for by its tag for `LISTING_LAG_S` seconds, since a listing may lag. If it is not found, nobody knows, and
-    it stays recorded: a second post might be a second job.
+    Whatever happens, a part is posted a single time. Where the answer does not say whether it was accepted,
+    it is looked for by its tag for `LISTING_LAG_S` seconds, since a listing may lag. If it is not found,
+    nobody knows, and it stays recorded: a second post might be a second job.
 
     Parameters
     ----------
     job : DeviceJob
         Just recorded.
     post : callable
-        Posts a part, with its tag, and returns the server's id. Raises `Refused` where there is certainly no job.
+        Posts a part, with its tag, and returns the server's id. Raises `Refused` where there is certainly no
+        job.
 
     Raises
     ------
@@ -371,8 +373,9 @@ def submit_parts(job: DeviceJob, post: Callable[[PartRecord], str]) -> DeviceJob
                 raise BackendUnavailable(f"{error} Job {job.tag}: {what}.") from error.__cause__
             if not part.id:
                 raise BackendUnavailable(
-                    f"{error} Whether job {job.tag} was accepted is not known: none with its tag was listed for "
-                    f"{LISTING_LAG_S:g} s. It is recorded, and not submitted again: `qtx-lab jobs` looks for it."
+                    f"{error} Whether job {job.tag} was accepted is not known: none with its tag was listed "
+                    f"for {LISTING_LAG_S:g} s. It is recorded, and not submitted again: `qtx-lab jobs` looks "
+                    "for it."
                 ) from error
         part.state = JobState.SUBMITTED
         write_record(job.path, record)
@@ -380,7 +383,7 @@ def submit_parts(job: DeviceJob, post: Callable[[PartRecord], str]) -> DeviceJob
 
 
 def _listed_id(remote: Callable[[], Remote], tag: str, seconds: float) -> str | None:
-    """The id of the job with this tag, as soon as it is listed; None where it is not, or nobody could be asked."""
+    """The id of the job with this tag, as soon as it is listed; None where it is not, or nothing answers."""
     end, delay = time.monotonic() + seconds, 0.1
     while True:
         with suppress(BackendUnavailable):
@@ -406,7 +409,8 @@ def find_jobs(
     tag : str, optional
         Only the jobs whose tag contains this text.
     service : QiskitRuntimeService, optional
-        The service that is asked about the jobs; where None, that of the account in the environment or on disk.
+        The service that is asked about the jobs; where None, that of the account in the environment or on
+        disk.
 
     Returns
     -------

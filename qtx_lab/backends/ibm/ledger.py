@@ -1,4 +1,4 @@
-"""The ledger: records of jobs on disk, each with all that is needed to find the job and to rebuild what it measures."""
+"""Records of jobs on disk: each has all that is needed to find the job and to rebuild what it measures."""
 
 from __future__ import annotations
 
@@ -211,7 +211,8 @@ def record_job(folder: Path, request: Request | None, blocks: Sequence[Block], *
     blocks : sequence of Block
         What each of the server's jobs runs.
     **facts
-        Other fields of `JobRecord`: device, circuits, shots, provider, instance, region, mode, quantum_seconds.
+        Other fields of `JobRecord`: device, circuits, shots, provider, instance, region, mode,
+        quantum_seconds.
 
     Returns
     -------

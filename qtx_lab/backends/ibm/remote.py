@@ -1,4 +1,4 @@
-"""The machine that holds the jobs (`Remote`), and IBM's (`IBMRemote`, `IBMDevice`): everything that asks IBM's client."""
+"""Everything that asks IBM's client: the jobs of an account (`IBMRemote`) and a device (`IBMDevice`)."""
 
 from __future__ import annotations
 
@@ -156,7 +156,8 @@ class IBMRemote:
 class IBMDevice:
     """One of IBM's devices, as an account sees it. The network is used when it is first needed.
 
-    Every method raises BackendUnavailable where the account has no such device, or the server gives no answer.
+    Every method raises BackendUnavailable where the account has no such device, or the server gives no
+    answer.
 
     Parameters
     ----------
@@ -308,12 +309,14 @@ def offline_problems(name: str, service: object | None) -> tuple[str, ...]:
 
     >>> for problem in offline_problems("ibmq_qasm_simulator", service=object()):
     ...     print(problem)
-    'ibmq_qasm_simulator' is retired: IBM no longer runs it. Simulate with provider='aer', or name another device.
+    'ibmq_qasm_simulator' is retired: IBM no longer runs it. Simulate with provider='aer', or name another
+    device.
     """
     problems = []
     if RETIRED.fullmatch(name):
         problems.append(
-            f"{name!r} is retired: IBM no longer runs it. Simulate with provider='aer', or name another device."
+            f"{name!r} is retired: IBM no longer runs it. "
+            "Simulate with provider='aer', or name another device."
         )
     if service is None and not has_account():
         problems.append(NO_ACCOUNT)
@@ -347,7 +350,8 @@ def explained(doing: str) -> Iterator[None]:
         raise BackendUnavailable(f"IBM refused {doing}: {error}") from error
     except (IBMError, QiskitBackendNotFoundError, requests.RequestException, OSError) as error:
         status = _http_status(error)
-        # A 401 may pass: after a failed login, IBM's client sends what the server then takes for no login at all.
+        # A 401 may pass: after a failed login, IBM's client sends what the server then takes for no login at
+        # all.
         kind = BackendUnavailable if 400 <= status < 500 and status not in (401, 408, 429) else Unreachable
         raise kind(_advice(status, doing, error)) from error
 

@@ -1,4 +1,4 @@
-"""A loopback IBM cloud for the tests of this room, and a fresh home for their jobs."""
+"""Fixtures of the backends' tests: a loopback IBM cloud, and an empty folder for jobs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ HERE = Path(__file__).parent
 
 
 def _server_module() -> Any:
-    """`ibm_server.py`, which no package holds, as a module that is imported once."""
+    """The module in `ibm_server.py`, which is in no package, imported once."""
     if "ibm_server" not in sys.modules:
         spec = importlib.util.spec_from_file_location("ibm_server", HERE / "ibm_server.py")
         assert spec
@@ -33,7 +33,7 @@ def ibm() -> Any:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No long pauses between questions, nor between the attempts of IBM's client."""
+    """Short delays between two questions to the server, and between the attempts of IBM's client."""
     from urllib3.util.retry import Retry
 
     from qtx_lab.backends.ibm import jobs
@@ -54,7 +54,7 @@ def lagos() -> Iterator[Any]:
 
 @pytest.fixture
 def cloud(lagos: Any, quick: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """That server as new, found as an account in the environment; jobs are kept in a folder of their own."""
+    """That server in its first state, as the account of the environment; jobs are recorded in `tmp_path`."""
     lagos.reset()
     monkeypatch.setenv("QTX_LAB_HOME", str(tmp_path))
     for name, value in lagos.environment().items():

@@ -1,4 +1,4 @@
-"""What a process does that a test kills: it submits rows and waits for them, or comes back for them."""
+"""The process that a test kills: it submits rows and waits for them, or fetches rows submitted before."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ P = torch.tensor([[0.5, 0.25, 0.25, 0.0], [0.0, 0.0, 0.0, 1.0]], dtype=torch.flo
 
 
 def client(action: str, environment: dict[str, str], result: str) -> None:
-    """Do it in this process, quickly; what was found is written to `result`."""
+    """Run an action in this process, with short delays, and write what it returns to the file `result`."""
     os.environ.update(environment)
     jobs.LISTING_LAG_S, jobs.FIRST_POLL_DELAY_S, jobs.LAST_POLL_DELAY_S = 0.4, 0.01, 0.05
     Retry._sleep_backoff = lambda retry: None
     TokenManager.paced_request_token = _ask_for_a_token  # IBM's own waits a minute after a failure
-    found = {"submit": _submit, "recover": _recover}[action]()
-    Path(result).write_text(json.dumps(found))
+    answer = {"submit": _submit, "recover": _recover}[action]()
+    Path(result).write_text(json.dumps(answer))
 
 
 def _ask_for_a_token(manager: TokenManager) -> None:

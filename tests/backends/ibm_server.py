@@ -1,4 +1,4 @@
-"""IBM's quantum cloud on loopback: the REST API that qiskit-ibm-runtime speaks, circuits run on Aer, faults to order."""
+"""A loopback server with the REST API of IBM's cloud: it runs circuits on Aer, and fails on request."""
 
 from __future__ import annotations
 
@@ -43,13 +43,30 @@ SNAPSHOTS = Path(qiskit_ibm_runtime.__file__).parent / "fake_provider" / "backen
 
 @dataclass
 class Fault:
-    """What goes wrong with the next requests that match.
+    """A fault of the next requests that match.
 
-    `request` is a regular expression over "METHOD /path". `what` is a status code, "cut" (the connection
-    closes without an answer), "truncate" (half the answer, then closed), "nonsense" (a 200 that is no JSON)
-    or "kill" (SIGKILL to the process `pid`; where `answered`, `delay` seconds after the answer). `when` says
-    whether the request has its effect: before, no; after, yes. The first `skip` matches pass; then `times` of
-    them fail.
+    Parameters
+    ----------
+    request : str
+        Regular expression that has to match "METHOD /path" as a whole.
+    what : int or str
+        An HTTP status; "cut", which closes the connection without an answer; "truncate", which closes it
+        after half the answer; "nonsense", a status 200 whose content is no JSON; or "kill", which sends
+        SIGKILL to the process.
+    when : {"before", "after"}
+        Whether the fault comes before the request has its effect, or after.
+    times : int
+        How many requests fail.
+    skip : int
+        How many matching requests pass before that.
+    pid : int or None
+        The process that "kill" ends.
+    answered : bool
+        Whether "kill" comes after the answer, by `delay` seconds.
+    delay : float
+        See `answered`.
+    headers : dict
+        Headers of an answer with an HTTP status.
     """
 
     request: str
@@ -85,17 +102,17 @@ class IBMServer:
     Attributes
     ----------
     jobs : dict
-        Accepted jobs by id, in order.
+        Accepted jobs by id, in their order.
     requests : list of str
         "METHOD /path" of every request that arrived.
     faults : list of Fault
-        Consumed as they strike.
+        Faults to come; each is used up as often as it says.
     polls_in_queue : int
-        How often a new job's state is asked before it leaves the queue.
+        How many questions about a new job find it in the queue.
     job_error : str or None
-        If set, jobs end in this error instead of a result.
+        If set, jobs end with this error instead of a result.
     hidden_lookups : int
-        How many listings of jobs come back without the jobs accepted since, as from a lagging replica.
+        How many listings of jobs come back empty, as from a replica that lags behind.
     """
 
     def __init__(self, devices: tuple[str, ...] = ("lagos",), noise: bool = False, seed: int = 7):
@@ -107,7 +124,7 @@ class IBMServer:
             self.devices[configuration["backend_name"]] = (configuration, properties)
         self.noise = noise
         self.seed = seed
-        self._turn = threading.RLock()
+        self._lock = threading.RLock()
         self.reset()
 
     def reset(self) -> None:
@@ -140,7 +157,7 @@ class IBMServer:
         self._thread.join()
 
     def environment(self) -> dict[str, str]:
-        """Variables with which IBM's own client finds this server, as it would find an account."""
+        """Environment variables by which IBM's own client takes this server for its account."""
         return {
             "QISKIT_IBM_TOKEN": TOKEN,
             # The client leaves a URL alone that has "experimental" in it; others it rewrites to IBM's hosts.
@@ -158,12 +175,12 @@ class IBMServer:
         return [job for job in self.jobs.values() if tag in job.tags]
 
     def posts(self) -> int:
-        """How many submissions arrived, accepted or not."""
+        """Number of submissions that arrived, accepted or not."""
         return self.requests.count("POST /jobs")
 
     def strike(self, request: str, when: str) -> Fault | None:
-        """The fault that strikes this request now, if any; it is used up."""
-        with self._turn:
+        """The fault that hits this request now, if there is one; it is used up."""
+        with self._lock:
             for fault in self.faults:
                 if fault.when == when and fault.times and re.fullmatch(fault.request, request):
                     if not fault.skip:
@@ -175,7 +192,7 @@ class IBMServer:
     # --- What the requests do; each returns (status, JSON content or text) ----------------------
 
     def answer(self, method: str, path: str, query: dict[str, list[str]], body: bytes) -> tuple[int, Any]:
-        with self._turn:
+        with self._lock:
             parts = path.strip("/").split("/")
             match method, parts:
                 case "POST", ["jobs"]:
@@ -254,13 +271,13 @@ class IBMServer:
 
     def _list(self, query: dict[str, list[str]]) -> tuple[int, Any]:
         tags = query.get("tags", [])
-        found = [job for job in self.jobs.values() if set(tags) <= set(job.tags)][::-1]
+        jobs = [job for job in self.jobs.values() if set(tags) <= set(job.tags)][::-1]
         if self.hidden_lookups:
             self.hidden_lookups -= 1
-            found = []
+            jobs = []
         start = int(query.get("offset", ["0"])[0])
-        page = found[start : start + int(query.get("limit", ["10"])[0])]
-        return 200, {"jobs": [self._describe(job) for job in page], "count": len(found)}
+        page = jobs[start : start + int(query.get("limit", ["10"])[0])]
+        return 200, {"jobs": [self._describe(job) for job in page], "count": len(jobs)}
 
     def _job(self, id: str) -> tuple[int, Any]:
         if id not in self.jobs:
@@ -343,7 +360,7 @@ def _error(status: int, message: str) -> tuple[int, Any]:
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """One request: find its fault, if any, else answer it."""
+    """Answers one request, or fails as a fault says."""
 
     cloud: IBMServer
     protocol_version = "HTTP/1.1"
@@ -448,7 +465,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def environment(variables: dict[str, str]) -> Iterator[None]:
-    """These environment variables for a while."""
+    """Set environment variables while this lasts."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:

@@ -1,4 +1,4 @@
-"""Simulators: the distribution that Aer has, quickly; twins of devices, noise by numbers, a cache that cannot hurt."""
+"""Simulators have Aer's distribution, with a twin's noise or noise by numbers; broken caches do no harm."""
 
 import pickle
 import warnings
@@ -37,7 +37,7 @@ def rows(count, n, generator, spread=2.0):
 
 
 def chi_squared(counts, p):
-    """p-value of counts (n,) for probabilities (n,); rare keys are put together, impossible ones must be 0."""
+    """p-value of counts (n,) for probabilities (n,); rare keys are pooled, impossible keys have no counts."""
     counts, p = counts.double().numpy(), p.double().numpy()
     assert counts[p == 0].sum() == 0
     order = np.argsort(-p)
@@ -49,8 +49,7 @@ def chi_squared(counts, p):
     return stats.chi2.sf(statistic, max(1, used.sum() - 1))
 
 
-# --- Ideal
-# ------------------------------------------------------------------------------------------------------
+# --- Ideal ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.statistical
@@ -72,7 +71,7 @@ def test_ideal_counts_pass_a_chi_squared_test(loader, n, generator):
 
 
 def test_twins_without_noise_are_ideal(generator):
-    """Circuits on a device's qubits, in whatever order the transpiler has put them; false alarms once in a million."""
+    """Whatever the order that the transpiler gives the qubits; false alarms once in a million."""
     p = rows(2, 13, generator)
     for loader in ("tree", "dynamic"):
         backend = qtx.QiskitQuantumBackend("aer", "fake_fez", loader=loader, noise_scale=0)
@@ -113,12 +112,11 @@ def test_same_seed_same_counts_on_any_number_of_threads():
         torch.set_num_threads(threads)
 
 
-# --- Against Aer itself
-# -------------------------------------------------------------------------------------------
+# --- Against Aer itself ---------------------------------------------------------------------------
 
 
 def random_circuit(qubits, generator):
-    """Rotations with sums of parameters, fixed gates and pairs in both directions."""
+    """A circuit with rotations by sums of parameters, fixed gates, and pairs in both directions."""
     angle = ParameterVector("a", 6)
     circuit = QuantumCircuit(qubits, qubits)
     for i in torch.randint(0, 6, (40,), generator=generator).tolist():
@@ -134,8 +132,8 @@ def random_circuit(qubits, generator):
     return circuit
 
 
-def test_density_matrices_are_aers(generator):
-    """Any circuit, with noise that tells qubits and their order apart."""
+def test_density_matrices_agree_with_aer(generator):
+    """For random circuits, with noise that differs between qubits and between their orders."""
     target = reduced_target(fake_device("fake_sherbrooke").target, [41, 53, 60, 59])
     noise = device_noise(target)
     circuit = transpile(random_circuit(4, generator), target=target, seed_transpiler=1)
@@ -152,7 +150,7 @@ def test_density_matrices_are_aers(generator):
         assert np.abs(row - rho).max() < 1e-12
 
 
-def test_probabilities_include_readout_as_aers_do(generator):
+def test_probabilities_agree_with_aer_with_readout_errors(generator):
     """Some 10,000 shots of Aer for each of two rows; false alarms once in a million."""
     p = rows(2, 8, generator)
     for loader, options in (
@@ -175,7 +173,7 @@ def test_probabilities_include_readout_as_aers_do(generator):
             assert chi_squared(counts, ideal) < FALSE_ALARM  # the noise shows
 
 
-def test_the_reduced_model_is_the_devices_own():
+def test_the_noise_of_a_region_is_that_of_the_whole_device():
     """Errors on the region are those that Aer derives from the whole device."""
     device = fake_device("fake_manila")
     whole = NoiseModel.from_backend(device)
@@ -188,7 +186,7 @@ def test_the_reduced_model_is_the_devices_own():
         assert np.allclose(whole._local_readout_errors[(region[qubit],)].probabilities, matrix)
 
 
-def test_circuits_that_are_not_understood_go_to_aer():
+def test_circuits_that_are_not_supported_are_left_to_aer():
     circuit = QuantumCircuit(1, 1)
     circuit.measure(0, 0)
     circuit.reset(0)
@@ -202,8 +200,7 @@ def test_circuits_that_are_not_understood_go_to_aer():
     assert compile_steps(wide, Noise({}, {})) is None  # 4^12 numbers a row
 
 
-# --- Twins and noise
-# ----------------------------------------------------------------------------------------------
+# --- Twins and noise ------------------------------------------------------------------------------
 
 
 @pytest.mark.statistical
@@ -300,7 +297,7 @@ def test_the_best_region_is_connected_and_works(device):
 
 
 def test_a_long_simulation_is_announced(monkeypatch, generator):
-    """How long it takes to simulate shot by shot is told before, not where matrix products make it quick."""
+    """A long simulation shot by shot is announced beforehand, but not where matrix products make it quick."""
     monkeypatch.setattr(aer, "LONG_SIMULATION_S", 0.0)
     slow = qtx.QiskitQuantumBackend("aer", noise=NOISE, method="aer")
     with pytest.warns(qtx.FallbackWarning, match="3 qubits is simulated shot by shot"):
@@ -311,7 +308,7 @@ def test_a_long_simulation_is_announced(monkeypatch, generator):
         wide.sample_rows(rows(2, 40, generator), 10, generator=generator)
 
 
-def test_too_large_for_the_device():
+def test_a_circuit_that_is_too_large_is_refused():
     with pytest.raises(qtx.BackendUnavailable, match="40 connected qubits"):
         qtx.QiskitQuantumBackend("aer", "fake_manila", loader="unary").sample_rows(
             torch.full((1, 40), 1 / 40)
@@ -321,8 +318,7 @@ def test_too_large_for_the_device():
         wide.sample_rows(torch.full((1, 30), 1 / 30))
 
 
-# --- The backend
-# --------------------------------------------------------------------------------------------------
+# --- The backend ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -370,7 +366,7 @@ def test_bad_calls_are_one_clear_error():
         backend.submit_rows(p, confirm=True)
 
 
-def test_a_submission_gives_what_waiting_gives():
+def test_a_submission_and_a_call_that_waits_give_the_same_counts():
     p = rows(3, 5, torch.Generator().manual_seed(1))
     backend = qtx.QiskitQuantumBackend("aer", "fake_fez")
     job = backend.submit_rows(p, generator=torch.Generator().manual_seed(2))
@@ -392,8 +388,8 @@ def test_a_backend_with_a_submission_is_pickled_and_copied(generator):
         assert torch.equal(first.counts, again.counts)
 
 
-def test_many_shots_are_taken_in_parts(monkeypatch, generator):
-    """Never more outcomes than the limit at once, and the counts are those of all at once."""
+def test_many_shots_are_run_in_parts(monkeypatch, generator):
+    """Outcomes in memory never exceed the limit, and the counts do not depend on it."""
     p = rows(10, 12, generator)
     sizes = []
 
@@ -406,14 +402,14 @@ def test_many_shots_are_taken_in_parts(monkeypatch, generator):
     for loader in ("dynamic", "unary"):
         backend = qtx.QiskitQuantumBackend("aer", loader=loader)
         backend.transpiled(12)
-        found = []
+        results = []
         for limit in (10**6, 400):
             monkeypatch.setattr(counting, "MAX_OUTCOME_BYTES", limit)
             sizes.clear()
-            found.append(backend.sample_rows(p, 100, generator=torch.Generator().manual_seed(1)))
+            results.append(backend.sample_rows(p, 100, generator=torch.Generator().manual_seed(1)))
             assert max(sizes) == min(limit, 1000)
-        assert torch.equal(found[0].classical.counts, found[1].classical.counts)
-        for result in found:
+        assert torch.equal(results[0].classical.counts, results[1].classical.counts)
+        for result in results:
             assert result.counts.sum(-1).eq(100).all()
     request = RowRequest(p, qtx.make_loader("dynamic"), 100, 3)
     outcomes = np.random.default_rng(0).integers(0, 16, (10, 120, 1), dtype=np.uint8)
@@ -423,8 +419,8 @@ def test_many_shots_are_taken_in_parts(monkeypatch, generator):
     assert in_parts.counts[4, 7] == (outcomes[4, :100] == 7).sum()
 
 
-def test_a_loader_that_was_changed_does_not_get_the_circuit_of_before(monkeypatch, tmp_path):
-    """As where a notebook's cell with a class is changed and run again: same name, another circuit."""
+def test_a_changed_loader_gets_a_new_circuit(monkeypatch, tmp_path):
+    """Also one of the same name, as after a cell with its class was edited and run again."""
     monkeypatch.setenv("QTX_LAB_HOME", str(tmp_path))
 
     def loader(turns):
@@ -480,7 +476,7 @@ def test_one_transpile_for_all_rows_of_a_size(monkeypatch, tmp_path, generator):
 
     files = sorted((tmp_path / ".cache" / "circuits").iterdir())
     assert len(files) == 4
-    for file in files:  # a torn, an empty and a foreign file are made anew
+    for file in files:  # a truncated, an empty and a foreign file are replaced
         file.write_bytes(
             file.read_bytes()[:100] if file is files[0] else b"" if file is files[1] else b"QISKIT"
         )

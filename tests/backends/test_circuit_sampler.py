@@ -1,4 +1,4 @@
-"""A circuit is another way to draw: the sampler's interface, noise, discarded shots, and when it falls back."""
+"""`CircuitSampler`: the interface of a sampler, noise, discarded shots, and when rows fall back."""
 
 import warnings
 
@@ -81,7 +81,7 @@ def test_attention_from_circuits_agrees_with_exact_attention(options):
     assert z.square().mean() > 0.7
 
 
-def test_a_noisy_device_does_not_pretend():
+def test_a_noisy_device_does_not_claim_to_be_unbiased():
     sampler = qtx.CircuitSampler(qtx.QiskitQuantumBackend("aer", noise=NOISE), "tree")
     assert not sampler.unbiased
     assert not sampler.independent
@@ -106,7 +106,7 @@ def test_masked_keys_are_never_drawn_and_an_all_masked_row_weighs_nothing():
     assert sampler.diagnostics["discarded_shots"].sum() > 0
 
 
-def test_rows_that_lose_all_their_shots_say_so():
+def test_rows_that_lose_all_their_shots_are_reported():
     class Blind:
         name = "blind"
 
@@ -121,7 +121,7 @@ def test_rows_that_lose_all_their_shots_say_so():
     assert "discarded" in sampler.diagnostics["fallbacks"][0]
 
 
-def test_dealing_shares_shots_out_evenly():
+def test_shots_are_dealt_evenly_to_replicates():
     counts = torch.tensor([[3, 0, 4], [0, 0, 0], [1, 0, 0], [4, 2, 2]])
     keys, weights = _deal(counts, 8, 2, seeded())
     dense = torch.zeros(4, 3, dtype=torch.float64).scatter_add_(-1, keys, weights)
@@ -133,12 +133,11 @@ def test_dealing_shares_shots_out_evenly():
     assert sorted(valid.tolist()) == [3, 4]
 
 
-# --- When it falls back
-# -------------------------------------------------------------------------------------------
+# --- When it falls back ---------------------------------------------------------------------------
 
 
 def test_a_retired_simulator_runs_offline_and_says_why(monkeypatch, tmp_path):
-    """The first example of the document that started the project: no network is touched (conftest.py sees to it)."""
+    """The first example of the document that started the project. The network is blocked by conftest.py."""
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("QISKIT_IBM_TOKEN", "QISKIT_IBM_URL", "QISKIT_IBM_INSTANCE"):
         monkeypatch.delenv(name, raising=False)
@@ -163,7 +162,7 @@ def test_a_retired_simulator_runs_offline_and_says_why(monkeypatch, tmp_path):
         qtx.sampled_attention(q, k, v, sampler=qtx.CircuitSampler(backend), num_samples=8)
 
 
-def test_rows_are_decided_one_by_one():
+def test_the_policy_decides_each_row_by_itself():
     sampler = qtx.CircuitSampler(
         qtx.QiskitQuantumBackend("aer", "fake_fez"), hybrid_mode=qtx.HybridPolicy(max_qubits=2)
     )
@@ -217,7 +216,7 @@ def test_a_long_queue_and_a_failure_on_the_way_fall_back(monkeypatch):
         qtx.CircuitSampler(backend).draw(torch.zeros(2, 4), 9)
 
 
-def test_nothing_is_said_where_nothing_falls_back():
+def test_there_is_no_warning_where_nothing_falls_back():
     sampler = qtx.CircuitSampler(qtx.QiskitQuantumBackend("aer", "fake_fez"), hybrid_mode=True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

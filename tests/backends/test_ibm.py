@@ -1,4 +1,4 @@
-"""IBM's devices through IBM's own client: the whole life of a job, and every fault that can be ordered."""
+"""IBM's devices through IBM's own client and a loopback server: the life of a job, and faults in it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def submit(engine: IBMEngine, loader: str = "dynamic", n: int = 7, shots: int = 
 
 
 def check_draws(counts: torch.Tensor, p: torch.Tensor) -> None:
-    """Counts are draws from the rows, by a chi-squared test at a false-alarm rate of 1e-6; masked keys never."""
+    """Check counts as draws from the rows, by a chi-squared test with false alarms once in a million."""
     assert not counts[p == 0].any()
     expected = p * counts.sum(-1, keepdim=True)
     statistic = ((counts - expected)[p > 0] ** 2 / expected[p > 0]).sum()
@@ -48,7 +48,7 @@ def check_draws(counts: torch.Tensor, p: torch.Tensor) -> None:
     assert chi2.sf(float(statistic), freedom) > 1e-6
 
 
-# --- The life of a job --------------------------------------------------------------------------
+# --- The life of a job ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("loader", ["dynamic", "tree"])
@@ -61,12 +61,12 @@ def test_a_job_lives_from_token_to_counts(ibm: Any, cloud: Any, loader: str) -> 
         fez.polls_in_queue = 3
         job = submit(engine, loader)
         seen: list[str] = []
-        found = job.counts(progress=lambda status: seen.append(str(status)))
+        result = job.counts(progress=lambda status: seen.append(str(status)))
         assert seen[-1] == "done"
         assert any("queued, place" in text for text in seen)
-        check_draws(found.counts, rows())
-        assert found.counts.sum() == 3 * SHOTS
-        assert found.diagnostics["job"] == job.tag
+        check_draws(result.counts, rows())
+        assert result.counts.sum() == 3 * SHOTS
+        assert result.diagnostics["job"] == job.tag
         assert [job.tag in accepted.tags for accepted in fez.jobs.values()] == [True]
         assert {"POST /identity/token", "GET /backends", "GET /backends/ibm_fez/properties"} <= {
             *fez.requests
@@ -87,11 +87,11 @@ def test_the_backend_measures_rows_and_lists_its_jobs(cloud: Any, tmp_path: Path
     backend = QiskitQuantumBackend("ibm-q", "ibm_lagos", loader="tree", run_dir=tmp_path / "a-run")
     assert cloud.requests == []
     p = torch.cat([rows(), torch.zeros(1, 7, dtype=torch.float64)])  # the last row is all masked
-    found = backend.sample_rows(p, SHOTS)
-    check_draws(found.counts[:3], p[:3])
-    assert found.counts[3].sum() == found.discarded[3] == 0
+    result = backend.sample_rows(p, SHOTS)
+    check_draws(result.counts[:3], p[:3])
+    assert result.counts[3].sum() == result.discarded[3] == 0
     job = backend.submit_rows(p, SHOTS)
-    assert [other.tag for other in backend.jobs()] == [job.tag, found.diagnostics["job"]]
+    assert [other.tag for other in backend.jobs()] == [job.tag, result.diagnostics["job"]]
     assert cloud.posts() == 2
     again = find_jobs(tag=job.tag)[0].counts()
     assert torch.equal(again.counts, job.counts().counts)
@@ -159,10 +159,10 @@ def test_rows_and_shots_are_split_by_the_limits(cloud: Any, monkeypatch: pytest.
     monkeypatch.setitem(cloud.devices["ibm_lagos"][0], "max_shots", 200)
     job = submit(IBMEngine("ibm_lagos"))  # 500 shots in 167 + 167 + 166, so 2 rows a job
     assert cloud.posts() == len(cloud.jobs) == 6
-    found = job.counts()
-    assert found.shots == SHOTS
-    assert torch.equal(found.counts.sum(-1), torch.full((3,), SHOTS))
-    check_draws(found.counts, rows())
+    result = job.counts()
+    assert result.shots == SHOTS
+    assert torch.equal(result.counts.sum(-1), torch.full((3,), SHOTS))
+    check_draws(result.counts, rows())
     assert len({tag for accepted in cloud.jobs.values() for tag in accepted.tags}) == 7  # one, and one a part
 
 
@@ -172,9 +172,9 @@ def test_twirling_and_dynamical_decoupling(cloud: Any) -> None:
         "dynamical_decoupling": {"enable": True},
     }
     engine = IBMEngine("ibm_lagos", **options)
-    found = submit(engine, "tree").counts()
-    assert (found.shots, found.diagnostics["shots_run"]) == (SHOTS, 512)  # 8 randomisations of 64
-    check_draws(found.counts, rows())
+    result = submit(engine, "tree").counts()
+    assert (result.shots, result.diagnostics["shots_run"]) == (SHOTS, 512)  # 8 randomisations of 64
+    check_draws(result.counts, rows())
     with pytest.raises(ArgumentError, match="feed"):
         submit(engine, "dynamic")
     assert cloud.posts() == 1
@@ -190,20 +190,20 @@ def test_fractional_gates_where_the_device_has_them(ibm: Any, cloud: Any) -> Non
         IBMEngine("ibm_lagos", fractional_gates=True).transpile(loader.circuit(1), 1)
 
 
-def test_cost_is_shown_and_asked_for(cloud: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    asked = []
+def test_the_cost_is_shown_and_has_to_be_confirmed(cloud: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    costs = []
     with pytest.raises(ArgumentError, match="max_quantum_seconds=2"):
         submit(IBMEngine("ibm_lagos", max_quantum_seconds=2))
     with pytest.raises(ArgumentError, match="confirm"):
-        submit(IBMEngine("ibm_lagos", max_quantum_seconds=2, confirm=lambda cost: bool(asked.append(cost))))
+        submit(IBMEngine("ibm_lagos", max_quantum_seconds=2, confirm=lambda cost: bool(costs.append(cost))))
     assert cloud.posts() == 0
     assert find_jobs() == []
-    assert str(asked[0]) == "3 circuits × 500 shots = 1,500 executions, about 3 s of quantum time"
+    assert str(costs[0]) == "3 circuits × 500 shots = 1,500 executions, about 3 s of quantum time"
     job = submit(IBMEngine("ibm_lagos", max_quantum_seconds=2, confirm=True))
-    assert capsys.readouterr().err.strip() == f"ibm_lagos: {asked[0]}; job {job.tag}"
+    assert capsys.readouterr().err.strip() == f"ibm_lagos: {costs[0]}; job {job.tag}"
 
 
-def test_other_circuits_run_too(cloud: Any) -> None:
+def test_circuits_that_are_not_of_rows_run_too(cloud: Any) -> None:
     from qiskit import ClassicalRegister, QuantumCircuit, QuantumRegister
 
     circuit = QuantumCircuit(QuantumRegister(2), ClassicalRegister(2, "c"))
@@ -216,7 +216,7 @@ def test_other_circuits_run_too(cloud: Any) -> None:
         find_jobs()[0].counts()
 
 
-# --- What is refused before any request ----------------------------------------------------------
+# --- What is refused before any request -----------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["ibmq_qasm_simulator", "ibmq_manila", "ibmqx2", "simulator_statevector"])
@@ -228,7 +228,7 @@ def test_retired_names_are_refused_offline(cloud: Any, name: str) -> None:
     assert cloud.requests == []
 
 
-def test_a_missing_account_is_told_offline(no_account: None) -> None:
+def test_a_missing_account_is_reported_offline(no_account: None) -> None:
     engine = IBMEngine("ibmq_qasm_simulator")
     retired, account = engine.problems()
     assert "retired" in retired
@@ -266,12 +266,12 @@ def test_what_cannot_be_recorded_is_not_submitted(cloud: Any, tmp_path: Path) ->
     assert cloud.posts() == 0
 
 
-# --- Faults --------------------------------------------------------------------------------------
+# --- Faults ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("what", [401, 403, 404, 409, 429, 500, 503, "cut", "truncate", "nonsense"])
-def test_a_fault_at_the_submission_costs_no_job_and_makes_no_second(
+def test_a_fault_at_the_submission_neither_loses_a_job_nor_submits_a_second(
     ibm: Any, cloud: Any, logged_in: Any, what: int | str, when: str
 ) -> None:
     engine = IBMEngine("ibm_lagos", service=logged_in)
@@ -304,7 +304,7 @@ def test_a_fault_before_the_submission_is_a_clear_error(
 
 
 @pytest.mark.parametrize("what", [401, 500, "cut"])
-def test_a_fault_just_before_the_post_leaves_a_job_that_is_known_to_be_none(
+def test_a_fault_just_before_the_post_leaves_a_record_that_has_failed(
     ibm: Any, cloud: Any, what: Any
 ) -> None:
     engine = IBMEngine("ibm_lagos")
@@ -356,7 +356,7 @@ def test_two_threads_that_submit_at_once_post_one_job_each(cloud: Any, logged_in
     assert len({job.id for job in jobs}) == len(cloud.jobs) == cloud.posts() == 8
 
 
-def test_a_job_that_ends_in_error_says_why(cloud: Any) -> None:
+def test_the_reason_of_a_failed_job_is_reported(cloud: Any) -> None:
     cloud.job_error = "the fridge is warm"
     job = submit(IBMEngine("ibm_lagos"))
     with pytest.raises(BackendUnavailable, match=f"{job.tag}.*the fridge is warm"):
@@ -364,7 +364,7 @@ def test_a_job_that_ends_in_error_says_why(cloud: Any) -> None:
     assert job.last_known.state == "failed"
 
 
-def test_a_wrong_key_is_said(ibm: Any, cloud: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_key_is_reported(ibm: Any, cloud: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QISKIT_IBM_TOKEN", "not the key")
     (problem,) = IBMEngine("ibm_lagos").problems()
     assert "API key is not valid" in problem

@@ -1,4 +1,4 @@
-"""The ledger of jobs: nothing is lost and nothing submitted twice, whatever is killed, cut or refused, and when."""
+"""Jobs and their records: whatever is killed, cut or refused, no job is lost and none is submitted twice."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SHOTS = 50
 
 
 class Machine:
-    """A `Remote` in memory, which does what it is told."""
+    """A `Remote` in memory, whose answers a test sets."""
 
     def __init__(self) -> None:
         self.jobs: dict[str, str] = {}
@@ -72,7 +72,7 @@ def recorded(quick: None, machine: Machine, tmp_path: Path) -> DeviceJob:
     return DeviceJob(record_job(tmp_path / "jobs", None, parts, **facts), lambda: machine)
 
 
-# --- The ledger ----------------------------------------------------------------------------------
+# --- The ledger -----------------------------------------------------------------------------------
 
 
 def test_parts_are_posted_once_each_and_put_together_in_order(recorded: DeviceJob, machine: Machine) -> None:
@@ -112,7 +112,7 @@ def test_a_refused_part_stops_the_rest_and_what_is_there_can_be_cancelled(
     assert machine.states == {"id-0": "cancelled"}
 
 
-def test_an_unknown_fate_is_said_and_never_resolved_by_a_second_post(
+def test_an_unknown_outcome_of_a_post_is_an_error_and_never_leads_to_a_second_post(
     recorded: DeviceJob, machine: Machine
 ) -> None:
     posts = []
@@ -134,8 +134,8 @@ def test_an_unknown_fate_is_said_and_never_resolved_by_a_second_post(
 
 def test_a_record_is_durable_before_anything_is_posted(recorded: DeviceJob, machine: Machine) -> None:
     def post(part: Any) -> str:
-        (found,) = find_jobs(recorded.path.parent.parent)
-        assert part.tag in [other.tag for other in found.record.parts]
+        (job,) = find_jobs(recorded.path.parent.parent)
+        assert part.tag in [other.tag for other in job.record.parts]
         return machine.accept(part)
 
     submit_parts(recorded, post)
@@ -149,8 +149,8 @@ def test_jobs_of_runs_are_found_and_a_broken_record_costs_only_itself(
     other = record_job(folder, None, [Block(0, 1, 1)], **facts)
     (folder / "qtx-broken.json").write_text("{")
     with pytest.warns(UserWarning, match="qtx-broken"):
-        found = qtx_lab.find_jobs(tmp_path)
-    assert [job.path for job in found] == [other, recorded.path]
+        jobs = qtx_lab.find_jobs(tmp_path)
+    assert [job.path for job in jobs] == [other, recorded.path]
     assert [job.path for job in find_jobs(tmp_path, tag=other.stem)] == [other]
     (folder / "qtx-broken.json").unlink()
     recorded.path.unlink()
@@ -170,7 +170,7 @@ BROKEN = {
 
 
 def test_no_foreign_or_partial_record_stops_a_listing(recorded: DeviceJob, tmp_path: Path) -> None:
-    """Whatever lies in the folder is skipped, with a line that names it and says why."""
+    """Whatever else is in the folder is skipped, with a warning that names it and says why."""
     record, folder = json.loads(recorded.path.read_bytes()), tmp_path / "jobs"
     (part, *_) = record["parts"]
     cases = [{**record, name: value} for name, values in BROKEN.items() for value in values]
@@ -200,27 +200,30 @@ def test_no_foreign_or_partial_record_stops_a_listing(recorded: DeviceJob, tmp_p
     assert "parts.0.state is 'asleep'; Input should be 'recorded'" in listed.stderr
 
 
-def test_junk_outcomes_are_fetched_anew(recorded: DeviceJob, machine: Machine) -> None:
+def test_damaged_outcomes_are_fetched_again(recorded: DeviceJob, machine: Machine) -> None:
     submit_parts(recorded, machine.accept)
     machine.states |= dict.fromkeys(machine.jobs, "done")
     good = recorded.outcomes()
-    kept = recorded.path.with_suffix(".outcomes.npz")
-    whole = kept.read_bytes()
-    other = kept.with_name("other.npz")
+    file = recorded.path.with_suffix(".outcomes.npz")
+    whole = file.read_bytes()
+    other = file.with_name("other.npz")
     np.savez_compressed(other, outcomes=good[:1])
     for junk in (b"", b"junk", b"PK\x03\x04", whole[:60], other.read_bytes(), b"\x93NUMPY\x01\x00"):
-        kept.write_bytes(junk)
-        with pytest.warns(FallbackWarning, match="fetched anew"):
+        file.write_bytes(junk)
+        with pytest.warns(FallbackWarning, match="fetched again"):
             assert np.array_equal(recorded.outcomes(), good)
-        assert np.array_equal(recorded.outcomes(), good)  # and kept again
-    kept.write_bytes(b"junk")
+        assert np.array_equal(recorded.outcomes(), good)  # and they are on disk again
+    file.write_bytes(b"junk")
     machine.states |= dict.fromkeys(machine.jobs, "gone")
 
     def gone(id: str) -> np.ndarray:
         raise Unreachable("deleted.")
 
     machine.outcomes = gone  # type: ignore[method-assign]
-    with pytest.warns(FallbackWarning), pytest.raises(StorageError, match=r"damaged.*cannot be fetched anew"):
+    with (
+        pytest.warns(FallbackWarning),
+        pytest.raises(StorageError, match=r"damaged.*cannot be fetched again"),
+    ):
         recorded.outcomes()
 
 
@@ -272,7 +275,7 @@ def test_every_kind_of_request_is_rebuilt_from_its_record(tmp_path: Path) -> Non
 
 
 def test_records_from_before_there_was_a_schema_version_are_read(machine: Machine, tmp_path: Path) -> None:
-    """Three records that were written through IBM's client: rows that are done, rows in the queue, other circuits."""
+    """Three records written through IBM's client: rows that are done, rows in the queue, other circuits."""
     shutil.copytree(RECORDS_WITHOUT_VERSION, tmp_path / "jobs")
     states = {str(job.last_known.state): job for job in find_jobs(tmp_path)}
     assert set(states) == {"done", "queued", "submitted"}
@@ -294,12 +297,12 @@ def test_records_from_before_there_was_a_schema_version_are_read(machine: Machin
             done.status()
 
 
-# --- Killed processes ----------------------------------------------------------------------------
+# --- Killed processes -----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def processes() -> Any:
-    """Processes that start in an instant, since the imports are done in their common parent."""
+    """Processes that start at once, because their common parent has imported everything."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["qtx_lab.backends.ibm.engine", "qtx_lab.circuits", "scipy.stats"])
     return context
@@ -320,10 +323,10 @@ class Client:
             fault.pid = self.process.pid
 
     def end(self) -> tuple[int, Any]:
-        """Wait for it: its exit code and what it found, None where it was killed before."""
+        """Wait for the process: its exit code and its result, None where it was killed before."""
         self.process.join(120)
-        found = json.loads(self.result.read_bytes()) if self.result.exists() else None
-        return self.process.exitcode, found
+        result = json.loads(self.result.read_bytes()) if self.result.exists() else None
+        return self.process.exitcode, result
 
 
 def check_nothing_lost_nothing_twice(cloud: Any, home: Path, recovered: dict[str, Any]) -> None:
@@ -421,7 +424,7 @@ def _fault(ibm: Any, rng: random.Random) -> Any:
     )
 
 
-# --- The command line ----------------------------------------------------------------------------
+# --- The command line -----------------------------------------------------------------------------
 
 
 @pytest.mark.hardware
@@ -465,7 +468,7 @@ def test_jobs_are_listed_fetched_and_cancelled_by_command(
     assert "3 jobs" in refused.output
 
 
-# --- The notebook --------------------------------------------------------------------------------
+# --- The notebook ---------------------------------------------------------------------------------
 
 
 @pytest.mark.notebooks

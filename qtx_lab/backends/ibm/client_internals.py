@@ -87,5 +87,5 @@ def posting_by(adapter: SinglePost, service: Any, crn: str) -> Iterator[None]:
 
 
 def device_names(service: Any) -> list[str]:
-    """Names of the devices of the active instance, asked for anew; raises the client's own errors."""
+    """Names of the devices of the active instance, read again from the server; raises the client's errors."""
     return sorted(device["name"] for device in service._get_api_client().list_backends())

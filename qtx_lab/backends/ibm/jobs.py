@@ -152,7 +152,7 @@ class DeviceJob:
                 return self._read_outcomes(path)
             except StorageError as error:
                 broken = error
-                warnings.warn(f"{error} It is fetched anew.", FallbackWarning, stacklevel=2)
+                warnings.warn(f"{error} They are fetched again.", FallbackWarning, stacklevel=2)
         try:
             self._wait(timeout, progress, patience)
             blocks: dict[int, list[np.ndarray]] = {}  # by first row; the shots of a block side by side
@@ -161,7 +161,7 @@ class DeviceJob:
         except BackendUnavailable as error:
             if broken is None:
                 raise
-            raise StorageError(f"{broken} It cannot be fetched anew: {error}") from error
+            raise StorageError(f"{broken} They cannot be fetched again: {error}") from error
         rows = [np.concatenate(block, axis=1) for _, block in sorted(blocks.items())]
         outcomes = np.concatenate(rows)
         save_array(path, outcomes=outcomes)

@@ -111,7 +111,7 @@ class PartRecord(_Record):
     Parameters
     ----------
     tag : str
-        What the server's job is found by.
+        Tag by which the server finds its job.
     start, stop : int
         The bound circuits that it runs, `start` to `stop - 1`.
     shots : int
@@ -119,7 +119,7 @@ class PartRecord(_Record):
     id : str or None
         The server's id of the job, None before it is known.
     state : JobState
-        When the server was last asked.
+        State when the server was last asked.
     reason : str or None
         Why it failed.
     """
@@ -205,7 +205,7 @@ def record_job(folder: Path, request: Request | None, blocks: Sequence[Block], *
     Parameters
     ----------
     folder : Path
-        Where the record goes; made if it is missing.
+        Where the record goes; created if it is missing.
     request : Request or None
         What the circuits are run for, kept whole, so that it can be rebuilt after a restart.
     blocks : sequence of Block
@@ -389,10 +389,10 @@ def read_request(path: Path, record: JobRecord, loader: Loader | None = None) ->
         return None
     if isinstance(request, CalibrationRecord):
         return request.request()
-    kept = _rows_path(path)
-    p = torch.from_numpy(load_array(kept, "p"))
+    rows_path = _rows_path(path)
+    p = torch.from_numpy(load_array(rows_path, "p"))
     if p.shape != (request.rows, request.keys) or p.dtype != torch.float64:
-        raise StorageError(f"{kept} does not hold the {request.rows} rows of {request.keys} keys.")
+        raise StorageError(f"{rows_path} does not hold the {request.rows} rows of {request.keys} keys.")
     return request.request(p, loader)
 
 

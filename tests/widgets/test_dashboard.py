@@ -25,8 +25,8 @@ import qtx_lab as qtx
 from qtx_lab import cli
 from qtx_lab.errors import ArgumentError, StorageError
 from qtx_lab.specs import ExperimentSpec, NotebookSpec, SweepSpec
-from qtx_lab.widgets.dashboard import figures, maps, serve
-from qtx_lab.widgets.dashboard.page import Page
+from qtx_lab.widgets.dashboard import figures, frames, maps, serve
+from qtx_lab.widgets.dashboard.page import DashboardPage
 from qtx_lab.widgets.dashboard.records import Records
 from qtx_lab.widgets.dashboard.server import is_loopback, read_report
 
@@ -478,7 +478,7 @@ def test_what_no_table_can_hold_costs_a_warning(tmp_path: Path) -> None:
     records.look()
     assert (len(records.listing.table), records.listing.trouble) == (1, "")
     (tmp_path / "file").write_text("no folder")
-    page = Page(Records(tmp_path / "file"), "light")
+    page = DashboardPage(Records(tmp_path / "file"), "light")
     assert "Not a directory" in page.foot.object
     for name in ("Live", "Error", "Heads", "Devices", "Jobs"):
         view = page.views[name]
@@ -492,15 +492,15 @@ def test_how_far_a_sweep_is(tmp_path: Path) -> None:
         run = qtx.Run.create(NotebookSpec(notebook="x"), "x", tmp_path, sweep={"name": sweep.path.name})
         if status != "running":
             run.finish(status, "why" if status == "failed" else None)
-    page = Page(Records(tmp_path), "light")
+    page = DashboardPage(Records(tmp_path), "light")
     view = page.views["Live"]
     view.state()
-    told, _ = view.prepare(page.records.listing, page.filtered(page.records.listing))
+    told = view.prepare(page.records.listing, page.filtered(page.records.listing)).sweeps
     assert "4 of 8 notebooks have ended (1 running, 2 done, 1 failed, 1 from earlier sweeps); about" in told
     assert "max='8' value='4'" in told
     sweep.update(results={"notebooks": "many"})
     page.records.look()
-    assert view.prepare(page.records.listing, page.records.listing.table)[0] == ""
+    assert view.prepare(page.records.listing, page.records.listing.table).sweeps == ""
 
 
 def test_over_runs_is_students_interval_of_the_mean() -> None:
@@ -509,21 +509,21 @@ def test_over_runs_is_students_interval_of_the_mean() -> None:
     frame = pd.DataFrame(
         {"sampler": "a", "num_samples": 8, "error": values, "half_width": 9.0, "run": list("abcde")}
     )
-    (row,) = figures.over_runs(frame, ("sampler", "num_samples"), "error").to_dict("records")
+    (row,) = frames.over_runs(frame, ("sampler", "num_samples"), "error").to_dict("records")
     low, high = stats.t.interval(0.95, 4, values.mean(), stats.sem(values))
     assert row["error"] == pytest.approx(values.mean())
     assert 2 * row["half_width"] == pytest.approx(high - low)
-    (row,) = figures.over_runs(frame[:1], ("sampler", "num_samples"), "error").to_dict("records")
+    (row,) = frames.over_runs(frame[:1], ("sampler", "num_samples"), "error").to_dict("records")
     assert (row["half_width"], row["runs"]) == (9.0, 1)  # the run's own
 
 
 def test_a_thinned_curve_keeps_its_extremes() -> None:
     rng = np.random.default_rng(2)
-    for size in (10, figures.POINTS + 1, 100_003):
+    for size in (10, frames.MAX_POINTS + 1, 100_003):
         y = rng.normal(size=size)
         y[size // 3], y[size // 2] = 50, np.nan
-        x, kept = figures.thinned(np.arange(size), y)
-        assert len(x) <= figures.POINTS + 4
+        x, kept = frames.thinned(np.arange(size), y)
+        assert len(x) <= frames.MAX_POINTS + 4
         assert (np.nanmin(kept), np.nanmax(kept)) == (np.nanmin(y), np.nanmax(y))
         assert (x[0], x[-1]) == (0, size - 1)
         assert (np.diff(x) > 0).all()
@@ -562,12 +562,12 @@ FOREIGN = {
 @pytest.mark.parametrize("kind", FOREIGN)
 def test_anybodys_metrics_are_drawn_or_left_out(kind: str, tmp_path: Path) -> None:
     """Every view of a page over a run whose metrics hold anything."""
-    from qtx_lab.widgets.dashboard.page import Page
+    from qtx_lab.widgets.dashboard.page import DashboardPage
 
     run = qtx.Run.create(NotebookSpec(notebook="x"), "anybody", tmp_path)
     qtx.storage.write_frame(run.path / "metrics.parquet", pd.DataFrame(FOREIGN[kind]))
     (run.path / "spec.yaml").write_text("- a list\n")
-    page = Page(Records(tmp_path), "light")
+    page = DashboardPage(Records(tmp_path), "light")
     for name, view in page.views.items():
         page.nav.value = name
         listing = page.records.listing
@@ -580,9 +580,9 @@ def test_anybodys_metrics_are_drawn_or_left_out(kind: str, tmp_path: Path) -> No
 
 
 def test_ten_thousand_runs_are_paged(tmp_path: Path) -> None:
-    from qtx_lab.widgets.dashboard.page import Page
+    from qtx_lab.widgets.dashboard.page import DashboardPage
 
-    page = Page(Records(tmp_path), "light")
+    page = DashboardPage(Records(tmp_path), "light")
     n = 10_000
     table = pd.DataFrame(
         {

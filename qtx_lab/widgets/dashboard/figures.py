@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import holoviews as hv
@@ -11,17 +11,14 @@ import numpy as np
 import pandas as pd
 from bokeh.core.properties import value
 from bokeh.models.annotations import ColorBar, TeeHead
-from scipy import stats
 
 from ... import theme as look
+from . import frames
 
 hv.Store.set_current_backend("bokeh")
 
 HEIGHT = 430
 """Pixels."""
-
-POINTS = 2000
-"""A curve with more points is thinned for the screen: of every stretch the lowest and the highest stay."""
 
 MARKERS = {"o": "circle", "^": "triangle", "s": "square", "D": "diamond", "v": "inverted_triangle"}
 MARKERS |= {"P": "square_cross", "X": "x", "*": "star", "": "circle"}
@@ -118,40 +115,6 @@ def _names_at_ends(
     )
 
 
-def numbers(frame: pd.DataFrame, *columns: str) -> pd.DataFrame:
-    """The rows that have a finite number, or a text that is one, in each of these columns."""
-    frame = frame.assign(
-        **{c: pd.to_numeric(frame[c], errors="coerce").astype("Float64").astype("float64") for c in columns}
-    )
-    return frame[np.isfinite(frame[list(columns)]).all(axis=1)]
-
-
-def positive(frame: pd.DataFrame, *columns: str) -> pd.DataFrame:
-    """The rows that have a positive finite number in each of these columns."""
-    frame = numbers(frame, *columns)
-    return frame[(frame[list(columns)] > 0).all(axis=1)]
-
-
-def over_runs(frame: pd.DataFrame, by: Sequence[str], metric: str) -> pd.DataFrame:
-    """Mean of a metric over runs, half of its 95 % interval, and the runs: columns `by`, the metric, half_width, runs.
-
-    Of several runs the interval is Student's, over the runs; of one run it is the run's own, where it has one.
-    """
-    own = frame["half_width"] if "half_width" in frame else pd.Series(np.nan, frame.index)
-    frame = frame.assign(half_width=pd.to_numeric(own, errors="coerce"))
-    single = frame.groupby([*by, "run"], as_index=False)[[metric, "half_width"]].mean()
-    rows = []
-    for key, part in single.groupby(list(by)):
-        n = len(part)
-        width = (
-            stats.t.ppf(0.975, n - 1) * part[metric].std() / np.sqrt(n)
-            if n > 1
-            else part["half_width"].iloc[0]
-        )
-        rows.append((*key, part[metric].mean(), np.nan_to_num(width), n))
-    return pd.DataFrame(rows, columns=[*by, metric, "half_width", "runs"])
-
-
 def _bars(part: pd.DataFrame, x: str, y: str, colour: str) -> hv.ErrorBars:
     below = np.minimum(
         part["half_width"], part[y] * (1 - 1e-9)
@@ -181,7 +144,7 @@ def error_against_draws(frame: pd.DataFrame, metric: str, theme: str) -> hv.Over
 
     frame: columns `run`, `sampler`, `num_samples`, the metric, and `half_width` where there is one.
     """
-    mean = over_runs(frame, ("sampler", "num_samples"), metric)
+    mean = frames.over_runs(frame, ("sampler", "num_samples"), metric)
     low, high = _limits(mean[metric])
     counts = np.sort(mean["num_samples"].unique())
     layers: list[Any] = []
@@ -247,7 +210,7 @@ def distance_against_shots(frame: pd.DataFrame, theme: str) -> hv.Overlay:
     frame: columns `run`, `device`, `loader`, `shots`, `distance`, and `half_width` and `classical` where there are.
     """
     c = look.colours_of(theme)
-    mean = over_runs(frame, ("device", "loader", "shots"), "distance")
+    mean = frames.over_runs(frame, ("device", "loader", "shots"), "distance")
     low, high = _limits(mean["distance"])
     layers: list[Any] = []
     ends: dict[str, tuple[float, float, str]] = {}
@@ -304,7 +267,7 @@ def fidelity_against_qubits(frame: pd.DataFrame, theme: str) -> hv.Overlay:
 
     frame: columns `run`, `device`, `loader`, `m`, `fidelity`.
     """
-    mean = over_runs(frame, ("device", "loader", "m"), "fidelity")
+    mean = frames.over_runs(frame, ("device", "loader", "m"), "fidelity")
     ends: dict[str, tuple[float, float, str]] = {}
     layers = _points(mean, "m", "fidelity", theme, ends)
     low = min(0.9, mean["fidelity"].min()) - 0.03
@@ -351,20 +314,6 @@ def variance_by_head(frame: pd.DataFrame, theme: str) -> hv.Overlay:
     )  # fmt: skip
 
 
-def thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """At most about `POINTS` of a curve's points: of every stretch the lowest and the highest, and the last."""
-    if len(x) <= POINTS:
-        return x, y
-    size = -(-2 * len(x) // POINTS)
-    starts = np.arange(0, len(x) - size + 1, size)
-    blocks = y[: len(starts) * size].reshape(-1, size)
-    filled = np.where(np.isnan(blocks), np.inf, blocks), np.where(np.isnan(blocks), -np.inf, blocks)
-    keep = np.unique(
-        np.concatenate((starts + filled[0].argmin(1), starts + filled[1].argmax(1), [0, len(x) - 1]))
-    )
-    return x[keep], y[keep]
-
-
 def live_curves(
     curves: Mapping[str, tuple[np.ndarray, np.ndarray]],
     colours: Mapping[str, str],
@@ -376,7 +325,7 @@ def live_curves(
     lines: list[Any] = []
     for run, (across, up) in curves.items():
         colour = colours[run]
-        across, up = thinned(np.asarray(across, float), np.asarray(up, float))
+        across, up = frames.thinned(np.asarray(across, float), np.asarray(up, float))
         lines.append(
             hv.Curve((across, up), x, metric).opts(
                 color=colour, line_width=2, tools=["hover"], framewise=True

@@ -20,20 +20,24 @@ from ...experiments.listing import COLUMNS
 from ...experiments.runs import runs
 from ...storage import database, runs_home
 
-PERIOD = 0.5
+RUNNING_POLL_S = 0.5
 """Seconds between two looks at what is running: at most two a second, however many people watch."""
 
-LISTING = 2.0
+LISTING_POLL_S = 2.0
 """Seconds between two listings of the folder, or four times what a listing takes, if that is longer."""
 
-KEPT = 2000
+MAX_CACHED_FILES = 2000
 """Files whose content is kept until they change."""
 
-MOST = 200
+MAX_RUNS = 200
 """Runs whose metrics are drawn together: the newest of those that the filters leave."""
 
-ASKED = ("sampler", "num_samples", "device", "loader", "shots")
+PARAMETER_COLUMNS = ("sampler", "num_samples", "device", "loader", "shots")
 """Parameters of a run that stand in for a column which its metrics lack."""
+
+
+Skipped = tuple[tuple[str, str], ...]
+"""(folder, reason) of what could not be read."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class Listing:
     """Grows by one with every change."""
     table: pd.DataFrame
     """As of `qtx_lab.runs`, and `report`: whether the run has one."""
-    skipped: tuple[tuple[str, str], ...]
+    skipped: Skipped
     """(folder, why) of what is no readable run."""
     jobs: pd.DataFrame
     """tag, run, device, state, rows, shots, recorded: as last known, no server is asked."""
@@ -57,10 +61,10 @@ class Rows:
     """Metrics of several runs, one below the other, with the columns `run` and `name`."""
 
     frame: pd.DataFrame
-    skipped: tuple[tuple[str, str], ...] = ()
+    skipped: Skipped = ()
     """(run, why) of metrics that cannot be read."""
     left_out: int = 0
-    """Older runs beyond `MOST`."""
+    """Older runs beyond `MAX_RUNS`."""
 
 
 @dataclass
@@ -97,7 +101,7 @@ class Records:
             start = time.monotonic()
             self.look()
             took = time.monotonic() - start
-            time.sleep(max(LISTING - took, 4 * took))
+            time.sleep(max(LISTING_POLL_S - took, 4 * took))
 
     def look(self) -> None:
         """List the folder now; `listing` is replaced if anything differs."""
@@ -169,10 +173,10 @@ class Records:
     def rows(self, table: pd.DataFrame, *needed: str) -> Rows:
         """Metrics of the runs of a table that have all columns `needed`, where they have values.
 
-        A column that a run's metrics lack is filled from what was asked of it, see `ASKED`.
+        A column that a run's metrics lack is filled from what was asked of it, see `PARAMETER_COLUMNS`.
         """
         frames, skipped = [], []
-        for run, name in table[["run", "name"]].head(MOST).itertuples(index=False):
+        for run, name in table[["run", "name"]].head(MAX_RUNS).itertuples(index=False):
             try:
                 frame = self.metrics(run)
             except QtxError as error:
@@ -183,7 +187,7 @@ class Records:
             asked = self.parameters(run)
             lacking = {
                 key: asked[key]
-                for key in ASKED
+                for key in PARAMETER_COLUMNS
                 if key not in frame and isinstance(asked.get(key), str | int | float)
             }
             frame = frame.assign(run=run, name=name, **lacking)
@@ -192,7 +196,7 @@ class Records:
                 if len(frame):
                     frames.append(frame)
         together = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=[*needed, "run"])
-        return Rows(together, tuple(skipped), max(0, len(table) - MOST))
+        return Rows(together, tuple(skipped), max(0, len(table) - MAX_RUNS))
 
     def _kept(self, path: Path, read: Any) -> Any:
         """The content of a file, kept until the file changes; None where there is none."""
@@ -211,7 +215,7 @@ class Records:
             with self._turn:
                 self._files[path] = (mark, content)
                 self._files.move_to_end(path)
-                while len(self._files) > KEPT:
+                while len(self._files) > MAX_CACHED_FILES:
                     self._files.popitem(last=False)
         if isinstance(content, QtxError):
             raise content

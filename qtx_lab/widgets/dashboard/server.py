@@ -23,20 +23,22 @@ from ... import theme as look
 from ...errors import ArgumentError
 from ...storage import runs_home
 from . import maps
-from .page import page
+from .page import make_page
 from .records import Records
 
-PORT = 5006
-SHORTEST = 16
+DEFAULT_PORT = 5006
+MIN_TOKEN_LENGTH = 16
 """Characters of a token that guards a public address."""
-PAUSE = 1.0
+WRONG_TOKEN_DELAY_S = 1.0
 """Seconds that a wrong token costs."""
 
-SHEET = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; sandbox allow-downloads allow-popups"
+REDEFAULT_PORT_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; img-src data:; sandbox allow-downloads allow-popups"
+)
 """What a report may do: a run folder may be anybody's, and its page is shown under our address."""
 
 
-class Door(AuthProvider):
+class TokenAuth(AuthProvider):
     """Lets in who gave the token; where none is needed, who came by a loopback name.
 
     The name is checked so that no page of another site reaches the dashboard through a name that it points at
@@ -74,7 +76,7 @@ class Door(AuthProvider):
 
     @property
     def login_handler(self) -> type[RequestHandler]:
-        return Login
+        return LoginHandler
 
     @property
     def logout_url(self) -> None:
@@ -85,7 +87,7 @@ class Door(AuthProvider):
         return None
 
 
-class Login(RequestHandler):
+class LoginHandler(RequestHandler):
     """Asks for the token; `?token=` in a link answers at once."""
 
     async def get(self) -> None:
@@ -100,7 +102,7 @@ class Login(RequestHandler):
     async def _try(self, given: str) -> None:
         door = self.application.auth_provider  # type: ignore[attr-defined]
         if door.token is not None and not hmac.compare_digest(given.encode(), door.token.encode()):
-            await asyncio.sleep(PAUSE)
+            await asyncio.sleep(WRONG_TOKEN_DELAY_S)
             self.set_status(403)
             self._ask("This is not the token.")
             return
@@ -129,7 +131,7 @@ class Login(RequestHandler):
         )
 
 
-class Report(AuthRequestHandler):
+class ReportHandler(AuthRequestHandler):
     """The report of a run, by the name of its folder, and nothing else of the disk."""
 
     def initialize(self, home: Path) -> None:
@@ -140,7 +142,7 @@ class Report(AuthRequestHandler):
         content = await asyncio.to_thread(read_report, self.home, unquote(name))
         if content is None:
             raise HTTPError(404, reason="No such report")
-        self.set_header("Content-Security-Policy", SHEET)
+        self.set_header("Content-Security-Policy", REDEFAULT_PORT_POLICY)
         self.set_header("X-Content-Type-Options", "nosniff")
         self.set_header("Cache-Control", "no-cache")
         self.finish(content)
@@ -168,7 +170,7 @@ def is_loopback(host: str) -> bool:
 def serve(
     home: str | Path | None = None,
     *,
-    port: int = PORT,
+    port: int = DEFAULT_PORT,
     address: str = "127.0.0.1",
     token: str | None = None,
     prefix: str = "",
@@ -216,15 +218,15 @@ def serve(
     where: dict[str, Any] = {"unix_socket": str(socket)} if socket else {"port": port, "address": address}
     try:
         server = pn.io.server.get_server(
-            {"/": lambda: page(records, prefix)},  # a partial would not be called
+            {"/": lambda: make_page(records, prefix)},  # a partial would not be called
             title={"/": "qtx_lab dashboard"},
             prefix=prefix,
             # Who may connect is decided by the cookie and by signed sessions, which no other site's page has.
             websocket_origin="*",
             secret_key=secrets.token_urlsafe(32),
             sign_sessions=True,
-            auth_provider=Door(token, f"qtx-lab-{secrets.token_hex(4)}", any_host=socket is not None),
-            extra_patterns=[(r"/report/([^/]+)", Report, {"home": records.home})],
+            auth_provider=TokenAuth(token, f"qtx-lab-{secrets.token_hex(4)}", any_host=socket is not None),
+            extra_patterns=[(r"/report/([^/]+)", ReportHandler, {"home": records.home})],
             **where,
         )
     except OSError as error:
@@ -248,9 +250,9 @@ def _check_token(address: str, token: str | None) -> None:
     if token is None:
         raise ArgumentError(
             f"address={address!r} can be reached from outside, and token=None: give one with --token or QTX_LAB_TOKEN "
-            f"({SHORTEST} characters or more), or listen on 127.0.0.1 and come by ssh -L."
+            f"({MIN_TOKEN_LENGTH} characters or more), or listen on 127.0.0.1 and come by ssh -L."
         )
-    if len(token) < SHORTEST:
+    if len(token) < MIN_TOKEN_LENGTH:
         raise ArgumentError(
-            f"token has {len(token)} characters; on address={address!r} it must have {SHORTEST} or more."
+            f"token has {len(token)} characters; on address={address!r} it must have {MIN_TOKEN_LENGTH} or more."
         )

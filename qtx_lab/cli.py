@@ -1,15 +1,17 @@
-"""The command line, `qtx-lab`."""
+"""The command line, `qtx-lab`. Heavy modules are imported by the commands that need them."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -17,17 +19,26 @@ from . import __version__
 from .errors import ArgumentError, BackendUnavailable, QtxError, RunFailed, StorageError
 from .storage import runs_home
 
+if TYPE_CHECKING:
+    from .backends.ibm.jobs import DeviceJob
+    from .specs import ClusterSpec
+
 
 def _one_line(error: BaseException) -> str:
+    """An error's message and notes in one line."""
     notes = getattr(error, "__notes__", [])
     text = f"{error} ({'; '.join(notes)})" if notes else str(error)
     return " ".join(text.split())
 
 
 class Commands(click.Group):
-    """Commands whose errors are one line and an exit code: 1 a run that failed, 2 what was not allowed."""
+    """Commands that report an error in one line and by an exit code.
+
+    The code is 1 if a run failed, 2 if something was not allowed or not possible, and 130 after Ctrl-C.
+    """
 
     def invoke(self, ctx: click.Context) -> Any:
+        """Run a command."""
         try:
             return super().invoke(ctx)
         except QtxError as error:
@@ -38,16 +49,17 @@ class Commands(click.Group):
             ctx.exit(130)
 
 
-class Names(click.ParamType):
-    """A list separated by commas."""
+class CommaList(click.ParamType):
+    """A list of values of one type, separated by commas; its name is an example of such a list."""
 
-    def __init__(self, name: str, item: type):
+    def __init__(self, name: str, item_type: type):
         self.name = name
-        self.item = item
+        self.item_type = item_type
 
     def convert(self, value: Any, param: Any, ctx: Any) -> tuple[Any, ...]:
+        """The values of a text."""
         try:
-            return tuple(self.item(part.strip()) for part in value.split(",") if part.strip())
+            return tuple(self.item_type(part.strip()) for part in value.split(",") if part.strip())
         except ValueError:
             self.fail(f"{value!r} is not a list like {self.name}.", param, ctx)
 
@@ -65,19 +77,21 @@ def main() -> None:
 
 @main.command()
 @click.option("--text", metavar="FILE", help="A UTF-8 text file [default: the shipped held-out text].")
-@click.option("--samplers", type=Names("a,b", str), help="Samplers compared.")
-@click.option("--sample-counts", type=Names("8,16", int), help="Draws a row at which they are compared.")
-@click.option("--sampler", metavar="NAME", help="Sampler of the attention maps.")
+@click.option("--samplers", type=CommaList("a,b", str), help="Samplers to compare.")
+@click.option(
+    "--sample-counts", type=CommaList("8,16", int), help="Numbers of draws a row at which they are compared."
+)
+@click.option("--sampler", metavar="NAME", help="Sampler that the attention maps show.")
 @click.option("--layer", type=int, help="Layer whose attention is shown.")
 @click.option("--head", type=int, help="Head whose attention is shown.")
-@click.option("--num-tokens", type=int, help="Length of a window of text, bytes [default: 512].")
-@click.option("--num-windows", type=int, help="Windows over which bits per byte are averaged.")
-@click.option("--seed", type=int, help="Seed of every random number.")
+@click.option("--num-tokens", type=int, help="Length of a window of text in bytes [default: 512].")
+@click.option("--num-windows", type=int, help="Number of windows over which bits per byte are averaged.")
+@click.option("--seed", type=int, help="Seed of all random numbers.")
 @home_option
 def demo(home: Path | None, **options: Any) -> None:
     """Run the quickstart on real text and write its report; the last line is the report's path.
 
-    Takes less than a minute on two cores. A text needs at least one byte more than a window has.
+    It takes less than a minute on two cores. A text must be at least one byte longer than a window.
     """
     from .experiments.notebooks import run_notebook
     from .specs import ExperimentSpec
@@ -98,15 +112,16 @@ def run(notebook: str, parameters: tuple[tuple[str, str], ...], name: str | None
     """Execute NOTEBOOK, a file or a shipped one, in a run folder; the last line is the report's path."""
     from .experiments.notebooks import run_notebook
 
-    done = run_notebook(notebook, _parsed(parameters), home=home, name=name)
-    _print_run(done.path, done.manifest)
+    finished = run_notebook(notebook, _parameters(parameters), home=home, name=name)
+    _print_run(finished.path, finished.manifest)
 
 
-def _parsed(parameters: tuple[tuple[str, str], ...]) -> dict[str, Any]:
+def _parameters(options: tuple[tuple[str, str], ...]) -> dict[str, Any]:
+    """The values of `-p NAME VALUE` options."""
     from .specs import read_yaml
 
     values: dict[str, Any] = {}
-    for name, text in parameters:
+    for name, text in options:
         if name in values:
             raise ArgumentError(f"-p {name} is given more than once.")
         try:
@@ -117,6 +132,7 @@ def _parsed(parameters: tuple[tuple[str, str], ...]) -> dict[str, Any]:
 
 
 def _print_run(path: Path, manifest: dict[str, Any]) -> None:
+    """Print a run's summary, its status and, last, the path of its report."""
     summary = manifest["results"].get("summary", [])
     for sentence in [summary] if isinstance(summary, str) else summary:
         click.echo(sentence)
@@ -133,13 +149,17 @@ def _print_run(path: Path, manifest: dict[str, Any]) -> None:
     "-p", "--parameter", "parameters", nargs=2, multiple=True, metavar="NAME VALUE", help="VALUE is YAML."
 )
 @click.option("--repeats", type=int, default=1, show_default=True, help="Runs of each combination.")
-@click.option("--seed", type=int, default=0, show_default=True, help="What the repeats' seeds come from.")
-@click.option("--workers", type=int, help="Processes on this machine [default: one a core].")
 @click.option(
-    "--cluster", metavar="SPEC|ADDRESS", help="A Dask cluster instead: a YAML file, or a scheduler's address."
+    "--seed", type=int, default=0, show_default=True, help="Seed from which the repeats' seeds are derived."
+)
+@click.option("--workers", type=int, help="Number of processes on this machine [default: one for each core].")
+@click.option(
+    "--cluster",
+    metavar="SPEC|ADDRESS",
+    help="A Dask cluster to use instead: a YAML file, or a scheduler's address.",
 )
 @click.option("--measure", metavar="NAME", help="The result that the figure shows [default: the first].")
-@click.option("--resume", is_flag=True, help="Run only what an earlier sweep has not done.")
+@click.option("--resume", is_flag=True, help="Run only the notebooks that no earlier sweep has done.")
 @home_option
 def sweep(
     notebook: str,
@@ -151,10 +171,25 @@ def sweep(
 ) -> None:
     """Run NOTEBOOK for every combination of values; the last line is the report's path."""
     from .experiments.sweeps import sweep as run_sweep
-    from .specs import ClusterSpec, read_yaml
+    from .specs import ClusterSpec
+
+    place: ClusterSpec | str | None = cluster
+    if cluster is not None and "://" not in cluster:
+        place = ClusterSpec.from_yaml(Path(cluster))
+    finished = run_sweep(
+        notebook, _grid(grid), parameters=_parameters(parameters), cluster=place, home=home, **options
+    )
+    _print_run(finished.path, finished.manifest)
+    if finished.status != "done":
+        sys.exit(1)
+
+
+def _grid(options: tuple[str, ...]) -> dict[str, Any]:
+    """The values of `-g NAME=A,B` options."""
+    from .specs import read_yaml
 
     values: dict[str, Any] = {}
-    for text in grid:
+    for text in options:
         name, _, listed = text.partition("=")
         if not listed or name in values:
             raise ArgumentError(f"-g {text!r} is not allowed: it must be NAME=A,B, each name once.")
@@ -162,17 +197,11 @@ def sweep(
             values[name] = read_yaml(f"[{listed}]")
         except ValueError:
             raise ArgumentError(f"-g {text!r} is not allowed: the values must be valid YAML.") from None
-    where = None
-    if cluster is not None:
-        where = cluster if "://" in cluster else ClusterSpec.from_yaml(Path(cluster))
-    done = run_sweep(notebook, values, parameters=_parsed(parameters), cluster=where, home=home, **options)
-    _print_run(done.path, done.manifest)
-    if done.status != "done":
-        sys.exit(1)
+    return values
 
 
 @main.command()
-@click.option("--full", is_flag=True, help="Execute each with its own parameters, one after the other.")
+@click.option("--full", is_flag=True, help="Execute each with its default parameters, one after the other.")
 @home_option
 def notebooks(full: bool, home: Path | None) -> None:
     """List the shipped notebooks, or execute them all in full."""
@@ -184,8 +213,9 @@ def notebooks(full: bool, home: Path | None) -> None:
             click.echo(path)
             continue
         try:
-            done = run_notebook(path, home=home)
-            click.echo(f"{path.stem}: done in {done.manifest['seconds']:.1f} s; {done.path / 'report.html'}")
+            finished = run_notebook(path, home=home)
+            seconds = finished.manifest["seconds"]
+            click.echo(f"{path.stem}: done in {seconds:.1f} s; {finished.path / 'report.html'}")
         except RunFailed as error:
             failed.append(path.stem)
             click.echo(f"{path.stem}: {_one_line(error)}", err=True)
@@ -195,10 +225,12 @@ def notebooks(full: bool, home: Path | None) -> None:
 
 @main.command(name="runs")
 @home_option
-@click.option("--where", metavar="SQL", help="Only these, as \"status = 'done' and results.coverage > 0.9\".")
+@click.option(
+    "--where", metavar="SQL", help="List only these, as \"status = 'done' and results.coverage > 0.9\"."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--export", type=click.Choice(["csv", "parquet"]), help="Write all columns to standard output.")
-@click.option("--mlflow", metavar="URI", help="Copy them to an MLflow server, each once.")
+@click.option("--mlflow", metavar="URI", help="Copy the runs to an MLflow server, each once.")
 def list_runs(
     home: Path | None, where: str | None, as_json: bool, export: str | None, mlflow: str | None
 ) -> None:
@@ -223,13 +255,17 @@ def list_runs(
 
         click.echo(f"{export_to_mlflow(table, mlflow)} of {len(table)} runs copied to {mlflow}.")
     elif table.empty:
-        none = "No run fits" if where else "No runs"
-        click.echo(f"{none} in {runs_home(home)}{'' if where else ' yet. `qtx-lab demo` makes one'}.")
+        if where:
+            click.echo(f"No run fits in {runs_home(home)}.")
+        else:
+            click.echo(f"No runs in {runs_home(home)} yet. `qtx-lab demo` makes one.")
     else:
-        shown = table[["run", "name", "status", "started", "seconds", "path"]].copy()
-        shown["started"] = shown["started"].dt.strftime("%Y-%m-%d %H:%M:%S")
-        shown["seconds"] = [f"{seconds:.1f}" if seconds == seconds else "" for seconds in shown["seconds"]]
-        _print_columns(list(shown.columns), shown.astype(str).to_numpy().tolist())
+        columns = table[["run", "name", "status", "started", "seconds", "path"]].copy()
+        columns["started"] = columns["started"].dt.strftime("%Y-%m-%d %H:%M:%S")
+        columns["seconds"] = [
+            "" if math.isnan(seconds) else f"{seconds:.1f}" for seconds in columns["seconds"]
+        ]
+        _print_columns(list(columns.columns), columns.astype(str).to_numpy().tolist())
     for folder, reason in skipped:
         click.echo(f"skipped {folder}: {reason}", err=True)
 
@@ -250,6 +286,7 @@ def spec(kind: str) -> None:
 
 
 def _print_columns(names: list[str], rows: list[list[str]]) -> None:
+    """Print a table whose columns are as wide as their texts."""
     widths = [max(map(len, column)) for column in zip(names, *rows, strict=True)]
     for row in (names, *rows):
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
@@ -263,55 +300,64 @@ def _print_columns(names: list[str], rows: list[list[str]]) -> None:
 )
 @click.option("--cancel", metavar="TAG", help="Cancel a job.")
 def jobs(home: Path | None, fetch: str | None, cancel: str | None) -> None:
-    """List the jobs on devices, newest first, and ask where they are. A part of a TAG will do."""
+    """List the jobs on devices, newest first, with their present states. A part of a TAG is enough."""
     from .backends.ibm.jobs import find_jobs
-    from .backends.ibm.remote import Unreachable
 
-    asked = [tag for tag in (fetch, cancel) if tag is not None]
-    if len(asked) > 1:
+    if fetch is not None and cancel is not None:
         raise ArgumentError("--fetch and --cancel are not allowed together.")
-    if "" in asked:
+    tag = cancel if fetch is None else fetch
+    if tag == "":
         raise ArgumentError("An empty TAG is not allowed: see `qtx-lab jobs`.")
     with warnings.catch_warnings(record=True) as skipped:
         warnings.simplefilter("always")
-        found = find_jobs(home, tag=asked[0] if asked else None)
+        matches = find_jobs(home, tag=tag)
     for warning in skipped:
         click.echo(f"skipped: {warning.message}", err=True)
-    if asked:
-        text = asked[0]
-        if len(found) != 1:
-            raise ArgumentError(
-                f"{text!r} is in the tags of {len(found)} jobs; it must be in one's: see `qtx-lab jobs`."
-            )
-        if cancel is not None:
-            found[0].cancel()
-            click.echo(f"{found[0].tag} is {found[0].last_known}")
-        else:
-            click.echo(found[0].save_counts())
+    if tag is None:
+        _list_jobs(matches, runs_home(home))
         return
-    silent, troubles, rows = False, [], []
-    for job in found:
+    if len(matches) != 1:
+        raise ArgumentError(
+            f"{tag!r} is in the tags of {len(matches)} jobs; it must be in one: see `qtx-lab jobs`."
+        )
+    job = matches[0]
+    if cancel is not None:
+        job.cancel()
+        click.echo(f"{job.tag} is {job.last_known}")
+    else:
+        click.echo(job.save_counts())
+
+
+def _list_jobs(jobs: Sequence[DeviceJob], home: Path) -> None:
+    """Print a table of jobs, and whatever kept their states from being asked or recorded."""
+    from .backends.ibm.remote import Unreachable
+
+    server_is_silent, problems, rows = False, [], []
+    for job in jobs:
         try:
             status, record = job.last_known, job.record
-        except StorageError as error:  # gone, or broken, since it was found
+        except StorageError as error:  # the record was deleted or broken after it was listed
             click.echo(f"skipped: {error}", err=True)
             continue
         try:
-            status = status if silent else job.status()
+            status = status if server_is_silent else job.status()
         except BackendUnavailable as error:
-            silent = isinstance(error, Unreachable)  # each question to a silent server takes long
-            troubles.append(f"The server could not be asked; states are those last known. {_one_line(error)}")
+            server_is_silent = isinstance(error, Unreachable)  # each further question would take long
+            problems.append(f"The server could not be asked; states are those last known. {_one_line(error)}")
         except StorageError as error:
-            troubles.append(f"What the server said cannot be kept; states are those last known. {error}")
-        run = job.path.parent.parent.name if job.path.parent.parent != runs_home(home) else ""
+            problems.append(
+                f"The server's answer could not be recorded; states are those last known. {error}"
+            )
+        folder = job.path.parent.parent
+        run = "" if folder == home else folder.name
         size = f"{record.circuits} × {record.shots}"
         rows.append([job.tag, run, record.device, str(status), size, f"{record.recorded:%Y-%m-%d %H:%M:%S}"])
     if rows:
         _print_columns(["tag", "run", "device", "state", "rows × shots", "recorded"], rows)
     else:
-        click.echo(f"No jobs in {runs_home(home)}.")
-    for trouble in dict.fromkeys(troubles):
-        click.echo(trouble, err=True)
+        click.echo(f"No jobs in {home}.")
+    for problem in dict.fromkeys(problems):
+        click.echo(problem, err=True)
 
 
 @main.command()
@@ -333,21 +379,23 @@ def lab(arguments: tuple[str, ...]) -> None:
 
     offline = ["--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
     command = [sys.executable, "-m", "jupyterlab", f"--notebook-dir={notebooks_folder()}"]
-    # Kernels start in the notebooks' folder, the dashboard here: both are told of one folder of runs.
+    # Kernels start in the notebooks' folder and the dashboard in this one: both get the same folder of runs.
     home = {"QTX_LAB_HOME": str(runs_home().resolve())}
-    done = subprocess.run([*command, *offline, *arguments], env={**os.environ, **home}, check=False)
-    sys.exit(done.returncode)
+    process = subprocess.run([*command, *offline, *arguments], env={**os.environ, **home}, check=False)
+    sys.exit(process.returncode)
 
 
 @main.command()
 @home_option
-@click.option("--port", type=click.IntRange(0, 65_535), help="0: any that is free [default: 5006].")
+@click.option("--port", type=click.IntRange(0, 65_535), help="Port; 0 means any free one [default: 5006].")
 @click.option(
-    "--address", help="Where to listen; a token is needed beyond this machine [default: 127.0.0.1]."
+    "--address", help="Address to listen at; beyond this machine a token is needed [default: 127.0.0.1]."
 )
-@click.option("--token", envvar="QTX_LAB_TOKEN", help="What visitors must give [default: $QTX_LAB_TOKEN].")
-@click.option("--prefix", metavar="PATH", help="Path under which a reverse proxy shows it.")
-@click.option("--socket", type=click.Path(path_type=Path), help="Listen on this Unix socket, not on a port.")
+@click.option(
+    "--token", envvar="QTX_LAB_TOKEN", help="Token that visitors must give [default: $QTX_LAB_TOKEN]."
+)
+@click.option("--prefix", metavar="PATH", help="Path under which a reverse proxy serves it.")
+@click.option("--socket", type=click.Path(path_type=Path), help="Unix socket to listen at instead of a port.")
 def dashboard(home: Path | None, **options: Any) -> None:
     """Serve the dashboard of all runs, live and read only, until Ctrl-C; prints its address."""
     from .widgets.dashboard import serve
@@ -357,9 +405,10 @@ def dashboard(home: Path | None, **options: Any) -> None:
 
 
 class TrainCommand(click.Command):
-    """A command with a flag for each field of `TrainSpec`, which is loaded only when it is needed."""
+    """A command with a flag for each field of `TrainSpec`, which is imported only when it is needed."""
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """The command's own parameters, and a flag for each field."""
         from .specs import TrainSpec
 
         flags = []
@@ -370,7 +419,10 @@ class TrainCommand(click.Command):
 
 
 def _flag(kind: Any, text: str) -> Any:
-    """What a flag's value means: itself for a text, else YAML, but `none` is nothing, and 1e-3 (YAML: a text) a number."""
+    """The value of a flag: the text itself for a field that holds a text, else YAML.
+
+    In the latter case `none` means None, and 1e-3, which YAML takes for a text, is a number.
+    """
     from .specs import read_yaml
 
     if kind is str or text == "none":
@@ -384,16 +436,16 @@ def _flag(kind: Any, text: str) -> Any:
 
 @main.command(cls=TrainCommand)
 @click.argument("spec_file", required=False, metavar="[SPEC.yaml]", type=click.Path(path_type=Path))
-@click.option("--preset", type=click.Choice(["reference"]), help="Remake the shipped model, in --out.")
+@click.option("--preset", type=click.Choice(["reference"]), help="Train the shipped model again, into --out.")
 @click.option(
     "--out", type=click.Path(path_type=Path), help="Folder for the preset's weights and model card."
 )
 @click.option(
-    "--cluster", type=click.Choice(["auto", "local", "cuda", "address"]), help="Train over a cluster."
+    "--cluster", type=click.Choice(["auto", "local", "cuda", "address"]), help="Train on a cluster."
 )
-@click.option("--num-workers", type=int, help="Its workers, a rank each.")
-@click.option("--address", help="Of its scheduler, with --cluster address.")
-@click.option("--resume", metavar="RUN", help="Go on with a training that was stopped.")
+@click.option("--num-workers", type=int, help="Number of the cluster's workers, each with one rank.")
+@click.option("--address", help="Address of the scheduler, with --cluster address.")
+@click.option("--resume", metavar="RUN", help="Continue a training that was stopped.")
 @click.option("--name", default="train", show_default=True, help="Name of the run.")
 @home_option
 def train(
@@ -408,9 +460,9 @@ def train(
     home: Path | None,
     **flags: str | None,
 ) -> None:
-    """Train a model as SPEC.yaml and the flags say, in a run folder; the last line is the report's path.
+    """Train a model by SPEC.yaml and the flags, in a run folder; the last line is the report's path.
 
-    A flag sets a field of the spec, over what SPEC.yaml says. Without --cluster, in one process.
+    A flag sets a field of the spec and overrides SPEC.yaml. Without --cluster, training uses one process.
     """
     from .specs import ClusterSpec, TrainSpec
 
@@ -431,20 +483,24 @@ def train(
     where = None if cluster is None else ClusterSpec(kind=cluster, num_workers=num_workers, address=address)
     if resume is not None:
         if given or spec_file:
-            raise ArgumentError("--resume goes on under the run's own spec: leave the others out.")
-        done = train_run(cluster=where, home=home, resume=resume)
+            raise ArgumentError("--resume continues with the run's own spec: leave the other options out.")
+        finished = train_run(cluster=where, home=home, resume=resume)
     else:
         base = {} if spec_file is None else TrainSpec.from_yaml(spec_file).to_parameters()
-        done = train_run(TrainSpec.from_parameters({**base, **given}), cluster=where, home=home, name=name)
-    _print_run(done.path, done.manifest)
+        finished = train_run(
+            TrainSpec.from_parameters({**base, **given}), cluster=where, home=home, name=name
+        )
+    _print_run(finished.path, finished.manifest)
 
 
 @main.command()
 @click.argument("name")
 @click.option("--quick", is_flag=True, help="Fewer repetitions and smaller cases.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write a file.")
+@click.option(
+    "--json", "json_path", type=click.Path(path_type=Path), help="File to which the result is written too."
+)
 def bench(name: str, quick: bool, json_path: Path | None) -> None:
-    """Measure NAME side by side with what one would use instead.
+    """Measure NAME side by side with what a user would choose instead.
 
     NAME is samplers, estimators, decode, model, circuits, mitigation, sweep, training or kernels.
     """

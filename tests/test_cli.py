@@ -26,15 +26,15 @@ def test_help_and_version_load_nothing_heavy() -> None:
         "main(['--help'], standalone_mode=False)\n"
         "print(sorted({'torch', 'pandas', 'pydantic', 'papermill'} & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "[]"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert process.stdout.splitlines()[-1] == "[]"
     assert all(
-        command in done.stdout for command in ("demo", "lab", "run ", "runs", "report", "train", "bench")
+        command in process.stdout for command in ("demo", "lab", "run ", "runs", "report", "train", "bench")
     )
     assert qtx_lab.__version__ in call("--version").output
 
 
-def test_runs_lists_and_says_what_was_skipped(tmp_path) -> None:
+def test_runs_are_listed_and_skipped_folders_named(tmp_path) -> None:
     assert "No runs" in call("runs", "--home", tmp_path).output
     with Run.create(ExperimentSpec(seed=5), "trial", tmp_path) as run:
         pass
@@ -52,8 +52,8 @@ def test_runs_lists_and_says_what_was_skipped(tmp_path) -> None:
 def test_report_by_part_of_the_name(tmp_path) -> None:
     with Run.create(ExperimentSpec(), "trial", tmp_path) as run:
         pass
-    done = call("report", run.path.name[-6:], "--home", tmp_path)
-    assert done.output.strip() == str(run.path / "report.html")
+    result = call("report", run.path.name[-6:], "--home", tmp_path)
+    assert result.output.strip() == str(run.path / "report.html")
     assert (run.path / "report.html").exists()
 
 
@@ -68,12 +68,12 @@ def test_report_by_part_of_the_name(tmp_path) -> None:
         (["report", "nothing"], "none of the 0 runs"),
     ],
 )
-def test_what_is_not_allowed_is_one_line_and_exit_2(tmp_path, arguments, says) -> None:
-    done = call(*arguments, "--home", tmp_path / "home")
-    assert done.exit_code == 2
-    assert done.stderr.startswith("error: ")
-    assert done.stderr.count("\n") == 1
-    assert says in done.stderr
+def test_an_error_is_one_line_and_exit_2(tmp_path, arguments, says) -> None:
+    result = call(*arguments, "--home", tmp_path / "home")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert says in result.stderr
     assert not (tmp_path / "home").exists()
 
 
@@ -81,13 +81,14 @@ def test_what_is_not_allowed_is_one_line_and_exit_2(tmp_path, arguments, says) -
 def test_demo_refuses_text_before_any_run(tmp_path, name) -> None:
     (tmp_path / "empty").write_bytes(b"")
     (tmp_path / "binary").write_bytes(bytes(range(256)))
-    done = call("demo", "--text", tmp_path / name, "--home", tmp_path / "home")
-    assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
+    result = call("demo", "--text", tmp_path / name, "--home", tmp_path / "home")
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
     assert not (tmp_path / "home").exists()
 
 
 @pytest.fixture
-def asked(monkeypatch, tmp_path) -> list:
+def calls(monkeypatch, tmp_path) -> list:
+    """Replace `run_notebook`; the list gets the arguments of each call."""
     calls: list = []
 
     def run_notebook(notebook, parameters, **options):
@@ -104,27 +105,29 @@ def asked(monkeypatch, tmp_path) -> list:
     return calls
 
 
-def test_demo_prints_the_report_last(asked, tmp_path) -> None:
-    done = call("demo", "--samplers", "stratified, monte-carlo", "--sample-counts", "16,8", "--seed", 4)
-    assert done.exit_code == 0, done.output
-    assert done.stdout.splitlines()[:2] == ["One.", "Two."]
-    assert done.stdout.splitlines()[-1].endswith("report.html")
+def test_demo_prints_the_report_last(calls, tmp_path) -> None:
+    result = call("demo", "--samplers", "stratified, monte-carlo", "--sample-counts", "16,8", "--seed", 4)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines()[:2] == ["One.", "Two."]
+    assert result.stdout.splitlines()[-1].endswith("report.html")
     spec = ExperimentSpec(samplers=("stratified", "monte-carlo"), sample_counts=(8, 16), seed=4)
-    assert asked[0][:2] == ("00_quickstart", spec)
+    assert calls[0][:2] == ("00_quickstart", spec)
 
 
-def test_run_reads_values_as_yaml(asked) -> None:
-    done = call("run", "x", "-p", "n", "3", "-p", "words", "[a, b]", "-p", "rate", "0.5", "-p", "name", "it")
-    assert done.exit_code == 0
-    assert asked[0][1] == {"n": 3, "words": ["a", "b"], "rate": 0.5, "name": "it"}
+def test_run_reads_values_as_yaml(calls) -> None:
+    result = call(
+        "run", "x", "-p", "n", "3", "-p", "words", "[a, b]", "-p", "rate", "0.5", "-p", "name", "it"
+    )
+    assert result.exit_code == 0
+    assert calls[0][1] == {"n": 3, "words": ["a", "b"], "rate": 0.5, "name": "it"}
     assert call("run", "x", "-p", "n", "[1").exit_code == 2
     assert call("run", "x", "-p", "n", "1", "-p", "n", "2").exit_code == 2
 
 
-def test_a_failed_run_is_exit_1(asked) -> None:
-    done = call("run", "x", "--name", "fails")
-    assert done.exit_code == 1
-    assert done.stderr == "error: a.ipynb stopped in cell [1] (kept in somewhere)\n"
+def test_a_failed_run_is_exit_1(calls) -> None:
+    result = call("run", "x", "--name", "fails")
+    assert result.exit_code == 1
+    assert result.stderr == "error: a.ipynb stopped in cell [1] (kept in somewhere)\n"
 
 
 def test_runs_are_filtered_and_exported(tmp_path) -> None:
@@ -150,11 +153,11 @@ def test_schemas_are_printed() -> None:
     assert "Did you mean 'cluster'" in call("spec", "clusters").stderr
 
 
-def test_sweep_hands_on_what_was_typed(monkeypatch, tmp_path) -> None:
-    asked: list = []
+def test_sweep_passes_on_its_options(monkeypatch, tmp_path) -> None:
+    calls: list = []
 
     def sweep(notebook, grid, **options):
-        asked.append((notebook, grid, options))
+        calls.append((notebook, grid, options))
         with Run.create(ExperimentSpec(), "sweep", tmp_path) as run:
             run.update(results={"summary": ["Two."]})
         if options["resume"]:
@@ -164,15 +167,15 @@ def test_sweep_hands_on_what_was_typed(monkeypatch, tmp_path) -> None:
     monkeypatch.setattr("qtx_lab.experiments.sweeps.sweep", sweep)
     (tmp_path / "cluster.yaml").write_text("kind: local\nnum_workers: 3\n")
     words = ["sweep", "x", "-g", "n=1,2.5,true", "-g", "name=a,[b, c]", "-p", "rate", "0.5", "--repeats", 3]
-    done = call(*words, "--cluster", tmp_path / "cluster.yaml")
-    assert done.exit_code == 0, done.output
-    assert done.stdout.splitlines()[-1].endswith("report.html")
-    notebook, grid, options = asked[0]
+    result = call(*words, "--cluster", tmp_path / "cluster.yaml")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines()[-1].endswith("report.html")
+    notebook, grid, options = calls[0]
     assert (notebook, grid) == ("x", {"n": [1, 2.5, True], "name": ["a", ["b", "c"]]})
     assert options["parameters"] == {"rate": 0.5}
     assert (options["repeats"], options["cluster"].num_workers) == (3, 3)
     assert call(*words, "--cluster", "tcp://127.0.0.1:8786", "--resume").exit_code == 1
-    assert asked[1][2]["cluster"] == "tcp://127.0.0.1:8786"
+    assert calls[1][2]["cluster"] == "tcp://127.0.0.1:8786"
     for bad in (
         ["-g", "n"],
         ["-g", "n="],
@@ -184,7 +187,7 @@ def test_sweep_hands_on_what_was_typed(monkeypatch, tmp_path) -> None:
         assert (refused.exit_code, refused.stderr.count("\n")) == (2, 1), bad
 
 
-def test_all_notebooks_run_though_one_fails(monkeypatch, tmp_path) -> None:
+def test_all_notebooks_run_even_if_one_fails(monkeypatch, tmp_path) -> None:
     listed = call("notebooks").stdout.splitlines()
     assert any(line.endswith("00_quickstart.ipynb") for line in listed)
     seen = []
@@ -197,7 +200,7 @@ def test_all_notebooks_run_though_one_fails(monkeypatch, tmp_path) -> None:
             return run
 
     monkeypatch.setattr("qtx_lab.experiments.notebooks.run_notebook", run_notebook)
-    done = call("notebooks", "--full")
-    assert done.exit_code == 1
+    result = call("notebooks", "--full")
+    assert result.exit_code == 1
     assert len(seen) == len(listed)
-    assert "1 notebook(s) failed: 02_circuits" in done.stderr
+    assert "1 notebook(s) failed: 02_circuits" in result.stderr

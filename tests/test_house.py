@@ -59,8 +59,6 @@ NOT_YET = {
         "backends/sampler",
         "circuits/__init__",
         "controls/registry",
-        "experiments/report",
-        "experiments/sweeps",
         "mitigation/circuit",
         "mitigation/zne",
         "samplers/__init__",
@@ -179,6 +177,10 @@ def test_notebook_is_bare_and_takes_parameters(path: Path) -> None:
     assert "widgets" not in notebook.metadata, "widget state is saved"
     tagged = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
     assert len(tagged) == 1, "papermill needs one cell tagged 'parameters'"
+    for number, cell in enumerate(notebook.cells):
+        if cell.cell_type == "code":
+            private = re.findall(r"(?<!\w)[A-Za-z]\w*\._[a-z]\w*|import _\w+", cell.source)
+            assert private == [], f"cell {number} uses private names"
 
 
 def test_import_is_light() -> None:

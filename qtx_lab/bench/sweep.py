@@ -12,7 +12,8 @@ from pathlib import Path
 
 import nbformat
 
-from ..experiments.notebooks import THREADS, run_notebook
+from ..experiments.notebook_execution import THREADS
+from ..experiments.notebooks import run_notebook
 from ..experiments.runs import Run, runs
 from ..experiments.sweeps import sweep
 from ..specs import ExperimentSpec

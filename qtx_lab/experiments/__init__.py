@@ -1,1 +1,1 @@
-"""Runs keep what was done; sweeps, listings, figures and reports are made of them."""
+"""Runs, which record what was done, and the sweeps, listings, figures and reports that are made of them."""

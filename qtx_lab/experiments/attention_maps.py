@@ -1,4 +1,4 @@
-"""The three maps of an attention head, exact, sampled and their difference, as reports and views show them."""
+"""The three maps of an attention head: exact, sampled and their difference, for reports and views."""
 
 from __future__ import annotations
 

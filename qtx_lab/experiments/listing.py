@@ -1,4 +1,4 @@
-"""`RunTable`: runs as a DataFrame that filters by SQL, collects metrics and draws comparisons."""
+"""`RunTable`: runs as a DataFrame that can be filtered by SQL, collects metrics and draws comparisons."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ COLUMNS = (
     "error",
     "path",
 )
-"""What every listing has."""
+"""Columns that every listing has."""
 
 
 class RunTable(pd.DataFrame):
-    """A DataFrame of runs, one a row; see `qtx_lab.runs`. What pandas makes of it by filtering is one too.
+    """A DataFrame of runs, one a row; see `qtx_lab.runs`. If pandas filters it, the result is a RunTable too.
 
     Examples
     --------
@@ -54,26 +54,32 @@ class RunTable(pd.DataFrame):
         return RunTable
 
     def select(self, where: str) -> RunTable:
-        """The runs for which a condition in SQL (DuckDB's) holds.
+        """The runs that fulfil a condition in DuckDB's SQL.
 
-        Columns go by their names. `spec.NAME` and `results.NAME` may be shortened to NAME where only one column has it.
+        Parameters
+        ----------
+        where : str
+            The condition, in terms of the columns. `spec.NAME` and `results.NAME` may be shortened to NAME if
+            only one column has that name.
+
+        Returns
+        -------
+        RunTable
 
         Raises
         ------
         ArgumentError
-            If the condition is not one, with what DuckDB says.
+            If the condition is not valid; the message quotes DuckDB.
         """
         import duckdb
 
         parts: dict[str, dict[str, str]] = {"runs": {}, "spec": {}, "results": {}}
         for column in self.columns:
-            if (
-                column == "seed" and "spec.seed" in self.columns
-            ):  # the same, and plain `seed` would mean either
-                continue
+            if column == "seed" and "spec.seed" in self.columns:
+                continue  # it has the same value, and `seed` alone would be ambiguous
             part, dot, name = str(column).partition(".")
-            known = dot and part in ("spec", "results")
-            parts[part if known else "runs"][name if known else str(column)] = column
+            prefixed = dot and part in ("spec", "results")
+            parts[part if prefixed else "runs"][name if prefixed else str(column)] = column
         with database() as connection:
             tables = []
             for part, names in parts.items():
@@ -90,15 +96,25 @@ class RunTable(pd.DataFrame):
                     raise ArgumentError(f"where={where!r} is not allowed: it must be one condition.")
                 rows = connection.execute(query).fetchnumpy()["row"]
             except duckdb.Error as error:
-                said = str(error).splitlines()[0]
+                reason = str(error).splitlines()[0]
                 if isinstance(error, duckdb.BinderException):
-                    said += f". There are {', '.join(map(str, self.columns))}."
-                raise ArgumentError(f"where={where!r} is not a condition on the runs: {said}") from None
-        kept = self.iloc[np.sort(np.asarray(rows))]
-        return kept.reset_index(drop=True)
+                    reason += f". There are {', '.join(map(str, self.columns))}."
+                raise ArgumentError(f"where={where!r} is not a condition on the runs: {reason}") from None
+        return self.iloc[np.sort(np.asarray(rows))].reset_index(drop=True)
 
     def export(self, kind: str) -> bytes:
-        """All columns as the content of a file, of kind "csv" or "parquet"."""
+        """All columns as the content of a file.
+
+        Parameters
+        ----------
+        kind : str
+            "csv" or "parquet".
+
+        Raises
+        ------
+        ArgumentError
+            If there is no such kind.
+        """
         if kind not in ("csv", "parquet"):
             raise unknown_name("kind", kind, ("csv", "parquet"))
         if kind == "csv":
@@ -110,8 +126,8 @@ class RunTable(pd.DataFrame):
     def metrics(self) -> pd.DataFrame:
         """The metrics of all these runs, each row with its `run` and the run's other columns.
 
-        A column that metrics and runs both have is the metrics'. `attrs["skipped"]` lists (run, reason) of metrics that
-        cannot be read.
+        If metrics and runs both have a column, it is taken from the metrics. `attrs["skipped"]` lists the
+        (run, reason) of metrics that cannot be read.
         """
         parts, skipped = [], []
         for place, (run, path) in enumerate(zip(self["run"], self["path"], strict=True)):
@@ -127,45 +143,46 @@ class RunTable(pd.DataFrame):
         if parts:
             rows = pd.concat(parts, ignore_index=True)
             place = rows.pop("").to_numpy()
-            about = pd.DataFrame(self).drop(columns=list(rows.columns), errors="ignore")
-            joined = pd.concat([about.iloc[place].reset_index(drop=True), rows], axis=1)
+            of_runs = pd.DataFrame(self).drop(columns=list(rows.columns), errors="ignore")
+            joined = pd.concat([of_runs.iloc[place].reset_index(drop=True), rows], axis=1)
         else:
             joined = pd.DataFrame(self).iloc[:0].copy()
         joined.attrs["skipped"] = skipped
         return joined
 
     def summary(self, y: str, x: str | None = None, by: str | None = None) -> pd.DataFrame:
-        """Mean of `y` over runs that are alike in `x` and `by`, with its 95 % interval.
+        """Mean of `y` over the runs that have the same `x` and `by`, with its 95 % interval.
 
         Parameters
         ----------
         y : str
-            A number: a column, or its NAME in the results, or else a column of the runs' metrics.
+            A number: a column, its NAME in the results, or a column of the runs' metrics.
         x, by : str, optional
-            What tells runs apart: columns, or their NAMEs in the spec, or columns of the metrics.
+            What distinguishes groups of runs: columns, their NAMEs in the spec, or columns of the metrics.
 
         Returns
         -------
         DataFrame
-            Columns `by` and `x` (texts or numbers), `mean`, `half_width` (of the t-interval over `runs`; NaN for one).
+            Columns `by` and `x` (texts or numbers), `mean`, `runs` (how many) and `half_width` (of the
+            t-interval over the runs; NaN for a single run).
 
         Raises
         ------
         ArgumentError
             If there is no such column, or no number in it.
         """
-        asked = {"by": by, "x": x}
+        groups = {"by": by, "x": x}
         frame = pd.DataFrame(self)
-        found = _found(frame, y, asked)
-        if None in found.values():
+        columns = _columns_of(frame, y, groups)
+        if None in columns.values():
             frame = self.metrics()
-            found = _found(frame, y, asked)
-        for argument, column in found.items():
+            columns = _columns_of(frame, y, groups)
+        for argument, column in columns.items():
             if column is None:
-                numbers = [c for c in frame.columns if argument != "y" or _is_number(frame[c])]
-                raise unknown_name(argument, y if argument == "y" else asked[argument], map(str, numbers))
-        value = found.pop("y")
-        keys = {argument: frame[column] for argument, column in found.items()}
+                known = [c for c in frame.columns if argument != "y" or _is_number(frame[c])]
+                raise unknown_name(argument, y if argument == "y" else groups[argument], map(str, known))
+        value = columns.pop("y")
+        keys = {argument: frame[column] for argument, column in columns.items()}
         data = pd.DataFrame({**keys, "y": frame[value].astype("float64")}).dropna()
         if data.empty:
             raise ArgumentError(f"y={y!r}: none of the {len(self)} runs has it.")
@@ -184,37 +201,48 @@ class RunTable(pd.DataFrame):
         title: str | None = None,
         theme: str = "light",
     ) -> Figure:
-        """A figure of `y` against `x`, a line for each `by`: means of runs that are alike, with 95 % intervals.
+        """A figure of the means of `y` against `x`, with a line for each `by` and 95 % intervals.
 
-        Arguments as for `summary`; without a title, it asks the question.
+        Parameters
+        ----------
+        y, x, by : str
+            See `summary`.
+        title : str, optional
+            Title of the figure; the question that it answers if None.
+        theme : str
+            "light" or "dark".
+
+        Returns
+        -------
+        matplotlib.figure.Figure
         """
         import matplotlib.pyplot as plt
 
         from .figures import comparison
 
-        plt.get_backend()  # a notebook then shows figures that are the last expression of a cell
+        plt.get_backend()  # so that a notebook shows a figure that is the last expression of a cell
         return comparison(self.summary(y, x, by), theme, y=y, x=x, by=by, title=title)
 
 
-def run_table(found: Iterable[tuple[Path, Mapping[str, Any]]]) -> RunTable:
-    """Folders and manifests as a table, newest first."""
+def run_table(listed: Iterable[tuple[Path, Mapping[str, Any]]]) -> RunTable:
+    """Folders and their manifests as a table, newest first."""
     rows: list[dict[str, Any]] = []
-    asked: list[dict[str, Any]] = []
+    specs: list[dict[str, Any]] = []
     measured: list[dict[str, Any]] = []
-    for folder, manifest in found:
+    for folder, manifest in listed:
         spec = manifest.get("spec") or {}
         row = {key: manifest.get(key) for key in ("name", "status", "started", "seconds", "seed", "error")}
         row |= {"run": folder.name, "path": str(folder), "sweep": (manifest.get("sweep") or {}).get("name")}
         rows.append({**row, "spec": spec.get("identity"), "kind": spec.get("kind")})
         fields = spec.get("fields") or {}
-        if spec.get("kind") == "NotebookSpec":  # its parameters are what one asks for
+        if spec.get("kind") == "NotebookSpec":  # its parameters are columns of their own
             fields = {**fields, **(fields.get("parameters") or {})}
             fields.pop("parameters", None)
-        asked.append(fields)
-        results = manifest.get("results") or {}  # tables and summaries are for the report
+        specs.append(fields)
+        results = manifest.get("results") or {}  # without tables and summaries, which are for the report
         measured.append({name: x for name, x in results.items() if isinstance(x, str | int | float)})
     table = pd.DataFrame(rows, columns=list(COLUMNS))
-    parts = [_columns("spec.", asked, table.index), _columns("results.", measured, table.index)]
+    parts = [_columns("spec.", specs, table.index), _columns("results.", measured, table.index)]
     table = pd.concat([table, *parts], axis=1)
     table["started"] = pd.to_datetime(table["started"], utc=True, format="ISO8601", errors="coerce")
     table["seconds"] = table["seconds"].astype("float64")
@@ -223,7 +251,7 @@ def run_table(found: Iterable[tuple[Path, Mapping[str, Any]]]) -> RunTable:
 
 
 def _columns(prefix: str, rows: list[dict[str, Any]], index: pd.Index) -> pd.DataFrame:
-    """Each name a column: whole numbers, numbers, truth values, or texts where kinds are mixed or nested."""
+    """A column for each name: integers, floats, truth values, or texts if kinds are mixed or nested."""
     frame = pd.DataFrame(rows, index=index, dtype="object")
     columns = {}
     for name, column in frame.items():
@@ -240,13 +268,13 @@ def _columns(prefix: str, rows: list[dict[str, Any]], index: pd.Index) -> pd.Dat
             column = column.map(lambda x: x if isinstance(x, str) else json.dumps(x), na_action="ignore")
         try:
             columns[f"{prefix}{name}"] = column.astype(dtype or "object")
-        except OverflowError:  # more than 64 bits
+        except OverflowError:  # integers of more than 64 bits
             columns[f"{prefix}{name}"] = column.astype("float64")
     return pd.DataFrame(columns, index=index)
 
 
-def _found(frame: pd.DataFrame, y: str, keys: Mapping[str, str | None]) -> dict[str, str | None]:
-    """The columns that names mean, None where there is none; `y` has to be one of numbers."""
+def _columns_of(frame: pd.DataFrame, y: str, groups: Mapping[str, str | None]) -> dict[str, str | None]:
+    """The column that each name means, or None if there is none; that of `y` must hold numbers."""
 
     def column(name: str, prefixes: Iterable[str], number: bool) -> str | None:
         names = (f"{prefix}{name}" for prefix in prefixes)
@@ -256,7 +284,7 @@ def _found(frame: pd.DataFrame, y: str, keys: Mapping[str, str | None]) -> dict[
         "y": column(y, ("", "results.", "spec."), True),
         **{
             key: column(name, ("spec.", "", "results."), False)
-            for key, name in keys.items()
+            for key, name in groups.items()
             if name is not None
         },
     }

@@ -1,4 +1,4 @@
-"""Notebooks executed by papermill, each in a run folder of its own."""
+"""Notebooks as runs: how they are found, how their parameters are checked, and their execution."""
 
 from __future__ import annotations
 
@@ -8,41 +8,26 @@ import json
 import os
 import re
 import shlex
-import signal
-import sys
-import tempfile
-import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import yaml
 
 from ..errors import ArgumentError, QtxError, RunFailed, SpecError, TextError
 from ..models.reference import read_text
 from ..specs import SPECS, ExperimentSpec, NotebookSpec, Spec, nearest
-from ..storage import storage_error, sync_file
+from .notebook_execution import execute_notebook
 from .report import write_report
 from .runs import Run
 
 PACKAGE = Path(__file__).parent.parent
 
-QUIET = {
-    "DO_NOT_TRACK": "1",
-    "HF_HUB_OFFLINE": "1",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "PYDEVD_DISABLE_FILE_VALIDATION": "1",
-}
-"""Set in the kernel's environment: no telemetry, no downloads, no debugger's warning."""
-
-THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-"""What tells numerical libraries how many threads to start."""
-
 
 def notebooks_folder() -> Path:
-    """Where the shipped notebooks are: in the package (a wheel) or beside it (a checkout).
+    """The folder of the shipped notebooks: in the package (a wheel) or beside it (a checkout).
 
     Raises
     ------
@@ -58,14 +43,19 @@ def notebooks_folder() -> Path:
 
 
 def notebook_path(notebook: str | Path) -> Path:
-    """The file at that path, or the shipped notebook of that name, with or without its ending.
+    """The file at a path, or the shipped notebook of a name, with or without its ending.
+
+    Parameters
+    ----------
+    notebook : str or path
+        A path, or a name such as "00_quickstart".
 
     Raises
     ------
     ArgumentError
-        If there is none; names the nearest shipped one.
+        If there is none. The message names the most similar shipped one.
     """
-    if os.path.isfile(notebook):  # False also for a name that no file can have
+    if os.path.isfile(notebook):  # unlike Path.is_file, False for a name that no file can have
         return Path(notebook)
     name = Path(notebook).name.removesuffix(".ipynb")
     shipped = {path.stem: path for path in sorted(notebooks_folder().glob("*.ipynb"))}
@@ -89,9 +79,9 @@ def run_notebook(
 ) -> Run:
     """Execute a notebook in a new run folder, with this very interpreter as its kernel.
 
-    The kernel's working directory is the current one. The folder gets the executed notebook, saved whole
-    after every cell, and `report.html`. A notebook that declares the parameter `run_dir` receives the
-    folder and writes figures and metrics there through `Run.open(run_dir)`.
+    The kernel's working directory is the current one. The executed notebook is saved to the folder after
+    every cell, and `report.html` is written at the end. A notebook that declares the parameter `run_dir`
+    receives the folder in it, and writes figures and metrics there through `Run.open(run_dir)`.
 
     Parameters
     ----------
@@ -101,32 +91,32 @@ def run_notebook(
         Values for the notebook's cell tagged `parameters`, checked as the kind of spec that the notebook's
         metadata names; see `notebook_kind`.
     home : path, optional
-        See `runs_home`.
+        Folder of runs; see `runs_home`.
     name : str, optional
-        Of the run; the notebook's where None.
+        Name of the run; the notebook's name if None.
     command : str, optional
-        What a person types to do this again, for the record.
+        What a person would type to run this again, for the record.
     progress : bool
-        Show a bar, a step a cell, on stderr.
+        Show a progress bar on stderr, with a step for each cell.
     stop : callable, optional
-        Asked twice a second; once it says True the kernel is killed and the run ends as `interrupted`.
+        Called twice a second. Once it returns True, the kernel is killed and the run ends as `interrupted`.
 
     Returns
     -------
     Run
-        Ended, as `done`.
+        The run, which is `done`.
 
     Raises
     ------
     ArgumentError, SpecError, TextError
-        Before any work: no such notebook, not a Python notebook, an unknown parameter, a value not allowed,
-        a text that cannot be read.
+        Before any work, if there is no such notebook, it is not a Python notebook, a parameter is unknown or
+        has a value that is not allowed, or a text cannot be read.
     StorageError
         If the run cannot be written.
     RunFailed
-        If a cell raised an error. The run is kept, marked as failed.
+        If a cell raised an error. The run is marked as failed.
     KeyboardInterrupt
-        On Ctrl-C, or once `stop` says so. The run is kept, marked as interrupted.
+        On Ctrl-C, or once `stop` returns True. The run is marked as interrupted.
     """
     path = notebook_path(notebook)
     declared = declared_parameters(path)
@@ -145,27 +135,30 @@ def execute(
     stop: Callable[[], bool] | None = None,
     threads: int | None = None,
 ) -> None:
-    """Execute a notebook in a run that has begun, as `run_notebook` does, and end the run.
+    """Execute a notebook in a run that was created for it, and end the run; errors as of `run_notebook`.
 
     Parameters
     ----------
     run : Run
+        The run, `running`.
     path : path
+        The notebook.
     spec : Spec
-        From `notebook_spec`.
+        Its parameters, from `notebook_spec`.
     progress, stop
-        See `run_notebook`, also for what is raised.
+        See `run_notebook`.
     threads : int, optional
-        Of the kernel's numerical libraries (`OMP_NUM_THREADS` and its like); theirs to choose where None.
+        Number of threads for the kernel's numerical libraries (`OMP_NUM_THREADS` and similar variables); they
+        choose it themselves if None.
     """
     try:
         with run:
-            given = spec.parameters if isinstance(spec, NotebookSpec) else spec.to_parameters()
-            declared = declared_parameters(path)
-            folder = {"run_dir": str(run.path.resolve())} if "run_dir" in declared else {}
-            _execute(path, run, {**given, **folder}, progress, stop, threads)
+            parameters = spec.parameters if isinstance(spec, NotebookSpec) else spec.to_parameters()
+            if "run_dir" in declared_parameters(path):
+                parameters = {**parameters, "run_dir": str(run.path.resolve())}
+            execute_notebook(path, run, parameters, progress=progress, stop=stop, threads=threads)
     except BaseException as error:
-        with suppress(QtxError):  # the first error is the one to hear about
+        with suppress(QtxError):  # the first error is the one to report
             write_report(run)
         if isinstance(error, RunFailed):
             error.add_note(f"kept in {run.path}")
@@ -174,12 +167,18 @@ def execute(
 
 
 def run_name(path: Path) -> str:
-    """The name of a notebook's runs."""
+    """The name that a notebook's runs have unless another is given."""
     return re.sub("[^A-Za-z0-9]+", "-", path.stem).strip("-")[:60] or "notebook"
 
 
 def declared_parameters(path: Path) -> dict[str, str]:
-    """Names and defaults, as source, of the cell tagged `parameters`."""
+    """The names that a notebook's cell tagged `parameters` declares, with the source text of their defaults.
+
+    Raises
+    ------
+    ArgumentError
+        If the file cannot be read as a notebook, or is not a Python notebook.
+    """
     import nbformat
     import papermill
 
@@ -200,16 +199,16 @@ def declared_parameters(path: Path) -> dict[str, str]:
         raise ArgumentError(f"notebook={str(path)!r} is in {language}; only Python notebooks are run.")
     metadata.kernelspec = {"name": "python3", "language": "python", "display_name": "Python 3"}
     metadata.setdefault("papermill", {})
-    found = papermill.inspect_notebook(content)
-    return {name: facts["default"] for name, facts in found.items()}
+    parameters = papermill.inspect_notebook(content)
+    return {name: facts["default"] for name, facts in parameters.items()}
 
 
 def notebook_kind(path: Path) -> type[Spec]:
     """The kind of spec that a notebook is run by: the one that its metadata names.
 
-    The metadata `{"qtx_lab": {"spec": "experiment"}}` says that the cell tagged `parameters` declares fields of
-    `ExperimentSpec`; any name in `SPECS` will do. A notebook that names none has parameters of its own:
-    it is run by a `NotebookSpec`.
+    The metadata `{"qtx_lab": {"spec": "experiment"}}` says that the cell tagged `parameters` declares fields
+    of `ExperimentSpec`; any name in `SPECS` will do. A notebook that names none has parameters of its own: it
+    is run by a `NotebookSpec`.
 
     Raises
     ------
@@ -229,13 +228,22 @@ def notebook_kind(path: Path) -> type[Spec]:
 def notebook_spec(
     path: Path, declared: Mapping[str, str], parameters: Mapping[str, Any] | Spec | None
 ) -> Spec:
-    """The spec of a run of this notebook: these parameters, checked against what the notebook declares.
+    """The spec of a run of a notebook: parameters that are checked against what the notebook declares.
+
+    Parameters
+    ----------
+    path : path
+        The notebook.
+    declared : mapping
+        What it declares, from `declared_parameters`.
+    parameters : mapping, Spec or None
+        See `run_notebook`.
 
     Raises
     ------
     SpecError, TextError
-        If the notebook's metadata names an unknown or another kind of spec, a parameter is unknown, a value is not
-        allowed or of another type than the default, or a text cannot be read.
+        If the notebook's metadata names an unknown or another kind of spec, a parameter is unknown, a value
+        is not allowed or of another type than the default, or a text cannot be read.
     """
     kind = notebook_kind(path)
     if isinstance(parameters, Spec) and kind not in (NotebookSpec, type(parameters)):
@@ -260,10 +268,11 @@ def notebook_spec(
         spec = NotebookSpec(notebook=path.stem, parameters=given)
         defaults = _literals(declared, known)
         for key, value in spec.parameters.items():
-            wanted, got = _kind(defaults.get(key)), _kind(value)
-            if wanted and got and wanted != got:
+            expected, given_kind = _kind(defaults.get(key)), _kind(value)
+            if expected and given_kind and expected != given_kind:
                 raise SpecError(
-                    f"{key}={value!r} is not allowed: {path.name} declares {wanted}, {key} = {declared[key]}."
+                    f"{key}={value!r} is not allowed: {path.name} declares {expected}, "
+                    f"{key} = {declared[key]}."
                 )
     if isinstance(spec, ExperimentSpec) and spec.text != "reference":
         size = len(read_text(spec.text).encode())
@@ -276,13 +285,15 @@ def notebook_spec(
 
 
 def _kind(value: object) -> str:
-    """What sort of value a parameter holds; "" where any will do."""
-    kinds = ((bool, "yes or no"), (int | float, "a number"), (str, "a text"), (list | tuple, "a list"))
-    return next((name for kind, name in kinds if isinstance(value, kind)), "")
+    """The kind of a parameter's value, in words; "" if any kind is allowed."""
+    if isinstance(value, bool):
+        return "yes or no"
+    kinds = {"a number": int | float, "a text": str, "a list": list | tuple}
+    return next((name for name, kind in kinds.items() if isinstance(value, kind)), "")
 
 
 def _command(notebook: str | Path, parameters: Mapping[str, Any] | Spec | None) -> str:
-    """What to type to run this again."""
+    """What to type to run this notebook again."""
     given = parameters.to_parameters() if isinstance(parameters, Spec) else parameters or {}
     words = ["qtx-lab", "run", str(notebook)]
     for name, value in given.items():
@@ -291,157 +302,15 @@ def _command(notebook: str | Path, parameters: Mapping[str, Any] | Spec | None) 
 
 
 def as_word(value: Any) -> str:
-    """A value as YAML in one word: what the command line reads back."""
+    """A value as YAML in one word, which the command line reads back as the same value."""
     plain = isinstance(value, str) and re.fullmatch(r"[\w./-]+", value) and yaml.safe_load(value) == value
     return value if plain else json.dumps(value)
 
 
 def _literals(declared: Mapping[str, str], names: list[str]) -> dict[str, Any]:
-    """Defaults that are literals; others stay the spec's."""
-    found = {}
+    """The values of the defaults that are literals."""
+    values = {}
     for name in names:
         with suppress(ValueError, SyntaxError):
-            found[name] = ast.literal_eval(declared[name])
-    return found
-
-
-def _execute(
-    path: Path,
-    run: Run,
-    parameters: Mapping[str, Any],
-    progress: bool,
-    stop: Callable[[], bool] | None = None,
-    threads: int | None = None,
-) -> None:
-    import papermill
-    from nbclient.exceptions import DeadKernelError
-    from papermill.exceptions import PapermillExecutionError
-
-    target = run.path.resolve() / path.with_suffix(".ipynb").name
-    _register_run_files()
-    with tempfile.TemporaryFile() as stderr, _stopping(stop) as kernels:
-        try:
-            papermill.execute_notebook(
-                _braces(path.resolve()),
-                f"{RunFiles.scheme}{_braces(target)}",
-                dict(parameters),
-                kernel_name="python3",
-                language="python",
-                kernel_manager_class=_kernel_manager(stderr, kernels, threads),
-                progress_bar={"desc": path.stem} if progress else False,
-            )
-        except PapermillExecutionError as error:
-            last_line = f"{error.ename}: {error.evalue}".strip().splitlines()[-1]
-            first = next((line.strip() for line in error.source.splitlines() if line.strip()), "")
-            cell = f"cell [{error.exec_count}] ({first[:60]})"
-            raise RunFailed(f"{path.name} stopped in {cell} with {last_line}") from error
-        except (DeadKernelError, RuntimeError) as error:
-            if isinstance(error, QtxError):
-                raise
-            stderr.seek(0)
-            lines = stderr.read().decode(errors="replace").strip().splitlines()
-            said = [line for line in lines if "WARNING" not in line] or [str(error)]
-            raise RunFailed(f"{path.name} stopped: its kernel died (out of memory?): {said[-1]}") from error
-        finally:
-            with suppress(OSError):  # that it could not be written was said when it was
-                sync_file(target)
-
-
-@contextmanager
-def _stopping(stop: Callable[[], bool] | None) -> Iterator[list[int]]:
-    """A list for the process ids of kernels: once `stop` says so they are killed, and the block ends in KeyboardInterrupt."""
-    kernels: list[int] = []
-    stopped, over = threading.Event(), threading.Event()
-
-    def watch() -> None:
-        while stop is not None and not over.wait(0.5):
-            if stopped.is_set() or stop():
-                stopped.set()
-                for pid in kernels:
-                    with suppress(OSError):
-                        os.killpg(pid, signal.SIGKILL)  # it leads a session of its own
-
-    watcher = threading.Thread(target=watch, name="qtx-lab-stop", daemon=True)
-    if stop is not None:
-        watcher.start()
-    try:
-        yield kernels
-    except Exception:  # of whatever missed its kernel
-        if stopped.is_set():
-            raise KeyboardInterrupt("The notebook was stopped.") from None
-        raise
-    finally:
-        over.set()
-
-
-def _braces(path: Path) -> str:
-    """papermill formats paths with the parameters: a brace must stay a brace."""
-    return str(path).replace("{", "{{").replace("}", "}}")
-
-
-class RunFiles:
-    """papermill's file access for notebooks in a run folder: written whole, without widget state or paths.
-
-    GitHub and an HTML export show nothing where a notebook holds widget state, instead of the picture.
-    """
-
-    scheme = "qtx-run:"
-
-    def read(self, path: str) -> str:
-        return Path(path.removeprefix(self.scheme)).read_text(encoding="utf-8")
-
-    def listdir(self, path: str) -> list[str]:
-        return os.listdir(path.removeprefix(self.scheme))
-
-    def write(self, text: str, path: str) -> None:
-        notebook = json.loads(text)
-        metadata = notebook["metadata"]
-        metadata.pop("widgets", None)
-        for key in ("input_path", "output_path"):
-            if metadata.get("papermill", {}).get(key):
-                metadata["papermill"][key] = Path(metadata["papermill"][key]).name
-        content = json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
-        target = Path(path.removeprefix(self.scheme))
-        temporary = target.with_name(f".{target.name}.tmp")
-        try:  # not synced: papermill writes twice a cell, and only a power cut would lose the latest
-            temporary.write_bytes(content.encode())
-            os.replace(temporary, target)
-        except OSError as error:
-            with suppress(OSError):
-                temporary.unlink()
-            raise storage_error(target, error) from error
-
-    def pretty_path(self, path: str) -> str:
-        return path.removeprefix(self.scheme)
-
-
-def _register_run_files() -> None:
-    from papermill.iorw import papermill_io
-
-    if not any(scheme == RunFiles.scheme for scheme, _ in papermill_io._handlers):
-        papermill_io.register(RunFiles.scheme, RunFiles())
-
-
-def _kernel_manager(stderr: IO[bytes], kernels: list[int], threads: int | None) -> type:
-    """A kernel manager that starts this interpreter, whatever kernels are installed under `python3`.
-
-    What the kernel prints outside its cells, such as a traceback when it is stopped, goes to `stderr`; its process id
-    is appended to `kernels`.
-    """
-    from jupyter_client import AsyncKernelManager
-    from jupyter_client.kernelspec import KernelSpec
-
-    command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-    env = QUIET if threads is None else {**QUIET, **dict.fromkeys(THREADS, str(threads))}
-
-    class ThisInterpreter(AsyncKernelManager):
-        @property
-        def kernel_spec(self) -> KernelSpec:
-            return KernelSpec(argv=command, env=env, language="python", display_name="Python 3")
-
-        async def start_kernel(self, **options: Any) -> None:  # type: ignore[override]  # typed as blocking
-            await super().start_kernel(stderr=stderr, **options)
-            if self.provisioner is not None:
-                kernels.append(getattr(self.provisioner, "pid"))  # noqa: B009  # of the local provisioner only
-
-    return ThisInterpreter
+            values[name] = ast.literal_eval(declared[name])
+    return values

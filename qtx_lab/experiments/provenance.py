@@ -1,4 +1,4 @@
-"""What a run records about where it came from: versions, machine, commit, process."""
+"""What a run records about its origin: versions, machine, commit and process."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import platform
 import socket
 import subprocess
+from contextlib import suppress
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -30,7 +31,7 @@ RECORDED = (
     "qiskit-ibm-runtime",
     "transformers",
 )
-"""Distributions whose versions can change a number or a picture."""
+"""Distributions whose version can change a number or a picture."""
 
 
 def versions() -> dict[str, str]:
@@ -38,29 +39,28 @@ def versions() -> dict[str, str]:
     return dict(_versions())
 
 
-@cache  # what a process has loaded stays loaded
+@cache  # the versions that a process has loaded do not change
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "qtx_lab": __version__}
+    installed = {"python": platform.python_version(), "qtx_lab": __version__}
     for name in RECORDED:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+        with suppress(metadata.PackageNotFoundError):
+            installed[name] = metadata.version(name)
+    return installed
 
 
 def machine() -> dict[str, Any]:
-    """Platform, processor, usable cores and memory."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    """The platform, the processor, the number of cores that this process may use, and the memory in GiB."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "platform": platform.platform(),
         "cpu": _cpu_model(),
-        "cores": usable,
+        "cores": cores,
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
     }
 
 
 def _cpu_model() -> str:
+    """The processor's name, as Linux knows it."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -71,13 +71,13 @@ def _cpu_model() -> str:
 
 
 def commit() -> dict[str, Any] | None:
-    """Commit of the checkout that this package is tracked in, and whether its source differs, if any."""
+    """The commit of the checkout that tracks this package, and whether its source differs; else None."""
     package = Path(__file__).parent.parent
-    # A site-packages folder may lie inside someone else's checkout: only a tracked source counts.
+    # A site-packages folder may lie inside a foreign checkout: it counts only if it tracks this file.
     if _git(package, "ls-files", "--error-unmatch", "__init__.py") is None:
         return None
-    said = _git(package, "status", "--porcelain=v2", "--branch", "--", ".")
-    lines = (said or "").splitlines()
+    status = _git(package, "status", "--porcelain=v2", "--branch", "--", ".")
+    lines = (status or "").splitlines()
     heads = [line.split()[-1] for line in lines if line.startswith("# branch.oid ")]
     if not heads or heads[0] == "(initial)":
         return None
@@ -85,28 +85,31 @@ def commit() -> dict[str, Any] | None:
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
+    """What git prints, without white space at the ends; None if it fails or is not installed."""
     try:
-        done = subprocess.run(
+        process = subprocess.run(
             ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=True
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip()
+    return process.stdout.strip()
 
 
 def this_process() -> dict[str, Any]:
-    """Host, process id and start time: enough to tell later whether this very process still lives."""
+    """Host, process id and start time, which tell later whether this very process is still running."""
     started = psutil.Process().create_time()
     return {"hostname": socket.gethostname(), "pid": os.getpid(), "process_started": started}
 
 
 def is_gone(process: dict[str, Any]) -> bool:
-    """Whether the process is known to be over; False where this host cannot tell."""
+    """Whether a process is known to have ended; False where this host cannot know."""
     if process.get("hostname") != socket.gethostname():
         return False
     try:
         started = psutil.Process(process["pid"]).create_time()
-        return abs(started - process["process_started"]) > 2  # seconds: the pid was given to another process
+        return (
+            abs(started - process["process_started"]) > 2
+        )  # seconds; another process has the same id by now
     except psutil.NoSuchProcess:
         return True
     except (psutil.Error, KeyError, TypeError, ValueError, OverflowError):

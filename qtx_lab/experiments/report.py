@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import struct
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
 from numbers import Real
@@ -13,23 +14,31 @@ from typing import Any
 
 import jinja2
 
-from .. import __version__, specs
+from .. import __version__
 from ..errors import StorageError
+from ..specs import SPECS, NotebookSpec, Spec, read_yaml
 from ..storage import read_frame, write_atomic
 from ..theme import COLOURS
 from .runs import Run
 
-CSV_LIMIT = 256 << 10
-"""Bytes up to which a figure's data is put into the page."""
+MAX_CSV_BYTES = 256 << 10
+"""Size up to which a figure's data is put into the page."""
+MIN_ROW_BYTES = 4
+"""A row of a CSV file takes at least this much."""
 PIXEL_RATIO = 1.5
-"""Pixels of the pictures for a CSS pixel: 144 dpi shown at 96."""
+"""Pixels of a picture for each CSS pixel: it has 144 dpi, a page 96."""
 THIN_SPACE = "\N{NARROW NO-BREAK SPACE}"
 
 
 def write_report(run: Run) -> Path:
-    """Write `report.html` from what the run folder holds, whatever the run's status.
+    """Write `report.html` from the content of the run folder, whatever the run's status.
 
-    Parts that are missing or broken are left out or named in the page.
+    Parts that are missing or broken are left out of the page, or named in it.
+
+    Parameters
+    ----------
+    run : Run
+        The run.
 
     Returns
     -------
@@ -44,7 +53,7 @@ def write_report(run: Run) -> Path:
     manifest = run.manifest
     results = manifest.get("results") or {}
     summary, table = results.get("summary") or [], results.get("table")
-    fields, spec_missing = _spec_fields(run, manifest)
+    spec = _spec_fields(run, manifest)
     page = _template().render(
         title=manifest.get("title") or manifest["name"],
         manifest={"error": None, "command": None, **manifest},
@@ -53,8 +62,8 @@ def write_report(run: Run) -> Path:
         summary=[str(x) for x in summary] if isinstance(summary, list) else [str(summary)],
         table=_table([row for row in table if isinstance(row, Mapping)] if isinstance(table, list) else []),
         figures=[figure for facts in run.figures() if (figure := _figure(run, facts))],
-        spec=fields,
-        spec_missing=spec_missing,
+        spec=spec.fields,
+        spec_missing=spec.problem,
         provenance=_provenance(manifest),
         files=_files(run),
         version=__version__,
@@ -78,11 +87,13 @@ def _template() -> jinja2.Template:
 
 
 def _css(colours: Mapping[str, str]) -> str:
+    """The colours of a theme as CSS variables."""
     keys = ("background", "text", "muted", "accent", "line", "panel")
     return " ".join(f"--{key}: {colours[key]};" for key in keys)
 
 
 def _figure(run: Run, facts: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What the template shows of a figure; None if its picture is missing."""
     folder, name = run.path / "figures", facts["name"]
     light, dark = _bytes(folder / f"{name}.png"), _bytes(folder / f"{name}-dark.png")
     if light is None:
@@ -103,18 +114,18 @@ def _figure(run: Run, facts: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _csv(path: Path, rows: object) -> str | None:
-    """The data as a link; None where it is missing, broken or large."""
-    if not isinstance(rows, int) or rows > CSV_LIMIT // 4:  # a row takes four bytes at the least
+    """A figure's data as a link; None if it is missing, broken or large."""
+    if not isinstance(rows, int) or rows > MAX_CSV_BYTES // MIN_ROW_BYTES:
         return None
     try:
         content = read_frame(path).to_csv(index=False).encode()
     except StorageError:
         return None
-    return _data_uri("text/csv", content) if len(content) <= CSV_LIMIT else None
+    return _data_uri("text/csv", content) if len(content) <= MAX_CSV_BYTES else None
 
 
 def _size(png: bytes) -> tuple[int, int] | None:
-    """CSS pixels of a PNG, from its header, so that the page does not jump while it loads."""
+    """Width and height of a PNG in CSS pixels, with which the page does not jump while it loads."""
     if len(png) < 24 or not png.startswith(b"\x89PNG"):
         return None
     width, height = struct.unpack(">II", png[16:24])
@@ -122,6 +133,7 @@ def _size(png: bytes) -> tuple[int, int] | None:
 
 
 def _bytes(path: Path) -> bytes | None:
+    """The content of a file; None if it cannot be read."""
     try:
         return path.read_bytes()
     except OSError:
@@ -132,26 +144,35 @@ def _data_uri(kind: str, content: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def _spec_fields(run: Run, manifest: Mapping[str, Any]) -> tuple[list[dict[str, str]], str]:
-    """Name, value and help of each field; and why there are none, if they cannot be read."""
+@dataclass(frozen=True)
+class _SpecFields:
+    """The name, value and help of each field of a spec, and why there are none if they cannot be read."""
+
+    fields: list[dict[str, str]]
+    problem: str = ""
+
+
+def _spec_fields(run: Run, manifest: Mapping[str, Any]) -> _SpecFields:
     try:
-        content = specs.read_yaml((run.path / "spec.yaml").read_text(encoding="utf-8"))
+        content = read_yaml((run.path / "spec.yaml").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return [], "spec.yaml cannot be read"
+        return _SpecFields([], "spec.yaml cannot be read")
     if not isinstance(content, dict):
-        return [], "spec.yaml holds no fields"
-    kind = getattr(specs, str((manifest.get("spec") or {}).get("kind")), specs.Spec)
-    if kind is specs.NotebookSpec:
+        return _SpecFields([], "spec.yaml holds no fields")
+    name = (manifest.get("spec") or {}).get("kind")
+    kind = next((spec for spec in SPECS.values() if spec.__name__ == name), Spec)
+    if kind is NotebookSpec:
         content = {"notebook": content.get("notebook"), **(content.get("parameters") or {})}
-    known = kind.model_fields
-    helps = {name: field.description or "" for name, field in known.items()}
-    return [
-        {"name": str(name), "value": _text(value), "help": helps.get(name, "")}
-        for name, value in content.items()
-    ], ""
+    helps = {field: info.description or "" for field, info in kind.model_fields.items()}
+    fields = [
+        {"name": str(field), "value": _text(value), "help": helps.get(field, "")}
+        for field, value in content.items()
+    ]
+    return _SpecFields(fields)
 
 
 def _table(rows: list[Mapping[str, Any]]) -> dict[str, Any]:
+    """The columns and the texts of a table of results."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     numeric = [all(_is_number(row[name]) for row in rows if row.get(name) is not None) for name in names]
     return {
@@ -163,13 +184,14 @@ def _table(rows: list[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _is_number(value: object) -> bool:
-    """A number, or a text that begins like one: '0.083 ± 0.004'."""
+    """Whether a value is a number, or a text that begins with one, such as '0.083 ± 0.004'."""
     if isinstance(value, str):
         return value.lstrip("+-\N{MINUS SIGN}")[:1].isdigit()
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _text(value: object) -> str:
+    """A value as the page shows it."""
     if value is None:
         return "\N{EN DASH}"
     if isinstance(value, bool | str):
@@ -184,6 +206,7 @@ def _text(value: object) -> str:
 
 
 def _duration(seconds: object) -> str:
+    """Seconds in words, such as "2 min 5 s"; "" if they are not known."""
     if not isinstance(seconds, int | float):
         return ""
     minutes, rest = divmod(round(seconds), 60)
@@ -194,7 +217,15 @@ def _duration(seconds: object) -> str:
 
 
 def _provenance(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
-    versions, machine, git = (manifest.get(key) or {} for key in ("versions", "machine", "git"))
+    """Names and texts of what is known about the run's origin."""
+    versions, machine, git, devices = (
+        manifest.get(key) or {} for key in ("versions", "machine", "git", "devices")
+    )
+    processor = [
+        machine.get("cpu"),
+        f"{machine['cores']} cores" if machine.get("cores") else None,
+        f"{machine['memory_gib']} GiB memory" if machine.get("memory_gib") else None,
+    ]
     facts = {
         "Status": manifest["status"],
         "Seed": str(manifest["seed"]) if manifest.get("seed") is not None else "",
@@ -202,18 +233,10 @@ def _provenance(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
         "Commit": git.get("commit", "") + (", with changes not committed" if git.get("dirty") else ""),
         "Devices": ", ".join(
             f"{name}, calibrated {time[:16].replace('T', ' ')}" if isinstance(time, str) else str(name)
-            for name, time in (manifest.get("devices") or {}).items()
+            for name, time in devices.items()
         ),
         "Sweep": (manifest.get("sweep") or {}).get("name", ""),
-        "Processor": ", ".join(
-            part
-            for part in (
-                machine.get("cpu"),
-                f"{machine['cores']} cores" if machine.get("cores") else None,
-                f"{machine['memory_gib']} GiB memory" if machine.get("memory_gib") else None,
-            )
-            if part
-        ),
+        "Processor": ", ".join(part for part in processor if part),
         "System": machine.get("platform", ""),
         "Versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
         "Duration": _duration(manifest.get("seconds")),
@@ -222,6 +245,7 @@ def _provenance(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _files(run: Run) -> list[str]:
+    """Names of the files that the page links to."""
     notebooks = sorted(path.name for path in run.path.glob("*.ipynb"))
     others = [
         name for name in ("metrics.parquet", "spec.yaml", "manifest.json") if (run.path / name).exists()

@@ -1,11 +1,10 @@
-"""Sweeps: a notebook for every combination of values, on a Dask cluster, one run a notebook."""
+"""Sweeps: a notebook for every combination of values, on a Dask cluster; each notebook is a run."""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
 import json
-import math
 import os
 import shlex
 import signal
@@ -14,7 +13,6 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import chdir, contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,41 +30,56 @@ from ..errors import (
     StorageError,
 )
 from ..specs import ClusterSpec, Spec, SweepSpec
-from ..storage import runs_home, write_atomic, write_frame
+from ..storage import runs_home, write_atomic
 from ..training.cluster import Cluster, open_cluster
-from .figures import comparison
-from .listing import RunTable, run_table
 from .notebooks import as_word, declared_parameters, execute, notebook_path, notebook_spec, run_name
 from .report import write_report
 from .runs import Run, read_manifests
+from .sweep_results import write_results
 
 if TYPE_CHECKING:
     from distributed import Client, Future
 
-PATIENCE = 20.0
-"""Seconds that notebooks in flight get to end, once the sweep is stopped."""
+STOP_TIMEOUT_S = 20.0
+"""Seconds that running notebooks get to end after the sweep was stopped."""
 
-_TURN = threading.Lock()
-"""papermill's working directory is the process's: a worker with several threads runs one notebook at a time."""
+_NOTEBOOK_LOCK = threading.Lock()
+"""Held while a notebook runs: a worker's threads share one working directory, which papermill changes."""
 
 
 @dataclass(frozen=True)
-class Cell:
+class PlannedNotebook:
     """One notebook of a sweep.
 
     Parameters
     ----------
     spec : Spec
-        Of its run.
+        The spec of its run.
     repeat : int
-        From 0.
+        The number of the repeat, from 0.
     key : str
-        Equal exactly where the same notebook was asked for with the same parameters, in any sweep.
+        A hash of the notebook's file and its parameters, equal in all sweeps.
     """
 
     spec: Spec
     repeat: int
     key: str
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """What a sweep will run: its spec, and each notebook."""
+
+    spec: SweepSpec
+    notebooks: list[PlannedNotebook]
+
+
+@dataclass(frozen=True)
+class NotebookEnd:
+    """How a notebook of a sweep ended: the folder of its run, and the run's status."""
+
+    folder: str
+    status: str
 
 
 def sweep(
@@ -86,67 +99,62 @@ def sweep(
 ) -> Run:
     """Run a notebook for every combination of values, in processes of one thread each.
 
-    Each notebook is a run of its own, which `run_notebook` makes; its manifest names the sweep. The sweep is a run too:
-    its metrics are the table of all notebooks, its figure shows what they measured. A notebook that fails is kept with
-    its traceback, and the others go on. What has ended is on disk: a sweep that is killed loses the notebooks in flight,
-    and `resume` runs what is missing. A worker that dies is replaced, and its notebook begins again, at most three times.
+    Each notebook is a run of its own, as `run_notebook` makes it, whose manifest names the sweep. The sweep
+    is a run too: its metrics are the table of all notebooks, and its figure shows what they measured. If a
+    notebook fails, its run is left with the traceback, and the others go on. Notebooks that have ended are on
+    disk: a sweep that is killed loses only those that are running, and `resume` runs what is missing. A
+    worker that dies is replaced, and its notebook begins again, at most three times.
 
     Parameters
     ----------
     notebook : str or path
         See `notebook_path`.
     grid : mapping
-        Values by parameter.
+        A list of values for each parameter that varies.
     parameters : mapping, optional
         Parameters that are the same in all notebooks.
     repeats : int
-        Notebooks of each combination. Each has its own seed, in the parameter `seed`; repeat r has the same one whatever
-        the combination, so that combinations are compared on the same random numbers.
+        Number of notebooks for each combination. Each has its own seed, in the parameter `seed`. Repeat r has
+        the same seed in all combinations, so that combinations are compared on the same random numbers.
     seed : int
-        What these seeds are derived from.
+        The seed from which the repeats' seeds are derived.
     workers : int, optional
-        Processes on this machine; one a core where None.
+        Number of processes on this machine; one for each core if None.
     cluster : ClusterSpec, Cluster, str or distributed.Client, optional
-        In place of them: a cluster to open, an open one, the address of a scheduler, or its client. Its workers have this version of qtx_lab,
-        and see the same files.
+        Where to run instead: a cluster to open, an open cluster, the address of a scheduler, or a client. Its
+        workers must have this version of qtx_lab and see the same files.
     home : path, optional
-        See `runs_home`.
+        Folder of runs; see `runs_home`.
     resume : bool
-        Take from `home` the notebooks that an earlier sweep has done, or another is doing now, of the same file and
-        parameters, and run the others.
+        Take from `home` the notebooks of the same file and parameters that an earlier sweep has done, or that
+        another sweep is running now, and run only the others.
     measure : str, optional
-        The number in the runs' results that the figure shows; the first where None.
+        The number in the runs' results that the figure shows; the first one if None.
     stop : callable, optional
-        Asked twice a second; once it says True, notebooks in flight are stopped and marked as interrupted.
+        Called twice a second. Once it returns True, running notebooks are stopped and marked as interrupted.
     progress : bool
-        Show a bar, a step a notebook, with the time left, on stderr.
+        Show a progress bar with the time left on stderr.
 
     Returns
     -------
     Run
-        Of the sweep: `done`, or `failed` if a notebook did. `metrics()` is the table.
+        The run of the sweep: `done`, or `failed` if a notebook failed. Its `metrics()` are the table.
 
     Raises
     ------
     ArgumentError, DtypeError, SpecError, TextError
-        Before any work: whatever `run_notebook` would refuse in any combination; an empty grid; repeats without a `seed`.
+        Before any work, if `run_notebook` would refuse any of the combinations, the grid is empty, or repeats
+        are asked of a notebook without the parameter `seed`.
     StorageError
         If home cannot be written or has no room.
     BackendUnavailable
-        If the cluster cannot be had.
+        If the cluster cannot be reached or opened.
     KeyboardInterrupt
-        On Ctrl-C, or once `stop` says so; the sweep is kept, marked as interrupted.
+        On Ctrl-C, or once `stop` returns True. The sweep's run is marked as interrupted.
     """
-    kinds = ClusterSpec | Cluster | str | None
-    if not isinstance(cluster, kinds) and not hasattr(cluster, "submit"):
-        raise DtypeError(
-            f"cluster={cluster!r} is not allowed: it must be a ClusterSpec, a Cluster, an address or a client."
-        )
-    for name, value in (("grid", grid), ("parameters", parameters or {})):
-        if not isinstance(value, Mapping):
-            raise DtypeError(f"{name}={value!r} is not allowed: it must be a mapping by parameter.")
+    _check_kinds(grid, parameters, cluster)
     path = notebook_path(notebook).resolve()
-    spec, cells = plan(path, grid, parameters=parameters, repeats=repeats, seed=seed)
+    planned = plan(path, grid, parameters=parameters, repeats=repeats, seed=seed)
     if workers is not None:
         check_count("workers", workers)
         if cluster is not None:
@@ -154,37 +162,59 @@ def sweep(
                 f"workers={workers} and a cluster exclude each other: the cluster has its own."
             )
     home = runs_home(home).resolve()
-    earlier = find_done(home, {cell.key for cell in cells}) if resume else {}
+    earlier = find_done(home, {notebook.key for notebook in planned.notebooks}) if resume else {}
+    missing = [notebook for notebook in planned.notebooks if notebook.key not in earlier]
     run = Run.create(
-        spec,
+        planned.spec,
         f"sweep-{run_name(path)}",
         home,
         title=f"A sweep of {path.name}",
-        command=_command(notebook, spec),
-        results={"notebooks": len(cells), "kept": len(earlier)},
+        command=_command(notebook, planned.spec),
+        results={"notebooks": len(planned.notebooks), "kept": len(earlier)},
     )
     folders = dict(earlier)
     try:
-        copied = run.path / path.name  # what is swept stays as it was checked, and is kept
+        # All notebooks execute this copy: the file that was checked, whatever happens to the original.
+        copied = run.path / path.name
         write_atomic(copied, path.read_bytes())
-        missing = [cell for cell in cells if cell.key not in earlier]
         if missing:
             with (
                 _client(workers and min(workers, len(missing)), cluster) as client,
-                client.as_current(),  # another thread may have another sweep, whose client would be the default
-                _bar(path, cells, missing, progress) as bar,
+                client.as_current(),  # another thread's sweep may have set another default client
+                tqdm(
+                    total=len(planned.notebooks),
+                    initial=len(earlier),
+                    desc=f"sweep {path.stem}",
+                    unit="notebook",
+                    disable=not progress,
+                ) as bar,
             ):
-                _run_cells(client, run, copied, missing, folders, stop, bar)
-        trouble = _gather(run, spec, cells, folders, measure)
-        run.finish("failed" if trouble else "done", trouble)
+                _run_notebooks(client, run, copied, missing, folders, stop, bar)
+        problem = _write_results(run, planned, folders, measure)
+        run.finish("failed" if problem else "done", problem)
     except BaseException as error:
-        with suppress(QtxError):  # the first error is the one to hear about
-            _end(run, error)
-            _gather(run, spec, cells, {**_interrupted(run), **folders}, measure)
+        with suppress(QtxError):  # the first error is the one to report
+            _mark_ended(run, error)
+            _write_results(run, planned, {**_mark_interrupted(run), **folders}, measure)
             write_report(run)
         raise
     write_report(run)
     return run
+
+
+def _check_kinds(grid: object, parameters: object, cluster: object) -> None:
+    """Refuse arguments of another type."""
+    if not isinstance(cluster, ClusterSpec | Cluster | str | None):
+        from distributed import Client
+
+        if not isinstance(cluster, Client):
+            raise DtypeError(
+                f"cluster={cluster!r} is not allowed: it must be a ClusterSpec, a Cluster, an address or a "
+                "distributed.Client."
+            )
+    for name, value in (("grid", grid), ("parameters", parameters or {})):
+        if not isinstance(value, Mapping):
+            raise DtypeError(f"{name}={value!r} is not allowed: it must be a mapping by parameter.")
 
 
 def plan(
@@ -194,92 +224,97 @@ def plan(
     parameters: Mapping[str, Any] | None = None,
     repeats: int = 1,
     seed: int = 0,
-) -> tuple[SweepSpec, list[Cell]]:
-    """What a sweep will run, checked as a whole; see `sweep`."""
+) -> SweepPlan:
+    """What a sweep will run, checked as a whole; arguments and errors as of `sweep`."""
     check_count("repeats", repeats)
-    given = dict(parameters or {})
+    fixed = dict(parameters or {})
     declared = declared_parameters(path)
     for name, values in grid.items():
-        if isinstance(values, str) or not isinstance(values, Sequence) or not values:
-            raise ArgumentError(f"grid[{name!r}]={values!r} is not allowed: it must be a list of values.")
-        if name in given:
+        _check_values(name, values)
+        if name in fixed:
             raise ArgumentError(f"{name!r} is in the grid and in the parameters: give it once.")
-        texts = [json.dumps(value, sort_keys=True, default=str) for value in values]
-        twice = next(
-            (value for value, text in zip(values, texts, strict=True) if texts.count(text) > 1), None
-        )
-        if len(set(texts)) < len(texts):
-            raise ArgumentError(
-                f"grid[{name!r}]={list(values)!r} is not allowed: {twice!r} is named more than once."
-            )
-    seeded = "seed" in declared and "seed" not in grid and "seed" not in given
+    seeded = "seed" in declared and "seed" not in grid and "seed" not in fixed
     if repeats > 1 and not seeded:
         why = "has no parameter `seed`" if "seed" not in declared else "is given its seed"
         raise ArgumentError(f"repeats={repeats} is not allowed: {path.name} {why}, so all would be the same.")
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     spec = SweepSpec(
-        notebook=path.stem, sha256=digest, grid=dict(grid), parameters=given, repeats=repeats, seed=seed
+        notebook=path.stem, sha256=digest, grid=dict(grid), parameters=fixed, repeats=repeats, seed=seed
     )
-    cells = []
-    for repeat in range(repeats):  # all combinations once, then again: an early figure shows all of them
+    notebooks = []
+    for repeat in range(
+        repeats
+    ):  # all combinations once, then again, so that an early figure shows all of them
         for values in itertools.product(*spec.grid.values()):
-            cell = {**spec.parameters, **dict(zip(spec.grid, values, strict=True))}
+            given = {**spec.parameters, **dict(zip(spec.grid, values, strict=True))}
             if seeded:
-                cell["seed"] = repeat_seed(seed, repeat)
+                given["seed"] = repeat_seed(seed, repeat)
             try:
-                asked = notebook_spec(path, declared, cell)
+                of_notebook = notebook_spec(path, declared, given)
             except SpecError as error:
-                shown = ", ".join(f"{name}={value!r}" for name, value in cell.items() if name in spec.grid)
+                shown = ", ".join(f"{name}={value!r}" for name, value in given.items() if name in spec.grid)
                 raise SpecError(f"{error} (at {shown or 'the only combination'})") from None
-            key = hashlib.sha256(f"{digest} {asked.identity}".encode()).hexdigest()
-            cells.append(Cell(asked, repeat, key))
-    return spec, cells
+            key = hashlib.sha256(f"{digest} {of_notebook.identity}".encode()).hexdigest()
+            notebooks.append(PlannedNotebook(of_notebook, repeat, key))
+    return SweepPlan(spec, notebooks)
+
+
+def _check_values(name: str, values: object) -> None:
+    """Refuse values of a grid that are no list, empty, or not distinct."""
+    if isinstance(values, str) or not isinstance(values, Sequence) or not values:
+        raise ArgumentError(f"grid[{name!r}]={values!r} is not allowed: it must be a list of values.")
+    texts = [json.dumps(value, sort_keys=True, default=str) for value in values]
+    for value, text in zip(values, texts, strict=True):
+        if texts.count(text) > 1:
+            raise ArgumentError(
+                f"grid[{name!r}]={list(values)!r} is not allowed: {value!r} is named more than once."
+            )
 
 
 def repeat_seed(seed: int, repeat: int) -> int:
-    """The seed of a repeat: 52 bits, so that JavaScript and floats hold it.
+    """The seed of a repeat, of 52 bits, so that JavaScript and floats hold it exactly.
 
     >>> repeat_seed(0, 0) == repeat_seed(0, 0) != repeat_seed(0, 1)
     True
     """
-    return int(
-        np.random.SeedSequence(seed, spawn_key=(repeat,)).generate_state(1, np.uint64)[0] >> np.uint64(12)
-    )
+    word = np.random.SeedSequence(seed, spawn_key=(repeat,)).generate_state(1, np.uint64)[0]
+    return int(word >> np.uint64(12))
 
 
 def find_done(home: Path, keys: set[str]) -> dict[str, Path]:
-    """Folder by key of what earlier sweeps have done, or others are doing now."""
-    sweeping, done, doing = set(), {}, []
-    for folder, facts in read_manifests(home):
-        about = facts.get("sweep") or {}
-        if facts["status"] == "running" and "cell" not in about:
-            sweeping.add(folder.name)
-        elif about.get("cell") in keys and facts["status"] == "done":
-            done[about["cell"]] = folder
-        elif about.get("cell") in keys and facts["status"] == "running":
-            doing.append((about["cell"], about.get("name"), folder))
-    # One on another machine reads as running for ever: it is not, once its sweep is over.
-    return {cell: folder for cell, name, folder in doing if name in sweeping} | done
+    """The run folders, by key, of notebooks that other sweeps have done or are running now."""
+    running_sweeps, done, running = set(), {}, []
+    for folder, manifest in read_manifests(home):
+        of_sweep = manifest.get("sweep") or {}
+        if manifest["status"] == "running" and "cell" not in of_sweep:
+            running_sweeps.add(folder.name)
+        elif of_sweep.get("cell") in keys and manifest["status"] == "done":
+            done[of_sweep["cell"]] = folder
+        elif of_sweep.get("cell") in keys and manifest["status"] == "running":
+            running.append((of_sweep["cell"], of_sweep.get("name"), folder))
+    # A notebook that died on another machine reads as running for ever. Its sweep tells: it is no longer
+    # running.
+    return {key: folder for key, name, folder in running if name in running_sweeps} | done
 
 
-def _run_cells(
+def _run_notebooks(
     client: Client,
     run: Run,
     path: Path,
-    cells: Sequence[Cell],
+    notebooks: Sequence[PlannedNotebook],
     folders: dict[str, Path],
     stop: Callable[[], bool] | None,
     bar: tqdm,
 ) -> None:
-    """Run the cells, and put the folder of each among the folders as it ends."""
+    """Run the notebooks, and add the folder of each to `folders` as soon as it ends."""
     from distributed import wait
 
-    futures: dict[Future, Cell] = {}
-    failed = 0
+    futures: dict[Future, PlannedNotebook] = {}
+    num_failed = 0
     try:
-        for cell in cells:
-            task = client.submit(run_cell, str(path), cell, str(run.path), os.getcwd(), pure=False)
-            futures[task] = cell
+        for notebook in notebooks:
+            future = client.submit(run_planned, str(path), notebook, str(run.path), os.getcwd(), pure=False)
+            futures[future] = notebook
         while futures:
             if stop is not None and stop():
                 raise KeyboardInterrupt("The sweep was stopped.")
@@ -287,171 +322,105 @@ def _run_cells(
                 ended = wait(list(futures), timeout=0.5, return_when="FIRST_COMPLETED").done
             except TimeoutError:
                 if sys.stderr.isatty():
-                    bar.refresh()  # the time left goes on
+                    bar.refresh()  # so that the time left counts down
                 continue
             for future in ended:
-                cell = futures.pop(future)
-                status = "failed"
-                if future.status == "finished":
-                    folder, status = future.result()
-                    folders[cell.key] = Path(folder)
-                elif future.status == "cancelled":
-                    raise BackendUnavailable("The cluster went away; --resume runs what is missing.")
-                elif isinstance(
-                    future.exception(), QtxError
-                ):  # no room for a run: nothing else will go better
-                    raise future.exception()
-                else:
-                    tqdm.write(f"A notebook was lost: {future.exception()}", file=sys.stderr)
-                failed += status != "done"
-                bar.set_postfix(failed=failed, refresh=False)
+                notebook = futures.pop(future)
+                end = _end_of(future)
+                if end is not None:
+                    folders[notebook.key] = Path(end.folder)
+                num_failed += end is None or end.status != "done"
+                bar.set_postfix(failed=num_failed, refresh=False)
                 bar.update()
     except BaseException as error:
         with suppress(QtxError):
-            _end(run, error)  # notebooks in flight see that, and stop; those that wait do not begin
+            # Running notebooks see the sweep's status and stop, and those that wait for a worker do not
+            # begin.
+            _mark_ended(run, error)
         with suppress(TimeoutError):
-            wait(list(futures), timeout=PATIENCE)
+            wait(list(futures), timeout=STOP_TIMEOUT_S)
         client.cancel(list(futures))
         raise
 
 
-def run_cell(path: str, cell: Cell, sweep_folder: str, folder: str) -> tuple[str, str]:
-    """Run one notebook of a sweep in this process, with `folder` as its working directory; its run's folder and status."""
+def _end_of(future: Future) -> NotebookEnd | None:
+    """How a notebook ended, or None if its worker died too often; other errors end the sweep."""
+    if future.status == "finished":
+        return future.result()
+    if future.status == "cancelled":
+        raise BackendUnavailable("The cluster went away; --resume runs what is missing.")
+    error = future.exception()
+    if isinstance(error, QtxError):  # such as no room for a run: the other notebooks would fail too
+        raise error
+    tqdm.write(f"A notebook was lost: {error}", file=sys.stderr)
+    return None
+
+
+def run_planned(path: str, notebook: PlannedNotebook, sweep_folder: str, folder: str) -> NotebookEnd:
+    """Run one notebook of a sweep in this process, with `folder` as the working directory."""
     sweep_run, file = Run(Path(sweep_folder)), Path(path)
 
-    def over() -> bool:
+    def sweep_ended() -> bool:
         try:
             return sweep_run.status != "running"
-        except StorageError:  # the folder is gone
+        except StorageError:  # the folder was deleted
             return True
 
-    with _TURN, chdir(folder):
-        if over():
+    with _NOTEBOOK_LOCK, chdir(folder):
+        if sweep_ended():
             raise RunFailed(f"{sweep_run.path.name} is over.")
-        name = f"{run_name(file)}-{cell.key[:8]}"
-        for other in sweep_run.path.parent.glob(f"*-{name}-*"):  # whose worker died before it could say so
+        name = f"{run_name(file)}-{notebook.key[:8]}"
+        # An earlier worker may have finished this very notebook and died before it could report that.
+        for earlier in sweep_run.path.parent.glob(f"*-{name}-*"):
             with suppress(StorageError):
-                facts = Run(other).manifest
-                if facts["status"] == "done" and facts.get("sweep", {}).get("name") == sweep_run.path.name:
-                    return str(other), "done"
-        about = {"name": sweep_run.path.name, "cell": cell.key, "repeat": cell.repeat}
-        run = Run.create(cell.spec, name, sweep_run.path.parent, sweep=about)
-        with suppress(QtxError, KeyboardInterrupt):  # the run tells
-            execute(run, file, cell.spec, progress=False, stop=over, threads=1)
-        return str(run.path), run.status
+                manifest = Run(earlier).manifest
+                same_sweep = manifest.get("sweep", {}).get("name") == sweep_run.path.name
+                if manifest["status"] == "done" and same_sweep:
+                    return NotebookEnd(str(earlier), "done")
+        of_sweep = {"name": sweep_run.path.name, "cell": notebook.key, "repeat": notebook.repeat}
+        run = Run.create(notebook.spec, name, sweep_run.path.parent, sweep=of_sweep)
+        with suppress(QtxError, KeyboardInterrupt):  # the run's manifest records them
+            execute(run, file, notebook.spec, progress=False, stop=sweep_ended, threads=1)
+        return NotebookEnd(str(run.path), run.status)
 
 
-def _end(run: Run, error: BaseException) -> None:
-    """Mark a sweep that was broken off, once."""
+def _mark_ended(run: Run, error: BaseException) -> None:
+    """Mark a sweep that an error or Ctrl-C ended, unless it is marked already."""
     if run.status == "running":
         interrupted = isinstance(error, KeyboardInterrupt)
         run.finish("interrupted" if interrupted else "failed", None if interrupted else str(error))
 
 
-def _interrupted(run: Run) -> dict[str, Path]:
-    """Mark the notebooks of a sweep that were in flight and are gone; their folders by key."""
-    found = {}
-    for folder, facts in read_manifests(run.path.parent):
-        about = facts.get("sweep") or {}
-        if about.get("name") == run.path.name and facts["status"] == "interrupted":
-            found[str(about.get("cell"))] = folder
-            if "finished" not in facts:
+def _mark_interrupted(run: Run) -> dict[str, Path]:
+    """Mark the notebooks of a sweep whose processes are gone as interrupted; return their folders by key."""
+    folders = {}
+    for folder, manifest in read_manifests(run.path.parent):
+        of_sweep = manifest.get("sweep") or {}
+        if of_sweep.get("name") == run.path.name and manifest["status"] == "interrupted":
+            folders[str(of_sweep.get("cell"))] = folder
+            if "finished" not in manifest:
                 Run(folder).finish("interrupted")
-    return found
+    return folders
 
 
-def _gather(
-    run: Run, spec: SweepSpec, cells: Sequence[Cell], folders: Mapping[str, Path], measure: str | None
+def _write_results(
+    run: Run, planned: SweepPlan, folders: Mapping[str, Path], measure: str | None
 ) -> str | None:
-    """Write the table of all notebooks, the figure and the summary into the sweep's run; what is not done, if anything."""
-    found: list[tuple[Path, Mapping[str, Any]]] = []
-    for cell in cells:
-        with suppress(KeyError, StorageError):
-            found.append((folders[cell.key], Run(folders[cell.key]).manifest))
-            continue
-        parameters = {"kind": type(cell.spec).__name__, "fields": cell.spec.to_parameters()}
-        found.append(
-            (Path(), {"name": run_name(Path(spec.notebook)), "status": "missing", "spec": parameters})
-        )
-    table = run_table(found)
-    started = table["started"].dt.strftime("%Y-%m-%dT%H:%M:%SZ")  # text: every reader of parquet knows it
-    kept = table.drop(columns=["spec", "kind"]).assign(started=started).dropna(axis=1, how="all")
-    write_frame(run.path / "metrics.parquet", kept)
-    statuses = table["status"].value_counts()
-    counts = ", ".join(f"{count} {status}" for status, count in statuses.items())
-    summary = [f"{len(cells)} notebooks: {counts}."]
-    summary += [f"{row.run}: {row.error}" for row in table[table["status"] == "failed"].itertuples()][:20]
-    done = table[table["status"] == "done"]
-    numbers = [
-        f"results.{name}"
-        for _, facts in found
-        if facts["status"] == "done"
-        for name, value in (facts.get("results") or {}).items()
-        if isinstance(value, int | float) and not isinstance(value, bool)
-    ]
-    rows: list[dict[str, Any]] = []
-    if measure is not None or numbers:
-        y = measure or numbers[0].removeprefix("results.")
+    """Write the sweep's table, figure and summary; return which notebooks are not done, if any."""
+    listed: list[tuple[Path, Mapping[str, Any]]] = []
+    for notebook in planned.notebooks:
         try:
-            rows = _figure(run, spec, done, y, len(cells))
-        except ArgumentError as error:  # no such measure, or no notebook that is done has it
-            summary.append(str(error))
-    run.update(results={**dict(statuses), "summary": summary, "table": rows})
-    rest = ", ".join(f"{count} {status}" for status, count in statuses.items() if status != "done")
-    return f"Of {len(cells)} notebooks not all are done: {rest}." if rest else None
-
-
-def _figure(run: Run, spec: SweepSpec, done: RunTable, y: str, total: int) -> list[dict[str, Any]]:
-    """Draw what the notebooks measured against the grid; the rows that are drawn."""
-    varying = [name for name, values in spec.grid.items() if len(values) > 1]
-    numeric = [
-        name
-        for name in varying
-        if all(isinstance(x, int | float) and not isinstance(x, bool) for x in spec.grid[name])
-    ]
-    x = max(numeric, key=lambda name: len(spec.grid[name]), default=None)
-    others = [name for name in varying if name != x]
-    by = ", ".join(others) or None
-    if len(others) > 1:
-        joined = [", ".join(str(row[f"spec.{name}"]) for name in others) for _, row in done.iterrows()]
-        done = done.assign(**{str(by): joined})
-    data = done.summary(y, x, by)
-    run.save_figure(
-        "results",
-        partial(comparison, y=y, x=x, by=by),
-        data,
-        caption=f"Means over the {len(done)} of {total} runs of {spec.notebook} that are done, {spec.repeats} of each "
-        f"combination; bars: 95 % t-intervals over repeats; seeds derived from {spec.seed}, the same for each combination.",
-    )
-    found = zip(data.pop("mean"), data.pop("half_width"), strict=True)
-    data[y] = [_plus_minus(mean, half_width) for mean, half_width in found]
-    return data.rename(columns={"by": by or "", "x": x or ""}).to_dict("records")
-
-
-def _plus_minus(mean: float, half_width: float) -> str:
-    """With as many digits as the 95 % interval allows.
-
-    >>> _plus_minus(0.12345, 0.0021)
-    '0.1235 ± 0.0021'
-    """
-    if not half_width > 0:  # of one run there is none
-        return f"{mean:.4g}"
-    digits = max(0, 1 - math.floor(math.log10(half_width)))
-    return f"{mean:.{digits}f} ± {half_width:.{digits}f}"
-
-
-@contextmanager
-def _bar(path: Path, cells: Sequence[Cell], missing: Sequence[Cell], progress: bool) -> Iterator[tqdm]:
-    """Progress over all notebooks, those of earlier sweeps already done."""
-    start = len(cells) - len(missing)
-    with tqdm(
-        total=len(cells), initial=start, desc=f"sweep {path.stem}", unit="notebook", disable=not progress
-    ) as bar:
-        yield bar
+            listed.append((folders[notebook.key], Run(folders[notebook.key]).manifest))
+        except (KeyError, StorageError):
+            fields = {"kind": type(notebook.spec).__name__, "fields": notebook.spec.to_parameters()}
+            name = run_name(Path(planned.spec.notebook))
+            listed.append((Path(), {"name": name, "status": "missing", "spec": fields}))
+    return write_results(run, planned.spec, listed, measure)
 
 
 @contextmanager
 def _client(workers: int | None, cluster: ClusterSpec | Cluster | str | Client | None) -> Iterator[Client]:
+    """A client of the cluster; a cluster that is opened here is closed at the end."""
     if cluster is None:
         cluster = ClusterSpec(kind="local", num_workers=workers)
     elif isinstance(cluster, str):
@@ -466,12 +435,12 @@ def _client(workers: int | None, cluster: ClusterSpec | Cluster | str | Client |
 
 
 def _ignore_ctrl_c() -> None:
-    """For workers that share the terminal: the sweep hears Ctrl-C, and ends them in order."""
+    """For workers on the same terminal: the sweep itself receives Ctrl-C, and ends them in order."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _command(notebook: str | Path, spec: SweepSpec) -> str:
-    """What to type to run this again."""
+    """What to type to run this sweep again."""
     words = ["qtx-lab", "sweep", str(notebook)]
     for name, values in spec.grid.items():
         words += ["-g", f"{name}={','.join(map(as_word, values))}"]
@@ -480,4 +449,13 @@ def _command(notebook: str | Path, spec: SweepSpec) -> str:
     return shlex.join([*words, "--repeats", str(spec.repeats), "--seed", str(spec.seed)])
 
 
-__all__ = ["Cell", "find_done", "plan", "repeat_seed", "run_cell", "sweep"]
+__all__ = [
+    "NotebookEnd",
+    "PlannedNotebook",
+    "SweepPlan",
+    "find_done",
+    "plan",
+    "repeat_seed",
+    "run_planned",
+    "sweep",
+]

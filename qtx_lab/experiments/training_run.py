@@ -16,7 +16,7 @@ from ..specs import ClusterSpec, TrainSpec
 from ..storage import write_tensors
 from ..training import open_cluster
 from . import provenance
-from .figures import _figure
+from .figures import themed_figure
 from .report import write_report
 from .runs import Run, find_run
 
@@ -167,7 +167,7 @@ def training_curves(data: pd.DataFrame, theme: str) -> Figure:
     data: columns `step`, `bits_per_byte`, `held_out_bits_per_byte_exact` and, where drawn, `..._sampled`; NaN where not validated.
     """
     colours = look.colours_of(theme)
-    with _figure(theme) as figure:
+    with themed_figure(theme) as figure:
         ax = figure.subplots()
         ax.plot(data["step"], data["bits_per_byte"], color=colours["line"], linewidth=1, label="batch")
         ends = {}

@@ -94,7 +94,7 @@ def test_every_combination_is_checked_as_an_experiment(tmp_path) -> None:
     path = write(tmp_path / "a.ipynb", defaults + "\nrun_dir = None", spec="experiment")
     with pytest.raises(SpecError, match=r"layer=6 .* \(at sampler='systematic', layer=6\)"):
         plan(path, {"sampler": ["systematic", "sobol"], "layer": [0, 6]}, parameters={"num_tokens": 64})
-    _, cells = plan(path, {"layer": [0, 1]}, repeats=2, seed=5)
+    cells = plan(path, {"layer": [0, 1]}, repeats=2, seed=5).notebooks
     assert [cell.spec.layer for cell in cells] == [0, 1, 0, 1]
     assert [cell.spec.seed for cell in cells] == [repeat_seed(5, 0)] * 2 + [repeat_seed(5, 1)] * 2
     assert len({repeat_seed(seed, repeat) for seed in range(50) for repeat in range(50)}) == 2500
@@ -104,7 +104,7 @@ def test_a_notebook_without_a_seed_is_not_repeated(tmp_path) -> None:
     path = write(tmp_path / "a.ipynb", "n = 1")
     with pytest.raises(ArgumentError, match="no parameter `seed`"):
         plan(path, {"n": [1]}, repeats=2)
-    assert len(plan(path, {})[1]) == 1
+    assert len(plan(path, {}).notebooks) == 1
 
 
 def test_a_sweep_and_what_resumes_it(notebook, cluster, tmp_path, capsys) -> None:
@@ -145,7 +145,7 @@ def test_a_sweep_and_what_resumes_it(notebook, cluster, tmp_path, capsys) -> Non
     assert len(more.metrics()) == 12
     assert {path: (path / "manifest.json").read_bytes() for path in kept} == kept
     write(notebook, PARAMETERS, MEASURE, "'changed'")
-    assert plan(notebook, grid)[1][0].key != plan(notebook, grid, repeats=1, seed=1)[1][0].key
+    assert plan(notebook, grid).notebooks[0].key != plan(notebook, grid, seed=1).notebooks[0].key
     again = sweep(notebook, {"n": [4]}, cluster=cluster, home=home, resume=True, progress=False)
     assert again.manifest["results"]["kept"] == 0
 

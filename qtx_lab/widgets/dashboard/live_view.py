@@ -14,7 +14,7 @@ import pandas as pd
 import panel as pn
 
 from ...errors import QtxError
-from ...experiments.runs import STATUSES
+from ...experiments.manifest import STATUSES
 from . import figures, frames
 from .elements import DashboardView, empty_note, html_pane, html_table, status_mark
 from .records import Listing

@@ -15,7 +15,7 @@ import pandas as pd
 import panel as pn
 
 from ... import theme as look
-from ...experiments.runs import STATUSES
+from ...experiments.manifest import STATUSES
 from . import figures
 from .elements import CONTROL_WIDTH, DashboardView, html_pane, select
 from .figure_views import devices_view, error_view, heads_view

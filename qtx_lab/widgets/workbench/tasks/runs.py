@@ -48,9 +48,9 @@ def sweep(
     from ....experiments.sweeps import sweep as run_sweep
 
     settings = {name: plan[name] for name in ("parameters", "repeats", "seed")}
-    _, cells = plan_sweep(notebook_path(plan["notebook"]), plan["grid"], **settings)
-    report(0.0, f"starting the workers for {len(cells)} notebooks")
-    with _reported_progress(report, home, len(cells)):
+    notebooks = plan_sweep(notebook_path(plan["notebook"]), plan["grid"], **settings).notebooks
+    report(0.0, f"starting the workers for {len(notebooks)} notebooks")
+    with _reported_progress(report, home, len(notebooks)):
         run = run_sweep(
             plan["notebook"], plan["grid"], **settings, cluster=ClusterSpec(**cluster), home=home,
             progress=False,

@@ -1,0 +1,89 @@
+"""`manifest.json`, the record of a run: how it is read, checked and merged."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from ..errors import StorageError
+
+MANIFEST = "manifest.json"
+STATUSES = ("running", "done", "failed", "interrupted")
+
+TYPES: dict[str, Any] = {
+    "spec": dict,
+    "process": dict,
+    "results": dict,
+    "versions": dict,
+    "machine": dict,
+    "git": dict,
+    "devices": dict,
+    "sweep": dict,
+    "seconds": int | float,
+    "seed": int,
+}
+"""Types of the entries that a manifest may leave out."""
+
+MAX_SECONDS = 1e15
+"""A longer run is a broken manifest."""
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a run folder, as it is stored.
+
+    Raises
+    ------
+    StorageError
+        If the folder holds no readable manifest.
+    """
+    path = folder / MANIFEST
+    try:
+        content = path.read_bytes()
+        manifest = json.loads(content)
+        if rb"\ud" in content.lower():  # half a surrogate pair is text that no file can hold
+            json.dumps(manifest, ensure_ascii=False).encode()
+    except OSError as error:
+        raise StorageError(f"{folder} is not a run: {path.name}: {error.strerror or error}.") from error
+    except (ValueError, RecursionError) as error:
+        raise StorageError(f"{folder} is not a readable run: {path.name} is not valid JSON.") from error
+    problem = manifest_problem(manifest)
+    if problem:
+        raise StorageError(f"{folder} is not a readable run: {problem}.")
+    return dict(manifest)
+
+
+def manifest_problem(manifest: object) -> str | None:
+    """Why this is not a valid manifest; None if it is one."""
+    if not isinstance(manifest, dict):
+        return f"{MANIFEST} holds no object"
+    if manifest.get("status") not in STATUSES:
+        return f"{MANIFEST} has the status {manifest.get('status')!r}"
+    try:
+        if datetime.fromisoformat(manifest["started"]).tzinfo is None:
+            return f"{MANIFEST} has a start without a time zone"
+    except (KeyError, TypeError, ValueError):
+        return f"{MANIFEST} has no start"
+    if not isinstance(manifest.get("name"), str):
+        return f"{MANIFEST} has no name"
+    wrong = [key for key, kind in TYPES.items() if not isinstance(manifest.get(key), kind | None)]
+    if not wrong and not 0 <= (manifest.get("seed") or 0) < 2**63:
+        wrong = ["seed"]
+    if not wrong and not 0 <= (manifest.get("seconds") or 0) < MAX_SECONDS:
+        wrong = ["seconds"]
+    return f"{MANIFEST} has {wrong[0]}={manifest[wrong[0]]!r}" if wrong else None
+
+
+def merge(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """A mapping with the entries of both, where the new one's win; mappings in them are merged likewise.
+
+    >>> merge({"a": {"x": 1, "y": 2}}, {"a": {"y": 3}, "b": 4})
+    {'a': {'x': 1, 'y': 3}, 'b': 4}
+    """
+    merged = dict(old)
+    for key, value in new.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged

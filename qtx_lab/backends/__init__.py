@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .counts import RowCounts
 from .hybrid import HybridPolicy, predicted_fidelity
-from .noise import ParametricNoise, fake_devices
+from .noise import ParametricNoise, SimulatorNoise, fake_devices
 from .qiskit import QiskitQuantumBackend
 from .requests import RowRequest
 from .sampler import CircuitSampler
@@ -16,6 +16,7 @@ __all__ = [
     "QiskitQuantumBackend",
     "RowCounts",
     "RowRequest",
+    "SimulatorNoise",
     "fake_devices",
     "predicted_fidelity",
 ]

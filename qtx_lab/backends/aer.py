@@ -21,7 +21,7 @@ from .base import Engine
 from .counts import draw_outcomes
 from .exact import Noise, Step, compile_steps, density_matrices, outcome_probabilities
 from .noise import (
-    ParametricNoise,
+    SimulatorNoise,
     best_region,
     device_noise,
     fake_device,
@@ -64,9 +64,8 @@ class AerEngine(Engine):
         None or "aer" for a simulator. Or a name in `fake_devices()` for the twin of that device: circuits run
         with its calibrated errors, on the connected qubits that suit them best. Qubits that a circuit does
         not use are left out, which changes nothing.
-    noise : ParametricNoise, optional
-        Noise of the simulator, on a device in which all pairs of qubits are connected. Not together with a
-        twin.
+    noise : SimulatorNoise, optional
+        Noise of the simulator, as `ParametricNoise`. Not together with a twin.
     noise_scale : float
         Factor >= 0 on all error probabilities, and on 1/T1 and 1/T2; 0 is no noise.
     method : {"auto", "aer"}
@@ -87,7 +86,7 @@ class AerEngine(Engine):
         self,
         backend_name: str | None = None,
         *,
-        noise: ParametricNoise | None = None,
+        noise: SimulatorNoise | None = None,
         noise_scale: float = 1.0,
         method: str = "auto",
     ):
@@ -95,8 +94,10 @@ class AerEngine(Engine):
         if name not in (*IDEAL, *fake_devices()):
             raise unknown_name("backend_name", name, ["aer", *fake_devices()])
         self.name = "aer" if name in IDEAL else name
-        if noise is not None and not isinstance(noise, ParametricNoise):
-            raise ArgumentError(f"noise={noise!r} is not allowed: it must be a ParametricNoise or None.")
+        if noise is not None and not isinstance(noise, SimulatorNoise):
+            raise ArgumentError(
+                f"noise={noise!r} is not allowed: it must be a SimulatorNoise, as ParametricNoise, or None."
+            )
         if noise is not None and self.name != "aer":
             raise ArgumentError(
                 f"noise is not allowed with backend_name={name!r}, which has noise of its own."

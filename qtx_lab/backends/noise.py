@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -37,8 +38,53 @@ MAX_READOUT_ERROR = 0.5
 """Above this a bit would rather be read as its opposite."""
 
 
+class SimulatorNoise(ABC):
+    """Noise of a simulator: the gates that it has, and what goes wrong after each.
+
+    To add a noise model, write a frozen dataclass that derives from this one: its `repr` is shown in results
+    and is part of the key under which transpiled circuits are cached. `QiskitQuantumBackend("aer",
+    noise=...)` takes it.
+
+    Examples
+    --------
+    Noise of measurements alone, on a device that has no other errors:
+
+    >>> @dataclass(frozen=True)
+    ... class MisreadOnes(SimulatorNoise):
+    ...     probability: float
+    ...
+    ...     def scaled(self, factor):
+    ...         return MisreadOnes(min(1.0, self.probability * factor))
+    ...
+    ...     def target(self, num_qubits):
+    ...         return ParametricNoise(readout=self.probability / 2).target(num_qubits)
+    ...
+    ...     def noise(self, num_qubits):
+    ...         p = self.probability
+    ...         return Noise({}, {q: np.array([[1, 0], [p, 1 - p]]) for q in range(num_qubits)})
+
+    >>> import torch
+    >>> from qtx_lab import QiskitQuantumBackend
+    >>> backend = QiskitQuantumBackend("aer", noise=MisreadOnes(1.0))
+    >>> backend.sample_rows(torch.tensor([[0.0, 1.0]]), 10).counts  # key 1 is always read as the masked key 0
+    tensor([[0, 0]])
+    """
+
+    @abstractmethod
+    def scaled(self, factor: float) -> SimulatorNoise:
+        """The same noise, `factor` >= 0 times as strong."""
+
+    @abstractmethod
+    def target(self, num_qubits: int) -> Target:
+        """The gates of a device with this noise, and their average errors, for the transpiler."""
+
+    @abstractmethod
+    def noise(self, num_qubits: int) -> Noise:
+        """The error channel of each gate and the readout error of each qubit of that device."""
+
+
 @dataclass(frozen=True)
-class ParametricNoise:
+class ParametricNoise(SimulatorNoise):
     """The same noise on every qubit of a device with gates rz, sx, x and cz between all pairs of qubits.
 
     Parameters
@@ -76,13 +122,12 @@ class ParametricNoise:
                 raise ArgumentError(f"{name}={value!r} is not allowed: it must be from 0 to {limit:g}.")
 
     def scaled(self, factor: float) -> ParametricNoise:
-        """Noise with every probability multiplied by `factor`, up to its upper bound."""
+        """Noise whose probabilities are multiplied by `factor`, up to their upper bounds."""
         return ParametricNoise(
             **{name: min(value * factor, _limit(name)) for name, value in vars(self).items()}
         )
 
     def target(self, num_qubits: int) -> Target:
-        """A device of this noise for the transpiler: the gates of all qubits, with their average errors."""
         target = Target(num_qubits=num_qubits)
         single = InstructionProperties(error=_infidelity(self._channel(self.one_qubit, 1)))
         double = InstructionProperties(error=_infidelity(self._channel(self.two_qubit, 2)))
@@ -97,7 +142,6 @@ class ParametricNoise:
         return target
 
     def noise(self, num_qubits: int) -> Noise:
-        """The error channels of every gate and measurement."""
         single, double = self._channel(self.one_qubit, 1), self._channel(self.two_qubit, 2)
         gates: dict[tuple[str, tuple[int, ...]], object] = {}
         qubits = range(num_qubits)

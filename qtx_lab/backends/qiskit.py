@@ -31,7 +31,7 @@ from .aer import AerEngine
 from .base import Engine, JobState, JobStatus, RowJob
 from .counts import MAX_OUTCOME_BYTES, RowCounts, rows_at_once
 from .ibm.engine import Cost, IBMEngine
-from .noise import ParametricNoise
+from .noise import SimulatorNoise
 from .requests import RowRequest
 
 if TYPE_CHECKING:
@@ -65,8 +65,8 @@ class QiskitQuantumBackend:
         Optimisation level of the transpiler, 0 to 3.
     loader : str or Loader
         How a row becomes a circuit: a name in `qtx_lab.circuits.LOADERS`, or a loader of your own.
-    noise : ParametricNoise, optional
-        "aer" only: noise of the simulator, by a few numbers. Not together with a twin.
+    noise : SimulatorNoise, optional
+        "aer" only: noise of the simulator, as `ParametricNoise`. Not together with a twin.
     noise_scale : float
         "aer" only: factor on all error probabilities, and on 1/T1 and 1/T2; 0 is no noise.
     method : {"auto", "aer"}
@@ -118,7 +118,7 @@ class QiskitQuantumBackend:
         optimization_level: int = 3,
         *,
         loader: str | Loader = "dynamic",
-        noise: ParametricNoise | None = None,
+        noise: SimulatorNoise | None = None,
         noise_scale: float = 1.0,
         method: Literal["auto", "aer"] = "auto",
         service: QiskitRuntimeService | None = None,

@@ -34,7 +34,21 @@ class _Record(BaseModel):
 
 
 class RowsRecord(_Record):
-    """Rows that were measured; their probabilities are in `<tag>.rows.npz` beside the record."""
+    """Rows that are measured. Their probabilities are in `<tag>.rows.npz` beside the record.
+
+    Parameters
+    ----------
+    rows, keys : int
+        Shape of the probabilities.
+    loader : str
+        Name of the loader.
+    shots : int
+        Shots of each row.
+    seed : int
+        Seed of the classical baseline.
+    diagnostics : dict
+        Those of the result.
+    """
 
     kind: Literal["rows"] = "rows"
     rows: int
@@ -44,8 +58,21 @@ class RowsRecord(_Record):
     seed: int
     diagnostics: dict[str, Any]
 
-    def request(self, p: torch.Tensor, loader: Loader | None = None) -> RowRequest:
-        """The request that was recorded; see `DeviceJob.request`."""
+    @classmethod
+    def from_request(cls, request: RowRequest) -> RowsRecord:
+        """The record of a request; `p` is kept elsewhere."""
+        rows, keys = request.p.shape
+        return cls(
+            rows=rows,
+            keys=keys,
+            loader=request.loader.name,
+            shots=request.shots,
+            seed=request.seed,
+            diagnostics=dict(request.diagnostics),
+        )
+
+    def to_request(self, p: torch.Tensor, loader: Loader | None) -> RowRequest:
+        """The request that was recorded; the loader is made by its name where None."""
         diagnostics = {
             name: tuple(value) if isinstance(value, list) else value
             for name, value in self.diagnostics.items()
@@ -54,34 +81,49 @@ class RowsRecord(_Record):
 
 
 class MitigatedRowsRecord(_Record):
-    """One circuit of rows that a mitigation measures with several; `p` is kept as that of plain rows."""
+    """One circuit of rows that a mitigation measures with several; see `MitigatedRowRequest`.
+
+    Parameters
+    ----------
+    rows : RowsRecord
+        The rows; `rows.shots` is the whole budget of a row.
+    mitigation : dict
+        Name and settings of the mitigation.
+    noise_level : float
+        Noise of this circuit, as a multiple of the device's own.
+    shots : int
+        Shots of each row with this circuit.
+    batch : str
+        The same for all circuits of one call.
+    """
 
     kind: Literal["mitigated-rows"] = "mitigated-rows"
-    rows: int
-    keys: int
-    loader: str
-    shots: int
-    """Whole budget of a row, over all circuits."""
-    seed: int
+    rows: RowsRecord
     mitigation: dict[str, Any]
     noise_level: float
-    shots_of_level: int
+    shots: int
     batch: str
-    diagnostics: dict[str, Any]
 
-    def request(self, p: torch.Tensor, loader: Loader | None = None) -> MitigatedRowRequest:
-        """The request that was recorded; see `DeviceJob.request`."""
-        shared = {name: getattr(self, name) for name in ROW_FIELDS}
-        rows = RowsRecord(**shared).request(p, loader)
-        return MitigatedRowRequest(rows, self.mitigation, self.noise_level, self.shots_of_level, self.batch)
-
-
-ROW_FIELDS = ("rows", "keys", "loader", "shots", "seed", "diagnostics")
-"""Fields that records of rows share, mitigated or not."""
+    def to_request(self, p: torch.Tensor, loader: Loader | None) -> MitigatedRowRequest:
+        """The request that was recorded; the loader is made by its name where None."""
+        rows = self.rows.to_request(p, loader)
+        return MitigatedRowRequest(rows, self.mitigation, self.noise_level, self.shots, self.batch)
 
 
 class CalibrationRecord(_Record):
-    """A state that was prepared to see how its bits are misread."""
+    """A state that is prepared to see how its bits are misread; see `CalibrationRequest`.
+
+    Parameters
+    ----------
+    qubits : list of int
+        The device's qubit of each bit of the register, lowest bit first.
+    prepared : list of int
+        The prepared state of each.
+    shots : int
+        Shots of the state.
+    seed : int
+        Seed of a simulation.
+    """
 
     kind: Literal["calibration"] = "calibration"
     qubits: list[int]
@@ -89,7 +131,7 @@ class CalibrationRecord(_Record):
     shots: int
     seed: int
 
-    def request(self) -> CalibrationRequest:
+    def to_request(self) -> CalibrationRequest:
         """The request that was recorded."""
         return CalibrationRequest(tuple(self.qubits), tuple(self.prepared), self.shots, self.seed)
 
@@ -136,7 +178,7 @@ class PartRecord(_Record):
 class JobRecord(_Record):
     """What is written down of a job before it is submitted, and what became of it since.
 
-    `record["device"]` is `record.device`.
+    `record["device"]` gives a field as JSON holds it.
 
     Parameters
     ----------
@@ -243,10 +285,22 @@ def record_job(folder: Path, request: Request | None, blocks: Sequence[Block], *
     return path
 
 
-def _request_record(request: Request | None) -> Any:
+def _request_record(
+    request: Request | None,
+) -> RowsRecord | MitigatedRowsRecord | CalibrationRecord | CircuitsRecord:
     match request:
         case None:
             return CircuitsRecord()
+        case RowRequest():
+            return RowsRecord.from_request(request)
+        case MitigatedRowRequest():
+            return MitigatedRowsRecord(
+                rows=RowsRecord.from_request(request.rows),
+                mitigation=dict(request.mitigation),
+                noise_level=request.noise_level,
+                shots=request.shots,
+                batch=request.batch,
+            )
         case CalibrationRequest():
             return CalibrationRecord(
                 qubits=list(request.qubits),
@@ -254,28 +308,6 @@ def _request_record(request: Request | None) -> Any:
                 shots=request.shots,
                 seed=request.seed,
             )
-        case RowRequest():
-            return RowsRecord(**_row_fields(request))
-        case MitigatedRowRequest():
-            return MitigatedRowsRecord(
-                **_row_fields(request.rows),
-                mitigation=dict(request.mitigation),
-                noise_level=request.noise_level,
-                shots_of_level=request.shots,
-                batch=request.batch,
-            )
-
-
-def _row_fields(request: RowRequest) -> dict[str, Any]:
-    rows, keys = request.p.shape
-    return {
-        "rows": rows,
-        "keys": keys,
-        "loader": request.loader.name,
-        "shots": request.shots,
-        "seed": request.seed,
-        "diagnostics": dict(request.diagnostics),
-    }
 
 
 def write_record(path: Path, record: JobRecord) -> None:
@@ -360,7 +392,8 @@ def _upgraded(content: Any) -> Any:
     content = dict(content)
     request: dict[str, Any] = {"kind": "circuits"}
     if "loader" in content:
-        moved = {name: content.pop(name) for name in ROW_FIELDS if name in content and name != "shots"}
+        names = ("rows", "keys", "loader", "seed", "diagnostics")
+        moved = {name: content.pop(name) for name in names if name in content}
         request = {"kind": "rows", "shots": content.get("shots"), **moved}
     return {**content, "schema_version": SCHEMA_VERSION, "request": request}
 
@@ -388,12 +421,13 @@ def read_request(path: Path, record: JobRecord, loader: Loader | None = None) ->
     if isinstance(request, CircuitsRecord):
         return None
     if isinstance(request, CalibrationRecord):
-        return request.request()
+        return request.to_request()
+    rows = request if isinstance(request, RowsRecord) else request.rows
     rows_path = _rows_path(path)
     p = torch.from_numpy(load_array(rows_path, "p"))
-    if p.shape != (request.rows, request.keys) or p.dtype != torch.float64:
-        raise StorageError(f"{rows_path} does not hold the {request.rows} rows of {request.keys} keys.")
-    return request.request(p, loader)
+    if p.shape != (rows.rows, rows.keys) or p.dtype != torch.float64:
+        raise StorageError(f"{rows_path} does not hold the {rows.rows} rows of {rows.keys} keys.")
+    return request.to_request(p, loader)
 
 
 def load_array(path: Path, name: str) -> np.ndarray:

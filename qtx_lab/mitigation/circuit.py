@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
+from uuid import uuid4
 from weakref import WeakKeyDictionary
 
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from ..backends import QiskitQuantumBackend, RowCounts
 from ..backends.base import Engine
+from ..backends.requests import MitigatedRowRequest
 from ..circuits import Loader, make_loader
 from ..errors import ArgumentError, DtypeError, FallbackWarning, unknown_name
 from .inference import ZeroNoiseInference
@@ -114,6 +117,18 @@ class CircuitMitigation:
         return ", ".join(parts if self.zne or self.readout else [*parts, "raw"])
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """What is done, as JSON holds it in the record of a device's job."""
+        method = None if self.zne is None else self.zne.method
+        return {
+            "name": self.name,
+            "readout": self.readout,
+            "method": method,
+            "noise_levels": list(self.levels),
+            "scaling": self.scaling,
+        }
+
+    @property
     def levels(self) -> tuple[float, ...]:
         """Noise levels at which rows are measured."""
         return self.zne.noise_levels if self.zne else (1.0,)
@@ -210,12 +225,20 @@ class CircuitMitigation:
         self.check(backend, n)
         variants = self.construct_backends(backend)
         errors = [readout_errors(v, n, seed=request.seed) for v in variants] if self.readout else None
-        counts = [
-            register_counts(
-                v, v.transpiled(n), v.loader.angles(running), level_shots, request.seed + SEED_STEP * i
+        attained, batch = self.attained_levels(backend, n), uuid4().hex[:12]
+        counts = []
+        for i, (variant, level_shots) in enumerate(zip(variants, shots_by_level, strict=True)):
+            rows_of_level = replace(request, p=running, loader=variant.loader)
+            counts.append(
+                register_counts(
+                    variant,
+                    variant.transpiled(n),
+                    variant.loader.angles(running),
+                    level_shots,
+                    request.seed + SEED_STEP * i,
+                    MitigatedRowRequest(rows_of_level, self.settings, attained[i], level_shots, batch),
+                )
             )
-            for i, (v, level_shots) in enumerate(zip(variants, shots_by_level, strict=True))
-        ]
         rows = self.combine_results(backend, running, counts, errors)
         diagnostics = {
             **variants[0].diagnostics(variants[0].transpiled(n), request),

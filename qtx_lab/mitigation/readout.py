@@ -19,6 +19,7 @@ from qiskit import QuantumCircuit
 from torch import Tensor
 
 from ..backends import QiskitQuantumBackend
+from ..backends.requests import CalibrationRequest
 from ..circuits.base import unpack_values
 from ..errors import ArgumentError, BackendUnavailable, StorageError
 from ..storage import runs_home, write_atomic
@@ -232,7 +233,10 @@ def _measure(backend: QiskitQuantumBackend, circuit: QuantumCircuit, seed: int) 
         calibration.barrier()
         for i, qubit in enumerate(qubits):
             calibration.measure(qubit, i)
-        outcomes = backend.engine.run(calibration, np.empty((1, 0)), CALIBRATION_SHOTS, seed + pattern)
+        request = CalibrationRequest(tuple(qubits), tuple(prepared), CALIBRATION_SHOTS, seed + pattern)
+        outcomes = backend.engine.run(
+            calibration, np.empty((1, 0)), CALIBRATION_SHOTS, seed + pattern, request
+        )
         value = torch.from_numpy(unpack_values(outcomes[0]))
         for i, bit in enumerate(prepared):
             ones = (value >> i & 1).double().mean()

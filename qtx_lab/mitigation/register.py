@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from ..backends import QiskitQuantumBackend
 from ..backends.counts import rows_at_once
 from ..backends.exact import compile_steps, outcome_probabilities
+from ..backends.requests import MitigatedRowRequest
 from ..circuits.base import pack_values, unpack_values
 from ..errors import BackendUnavailable
 
@@ -36,7 +37,12 @@ class RegisterEstimate:
 
 
 def register_counts(
-    backend: QiskitQuantumBackend, circuit: QuantumCircuit, bindings: np.ndarray, shots: int, seed: int
+    backend: QiskitQuantumBackend,
+    circuit: QuantumCircuit,
+    bindings: np.ndarray,
+    shots: int,
+    seed: int,
+    request: MitigatedRowRequest | None = None,
 ) -> Tensor:
     """Run a circuit, and count how often the register has each value.
 
@@ -51,6 +57,8 @@ def register_counts(
         Shots of each row.
     seed : int
         Seed of a simulation.
+    request : MitigatedRowRequest, optional
+        What the circuit is run for, with the R rows that are run. A device keeps it in the record of its job.
 
     Returns
     -------
@@ -59,7 +67,9 @@ def register_counts(
     step = rows_at_once(shots)
     parts = []
     for start in range(0, len(bindings), step):
-        outcomes = backend.engine.run(circuit, bindings[start : start + step], shots, seed + start)
+        block = slice(start, start + step)
+        block_request = request and replace(request, rows=replace(request.rows, p=request.rows.p[block]))
+        outcomes = backend.engine.run(circuit, bindings[block], shots, seed + start, block_request)
         values = torch.from_numpy(unpack_values(outcomes[:, :shots]))
         counts = torch.zeros(len(values), 1 << circuit.num_clbits, dtype=torch.int64)
         parts.append(counts.scatter_add_(-1, values, torch.ones_like(values)))

@@ -14,8 +14,8 @@ from torch import Tensor
 from ..checks import check_count, check_generator
 from ..controls import Control
 from ..errors import ArgumentError, DtypeError, ShapeError
-from ..estimates import AttentionEstimate, Draws, EstimateInfo
-from ..kernels.choice import wanted
+from ..estimates import AttentionEstimate, Draws, EstimateInfo, KernelUse
+from ..kernels.choice import triton_considered
 from ..problem import Rows, blocks, check_inputs, in_dtype, in_units
 from ..samplers import (
     ExactSampler,
@@ -30,7 +30,7 @@ from ..samplers.value_order import kept_value_order, value_order
 from .corrections import ControlVariate, Correction, correct, make_controls
 from .error_bars import Design, ErrorBars
 from .gradients import differentiable, outside_graphs
-from .kernel_paths import attend_systematic
+from .kernel_paths import KernelCall, attend_systematic, choose_systematic, make_stream
 from .tolerance import check_tolerance, to_tolerance
 
 BLOCK_ELEMENTS = 1 << 20
@@ -155,12 +155,13 @@ def sampled_attention(
     )
     told: dict[str, Any] = {}
     plain = type(sampler) is SystematicSampler and not (controls or tolerance)
-    if plain and wanted(q) and not (attn_mask is not None and attn_mask.requires_grad):
-        done, told = attend_systematic(
-            q, k, v, attn_mask, is_causal, scale, group, num_samples or 64, replicates, generator
-        )
-        if done is not None:
-            return done
+    if plain and triton_considered(q) and not (attn_mask is not None and attn_mask.requires_grad):
+        choice = choose_systematic(q, k, v, is_causal, group)
+        if choice.path == "triton":
+            stream = make_stream(q, k, generator)
+            call = KernelCall(num_samples or 64, replicates, is_causal, scale, group, stream, choice)
+            return attend_systematic(q, k, v, attn_mask, call)
+        told = {"kernel": KernelUse("torch", choice.reason), "fallbacks": choice.fallbacks}
     if grad and not exact:
         return differentiable(
             sampled_attention,

@@ -1,10 +1,10 @@
-"""`gpu_quantum_attention`, and what `sampled_attention` hands to the kernels."""
+"""`gpu_quantum_attention`, and how an attention call becomes launches of kernels and an estimate."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -13,13 +13,48 @@ from torch.autograd.function import once_differentiable
 from ..checks import check_count, check_generator
 from ..errors import ArgumentError
 from ..estimates import AttentionEstimate, Draws, EstimateInfo, KernelUse
-from ..kernels.calls import FEW_ROWS, make_seed, memory_named
 from ..kernels.choice import Choice, choose
 from ..kernels.decode import reference as decode_reference
-from ..kernels.decode.reference import Decoded
-from ..kernels.inputs import Inputs
+from ..kernels.decode.reference import DecodeResult
+from ..kernels.inputs import MAX_DECODE_ROWS, Inputs
+from ..kernels.memory import out_of_memory_explained
 from ..kernels.prefill import reference as prefill_reference
 from ..problem import check_inputs
+from ..streams import Stream, make_seed
+
+
+@overload
+def gpu_quantum_attention(
+    Q: Tensor,
+    K: Tensor,
+    V: Tensor,
+    num_samples: int = ...,
+    *,
+    attn_mask: Tensor | None = ...,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    enable_gqa: bool = ...,
+    replicates: int = ...,
+    generator: torch.Generator | None = ...,
+    return_estimate: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def gpu_quantum_attention(
+    Q: Tensor,
+    K: Tensor,
+    V: Tensor,
+    num_samples: int = ...,
+    *,
+    attn_mask: Tensor | None = ...,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    enable_gqa: bool = ...,
+    replicates: int = ...,
+    generator: torch.Generator | None = ...,
+    return_estimate: Literal[True],
+) -> AttentionEstimate: ...
 
 
 def gpu_quantum_attention(
@@ -34,23 +69,25 @@ def gpu_quantum_attention(
     enable_gqa: bool = False,
     replicates: int = 1,
     generator: torch.Generator | None = None,
-) -> AttentionEstimate:
-    """Sampled attention by Triton kernels on CUDA, by their plain-torch reference elsewhere.
+    return_estimate: bool = False,
+) -> Tensor | AttentionEstimate:
+    """Sampled attention by Triton kernels on CUDA, and by their plain-torch reference elsewhere.
 
-    Few queries without gradients, as in decoding, are drawn systematically along the whole row (`kernels.decode`); many,
-    causal ones or those with gradients page by page of 64 keys (`kernels.prefill`), whose gradients for q, k and v are
-    unbiased as `sampled_attention`'s are. Nothing is quantum about it: these are the draws that measuring an ideal
-    circuit would give, but less noisy. QTX_LAB_KERNELS=triton or reference overrides where it runs.
+    A few queries without gradients, as in decoding, are drawn systematically along the whole row
+    (`kernels.decode`). Many queries, causal ones and those with gradients are drawn page by page of 64 keys
+    (`kernels.prefill`); their gradients for q, k and v are unbiased, as those of `sampled_attention` are.
+    Nothing about it is quantum: these are the draws that measuring an ideal circuit would give, but with less
+    noise. The environment variable QTX_LAB_KERNELS=triton or reference overrides which of the two runs.
 
     Parameters
     ----------
     Q : Tensor, (..., H, L, E)
     K : Tensor, (..., Hkv, n, E)
     V : Tensor, (..., Hkv, n, Ev)
-        float32, float16 or bfloat16, up to 256 features; others take the reference. That they are finite is checked,
-        which reads them once more.
+        float32, float16 or bfloat16, up to 256 features; others take the reference. They are checked to be
+        finite, for which they are read once more.
     num_samples : int
-        S, the draws of a row and replicate; in the blocks of `prefill` on average.
+        S, the draws of a row and replicate; where rows are drawn page by page, on average.
     attn_mask : Tensor, broadcastable to (..., H, L, n), optional
         Boolean (True: attend) or added to the logits. A row in which everything is masked has output 0.
     is_causal : bool
@@ -62,30 +99,35 @@ def gpu_quantum_attention(
     replicates : int
         R independent repetitions, averaged; R >= 2 gives standard errors.
     generator : torch.Generator, optional
-        Gives the seed of the kernels' counter-based random numbers: the same seed, the same draws, on any GPU up to
-        the rounding of logits.
+        Gives the seed of the kernels' counter-based random numbers. The same seed gives the same draws on any
+        device, up to the rounding of logits.
+    return_estimate : bool
+        Whether to return the estimate, with its draws and errors, in place of the output alone.
 
     Returns
     -------
-    AttentionEstimate
-        `diagnostics["kernel"]` says which kernel, by which path and why; with a gradient `diagnostics["baseline"]` is
-        "other pages" (`kernels.prefill_reference.gradients`). `draws` of `prefill` are made when asked for, L * n of them.
+    Tensor, (..., H, L, Ev), in V's dtype; or AttentionEstimate
+        The estimate's `info.kernel` says which kernel ran, by which path and why; with a gradient
+        `info.baseline` is "other pages" (`kernels.prefill.reference.gradients`). Its `draws`, where rows are
+        drawn page by page, are computed when they are read, L * n of them.
 
     Raises
     ------
     ShapeError, DtypeError, ArgumentError
         Before any work.
     BackendUnavailable
-        If QTX_LAB_KERNELS=triton cannot be had, or if CUDA runs out of memory.
+        If QTX_LAB_KERNELS=triton is not possible here, or if CUDA runs out of memory.
 
     Examples
     --------
     >>> import torch
     >>> g = torch.Generator().manual_seed(0)
     >>> q, k, v = (torch.randn(2, 100, 16, generator=g) for _ in range(3))
-    >>> est = gpu_quantum_attention(q, k, v, num_samples=64, replicates=4, generator=g)
-    >>> est.output.shape, est.std_error.shape, est.diagnostics["kernel"]["path"]
-    (torch.Size([2, 100, 16]), torch.Size([2, 100, 16]), 'reference')
+    >>> gpu_quantum_attention(q, k, v, num_samples=64, generator=g).shape
+    torch.Size([2, 100, 16])
+    >>> est = gpu_quantum_attention(q, k, v, replicates=4, generator=g, return_estimate=True)
+    >>> est.std_error.shape, est.info.kernel.path
+    (torch.Size([2, 100, 16]), 'reference')
     """
     check_count("num_samples", num_samples)
     check_count("replicates", replicates)
@@ -94,185 +136,183 @@ def gpu_quantum_attention(
         group = check_inputs(Q, K, V, attn_mask, is_causal, scale, enable_gqa)
     if attn_mask is not None and attn_mask.requires_grad:
         raise ArgumentError("attn_mask requires a gradient, which draws do not give: detach it.")
-    scale = 1 / math.sqrt(Q.shape[-1]) if scale is None else float(scale)
-    seed = make_seed(generator, Q.device)
-    few = takes_few(Q, K, V, is_causal, group)
-    call = Call(num_samples, replicates, is_causal, scale, group, seed)
-    return attend(Q, K, V, attn_mask, call, few, choose((Q, K, V), chained=not few))
+    call = KernelCall(
+        num_samples,
+        replicates,
+        is_causal,
+        1 / math.sqrt(Q.shape[-1]) if scale is None else float(scale),
+        group,
+        make_stream(Q, K, generator),
+        choose_systematic(Q, K, V, is_causal, group),
+    )
+    estimate = attend_systematic(Q, K, V, attn_mask, call)
+    return estimate if return_estimate else estimate.output
 
 
 @dataclass(frozen=True)
-class Call:
-    """What a call asks for besides tensors."""
+class KernelCall:
+    """What a call of the systematic kernels asks for besides its tensors.
+
+    Parameters
+    ----------
+    num_samples, replicates : int
+        S and R.
+    is_causal : bool
+    scale : float
+    group : int
+        G, the query heads of a key head.
+    stream : Stream
+        Of all key heads and L positions.
+    choice : Choice
+        The kernel or its reference, from `choose_systematic`.
+    """
 
     num_samples: int
     replicates: int
     is_causal: bool
     scale: float
     group: int
-    seed: Tensor
+    stream: Stream
+    choice: Choice
 
 
-def takes_few(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, group: int) -> bool:
-    """Whether `decode` takes it, and not `prefill`."""
+def make_stream(q: Tensor, k: Tensor, generator: torch.Generator | None) -> Stream:
+    """The stream of q (..., H, L, E) and k (..., Hkv, n, E), whose sequences are named by their index in the batch."""
+    heads = k.shape[-3] if k.ndim > 2 else 1
+    return Stream.of(make_seed(generator, q.device), q.shape[:-3].numel(), heads, q.shape[-2])
+
+
+def takes_decode(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, group: int) -> bool:
+    """Whether a call is drawn along whole rows, by `kernels.decode`, and not page by page, by `kernels.prefill`."""
     grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    return not grad and not is_causal and group * q.shape[-2] <= FEW_ROWS
+    return not grad and not is_causal and group * q.shape[-2] <= MAX_DECODE_ROWS
+
+
+def choose_systematic(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, group: int) -> Choice:
+    """Choose between the kernel that draws a call systematically and its reference."""
+    return choose((q, k, v), chained=not takes_decode(q, k, v, is_causal, group))
 
 
 def attend_systematic(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    attn_mask: Tensor | None,
-    is_causal: bool,
-    scale: float,
-    group: int,
-    num_samples: int,
-    replicates: int,
-    generator: torch.Generator | None,
-) -> tuple[AttentionEstimate | None, dict[str, Any]]:
-    """Systematic draws of checked inputs by `decode` or `prefill`, or None; and what to tell of it in `diagnostics`."""
-    few = takes_few(q, k, v, is_causal, group)
-    choice = choose((q, k, v), chained=not few)
-    if choice.path == "reference":
-        return None, {"kernel": KernelUse("torch", choice.reason), "fallbacks": choice.fallbacks}
-    seed = make_seed(generator, q.device)
-    call = Call(num_samples, replicates, is_causal, scale, group, seed)
-    return attend(q, k, v, attn_mask, call, few, choice), {}
-
-
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, call: Call, few: bool, choice: Choice
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, call: KernelCall
 ) -> AttentionEstimate:
-    """Checked inputs, by the kernel or its reference."""
-    with torch.autocast(q.device.type, enabled=False), memory_named():
-        if few:
+    """Estimate attention from systematic draws of checked inputs, by the kernel or its reference."""
+    with torch.autocast(q.device.type, enabled=False), out_of_memory_explained():
+        if takes_decode(q, k, v, call.is_causal, call.group):
             with torch.no_grad():
-                return _few(Inputs.of(q, k, v, attn_mask, call.scale), q.shape[:-1], call, choice)
-        return _many(q, k, v, attn_mask, call, choice)
+                return _decode(Inputs.of(q, k, v, attn_mask, call.scale), q.shape[:-1], call)
+        return _prefill(q, k, v, attn_mask, call)
 
 
-def _info(
-    name: str, choice: Choice, num_samples: int, replicates: int, effective: Tensor | None
-) -> EstimateInfo:
+def _info(kernel: str, sampler: str, call: KernelCall) -> EstimateInfo:
+    """What the estimates of both kernels say about themselves."""
     return EstimateInfo(
-        sampler="systematic" if name == "decode" else "systematic in pages",
+        sampler=sampler,
         unbiased=True,
-        num_samples=num_samples,
-        replicates=replicates,
-        draws_per_row=num_samples * replicates,
-        effective_sample_size=effective,
-        kernel=KernelUse(choice.path, choice.reason, name),
-        fallbacks=choice.fallbacks,
+        num_samples=call.num_samples,
+        replicates=call.replicates,
+        draws_per_row=call.num_samples * call.replicates,
+        kernel=KernelUse(call.choice.path, call.choice.reason, kernel),
+        fallbacks=call.choice.fallbacks,
     )
 
 
-def _few(x: Inputs, row_shape: torch.Size, call: Call, choice: Choice) -> AttentionEstimate:
-    """By `decode`, kernel or reference."""
-    num_samples, replicates, seed = call.num_samples, call.replicates, call.seed
+def _decode(x: Inputs, row_shape: torch.Size, call: KernelCall) -> AttentionEstimate:
+    """An estimate by `kernels.decode`."""
     heads, rows, n, width = x.shape
+    total = call.num_samples * call.replicates
     if 0 in (heads, rows):
-        empty = x.q.new_zeros(heads, rows, replicates, width)
-        indices = x.q.new_zeros(heads, rows, num_samples * replicates, dtype=torch.int64)
-        found = Decoded(empty, indices, x.q.new_zeros(heads, rows, dtype=torch.bool))
-    elif choice.path == "triton":
+        result = DecodeResult(
+            x.q.new_zeros(heads, rows, call.replicates, width),
+            x.q.new_zeros(heads, rows, total, dtype=torch.int64),
+            x.q.new_zeros(heads, rows, dtype=torch.bool),
+        )
+    elif call.choice.path == "triton":
         from ..kernels.decode.launch import decode
 
-        found = decode(x, num_samples, replicates, seed)
+        result = decode(x, call.num_samples, call.replicates, call.stream)
     else:
-        found = decode_reference.decode(x, num_samples, replicates, seed)
-    total = num_samples * replicates
-    seen = found.seen.view(row_shape).float()
+        result = decode_reference.decode(x, call.num_samples, call.replicates, call.stream)
+    visible = result.visible.view(row_shape).float()
     draws = Draws(
-        found.indices.view(*row_shape, total),
-        (seen / total)[..., None].expand(*row_shape, total).contiguous(),
+        result.indices.view(*row_shape, total),
+        (visible / total)[..., None].expand(*row_shape, total).contiguous(),
         None,
-        replicates,
+        call.replicates,
     )
-    std_error = found.std_error()
+    std_error = result.std_error
     return AttentionEstimate(
-        output=found.output().view(*row_shape, width).to(x.v.dtype),
+        output=result.output.view(*row_shape, width).to(x.v.dtype),
         num_keys=n,
-        degrees_of_freedom=replicates - 1 if replicates > 1 else math.inf,
+        degrees_of_freedom=call.replicates - 1 if call.replicates > 1 else math.inf,
         make_draws=lambda: draws,
         make_std_error=None if std_error is None else lambda: std_error.view(*row_shape, width),
         group=call.group,
-        info=_info("decode", choice, num_samples, replicates, seen * total),
+        info=replace(_info("decode", "systematic", call), effective_sample_size=visible * total),
     )
 
 
-@dataclass(frozen=True)
-class _Replicate:
-    """What `_Prefill` is told besides tensors."""
-
-    num_samples: int
-    is_causal: bool
-    scale: float
-    path: str
-    replicate: int
-
-    @property
-    def options(self) -> dict[str, Any]:
-        return {"is_causal": self.is_causal, "replicate": self.replicate}
-
-
 class _Prefill(torch.autograd.Function):
-    """The output (N, M, Ev) of `prefill` in float32, with its gradients."""
+    """The output (N, M, Ev) of one replicate by `kernels.prefill` in float32, with its gradients."""
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, seed: Tensor, call: _Replicate
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, stream: Stream, call: KernelCall
     ) -> Tensor:
         x = Inputs.of(q, k, v, mask, call.scale)
-        if call.path == "triton":
+        if call.choice.path == "triton":
             from ..kernels.prefill.launch import prefill
 
-            output, normaliser = prefill(x, call.num_samples, seed, **call.options)
+            result = prefill(x, call.num_samples, stream, is_causal=call.is_causal)
+            output, normaliser = result.output, result.normaliser
         else:
-            output = prefill_reference.prefill(x, call.num_samples, seed, **call.options).float()
-            normaliser = output.new_empty(0)
-        ctx.save_for_backward(q, k, v, mask, seed, output, normaliser)
-        ctx.call = call
+            sampled = prefill_reference.prefill(x, call.num_samples, stream, is_causal=call.is_causal)
+            output, normaliser = sampled.float(), q.new_empty(0)
+        ctx.save_for_backward(q, k, v, mask, output, normaliser)
+        ctx.stream, ctx.call = stream, call
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, mask, seed, output, normaliser = ctx.saved_tensors
-        call: _Replicate = ctx.call
+        q, k, v, mask, output, normaliser = ctx.saved_tensors
+        stream: Stream = ctx.stream
+        call: KernelCall = ctx.call
         x = Inputs.of(q, k, v, mask, call.scale)
-        with torch.autocast(q.device.type, enabled=False), memory_named():
-            if call.path == "triton":
-                from ..kernels.prefill.launch import gradients
+        options: dict[str, Any] = {"is_causal": call.is_causal}
+        with torch.autocast(q.device.type, enabled=False), out_of_memory_explained():
+            if call.choice.path == "triton":
+                from ..kernels.prefill.launch import PrefillResult, gradients
 
-                found = gradients(x, call.num_samples, seed, g, output, normaliser, **call.options)
+                forward = PrefillResult(output, normaliser)
+                grad = gradients(x, call.num_samples, stream, g, forward, **options)
             else:
-                found = prefill_reference.gradients(x, call.num_samples, seed, g, **call.options)
-        dq, dk, dv = (d.view(like.shape).to(like.dtype) for d, like in zip(found, (q, k, v), strict=True))
+                grad = prefill_reference.gradients(x, call.num_samples, stream, g, **options)
+        pairs = ((grad.q, q), (grad.k, k), (grad.v, v))
+        dq, dk, dv = (d.view(x.shape).to(x.dtype) for d, x in pairs)
         return dq, dk, dv, None, None, None
 
 
-def _many(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, call: Call, choice: Choice
-) -> AttentionEstimate:
-    """By `prefill`, kernel or reference."""
-    row_shape, width, n = q.shape[:-1], v.shape[-1], k.shape[-2]
-    num_samples, replicates, seed = call.num_samples, call.replicates, call.seed
-    calls = [_Replicate(num_samples, call.is_causal, call.scale, choice.path, r) for r in range(replicates)]
+def _prefill(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, call: KernelCall) -> AttentionEstimate:
+    """An estimate by `kernels.prefill`."""
+    row_shape, width, n, replicates = q.shape[:-1], v.shape[-1], k.shape[-2], call.replicates
+    first = call.stream.first_replicate
+    streams = [replace(call.stream, first_replicate=first + r) for r in range(replicates)]
     if q.numel() == 0:
         parts = q.new_zeros(replicates, *row_shape, width, dtype=torch.float32)
     else:
-        parts = torch.stack([_Prefill.apply(q, k, v, mask, seed, each) for each in calls])
+        parts = torch.stack([_Prefill.apply(q, k, v, mask, stream, call) for stream in streams])
     parts = parts.view(replicates, *row_shape, width)
     std_error = None if replicates == 1 else parts.detach().std(0) / math.sqrt(replicates)
     x = Inputs.of(q.detach(), k.detach(), v.detach(), mask, call.scale)
 
     def make_draws() -> Draws:
-        found = [
-            prefill_reference.weights(x, c.num_samples, seed, **c.options)[1].flatten(-2)[..., :n]
-            for c in calls
+        pages = [
+            prefill_reference.draw(x, call.num_samples, stream, is_causal=call.is_causal)
+            for stream in streams
         ]
-        weights = torch.cat(found, -1).view(*row_shape, replicates * n) / replicates
+        weights = torch.cat([drawn.weights.flatten(-2)[..., :n] for drawn in pages], -1)
+        weights = weights.view(*row_shape, replicates * n) / replicates
         indices = torch.arange(n, device=q.device).repeat(replicates).expand_as(weights)
         return Draws(indices.contiguous(), weights, None, replicates)
 
@@ -284,7 +324,7 @@ def _many(
         make_std_error=None if std_error is None else lambda: std_error,
         group=call.group,
         info=replace(
-            _info("prefill", choice, num_samples, replicates, None),
+            _info("prefill", "systematic in pages", call),
             baseline="other pages" if parts.requires_grad else None,
         ),
     )

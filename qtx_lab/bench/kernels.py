@@ -30,6 +30,7 @@ from ..kernels.decode import reference as decode_reference
 from ..kernels.inputs import Inputs
 from ..kernels.sketch_decode import reference as sketch_decode_reference
 from ..kernels.sketch_decode.reference import Sketch, int4_sketch, low_rank_sketch
+from ..streams import Stream
 from .base import BenchRow, Timing, shown, span
 
 KV_HEADS, GROUP, FEATURES, DRAWS = 8, 4, 128, 2048
@@ -356,32 +357,27 @@ def checked_method(
     `arguments` are the tensors of each set of inputs; `scanned_bytes` are read whatever is drawn, and
     `bytes_per_draw` for each distinct key that is drawn.
     """
-    q = arguments[0][0].q
-    seeds = [torch.tensor(seed, device=q.device) for seed in range(SEEDS)]
+    q, (batch, groups, *_) = arguments[0][0].q, arguments[0][0].k.shape
+    streams = [Stream.of(torch.tensor(seed, device=q.device), batch, groups, 1) for seed in range(SEEDS)]
 
-    def run(function: Callable[..., Any], inputs: tuple[Any, ...], seed: Tensor) -> Any:
-        return function(*inputs, num_samples=case.draws, replicates=1, seed=seed)
+    def run(function: Callable[..., Any], inputs: tuple[Any, ...], stream: Stream) -> Any:
+        return function(*inputs, num_samples=case.draws, replicates=1, stream=stream)
 
     def mean_error(results: Sequence[Any]) -> float:
-        squares = [relative_error(output_of(x), exact) ** 2 for x in results]
+        squares = [relative_error(x.output, exact) ** 2 for x in results]
         return math.sqrt(sum(squares) / len(squares))
 
-    results = [run(kernel, arguments[0], seed) for seed in seeds]
-    reference_error = mean_error([run(reference, arguments[0], seed) for seed in seeds])
+    results = [run(kernel, arguments[0], stream) for stream in streams]
+    reference_error = mean_error([run(reference, arguments[0], stream) for stream in streams])
     drawn = results[0].indices.flatten(1).sort(-1).values
     num_distinct = int((drawn[:, 1:] != drawn[:, :-1]).sum()) + len(drawn)
     num_bytes = scanned_bytes + num_distinct * bytes_per_draw + 2 * q.nbytes
-    calls: list[Call] = [partial(_output, run, kernel, inputs, seeds[0]) for inputs in arguments]
+    calls: list[Call] = [partial(_output, run, kernel, inputs, streams[0]) for inputs in arguments]
     return DecodeMethod(name, calls, num_bytes, mean_error(results), ALLOWED * reference_error)
 
 
-def output_of(result: Any) -> Tensor:
-    """The output of a kernel's or a reference's result."""
-    return result.output() if callable(result.output) else result.output
-
-
-def _output(run: Callable[..., Any], *arguments: Any) -> Tensor:
-    return output_of(run(*arguments))
+def _output(run: Callable[..., Any], *arguments: Any) -> Any:
+    return run(*arguments).output
 
 
 SKETCHERS: dict[str, Callable[[Tensor], Sketch]] = {

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..checks import check_count, check_finite, check_generator, check_scale, check_tensors
 from ..errors import ArgumentError, DtypeError, ShapeError, unknown_name
 from ..estimates import AttentionEstimate, Draws, EstimateInfo, KernelUse, rounding_variance
-from ..kernels.choice import choose_cpu, wanted
+from ..kernels.choice import choose_cpu, triton_considered
 from ..kernels.sketch_decode.reference import FITTED_KEYS, GrowingSketch, Sketch, int4_sketch, low_rank_sketch
 from ..problem import blocks
 from ..samplers import SystematicSampler
@@ -395,7 +395,7 @@ class SampledKVCache:
         check_scale(scale)
         scale = 1 / math.sqrt(self.features) if scale is None else float(scale)
         told: dict[str, Any] = {}
-        kernels = wanted(q)
+        kernels = triton_considered(q)
         choice = None if kernels else choose_cpu((rows, self._table))
         if choice is None or choice.path != "cpu":  # that kernel looks at q itself
             check_finite("q", q)

@@ -1,4 +1,8 @@
-"""What kernels of several operations share: masses in fixed point, combs along them, and sums of blocks."""
+"""What the kernels of several operations share: masses as whole numbers, combs along them, and sums of blocks.
+
+See `masses` for the words. Prefixes in kernels: i_ an index, o_ offsets, p_ pointers, b_ a block, m_ a mask;
+the shape of each block stands behind it.
+"""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 # Arguments of kernels have no types: Triton reads annotations as its own.
@@ -8,32 +12,30 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..streams import Purpose
 from .inputs import LOG2_E
-from .masses import GROUP, PAGE
-from .philox import uniform, words
-from .philox_reference import OFFSETS, ROUNDING, ROUNDING_ROUNDS
+from .masses import PAGE, ROUNDING_ROUNDS, SUBPAGE
+from .philox import uniform24, uniform53, words
 
-STREAM_OFFSETS, STREAM_ROUNDING, FEW_ROUNDS = (
-    tl.constexpr(OFFSETS),
-    tl.constexpr(ROUNDING),
-    tl.constexpr(ROUNDING_ROUNDS),
-)
-
-
-LOG2, KEYS, GROUPS = tl.constexpr(LOG2_E), tl.constexpr(GROUP), tl.constexpr(PAGE // GROUP)
+MASS_ROUNDING = tl.constexpr(int(Purpose.MASS_ROUNDING))
+FEW_ROUNDS = tl.constexpr(ROUNDING_ROUNDS)
+TO_BASE_2 = tl.constexpr(LOG2_E)
+KEYS = tl.constexpr(SUBPAGE)
+SUBPAGES = tl.constexpr(PAGE // SUBPAGE)
 
 
 @triton.jit
 def store_masses(
-    b_l,  # [NP * PAGE, BM], base 2, -inf where masked
+    b_l,  # [NP * PAGE, BM], base-2 logits, -inf where masked
     mass_ptr,
-    part_ptr,
-    sum_ptr,
-    top_ptr,
-    seed,
+    subpage_mass_ptr,
+    page_mass_ptr,
+    page_exponent_ptr,
+    stream_key,
+    head_group,
     i_n,
-    o_m,
-    m_m,
+    o_m,  # [BM]
+    m_m,  # [BM]
     i_page,
     rows,
     pages,
@@ -42,99 +44,110 @@ def store_masses(
     PAGE: tl.constexpr,
     UNITS: tl.constexpr,
 ):
-    """Round the masses of NP pages to whole units and store them, with their sums and exponents."""
+    """Round the masses of NP pages to whole units; store them, their sums and the exponents of their units."""
     b_l = tl.reshape(b_l, [NP, PAGE, BM])
-    b_top = tl.ceil(tl.max(b_l, axis=1))  # [NP, BM]
-    b_shift = tl.where(b_top == float("-inf"), 0.0, b_top)
+    b_exponent = tl.ceil(tl.max(b_l, axis=1))  # [NP, BM]
+    b_shift = tl.where(b_exponent == float("-inf"), 0.0, b_exponent)  # [NP, BM]
     b_x = tl.exp2(b_l - b_shift[:, None, :]) * UNITS  # [NP, PAGE, BM]
 
-    # One counter for four keys; the rows of a group share their rounding.
-    b_quarter = i_page * (PAGE // 4) + tl.arange(0, NP * PAGE // 4)
-    b_w0, b_w1, b_w2, b_w3 = words(seed, b_quarter, i_n, 0, STREAM_ROUNDING, FEW_ROUNDS)
+    # One counter for four keys; the rows of a head share their rounding.
+    b_quad = i_page * (PAGE // 4) + tl.arange(0, NP * PAGE // 4)  # [NP * PAGE / 4]
+    b_w0, b_w1, b_w2, b_w3 = words(stream_key, b_quad, 0, head_group, MASS_ROUNDING, FEW_ROUNDS)
     b_w = tl.join(tl.join(b_w0, b_w2), tl.join(b_w1, b_w3))  # [NP * PAGE / 4, 2, 2]
-    b_u = uniform(tl.reshape(b_w, [NP, PAGE, 1]))
+    b_u = uniform24(tl.reshape(b_w, [NP, PAGE, 1]))  # [NP, PAGE, 1]
     b_mass = (b_x + b_u).to(tl.int32)  # [NP, PAGE, BM]
 
-    o_page = i_page + tl.arange(0, NP)
-    o_row = i_n.to(tl.int64) * rows + o_m
+    o_page = i_page + tl.arange(0, NP)  # [NP]
+    o_row = i_n.to(tl.int64) * rows + o_m  # [BM]
     o_at = o_row[None, :] * pages + o_page[:, None]  # [NP, BM]
-    m_at = m_m[None, :] & (o_page[:, None] < pages)
-    b_part = tl.sum(tl.reshape(b_mass, [NP, GROUPS, KEYS, BM]), axis=2)  # [NP, GROUPS, BM]
-    o_part = o_at[:, None, :] * GROUPS + tl.arange(0, GROUPS)[None, :, None]
-    tl.store(part_ptr + o_part, b_part, mask=m_at[:, None, :])
-    tl.store(sum_ptr + o_at, tl.sum(b_part, axis=1), mask=m_at)
-    tl.store(top_ptr + o_at, b_top, mask=m_at)
-    o_key = o_at[:, None, :] * PAGE + tl.arange(0, PAGE)[None, :, None]
+    m_at = m_m[None, :] & (o_page[:, None] < pages)  # [NP, BM]
+    b_sub = tl.sum(tl.reshape(b_mass, [NP, SUBPAGES, KEYS, BM]), axis=2)  # [NP, SUBPAGES, BM]
+    o_sub = o_at[:, None, :] * SUBPAGES + tl.arange(0, SUBPAGES)[None, :, None]  # [NP, SUBPAGES, BM]
+    tl.store(subpage_mass_ptr + o_sub, b_sub, mask=m_at[:, None, :])
+    tl.store(page_mass_ptr + o_at, tl.sum(b_sub, axis=1), mask=m_at)
+    tl.store(page_exponent_ptr + o_at, b_exponent, mask=m_at)
+    o_key = o_at[:, None, :] * PAGE + tl.arange(0, PAGE)[None, :, None]  # [NP, PAGE, BM]
     tl.store(mass_ptr + o_key, b_mass.to(mass_ptr.dtype.element_ty), mask=m_at[:, None, :])
 
 
 @triton.jit
-def shifts(b_top, highest, fine):
-    """Bits by which a page's units are shifted up and down to the row's common ones, int64."""
-    b_known = b_top > float("-inf")
-    b_apart = tl.where(b_known, highest - tl.where(b_known, b_top, 0.0), 100.0)
-    b_apart = tl.minimum(b_apart, 100.0).to(tl.int64)
-    return tl.maximum(fine - b_apart, 0), tl.maximum(b_apart - fine, 0)
+def unit_shifts(b_exponent, row_exponent, fraction_bits):
+    """Bits by which the masses of pages are shifted up and down to be in the row's unit: int64, as b_exponent."""
+    b_visible = b_exponent > float("-inf")
+    b_below = tl.where(b_visible, row_exponent - tl.where(b_visible, b_exponent, 0.0), 100.0)
+    b_below = tl.minimum(b_below, 100.0).to(tl.int64)
+    return tl.maximum(fraction_bits - b_below, 0), tl.maximum(b_below - fraction_bits, 0)
 
 
 @triton.jit
-def highest_of(top_ptr, pages, BP: tl.constexpr):
+def max_exponent(page_exponent_ptr, pages, BP: tl.constexpr):
     """The largest exponent of a row's pages."""
-    o_p = tl.arange(0, BP)
-    b_high = tl.full([BP], float("-inf"), tl.float32)
+    o_p = tl.arange(0, BP)  # [BP]
+    b_max = tl.full([BP], float("-inf"), tl.float32)  # [BP]
     for i in range(0, pages, BP):
-        b_top = tl.load(top_ptr + i + o_p, mask=i + o_p < pages, other=float("-inf"))
-        b_high = tl.maximum(b_high, b_top)
-    return tl.max(b_high, axis=0)
+        b_max = tl.maximum(
+            b_max, tl.load(page_exponent_ptr + i + o_p, mask=i + o_p < pages, other=float("-inf"))
+        )
+    return tl.max(b_max, axis=0)
 
 
 @triton.jit
-def comb_offset(seed, i_replicate, i_l, i_n):
-    """Where a comb starts, in parts of the distance of its points: float64, [1]."""
-    b_word, _, _, _ = words(seed, tl.zeros([1], tl.int32) + i_replicate, i_l, i_n, STREAM_OFFSETS)
-    return b_word.to(tl.float64) * (2.0**-32)
+def comb_offset(stream_key, head_group, position, replicate, purpose):
+    """Where the comb of a row starts, in units of the distance of its points: float64, [1]."""
+    b_zero = tl.zeros([1], tl.int32)  # [1]
+    b_w0, b_w1, _, _ = words(stream_key, b_zero, position, head_group, (replicate << 8) | purpose)
+    return uniform53(b_w0, b_w1)
 
 
 @triton.jit
-def sum_up(start_ptr, b_w, carry, o_p, m_p):
-    """Store where pages of these masses start, behind what is carried, and return what is carried on."""
-    tl.store(start_ptr + o_p, carry + tl.cumsum(b_w, axis=0) - b_w, mask=m_p)
-    return carry + tl.sum(b_w, axis=0)
+def store_starts(page_start_ptr, b_mass, carry, o_p, m_p):
+    """Store where pages of these masses [BP] start, behind a mass of `carry`, and return the mass behind them."""
+    tl.store(page_start_ptr + o_p, carry + tl.cumsum(b_mass, axis=0) - b_mass, mask=m_p)
+    return carry + tl.sum(b_mass, axis=0)
 
 
 @triton.jit
-def clear(page_ptr, size, BP: tl.constexpr):
-    """Zeros, before pages are counted."""
-    o_s = tl.arange(0, BP)
+def store_zeros(ptr, size, BP: tl.constexpr):
+    """Fill `size` numbers of int32 with zeros."""
+    o_s = tl.arange(0, BP)  # [BP]
     for i in range(0, size, BP):
-        tl.store(page_ptr + i + o_s, tl.zeros([BP], tl.int32), mask=i + o_s < size)
+        tl.store(ptr + i + o_s, tl.zeros([BP], tl.int32), mask=i + o_s < size)
 
 
 @triton.jit
-def count_up(page_ptr, num_samples, BP: tl.constexpr):
-    """From how many pages start between a point and the next, the page of each point."""
-    o_s = tl.arange(0, BP)
+def accumulate(ptr, size, BP: tl.constexpr):
+    """Replace `size` numbers of int32 by their running sum.
+
+    Where each number counts the pages that start between a point and the one before, that is the page of each
+    point.
+    """
+    o_s = tl.arange(0, BP)  # [BP]
     carry = tl.zeros([], tl.int32)
-    for i in range(0, num_samples, BP):
-        m_s = i + o_s < num_samples
-        b_new = tl.load(page_ptr + i + o_s, mask=m_s, other=0)
-        tl.store(page_ptr + i + o_s, carry + tl.cumsum(b_new, axis=0), mask=m_s)
-        carry += tl.sum(b_new, axis=0)
+    for i in range(0, size, BP):
+        m_s = i + o_s < size  # [BP]
+        b_x = tl.load(ptr + i + o_s, mask=m_s, other=0)  # [BP]
+        tl.store(ptr + i + o_s, carry + tl.cumsum(b_x, axis=0), mask=m_s)
+        carry += tl.sum(b_x, axis=0)
 
 
 @triton.jit
-def place_of(b_run, b_unit):
-    """How many of the sums [BS, k] that run along are not above a unit [BS], at most k - 1: int32."""
-    return tl.minimum(tl.sum((b_run <= b_unit[:, None]).to(tl.int32), axis=1), b_run.shape[1] - 1)
+def find_place(b_sums, b_unit):
+    """How many of the running sums [BS, k] are at most a unit [BS], and k - 1 at most: int32, [BS]."""
+    b_place = tl.sum((b_sums <= b_unit[:, None]).to(tl.int32), axis=1)  # [BS]
+    return tl.minimum(b_place, b_sums.shape[1] - 1)
 
 
 @triton.jit
-def before(b_mass, b_place):
-    """The sum of the masses [BS, k] before a place [BS]."""
-    return tl.sum(tl.where(tl.arange(0, b_mass.shape[1])[None, :] < b_place[:, None], b_mass, 0), axis=1)
+def sum_before(b_mass, b_place):
+    """The sum of the masses [BS, k] before a place [BS]: [BS]."""
+    o_k = tl.arange(0, b_mass.shape[1])  # [k]
+    return tl.sum(tl.where(o_k[None, :] < b_place[:, None], b_mass, 0), axis=1)
 
 
 @triton.jit
-def folded(b_x, FOLD: tl.constexpr):
-    """The sum of every FOLD-th line of b_x [BS, k], [FOLD, k]: by each thread of its own lines, as they lie."""
+def fold(b_x, FOLD: tl.constexpr):
+    """The sums of every FOLD-th line of b_x [BS, k]: [FOLD, k].
+
+    Each thread sums the lines that it holds, and threads exchange nothing.
+    """
     return tl.sum(tl.reshape(b_x, [b_x.shape[0] // FOLD, FOLD, b_x.shape[1]]), axis=0)

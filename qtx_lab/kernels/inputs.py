@@ -1,4 +1,4 @@
-"""What the kernels attend to: queries, keys, values and a mask, with the heads of a group together."""
+"""What the kernels attend to: queries, keys, values and a mask, with the query heads of a group together."""
 
 from __future__ import annotations
 
@@ -9,23 +9,31 @@ import torch
 from torch import Tensor
 
 LOG2_E = 1.4426950408889634
+"""log2(e). Kernels compute logits in base 2, since GPUs have an instruction for 2^x."""
+
+MAX_DECODE_ROWS = 64
+"""The most rows of a key head for which decoding holds the masses of all keys between two passes."""
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What is attended to, heads of a group together.
+    """The tensors of an attention call as the kernels read them.
 
     Parameters
     ----------
     q : Tensor, (N, M, E)
-        N = B * Hkv key heads, M = G * L rows of each, position last.
+        Each of the N = B * Hkv key heads has M = G * L rows: the L queries of the first query head of its
+        group, then those of the second, and so on.
     k : Tensor, (B, Hkv, n, E)
+        Any strides.
     v : Tensor, (B, Hkv, n, Ev)
+        Any strides.
     mask : Tensor, (B, Hkv * G, L, n), optional
-        Boolean (True: attend) or added to the logits.
+        Boolean (True: attend) or a number that is added to the logit.
     length : int
-        L.
+        L, the number of queries of a head.
     scale : float
+        The factor of q · k.
     """
 
     q: Tensor
@@ -39,16 +47,26 @@ class Inputs:
     def of(
         cls, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None
     ) -> Inputs:
-        """Those of q (..., H, L, E), k (..., Hkv, n, E), v (..., Hkv, n, Ev); a mask broadcasts to (..., H, L, n)."""
+        """Arrange the tensors of an attention call.
+
+        Parameters
+        ----------
+        q : Tensor, (..., H, L, E)
+        k : Tensor, (..., Hkv, n, E)
+        v : Tensor, (..., Hkv, n, Ev)
+        mask : Tensor, broadcastable to (..., H, L, n), optional
+        scale : float, optional
+            1 / sqrt(E) where None.
+        """
         *_, length, features = q.shape
         heads, kv_heads = (x.shape[-3] if x.ndim > 2 else 1 for x in (q, k))
-        lead = q.shape[:-3].numel() if q.ndim > 2 else 1
+        batch = q.shape[:-3].numel() if q.ndim > 2 else 1
         if mask is not None:
-            mask = mask.expand(*q.shape[:-1], k.shape[-2]).reshape(lead, heads, length, k.shape[-2])
+            mask = mask.expand(*q.shape[:-1], k.shape[-2]).reshape(batch, heads, length, k.shape[-2])
         return cls(
-            q.reshape(lead * kv_heads, heads // max(1, kv_heads) * length, features).contiguous(),
-            k.reshape(lead, kv_heads, *k.shape[-2:]),
-            v.reshape(lead, kv_heads, *v.shape[-2:]),
+            q.reshape(batch * kv_heads, heads // max(1, kv_heads) * length, features).contiguous(),
+            k.reshape(batch, kv_heads, *k.shape[-2:]),
+            v.reshape(batch, kv_heads, *v.shape[-2:]),
             mask,
             length,
             1 / math.sqrt(features) if scale is None else float(scale),
@@ -56,11 +74,11 @@ class Inputs:
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """N, M, n, Ev."""
+        """N key heads, M rows of each, n keys, Ev features of a value."""
         return (*self.q.shape[:2], *self.v.shape[-2:])
 
     def logits(self) -> Tensor:
-        """In base 2 and float32, (N, M, n); the cost is n numbers a row."""
+        """The logits in base 2, -inf where masked: (N, M, n), float32. This is what kernels avoid to hold."""
         k = self.k.flatten(0, 1).float()
         logits = torch.bmm(self.q.float(), k.mT) * (self.scale * LOG2_E)
         if self.mask is None:

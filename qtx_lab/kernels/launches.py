@@ -1,4 +1,4 @@
-"""What launchers share: block sizes, grids, and the buffers between kernels."""
+"""What the launchers share: arguments grouped by what they describe, block sizes, and buffers between kernels."""
 
 from __future__ import annotations
 
@@ -11,85 +11,241 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .inputs import Inputs
-from .masses import GROUP, PAGE, UNITS, fine_bits, mass_dtype
+from ..errors import ShapeError
+from ..streams import Stream
+from .inputs import LOG2_E, Inputs
+from .masses import PAGE, SUBPAGE, UNITS, fraction_bits, mass_dtype
 from .philox import INTERPRETED
 
+LOCATED_POINTS = 128
+"""Points whose keys a program locates, one for each thread."""
 
-def tuned(configs: list[triton.Config], key: list[str]) -> Callable[[Any], Any]:
-    """Choose among these once for each key, and keep the choice on disk; the first of them in the interpreter."""
-    some = configs[:1] if INTERPRETED else configs
-    return triton.autotune(some, key=key, do_bench=short_bench, cache_results=True)
-
-
-def short_bench(call: Callable[[], Any], quantiles: Any) -> Any:
-    """Times of a call, from a quarter of the repetitions that Triton takes: there are many calls to choose from."""
-    return triton.testing.do_bench(call, warmup=5, rep=25, quantiles=quantiles)
-
-
-GATHER = [
+GATHER_CONFIGS = [
     triton.Config({"BS": size, "FOLD": 2 * warps}, num_warps=warps)
     for size, warps in ((16, 1), (32, 1), (64, 2))
 ]
+"""Block sizes of kernels that read the drawn keys or values."""
+
+
+def tuned(configs: list[triton.Config], key: list[str]) -> Callable[[Any], Any]:
+    """Decorate a kernel so that the fastest of these block sizes is chosen once for each key, and kept on disk.
+
+    In the interpreter the first one is taken.
+    """
+    candidates = configs[:1] if INTERPRETED else configs
+    return triton.autotune(candidates, key=key, do_bench=measure_briefly, cache_results=True)
+
+
+def measure_briefly(call: Callable[[], Any], quantiles: Any) -> Any:
+    """Time a call with a quarter of Triton's repetitions, since many calls are compared."""
+    return triton.testing.do_bench(call, warmup=5, rep=25, quantiles=quantiles)
+
+
+def launch(kernel: Any, grid: Any, *groups: Any, **arguments: Any) -> None:
+    """Launch a kernel with arguments that are found by the names of its parameters.
+
+    Parameters
+    ----------
+    kernel : a function under `triton.jit`
+        Its parameter `x`, or `x_ptr` for a tensor, takes the argument or the field `x`. Parameters that are
+        not found are left to autotuning.
+    grid : tuple of int, or function of the block sizes
+        How many programs run.
+    *groups : dataclasses
+        Such as `InputArguments`, of whose fields the kernel takes what it needs.
+    **arguments
+        Further arguments, and Triton's own such as `num_warps`. They go before fields of the same name.
+    """
+    named: dict[str, Any] = {}
+    for group in groups:
+        named |= vars(group)
+    named |= arguments
+    names = {name: name.removesuffix("_ptr") for name in kernel.arg_names}
+    found = {name: named[field] for name, field in names.items() if field in named}
+    unused = arguments.keys() - names.values()
+    kernel[grid](**found, **{name: arguments[name] for name in unused})
 
 
 @dataclass(frozen=True)
-class Space:
-    """The masses of N M rows of T pages on the way from the scan to the draws; see `decode_reference.Masses`."""
+class InputArguments:
+    """Tensors, sizes and strides of `Inputs`, as kernels name them."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor
+    logit_scale: float
+    """The factor of q · k for logits in base 2."""
+    kv_heads: int
+    rows: int
+    """M, the rows of a key head."""
+    length: int
+    """L, the queries of a query head."""
+    n: int
+    features: int
+    width: int
+    """The features of a value."""
+    k_stride_b: int
+    k_stride_h: int
+    k_stride_n: int
+    k_stride_d: int
+    v_stride_b: int
+    v_stride_h: int
+    v_stride_n: int
+    v_stride_d: int
+    mask_stride_b: int
+    mask_stride_h: int
+    mask_stride_l: int
+    mask_stride_n: int
+
+    @classmethod
+    def of(cls, x: Inputs) -> InputArguments:
+        """The arguments of these inputs."""
+        _, rows, n, width = x.shape
+        mask, mask_strides = x.q, (0, 0, 0, 0)  # without a mask nothing reads it
+        if x.mask is not None:
+            # Kernels read bytes, not truth values.
+            mask = x.mask.view(torch.uint8) if x.mask.dtype == torch.bool else x.mask
+            mask_strides = _strides(mask)
+        tensors = (x.q.contiguous(), x.k, x.v, mask, x.scale * LOG2_E)
+        sizes = (x.k.shape[1], rows, x.length, n, x.q.shape[2], width)
+        return cls(*tensors, *sizes, *_strides(x.k), *_strides(x.v), *mask_strides)
+
+
+def _strides(x: Tensor) -> tuple[int, int, int, int]:
+    """The strides of a tensor of four dimensions."""
+    b, h, n, d = x.stride()
+    return b, h, n, d
+
+
+@dataclass(frozen=True)
+class StreamArguments:
+    """A `Stream` as kernels name its parts."""
+
+    stream_key: Tensor
+    """(N,), int64."""
+    head_group: Tensor
+    """(N,), int64."""
+    position: Tensor
+    """(L,) or (N, L), int64."""
+    position_stride: int
+    """From one head's positions to the next one's."""
+    purpose: int
+    first_replicate: int
+
+    @classmethod
+    def of(cls, stream: Stream, x: Inputs) -> StreamArguments:
+        """The arguments of a stream for these inputs.
+
+        Raises
+        ------
+        ShapeError
+            If the stream is not one of N heads and L positions.
+        """
+        heads, length = x.q.shape[0], x.length
+        if len(stream.keys) != heads or stream.positions.shape[-1] != length:
+            raise ShapeError(
+                f"stream has {len(stream.keys)} heads and {stream.positions.shape[-1]} positions; "
+                f"q has {heads} and {length}."
+            )
+        return cls(
+            stream.keys.contiguous(),
+            stream.groups.contiguous(),
+            stream.positions.contiguous(),
+            length if stream.positions.ndim == 2 else 0,
+            int(stream.purpose),
+            stream.first_replicate,
+        )
+
+
+@dataclass(frozen=True)
+class MassBuffers:
+    """What kernels leave for each other on the way from the scan to the draws of N M rows of T pages.
+
+    See `masses.Masses`.
+    """
 
     mass: Tensor
     """(N, M, T * PAGE), int16 or int32."""
-    part: Tensor
-    """(N, M, T * PAGE / GROUP), int32: sums of `GROUP` keys."""
-    sums: Tensor
+    subpage_mass: Tensor
+    """(N, M, T * PAGE / SUBPAGE), int32."""
+    page_mass: Tensor
     """(N, M, T), int32."""
-    top: Tensor
+    page_exponent: Tensor
     """(N, M, T), float32."""
-    start: Tensor
-    """(N, M, T), int64: the mass of all pages before."""
-    total: Tensor
+    page_start: Tensor
+    """(N, M, T), int64: the mass of all pages before, in the row's unit."""
+    row_mass: Tensor
     """(N, M), int64."""
-    highest: Tensor
-    """(N, M), float32: the largest of `top`."""
-    page: Tensor
+    row_exponent: Tensor
+    """(N, M), float32: the largest exponent of a page."""
+    point_page: Tensor
     """(N, M, R, S), int32: the page in which each point lies."""
+    pages: int
+    """T."""
+    fraction_bits: int
+    """See `Masses.fraction_bits`."""
+    num_samples: int
+    """S."""
+    replicates: int
+    """R."""
 
     @classmethod
-    def of(cls, x: Inputs, num_samples: int, replicates: int) -> Space:
-        """Room for rows of so many draws."""
+    def of(cls, x: Inputs, num_samples: int, replicates: int) -> MassBuffers:
+        """Empty buffers for the draws of these inputs."""
         heads, rows, n, _ = x.shape
-        shape, pages = (heads, rows), -(-n // PAGE)
+        shape, pages, dtype = (heads, rows), -(-n // PAGE), mass_dtype(num_samples * replicates)
         new = x.q.new_empty
         return cls(
-            new(*shape, pages * PAGE, dtype=mass_dtype(num_samples * replicates)),
-            new(*shape, pages * PAGE // GROUP, dtype=torch.int32),
+            new(*shape, pages * PAGE, dtype=dtype),
+            new(*shape, pages * PAGE // SUBPAGE, dtype=torch.int32),
             new(*shape, pages, dtype=torch.int32),
             new(*shape, pages, dtype=torch.float32),
             new(*shape, pages, dtype=torch.int64),
             new(shape, dtype=torch.int64),
             new(shape, dtype=torch.float32),
             new(*shape, replicates, num_samples, dtype=torch.int32),
+            pages,
+            fraction_bits(pages, dtype),
+            num_samples,
+            replicates,
         )
 
     @property
-    def fine(self) -> int:
-        """See `Masses`."""
-        return fine_bits(self.sums.shape[-1], self.mass.dtype)
+    def mass_mask(self) -> int:
+        """The bits of a mass when it is read as int32."""
+        return 0xFFFF if self.mass.dtype == torch.int16 else 0x7FFFFFFF
+
+    @property
+    def pages_at_once(self) -> int:
+        """Pages that a program which reads all of a row's takes at a time."""
+        return min(1024, max(16, power_of_two(self.pages)))
+
+    @property
+    def row_programs(self) -> tuple[int]:
+        """A grid of one program for each row."""
+        return (self.row_mass.numel(),)
+
+    @property
+    def point_programs(self) -> tuple[int, int, int]:
+        """A grid of programs that locate `LOCATED_POINTS` points of a replicate of a row."""
+        return self.row_mass.numel(), self.replicates, -(-self.num_samples // LOCATED_POINTS)
 
 
-def scan_options(x: Inputs, space: Space) -> dict[str, Any]:
-    """What the kernels that scan keys or sketches are specialised for."""
+def scan_options(x: Inputs, buffers: MassBuffers) -> dict[str, Any]:
+    """Block sizes of the kernels that scan keys or sketches of keys."""
     return {
         "BM": max(4, min(64, power_of_two(x.q.shape[1]))),
         "BD": max(16, power_of_two(x.q.shape[2])),
         "PAGE": PAGE,
-        "UNITS": UNITS[space.mass.dtype],
+        "UNITS": UNITS[buffers.mass.dtype],
         "SIZE": size_class(x.shape[2]),
     }
 
 
-def scan_grid(x: Inputs, pages: int) -> Callable[[dict[str, Any]], tuple[int, int]]:
-    """A tile of rows and LOOP times NP pages each."""
+def scan_grid(x: Inputs) -> Callable[[dict[str, Any]], tuple[int, int]]:
+    """The programs of these kernels: one for each tile of rows and LOOP times NP pages."""
+    pages = -(-x.shape[2] // PAGE)
 
     def grid(meta: dict[str, Any]) -> tuple[int, int]:
         tiles = -(-x.q.shape[1] // meta["BM"])
@@ -98,55 +254,39 @@ def scan_grid(x: Inputs, pages: int) -> Callable[[dict[str, Any]], tuple[int, in
     return grid
 
 
+def gather_options(x: Inputs, buffers: MassBuffers) -> dict[str, Any]:
+    """Block sizes of the kernels that read the drawn keys or values: CHUNK draws for each program, a power of two."""
+    _, _, n, width = x.shape
+    programs = buffers.row_mass.numel() * buffers.replicates
+    # Every multiprocessor gets many programs at a time.
+    chunks = max(1, min(-(-buffers.num_samples // 64), -(-2048 // programs)))
+    return {
+        "BV": max(16, power_of_two(width)),
+        "SIZE": size_class(n),
+        "CHUNK": max(64, power_of_two(-(-buffers.num_samples // chunks))),
+    }
+
+
 def power_of_two(n: int) -> int:
-    """The next one."""
+    """The smallest power of two that is n or more."""
     return 1 << max(0, n - 1).bit_length()
 
 
 def size_class(n: int) -> int:
-    """Lengths that share a choice of block sizes: up to 8k keys, up to 64k, more."""
+    """Numbers of keys that share a choice of block sizes: 0 up to 8k keys, 1 up to 64k, 2 above."""
     return 0 if n <= 1 << 13 else 1 if n <= 1 << 16 else 2
 
 
 def dot_dtype(x: Tensor) -> tl.dtype:
-    """What products are made of; the interpreter cannot multiply bfloat16, and float32 holds it."""
+    """The dtype of the factors of products.
+
+    The interpreter cannot multiply bfloat16, and float32 holds it.
+    """
     if INTERPRETED or x.dtype == torch.float32:
         return tl.float32
     return tl.float16 if x.dtype == torch.float16 else tl.bfloat16
 
 
-def mask_pointer(x: Inputs) -> Tensor:
-    """The mask for kernels, which read bytes and not truth values; anything where there is none."""
-    if x.mask is None:
-        return x.q
-    return x.mask.view(torch.uint8) if x.mask.dtype == torch.bool else x.mask
-
-
-def chunk_size(programs: int, num_samples: int) -> int:
-    """Draws a program, a power of two: enough programs for every multiprocessor to have many at a time."""
-    chunks = max(1, min(-(-num_samples // 64), -(-2048 // programs)))
-    return max(64, power_of_two(-(-num_samples // chunks)))
-
-
-def pages_at_once(space: Space) -> int:
-    """Of a row, by a program that reads all of them."""
-    return min(1024, max(16, power_of_two(space.sums.shape[-1])))
-
-
-def word(space: Space) -> int:
-    """The bits of a mass."""
-    return 0xFFFF if space.mass.dtype == torch.int16 else 0x7FFFFFFF
-
-
-LOCATED = 128
-"""Points whose keys a program looks for, one a thread."""
-
-
-def draw_options(x: Inputs, space: Space, num_samples: int) -> dict[str, Any]:
-    """What the kernels that read the drawn rows are specialised for."""
-    _, _, n, width = x.shape
-    return {
-        "BV": max(16, power_of_two(width)),
-        "SIZE": size_class(n),
-        "CHUNK": chunk_size(space.page[..., 0].numel(), num_samples),
-    }
+def mask_kind(x: Inputs) -> int:
+    """What kernels do with the mask: 0 nothing, 1 leave out keys where it is 0, 2 add it to the logits."""
+    return 0 if x.mask is None else 1 if x.mask.dtype == torch.bool else 2

@@ -1,4 +1,9 @@
-"""Rows of attention as masses in fixed point, and the points of a comb along them, in plain torch."""
+"""Rows of attention as whole numbers, and combs of equally spaced points along them, in plain torch.
+
+A row of n keys is cut into T pages of `PAGE` keys. The mass of a key is its probability, but for a factor,
+rounded at random to a whole number of the page's unit. Sums of whole numbers do not depend on the order of
+the summands, so the same seed gives the same draws however the keys are spread over blocks.
+"""
 
 from __future__ import annotations
 
@@ -9,102 +14,121 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .philox_reference import OFFSETS, ROUNDING, ROUNDING_ROUNDS, philox, uniform
+from ..streams import Purpose, Stream, philox
 
 PAGE = 64
-"""Keys whose masses share an exponent. Draws depend on it, but on no other size of a block."""
+"""Keys whose masses have a unit of their own. Draws depend on it, but on no other size of a block."""
+
+SUBPAGE = 8
+"""Keys whose masses are summed: a draw is first located among the sums of a page, then among the keys of one sum."""
+
+UNITS = {torch.int16: 65534.0, torch.int32: float(1 << 23)}
+"""The largest mass of a page, at most, for each dtype that holds masses; half of it or more where any key is seen.
+
+One less than fits, since float32 may round the sum of a mass and a number below 1 up.
+"""
+
+ROUNDING_ROUNDS = 7
+"""Rounds of Philox for rounding masses, which takes as many numbers as there are keys.
+
+They are the fewest that pass BigCrush (Salmon and others, 2011, table 2).
+"""
 
 
-GROUP = 8
-"""Keys of a page whose masses are summed up by themselves: a draw is looked for among the sums, then among those keys."""
+def mass_dtype(draws: int) -> torch.dtype:
+    """The dtype of masses for this number of draws, over all replicates.
+
+    Rounding to 16 bits raises the variance of 4096 draws by an eighth at most; more draws get 32 bits.
+    """
+    return torch.int16 if draws <= 4096 else torch.int32
+
+
+def min_mass_bits(dtype: torch.dtype) -> int:
+    """The least number of bits of a page's mass where any key is seen."""
+    return int(UNITS[dtype] / 2).bit_length()
+
+
+def fraction_bits(pages: int, dtype: torch.dtype) -> int:
+    """Bits after the binary point of the row's unit, such that the mass of a row of `pages` pages stays below 2^56."""
+    return (34 if dtype == torch.int16 else 26) - math.ceil(math.log2(max(1, pages)))
 
 
 @dataclass(frozen=True)
 class Masses:
-    """Rows of keys' masses in fixed point, a page's in units of its own.
+    """The masses of N heads of M rows, each page in its own unit.
 
-    Sums of whole numbers do not depend on the order they are summed in, so that a seed gives the same draws however
-    the keys are split among blocks. A mass is rounded up with the probability of what rounding down would lose, which
-    leaves draws unbiased and adds less than 2 S / units to the variance of S draws, relative to that of their own.
+    A mass is rounded up with the probability of what rounding down would lose. That leaves draws unbiased and
+    adds less than 2 S / `UNITS` to the variance of S draws, relative to their own.
 
     Parameters
     ----------
     mass : Tensor, int64, (N, M, T, PAGE)
-        2^(l - top) * units, rounded; 0 past the last key.
-    sums : Tensor, int64, (N, M, T)
-    top : Tensor, float32, (N, M, T)
-        The page's largest base-2 logit, rounded up; -inf where nothing is seen.
+        2^(logit - page_exponent) * UNITS, rounded; 0 past the last key.
+    page_mass : Tensor, int64, (N, M, T)
+        The sum of each page.
+    page_exponent : Tensor, float32, (N, M, T)
+        The page's largest base-2 logit, rounded up; -inf where every key is masked.
     dtype : torch.dtype
-        What masses are kept in, int16 or int32.
+        What kernels hold masses in: int16, read without a sign, or int32.
     """
 
     mass: Tensor
-    sums: Tensor
-    top: Tensor
+    page_mass: Tensor
+    page_exponent: Tensor
     dtype: torch.dtype
 
-    @property
-    def fine(self) -> int:
-        """Bits behind the point of the row's common unit."""
-        return fine_bits(self.sums.shape[-1], self.dtype)
-
     @classmethod
-    def of(cls, logits: Tensor, seed: Tensor, dtype: torch.dtype) -> Masses:
-        """The masses of base-2 logits (N, M, n) as they are kept in int16 or int32."""
-        units = UNITS[dtype]
-        heads, _, n = logits.shape
-        logits = F.pad(logits, (0, -n % PAGE), value=-torch.inf).unflatten(-1, (-1, PAGE))
-        top = logits.amax(-1).ceil()
-        exact = torch.exp2(logits - top.masked_fill(top == -torch.inf, 0)[..., None]) * units
-        quarter = torch.arange(logits.shape[2] * PAGE // 4, device=logits.device)
-        head = torch.arange(heads, device=logits.device)[:, None]
-        words = torch.stack(philox(seed, quarter, head, 0, ROUNDING, rounds=ROUNDING_ROUNDS), -1).view(
-            heads, 1, -1, PAGE
-        )
-        mass = (exact + uniform(words)).floor().long()
-        return cls(mass, mass.sum(-1), top, dtype)
+    def of(cls, logits: Tensor, stream: Stream, dtype: torch.dtype) -> Masses:
+        """Round the masses of base-2 logits (N, M, n)."""
+        logits = F.pad(logits, (0, -logits.shape[-1] % PAGE), value=-torch.inf).unflatten(-1, (-1, PAGE))
+        exponent = logits.amax(-1).ceil()  # [N, M, T]
+        shift = exponent.masked_fill(exponent == -torch.inf, 0)[..., None]
+        exact = torch.exp2(logits - shift) * UNITS[dtype]  # [N, M, T, PAGE]
+        mass = (exact + rounding_numbers(stream, logits.shape[2])).floor().long()
+        return cls(mass, mass.sum(-1), exponent, dtype)
+
+    @property
+    def fraction_bits(self) -> int:
+        """Bits after the binary point of the row's unit."""
+        return fraction_bits(self.page_mass.shape[-1], self.dtype)
 
     def shifts(self) -> tuple[Tensor, Tensor]:
-        """Bits by which a page's units are shifted up and down to the row's common ones, (N, M, T) each."""
-        highest = self.top.amax(-1, keepdim=True)
-        apart = torch.where(self.top > -torch.inf, highest - self.top, 100).clamp_max(100).long()
-        return (self.fine - apart).clamp_min(0), (apart - self.fine).clamp_min(0)
+        """Bits by which a page's masses are shifted up and down to be in the row's unit, (N, M, T) each."""
+        row_exponent = self.page_exponent.amax(-1, keepdim=True)
+        visible = self.page_exponent > -torch.inf
+        below = torch.where(visible, row_exponent - self.page_exponent, 100).clamp_max(100).long()
+        return (self.fraction_bits - below).clamp_min(0), (below - self.fraction_bits).clamp_min(0)
 
 
-UNITS = {torch.int16: 65534.0, torch.int32: float(1 << 23)}
-"""Of a page's largest mass, or up to half of them; one less than fits, since float32 may round a sum with a number below 1 up."""
+def rounding_numbers(stream: Stream, pages: int) -> Tensor:
+    """Numbers in [0, 1) that round the masses of keys, which all rows of a head share: (N, 1, T, PAGE), float32.
+
+    The four words of a counter, whose first word is the index of the key // 4, serve four keys, with 24 bits
+    each.
+    """
+    quads = torch.arange(pages * PAGE // 4, device=stream.keys.device)
+    counter = (quads, 0, stream.groups[:, None], int(Purpose.MASS_ROUNDING))
+    words = torch.stack(
+        philox(stream.keys[:, None], *counter, rounds=ROUNDING_ROUNDS), -1
+    )  # [N, T PAGE / 4, 4]
+    return uniform24(words).view(-1, 1, pages, PAGE)
 
 
-def least_bits(dtype: torch.dtype) -> int:
-    """How many a page's sum has at the least, where any key is seen: its largest mass is half of `UNITS` or more."""
-    return int(UNITS[dtype] / 2).bit_length()
+def uniform24(word: Tensor) -> Tensor:
+    """A number in [0, 1) from the upper 24 bits of each word, float32."""
+    return (word >> 8).to(torch.float32) * 2.0**-24
 
 
-def fine_bits(pages: int, dtype: torch.dtype) -> int:
-    """Bits behind the point with which a row's total stays below 2^56."""
-    return (34 if dtype == torch.int16 else 26) - math.ceil(math.log2(max(1, pages)))
+def comb_offsets(stream: Stream, replicates: int, rows: int) -> Tensor:
+    """Where the combs of all M rows start, in units of the distance of their points: (N, M, R), float64.
+
+    The query heads of a group share them.
+    """
+    offsets = stream.uniform(replicates, 1)[..., 0]  # [N, L, R]
+    return offsets.repeat(1, rows // offsets.shape[1], 1)
 
 
-def mass_dtype(total: int) -> torch.dtype:
-    """16 bits a mass for up to 4096 draws, whose variance their rounding raises by an eighth at the very most."""
-    return torch.int16 if total <= 4096 else torch.int32
-
-
-def offsets(shape: tuple[int, ...], replicates: int, length: int, seed: Tensor) -> Tensor:
-    """Where the combs of rows (N, M) start, in parts of the distance of their points: (N, M, R), rows of a group alike."""
-    heads, rows = shape
-    device = seed.device
-    words = philox(
-        seed,
-        torch.arange(replicates, device=device),
-        torch.arange(rows, device=device)[:, None] % length,
-        torch.arange(heads, device=device)[:, None, None],
-        OFFSETS,
-    )
-    return words[0].double() * 2.0**-32
-
-
-def find_page(start: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
-    """The pages in which points (N, M, T) lie, and how far behind the pages' starts (N, M, pages)."""
-    page = torch.searchsorted(start, points, right=True).sub_(1).clamp_min_(0)
-    return page, points - start.gather(-1, page)
+def locate_page(page_start: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
+    """The pages in which points (N, M, P) lie, and how far behind the starts of these pages (N, M, T)."""
+    page = torch.searchsorted(page_start, points, right=True).sub_(1).clamp_min_(0)
+    return page, points - page_start.gather(-1, page)

@@ -1,7 +1,8 @@
 """Compiles every kernel to machine code for GPUs that are not here: `python ahead_of_time.py 90 bf16 [sizes] [configs]`.
 
-The launchers run as they are, with tensors on the CPU and a driver that only says which GPU it is; nothing is executed.
-Prints one line of JSON a kernel: its name, options, shared memory, registers, stack and what of it is spilled.
+The launchers run as they are, with tensors on the CPU and a driver that only says which GPU it is; nothing is
+executed. Prints one line of JSON a kernel: its name, options, shared memory, registers, stack and what of it
+is spilled.
 """
 
 import json

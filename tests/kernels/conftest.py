@@ -1,4 +1,4 @@
-"""Kernels run natively where CUDA is, and in Triton's interpreter elsewhere, which must be set before triton is loaded."""
+"""Kernels run natively where CUDA is, and elsewhere in Triton's interpreter, which is chosen before triton is loaded."""
 
 import os
 import sys
@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from qtx_lab.streams import Stream
 
 CUDA = torch.cuda.is_available()
 ROOM = Path(__file__).parent
@@ -15,7 +17,7 @@ if not CUDA and "triton" not in sys.modules:
     os.environ["TRITON_INTERPRET"] = "1"
     import triton
 
-    if given is None:  # processes that are started later are none of this
+    if given is None:  # processes that are started later choose for themselves
         del os.environ["TRITON_INTERPRET"]
         triton.knobs.runtime.interpret = True
 
@@ -25,7 +27,7 @@ if CUDA:
 else:
     from qtx_lab.kernels.philox import INTERPRETED
 
-    # Where something else has loaded triton to compile, these tests run in a process of their own.
+    # If something else has loaded triton to compile, these tests run in a process of their own.
     collect_ignore += (
         ["test_elsewhere.py"]
         if INTERPRETED
@@ -38,7 +40,7 @@ else:
 
 
 def pytest_collection_modifyitems(items):
-    """On a GPU everything here is a test of it."""
+    """Mark all tests of this folder as tests of the GPU, where there is one."""
     if CUDA:
         for item in items:
             if ROOM in item.path.parents:
@@ -47,13 +49,13 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture
 def device():
-    """Where the kernels run."""
+    """The device on which the kernels run."""
     return torch.device("cuda" if CUDA else "cpu")
 
 
 @pytest.fixture(scope="session", autouse=True)
-def hardly_tuned():
-    """On a GPU the first choice of each kernel's blocks, or the last where that does not fit: numbers hang on neither."""
+def few_block_sizes():
+    """On a GPU compare only the first and the last block sizes of each kernel: results do not depend on them."""
     if CUDA:
         from triton.runtime.autotuner import Autotuner
 
@@ -68,28 +70,42 @@ def hardly_tuned():
 
 
 @pytest.fixture
-def rows_alike(device):
-    """Asserts that draws are the reference's, on a GPU but for a few, as it rounds exp2 otherwise, and says in which rows all are."""
+def compare_draws(device):
+    """Assert that draws are the reference's, and return in which rows all of them are.
 
-    def check(found, wanted):
-        same = found == wanted
+    A GPU rounds exp2 in another way, so there a few may differ.
+    """
+
+    def compare(indices, expected):
+        equal = indices == expected
         if device.type == "cpu":
-            assert bool(same.all())
-        assert float(same.float().mean()) > 0.97
-        return same.all(-1)
+            assert bool(equal.all())
+        assert float(equal.float().mean()) > 0.97
+        return equal.all(-1)
 
-    return check
+    return compare
+
+
+@pytest.fixture
+def stream_of():
+    """Make the stream of a seed for the heads and positions of `Inputs`."""
+
+    def make(x, seed):
+        batch, groups = x.k.shape[:2]
+        return Stream.of(torch.as_tensor(seed, device=x.q.device), batch, groups, x.length)
+
+    return make
 
 
 @pytest.fixture
 def kernels(monkeypatch):
-    """Kernels whatever the device."""
+    """Have the kernels run, whatever the device."""
     monkeypatch.setenv("QTX_LAB_KERNELS", "triton")
 
 
 @pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    """Every buffer of every launch starts as NaN or as nonsense: what is not written shows."""
+def poisoned_buffers(monkeypatch):
+    """Fill every buffer of a launch with NaN or a wrong number, so that what a kernel does not write shows."""
     fresh = torch.Tensor.new_empty
 
     def new_empty(self, *args, **options):

@@ -1,6 +1,8 @@
-"""Many queries: the kernels give the reference's outputs and gradients, and both are unbiased."""
+"""Attention of many queries: the kernels give the reference's outputs and gradients, and both are unbiased."""
 
+import math
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,8 +10,8 @@ import torch.nn.functional as F
 from scipy import stats
 
 from qtx_lab.kernels.inputs import Inputs
-from qtx_lab.kernels.prefill import launch as prefill
-from qtx_lab.kernels.prefill import reference as prefill_reference
+from qtx_lab.kernels.prefill import launch, oracle, reference
+from qtx_lab.streams import Stream
 
 SOAK = os.environ.get("QTX_LAB_SOAK", "0") not in ("", "0")
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-3}
@@ -51,45 +53,74 @@ if SOAK:
 
 
 @pytest.mark.parametrize(("case", "dtype", "draws", "causal", "mask"), CASES)
-def test_outputs_and_gradients_are_the_references(case, dtype, draws, causal, mask, generator, device):
+def test_outputs_and_gradients_are_the_references(
+    case, dtype, draws, causal, mask, generator, device, stream_of
+):
     x = attention_inputs(case, dtype, generator, device, mask)
-    seed = torch.tensor(2**60 + 7, device=device)
-    options = {"is_causal": causal, "replicate": 2}
-    output, normaliser = prefill.prefill(x, draws, seed, **options)
-    wanted = prefill_reference.prefill(x, draws, seed, **options)
-    assert relative(output.to(dtype), wanted) <= TOLERANCE[dtype]
+    stream = replace(stream_of(x, 2**60 + 7), first_replicate=2)
+    forward = launch.prefill(x, draws, stream, is_causal=causal)
+    output = forward.output
+    expected = reference.prefill(x, draws, stream, is_causal=causal)
+    assert relative(output.to(dtype), expected) <= TOLERANCE[dtype]
     if mask == "bool":
         assert bool((output[0, 0] == 0).all())
     g = torch.randn(output.shape, generator=generator).to(device, dtype)
-    found = prefill.gradients(x, draws, seed, g, output, normaliser, **options)
-    for part, reference in zip(found, prefill_reference.gradients(x, draws, seed, g, **options), strict=True):
-        assert bool(part.isfinite().all())
+    grad = launch.gradients(x, draws, stream, g, forward, is_causal=causal)
+    expected = reference.gradients(x, draws, stream, g, is_causal=causal)
+    for name in ("q", "k", "v"):
+        ours, theirs = getattr(grad, name), getattr(expected, name)
+        assert bool(ours.isfinite().all())
         # On a GPU weights and gradients are rounded to 16 bits before they are multiplied.
-        assert relative(part, reference) <= (1e-5 if device.type == "cpu" else 2 * TOLERANCE[dtype])
+        assert relative(ours, theirs) <= (1e-5 if device.type == "cpu" else 2 * TOLERANCE[dtype])
 
 
-def test_the_draws_themselves_are_the_references(generator, device):
-    """Values that are a unit vector a key make the output the weights."""
+def test_draws_are_the_references(generator, device, stream_of):
+    """With a unit vector as the value of each key, the output is the weights."""
     x = attention_inputs((1, 1, 2, 40, 100, 16, 100), torch.float32, generator, device)
     x = Inputs(x.q, x.k, torch.eye(100, device=device)[None, None], None, x.length, x.scale)
-    seed = torch.tensor(11, device=device)
-    found = prefill.prefill(x, 16, seed)[0]
-    draws, weights, p = (
-        part.flatten(-2)[..., :100] for part in prefill_reference.weights(x, 16, seed, is_causal=False)
+    stream = stream_of(x, 11)
+    weights = launch.prefill(x, 16, stream).output
+    drawn = reference.draw(x, 16, stream, is_causal=False)
+    expected, draws, p = (
+        part.flatten(-2)[..., :100] for part in (drawn.weights, drawn.draws, drawn.probabilities)
     )
-    assert float((found - weights).abs().max()) < 1e-4  # a draw more or less would be 1 / 16
-    torch.testing.assert_close(found.sum(-1), torch.ones_like(found[..., 0]))
+    assert float((weights - expected).abs().max()) < 1e-4  # a draw more or less would be 1 / 16
+    torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
     counts = 16 * draws.double()
     assert bool(((counts - counts.round()).abs() < 1e-4).all())
-    assert bool(
-        ((counts >= (16 * p.double()).floor() - 1e-3) & (counts <= (16 * p.double()).ceil() + 1e-3)).all()
-    )
+    low, high = (16 * p.double()).floor() - 1e-3, (16 * p.double()).ceil() + 1e-3
+    assert bool(((counts >= low) & (counts <= high)).all())
+
+
+def test_outputs_are_the_oracles(generator, device, stream_of):
+    x = attention_inputs((1, 2, 1, 6, 150, 16, 8), torch.float32, generator, device, "float")
+    stream = stream_of(x, 3)
+    output = reference.prefill(x, 20, stream)
+    offsets = reference.page_offsets(stream, 3, x.shape[1])
+    for i in range(2):
+        for m in range(6):
+            row = oracle.prefill(x.logits()[i, m] * math.log(2), x.v[0, i], offsets[i, m], 20)
+            assert relative(output[i, m], row) < 1e-5
+
+
+@pytest.mark.parametrize("run", [lambda *a: launch.prefill(*a).output, reference.prefill])
+def test_a_row_draws_the_same_alone_and_in_a_batch_under_its_sequences_name(run, generator, device):
+    """Sequences 3 and 8 side by side, and the last query of sequence 8 alone at its position."""
+    x = attention_inputs((2, 2, 2, 3, 100, 16, 8), torch.float32, generator, device)
+    stream = Stream.of(torch.tensor(5, device=device), torch.tensor([3, 8]), 2, 3, first_position=40)
+    together = run(x, 20, stream).view(2, 2, 2, 3, 8)
+    q = x.q.view(2, 2, 2, 3, 16)[1:, :, :, 2:].reshape(2, 2, 16)
+    alone = Inputs(q, x.k[1:], x.v[1:], None, 1, x.scale)
+    stream = Stream.of(torch.tensor(5, device=device), torch.tensor([8]), 2, 1, first_position=42)
+    torch.testing.assert_close(run(alone, 20, stream).view(2, 2, 8), together[1, :, :, 2])
+    elsewhere = stream.at(torch.tensor([43], device=device))
+    assert not torch.allclose(run(alone, 20, elsewhere).view(2, 2, 8), together[1, :, :, 2])
 
 
 @pytest.mark.statistical
 @pytest.mark.parametrize("planted", [0.0, 0.03])
 def test_output_and_gradients_are_unbiased(planted, seed):
-    """z of random projections over 4,000 heads with their own numbers; false alarms 10^-6; three percent are caught."""
+    """Mean projections over 4,000 heads that draw independently: false alarms once in 10^6, 3 % are caught."""
     g = torch.Generator().manual_seed(seed)
     repetitions, n = 4000, 150
     x = attention_inputs((1, 1, 1, 3, n, 8, 4), torch.float32, g, torch.device("cpu"))
@@ -99,13 +130,14 @@ def test_output_and_gradients_are_unbiased(planted, seed):
     exact = F.scaled_dot_product_attention(q, k, v)
     upstream = torch.randn(exact.shape, generator=g)
     exact.backward(upstream.double())
-    out = prefill_reference.prefill(many, 12, torch.tensor(seed)).double()
-    parts = prefill_reference.gradients(many, 12, torch.tensor(seed), upstream.expand(repetitions, -1, -1))
-    wanted = (exact.detach(), q.grad, k.grad, v.grad)
+    stream = Stream.of(seed, 1, repetitions, 3)
+    out = reference.prefill(many, 12, stream).double()
+    grad = reference.gradients(many, 12, stream, upstream.expand(repetitions, -1, -1))
+    exact_parts = (exact.detach(), q.grad, k.grad, v.grad)
     caught = []
-    for estimate, truth in zip((out, *parts), wanted, strict=True):
-        direction = truth  # where a bias in scale shows best
-        projected = (estimate.double() * direction).sum((1, 2)) * (1 + planted)
+    for estimate, truth in zip((out, grad.q, grad.k, grad.v), exact_parts, strict=True):
+        # In the direction of the truth a bias in scale shows best.
+        projected = (estimate.double() * truth).sum((1, 2)) * (1 + planted)
         z = (projected.mean() - truth.square().sum()) / (projected.std() / repetitions**0.5)
         other = torch.randn(truth.shape, generator=g, dtype=torch.float64)
         across = ((estimate.double() - truth) * other).sum((1, 2))
@@ -116,32 +148,30 @@ def test_output_and_gradients_are_unbiased(planted, seed):
 
 @pytest.mark.statistical
 def test_no_noisier_than_a_comb_along_the_whole_row(seed):
-    """Errors of 24 draws, 500 heads: pages with their probabilities kept are not worse than systematic sampling."""
+    """Errors of 24 draws from 500 heads: drawing page by page is not worse than systematic sampling."""
     from qtx_lab import sampled_attention
 
     g = torch.Generator().manual_seed(seed)
     q, k, v = (torch.randn(1, 500, n, 8, generator=g) for n in (2, 200, 200))
     exact = F.scaled_dot_product_attention(q, k, v)
     x = Inputs.of(q, k, v)
-    pages = prefill_reference.prefill(x, 24, torch.tensor(seed)).view_as(exact)
+    pages = reference.prefill(x, 24, Stream.of(seed, 1, 500, 2)).view_as(exact)
     comb = sampled_attention(q, k, v, sampler="systematic", num_samples=24, generator=g).output
     assert (pages - exact).square().mean() <= 1.1 * (comb - exact).square().mean()
 
 
-def test_memory_does_not_grow_with_the_map(generator, device):
-    """What a launch makes is its output, a number a row, and in the backward pass the gradients."""
+def test_memory_does_not_grow_with_the_map(generator, device, monkeypatch, stream_of):
+    """A launch allocates its output, a number for each row, and in the backward pass the gradients."""
     x = attention_inputs((1, 1, 1, 128, 128, 16, 16), torch.float32, generator, device)
-    made, fresh = [], torch.Tensor.new_empty
+    stream = stream_of(x, 0)
+    sizes, fresh = [], torch.Tensor.new_empty
 
     def counted(self, *args, **options):
         out = fresh(self, *args, **options)
-        made.append(out.numel())
+        sizes.append(out.numel())
         return out
 
-    torch.Tensor.new_empty = counted
-    try:
-        output, normaliser = prefill.prefill(x, 8, torch.tensor(0, device=device), is_causal=True)
-        prefill.gradients(x, 8, torch.tensor(0, device=device), output, output, normaliser, is_causal=True)
-    finally:
-        torch.Tensor.new_empty = fresh
-    assert sum(made) == 128 * 16 + 128 + 3 * 128 * 16
+    monkeypatch.setattr(torch.Tensor, "new_empty", counted)
+    forward = launch.prefill(x, 8, stream, is_causal=True)
+    launch.gradients(x, 8, stream, forward.output, forward, is_causal=True)
+    assert sum(sizes) == 128 * 16 + 128 + 3 * 128 * 16

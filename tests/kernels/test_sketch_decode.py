@@ -1,5 +1,6 @@
-"""Decoding from a sketch: the kernel draws the reference's keys, weighs them alike, and tells its error."""
+"""Decoding from a sketch: the kernels draw the reference's keys, weigh them alike, and estimate their error."""
 
+import math
 import os
 from dataclasses import replace
 
@@ -9,10 +10,11 @@ import torch.nn.functional as F
 
 from qtx_lab import ArgumentError, DtypeError
 from qtx_lab.kernels.inputs import Inputs
-from qtx_lab.kernels.masses import Masses, mass_dtype
-from qtx_lab.kernels.sketch_decode import reference
+from qtx_lab.kernels.masses import Masses, comb_offsets, mass_dtype
+from qtx_lab.kernels.sketch_decode import oracle, reference
 from qtx_lab.kernels.sketch_decode.launch import sketch_decode
 from qtx_lab.kernels.sketch_decode.reference import GrowingSketch, int4_sketch, low_rank_sketch
+from qtx_lab.streams import Stream
 
 SOAK = os.environ.get("QTX_LAB_SOAK", "0") not in ("", "0")
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-3}
@@ -56,57 +58,96 @@ if SOAK:
 
 @pytest.mark.parametrize(("case", "dtype", "kind", "draws", "replicates"), CASES)
 def test_draws_outputs_and_errors_are_the_references(
-    case, dtype, kind, draws, replicates, generator, device, rows_alike
+    case, dtype, kind, draws, replicates, generator, device, compare_draws, stream_of
 ):
     x = attention_inputs(case, dtype, generator, device)
-    sketch, seed = sketched(x.k, kind), torch.tensor(2**61 + 3, device=device)
-    found, wanted = (d(x, sketch, draws, replicates, seed) for d in (sketch_decode, reference.sketch_decode))
-    same = rows_alike(found.indices, wanted.indices)
-    assert relative(found.output[same], wanted.output[same]) <= TOLERANCE[dtype]
-    assert relative(found.weights()[same], wanted.weights()[same]) <= (1e-5 if device.type == "cpu" else 1e-3)
-    apart = (found.std_error - wanted.std_error).abs()[same]
-    assert bool((apart <= 1e-3 * wanted.std_error[same] + 1e-5).all())
-    torch.testing.assert_close(found.weights().sum(-1), torch.ones_like(found.weights()[..., 0]))
+    sketch, stream = sketched(x.k, kind), stream_of(x, 2**61 + 3)
+    result, expected = (
+        run(x, sketch, draws, replicates, stream) for run in (sketch_decode, reference.sketch_decode)
+    )
+    equal = compare_draws(result.indices, expected.indices)
+    weights = result.weights()
+    assert relative(result.output[equal], expected.output[equal]) <= TOLERANCE[dtype]
+    tolerance = 1e-5 if device.type == "cpu" else 1e-3
+    assert relative(weights[equal], expected.weights()[equal]) <= tolerance
+    difference = (result.std_error - expected.std_error).abs()[equal]
+    assert bool((difference <= 1e-3 * expected.std_error[equal] + 1e-5).all())
+    torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
     values = x.v.flatten(0, 1).float()
     heads, rows, _, width = x.shape
-    drawn = values.gather(1, found.indices.flatten(1)[..., None].expand(-1, -1, width)).view(
-        heads, rows, -1, width
-    )
-    average = torch.einsum("nmt,nmtd->nmd", found.weights(), drawn)
-    assert relative(found.output, average) <= TOLERANCE[dtype] + 1e-5
+    at = result.indices.flatten(1)[..., None].expand(-1, -1, width)
+    drawn = values.gather(1, at).view(heads, rows, -1, width)
+    average = torch.einsum("nmt,nmtd->nmd", weights, drawn)
+    assert relative(result.output, average) <= TOLERANCE[dtype] + 1e-5
 
 
-def test_exact_where_every_key_is_drawn(generator, device):
-    """As many draws as keys: each has pi = 1, and no error is told."""
+def test_exact_where_every_key_is_drawn(generator, device, stream_of):
+    """With as many draws as keys each has pi = 1, and the standard error is 0."""
     x = attention_inputs((1, 1, 2, 1, 40, 16, 16), torch.float32, generator, device)
-    found = sketch_decode(x, int4_sketch(x.k), 40, 1, torch.tensor(3, device=device))
-    assert torch.equal(found.indices, torch.arange(40, device=device).expand(1, 2, -1))
+    result = sketch_decode(x, int4_sketch(x.k), 40, 1, stream_of(x, 3))
+    assert torch.equal(result.indices, torch.arange(40, device=device).expand(1, 2, -1))
     exact = F.scaled_dot_product_attention(x.q[None], x.k, x.v)[0]
-    assert relative(found.output, exact) < 1e-5
-    assert float(found.std_error.max()) < 1e-4
+    assert relative(result.output, exact) < 1e-5
+    assert float(result.std_error.max()) < 1e-4
 
 
-def test_no_key_is_drawn_twice_and_the_heaviest_surely(generator, device):
-    """On rows that a few keys hold most of, nearly all draws find a key of their own."""
+def test_no_key_is_drawn_twice_and_the_heaviest_with_certainty(generator, device, stream_of):
+    """On rows of which a few keys hold most, nearly all draws find a key of their own."""
     x = attention_inputs((2, 2, 2, 1, 700, 32, 16), torch.float32, generator, device)
     x = replace(x, scale=4 * x.scale)
-    sketch, seeds = int4_sketch(x.k), torch.arange(4, device=device)
+    sketch = int4_sketch(x.k)
     heaviest = sketch.scores(x).topk(4).indices
-    for seed in seeds:
-        found = sketch_decode(x, sketch, 64, 1, seed)
-        drawn = found.indices.masked_fill(found.log_weights == -torch.inf, -1)
-        times = torch.zeros(4, 2, 701, device=device).scatter_add_(
-            -1, drawn + 1, torch.ones_like(drawn, dtype=torch.float32)
-        )
-        assert times[..., 1:].max() == 1
-        assert times[..., 0].max() <= 4
-        assert bool((times.gather(-1, heaviest + 1) == 1).all())
+    for seed in range(4):
+        result = sketch_decode(x, sketch, 64, 1, stream_of(x, seed))
+        drawn = result.indices.masked_fill(result.log_weights == -torch.inf, -1)
+        counts = torch.zeros(4, 2, 701, device=device)
+        counts.scatter_add_(-1, drawn + 1, torch.ones_like(drawn, dtype=torch.float32))
+        assert counts[..., 1:].max() == 1
+        assert counts[..., 0].max() <= 4
+        assert bool((counts.gather(-1, heaviest + 1) == 1).all())
+
+
+@pytest.mark.parametrize("run", [sketch_decode, reference.sketch_decode])
+def test_a_row_draws_the_same_alone_and_in_a_batch_under_its_sequences_name(run, generator, device):
+    """Sequences 3 and 8 side by side, and the last query of sequence 8 alone at its position."""
+    x = attention_inputs((2, 2, 2, 3, 100, 16, 8), torch.float32, generator, device)
+    sketch = int4_sketch(x.k)
+    stream = Stream.of(torch.tensor(5, device=device), torch.tensor([3, 8]), 2, 3, first_position=40)
+    together = run(x, sketch, 20, 1, stream).indices.view(2, 2, 2, 3, 20)
+    q = x.q.view(2, 2, 2, 3, 16)[1:, :, :, 2:].reshape(2, 2, 16)
+    alone = Inputs(q, x.k[1:], x.v[1:], None, 1, x.scale)
+    part = replace(sketch, table=sketch.table[2:], weight=sketch.weight[2:])
+    stream = Stream.of(torch.tensor(5, device=device), torch.tensor([8]), 2, 1, first_position=42)
+    assert torch.equal(run(alone, part, 20, 1, stream).indices.view(2, 2, 20), together[1, :, :, 2])
+
+
+@pytest.mark.parametrize("kind", [torch.float16, "int4"])
+def test_probabilities_and_outputs_are_near_the_oracles(kind, generator, device, stream_of):
+    """Both draw a key with nearly the same probability, and from the same draws compute the same output."""
+    x = attention_inputs((1, 2, 2, 1, 1000, 16, 8), torch.float32, generator, device)
+    sketch, stream = sketched(x.k, kind), stream_of(x, 1)
+    result = reference.sketch_decode(x, sketch, 100, 1, stream)
+    pi = oracle.inclusion(sketch.scores(x) * math.log(2), 100, 0.02)
+    drawn = result.log_weights > -torch.inf
+    indices = result.indices
+    logits = x.logits()
+    ours = torch.exp2(logits.gather(-1, indices) - result.log_weights)[drawn]
+    assert float((ours / pi.gather(-1, indices)[drawn] - 1).abs().max()) < 0.05
+    offsets = comb_offsets(stream, 1, 2)[..., 0]
+    assert float((oracle.draw(pi, offsets) == indices).float().mean()) > 0.9
+    for i in range(2):
+        for m in range(2):
+            keys = indices[i, m][drawn[i, m]]
+            chance = torch.exp2(logits[i, m, keys] - result.log_weights[i, m][drawn[i, m]])
+            output, std_error = oracle.weigh(logits[i, m, keys] * math.log(2), chance, x.v[0, i, keys])
+            assert relative(result.output[i, m], output) < 1e-5
+            assert relative(result.std_error[i, m], std_error) < 1e-4
 
 
 @pytest.mark.parametrize("n", [900, 20_000])
 @pytest.mark.parametrize("spread", [0.0, 1.0, 6.0, 40.0, "sinks", "needles"])
-def test_the_draws_are_spent_and_every_key_may_be_drawn(spread, n, generator):
-    """A sum of pi above S would leave the last keys without their share of draws, and the heaviest without certainty."""
+def test_nearly_all_draws_are_spent_and_every_key_may_be_drawn(spread, n, generator):
+    """A sum of pi above S would take draws from the last keys, and certainty from the heaviest ones."""
     logits = torch.randn(3, 2, n, generator=generator)
     if spread == "sinks":  # in one page
         logits[..., :4] += 22
@@ -114,44 +155,41 @@ def test_the_draws_are_spent_and_every_key_may_be_drawn(spread, n, generator):
         logits[..., torch.randperm(n, generator=generator)[:9]] += 20
     else:
         logits = logits * spread
-    there = (torch.arange(-(-n // 64) * 64) < n).view(-1, 64)
+    exists = (torch.arange(-(-n // 64) * 64) < n).view(-1, 64)
     for draws in (7, 64, n // 3):
-        masses = Masses.of(logits, torch.tensor(7), mass_dtype(draws))
+        masses = Masses.of(logits, Stream.of(7, 1, 3, 2), mass_dtype(draws))
         proposal = reference.Proposal.of(masses, 0.02)
-        assert bool((proposal.up <= proposal.coarsest).all())
-        raised = masses.mass + proposal.besides[..., None] << proposal.up[..., None]
-        mass = torch.where(there, raised, 0).flatten(2)
+        assert bool((proposal.up <= proposal.max_up).all())
+        raised = masses.mass + proposal.extra[..., None] << proposal.up[..., None]
+        mass = torch.where(exists, raised, 0).flatten(2)
         assert float((mass / mass.sum(-1, keepdim=True))[:, :, :n].min()) > 0.02 / 3 / n
-        sure = proposal.sure_mass(masses, there, draws)
-        spent = torch.minimum(mass, sure).sum(-1)
-        assert bool((spent <= 1.02 * draws * sure[..., 0]).all())
-        finest = (
-            sure == 1 << proposal.coarsest
-        )  # where one key holds nearly all, the others need no more draws
-        assert bool((finest[..., 0] | (spent > 0.7 * draws * sure[..., 0])).all()), (
-            spent / draws / sure[..., 0]
-        )
+        certain = proposal.certain_mass(masses, exists, draws)
+        spent = torch.minimum(mass, certain).sum(-1) / certain[..., 0]
+        assert bool((spent <= 1.02 * draws).all())
+        # Where one key holds nearly all, the certain mass is as fine as it can be, and the others need no more draws.
+        finest = (certain == 1 << proposal.max_up)[..., 0]
+        assert bool((finest | (spent > 0.7 * draws)).all()), spent / draws
 
 
 def test_four_bits_a_component_guess_better_than_few_components(generator):
-    """Keys of a falling spectrum in a basis of their own: the small directions are not drowned by the large ones' rounding."""
+    """Keys of a falling spectrum in a basis of their own, whose small directions rounding must not drown."""
     basis = torch.linalg.qr(torch.randn(64, 64, generator=generator)).Q
     k = torch.randn(1, 1, 3000, 64, generator=generator) * (1 + torch.arange(64.0)) ** -1 @ basis + 5
     x = Inputs.of(torch.randn(1, 4, 1, 64, generator=generator), k, k)
 
-    def missed(sketch):
-        off = sketch.scores(x) - x.logits()
-        return float((off - off.mean(-1, keepdim=True)).std() / x.logits().std(-1).mean())
+    def error(sketch):
+        difference = sketch.scores(x) - x.logits()
+        return float((difference - difference.mean(-1, keepdim=True)).std() / x.logits().std(-1).mean())
 
-    assert missed(int4_sketch(k)) < 0.25
-    assert missed(low_rank_sketch(k, 64)) < 0.02
-    assert missed(int4_sketch(k, 32)) < missed(low_rank_sketch(k, 8, dtype=torch.float16))
+    assert error(int4_sketch(k)) < 0.25
+    assert error(low_rank_sketch(k, 64)) < 0.02
+    assert error(int4_sketch(k, 32)) < error(low_rank_sketch(k, 8, dtype=torch.float16))
 
 
 @pytest.mark.statistical
 @pytest.mark.parametrize("kind", [torch.float16, "int4"])
-def test_the_error_is_what_is_told_and_the_bias_small(kind, seed):
-    """Over 3,000 seeds: the mean squared error within 25 % of the mean variance told; the bias below a fifth of it."""
+def test_the_error_is_the_estimated_one_and_the_bias_small(kind, seed):
+    """Over 3,000 heads the mean squared error is within 25 % of the estimated variance, the bias below a fifth of it."""
     g = torch.Generator().manual_seed(seed)
     x = attention_inputs((1, 1, 1, 1, 400, 32, 8), torch.float32, g, torch.device("cpu"))
     repetitions = 3000
@@ -166,12 +204,12 @@ def test_the_error_is_what_is_told_and_the_bias_small(kind, seed):
     one = sketched(x.k, kind)
     table, weight = (y.expand(repetitions, -1, -1) for y in (one.table, one.weight))
     sketch = replace(one, table=table, weight=weight)
-    found = reference.sketch_decode(many, sketch, 64, 1, torch.tensor(seed))
+    result = reference.sketch_decode(many, sketch, 64, 1, Stream.of(seed, 1, repetitions, 1))
     exact = F.scaled_dot_product_attention(x.q.double()[None], x.k.double(), x.v.double())[0]
-    error = found.output.double() - exact
-    told = found.std_error.double().square().mean()
-    assert 0.75 < error.square().mean() / told < 1.25
-    assert error.mean(0).square().mean() < told / 25
+    error = result.output.double() - exact
+    variance = result.std_error.double().square().mean()
+    assert 0.75 < error.square().mean() / variance < 1.25
+    assert error.mean(0).square().mean() < variance / 25
 
 
 def test_a_growing_sketch_is_that_of_all_keys(generator, device):

@@ -1,34 +1,35 @@
-"""Decoding by draws from exact logits: one pass over K, systematic draws by page and then within, V only at the draws."""
+"""Decoding by systematic draws from exact logits: one pass over K, and V only at the draws."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
-from ..inputs import LOG2_E, Inputs
+from ...streams import Stream
+from ..inputs import Inputs
 from ..launches import (
-    LOCATED,
-    Space,
+    LOCATED_POINTS,
+    InputArguments,
+    MassBuffers,
+    StreamArguments,
     dot_dtype,
-    draw_options,
-    mask_pointer,
-    pages_at_once,
+    gather_options,
+    launch,
+    mask_kind,
     scan_grid,
     scan_options,
-    word,
 )
 from ..masses import PAGE
-from .reference import Decoded
+from .reference import DecodeResult
 from .triton import locate_kernel, mean_kernel, prefix_kernel, scan_kernel
 
 
-def decode(x: Inputs, num_samples: int, replicates: int, seed: Tensor) -> Decoded:
-    """Averages of the values at systematic draws from exact logits: unbiased.
+def decode(x: Inputs, num_samples: int, replicates: int, stream: Stream) -> DecodeResult:
+    """Average the values at systematic draws from exact logits: unbiased.
 
-    K is read once and V only at the draws. Between the two passes stay the masses of the keys and sums of eight, about
-    three bytes a key and row. Points lie equally far apart along them, so that a page of keys gets its share of the draws
-    rounded up or down at random, and a key within it likewise. Each replicate has an offset of its own, which the heads
-    of a group share.
+    K is read once and V only at the draws. Between the two passes the masses of the keys and sums of eight
+    are kept, about three bytes for each key and row. The points of a row are equally spaced along its masses,
+    so the number of draws in a page of keys is the expected one, rounded up or down at random, and likewise
+    that of a key. Each replicate has an offset of its own, which the query heads of a group share.
 
     Parameters
     ----------
@@ -38,86 +39,29 @@ def decode(x: Inputs, num_samples: int, replicates: int, seed: Tensor) -> Decode
         S, the draws of a row and replicate.
     replicates : int
         R.
-    seed : Tensor, int64, (), on the same device
+    stream : Stream
+        Of N heads and L positions, on the same device.
+
+    Raises
+    ------
+    ShapeError
+        If the stream does not fit.
     """
     heads, rows, _, width = x.shape
-    space = Space.of(x, num_samples, replicates)
-    pages = space.sums.shape[-1]
-    scan_kernel[scan_grid(x, pages)](
-        x.q,
-        x.k,
-        mask_pointer(x),
-        space.mass,
-        space.part,
-        space.sums,
-        space.top,
-        seed,
-        x.scale * LOG2_E,
-        x.k.shape[1],
-        rows,
-        x.length,
-        x.shape[2],
-        pages,
-        x.q.shape[2],
-        *x.k.stride(),
-        *((0, 0, 0, 0) if x.mask is None else x.mask.stride()),
-        HAS_MASK=0 if x.mask is None else 1 if x.mask.dtype == torch.bool else 2,
-        DOT=dot_dtype(x.q),
-        **scan_options(x, space),
-    )
-    prefix_kernel[(heads * rows,)](
-        space.sums,
-        space.top,
-        space.start,
-        space.total,
-        space.highest,
-        space.page,
-        seed,
-        rows,
-        x.length,
-        pages,
-        space.fine,
-        num_samples,
-        replicates,
-        BP=pages_at_once(space),
-        num_warps=8,
-    )
-    indices = x.q.new_empty(heads, rows, replicates * num_samples, dtype=torch.int64)
-    locate_kernel[(heads * rows, replicates, -(-num_samples // LOCATED))](
-        space.mass,
-        space.part,
-        space.top,
-        space.start,
-        space.total,
-        space.highest,
-        space.page,
-        seed,
-        indices,
-        rows,
-        x.length,
-        pages,
-        num_samples,
-        replicates,
-        space.fine,
-        PAGE=PAGE,
-        WORD=word(space),
-        BS=LOCATED,
-    )
-    options = draw_options(x, space, num_samples)
-    chunks = -(-num_samples // options["CHUNK"])
-    sums = x.q.new_empty(heads, rows, replicates, chunks, width, dtype=torch.float32)
-    mean_kernel[(heads * rows, replicates, chunks)](
-        x.v,
-        indices,
-        space.total,
-        sums,
-        x.k.shape[1],
-        rows,
-        width,
-        num_samples,
-        replicates,
-        *x.v.stride(),
-        **options,
-    )
-    parts = sums.sum(3) if chunks > 1 else sums[:, :, :, 0]
-    return Decoded(parts, indices, space.total > 0)
+    inputs, numbers = InputArguments.of(x), StreamArguments.of(stream, x)
+    buffers = MassBuffers.of(x, num_samples, replicates)
+    scan = {"HAS_MASK": mask_kind(x), "DOT": dot_dtype(x.q), **scan_options(x, buffers)}
+    launch(scan_kernel, scan_grid(x), inputs, numbers, buffers, **scan)
+    prefix = {"BP": buffers.pages_at_once, "num_warps": 8}
+    launch(prefix_kernel, buffers.row_programs, inputs, numbers, buffers, **prefix)
+
+    index = x.q.new_empty(heads, rows, replicates * num_samples, dtype=torch.int64)
+    locate = {"PAGE": PAGE, "MASS_MASK": buffers.mass_mask, "BS": LOCATED_POINTS}
+    launch(locate_kernel, buffers.point_programs, inputs, numbers, buffers, index=index, **locate)
+
+    gather = gather_options(x, buffers)
+    chunks = -(-num_samples // gather["CHUNK"])
+    part = x.q.new_empty(heads, rows, replicates, chunks, width, dtype=torch.float32)
+    grid = (heads * rows, replicates, chunks)
+    launch(mean_kernel, grid, inputs, buffers, index=index, part=part, **gather)
+    return DecodeResult(part.sum(3) if chunks > 1 else part[:, :, :, 0], index, buffers.row_mass > 0)

@@ -1,4 +1,4 @@
-"""Decoding by draws from exact logits, in plain torch: what `decode` computes, in the order of the formulae."""
+"""Decoding by systematic draws from exact logits, in plain torch: the draws of `launch.decode`, bit by bit."""
 
 from __future__ import annotations
 
@@ -8,62 +8,67 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...streams import Stream
 from ..inputs import Inputs
-from ..masses import PAGE, Masses, find_page, mass_dtype, offsets
-
-
-def comb(total: Tensor, num_samples: int, replicates: int, length: int, seed: Tensor) -> Tensor:
-    """Points of each row's mass total (N, M), int64 (N, M, R, S), equally far apart; rows of a group alike."""
-    u = offsets(total.shape, replicates, length, seed)
-    step = total.double() / num_samples
-    s = torch.arange(num_samples, device=total.device, dtype=torch.float64)
-    points = ((s + u[..., None]) * step[..., None, None]).long()
-    return torch.minimum(points, (total - 1)[..., None, None])
+from ..masses import PAGE, Masses, comb_offsets, locate_page, mass_dtype
 
 
 @dataclass(frozen=True)
-class Decoded:
-    """What came of a decode.
+class DecodeResult:
+    """The draws of N heads of M rows, and the averages of the values there.
 
     Parameters
     ----------
     parts : Tensor, float32, (N, M, R, Ev)
         The output of each replicate.
     indices : Tensor, int64, (N, M, R * S)
-    seen : Tensor, bool, (N, M)
-        Whether the row attends to anything; its output is 0 where not.
+    visible : Tensor, bool, (N, M)
+        Whether the row attends to any key; if not, its output is 0.
     """
 
     parts: Tensor
     indices: Tensor
-    seen: Tensor
+    visible: Tensor
 
+    @property
     def output(self) -> Tensor:
-        """(N, M, Ev), float32."""
+        """The mean over the replicates: (N, M, Ev), float32."""
         return self.parts.mean(2) if self.parts.shape[2] > 1 else self.parts[:, :, 0]
 
+    @property
     def std_error(self) -> Tensor | None:
-        """(N, M, Ev), from how the replicates differ; None of one."""
-        r = self.parts.shape[2]
-        return None if r == 1 else self.parts.std(2) / math.sqrt(r)
+        """The standard error of the output from the spread of the replicates, (N, M, Ev); None where R = 1."""
+        replicates = self.parts.shape[2]
+        return None if replicates == 1 else self.parts.std(2) / math.sqrt(replicates)
 
 
-def decode(x: Inputs, num_samples: int, replicates: int, seed: Tensor) -> Decoded:
-    """Averages of the values at systematic draws: see `qtx_lab.kernels.decode.decode`."""
-    masses = Masses.of(x.logits(), seed, mass_dtype(num_samples * replicates))
-    up, down = masses.shifts()
-    weight = masses.sums << up >> down  # [N, M, T]
-    end = weight.cumsum(-1)
-    total = end[..., -1]
-    points = comb(total, num_samples, replicates, x.length, seed).flatten(-2)
-    page, rest = find_page(end - weight, points)
-    unit = rest << down.gather(-1, page) >> up.gather(-1, page)
-    inside = masses.mass.gather(2, page[..., None].expand(*page.shape, PAGE)).cumsum(-1)  # [N, M, T, PAGE]
-    seen = total > 0
-    indices = page * PAGE + (inside <= unit[..., None]).sum(-1)
-    indices = indices.masked_fill(~seen[..., None], 0)
+def decode(x: Inputs, num_samples: int, replicates: int, stream: Stream) -> DecodeResult:
+    """Average the values at systematic draws: see `qtx_lab.kernels.decode.launch.decode`."""
     heads, rows, _, width = x.shape
+    masses = Masses.of(x.logits(), stream, mass_dtype(num_samples * replicates))
+    up, down = masses.shifts()
+    weight = masses.page_mass << up >> down  # [N, M, T], in the row's unit
+    end = weight.cumsum(-1)
+    row_mass = end[..., -1]  # [N, M]
+
+    offsets = comb_offsets(stream, replicates, rows)  # [N, M, R]
+    points = comb_points(row_mass, offsets, num_samples).flatten(-2)  # [N, M, R S]
+    page, rest = locate_page(end - weight, points)
+    unit = rest << down.gather(-1, page) >> up.gather(-1, page)  # [N, M, R S]
+    sums = masses.mass.gather(2, page[..., None].expand(*page.shape, PAGE)).cumsum(-1)  # [N, M, R S, PAGE]
+    visible = row_mass > 0
+    indices = page * PAGE + (sums <= unit[..., None]).sum(-1)
+    indices = indices.masked_fill(~visible[..., None], 0)
+
     values = x.v.flatten(0, 1).float()
     drawn = values.gather(1, indices.flatten(1)[..., None].expand(-1, -1, width))
     parts = drawn.view(heads, rows, replicates, num_samples, width).mean(-2)
-    return Decoded(parts * seen[..., None, None], indices, seen)
+    return DecodeResult(parts * visible[..., None, None], indices, visible)
+
+
+def comb_points(row_mass: Tensor, offsets: Tensor, num_samples: int) -> Tensor:
+    """S equally spaced points in each row's mass, int64 (N, M, R, S), for row_mass (N, M) and offsets (N, M, R)."""
+    step = (row_mass.double() / num_samples)[..., None, None]
+    s = torch.arange(num_samples, device=row_mass.device, dtype=torch.float64)
+    points = ((s + offsets[..., None]) * step).long()
+    return torch.minimum(points, (row_mass - 1)[..., None, None])

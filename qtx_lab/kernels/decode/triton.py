@@ -1,4 +1,4 @@
-"""The kernels of decoding by draws from exact logits."""
+"""The kernels that decode by systematic draws from exact logits: see `launch.decode`."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 # Arguments of kernels have no types: Triton reads annotations as its own.
@@ -9,21 +9,21 @@ import triton
 import triton.language as tl
 
 from ..blocks import (
-    GROUPS,
     KEYS,
-    LOG2,
-    before,
-    clear,
+    SUBPAGES,
+    TO_BASE_2,
+    accumulate,
     comb_offset,
-    count_up,
-    folded,
-    highest_of,
-    place_of,
-    shifts,
+    find_place,
+    fold,
+    max_exponent,
     store_masses,
-    sum_up,
+    store_starts,
+    store_zeros,
+    sum_before,
+    unit_shifts,
 )
-from ..launches import GATHER, tuned
+from ..launches import GATHER_CONFIGS, tuned
 
 
 @tuned(
@@ -38,12 +38,13 @@ def scan_kernel(
     q_ptr,  # (N, M, E)
     k_ptr,  # (B, Hkv, n, E)
     mask_ptr,  # (B, H, L, n)
-    mass_ptr,  # (N, M, pages * PAGE)
-    part_ptr,  # (N, M, pages * GROUPS)
-    sum_ptr,  # (N, M, pages)
-    top_ptr,  # (N, M, pages)
-    seed_ptr,
-    scale,
+    mass_ptr,  # (N, M, T * PAGE), int16 or int32
+    subpage_mass_ptr,  # (N, M, T * SUBPAGES), int32
+    page_mass_ptr,  # (N, M, T), int32
+    page_exponent_ptr,  # (N, M, T), float32
+    stream_key_ptr,  # (N,), int64
+    head_group_ptr,  # (N,), int64
+    logit_scale,  # of base-2 logits
     kv_heads,
     rows,
     length,
@@ -54,65 +55,66 @@ def scan_kernel(
     k_stride_h,
     k_stride_n,
     k_stride_d,
-    m_stride_b,
-    m_stride_h,
-    m_stride_l,
-    m_stride_n,
+    mask_stride_b,
+    mask_stride_h,
+    mask_stride_l,
+    mask_stride_n,
     BM: tl.constexpr,
     BD: tl.constexpr,
     PAGE: tl.constexpr,
     UNITS: tl.constexpr,
-    HAS_MASK: tl.constexpr,  # 0: none, 1: of bytes, 2: to add
+    HAS_MASK: tl.constexpr,  # 0: none, 1: boolean, 2: to add
     DOT: tl.constexpr,
     SIZE: tl.constexpr,
     NP: tl.constexpr,
     LOOP: tl.constexpr,
 ):
-    """Logits of NP pages at a time, kept as masses. Keys are the rows of the product, so that few queries waste little of it."""
+    """Store the masses of LOOP times NP pages. Keys are the rows of the product, so that few queries waste little."""
     tiles = tl.cdiv(rows, BM)
     i_n = tl.program_id(0) // tiles
-    o_m = (tl.program_id(0) % tiles) * BM + tl.arange(0, BM)
-    m_m = o_m < rows
-    o_d = tl.arange(0, BD)
-    m_d = o_d < features
+    o_m = (tl.program_id(0) % tiles) * BM + tl.arange(0, BM)  # [BM]
+    m_m = o_m < rows  # [BM]
+    o_d = tl.arange(0, BD)  # [BD]
+    m_d = o_d < features  # [BD]
     i_b = (i_n // kv_heads).to(tl.int64)
     i_h = (i_n % kv_heads).to(tl.int64)
-    seed = tl.load(seed_ptr)
+    stream_key, head_group = tl.load(stream_key_ptr + i_n), tl.load(head_group_ptr + i_n)
 
-    p_q = q_ptr + (i_n.to(tl.int64) * rows + o_m[None, :]) * features + o_d[:, None]
+    p_q = q_ptr + (i_n.to(tl.int64) * rows + o_m[None, :]) * features + o_d[:, None]  # [BD, BM]
     b_q = tl.load(p_q, mask=m_m[None, :] & m_d[:, None], other=0.0).to(DOT)  # [BD, BM]
-    p_k = k_ptr + i_b * k_stride_b + i_h * k_stride_h + o_d[None, :].to(tl.int64) * k_stride_d
-    i_head = i_h * (rows // length) + o_m // length
+    p_k = k_ptr + i_b * k_stride_b + i_h * k_stride_h + o_d[None, :].to(tl.int64) * k_stride_d  # [1, BD]
+    i_head = i_h * (rows // length) + o_m // length  # [BM]
     p_m = (
         mask_ptr
-        + i_b * m_stride_b
-        + i_head.to(tl.int64) * m_stride_h
-        + (o_m % length).to(tl.int64) * m_stride_l
-    )
+        + i_b * mask_stride_b
+        + i_head.to(tl.int64) * mask_stride_h
+        + (o_m % length).to(tl.int64) * mask_stride_l
+    )  # [BM]
 
     for i in range(LOOP):
         i_page = (tl.program_id(1) * LOOP + i) * NP
-        o_n = i_page * PAGE + tl.arange(0, NP * PAGE)
-        m_n = o_n < n
-        p = p_k + o_n[:, None].to(tl.int64) * k_stride_n
+        o_n = i_page * PAGE + tl.arange(0, NP * PAGE)  # [NP * PAGE]
+        m_n = o_n < n  # [NP * PAGE]
+        p = p_k + o_n[:, None].to(tl.int64) * k_stride_n  # [NP * PAGE, BD]
         b_k = tl.load(p, mask=m_n[:, None] & m_d[None, :], other=0.0).to(DOT)  # [NP * PAGE, BD]
-        b_l = tl.dot(b_k, b_q, input_precision="ieee") * scale  # [NP * PAGE, BM]
-        m_l = m_n[:, None] & m_m[None, :]
+        b_l = tl.dot(b_k, b_q, input_precision="ieee") * logit_scale  # [NP * PAGE, BM]
+        m_l = m_n[:, None] & m_m[None, :]  # [NP * PAGE, BM]
         if HAS_MASK > 0:
-            p = p_m[None, :] + o_n[:, None].to(tl.int64) * m_stride_n
-            b_m = tl.load(p, mask=m_l, other=0)
+            p = p_m[None, :] + o_n[:, None].to(tl.int64) * mask_stride_n  # [NP * PAGE, BM]
+            b_m = tl.load(p, mask=m_l, other=0)  # [NP * PAGE, BM]
             if HAS_MASK == 1:
                 m_l = m_l & (b_m != 0)
             else:
-                b_l += b_m.to(tl.float32) * LOG2
+                b_l += b_m.to(tl.float32) * TO_BASE_2
         b_l = tl.where(m_l, b_l, float("-inf"))
         store_masses(
             b_l,
             mass_ptr,
-            part_ptr,
-            sum_ptr,
-            top_ptr,
-            seed,
+            subpage_mass_ptr,
+            page_mass_ptr,
+            page_exponent_ptr,
+            stream_key,
+            head_group,
             i_n,
             o_m,
             m_m,
@@ -127,122 +129,149 @@ def scan_kernel(
 
 
 @triton.jit
-def comb(b_s, b_u, total, num_samples):
-    """Points s of the comb of a row, in its units: int64, below its total."""
+def comb_points(b_s, b_u, row_mass, num_samples):
+    """The points s of a row's comb with offset u, in the row's unit: int64, below its mass, as b_s."""
     b_zero = b_s * 0
-    b_step = (b_zero + total).to(tl.float64) / (b_zero + num_samples).to(tl.float64)
+    b_step = (b_zero + row_mass).to(tl.float64) / (b_zero + num_samples).to(tl.float64)
     b_point = ((b_s.to(tl.float64) + b_u) * b_step).to(tl.int64)
-    return tl.minimum(b_point, total - 1)
+    return tl.minimum(b_point, row_mass - 1)
 
 
 @triton.jit
-def points_before(b_start, b_u, total, num_samples):
-    """How many points of the comb lie before positions of the row: int32."""
-    b_step = (b_start * 0 + tl.maximum(total, 1)).to(tl.float64) / (b_start * 0 + num_samples).to(tl.float64)
-    b_near = tl.maximum((b_start.to(tl.float64) / b_step - b_u).to(tl.int64) - 1, 0)  # within one of it
+def points_before(b_start, b_u, row_mass, num_samples):
+    """How many points of a row's comb lie before positions of the row: int32, as b_start."""
+    b_zero = b_start * 0
+    b_step = (b_zero + tl.maximum(row_mass, 1)).to(tl.float64) / (b_zero + num_samples).to(tl.float64)
+    # Rounding leaves this count within one of the right one.
+    b_near = tl.maximum((b_start.to(tl.float64) / b_step - b_u).to(tl.int64) - 1, 0)
     b_count = b_near
     for i in tl.static_range(3):
-        b_count += (comb(b_near + i, b_u, total, num_samples) < b_start).to(tl.int64)
+        b_count += (comb_points(b_near + i, b_u, row_mass, num_samples) < b_start).to(tl.int64)
     return tl.minimum(b_count, num_samples).to(tl.int32)
 
 
 @triton.jit
 def prefix_kernel(
-    sum_ptr,  # (N M, pages)
-    top_ptr,  # (N M, pages)
-    start_ptr,  # (N M, pages), int64: the mass of all pages before
-    total_ptr,  # (N M,), int64
-    highest_ptr,  # (N M,)
-    page_ptr,  # (N M, R, S), int32: the page in which a point lies
-    seed_ptr,
+    page_mass_ptr,  # (N M, T)
+    page_exponent_ptr,  # (N M, T)
+    page_start_ptr,  # (N M, T), int64: the mass of all pages before
+    row_mass_ptr,  # (N M,), int64
+    row_exponent_ptr,  # (N M,), float32
+    point_page_ptr,  # (N M, R, S), int32: the page in which each point lies
+    stream_key_ptr,
+    head_group_ptr,
+    position_ptr,  # (L,) or (N, L), int64
+    position_stride,
+    purpose,
+    first_replicate,
     rows,
     length,
     pages,
-    fine,
+    fraction_bits,
     num_samples,
     replicates,
     BP: tl.constexpr,
 ):
-    """Where each page of a row starts, in the row's common units, and in which page each point of its combs lies."""
+    """Where each page of a row starts, in the row's unit, and in which page each point of its combs lies."""
     i_r = tl.program_id(0).to(tl.int64)
-    o_p = tl.arange(0, BP)
-    seed = tl.load(seed_ptr)
-    p_start, p_page = start_ptr + i_r * pages, page_ptr + i_r * replicates * num_samples
-    highest = highest_of(top_ptr + i_r * pages, pages, BP)
+    i_n = i_r // rows
+    o_p = tl.arange(0, BP)  # [BP]
+    stream_key, head_group = tl.load(stream_key_ptr + i_n), tl.load(head_group_ptr + i_n)
+    position = tl.load(position_ptr + i_n * position_stride + (i_r % rows) % length)
+    p_start, p_page = page_start_ptr + i_r * pages, point_page_ptr + i_r * replicates * num_samples
+    row_exponent = max_exponent(page_exponent_ptr + i_r * pages, pages, BP)
     carry = tl.zeros([], tl.int64)
     for i in range(0, pages, BP):
-        m_p = i + o_p < pages
-        b_top = tl.load(top_ptr + i_r * pages + i + o_p, mask=m_p, other=float("-inf"))
-        b_up, b_down = shifts(b_top, highest, fine)
-        b_w = tl.load(sum_ptr + i_r * pages + i + o_p, mask=m_p, other=0).to(tl.int64)
-        carry = sum_up(p_start, (b_w << b_up) >> b_down, carry, i + o_p, m_p)
-    tl.store(total_ptr + i_r, carry)
-    tl.store(highest_ptr + i_r, highest)
-    clear(p_page, replicates * num_samples, BP)
+        m_p = i + o_p < pages  # [BP]
+        p = page_exponent_ptr + i_r * pages + i + o_p  # [BP]
+        b_exponent = tl.load(p, mask=m_p, other=float("-inf"))  # [BP]
+        b_up, b_down = unit_shifts(b_exponent, row_exponent, fraction_bits)  # [BP]
+        b_mass = tl.load(page_mass_ptr + i_r * pages + i + o_p, mask=m_p, other=0).to(tl.int64)  # [BP]
+        carry = store_starts(p_start, (b_mass << b_up) >> b_down, carry, i + o_p, m_p)
+    tl.store(row_mass_ptr + i_r, carry)
+    tl.store(row_exponent_ptr + i_r, row_exponent)
+    store_zeros(p_page, replicates * num_samples, BP)
     tl.debug_barrier()
     for i_replicate in range(replicates):
-        b_u = comb_offset(seed, i_replicate, (i_r % rows) % length, i_r // rows)
+        b_u = comb_offset(stream_key, head_group, position, first_replicate + i_replicate, purpose)  # [1]
         for i in range(0, pages, BP):
-            m_p = (i + o_p < pages) & (i + o_p > 0)
-            b_first = points_before(tl.load(p_start + i + o_p, mask=m_p, other=0), b_u, carry, num_samples)
-            p = p_page + i_replicate * num_samples + b_first
+            m_p = (i + o_p < pages) & (i + o_p > 0)  # [BP]
+            b_start = tl.load(p_start + i + o_p, mask=m_p, other=0)  # [BP]
+            b_first = points_before(b_start, b_u, carry, num_samples)  # [BP]
+            p = p_page + i_replicate * num_samples + b_first  # [BP]
             tl.atomic_add(p, 1, mask=m_p & (b_first < num_samples), sem="relaxed")
     tl.debug_barrier()
     for i_replicate in range(replicates):
-        count_up(p_page + i_replicate * num_samples, num_samples, BP)
+        accumulate(p_page + i_replicate * num_samples, num_samples, BP)
 
 
 @triton.jit
 def locate_kernel(
     mass_ptr,
-    part_ptr,
-    top_ptr,
-    start_ptr,
-    total_ptr,
-    highest_ptr,
-    page_ptr,
-    seed_ptr,
+    subpage_mass_ptr,
+    page_exponent_ptr,
+    page_start_ptr,
+    row_mass_ptr,
+    row_exponent_ptr,
+    point_page_ptr,
+    stream_key_ptr,
+    head_group_ptr,
+    position_ptr,
+    position_stride,
+    purpose,
+    first_replicate,
     index_ptr,  # (N, M, R * S), int64
     rows,
     length,
     pages,
     num_samples,
     replicates,
-    fine,
+    fraction_bits,
     PAGE: tl.constexpr,
-    WORD: tl.constexpr,
+    MASS_MASK: tl.constexpr,  # the bits of a mass
     BS: tl.constexpr,
 ):
-    """The keys at BS points of a row."""
+    """Store the keys at BS points of a row."""
     i_r = tl.program_id(0).to(tl.int64)
     i_replicate = tl.program_id(1)
-    total = tl.load(total_ptr + i_r)
-    b_u = comb_offset(tl.load(seed_ptr), i_replicate, (i_r % rows) % length, i_r // rows)
-    b_s = tl.program_id(2) * BS + tl.arange(0, BS)
-    o_s = (i_r * replicates + i_replicate) * num_samples + b_s
-    m_in = b_s < num_samples
-    m_s = m_in & (total > 0)
-    b_page = tl.load(page_ptr + o_s, mask=m_s, other=0)
-    o_page = i_r * pages + b_page
-    b_up, b_down = shifts(tl.load(top_ptr + o_page), tl.load(highest_ptr + i_r), fine)
-    b_rest = comb(b_s, b_u, total, num_samples) - tl.load(start_ptr + o_page)
-    b_unit = ((b_rest << b_down) >> b_up).to(tl.int32)
-    b_part = tl.load(part_ptr + o_page[:, None] * GROUPS + tl.arange(0, GROUPS)[None, :])
-    b_group = place_of(tl.cumsum(b_part, axis=1), b_unit)
-    b_unit -= before(b_part, b_group)
-    o_key = b_group[:, None] * KEYS + tl.arange(0, KEYS)[None, :]
-    b_mass = tl.load(mass_ptr + o_page[:, None] * PAGE + o_key).to(tl.int32) & WORD  # [BS, KEYS]
-    b_index = b_page.to(tl.int64) * PAGE + b_group * KEYS + place_of(tl.cumsum(b_mass, axis=1), b_unit)
-    tl.store(index_ptr + o_s, tl.where(m_s, b_index, 0), mask=m_in)
+    i_n = i_r // rows
+    row_mass = tl.load(row_mass_ptr + i_r)
+    position = tl.load(position_ptr + i_n * position_stride + (i_r % rows) % length)
+    b_u = comb_offset(
+        tl.load(stream_key_ptr + i_n),
+        tl.load(head_group_ptr + i_n),
+        position,
+        first_replicate + i_replicate,
+        purpose,
+    )  # [1]
+    b_s = tl.program_id(2) * BS + tl.arange(0, BS)  # [BS]
+    o_s = (i_r * replicates + i_replicate) * num_samples + b_s  # [BS]
+    m_s = b_s < num_samples  # [BS]
+    m_drawn = m_s & (row_mass > 0)  # [BS]
+    b_page = tl.load(point_page_ptr + o_s, mask=m_drawn, other=0)  # [BS]
+    o_page = i_r * pages + b_page  # [BS]
+    b_exponent = tl.load(page_exponent_ptr + o_page)  # [BS]
+    b_up, b_down = unit_shifts(b_exponent, tl.load(row_exponent_ptr + i_r), fraction_bits)  # [BS]
+    b_rest = comb_points(b_s, b_u, row_mass, num_samples) - tl.load(page_start_ptr + o_page)  # [BS]
+    b_unit = ((b_rest << b_down) >> b_up).to(tl.int32)  # [BS]
+    o_sub = o_page[:, None] * SUBPAGES + tl.arange(0, SUBPAGES)[None, :]  # [BS, SUBPAGES]
+    b_sub = tl.load(subpage_mass_ptr + o_sub)  # [BS, SUBPAGES]
+    b_place = find_place(tl.cumsum(b_sub, axis=1), b_unit)  # [BS]
+    b_unit -= sum_before(b_sub, b_place)
+    o_key = b_place[:, None] * KEYS + tl.arange(0, KEYS)[None, :]  # [BS, KEYS]
+    b_mass = tl.load(mass_ptr + o_page[:, None] * PAGE + o_key).to(tl.int32) & MASS_MASK  # [BS, KEYS]
+    b_key = b_place * KEYS + find_place(tl.cumsum(b_mass, axis=1), b_unit)  # [BS]
+    b_index = b_page.to(tl.int64) * PAGE + b_key  # [BS]
+    tl.store(index_ptr + o_s, tl.where(m_drawn, b_index, 0), mask=m_s)
 
 
-@tuned(GATHER, ["BV", "SIZE", "CHUNK"])
+@tuned(GATHER_CONFIGS, ["BV", "SIZE", "CHUNK"])
 @triton.jit
 def mean_kernel(
     v_ptr,  # (B, Hkv, n, Ev)
     index_ptr,  # (N, M, R * S), int64
-    total_ptr,
-    sum_ptr,  # (N, M, R, chunks, Ev), float32
+    row_mass_ptr,
+    part_ptr,  # (N, M, R, chunks, Ev), float32
     kv_heads,
     rows,
     width,
@@ -258,23 +287,23 @@ def mean_kernel(
     BS: tl.constexpr,
     FOLD: tl.constexpr,
 ):
-    """The mean of the values at a row's draws, the part of up to CHUNK of them."""
+    """Store what up to CHUNK draws of a row add to the mean of the values at its draws."""
     i_r = tl.program_id(0).to(tl.int64)
     i_chunk = tl.program_id(2)
     i_n = i_r // rows
     i_out = i_r * replicates + tl.program_id(1)
-    seen = tl.load(total_ptr + i_r) > 0
-    o_v = tl.arange(0, BV)
-    m_v = o_v < width
+    visible = tl.load(row_mass_ptr + i_r) > 0
+    o_v = tl.arange(0, BV)  # [BV]
+    m_v = o_v < width  # [BV]
     p_v = v_ptr + (i_n // kv_heads) * v_stride_b + (i_n % kv_heads) * v_stride_h
-    p_v = p_v + o_v[None, :].to(tl.int64) * v_stride_d
-    b_acc = tl.zeros([FOLD, BV], tl.float32)
+    p_v = p_v + o_v[None, :].to(tl.int64) * v_stride_d  # [1, BV]
+    b_sum = tl.zeros([FOLD, BV], tl.float32)  # [FOLD, BV]
     for i in range(0, CHUNK, BS):
-        b_s = i_chunk * CHUNK + i + tl.arange(0, BS)
-        m_s = (b_s < num_samples) & seen
-        b_index = tl.load(index_ptr + i_out * num_samples + b_s, mask=m_s, other=0)
-        p = p_v + b_index[:, None] * v_stride_n
+        b_s = i_chunk * CHUNK + i + tl.arange(0, BS)  # [BS]
+        m_s = (b_s < num_samples) & visible  # [BS]
+        b_index = tl.load(index_ptr + i_out * num_samples + b_s, mask=m_s, other=0)  # [BS]
+        p = p_v + b_index[:, None] * v_stride_n  # [BS, BV]
         b_v = tl.load(p, mask=m_s[:, None] & m_v[None, :], other=0.0)  # [BS, BV]
-        b_acc += folded(b_v.to(tl.float32), FOLD)
-    p_sum = sum_ptr + (i_out * tl.num_programs(2) + i_chunk) * width + o_v
-    tl.store(p_sum, tl.sum(b_acc, axis=0) / num_samples, mask=m_v)
+        b_sum += fold(b_v.to(tl.float32), FOLD)
+    p_part = part_ptr + (i_out * tl.num_programs(2) + i_chunk) * width + o_v  # [BV]
+    tl.store(p_part, tl.sum(b_sum, axis=0) / num_samples, mask=m_v)

@@ -1,105 +1,134 @@
-"""Sampled attention of many queries and its unbiased gradients, block by block: no map of queries by keys in memory."""
+"""Sampled attention of many queries and its gradients, block by block: no map of queries by keys is ever in memory."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..inputs import LOG2_E, Inputs
-from ..launches import dot_dtype, mask_pointer, power_of_two, size_class
+from ...streams import Stream
+from ..inputs import Inputs
+from ..launches import (
+    InputArguments,
+    StreamArguments,
+    dot_dtype,
+    launch,
+    mask_kind,
+    power_of_two,
+    size_class,
+)
 from ..masses import PAGE
+from .reference import Gradients
 from .triton import backward_kv_kernel, backward_q_kernel, forward_kernel
 
 
-def _launch(
-    x: Inputs, num_samples: int, replicate: int, is_causal: bool
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What all three kernels are given: numbers, then what they are specialised for."""
-    _, rows, n, width = x.shape
-    numbers = (
-        num_samples,
-        replicate,
-        x.k.shape[1],
-        rows,
-        x.length,
-        n,
-        x.q.shape[2],
-        width,
-        *x.k.stride(),
-        *x.v.stride(),
-        *((0, 0, 0, 0) if x.mask is None else x.mask.stride()),
-    )
-    options = {
-        "BD": max(16, power_of_two(x.q.shape[2])),
-        "BV": max(16, power_of_two(width)),
-        "PAGE": PAGE,
-        "HAS_MASK": 0 if x.mask is None else 1 if x.mask.dtype == torch.bool else 2,
-        "CAUSAL": is_causal,
-        "DOT": dot_dtype(x.q),
-        "SIZE": size_class(n),
-    }
-    return numbers, options
+@dataclass(frozen=True)
+class PrefillResult:
+    """The sampled output, and what its gradients need besides.
+
+    Parameters
+    ----------
+    output : Tensor, float32, (N, M, Ev)
+    normaliser : Tensor, float32, (N, M)
+        The base-2 logarithm of the sum of 2^logit over the row's keys; 0 where none is seen.
+    """
+
+    output: Tensor
+    normaliser: Tensor
 
 
-def prefill(
-    x: Inputs, num_samples: int, seed: Tensor, *, is_causal: bool = False, replicate: int = 0
-) -> tuple[Tensor, Tensor]:
-    """The sampled output (N, M, Ev), float32, and the rows' base-2 normalisers (N, M): unbiased.
+def prefill(x: Inputs, num_samples: int, stream: Stream, *, is_causal: bool = False) -> PrefillResult:
+    """Sample the output of many queries: unbiased.
 
-    Each page of keys has systematic draws of its own: S times its probability, rounded up or down at random, so that
-    any page can be drawn again without the others, as the gradients need. What a page's draws miss of its probability is
-    spread evenly over its keys, a control variate: only how values differ within a page makes noise. All of K is read
-    twice and all of V once, S or not: this is for training with the noise of draws, not for speed over exact attention.
+    Each page of keys has systematic draws of its own: S times its probability, rounded up or down at random.
+    So a page can be drawn again without the others, as the gradients need it. What the draws of a page miss
+    of its probability is spread evenly over its keys, as a control variate: only the differences of values
+    within a page make noise. All of K is read twice and all of V once, whatever S is. So this serves training
+    with the noise of draws, and is not faster than exact attention.
 
     Parameters
     ----------
     x : Inputs
-        As of `decode`.
+        As for `decode`.
     num_samples : int
         S, the draws of a row, on average.
-    seed : Tensor, int64, (), on the same device
+    stream : Stream
+        Of N heads and L positions, on the same device; its first replicate is drawn.
     is_causal : bool
         Query i attends to keys 0..i.
-    replicate : int
-        Which of the independent repetitions of a seed.
+
+    Raises
+    ------
+    ShapeError
+        If the stream does not fit.
     """
     heads, rows, _, width = x.shape
     output = x.q.new_empty(heads, rows, width, dtype=torch.float32)
     normaliser = x.q.new_empty(heads, rows, dtype=torch.float32)
-    numbers, options = _launch(x, num_samples, replicate, is_causal)
-    forward_kernel[lambda meta: (-(-rows // meta["BM"]) * heads,)](
-        x.q, x.k, x.v, mask_pointer(x), output, normaliser, seed, x.scale * LOG2_E, *numbers, **options
+    launch(
+        forward_kernel,
+        lambda meta: (-(-rows // meta["BM"]) * heads,),
+        InputArguments.of(x),
+        StreamArguments.of(stream, x),
+        output=output,
+        normaliser=normaliser,
+        num_samples=num_samples,
+        **_options(x, is_causal),
     )
-    return output, normaliser
+    return PrefillResult(output, normaliser)
 
 
 def gradients(
     x: Inputs,
     num_samples: int,
-    seed: Tensor,
+    stream: Stream,
     g: Tensor,
-    output: Tensor,
-    normaliser: Tensor,
+    forward: PrefillResult,
     *,
     is_causal: bool = False,
-    replicate: int = 0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Unbiased estimates of q's (N, M, E), k's (N, n, E) and v's (N, n, Ev) gradients for g (N, M, Ev), float32.
+) -> Gradients:
+    """Estimate the gradients of q, k and v without bias: see `reference.gradients`.
 
-    From what `prefill` gave; see `prefill_reference.gradients`.
+    Parameters
+    ----------
+    x, num_samples, stream, is_causal
+        As `prefill` had them.
+    g : Tensor, (N, M, Ev)
+        The gradient of the output.
+    forward : PrefillResult
+        What `prefill` returned.
     """
     heads, rows, n, width = x.shape
-    delta = (g.float() * output).sum(-1)
-    g = g.to(x.q.dtype).contiguous()
-    numbers, options = _launch(x, num_samples, replicate, is_causal)
+    features = x.q.shape[2]
     dq, dk, dv = (
         x.q.new_empty(heads, *shape, dtype=torch.float32)
-        for shape in ((rows, x.q.shape[2]), (n, x.q.shape[2]), (n, width))
+        for shape in ((rows, features), (n, features), (n, width))
     )
-    inputs = (x.q, x.k, x.v, mask_pointer(x), g, delta, normaliser)
-    both = (seed, x.scale, x.scale * LOG2_E, *numbers)
-    backward_q_kernel[lambda meta: (-(-rows // meta["BM"]) * heads,)](*inputs, dq, *both, **options)
-    backward_kv_kernel[(-(-n // PAGE) * heads,)](*inputs, dk, dv, *both, **options)
-    return dq, dk, dv
+    groups = (InputArguments.of(x), StreamArguments.of(stream, x), forward)
+    arguments = {
+        "g": g.to(x.q.dtype).contiguous(),
+        "delta": (g.float() * forward.output).sum(-1),
+        "scale": x.scale,
+        "num_samples": num_samples,
+        **_options(x, is_causal),
+    }
+    grid = lambda meta: (-(-rows // meta["BM"]) * heads,)  # noqa: E731
+    launch(backward_q_kernel, grid, *groups, dq=dq, **arguments)
+    launch(backward_kv_kernel, (-(-n // PAGE) * heads,), *groups, dk=dk, dv=dv, **arguments)
+    return Gradients(dq, dk, dv)
+
+
+def _options(x: Inputs, is_causal: bool) -> dict[str, Any]:
+    """What all three kernels are specialised for."""
+    _, _, n, width = x.shape
+    return {
+        "BD": max(16, power_of_two(x.q.shape[2])),
+        "BV": max(16, power_of_two(width)),
+        "PAGE": PAGE,
+        "HAS_MASK": mask_kind(x),
+        "CAUSAL": is_causal,
+        "DOT": dot_dtype(x.q),
+        "SIZE": size_class(n),
+    }

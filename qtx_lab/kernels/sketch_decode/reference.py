@@ -1,4 +1,4 @@
-"""Decoding by draws from a sketch of the keys, in plain torch: what `sketch_decode` computes, in the order of the formulae."""
+"""Decoding by draws from a sketch of the keys, in plain torch: the draws of `launch.sketch_decode`, bit by bit."""
 
 from __future__ import annotations
 
@@ -14,36 +14,87 @@ from torch import Tensor
 from ...checks import check_count
 from ...errors import ArgumentError, DtypeError
 from ...samplers.learned_proposal import best_low_rank
+from ...streams import Stream
 from ..inputs import LOG2_E, Inputs
-from ..masses import PAGE, Masses, find_page, least_bits, mass_dtype, offsets
+from ..masses import PAGE, Masses, comb_offsets, locate_page, mass_dtype, min_mass_bits
 
 FITTED_KEYS = 8192
 """A sketch is fitted to no more keys than that, evenly spread."""
 LARGEST = {torch.float16: 1024.0, torch.int8: 127.0, torch.uint8: 7.0}
 """What the largest number of a component is scaled to. Of uint8 each byte holds two, of 4 bits."""
 UPPER, LOWER = 127, 128
-"""A query's component in units of its largest's 1 / (UPPER LOWER): an upper digit from -UPPER to UPPER, and a lower one."""
+"""A component of a query is LOWER times an upper digit, from -UPPER to UPPER, and a lower digit, in units of the largest
+component / (UPPER LOWER)."""
 SMALLEST = 1e-30
+"""Components that are all smaller than this count as 0."""
 
 
 @dataclass(frozen=True)
-class Sketch:
-    """A small table that all of a row's logits are guessed from: a logit is about scale q^T weight table_j, but for a shift.
+class SketchTable:
+    """A small table from which all logits of a row are guessed, up to a shift that the row's logits share.
 
     Parameters
     ----------
     table : Tensor, (N, n, r) or (N, n, ceil(r / 2))
-        float16, int8, or uint8: 8 + a number of the first half of the components in the lower four bits, 8 + one of the
-        second half in the upper ones.
+        The components of the keys: float16, int8, or uint8, which holds two components of 4 bits, 8 + one of
+        the first half of the components in the lower bits and 8 + one of the second half in the upper ones.
     weight : Tensor, float32, (N, E, r)
-        The queries' map.
-    key_map : Tensor, float32, (N, E, r)
-        The keys' map, after `centre` is taken off them.
-    centre : Tensor, float32, (N, 1, E)
+        Maps queries to components: the logit of key j is about scale (q weight) . table_j.
     """
 
     table: Tensor
     weight: Tensor
+
+    def digits(self, x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+        """The components of base-2 queries in two digits: upper and lower (N, M, r), and their unit (N, M, 1).
+
+        The guessed logit is unit (LOWER upper + lower) . table_j for a table of whole numbers, which then is
+        rounded only once, and unit (upper + lower / 2048) . table_j for one of float16. In float64 the order
+        of a sum changes no digit.
+        """
+        components = torch.bmm(x.q.double(), self.weight.double()) * (x.scale * LOG2_E)
+        largest = components.abs().amax(-1, keepdim=True).clamp_min(SMALLEST)
+        if self.table.dtype == torch.float16:
+            single = (components / largest).float()
+            upper = single.half()
+            return upper, ((single - upper.float()) * 2048).half(), largest.float()
+        level = (components / largest * (UPPER * LOWER) + 0.5).floor()
+        upper = ((level + LOWER // 2) / LOWER).floor()
+        return upper.char(), (level - LOWER * upper).char(), (largest / (UPPER * LOWER)).float()
+
+    def scores(self, x: Inputs) -> Tensor:
+        """The guessed logits in base 2, up to a shift of each row: (N, M, n), float32."""
+        upper, lower, unit = self.digits(x)
+        if self.table.dtype == torch.float16:
+            table = self.table.float().mT
+            return (torch.bmm(upper.float(), table) + torch.bmm(lower.float(), table) / 2048) * unit
+        level = LOWER * upper.double() + lower.double()
+        if self.table.dtype == torch.int8:
+            return torch.bmm(level, self.table.double().mT).float() * unit
+        low, high = ((self.table >> shift & 15).double().mT - 8 for shift in (0, 4))
+        level_low, level_high = halves(level, 0)
+        return (torch.bmm(level_low, low) + torch.bmm(level_high, high)).float() * unit
+
+
+def halves(x: Tensor, fill: float) -> tuple[Tensor, Tensor]:
+    """The first and the second half of the last dimension, which is filled up to an even number."""
+    first, second = F.pad(x, (0, x.shape[-1] % 2), value=fill).chunk(2, -1)
+    return first, second
+
+
+@dataclass(frozen=True)
+class Sketch(SketchTable):
+    """The table of some keys, and how the lines of more keys are made.
+
+    Parameters
+    ----------
+    table, weight : Tensor
+        As of `SketchTable`.
+    key_map : Tensor, float32, (N, E, r)
+        Maps keys to components, after `centre` is subtracted from them.
+    centre : Tensor, float32, (N, 1, E)
+    """
+
     key_map: Tensor
     centre: Tensor
 
@@ -63,44 +114,9 @@ class Sketch:
         low, high = halves((found + 8).byte(), 8)
         return low | high << 4
 
-    def digits(self, x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-        """Base-2 queries by the table's components, in two digits: upper and lower (N, M, r), unit (N, M, 1).
-
-        A logit is unit (LOWER upper + lower) . table_j where the table is of whole numbers, so that it has no rounding but its
-        own; unit (upper + lower / 2048) . table_j where it is of halves. Made in float64: no digit hangs on an order of sums.
-        """
-        rows = torch.bmm(x.q.double(), self.weight.double()) * (x.scale * LOG2_E)
-        largest = rows.abs().amax(-1, keepdim=True).clamp_min(SMALLEST)
-        if self.table.dtype == torch.float16:
-            part = (rows / largest).float()
-            upper = part.half()
-            return upper, ((part - upper.float()) * 2048).half(), largest.float()
-        level = (rows / largest * (UPPER * LOWER) + 0.5).floor()
-        upper = ((level + LOWER // 2) / LOWER).floor()
-        return upper.char(), (level - LOWER * upper).char(), (largest / (UPPER * LOWER)).float()
-
-    def scores(self, x: Inputs) -> Tensor:
-        """The guessed logits, base 2, but for a shift of each row: (N, M, n), float32."""
-        upper, lower, unit = self.digits(x)
-        if self.table.dtype == torch.float16:
-            table = self.table.float().mT
-            return (torch.bmm(upper.float(), table) + torch.bmm(lower.float(), table) / 2048) * unit
-        both = LOWER * upper.double() + lower.double()
-        if self.table.dtype == torch.int8:
-            return torch.bmm(both, self.table.double().mT).float() * unit
-        low, high = ((self.table >> shift & 15).double().mT - 8 for shift in (0, 4))
-        both_low, both_high = halves(both, 0)
-        return (torch.bmm(both_low, low) + torch.bmm(both_high, high)).float() * unit
-
     def nbytes(self) -> int:
         """What a scan reads."""
         return self.table.nbytes + self.weight.nbytes
-
-
-def halves(x: Tensor, fill: float) -> tuple[Tensor, Tensor]:
-    """The first and the second half of the last dimension, which is filled up to an even number."""
-    first, second = F.pad(x, (0, x.shape[-1] % 2), value=fill).chunk(2, -1)
-    return first, second
 
 
 def low_rank_sketch(
@@ -130,8 +146,8 @@ def low_rank_sketch(
 def int4_sketch(k: Tensor, rank: int | None = None, *, queries: Tensor | None = None) -> Sketch:
     """`rank` numbers a key, E where None, of 4 bits: each principal component in 15 levels of its own.
 
-    Components, not the channels themselves: a query weighs all channels, and the rounding of the large ones would drown the
-    directions in which keys hardly differ. Arguments and errors as for `low_rank_sketch`.
+    Components, not the channels themselves: a query weighs all channels, and the rounding of the large ones
+    would drown the directions in which keys hardly differ. Arguments and errors as for `low_rank_sketch`.
     """
     return _sketch(k, k.shape[-1] if rank is None else rank, queries, torch.uint8)
 
@@ -186,8 +202,8 @@ class GrowingSketch:
 
 
 @dataclass(frozen=True)
-class SketchDecoded:
-    """What came of a decode by a sketch.
+class SketchDecodeResult:
+    """The draws of N heads of M rows, their weights, and the averages of the values there.
 
     Parameters
     ----------
@@ -195,8 +211,9 @@ class SketchDecoded:
     std_error : Tensor, float32, (N, M, Ev)
     indices : Tensor, int64, (N, M, R * S)
     log_weights : Tensor, float32, (N, M, R * S)
-        Base 2, before normalisation; -inf for a draw that found no key.
+        In base 2, before normalisation; -inf for a draw without a key.
     log_normaliser : Tensor, float32, (N, M, R)
+        In base 2: the logarithm of the sum of a replicate's weights.
     """
 
     output: Tensor
@@ -206,152 +223,217 @@ class SketchDecoded:
     log_normaliser: Tensor
 
     def weights(self) -> Tensor:
-        """The weight of each draw, (N, M, R * S), float32."""
+        """The weight of each draw, (N, M, R * S), float32; those of a row sum to 1."""
         replicates = self.log_normaliser.shape[-1]
-        apart = self.log_weights.unflatten(-1, (replicates, -1)) - self.log_normaliser[..., None]
-        return (torch.exp2(apart) / replicates).flatten(-2)
-
-
-def defensive_inverse(pages: int, defensive: float) -> int:
-    """The whole number c of 1 / c: the share of the guessed mass that every page is given at the least."""
-    return max(1, round(pages * (1 - defensive) / defensive))
+        relative = self.log_weights.unflatten(-1, (replicates, -1)) - self.log_normaliser[..., None]
+        return (torch.exp2(relative) / replicates).flatten(-2)
 
 
 SEARCHED_PAGES, NEWTON_STEPS = 64, 6
-"""Of the search for the mass from which a key is sure: the pages of the largest keys, at most so many, that it goes through
-key by key, as many as it samples of the others, and its steps. See `Proposal.sure_mass`."""
+"""The search for the certain mass goes through this many pages of the largest keys, at most, key by key, and through as
+many that it samples from the others, and takes this many steps. See `Proposal.certain_mass`."""
+
+
+def inverse_page_share(pages: int, defensive: float) -> int:
+    """The whole number 1 / c, where c is the share of the guessed mass that every page gets at least."""
+    return max(1, round(pages * (1 - defensive) / defensive))
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """Whole masses of keys, made of a sketch's, from which they are drawn: v_j 2^up of the row's common units, v_j at most `cap`.
+    """The masses by which keys are drawn, made of a sketch's masses: raised where they are small.
 
-    A key's own mass, in the units of its page, is raised by `besides`. A page of little mass is raised by whole powers of two
-    until it has its share `least` of the defensive part, of which `besides` is a key's. So all arithmetic within a page is
-    that of small whole numbers, and no key has less than about epsilon / (2 n) of the row.
+    Every page gets at least the mass `page_floor`, its share of the defensive part epsilon. For that a page
+    of little mass is shifted up by whole powers of two, and each of its keys gets `extra` besides. So all
+    arithmetic within a page is on small whole numbers, and no key has less than about epsilon / (2 n) of the
+    row.
 
     Parameters
     ----------
     up : Tensor, int64, (N, M, T)
-    besides : Tensor, int64, (N, M, T)
-    coarsest : Tensor, int64, (N, M, 1)
-        No page's `up` is more.
+        A key of mass m has the raised mass (m + extra) 2^up in the row's unit.
+    extra : Tensor, int64, (N, M, T)
+    max_up : Tensor, int64, (N, M, 1)
+        No page's `up` is larger.
     """
 
     up: Tensor
-    besides: Tensor
-    coarsest: Tensor
+    extra: Tensor
+    max_up: Tensor
 
     @classmethod
     def of(cls, masses: Masses, defensive: float) -> Proposal:
+        """Raise the masses of a sketch so that the defensive part has the share `defensive`."""
         up, down = masses.shifts()
-        pages = up.shape[-1]
-        total = torch.where(down == 0, masses.sums << up, 0).sum(-1, keepdim=True)
-        least = (total.double() / defensive_inverse(pages, defensive)).long().clamp_min(1)
-        # 2^k s reaches `least` for k the difference of their exponents, or one more.
-        wanted = torch.frexp(least.double()).exponent.long()
-        missing = (wanted - torch.frexp(masses.sums.double()).exponent).clamp_min(0)
-        missing = missing + (masses.sums << missing < least)
+        total = torch.where(down == 0, masses.page_mass << up, 0).sum(-1, keepdim=True)
+        share = total.double() / inverse_page_share(up.shape[-1], defensive)
+        page_floor = share.long().clamp_min(1)  # [N, M, 1]
+        # 2^k s reaches `page_floor` for k the difference of their exponents, or one more.
+        exponent = torch.frexp(page_floor.double()).exponent.long()
+        missing = (exponent - torch.frexp(masses.page_mass.double()).exponent).clamp_min(0)
+        missing = missing + (masses.page_mass << missing < page_floor)
         up = torch.maximum(up, missing)
-        coarsest = (wanted - least_bits(masses.dtype) + 1).clamp_min(masses.fine)
-        return cls(up, ((least >> up) // PAGE).clamp_min(1), coarsest)
+        max_up = (exponent - min_mass_bits(masses.dtype) + 1).clamp_min(masses.fraction_bits)
+        return cls(up, ((page_floor >> up) // PAGE).clamp_min(1), max_up)
 
-    def sure_mass(self, masses: Masses, there: Tensor, num_samples: int) -> Tensor:
-        """The mass c from which a key is drawn surely, int64, (N, M, 1), about that for which sum_j min(1, v_j / c) is S.
+    def certain_mass(self, masses: Masses, exists: Tensor, num_samples: int) -> Tensor:
+        """The mass c from which a key is drawn with certainty, about that for which sum_j min(1, v_j / c) is S.
 
-        By Newton's steps for c S - sum_j min(v_j, c), a convex function, from above: no step falls below its root, so that no
-        more than S draws are spent, which would cost the heaviest keys their certainty. Of at most `SEARCHED_PAGES`
-        pages, those whose largest keys are the largest, all keys are looked at; of the others a sample of pages, every
-        `stride`-th: what c cuts off there is scaled up by their mass. Where the sample has sure keys, c is a sixteenth larger: a
-        few draws less cost only themselves. It is rounded up to what every page can hold.
+        It is found by Newton's method for c S - sum_j min(v_j, c), a convex function, from above. No step
+        falls below the root, so that no more than S draws are spent, which would cost the heaviest keys their
+        certainty. At most `SEARCHED_PAGES` pages, those with the largest keys, are looked at key by key. Of
+        the others every `stride`-th is sampled, and what c cuts off there is scaled up to the mass of all of
+        them. Where the sample has certain keys, c is raised by a sixteenth, since to draw a few keys less
+        costs little. It is rounded up to what every page can hold.
+
+        Parameters
+        ----------
+        masses : Masses
+        exists : Tensor, bool, (T, PAGE)
+            False past the last key.
+        num_samples : int
+            S.
+
+        Returns
+        -------
+        Tensor, int64, (N, M, 1)
+            In the row's unit.
         """
         pages = self.up.shape[2]
         stride = -(-pages // SEARCHED_PAGES)
-        first = first_searched(masses.top)  # [N, M, 1]
-        searched = masses.top >= first  # [N, M, T]
-        keys = there.sum(-1)
-        whole = masses.sums + keys * self.besides << self.up  # [N, M, T]
-        own = torch.where(there, masses.mass + self.besides[..., None] << self.up[..., None], 0)
+        searched = masses.page_exponent >= searched_exponent(masses.page_exponent)  # [N, M, T]
+        page_mass = masses.page_mass + exists.sum(-1) * self.extra << self.up  # [N, M, T]
+        own = torch.where(
+            exists, masses.mass + self.extra[..., None] << self.up[..., None], 0
+        )  # [N, M, T, PAGE]
         sampled = ~searched & (torch.arange(pages, device=own.device) % stride == 0)
-        rest = torch.where(searched, 0, whole).sum(-1, keepdim=True).double()
-        seen = torch.where(sampled, whole, 0).sum(-1, keepdim=True).double()
-        ratio = torch.where(seen > 0, rest / seen, 0.0)  # [N, M, 1]
-        total = whole.sum(-1, keepdim=True)
+        rest = torch.where(searched, 0, page_mass).sum(-1, keepdim=True).double()
+        sampled_mass = torch.where(sampled, page_mass, 0).sum(-1, keepdim=True).double()
+        ratio = torch.where(sampled_mass > 0, rest / sampled_mass, 0.0)  # [N, M, 1]
+        total = page_mass.sum(-1, keepdim=True)
         c = (total.double() / num_samples).ceil().long()
-        some = torch.zeros_like(c)
+        sampled_certain = torch.zeros_like(c)
         for _ in range(NEWTON_STEPS):
-            over = own >= c[..., None]
-            sure, excess = over.sum(-1), torch.where(over, own, 0).sum(-1)  # [N, M, T]
-            sure, some, excess, other = (
+            certain = own >= c[..., None]
+            count, mass = certain.sum(-1), torch.where(certain, own, 0).sum(-1)  # [N, M, T] each
+            searched_count, sampled_certain, searched_mass, certain_sampled_mass = (
                 torch.where(where, x, 0).sum(-1, keepdim=True)
-                for x in (sure, excess)
+                for x in (count, mass)
                 for where in (searched, sampled)
             )
-            left = num_samples - sure.double() - some.double() * ratio
-            light = total.double() - excess.double() - other.double() * ratio
-            c = torch.where(
-                left > 0.5, torch.minimum(c, (light / left.clamp_min(0.5)).ceil().long()), c
-            ).clamp_min(1)
-        c = torch.where(some > 0, c + (c >> 4), c)
-        return c + (1 << self.coarsest) - 1 >> self.coarsest << self.coarsest
+            left = num_samples - searched_count.double() - sampled_certain.double() * ratio
+            light = total.double() - searched_mass.double() - certain_sampled_mass.double() * ratio
+            closer = torch.minimum(c, (light / left.clamp_min(0.5)).ceil().long())
+            c = torch.where(left > 0.5, closer, c).clamp_min(1)
+        c = torch.where(sampled_certain > 0, c + (c >> 4), c)
+        return c + (1 << self.max_up) - 1 >> self.max_up << self.max_up
 
 
-def first_searched(top: Tensor) -> Tensor:
-    """The least exponent of at most `SEARCHED_PAGES` pages, of `top` (N, M, T): float32, (N, M, 1); above all if those of the
-    largest exponent are more."""
-    highest = top.amax(-1, keepdim=True)
-    below = torch.full_like(highest, -1)
+def searched_exponent(page_exponent: Tensor) -> Tensor:
+    """The least exponent such that at most `SEARCHED_PAGES` pages (N, M, T) have it or a larger one: float32, (N, M, 1).
+
+    It is larger than all exponents if more pages than that have the largest one.
+    """
+    row_exponent = page_exponent.amax(-1, keepdim=True)
+    below = torch.full_like(row_exponent, -1)
     for bit in (64, 32, 16, 8, 4, 2, 1):
-        few = (top >= highest - (below + bit)).sum(-1, keepdim=True) <= SEARCHED_PAGES
-        below = torch.where(few, below + bit, below)
-    return highest - below
+        count = (page_exponent >= row_exponent - (below + bit)).sum(-1, keepdim=True)
+        below = torch.where(count <= SEARCHED_PAGES, below + bit, below)
+    return row_exponent - below
+
+
+@dataclass(frozen=True)
+class ProposedDraws:
+    """Keys that are drawn before their exact logits are known.
+
+    Parameters
+    ----------
+    indices : Tensor, int64, (N, M, R * S)
+    inclusion : Tensor, float32, (N, M, R * S)
+        pi: the probability with which the key is drawn.
+    drawn : Tensor, bool, (N, M, R * S)
+        False for a point past the last key.
+    """
+
+    indices: Tensor
+    inclusion: Tensor
+    drawn: Tensor
 
 
 def sketch_decode(
-    x: Inputs, sketch: Sketch, num_samples: int, replicates: int, seed: Tensor, *, defensive: float = 0.02
-) -> SketchDecoded:
-    """Self-normalised averages of the values at draws from a sketch: see `qtx_lab.kernels.sketch_decode.sketch_decode`."""
-    heads, rows, n, width = x.shape
-    masses = Masses.of(sketch.scores(x), seed, mass_dtype(num_samples * replicates))
-    there = (torch.arange(masses.mass[0, 0].numel(), device=x.q.device) < n).view(masses.mass.shape[2:])
+    x: Inputs,
+    sketch: SketchTable,
+    num_samples: int,
+    replicates: int,
+    stream: Stream,
+    *,
+    defensive: float = 0.02,
+) -> SketchDecodeResult:
+    """Average the values at draws from a sketch: see `qtx_lab.kernels.sketch_decode.launch.sketch_decode`."""
+    masses = Masses.of(sketch.scores(x), stream, mass_dtype(num_samples * replicates))
+    offsets = comb_offsets(stream, replicates, x.shape[1])
+    proposed = draw(masses, x.shape[2], offsets, num_samples, defensive)
+    return weigh(x, proposed, num_samples, replicates)
+
+
+def draw(masses: Masses, num_keys: int, offsets: Tensor, num_samples: int, defensive: float) -> ProposedDraws:
+    """Draw keys at equally spaced points along their raised masses, none of which counts for more than the certain mass.
+
+    Parameters
+    ----------
+    masses : Masses
+    num_keys : int
+        n.
+    offsets : Tensor, float64, (N, M, R)
+        Where the first point of each replicate lies, in units of the distance of points.
+    num_samples : int
+        S.
+    defensive : float
+        epsilon.
+    """
+    *_, pages, _ = masses.mass.shape
+    exists = (torch.arange(pages * PAGE, device=masses.mass.device) < num_keys).view(pages, PAGE)
     proposal = Proposal.of(masses, defensive)
-    up, besides = proposal.up, proposal.besides
-    if n <= num_samples:  # every key is sure
-        up, sure = torch.zeros_like(up), torch.ones_like(up[..., :1])
+    up, extra = proposal.up, proposal.extra[..., None]
+    if num_keys <= num_samples:  # every key is drawn with certainty
+        up, certain = torch.zeros_like(up), torch.ones_like(up[..., :1])
     else:
-        sure = proposal.sure_mass(masses, there, num_samples)  # [N, M, 1]
-    cap = sure >> up
-    own = torch.where(
-        there, torch.minimum(masses.mass + besides[..., None], cap[..., None]), 0
-    )  # [N, M, T, PAGE]
-    weight = own.sum(-1) << up
-    end = weight.cumsum(-1)
-    total = end[..., -1:]
-    step = torch.maximum(sure, -(-total // num_samples))  # [N, M, 1]
-    u = offsets((heads, rows), replicates, x.length, seed)[..., None]
-    offset = torch.minimum((u * step[..., None]).long(), step[..., None] - 1)  # [N, M, R, 1]
-    points = (torch.arange(num_samples, device=u.device) * step[..., None] + offset).flatten(-2)
-    found = points < total
-    points = points.masked_fill(~found, 0)
-    page, rest = find_page(end - weight, points)
+        certain = proposal.certain_mass(masses, exists, num_samples)  # [N, M, 1]
+    cap = (certain >> up)[..., None]  # [N, M, T, 1]
+    own = torch.where(exists, torch.minimum(masses.mass + extra, cap), 0)  # [N, M, T, PAGE]
+    page_mass = own.sum(-1) << up
+    end = page_mass.cumsum(-1)
+    row_mass = end[..., -1:]
+
+    step = torch.maximum(certain, -(-row_mass // num_samples))  # [N, M, 1]
+    first = torch.minimum((offsets * step).long(), step - 1)  # [N, M, R]
+    s = torch.arange(num_samples, device=step.device)
+    points = (s * step[..., None] + first[..., None]).flatten(-2)  # [N, M, R S]
+    drawn = points < row_mass
+    points = points.masked_fill(~drawn, 0)
+    page, rest = locate_page(end - page_mass, points)
     rest = rest >> up.gather(-1, page)
     inside = own.gather(2, page[..., None].expand(*page.shape, PAGE))  # [N, M, R S, PAGE]
     place = (inside.cumsum(-1) <= rest[..., None]).sum(-1)
-    indices = page * PAGE + place
-    chance = (inside.gather(-1, place[..., None])[..., 0] << up.gather(-1, page)).double() / step.double()
+    mass = inside.gather(-1, place[..., None])[..., 0] << up.gather(-1, page)
+    return ProposedDraws(page * PAGE + place, (mass.double() / step.double()).float(), drawn)
 
+
+def weigh(x: Inputs, proposed: ProposedDraws, num_samples: int, replicates: int) -> SketchDecodeResult:
+    """Weigh draws by their exact logits, and average their values."""
+    heads, rows, _, width = x.shape
+    indices, pi = proposed.indices, proposed.inclusion
     keys, values = (y.flatten(0, 1).float() for y in (x.k, x.v))
     at = indices.flatten(1)[..., None]
     drawn_k = keys.gather(1, at.expand(-1, -1, keys.shape[-1])).view(*indices.shape, -1)
     drawn_v = values.gather(1, at.expand(-1, -1, width)).view(heads, rows, replicates, num_samples, width)
     logits = torch.einsum("nmte,nme->nmt", drawn_k, x.q.float()) * (x.scale * LOG2_E)
-    included = chance.float()
-    log_weights = (logits - included.log2()).masked_fill(~found, -torch.inf)
+    log_weights = (logits - pi.log2()).masked_fill(~proposed.drawn, -torch.inf)
     log_w = log_weights.unflatten(-1, (replicates, num_samples))
     log_normaliser = (log_w * math.log(2)).logsumexp(-1) / math.log(2)  # [N, M, R]
     w = torch.exp2(log_w - log_normaliser[..., None])
     outputs = torch.einsum("nmrs,nmrsd->nmrd", w, drawn_v)
-    a = (1 - included.view(w.shape)) * w.square()
+    a = (1 - pi.view(w.shape)) * w.square()
     variance = torch.einsum("nmrs,nmrsd->nmrd", a, (drawn_v - outputs[..., None, :]).square())
     std_error = variance.sum(2).sqrt() / replicates
-    return SketchDecoded(outputs.mean(2).to(x.v.dtype), std_error, indices, log_weights, log_normaliser)
+    return SketchDecodeResult(outputs.mean(2).to(x.v.dtype), std_error, indices, log_weights, log_normaliser)

@@ -1,4 +1,4 @@
-"""The kernels of decoding by draws from a sketch of the keys."""
+"""The kernels that decode by draws from a sketch of the keys: see `launch.sketch_decode`."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 # Arguments of kernels have no types: Triton reads annotations as its own.
@@ -9,99 +9,99 @@ import triton
 import triton.language as tl
 
 from ..blocks import (
-    GROUPS,
     KEYS,
-    before,
-    clear,
+    SUBPAGES,
+    accumulate,
     comb_offset,
-    count_up,
-    folded,
-    highest_of,
-    place_of,
-    shifts,
+    find_place,
+    fold,
+    max_exponent,
     store_masses,
-    sum_up,
+    store_starts,
+    store_zeros,
+    sum_before,
+    unit_shifts,
 )
-from ..launches import GATHER, tuned
+from ..launches import GATHER_CONFIGS, tuned
 from ..masses import PAGE
 from ..philox import INTERPRETED
 from .reference import LOWER, SMALLEST, UPPER
 
-DIGITS_UPPER, DIGITS_LOWER, LEAST = tl.constexpr(UPPER), tl.constexpr(LOWER), tl.constexpr(SMALLEST)
+UPPER_DIGITS, LOWER_DIGITS, MIN_COMPONENT = tl.constexpr(UPPER), tl.constexpr(LOWER), tl.constexpr(SMALLEST)
+PAGE_KEYS, IN_INTERPRETER = tl.constexpr(PAGE), tl.constexpr(INTERPRETED)
+WARP_CONFIGS = [triton.Config({}, num_warps=warps) for warps in (4, 8)]
 
 
-PAGE_SIZE, PLAIN = tl.constexpr(PAGE), tl.constexpr(INTERPRETED)
-
-
-WARPS = [triton.Config({}, num_warps=warps) for warps in (4, 8)]
-
-
-@tuned(WARPS, ["BD", "BR", "HALVES"])
+@tuned(WARP_CONFIGS, ["BD", "BR", "HALVES"])
 @triton.jit
 def digits_kernel(
     q_ptr,  # (N, M, E)
     weight_ptr,  # (N, E, r)
     digit_ptr,  # (N, M, 2, HALVES * BR), float16 or int8: upper and lower digits
-    unit_ptr,  # (N, M)
-    scale,
+    unit_ptr,  # (N, M), float32
+    logit_scale,  # of base-2 logits
     rows,
     features,
     rank,
-    half,  # components of a half, or all
+    columns,  # r, or the components of one half of the table's nibbles
     BD: tl.constexpr,
     BR: tl.constexpr,
     HALVES: tl.constexpr,
 ):
-    """A query by the table's components, in two digits: `Sketch.digits`."""
+    """Store the components of a query in two digits: `SketchTable.digits`."""
     i_r = tl.program_id(0).to(tl.int64)
-    o_r = tl.arange(0, BR)
-    b_x = components(q_ptr, weight_ptr, i_r, rows, features, rank, o_r, o_r < half, BD) * scale
+    o_r = tl.arange(0, BR)  # [BR]
+    m_r = o_r < columns  # [BR]
+    b_x = query_components(q_ptr, weight_ptr, i_r, rows, features, rank, o_r, m_r, BD) * logit_scale  # [BR]
     largest = tl.max(tl.abs(b_x), axis=0)
     if HALVES == 2:
-        b_y = components(q_ptr, weight_ptr, i_r, rows, features, rank, half + o_r, o_r < half, BD) * scale
+        o_c = columns + o_r  # [BR]
+        b_y = (
+            query_components(q_ptr, weight_ptr, i_r, rows, features, rank, o_c, m_r, BD) * logit_scale
+        )  # [BR]
         largest = tl.maximum(largest, tl.max(tl.abs(b_y), axis=0))
-    largest = tl.maximum(largest, LEAST)
-    p = digit_ptr + i_r * 2 * HALVES * BR + o_r
+    largest = tl.maximum(largest, MIN_COMPONENT)
+    p = digit_ptr + i_r * 2 * HALVES * BR + o_r  # [BR]
     store_digits(p, b_x / largest, HALVES * BR)
     if HALVES == 2:
         store_digits(p + BR, b_y / largest, HALVES * BR)
     if digit_ptr.dtype.element_ty == tl.int8:
-        largest = largest / (DIGITS_UPPER * DIGITS_LOWER)
+        largest = largest / (UPPER_DIGITS * LOWER_DIGITS)
     tl.store(unit_ptr + i_r, largest.to(tl.float32))
 
 
 @triton.jit
-def components(q_ptr, weight_ptr, i_r, rows, features, rank, o_c, m_c, BD: tl.constexpr):
-    """Those of a query: float64, [BR]; in float64 no digit hangs on the order of the sum."""
-    o_d = tl.arange(0, BD)
-    m_d = o_d < features
-    m_c = m_c & (o_c < rank)
-    b_q = tl.load(q_ptr + i_r * features + o_d, mask=m_d, other=0.0).to(tl.float64)
-    p_w = weight_ptr + ((i_r // rows) * features + o_d[:, None]) * rank + o_c[None, :]
+def query_components(q_ptr, weight_ptr, i_r, rows, features, rank, o_c, m_c, BD: tl.constexpr):
+    """Components o_c [BR] of a query: float64, [BR]. In float64 the order of a sum changes no digit."""
+    o_d = tl.arange(0, BD)  # [BD]
+    m_d = o_d < features  # [BD]
+    m_c = m_c & (o_c < rank)  # [BR]
+    b_q = tl.load(q_ptr + i_r * features + o_d, mask=m_d, other=0.0).to(tl.float64)  # [BD]
+    p_w = weight_ptr + ((i_r // rows) * features + o_d[:, None]) * rank + o_c[None, :]  # [BD, BR]
     b_w = tl.load(p_w, mask=m_d[:, None] & m_c[None, :], other=0.0).to(tl.float64)  # [BD, BR]
     return tl.sum(b_q[:, None] * b_w, axis=0)
 
 
 @triton.jit
-def store_digits(p, b_x, apart):
-    """Of numbers from -1 to 1, float64: the upper digits at p, the lower ones so far behind."""
-    as_kept = p.dtype.element_ty
-    if as_kept == tl.int8:
-        b_level = tl.floor(b_x * (DIGITS_UPPER * DIGITS_LOWER) + 0.5)
-        b_upper = tl.floor((b_level + DIGITS_LOWER // 2) / DIGITS_LOWER)
-        b_lower = b_level - b_upper * DIGITS_LOWER
+def store_digits(p, b_x, lower_offset):
+    """Store numbers from -1 to 1, float64 [BR]: upper digits at p [BR], lower ones `lower_offset` behind."""
+    digit = p.dtype.element_ty
+    if digit == tl.int8:
+        b_level = tl.floor(b_x * (UPPER_DIGITS * LOWER_DIGITS) + 0.5)  # [BR]
+        b_upper = tl.floor((b_level + LOWER_DIGITS // 2) / LOWER_DIGITS)  # [BR]
+        b_lower = b_level - b_upper * LOWER_DIGITS  # [BR]
     else:
-        b_part = b_x.to(tl.float32)
-        b_upper = b_part.to(tl.float16)
-        b_lower = (b_part - b_upper.to(tl.float32)) * 2048.0
-    tl.store(p, b_upper.to(as_kept))
-    tl.store(p + apart, b_lower.to(as_kept))
+        b_single = b_x.to(tl.float32)  # [BR]
+        b_upper = b_single.to(tl.float16)  # [BR]
+        b_lower = (b_single - b_upper.to(tl.float32)) * 2048.0  # [BR]
+    tl.store(p, b_upper.to(digit))
+    tl.store(p + lower_offset, b_lower.to(digit))
 
 
 @triton.jit
-def low_and_high(b_t):
-    """The numbers from 0 to 15 in the lower and the upper four bits of bytes, as int8."""
-    if PLAIN:
+def split_nibbles(b_t):
+    """The numbers from 0 to 15 in the lower and in the upper four bits of bytes, as int8."""
+    if IN_INTERPRETER:
         b_low, b_high = (b_t & 15).to(tl.int8), (b_t >> 4).to(tl.int8)
     else:  # four bytes at a time
         b_low, b_high = tl.inline_asm_elementwise(
@@ -134,71 +134,73 @@ def scan_sketch_kernel(
     digit_ptr,  # (N, M, 2, HALVES * BR)
     unit_ptr,  # (N, M)
     table_ptr,  # (N, n, r), of nibbles (N, n, r / 2)
-    mass_ptr,  # (N, M, pages * PAGE)
-    part_ptr,  # (N, M, pages * GROUPS)
-    sum_ptr,  # (N, M, pages)
-    top_ptr,  # (N, M, pages)
-    seed_ptr,
+    mass_ptr,  # (N, M, T * PAGE)
+    subpage_mass_ptr,  # (N, M, T * SUBPAGES)
+    page_mass_ptr,  # (N, M, T)
+    page_exponent_ptr,  # (N, M, T)
+    stream_key_ptr,  # (N,), int64
+    head_group_ptr,  # (N,), int64
     rows,
     n,
     pages,
-    rank,
-    t_stride_n,
-    t_stride_k,
+    columns,
+    table_stride_h,
+    table_stride_n,
     BM: tl.constexpr,
     BR: tl.constexpr,
     PAGE: tl.constexpr,
     UNITS: tl.constexpr,
-    KIND: tl.constexpr,  # 0: of halves, 1: of bytes, 2: of nibbles
+    KIND: tl.constexpr,  # 0: float16, 1: int8, 2: nibbles
     SIZE: tl.constexpr,
     NP: tl.constexpr,
     LOOP: tl.constexpr,
 ):
-    """Guessed logits of NP pages at a time, kept as masses; a query's digits are two columns of the product."""
+    """Store the masses of LOOP times NP pages by guessed logits; a query's digits are two columns of the product."""
     tiles = tl.cdiv(rows, BM)
     i_n = (tl.program_id(0) // tiles).to(tl.int64)
     i_tile = tl.program_id(0) % tiles
-    o_m = i_tile * BM + tl.arange(0, BM)
-    m_m = o_m < rows
-    o_r = tl.arange(0, BR)
-    m_r = o_r < rank
-    seed = tl.load(seed_ptr)
+    o_m = i_tile * BM + tl.arange(0, BM)  # [BM]
+    m_m = o_m < rows  # [BM]
+    o_r = tl.arange(0, BR)  # [BR]
+    m_r = o_r < columns  # [BR]
+    stream_key, head_group = tl.load(stream_key_ptr + i_n), tl.load(head_group_ptr + i_n)
     WIDE: tl.constexpr = 2 * BR if KIND == 2 else BR
-    o_x = i_tile * BM * 2 + tl.arange(0, 2 * BM)  # a row's digits side by side
-    p_x = digit_ptr + (i_n * rows * 2 + o_x[None, :]) * WIDE + o_r[:, None]
+    o_x = i_tile * BM * 2 + tl.arange(0, 2 * BM)  # [2 BM], the two digits of a row side by side
+    p_x = digit_ptr + (i_n * rows * 2 + o_x[None, :]) * WIDE + o_r[:, None]  # [BR, 2 BM]
     b_x = tl.load(p_x, mask=(o_x < rows * 2)[None, :], other=0.0)  # [BR, 2 BM]
     if KIND == 2:
-        b_y = tl.load(p_x + BR, mask=(o_x < rows * 2)[None, :], other=0.0)
-        # Levels are kept + 8.
+        b_y = tl.load(p_x + BR, mask=(o_x < rows * 2)[None, :], other=0.0)  # [BR, 2 BM]
+        # A nibble holds 8 more than its level.
         b_shift = 8 * (tl.sum(b_x.to(tl.int32), axis=0) + tl.sum(b_y.to(tl.int32), axis=0))  # [2 BM]
-    b_unit = tl.load(unit_ptr + i_n * rows + o_m, mask=m_m, other=0.0)
-    p_t = table_ptr + i_n * t_stride_n + o_r[None, :]
+    b_unit = tl.load(unit_ptr + i_n * rows + o_m, mask=m_m, other=0.0)  # [BM]
+    p_t = table_ptr + i_n * table_stride_h + o_r[None, :]  # [1, BR]
 
     for i in range(LOOP):
         i_page = (tl.program_id(1) * LOOP + i) * NP
-        o_n = i_page * PAGE + tl.arange(0, NP * PAGE)
-        m_n = o_n < n
-        p = p_t + o_n[:, None].to(tl.int64) * t_stride_k
+        o_n = i_page * PAGE + tl.arange(0, NP * PAGE)  # [NP * PAGE]
+        m_n = o_n < n  # [NP * PAGE]
+        p = p_t + o_n[:, None].to(tl.int64) * table_stride_n  # [NP * PAGE, BR]
         b_t = tl.load(p, mask=m_n[:, None] & m_r[None, :], other=0)  # [NP * PAGE, BR]
         if KIND == 2:
-            b_low, b_high = low_and_high(b_t)
+            b_low, b_high = split_nibbles(b_t)  # [NP * PAGE, BR] each
             b_l = tl.dot(b_low, b_x, out_dtype=tl.int32)  # [NP * PAGE, 2 BM]
             b_l = tl.dot(b_high, b_y, b_l, out_dtype=tl.int32) - b_shift[None, :]
         else:
-            b_l = tl.dot(b_t, b_x)
-        b_upper, b_lower = tl.split(tl.reshape(b_l, [NP * PAGE, BM, 2]))
+            b_l = tl.dot(b_t, b_x)  # [NP * PAGE, 2 BM]
+        b_upper, b_lower = tl.split(tl.reshape(b_l, [NP * PAGE, BM, 2]))  # [NP * PAGE, BM] each
         if KIND == 0:
-            b_l = (b_upper + b_lower * (1 / 2048)) * b_unit[None, :]
+            b_l = (b_upper + b_lower * (1 / 2048)) * b_unit[None, :]  # [NP * PAGE, BM]
         else:
-            b_l = (b_upper * DIGITS_LOWER + b_lower).to(tl.float32) * b_unit[None, :]
+            b_l = (b_upper * LOWER_DIGITS + b_lower).to(tl.float32) * b_unit[None, :]  # [NP * PAGE, BM]
         b_l = tl.where(m_n[:, None] & m_m[None, :], b_l, float("-inf"))
         store_masses(
             b_l,
             mass_ptr,
-            part_ptr,
-            sum_ptr,
-            top_ptr,
-            seed,
+            subpage_mass_ptr,
+            page_mass_ptr,
+            page_exponent_ptr,
+            stream_key,
+            head_group,
             i_n,
             o_m,
             m_m,
@@ -213,152 +215,184 @@ def scan_sketch_kernel(
 
 
 @triton.jit
-def exponent(b_whole):
-    """That of whole numbers as float64, as by frexp."""
+def binary_exponent(b_whole):
+    """The exponents of whole numbers as float64, as by frexp: int64."""
     return (b_whole.to(tl.float64).to(tl.int64, bitcast=True) >> 52) - 1022
 
 
 @triton.jit
-def raised(b_sum, b_top, highest, fine, least, ALL: tl.constexpr):
-    """Bits by which a page's units are shifted up, and what each of its keys has besides: `Proposal`. int64, int32."""
-    b_up, _ = shifts(b_top, highest, fine)
-    b_whole = b_sum.to(tl.int64)
-    b_missing = tl.maximum(exponent(b_whole * 0 + least) - exponent(b_whole), 0)
-    b_missing += ((b_whole << b_missing) < least).to(tl.int64)
+def raise_pages(b_mass, b_exponent, row_exponent, fraction_bits, page_floor, ALL: tl.constexpr):
+    """Bits by which pages of these masses [k] are shifted up, int64, and what each key gets besides, int32: `Proposal`."""
+    b_up, _ = unit_shifts(b_exponent, row_exponent, fraction_bits)  # [k]
+    b_whole = b_mass.to(tl.int64)  # [k]
+    b_missing = tl.maximum(binary_exponent(b_whole * 0 + page_floor) - binary_exponent(b_whole), 0)  # [k]
+    b_missing += ((b_whole << b_missing) < page_floor).to(tl.int64)
     b_up = tl.maximum(b_up, b_missing)
-    b_besides = tl.maximum((least >> b_up) // PAGE_SIZE, 1).to(tl.int32)
-    if ALL:  # every key is sure
+    b_extra = tl.maximum((page_floor >> b_up) // PAGE_KEYS, 1).to(tl.int32)  # [k]
+    if ALL:  # every key is drawn with certainty
         b_up = b_up * 0
-    return b_up, b_besides
+    return b_up, b_extra
 
 
 @triton.jit
-def masses_of(
+def load_raised_masses(
     mass_ptr,
-    sum_ptr,
-    top_ptr,
-    b_page,
-    m_page,
-    highest,
-    least,
-    fine,
+    page_mass_ptr,
+    page_exponent_ptr,
+    b_page,  # [k]
+    m_page,  # [k]
+    row_exponent,
+    page_floor,
+    fraction_bits,
     n,
     PAGE: tl.constexpr,
-    WORD: tl.constexpr,
+    MASS_MASK: tl.constexpr,
 ):
-    """What all keys of some pages have, in the row's common units: int64, [pages, PAGE]."""
-    b_sum = tl.load(sum_ptr + b_page, mask=m_page, other=1)
-    b_top = tl.load(top_ptr + b_page, mask=m_page, other=float("-inf"))
-    b_up, b_besides = raised(b_sum, b_top, highest, fine, least, False)
-    o_key = b_page[:, None] * PAGE + tl.arange(0, PAGE)[None, :]
-    m_key = m_page[:, None] & (o_key < n)
-    b_mass = tl.load(mass_ptr + o_key, mask=m_key, other=0).to(tl.int32) & WORD
-    return tl.where(m_key, (b_mass + b_besides[:, None]).to(tl.int64) << b_up[:, None], 0)
+    """The raised masses of all keys of k pages of a row, in the row's unit: int64, [k, PAGE]."""
+    b_mass = tl.load(page_mass_ptr + b_page, mask=m_page, other=1)  # [k]
+    b_exponent = tl.load(page_exponent_ptr + b_page, mask=m_page, other=float("-inf"))  # [k]
+    b_up, b_extra = raise_pages(b_mass, b_exponent, row_exponent, fraction_bits, page_floor, False)  # [k]
+    o_key = b_page[:, None] * PAGE + tl.arange(0, PAGE)[None, :]  # [k, PAGE]
+    m_key = m_page[:, None] & (o_key < n)  # [k, PAGE]
+    b_own = tl.load(mass_ptr + o_key, mask=m_key, other=0).to(tl.int32) & MASS_MASK  # [k, PAGE]
+    return tl.where(m_key, (b_own + b_extra[:, None]).to(tl.int64) << b_up[:, None], 0)
 
 
 @triton.jit
-def total_of(b_x):
-    """Of a block [pages, PAGE]."""
+def sum_all(b_x):
+    """The sum of a block [k, PAGE]."""
     return tl.sum(tl.sum(b_x, axis=1), axis=0)
 
 
-@tuned(WARPS, ["BP", "BS"])
+@tuned(WARP_CONFIGS, ["BP", "BS"])
 @triton.jit
 def plan_kernel(
-    mass_ptr,  # (N M, pages * PAGE)
-    sum_ptr,  # (N M, pages)
-    top_ptr,  # (N M, pages)
-    highest_ptr,  # (N M,)
-    least_ptr,  # (N M,), int64: the mass that a page is given at the least
-    sure_ptr,  # (N M,), int64: the mass from which a key is sure
-    list_ptr,  # (N M, BS), int32: pages that are searched
+    mass_ptr,  # (N M, T * PAGE)
+    page_mass_ptr,  # (N M, T)
+    page_exponent_ptr,  # (N M, T)
+    row_exponent_ptr,  # (N M,), float32
+    page_floor_ptr,  # (N M,), int64: the mass that every page gets at least
+    certain_mass_ptr,  # (N M,), int64: the mass from which a key is drawn with certainty
+    searched_ptr,  # (N M, BS), int32: pages that are searched key by key
     n,
     pages,
-    fine,
-    inverse,
+    fraction_bits,
+    inverse_share,
     num_samples,
     stride,
     BP: tl.constexpr,
     BS: tl.constexpr,
     PAGE: tl.constexpr,
-    WORD: tl.constexpr,
-    LEAST_BITS: tl.constexpr,
+    MASS_MASK: tl.constexpr,
+    MIN_BITS: tl.constexpr,
     STEPS: tl.constexpr,
     ALL: tl.constexpr,
 ):
-    """The row's highest exponent, its pages' least mass, and from which mass a key is sure: `Proposal.sure_mass`."""
+    """Store a row's exponent, the least mass of its pages, and its certain mass: `Proposal.certain_mass`."""
     i_r = tl.program_id(0).to(tl.int64)
-    p_sum, p_top, p_mass = sum_ptr + i_r * pages, top_ptr + i_r * pages, mass_ptr + i_r * pages * PAGE
-    p_list = list_ptr + i_r * BS
-    o_p = tl.arange(0, BP)
-    o_s = tl.arange(0, BS)
-    highest = highest_of(p_top, pages, BP)
-    b_total = tl.zeros([BP], tl.int64)
+    p_mass, p_page = mass_ptr + i_r * pages * PAGE, page_mass_ptr + i_r * pages
+    p_exponent, p_searched = page_exponent_ptr + i_r * pages, searched_ptr + i_r * BS
+    o_p = tl.arange(0, BP)  # [BP]
+    o_s = tl.arange(0, BS)  # [BS]
+    row_exponent = max_exponent(p_exponent, pages, BP)
+    b_total = tl.zeros([BP], tl.int64)  # [BP]
     for i in range(0, pages, BP):
-        m_p = i + o_p < pages
-        b_up, b_down = shifts(tl.load(p_top + i + o_p, mask=m_p, other=float("-inf")), highest, fine)
-        b_w = tl.load(p_sum + i + o_p, mask=m_p, other=0).to(tl.int64)
-        b_total += tl.where(b_down == 0, b_w << b_up, 0)
-    least = tl.maximum((tl.sum(b_total, axis=0).to(tl.float64) / inverse).to(tl.int64), 1)
-    tl.store(highest_ptr + i_r, highest)
-    tl.store(least_ptr + i_r, least)
+        m_p = i + o_p < pages  # [BP]
+        b_exponent = tl.load(p_exponent + i + o_p, mask=m_p, other=float("-inf"))  # [BP]
+        b_up, b_down = unit_shifts(b_exponent, row_exponent, fraction_bits)  # [BP]
+        b_mass = tl.load(p_page + i + o_p, mask=m_p, other=0).to(tl.int64)  # [BP]
+        b_total += tl.where(b_down == 0, b_mass << b_up, 0)
+    page_floor = tl.maximum((tl.sum(b_total, axis=0).to(tl.float64) / inverse_share).to(tl.int64), 1)
+    tl.store(row_exponent_ptr + i_r, row_exponent)
+    tl.store(page_floor_ptr + i_r, page_floor)
 
-    # The least exponent of at most BS pages.
+    # The least exponent such that at most BS pages have it or a larger one.
     below = -1
     bit = 64
     for _ in range(7):
-        b_few = tl.zeros([BP], tl.int32)
+        b_few = tl.zeros([BP], tl.int32)  # [BP]
         for i in range(0, pages, BP):
-            b_top = tl.load(p_top + i + o_p, mask=i + o_p < pages, other=float("-inf"))
-            b_few += (b_top >= highest - (below + bit)).to(tl.int32)
+            b_exponent = tl.load(p_exponent + i + o_p, mask=i + o_p < pages, other=float("-inf"))  # [BP]
+            b_few += (b_exponent >= row_exponent - (below + bit)).to(tl.int32)
         below = tl.where(tl.sum(b_few, axis=0) <= BS, below + bit, below)
         bit = bit // 2
-    first = highest - below
+    searched_exponent = row_exponent - below
 
-    # Those pages, the mass of all, that of all but those, and that of a sample of the latter.
-    tl.store(p_list + o_s, tl.zeros([BS], tl.int32) - 1)
+    # Those pages; the mass of all pages, of all others, and of the others that are sampled.
+    tl.store(p_searched + o_s, tl.zeros([BS], tl.int32) - 1)
     tl.debug_barrier()
-    found = tl.zeros([], tl.int32)
-    b_whole, b_rest, b_seen = (tl.zeros([BP], tl.int64), tl.zeros([BP], tl.int64), tl.zeros([BP], tl.int64))
+    count = tl.zeros([], tl.int32)
+    b_whole, b_rest, b_sampled = (
+        tl.zeros([BP], tl.int64),
+        tl.zeros([BP], tl.int64),
+        tl.zeros([BP], tl.int64),
+    )
     for i in range(0, pages, BP):
-        m_p = i + o_p < pages
-        b_top = tl.load(p_top + i + o_p, mask=m_p, other=float("-inf"))
-        b_sum = tl.load(p_sum + i + o_p, mask=m_p, other=1)
-        b_up, b_besides = raised(b_sum, b_top, highest, fine, least, False)
-        b_keys = tl.minimum(tl.maximum(n - (i + o_p) * PAGE, 0), PAGE)
-        b_w = tl.where(m_p, (b_sum + b_keys * b_besides).to(tl.int64) << b_up, 0)
-        m_searched = m_p & (b_top >= first)
-        b_whole += b_w
-        b_rest += tl.where(m_searched, 0, b_w)
-        b_seen += tl.where(m_searched | ((i + o_p) % stride != 0), 0, b_w)
-        b_one = m_searched.to(tl.int32)
-        tl.store(p_list + found + tl.cumsum(b_one, axis=0) - b_one, i + o_p, mask=m_searched)
-        found += tl.sum(b_one, axis=0)
+        m_p = i + o_p < pages  # [BP]
+        b_exponent = tl.load(p_exponent + i + o_p, mask=m_p, other=float("-inf"))  # [BP]
+        b_mass = tl.load(p_page + i + o_p, mask=m_p, other=1)  # [BP]
+        b_up, b_extra = raise_pages(
+            b_mass, b_exponent, row_exponent, fraction_bits, page_floor, False
+        )  # [BP]
+        b_keys = tl.minimum(tl.maximum(n - (i + o_p) * PAGE, 0), PAGE)  # [BP]
+        b_raised = tl.where(m_p, (b_mass + b_keys * b_extra).to(tl.int64) << b_up, 0)  # [BP]
+        m_searched = m_p & (b_exponent >= searched_exponent)  # [BP]
+        b_whole += b_raised
+        b_rest += tl.where(m_searched, 0, b_raised)
+        b_sampled += tl.where(m_searched | ((i + o_p) % stride != 0), 0, b_raised)
+        b_one = m_searched.to(tl.int32)  # [BP]
+        tl.store(p_searched + count + tl.cumsum(b_one, axis=0) - b_one, i + o_p, mask=m_searched)
+        count += tl.sum(b_one, axis=0)
     tl.debug_barrier()
-    total, rest, seen = tl.sum(b_whole, axis=0), tl.sum(b_rest, axis=0), tl.sum(b_seen, axis=0)
-    ratio = tl.where(seen > 0, rest.to(tl.float64) / tl.maximum(seen, 1).to(tl.float64), 0.0)
-    b_page = tl.load(p_list + o_s)
-    b_own = masses_of(p_mass, p_sum, p_top, b_page, b_page >= 0, highest, least, fine, n, PAGE, WORD)
-    b_page = o_s * stride
-    m_page = (b_page < pages) & (tl.load(p_top + b_page, mask=b_page < pages, other=float("inf")) < first)
-    b_other = masses_of(p_mass, p_sum, p_top, b_page, m_page, highest, least, fine, n, PAGE, WORD)
+    total, rest, sampled = tl.sum(b_whole, axis=0), tl.sum(b_rest, axis=0), tl.sum(b_sampled, axis=0)
+    ratio = tl.where(sampled > 0, rest.to(tl.float64) / tl.maximum(sampled, 1).to(tl.float64), 0.0)
+    b_page = tl.load(p_searched + o_s)  # [BS]
+    b_own = load_raised_masses(
+        p_mass,
+        p_page,
+        p_exponent,
+        b_page,
+        b_page >= 0,
+        row_exponent,
+        page_floor,
+        fraction_bits,
+        n,
+        PAGE,
+        MASS_MASK,
+    )  # [BS, PAGE]
+    b_page = o_s * stride  # [BS]
+    m_page = b_page < pages  # [BS]
+    m_page = m_page & (tl.load(p_exponent + b_page, mask=m_page, other=float("inf")) < searched_exponent)
+    b_other = load_raised_masses(
+        p_mass,
+        p_page,
+        p_exponent,
+        b_page,
+        m_page,
+        row_exponent,
+        page_floor,
+        fraction_bits,
+        n,
+        PAGE,
+        MASS_MASK,
+    )  # [BS, PAGE]
 
-    sure = tl.ceil(total.to(tl.float64) / num_samples).to(tl.int64)
+    certain = tl.ceil(total.to(tl.float64) / num_samples).to(tl.int64)
     some = tl.zeros([], tl.int32)
     for _ in range(STEPS):
-        m_sure, m_some = b_own >= sure, b_other >= sure
-        some = total_of(m_some.to(tl.int32))
-        left = num_samples - total_of(m_sure.to(tl.int32)).to(tl.float64) - some.to(tl.float64) * ratio
-        light = total.to(tl.float64) - total_of(tl.where(m_sure, b_own, 0)).to(tl.float64)
-        light -= total_of(tl.where(m_some, b_other, 0)).to(tl.float64) * ratio
-        closer = tl.minimum(sure, tl.ceil(light / tl.maximum(left, 0.5)).to(tl.int64))
-        sure = tl.maximum(tl.where(left > 0.5, closer, sure), 1)
-    sure = tl.where(some > 0, sure + (sure >> 4), sure)
-    coarsest = tl.maximum(exponent(least) - LEAST_BITS + 1, fine)
-    sure = ((sure + (sure * 0 + 1 << coarsest) - 1) >> coarsest) << coarsest
+        m_own, m_other = b_own >= certain, b_other >= certain  # [BS, PAGE] each
+        some = sum_all(m_other.to(tl.int32))
+        left = num_samples - sum_all(m_own.to(tl.int32)).to(tl.float64) - some.to(tl.float64) * ratio
+        light = total.to(tl.float64) - sum_all(tl.where(m_own, b_own, 0)).to(tl.float64)
+        light -= sum_all(tl.where(m_other, b_other, 0)).to(tl.float64) * ratio
+        closer = tl.minimum(certain, tl.ceil(light / tl.maximum(left, 0.5)).to(tl.int64))
+        certain = tl.maximum(tl.where(left > 0.5, closer, certain), 1)
+    certain = tl.where(some > 0, certain + (certain >> 4), certain)
+    max_up = tl.maximum(binary_exponent(page_floor) - MIN_BITS + 1, fraction_bits)
+    certain = ((certain + (certain * 0 + 1 << max_up) - 1) >> max_up) << max_up
     if ALL:
-        sure = sure * 0 + 1
-    tl.store(sure_ptr + i_r, sure)
+        certain = certain * 0 + 1
+    tl.store(certain_mass_ptr + i_r, certain)
 
 
 @tuned(
@@ -368,61 +402,68 @@ def plan_kernel(
 @triton.jit
 def cap_kernel(
     mass_ptr,
-    part_ptr,  # of pages in which a key may be above its cap: of what keys have after it
-    sum_ptr,
-    top_ptr,
-    start_ptr,  # (N M, pages), int64: the pages' masses
-    highest_ptr,
-    least_ptr,
-    sure_ptr,
+    subpage_mass_ptr,  # replaced in pages where a key may be above the cap
+    page_mass_ptr,
+    page_exponent_ptr,
+    page_start_ptr,  # (N M, T), int64: the capped masses of the pages
+    row_exponent_ptr,
+    page_floor_ptr,
+    certain_mass_ptr,
     n,
     pages,
-    fine,
+    fraction_bits,
     SIZE: tl.constexpr,
     PAGE: tl.constexpr,
     UNITS: tl.constexpr,
-    WORD: tl.constexpr,
+    MASS_MASK: tl.constexpr,
     ALL: tl.constexpr,
     BP: tl.constexpr,
 ):
-    """The masses of BP pages, no key's above the one from which it is sure."""
+    """Store the masses of BP pages, in which no key counts for more than the certain mass."""
     i_r = tl.program_id(0).to(tl.int64)
-    o_p = tl.program_id(1) * BP + tl.arange(0, BP)
-    m_p = o_p < pages
-    b_sum = tl.load(sum_ptr + i_r * pages + o_p, mask=m_p, other=1)
-    b_top = tl.load(top_ptr + i_r * pages + o_p, mask=m_p, other=float("-inf"))
-    b_up, b_besides = raised(b_sum, b_top, tl.load(highest_ptr + i_r), fine, tl.load(least_ptr + i_r), ALL)
-    b_cap = capped(tl.load(sure_ptr + i_r), b_up)
-    b_keys = tl.minimum(tl.maximum(n - o_p * PAGE, 0), PAGE)
-    b_all = b_sum + b_keys * b_besides  # [BP]
+    o_p = tl.program_id(1) * BP + tl.arange(0, BP)  # [BP]
+    m_p = o_p < pages  # [BP]
+    b_mass = tl.load(page_mass_ptr + i_r * pages + o_p, mask=m_p, other=1)  # [BP]
+    b_exponent = tl.load(page_exponent_ptr + i_r * pages + o_p, mask=m_p, other=float("-inf"))  # [BP]
+    row_exponent, page_floor = tl.load(row_exponent_ptr + i_r), tl.load(page_floor_ptr + i_r)
+    b_up, b_extra = raise_pages(b_mass, b_exponent, row_exponent, fraction_bits, page_floor, ALL)  # [BP]
+    b_cap = key_cap(tl.load(certain_mass_ptr + i_r), b_up)  # [BP]
+    b_keys = tl.minimum(tl.maximum(n - o_p * PAGE, 0), PAGE)  # [BP]
+    b_raised = b_mass + b_keys * b_extra  # [BP]
 
     # Only a page whose largest mass may be above the cap is read.
-    m_heavy = m_p & (b_besides + UNITS > b_cap)
-    o_key = o_p[:, None] * PAGE + tl.arange(0, PAGE)[None, :]
-    m_key = m_heavy[:, None] & (o_key < n)
-    b_mass = tl.load(mass_ptr + i_r * pages * PAGE + o_key, mask=m_key, other=0).to(tl.int32) & WORD
-    b_mass = tl.where(m_key, tl.minimum(b_mass + b_besides[:, None], b_cap[:, None]), 0)
-    b_part = tl.sum(tl.reshape(b_mass, [BP, GROUPS, KEYS]), axis=2)  # [BP, GROUPS]
-    o_part = (i_r * pages + o_p)[:, None] * GROUPS + tl.arange(0, GROUPS)[None, :]
-    tl.store(part_ptr + o_part, b_part, mask=m_heavy[:, None])
-    b_all = tl.where(m_heavy, tl.sum(b_part, axis=1), b_all)
-    tl.store(start_ptr + i_r * pages + o_p, b_all.to(tl.int64) << b_up, mask=m_p)
+    m_heavy = m_p & (b_extra + UNITS > b_cap)  # [BP]
+    o_key = o_p[:, None] * PAGE + tl.arange(0, PAGE)[None, :]  # [BP, PAGE]
+    m_key = m_heavy[:, None] & (o_key < n)  # [BP, PAGE]
+    p = mass_ptr + i_r * pages * PAGE + o_key  # [BP, PAGE]
+    b_own = tl.load(p, mask=m_key, other=0).to(tl.int32) & MASS_MASK  # [BP, PAGE]
+    b_own = tl.where(m_key, tl.minimum(b_own + b_extra[:, None], b_cap[:, None]), 0)  # [BP, PAGE]
+    b_sub = tl.sum(tl.reshape(b_own, [BP, SUBPAGES, KEYS]), axis=2)  # [BP, SUBPAGES]
+    o_sub = (i_r * pages + o_p)[:, None] * SUBPAGES + tl.arange(0, SUBPAGES)[None, :]  # [BP, SUBPAGES]
+    tl.store(subpage_mass_ptr + o_sub, b_sub, mask=m_heavy[:, None])
+    b_raised = tl.where(m_heavy, tl.sum(b_sub, axis=1), b_raised)
+    tl.store(page_start_ptr + i_r * pages + o_p, b_raised.to(tl.int64) << b_up, mask=m_p)
 
 
 @triton.jit
-def capped(sure, b_up):
-    """The largest mass of a key in the units of its page, int32; none is as large as 2^30 before."""
-    return tl.minimum(sure >> b_up, 0x3FFFFFFF).to(tl.int32)
+def key_cap(certain_mass, b_up):
+    """The certain mass in the units of pages, int32; 2^30 at most, which no key's mass reaches."""
+    return tl.minimum(certain_mass >> b_up, 0x3FFFFFFF).to(tl.int32)
 
 
 @triton.jit
 def step_kernel(
-    start_ptr,  # (N M, pages), int64: the pages' masses, then that of all before
-    total_ptr,  # (N M,), int64
-    sure_ptr,
-    step_ptr,  # (N M,), int64: how far apart the points lie
-    page_ptr,  # (N M, R, S), int32
-    seed_ptr,
+    page_start_ptr,  # (N M, T), int64: the masses of the pages, replaced by the mass of all pages before
+    row_mass_ptr,  # (N M,), int64
+    certain_mass_ptr,
+    step_ptr,  # (N M,), int64: the distance of the points
+    point_page_ptr,  # (N M, R, S), int32
+    stream_key_ptr,
+    head_group_ptr,
+    position_ptr,  # (L,) or (N, L), int64
+    position_stride,
+    purpose,
+    first_replicate,
     rows,
     length,
     pages,
@@ -430,39 +471,45 @@ def step_kernel(
     replicates,
     BP: tl.constexpr,
 ):
-    """Where pages start, how far apart points lie, and in which page each lies."""
+    """Store where pages start, how far apart points are, and in which page each lies."""
     i_r = tl.program_id(0).to(tl.int64)
-    o_p = tl.arange(0, BP)
-    seed = tl.load(seed_ptr)
-    p_start, p_page = start_ptr + i_r * pages, page_ptr + i_r * replicates * num_samples
+    i_n = i_r // rows
+    o_p = tl.arange(0, BP)  # [BP]
+    stream_key, head_group = tl.load(stream_key_ptr + i_n), tl.load(head_group_ptr + i_n)
+    position = tl.load(position_ptr + i_n * position_stride + (i_r % rows) % length)
+    p_start, p_page = page_start_ptr + i_r * pages, point_page_ptr + i_r * replicates * num_samples
     carry = tl.zeros([], tl.int64)
     for i in range(0, pages, BP):
-        m_p = i + o_p < pages
-        carry = sum_up(p_start, tl.load(p_start + i + o_p, mask=m_p, other=0), carry, i + o_p, m_p)
-    step = tl.maximum(tl.load(sure_ptr + i_r), (carry + num_samples - 1) // num_samples)
-    tl.store(total_ptr + i_r, carry)
+        m_p = i + o_p < pages  # [BP]
+        b_mass = tl.load(p_start + i + o_p, mask=m_p, other=0)  # [BP]
+        carry = store_starts(p_start, b_mass, carry, i + o_p, m_p)
+    step = tl.maximum(tl.load(certain_mass_ptr + i_r), (carry + num_samples - 1) // num_samples)
+    tl.store(row_mass_ptr + i_r, carry)
     tl.store(step_ptr + i_r, step)
-    clear(p_page, replicates * num_samples, BP)
+    store_zeros(p_page, replicates * num_samples, BP)
     tl.debug_barrier()
     for i_replicate in range(replicates):
-        b_offset = offset_of(step, seed, i_replicate, (i_r % rows) % length, i_r // rows)
+        b_u = comb_offset(stream_key, head_group, position, first_replicate + i_replicate, purpose)  # [1]
+        b_first_point = first_point(step, b_u)  # [1]
         for i in range(0, pages, BP):
-            m_p = (i + o_p < pages) & (i + o_p > 0)
-            b_start = tl.load(p_start + i + o_p, mask=m_p, other=0)
-            b_first = multiples_before(b_start - b_offset, step, num_samples)
-            p = p_page + i_replicate * num_samples + b_first
+            m_p = (i + o_p < pages) & (i + o_p > 0)  # [BP]
+            b_start = tl.load(p_start + i + o_p, mask=m_p, other=0)  # [BP]
+            b_first = multiples_before(b_start - b_first_point, step, num_samples)  # [BP]
+            p = p_page + i_replicate * num_samples + b_first  # [BP]
             tl.atomic_add(p, 1, mask=m_p & (b_first < num_samples), sem="relaxed")
     tl.debug_barrier()
     for i_replicate in range(replicates):
-        count_up(p_page + i_replicate * num_samples, num_samples, BP)
+        accumulate(p_page + i_replicate * num_samples, num_samples, BP)
 
 
 @triton.jit
 def multiples_before(b_x, step, num_samples):
-    """How many of 0, step, 2 step, ... lie before b_x: int32; a division of whole numbers takes ten times as long."""
-    b_near = tl.maximum(
-        (b_x.to(tl.float64) / (b_x * 0 + step).to(tl.float64)).to(tl.int64) - 1, 0
-    )  # within one of it
+    """How many of 0, step, 2 step, … lie before b_x: int32, as b_x.
+
+    A division of whole numbers would take ten times as long.
+    """
+    # Rounding leaves this count within one of the right one.
+    b_near = tl.maximum((b_x.to(tl.float64) / (b_x * 0 + step).to(tl.float64)).to(tl.int64) - 1, 0)
     b_count = b_near
     for i in tl.static_range(3):
         b_count += ((b_near + i) * step < b_x).to(tl.int64)
@@ -470,88 +517,102 @@ def multiples_before(b_x, step, num_samples):
 
 
 @triton.jit
-def offset_of(step, seed, i_replicate, i_l, i_n):
-    """The first point of a comb: int64, [1]."""
-    b_offset = (comb_offset(seed, i_replicate, i_l, i_n) * step.to(tl.float64)).to(tl.int64)
-    return tl.minimum(b_offset, step - 1)
+def first_point(step, b_u):
+    """The first point of a comb with offset u [1]: int64, [1]."""
+    return tl.minimum((b_u * step.to(tl.float64)).to(tl.int64), step - 1)
 
 
 @triton.jit
 def locate_sketch_kernel(
     mass_ptr,
-    part_ptr,
-    sum_ptr,
-    top_ptr,
-    start_ptr,
-    total_ptr,
-    highest_ptr,
-    least_ptr,
-    sure_ptr,
+    subpage_mass_ptr,
+    page_mass_ptr,
+    page_exponent_ptr,
+    page_start_ptr,
+    row_mass_ptr,
+    row_exponent_ptr,
+    page_floor_ptr,
+    certain_mass_ptr,
     step_ptr,
-    page_ptr,
-    seed_ptr,
+    point_page_ptr,
+    stream_key_ptr,
+    head_group_ptr,
+    position_ptr,
+    position_stride,
+    purpose,
+    first_replicate,
     index_ptr,  # (N, M, R, S), int64
-    chance_ptr,  # (N, M, R, S), float32: pi; 0 where a point lies past the last key
+    inclusion_ptr,  # (N, M, R, S), float32: pi; 0 where a point lies past the last key
     rows,
     length,
     n,
     pages,
     num_samples,
     replicates,
-    fine,
+    fraction_bits,
     PAGE: tl.constexpr,
     UNITS: tl.constexpr,
-    WORD: tl.constexpr,
+    MASS_MASK: tl.constexpr,
     ALL: tl.constexpr,
     BS: tl.constexpr,
 ):
-    """The keys at BS points of a row, and with what probability each is drawn."""
+    """Store the keys at BS points of a row, and the probability with which each is drawn."""
     i_r = tl.program_id(0).to(tl.int64)
     i_replicate = tl.program_id(1)
-    step, sure = tl.load(step_ptr + i_r), tl.load(sure_ptr + i_r)
-    b_offset = offset_of(step, tl.load(seed_ptr), i_replicate, (i_r % rows) % length, i_r // rows)
-    b_s = tl.program_id(2) * BS + tl.arange(0, BS)
-    o_s = (i_r * replicates + i_replicate) * num_samples + b_s
-    m_s = b_s < num_samples
-    b_point = b_s.to(tl.int64) * step + b_offset  # [BS]
-    m_found = m_s & (b_point < tl.load(total_ptr + i_r))
-    b_point = tl.where(m_found, b_point, 0)
-    b_page = tl.load(page_ptr + o_s, mask=m_found, other=0)
-    o_page = i_r * pages + b_page
-    b_sum, b_top = tl.load(sum_ptr + o_page), tl.load(top_ptr + o_page)
-    b_up, b_besides = raised(b_sum, b_top, tl.load(highest_ptr + i_r), fine, tl.load(least_ptr + i_r), ALL)
-    b_cap = capped(sure, b_up)
-    b_unit = ((b_point - tl.load(start_ptr + o_page)) >> b_up).to(tl.int32)
+    i_n = i_r // rows
+    step, certain_mass = tl.load(step_ptr + i_r), tl.load(certain_mass_ptr + i_r)
+    position = tl.load(position_ptr + i_n * position_stride + (i_r % rows) % length)
+    b_u = comb_offset(
+        tl.load(stream_key_ptr + i_n),
+        tl.load(head_group_ptr + i_n),
+        position,
+        first_replicate + i_replicate,
+        purpose,
+    )  # [1]
+    b_s = tl.program_id(2) * BS + tl.arange(0, BS)  # [BS]
+    o_s = (i_r * replicates + i_replicate) * num_samples + b_s  # [BS]
+    m_s = b_s < num_samples  # [BS]
+    b_point = b_s.to(tl.int64) * step + first_point(step, b_u)  # [BS]
+    m_drawn = m_s & (b_point < tl.load(row_mass_ptr + i_r))  # [BS]
+    b_point = tl.where(m_drawn, b_point, 0)
+    b_page = tl.load(point_page_ptr + o_s, mask=m_drawn, other=0)  # [BS]
+    o_page = i_r * pages + b_page  # [BS]
+    b_page_mass, b_exponent = tl.load(page_mass_ptr + o_page), tl.load(page_exponent_ptr + o_page)  # [BS]
+    row_exponent, page_floor = tl.load(row_exponent_ptr + i_r), tl.load(page_floor_ptr + i_r)
+    b_up, b_extra = raise_pages(b_page_mass, b_exponent, row_exponent, fraction_bits, page_floor, ALL)  # [BS]
+    b_cap = key_cap(certain_mass, b_up)  # [BS]
+    b_unit = ((b_point - tl.load(page_start_ptr + o_page)) >> b_up).to(tl.int32)  # [BS]
 
-    b_part = tl.load(part_ptr + o_page[:, None] * GROUPS + tl.arange(0, GROUPS)[None, :])  # [BS, GROUPS]
-    o_first = b_page[:, None] * PAGE + tl.arange(0, GROUPS)[None, :] * KEYS
-    b_more = tl.minimum(tl.maximum(n - o_first, 0), KEYS) * b_besides[:, None]
-    b_part += tl.where((b_besides + UNITS > b_cap)[:, None], 0, b_more)  # `cap_kernel` did the others
-    b_group = place_of(tl.cumsum(b_part, axis=1), b_unit)
-    b_unit -= before(b_part, b_group)
-    o_key = b_group[:, None] * KEYS + tl.arange(0, KEYS)[None, :]
-    b_mass = tl.load(mass_ptr + o_page[:, None] * PAGE + o_key).to(tl.int32) & WORD  # [BS, KEYS]
-    b_mass = tl.minimum(b_mass + b_besides[:, None], b_cap[:, None])
+    o_sub = tl.arange(0, SUBPAGES)[None, :]  # [1, SUBPAGES]
+    b_sub = tl.load(subpage_mass_ptr + o_page[:, None] * SUBPAGES + o_sub)  # [BS, SUBPAGES]
+    b_keys = tl.minimum(tl.maximum(n - b_page[:, None] * PAGE - o_sub * KEYS, 0), KEYS)  # [BS, SUBPAGES]
+    # `cap_kernel` has raised the pages in which a key may be above the cap.
+    b_sub += tl.where((b_extra + UNITS > b_cap)[:, None], 0, b_keys * b_extra[:, None])
+    b_place = find_place(tl.cumsum(b_sub, axis=1), b_unit)  # [BS]
+    b_unit -= sum_before(b_sub, b_place)
+    o_key = b_place[:, None] * KEYS + tl.arange(0, KEYS)[None, :]  # [BS, KEYS]
+    b_mass = tl.load(mass_ptr + o_page[:, None] * PAGE + o_key).to(tl.int32) & MASS_MASK  # [BS, KEYS]
+    b_mass = tl.minimum(b_mass + b_extra[:, None], b_cap[:, None])
     b_mass = tl.where(b_page[:, None] * PAGE + o_key < n, b_mass, 0)
-    b_place = place_of(tl.cumsum(b_mass, axis=1), b_unit)
-    b_own = before(b_mass, b_place + 1) - before(b_mass, b_place)
-    b_chance = (b_own.to(tl.int64) << b_up).to(tl.float64) / (b_point * 0 + step).to(tl.float64)
-    tl.store(index_ptr + o_s, b_page.to(tl.int64) * PAGE + b_group * KEYS + b_place, mask=m_s)
-    tl.store(chance_ptr + o_s, tl.where(m_found, b_chance.to(tl.float32), 0.0), mask=m_s)
+    b_key = find_place(tl.cumsum(b_mass, axis=1), b_unit)  # [BS]
+    b_own = sum_before(b_mass, b_key + 1) - sum_before(b_mass, b_key)  # [BS]
+    b_inclusion = (b_own.to(tl.int64) << b_up).to(tl.float64) / (b_point * 0 + step).to(tl.float64)  # [BS]
+    tl.store(index_ptr + o_s, b_page.to(tl.int64) * PAGE + b_place * KEYS + b_key, mask=m_s)
+    tl.store(inclusion_ptr + o_s, tl.where(m_drawn, b_inclusion.to(tl.float32), 0.0), mask=m_s)
 
 
-@tuned(GATHER, ["BD", "BV", "SIZE", "CHUNK"])
+@tuned(GATHER_CONFIGS, ["BD", "BV", "SIZE", "CHUNK"])
 @triton.jit
 def weigh_kernel(
     q_ptr,  # (N, M, E)
     k_ptr,  # (B, Hkv, n, E)
     v_ptr,  # (B, Hkv, n, Ev)
     index_ptr,  # (N, M, R, S), int64
-    chance_ptr,  # (N, M, R, S), float32
+    inclusion_ptr,  # (N, M, R, S), float32
     log_weight_ptr,  # (N, M, R, S), float32
-    scalar_ptr,  # (N, M, R, chunks, 3), float32: largest log weight, sum of weights, sum of a
+    scalar_ptr,  # (N, M, R, chunks, 3), float32: largest log weight, sum of weights w, sum of a = (1 - pi) w^2
     vector_ptr,  # (N, M, R, chunks, 3, Ev), float32: sums of w v, a v and a v^2
-    scale,
+    logit_scale,  # of base-2 logits
     kv_heads,
     rows,
     features,
@@ -573,59 +634,59 @@ def weigh_kernel(
     BS: tl.constexpr,
     FOLD: tl.constexpr,
 ):
-    """Exact logits, weights and values at up to CHUNK draws of a row; a draw past the last key adds nothing."""
+    """Weigh up to CHUNK draws of a row by their exact logits and sum their values; one past the last key adds nothing."""
     i_r = tl.program_id(0).to(tl.int64)
     i_chunk = tl.program_id(2)
     i_n = i_r // rows
-    o_d = tl.arange(0, BD)
-    m_d = o_d < features
-    o_v = tl.arange(0, BV)
-    m_v = o_v < width
+    o_d = tl.arange(0, BD)  # [BD]
+    m_d = o_d < features  # [BD]
+    o_v = tl.arange(0, BV)  # [BV]
+    m_v = o_v < width  # [BV]
     i_b = i_n // kv_heads
     i_h = i_n % kv_heads
-    p_k = k_ptr + i_b * k_stride_b + i_h * k_stride_h + o_d[None, :].to(tl.int64) * k_stride_d
-    p_v = v_ptr + i_b * v_stride_b + i_h * v_stride_h + o_v[None, :].to(tl.int64) * v_stride_d
+    p_k = k_ptr + i_b * k_stride_b + i_h * k_stride_h + o_d[None, :].to(tl.int64) * k_stride_d  # [1, BD]
+    p_v = v_ptr + i_b * v_stride_b + i_h * v_stride_h + o_v[None, :].to(tl.int64) * v_stride_d  # [1, BV]
     i_out = i_r * replicates + tl.program_id(1)
     b_q = tl.load(q_ptr + i_r * features + o_d, mask=m_d, other=0.0).to(tl.float32)  # [BD]
 
     largest = tl.full([], float("-inf"), tl.float32)
-    b_den = tl.zeros([], tl.float32)
-    b_a = tl.zeros([], tl.float32)
-    b_wv = tl.zeros([FOLD, BV], tl.float32)
-    b_av = tl.zeros([FOLD, BV], tl.float32)
-    b_avv = tl.zeros([FOLD, BV], tl.float32)
+    sum_w = tl.zeros([], tl.float32)
+    sum_a = tl.zeros([], tl.float32)
+    b_wv = tl.zeros([FOLD, BV], tl.float32)  # [FOLD, BV]
+    b_av = tl.zeros([FOLD, BV], tl.float32)  # [FOLD, BV]
+    b_avv = tl.zeros([FOLD, BV], tl.float32)  # [FOLD, BV]
     for i in range(0, CHUNK, BS):
-        b_s = i_chunk * CHUNK + i + tl.arange(0, BS)
-        m_s = b_s < num_samples
+        b_s = i_chunk * CHUNK + i + tl.arange(0, BS)  # [BS]
+        m_s = b_s < num_samples  # [BS]
         b_index = tl.load(index_ptr + i_out * num_samples + b_s, mask=m_s, other=0)  # [BS]
-        b_pi = tl.load(chance_ptr + i_out * num_samples + b_s, mask=m_s, other=0.0)
-        m_found = b_pi > 0
-        p = p_k + b_index[:, None] * k_stride_n
-        b_k = tl.load(p, mask=m_found[:, None] & m_d[None, :], other=0.0)  # [BS, BD]
-        p = p_v + b_index[:, None] * v_stride_n
-        b_v = tl.load(p, mask=m_found[:, None] & m_v[None, :], other=0.0)  # [BS, BV]
-        b_l = tl.sum(b_k.to(tl.float32) * b_q[None, :], axis=1) * scale
-        b_lw = tl.where(m_found, b_l - tl.log2(tl.where(m_found, b_pi, 1.0)), float("-inf"))
+        b_pi = tl.load(inclusion_ptr + i_out * num_samples + b_s, mask=m_s, other=0.0)  # [BS]
+        m_drawn = b_pi > 0  # [BS]
+        p = p_k + b_index[:, None] * k_stride_n  # [BS, BD]
+        b_k = tl.load(p, mask=m_drawn[:, None] & m_d[None, :], other=0.0)  # [BS, BD]
+        p = p_v + b_index[:, None] * v_stride_n  # [BS, BV]
+        b_v = tl.load(p, mask=m_drawn[:, None] & m_v[None, :], other=0.0)  # [BS, BV]
+        b_l = tl.sum(b_k.to(tl.float32) * b_q[None, :], axis=1) * logit_scale  # [BS]
+        b_lw = tl.where(m_drawn, b_l - tl.log2(tl.where(m_drawn, b_pi, 1.0)), float("-inf"))  # [BS]
         tl.store(log_weight_ptr + i_out * num_samples + b_s, b_lw, mask=m_s)
 
-        top = tl.maximum(largest, tl.max(b_lw, axis=0))
-        safe = tl.where(top == float("-inf"), 0.0, top)
-        shrink = tl.exp2(largest - safe)
-        largest = top
-        b_w = tl.exp2(b_lw - safe)  # [BS]
-        b_var = (1.0 - b_pi) * b_w * b_w
+        new = tl.maximum(largest, tl.max(b_lw, axis=0))
+        shift = tl.where(new == float("-inf"), 0.0, new)
+        shrink = tl.exp2(largest - shift)
+        largest = new
+        b_w = tl.exp2(b_lw - shift)  # [BS]
+        b_a = (1.0 - b_pi) * b_w * b_w  # [BS]
         b_v = b_v.to(tl.float32)
-        b_x = b_var[:, None] * b_v
-        b_den = b_den * shrink + tl.sum(b_w, axis=0)
-        b_wv = b_wv * shrink + folded(b_w[:, None] * b_v, FOLD)
-        b_a = b_a * shrink * shrink + tl.sum(b_var, axis=0)
-        b_av = b_av * shrink * shrink + folded(b_x, FOLD)
-        b_avv = b_avv * shrink * shrink + folded(b_x * b_v, FOLD)
+        b_x = b_a[:, None] * b_v  # [BS, BV]
+        sum_w = sum_w * shrink + tl.sum(b_w, axis=0)
+        b_wv = b_wv * shrink + fold(b_w[:, None] * b_v, FOLD)
+        sum_a = sum_a * shrink * shrink + tl.sum(b_a, axis=0)
+        b_av = b_av * shrink * shrink + fold(b_x, FOLD)
+        b_avv = b_avv * shrink * shrink + fold(b_x * b_v, FOLD)
     i_part = i_out * tl.num_programs(2) + i_chunk
     tl.store(scalar_ptr + i_part * 3, largest)
-    tl.store(scalar_ptr + i_part * 3 + 1, b_den)
-    tl.store(scalar_ptr + i_part * 3 + 2, b_a)
-    p_vector = vector_ptr + i_part * 3 * width + o_v
+    tl.store(scalar_ptr + i_part * 3 + 1, sum_w)
+    tl.store(scalar_ptr + i_part * 3 + 2, sum_a)
+    p_vector = vector_ptr + i_part * 3 * width + o_v  # [BV]
     tl.store(p_vector, tl.sum(b_wv, axis=0), mask=m_v)
     tl.store(p_vector + width, tl.sum(b_av, axis=0), mask=m_v)
     tl.store(p_vector + 2 * width, tl.sum(b_avv, axis=0), mask=m_v)
@@ -637,37 +698,37 @@ def combine_kernel(
     vector_ptr,  # (N M, R, chunks, 3, Ev)
     output_ptr,  # (N M, Ev)
     std_error_ptr,  # (N M, Ev), float32
-    normaliser_ptr,  # (N M, R), float32
+    log_normaliser_ptr,  # (N M, R), float32
     replicates,
     chunks,
     width,
     BC: tl.constexpr,
     BV: tl.constexpr,
 ):
-    """A row's output and standard error from the parts of its draws."""
+    """Store a row's output and standard error, from the parts of its draws."""
     i_r = tl.program_id(0).to(tl.int64)
-    o_v = tl.arange(0, BV)
-    m_v = o_v < width
-    o_c = tl.arange(0, BC)
-    m_c = o_c < chunks
-    m_cv = m_c[:, None] & m_v[None, :]
-    b_mean = tl.zeros([BV], tl.float32)
-    b_variance = tl.zeros([BV], tl.float32)
+    o_v = tl.arange(0, BV)  # [BV]
+    m_v = o_v < width  # [BV]
+    o_c = tl.arange(0, BC)  # [BC]
+    m_c = o_c < chunks  # [BC]
+    m_cv = m_c[:, None] & m_v[None, :]  # [BC, BV]
+    b_mean = tl.zeros([BV], tl.float32)  # [BV]
+    b_variance = tl.zeros([BV], tl.float32)  # [BV]
     for i in range(replicates):
-        o_part = (i_r * replicates + i) * chunks + o_c
-        b_top = tl.load(scalar_ptr + o_part * 3, mask=m_c, other=float("-inf"))
-        top = tl.max(b_top, axis=0)
-        b_f = tl.exp2(b_top - top)  # [BC]
-        b_den = tl.sum(b_f * tl.load(scalar_ptr + o_part * 3 + 1, mask=m_c, other=0.0), axis=0)
-        b_f2 = b_f * b_f
-        b_a = tl.sum(b_f2 * tl.load(scalar_ptr + o_part * 3 + 2, mask=m_c, other=0.0), axis=0)
-        p = vector_ptr + o_part[:, None] * 3 * width + o_v[None, :]
+        o_part = (i_r * replicates + i) * chunks + o_c  # [BC]
+        b_largest = tl.load(scalar_ptr + o_part * 3, mask=m_c, other=float("-inf"))  # [BC]
+        largest = tl.max(b_largest, axis=0)
+        b_f = tl.exp2(b_largest - largest)  # [BC]
+        sum_w = tl.sum(b_f * tl.load(scalar_ptr + o_part * 3 + 1, mask=m_c, other=0.0), axis=0)
+        b_f2 = b_f * b_f  # [BC]
+        sum_a = tl.sum(b_f2 * tl.load(scalar_ptr + o_part * 3 + 2, mask=m_c, other=0.0), axis=0)
+        p = vector_ptr + o_part[:, None] * 3 * width + o_v[None, :]  # [BC, BV]
         b_wv = tl.sum(b_f[:, None] * tl.load(p, mask=m_cv, other=0.0), axis=0)  # [BV]
-        b_av = tl.sum(b_f2[:, None] * tl.load(p + width, mask=m_cv, other=0.0), axis=0)
-        b_avv = tl.sum(b_f2[:, None] * tl.load(p + 2 * width, mask=m_cv, other=0.0), axis=0)
-        b_o = b_wv / b_den
+        b_av = tl.sum(b_f2[:, None] * tl.load(p + width, mask=m_cv, other=0.0), axis=0)  # [BV]
+        b_avv = tl.sum(b_f2[:, None] * tl.load(p + 2 * width, mask=m_cv, other=0.0), axis=0)  # [BV]
+        b_o = b_wv / sum_w  # [BV]
         b_mean += b_o
-        b_variance += tl.maximum(b_avv - 2 * b_o * b_av + b_o * b_o * b_a, 0.0) / (b_den * b_den)
-        tl.store(normaliser_ptr + i_r * replicates + i, top + tl.log2(b_den))
+        b_variance += tl.maximum(b_avv - 2 * b_o * b_av + b_o * b_o * sum_a, 0.0) / (sum_w * sum_w)
+        tl.store(log_normaliser_ptr + i_r * replicates + i, largest + tl.log2(sum_w))
     tl.store(output_ptr + i_r * width + o_v, b_mean / replicates, mask=m_v)
     tl.store(std_error_ptr + i_r * width + o_v, tl.sqrt(b_variance) / replicates, mask=m_v)

@@ -1,4 +1,4 @@
-"""`gpu_quantum_attention`, what others hand to the kernels, and which path is taken and why."""
+"""`gpu_quantum_attention`, how calls become launches of kernels, and which path is taken and why."""
 
 import warnings
 
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import qtx_lab as qtx
 from qtx_lab.attention import kernel_paths
 from qtx_lab.kernels import choice
-from qtx_lab.kernels.choice import choose, device_trouble
+from qtx_lab.kernels.choice import choose, device_obstacle
 
 BOTH = pytest.mark.parametrize("path", ["triton", "reference"])
 
@@ -19,12 +19,14 @@ def heads(generator, device, group=2, length=1, n=150, dtype=torch.float32):
     return [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
 
 
-def test_the_seed_documents_call_runs(generator, device):
+def test_the_call_of_the_founding_document_runs(generator, device):
     Q, K, V = (torch.randn(2, 4, 32, 16, generator=generator).to(device) for _ in range(3))
     gpu_output = qtx.gpu_quantum_attention(Q, K, V, num_samples=64)
-    assert gpu_output.output.shape == Q.shape
-    assert gpu_output.diagnostics["kernel"]["path"] == ("triton" if device.type == "cuda" else "reference")
-    assert gpu_output.diagnostics["kernel"]["reason"].startswith("the tensors are on")
+    assert isinstance(gpu_output, torch.Tensor)
+    assert gpu_output.shape == Q.shape
+    est = qtx.gpu_quantum_attention(Q, K, V, num_samples=64, return_estimate=True)
+    assert est.info.kernel.path == ("triton" if device.type == "cuda" else "reference")
+    assert est.info.kernel.reason.startswith("the tensors are on")
 
 
 @BOTH
@@ -34,15 +36,21 @@ def test_the_seed_documents_call_runs(generator, device):
 def test_estimates_hold_together(path, length, causal, name, generator, device, monkeypatch):
     monkeypatch.setenv("QTX_LAB_KERNELS", path)
     q, k, v = heads(generator, device, length=length, n=70)
-    options = {"enable_gqa": True, "is_causal": causal, "replicates": 8, "num_samples": 16}
-    est, again = (
+    options = {
+        "enable_gqa": True,
+        "is_causal": causal,
+        "replicates": 8,
+        "num_samples": 16,
+        "return_estimate": True,
+    }
+    est, repeated = (
         qtx.gpu_quantum_attention(q, k, v, generator=torch.Generator().manual_seed(4), **options)
         for _ in range(2)
     )
     exact = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
     assert est.diagnostics["kernel"]["path"] == path
     assert est.diagnostics["kernel"]["name"] == name
-    assert torch.equal(est.output, again.output)
+    assert torch.equal(est.output, repeated.output)
     assert est.std_error.shape == est.output.shape == exact.shape
     low, high = est.confidence_interval(0.999)
     assert ((low - 1e-4 <= exact) & (exact <= high + 1e-4)).float().mean() > 0.98
@@ -58,7 +66,9 @@ def test_rows_that_see_nothing_are_zero_and_nothing_is_nan(path, name, generator
     q, k, v = heads(generator, device, length=3 if name == "decode" else 40, n=10)
     mask = torch.ones(q.shape[-2], 10, dtype=torch.bool, device=device)
     mask[1] = False
-    est = qtx.gpu_quantum_attention(q, k, v, attn_mask=mask, enable_gqa=True, replicates=2)
+    est = qtx.gpu_quantum_attention(
+        q, k, v, attn_mask=mask, enable_gqa=True, replicates=2, return_estimate=True
+    )
     assert bool((est.output[:, :, 1] == 0).all())
     assert bool((est.std_error[:, :, 1] == 0).all())
     assert bool(est.output.isfinite().all())
@@ -72,8 +82,8 @@ def test_gradients_flow_and_are_those_of_the_formulae(path, generator, device, m
     inputs = heads(generator, device, length=20, n=20)
     mine, theirs = ([x.clone().requires_grad_() for x in inputs] for _ in range(2))
     upstream = torch.randn(1, 4, 20, 16, generator=generator).to(device)
-    est = qtx.gpu_quantum_attention(*mine, num_samples=20_000, is_causal=True, enable_gqa=True)
-    (est.output * upstream).sum().backward()
+    output = qtx.gpu_quantum_attention(*mine, num_samples=20_000, is_causal=True, enable_gqa=True)
+    (output * upstream).sum().backward()
     (F.scaled_dot_product_attention(*theirs, is_causal=True, enable_gqa=True) * upstream).sum().backward()
     for a, b in zip(mine, theirs, strict=True):
         assert (a.grad - b.grad).norm() / b.grad.norm() < 5e-3
@@ -84,7 +94,7 @@ def test_empty_batches(path, device, monkeypatch):
     monkeypatch.setenv("QTX_LAB_KERNELS", path)
     for length, lead in ((1, 0), (100, 0), (0, 2)):
         q, k = torch.zeros(lead, length, 8, device=device), torch.zeros(lead, 5, 8, device=device)
-        assert qtx.gpu_quantum_attention(q, k, k).output.shape == q.shape
+        assert qtx.gpu_quantum_attention(q, k, k).shape == q.shape
 
 
 def test_bad_input_is_refused_before_any_work(generator, device):
@@ -109,42 +119,43 @@ def test_what_the_variable_may_be(generator, device, monkeypatch):
         qtx.gpu_quantum_attention(q, k, v, enable_gqa=True)
     monkeypatch.setenv("QTX_LAB_KERNELS", "triton")
     for x, why in ((q.double(), "not torch.float64"), (torch.zeros(1, 300, device=device), "not 300")):
-        with pytest.raises(qtx.BackendUnavailable, match=f"QTX_LAB_KERNELS=triton cannot be had.*{why}"):
+        with pytest.raises(
+            qtx.BackendUnavailable, match=f"QTX_LAB_KERNELS=triton is not possible here.*{why}"
+        ):
             choose([x])
     monkeypatch.setattr(choice.util, "find_spec", lambda name: None)
     with pytest.raises(qtx.BackendUnavailable, match="triton is not installed"):
         choose([q])
 
 
-def test_devices_and_compilers_that_will_not_do():
-    assert "has 7.5" in device_trouble((7, 5), (3, 7, 1), False)
-    assert device_trouble((8, 0), (3, 6, 0), True) is None
+def test_old_devices_and_faulty_compilers_are_refused():
+    assert "has 7.5" in device_obstacle((7, 5), (3, 7, 1), False)
+    assert device_obstacle((8, 0), (3, 6, 0), True) is None
     for version, refused in (((3, 3, 1), False), ((3, 4, 0), True), ((3, 7, 0), True), ((3, 7, 1), False)):
-        assert bool(device_trouble((9, 0), version, True)) == refused
-        assert device_trouble((9, 0), version, False) is None  # no product goes into a product
-    assert "flash-linear-attention issue 640" in device_trouble((9, 0), (3, 6, 0), True)
+        assert bool(device_obstacle((9, 0), version, True)) == refused
+        assert device_obstacle((9, 0), version, False) is None  # no product goes into a product
+    assert "flash-linear-attention issue 640" in device_obstacle((9, 0), (3, 6, 0), True)
 
 
-def test_a_fallback_on_a_gpu_is_told(monkeypatch, generator):
+def test_a_fallback_on_a_gpu_is_in_the_result(monkeypatch, generator):
     """An old GPU: the reference runs, with one warning and the reason in the result."""
     q, k, v = heads(generator, torch.device("cpu"))
-    fell = choice.Choice(
-        "reference", "it needs a GPU of compute capability 8.0 or newer, this one has 7.5", True
-    )
-    monkeypatch.setattr(kernel_paths, "choose", lambda *tensors, **options: fell)
-    est = qtx.gpu_quantum_attention(q, k, v, enable_gqa=True)
-    assert est.diagnostics["fallbacks"] == (f"The plain-torch reference ran, not the kernel: {fell.reason}.",)
-    assert est.diagnostics["kernel"] == {"path": "reference", "reason": fell.reason, "name": "decode"}
+    reason = "it needs a GPU of compute capability 8.0 or newer, this one has 7.5"
+    fallback = choice.Choice("reference", reason, fell_back=True)
+    monkeypatch.setattr(kernel_paths, "choose", lambda *tensors, **options: fallback)
+    est = qtx.gpu_quantum_attention(q, k, v, enable_gqa=True, return_estimate=True)
+    assert est.diagnostics["fallbacks"] == (f"The plain-torch reference ran, not the kernel: {reason}.",)
+    assert est.diagnostics["kernel"] == {"path": "reference", "reason": reason, "name": "decode"}
     monkeypatch.undo()
-    monkeypatch.setattr(choice, "_trouble", lambda tensors, chained: "it is too old")
+    monkeypatch.setattr(choice, "_obstacle", lambda tensors, chained: "it is too old")
     with pytest.warns(qtx.FallbackWarning, match="it is too old"):
         assert choose([torch.empty(1, 1, device="meta")]).fell_back
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        choose([q])  # nothing is lost on the CPU
+        choose([q])  # on the CPU the reference is what one expects
 
 
-def test_out_of_memory_is_named(monkeypatch, generator):
+def test_out_of_memory_is_explained(monkeypatch, generator):
     def full(*args, **options):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
 
@@ -169,16 +180,16 @@ def test_sampled_attention_takes_the_kernel_for_many_causal_or_trained_rows(kern
     """Its draws are then those of `gpu_quantum_attention`, and so are its gradients."""
     q, k, v = heads(generator, device, length=99, n=99)
     options = {"num_samples": 8, "is_causal": True, "enable_gqa": True}
-    found = []
-    for call in (qtx.sampled_attention, qtx.gpu_quantum_attention):
+    results = []
+    for call, more in ((qtx.sampled_attention, {}), (qtx.gpu_quantum_attention, {"return_estimate": True})):
         inputs = [x.clone().requires_grad_() for x in (q, k, v)]
-        est = call(*inputs, generator=torch.Generator().manual_seed(1), **options)
+        est = call(*inputs, generator=torch.Generator().manual_seed(1), **options, **more)
         est.output.square().sum().backward()
         assert est.diagnostics["kernel"]["name"] == "prefill"
         assert est.diagnostics["kernel"]["path"] == "triton"
         assert est.diagnostics["baseline"] == "other pages"
-        found.append([est.output, *(x.grad for x in inputs)])
-    for a, b in zip(*found, strict=True):
+        results.append([est.output, *(x.grad for x in inputs)])
+    for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)
     few = qtx.sampled_attention(q[:, :, :2].requires_grad_(), k, v, num_samples=8, enable_gqa=True)
     assert few.diagnostics["kernel"]["name"] == "prefill"
@@ -204,21 +215,20 @@ def test_a_cache_takes_the_kernel_and_goes_on_growing(proposal, kernels, generat
     assert len(cache) == est.num_keys + 3
 
 
-def test_a_cache_by_the_kernel_tells_rounding_takes_enough_draws_and_is_the_same_from_disk(
+def test_a_cache_by_the_kernel_reports_rounding_needs_16_draws_and_is_the_same_from_disk(
     kernels, generator, device, tmp_path
 ):
     q, k, v = heads(generator, device, n=400)
     cache = qtx.SampledKVCache.build(k, v, rank=8)
     assert cache.attend(q, num_samples=8).diagnostics["kernel"]["reason"] == "it takes 16 draws or more"
-    whole = cache.attend(
-        q, num_samples=400, generator=generator
-    )  # all keys are sure: rounding is what is left
+    # All keys are drawn with certainty, so that only rounding is left.
+    whole = cache.attend(q, num_samples=400, generator=generator)
     assert whole.diagnostics["kernel"]["path"] == "triton"
     assert 0 < float(whole.std_error.max()) < 1e-4
     cache.save(tmp_path / "cache")
-    again = qtx.SampledKVCache.load(tmp_path / "cache")
+    loaded = qtx.SampledKVCache.load(tmp_path / "cache")
     if device.type == "cpu":
-        a, b = (c.attend(q, 32, generator=torch.Generator().manual_seed(1)).output for c in (cache, again))
+        a, b = (c.attend(q, 32, generator=torch.Generator().manual_seed(1)).output for c in (cache, loaded))
         assert torch.equal(a, b)
     with torch.inference_mode():
         cache.attend(q, num_samples=32)
@@ -226,7 +236,7 @@ def test_a_cache_by_the_kernel_tells_rounding_takes_enough_draws_and_is_the_same
     assert cache.attend(q, num_samples=32).num_keys == 401
 
 
-def test_asked_for_the_reference_it_stays_with_torch(generator, device, monkeypatch):
+def test_set_to_the_reference_sampled_attention_stays_with_torch(generator, device, monkeypatch):
     monkeypatch.setenv("QTX_LAB_KERNELS", "reference")
     q, k, v = heads(generator, device)
     est = qtx.sampled_attention(q, k, v, enable_gqa=True, generator=generator)

@@ -1,4 +1,4 @@
-"""The errors of the lab: each says which argument, what was given, what is allowed and what to do."""
+"""The errors of the lab: each names the argument, what was given and what is allowed, and says what to do."""
 
 from __future__ import annotations
 
@@ -7,43 +7,46 @@ from collections.abc import Iterable
 
 
 class QtxError(Exception):
-    """Base of every error that qtx_lab raises on purpose."""
+    """Base class of every error that qtx_lab raises on purpose."""
 
 
 class ArgumentError(QtxError, ValueError):
-    """An argument's value is not allowed: NaN, zero draws, an unknown name."""
+    """The value of an argument is not allowed, as NaN, zero draws or an unknown name."""
 
 
 class ShapeError(ArgumentError):
-    """Tensors whose shapes do not fit each other."""
+    """The shapes of tensors do not fit each other."""
 
 
 class DtypeError(QtxError, TypeError):
-    """A tensor or an argument of a type that cannot be used."""
+    """The type of an argument, or the dtype of a tensor, cannot be used."""
 
 
 class SpecError(ArgumentError):
-    """A spec, or a file or parameter meant to become one, that is not valid."""
+    """A spec is not valid, or a file or a parameter cannot become one."""
 
 
 class TextError(QtxError, OSError):
-    """A text file that cannot be read."""
+    """A text file cannot be read."""
 
 
 class StorageError(QtxError, OSError):
-    """A run folder that cannot be written or read: full disk, no permission, broken file."""
+    """A run folder cannot be written or read: a disk is full, a permission is missing or a file is broken."""
 
 
 class RunFailed(QtxError, RuntimeError):
-    """A notebook stopped with an error; the run folder keeps what was done."""
+    """A notebook stopped with an error; the run folder keeps what was done until then."""
 
 
 class BackendUnavailable(QtxError, RuntimeError):
-    """A device or simulator that cannot run what was asked now: no account, no network, too few qubits, a failed job."""
+    """A device or simulator cannot run something now.
+
+    It may lack an account, the network or enough qubits, or a job may have failed.
+    """
 
 
 class JobTimeout(QtxError, TimeoutError):
-    """A device job that is not done in the time given. It goes on."""
+    """A device job did not end within the time given. The job goes on."""
 
 
 class FallbackWarning(UserWarning):
@@ -51,8 +54,23 @@ class FallbackWarning(UserWarning):
 
 
 def unknown_name(argument: str, given: object, allowed: Iterable[str]) -> ArgumentError:
-    """The error for `argument=given` where only the names `allowed` exist, nearest name first."""
+    """Make the error for an argument that must be one of some names.
+
+    Parameters
+    ----------
+    argument : str
+        Name of the argument.
+    given : object
+        What was given in place of a name.
+    allowed : iterable of str
+        Names that exist. The message suggests the one that is most like `given`.
+
+    Examples
+    --------
+    >>> print(unknown_name("loader", "dinamic", ["tree", "dynamic"]))
+    loader='dinamic' is unknown. Did you mean 'dynamic'? Allowed: tree, dynamic.
+    """
     allowed = list(allowed)
-    near = difflib.get_close_matches(str(given), allowed, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
+    similar = difflib.get_close_matches(str(given), allowed, n=1)
+    hint = f" Did you mean {similar[0]!r}?" if similar else ""
     return ArgumentError(f"{argument}={given!r} is unknown.{hint} Allowed: {', '.join(allowed)}.")

@@ -1,4 +1,4 @@
-"""Where runs are kept, files that are written whole or not at all, tensors, and tables as parquet."""
+"""Where runs are kept; files that are written whole or not at all; tensors; and tables as parquet files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from .errors import ArgumentError, StorageError
 
@@ -20,22 +20,27 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Scalar = str | int | float | bool | None
+"""What a cell of a table holds."""
 
 COLUMN_TYPES = {bool: "BOOLEAN", int: "BIGINT", float: "DOUBLE", str: "VARCHAR"}
+"""DuckDB's type of a column, by the type of its values."""
+
+PANDAS_TYPES = {"BOOLEAN": "boolean", "BIGINT": "Int64", "DOUBLE": "Float64", "VARCHAR": "object"}
+"""pandas' type of a column that may hold missing values, by DuckDB's type."""
 
 
 def runs_home(home: str | Path | None = None) -> Path:
-    """The folder that holds runs: the one given, else `$QTX_LAB_HOME`, else `./runs`."""
+    """Return the folder that holds runs: the one given, or else `$QTX_LAB_HOME`, or else `./runs`."""
     return Path(home or os.environ.get("QTX_LAB_HOME") or "runs")
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file so that readers, and a crash at any moment, see the old content or the new, never a part.
+    """Write a file so that readers see the old content or the new one, even after a crash, and never a part.
 
     Raises
     ------
     StorageError
-        If it cannot be written; the old file, if any, is untouched.
+        If it cannot be written. The old file, if there is one, is untouched.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
     try:
@@ -55,57 +60,86 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable, where the system lets a folder be synced."""
+    """Make the names in a folder durable, if the system can sync folders."""
     if os.name != "posix":
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # as on some network file systems
             raise
     finally:
         os.close(descriptor)
 
 
 def sync_file(path: Path) -> None:
-    """Make a file's content and name durable."""
+    """Make the content and the name of a file durable."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
     sync_folder(path.parent)
 
 
 def storage_error(path: Path, error: OSError) -> StorageError:
-    """The error for a path that could not be written: the cause, and what to do."""
+    """Make the error for a path that could not be written: it says the cause, and what to do."""
     advice = {
         errno.ENOSPC: "free some space, or choose another folder with --home",
         errno.EDQUOT: "your quota is used up: free some space, or choose another folder with --home",
         errno.EFBIG: "the file is larger than this process may write (ulimit -f): raise the limit",
-        errno.ENOENT: "there is no such folder, or no longer",
+        errno.ENOENT: "the folder does not exist",
     }
-    what = advice.get(error.errno or 0, "check that the folder can be written, or choose another with --home")
-    return StorageError(f"Cannot write {path}: {error.strerror or error}; {what}.")
+    default = "check that the folder can be written, or choose another with --home"
+    what_to_do = advice.get(error.errno or 0, default)
+    return StorageError(f"Cannot write {path}: {error.strerror or error}; {what_to_do}.")
 
 
 def json_bytes(content: Mapping[str, Any]) -> bytes:
-    """Readable JSON; NumPy and torch scalars become numbers, and NaN and infinities null."""
-    return (json.dumps(_plain(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    """Encode content as readable JSON: NumPy and torch scalars become numbers, NaN and infinities null.
+
+    Examples
+    --------
+    >>> print(json_bytes({"loss": float("nan"), "steps": 3}).decode(), end="")
+    {
+      "loss": null,
+      "steps": 3
+    }
+    """
+    return (json.dumps(_json_value(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
-def _plain(value: Any) -> Any:
+def _json_value(value: Any) -> Any:
+    """Return the value that JSON holds for a value; what JSON has no type for becomes text."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): _json_value(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if hasattr(value, "item"):
+        return [_json_value(item) for item in value]
+    if isinstance(value, _Item):
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value if value is None or isinstance(value, str | int | float) else str(value)
 
 
+@runtime_checkable
+class _Item(Protocol):
+    """A NumPy or torch scalar, or an array of one number; neither library is imported for this."""
+
+    @property
+    def ndim(self) -> int: ...
+
+    def item(self) -> Any: ...
+
+
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
-    """Write tensors, and texts about them, as safetensors, whole or not at all.
+    """Write tensors as a safetensors file, whole or not at all.
+
+    Parameters
+    ----------
+    path : str or Path
+    tensors : mapping of str to Tensor
+        Tensors by their names, on any device.
+    about : mapping of str to str
+        Texts that the file holds beside them.
 
     Raises
     ------
@@ -122,12 +156,12 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], about: Mappin
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a file that `write_tensors` wrote, on the CPU, and the texts.
+    """Read the tensors, on the CPU, and the texts of a file that `write_tensors` wrote.
 
     Raises
     ------
     ValueError
-        With the cause, if it cannot be read or is no such file.
+        If it cannot be read, or is no safetensors file. The message is the cause.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -140,7 +174,7 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def database() -> duckdb.DuckDBPyConnection:
-    """A private DuckDB in memory: one thread, so that equal rows give equal bytes, and no downloads."""
+    """Open a private DuckDB in memory: no downloads, and one thread, so that equal rows give equal bytes."""
     import duckdb
 
     settings: dict[str, Any] = {"threads": 1, "autoinstall_known_extensions": False}
@@ -148,7 +182,13 @@ def database() -> duckdb.DuckDBPyConnection:
 
 
 def parquet_bytes(connection: duckdb.DuckDBPyConnection, query: str) -> bytes:
-    """The rows of a query as a parquet file."""
+    """Return the rows of a query as the content of a parquet file.
+
+    Raises
+    ------
+    StorageError
+        If the folder for temporary files cannot be written.
+    """
     import duckdb
 
     with tempfile.TemporaryDirectory() as folder:
@@ -157,7 +197,7 @@ def parquet_bytes(connection: duckdb.DuckDBPyConnection, query: str) -> bytes:
             connection.execute(f"COPY ({query}) TO '{_quoted(path)}' (FORMAT parquet, COMPRESSION zstd)")
             return path.read_bytes()
         except duckdb.IOException as error:
-            raise StorageError(f"Cannot write {path}: {error}; free space there, or set TMPDIR.") from error
+            raise StorageError(f"Cannot write {path}: {error}; free some space, or set TMPDIR.") from error
 
 
 def write_frame(path: Path, frame: pd.DataFrame) -> None:
@@ -174,12 +214,12 @@ def write_frame(path: Path, frame: pd.DataFrame) -> None:
 
 
 def read_frame(path: Path) -> pd.DataFrame:
-    """The rows of a parquet file.
+    """Read the rows of a parquet file.
 
     Raises
     ------
     StorageError
-        If it is not a readable parquet file.
+        If it is not a parquet file that can be read.
     """
     import duckdb
 
@@ -191,12 +231,20 @@ def read_frame(path: Path) -> pd.DataFrame:
 
 
 def append_rows(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
-    """Append rows to a parquet file, adding columns as needed; the file is rewritten whole, NaN as null.
+    """Append rows to a parquet file, and add columns as needed; the file is written anew, with NaN as null.
+
+    Parameters
+    ----------
+    path : Path
+        The file; it is made if it does not exist.
+    rows : iterable of mapping of str to scalar
+        Values by the names of their columns. What a row does not name is null.
 
     Raises
     ------
     ArgumentError
-        If a value is no scalar, or a column would mix text, numbers and truth values.
+        If a value is no scalar, if a column would mix text, numbers and truth values, or if two names differ
+        only in upper and lower case.
     StorageError
         If the file cannot be read or written.
     """
@@ -205,7 +253,7 @@ def append_rows(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
     columns = _columns(rows)
     if not columns:
         return
-    _refuse_alike(columns)
+    _check_case(columns)
     with database() as connection:
         types = {name: _column_type(name, values) for name, values in columns.items()}
         _register(connection, columns, types)
@@ -215,26 +263,26 @@ def append_rows(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
                 described = connection.execute(f"DESCRIBE FROM read_parquet('{_quoted(path)}')").fetchall()
             except duckdb.Error as error:
                 raise StorageError(f"Cannot read {path}: {str(error).splitlines()[0]}") from error
-            _refuse_alike([*columns, *(name for name, *_ in described if name not in columns)])
+            _check_case([*columns, *(name for name, *_ in described if name not in columns)])
             for name, old, *_ in described:
-                _refuse_mixture(name, old, types.get(name, old))
+                _check_type(name, old, types.get(name, old))
             query = f"FROM read_parquet('{_quoted(path)}') UNION ALL BY NAME FROM new"
         write_atomic(path, parquet_bytes(connection, query))
 
 
-def _refuse_alike(names: Iterable[str]) -> None:
-    """DuckDB takes names that differ in case only for one."""
+def _check_case(names: Iterable[str]) -> None:
+    """Refuse names that differ only in upper and lower case: to DuckDB they are the same."""
     seen: dict[str, str] = {}
     for name in names:
         other = seen.setdefault(name.lower(), name)
         if other != name:
             raise ArgumentError(
-                f"The metrics {other!r} and {name!r} differ in case only: choose another name."
+                f"The metrics {other!r} and {name!r} differ in case only; rename one of them."
             )
 
 
 def _columns(rows: Iterable[Mapping[str, object]]) -> dict[str, list[Scalar]]:
-    """Rows as columns, None where a row has no such key."""
+    """Return the values of each column, None where a row has none, and refuse what no table can hold."""
     columns: dict[str, list[Scalar]] = {}
     for count, row in enumerate(rows):
         for name, value in row.items():
@@ -242,14 +290,14 @@ def _columns(rows: Iterable[Mapping[str, object]]) -> dict[str, list[Scalar]]:
                 raise ArgumentError(
                     f"{name!r} cannot name a metric: it must be a text of at least one character."
                 )
-            if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:  # NumPy and torch scalars
+            if isinstance(value, _Item) and value.ndim == 0:
                 value = value.item()
             if not isinstance(value, str | int | float | None):
                 raise ArgumentError(
                     f"{name}={value!r} cannot be a metric: it must be a text, a number, True, False or None."
                 )
             if isinstance(value, int) and not -(2**63) <= value < 2**63:
-                raise ArgumentError(f"{name}={value!r} cannot be a metric: whole numbers have 64 bits.")
+                raise ArgumentError(f"{name}={value!r} cannot be a metric: it does not fit into 64 bits.")
             if name not in columns:
                 columns[name] = [None] * count
             columns[name].append(value)
@@ -259,6 +307,7 @@ def _columns(rows: Iterable[Mapping[str, object]]) -> dict[str, list[Scalar]]:
 
 
 def _column_type(name: str, values: list[Scalar]) -> str:
+    """Return DuckDB's type for the values of a column, and refuse values of several kinds."""
     kinds = {type(value) for value in values if value is not None}
     if kinds == {int, float}:
         return "DOUBLE"
@@ -268,20 +317,21 @@ def _column_type(name: str, values: list[Scalar]) -> str:
     return COLUMN_TYPES[kinds.pop()] if kinds else "DOUBLE"
 
 
-def _refuse_mixture(name: str, old: str, new: str) -> None:
-    numbers = {"BIGINT", "DOUBLE"}
-    if old != new and {old, new} != numbers:
-        raise ArgumentError(f"The metric {name!r} held {old} so far, now {new}; one column holds one kind.")
+def _check_type(name: str, old: str, new: str) -> None:
+    """Refuse a column that would change its type, unless both are numbers."""
+    if old != new and {old, new} != {"BIGINT", "DOUBLE"}:
+        raise ArgumentError(
+            f"The metric {name!r} was {old} until now and is {new}; one column holds one kind of value."
+        )
 
 
 def _register(
     connection: duckdb.DuckDBPyConnection, columns: Mapping[str, list[Scalar]], types: Mapping[str, str]
 ) -> None:
-    """The columns as the table `new`."""
+    """Create the table `new` with the columns."""
     import pandas as pd
 
-    pandas_types = {"BOOLEAN": "boolean", "BIGINT": "Int64", "DOUBLE": "Float64", "VARCHAR": "object"}
-    arrays = (pd.array(values, dtype=pandas_types[types[name]]) for name, values in columns.items())
+    arrays = (pd.array(values, dtype=PANDAS_TYPES[types[name]]) for name, values in columns.items())
     frame = pd.DataFrame({str(i): array for i, array in enumerate(arrays)})
     connection.register("given", frame)
     casts = ", ".join(
@@ -291,4 +341,5 @@ def _register(
 
 
 def _quoted(text: object, mark: str = "'") -> str:
+    """Escape a text for SQL, to stand between two quotation marks."""
     return str(text).replace(mark, mark * 2)

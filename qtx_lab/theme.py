@@ -1,6 +1,6 @@
-"""The one visual language: what a colour, a marker and a line mean in every figure of the lab.
+"""The visual language of the lab: what a colour, a marker and a line mean in every figure.
 
-Plain tables, so that matplotlib figures, the widgets and the reports can all be made from them.
+These are plain tables, so that matplotlib figures, widgets and reports can all use them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ COLOURS: dict[str, dict[str, str]] = {
         "baseline": "#9aa1ab",
     },
 }
-"""By theme. `exact` is for exact attention; `baseline` for independent draws of the same number."""
+"""Colours of each theme. `exact` is for exact attention, `baseline` for as many independent draws."""
 
 SAMPLER_COLOURS: dict[str, str] = {
     "stratified": "#56B4E9",
@@ -42,7 +42,10 @@ SAMPLER_COLOURS: dict[str, str] = {
     "head-tail": "#D55E00",
     "learned": "#CC79A7",
 }
-"""Okabe and Ito's set, safe for colour-blind eyes; `exact` and `monte-carlo` have the theme's own."""
+"""Colours of samplers, from the set of Okabe and Ito, which colour-blind readers can tell apart.
+
+`exact` and `monte-carlo` have the theme's own colours.
+"""
 
 SAMPLER_MARKERS: dict[str, str] = {
     "exact": "",
@@ -55,19 +58,39 @@ SAMPLER_MARKERS: dict[str, str] = {
     "head-tail": "X",
     "learned": "*",
 }
-"""matplotlib's names of markers."""
+"""Markers of samplers, by matplotlib's names."""
 
 SEQUENTIAL = "cividis"
-"""Colour map of probabilities and other positive numbers."""
+"""Colour map for probabilities and other positive numbers."""
 
 DIVERGING = "RdBu_r"
-"""Colour map of signed differences, centred on zero."""
+"""Colour map for signed differences, centred on zero."""
 
 
 def sampler_style(sampler: str, theme: str) -> dict[str, Any]:
-    """Line style of a sampler (`color`, `marker`, `linestyle`), as matplotlib's `plot` takes it.
+    """Return the line style of a sampler, as matplotlib's `plot` takes it.
 
-    A sampler that the tables do not know is drawn in the accent colour.
+    Parameters
+    ----------
+    sampler : str
+        Name of the sampler. One that is not in the tables gets the accent colour and a round marker.
+    theme : str
+        "light" or "dark".
+
+    Returns
+    -------
+    dict
+        `color`, `marker` and `linestyle`.
+
+    Raises
+    ------
+    ArgumentError
+        If there is no such theme.
+
+    Examples
+    --------
+    >>> sampler_style("systematic", "light")
+    {'color': '#0072B2', 'marker': 's', 'linestyle': '-'}
     """
     colours = colours_of(theme)
     if sampler == "exact":
@@ -79,7 +102,7 @@ def sampler_style(sampler: str, theme: str) -> dict[str, Any]:
 
 
 def colours_of(theme: str) -> dict[str, str]:
-    """The colours of a theme.
+    """Return the colours of a theme, "light" or "dark".
 
     Raises
     ------
@@ -92,7 +115,13 @@ def colours_of(theme: str) -> dict[str, str]:
 
 
 def matplotlib_style(theme: str) -> dict[str, Any]:
-    """matplotlib's rcParams for a theme, to be used with `matplotlib.rc_context`."""
+    """Return the rcParams of a theme, for `matplotlib.rc_context`.
+
+    Raises
+    ------
+    ArgumentError
+        If there is no such theme.
+    """
     c = colours_of(theme)
     return {
         "figure.facecolor": c["background"],

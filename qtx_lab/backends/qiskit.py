@@ -187,6 +187,7 @@ class QiskitQuantumBackend:
         return self._with(engine=engine)
 
     def _with(self, **parts: Any) -> QiskitQuantumBackend:
+        """A copy with other attributes, and no transpiled circuits."""
         other = copy(self)
         vars(other).update(parts, _circuits={})
         return other
@@ -201,18 +202,19 @@ class QiskitQuantumBackend:
         p : Tensor, (R, n)
             Probabilities. A row of all zeros, where everything is masked, is not run and has no counts.
         shots : int, optional
-            Of each row.
+            Shots of each row; those of the backend where None.
         generator : torch.Generator, optional
-            The only source of a simulator's randomness, and of the classical baseline's.
+            The only source of randomness of a simulator and of the classical baseline.
 
         Returns
         -------
         RowCounts
+            With the classical baseline beside the counts.
 
         Raises
         ------
         ArgumentError, ShapeError, DtypeError
-            Before any work: see `check_rows`; shots below 1.
+            Before any work: if the rows are no probabilities (see `check_rows`), or shots is below 1.
         BackendUnavailable
             If the device cannot be reached, or cannot run the circuit.
         """
@@ -241,7 +243,7 @@ class QiskitQuantumBackend:
         Raises
         ------
         ArgumentError, ShapeError, DtypeError, BackendUnavailable
-            As for `sample_rows`; options that the engine does not have.
+            As for `sample_rows`; also if a simulator is given options.
         """
         request = self.request(p, shots, generator)
         if self.engine.queues and bool(request.running.any()):
@@ -275,8 +277,7 @@ class QiskitQuantumBackend:
             If the device cannot run it.
         """
         size = self.loader.size(n)
-        # The bound method stands for the loader, and keeps it alive; its settings may have been changed
-        # since.
+        # The bound method stands for the loader and keeps it alive, but its settings may have been changed.
         key = (
             self.loader.circuit,
             str(self.loader.__getstate__()),
@@ -333,6 +334,7 @@ class QiskitQuantumBackend:
         return RowRequest(p, self.loader, int(shots), seed)
 
     def _run(self, request: RowRequest) -> RowCounts:
+        """Run a request here, as many rows at a time as fit into memory."""
         if not bool(request.running.any()):
             facts = {"device": self.engine.name, "method": "nothing was run: no row has mass"}
             return replace(request, diagnostics=facts).finish_counts([])

@@ -16,9 +16,10 @@ from qtx_lab.backends import QiskitQuantumBackend
 from qtx_lab.backends.ibm import engine as ibm_engine
 from qtx_lab.backends.ibm.engine import IBMEngine
 from qtx_lab.backends.ibm.jobs import find_jobs
-from qtx_lab.backends.requests import RowRequest
+from qtx_lab.backends.requests import CalibrationRequest, MitigatedRowRequest, RowRequest
 from qtx_lab.circuits import check_rows, make_loader
 from qtx_lab.errors import ArgumentError, BackendUnavailable, JobTimeout, StorageError
+from qtx_lab.mitigation import CircuitMitigation, ZeroNoiseExtrapolation, readout
 
 pytestmark = pytest.mark.hardware
 
@@ -214,6 +215,25 @@ def test_circuits_that_are_not_of_rows_run_too(cloud: Any) -> None:
     assert outcomes.tolist() == [[[2]] * 10] * 2
     with pytest.raises(ArgumentError, match="'circuits', not of rows"):
         find_jobs()[0].counts()
+
+
+def test_jobs_of_a_mitigation_say_what_they_measure(cloud: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readout, "CALIBRATION_SHOTS", 200)
+    backend = QiskitQuantumBackend("ibm", "ibm_lagos", loader="tree", optimization_level=1)
+    mitigation = CircuitMitigation(ZeroNoiseExtrapolation([1, 3]), readout=True)
+    p = torch.cat([rows(4, 2), torch.zeros(1, 4, dtype=torch.float64)])  # the last row is not run
+    assert (mitigation.sample_rows(backend, p, 400).counts >= 0).all()
+    requests = [job.request() for job in find_jobs()]
+    calibrations = [request for request in requests if isinstance(request, CalibrationRequest)]
+    levels = [request for request in requests if isinstance(request, MitigatedRowRequest)]
+    assert len(calibrations) + len(levels) == len(requests) == cloud.posts()
+    assert {request.prepared for request in calibrations} == {(0, 0), (0, 1), (1, 0), (1, 1)}
+    assert sorted(request.noise_level for request in levels) == [1.0, 3.0]
+    assert sum(request.shots for request in levels) == levels[0].rows.shots == 400
+    assert len({request.batch for request in levels}) == 1
+    for request in levels:
+        assert torch.equal(request.rows.p, p[:2])
+        assert request.rows.loader.name == "tree"
 
 
 # --- What is refused before any request -----------------------------------------------------------

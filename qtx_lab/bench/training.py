@@ -14,12 +14,14 @@ from typing import Any
 import torch
 
 from ..models.reference import ReferenceConfig, ReferenceModel
+from ..specs import TrainSpec
 from ..training import QuantumTrainer, open_cluster
 from ..training.cluster import Cluster, find_gpus
 from ..training.data import SequenceOrder, open_tokens, stream_seed
-from ..training.rank import ORDER, leave_group, open_store
-from ..training.recipe import Recipe
-from ..training.trainer import make_model
+from ..training.models import make_model
+from ..training.rank import ORDER
+from ..training.schedules import learning_rate_share
+from ..training.worker import leave_group, open_store
 from .base import BenchRow, Timing, shown, span
 
 MODEL = "reference-untrained"
@@ -75,7 +77,7 @@ def bench_training(quick: bool, copy_bandwidth: float) -> list[BenchRow]:
     del copy_bandwidth
     if find_gpus()[0]:
         return bench_large(quick)
-    recipe = Recipe(steps=15 if quick else 40, **SETTINGS)
+    spec = TrainSpec(model=MODEL, steps=15 if quick else 40, **SETTINGS)
     results: dict[str, list[LoopResult]] = {
         "bare DDP loop": [],
         "trainer, 2 ranks": [],
@@ -83,9 +85,9 @@ def bench_training(quick: bool, copy_bandwidth: float) -> list[BenchRow]:
     }
     with open_cluster("local", num_workers=2) as two, open_cluster("local", num_workers=1) as one:
         for _ in range(2 if quick else 5):
-            results["bare DDP loop"].append(bare_loop(two, recipe))
-            results["trainer, 2 ranks"].append(trainer_loop(two, recipe))
-            results["trainer, 1 rank"].append(trainer_loop(one, recipe))
+            results["bare DDP loop"].append(bare_loop(two, spec))
+            results["trainer, 2 ranks"].append(trainer_loop(two, spec))
+            results["trainer, 1 rank"].append(trainer_loop(one, spec))
     timings = {name: Timing.of([median(x.seconds) for x in results[name]]) for name in results}
     losses = {name: results[name][-1].loss for name in results}
     rows: list[BenchRow] = []
@@ -112,7 +114,7 @@ def bench_training(quick: bool, copy_bandwidth: float) -> list[BenchRow]:
                     check=check,
                     low=timing.low,
                     high=timing.high,
-                    details={"tokens_per_second": recipe.batch_size * recipe.num_tokens / timing.median},
+                    details={"tokens_per_second": spec.batch_size * spec.num_tokens / timing.median},
                 )
             )
     print(
@@ -127,11 +129,11 @@ def bench_training(quick: bool, copy_bandwidth: float) -> list[BenchRow]:
     return rows
 
 
-def trainer_loop(cluster: Cluster, recipe: Recipe) -> LoopResult:
+def trainer_loop(cluster: Cluster, spec: TrainSpec) -> LoopResult:
     """Train by `QuantumTrainer` on a cluster."""
-    trainer = QuantumTrainer(MODEL, distributed=True, cluster=cluster, progress=False, **vars(recipe))
+    trainer = QuantumTrainer(**spec.arguments(), distributed=True, cluster=cluster, progress=False)
     result = trainer.train()
-    tokens = recipe.batch_size * recipe.num_tokens
+    tokens = spec.batch_size * spec.num_tokens
     seconds = [tokens / row["tokens_per_second"] for row in result.metrics[WARM_UP:]]
     return LoopResult(seconds, result.loss)
 
@@ -227,7 +229,7 @@ def describe_device() -> str:
     return f"{p.name}, {memory}, torch {torch.__version__}, CUDA {torch.version.cuda}"
 
 
-def bare_loop(cluster: Cluster, recipe: Recipe) -> LoopResult:
+def bare_loop(cluster: Cluster, spec: TrainSpec) -> LoopResult:
     """Train by DDP as torch's tutorial writes it, one rank a worker, on the batches that the trainer has."""
     from distributed import as_completed
 
@@ -240,7 +242,7 @@ def bare_loop(cluster: Cluster, recipe: Recipe) -> LoopResult:
             rank,
             len(workers),
             port,
-            recipe,
+            spec,
             workers=[worker],
             allow_other_workers=False,
             pure=False,
@@ -253,7 +255,7 @@ def bare_loop(cluster: Cluster, recipe: Recipe) -> LoopResult:
     return LoopResult(ranks[0].seconds, fmean(rank.loss for rank in ranks))
 
 
-def bare_rank(model_name: str, rank: int, world_size: int, port: int, recipe: Recipe) -> LoopResult:
+def bare_rank(model_name: str, rank: int, world_size: int, port: int, spec: TrainSpec) -> LoopResult:
     """One rank of the bare loop."""
     import torch
     import torch.distributed as dist
@@ -264,27 +266,27 @@ def bare_rank(model_name: str, rank: int, world_size: int, port: int, recipe: Re
     store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timeout)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
     try:
-        tokens = open_tokens("reference", recipe.num_tokens)
-        order = SequenceOrder(tokens.training, recipe.num_tokens, stream_seed(recipe.seed, ORDER))
-        module = make_model(model_name, recipe.seed)
+        tokens = open_tokens("reference", spec.num_tokens)
+        order = SequenceOrder(tokens.training, spec.num_tokens, stream_seed(spec.seed, ORDER))
+        module = make_model(model_name, spec.seed)
         model = torch.nn.parallel.DistributedDataParallel(module)
         matrices = [p for p in module.parameters() if p.ndim >= 2]
         others = [p for p in module.parameters() if p.ndim < 2]
         groups: list[dict[str, Any]] = [
-            {"params": matrices, "weight_decay": recipe.weight_decay},
+            {"params": matrices, "weight_decay": spec.weight_decay},
             {"params": others, "weight_decay": 0.0},
         ]
-        optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.95), fused=True)
-        per_rank, seconds, last_loss = recipe.batch_size // world_size, [], 0.0
-        for step in range(recipe.steps):
+        optimizer = torch.optim.AdamW(groups, lr=spec.learning_rate, betas=(0.9, 0.95), fused=True)
+        per_rank, seconds, last_loss = spec.batch_size // world_size, [], 0.0
+        for step in range(spec.steps):
             start = time.perf_counter()
             for group in optimizer.param_groups:
-                group["lr"] = recipe.learning_rate * recipe.rate(step)
-            first = step * recipe.batch_size + rank * per_rank
+                group["lr"] = spec.learning_rate * learning_rate_share(spec, step)
+            first = step * spec.batch_size + rank * per_rank
             batch = order.sequences(range(first, first + per_rank))
             loss = F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(module.parameters(), recipe.clip_norm)
+            torch.nn.utils.clip_grad_norm_(module.parameters(), spec.clip_norm)
             optimizer.step()
             optimizer.zero_grad()
             last_loss = loss.item()

@@ -14,7 +14,6 @@ from .. import theme as look
 from ..errors import ArgumentError, QtxError, RunFailed
 from ..specs import ClusterSpec, TrainSpec
 from ..storage import write_tensors
-from ..training import open_cluster
 from . import provenance
 from .figures import themed_figure
 from .report import write_report
@@ -100,10 +99,13 @@ def _within(run: Run, spec: TrainSpec, cluster: ClusterSpec | None, progress: bo
 
 
 def _train(run: Run, spec: TrainSpec, cluster: ClusterSpec | None, progress: bool) -> None:
+    from ..training import QuantumTrainer, open_cluster
+
     with nullcontext(None) if cluster is None else open_cluster(**cluster.arguments()) as opened:
         if opened is not None:
             run.update(cluster={"chosen": opened.chosen, "dashboard": opened.dashboard_link})
-        trainer = spec.build(
+        trainer = QuantumTrainer(
+            **spec.arguments(),
             distributed=opened is not None,
             cluster=opened,
             folder=run.path / "checkpoints",

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
 import numpy as np
-from pydantic import AfterValidator, BeforeValidator, Field, GetJsonSchemaHandler
+from pydantic import AfterValidator, BeforeValidator, Field, GetJsonSchemaHandler, ValidationInfo
 from pydantic_core import CoreSchema
 from torch import Tensor
 
-from ..controls import CONTROLS, make_control
+from ..controls import CONTROLS
+from ..errors import unknown_name
 from ..samplers import BASELINES, SAMPLERS, make_sampler
 
 MAX_SEED = 2**63 - 1
@@ -89,18 +90,22 @@ class AnyOf:
         return {**handler(core), "enum": list(self.names())}
 
 
-def _sampler_name(value: str) -> str:
+def _sampler_name(value: str, info: ValidationInfo) -> str:
+    names = [*SAMPLERS, *BASELINES]
+    if value not in names and value != "circuit":  # of which make_sampler says what it needs
+        raise unknown_name(info.field_name or "sampler", value, names)
     return make_sampler(value).name
 
 
-def _drawing_name(value: str) -> str:
+def _drawing_name(value: str, info: ValidationInfo) -> str:
     if value == "exact":
         raise ValueError("exact attention is always shown: name a sampler that draws")
-    return _sampler_name(value)
+    return _sampler_name(value, info)
 
 
-def _control_name(value: str) -> str:
-    make_control(value)
+def _control_name(value: str, info: ValidationInfo) -> str:
+    if value not in CONTROLS:
+        raise unknown_name(info.field_name or "control", value, CONTROLS)
     return value
 
 

@@ -2,102 +2,149 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import model_validator
 
 from .base import Spec
 from .fields import MAX_SEED, ControlName, Count, Real, SamplerName, Switch, Whole, field
 
-if TYPE_CHECKING:
-    from ..training import QuantumTrainer
+ModelName = Literal["reference", "reference-untrained", "small", "100m"]
+DrawsSchedule = Literal["constant", "linear", "cosine", "signal-to-noise"]
+NoiseSchedule = Literal["constant", "linear"]
+Precision = Literal["auto", "fp32", "bf16", "fp16", "mixed"]
+Parallel = Literal["ddp", "fsdp"]
 
 
 class TrainSpec(Spec):
-    """How a language model is trained with sampled attention."""
+    """How a language model is trained with sampled attention; `QuantumTrainer` takes these fields as arguments.
 
-    model: Literal["reference", "reference-untrained", "small", "100m"] = field(
+    The schedules are functions of the step, in `qtx_lab.training.schedules`.
+
+    Examples
+    --------
+    >>> TrainSpec(steps=10).arguments()["steps"]
+    10
+    """
+
+    model: ModelName = field(
         "reference",
         "The shipped model, or one of another shape with random weights.",
         "name",
         "model and text",
     )
     text: str = field(
-        "reference", '"reference" for Python\'s manual, or the path of a UTF-8 file or of tokens in a .npy file.',
-        "path", "model and text", min_length=1,
-    )  # fmt: skip
-    num_tokens: Whole = field(256, "Length of a sequence.", "tokens", "model and text", ge=16, le=1_048_576)
-    sampler: SamplerName = field(
-        "systematic", 'Sampler of the attention rows; "exact" trains without sampling.', "name", "attention"
+        "reference",
+        '"reference" for Python\'s manual, or the path of a UTF-8 file or of tokens in a .npy file.',
+        "path",
+        "model and text",
+        min_length=1,
     )
-    num_samples: Whole = field(64, "Draws of each row at the start.", "draws", "attention", ge=1, le=65_536)
+    num_tokens: Whole = field(256, "Length of a sequence.", "tokens", "model and text", ge=1, le=1_048_576)
+    sampler: SamplerName | None = field(
+        None,
+        'Sampler of the attention rows; none: the model\'s own, else systematic; "exact" draws nothing.',
+        "name",
+        "attention",
+    )
+    num_samples: Count | None = field(
+        None, "Draws of each row at the start; none: the model's own number, else 64.", "draws", "attention"
+    )
     control_variate: ControlName | None = field(
-        None, "What corrects the estimate; none: nothing.", "name", "attention"
+        None, "Control variate that corrects the attention; none: no correction.", "name", "attention"
     )
-    draws_schedule: Literal["constant", "linear", "cosine", "signal-to-noise"] = field(
+    draws_schedule: DrawsSchedule = field(
         "constant",
-        "How the draws go to their final number; signal-to-noise: as the gradient asks for it.",
+        "How the draws go to their final number; signal-to-noise: as many as the gradient's noise needs.",
         "name",
         "attention",
     )
     final_num_samples: Count | None = field(
-        None, "Draws of each row at the end, the most of signal-to-noise; none: as at the start.", "draws",
+        None,
+        "Draws of each row at the end; signal-to-noise takes at most these, or 16 times the first where none.",
+        "draws",
         "attention",
-    )  # fmt: skip
+    )
     noise: Real = field(
-        0.0, "Part of each row that is replaced by the uniform distribution, as a noisy device does.",
-        "probability", "attention", ge=0, le=1,
-    )  # fmt: skip
-    noise_schedule: Literal["constant", "linear"] = field(
-        "constant", "Whether the noise stays, or rises from 0.", "name", "attention"
+        0.0,
+        "Part of each row that is replaced by the uniform distribution, as on a noisy device.",
+        "probability",
+        "attention",
+        ge=0,
+        le=1,
+    )
+    noise_schedule: NoiseSchedule = field(
+        "constant", "Whether the noise stays the same, or rises from 0.", "name", "attention"
     )
     steps: Whole = field(200, "Steps of the optimizer.", "steps", "optimizer", ge=1, le=100_000_000)
     batch_size: Whole = field(
-        8, "Sequences of a step, all ranks together.", "sequences", "optimizer", ge=1, le=1_048_576
+        8, "Sequences of a step, over all ranks.", "sequences", "optimizer", ge=1, le=1_048_576
     )
     accumulation: Whole = field(
-        1, "Parts in which a rank's share of a batch is worked off.", "parts", "optimizer", ge=1, le=65_536
+        1,
+        "Parts into which each rank divides its share of a batch, to need less memory.",
+        "parts",
+        "optimizer",
+        ge=1,
+        le=65_536,
     )
-    learning_rate: Real = field(1e-3, "Of AdamW, at its peak.", "a step", "optimizer", gt=0, le=10)
+    learning_rate: Real = field(
+        1e-3, "Learning rate of AdamW at its peak.", "a step", "optimizer", gt=0, le=10
+    )
     warmup_steps: Whole = field(
-        50, "Steps in which the learning rate rises; then it falls as a cosine.", "steps", "optimizer",
-        ge=0, le=100_000_000,
-    )  # fmt: skip
-    weight_decay: Real = field(0.1, "Of AdamW, for matrices.", "a step and rate", "optimizer", ge=0, le=10)
-    clip_norm: Real = field(
-        1.0, "Longer gradients are shortened to this; 0: never.", "norm", "optimizer", ge=0, le=1e6
+        50,
+        "Steps in which the learning rate rises to its peak; then it falls as a cosine.",
+        "steps",
+        "optimizer",
+        ge=0,
+        le=100_000_000,
     )
-    precision: Literal["auto", "fp32", "bf16", "fp16", "mixed"] = field(
-        "auto", "mixed: bf16, fp16 on a GPU without it; auto: mixed on GPUs, fp32 on CPUs.", "name", "speed"
+    weight_decay: Real = field(
+        0.1, "Weight decay of AdamW, for matrices.", "a step and rate", "optimizer", ge=0, le=10
+    )
+    clip_norm: Real = field(
+        1.0, "Longer gradients are shortened to this length; 0: never.", "norm", "optimizer", ge=0, le=1e6
+    )
+    precision: Precision = field(
+        "auto",
+        "mixed: bf16, or fp16 on a GPU without it; auto: mixed on GPUs, fp32 on CPUs.",
+        "name",
+        "speed",
     )
     compile: Switch = field(False, "Compile the model.", "yes or no", "speed")
-    parallel: Literal["ddp", "fsdp"] = field(
-        "ddp", "ddp: every rank holds the model; fsdp: a part of it.", "name", "speed"
+    parallel: Parallel = field(
+        "ddp", "ddp: each rank holds the whole model; fsdp: each holds a part of it.", "name", "speed"
     )
     validate_every: Whole = field(
-        100, "Steps between validations with exact attention; 0: only at the end.", "steps", "record",
-        ge=0, le=100_000_000,
-    )  # fmt: skip
+        100,
+        "Steps between validations on held-out text; 0: only at the end.",
+        "steps",
+        "record",
+        ge=0,
+        le=100_000_000,
+    )
     checkpoint_every: Whole = field(
         100, "Steps between checkpoints; 0: only at the end.", "steps", "record", ge=0, le=100_000_000
     )
     keep_checkpoints: Whole = field(
-        2, "Checkpoints that are kept, the latest.", "checkpoints", "record", ge=1, le=1000
+        2, "How many of the latest checkpoints are kept.", "checkpoints", "record", ge=1, le=1000
     )
     seed: Whole = field(0, "Seed of every random number.", "number", "record", ge=0, le=MAX_SEED)
 
     @model_validator(mode="after")
-    def _fits(self) -> Self:
-        from ..training.recipe import Recipe
-
-        Recipe(**self._recipe())
+    def _check_combinations(self) -> Self:
+        if self.noise and self.sampler == "exact":
+            raise ValueError(
+                f"noise={self.noise:g} is not allowed with sampler='exact': noise changes draws, and exact attention "
+                "draws nothing."
+            )
+        if self.parallel == "fsdp" and self.precision == "fp16":
+            raise ValueError(
+                "precision='fp16' is not allowed with parallel='fsdp', whose ranks would each scale the loss by "
+                "another factor: use bf16, or parallel='ddp'."
+            )
         return self
 
-    def _recipe(self) -> dict[str, Any]:
-        return {name: value for name, value in self if name not in ("model", "text")}
-
-    def build(self, **options: Any) -> QuantumTrainer:
-        """The trainer; options are those arguments of `QuantumTrainer` that no spec has (cluster, folder, ...)."""
-        from ..training import QuantumTrainer
-
-        return QuantumTrainer(self.model, text=self.text, **self._recipe(), **options)
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of `QuantumTrainer` that this spec decides."""
+        return dict(self)

@@ -1,4 +1,4 @@
-"""Training that scales from one process to a cluster."""
+"""Training with sampled attention, from one process to a cluster."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""Checkpoints by torch.distributed.checkpoint: whole or not there at all, the latest few of them.
+"""Checkpoints of a training, by torch.distributed.checkpoint: each whole or not there, and the latest few kept.
 
 A checkpoint is a folder `step-00000100` that appears under this name only when all of it is on disk. It can be
 read by another number of ranks than wrote it.
@@ -24,28 +24,42 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_state_dict, set_state_dict
 
 from ..errors import StorageError
+from ..samplers import Sampler
+from ..specs import TrainSpec
 from ..storage import json_bytes, storage_error, sync_folder, write_atomic
 
 ABOUT = "training.json"
-NEEDED = {"recipe": dict, "text": str, "shards": int, "draws": int, "scaler": dict | None}
-"""What a checkpoint must say of itself."""
-FULL_BYTES = 16 << 20
-"""Free space below which a disk is called full when a write failed for no reason that is told."""
+"""The file in a checkpoint that describes it."""
+ABOUT_TYPES = {"recipe": dict, "text": str, "shards": int, "draws": int, "scaler": dict | None}
+"""What a checkpoint must say about itself; "recipe" is what `resumable_settings` gives."""
+RECORDING = ("compile", "parallel", "validate_every", "checkpoint_every", "keep_checkpoints")
+"""Settings that may differ when a training is resumed: they change no number but for rounding."""
+FULL_DISK_BYTES = 16 << 20
+"""Free space below which a disk counts as full when a write failed without a reason."""
+
+
+def resumable_settings(spec: TrainSpec, sampler: Sampler | None) -> dict[str, Any]:
+    """The settings that decide numbers, as plain JSON types: a training is resumed only under the same ones.
+
+    The model and the text are not among them; a checkpoint has the digest of the text's tokens instead.
+    """
+    settings = spec.model_dump(mode="json", exclude={"model", "text", *RECORDING})
+    return {**settings, "sampler": None if sampler is None else sampler.name}
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
-    """Where the checkpoint after `step` steps is."""
+    """The folder of the checkpoint after `step` steps."""
     return folder / f"step-{step:08d}"
 
 
 def checkpoints(folder: Path) -> list[int]:
-    """Steps after which there is a whole checkpoint, in rising order."""
-    found = (path.parent.name.removeprefix("step-") for path in folder.glob(f"step-*/{ABOUT}"))
-    return sorted(int(step) for step in found if step.isdecimal())
+    """Numbers of the steps after which there is a whole checkpoint, in rising order."""
+    numbers = (path.parent.name.removeprefix("step-") for path in folder.glob(f"step-*/{ABOUT}"))
+    return sorted(int(number) for number in numbers if number.isdecimal())
 
 
 def read_about(folder: Path, step: int) -> dict[str, Any]:
-    """What a checkpoint says of itself.
+    """What a checkpoint says about itself.
 
     Raises
     ------
@@ -55,11 +69,9 @@ def read_about(folder: Path, step: int) -> dict[str, Any]:
     path = checkpoint_path(folder, step) / ABOUT
     try:
         about = json.loads(path.read_bytes())
-        missing = [
-            x for x in NEEDED if not isinstance(about, dict) or not isinstance(about.get(x), NEEDED[x])
-        ]
-        if missing:
-            raise ValueError(f"{ABOUT} does not say its {missing[0]}")
+        for name, kind in ABOUT_TYPES.items():
+            if not isinstance(about, dict) or not isinstance(about.get(name), kind):
+                raise ValueError(f"{ABOUT} does not say its {name}")
         return about
     except (OSError, ValueError) as error:
         raise StorageError(f"The checkpoint {path.parent} cannot be read: {error}.") from error
@@ -67,28 +79,29 @@ def read_about(folder: Path, step: int) -> dict[str, Any]:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Let nobody else train into a folder meanwhile, in this process or another; who is killed holds no lock.
+    """Keep every other training, in this process or another, out of a folder; a killed process holds no lock.
 
     Raises
     ------
     StorageError
-        If somebody does already, or the folder cannot be written.
+        If another training holds the folder, or the folder cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        held = FileLock(folder / "lock", timeout=0, is_singleton=True).acquire()
+        lock = FileLock(folder / "lock", timeout=0, is_singleton=True).acquire()
     except Timeout as error:
         raise StorageError(
-            f"folder={str(folder)!r} is being trained into by somebody else: wait for that training's end, or stop it."
+            f"folder={str(folder)!r} is being trained into by somebody else: wait for the end of that training, "
+            "or stop it."
         ) from error
     except OSError as error:
         raise storage_error(folder, error) from error
-    with held:
+    with lock:
         yield
 
 
 def claim(folder: Path, attempt: str) -> None:
-    """From now on only this attempt's checkpoints count; what others left half written is removed.
+    """Let only this attempt write checkpoints from now on, and remove what others left half written.
 
     Raises
     ------
@@ -115,10 +128,24 @@ def save_checkpoint(
 ) -> None:
     """Write the checkpoint after `step` steps; every rank of the process group calls it.
 
+    Parameters
+    ----------
+    folder : Path
+        Folder of all checkpoints.
+    step : int
+    module, optimizer
+        What is saved; of a sharded module each rank saves its part.
+    about : mapping
+        What the checkpoint says about itself, see `ABOUT_TYPES`.
+    attempt : str
+        Name of this attempt, from `claim`.
+    keep : int
+        How many of the latest checkpoints are kept.
+
     Raises
     ------
     StorageError
-        If it cannot be written: nothing is left of it, and those before are untouched.
+        If it cannot be written: nothing is left of it, and earlier checkpoints are untouched.
     """
     path = checkpoint_path(folder, step)
     hidden = folder / f".{path.name}.{attempt}.tmp"
@@ -131,7 +158,7 @@ def save_checkpoint(
         if (folder / "attempt").read_text() != attempt:
             raise StorageError(f"{folder} was taken over by another attempt at this training.")
         write_atomic(hidden / ABOUT, json_bytes(about))
-        if path.exists():  # of a step that was done again after a fault
+        if path.exists():  # the step was done again after a fault
             shutil.rmtree(path)
         os.rename(hidden, path)
         sync_folder(folder)
@@ -141,9 +168,9 @@ def save_checkpoint(
         if isinstance(error, OSError) and not isinstance(error, StorageError):
             raise storage_error(path, error) from error
         raise
-    # Those of later steps could not be read: else training would not have gone on from one before them.
-    found = checkpoints(folder)
-    for old in set(found) - set([x for x in found if x <= step][-keep:]):
+    # Checkpoints of later steps are broken: otherwise training would have gone on from one of them.
+    steps = checkpoints(folder)
+    for old in set(steps) - set([x for x in steps if x <= step][-keep:]):
         shutil.rmtree(checkpoint_path(folder, old), ignore_errors=True)
 
 
@@ -161,7 +188,7 @@ def load_checkpoint(folder: Path, step: int, module: nn.Module, optimizer: torch
 
 
 def load_weights(folder: Path, step: int, module: nn.Module) -> None:
-    """Read the weights of a checkpoint alone, in one process, into a model that nothing wraps.
+    """Read only the weights of a checkpoint, in one process, into a model without a wrapper.
 
     Raises
     ------
@@ -174,7 +201,7 @@ def load_weights(folder: Path, step: int, module: nn.Module) -> None:
 
 
 def _dcp(function: Any, state: dict[str, Any], path: Path) -> None:
-    """Save or load a state; what a disk refused, on whatever rank, as our error."""
+    """Save or load a state; a StorageError where the disk refused it, on whatever rank."""
     alone = not dist.is_initialized()
     try:
         with warnings.catch_warnings():
@@ -182,13 +209,15 @@ def _dcp(function: Any, state: dict[str, Any], path: Path) -> None:
             function(state, checkpoint_id=path, no_dist=alone)
     except dcp.api.CheckpointException as error:
         if function is dcp.load:
-            causes = "; ".join(repr(cause) for cause, _ in error.failures.values())
-            raise StorageError(f"The checkpoint {path} cannot be read: {causes}") from error
-        refused = [cause for cause, _ in error.failures.values()]
-        # torch's writer hides what the disk said behind an error of its own; from other ranks only that one comes.
-        refused += [hidden.__context__ for hidden in refused if hidden.__context__ is not None]
-        found = [cause for cause in refused if isinstance(cause, OSError)]
-        full = shutil.disk_usage(path.parent).free < FULL_BYTES
+            reasons = "; ".join(repr(cause) for cause, _ in error.failures.values())
+            raise StorageError(f"The checkpoint {path} cannot be read: {reasons}") from error
+        causes = [cause for cause, _ in error.failures.values()]
+        # torch's writer hides what the disk said behind an error of its own; other ranks send only that one.
+        hidden = [cause.__context__ for cause in causes if cause.__context__ is not None]
+        disk_errors = [cause for cause in (*causes, *hidden) if isinstance(cause, OSError)]
+        full = shutil.disk_usage(path.parent).free < FULL_DISK_BYTES
         number = errno.ENOSPC if full else errno.EIO
-        cause = found[-1] if found else OSError(number, f"{os.strerror(number)} ({refused[0]})")
-        raise storage_error(path, cause) from error
+        disk_error = (
+            disk_errors[-1] if disk_errors else OSError(number, f"{os.strerror(number)} ({causes[0]})")
+        )
+        raise storage_error(path, disk_error) from error

@@ -12,13 +12,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..checks import check_count
-from ..errors import ArgumentError, BackendUnavailable, unknown_name
+from ..errors import ArgumentError, BackendUnavailable
+from ..specs import ClusterSpec
 
 if TYPE_CHECKING:
     from distributed import Client
-
-CLUSTERS = ("auto", "local", "cuda", "address")
 
 
 @dataclass(frozen=True)
@@ -30,15 +28,15 @@ class Cluster:
     kind : str
         "local", "cuda" or "address".
     client : distributed.Client
-        What submits: `cluster.client.submit(function, ...)`.
+        Submits work: `cluster.client.submit(function, ...)`.
     chosen : str
-        What was chosen, and why: one sentence.
+        One sentence that says what was chosen, and why.
     dashboard_link : str or None
-        Dask's dashboard, where its scheduler has one.
+        Address of Dask's dashboard, where the scheduler has one.
     num_workers : int
-        Workers that there were when it was opened; `workers` are those that are there now.
+        Number of workers when the cluster was opened; `workers` are those that are there now.
     timeout : float
-        Seconds after which what does not answer is given up.
+        How long to wait for an answer of the scheduler or of a worker, seconds.
     """
 
     kind: str
@@ -50,14 +48,14 @@ class Cluster:
 
     @property
     def workers(self) -> tuple[str, ...]:
-        """Addresses of the workers that are there now, in their order.
+        """Addresses of the workers that are there now, sorted.
 
         Raises
         ------
         OSError
             If the scheduler does not answer.
         """
-        # Not scheduler_info: the client's own look, every two seconds, replaces what it returns by one without workers.
+        # Not client.scheduler_info(): every two seconds the client replaces what that returns by a copy without workers.
         if self.client.scheduler is None:
             raise ConnectionError("the client has lost its scheduler")
         return tuple(sorted(self.client.nthreads()))
@@ -74,34 +72,37 @@ def open_cluster(
     devices: Sequence[int] = (),
     timeout: float = 60.0,
 ) -> Iterator[Cluster]:
-    """A Dask cluster with its workers, closed at the end of the `with` block; one at an address is only left.
+    """Open a Dask cluster with its workers, and close it at the end of the `with` block.
+
+    A cluster at an address goes on without us. The arguments are the fields of `ClusterSpec`, with its bounds:
+    `open_cluster(**spec.arguments())` opens the cluster that a spec describes.
 
     Parameters
     ----------
     kind : str
-        "local": processes on this machine (`distributed.LocalCluster`). "cuda": a worker a GPU of this machine
-        (`dask_cuda.LocalCUDACluster`). "address": a running scheduler, as Dask's own tools start them on Kubernetes,
-        SLURM or in a cloud. "auto": "cuda" where NVML finds GPUs that can be used, else "local"; `Cluster.chosen`
-        says which and why.
+        "local": processes on this machine (`distributed.LocalCluster`). "cuda": one worker for each GPU of this
+        machine (`dask_cuda.LocalCUDACluster`). "address": a running scheduler, as Dask's own tools start them on
+        Kubernetes, SLURM or in a cloud. "auto": "cuda" where NVML finds GPUs that can be used, else "local";
+        `Cluster.chosen` says which and why.
     num_workers : int, optional
-        One a usable core (over `threads_per_worker`) or GPU, or those that the scheduler has, where None.
+        Where None, one for each usable core (over `threads_per_worker`) or GPU, or as many as the scheduler has.
     threads_per_worker : int
         Of a local worker: tasks at a time, and threads of torch in training.
     address : str, optional
-        Of the scheduler, with kind "address".
+        Address of the scheduler, with kind "address" only.
     rmm_pool_bytes : int, optional
-        GPU memory that each worker of "cuda" takes beforehand, bytes.
+        GPU memory that each worker of "cuda" reserves at its start, bytes.
     devices : sequence of int
-        GPUs that "cuda" uses, by number; all where empty.
+        Numbers of the GPUs that "cuda" uses; all of them where empty.
     timeout : float
-        Seconds to wait for the scheduler and for all workers.
+        How long to wait for the scheduler and for all workers, seconds.
 
     Raises
     ------
-    ArgumentError
+    SpecError
         If an argument is not allowed, or belongs to another kind.
     BackendUnavailable
-        If "cuda" finds no GPU, or no scheduler or too few workers answer in time.
+        If "cuda" finds too few GPUs, or no scheduler or too few workers answer in time.
 
     Examples
     --------
@@ -109,42 +110,46 @@ def open_cluster(
     ...     cluster.client.submit(sum, [1, 2]).result(), len(cluster.workers)
     (3, 1)
     """
-    _check(kind, num_workers, threads_per_worker, address, rmm_pool_bytes, devices, timeout)
-    gpus, why = find_gpus(devices) if kind in ("auto", "cuda") else (0, "")
-    if kind == "cuda" and (not gpus or (num_workers or 0) > gpus):
-        there = f"there are {gpus}: one worker a GPU" if gpus else f"{why}; kind='local' works on any machine"
-        raise BackendUnavailable(f"kind='cuda' with num_workers={num_workers} cannot be opened: {there}.")
-    if kind == "auto":
-        kind = "cuda" if gpus else "local"
-        reason = f"auto took {kind!r}: {f'NVML finds {gpus} GPU(s)' if gpus else why}"
-    else:
-        reason = f"{kind!r} was asked for"
-    with ExitStack() as stack:
-        client = _connect(
-            stack, kind, num_workers or gpus, threads_per_worker, address, rmm_pool_bytes, devices, timeout
+    spec = ClusterSpec(
+        kind=kind,
+        num_workers=num_workers,
+        threads_per_worker=threads_per_worker,
+        address=address,
+        rmm_pool_bytes=rmm_pool_bytes,
+        devices=devices,
+        timeout=timeout,
+    )
+    gpus, why_none = find_gpus(spec.devices) if spec.kind in ("auto", "cuda") else (0, "")
+    opened, reason = spec.kind, f"{spec.kind!r} was asked for"
+    if spec.kind == "cuda" and (not gpus or (spec.num_workers or 0) > gpus):
+        limit = (
+            f"there are {gpus}, one worker each" if gpus else f"{why_none}; kind='local' works on any machine"
         )
-        if client.cluster is None and num_workers is not None:
-            try:
-                client.wait_for_workers(num_workers, timeout=timeout)
-            except TimeoutError:
-                found = len(client.nthreads())
-                raise BackendUnavailable(
-                    f"num_workers={num_workers}: the scheduler at {address} has {found} workers after {timeout:g} s."
-                ) from None
+        raise BackendUnavailable(
+            f"kind='cuda' with num_workers={spec.num_workers} cannot be opened: {limit}."
+        )
+    if spec.kind == "auto":
+        opened = "cuda" if gpus else "local"
+        reason = f"auto took {opened!r}: {f'NVML finds {gpus} GPU(s)' if gpus else why_none}"
+    with ExitStack() as stack:
+        if opened == "address":
+            client = _connect(stack, spec)
+        else:
+            client = _start(stack, spec, opened, spec.num_workers or gpus)
         count = len(client.nthreads())
-        chosen = f"{count} worker(s) of {address or 'this machine'}; {reason}."
-        yield Cluster(kind, client, chosen, client.dashboard_link, count, timeout)
+        chosen = f"{count} worker(s) of {spec.address or 'this machine'}; {reason}."
+        yield Cluster(opened, client, chosen, client.dashboard_link, count, spec.timeout)
 
 
 def find_gpus(devices: Sequence[int] = ()) -> tuple[int, str]:
-    """How many GPUs a "cuda" cluster can use here, asked of NVML, and why none where it is 0.
+    """How many GPUs a "cuda" cluster can use on this machine, and why there is none where the number is 0.
 
-    No CUDA context is made: dask-cuda needs to be the first.
+    It asks NVML and makes no CUDA context: dask-cuda has to make the first one.
 
     Raises
     ------
     ArgumentError
-        If one of `devices` is not among them.
+        If one of `devices` is not among the GPUs.
     """
     try:
         import pynvml
@@ -166,94 +171,80 @@ def find_gpus(devices: Sequence[int] = ()) -> tuple[int, str]:
         return 0, f"NVML finds {count} GPU(s), but this torch {torch.__version__} is built without CUDA"
     if importlib.util.find_spec("dask_cuda") is None:
         return 0, f"NVML finds {count} GPU(s), but dask-cuda is not installed (pip install qtx-lab[gpu])"
-    missing = [x for x in devices if x >= count]
-    if missing:
-        raise ArgumentError(f"devices={list(devices)} is not allowed: there are {count} GPUs, from 0.")
+    if any(device >= count for device in devices):
+        raise ArgumentError(
+            f"devices={list(devices)} is not allowed: this machine has {count} GPUs, numbered from 0."
+        )
     return len(devices) or count, ""
 
 
-def _check(
-    kind: str,
-    num_workers: int | None,
-    threads_per_worker: int,
-    address: str | None,
-    rmm_pool_bytes: int | None,
-    devices: Sequence[int],
-    timeout: float,
-) -> None:
-    if kind not in CLUSTERS:
-        raise unknown_name("kind", kind, CLUSTERS)
-    check_count("threads_per_worker", threads_per_worker)
-    if num_workers is not None:
-        check_count("num_workers", num_workers)
-    if not timeout > 0:
-        raise ArgumentError(f"timeout={timeout!r} is not allowed: it must be above 0 seconds.")
-    if (kind == "address") != (address is not None):
-        raise ArgumentError(
-            f"address={address!r} is not allowed with kind={kind!r}: kind 'address', and no other, has one."
-        )
-    if kind in ("local", "address") and (rmm_pool_bytes is not None or devices):
-        raise ArgumentError(f"rmm_pool_bytes and devices are not for kind={kind!r}: only 'cuda' takes them.")
-    if len(set(devices)) < len(devices) or any(x < 0 for x in devices):
-        raise ArgumentError(f"devices={list(devices)} is not allowed: each number from 0, once.")
+def _connect(stack: ExitStack, spec: ClusterSpec) -> Client:
+    """A client of the scheduler at an address, once that has enough workers; the stack closes it."""
+    from distributed import Client
+
+    try:
+        client = Client(spec.address, timeout=spec.timeout)
+    except (OSError, TimeoutError, ValueError) as error:
+        raise BackendUnavailable(
+            f"address={spec.address!r}: no Dask scheduler answers in {spec.timeout:g} s ({error})."
+        ) from error
+    stack.callback(client.close)
+    if spec.num_workers is not None:
+        try:
+            client.wait_for_workers(spec.num_workers, timeout=spec.timeout)
+        except TimeoutError:
+            raise BackendUnavailable(
+                f"num_workers={spec.num_workers}: the scheduler at {spec.address} has {len(client.nthreads())} "
+                f"workers after {spec.timeout:g} s."
+            ) from None
+    return client
 
 
-def _connect(
-    stack: ExitStack,
-    kind: str,
-    num_workers: int,
-    threads_per_worker: int,
-    address: str | None,
-    rmm_pool_bytes: int | None,
-    devices: Sequence[int],
-    timeout: float,
-) -> Client:
-    """The client, and on the stack what closes it."""
+def _start(stack: ExitStack, spec: ClusterSpec, kind: str, num_workers: int) -> Client:
+    """A client of a new cluster on this machine; the stack closes both."""
     import logging
 
     import dask
     from distributed import Client, LocalCluster
     from distributed.gc import disable_gc_diagnosis
 
-    made: dict[str, Any] = {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0"}
-    made["silence_logs"] = logging.CRITICAL  # of a worker that went, whoever needed it tells
-    if kind == "address":
-        try:
-            client = Client(address, timeout=timeout)
-        except (OSError, TimeoutError, ValueError) as error:
-            raise BackendUnavailable(
-                f"address={address!r}: no Dask scheduler answers in {timeout:g} s ({error})."
-            ) from error
-        stack.callback(client.close)
-        return client
+    options: dict[str, Any] = {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0"}
+    options["silence_logs"] = logging.CRITICAL  # of a lost worker, whoever needed it tells the user
     stack.enter_context(_main_is_not_run_again())
     # That long after a worker went, its nanny is closed for good if the worker is not there at that moment: a second
-    # fault would then cost a worker. Nannies start anew what went; none is closed before the cluster is.
+    # fault would then cost a worker. Nannies replace lost workers; none is closed before the cluster is.
     stack.enter_context(dask.config.set({"distributed.deploy.lost-worker-timeout": "365 days"}))
     if kind == "cuda":
         from dask_cuda import LocalCUDACluster
 
-        made |= {"CUDA_VISIBLE_DEVICES": list(devices) or None, "rmm_pool_size": rmm_pool_bytes}
-        made = {key: value for key, value in made.items() if value is not None}
-        cluster = LocalCUDACluster(n_workers=num_workers, **made)
+        if spec.devices:
+            options["CUDA_VISIBLE_DEVICES"] = list(spec.devices)
+        if spec.rmm_pool_bytes is not None:
+            options["rmm_pool_size"] = spec.rmm_pool_bytes
+        cluster = LocalCUDACluster(n_workers=num_workers, **options)
     else:
-        usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        count = num_workers or max(1, usable // threads_per_worker)
+        count = num_workers or max(1, _usable_cores() // spec.threads_per_worker)
         # memory_limit 0: a rank's memory is no cache that Dask could empty, and a pause would look like a hang.
-        cluster = LocalCluster(n_workers=count, threads_per_worker=threads_per_worker, memory_limit=0, **made)
+        cluster = LocalCluster(
+            n_workers=count, threads_per_worker=spec.threads_per_worker, memory_limit=0, **options
+        )
     stack.callback(cluster.close, timeout=60)
-    client = Client(cluster, timeout=timeout)
+    client = Client(cluster, timeout=spec.timeout)
     stack.callback(client.close)
     client.register_worker_callbacks(_leave_ctrl_c_to_the_caller)
-    # A Ctrl-C that comes while garbage is collected would be raised in Dask's callback after it, and lost.
+    # A Ctrl-C that comes during garbage collection would be raised in Dask's callback after it, and lost.
     disable_gc_diagnosis(force=True)
     return client
 
 
-def _leave_ctrl_c_to_the_caller() -> None:
-    """A terminal sends Ctrl-C to the workers too; they end when they are told to.
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
-    A handler that does nothing, and not SIG_IGN, which programs that a worker starts would inherit.
+
+def _leave_ctrl_c_to_the_caller() -> None:
+    """Let a worker ignore Ctrl-C, which a terminal sends to workers too: the caller ends them in order.
+
+    A handler that does nothing, and not SIG_IGN, which the programs that a worker starts would inherit.
     """
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, lambda number, frame: None)
@@ -261,10 +252,10 @@ def _leave_ctrl_c_to_the_caller() -> None:
 
 @contextmanager
 def _main_is_not_run_again() -> Iterator[None]:
-    """Workers, also those that are started later in place of dead ones, do not run the caller's script again.
+    """Keep workers, also those that later replace dead ones, from running the caller's script again.
 
-    Processes that Python spawns import the main script, found by its `__file__`; a script without an
-    `if __name__ == "__main__"` would train in each of them. What workers get from it comes by value (cloudpickle).
+    Processes that Python spawns import the main script, which they find by its `__file__`; a script without an
+    `if __name__ == "__main__"` would train in each of them. Workers get its functions by value (cloudpickle).
     """
     main = sys.modules["__main__"]
     hidden: dict[str, Any] = {n: main.__dict__.pop(n) for n in ("__file__", "__spec__") if n in main.__dict__}

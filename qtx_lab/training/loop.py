@@ -1,4 +1,4 @@
-"""The one loop in which every model of the lab is trained: rate, gradient, clipping, step."""
+"""The loop in which every model of the lab is trained: learning rate, gradient, clipping, step."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ..errors import RunFailed
 
 
 class NotFinite(RunFailed):
-    """A loss or a gradient is NaN or infinite; the parameters are those of the step before."""
+    """A loss or a gradient is NaN or infinite; the parameters are as they were before the step."""
 
 
 def run_steps(
@@ -26,31 +27,32 @@ def run_steps(
     after: Callable[[int, float, float], bool],
     scaler: torch.amp.GradScaler | None = None,
 ) -> None:
-    """Train: for each step set the rates, make the gradient, clip it, and step.
+    """Train: in each step set the learning rates, compute the gradient, clip it, and let the optimizers step.
 
     Parameters
     ----------
     steps : iterable of int
     gradient : callable
-        `gradient(step)` leaves the loss's gradient in the parameters, scaled where there is a scaler, and returns the
-        loss, the same on every rank.
+        `gradient(step)` leaves the loss's gradient in the parameters, scaled where there is a scaler, and returns
+        the loss, the same on every rank.
     parameters : sequence of nn.Parameter
-        What is clipped together.
+        The parameters whose gradients are clipped together.
     optimizers : sequence
-        Each group has its peak rate as `peak_lr`.
+        Each of their groups has its peak learning rate as `peak_lr`.
     rate : callable
-        `rate(step)` is the share of the peak rate.
+        `rate(step)` is the share of the peak learning rate.
     clip_norm : float
-        0: no clipping.
+        Length to which longer gradients are shortened; 0: never.
     after : callable
-        `after(step, loss, norm)`, norm before clipping; True ends the training after this step.
+        `after(step, loss, norm)` is called after each step, with the gradient's length before clipping; True ends
+        the training.
     scaler : torch.amp.GradScaler, optional
-        Steps with infinities are its business: it leaves them out.
+        Scales the loss, and leaves out steps whose gradients are not finite.
 
     Raises
     ------
     NotFinite
-        Before the parameters are touched.
+        If the loss or, without a scaler, the gradient is not finite; before the parameters are changed.
     """
     for step in steps:
         for optimizer in optimizers:
@@ -60,7 +62,7 @@ def run_steps(
         if scaler is not None:
             for optimizer in optimizers:
                 scaler.unscale_(optimizer)
-        norm = _whole(torch.nn.utils.clip_grad_norm_(parameters, clip_norm or math.inf)).item()
+        norm = _full_tensor(torch.nn.utils.clip_grad_norm_(parameters, clip_norm or math.inf)).item()
         if not math.isfinite(loss) or (scaler is None and not math.isfinite(norm)):
             raise NotFinite(f"step {step}: the loss is {loss}, the gradient's length {norm}.")
         for optimizer in optimizers:
@@ -75,25 +77,36 @@ def run_steps(
             return
 
 
-def _whole(x: Tensor) -> Tensor:
-    """A tensor, of whatever ranks hold parts of it."""
-    return x.full_tensor() if hasattr(x, "full_tensor") else x
+def _full_tensor(x: Tensor) -> Tensor:
+    """The tensor on every rank, also where each rank holds a part of it."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def _local_part(x: Tensor) -> Tensor:
+    """The part of a tensor that this rank holds."""
+    return x.to_local() if isinstance(x, DTensor) else x
 
 
 def squared_sums(
     names: Sequence[str], first: Sequence[Tensor], second: Sequence[Tensor]
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Of two gradients, for each layer: (|first - second|^2 / 2, first . second), of the parts that this rank holds.
+    """(|first - second|^2 / 2, first . second) of two gradients by layer, of the parts that this rank holds.
 
-    Where both are of the same batch and of independent draws, the former estimates the sampling variance of one,
-    the latter the squared length of their mean; both without bias.
+    Where both are of the same batch with independent draws, the former estimates the sampling variance of one of
+    them, the latter the squared length of their mean; both without bias.
+
+    Parameters
+    ----------
+    names : sequence of str
+        Name of each parameter; `layer_of` says which layer it belongs to.
+    first, second : sequence of Tensor
+        The gradients of each parameter.
     """
-    found: dict[str, list[Tensor]] = {}
+    sums: dict[str, list[Tensor]] = {}
     for name, g, h in zip(names, first, second, strict=True):
-        g, h = (x.to_local() if hasattr(x, "to_local") else x for x in (g, h))
-        g, h = g.double(), h.double()
-        found.setdefault(layer_of(name), []).append(torch.stack(((g - h).square().sum() / 2, (g * h).sum())))
-    return {layer: tuple(torch.stack(parts).sum(0)) for layer, parts in found.items()}
+        g, h = _local_part(g).double(), _local_part(h).double()
+        sums.setdefault(layer_of(name), []).append(torch.stack(((g - h).square().sum() / 2, (g * h).sum())))
+    return {layer: tuple(torch.stack(parts).sum(0)) for layer, parts in sums.items()}
 
 
 def layer_of(name: str) -> str:

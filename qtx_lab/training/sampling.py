@@ -1,4 +1,4 @@
-"""How a model that is trained attends: by draws whose number, noise and stream the trainer sets, or exactly."""
+"""How a model attends while it is trained: by draws whose number, noise and stream the trainer sets, or exactly."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ from ..errors import ArgumentError
 from ..estimates import Draws
 from ..models.reference import causal_sdpa
 from ..samplers import ExactSampler, Sampler, make_sampler
-from .recipe import Recipe
+
+DEFAULT_NUM_SAMPLES = 64
+"""Draws of a row where neither the spec nor the model's own modules say how many."""
 
 
 class NoisySampler:
     """A sampler on rows as a noisy device has them: p' = (1 - noise) p + noise * uniform over the visible keys.
 
-    That is what depolarising noise does to a row. Draws, and the gradients made of them, are those of p', as they
-    would be from a device that nobody corrects: biased by O(noise).
+    That is what depolarising noise does to a row. Draws, and gradients through them, are those of p', as from a device
+    whose noise nobody corrects: biased by O(noise).
     """
 
     unbiased = False
@@ -35,85 +37,110 @@ class NoisySampler:
         self.joint = getattr(sampler, "joint", False)
 
     def draw(self, logits: Tensor, num_samples: int, **options: Any) -> Draws:
+        """See `Sampler.draw`."""
         visible = logits > -torch.inf
         uniform = visible / visible.sum(-1, keepdim=True).clamp_min(1)
-        p = logits.softmax(-1).nan_to_num(0.0)  # a row without visible keys has none
+        p = logits.softmax(-1).nan_to_num(0.0)  # a row without visible keys has no probabilities
         mixed = ((1 - self.noise) * p + self.noise * uniform).log()
         return self.sampler.draw(mixed, num_samples, **options)
 
 
 class Attention:
-    """What `model(tokens, attention=...)` or a model's attention modules draw with; one object for a whole training.
+    """The attention of a model in training: the `attention=` of its forward, or the settings of its modules.
+
+    One object serves a whole training; `drawing` sets how much is drawn in the forward passes inside it.
 
     Parameters
     ----------
     model : nn.Module
-        Whose forward takes `attention=` (see `qtx_lab.models.reference.AttentionFn`), or that holds
-        `torch.nn.MultiheadAttention` or `QuantumMultiheadAttention` modules; else it attends in its own way.
-        Modules of torch's become the latter, until `undo`.
-    recipe : Recipe
+        A model whose forward takes `attention=` (see `qtx_lab.models.reference.AttentionFn`), or that holds
+        `torch.nn.MultiheadAttention` or `QuantumMultiheadAttention` modules; any other attends in its own way.
+        Modules of torch's become `QuantumMultiheadAttention`, until `undo`.
+    sampler : Sampler, optional
+        Where None: what the model's own `QuantumMultiheadAttention` modules say, "systematic" for other attention.
+    num_samples : int, optional
+        Draws of a row; where None, those of the model's own modules, else `DEFAULT_NUM_SAMPLES`.
+    control_variate : str, optional
+        As for `sampled_attention`.
 
     Attributes
     ----------
     draws : int
-        Draws a row with which training begins; 0 where nothing is drawn.
+        Draws of a row with which training begins; 0 where nothing is drawn.
     how : str
-        One sentence.
+        One sentence that says how the model attends.
 
     Raises
     ------
     ArgumentError
-        If the recipe asks for draws and the model has no attention that could draw.
+        If a sampler that draws is given and the model has no attention that could draw.
     """
 
-    def __init__(self, model: nn.Module, recipe: Recipe):
-        self.takes = "attention" in inspect.signature(model.forward).parameters
-        own = [m for m in model.modules() if isinstance(m, QuantumMultiheadAttention)]
-        torchs = any(type(m) is nn.MultiheadAttention for m in model.modules())
-        self.sampler: Sampler | None = None
+    def __init__(
+        self,
+        model: nn.Module,
+        sampler: Sampler | None = None,
+        num_samples: int | None = None,
+        control_variate: str | None = None,
+    ):
+        self.takes_attention = "attention" in inspect.signature(model.forward).parameters
         self.settings: dict[str, Any] = {}
+        """Arguments of `sampled_attention`, where the model's forward takes `attention=`."""
         self.layers: list[QuantumMultiheadAttention] = []
+        self.layer_settings: list[dict[str, Any]] = []
+        """What each of the layers draws with while it is trained."""
         self._undo: list[Any] = []
-        if recipe.sampler is not None or self.takes or torchs:
-            self.sampler = make_sampler("systematic" if recipe.sampler is None else recipe.sampler)
-        asked = recipe.num_samples
-        if not self.takes and (torchs or own):
-            for module in own:
-                self._undo.append(partial(setattr, module, "settings", module.settings))
-            if torchs:
-                self._undo.append(replace_attention(model, sampler=self.sampler).undo)
-            self.layers = [m for m in model.modules() if isinstance(m, QuantumMultiheadAttention)]
-            if self.sampler is None:  # each as it is; the trainer counts by the first
-                self.kept = [dict(m.settings) for m in self.layers]
-            else:
-                self.kept = [{**m.settings, "sampler": self.sampler} for m in self.layers]
-            asked = self.kept[0]["num_samples"] if asked is None else asked
-            if recipe.control_variate is not None:
-                self.kept = [{**s, "control_variate": recipe.control_variate} for s in self.kept]
-            names = dict.fromkeys(s["sampler"].name for s in self.kept)
-            self.how = f"{len(self.layers)} attention modules draw by {', '.join(names)}"
-            exact = all(type(s["sampler"]) is ExactSampler for s in self.kept)
-        elif self.takes:
-            assert self.sampler is not None
-            self.settings = {"sampler": self.sampler, "control_variate": recipe.control_variate}
-            exact = type(self.sampler) is ExactSampler
-            self.how = "attention is exact" if exact else f"attention draws by {self.sampler.name}"
+        own = [m for m in model.modules() if isinstance(m, QuantumMultiheadAttention)]
+        of_torch = any(type(m) is nn.MultiheadAttention for m in model.modules())
+        if sampler is None and (self.takes_attention or of_torch):
+            sampler = make_sampler("systematic")
+        self.sampler = sampler
+        if self.takes_attention:
+            self.settings = {"sampler": sampler, "control_variate": control_variate}
+            exact = type(sampler) is ExactSampler
+            self.how = (
+                "attention is exact" if sampler is None or exact else f"attention draws by {sampler.name}"
+            )
+        elif own or of_torch:
+            self._replace_settings(model, own, of_torch, control_variate)
+            exact = all(type(settings["sampler"]) is ExactSampler for settings in self.layer_settings)
+            if num_samples is None:  # the first module's number counts for all
+                num_samples = self.layer_settings[0]["num_samples"]
         else:
-            if self.sampler is not None and type(self.sampler) is not ExactSampler:
+            if sampler is not None and type(sampler) is not ExactSampler:
                 raise ArgumentError(
-                    f"sampler={self.sampler.name!r}: a {type(model).__name__} has no attention that could draw: its "
+                    f"sampler={sampler.name!r}: a {type(model).__name__} has no attention that could draw: its "
                     "forward takes no `attention`, and it has no torch.nn.MultiheadAttention. Leave sampler out."
                 )
             exact, self.how = True, "the model attends in its own way"
-        self.draws = 0 if exact else asked or 64
+        self.draws = 0 if exact else num_samples or DEFAULT_NUM_SAMPLES
+
+    def _replace_settings(
+        self,
+        model: nn.Module,
+        own: list[QuantumMultiheadAttention],
+        of_torch: bool,
+        control_variate: str | None,
+    ) -> None:
+        """Note what the model's attention modules draw with, and how to give them back what they had."""
+        for module in own:
+            self._undo.append(partial(setattr, module, "settings", module.settings))
+        if of_torch:
+            self._undo.append(replace_attention(model, sampler=self.sampler).undo)
+        self.layers = [m for m in model.modules() if isinstance(m, QuantumMultiheadAttention)]
+        changes: dict[str, Any] = {} if self.sampler is None else {"sampler": self.sampler}
+        if control_variate is not None:
+            changes["control_variate"] = control_variate
+        self.layer_settings = [{**layer.settings, **changes} for layer in self.layers]
+        names = dict.fromkeys(settings["sampler"].name for settings in self.layer_settings)
+        self.how = f"{len(self.layers)} attention modules draw by {', '.join(names)}"
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if not self.settings.get("num_samples"):
             return causal_sdpa(layer, q, k, v)
-        if torch.is_autocast_enabled(
-            q.device.type
-        ):  # as autocast does for SDPA: rotated q and k are float32 there
-            q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+        device = q.device.type
+        if torch.is_autocast_enabled(device):  # as autocast does for SDPA: rotated q and k are float32 there
+            q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
         return sampled_attention(q, k, v, is_causal=True, enable_gqa=True, **self.settings).output
 
     def undo(self) -> None:
@@ -125,7 +152,7 @@ class Attention:
     def drawing(
         self, draws: int, noise: float = 0.0, generator: torch.Generator | None = None
     ) -> Iterator[None]:
-        """Forward passes inside draw so many keys a row, from this generator; 0 attends exactly."""
+        """Let forward passes inside the block draw so many keys a row from this generator; 0: attend exactly."""
         self._set(draws, noise, generator)
         try:
             yield
@@ -133,22 +160,19 @@ class Attention:
             self._set(0, 0.0, None)
 
     def _set(self, draws: int, noise: float, generator: torch.Generator | None) -> None:
-        if self.takes and self.sampler is not None:
+        if self.takes_attention and self.sampler is not None:
             sampler = NoisySampler(self.sampler, noise) if noise and draws else self.sampler
             self.settings |= {"sampler": sampler, "num_samples": draws, "generator": generator}
-        for layer, kept in zip(self.layers, self.kept if self.layers else (), strict=True):
+        for layer, settings in zip(self.layers, self.layer_settings, strict=True):
             if draws == 0:
-                layer.settings = {
-                    **kept,
-                    "sampler": ExactSampler(),
-                    "num_samples": 1,
-                    "control_variate": None,
-                }
-                continue
-            sampler = NoisySampler(kept["sampler"], noise) if noise else kept["sampler"]
-            layer.settings = {**kept, "sampler": sampler, "num_samples": draws, "generator": generator}
+                exactly = {"sampler": ExactSampler(), "num_samples": 1, "control_variate": None}
+                layer.settings = {**settings, **exactly}
+            else:
+                sampler = NoisySampler(settings["sampler"], noise) if noise else settings["sampler"]
+                drawn = {"sampler": sampler, "num_samples": draws, "generator": generator}
+                layer.settings = {**settings, **drawn}
 
     def forward(self, module: nn.Module, tokens: Tensor) -> Tensor:
-        """Logits (B, T, V) of tokens (B, T), of the model itself or of what wraps it."""
-        output = module(tokens, attention=self) if self.takes else module(tokens)
-        return getattr(output, "logits", output)
+        """Logits (B, T, V) of tokens (B, T), of the model itself or of its wrapper."""
+        output = module(tokens, attention=self) if self.takes_attention else module(tokens)
+        return getattr(output, "logits", output)  # models of transformers return an object

@@ -35,7 +35,7 @@ from qtx_lab.specs import (
     SweepSpec,
     TrainSpec,
 )
-from qtx_lab.training.cluster import CLUSTERS, open_cluster
+from qtx_lab.training.cluster import open_cluster
 
 SOAK = os.environ.get("QTX_LAB_SOAK", "0") not in ("", "0")
 
@@ -234,7 +234,6 @@ def test_choices_are_those_that_can_be_made() -> None:
     assert choices["circuit", "loader"] == list(LOADERS)
     assert set(choices["mitigation", "scaling"]) == {"model", *FOLDINGS}
     assert set(choices["mitigation", "extrapolation"]) == set(METHODS)
-    assert choices["cluster", "kind"] == list(CLUSTERS)
     shots = CircuitSpec.model_json_schema()["properties"]["shots"]
     assert shots["maximum"] == MAX_SHOTS_PER_ROW
 

@@ -1,6 +1,7 @@
 """Clusters: what is opened and why, training over one, and what happens when its workers, or its scheduler, go."""
 
 import gc
+import inspect
 import os
 import random
 import signal
@@ -15,10 +16,11 @@ import pytest
 import torch
 
 import qtx_lab as qtx
+from qtx_lab.specs import ClusterSpec
 from qtx_lab.training import QuantumTrainer
 from qtx_lab.training.checkpoints import checkpoints
 from qtx_lab.training.cluster import find_gpus, open_cluster
-from qtx_lab.training.trainer import make_model
+from qtx_lab.training.models import make_model
 
 FAST = {"num_tokens": 32, "steps": 12, "batch_size": 4, "warmup_steps": 2, "num_samples": 4, "seed": 3}
 FAST |= {"validate_every": 0, "checkpoint_every": 3, "progress": False}
@@ -132,6 +134,13 @@ def test_with_gpus_that_nvml_tells_of(monkeypatch):
 def test_what_cannot_be_opened(arguments, error, match):
     with pytest.raises(error, match=match), open_cluster(**arguments):
         pass
+
+
+def test_the_signature_has_the_fields_and_defaults_of_the_spec():
+    """`ClusterSpec` alone has bounds and defaults; the signature repeats the defaults for readers and editors."""
+    parameters = inspect.signature(open_cluster).parameters
+    fields = ClusterSpec.model_fields
+    assert {n: p.default for n, p in parameters.items()} == {n: f.default for n, f in fields.items()}
 
 
 def test_too_few_workers_at_an_address(cluster):

@@ -1,7 +1,9 @@
 """Training in one process: it learns, repeats itself, resumes where it was, and refuses what it cannot do."""
 
+import inspect
 import itertools
 import math
+import re
 import resource
 import subprocess
 import sys
@@ -14,12 +16,19 @@ import torch
 import torch.nn.functional as F
 
 import qtx_lab as qtx
+from qtx_lab.specs import TrainSpec
 from qtx_lab.training import QuantumTrainer
 from qtx_lab.training.checkpoints import checkpoints
 from qtx_lab.training.data import SequenceOrder, open_tokens, stream_seed
-from qtx_lab.training.recipe import NOISE_TO_SIGNAL, Recipe
+from qtx_lab.training.models import MODELS, make_model
 from qtx_lab.training.sampling import Attention, NoisySampler
-from qtx_lab.training.trainer import make_model
+from qtx_lab.training.schedules import (
+    NOISE_TO_SIGNAL,
+    learning_rate_share,
+    needed_draws,
+    scheduled_draws,
+    scheduled_noise,
+)
 
 FAST = {"num_tokens": 32, "steps": 8, "batch_size": 4, "warmup_steps": 2, "num_samples": 4, "seed": 3}
 FAST |= {"validate_every": 4, "checkpoint_every": 3, "progress": False}
@@ -97,28 +106,65 @@ def test_texts_that_cannot_be_used(text, error, match):
 
 
 def test_schedules():
-    recipe = Recipe(steps=101, warmup_steps=10, num_samples=8, final_num_samples=64, draws_schedule="linear",
-                    noise=0.2, noise_schedule="linear")  # fmt: skip
-    rates = [recipe.rate(step) for step in range(101)]
+    spec = TrainSpec(
+        steps=101,
+        warmup_steps=10,
+        num_samples=8,
+        final_num_samples=64,
+        draws_schedule="linear",
+        noise=0.2,
+        noise_schedule="linear",
+    )
+    rates = [learning_rate_share(spec, step) for step in range(101)]
     assert rates[0] == 0.1
     assert max(rates) == rates[9] == rates[10] == 1
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert 0 < rates[-1] < 1e-3
-    draws = [recipe.draws(step, 8, 8) for step in range(101)]
+    draws = [scheduled_draws(spec, step, 8, 8) for step in range(101)]
     assert (draws[0], draws[50], draws[100]) == (8, 36, 64)
-    assert [recipe.noise_at(step) for step in (0, 50, 100)] == [0, 0.1, 0.2]
-    cosine = Recipe(steps=101, final_num_samples=64, draws_schedule="cosine")
-    assert [cosine.draws(step, 8, 8) for step in (0, 50, 100)] == [8, 36, 64]
-    following = Recipe(draws_schedule="signal-to-noise", final_num_samples=100)
-    assert [following.draws_for(NOISE_TO_SIGNAL * x, 8, 40) for x in (9, 1.5, 1, 0.6, 0)] == [
-        80,
-        60,
-        40,
-        24,
-        20,
-    ]
-    assert following.draws_for(math.inf, 8, 90) == 100
-    assert following.draws_for(0, 8, 8) == 8
+    assert [scheduled_noise(spec, step) for step in (0, 50, 100)] == [0, 0.1, 0.2]
+    cosine = TrainSpec(steps=101, final_num_samples=64, draws_schedule="cosine")
+    assert [scheduled_draws(cosine, step, 8, 8) for step in (0, 50, 100)] == [8, 36, 64]
+    following = TrainSpec(draws_schedule="signal-to-noise", final_num_samples=100)
+    ratios = [NOISE_TO_SIGNAL * x for x in (9, 1.5, 1, 0.6, 0)]
+    assert [needed_draws(following, ratio, 8, 40) for ratio in ratios] == [80, 60, 40, 24, 20]
+    assert needed_draws(following, math.inf, 8, 90) == 100
+    assert needed_draws(following, 0, 8, 8) == 8
+
+
+def test_the_signature_has_the_fields_and_defaults_of_the_spec():
+    """`TrainSpec` alone has bounds and defaults; the signature repeats the defaults for readers and editors."""
+    parameters = inspect.signature(QuantumTrainer).parameters
+    fields = TrainSpec.model_fields
+    assert {name: parameters[name].default for name in fields} == {n: f.default for n, f in fields.items()}
+    own = (
+        "distributed",
+        "num_gpus",
+        "mixed_precision",
+        "cluster",
+        "folder",
+        "on_metrics",
+        "progress",
+        "retries",
+    )
+    assert set(parameters) == {*fields, *own}
+    for name in parameters:
+        assert re.search(rf"^    (\w+, )*{name}(, \w+)* : ", QuantumTrainer.__doc__, re.M), (
+            f"{name} is not documented"
+        )
+
+
+def test_the_names_of_models_are_those_of_the_spec():
+    assert TrainSpec.model_json_schema()["properties"]["model"]["enum"] == list(MODELS)
+
+
+def test_a_trainer_of_a_specs_arguments_has_that_spec():
+    spec = TrainSpec(model="small", sampler="head-tail", steps=7, noise=0.1)
+    assert QuantumTrainer(**spec.arguments()).spec == spec
+    given = QuantumTrainer(**{**spec.arguments(), "sampler": qtx.make_sampler("head-tail")})
+    assert given.sampler.name == "head-tail"
+    with pytest.raises(TypeError, match="stps"):
+        QuantumTrainer("small", stps=1)
 
 
 @pytest.mark.parametrize(
@@ -131,10 +177,10 @@ def test_schedules():
         ({"learning_rate": -1}, "learning_rate=-1"),
         ({"sampler": "sistematic"}, "Did you mean 'systematic'"),
         ({"sampler": "exact", "noise": 0.1}, "exact"),
+        ({"sampler": qtx.ExactSampler(), "noise": 0.1}, "exact"),
         ({"precision": "bf61"}, "Did you mean 'bf16'"),
         ({"precision": "fp32", "mixed_precision": True}, "contradict"),
         ({"parallel": "fsdp", "precision": "fp16"}, "fsdp"),
-        ({"stps": 1}, "Did you mean 'steps'"),
         ({"model": "smal"}, "Did you mean 'small'"),
         ({"num_gpus": 4}, "distributed=True"),
         ({"num_gpus": 0, "distributed": True}, "num_gpus=0"),
@@ -225,7 +271,7 @@ def test_the_measured_variance_is_that_of_the_gradient():
     found, grads = [], []
     model = make_model("small", 0)
     batch = torch.arange(4 * 17).view(4, 17) % 256
-    attention = Attention(model, Recipe(sampler="monte-carlo", num_samples=2))
+    attention = Attention(model, qtx.make_sampler("monte-carlo"), 2)
 
     def gradient(seed):
         model.zero_grad()
@@ -254,8 +300,8 @@ def test_draws_follow_the_signal_to_noise():
         sampler="monte-carlo", num_samples=1, draws_schedule="signal-to-noise", validate_every=1, steps=6
     )
     for row, following in itertools.pairwise(result.metrics):
-        recipe = Recipe(num_samples=1, draws_schedule="signal-to-noise")
-        assert following["draws"] == recipe.draws_for(row["noise_to_signal"], 1, row["draws"])
+        spec = TrainSpec(num_samples=1, draws_schedule="signal-to-noise")
+        assert following["draws"] == needed_draws(spec, row["noise_to_signal"], 1, row["draws"])
     names = [name for name in result.metrics[0] if name.startswith("sampling_variance ")]
     assert sum(result.metrics[0][name] for name in names) == pytest.approx(
         result.metrics[0]["sampling_variance"]
@@ -339,7 +385,7 @@ def test_a_resumed_training_ends_where_an_uninterrupted_one_does(tmp_path, setti
     from qtx_lab.training import rank
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rank, "EVERY_SECONDS", 0)
+        patch.setattr(rank, "REPORT_INTERVAL_S", 0)
         stopped = trainer.train()
     assert stopped.stopped
     assert stopped.steps == checkpoints(tmp_path)[-1] == 6  # within a step
@@ -444,7 +490,7 @@ def test_a_full_disk_ends_training_with_the_last_checkpoint_whole(tmp_path):
 import resource, sys
 from qtx_lab import QuantumTrainer, StorageError
 from qtx_lab.training import rank
-rank.EVERY_SECONDS = 0
+rank.REPORT_INTERVAL_S = 0
 def full(rows):
     if rows[-1]["step"] >= 4:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))

@@ -8,7 +8,6 @@ from typing import Any
 
 from ....experiments.runs import Run
 from ....specs import TrainSpec
-from ....training import open_cluster
 from ..process_server import TaskReport
 
 
@@ -26,6 +25,8 @@ def train(
     dict
         `rows`, a list of the metrics of each step; `run`; `notes` and `faults` of the trainer; `seconds`.
     """
+    from ....training import QuantumTrainer, open_cluster  # the other tasks need none of what it loads
+
     spec = TrainSpec(**training)
     rows: list[dict[str, Any]] = []
 
@@ -39,7 +40,8 @@ def train(
             report(new[-1]["step"] / spec.steps, f"step {new[-1]['step']} of {spec.steps}")
 
         workers = stack.enter_context(open_cluster(**cluster)) if distributed else None
-        trainer = spec.build(
+        trainer = QuantumTrainer(
+            **spec.arguments(),
             on_metrics=log,
             progress=False,
             folder=run.path / "checkpoints",

@@ -177,13 +177,13 @@ class KernelCall:
 
 
 def make_stream(q: Tensor, k: Tensor, generator: torch.Generator | None) -> Stream:
-    """The stream of q (..., H, L, E) and k (..., Hkv, n, E), whose sequences are named by their index in the batch."""
+    """The stream of q (..., H, L, E) and k (..., Hkv, n, E), whose sequences are named 0, 1, …"""
     heads = k.shape[-3] if k.ndim > 2 else 1
     return Stream.of(make_seed(generator, q.device), q.shape[:-3].numel(), heads, q.shape[-2])
 
 
 def takes_decode(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, group: int) -> bool:
-    """Whether a call is drawn along whole rows, by `kernels.decode`, and not page by page, by `kernels.prefill`."""
+    """Whether `kernels.decode` draws a call, along whole rows, and not `kernels.prefill`, page by page."""
     grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     return not grad and not is_causal and group * q.shape[-2] <= MAX_DECODE_ROWS
 

@@ -1,4 +1,4 @@
-"""What the kernels of several operations share: masses as whole numbers, combs along them, and sums of blocks.
+"""What the Triton kernels of several operations share: masses, combs along them, and sums of blocks.
 
 See `masses` for the words. Prefixes in kernels: i_ an index, o_ offsets, p_ pointers, b_ a block, m_ a mask;
 the shape of each block stands behind it.
@@ -44,7 +44,7 @@ def store_masses(
     PAGE: tl.constexpr,
     UNITS: tl.constexpr,
 ):
-    """Round the masses of NP pages to whole units; store them, their sums and the exponents of their units."""
+    """Store the masses of NP pages, rounded to whole units, with their sums and exponents."""
     b_l = tl.reshape(b_l, [NP, PAGE, BM])
     b_exponent = tl.ceil(tl.max(b_l, axis=1))  # [NP, BM]
     b_shift = tl.where(b_exponent == float("-inf"), 0.0, b_exponent)  # [NP, BM]
@@ -72,7 +72,10 @@ def store_masses(
 
 @triton.jit
 def unit_shifts(b_exponent, row_exponent, fraction_bits):
-    """Bits by which the masses of pages are shifted up and down to be in the row's unit: int64, as b_exponent."""
+    """Bits by which the masses of pages are shifted up and down to be in the row's unit.
+
+    Two blocks of int64 of the shape of b_exponent.
+    """
     b_visible = b_exponent > float("-inf")
     b_below = tl.where(b_visible, row_exponent - tl.where(b_visible, b_exponent, 0.0), 100.0)
     b_below = tl.minimum(b_below, 100.0).to(tl.int64)
@@ -101,7 +104,7 @@ def comb_offset(stream_key, head_group, position, replicate, purpose):
 
 @triton.jit
 def store_starts(page_start_ptr, b_mass, carry, o_p, m_p):
-    """Store where pages of these masses [BP] start, behind a mass of `carry`, and return the mass behind them."""
+    """Store where pages of these masses [BP] start after a mass of `carry`; return the mass at their end."""
     tl.store(page_start_ptr + o_p, carry + tl.cumsum(b_mass, axis=0) - b_mass, mask=m_p)
     return carry + tl.sum(b_mass, axis=0)
 

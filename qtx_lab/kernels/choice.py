@@ -164,7 +164,7 @@ def _obstacle(tensors: Sequence[Tensor], chained: bool) -> str | None:
             else "the tensors are on the CPU and TRITON_INTERPRET=1 was not set before triton was loaded"
         )
     if device.type != "cuda" or torch.version.hip:
-        return f"it was made for NVIDIA's GPUs, not {device.type}{' (ROCm)' if torch.version.hip else ''}"
+        return f"it is for NVIDIA's GPUs, not {device.type}{' (ROCm)' if torch.version.hip else ''}"
     return device_obstacle(torch.cuda.get_device_capability(device), triton_version(), chained)
 
 
@@ -178,8 +178,8 @@ def device_obstacle(capability: tuple[int, int], version: tuple[int, ...], chain
         major, minor = capability
         return f"it needs a GPU of compute capability 8.0 or newer, this one has {major}.{minor}"
     if chained and capability[0] == 9 and (3, 4) <= version < (3, 7, 1):
-        # The error was seen where a product is transposed, which the kernels avoid. But a wrong gradient would go
-        # unnoticed.
+        # The error was seen where a product is transposed, which the kernels avoid. But nobody would notice a
+        # wrong gradient.
         return (
             f"triton {'.'.join(map(str, version))} can silently corrupt products fed into products on Hopper "
             "GPUs (3.4.0 to 3.7.0; flash-linear-attention issue 640): install 3.7.1 or newer"

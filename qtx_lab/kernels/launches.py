@@ -1,4 +1,4 @@
-"""What the launchers share: arguments grouped by what they describe, block sizes, and buffers between kernels."""
+"""What the launchers share: arguments in groups, block sizes, and buffers between kernels."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ GATHER_CONFIGS = [
 
 
 def tuned(configs: list[triton.Config], key: list[str]) -> Callable[[Any], Any]:
-    """Decorate a kernel so that the fastest of these block sizes is chosen once for each key, and kept on disk.
+    """Decorate a kernel: the fastest of these block sizes is chosen once for each key, and stored on disk.
 
     In the interpreter the first one is taken.
     """
@@ -61,9 +61,9 @@ def launch(kernel: Any, grid: Any, *groups: Any, **arguments: Any) -> None:
         named |= vars(group)
     named |= arguments
     names = {name: name.removesuffix("_ptr") for name in kernel.arg_names}
-    found = {name: named[field] for name, field in names.items() if field in named}
-    unused = arguments.keys() - names.values()
-    kernel[grid](**found, **{name: arguments[name] for name in unused})
+    parameters = {name: named[field] for name, field in names.items() if field in named}
+    options = {name: arguments[name] for name in arguments.keys() - names.values()}
+    kernel[grid](**parameters, **options)
 
 
 @dataclass(frozen=True)
@@ -255,7 +255,7 @@ def scan_grid(x: Inputs) -> Callable[[dict[str, Any]], tuple[int, int]]:
 
 
 def gather_options(x: Inputs, buffers: MassBuffers) -> dict[str, Any]:
-    """Block sizes of the kernels that read the drawn keys or values: CHUNK draws for each program, a power of two."""
+    """Block sizes of the kernels that read the drawn keys or values: CHUNK draws for each program."""
     _, _, n, width = x.shape
     programs = buffers.row_mass.numel() * buffers.replicates
     # Every multiprocessor gets many programs at a time.

@@ -20,10 +20,10 @@ PAGE = 64
 """Keys whose masses have a unit of their own. Draws depend on it, but on no other size of a block."""
 
 SUBPAGE = 8
-"""Keys whose masses are summed: a draw is first located among the sums of a page, then among the keys of one sum."""
+"""Keys whose masses are summed: a draw is located among the sums of a page, then among the keys of a sum."""
 
 UNITS = {torch.int16: 65534.0, torch.int32: float(1 << 23)}
-"""The largest mass of a page, at most, for each dtype that holds masses; half of it or more where any key is seen.
+"""The largest mass of a page for each dtype that holds masses; it is between half of this and all of it.
 
 One less than fits, since float32 may round the sum of a mass and a number below 1 up.
 """
@@ -49,7 +49,7 @@ def min_mass_bits(dtype: torch.dtype) -> int:
 
 
 def fraction_bits(pages: int, dtype: torch.dtype) -> int:
-    """Bits after the binary point of the row's unit, such that the mass of a row of `pages` pages stays below 2^56."""
+    """Bits after the binary point of the row's unit, so that the mass of `pages` pages stays below 2^56."""
     return (34 if dtype == torch.int16 else 26) - math.ceil(math.log2(max(1, pages)))
 
 
@@ -101,10 +101,10 @@ class Masses:
 
 
 def rounding_numbers(stream: Stream, pages: int) -> Tensor:
-    """Numbers in [0, 1) that round the masses of keys, which all rows of a head share: (N, 1, T, PAGE), float32.
+    """Numbers in [0, 1) that round the masses of keys: (N, 1, T, PAGE), float32.
 
-    The four words of a counter, whose first word is the index of the key // 4, serve four keys, with 24 bits
-    each.
+    All rows of a head share them, whatever their positions. The four words of a counter, whose first word is
+    the index of the key // 4, serve four keys, with 24 bits each.
     """
     quads = torch.arange(pages * PAGE // 4, device=stream.keys.device)
     counter = (quads, 0, stream.groups[:, None], int(Purpose.MASS_ROUNDING))

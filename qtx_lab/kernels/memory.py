@@ -23,7 +23,7 @@ def out_of_memory_explained() -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise BackendUnavailable(
-            "CUDA ran out of memory. Besides its inputs, decoding holds about three bytes for each key and query (five "
-            "for more than 4,096 draws), and attention of many queries little more than its output: take fewer rows "
-            f"at a time. {str(error).splitlines()[0]}"
+            "CUDA ran out of memory. Besides its inputs, decoding holds about three bytes for each key and "
+            "query (five for more than 4,096 draws), and attention of many queries little more than its "
+            f"output: take fewer rows at a time. {str(error).splitlines()[0]}"
         ) from error

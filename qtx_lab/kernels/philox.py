@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
-"""Whether kernels run in Triton's interpreter on the CPU: TRITON_INTERPRET=1 was set when this module was loaded."""
+"""Whether kernels run in Triton's interpreter on the CPU: TRITON_INTERPRET=1 was set when triton loaded."""
 
 
 @triton.jit

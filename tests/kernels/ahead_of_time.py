@@ -1,4 +1,6 @@
-"""Compiles every kernel to machine code for GPUs that are not here: `python ahead_of_time.py 90 bf16 [sizes] [configs]`.
+"""Compile every kernel to machine code for a GPU that is not here.
+
+`python ahead_of_time.py 90 bf16 [sizes] [configs]` does it for compute capability 9.0 and bfloat16.
 
 The launchers run as they are, with tensors on the CPU and a driver that only says which GPU it is; nothing is
 executed. Prints one line of JSON a kernel: its name, options, shared memory, registers, stack and what of it
@@ -21,7 +23,7 @@ from triton.runtime import autotuner, driver, jit
 
 
 class Driver:
-    """A GPU that is not here."""
+    """The driver of a GPU that is not here."""
 
     def __init__(self, capability):
         self.target = GPUTarget("cuda", capability, 32)
@@ -67,7 +69,7 @@ def describe(name, compiled):
         path.write_bytes(compiled.asm["cubin"])
         tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
         usage = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
-    found = {key.lower(): int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    resources = {key.lower(): int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     meta = compiled.metadata
     return {
         "kernel": name,
@@ -75,7 +77,7 @@ def describe(name, compiled):
         "stages": meta.num_stages,
         "shared": meta.shared,
         "wide_products": len(re.findall(r"\b(?:mma|wgmma)\b", compiled.asm["ptx"])),
-        **found,
+        **resources,
     }
 
 

@@ -1,4 +1,7 @@
-"""Kernels run natively where CUDA is, and elsewhere in Triton's interpreter, which is chosen before triton is loaded."""
+"""Kernels run natively where CUDA is, and elsewhere in Triton's interpreter.
+
+The interpreter has to be chosen before triton is loaded.
+"""
 
 import os
 import sys
@@ -55,7 +58,7 @@ def device():
 
 @pytest.fixture(scope="session", autouse=True)
 def few_block_sizes():
-    """On a GPU compare only the first and the last block sizes of each kernel: results do not depend on them."""
+    """On a GPU compare only two choices of block sizes for each kernel; results do not depend on them."""
     if CUDA:
         from triton.runtime.autotuner import Autotuner
 
@@ -105,7 +108,7 @@ def kernels(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def poisoned_buffers(monkeypatch):
-    """Fill every buffer of a launch with NaN or a wrong number, so that what a kernel does not write shows."""
+    """Fill every buffer of a launch with NaN or a wrong number: it shows what a kernel does not write."""
     fresh = torch.Tensor.new_empty
 
     def new_empty(self, *args, **options):

@@ -1,4 +1,4 @@
-"""Every kernel compiles to machine code for GPUs that are not here, and fits them."""
+"""Every kernel compiles to machine code for GPUs that are not here, and fits their memory."""
 
 import json
 import os
@@ -12,7 +12,7 @@ SOAK = os.environ.get("QTX_LAB_SOAK", "0") not in ("", "0")
 QUICK = [("90", "bf16")]
 CASES = [(c, d) for c in ("80", "90") for d in ("bf16", "fp16", "fp32")] if SOAK else QUICK
 SHARED = {"80": 166_912, "90": 232_448}
-"""Bytes of shared memory that a program may have."""
+"""Bytes of shared memory that a program may have, for each compute capability."""
 KERNELS = {
     "scan_kernel",
     "prefix_kernel",
@@ -34,18 +34,18 @@ KERNELS = {
 
 @pytest.mark.parametrize(("capability", "dtype"), CASES)
 def test_compiles(capability, dtype, tmp_path):
-    """The default choice of each kernel; with QTX_LAB_SOAK for other head sizes, masks, and sm_80 and float32 too."""
+    """The first block sizes of each kernel; with QTX_LAB_SOAK other head sizes, masks, GPUs and dtypes."""
     room = Path(__file__).parent
     command = [sys.executable, room / "ahead_of_time.py", capability, dtype, *(["sizes"] if SOAK else [])]
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-5000:]
-    found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert {kernel["kernel"] for kernel in found} == KERNELS
-    for kernel in found:
+    process = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr[-5000:]
+    kernels = [json.loads(line) for line in process.stdout.splitlines()]
+    assert {kernel["kernel"] for kernel in kernels} == KERNELS
+    for kernel in kernels:
         decoding = kernel["kernel"] not in ("forward_kernel", "backward_q_kernel", "backward_kv_kernel")
-        # Wide float32 heads leave the first choices of blocks of queries too little: autotuning passes over them.
+        # The first blocks of queries do not fit wide float32 heads: autotuning leaves them out.
         if decoding or not SOAK:
             assert kernel["shared"] <= SHARED[capability], kernel
         if decoding and not SOAK:

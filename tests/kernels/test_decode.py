@@ -21,7 +21,10 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-3}
 
 
 def attention_inputs(case, dtype, generator, device, mask=None, exact_logits=False):
-    """Inputs of (B, Hkv, G, L, n, E, Ev); with `exact_logits` small whole numbers, whose products have no rounding."""
+    """Inputs of (B, Hkv, G, L, n, E, Ev).
+
+    With `exact_logits` they are small whole numbers, so that logits do not round.
+    """
     batch, heads, group, length, n, e, ev = case
     shapes = ((batch, heads * group, length, e), (batch, heads, n, e), (batch, heads, n, ev))
     q, k, v = (torch.randn(shape, generator=generator) for shape in shapes)
@@ -167,7 +170,7 @@ def test_a_stream_that_does_not_fit_is_refused(generator, device):
 @pytest.mark.parametrize("planted", [0.0, 0.02])
 @pytest.mark.parametrize("peak", [1.0, 4.0])
 def test_unbiased(peak, planted, seed):
-    """Hotelling's T^2 over 100,000 rows: false alarms once in 10^6, and probabilities off by 2 % are caught."""
+    """Hotelling's T^2 over 100,000 rows: false alarms once in 10^6; probabilities off by 2 % are caught."""
     n, repetitions, draws = 24, 100_000, 12
     g = torch.Generator().manual_seed(seed)
     logits = peak * torch.randn(n, generator=g)

@@ -1,4 +1,4 @@
-"""The tests of this room in a process of their own, in Triton's interpreter."""
+"""The tests of this folder in a process of their own, in Triton's interpreter."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 
 
 def test_the_kernels_in_the_interpreter():
-    """Something else in this process has loaded triton to compile; an interpreter must come first."""
+    """Something else in this process has loaded triton to compile, after which no interpreter can be had."""
     room = Path(__file__).parent
     command = [
         sys.executable,
@@ -23,6 +23,6 @@ def test_the_kernels_in_the_interpreter():
         room / "test_compile.py",
     ]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=room.parents[1], env=environment, capture_output=True, text=True)
-    if done.returncode:
-        pytest.fail(done.stdout[-20_000:] + done.stderr[-2000:], pytrace=False)
+    process = subprocess.run(command, cwd=room.parents[1], env=environment, capture_output=True, text=True)
+    if process.returncode:
+        pytest.fail(process.stdout[-20_000:] + process.stderr[-2000:], pytrace=False)

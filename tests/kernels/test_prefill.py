@@ -1,4 +1,4 @@
-"""Attention of many queries: the kernels give the reference's outputs and gradients, and both are unbiased."""
+"""Attention of many queries: the kernels give the reference's outputs and gradients, which are unbiased."""
 
 import math
 import os
@@ -120,7 +120,7 @@ def test_a_row_draws_the_same_alone_and_in_a_batch_under_its_sequences_name(run,
 @pytest.mark.statistical
 @pytest.mark.parametrize("planted", [0.0, 0.03])
 def test_output_and_gradients_are_unbiased(planted, seed):
-    """Mean projections over 4,000 heads that draw independently: false alarms once in 10^6, 3 % are caught."""
+    """Mean projections over 4,000 independent heads: false alarms once in 10^6; 3 % are caught."""
     g = torch.Generator().manual_seed(seed)
     repetitions, n = 4000, 150
     x = attention_inputs((1, 1, 1, 3, n, 8, 4), torch.float32, g, torch.device("cpu"))

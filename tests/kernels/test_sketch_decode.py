@@ -1,4 +1,4 @@
-"""Decoding from a sketch: the kernels draw the reference's keys, weigh them alike, and estimate their error."""
+"""Decoding from a sketch: the kernels draw and weigh the reference's keys, and estimate their error."""
 
 import math
 import os
@@ -166,7 +166,7 @@ def test_nearly_all_draws_are_spent_and_every_key_may_be_drawn(spread, n, genera
         certain = proposal.certain_mass(masses, exists, draws)
         spent = torch.minimum(mass, certain).sum(-1) / certain[..., 0]
         assert bool((spent <= 1.02 * draws).all())
-        # Where one key holds nearly all, the certain mass is as fine as it can be, and the others need no more draws.
+        # Where one key holds nearly all, c is as fine as it can be, and the others need no more draws.
         finest = (certain == 1 << proposal.max_up)[..., 0]
         assert bool((finest | (spent > 0.7 * draws)).all()), spent / draws
 
@@ -189,7 +189,7 @@ def test_four_bits_a_component_guess_better_than_few_components(generator):
 @pytest.mark.statistical
 @pytest.mark.parametrize("kind", [torch.float16, "int4"])
 def test_the_error_is_the_estimated_one_and_the_bias_small(kind, seed):
-    """Over 3,000 heads the mean squared error is within 25 % of the estimated variance, the bias below a fifth of it."""
+    """Over 3,000 heads the mean squared error is within 25 % of the estimated variance; the bias is small."""
     g = torch.Generator().manual_seed(seed)
     x = attention_inputs((1, 1, 1, 1, 400, 32, 8), torch.float32, g, torch.device("cpu"))
     repetitions = 3000

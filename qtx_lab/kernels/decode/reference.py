@@ -1,4 +1,7 @@
-"""Decoding by systematic draws from exact logits, in plain torch: the draws of `launch.decode`, bit by bit."""
+"""Decoding by systematic draws from exact logits, in plain torch.
+
+It gives the draws of `launch.decode`, bit by bit.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,7 @@ class DecodeResult:
 
     @property
     def std_error(self) -> Tensor | None:
-        """The standard error of the output from the spread of the replicates, (N, M, Ev); None where R = 1."""
+        """The standard error of the output, (N, M, Ev), by the spread of the replicates; None if R = 1."""
         replicates = self.parts.shape[2]
         return None if replicates == 1 else self.parts.std(2) / math.sqrt(replicates)
 
@@ -67,7 +70,16 @@ def decode(x: Inputs, num_samples: int, replicates: int, stream: Stream) -> Deco
 
 
 def comb_points(row_mass: Tensor, offsets: Tensor, num_samples: int) -> Tensor:
-    """S equally spaced points in each row's mass, int64 (N, M, R, S), for row_mass (N, M) and offsets (N, M, R)."""
+    """S equally spaced points in each row's mass: int64, (N, M, R, S).
+
+    Parameters
+    ----------
+    row_mass : Tensor, int64, (N, M)
+    offsets : Tensor, float64, (N, M, R)
+        In units of the distance of the points.
+    num_samples : int
+        S.
+    """
     step = (row_mass.double() / num_samples)[..., None, None]
     s = torch.arange(num_samples, device=row_mass.device, dtype=torch.float64)
     points = ((s + offsets[..., None]) * step).long()

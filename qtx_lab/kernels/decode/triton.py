@@ -69,7 +69,10 @@ def scan_kernel(
     NP: tl.constexpr,
     LOOP: tl.constexpr,
 ):
-    """Store the masses of LOOP times NP pages. Keys are the rows of the product, so that few queries waste little."""
+    """Store the masses of LOOP times NP pages.
+
+    Keys are the rows of the product, so that little of it is wasted on few queries.
+    """
     tiles = tl.cdiv(rows, BM)
     i_n = tl.program_id(0) // tiles
     o_m = (tl.program_id(0) % tiles) * BM + tl.arange(0, BM)  # [BM]

@@ -1,4 +1,7 @@
-"""Sampled attention of many queries and its gradients, block by block: no map of queries by keys is ever in memory."""
+"""Sampled attention of many queries and its gradients, block by block.
+
+No map of queries by keys is ever in memory.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Sampled attention page by page as a newcomer would write it, in float64; tests compare the kernels with it."""
+"""Sampled attention page by page as a newcomer would write it, in float64.
+
+Tests compare the kernels and their reference with it.
+"""
 
 from __future__ import annotations
 

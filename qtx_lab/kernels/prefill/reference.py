@@ -1,4 +1,7 @@
-"""Sampled attention of many queries and its gradients, in plain torch: the draws of `launch`, with whole maps in memory."""
+"""Sampled attention of many queries and its gradients, in plain torch.
+
+It gives the draws of `launch`, with whole maps of queries by keys in memory.
+"""
 
 from __future__ import annotations
 
@@ -52,9 +55,9 @@ def probabilities(x: Inputs, is_causal: bool) -> Tensor:
 
 
 def page_offsets(stream: Stream, pages: int, rows: int) -> Tensor:
-    """Where the comb of each page starts, in units of the distance of its points: (N, M, T), float32, of 24 bits.
+    """Where the comb of each page starts, in units of the distance of its points: (N, M, T), float32.
 
-    The query heads of a group share them.
+    They are the upper 24 bits of the numbers of the stream. The query heads of a group share them.
     """
     numbers = stream.of_purpose(Purpose.PAGES, stream.first_replicate).uniform(1, pages)[:, :, 0]  # [N, L, T]
     offsets = ((numbers * (1 << 24)).floor() * 2.0**-24).float()

@@ -1,4 +1,4 @@
-"""The kernels of sampled attention of many queries and of its gradients: see `launch.prefill` and `launch.gradients`."""
+"""The kernels of sampled attention of many queries and of its gradients: see `launch`."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 # Arguments of kernels have no types: Triton reads annotations as its own.
@@ -73,9 +73,10 @@ def mask_logits(
 
 @triton.jit
 def page_offsets(stream_key, head_group, b_position, i_page, replicate):
-    """Where the comb of a page starts in rows at positions [BM], in units of the distance of its points: float32, [BM].
+    """Where the comb of a page starts in rows at positions [BM]: float32, [BM].
 
-    Two of the four words of a counter are one number, whose upper 24 bits are taken.
+    In units of the distance of its points. Two of the four words of a counter are one number, whose upper 24
+    bits are taken.
     """
     b_pair = (b_position * 0 + i_page // 2).to(tl.int32)  # [BM]
     b_w0, _, b_w2, _ = words(stream_key, b_pair, b_position, head_group, (replicate << 8) | PAGES)
@@ -84,7 +85,7 @@ def page_offsets(stream_key, head_group, b_position, i_page, replicate):
 
 @triton.jit
 def draw_page(b_p, b_u, num_samples):
-    """Draws c / S and weights w of a page, [BM, PAGE] each, from probabilities [BM, PAGE] and offsets [BM]."""
+    """Draws c / S and weights w of a page, [BM, PAGE] each, for probabilities [BM, PAGE] and offsets [BM]."""
     b_share = b_p * num_samples  # [BM, PAGE]
     b_run = tl.cumsum(b_share, axis=1)  # [BM, PAGE]
     b_c = (
@@ -156,7 +157,10 @@ def forward_kernel(
     SIZE: tl.constexpr,
     BM: tl.constexpr,
 ):
-    """The output of BM rows. Logits are computed twice: for the rows' sums, then for the draws of each page."""
+    """Store the output of BM rows.
+
+    Logits are computed for the sums of the rows, and again for the draws of each page.
+    """
     tiles = tl.cdiv(rows, BM)
     i_n = (tl.program_id(0) // tiles).to(tl.int64)
     o_m = (tl.program_id(0) % tiles) * BM + tl.arange(0, BM)  # [BM]
@@ -265,7 +269,7 @@ def backward_q_kernel(
     SIZE: tl.constexpr,
     BM: tl.constexpr,
 ):
-    """The gradient of BM queries, page by page: see `reference.gradients`."""
+    """Store the gradient of BM queries, page by page: see `reference.gradients`."""
     tiles = tl.cdiv(rows, BM)
     i_n = (tl.program_id(0) // tiles).to(tl.int64)
     o_m = (tl.program_id(0) % tiles) * BM + tl.arange(0, BM)  # [BM]
@@ -369,7 +373,7 @@ def backward_kv_kernel(
     SIZE: tl.constexpr,
     BM: tl.constexpr,
 ):
-    """The gradients of a page of keys and values, over all rows that share them: see `reference.gradients`."""
+    """Store the gradients of a page of keys and values, summed over all rows: see `reference.gradients`."""
     i_n = (tl.program_id(0) // tl.cdiv(n, PAGE)).to(tl.int64)
     i_page = tl.program_id(0) % tl.cdiv(n, PAGE)
     o_n = i_page * PAGE + tl.arange(0, PAGE)  # [PAGE]

@@ -1,4 +1,4 @@
-"""Decoding by draws from a sketch of the keys: scan the sketch, draw, and read keys and values at the draws alone."""
+"""Decoding by draws from a sketch of the keys: scan the sketch, draw, and read the drawn keys and values."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class LocatedDraws:
     index: Tensor
     """(N, M, R * S), int64."""
     inclusion: Tensor
-    """(N, M, R * S), float32: the probability with which the key is drawn; 0 for a point past the last key."""
+    """(N, M, R * S), float32: the probability of drawing this key; 0 for a point past the last key."""
 
 
 def sketch_decode(
@@ -151,7 +151,7 @@ def scan_sketch(
 def plan_draws(
     inputs: InputArguments, numbers: StreamArguments, buffers: MassBuffers, defensive: float
 ) -> Plan:
-    """Decide how keys are drawn, from the masses that a scan has left; the buffers then also say where pages start."""
+    """Plan the draws from the masses that a scan has left; the buffers then also say where pages start."""
     pages, (programs,) = buffers.pages, buffers.row_programs
     row_mass = buffers.row_mass
     plan = Plan(*(row_mass.new_empty(row_mass.shape) for _ in range(3)))

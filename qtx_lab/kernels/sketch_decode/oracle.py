@@ -1,4 +1,6 @@
-"""Decoding from a sketch as a newcomer would write it, in float64; tests compare the kernels with it.
+"""Decoding from a sketch as a newcomer would write it, in float64.
+
+Tests compare the kernels and their reference with it:
 
 pi = inclusion(guessed_logits, num_samples, defensive)    # the probability with which each key is drawn
 indices = draw(pi, offsets)                               # the drawn keys
@@ -30,9 +32,9 @@ def inclusion(guessed_logits: Tensor, num_samples: int, defensive: float) -> Ten
 
 
 def draw(pi: Tensor, offsets: Tensor) -> Tensor:
-    """The keys at the points u, u + 1, u + 2, … of the running sum of pi (..., n), for offsets u (...): (..., S).
+    """The keys at the points u, u + 1, … of the running sum of pi (..., n), for offsets u (...): (..., S).
 
-    No key is drawn twice, since none has more than 1 of that sum.
+    No key is drawn twice, since pi is at most 1.
 
     >>> draw(torch.tensor([0.5, 1.0, 0.5]), torch.tensor(0.25))
     tensor([0, 1])

@@ -1,4 +1,7 @@
-"""Decoding by draws from a sketch of the keys, in plain torch: the draws of `launch.sketch_decode`, bit by bit."""
+"""Decoding by draws from a sketch of the keys, in plain torch.
+
+It gives the draws of `launch.sketch_decode`, bit by bit.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +26,10 @@ FITTED_KEYS = 8192
 LARGEST = {torch.float16: 1024.0, torch.int8: 127.0, torch.uint8: 7.0}
 """What the largest number of a component is scaled to. Of uint8 each byte holds two, of 4 bits."""
 UPPER, LOWER = 127, 128
-"""A component of a query is LOWER times an upper digit, from -UPPER to UPPER, and a lower digit, in units of the largest
-component / (UPPER LOWER)."""
+"""A component of a query is LOWER times an upper digit, from -UPPER to UPPER, plus a lower digit.
+
+The unit is the query's largest component / (UPPER LOWER).
+"""
 SMALLEST = 1e-30
 """Components that are all smaller than this count as 0."""
 
@@ -46,7 +51,7 @@ class SketchTable:
     weight: Tensor
 
     def digits(self, x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-        """The components of base-2 queries in two digits: upper and lower (N, M, r), and their unit (N, M, 1).
+        """The components of base-2 queries in two digits, upper and lower (N, M, r), in a unit (N, M, 1).
 
         The guessed logit is unit (LOWER upper + lower) . table_j for a table of whole numbers, which then is
         rounded only once, and unit (upper + lower / 2048) . table_j for one of float16. In float64 the order
@@ -175,7 +180,10 @@ GROWING = threading.Lock()
 
 
 class GrowingSketch:
-    """The sketch of keys that grow, with room for more: what was sketched is sketched again only when keys moved."""
+    """The sketch of keys that grow, with room for more.
+
+    What was sketched is sketched again only when keys moved.
+    """
 
     def __init__(self, make: Callable[[Tensor], Sketch]):
         self.make = make
@@ -229,13 +237,18 @@ class SketchDecodeResult:
         return (torch.exp2(relative) / replicates).flatten(-2)
 
 
-SEARCHED_PAGES, NEWTON_STEPS = 64, 6
-"""The search for the certain mass goes through this many pages of the largest keys, at most, key by key, and through as
-many that it samples from the others, and takes this many steps. See `Proposal.certain_mass`."""
+SEARCHED_PAGES = 64
+"""The search for the certain mass goes key by key through the pages of the largest keys, at most this many.
+
+It samples as many pages from the others. See `Proposal.certain_mass`.
+"""
+
+NEWTON_STEPS = 6
+"""The steps of that search."""
 
 
 def inverse_page_share(pages: int, defensive: float) -> int:
-    """The whole number 1 / c, where c is the share of the guessed mass that every page gets at least."""
+    """One over the share of the guessed mass that every page gets at least, as a whole number."""
     return max(1, round(pages * (1 - defensive) / defensive))
 
 
@@ -277,7 +290,7 @@ class Proposal:
         return cls(up, ((page_floor >> up) // PAGE).clamp_min(1), max_up)
 
     def certain_mass(self, masses: Masses, exists: Tensor, num_samples: int) -> Tensor:
-        """The mass c from which a key is drawn with certainty, about that for which sum_j min(1, v_j / c) is S.
+        """The mass c from which a key is drawn with certainty: sum_j min(1, v_j / c) is about S.
 
         It is found by Newton's method for c S - sum_j min(v_j, c), a convex function, from above. No step
         falls below the root, so that no more than S draws are spent, which would cost the heaviest keys their
@@ -330,7 +343,7 @@ class Proposal:
 
 
 def searched_exponent(page_exponent: Tensor) -> Tensor:
-    """The least exponent such that at most `SEARCHED_PAGES` pages (N, M, T) have it or a larger one: float32, (N, M, 1).
+    """The least exponent that at most `SEARCHED_PAGES` pages reach: float32, (N, M, 1), of (N, M, T).
 
     It is larger than all exponents if more pages than that have the largest one.
     """
@@ -377,7 +390,9 @@ def sketch_decode(
 
 
 def draw(masses: Masses, num_keys: int, offsets: Tensor, num_samples: int, defensive: float) -> ProposedDraws:
-    """Draw keys at equally spaced points along their raised masses, none of which counts for more than the certain mass.
+    """Draw keys at equally spaced points along their raised masses.
+
+    No key counts for more than the certain mass.
 
     Parameters
     ----------

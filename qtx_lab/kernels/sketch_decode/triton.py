@@ -155,7 +155,10 @@ def scan_sketch_kernel(
     NP: tl.constexpr,
     LOOP: tl.constexpr,
 ):
-    """Store the masses of LOOP times NP pages by guessed logits; a query's digits are two columns of the product."""
+    """Store the masses of LOOP times NP pages by guessed logits.
+
+    The two digits of a query are two columns of the product.
+    """
     tiles = tl.cdiv(rows, BM)
     i_n = (tl.program_id(0) // tiles).to(tl.int64)
     i_tile = tl.program_id(0) % tiles
@@ -222,7 +225,10 @@ def binary_exponent(b_whole):
 
 @triton.jit
 def raise_pages(b_mass, b_exponent, row_exponent, fraction_bits, page_floor, ALL: tl.constexpr):
-    """Bits by which pages of these masses [k] are shifted up, int64, and what each key gets besides, int32: `Proposal`."""
+    """How pages of these masses [k] are raised: see `Proposal`.
+
+    Returns the bits by which they are shifted up, int64, and the mass that each key gets besides, int32.
+    """
     b_up, _ = unit_shifts(b_exponent, row_exponent, fraction_bits)  # [k]
     b_whole = b_mass.to(tl.int64)  # [k]
     b_missing = tl.maximum(binary_exponent(b_whole * 0 + page_floor) - binary_exponent(b_whole), 0)  # [k]
@@ -610,7 +616,7 @@ def weigh_kernel(
     index_ptr,  # (N, M, R, S), int64
     inclusion_ptr,  # (N, M, R, S), float32
     log_weight_ptr,  # (N, M, R, S), float32
-    scalar_ptr,  # (N, M, R, chunks, 3), float32: largest log weight, sum of weights w, sum of a = (1 - pi) w^2
+    scalar_ptr,  # (N, M, R, chunks, 3), float32: the largest log w, sum of w, sum of a = (1 - pi) w^2
     vector_ptr,  # (N, M, R, chunks, 3, Ev), float32: sums of w v, a v and a v^2
     logit_scale,  # of base-2 logits
     kv_heads,
@@ -634,7 +640,10 @@ def weigh_kernel(
     BS: tl.constexpr,
     FOLD: tl.constexpr,
 ):
-    """Weigh up to CHUNK draws of a row by their exact logits and sum their values; one past the last key adds nothing."""
+    """Weigh up to CHUNK draws of a row by their exact logits, and sum their values.
+
+    A draw past the last key adds nothing.
+    """
     i_r = tl.program_id(0).to(tl.int64)
     i_chunk = tl.program_id(2)
     i_n = i_r // rows

@@ -86,11 +86,13 @@ def attention_panels(
     limit = largest if difference_limit is None else difference_limit
     if log_scale:
         low, high = WEIGHT_FLOOR, 1.0
-        label = f"attention weight (log scale; darkest: ≤ {low:g})"
+        label = f"attention weight (log; darkest: ≤ {low:g})"
     else:
         low, label = 0.0, "attention weight"
         high = max(*(float(np.nanmax(x, initial=0.0)) for x in (exact, sampled)), 2 * WEIGHT_FLOOR)
-    signed = "difference of weights" + ("" if difference_limit is None else f" (deepest: ≥ {limit:g})")
+    signed = "difference of weights"
+    if difference_limit is not None:
+        signed = f"difference (deepest: ≥ {difference_limit:g})"
     return (
         MapPanel("exact", np.maximum(exact, low), look.SEQUENTIAL, low, high, log_scale, label),
         MapPanel(sampler, np.maximum(sampled, low), look.SEQUENTIAL, low, high, log_scale, label),

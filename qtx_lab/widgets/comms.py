@@ -8,9 +8,9 @@ import ipywidgets
 def hear_while_busy(*widgets: ipywidgets.Widget) -> None:
     """Handle what the browser sends to these widgets even while a cell is running.
 
-    JupyterLab sends such messages to a subshell for this purpose. But ipykernel 7.4 passes them on to the shell in
-    which the widget spoke last; if a cell made the widget, that is the main shell, where they would wait for the end of
-    the cell.
+    JupyterLab sends such messages to a subshell for this purpose. But ipykernel 7.4 passes them on to the
+    shell in which the widget spoke last; if a cell made the widget, that is the main shell, where they would
+    wait for the end of the cell.
     """
     for widget in widgets:
         if widget.comm is not None:

@@ -1,4 +1,4 @@
-"""`SpecForm`: a form made from a spec, with each field's help, unit and bounds, and what is wrong beside it."""
+"""`SpecForm`: a form made from a spec, with help, unit, bounds and errors beside each field."""
 
 from __future__ import annotations
 
@@ -21,16 +21,19 @@ from .throttle import ThrottledCall
 STATIC = Path(__file__).parent / "static"
 
 FORM_LOCK = threading.RLock()
-"""Whoever changes a form holds it, until all who follow the form have heard: a form may be linked to others, and browsers,
-cells and threads change them at once. What observes a form must not wait for another thread."""
+"""Whoever changes a form holds this lock until all observers of the form have been called.
 
-WHOLE = re.compile(r"\s*[+-]?\d+\s*")
-MOST_EXACT = 2**53
-"""JavaScript's numbers are not exact beyond."""
+A form may be linked to others, and browsers, cells and threads may change them at the same time. What
+observes a form must not wait for another thread.
+"""
+
+WHOLE_NUMBER = re.compile(r"\s*[+-]?\d+\s*")
+MAX_EXACT_INTEGER = 2**53
+"""Larger whole numbers are not exact in JavaScript."""
 
 
 class _Spec(traitlets.Instance):
-    """A trait that is set while nobody else sets one, and that clears what was typed wrongly even if it is equal."""
+    """A trait that one thread at a time sets; setting it clears what was typed wrongly, even if equal."""
 
     def __set__(self, form: Any, spec: Any) -> None:
         with FORM_LOCK:
@@ -41,9 +44,10 @@ class _Spec(traitlets.Instance):
 class SpecForm(anywidget.AnyWidget):
     """A form for a spec. `spec` is always the last valid one, and may be set and observed from code.
 
-    What is typed is checked by the spec itself; while something is wrong, `spec` keeps its value, `valid` is False and
-    `problems` says beside each field what was given and what is allowed. Forms are changed by one thread at a time, so
-    that `traitlets.link((a, "spec"), (b, "spec"))` keeps two in step whoever changes them.
+    What is typed is checked by the spec itself; while something is wrong, `spec` keeps its value, `valid` is
+    False and `problems` says beside each field what was given and what is allowed. Forms are changed by one
+    thread at a time, so that `traitlets.link((a, "spec"), (b, "spec"))` keeps two in step whoever changes
+    them.
 
     Parameters
     ----------
@@ -52,12 +56,12 @@ class SpecForm(anywidget.AnyWidget):
     fields : sequence of str, optional
         The fields that are shown, in their order; the others keep their values. All where None.
     title : str, optional
-        What a screen reader calls the form; the type's name where None.
+        Name of the form for screen readers; the type's name where None.
 
     Raises
     ------
     DtypeError, ArgumentError
-        If it is no spec, or has no such field.
+        If `spec` is no spec, or has no such field.
 
     Examples
     --------
@@ -79,12 +83,12 @@ class SpecForm(anywidget.AnyWidget):
     spec = _Spec(Spec)
     valid = traitlets.Bool(True, read_only=True)
     problems = traitlets.Dict(read_only=True)
-    """What is wrong, by field; "" is the form as a whole, "yaml" a file that was loaded."""
+    """Errors by field; "" stands for the form as a whole, "yaml" for a file that was loaded."""
     enabled = traitlets.Bool(True).tag(sync=True)
     _title = traitlets.Unicode().tag(sync=True)
     _fields: Any = traitlets.List().tag(sync=True)
-    # The front end's only word: field -> [how often it was edited, what was typed], never shrinking, so that none
-    # is lost where messages are merged.
+    # The only trait that the browser sets: field -> [number of its edits, what was typed]. It never shrinks,
+    # so that no edit is lost where messages are merged.
     _edits = traitlets.Dict().tag(sync=True, echo_update=False)
     _shown = traitlets.Dict().tag(sync=True)
 
@@ -101,36 +105,36 @@ class SpecForm(anywidget.AnyWidget):
             if name not in described:
                 raise unknown_name("fields", name, described)
         self._described = described
-        self._typed: dict[str, Any] = {}
-        self._seen: dict[str, Any] = {}
+        self._entered: dict[str, Any] = {}
+        self._seen_edits: dict[str, Any] = {}
         self._publish_call = ThrottledCall(self._publish)
         shown = [described[name] for name in fields or described]
         super().__init__(_title=title or self._kind.__name__, _fields=shown, spec=spec)
         hear_while_busy(self)
 
     def change(self, **fields: Any) -> None:
-        """Set some fields, the others as they are.
+        """Set some fields, and leave the others as they are.
 
         Raises
         ------
         SpecError
-            If that is no valid spec; nothing is changed then.
+            If the result is no valid spec; nothing is changed then.
         """
         with FORM_LOCK:
             self.spec = self._kind.from_parameters({**self.spec.to_parameters(), **fields})
 
     def enter(self, **fields: Any) -> None:
-        """Do as if a person typed into fields: what is not allowed is shown beside them, and nothing is raised.
+        """Do as if a person typed into fields: errors are shown beside them and not raised.
 
         Numbers are typed as text, switches are True or False, lists are lists of text.
         """
         with FORM_LOCK:
-            self._typed |= fields
-            read = {name: _read(self._described[name], value) for name, value in self._typed.items()}
+            self._entered |= fields
+            read = {name: _read(self._described[name], value) for name, value in self._entered.items()}
             try:
                 self.spec = self._kind.from_parameters(read)
             except SpecError:
-                self._judge(self._kind.problems(read))
+                self._set_problems(self._kind.problems(read))
 
     def load(self, source: str | Path) -> None:
         """Show the spec of a YAML text, or of a file; see `Spec.from_yaml`.
@@ -138,7 +142,7 @@ class SpecForm(anywidget.AnyWidget):
         Raises
         ------
         SpecError
-            If it is none; the form is left as it is.
+            If it holds no valid spec; the form is left as it is.
         """
         self.spec = self._kind.from_yaml(source)
 
@@ -153,14 +157,14 @@ class SpecForm(anywidget.AnyWidget):
         write_atomic(Path(path), self.spec.to_yaml().encode())
 
     def set_state(self, sync_data: dict[str, Any]) -> None:
-        """Take what a browser says; see `FORM_LOCK`."""
+        """Take in what a browser sends, holding `FORM_LOCK`."""
         with FORM_LOCK:
             super().set_state(sync_data)
 
     @traitlets.observe("_edits")
-    def _take(self, change: Any) -> None:
-        fresh = {name: edit for name, edit in self._edits.items() if edit != self._seen.get(name)}
-        self._seen = dict(self._edits)
+    def _edited(self, change: Any) -> None:
+        fresh = {name: edit for name, edit in self._edits.items() if edit != self._seen_edits.get(name)}
+        self._seen_edits = dict(self._edits)
         text = fresh.pop("yaml", None)
         known = {name: edit[1] for name, edit in fresh.items() if name in self._described}
         if known:
@@ -169,7 +173,7 @@ class SpecForm(anywidget.AnyWidget):
             try:
                 self.load(f"{text[1]}\n")  # never the name of a file
             except SpecError as error:
-                self._judge({**self.problems, "yaml": str(error)})
+                self._set_problems({**self.problems, "yaml": str(error)})
 
     def _checked(self, spec: Any) -> Spec:
         if not isinstance(spec, self._kind):
@@ -178,10 +182,10 @@ class SpecForm(anywidget.AnyWidget):
 
     def _show_spec(self) -> None:
         values = self.spec.to_parameters()
-        self._typed = {name: _written(self._described[name], value) for name, value in values.items()}
-        self._judge({})
+        self._entered = {name: _written(self._described[name], value) for name, value in values.items()}
+        self._set_problems({})
 
-    def _judge(self, problems: dict[str, str]) -> None:
+    def _set_problems(self, problems: dict[str, str]) -> None:
         self.set_trait("problems", problems)
         self.set_trait("valid", not problems)
         self._publish_call.request()
@@ -189,15 +193,15 @@ class SpecForm(anywidget.AnyWidget):
     def _publish(self) -> None:
         with FORM_LOCK:
             self._shown = {
-                "values": self._typed,
+                "values": self._entered,
                 "problems": self.problems,
                 "yaml": self.spec.to_yaml(),
-                "heard": {name: edit[0] for name, edit in self._seen.items()},
+                "heard": {name: edit[0] for name, edit in self._seen_edits.items()},
             }
 
 
 def described_fields(kind: type[Spec]) -> dict[str, dict[str, Any]]:
-    """What a form must know of each field of a spec: its kind, help, unit, heading, choices and bounds."""
+    """Each field of a spec as a form needs it: its kind, help, unit, heading, choices and bounds."""
     described = {}
     for name, schema in kind.model_json_schema()["properties"].items():
         optional = any(option.get("type") == "null" for option in schema.get("anyOf", ()))
@@ -215,7 +219,7 @@ def described_fields(kind: type[Spec]) -> dict[str, dict[str, Any]]:
 
 
 def _unit(unit: str) -> str:
-    """The unit as it stands behind a field; none where it would only repeat what the field is."""
+    """The unit behind a field; empty where it would only repeat the name of the field."""
     return "" if unit in ("name", "yes or no", "path", "address", "number", "index") else unit
 
 
@@ -236,19 +240,19 @@ def _control(schema: Mapping[str, Any]) -> dict[str, Any]:
     if schema.get("type") in ("integer", "number"):
         low, high = _bound(schema, "minimum", "ge", "gt"), _bound(schema, "maximum", "le", "lt")
         kind = "whole" if schema["type"] == "integer" else "number"
-        exact = kind == "number" or high is None or high <= MOST_EXACT
+        exact = kind == "number" or high is None or high <= MAX_EXACT_INTEGER
         return {"kind": kind, "low": low if exact else None, "high": high if exact else None, "arrows": exact}
     return {"kind": "text"}
 
 
 def _bound(schema: Mapping[str, Any], *names: str) -> float | None:
-    """A bound, by whatever name pydantic gives it: its own where the field may be None."""
+    """A bound, under any of its names: pydantic uses its own where the field may be None."""
     words = (names[0], f"exclusive{names[0].capitalize()}", *names[1:])
     return next((schema[word] for word in words if word in schema), None)
 
 
 def _written(field: Mapping[str, Any], value: Any) -> Any:
-    """A field's value as it stands in the form."""
+    """A field's value as the form shows it."""
     if field["kind"] == "list":
         return [_written(field["item"], item) for item in value]
     if field["kind"] == "mapping":
@@ -260,7 +264,7 @@ def _written(field: Mapping[str, Any], value: Any) -> Any:
 
 
 def _read(field: Mapping[str, Any], typed: Any) -> Any:
-    """What was typed, as the spec takes it; what cannot be read is left as it is, for the spec to refuse."""
+    """What was typed, as the spec takes it; what cannot be read stays as it is, and the spec refuses it."""
     kind = field["kind"]
     if kind == "list" and isinstance(typed, list):
         return [_read(field["item"], item) for item in typed]
@@ -269,7 +273,7 @@ def _read(field: Mapping[str, Any], typed: Any) -> Any:
     if typed == "" and field.get("optional"):
         return None
     try:
-        if kind == "whole" and WHOLE.fullmatch(typed):
+        if kind == "whole" and WHOLE_NUMBER.fullmatch(typed):
             return int(typed)
         if kind == "number":
             return float(typed)

@@ -67,8 +67,8 @@ class Measurement:
     Parameters
     ----------
     counts : RowCounts
-        Sums over all parts, with the classical baseline of as many draws. Diagnostics are those of the last part, with
-        the `fallbacks` of all. An estimate by mitigation is that of the last part.
+        Sums over all parts, with the classical baseline of as many draws. Diagnostics are those of the last
+        part, with the `fallbacks` of all. An estimate by mitigation is that of the last part.
     curve : tuple of FidelityPoint
         One after each part.
     """
@@ -129,7 +129,7 @@ def _fidelity(counts: RowCounts, baseline: RowCounts, p: Tensor, seed: int) -> F
 
 
 def growing_parts(shots: int, num_parts: int = NUM_PARTS) -> list[int]:
-    """Shots in parts that grow, so that the first are seen at once and the fidelity is known at even steps of its log.
+    """Shots in parts that grow, so that the first ones are seen at once.
 
     >>> growing_parts(1024, 4)
     [16, 48, 192, 768]
@@ -161,8 +161,8 @@ def measure_in_parts(
     parts : iterable of int
         Shots of each part; see `growing_parts`.
     seed : int
-        The same seed and the same parts give the same counts. A part's random numbers depend on the shots before it,
-        so that a measurement that goes on has new ones.
+        The same seed and the same parts give the same counts. A part's random numbers depend on the shots
+        before it, so that a measurement that goes on has new ones.
     start : Measurement, optional
         What was measured before.
     """

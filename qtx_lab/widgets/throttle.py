@@ -11,7 +11,7 @@ REPORT_INTERVAL_S = 0.05
 
 
 class ThrottledCall:
-    """Calls an action soon after a request, at most once in every interval, and always once after the last request.
+    """Calls an action soon after a request, at most once in an interval, and once after the last request.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""A real JupyterLab and a real browser for the tests of this room, and what both must never do."""
+"""A real JupyterLab and a real browser for the tests of the widgets, and what both must never do."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SOURCES = HERE.parents[1] / "widgets"
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 NOISE = re.compile("|".join([
-    r"WebSocket connection to 'ws://127\.0\.0\.1.* failed",  # while a kernel restarts, the browser reports its sockets
+    r"WebSocket connection to 'ws://127\.0\.0\.1.* failed",  # of a kernel that restarts
 ]))  # fmt: skip
 """Console errors that JupyterLab itself makes, with or without qtx_lab."""
 
@@ -46,7 +46,7 @@ def chromium() -> str:
 
 @dataclass
 class Watch:
-    """What a page did that it must not do."""
+    """Errors and requests of a page that must not happen."""
 
     errors: list[str] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
@@ -81,8 +81,8 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-# Module, not session: while Playwright's synchronous interface is up, an asyncio loop runs in this thread, and a test
-# of another room that starts its own would be refused.
+# Module, not session: while Playwright's synchronous interface is up, an asyncio loop runs in this thread,
+# and a test of another room that starts its own would be refused.
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     """Chromium, driven by Playwright."""
@@ -105,9 +105,9 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def page(browser: Any, request: pytest.FixtureRequest) -> Iterator[Any]:
-    """An empty page of 1280 × 800; at the end it has had no error and has asked nothing of another machine.
+    """An empty page of 1280 × 800; fails at the end if it had an error, or a request left this machine.
 
-    Its last picture is kept as `end-<file>-<test>.png`, whatever became of the test.
+    Its last picture is saved as `end-<file>-<test>.png`, whether the test passes or not.
     """
     context = browser.new_context(viewport={"width": 1280, "height": 800}, accept_downloads=True)
     page, watch = context.new_page(), Watch()
@@ -135,7 +135,7 @@ class Lab:
 
 
 def free_port() -> int:
-    """A loopback port that nobody listens on."""
+    """A loopback port on which nobody listens."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
@@ -152,7 +152,7 @@ def stop(process: subprocess.Popen[Any]) -> None:
 
 
 def wait_for(url: str, process: subprocess.Popen[Any], log: Path, seconds: float = 90) -> None:
-    """Until a server answers; fails with the end of its log."""
+    """Wait until a server answers; fails with the end of its log."""
     end = time.monotonic() + seconds
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     while time.monotonic() < end and process.poll() is None:
@@ -211,13 +211,13 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
 
 
 def wait_for_splash(page: Any) -> None:
-    """Until JupyterLab's start screen is gone: a theme changed in its last 200 ms has it removed twice, an error."""
+    """Wait until JupyterLab's start screen is gone; a change of theme in its last 200 ms is an error."""
     page.wait_for_function("() => !document.getElementById('jupyterlab-splash')")
 
 
 @pytest.fixture
 def open_notebook(lab: Lab) -> Callable[..., Path]:
-    """`open_notebook(page, cells)`: a new notebook of these code cells in JupyterLab, its kernel ready, the side bar shut, light."""
+    """`open_notebook(page, cells)`: a new notebook in JupyterLab, its kernel ready, in the light theme."""
 
     def open_notebook(page: Any, cells: list[str], name: str | None = None) -> Path:
         path = lab.notebooks / f"{name or 'test-' + secrets.token_hex(4)}.ipynb"
@@ -229,9 +229,9 @@ def open_notebook(lab: Lab) -> Callable[..., Path]:
         page.goto(f"{lab.url}/lab/tree/{path.name}?reset&token={lab.token}")
         page.wait_for_function(
             """() => {
-              const panel = window.jupyterapp?.shell.currentWidget;
-              const kernel = panel?.sessionContext?.session?.kernel;
-              return panel?.context?.isReady && kernel?.connectionStatus === "connected" && kernel.status === "idle";
+              const panel = window.jupyterapp?.shell.currentWidget; const kernel =
+              panel?.sessionContext?.session?.kernel; return panel?.context?.isReady &&
+              kernel?.connectionStatus === "connected" && kernel.status === "idle";
             }"""
         )
         wait_for_splash(page)
@@ -250,7 +250,7 @@ def open_notebook(lab: Lab) -> Callable[..., Path]:
 
 @pytest.fixture
 def run_all() -> Callable[..., None]:
-    """`run_all(page)`: every cell of the current notebook, to the end; an error in a cell is the failure's message."""
+    """`run_all(page)`: run every cell of the notebook; fails with the error of a cell."""
 
     def run_all(page: Any, *, wait: bool = True) -> None:
         page.evaluate(
@@ -287,16 +287,15 @@ def set_theme() -> Callable[..., None]:
 
 @pytest.fixture
 def run_python(lab: Lab) -> Callable[..., None]:
-    """`run_python(page, code)`: in the notebook's kernel, beside its cells; an error there is the failure's message."""
+    """`run_python(page, code)`: in the notebook's kernel, beside its cells; fails with its error."""
 
     def run_python(page: Any, code: str, *, wait: bool = True) -> None:
         error = page.evaluate(
             """async ([code, wait]) => {
-              const kernel = window.jupyterapp.shell.currentWidget.sessionContext.session.kernel;
-              const future = kernel.requestExecute({ code, stop_on_error: false });
-              if (!wait) return null;
-              const reply = (await future.done).content;
-              return reply.status === "ok" ? null : [reply.ename, reply.evalue, ...(reply.traceback ?? [])].join("\\n");
+              const kernel = window.jupyterapp.shell.currentWidget.sessionContext.session.kernel; const future
+              = kernel.requestExecute({ code, stop_on_error: false }); if (!wait) return null; const reply =
+              (await future.done).content; return reply.status === "ok" ? null : [reply.ename, reply.evalue,
+              ...(reply.traceback ?? [])].join("\\n");
             }""",
             [code, wait],
         )
@@ -307,7 +306,7 @@ def run_python(lab: Lab) -> Callable[..., None]:
 
 @pytest.fixture
 def shoot() -> Callable[..., Path]:
-    """`shoot(page, name)`: a screenshot of a page or of an element, kept under `tests/screenshots/`."""
+    """`shoot(page, name)`: save a screenshot of a page or of an element in `tests/screenshots/`."""
 
     def shoot(what: Any, name: str) -> Path:
         SCREENSHOTS.mkdir(exist_ok=True)
@@ -320,7 +319,7 @@ def shoot() -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def node_modules() -> Path:
-    """What `widgets/package-lock.json` pins, installed where it is not; the test is skipped where it cannot be had.
+    """What `widgets/package-lock.json` pins, installed if it is not; the test is skipped where that fails.
 
     The bundle's digest is compared everywhere; a browser, too, is needed everywhere.
     """
@@ -336,19 +335,20 @@ def node_modules() -> Path:
 
 @pytest.fixture
 def axe(node_modules: Path) -> Callable[..., list[str]]:
-    """`axe(page, selector)`: what axe-core finds serious or critical there."""
+    """`axe(page, selector)`: what axe-core calls serious or critical there."""
     source = (node_modules / "axe-core" / "axe.min.js").read_text(encoding="utf-8")
 
     def axe(page: Any, selector: str) -> list[str]:
         # JupyterLab's AMD loader would take axe for a module of its own.
         page.evaluate(f"() => {{ const define = undefined, module = undefined; {source} }}")
-        found = page.evaluate(
-            "async (selector) => (await window.axe.run(selector, { resultTypes: ['violations'] })).violations",
+        violations = page.evaluate(
+            "async (selector) => "
+            "(await window.axe.run(selector, { resultTypes: ['violations'] })).violations",
             selector,
         )
         return [
             f"{v['id']} ({v['impact']}): {v['help']}: {[node['html'][:160] for node in v['nodes']]}"
-            for v in found
+            for v in violations
             if v["impact"] in ("serious", "critical")
         ]
 

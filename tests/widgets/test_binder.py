@@ -1,4 +1,4 @@
-"""Binder: the files say what is tested here, and its steps give a JupyterLab with the quickstart and the dashboard."""
+"""Binder: its files, and that its steps make a JupyterLab with the quickstart and the dashboard."""
 
 from __future__ import annotations
 
@@ -125,7 +125,8 @@ def jupyter(
     }
     kept = {k: v for k, v in os.environ.items() if k not in ("QTX_LAB_HOME", "PYTHONPATH")}
     command = [
-        repository / "binder" / "start", python, "-m", "jupyterlab", "--no-browser", "--allow-root", "--expose-app-in-browser",
+        repository / "binder" / "start", python, "-m", "jupyterlab", "--no-browser", "--allow-root",
+        "--expose-app-in-browser",
         "--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}", f"--IdentityProvider.token={token}",
         "--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
         "--LabApp.extension_manager=readonly",
@@ -189,7 +190,7 @@ def test_the_start_step_gives_jupyterlab_and_the_dashboard(page: Any, tmp_path: 
 @pytest.mark.ui
 @pytest.mark.notebooks
 def test_the_whole_build(page: Any, soak: bool, tmp_path: Path) -> None:
-    """From nothing, in a virtual environment: what environment.yml names, postBuild, start, and the quickstart by hand."""
+    """In a fresh virtual environment: environment.yml, postBuild, start, and the quickstart by hand."""
     if not soak:
         pytest.skip("downloads for minutes: make soak")
     repository = tmp_path / "repository"
@@ -220,7 +221,8 @@ def test_the_whole_build(page: Any, soak: bool, tmp_path: Path) -> None:
         page.evaluate("async () => { await window.jupyterapp.commands.execute('notebook:run-all-cells'); }")
         errors = page.evaluate(
             """() => window.jupyterapp.shell.currentWidget.content.widgets.flatMap((cell) =>
-              (cell.model.sharedModel.outputs ?? []).filter((o) => o.output_type === "error").map((o) => o.evalue))"""
+              (cell.model.sharedModel.outputs ?? []).filter((o) => o.output_type === "error")
+                .map((o) => o.evalue))"""
         )
         assert errors == []
         memory = max(

@@ -209,8 +209,9 @@ view.follow(lens)
 
 @pytest.mark.ui
 def test_in_jupyterlab(
-    page: Any, open_notebook: Callable[..., Any], run_all: Callable[..., None], run_python: Callable[..., None],
-    set_theme: Callable[..., None], shoot: Callable[..., Any], axe: Callable[..., list[str]],
+    page: Any, open_notebook: Callable[..., Any], run_all: Callable[..., None],
+    run_python: Callable[..., None], set_theme: Callable[..., None], shoot: Callable[..., Any],
+    axe: Callable[..., list[str]],
 ) -> None:  # fmt: skip
     open_notebook(page, [CELL, "lens", "view"])
     run_all(page)
@@ -232,7 +233,8 @@ def test_in_jupyterlab(
         "import time\n"
         "end = time.monotonic() + 10  # traits come by the subshell, one after the other\n"
         "while view.num_rows < 2 and time.monotonic() < end: time.sleep(0.05)\n"
-        "assert len(lens.selected_rows) >= 2, lens.selected_rows; assert view.num_rows == len(lens.selected_rows)",
+        "assert len(lens.selected_rows) >= 2, lens.selected_rows\n"
+        "assert view.num_rows == len(lens.selected_rows)",
     )
     view.scroll_into_view_if_needed()
     page.wait_for_function("() => document.querySelector('.qtx-circuit').dataset.levels === '1 2 3'")
@@ -267,7 +269,8 @@ def test_in_jupyterlab(
     view.evaluate("(e) => e.scrollIntoView()")
     shoot(page, "circuit-dark")
     wide = page.evaluate(
-        "() => [...document.querySelectorAll('.jp-OutputArea-output')].some((e) => e.scrollWidth > e.clientWidth + 1)"
+        "() => [...document.querySelectorAll('.jp-OutputArea-output')]"
+        ".some((e) => e.scrollWidth > e.clientWidth + 1)"
     )
     assert not wide
     assert axe(page, ".qtx-circuit") == []

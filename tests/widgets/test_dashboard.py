@@ -64,7 +64,13 @@ def fill(home: Path) -> None:
         spec = NotebookSpec(notebook="02_circuits", parameters={"device": device})
         with qtx.Run.create(spec, "circuits", home) as run:
             run.log_many(
-                {"loader": loader, "shots": s, "distance": 0.3 * s**-0.5 + off, "half_width": 0.002, "classical": 0.3 * s**-0.5}
+                {
+                    "loader": loader,
+                    "shots": s,
+                    "distance": 0.3 * s**-0.5 + off,
+                    "half_width": 0.002,
+                    "classical": 0.3 * s**-0.5,
+                }
                 for s in (256, 4096)
                 for loader, off in (("dynamic", noise / 20), ("tree", noise))
             )  # fmt: skip
@@ -220,7 +226,8 @@ def test_keyboard_reaches_every_control(page: Any, served: str) -> None:
     for _ in range(14):
         page.keyboard.press("Tab")
         seen.add(page.evaluate(
-            """() => { let e = document.activeElement; while (e?.shadowRoot?.activeElement) e = e.shadowRoot.activeElement;
+            """() => { let e = document.activeElement;
+                       while (e?.shadowRoot?.activeElement) e = e.shadowRoot.activeElement;
             return e.getAttribute('role') || e.tagName; }"""
         ))  # fmt: skip
     assert {"slider", "SELECT"} <= seen
@@ -248,7 +255,8 @@ REPAINTS = """async ([steps]) => {
   const knob = slider(document.querySelector("#controls")), times = [];
   for (let i = 0; i < steps; i++) {
     const before = shot(), start = performance.now();
-    knob.dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowRight", keyCode: 39, bubbles: true, composed: true }));
+    const key = { key: "ArrowRight", keyCode: 39, bubbles: true, composed: true };
+    knob.dispatchEvent(new KeyboardEvent("keydown", key));
     while (shot() === before && performance.now() - start < 5000) await new Promise(requestAnimationFrame);
     times.push(performance.now() - start);
     await new Promise((done) => setTimeout(done, 150));
@@ -377,8 +385,9 @@ def test_reports_are_all_that_is_served(served: str, home: Path, tmp_path: Path)
     link = home / "linked"
     link.symlink_to(home.parent / "elsewhere")
     try:
-        tries = ["..", "%2e%2e", ".", "..%2felsewhere", "..%2Felsewhere", "%2e%2e%2felsewhere", "..%5celsewhere", "linked",
-                 "%00", f"{run.name}%2fmanifest.json", f"{run.name}/manifest.json", "", "%252e%252e%252felsewhere"]  # fmt: skip
+        tries = ["..", "%2e%2e", ".", "..%2felsewhere", "..%2Felsewhere", "%2e%2e%2felsewhere",
+                 "..%5celsewhere", "linked", "%00", f"{run.name}%2fmanifest.json",
+                 f"{run.name}/manifest.json", "", "%252e%252e%252felsewhere"]  # fmt: skip
         for name in tries:
             status, body, _ = fetch(f"{served}report/{name}")
             assert status in (400, 403, 404), name
@@ -407,7 +416,8 @@ def test_other_names_for_this_machine_are_refused(served: str) -> None:
     port = urllib.parse.urlsplit(served).port
     assert fetch(served, Host=f"rebound.example:{port}")[0] == 403
     assert fetch(served, Host=f"localhost:{port}")[0] == 200
-    assert [is_loopback(x) for x in ("127.0.0.1", "::1", "[::1]", "localhost", "0.0.0.0", "10.0.0.1", "localhost.example")] == [
+    hosts = ("127.0.0.1", "::1", "[::1]", "localhost", "0.0.0.0", "10.0.0.1", "localhost.example")
+    assert [is_loopback(host) for host in hosts] == [
         True, True, True, True, False, False, False,
     ]  # fmt: skip
 
@@ -547,15 +557,32 @@ def test_maps_are_the_heads_own() -> None:
 
 
 FOREIGN = {
-    "texts": {"sampler": ["x", "y"], "num_samples": ["many", "few"], "error": ["a", "b"], "layer": ["a", "b"], "head": ["c", "d"],
-              "variance": ["1", "2"], "loader": ["l", "m"], "shots": ["3", "x"], "distance": ["z", "0.1"], "m": ["1", "2"], "fidelity": ["q", "0.5"]},
-    "nothing": {name: [None, None] for name in ("sampler", "num_samples", "error", "layer", "head", "variance", "loader", "shots", "distance")},
-    "infinite": {"sampler": ["x", "x"], "num_samples": [0, -1], "error": [float("inf"), float("nan")], "layer": [0, 1], "head": [0, 1],
-                 "variance": [float("inf"), 0.0], "loader": ["t", "t"], "shots": [0.0, -3.0], "distance": [1.0, 1.0]},
-    "numbers for names": {"sampler": [1, 2], "num_samples": [True, False], "error": [1e300, 1e-300], "layer": [1.5, 1e18], "head": [0, 1],
-                          "variance": [1e-300, 1e300], "loader": [3, 4], "shots": [10, 20], "distance": [1e-9, 0.5], "device": [1, 2], "m": [1, 2], "fidelity": [0.5, 2.0]},
-    "one of each": {"sampler": ["<img src=x onerror=alert(1)>"], "num_samples": [8], "error": [0.1], "layer": [0], "head": [0], "variance": [0.1],
-                    "loader": ["tree"], "shots": [10], "distance": [0.1], "m": [3], "fidelity": [0.9], "step": ["late"]},
+    "texts": {
+        "sampler": ["x", "y"], "num_samples": ["many", "few"], "error": ["a", "b"], "layer": ["a", "b"],
+        "head": ["c", "d"], "variance": ["1", "2"], "loader": ["l", "m"], "shots": ["3", "x"],
+        "distance": ["z", "0.1"], "m": ["1", "2"], "fidelity": ["q", "0.5"],
+    },
+    "nothing": {
+        name: [None, None]
+        for name in (
+            "sampler", "num_samples", "error", "layer", "head", "variance", "loader", "shots", "distance",
+        )
+    },
+    "infinite": {
+        "sampler": ["x", "x"], "num_samples": [0, -1], "error": [float("inf"), float("nan")], "layer": [0, 1],
+        "head": [0, 1], "variance": [float("inf"), 0.0], "loader": ["t", "t"], "shots": [0.0, -3.0],
+        "distance": [1.0, 1.0],
+    },
+    "numbers for names": {
+        "sampler": [1, 2], "num_samples": [True, False], "error": [1e300, 1e-300], "layer": [1.5, 1e18],
+        "head": [0, 1], "variance": [1e-300, 1e300], "loader": [3, 4], "shots": [10, 20],
+        "distance": [1e-9, 0.5], "device": [1, 2], "m": [1, 2], "fidelity": [0.5, 2.0],
+    },
+    "one of each": {
+        "sampler": ["<img src=x onerror=alert(1)>"], "num_samples": [8], "error": [0.1], "layer": [0],
+        "head": [0], "variance": [0.1], "loader": ["tree"], "shots": [10], "distance": [0.1], "m": [3],
+        "fidelity": [0.9], "step": ["late"],
+    },
 }  # fmt: skip
 
 
@@ -586,7 +613,8 @@ def test_ten_thousand_runs_are_paged(tmp_path: Path) -> None:
     n = 10_000
     table = pd.DataFrame(
         {
-            "run": [f"r{i}" for i in range(n)], "name": "r", "status": "done", "seconds": 1.0, "seed": pd.array([0] * n, "Int64"),
+            "run": [f"r{i}" for i in range(n)], "name": "r", "status": "done", "seconds": 1.0,
+            "seed": pd.array([0] * n, "Int64"),
             "started": pd.Timestamp("2026-11-23", tz="UTC"), "error": None, "report": False, "path": "",
         }
     )  # fmt: skip

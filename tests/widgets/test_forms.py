@@ -1,4 +1,4 @@
-"""Forms: what is typed, saved, run as a notebook's parameters and shown again is the same; what is wrong is told."""
+"""Forms: what is typed, saved, run with and shown again stays the same; errors are shown."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def test_setting_the_spec_clears_what_was_typed_wrongly() -> None:
     form.enter(replicates="0")
     form.spec = SamplerSpec()  # equal to the last valid one
     assert form.valid
-    assert form._typed["replicates"] == "1"
+    assert form._entered["replicates"] == "1"
 
 
 def test_what_cannot_be_set_is_refused() -> None:

@@ -61,7 +61,7 @@ def test_all_jobs_and_runs_are_listed_and_what_is_broken_is_told(tmp_path: Path)
     tag = fill(tmp_path)
     table = JobTable(tmp_path)
     sent = heard(table)
-    table._heard({"kind": "list", "ask": False})
+    table._receive({"kind": "list", "ask": False})
     assert table._worker.join(30)
     (message,) = sent
     assert sorted(job["state"] for job in message["jobs"]) == ["done", "failed", "queued"]
@@ -69,18 +69,18 @@ def test_all_jobs_and_runs_are_listed_and_what_is_broken_is_told(tmp_path: Path)
         ("other", "failed"),
         ("trial", "done"),
     ]
-    assert any("broken.json" in trouble for trouble in message["troubles"])
+    assert any("broken.json" in problem for problem in message["problems"])
     json.dumps(message)
-    table._heard({"kind": "open", "tag": tag})
-    table._heard({"kind": "open", "run": message["runs"][0]["run"]})
+    table._receive({"kind": "open", "tag": tag})
+    table._receive({"kind": "open", "run": message["runs"][0]["run"]})
     assert table._worker.join(30)
     assert table.opened.endswith(message["runs"][0]["run"])
     assert [m["kind"] for m in sent[1:]] in (["details"], ["details", "details"])
     frame = table.frame()
     assert len(frame) == 3
     assert set(frame["state"]) == {"done", "failed", "queued"}
-    table._heard({"kind": "open", "run": "../../etc"})
-    table._heard({"kind": "cancel", "tag": "no such"})
+    table._receive({"kind": "open", "run": "../../etc"})
+    table._receive({"kind": "cancel", "tag": "no such"})
     assert table._worker.join(30)
     assert [m["kind"] for m in sent[-3:]].count("error") == 2
     with pytest.raises(ArgumentError, match="no job has it"):
@@ -104,7 +104,8 @@ CELL = """
 import qtx_lab as qtx, torch
 from qtx_lab.widgets.views.job_table import JobTable
 backend = qtx.QiskitQuantumBackend("ibm", "ibm_lagos", shots=64)
-jobs = [backend.submit_rows(torch.tensor([[0.5, 0.5]]), generator=torch.Generator().manual_seed(i)) for i in range(2)]
+generators = [torch.Generator().manual_seed(i) for i in range(2)]
+jobs = [backend.submit_rows(torch.tensor([[0.5, 0.5]]), generator=g) for g in generators]
 table = JobTable()
 table
 """

@@ -13,7 +13,8 @@ import torch
 
 from qtx_lab import sampled_attention
 from qtx_lab.errors import ArgumentError, ShapeError
-from qtx_lab.widgets.views.lens import TILE, AttentionLens
+from qtx_lab.widgets.views.lens import AttentionLens
+from qtx_lab.widgets.views.lens_maps import TILE
 
 CELL = """
 import qtx_lab as qtx
@@ -28,13 +29,15 @@ lens
 def heard(lens: AttentionLens) -> list[tuple[dict[str, Any], list[bytes]]]:
     """What the lens sends from now on."""
     sent: list[tuple[dict[str, Any], list[bytes]]] = []
-    lens.send = lambda content, buffers=None: sent.append((content, buffers or []))  # type: ignore[method-assign]
+    lens.send = (  # type: ignore[method-assign]
+        lambda content, buffers=None: sent.append((content, buffers or []))
+    )
     return sent
 
 
 def ask(lens: AttentionLens, level: int, tiles: list[list[int]], draws: int = 16) -> None:
     where = {"layer": 0, "head": lens.head, "level": level, "exact": tiles, "sampled": tiles}
-    lens._heard({"kind": "maps", "view": "a", "seq": 1, "draws": draws, **where})
+    lens._receive({"kind": "maps", "view": "a", "seq": 1, "draws": draws, **where})
     assert lens._worker.join(60)
 
 
@@ -78,7 +81,7 @@ def test_only_the_newest_request_is_answered(generator: torch.Generator) -> None
     lens = AttentionLens(*inputs(64, 64, generator))
     sent = heard(lens)
     for draws in range(1, 101):
-        lens._heard({"kind": "maps", "view": "a", "seq": draws, "layer": 0, "head": 0, "draws": draws,
+        lens._receive({"kind": "maps", "view": "a", "seq": draws, "layer": 0, "head": 0, "draws": draws,
                      "level": 0, "exact": [], "sampled": [[0, 0]]})  # fmt: skip
     assert lens._worker.join(60)
     assert sent[-1][0]["seq"] == 100
@@ -91,7 +94,7 @@ def test_variances_are_those_of_the_heads(generator: torch.Generator) -> None:
     k[0] *= 30  # a head that looks at single keys is sampled without error
     lens = AttentionLens(q, k, v, sampler="head-tail", is_causal=True)
     sent = heard(lens)
-    lens._heard({"kind": "thumbnails", "draws": 16})
+    lens._receive({"kind": "thumbnails", "draws": 16})
     assert lens._worker.join(60)
     variance = np.frombuffer(sent[0][1][0], np.float32)
     assert len(variance) == 4
@@ -159,8 +162,9 @@ def test_it_is_saved_as_picture_and_data(tmp_path: Path, generator: torch.Genera
 
 @pytest.mark.ui
 def test_in_jupyterlab(
-    page: Any, open_notebook: Callable[..., Any], run_all: Callable[..., None], run_python: Callable[..., None],
-    set_theme: Callable[..., None], shoot: Callable[..., Any], axe: Callable[..., list[str]],
+    page: Any, open_notebook: Callable[..., Any], run_all: Callable[..., None],
+    run_python: Callable[..., None], set_theme: Callable[..., None], shoot: Callable[..., Any],
+    axe: Callable[..., list[str]],
 ) -> None:  # fmt: skip
     path = open_notebook(page, [CELL])
     run_all(page)

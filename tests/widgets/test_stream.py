@@ -16,7 +16,7 @@ import torch
 from qtx_lab.errors import ArgumentError, DtypeError, ShapeError
 from qtx_lab.storage import read_frame
 from qtx_lab.widgets.views import stream as module
-from qtx_lab.widgets.views.stream import BLOCK, COLUMNS, MetricStream
+from qtx_lab.widgets.views.stream import BLOCK_POINTS, COLUMNS, MetricStream
 
 
 class Browser:
@@ -29,7 +29,7 @@ class Browser:
         stream.send = self.hear  # type: ignore[method-assign]
 
     def tell(self, **content: Any) -> None:
-        threading.Thread(target=self.stream._heard, args=(content,)).start()
+        threading.Thread(target=self.stream._receive, args=(content,)).start()
 
     def hear(self, content: dict[str, Any], buffers: list[bytes]) -> None:
         self.messages.append(time.monotonic())
@@ -77,8 +77,8 @@ def test_three_threads_and_a_lost_message(lose: int | None) -> None:
 
 
 def test_a_late_view_gets_all_and_a_full_store_forgets_the_oldest() -> None:
-    stream = MetricStream(capacity=2 * BLOCK)
-    count = 3 * BLOCK + 5
+    stream = MetricStream(capacity=2 * BLOCK_POINTS)
+    count = 3 * BLOCK_POINTS + 5
     stream.push("a", np.arange(count), np.arange(count))
     browser = Browser(stream)
     browser.tell(kind="want", next=0)
@@ -86,24 +86,24 @@ def test_a_late_view_gets_all_and_a_full_store_forgets_the_oldest() -> None:
     while browser.next < count and time.monotonic() < end:
         time.sleep(0.01)
     kept = len(stream.frame())
-    assert BLOCK < kept <= 2 * BLOCK
+    assert BLOCK_POINTS < kept <= 2 * BLOCK_POINTS
     assert len(browser.points["a"]) == kept
     assert browser.points["a"][0][0] == count - kept
 
 
 def test_without_answers_it_goes_on_slowly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "PATIENCE", 0.2)
+    monkeypatch.setattr(module, "ACKNOWLEDGE_TIMEOUT_S", 0.2)
     stream = MetricStream()
     sent: list[int] = []
     stream.send = lambda content, buffers: sent.append(content["count"])  # type: ignore[method-assign]
-    stream._heard({"kind": "want", "next": 0})
+    stream._receive({"kind": "want", "next": 0})
     start = time.monotonic()
     for i in range(100):
         stream.push("a", i, i)
         time.sleep(0.01)
     seconds = time.monotonic() - start
     assert sum(sent) > 50
-    assert len(sent) <= module.IN_FLIGHT + 1 + seconds / 0.2
+    assert len(sent) <= module.MAX_UNACKNOWLEDGED + 1 + seconds / 0.2
 
 
 def test_what_is_wrong_is_refused() -> None:
@@ -157,7 +157,8 @@ rows, lock = [], threading.Lock()
 threads = set()
 def feed(name, total, seconds, parts):
     me = threading.current_thread()
-    threads.add(("main" if me is threading.main_thread() else "subshell" if "ubshell" in me.name else "worker", me.name))
+    side = "subshell" if "ubshell" in me.name else "worker"
+    threads.add(("main" if me is threading.main_thread() else side, me.name))
     random, start = np.random.default_rng(len(name)), time.monotonic()
     for i, x in enumerate(np.array_split(np.arange(total, dtype=float), parts)):
         y = np.exp(-x / total * 3) + 0.1 + 0.05 * random.random(len(x))
@@ -216,7 +217,8 @@ def test_in_jupyterlab(
     view.wait_for()
     session = page.context.new_cdp_session(page)
     before = heap(session)
-    # In the worker and the main thread of the kernel; the click is heard on a subshell, while the main thread is busy.
+    # In the worker and the main thread of the kernel; the click is heard on a subshell, while the main thread
+    # is busy.
     feeds = f"""
 worker = threading.Thread(target=feed, args=("systematic", {each}, 10, 200))
 worker.start()

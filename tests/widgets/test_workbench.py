@@ -1,4 +1,4 @@
-"""The workbench: work that can be killed at any moment, state that survives, and all of it in a real browser."""
+"""The workbench: work that can be killed at any time, state that survives, and all in a real browser."""
 
 from __future__ import annotations
 
@@ -124,8 +124,10 @@ def test_errors_of_tasks_are_reported(worker: ProcessWorker) -> None:
 @pytest.mark.chaos
 def test_a_worker_does_not_outlive_its_parent(worker: ProcessWorker, tmp_path: Path) -> None:
     code = (
-        "import time; from qtx_lab.widgets.workbench.process import ProcessWorker; w = ProcessWorker('qtx_tasks_for_tests');"
-        "x = w.start('stuck', how='python', on_data=lambda _: print(w._process.pid, flush=True)); time.sleep(600)"
+        "import time; from qtx_lab.widgets.workbench.process import ProcessWorker\n"
+        "w = ProcessWorker('qtx_tasks_for_tests')\n"
+        "x = w.start('stuck', how='python', on_data=lambda _: print(w._process.pid, flush=True))\n"
+        "time.sleep(600)"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     assert parent.stdout is not None
@@ -440,16 +442,22 @@ def cut_off(page: Any) -> list[str]:
       for (const e of [root, ...root.querySelectorAll("*")]) {
         if (!e.checkVisibility() || e.closest("[tabindex='0'][role=region]")) continue;
         const style = getComputedStyle(e);
-        if (e.scrollWidth > e.clientWidth + 1 && ["auto", "scroll", "hidden"].includes(style.overflowX)
-            && e.clientWidth > 1 && !["INPUT", "SELECT"].includes(e.tagName)) found.push(`wider: ${named(e)}`);
+        const scrolls = ["auto", "scroll", "hidden"].includes(style.overflowX);
+        const typed = ["INPUT", "SELECT"].includes(e.tagName);
+        if (e.scrollWidth > e.clientWidth + 1 && scrolls && e.clientWidth > 1 && !typed)
+          found.push(`wider: ${named(e)}`);
       }
       const edge = root.getBoundingClientRect();
       const boxes = [...root.querySelectorAll("button, input:not([type=file]), select, label, summary")]
-        .filter((e) => e.checkVisibility()).map((e) => [e, e.getBoundingClientRect()]).filter(([, b]) => b.width);
-      for (const [e, b] of boxes) if (b.left < edge.left - 1 || b.right > edge.right + 1) found.push(`outside: ${named(e)}`);
+        .filter((e) => e.checkVisibility()).map((e) => [e, e.getBoundingClientRect()])
+        .filter(([, b]) => b.width);
+      for (const [e, b] of boxes)
+        if (b.left < edge.left - 1 || b.right > edge.right + 1) found.push(`outside: ${named(e)}`);
       for (const [e, a] of boxes) for (const [f, b] of boxes) {
-        if (e === f || e.contains(f) || f.contains(e) || e.closest(".qtx-wb-act") || f.closest(".qtx-wb-act")) continue;
-        const over = Math.min(a.right, b.right) - Math.max(a.left, b.left), up = Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top);
+        if (e === f || e.contains(f) || f.contains(e)) continue;
+        if (e.closest(".qtx-wb-act") || f.closest(".qtx-wb-act")) continue;
+        const over = Math.min(a.right, b.right) - Math.max(a.left, b.left);
+        const up = Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top);
         if (over > 2 && up > 2) found.push(`over each other: ${named(e)} | ${named(f)}`);
       }
       return found;
@@ -581,7 +589,8 @@ def test_the_whole_work_in_a_browser(
         page.keyboard.press("Tab")
         reached.append(
             page.evaluate(
-                "() => { const e = document.activeElement; return e.labels?.[0]?.innerText || e.ariaLabel || e.innerText; }"
+                "() => { const e = document.activeElement;"
+                "        return e.labels?.[0]?.innerText || e.ariaLabel || e.innerText; }"
             )
         )
     assert "Measure rows" in reached
@@ -642,7 +651,8 @@ def test_cancel_restart_and_ten_thousand_updates_in_a_browser(
         wait=False,
     )
     page.evaluate("""async () => {
-      const shots = [...document.querySelectorAll("[data-field=shots] input")].find((e) => e.checkVisibility());
+      const inputs = [...document.querySelectorAll("[data-field=shots] input")];
+      const shots = inputs.find((e) => e.checkVisibility());
       for (let n = 1; n <= 3200; n++) {
         shots.value = String(n);
         shots.dispatchEvent(new Event("change", { bubbles: true }));

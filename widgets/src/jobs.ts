@@ -212,7 +212,7 @@ export function render(model: Model, el: HTMLElement): () => void {
       tabs[shown].input.checked = true;
       refresh.disabled = false;
       frame.root.toggleAttribute("data-waiting", false);
-      notes.replaceChildren(...message.troubles.map((text: string) => h("li", {}, text)));
+      notes.replaceChildren(...message.problems.map((text: string) => h("li", {}, text)));
       status.textContent = `${model.get("home")} · states ${message.asked ? "as the servers say now" : "as last known"}`;
       paint();
     } else if (message.kind === "details") {

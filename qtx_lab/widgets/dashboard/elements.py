@@ -99,7 +99,7 @@ class DashboardView:
         raise NotImplementedError
 
     def state(self) -> Any:
-        """What `prepare` depends on besides the folder and the filters: it is called again when this changes."""
+        """What `prepare` depends on besides folder and filters: it is called again when this changes."""
         return tuple(control.value for control in self.controls)
 
 

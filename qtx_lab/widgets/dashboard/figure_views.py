@@ -141,8 +141,8 @@ def error_view(page: DashboardPage) -> FigureView:
         if frame.empty:
             return Finding("", "", [], rows.skipped)
         note = (
-            f"Mean of {_drawn_runs(replace(rows, frame=frame))} Bars: 95 % intervals, over runs where there are "
-            "several, else the run's own."
+            f"Mean of {_drawn_runs(replace(rows, frame=frame))} Bars: 95 % intervals, over runs where there "
+            "are several, else the run's own."
         )
         picture = figures.error_against_draws(frame, measured, page.theme)
         return Finding(_best_sampler(frame, measured), note, [picture], rows.skipped)
@@ -255,8 +255,9 @@ def devices_view(page: DashboardPage) -> FigureView:
         if len(states):
             pictures.append(figures.fidelity_against_qubits(states, page.theme))
         note = (
-            f"{_drawn_runs(data[0])} Hollow points: raw counts; bars: 95 % intervals, over runs where there are "
-            "several. Dashed: the same number of pseudo-random draws, over which loading a known row has no advantage."
+            f"{_drawn_runs(data[0])} Hollow points: raw counts; bars: 95 % intervals, over runs where there "
+            "are several. Dashed: the same number of pseudo-random draws, over which loading a known row has "
+            "no advantage."
         )
         return Finding(title, note, pictures, data[0].skipped)
 

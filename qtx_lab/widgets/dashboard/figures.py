@@ -1,4 +1,4 @@
-"""The dashboard's figures in HoloViews: each draws a data frame in a theme; axes have units, bars are 95 % intervals."""
+"""The dashboard's figures in HoloViews: each draws a data frame in a theme. Bars are 95 % intervals."""
 
 from __future__ import annotations
 
@@ -56,14 +56,14 @@ def label(metric: str) -> str:
 
 
 def curve_colours(theme: str, count: int) -> list[str]:
-    """Colours of `count` runs or loaders, told apart by colour-blind eyes as long as there are no more than seven."""
+    """Colours of `count` runs or loaders; up to seven can be distinguished by colour-blind people, too."""
     c = look.colours_of(theme)
     named = [c["accent"], "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#F0E442", c["baseline"]]
     return [named[i % len(named)] for i in range(count)]
 
 
 def _dressed(theme: str) -> Callable[[Any, Any], None]:
-    """A hook that puts a Bokeh figure into the house's clothes."""
+    """A hook that gives a Bokeh figure the colours and fonts of the project."""
     c = look.colours_of(theme)
 
     def dress(plot: Any, element: Any) -> None:
@@ -95,7 +95,7 @@ def _dressed(theme: str) -> Callable[[Any, Any], None]:
 
 
 def axes(theme: str, **options: Any) -> dict[str, Any]:
-    """Options that every figure has, and its own."""
+    """The options that every figure has, together with its own."""
     common = {"responsive": True, "height": HEIGHT, "show_legend": False, "show_grid": True}
     return {**common, "active_tools": [], "hooks": [_dressed(theme)], **options}
 
@@ -103,7 +103,7 @@ def axes(theme: str, **options: Any) -> dict[str, Any]:
 def _names_at_ends(
     ends: Mapping[str, tuple[float, float, str]], low: float, high: float, log: bool = True
 ) -> hv.Labels:
-    """A name behind each line's last point {name: (x, y, colour)}, pushed apart along an axis from low to high."""
+    """Names behind the last points of lines, {name: (x, y, colour)}, apart on an axis from low to high."""
     scale: Callable[[float], float] = np.log if log else float
     room = 16 / (HEIGHT - 90) * (scale(high) - scale(low))
     placed, rows = -np.inf, []
@@ -129,8 +129,8 @@ def _bars(part: pd.DataFrame, x: str, y: str, colour: str) -> hv.ErrorBars:
 def _log_ticks(low: float, high: float) -> list[tuple[float, str]]:
     """1, 2 and 5 of every decade between two numbers; 1 alone of three decades or more."""
     decades = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
-    wanted = (1, 2, 5) if high / low < 1000 else (1,)
-    ticks = [m * 10.0**e for e in decades for m in wanted]
+    factors = (1, 2, 5) if high / low < 1000 else (1,)
+    ticks = [m * 10.0**e for e in decades for m in factors]
     return [(t, f"{t:g}") for t in ticks if low <= t <= high]
 
 
@@ -140,7 +140,9 @@ def _limits(values: pd.Series, spread: float = 1.35) -> tuple[float, float]:
 
 
 def error_against_draws(frame: pd.DataFrame, metric: str, theme: str) -> hv.Overlay:
-    """A metric against draws, one line a sampler: mean over runs with its 95 % interval, single runs as faint dots.
+    """A metric against draws, one line a sampler: means over runs with their 95 % intervals.
+
+    Single runs are faint dots.
 
     frame: columns `run`, `sampler`, `num_samples`, the metric, and `half_width` where there is one.
     """
@@ -205,9 +207,12 @@ def error_against_draws(frame: pd.DataFrame, metric: str, theme: str) -> hv.Over
 
 
 def distance_against_shots(frame: pd.DataFrame, theme: str) -> hv.Overlay:
-    """Total variation against shots by device and loader: hollow points are raw counts; dashed, as many classical draws.
+    """Total variation against shots by device and loader.
 
-    frame: columns `run`, `device`, `loader`, `shots`, `distance`, and `half_width` and `classical` where there are.
+    Hollow points are raw counts; the dashed line is the same number of classical draws.
+
+    frame: columns `run`, `device`, `loader`, `shots`, `distance`, and `half_width` and `classical` where
+    there are.
     """
     c = look.colours_of(theme)
     mean = frames.over_runs(frame, ("device", "loader", "shots"), "distance")
@@ -231,7 +236,8 @@ def distance_against_shots(frame: pd.DataFrame, theme: str) -> hv.Overlay:
     return hv.Overlay(layers).opts(
         **axes(
             theme, logx=True, logy=True, xlim=(shots.min() / 1.3, right), ylim=(low, high),
-            xlabel=label("shots"), ylabel=label("distance"), yticks=_log_ticks(low, high), xticks=[(s, f"{s:,.0f}".replace(",", " ")) for s in shots],
+            xlabel=label("shots"), ylabel=label("distance"), yticks=_log_ticks(low, high),
+            xticks=[(s, f"{s:,.0f}".replace(",", " ")) for s in shots],
         )
     )  # fmt: skip
 
@@ -239,7 +245,7 @@ def distance_against_shots(frame: pd.DataFrame, theme: str) -> hv.Overlay:
 def _points(
     mean: pd.DataFrame, x: str, y: str, theme: str, ends: dict[str, tuple[float, float, str]]
 ) -> list[Any]:
-    """Raw counts: hollow points with bars, a colour for each loader and a marker for each device; fills `ends`."""
+    """Hollow points with bars, a colour for each loader, a marker for each device; fills `ends`."""
     devices = sorted(mean["device"].unique())
     loaders = list(dict.fromkeys([*LOADERS, *sorted(mean["loader"].unique())]))
     colours = dict(zip(loaders, curve_colours(theme, len(loaders)), strict=True))
@@ -276,7 +282,8 @@ def fidelity_against_qubits(frame: pd.DataFrame, theme: str) -> hv.Overlay:
     return hv.Overlay(layers).opts(
         **axes(
             theme, xlim=(qubits.min() - 0.3, qubits.max() + 0.6 + 0.3 * (qubits.max() - qubits.min())),
-            ylim=(low, 1.02), xlabel=label("m"), ylabel=label("fidelity"), xticks=[(q, f"{q:g}") for q in qubits],
+            ylim=(low, 1.02), xlabel=label("m"), ylabel=label("fidelity"),
+            xticks=[(q, f"{q:g}") for q in qubits],
         )
     )  # fmt: skip
 

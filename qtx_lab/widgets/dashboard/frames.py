@@ -27,9 +27,15 @@ def positive(frame: pd.DataFrame, *columns: str) -> pd.DataFrame:
 
 
 def over_runs(frame: pd.DataFrame, by: Sequence[str], metric: str) -> pd.DataFrame:
-    """Mean of a metric over runs, half of its 95 % interval, and the runs: columns `by`, the metric, half_width, runs.
+    """Mean of a metric over runs, with half of its 95 % interval.
 
-    Of several runs the interval is Student's, over the runs; of one run it is the run's own, where it has one.
+    Where there are several runs the interval is Student's, over the runs; for one run it is the run's own, if
+    it has one.
+
+    Returns
+    -------
+    DataFrame
+        Columns `by`, the metric, `half_width` and `runs`, their number.
     """
     own = frame["half_width"] if "half_width" in frame else pd.Series(np.nan, frame.index)
     frame = frame.assign(half_width=pd.to_numeric(own, errors="coerce"))
@@ -47,7 +53,7 @@ def over_runs(frame: pd.DataFrame, by: Sequence[str], metric: str) -> pd.DataFra
 
 
 def thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """At most about `MAX_POINTS` of a curve's points: of every stretch the lowest and the highest, and the last."""
+    """About `MAX_POINTS` of a curve's points, at most: the extremes of every stretch, and the last one."""
     if len(x) <= MAX_POINTS:
         return x, y
     size = -(-2 * len(x) // MAX_POINTS)

@@ -62,5 +62,6 @@ def _line(job: Any) -> str:
     recorded = escape(job.recorded[:19].replace("T", " "))
     return (
         f"<tr><td><code>{escape(job.tag)}</code></td><td>{escape(job.run)}</td><td>{escape(job.device)}</td>"
-        f"<td>{escape(job.state)}</td><td class='number'>{job.rows:,} × {job.shots:,}</td><td>{recorded}</td></tr>"
+        f"<td>{escape(job.state)}</td><td class='number'>{job.rows:,} × {job.shots:,}</td>"
+        f"<td>{recorded}</td></tr>"
     )

@@ -37,8 +37,8 @@ COLUMNS = {"status": "", "name": "", "seconds": "number", "measured": "", "folde
 
 NOTHING_RUNS = empty_note(
     "Nothing is running",
-    "Runs that are being written show their curves here, twice a second: start one with <code>qtx-lab run</code>, "
-    "<code>qtx-lab sweep</code> or <code>qtx-lab train</code>.",
+    "Runs that are being written show their curves here, twice a second: start one with "
+    "<code>qtx-lab run</code>, <code>qtx-lab sweep</code> or <code>qtx-lab train</code>.",
 )
 
 Curves = dict[tuple[str, str], dict[str, tuple[np.ndarray, np.ndarray]]]
@@ -136,8 +136,8 @@ def _sweep_progress(table: pd.DataFrame, followed: list[str]) -> str:
             seconds = (datetime.now(UTC) - row["started"]).total_seconds()
             left = f"; about {seconds / ended * (planned - earlier - ended):.0f} s left"
         lines.append(
-            f"<p><b>{escape(str(row['name']))}</b>: {earlier + ended:.0f} of {planned:.0f} notebooks have ended "
-            f"({escape(details)}){left} <progress max='{planned:.0f}' value='{earlier + ended:.0f}' "
+            f"<p><b>{escape(str(row['name']))}</b>: {earlier + ended:.0f} of {planned:.0f} notebooks have "
+            f"ended ({escape(details)}){left} <progress max='{planned:.0f}' value='{earlier + ended:.0f}' "
             f"aria-label='Progress of {escape(row['run'])}'></progress></p>"
         )
     return "".join(lines)

@@ -26,12 +26,12 @@ LENGTHS = (128, 256, 512, 1024)
 SIDE = 240
 """Pixels of a map's side: what Datashader makes of it, zoomed or not."""
 DIFFERENCE_LIMIT = 0.02
-"""Larger differences of weights are drawn in the deepest colours, so that the scale stays while draws change."""
+"""Larger differences of weights have the deepest colours, so that the scale stays while draws change."""
 
 
 @dataclass(frozen=True)
 class Maps:
-    """One head: weights (L, L), float32, NaN where masked, and what the sample misses by."""
+    """One head: weights (L, L), float32, NaN where masked, and the errors of the sample."""
 
     exact: np.ndarray
     sampled: np.ndarray
@@ -67,7 +67,7 @@ def _visible(weights: torch.Tensor) -> np.ndarray:
 
 @lru_cache(maxsize=64)
 def attention_maps(length: int, layer: int, head: int, sampler: str, draws: int, seed: int = 0) -> Maps:
-    """The maps of one head over the first bytes of the held-out text; the same arguments give the same draws."""
+    """The maps of one head for the beginning of the held-out text; the same arguments give the same draws."""
     output, exact = _exact(length, layer, head)
     q, k, v = _one_head(length, layer, head)
     g = torch.Generator().manual_seed(seed)
@@ -84,7 +84,7 @@ def attention_maps(length: int, layer: int, head: int, sampler: str, draws: int,
 def _pixels(
     data: np.ndarray, x_range: Any = None, y_range: Any = None
 ) -> tuple[np.ndarray, tuple[float, ...]]:
-    """What is seen of a map in a range, as `SIDE`² pixels, the mean of the cells under each; and its bounds."""
+    """A part of a map as `SIDE`² pixels, each the mean of the cells under it, and the part's bounds."""
     end = len(data) - 0.5
     (left, right), (low, high) = x_range or (-0.5, end), y_range or (-0.5, end)
     places = np.arange(len(data))
@@ -94,7 +94,7 @@ def _pixels(
 
 
 def _image(data: np.ndarray, x_range: Any, y_range: Any, *, like: hv.Image, least: float) -> hv.Image:
-    """A map in a range; a copy of `like`, whose options are then not worked out again at every move."""
+    """A part of a map as a copy of `like`, so that its options are not worked out anew at every move."""
     seen, bounds = _pixels(data, x_range, y_range)
     return like.clone(np.maximum(seen, least), bounds=bounds)
 
@@ -144,5 +144,5 @@ def palette(name: str) -> list[str]:
 
 
 def warm_up() -> None:
-    """Load the model, and compile what Datashader needs, before someone waits for it."""
+    """Load the model and compile what Datashader needs, before somebody waits for it."""
     _pixels(attention_maps(512, 3, 0, "systematic", 32).sampled)

@@ -65,8 +65,9 @@ class MapsView(DashboardView):
         else:
             self._canvas.show(drawn, exact=shown != self._shown_head)
         self._title.object = (
-            f"<h2>Layer {layer}, head {head}: {draws} {escape(sampler)} draws lie {drawn.distance:.3f} from the "
-            f"exact row in total variation</h2><p class='note'>Mean over {length} rows of the shipped model on "
-            f"held-out text, causal, seed 0; the head's output is off by {drawn.error:.1%}. A pixel is the mean of "
-            "the cells under it: zoom in for single ones.</p>"
+            f"<h2>Layer {layer}, head {head}: {draws} {escape(sampler)} draws lie {drawn.distance:.3f} from "
+            "the exact row in total variation</h2>"
+            f"<p class='note'>Mean over {length} rows of the shipped model on held-out text, causal, seed 0; "
+            f"the head's output is off by {drawn.error:.1%}. A pixel is the mean of the cells under it: zoom "
+            "in for single ones.</p>"
         )

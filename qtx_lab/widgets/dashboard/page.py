@@ -90,7 +90,8 @@ class DashboardPage:
         self.status = pn.widgets.CheckBoxGroup(options=list(STATUSES), value=list(STATUSES))
         self.since = select(label="Started", options=list(WINDOWS_S))
         status_label = pn.widgets.StaticText(value="Status", margin=(10, 10, 0, 10))
-        # All are made at once, and shown or hidden: what Panel puts back after taking it away has lost its style.
+        # All are made at once, and shown or hidden: what Panel puts back after taking it away has lost its
+        # style.
         self._filters = pn.Column(self.text, status_label, self.status, self.since, margin=0)
         self._boxes = {name: pn.Column(*view.controls, margin=0) for name, view in self.views.items()}
         self.controls = pn.Column(self._filters, *self._boxes.values(), width=CONTROL_WIDTH + 4)
@@ -146,7 +147,8 @@ class DashboardPage:
                         view.show(data)
                 except Exception as error:  # a run folder may hold anything: the other views go on
                     logging.getLogger(__name__).exception("A view could not be drawn")
-                    problem = f"This view could not be drawn: {type(error).__name__}: {error}. The picture is an older one."
+                    reason = f"{type(error).__name__}: {error}"
+                    problem = f"This view could not be drawn: {reason}. The picture is an older one."
                 self.picture.loading = False
                 self._show_foot(listing, problem)
                 self._shown_state = state
@@ -213,8 +215,10 @@ def make_page(records: Records, prefix: str = "") -> Any:
     template.add_variable("theme_word", theme)
     template.add_variable("other_theme", other.capitalize())
     template.add_variable("other_theme_url", f"?theme={other}")
-    period_ms = int(1000 * RUNNING_POLL_S)
-    pn.state.add_periodic_callback(session.refresh, period=period_ms)  # type: ignore[arg-type]  # may be async
+    pn.state.add_periodic_callback(
+        session.refresh,  # type: ignore[arg-type]  # it may be a coroutine function
+        period=int(1000 * RUNNING_POLL_S),
+    )
     return template
 
 

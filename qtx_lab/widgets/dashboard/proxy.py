@@ -1,4 +1,4 @@
-"""The dashboard's card in JupyterLab's launcher: what jupyter-server-proxy is told to start and show."""
+"""The dashboard's card in JupyterLab's launcher: what jupyter-server-proxy starts and shows."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ NAME = "qtx-lab"
 def dashboard() -> dict[str, Any]:
     """The entry of `jupyter_serverproxy_servers`.
 
-    The dashboard listens on a Unix socket in a folder of the user's own, so that only Jupyter's own login leads to it,
-    also on a machine with other users. It shows `$QTX_LAB_HOME`, else `runs` where Jupyter was started.
+    The dashboard listens on a Unix socket in a folder of the user's own, so that only Jupyter's own login
+    leads to it, also on a machine with other users. It shows `$QTX_LAB_HOME`, else `runs` where Jupyter was
+    started.
     """
-    where = ["--socket", "{unix_socket}", "--prefix", "{base_url}" + NAME]
+    location = ["--socket", "{unix_socket}", "--prefix", "{base_url}" + NAME]
     return {
-        "command": [sys.executable, "-m", "qtx_lab.cli", "dashboard", *where],
+        "command": [sys.executable, "-m", "qtx_lab.cli", "dashboard", *location],
         "unix_socket": True,
         "absolute_url": True,
         "timeout": 60,

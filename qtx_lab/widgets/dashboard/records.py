@@ -1,4 +1,4 @@
-"""What the dashboard knows of a folder of runs: a listing kept fresh by one thread, and metrics read when asked for."""
+"""What the dashboard knows of a folder of runs: a fresh listing, and metrics that are read on request."""
 
 from __future__ import annotations
 
@@ -21,20 +21,22 @@ from ...experiments.runs import runs
 from ...storage import database, runs_home
 
 RUNNING_POLL_S = 0.5
-"""Seconds between two looks at what is running: at most two a second, however many people watch."""
+"""Seconds between two looks at what is running, however many people watch."""
 
 LISTING_POLL_S = 2.0
-"""Seconds between two listings of the folder, or four times what a listing takes, if that is longer."""
+"""Seconds between two listings of the folder; four times the duration of a listing, if that is longer."""
 
 MAX_CACHED_FILES = 2000
-"""Files whose content is kept until they change."""
+"""Files whose content is cached until they change."""
 
 MAX_RUNS = 200
-"""Runs whose metrics are drawn together: the newest of those that the filters leave."""
+"""Runs whose metrics are drawn together: the newest of those that pass the filters."""
 
 PARAMETER_COLUMNS = ("sampler", "num_samples", "device", "loader", "shots")
-"""Parameters of a run that stand in for a column which its metrics lack."""
+"""Parameters of a run that are used in place of a column that its metrics lack."""
 
+
+YAML_LOADER = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader
 
 Skipped = tuple[tuple[str, str], ...]
 """(folder, reason) of what could not be read."""
@@ -49,7 +51,7 @@ class Listing:
     table: pd.DataFrame
     """As of `qtx_lab.runs`, and `report`: whether the run has one."""
     skipped: Skipped
-    """(folder, why) of what is no readable run."""
+    """What is no readable run."""
     jobs: pd.DataFrame
     """tag, run, device, state, rows, shots, recorded: as last known, no server is asked."""
     trouble: str = ""
@@ -62,14 +64,14 @@ class Rows:
 
     frame: pd.DataFrame
     skipped: Skipped = ()
-    """(run, why) of metrics that cannot be read."""
+    """(run, reason) of metrics that cannot be read."""
     left_out: int = 0
-    """Older runs beyond `MAX_RUNS`."""
+    """How many older runs there are beyond `MAX_RUNS`."""
 
 
 @dataclass
 class Records:
-    """A folder of runs, read only. One for a server: everyone who watches shares its reading.
+    """A folder of runs, read only. A server has one, so that all who watch share what it reads.
 
     Parameters
     ----------
@@ -93,7 +95,7 @@ class Records:
         self.look()
 
     def watch(self) -> None:
-        """Keep `listing` fresh, by a thread that ends with the process."""
+        """Renew `listing` in a thread that ends with the process."""
         threading.Thread(target=self._watch, name="qtx-lab records", daemon=True).start()
 
     def _watch(self) -> None:
@@ -106,8 +108,8 @@ class Records:
     def look(self) -> None:
         """List the folder now; `listing` is replaced if anything differs."""
         try:
-            found = runs(self.home)
-            table, skipped = pd.DataFrame(found), tuple(found.attrs["skipped"])
+            listed = runs(self.home)
+            table, skipped = pd.DataFrame(listed), tuple(listed.attrs["skipped"])
             table["report"] = [Path(path, "report.html").is_file() for path in table["path"]]
             jobs, trouble = self._jobs(), ""
         except Exception as error:  # whatever a folder holds, the thread that looks goes on
@@ -127,16 +129,16 @@ class Records:
             return pd.DataFrame(columns=columns)  # and the room of backends is not loaded
         from ...backends.ibm.jobs import find_jobs
 
-        found = []
+        rows = []
         with warnings.catch_warnings(action="ignore"):  # files that are no records: `qtx-lab jobs` names them
             for job in find_jobs(self.home):
-                with suppress(QtxError):  # gone since
+                with suppress(QtxError):  # gone meanwhile
                     record, folder = job.record, job.path.parent.parent
                     run = "" if folder == self.home else folder.name
                     size = (record.circuits, record.shots)
                     recorded = record.recorded.isoformat()
-                    found.append([job.tag, run, record.device, str(record.status), *size, recorded])
-        return pd.DataFrame(found, columns=columns)
+                    rows.append([job.tag, run, record.device, str(record.status), *size, recorded])
+        return pd.DataFrame(rows, columns=columns)
 
     def metrics(self, run: str | Path) -> pd.DataFrame:
         """The metrics of a run as they are now; empty where there are none.
@@ -147,7 +149,7 @@ class Records:
             If they cannot be read.
         """
         path = self.home / Path(run).name / "metrics.parquet"
-        frame = self._kept(path, self._read_frame)
+        frame = self._cached(path, self._read_frame)
         return pd.DataFrame() if frame is None else frame
 
     def _read_frame(self, path: Path) -> pd.DataFrame:
@@ -164,8 +166,8 @@ class Records:
         return _mark(self.home / run / "metrics.parquet")
 
     def parameters(self, run: str | Path) -> dict[str, Any]:
-        """What was asked of a run: the fields of its spec, or the parameters of its notebook."""
-        content = self._kept(self.home / Path(run).name / "spec.yaml", _read_yaml)
+        """The fields of a run's spec, or the parameters of its notebook."""
+        content = self._cached(self.home / Path(run).name / "spec.yaml", _read_yaml)
         content = content if isinstance(content, Mapping) else {}
         asked = content.get("parameters")
         return dict(asked) if isinstance(asked, Mapping) else dict(content)
@@ -173,7 +175,7 @@ class Records:
     def rows(self, table: pd.DataFrame, *needed: str) -> Rows:
         """Metrics of the runs of a table that have all columns `needed`, where they have values.
 
-        A column that a run's metrics lack is filled from what was asked of it, see `PARAMETER_COLUMNS`.
+        A column that a run's metrics lack is filled from its parameters; see `PARAMETER_COLUMNS`.
         """
         frames, skipped = [], []
         for run, name in table[["run", "name"]].head(MAX_RUNS).itertuples(index=False):
@@ -198,8 +200,8 @@ class Records:
         together = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=[*needed, "run"])
         return Rows(together, tuple(skipped), max(0, len(table) - MAX_RUNS))
 
-    def _kept(self, path: Path, read: Any) -> Any:
-        """The content of a file, kept until the file changes; None where there is none."""
+    def _cached(self, path: Path, read: Any) -> Any:
+        """The content of a file, read again only if the file has changed; None where there is no file."""
         mark = _mark(path)
         if mark is None:
             return None
@@ -232,6 +234,6 @@ def _mark(path: Path) -> tuple[int, int] | None:
 
 def _read_yaml(path: Path) -> Any:
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        return yaml.load(path.read_text(encoding="utf-8"), YAML_LOADER)
     except (OSError, ValueError, yaml.YAMLError, RecursionError):
         return None

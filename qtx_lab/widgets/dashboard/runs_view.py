@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 NO_RUNS = """<div class="empty"><h2>No runs yet in <code>{home}</code></h2>
 <p>Make the first one: type</p><p><code>qtx-lab demo --home {home}</code></p>
-<p>in a terminal, or run the notebook <code>00_quickstart</code> in JupyterLab. It takes less than a minute, and
-shows up here by itself.</p></div>"""
+<p>in a terminal, or run the notebook <code>00_quickstart</code> in JupyterLab. It takes less than a minute,
+and shows up here by itself.</p></div>"""
 
 COLUMNS = {
     "started (UTC)": "",

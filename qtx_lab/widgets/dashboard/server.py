@@ -1,4 +1,4 @@
-"""The dashboard's server: who may look, the reports that runs have, and the page."""
+"""The dashboard's server: who may look, the reports of runs, and the page."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ from .records import Records
 
 DEFAULT_PORT = 5006
 MIN_TOKEN_LENGTH = 16
-"""Characters of a token that guards a public address."""
+"""Characters of a token that guards a public address, at least."""
 WRONG_TOKEN_DELAY_S = 1.0
-"""Seconds that a wrong token costs."""
+"""Seconds that the answer to a wrong token takes."""
 
 REDEFAULT_PORT_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; img-src data:; sandbox allow-downloads allow-popups"
 )
-"""What a report may do: a run folder may be anybody's, and its page is shown under our address."""
+"""What a report may do. A run folder may be anybody's, and its report is shown under our address."""
 
 
 class TokenAuth(AuthProvider):
-    """Lets in who gave the token; where none is needed, who came by a loopback name.
+    """Lets in visitors who gave the token; where none is needed, those who came by a loopback name.
 
     The name is checked so that no page of another site reaches the dashboard through a name that it points at
     this machine (DNS rebinding).
@@ -88,7 +88,7 @@ class TokenAuth(AuthProvider):
 
 
 class LoginHandler(RequestHandler):
-    """Asks for the token; `?token=` in a link answers at once."""
+    """Asks for the token, unless the link has it already as `?token=`."""
 
     async def get(self) -> None:
         if given := self.get_query_argument("token", ""):
@@ -119,11 +119,13 @@ class LoginHandler(RequestHandler):
             "Content-Security-Policy", "default-src 'none'; style-src 'unsafe-inline'; form-action 'self'"
         )
         self.write(
-            "<!DOCTYPE html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+            "<!DOCTYPE html><html lang=en><meta charset=utf-8>"
+            "<meta name=viewport content='width=device-width'>"
             f"<title>qtx_lab dashboard</title><style>:root{{{colours['light']};color-scheme:light dark}}"
             f"@media(prefers-color-scheme:dark){{:root{{{colours['dark']}}}}}"
-            "body{font:15px/1.5 system-ui,sans-serif;background:var(--background);color:var(--text);max-width:26em;"
-            "margin:18vh auto;padding:0 1em}input,button{font:inherit;padding:.4em .7em;margin:.3em .3em .3em 0}"
+            "body{font:15px/1.5 system-ui,sans-serif;background:var(--background);color:var(--text);"
+            "max-width:26em;margin:18vh auto;padding:0 1em}"
+            "input,button{font:inherit;padding:.4em .7em;margin:.3em .3em .3em 0}"
             "a{color:var(--accent)}</style><main><h1>qtx_lab dashboard</h1><form method=post>"
             "<label for=token>Token, as printed where the dashboard was started</label><br>"
             "<input id=token name=token type=password autocomplete=current-password autofocus required>"
@@ -132,7 +134,7 @@ class LoginHandler(RequestHandler):
 
 
 class ReportHandler(AuthRequestHandler):
-    """The report of a run, by the name of its folder, and nothing else of the disk."""
+    """Serves the report of a run by the name of its folder, and nothing else of the disk."""
 
     def initialize(self, home: Path) -> None:
         self.home = home
@@ -149,7 +151,7 @@ class ReportHandler(AuthRequestHandler):
 
 
 def read_report(home: Path, name: str) -> bytes | None:
-    """The report of the run in the folder `name` of `home`; None where there is none, or where it lies elsewhere."""
+    """The report of the run in the folder `name` of `home`; None where there is none inside `home`."""
     if not name or name.startswith(".") or set(name) & set("/\\\0"):
         return None
     path = home / name / "report.html"
@@ -188,18 +190,18 @@ def serve(
     address : str
         Where it listens. Any but a loopback address needs a token.
     token : str, optional
-        What visitors have to give, once a browser. On a public address of at least 16 characters.
+        What visitors have to give, once in each browser. On a public address it needs 16 characters or more.
     prefix : str
         The path under which a reverse proxy shows it.
     socket : path, optional
-        Listen on this Unix socket in place of a port: who may open the file may look (Jupyter's proxy).
+        Listen on this Unix socket in place of a port: whoever may open the file may look (Jupyter's proxy).
     started : callable
-        Told the address once it is served.
+        Called with the address once it is served.
 
     Raises
     ------
     ArgumentError
-        Before anything is served: a public address without a token, an address or port that cannot be had.
+        Before anything is served: a public address without a token, an address or port that is not free.
 
     Examples
     --------
@@ -249,10 +251,11 @@ def serve(
 def _check_token(address: str, token: str | None) -> None:
     if token is None:
         raise ArgumentError(
-            f"address={address!r} can be reached from outside, and token=None: give one with --token or QTX_LAB_TOKEN "
-            f"({MIN_TOKEN_LENGTH} characters or more), or listen on 127.0.0.1 and come by ssh -L."
+            f"address={address!r} can be reached from outside, and token=None: give one with --token or "
+            f"QTX_LAB_TOKEN ({MIN_TOKEN_LENGTH} characters or more), or listen on 127.0.0.1 and use ssh -L."
         )
     if len(token) < MIN_TOKEN_LENGTH:
         raise ArgumentError(
-            f"token has {len(token)} characters; on address={address!r} it must have {MIN_TOKEN_LENGTH} or more."
+            f"token has {len(token)} characters; on address={address!r} it must have {MIN_TOKEN_LENGTH} "
+            "or more."
         )

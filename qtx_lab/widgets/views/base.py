@@ -1,4 +1,4 @@
-"""What the views share: one bundle, a picture in every saved notebook, files to take away, a thread that drops stale work."""
+"""`View`, the base of the views: one bundle, a picture in every saved notebook, and files to save."""
 
 from __future__ import annotations
 
@@ -33,19 +33,27 @@ EXPORTS = {
     "parquet": "application/vnd.apache.parquet",
     "csv": "text/csv",
 }
-"""What a view can be saved as, with the type that a browser knows it by."""
+"""The kinds of files that a view can be saved as, with their media types."""
 
 PICTURE_DPI = 110
+"""Pixels an inch of the picture in a saved notebook."""
 
 _DRAWING_LOCK = threading.RLock()
-"""matplotlib's style is global: two threads that draw take turns."""
+"""matplotlib's style is global, so that only one thread may draw at a time."""
 
 
 class View(anywidget.AnyWidget):
     """Base of the views: an anywidget whose browser side is in the one bundle.
 
-    Data go to the browser as messages that the browser asks for, never as traits: traits are set by people, here or
-    there, and ipywidgets does not guard them against threads.
+    Data go to the browser in messages that the browser asks for, never as traits: people set traits, in a
+    cell or in the browser, and ipywidgets does not guard them against threads.
+
+    Parameters
+    ----------
+    kind : str
+        Which view of the bundle shows it.
+    **traits
+        Values of its traits.
     """
 
     _esm = STATIC / "widgets.js"
@@ -55,11 +63,11 @@ class View(anywidget.AnyWidget):
 
     def __init__(self, kind: str, **traits: Any):
         self._worker = ThreadWorker(self.fail)
-        self._handle: Any = None
+        self._display_handle: Any = None
         super().__init__(**traits)
         hear_while_busy(self)
         self.set_trait("kind", kind)
-        self.on_msg(lambda _, content, buffers: self._heard(content))
+        self.on_msg(lambda _, content, buffers: self._receive(content))
 
     def figure(self, theme: str = "light") -> Figure:
         """What is shown, as a matplotlib figure."""
@@ -87,13 +95,13 @@ class View(anywidget.AnyWidget):
         return path
 
     def refresh_picture(self) -> None:
-        """Put a new picture beside the view where it was displayed: the one that a saved notebook keeps."""
-        if self._handle is not None:
+        """Renew the picture that a saved notebook shows in place of the view."""
+        if self._display_handle is not None:
             data, metadata = self._repr_mimebundle_()
-            self._handle.update(data, metadata=metadata, raw=True)
+            self._display_handle.update(data, metadata=metadata, raw=True)
 
     def fail(self, error: BaseException) -> None:
-        """Say in the view what went wrong."""
+        """Show an error in the view."""
         text = str(error) if isinstance(error, QtxError) else f"{type(error).__name__}: {error}"
         self.send({"kind": "error", "text": text})
 
@@ -104,7 +112,7 @@ class View(anywidget.AnyWidget):
 
     def _ipython_display_(self, **kwargs: Any) -> None:
         data, metadata = self._repr_mimebundle_()
-        self._handle = display(data, metadata=metadata, raw=True, display_id=True)
+        self._display_handle = display(data, metadata=metadata, raw=True, display_id=True)
 
     def _content(self, kind: str, theme: str) -> bytes:
         if kind in ("png", "svg"):
@@ -116,15 +124,15 @@ class View(anywidget.AnyWidget):
             connection.register("frame", frame)
             return parquet_bytes(connection, "FROM frame")
 
-    def _heard(self, content: Mapping[str, Any]) -> None:
-        """A message of the browser, on whichever thread the kernel hears it: nothing long may be done here."""
+    def _receive(self, content: Mapping[str, Any]) -> None:
+        """Take in a message of the browser. Any thread may call this, so that nothing here may take long."""
         if content.get("kind") == "export" and content.get("as") in EXPORTS:
             self._worker.put("export", partial(self._export, content["as"]), rank=1)
         else:
             self._on_message(content)
 
     def _on_message(self, content: Mapping[str, Any]) -> None:
-        """A message of the view's own kind."""
+        """Take in a message that only this kind of view has."""
 
     def _export(self, kind: str) -> None:
         name = f"{type(self).__name__.lower()}.{kind}"
@@ -134,7 +142,7 @@ class View(anywidget.AnyWidget):
 def render_figure(
     figure: Callable[[str], Figure], kind: str = "png", theme: str = "light", dpi: float | None = PICTURE_DPI
 ) -> bytes:
-    """What `figure(theme)` gives, as a PNG or SVG file."""
+    """Draw `figure(theme)` as a PNG or SVG file; `dpi` None is that of the figure."""
     style: Any = look.matplotlib_style(theme)
     content = io.BytesIO()
     with _DRAWING_LOCK, mpl.rc_context(style):

@@ -33,16 +33,17 @@ if TYPE_CHECKING:
     from .lens import AttentionLens
 
 NO_ADVANTAGE = (
-    "Loading a row that is known into a circuit gives no advantage over drawing from it on a classical computer: "
-    "the grey baseline is the same number of classical draws."
+    "Loading a row that is known into a circuit gives no advantage over drawing from it on a classical "
+    "computer: the grey baseline is the same number of classical draws."
 )
 
 
 class CircuitView(View):
-    """A row's circuit and its cost, the qubits that it runs on, measured against exact, and fidelity as shots arrive.
+    """A row's circuit and its cost, the qubits that it runs on, and what was measured against the exact row.
 
-    On simulators and device twins the noise can be scaled: the zero-noise fit is drawn as the levels are moved. Beside
-    every measurement stands a baseline, the same number of classical draws: loading a known row gives no advantage.
+    On simulators and device twins the noise can be scaled: the zero-noise fit is drawn as the levels are
+    moved. Beside every measurement stands a baseline, the same number of classical draws: loading a known row
+    gives no advantage.
 
     Parameters
     ----------
@@ -130,7 +131,7 @@ class CircuitView(View):
 
     @property
     def result(self) -> RowCounts:
-        """The counts of the shown row so far, (1, n), with the classical baseline of the same number of shots.
+        """The counts of the shown row so far, (1, n), with the classical baseline of as many draws.
 
         Raises
         ------
@@ -244,7 +245,8 @@ class CircuitView(View):
         ZeroNoiseExtrapolation(levels, method)  # refuses what does not fit
         if not self._can_scale_noise():
             raise ArgumentError(
-                f"The noise of {self.backend.engine.name} cannot be scaled here: choose a device's twin, or noise."
+                f"The noise of {self.backend.engine.name} cannot be scaled here: choose a device's twin, "
+                "or noise."
             )
         noise = self._noise
         assert noise is not None
@@ -316,8 +318,8 @@ class CircuitView(View):
     def _measure(self, shots: int) -> None:
         check_count("shots", shots)
         p, before = self._row_p(), self._shown()
-        # A job on a device is one part: each would wait in the queue anew.
-        parts = growing_parts(shots, 1 if hasattr(self.backend.engine, "submit") else NUM_PARTS)
+        # A job on a device is one part, because every part would wait in the queue anew.
+        parts = growing_parts(shots, 1 if self.backend.engine.queues else NUM_PARTS)
         self.send({"kind": "running", "shots": shots})
         try:
             measurements = measure_in_parts(self.backend.sample_rows, p, parts, seed=self._seed, start=before)

@@ -1,4 +1,4 @@
-"""A circuit as columns of boxes, and the qubits of a device that it runs on: what the browser draws of them."""
+"""A circuit as columns of boxes, and the qubits of a device that it runs on, for the browser to draw."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def circuit_drawing(circuit: QuantumCircuit) -> dict[str, Any]:
     Returns
     -------
     dict
-        `qubits`, `columns` (of the whole circuit) and `gates` (of the first `MAX_COLUMNS` columns): of each its `name`,
-        `qubits`, `column`, `count`, and whether it is `conditional`.
+        `qubits`, `columns` (of the whole circuit) and `gates` (of the first `MAX_COLUMNS` columns): of each
+        its `name`, `qubits`, `column`, `count`, and whether it is `conditional`.
     """
     gates: list[dict[str, Any]] = []
     first_free = [0] * circuit.num_qubits
@@ -71,8 +71,8 @@ def device_region(backend: QiskitQuantumBackend, num_keys: int) -> dict[str, Any
     Returns
     -------
     dict or None
-        `nodes` (`qubit`, `readout` error or None, place `x`, `y` in 0 to 1) and `edges` (positions `a`, `b` of two nodes, two-qubit
-        `error`); None where there is no device.
+        `nodes` (`qubit`, `readout` error or None, place `x`, `y` in 0 to 1) and `edges` (positions `a`, `b`
+        of two nodes, two-qubit `error`); None where there is no device.
     """
     engine = backend.engine
     if not isinstance(engine, AerEngine) or engine.name == "aer":
@@ -99,7 +99,7 @@ def device_region(backend: QiskitQuantumBackend, num_keys: int) -> dict[str, Any
 
 
 def _places(count: int, edges: Sequence[tuple[int, int]]) -> np.ndarray:
-    """Where to draw the nodes of a graph, (count, 2) in [0, 1], by classical scaling of the distances in the graph."""
+    """Where to draw the nodes of a graph, (count, 2) in [0, 1], by classical scaling of their distances."""
     hops = np.full((count, count), np.inf)
     np.fill_diagonal(hops, 0)
     for a, b in edges:

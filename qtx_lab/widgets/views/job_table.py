@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,10 +21,14 @@ from .base import View
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MOST_ROWS = 500
-"""Jobs, and runs, that are listed: the newest."""
+MAX_ROWS = 500
+"""Jobs, and runs, that are listed at most: the newest."""
+
+MAX_FIGURE_ROWS = 12
+"""Jobs, and runs, in the figure: the newest."""
 
 JOB_COLUMNS = ("tag", "run", "device", "state", "rows", "shots", "recorded")
 RUN_COLUMNS = ("run", "name", "status", "started", "seconds")
@@ -33,7 +37,8 @@ RUN_COLUMNS = ("run", "name", "status", "started", "seconds")
 class JobTable(View):
     """Jobs over all runs, and the runs themselves: what is queued, running, done or failed.
 
-    States are those last known until Refresh asks the servers. Cancel asks twice. Open shows a record and sets `opened`.
+    States are those last known until Refresh asks the servers. Cancel asks twice. Open shows a record and
+    sets `opened`.
 
     Parameters
     ----------
@@ -56,8 +61,8 @@ class JobTable(View):
 
     def __init__(self, home: str | Path | None = None, *, service: Any = None):
         self._service = service
-        self._turn = threading.Lock()
-        self._troubles: list[str] = []
+        self._lock = threading.Lock()
+        self._problems: list[str] = []
         super().__init__("jobs")
         self.set_trait("home", str(runs_home(home).absolute()))
 
@@ -72,33 +77,20 @@ class JobTable(View):
         import matplotlib as mpl
         from matplotlib.figure import Figure
 
-        c = look.colours_of(theme)
         style: Any = look.matplotlib_style(theme)
-        jobs = [[str(row[name]) for name in JOB_COLUMNS] for row in map(self._facts, self._jobs())][:12]
-        listed = [[str(row[name]) for name in RUN_COLUMNS] for row in self._runs()[:12]]
+        jobs = [[str(row[name]) for name in JOB_COLUMNS] for row in map(self._facts, self._jobs())][
+            :MAX_FIGURE_ROWS
+        ]
+        listed = [[str(row[name]) for name in RUN_COLUMNS] for row in self._runs()[:MAX_FIGURE_ROWS]]
         with mpl.rc_context(style):
             figure = Figure(figsize=(12.4, 1.6 + 0.26 * (len(jobs) + len(listed))), layout="constrained")
             axes = figure.subplots(2, 1, height_ratios=[len(jobs) + 2, len(listed) + 2])
-            for ax, title, names, rows in (
-                (axes[0], "Jobs on devices", JOB_COLUMNS, jobs),
-                (axes[1], "Runs", RUN_COLUMNS, listed),
-            ):
-                ax.axis("off")
-                ax.set_title(title if rows else f"{title}: none yet")
-                if rows:
-                    table = ax.table(
-                        rows, colLabels=names, loc="upper center", cellLoc="left", edges="horizontal"
-                    )
-                    table.auto_set_font_size(False)
-                    table.set_fontsize(8)
-                    table.auto_set_column_width(range(len(names)))
-                    for cell in table.get_celld().values():
-                        cell.set_edgecolor(c["line"])
-                        cell.get_text().set_color(c["text"])
+            _draw_table(axes[0], "Jobs on devices", JOB_COLUMNS, jobs, theme)
+            _draw_table(axes[1], "Runs", RUN_COLUMNS, listed, theme)
         return figure
 
     def refresh(self) -> None:
-        """Ask the servers where the jobs are, and list anew; waits for the answers."""
+        """Ask the servers for the states of the jobs, wait for the answers, and list everything anew."""
         self._refresh(True)
 
     def cancel(self, tag: str) -> None:
@@ -109,17 +101,17 @@ class JobTable(View):
         ArgumentError
             If there is none.
         BackendUnavailable
-            If it has ended; if the server cannot be asked.
+            If the job has ended, or if the server cannot be asked.
         """
         self._job(tag).cancel()
 
     def _jobs(self) -> list[DeviceJob]:
-        """The newest jobs; what was skipped, and why, goes to the troubles."""
-        with self._turn, warnings.catch_warnings(record=True) as skipped:
+        """The newest jobs. What could not be read is noted as a problem, with the reason."""
+        with self._lock, warnings.catch_warnings(record=True) as skipped:
             warnings.simplefilter("always")
-            found = find_jobs(self.home, service=self._service)[:MOST_ROWS]
-            self._troubles = [f"Left out: {warning.message}" for warning in skipped]
-        return found
+            jobs = find_jobs(self.home, service=self._service)[:MAX_ROWS]
+            self._problems = [f"Left out: {warning.message}" for warning in skipped]
+        return jobs
 
     def _job(self, tag: str) -> DeviceJob:
         for job in find_jobs(self.home, tag=tag, service=self._service):
@@ -145,7 +137,7 @@ class JobTable(View):
 
     def _runs(self) -> list[dict[str, Any]]:
         table = runs(self.home)
-        self._troubles += [f"Left out {folder}: {reason}." for folder, reason in table.attrs["skipped"]]
+        self._problems += [f"Left out {folder}: {reason}." for folder, reason in table.attrs["skipped"]]
         return [
             {
                 "run": row["run"],
@@ -155,7 +147,7 @@ class JobTable(View):
                 "seconds": f"{row['seconds']:.1f}" if row["seconds"] == row["seconds"] else "",
                 "path": str(row["path"]),
             }
-            for row in table.head(MOST_ROWS).to_dict("records")
+            for row in table.head(MAX_ROWS).to_dict("records")
         ]
 
     def _on_message(self, content: Mapping[str, Any]) -> None:
@@ -168,23 +160,23 @@ class JobTable(View):
             self._worker.put("open", partial(self._open, content.get("tag"), content.get("run")))
 
     def _refresh(self, ask: bool) -> None:
-        jobs, silent, rows, troubles = self._jobs(), False, [], []
+        jobs, server_silent, rows, problems = self._jobs(), False, [], []
         for job in jobs:
             try:
                 facts = self._facts(job)
-                if ask and not silent and not facts["ended"]:
+                if ask and not server_silent and not facts["ended"]:
                     job.status()
                     facts = self._facts(job)
             except BackendUnavailable as error:
-                silent = isinstance(error, Unreachable)  # each question to a silent server takes long
-                troubles.append(f"The server could not be asked; states are those last known. {error}")
-            except StorageError as error:  # gone, or broken, since it was found
-                troubles.append(str(error))
+                server_silent = isinstance(error, Unreachable)  # each question to a silent server takes long
+                problems.append(f"The server could not be asked; states are those last known. {error}")
+            except StorageError as error:  # deleted, or broken, since it was listed
+                problems.append(str(error))
                 continue
             rows.append(facts)
         listed = self._runs()
-        troubles = list(dict.fromkeys([*self._troubles, *troubles]))
-        self.send({"kind": "table", "jobs": rows, "runs": listed, "asked": ask, "troubles": troubles})
+        problems = list(dict.fromkeys([*self._problems, *problems]))
+        self.send({"kind": "table", "jobs": rows, "runs": listed, "asked": ask, "problems": problems})
 
     def _cancel_and_list(self, tag: str) -> None:
         try:
@@ -202,3 +194,18 @@ class JobTable(View):
         self.set_trait("opened", str(path))
         text = json_bytes(facts).decode()
         self.send({"kind": "details", "name": tag or str(run), "path": str(path), "text": text})
+
+
+def _draw_table(ax: Axes, title: str, columns: Sequence[str], rows: list[list[str]], theme: str) -> None:
+    colours = look.colours_of(theme)
+    ax.axis("off")
+    ax.set_title(title if rows else f"{title}: none yet")
+    if not rows:
+        return
+    table = ax.table(rows, colLabels=columns, loc="upper center", cellLoc="left", edges="horizontal")
+    table.auto_set_font_size(False)
+    table.set_fontsize(8)
+    table.auto_set_column_width(range(len(columns)))
+    for cell in table.get_celld().values():
+        cell.set_edgecolor(colours["line"])
+        cell.get_text().set_color(colours["text"])

@@ -1,4 +1,4 @@
-"""`MetricStream`: live curves with bands, fed from any thread; nothing is lost and nothing changes places."""
+"""`MetricStream`: live curves with bands, fed from any thread; every point arrives, in order."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 import traitlets
 from numpy.typing import ArrayLike, NDArray
 
@@ -22,20 +23,23 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-BLOCK = 1 << 16
-"""Points that are kept, and at most sent, together."""
+BLOCK_POINTS = 1 << 16
+"""Points that are stored together, and sent together at most."""
 
-CAPACITY = 1 << 21
-"""Points that are kept for views that open later, 26 bytes each."""
+DEFAULT_CAPACITY = 1 << 21
+"""Points that stay for views that open later, 26 bytes each."""
 
-PERIOD = 0.05
+SEND_INTERVAL_S = 0.05
 """Seconds between two messages, at least."""
 
-IN_FLIGHT = 4
-"""Messages that may be on their way before the browser has said that it has them."""
+MAX_UNACKNOWLEDGED = 4
+"""Messages that may be on their way before the browser has acknowledged them."""
 
-PATIENCE = 1.0
-"""Seconds to wait for a browser that says nothing: where comms wait for the cell to end, it cannot."""
+ACKNOWLEDGE_TIMEOUT_S = 1.0
+"""Seconds to wait for an acknowledgement; there is none where comms wait for the end of the cell."""
+
+IDLE_TIMEOUT_S = 2.0
+"""Seconds without new points after which the thread that sends them ends."""
 
 COLUMNS = {"series": "<u2", "x": "<f8", "y": "<f8", "low": "<f4", "high": "<f4"}
 
@@ -47,16 +51,17 @@ class _Block:
     first: int
     count: int = 0
     columns: dict[str, NDArray[Any]] = field(
-        default_factory=lambda: {name: np.empty(BLOCK, dtype) for name, dtype in COLUMNS.items()}
+        default_factory=lambda: {name: np.empty(BLOCK_POINTS, dtype) for name, dtype in COLUMNS.items()}
     )
 
 
 class MetricStream(View):
     """Live curves: loss, variance of a head, fidelity against shots, with 95 % bands.
 
-    `push` may be called from any thread. Every point gets a number; about 20 times a second the new ones are sent in
-    one message, from the oldest that the browser has not got on. A view that finds a number missing, or opens late,
-    asks for what it lacks. The newest `capacity` points are kept here for that; the run's files are the record.
+    `push` may be called from any thread. Every point gets a number; about 20 times a second the new ones are
+    sent in one message, from the oldest that the browser has not got on. A view that finds a number missing,
+    or opens late, asks for what it lacks. The newest `capacity` points are kept here for that; the run's
+    files are the record.
 
     Parameters
     ----------
@@ -65,7 +70,7 @@ class MetricStream(View):
         Names of the axes, with units.
     log_x, log_y : bool
     capacity : int
-        Points kept; rounded up to a multiple of 65,536.
+        Points that stay here; rounded up to a multiple of 65,536.
 
     Examples
     --------
@@ -93,16 +98,16 @@ class MetricStream(View):
         y_label: str = "value",
         log_x: bool = False,
         log_y: bool = False,
-        capacity: int = CAPACITY,
+        capacity: int = DEFAULT_CAPACITY,
     ):
         check_count("capacity", capacity)
-        self._blocks: deque[_Block] = deque(maxlen=-(-capacity // BLOCK))
+        self._blocks: deque[_Block] = deque(maxlen=-(-capacity // BLOCK_POINTS))
         self._series: dict[str, int] = {}
-        self._next = 0  # number of the next point
-        self._cursor: int | None = None  # of the next to be sent; None while no view has asked
-        self._flying: deque[tuple[int, float]] = deque()  # end, time: not acknowledged yet
-        self._shown = 0.0  # when it was displayed
-        self._news = threading.Condition()
+        self._num_points = 0  # also the number of the next one
+        self._cursor: int | None = None  # number of the next point to be sent; None until a view asks
+        self._unacknowledged: deque[tuple[int, float]] = deque()  # (number after the last point, time)
+        self._displayed = 0.0  # when it was displayed
+        self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         super().__init__("stream", title=title, x_label=x_label, y_label=y_label, log_x=log_x, log_y=log_y)
 
@@ -114,7 +119,7 @@ class MetricStream(View):
         low: ArrayLike | None = None,
         high: ArrayLike | None = None,
     ) -> None:
-        """Add points to a curve, on any thread; returns at once.
+        """Add points to a curve; any thread may call it, and it returns at once.
 
         Parameters
         ----------
@@ -128,7 +133,8 @@ class MetricStream(View):
         Raises
         ------
         ShapeError, DtypeError, ArgumentError
-            Different lengths; what is no real number; an x that is not finite; one end of an interval without the other.
+            Different lengths; what is no real number; an x that is not finite; one end of an interval without
+            the other.
         """
         if (low is None) != (high is None):
             raise ArgumentError("low and high go together: give both or neither.")
@@ -139,34 +145,34 @@ class MetricStream(View):
             raise ShapeError(f"push was given {shapes}; all must be (N,), or numbers.")
         if not np.isfinite(points["x"]).all():
             raise ArgumentError("x holds NaN or infinity; it must be finite.")
-        with self._news:
+        with self._changed:
             number = self._series.setdefault(str(series), len(self._series))
             done, size = 0, len(points["x"])
             while done < size:
                 block = self._open_block()
-                part = min(size - done, BLOCK - block.count)
+                part = min(size - done, BLOCK_POINTS - block.count)
                 at, of = slice(block.count, block.count + part), slice(done, done + part)
                 block.columns["series"][at] = number
                 for name in ("x", "y", "low", "high"):
                     block.columns[name][at] = points[name][of] if name in points else np.nan
                 block.count += part
                 done += part
-            self._next += size
+            self._num_points += size
             self._wake()
 
     def finish(self) -> None:
-        """Send what waits, and renew the picture that a saved notebook keeps."""
-        with self._news:
-            end = time.monotonic() + 2 * PATIENCE
-            while self._thread is not None and self._cursor != self._next and time.monotonic() < end:
-                self._news.wait(PERIOD)
+        """Send what is waiting, and renew the picture that a saved notebook shows."""
+        with self._changed:
+            end = time.monotonic() + 2 * ACKNOWLEDGE_TIMEOUT_S
+            while self._thread is not None and self._cursor != self._num_points and time.monotonic() < end:
+                self._changed.wait(SEND_INTERVAL_S)
         self.refresh_picture()
 
     def frame(self) -> pd.DataFrame:
-        """The points that are kept, in the order in which they came: `series`, `x`, `y`, `low`, `high`."""
+        """The points that are still here, in their order: `series`, `x`, `y`, `low`, `high`."""
         import pandas as pd
 
-        with self._news:
+        with self._changed:
             names = list(self._series)
             columns = {
                 name: np.concatenate(
@@ -208,61 +214,68 @@ class MetricStream(View):
         return figure
 
     def _open_block(self) -> _Block:
-        """The block that has room; a new one, for which the oldest may go, where there is none."""
-        if not self._blocks or self._blocks[-1].count == BLOCK:
-            first = self._blocks[-1].first + BLOCK if self._blocks else 0
+        """The block that has room, or a new one, for which the oldest may be dropped."""
+        if not self._blocks or self._blocks[-1].count == BLOCK_POINTS:
+            first = self._blocks[-1].first + BLOCK_POINTS if self._blocks else 0
             self._blocks.append(_Block(first))
         return self._blocks[-1]
 
     def _on_message(self, content: Mapping[str, Any]) -> None:
-        with self._news:
+        with self._changed:
             if content["kind"] == "want":  # a view that opened, or that found a number missing
                 start = int(content["next"])
                 self._cursor = start if self._cursor is None else min(self._cursor, start)
-                self._flying.clear()
+                self._unacknowledged.clear()
                 self._wake()
             elif content["kind"] == "got":
-                while self._flying and self._flying[0][0] <= int(content["next"]):
-                    self._flying.popleft()
-                self._news.notify_all()
+                while self._unacknowledged and self._unacknowledged[0][0] <= int(content["next"]):
+                    self._unacknowledged.popleft()
+                self._changed.notify_all()
 
     def _wake(self) -> None:
-        """See that there is a thread to send what is new; called with the lock held."""
-        if self._cursor is None and self._shown and time.monotonic() - self._shown > 2 * PATIENCE:
-            self._cursor = 0  # displayed, and cannot ask: the kernel hears nothing before the cell ends
-        if self._cursor is None or self._cursor >= self._next:
+        """Start the thread that sends new points, if needed; called with the lock held."""
+        if (
+            self._cursor is None
+            and self._displayed
+            and time.monotonic() - self._displayed > 2 * ACKNOWLEDGE_TIMEOUT_S
+        ):
+            self._cursor = 0  # displayed, but its request waits for the end of the cell
+        if self._cursor is None or self._cursor >= self._num_points:
             return
         if self._thread is None:
             self._thread = threading.Thread(target=self._send_all, name="qtx-lab-stream", daemon=True)
             self._thread.start()
         else:
-            self._news.notify_all()
+            self._changed.notify_all()
 
     def _ipython_display_(self, **kwargs: Any) -> None:
         super()._ipython_display_(**kwargs)
-        self._shown = time.monotonic()
+        self._displayed = time.monotonic()
 
     def _send_all(self) -> None:
-        """Send batches until nothing has come for a while."""
+        """Send batches until nothing has come for `IDLE_TIMEOUT_S`."""
         while True:
-            with self._news:
-                if self._cursor == self._next:
-                    if not self._news.wait(2.0):
+            with self._changed:
+                if self._cursor == self._num_points:
+                    if not self._changed.wait(IDLE_TIMEOUT_S):
                         self._thread = None
                         return
                     continue
-                if len(self._flying) >= IN_FLIGHT and time.monotonic() - self._flying[-1][1] < PATIENCE:
-                    self._news.wait(PERIOD)
+                if (
+                    len(self._unacknowledged) >= MAX_UNACKNOWLEDGED
+                    and time.monotonic() - self._unacknowledged[-1][1] < ACKNOWLEDGE_TIMEOUT_S
+                ):
+                    self._changed.wait(SEND_INTERVAL_S)
                     continue
                 message, buffers = self._batch()
-                self._flying.append((self._cursor or 0, time.monotonic()))
-                if len(self._flying) > IN_FLIGHT:
-                    self._flying.popleft()
+                self._unacknowledged.append((self._cursor or 0, time.monotonic()))
+                if len(self._unacknowledged) > MAX_UNACKNOWLEDGED:
+                    self._unacknowledged.popleft()
             self.send(message, buffers)
-            time.sleep(PERIOD)
+            time.sleep(SEND_INTERVAL_S)
 
     def _batch(self) -> tuple[dict[str, Any], list[bytes]]:
-        """The next points to be sent, with the lock held; moves the cursor."""
+        """The next points to be sent; called with the lock held, moves the cursor."""
         assert self._cursor is not None
         oldest = self._blocks[0].first if self._blocks else 0
         self._cursor = max(self._cursor, oldest)
@@ -270,10 +283,10 @@ class MetricStream(View):
             "kind": "points",
             "first": self._cursor,
             "oldest": oldest,
-            "total": self._next,
+            "total": self._num_points,
             "names": list(self._series),
         }
-        block = self._blocks[(self._cursor - oldest) // BLOCK]
+        block = self._blocks[(self._cursor - oldest) // BLOCK_POINTS]
         part = slice(self._cursor - block.first, block.count)
         columns = {name: block.columns[name][part] for name in COLUMNS}
         self._cursor += block.count - (part.start or 0)
@@ -283,8 +296,8 @@ class MetricStream(View):
 
 
 def _numbers(name: str, value: Any) -> NDArray[np.float64]:
-    """What was pushed, (N,); of a tensor that is being trained, its values."""
-    value = value.detach().cpu() if hasattr(value, "detach") else value
+    """What was pushed as an array (N,); of a tensor that is being trained, the values."""
+    value = value.detach().cpu() if isinstance(value, torch.Tensor) else value
     try:
         return np.atleast_1d(np.asarray(value, dtype=np.float64))
     except (TypeError, ValueError, RuntimeError) as error:
@@ -292,11 +305,11 @@ def _numbers(name: str, value: Any) -> NDArray[np.float64]:
 
 
 def _colour(name: str, number: int, theme: str) -> str:
-    """The sampler's colour where the curve is a sampler's, else the next of the set."""
+    """The colour of the sampler after which the curve is named, or the next of `CYCLE`."""
     if name in look.SAMPLER_MARKERS:
         return str(look.sampler_style(name, theme)["color"])
     return CYCLE[number % len(CYCLE)]
 
 
 CYCLE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-"""Okabe and Ito's colours, those that stand out on both backgrounds."""
+"""Those of Okabe and Ito's colours that stand out on both backgrounds."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 
 class ThreadWorker:
-    """A thread that runs tasks one after the other; of waiting tasks with the same name it runs only the newest.
+    """A thread that runs tasks one after the other; of waiting tasks of the same name only the newest.
 
     The thread ends when nothing is waiting, and is started again for the next task.
 

@@ -1,4 +1,4 @@
-"""`ProcessWorker`: long tasks in another process, which can be killed at any moment; `Work` is one such task."""
+"""`ProcessWorker`: long tasks in another process, which can be killed at any time; `Work` is one task."""
 
 from __future__ import annotations
 
@@ -143,12 +143,13 @@ class ProcessWorker:
 
     Notes
     -----
-    We tried two libraries in its place (measured in November 2026) and kept ours, because with either of them most of
-    this module would remain. `pebble.ProcessPool` 5.2 cancels a native loop within .6 s and a Python loop within .05 s,
-    but the processes that a task has started live on (a sweep's kernels, a cluster's workers); a worker that is busy
-    outlives its parent if that is killed; it has no channel for progress, and one that is handed to it stays blocked
-    for ever once a worker is killed in the middle of a message. `distributed` cannot stop a running task: restarting
-    its worker takes 5.9 s, and the processes of the task live on there, too.
+    We tried two libraries in its place (measured in November 2026) and kept ours, because with either of
+    them most of this module would remain. `pebble.ProcessPool` 5.2 cancels a native loop within .6 s and a
+    Python loop within .05 s. But the processes that a task has started live on (the kernels of a sweep, the
+    workers of a cluster); a busy worker outlives its parent if that is killed; and there is no channel for
+    progress: a pipe that is handed to the pool stays blocked for ever once a worker is killed in the middle
+    of a message. `distributed` cannot stop a running task: restarting its worker takes 5.9 s, and the
+    processes that the task has started live on there, too.
 
     Parameters
     ----------
@@ -201,7 +202,8 @@ class ProcessWorker:
         task : str
             Name of a function of the module.
         on_change : callable
-            Called by another thread with the work: a few times a second while it makes progress, and at its end.
+            Called by another thread with the work: a few times a second while it makes progress, and at its
+            end.
         on_data : callable
             Called by another thread with each thing that the task sends, in order.
         **arguments
@@ -244,7 +246,7 @@ class ProcessWorker:
             work.end("cancelled", error=RunFailed("The work was cancelled."))
 
     def work_of(self, process: subprocess.Popen[bytes]) -> Work | None:
-        """The work that a process does for this worker; None if it was replaced by another process, or has none."""
+        """The work that a process does for this worker; None if the process was replaced, or has none."""
         return self._work if self._process is process else None
 
 

@@ -1,4 +1,4 @@
-"""The other side of `ProcessWorker`: reads tasks from standard input, runs them, and writes messages to standard output."""
+"""The process of a `ProcessWorker`: it runs tasks from standard input, and answers on standard output."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ Send = Callable[[str, Any], None]
 
 
 class TaskReport:
-    """What a task is given to report with: `report(0.5, "half of it")` its progress, `report.send(data)` data."""
+    """How a task reports: `report(0.5, "half of it")` its progress, and `report.send(data)` data."""
 
     def __init__(self, send: Send):
         self._send = send
         self._last_report = 0.0
 
     def __call__(self, fraction: float, text: str = "") -> None:
-        """Report the share that is done, 0 to 1, and what is being done; often, only some of it is passed on."""
+        """Report the share that is done, 0 to 1, and what is being done; frequent reports are thinned."""
         if time.monotonic() - self._last_report >= REPORT_INTERVAL_S or fraction >= 1:
             self._last_report = time.monotonic()
             self._send("progress", (min(max(float(fraction), 0.0), 1.0), text))
@@ -91,7 +91,7 @@ def _send_warnings(send: Send) -> None:
 
 
 def _portable_error(error: BaseException) -> Exception:
-    """The error in a form that another process can load: ours as they are, others as a `RunFailed` with their text."""
+    """The error as another process can load it: ours as they are, others as a `RunFailed` with their text."""
     if isinstance(error, QtxError):
         with suppress(Exception):
             pickle.loads(pickle.dumps(error))

@@ -39,7 +39,8 @@ def write_result(path: Path, result: Mapping[str, Any], forms: Mapping[str, Any]
     arrays = {name: value for name, value in result.items() if isinstance(value, np.ndarray)}
     if sum(array.nbytes for array in arrays.values()) > MAX_RESULT_BYTES:
         raise StorageError(
-            f"The result of {path.stem} is not saved for a restart: it has more than {MAX_RESULT_BYTES >> 20} MiB."
+            f"The result of {path.stem} is not saved for a restart: it has more than "
+            f"{MAX_RESULT_BYTES >> 20} MiB."
         )
     values = {name: value for name, value in result.items() if name not in arrays}
     text = json.dumps({"result": values, "made_by": forms}, allow_nan=True).encode()

@@ -39,7 +39,8 @@ class WorkbenchTab:
     ----------
     bench : Workbench
     forms : mapping
-        Forms by name; the first one is `form`. Their changes are saved in the run, and mark the picture as stale.
+        Forms by name; the first one is `form`. Their changes are saved in the run, and mark the picture as
+        stale.
     *views : widgets
         The picture; it is shown as soon as there is a result.
     """
@@ -94,7 +95,7 @@ class WorkbenchTab:
         return {title: form.spec.to_parameters() for title, form in self.forms.items()}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Show saved fields; a form that does not fit them, because the version differs, says so and is left alone."""
+        """Show saved fields; where they do not fit a form of this version, the tab says so."""
         for title, form in self.forms.items():
             if title in state:
                 try:
@@ -228,7 +229,8 @@ class WorkbenchTab:
                 self.views.add_class(css_class) if active else self.views.remove_class(css_class)
             meter = ""
             if busy and work is not None:
-                meter = f'<progress max="1" value="{work.fraction:.3f}" aria-label="{self.name}: progress"></progress>'
+                label = f"{self.name}: progress"
+                meter = f'<progress max="1" value="{work.fraction:.3f}" aria-label="{label}"></progress>'
             text = html.escape(_state_text(work, stale))
             self._status.value = (
                 f'<div class="qtx-wb-bar"><span class="qtx-wb-state" role="status">{text}</span>{meter}'

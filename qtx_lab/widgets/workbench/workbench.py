@@ -48,9 +48,9 @@ _OPEN: WeakValueDictionary[Path, Workbench] = WeakValueDictionary()
 class Workbench(widgets.VBox):
     """The whole lab in tabs that follow the work: Sample, Circuit, Mitigate, Hardware, Train, Sweep, Runs.
 
-    Everything that takes long runs in other processes, so that the kernel stays free, and Cancel kills it at once. From
-    code, a tab is an attribute: `wb.sample.form.change(num_samples=128)`, `wb.sample.start().wait()`,
-    `wb.sample.result`.
+    Everything that takes long runs in other processes, so that the kernel stays free, and Cancel kills it at
+    once. From code, a tab is an attribute: `wb.sample.form.change(num_samples=128)`,
+    `wb.sample.start().wait()`, `wb.sample.result`.
 
     Parameters
     ----------
@@ -67,7 +67,8 @@ class Workbench(widgets.VBox):
     is_causal : bool
         With q, k and v.
     home : path, optional
-        Folder of the run; see `runs_home`. The run's own folder is made when something is first changed or started.
+        Folder of the run; see `runs_home`. The run's own folder is made when something is first changed or
+        started.
 
     Raises
     ------
@@ -227,7 +228,8 @@ class Workbench(widgets.VBox):
 
     def list_jobs(self) -> None:
         """List the jobs and the runs as they are now."""
-        # This loads qiskit, as the check of a circuit's form does, and two threads must not do so at the same time.
+        # This loads qiskit, as the check of a circuit's form does, and two threads must not do so at the same
+        # time.
         with FORM_LOCK:
             if not self.job_box.children:
                 from ..views.job_table import JobTable

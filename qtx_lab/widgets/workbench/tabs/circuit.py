@@ -22,8 +22,7 @@ MAX_ROWS = 16
 """Rows that are sent to a circuit at a time."""
 
 TWIN = CircuitSpec.model_construct(device="fake_fez")
-"""The device at first. It is not checked, because that would load qiskit, which takes seconds, in the cell that makes
-a workbench."""
+"""The device at first. It is not checked, because that would load qiskit when a workbench is made."""
 
 
 class RowsSpec(Spec):
@@ -83,7 +82,8 @@ class CircuitTab(WorkbenchTab):
 
     def _make_view(self, spec: CircuitSpec, p: Tensor, queries: Iterable[int]) -> CircuitView:
         """A view of the circuit of these rows; its zero-noise fit has the levels of the Mitigate tab."""
-        # This loads qiskit, as the check of a circuit's form does, and two threads must not do so at the same time.
+        # This loads qiskit, as the check of a circuit's form does, and two threads must not do so at the same
+        # time.
         with FORM_LOCK:
             from ...views.circuit import CircuitView
         mitigation = self.bench.mitigate.form

@@ -39,8 +39,8 @@ class SourceSpec(Spec):
         "model and text", min_length=1,
     )  # fmt: skip
     text: str = form_field(
-        "reference", '"reference" for the shipped text, or the path of a UTF-8 file.', "path", "model and text",
-        min_length=1,
+        "reference", '"reference" for the shipped text, or the path of a UTF-8 file.', "path",
+        "model and text", min_length=1,
     )  # fmt: skip
     num_tokens: Whole = form_field(
         512, "Length of the text's beginning that is used.", "tokens", "model and text", ge=2, le=4096
@@ -134,8 +134,8 @@ class SampleTab(WorkbenchTab):
         if controls:
             effort += f", corrected by {', '.join(controls)}; {result['plain_error']:.2g} without"
         return (
-            f"<p><b>Layer {source.layer}, head {source.head}: {html.escape(sampler.name)} is off by {measured} "
-            f"of the output</b> ({effort}).</p>"
+            f"<p><b>Layer {source.layer}, head {source.head}: {html.escape(sampler.name)} is off by "
+            f"{measured} of the output</b> ({effort}).</p>"
             + (notes_list(result["fallbacks"]) if result["fallbacks"] else "")
         )
 
@@ -152,7 +152,7 @@ class SampleTab(WorkbenchTab):
             self.forms["source"].change(layer=layer, head=lens.head)
 
     def _lens_follows_form(self) -> None:
-        """Show the form's draws, layer and head in the lens at once, where the inputs are those that it has."""
+        """Show the form's draws, layer and head in the lens at once, if it has these inputs."""
         lens, result = self.lens, self.result
         if lens is None or result is None:
             return

@@ -1,4 +1,4 @@
-"""What the workbench's workers do: each task takes specs as plain parameters, and returns arrays and plain values."""
+"""The tasks of the workbench's workers: they take specs as plain parameters, and return arrays and values."""
 
 from __future__ import annotations
 

@@ -34,15 +34,16 @@ def measure(
     mitigation: Mapping[str, Any] | None = None,
     run_dir: str | None = None,
 ) -> dict[str, Any]:
-    """Measure rows of a head's attention by circuits, part by part; `report.send` passes on the result so far.
+    """Measure rows of a head's attention by circuits, part by part; `report.send` sends the result so far.
 
     Returns
     -------
     dict
-        `rows` (R,), `p` (R, n) exact, `counts`, `classical` (R, n) of as many pseudo-random draws, `estimate` and
-        `std_error` (R, n) where mitigated, `shots` so far, total variation from p of each row `error`, `classical_error`
-        and `raw_error`; the Hellinger `fidelity` of each row with its `error`, and that of the `classical` draws, after
-        each part, as `curve`; `facts` of the circuit and the device; `discarded` shots (R,); `fallbacks`.
+        `rows` (R,), `p` (R, n) exact, `counts`, `classical` (R, n) of as many pseudo-random draws, `estimate`
+        and `std_error` (R, n) where mitigated, `shots` so far, total variation from p of each row `error`,
+        `classical_error` and `raw_error`; the Hellinger `fidelity` of each row with its `error`, and that of
+        the `classical` draws, after each part, as `curve`; `facts` of the circuit and the device; `discarded`
+        shots (R,); `fallbacks`.
     """
     from ....backends import CircuitSampler
     from ...measurement import NUM_PARTS, growing_parts, measure_in_parts
@@ -135,7 +136,7 @@ def _plain(value: Any) -> Any:
 
 
 def submit(report: TaskReport, home: str, **arguments: Any) -> dict[str, Any]:
-    """Measure rows in a run of their own, as `measure`; a job on IBM's devices is recorded there before it is sent."""
+    """Do as `measure` in a run of its own; a job on IBM's devices is recorded there before it is sent."""
     with Run.create(CircuitSpec(**arguments["circuit"]), "hardware", home) as run:
         result = measure(report, run_dir=str(run.path), **arguments)
         run.log_many(

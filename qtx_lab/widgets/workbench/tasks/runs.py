@@ -41,8 +41,8 @@ def sweep(
     Returns
     -------
     dict
-        `run` of the sweep, its `status`, `columns` and `rows` of its table, those that differ, and its figure as PNG,
-        `light` and `dark`, uint8, with a `caption`, where it has one.
+        `run` of the sweep, its `status`, `columns` and `rows` of its table, those that differ, and its figure
+        as PNG, `light` and `dark`, uint8, with a `caption`, where it has one.
     """
     from ....experiments.sweeps import plan as plan_sweep
     from ....experiments.sweeps import sweep as run_sweep

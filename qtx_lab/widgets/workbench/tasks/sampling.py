@@ -33,9 +33,10 @@ def sample(
     Returns
     -------
     dict
-        `q`, `k`, `v` (layers, heads, positions, features), float32: of all layers, or of this one where those are large;
-        `layers`, the numbers of those; `tokens`, `is_causal`; `error` and `std_error` of the head's output, relative to
-        it, the latter None where unknown; `plain_error` without the controls; `draws` of the head; `fallbacks`; `seconds`.
+        `q`, `k`, `v` (layers, heads, positions, features), float32: of all layers, or of this one where those
+        are large; `layers`, the numbers of those; `tokens`, `is_causal`; `error` and `std_error` of the
+        head's output, relative to it, the latter None where unknown; `plain_error` without the controls;
+        `draws` of the head; `fallbacks`; `seconds`.
     """
     report(0.05, "loading the model and text")
     inputs = load_inputs(**source)

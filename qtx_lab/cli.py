@@ -329,7 +329,7 @@ def jobs(home: Path | None, fetch: str | None, cancel: str | None) -> None:
 
 
 def _list_jobs(jobs: Sequence[DeviceJob], home: Path) -> None:
-    """Print a table of jobs, and whatever kept their states from being asked or recorded."""
+    """Print a table of jobs, and the problems in asking for their states."""
     from .backends.ibm.remote import Unreachable
 
     server_is_silent, problems, rows = False, [], []

@@ -1,4 +1,4 @@
-"""What every test stands on: a fixed seed, a home of its own for runs, and no network."""
+"""What all tests share: a fixed seed, a home of their own for runs, and no network."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SOAK = os.environ.get("QTX_LAB_SOAK", "0") not in ("", "0")
 settings.register_profile("house", derandomize=True, deadline=None)
 settings.register_profile("soak", parent=settings.get_profile("house"), max_examples=2000)
 
-# Hooks and not fixtures, so that they also hold for the examples in qtx_lab's docstrings.
+# Hooks instead of fixtures, so that they also apply to the examples in qtx_lab's docstrings.
 
 _connect = {name: getattr(socket.socket, name) for name in ("connect", "connect_ex")}
 
@@ -48,11 +48,10 @@ def _guarded(name: str) -> Any:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if (
-        signal.getsignal(signal.SIGINT) == signal.SIG_IGN
-    ):  # a shell's background job: what it starts would be deaf too
+    # A shell's background job ignores Ctrl-C, and so would every process that a test starts.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    # Not by MPLBACKEND: notebook kernels would inherit it and show no figures.
+    # Not by MPLBACKEND, which notebook kernels would inherit and then show no figures.
     matplotlib.use("agg")
     settings.load_profile("soak" if SOAK else "house")
     os.environ["QTX_LAB_HOME"] = tempfile.mkdtemp(prefix="qtx-lab-tests-")
@@ -67,7 +66,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    torch.manual_seed(SEED)  # of what asks for no generator, whatever ran before
+    torch.manual_seed(SEED)  # for code without a generator, whatever test ran before
 
 
 def pytest_report_header(config: pytest.Config) -> str:
@@ -90,11 +89,11 @@ def seed() -> int:
 
 @pytest.fixture
 def generator(seed: int) -> torch.Generator:
-    """A CPU generator at the session's seed, new for every test."""
+    """A new CPU generator with the session's seed."""
     return torch.Generator().manual_seed(seed)
 
 
 @pytest.fixture
 def soak() -> bool:
-    """Whether the long schedule was asked for (`make soak`)."""
+    """Whether the long schedule runs (`make soak`)."""
     return SOAK

@@ -1,4 +1,4 @@
-"""The command line: errors in one line, exit codes, and a help that loads nothing heavy."""
+"""The command line: errors in one line, exit codes, and a help that imports nothing heavy."""
 
 from __future__ import annotations
 

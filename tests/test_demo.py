@@ -1,4 +1,4 @@
-"""The main job: the quickstart on real text, as a person who typed `qtx-lab demo` finds it."""
+"""The quickstart on real text, with the results that a user of `qtx-lab demo` gets."""
 
 import re
 from html.parser import HTMLParser
@@ -30,14 +30,14 @@ class Tags(HTMLParser):
 
     def __init__(self, page):
         super().__init__()
-        self.found = []
+        self.tags = []
         self.feed(page)
 
     def handle_starttag(self, tag, attributes):
-        self.found.append((tag, dict(attributes)))
+        self.tags.append((tag, dict(attributes)))
 
 
-def test_the_run_keeps_everything(run):
+def test_the_run_records_everything(run):
     assert run.status == "done"
     assert {figure["name"] for figure in run.figures()} == FIGURES
     for name in FIGURES:
@@ -56,7 +56,7 @@ def test_the_run_keeps_everything(run):
 
 def test_the_report_needs_neither_network_nor_javascript(run):
     page = (run.path / "report.html").read_text()
-    tags = Tags(page).found
+    tags = Tags(page).tags
     assert not [tag for tag, _ in tags if tag in ("script", "iframe", "object", "embed")]
     for _, attributes in tags:
         for name in ("src", "srcset", "href", "poster", "data"):
@@ -76,7 +76,7 @@ def test_the_same_seed_gives_the_same_numbers(run, tmp_path):
     assert (again.path / "metrics.parquet").read_bytes() == (run.path / "metrics.parquet").read_bytes()
 
 
-def test_a_text_of_ones_own(tmp_path):
+def test_a_text_of_the_user(tmp_path):
     text = tmp_path / "notes.txt"
     text.write_text("Attention is a weighted mean, and a mean can be sampled. Größe: 3 µm. " * 40)
     spec = qtx.ExperimentSpec(**SMALL, text=str(text), sampler="stratified", samplers=["stratified"])

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -112,6 +113,12 @@ def test_types() -> None:
 
 def test_layers() -> None:
     run(Path(sys.executable).with_name("lint-imports"), "--no-cache")
+    contract = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]
+    assert contract["exhaustive"]
+    ignored = [
+        entry for entry in contract.get("ignore_imports", []) if not entry.startswith("qtx_lab.specs.")
+    ]
+    assert ignored == []  # no import is exempt
 
 
 def test_what_is_imported_is_declared_and_what_is_declared_is_used() -> None:

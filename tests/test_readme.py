@@ -1,4 +1,4 @@
-"""The README's Python runs, from top to bottom."""
+"""The Python code of the README runs from top to bottom."""
 
 import re
 import warnings

@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -186,13 +186,18 @@ def bench_notebooks(case: str, path: Path, folder: Path, turns: int, count: int)
             )
         )
     print(f"\n{case}: {turns} turns of {count} notebooks each")
+    print_overheads(rows)
+    print(
+        f"  starting a cluster of one worker and running its first {count} notebooks: {start_seconds:.1f} s"
+    )
+    return rows
+
+
+def print_overheads(rows: Sequence[BenchRow]) -> None:
+    """Print the rows of `bench_notebooks`."""
     print(f"  {'method':<18}{'s a notebook':>14}{'(low–high)':>16}{'overhead':>10}  check")
     for row in rows:
         print(
             f"  {row.method:<18}{row.seconds:>14.2f}{span(row, 1, '.2f'):>16}"
             f"{row.details['overhead']:>+10.1%}  {row.check}"
         )
-    print(
-        f"  starting a cluster of one worker and running its first {count} notebooks: {start_seconds:.1f} s"
-    )
-    return rows

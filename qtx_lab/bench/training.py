@@ -6,6 +6,7 @@ On a GPU it measures instead what drawing attention costs a model of 104 M param
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from statistics import fmean, median
@@ -210,6 +211,12 @@ def bench_large(
         f"{device}; {num_parameters / 1e6:.0f} M parameters, "
         f"{options['batch_size']} × {options['num_tokens']} tokens a step"
     )
+    print_large(rows)
+    return rows
+
+
+def print_large(rows: Sequence[BenchRow]) -> None:
+    """Print the rows of `bench_large`."""
     print(f"{'method':<18}{'ms/step':>9}{'tokens/s':>10}{'ratio':>7}{'GB':>6}{'loss':>7}  check")
     for row in rows:
         print(
@@ -217,7 +224,6 @@ def bench_large(
             f"{shown(row.ratio):>7}{row.details['memory_bytes'] / 1e9:>6.1f}{row.details['loss']:>7.3f}"
             f"  {row.check}"
         )
-    return rows
 
 
 def describe_device() -> str:

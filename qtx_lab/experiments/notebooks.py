@@ -207,8 +207,8 @@ def notebook_kind(path: Path) -> type[Spec]:
     """The kind of spec that a notebook is run by: the one that its metadata names.
 
     The metadata `{"qtx_lab": {"spec": "experiment"}}` says that the cell tagged `parameters` declares fields
-    of `ExperimentSpec`; any name in `SPECS` will do. A notebook that names none has parameters of its own: it
-    is run by a `NotebookSpec`.
+    of `ExperimentSpec`, and any name in `SPECS` is allowed. A notebook that names none has parameters of its
+    own: it is run by a `NotebookSpec`.
 
     Raises
     ------

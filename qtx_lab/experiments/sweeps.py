@@ -143,8 +143,8 @@ def sweep(
     Raises
     ------
     ArgumentError, DtypeError, SpecError, TextError
-        Before any work, if `run_notebook` would refuse any of the combinations, the grid is empty, or repeats
-        are asked of a notebook without the parameter `seed`.
+        Before any work, if `run_notebook` would refuse any of the combinations, the grid is empty, or several
+        repeats are requested of a notebook without the parameter `seed`.
     StorageError
         If home cannot be written or has no room.
     BackendUnavailable
@@ -292,8 +292,7 @@ def find_done(home: Path, keys: set[str]) -> dict[str, Path]:
             done[of_sweep["cell"]] = folder
         elif of_sweep.get("cell") in keys and manifest["status"] == "running":
             running.append((of_sweep["cell"], of_sweep.get("name"), folder))
-    # A notebook that died on another machine reads as running for ever. Its sweep tells: it is no longer
-    # running.
+    # A notebook that died on another machine reads as running for ever: it counts only while its sweep runs.
     return {key: folder for key, name, folder in running if name in running_sweeps} | done
 
 

@@ -1,4 +1,4 @@
-"""Listings: many runs, any condition in SQL, comparisons, exports; and what is not a run costs only itself."""
+"""Listings of runs: conditions in SQL, comparisons, exports, and folders that are not readable runs."""
 
 from __future__ import annotations
 
@@ -67,38 +67,38 @@ def test_specs_and_results_are_columns(home) -> None:
         ("seed = 9", 1),
     ],
 )
-def test_conditions(home, where, count) -> None:
-    found = runs(home, where=where)
-    assert len(found) == count
-    assert isinstance(found, RunTable)
-    assert found["run"].tolist() == [run for run in runs(home)["run"] if run in set(found["run"])]
-    assert found.attrs["skipped"] == []
+def test_conditions_in_sql(home, where, count) -> None:
+    selected = runs(home, where=where)
+    assert len(selected) == count
+    assert isinstance(selected, RunTable)
+    assert selected["run"].tolist() == [run for run in runs(home)["run"] if run in set(selected["run"])]
+    assert selected.attrs["skipped"] == []
 
 
 @pytest.mark.parametrize(
     "where", ["", "statuss = 'done'", "num_samples >", "true; drop table runs", "error > 0"]
 )
-def test_conditions_that_are_none(home, where) -> None:
+def test_invalid_conditions_are_refused(home, where) -> None:
     with pytest.raises(ArgumentError, match="where="):
         runs(home, where=where)
 
 
-def test_a_column_that_there_is_not_is_answered_with_those_that_there_are(home) -> None:
+def test_an_unknown_column_is_answered_with_the_known_ones(home) -> None:
     with pytest.raises(ArgumentError, match=r"nope.*There are run, .*spec\.seed"):
         runs(home, where="results.nope > 0")
 
 
-def test_an_empty_folder_takes_conditions(tmp_path) -> None:
+def test_conditions_on_an_empty_folder(tmp_path) -> None:
     assert runs(tmp_path, where="status = 'done'").empty
     assert runs(tmp_path).metrics().empty
 
 
-def test_means_and_intervals_over_runs_that_are_alike(home) -> None:
+def test_means_and_intervals_over_runs_of_a_group(home) -> None:
     cell = runs(home, where="name = 'cell'")
     cell["results.error"] = cell["results.error"].astype("float64")
-    found = cell.summary("error", "num_samples", "sampler")
-    assert len(found) == 6
-    row = found[(found["by"] == "head-tail") & (found["x"] == 16)].iloc[0]
+    summary = cell.summary("error", "num_samples", "sampler")
+    assert len(summary) == 6
+    row = summary[(summary["by"] == "head-tail") & (summary["x"] == 16)].iloc[0]
     errors = 0.5 / 16 + np.arange(3) / 100
     assert row["mean"] == pytest.approx(errors.mean())
     assert row["half_width"] == pytest.approx(stats.t.ppf(0.975, 2) * errors.std(ddof=1) / np.sqrt(3))
@@ -130,7 +130,7 @@ def test_comparisons_survive_filtering(home) -> None:
         cell.compare("error", by="samplr")
 
 
-def test_broken_metrics_cost_only_themselves(home, tmp_path) -> None:
+def test_broken_metrics_do_not_hide_others(home, tmp_path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(home, copy)
     broken = next(iter(runs(copy, where="name = 'cell'")["path"]))
@@ -190,12 +190,12 @@ def test_export_to_mlflow_once_a_run(home, tmp_path, monkeypatch) -> None:
     assert export_to_mlflow(some, uri) == 7
     assert export_to_mlflow(some, uri) == 0
     client = MlflowClient(uri)
-    found = client.search_runs([client.get_experiment_by_name("qtx_lab").experiment_id])
-    assert {run.data.tags[TAG] for run in found} == set(some["run"])
-    assert sorted(run.info.status for run in found) == ["FAILED"] + ["FINISHED"] * 6
+    copies = client.search_runs([client.get_experiment_by_name("qtx_lab").experiment_id])
+    assert {run.data.tags[TAG] for run in copies} == set(some["run"])
+    assert sorted(run.info.status for run in copies) == ["FAILED"] + ["FINISHED"] * 6
     one = next(
         run
-        for run in found
+        for run in copies
         if run.data.params.get("seed") == "2" and run.data.params["sampler"] == "head-tail"
     )
     assert one.data.metrics["results.error"] == pytest.approx(0.5 / 8 + 0.02)

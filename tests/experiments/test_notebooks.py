@@ -1,4 +1,4 @@
-"""Notebooks run by papermill: refused before work, kept after failure, and by this interpreter."""
+"""Notebooks as runs: errors before any work, failures that are recorded, and the kernel that is used."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def notebook(path: Path, parameters: str, *cells: str, spec: str | None = None) 
     return path
 
 
-def test_runs_in_a_folder_by_this_interpreter(tmp_path, monkeypatch) -> None:
+def test_a_notebook_runs_in_a_folder_by_this_interpreter(tmp_path, monkeypatch) -> None:
     impostor = tmp_path / "jupyter" / "kernels" / "python3"
     impostor.mkdir(parents=True)
     (impostor / "kernel.json").write_text(
@@ -74,7 +74,7 @@ def test_runs_in_a_folder_by_this_interpreter(tmp_path, monkeypatch) -> None:
     assert "n is 3." in (run.path / "report.html").read_text(encoding="utf-8")
 
 
-def test_refuses_before_any_work(tmp_path) -> None:
+def test_invalid_arguments_are_refused_before_any_work(tmp_path) -> None:
     path = notebook(tmp_path / "a.ipynb", "num_samples = 8\nrun_dir = None")
     home = tmp_path / "home"
     with pytest.raises(SpecError, match=r"no parameter 'num_sample'\. Did you mean 'num_samples'"):
@@ -150,7 +150,7 @@ def test_every_shipped_notebook_names_its_kind() -> None:
         assert "spec" in nbformat.read(path, as_version=4).metadata["qtx_lab"], path.name
 
 
-def test_a_failing_cell_is_named_and_kept(tmp_path) -> None:
+def test_a_failing_cell_is_named_and_recorded(tmp_path) -> None:
     path = notebook(tmp_path / "a.ipynb", "", "x = 1", "# a comment\nassert x == 2, 'x is off'")
     with pytest.raises(
         RunFailed, match=r"a.ipynb stopped in cell \[.\] \(# a comment\) with AssertionError: x is off"
@@ -165,7 +165,7 @@ def test_a_failing_cell_is_named_and_kept(tmp_path) -> None:
 
 
 @pytest.mark.chaos
-def test_a_kernel_that_dies(tmp_path) -> None:
+def test_a_kernel_that_dies_fails_the_run(tmp_path) -> None:
     path = notebook(tmp_path / "a.ipynb", "", "import os\nos._exit(9)")
     with pytest.raises(RunFailed, match="kernel died"):
         run_notebook(path, home=tmp_path / "home", progress=False)
@@ -173,7 +173,7 @@ def test_a_kernel_that_dies(tmp_path) -> None:
 
 
 @pytest.mark.chaos
-def test_stopped_by_a_function(tmp_path) -> None:
+def test_a_function_stops_a_notebook(tmp_path) -> None:
     path = notebook(
         tmp_path / "a.ipynb",
         "run_dir = None",
@@ -185,7 +185,7 @@ def test_stopped_by_a_function(tmp_path) -> None:
 
 
 @pytest.mark.chaos
-def test_ctrl_c_interrupts(tmp_path) -> None:
+def test_ctrl_c_interrupts_a_notebook(tmp_path) -> None:
     path = notebook(
         tmp_path / "a.ipynb",
         "",
@@ -221,7 +221,7 @@ def test_the_quickstart_declares_the_experiment_with_its_defaults() -> None:
     assert declared == {**ExperimentSpec().to_parameters(), "run_dir": None}
 
 
-def test_same_spec_and_seed_same_metrics_bit_for_bit(tmp_path, monkeypatch) -> None:
+def test_the_same_spec_and_seed_give_the_same_metrics_bit_for_bit(tmp_path, monkeypatch) -> None:
     path = notebook(
         tmp_path / "a.ipynb",
         "seed = 0\nrun_dir = None",
@@ -232,12 +232,12 @@ def test_same_spec_and_seed_same_metrics_bit_for_bit(tmp_path, monkeypatch) -> N
         "run = qtx.Run.open(run_dir)\n"
         "run.log_many({'row': i, 'x': x} for i, x in enumerate(estimate.output.flatten().tolist()))",
     )
-    made = {}
+    metrics = {}
     for name, seed, threads in (("one", 1, "1"), ("two", 1, "2"), ("other", 2, "1")):
         monkeypatch.setenv("OMP_NUM_THREADS", threads)
         run = run_notebook(path, {"seed": seed}, home=tmp_path / "home", progress=False)
-        made[name] = (run.path / "metrics.parquet").read_bytes()
-    assert made["one"] == made["two"] != made["other"]
+        metrics[name] = (run.path / "metrics.parquet").read_bytes()
+    assert metrics["one"] == metrics["two"] != metrics["other"]
 
 
 REDUCED = {
@@ -259,7 +259,7 @@ REDUCED = {
         "new_tokens": 20,
     },
 }
-"""Parameters under which the other shipped notebooks check what they claim in seconds; `make demo` runs the quickstart."""
+"""Parameters with which a notebook checks its claims in seconds; `make demo` runs the quickstart."""
 
 
 @pytest.mark.parametrize("name", sorted(REDUCED))

@@ -1,4 +1,4 @@
-"""The report: one page that stands alone, whatever became of the run."""
+"""The report is one self-contained page, however the run ended."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_the_page_stands_alone(tmp_path) -> None:
+def test_the_page_is_self_contained(tmp_path) -> None:
     data = pd.DataFrame({"draws": [8, 16], "error": [0.5, 0.25]})
     with Run.create(ExperimentSpec(), "trial", tmp_path) as run:
         run.update(
@@ -72,14 +72,14 @@ def test_the_page_stands_alone(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("raised", "says"), [(ValueError("off by <1>"), "failed"), (KeyboardInterrupt(), "interrupted")]
+    ("raised", "status"), [(ValueError("off by <1>"), "failed"), (KeyboardInterrupt(), "interrupted")]
 )
-def test_a_run_that_did_not_end_well_says_so_first(tmp_path, raised, says) -> None:
+def test_the_page_begins_with_the_error_of_a_run(tmp_path, raised, status) -> None:
     with pytest.raises(type(raised)), Run.create(NotebookSpec(notebook="x"), "trial", tmp_path) as run:
         raise raised
     (run.path / "spec.yaml").write_text("]")
     (run.path / "figures" / "cut.json").write_text("{")
     text = write_report(run).read_text(encoding="utf-8")
-    assert f"This run {'was ' if says == 'interrupted' else ''}{says}" in text
-    assert ("off by &lt;1&gt;" in text) == (says == "failed")
+    assert f"This run {'was ' if status == 'interrupted' else ''}{status}" in text
+    assert ("off by &lt;1&gt;" in text) == (status == "failed")
     assert "spec.yaml cannot be read" in text

@@ -1,4 +1,4 @@
-"""Run folders: written whole or not at all, and they say how a run ended whatever ended it."""
+"""Run folders are written whole or not at all, and record how a run ended, whatever ended it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def test_a_run_keeps_what_was_asked_and_done(tmp_path, spec) -> None:
+def test_a_run_records_its_spec_and_results(tmp_path, spec) -> None:
     with Run.create(spec, "trial", tmp_path) as run:
         assert run.status == "running"
         run.update(results={"error": np.float32(0.5), "bad": float("nan")})
@@ -56,7 +56,7 @@ def test_a_run_keeps_what_was_asked_and_done(tmp_path, spec) -> None:
     ("raised", "status", "error"),
     [(ValueError("no good"), "failed", "ValueError: no good"), (KeyboardInterrupt(), "interrupted", None)],
 )
-def test_how_a_run_ended(tmp_path, spec, raised, status, error) -> None:
+def test_the_status_says_how_a_run_ended(tmp_path, spec, raised, status, error) -> None:
     with pytest.raises(type(raised)), Run.create(spec, "trial", tmp_path) as run:
         raise raised
     manifest = run.manifest
@@ -64,7 +64,7 @@ def test_how_a_run_ended(tmp_path, spec, raised, status, error) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "../up", ".hidden", "a/b", "x" * 81])
-def test_refuses_names_that_are_no_folder(tmp_path, spec, name) -> None:
+def test_names_that_cannot_be_a_folder_are_refused(tmp_path, spec, name) -> None:
     with pytest.raises(ArgumentError, match="name="):
         Run.create(spec, name, tmp_path / "home")
     assert not (tmp_path / "home").exists()
@@ -82,7 +82,7 @@ def test_metrics_append_and_grow_columns(tmp_path, spec) -> None:
     assert metrics["error"].isna().tolist() == [False, False, True]
 
 
-def test_same_rows_same_bytes(tmp_path, spec) -> None:
+def test_the_same_rows_give_the_same_bytes(tmp_path, spec) -> None:
     written = set()
     for name in ("one", "two"):
         run = Run.create(spec, name, tmp_path)
@@ -92,7 +92,7 @@ def test_same_rows_same_bytes(tmp_path, spec) -> None:
     assert len(written) == 1
 
 
-def test_refuses_untidy_metrics(tmp_path, spec) -> None:
+def test_untidy_metrics_are_refused(tmp_path, spec) -> None:
     run = Run.create(spec, "trial", tmp_path)
     run.log(x=1)
     for row in ({"x": "text"}, {"x": [1, 2]}, {"y": np.zeros(2)}):
@@ -111,7 +111,7 @@ def draw(data: pd.DataFrame, theme: str):
     return figure
 
 
-def test_figures_in_both_themes_with_data(tmp_path, spec) -> None:
+def test_figures_are_saved_in_both_themes_with_data(tmp_path, spec) -> None:
     import matplotlib.pyplot as plt
 
     run = Run.create(spec, "trial", tmp_path)
@@ -133,17 +133,17 @@ def test_figures_in_both_themes_with_data(tmp_path, spec) -> None:
 
 
 def test_commit_is_that_of_the_package_or_absent() -> None:
-    found = provenance.commit()
-    assert found is None or (len(found["commit"]) == 40 and isinstance(found["dirty"], bool))
+    commit = provenance.commit()
+    assert commit is None or (len(commit["commit"]) == 40 and isinstance(commit["dirty"], bool))
 
 
-def test_listing_nothing(tmp_path) -> None:
+def test_an_empty_folder_lists_nothing(tmp_path) -> None:
     for home in (tmp_path, tmp_path / "missing"):
         assert runs(home).empty
         assert runs(home).attrs["skipped"] == []
 
 
-def test_listing_skips_what_is_broken_and_says_why(tmp_path, spec) -> None:
+def test_listings_skip_broken_runs_and_say_why(tmp_path, spec) -> None:
     with Run.create(spec, "good", tmp_path) as run:
         pass
     stored = json.loads((run.path / "manifest.json").read_text())
@@ -172,19 +172,19 @@ def test_listing_skips_what_is_broken_and_says_why(tmp_path, spec) -> None:
     assert all(skipped.values())
 
 
-def test_newest_first_and_found_by_part_of_the_name(tmp_path, spec) -> None:
-    made = [Run.create(spec, name, tmp_path) for name in ("a", "b", "c")]
-    for age, run in enumerate(reversed(made)):
+def test_runs_are_newest_first_and_found_by_part_of_the_name(tmp_path, spec) -> None:
+    created = [Run.create(spec, name, tmp_path) for name in ("a", "b", "c")]
+    for age, run in enumerate(reversed(created)):
         run.update(started=f"2024-01-0{9 - age}T00:00:00.000+00:00")
     assert runs(tmp_path)["name"].tolist() == ["c", "b", "a"]
-    assert find_run(made[1].path.name[-6:], tmp_path).path == made[1].path
-    assert find_run(made[1].path).path == made[1].path
+    assert find_run(created[1].path.name[-6:], tmp_path).path == created[1].path
+    assert find_run(created[1].path).path == created[1].path
     for part in ("nothing", "2"):
         with pytest.raises(ArgumentError, match="run="):
             find_run(part, tmp_path)
 
 
-def test_a_name_that_no_file_can_have_is_no_run(tmp_path) -> None:
+def test_a_name_that_no_file_can_have_is_not_a_run(tmp_path) -> None:
     with pytest.raises(ArgumentError, match="none of the 0 runs"):
         find_run("a" * 5000, tmp_path)
 
@@ -201,8 +201,8 @@ def test_home_that_cannot_hold_runs(tmp_path, spec, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("files_before", range(2))
-def test_disk_full_while_a_run_is_made_leaves_nothing(tmp_path, spec, monkeypatch, files_before) -> None:
-    # A disk that fills up between two writes cannot be had on purpose, so fsync says it for the disk.
+def test_a_full_disk_while_a_run_is_created_leaves_nothing(tmp_path, spec, monkeypatch, files_before) -> None:
+    # A disk cannot be filled up exactly between two writes, so that fsync raises the error in its place.
     count = iter(range(100))
 
     def fsync(descriptor: int) -> None:
@@ -243,7 +243,7 @@ except StorageError as error:
 
 
 @pytest.mark.chaos
-def test_files_that_may_not_grow_fail_the_run(tmp_path) -> None:
+def test_a_limit_of_file_size_fails_the_run(tmp_path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", LIMITED, tmp_path], capture_output=True, text=True, check=True
     )

@@ -1,4 +1,4 @@
-"""Sweeps: checked as a whole, one run a notebook, and nothing that has ended is lost, whoever is killed."""
+"""Sweeps are checked as a whole, and no notebook that has ended is lost, whichever process is killed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from qtx_lab.training import open_cluster
 pytestmark = pytest.mark.notebooks
 
 PARAMETERS = "n = 1\nsampler = 'a'\nseed = 0\nwait = 0\nrun_dir = None"
-# The kernel of a notebook that imports little starts in under a second; what it writes is what `Run.update` would.
+# A kernel that imports little starts in under a second. The notebook writes what `Run.update` would write.
 MEASURE = """
 import json, os, pathlib, time
 time.sleep(wait)
@@ -66,7 +66,7 @@ def write(path: Path, parameters: str, *cells: str, spec: str | None = None) -> 
 
 
 @pytest.mark.parametrize(
-    ("grid", "options", "says"),
+    ("grid", "options", "message"),
     [
         ({"m": [1]}, {}, r"no parameter 'm'.*at m=1"),
         ({"n": [1, 2, "three"]}, {}, r"n='three' .* a number, n = 1\. \(at n='three'\)"),
@@ -83,8 +83,8 @@ def write(path: Path, parameters: str, *cells: str, spec: str | None = None) -> 
         ({"n": [1]}, {"workers": 1, "cluster": "tcp://127.0.0.1:1"}, "exclude each other"),
     ],
 )
-def test_the_whole_grid_is_checked_before_any_work(notebook, tmp_path, grid, options, says) -> None:
-    with pytest.raises(ArgumentError, match=says):
+def test_the_whole_grid_is_checked_before_any_work(notebook, tmp_path, grid, options, message) -> None:
+    with pytest.raises(ArgumentError, match=message):
         sweep(notebook, grid, home=tmp_path / "home", **options)
     assert not (tmp_path / "home").exists()
 
@@ -107,7 +107,7 @@ def test_a_notebook_without_a_seed_is_not_repeated(tmp_path) -> None:
     assert len(plan(path, {}).notebooks) == 1
 
 
-def test_a_sweep_and_what_resumes_it(notebook, cluster, tmp_path, capsys) -> None:
+def test_a_sweep_is_resumed(notebook, cluster, tmp_path, capsys) -> None:
     home = tmp_path / "home"
     grid = {"n": [4, 13], "sampler": ["a", "b"]}
     run = sweep(notebook, grid, repeats=2, cluster=cluster, home=home)
@@ -136,14 +136,14 @@ def test_a_sweep_and_what_resumes_it(notebook, cluster, tmp_path, capsys) -> Non
     (home / "foreign").mkdir()
     (home / "cut").mkdir()
     (home / "cut" / "manifest.json").write_text("{")
-    kept = {path: (path / "manifest.json").read_bytes() for path in map(Path, done["path"])}
+    done_before = {path: (path / "manifest.json").read_bytes() for path in map(Path, done["path"])}
     more = sweep(
         notebook, {**grid, "n": [4, 6]}, repeats=3, cluster=cluster, home=home, resume=True, progress=False
     )
     assert more.status == "done"
     assert more.manifest["results"]["kept"] == 4
     assert len(more.metrics()) == 12
-    assert {path: (path / "manifest.json").read_bytes() for path in kept} == kept
+    assert {path: (path / "manifest.json").read_bytes() for path in done_before} == done_before
     write(notebook, PARAMETERS, MEASURE, "'changed'")
     assert plan(notebook, grid).notebooks[0].key != plan(notebook, grid, seed=1).notebooks[0].key
     again = sweep(notebook, {"n": [4]}, cluster=cluster, home=home, resume=True, progress=False)
@@ -151,11 +151,11 @@ def test_a_sweep_and_what_resumes_it(notebook, cluster, tmp_path, capsys) -> Non
 
 
 @pytest.mark.chaos
-def test_two_sweeps_into_one_folder(notebook, cluster, tmp_path) -> None:
-    found: dict[int, Run] = {}
+def test_two_sweeps_share_a_folder(notebook, cluster, tmp_path) -> None:
+    sweeps: dict[int, Run] = {}
 
     def work(seed: int) -> None:
-        found[seed] = sweep(
+        sweeps[seed] = sweep(
             notebook, {"n": [1, 2, 3]}, seed=seed, cluster=cluster, home=tmp_path / "home", progress=False
         )
 
@@ -164,7 +164,7 @@ def test_two_sweeps_into_one_folder(notebook, cluster, tmp_path) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    for seed, run in found.items():
+    for seed, run in sweeps.items():
         assert run.status == "done"
         table = run.metrics()
         assert sorted(table["spec.n"]) == [1, 2, 3]
@@ -174,7 +174,7 @@ def test_two_sweeps_into_one_folder(notebook, cluster, tmp_path) -> None:
 
 
 @pytest.mark.chaos
-def test_stopped_from_elsewhere(notebook, cluster, tmp_path) -> None:
+def test_a_function_stops_a_sweep(notebook, cluster, tmp_path) -> None:
     home = tmp_path / "home"
 
     def stop() -> bool:
@@ -188,7 +188,7 @@ def test_stopped_from_elsewhere(notebook, cluster, tmp_path) -> None:
     statuses = [
         json.loads((Path(path) / "manifest.json").read_text())["status"] for path in runs(home)["path"]
     ]
-    assert set(statuses) == {"done", "interrupted"}  # as stored: each was told
+    assert set(statuses) == {"done", "interrupted"}  # as stored, and not only as read
     assert len(statuses) < 7
     table = Run(Path(runs(home, where="kind = 'SweepSpec'")["path"][0])).metrics()
     assert len(table) == 6
@@ -224,7 +224,7 @@ def done_in(home: Path) -> dict[str, bytes]:
 
 @pytest.mark.chaos
 @pytest.mark.timeout(7200)
-def test_killed_at_any_moment(notebook, tmp_path, seed, soak) -> None:
+def test_nothing_is_lost_when_a_process_is_killed(notebook, tmp_path, seed, soak) -> None:
     """No notebook that is done is lost or run again, and --resume completes each sweep."""
     rng = random.Random(seed)
     moments, victims = (50, ["sweep", "worker", "kernel"]) if soak else (2, ["sweep", "worker"])
@@ -251,17 +251,17 @@ def test_killed_at_any_moment(notebook, tmp_path, seed, soak) -> None:
             rng.choice(pool).send_signal(signal.SIGKILL)
             count, kills = count + 1, kills + 1
         if victim != "sweep":
-            process.wait(timeout=300)  # it goes on by itself
+            process.wait(timeout=300)  # the sweep continues by itself
         process.communicate(timeout=60)
         after = done_in(home)
         assert {name: after.get(name) for name in before} == before
         if kills == 5 or count == moments or len(after) == cells:
-            trial, kills, kept = trial + 1, 0, done_in(home)
+            trial, kills, done_before = trial + 1, 0, done_in(home)
             last = start(notebook, home, cells)
             output, _ = last.communicate(timeout=300)
             assert last.returncode == 0, output.decode()[-2000:]
             final = done_in(home)
-            assert {name: final.get(name) for name in kept} == kept
+            assert {name: final.get(name) for name in done_before} == done_before
             keys = [json.loads(content)["sweep"]["cell"] for content in final.values()]
             assert len(keys) == len(set(keys)) == cells
             sweeps = runs(home, where="kind = 'SweepSpec' and status = 'done'")
@@ -292,7 +292,7 @@ def test_ctrl_c_ends_a_sweep_in_order(notebook, tmp_path) -> None:
 
 
 @pytest.mark.chaos
-def test_a_full_and_a_read_only_disk(notebook, cluster, tmp_path) -> None:
+def test_a_full_disk_and_a_read_only_disk(notebook, cluster, tmp_path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=80m", "tmpfs", disk]
@@ -318,7 +318,7 @@ def test_a_full_and_a_read_only_disk(notebook, cluster, tmp_path) -> None:
         subprocess.run(["umount", disk], check=True)
 
 
-def test_a_cluster_that_is_open_already(notebook, cluster, tmp_path) -> None:
+def test_an_open_cluster_stays_open(notebook, cluster, tmp_path) -> None:
     with open_cluster("address", address=cluster) as opened:
         assert sweep(notebook, {"n": [1]}, cluster=opened, home=tmp_path, progress=False).status == "done"
         assert opened.client.status == "running"
@@ -332,19 +332,19 @@ def test_arguments_of_another_type_are_refused_by_name(notebook, tmp_path, name)
 
 
 def test_no_more_processes_than_notebooks(notebook, tmp_path, monkeypatch) -> None:
-    asked = []
+    num_workers = []
 
     def opening(**arguments):
-        asked.append(arguments["num_workers"])
+        num_workers.append(arguments["num_workers"])
         raise BackendUnavailable("not today")
 
     monkeypatch.setattr("qtx_lab.experiments.sweeps.open_cluster", opening)
     with pytest.raises(BackendUnavailable):
         sweep(notebook, {"n": [1, 2]}, workers=10**6, home=tmp_path, progress=False)
-    assert asked == [2]
+    assert num_workers == [2]
 
 
-def test_no_scheduler_there(notebook, tmp_path) -> None:
+def test_an_address_without_a_scheduler(notebook, tmp_path) -> None:
     nowhere = ClusterSpec(kind="address", address="tcp://127.0.0.1:1", timeout=0.5)
     with pytest.raises(BackendUnavailable, match=r"tcp://127.0.0.1:1"):
         sweep(notebook, {"n": [1]}, cluster=nowhere, home=tmp_path)

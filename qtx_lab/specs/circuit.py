@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from ..errors import unknown_name
 from .base import Spec
-from .fields import Real, Switch, Whole, field, python_number
+from .fields import AnyOf, Real, Switch, Whole, field, python_number
 
 if TYPE_CHECKING:
     from ..backends import HybridPolicy, QiskitQuantumBackend
@@ -18,6 +19,23 @@ NOISE_FIELDS = ("one_qubit", "two_qubit", "amplitude_damping", "phase_damping", 
 
 IBM_FIELDS = ("instance", "region", "mode", "fractional_gates", "max_quantum_seconds")
 """The fields that go to the backend of an IBM device as they are."""
+
+
+def _loader_name(name: str) -> str:
+    from ..circuits import make_loader  # loads qiskit
+
+    make_loader(name)
+    return name
+
+
+def _loader_names() -> Iterable[str]:
+    from ..circuits import LOADERS
+
+    return LOADERS
+
+
+LoaderName = Annotated[str, AfterValidator(_loader_name), AnyOf(_loader_names)]
+"""The name of a loader."""
 
 
 class CircuitSpec(Spec):
@@ -33,9 +51,7 @@ class CircuitSpec(Spec):
         "device",
         min_length=1,
     )
-    loader: Literal["tree", "dynamic", "unary", "mps"] = field(
-        "dynamic", "How a row becomes a circuit.", "name", "circuit"
-    )
+    loader: LoaderName = field("dynamic", "How a row becomes a circuit.", "name", "circuit")
     shots: Whole = field(1024, "Measurements of each row.", "shots", "circuit", ge=1, le=16_777_216)
     optimization_level: Whole = field(
         3, "How hard the transpiler tries to shorten circuits.", "level", "circuit", ge=0, le=3

@@ -57,7 +57,7 @@ class MitigationSpec(Spec):
         "Circuits with random Paulis that pec runs.",
         "circuits",
         "cancellation",
-        ge=1,
+        ge=2,
         le=65_536,
     )
 

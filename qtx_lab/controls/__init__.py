@@ -9,7 +9,6 @@ from .multilevel import LevelDraws, MultilevelControlVariate
 from .performer import PerformerControl
 from .registry import CONTROLS, make_control
 from .regression import Regression, regress
-from .telescoping import MultilevelEstimate, allocate, multilevel_attention
 from .topk import TopKControl
 
 __all__ = [
@@ -19,14 +18,11 @@ __all__ = [
     "LevelDraws",
     "LinformerControl",
     "MultilevelControlVariate",
-    "MultilevelEstimate",
     "PerformerControl",
     "Prepared",
     "Regression",
     "TopKControl",
-    "allocate",
     "control_noise",
     "make_control",
-    "multilevel_attention",
     "regress",
 ]

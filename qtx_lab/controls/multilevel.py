@@ -1,4 +1,4 @@
-"""`MultilevelControlVariate`: several controls at once, on per-draw contributions from any source."""
+"""`MultilevelControlVariate`: corrects samples of an attention output by several controls at once."""
 
 from __future__ import annotations
 
@@ -15,30 +15,32 @@ from .base import Control, control_ratios
 from .registry import make_control
 from .regression import regress
 
-Pair = tuple[Tensor, Tensor]
+SamplesAndMean = tuple[Tensor, Tensor]
+"""Samples of a control, (S, ..., d), and their known mean, (..., d)."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LevelDraws:
-    """What each level says at the draws, and what it is known to say on average.
+    """What each level gives at the draws, and what it is known to give on average.
 
     Parameters
     ----------
     names : tuple of str
+        Names of the C levels.
     noise : Tensor, (C, T, ..., d)
-        T times each draw's part of each level's error; of mean 0.
+        T times the part of each draw in the level's error; its mean is 0.
     means : Tensor, (C, ..., d)
-        Each level's known sum.
+        Known sum of each level.
     target : Tensor, (T, ..., d)
-        T weights_s v_{j_s}: the samples whose mean over axis 0 is the uncorrected estimate.
-    costs : mapping
-        Multiply-adds a query of each level's sum and of its weights at the T draws.
+        The samples T weights_s v_{j_s}, whose mean over axis 0 is the uncorrected estimate.
+    costs : mapping of str to float
+        Multiply-adds a query of each level: its sum, and its weights at the T draws.
     replicates : int
-        How many independent repetitions the T draws hold, one after the other.
+        Number of independent repetitions that the T draws hold, one after the other.
     independent : bool
-        Whether all T draws are independent.
+        Whether all T draws are independent of each other.
     oracle : str or None
-        The level that is the target itself, if one is.
+        The level that is the target itself, if there is one.
     """
 
     names: tuple[str, ...]
@@ -50,8 +52,8 @@ class LevelDraws:
     independent: bool
     oracle: str | None
 
-    def __getitem__(self, name: str) -> Pair:
-        """(samples (T, ..., d), known mean (..., d)) of a level."""
+    def __getitem__(self, name: str) -> SamplesAndMean:
+        """Return the samples (T, ..., d) and the known mean (..., d) of a level."""
         c = self.names.index(name)
         return self.noise[c] + self.means[c], self.means[c]
 
@@ -59,32 +61,35 @@ class LevelDraws:
 class MultilevelControlVariate:
     """Corrects samples of an attention output by levels whose means are known.
 
-    The coefficients are the regression optimum of each head over its rows and coordinates, cross-fitted so that
-    the corrected estimate is unbiased and shrunk so that a useless level does no harm (`regress`). With the
-    level "exact" the exact output is known, and returned, with variance 0.
+    Each head has its coefficients, the optimum of a regression over its rows and coordinates. They are
+    cross-fitted, so that the corrected estimate is unbiased, and shrunk, so that a useless level does no
+    harm; see `regress`. If "exact" is among the levels, the exact output is known: it is returned, with
+    variance 0.
 
     Parameters
     ----------
     levels : sequence of str or Control
-        Names in `CONTROLS` or controls, each name once. In which order matters little: where two say the same,
-        the first gets the coefficient.
+        Names in `CONTROLS`, or controls; each name may come once. Their order matters only where two levels
+        explain the same: the first gets the coefficient.
 
     Attributes
     ----------
-    coefficients : dict of str to Tensor
-        Of the last `variance_reduced_estimate`: (...,) a head, float64, the mean over the folds.
-    variance_before, variance_after : Tensor or None, (...,)
-        Variance of the plain and of the corrected estimate, the mean over a head's rows, summed over
-        coordinates; None where the samples cannot tell.
+    coefficients : dict of str to Tensor, float64, (...)
+        Coefficient of each level and head in the last `variance_reduced_estimate`, the mean over the folds.
+    variance_before, variance_after : Tensor or None, (...)
+        Variance of the plain and of the corrected estimate, summed over coordinates, the mean over a head's
+        rows; None if there is only one replicate.
     costs : dict of str to float
-        Multiply-adds a query.
+        Multiply-adds a query of each level.
     notes : tuple of str
-        What was not done as asked, and why.
+        What was done in another way than asked, and why.
 
     Raises
     ------
-    ArgumentError, DtypeError
-        If there are no levels, a name is unknown or comes twice, or an object cannot be prepared.
+    ArgumentError
+        If there is no level, or a name is unknown or comes twice.
+    DtypeError
+        If a level is neither a name nor a control.
 
     Examples
     --------
@@ -126,23 +131,23 @@ class MultilevelControlVariate:
         generator: torch.Generator | None = None,
         independent: bool = False,
     ) -> LevelDraws:
-        """What every level says at the draws; memory C T d numbers a row.
+        """Evaluate every level at the draws. This takes memory for C T d numbers a row.
 
         Parameters
         ----------
         Q : Tensor, (..., L, E), float32 or float64
         K, V : Tensor, (..., n, E) and (..., n, d), of the same dtype and leading dimensions
         draws : Draws
-            Rows (..., L), of known probabilities under softmax(scale Q·K).
+            Draws of rows (..., L) with known probabilities under softmax(scale Q·K).
         is_causal : bool
-            Query i sees keys 0..i.
+            Whether query i sees only the keys 0 to i.
         scale : float, optional
-            1 / sqrt(E) where None.
+            1 / sqrt(E) if None.
         generator : torch.Generator, optional
-            Of the random features.
+            Source of the random features.
         independent : bool
-            Whether the draws of a row are independent of each other ("monte-carlo", shots of a circuit). If
-            not, coefficients are fitted over replicates, or over halves of the rows.
+            Whether the draws of a row are independent of each other, as those of "monte-carlo" or shots of a
+            circuit. If not, coefficients are fitted over replicates, or over halves of the rows.
 
         Returns
         -------
@@ -150,14 +155,18 @@ class MultilevelControlVariate:
 
         Raises
         ------
-        ShapeError, DtypeError, ArgumentError
-            If the shapes do not fit, or the draws have no probabilities.
+        ShapeError
+            If the shapes do not fit each other.
+        DtypeError
+            If the dtypes are not allowed.
+        ArgumentError
+            If the draws have no probabilities.
         """
         leading, length = Q.shape[:-2], Q.shape[-2] if Q.ndim >= 2 else 0
         if Q.ndim < 2 or K.shape[:-2] != leading or V.shape[:-1] != K.shape[:-1]:
             raise ShapeError(
-                f"Q {tuple(Q.shape)}, K {tuple(K.shape)} and V {tuple(V.shape)} must be (..., L, E), (..., n, E) "
-                "and (..., n, d) with the same leading dimensions."
+                f"Q {tuple(Q.shape)}, K {tuple(K.shape)} and V {tuple(V.shape)} must be (..., L, E), (..., "
+                "n, E) and (..., n, d) with the same leading dimensions."
             )
         if draws.indices.shape[:-1] != Q.shape[:-1]:
             raise ShapeError(
@@ -193,19 +202,19 @@ class MultilevelControlVariate:
     def variance_reduced_estimate(
         self,
         quantum_samples: Tensor,
-        controls: LevelDraws | Mapping[str, Pair] | Sequence[Pair],
+        controls: LevelDraws | Mapping[str, SamplesAndMean] | Sequence[SamplesAndMean],
     ) -> Tensor:
-        """The corrected estimate.
+        """Correct an estimate by its controls.
 
         Parameters
         ----------
         quantum_samples : Tensor, (S, ..., d), float32 or float64
-            Per-draw contributions: the estimate is their mean over axis 0, so that the sample of draw s is
-            S weights_s v_{j_s} (the value itself for shots of equal weight). The dimension before the last
+            Contribution of each draw: the estimate is their mean over axis 0, so the sample of draw s is S
+            weights_s v_{j_s}, or the value itself for shots of equal weight. The dimension before the last
             holds rows, those before it heads.
         controls : LevelDraws, or mapping or sequence of (samples (S, ..., d), mean (..., d))
-            What `evaluate` gave for the same draws; or any controls of known mean, a pair each, whose S
-            samples are taken to be independent of each other, as shots are.
+            What `evaluate` returned for the same draws, or pairs of any controls with known means. The S
+            samples of pairs are taken to be independent of each other, as shots are.
 
         Returns
         -------
@@ -214,99 +223,138 @@ class MultilevelControlVariate:
         Raises
         ------
         ShapeError, DtypeError, ArgumentError
-            If samples and controls do not fit, or hold NaN or infinities.
+            If samples and controls do not fit each other, or hold NaN or infinities.
         """
         x = quantum_samples
-        if not isinstance(x, Tensor) or x.dtype not in (torch.float32, torch.float64):
-            given = x.dtype if isinstance(x, Tensor) else type(x).__name__
-            raise DtypeError(f"quantum_samples is {given}; it must be a float32 or float64 tensor.")
-        if x.ndim < 2 or 0 in x.shape:
-            raise ShapeError(f"quantum_samples has shape {tuple(x.shape)}; it must be (S, ..., d), S >= 1.")
-        if isinstance(controls, LevelDraws):
-            levels = controls
-            if levels.noise.shape[1:] != x.shape:
-                raise ShapeError(
-                    f"controls are of samples {tuple(levels.noise.shape[1:])}; quantum_samples has {tuple(x.shape)}."
-                )
-        else:
-            levels = _from_pairs(x, controls)
-        for name, y in (("quantum_samples", x), ("controls", levels.noise)):
-            if not bool(y.isfinite().all()):
-                raise ArgumentError(f"{name} holds NaN or infinity; only finite numbers are allowed.")
-
+        levels = _checked_levels(x, controls)
+        # Our controls are scaled so that no coefficient above 1 makes sense; pairs may have any scale.
+        largest = 1.0 if isinstance(controls, LevelDraws) else math.inf
         samples, *lead, d = x.shape
         heads, rows = torch.Size(lead[:-1]), lead[-1] if lead else 1
-        # [N, M, S, d] and [C, N, M, S, d]
-        target = x.reshape(samples, heads.numel(), rows, d).movedim(0, 2)
-        noise = levels.noise.reshape(-1, samples, heads.numel(), rows, d).movedim(1, 3)
+        target = x.reshape(samples, heads.numel(), rows, d).movedim(0, 2)  # [N, M, S, d]
+        noise = levels.noise.reshape(-1, samples, heads.numel(), rows, d).movedim(1, 3)  # [C, N, M, S, d]
         means = levels.means.reshape(-1, heads.numel(), rows, d)
-        units = samples if levels.independent else levels.replicates
-        estimates = target.unflatten(2, (units, -1)).mean(3)
-        own = noise.unflatten(3, (units, -1)).mean(4)
-
-        self.notes = ()
-        if levels.oracle is not None:
-            index = levels.names.index(levels.oracle)
-            beta = torch.zeros(heads.numel(), len(levels.names), dtype=torch.float64, device=x.device)
-            beta[:, index] = 1
-            output, corrected = means[index], estimates - own[index]
-        elif units == 1 and rows == 1:
-            beta = torch.zeros(heads.numel(), len(levels.names), dtype=torch.float64, device=x.device)
-            output, corrected = estimates.mean(2), estimates
-            self.notes = (
-                "Not corrected: one row of one replicate leaves nothing to estimate coefficients from without "
-                "bias. Draw replicates, or say independent=True where the draws are.",
-            )
-        else:
-            most = 1.0 if isinstance(controls, LevelDraws) else math.inf
-            fit = regress(estimates, own, means.mean(0), most=most)
-            output, corrected, beta = fit.output, fit.by_replicate, fit.coefficients.mean(1)
-            if not bool(beta.any()):
-                self.notes = (
-                    "No level explains noise beyond doubt: all coefficients are 0. If the samples of a row are independent, as "
-                    "shots are, independent=True tells more.",
-                )
-        self.coefficients = {name: beta[:, c].reshape(heads) for c, name in enumerate(levels.names)}
+        replicates = samples if levels.independent else levels.replicates
+        estimates = target.unflatten(2, (replicates, -1)).mean(3)  # [N, M, R, d]
+        correction = _correct(
+            estimates, noise.unflatten(3, (replicates, -1)).mean(4), means, levels, largest=largest
+        )
+        self.notes = correction.notes
+        self.coefficients = {
+            name: correction.coefficients[:, c].reshape(heads) for c, name in enumerate(levels.names)
+        }
         self.variance_before = self.variance_after = None
-        if units > 1:
+        if replicates > 1:
             before, after = (
-                (y.var(2).sum(-1).mean(1) / units).reshape(heads) for y in (estimates, corrected)
+                (y.var(2).sum(-1).mean(1) / replicates).reshape(heads)
+                for y in (estimates, correction.by_replicate)
             )
             # With an oracle, what is left is rounding.
-            after = after if levels.oracle is None else torch.zeros_like(after)
-            self.variance_before, self.variance_after = before, after
+            self.variance_before = before
+            self.variance_after = after if levels.oracle is None else torch.zeros_like(after)
         self.costs = dict(levels.costs)
-        return output.reshape(*lead, d)
+        return correction.output.reshape(*lead, d)
 
     def report(self) -> str:
-        """The last estimate in words: a line a level, and the variance before and after.
+        """Describe the last estimate: a line for each level, and the variance before and after.
 
         Raises
         ------
         ArgumentError
-            If nothing was estimated yet.
+            If there is no estimate yet.
         """
         if not self.coefficients:
-            raise ArgumentError("There is nothing to report: call variance_reduced_estimate first.")
+            raise ArgumentError("There is no estimate to report: call variance_reduced_estimate first.")
         lines = ["level         coefficient (lowest to highest head)   multiply-adds a query"]
         for name, beta in self.coefficients.items():
             spread = f"{beta.mean():.3f} ({beta.min():.3f} to {beta.max():.3f})"
             cost = f"{self.costs[name]:,.0f}" if name in self.costs else "unknown"
             lines.append(f"{name:<14}{spread:<41}{cost}")
         if self.variance_before is None or self.variance_after is None:
-            lines.append("variance: one replicate cannot tell")
+            lines.append("variance: unknown, because there is only one replicate")
         else:
             before, after = (x.double().mean().item() for x in (self.variance_before, self.variance_after))
-            ratio = f"{after / before:.3f}" if before else "unknown: there was none"
+            ratio = f"{after / before:.3f}" if before else "unknown, because there was none"
             lines.append(f"variance: {before:.3g} before, {after:.3g} after, ratio {ratio}")
         return "\n".join([*lines, *self.notes])
 
 
-def _from_pairs(x: Tensor, controls: Mapping[str, Pair] | Sequence[Pair]) -> LevelDraws:
-    """Controls given as (samples, mean) pairs, of independent samples."""
+def _checked_levels(
+    x: Tensor, controls: LevelDraws | Mapping[str, SamplesAndMean] | Sequence[SamplesAndMean]
+) -> LevelDraws:
+    """Check samples and their controls, and return the controls as LevelDraws."""
+    if not isinstance(x, Tensor) or x.dtype not in (torch.float32, torch.float64):
+        given = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise DtypeError(f"quantum_samples is {given}; it must be a float32 or float64 tensor.")
+    if x.ndim < 2 or 0 in x.shape:
+        raise ShapeError(f"quantum_samples has shape {tuple(x.shape)}; it must be (S, ..., d), S >= 1.")
+    if not isinstance(controls, LevelDraws):
+        levels = _from_pairs(x, controls)
+    elif controls.noise.shape[1:] == x.shape:
+        levels = controls
+    else:
+        raise ShapeError(
+            f"quantum_samples has shape {tuple(x.shape)}, but controls belong to samples of shape "
+            f"{tuple(controls.noise.shape[1:])}."
+        )
+    for name, y in (("quantum_samples", x), ("controls", levels.noise)):
+        if not bool(y.isfinite().all()):
+            raise ArgumentError(f"{name} holds NaN or infinity; only finite numbers are allowed.")
+    return levels
+
+
+@dataclass(frozen=True, eq=False)
+class _Correction:
+    """A corrected estimate.
+
+    Parameters
+    ----------
+    output : Tensor, (N, M, d)
+    by_replicate : Tensor, (N, M, R, d)
+    coefficients : Tensor, float64, (N, C)
+    notes : tuple of str
+        What was done in another way than asked, and why.
+    """
+
+    output: Tensor
+    by_replicate: Tensor
+    coefficients: Tensor
+    notes: tuple[str, ...] = ()
+
+
+def _correct(
+    estimates: Tensor, noise: Tensor, means: Tensor, levels: LevelDraws, *, largest: float
+) -> _Correction:
+    """Correct estimates (N, M, R, d) by the levels' noise (C, N, M, R, d) and means (C, N, M, d)."""
+    heads, rows, replicates, _ = estimates.shape
+    zero = torch.zeros(heads, len(levels.names), dtype=torch.float64, device=estimates.device)
+    if levels.oracle is not None:
+        index = levels.names.index(levels.oracle)
+        one = zero.index_fill(1, torch.tensor([index], device=zero.device), 1.0)
+        return _Correction(means[index], estimates - noise[index], one)
+    if replicates == 1 and rows == 1:
+        note = (
+            "Not corrected: one row of one replicate leaves nothing to estimate coefficients from without "
+            "bias. Draw replicates, or set independent=True if the draws are independent."
+        )
+        return _Correction(estimates.mean(2), estimates, zero, (note,))
+    fit = regress(estimates, noise, means.mean(0), most=largest)
+    coefficients = fit.coefficients.mean(1)
+    notes: tuple[str, ...] = ()
+    if not bool(coefficients.any()):
+        notes = (
+            "Not corrected: no level explains noise beyond doubt, so all coefficients are 0. If the samples "
+            "of a row are independent, as shots are, independent=True lets them show more.",
+        )
+    return _Correction(fit.output, fit.by_replicate, coefficients, notes)
+
+
+def _from_pairs(x: Tensor, controls: Mapping[str, SamplesAndMean] | Sequence[SamplesAndMean]) -> LevelDraws:
+    """Return controls that are pairs of samples and mean as LevelDraws with independent draws."""
     if not isinstance(controls, Mapping | list | tuple) or not controls:
         raise ArgumentError(
-            f"controls={controls!r} is not allowed: it must be what evaluate gave, or (samples, mean) pairs."
+            f"controls={controls!r} is not allowed: it must be what evaluate returned, or (samples, mean) "
+            "pairs."
         )
     named = controls if isinstance(controls, Mapping) else {str(i): c for i, c in enumerate(controls)}
     noise, means = [], []
@@ -316,8 +364,8 @@ def _from_pairs(x: Tensor, controls: Mapping[str, Pair] | Sequence[Pair]) -> Lev
         samples, mean = pair
         if samples.shape != x.shape or mean.shape != x.shape[1:]:
             raise ShapeError(
-                f"controls[{name!r}] has samples {tuple(samples.shape)} and mean {tuple(mean.shape)}; they must "
-                f"be {tuple(x.shape)} and {tuple(x.shape[1:])}, as quantum_samples."
+                f"controls[{name!r}] has samples {tuple(samples.shape)} and mean {tuple(mean.shape)}; they "
+                f"must be {tuple(x.shape)} and {tuple(x.shape[1:])}, as quantum_samples."
             )
         noise.append((samples - mean).to(x.dtype))
         means.append(mean.to(x.dtype))

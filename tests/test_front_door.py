@@ -21,6 +21,7 @@ q, k, v = torch.randn(3, 1, 2, 8, 4)
 reveal_type(qtx.sampled_attention(q, k, v))
 reveal_type(qtx.sampled_attention(q, k, v).output)
 reveal_type(qtx.SampledKVCache.build(k, v).attend(q, num_samples=4))
+reveal_type(qtx.gpu_quantum_attention(q, k, v, num_samples=4))
 reveal_type(qtx.make_sampler("systematic"))
 reveal_type(qtx.QiskitQuantumBackend("aer").sample_rows(q))
 reveal_type(qtx.ZeroNoiseExtrapolation(noise_levels=[1, 2, 3]))
@@ -37,6 +38,7 @@ REVEALED = [
     "AttentionEstimate",
     "Tensor",
     "AttentionEstimate",
+    "Tensor",
     "Sampler",
     "RowCounts",
     "ZeroNoiseExtrapolation",

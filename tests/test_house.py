@@ -21,29 +21,15 @@ TOP = {"pyproject.toml", "README.md", "qtx_lab", "notebooks", "widgets", "tests"
 TOP |= {"Makefile", "LICENSE", "CHANGELOG.md"}
 
 OPTIONAL_ATTRIBUTES = {
-    "'__dict__'": "A setting that is a name has none.",
     "'__float__'": "Numbers of Python, NumPy and torch have it.",
     "'__index__'": "Whole numbers of Python, NumPy and torch have it.",
     "'__notes__'": "Python sets it only on exceptions to which a note was added.",
-    "'_reply_subshell_for'": "Only kernels with subshells (ipykernel 7) have it.",
-    "'children'": "Of ipywidgets, only boxes have it.",
     "'config'": "Models of transformers have it, other torch modules need not.",
-    "'context'": "Our configuration of a model has it, one of transformers need not.",
-    "'CSafeLoader'": "PyYAML has it where it was built with libyaml.",
-    "'detach'": "Tensors have it, arrays and numbers do not.",
-    "'full_tensor'": "Of torch's tensors, only distributed ones have it.",
     "'GOMP_parallel'": "torch has it where it was built with GNU's OpenMP.",
     "'is_causal'": "Only some of torch's modules have it.",
-    "'item'": "Scalars of NumPy and torch have it.",
-    "'killpg'": "Only on POSIX.",
     "'logits'": "Models of transformers return an object that has it, others a tensor.",
-    "'ndim'": "Arrays and tensors have it.",
-    "'reason'": "Only some exceptions of urllib3 have it.",
     "'register_at_fork'": "Only on POSIX.",
     "'sched_getaffinity'": "Only on Linux.",
-    "'set_requires_gradient_sync'": "Of torch's modules, only those sharded by FSDP have it.",
-    "'status_code'": "Only some exceptions of IBM's client have it.",
-    "'to_local'": "Of torch's tensors, only distributed ones have it.",
 }
 """Attributes of other libraries' objects that may be missing, as they are written, and why."""
 
@@ -56,19 +42,10 @@ NOT_YET = {
         "attention/dispatch",
         "attention/error_bars",
         "attention/gradients",
-        "backends/qiskit",
         "backends/sampler",
-        "circuits/__init__",
         "controls/registry",
-        "mitigation/circuit",
-        "mitigation/zne",
         "samplers/__init__",
-        "training/recipe",
         "training/sampling",
-        "widgets/views/circuit",
-        "widgets/workbench/tabs",
-        "widgets/workbench/tasks",
-        "widgets/workbench/workbench",
     )
 }
 """Modules that still probe our own objects."""
@@ -115,10 +92,7 @@ def test_layers() -> None:
     run(Path(sys.executable).with_name("lint-imports"), "--no-cache")
     contract = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]
     assert contract["exhaustive"]
-    ignored = [
-        entry for entry in contract.get("ignore_imports", []) if not entry.startswith("qtx_lab.specs.")
-    ]
-    assert ignored == []  # no import is exempt
+    assert "ignore_imports" not in contract
 
 
 def test_what_is_imported_is_declared_and_what_is_declared_is_used() -> None:
@@ -168,6 +142,7 @@ def test_every_public_function_and_class_has_a_docstring() -> None:
     for name, _, tree in modules():
         kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
         public = [node for node in tree.body if isinstance(node, kinds) and not node.name.startswith("_")]
+        public = [node for node in public if "overload" not in map(ast.unparse, node.decorator_list)]
         found += [f"{name}:{node.lineno} {node.name}" for node in public if not ast.get_docstring(node)]
         if not ast.get_docstring(tree):
             found.append(f"{name} does not say what it holds")

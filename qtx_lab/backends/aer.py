@@ -144,7 +144,7 @@ class AerEngine(Engine):
             return []
         if self.name != "aer":
             return instruction_errors(
-                circuit, _part(self.name, tuple(circuit.metadata["region"]), self.noise_scale)
+                circuit, _region_target(self.name, tuple(circuit.metadata["region"]), self.noise_scale)
             )
         assert self.noise is not None
         return instruction_errors(circuit, self.noise.scaled(self.noise_scale).target(circuit.num_qubits))
@@ -158,7 +158,7 @@ class AerEngine(Engine):
         else:
             device = fake_device(self.name).target
             region = best_region(device, circuit.num_qubits, resources(circuit).two_qubit_gates)
-            target = _part(self.name, tuple(region), 1.0)
+            target = _region_target(self.name, tuple(region), 1.0)
         conditional = any(isinstance(i.operation, ControlFlowOp) for i in circuit.data)
         if conditional and "if_else" not in target.operation_names:
             raise BackendUnavailable(f"{self.name} has no conditions (if_else), which this circuit needs.")
@@ -230,7 +230,7 @@ class AerEngine(Engine):
         if self.name == "aer":
             assert self.noise is not None
             return circuit, self.noise.scaled(self.noise_scale).noise(circuit.num_qubits)
-        return circuit, _part_noise(self.name, tuple(circuit.metadata["region"]), self.noise_scale)
+        return circuit, _region_noise(self.name, tuple(circuit.metadata["region"]), self.noise_scale)
 
     def _steps(self, circuit: QuantumCircuit) -> tuple[Step, ...] | None:
         """The circuit for `exact.py`, compiled once; None where `AerSimulator` runs it."""
@@ -310,15 +310,15 @@ def _calibration(name: str) -> str | None:
 
 
 @lru_cache(maxsize=64)
-def _part(name: str, region: tuple[int, ...], scale: float) -> Target:
+def _region_target(name: str, region: tuple[int, ...], scale: float) -> Target:
     """The part of a twin's device on some of its qubits."""
     return reduced_target(fake_device(name).target, region, scale)
 
 
 @lru_cache(maxsize=64)
-def _part_noise(name: str, region: tuple[int, ...], scale: float) -> Noise:
-    """The noise of that part."""
-    return device_noise(_part(name, region, scale))
+def _region_noise(name: str, region: tuple[int, ...], scale: float) -> Noise:
+    """The noise of that part of the device."""
+    return device_noise(_region_target(name, region, scale))
 
 
 def _aer_model(noise: Noise) -> NoiseModel:

@@ -60,8 +60,29 @@ def test_estimates_hold_together(path, length, causal, name, generator, device, 
 
 
 @BOTH
+@pytest.mark.parametrize("length", [2, 40])
+def test_rows_draw_the_same_alone_and_in_a_batch(path, length, device, generator, monkeypatch):
+    """The first queries of the first heads of the first sequence, by `decode` and by `prefill`."""
+    monkeypatch.setenv("QTX_LAB_KERNELS", path)
+    shapes = ((2, 4, length, 16), (2, 2, 70, 16), (2, 2, 70, 16))
+    q, k, v = (torch.randn(shape, generator=generator).to(device) for shape in shapes)
+    together, alone = (
+        qtx.gpu_quantum_attention(
+            q[:batch, :heads, :rows],
+            k[:batch, : heads // 2],
+            v[:batch, : heads // 2],
+            num_samples=16,
+            enable_gqa=True,
+            generator=torch.Generator().manual_seed(4),
+        )
+        for batch, heads, rows in ((2, 4, length), (1, 2, length - 1 if length == 2 else 33))
+    )
+    torch.testing.assert_close(together[:1, :2, : alone.shape[2]], alone)
+
+
+@BOTH
 @pytest.mark.parametrize("name", ["decode", "prefill"])
-def test_rows_that_see_nothing_are_zero_and_nothing_is_nan(path, name, generator, device, monkeypatch):
+def test_fully_masked_rows_are_zero_and_nothing_is_nan(path, name, generator, device, monkeypatch):
     monkeypatch.setenv("QTX_LAB_KERNELS", path)
     q, k, v = heads(generator, device, length=3 if name == "decode" else 40, n=10)
     mask = torch.ones(q.shape[-2], 10, dtype=torch.bool, device=device)

@@ -179,11 +179,11 @@ def _amplitudes(*vectors: Tensor) -> list[np.ndarray]:
         raise ShapeError(f"q and k have the shapes {shapes}; a circuit needs two vectors of the same length.")
     amplitudes = []
     for x in vectors:
-        unit, norm = _normalised(x.detach().cpu().double())
-        if not bool(norm > 0):
+        vector = _normalise(x.detach().cpu().double())
+        if not bool(vector.norm > 0):
             raise ArgumentError("q or k is a vector of zeros; a circuit needs two vectors that are not zero.")
         padded = np.zeros(1 << num_bits(len(x)))
-        padded[: len(x)] = unit.numpy()
+        padded[: len(x)] = vector.unit.numpy()
         amplitudes.append(padded / np.linalg.norm(padded))
     return amplitudes
 
@@ -210,18 +210,25 @@ def _true_overlaps(q: Tensor, k: Tensor, shots: int) -> _TrueOverlaps:
             f"q has shape {tuple(q.shape)} and k {tuple(k.shape)}; they must be (..., L, E) and (..., n, E) "
             "with E >= 1."
         )
-    (unit_q, norm_q), (unit_k, norm_k) = (_normalised(x.detach().double()) for x in (q, k))
-    return _TrueOverlaps((unit_q @ unit_k.mT).clamp(-1, 1), norm_q * norm_k.mT)
+    queries, keys = _normalise(q.detach().double()), _normalise(k.detach().double())
+    return _TrueOverlaps((queries.unit @ keys.unit.mT).clamp(-1, 1), queries.norm * keys.norm.mT)
 
 
-def _normalised(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return vectors (..., E) divided by their norms, and the norms (..., 1); zeros stay zeros."""
-    largest = x.abs().amax(
-        -1, keepdim=True
-    )  # first divided by this, so that no square overflows or underflows
+@dataclass(frozen=True, eq=False)
+class _Normalised:
+    """Vectors of norm 1, (..., E), or zeros where a vector is zero, and their norms before, (..., 1)."""
+
+    unit: Tensor
+    norm: Tensor
+
+
+def _normalise(x: Tensor) -> _Normalised:
+    """Divide vectors (..., E) by their norms."""
+    # Divided by the largest number first, so that no square overflows or underflows.
+    largest = x.abs().amax(-1, keepdim=True)
     scaled = x / largest.masked_fill(largest == 0, 1)
     norm = scaled.norm(dim=-1, keepdim=True)
-    return scaled / norm.masked_fill(norm == 0, 1), norm * largest
+    return _Normalised(scaled / norm.masked_fill(norm == 0, 1), norm * largest)
 
 
 def _estimate(

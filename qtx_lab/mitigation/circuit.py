@@ -31,7 +31,7 @@ SEED_STEP = 7919
 
 @dataclass(frozen=True)
 class _Variant:
-    """What a backend that measures one noise level differs in, as a key for those that were made before."""
+    """What makes the backend of a noise level differ from the others; a key of those in `_BACKENDS`."""
 
     loader: Loader
     engine: Engine
@@ -108,7 +108,7 @@ class CircuitMitigation:
 
     @cached_property
     def name(self) -> str:
-        """What is done, in words."""
+        """The loader, the correction and the extrapolation, in words."""
         parts = [make_loader(self.loader).name] if self.loader else []
         parts += ["readout"] if self.readout else []
         if self.zne is not None:
@@ -118,7 +118,7 @@ class CircuitMitigation:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What is done, as JSON holds it in the record of a device's job."""
+        """The name and its parts, as JSON holds them in the record of a device's job."""
         method = None if self.zne is None else self.zne.method
         return {
             "name": self.name,
@@ -139,7 +139,7 @@ class CircuitMitigation:
 
     def construct_backends(self, backend: QiskitQuantumBackend) -> list[QiskitQuantumBackend]:
         """Return the backend with the loader, at each noise level; equal ones are made only once."""
-        made = _BACKENDS.setdefault(backend, {})
+        known = _BACKENDS.setdefault(backend, {})
         loader = make_loader(self.loader) if self.loader else backend.loader
         backends = []
         for level in self.levels:
@@ -148,10 +148,10 @@ class CircuitMitigation:
                 backends.append(backend)  # the dictionary must not hold it: it would keep itself alive
                 continue
             variant = _Variant(loader, backend.engine, backend.optimization_level, level, scaling)
-            if variant not in made:
+            if variant not in known:
                 other = backend.with_loader(loader) if self.loader else backend
-                made[variant] = other if scaling is None else scale_noise(other, level, scaling)
-            backends.append(made[variant])
+                known[variant] = other if scaling is None else scale_noise(other, level, scaling)
+            backends.append(known[variant])
         return backends
 
     def check(self, backend: QiskitQuantumBackend, n: int) -> None:

@@ -51,6 +51,29 @@ class ZeroNoiseInference(ABC):
         Where to measure: 1 is the device's own noise, 3 three times that.
     method : str
         Name of the method, for people.
+
+    Examples
+    --------
+    A new inference is a subclass. This one extends the line through the noise levels 1 and 2:
+
+    >>> import torch
+    >>> class LineThroughTwo(ZeroNoiseInference):
+    ...     noise_levels, method = (1.0, 2.0), "line through two"
+    ...
+    ...     def allocate(self, shots, spread=None):
+    ...         return [shots - shots // 3, shots // 3]
+    ...
+    ...     def extrapolate(self, values, std_errors=None, *, levels=None):
+    ...         near, far = self.noise_levels if levels is None else levels
+    ...         weights = torch.tensor([far, -near], dtype=torch.float64) / (far - near)
+    ...         output = weights[0] * values[0] + weights[1] * values[1]
+    ...         if std_errors is None:
+    ...             return ZeroNoiseEstimate(output, None, weights)
+    ...         variance = sum((w * x).square() for w, x in zip(weights, std_errors))
+    ...         return ZeroNoiseEstimate(output, variance.sqrt(), weights)
+    >>> from qtx_lab.mitigation import CircuitMitigation
+    >>> CircuitMitigation(LineThroughTwo(), readout=True).name
+    'readout, line through two 1 2 (local)'
     """
 
     noise_levels: tuple[float, ...]

@@ -104,18 +104,23 @@ class FoldedEngine(Engine):
         self.name, self.ideal, self.queues = engine.name, engine.ideal, engine.queues
 
     def identity(self) -> str:
+        """Return what a transpiled circuit depends on, with the folding; see `Engine.identity`."""
         return f"{self._engine.identity()} folded {self._how} {self._level!r}"
 
     def facts(self) -> dict[str, Any]:
+        """Return the diagnostics of the engine and of the folding; see `Engine.facts`."""
         return {**self._engine.facts(), "folding": self._how, "noise_level": self._level}
 
     def transpile(self, circuit: QuantumCircuit, level: int) -> QuantumCircuit:
+        """Transpile a circuit, then fold it; `level` is the optimisation level. See `Engine.transpile`."""
         return fold(self._engine.transpile(circuit, level), self._level, self._how)
 
     def errors(self, circuit: QuantumCircuit) -> list[float]:
+        """Return the calibrated errors of a circuit; see `Engine.errors`."""
         return self._engine.errors(circuit)
 
     def calibrated(self, circuit: QuantumCircuit) -> tuple[QuantumCircuit, Noise]:
+        """Return a circuit on the qubits that it uses, and their noise; see `Engine.calibrated`."""
         return self._engine.calibrated(circuit)
 
     def run(
@@ -126,15 +131,19 @@ class FoldedEngine(Engine):
         seed: int,
         request: Request | None = None,
     ) -> np.ndarray:
+        """Measure a circuit that `transpile` folded; see `Engine.run`."""
         return self._engine.run(circuit, bindings, shots, seed, request)
 
     def how(self, circuit: QuantumCircuit) -> dict[str, Any]:
+        """Say how a circuit is run; see `Engine.how`."""
         return self._engine.how(circuit)
 
     def problems(self) -> tuple[str, ...]:
+        """Say why nothing can be run now; see `Engine.problems`."""
         return self._engine.problems()
 
     def pending_jobs(self) -> int:
+        """Return the number of jobs in the queue; see `Engine.pending_jobs`."""
         return self._engine.pending_jobs()
 
     def submit(
@@ -145,9 +154,11 @@ class FoldedEngine(Engine):
         request: Request | None = None,
         **options: Any,
     ) -> RowJob:
+        """Hand over a circuit as a job; see `Engine.submit`."""
         return self._engine.submit(circuit, bindings, shots, request, **options)
 
     def jobs(self) -> Sequence[RowJob]:
+        """Return the recorded jobs of the device; see `Engine.jobs`."""
         return self._engine.jobs()
 
 

@@ -1,4 +1,4 @@
-"""A training as a run: its spec, its metrics while it goes on, checkpoints, weights, figure and report in one folder."""
+"""A training as a run: one folder with its spec, metrics, checkpoints, weights, figure and report."""
 
 from __future__ import annotations
 
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
     from ..training import TrainingResult
 
+HELD_OUT_EXACT = "held_out_bits_per_byte_exact"
+"""The metric of held-out text with exact attention, bits per byte."""
+
 
 def train_run(
     spec: TrainSpec | None = None,
@@ -45,11 +48,11 @@ def train_run(
     spec : TrainSpec, optional
         Its defaults where None; not together with `resume`.
     cluster : ClusterSpec, optional
-        Where to train; in this process where None.
+        The cluster to train over; in this process where None.
     home : path, optional
-        See `runs_home`.
+        Folder of all runs, see `runs_home`.
     name : str
-        Of the run.
+        Name of the new run.
     resume : str or path, optional
         A run, by its folder or a part of its name.
     progress : bool
@@ -58,7 +61,7 @@ def train_run(
     Returns
     -------
     Run
-        Ended, as `done`.
+        The run, ended as `done`.
 
     Raises
     ------
@@ -69,29 +72,30 @@ def train_run(
 
     if resume is None:
         spec = spec or TrainSpec()
-        return _within(Run.create(spec, name, home, title="A training"), spec, cluster, progress)
+        return _train_in(Run.create(spec, name, home, title="A training"), spec, cluster, progress)
     if spec is not None:
         raise ArgumentError("resume goes on under the run's own spec: leave spec out.")
     run = find_run(resume, home)
     kind = (run.manifest.get("spec") or {}).get("kind")
     if kind != "TrainSpec":
-        raise ArgumentError(f"resume={str(resume)!r} is no training: its run was asked for by a {kind}.")
+        raise ArgumentError(f"resume={str(resume)!r} is no training: its run was made by a {kind}.")
     with locked(run.path / "checkpoints"):
         if run.status in ("running", "done"):
             raise ArgumentError(
-                f"resume={str(resume)!r} is {run.status}: only what has stopped early can be resumed."
+                f"resume={str(resume)!r} is {run.status}: only a run that stopped early can be resumed."
             )
         spec = TrainSpec.from_yaml(run.path / "spec.yaml")
         run.update(status="running", error=None, process=provenance.this_process())
-        return _within(run, spec, cluster, progress)
+        return _train_in(run, spec, cluster, progress)
 
 
-def _within(run: Run, spec: TrainSpec, cluster: ClusterSpec | None, progress: bool) -> Run:
+def _train_in(run: Run, spec: TrainSpec, cluster: ClusterSpec | None, progress: bool) -> Run:
+    """Train in a run that has begun, end the run, and write its report."""
     try:
         with run:
             _train(run, spec, cluster, progress)
     except BaseException:
-        with suppress(QtxError):  # the first error is the one to hear about
+        with suppress(QtxError):  # an error of the report would hide the first one
             write_report(run)
         raise
     write_report(run)
@@ -114,7 +118,7 @@ def _train(run: Run, spec: TrainSpec, cluster: ClusterSpec | None, progress: boo
         )
         result = trainer.train()
     save_model(run.path / "model.safetensors", trainer.model)
-    report_training(run, result)
+    report_training(run, spec, result)
     if result.stopped:
         raise RunFailed(
             f"Cancelled after step {result.steps}; `qtx-lab train --resume {run.path.name}` goes on."
@@ -122,72 +126,76 @@ def _train(run: Run, spec: TrainSpec, cluster: ClusterSpec | None, progress: boo
 
 
 def save_model(path: Path, model: Any) -> None:
-    """Write the weights of a reference model, of whatever shape, for `load_reference_model`."""
+    """Write the weights of a reference model of any shape, for `load_reference_model`."""
     write_tensors(path, model.state_dict(), {"config": json.dumps(asdict(model.config))})
 
 
-def report_training(run: Run, result: TrainingResult) -> None:
-    """The figure of a training, and its headline numbers."""
+def report_training(run: Run, spec: TrainSpec, result: TrainingResult) -> None:
+    """Write the summary of a training, its last numbers and its figure into the run."""
     data = run.metrics().drop_duplicates("step", keep="last").sort_values("step", ignore_index=True)
     final = data.iloc[-1]
-    held_out = "held_out_bits_per_byte_exact"
-    spec = TrainSpec.from_yaml(run.path / "spec.yaml")
-    numbers = {
-        name: float(final[name])
-        for name in data
-        if name.startswith("held_out") and final[name] == final[name]
+    held_out = {
+        name: float(final[name]) for name in data if name.startswith("held_out") and not np.isnan(final[name])
     }
-    speed = float(data["tokens_per_second"].median())
     sentences = [
-        f"{result.steps} steps of {spec.batch_size} × {spec.num_tokens} tokens on {result.ranks} rank(s): loss {result.loss:.4f}."
+        f"{result.steps} steps of {spec.batch_size} × {spec.num_tokens} tokens on {result.ranks} rank(s): "
+        f"loss {result.loss:.4f}."
     ]
-    if held_out in numbers:
-        sentences.append(f"Held-out text with exact attention: {numbers[held_out]:.3f} bits per byte.")
+    if HELD_OUT_EXACT in held_out:
+        sentences.append(f"Held-out text with exact attention: {held_out[HELD_OUT_EXACT]:.3f} bits per byte.")
     sentences += [*(f"Overcome: {fault}" for fault in result.faults), *result.notes]
     run.update(
         results={
             "summary": sentences,
             "loss": result.loss,
-            "tokens_per_second": speed,
+            "tokens_per_second": float(data["tokens_per_second"].median()),
             "faults": len(result.faults),
-            **numbers,
+            **held_out,
         }
     )
-    if "bits_per_byte" in data and held_out in data:
+    if "bits_per_byte" in data and HELD_OUT_EXACT in data:
+        attention = "exact attention"
+        if "draws" in data:
+            attention = f"{spec.sampler or 'systematic'}, {data['draws'].iloc[0]:g} draws at the start"
         run.save_figure(
             "training",
             training_curves,
             data,
-            caption=f"Bits per byte of each step's batch and of held-out text (exact attention: solid; drawn: dashed). Model "
-            f"{spec.model}, {spec.sampler}, {spec.num_samples} draws at the start, seed {spec.seed}.",
+            caption="Bits per byte of each step's batch and of held-out text (exact attention: solid; drawn: "
+            f"dashed). Model {spec.model}, {attention}, seed {spec.seed}.",
         )
 
 
 def training_curves(data: pd.DataFrame, theme: str) -> Figure:
-    """Bits per byte against steps: batches, held-out text with exact attention, and with draws.
+    """Bits per byte against steps: of batches, and of held-out text with exact attention and with draws.
 
-    data: columns `step`, `bits_per_byte`, `held_out_bits_per_byte_exact` and, where drawn, `..._sampled`; NaN where not validated.
+    Parameters
+    ----------
+    data : DataFrame
+        Columns `step`, `attempt`, `bits_per_byte`, `held_out_bits_per_byte_exact` and, where attention is
+        drawn, `held_out_bits_per_byte_sampled`; NaN at steps without validation.
+    theme : str
+        "light" or "dark".
     """
     colours = look.colours_of(theme)
     with themed_figure(theme) as figure:
         ax = figure.subplots()
         ax.plot(data["step"], data["bits_per_byte"], color=colours["line"], linewidth=1, label="batch")
-        ends = {}
-        for way, style in (("exact", "-"), ("sampled", "--")):
+        last_bits = {}
+        for way, style, colour in (("exact", "-", colours["exact"]), ("sampled", "--", colours["accent"])):
             column = f"held_out_bits_per_byte_{way}"
             if column in data:
-                part = data.dropna(subset=[column])
-                colour = colours["exact"] if way == "exact" else colours["accent"]
+                validated = data.dropna(subset=[column])
                 ax.plot(
-                    part["step"],
-                    part[column],
+                    validated["step"],
+                    validated[column],
                     style,
                     marker="o",
                     markersize=4,
                     color=colour,
                     label=f"held out, {way}",
                 )
-                ends[way] = float(part[column].iloc[-1])
+                last_bits[way] = float(validated[column].iloc[-1])
         resumed = data.loc[np.diff(data["attempt"], prepend=data["attempt"].iloc[0]) > 0, "step"]
         for step in resumed:
             ax.axvline(step - 0.5, color=colours["baseline"], linewidth=1, linestyle=":")
@@ -201,7 +209,6 @@ def training_curves(data: pd.DataFrame, theme: str) -> Figure:
         ax.legend(frameon=False)
         ax.set_xlabel("step")
         ax.set_ylabel("bits per byte")
-        ax.set_title(
-            f"Held-out text ends at {', '.join(f'{end:.3f} ({way})' for way, end in ends.items())} bits per byte"
-        )
+        ends = ", ".join(f"{bits:.3f} ({way})" for way, bits in last_bits.items())
+        ax.set_title(f"Held-out text ends at {ends} bits per byte")
     return figure

@@ -17,7 +17,7 @@ Parallel = Literal["ddp", "fsdp"]
 
 
 class TrainSpec(Spec):
-    """How a language model is trained with sampled attention; `QuantumTrainer` takes these fields as arguments.
+    """How a language model is trained with sampled attention; its fields are arguments of `QuantumTrainer`.
 
     The schedules are functions of the step, in `qtx_lab.training.schedules`.
 
@@ -61,7 +61,7 @@ class TrainSpec(Spec):
     )
     final_num_samples: Count | None = field(
         None,
-        "Draws of each row at the end; signal-to-noise takes at most these, or 16 times the first where none.",
+        "Draws of each row at the end, and the most of signal-to-noise; none: as at the start, or 16 times.",
         "draws",
         "attention",
     )
@@ -135,13 +135,13 @@ class TrainSpec(Spec):
     def _check_combinations(self) -> Self:
         if self.noise and self.sampler == "exact":
             raise ValueError(
-                f"noise={self.noise:g} is not allowed with sampler='exact': noise changes draws, and exact attention "
-                "draws nothing."
+                f"noise={self.noise:g} is not allowed with sampler='exact': noise changes draws, and exact "
+                "attention draws nothing."
             )
         if self.parallel == "fsdp" and self.precision == "fp16":
             raise ValueError(
-                "precision='fp16' is not allowed with parallel='fsdp', whose ranks would each scale the loss by "
-                "another factor: use bf16, or parallel='ddp'."
+                "precision='fp16' is not allowed with parallel='fsdp', whose ranks would each scale the loss "
+                "by another factor: use bf16, or parallel='ddp'."
             )
         return self
 

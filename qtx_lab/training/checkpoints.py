@@ -1,7 +1,7 @@
-"""Checkpoints of a training, by torch.distributed.checkpoint: each whole or not there, and the latest few kept.
+"""Checkpoints of a training, by torch.distributed.checkpoint: whole or not there, and only the latest few.
 
-A checkpoint is a folder `step-00000100` that appears under this name only when all of it is on disk. It can be
-read by another number of ranks than wrote it.
+A checkpoint is a folder `step-00000100` that appears under this name only when all of it is on disk. It can
+be read by another number of ranks than wrote it.
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ def locked(folder: Path) -> Iterator[None]:
         lock = FileLock(folder / "lock", timeout=0, is_singleton=True).acquire()
     except Timeout as error:
         raise StorageError(
-            f"folder={str(folder)!r} is being trained into by somebody else: wait for the end of that training, "
-            "or stop it."
+            f"folder={str(folder)!r} is being trained into by somebody else: wait for the end of that "
+            "training, or stop it."
         ) from error
     except OSError as error:
         raise storage_error(folder, error) from error

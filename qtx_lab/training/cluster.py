@@ -55,7 +55,8 @@ class Cluster:
         OSError
             If the scheduler does not answer.
         """
-        # Not client.scheduler_info(): every two seconds the client replaces what that returns by a copy without workers.
+        # Not client.scheduler_info(): every two seconds the client replaces what that returns by a copy
+        # without workers.
         if self.client.scheduler is None:
             raise ConnectionError("the client has lost its scheduler")
         return tuple(sorted(self.client.nthreads()))
@@ -74,18 +75,19 @@ def open_cluster(
 ) -> Iterator[Cluster]:
     """Open a Dask cluster with its workers, and close it at the end of the `with` block.
 
-    A cluster at an address goes on without us. The arguments are the fields of `ClusterSpec`, with its bounds:
-    `open_cluster(**spec.arguments())` opens the cluster that a spec describes.
+    A cluster at an address goes on without us. The arguments are the fields of `ClusterSpec`, with its
+    bounds: `open_cluster(**spec.arguments())` opens the cluster that a spec describes.
 
     Parameters
     ----------
     kind : str
-        "local": processes on this machine (`distributed.LocalCluster`). "cuda": one worker for each GPU of this
-        machine (`dask_cuda.LocalCUDACluster`). "address": a running scheduler, as Dask's own tools start them on
-        Kubernetes, SLURM or in a cloud. "auto": "cuda" where NVML finds GPUs that can be used, else "local";
-        `Cluster.chosen` says which and why.
+        "local": processes on this machine (`distributed.LocalCluster`). "cuda": one worker for each GPU of
+        this machine (`dask_cuda.LocalCUDACluster`). "address": a running scheduler, as Dask's own tools start
+        them on Kubernetes, SLURM or in a cloud. "auto": "cuda" where NVML finds GPUs that can be used, else
+        "local"; `Cluster.chosen` says which and why.
     num_workers : int, optional
-        Where None, one for each usable core (over `threads_per_worker`) or GPU, or as many as the scheduler has.
+        Where None, one for each usable core (over `threads_per_worker`) or GPU, or as many as the scheduler
+        has.
     threads_per_worker : int
         Of a local worker: tasks at a time, and threads of torch in training.
     address : str, optional
@@ -194,8 +196,8 @@ def _connect(stack: ExitStack, spec: ClusterSpec) -> Client:
             client.wait_for_workers(spec.num_workers, timeout=spec.timeout)
         except TimeoutError:
             raise BackendUnavailable(
-                f"num_workers={spec.num_workers}: the scheduler at {spec.address} has {len(client.nthreads())} "
-                f"workers after {spec.timeout:g} s."
+                f"num_workers={spec.num_workers}: the scheduler at {spec.address} has "
+                f"{len(client.nthreads())} workers after {spec.timeout:g} s."
             ) from None
     return client
 
@@ -211,8 +213,9 @@ def _start(stack: ExitStack, spec: ClusterSpec, kind: str, num_workers: int) -> 
     options: dict[str, Any] = {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0"}
     options["silence_logs"] = logging.CRITICAL  # of a lost worker, whoever needed it tells the user
     stack.enter_context(_main_is_not_run_again())
-    # That long after a worker went, its nanny is closed for good if the worker is not there at that moment: a second
-    # fault would then cost a worker. Nannies replace lost workers; none is closed before the cluster is.
+    # That long after a worker went, its nanny is closed for good if the worker is not there at that moment: a
+    # second fault would then cost a worker. Nannies replace lost workers; none is closed before the cluster
+    # is.
     stack.enter_context(dask.config.set({"distributed.deploy.lost-worker-timeout": "365 days"}))
     if kind == "cuda":
         from dask_cuda import LocalCUDACluster
@@ -224,7 +227,8 @@ def _start(stack: ExitStack, spec: ClusterSpec, kind: str, num_workers: int) -> 
         cluster = LocalCUDACluster(n_workers=num_workers, **options)
     else:
         count = num_workers or max(1, _usable_cores() // spec.threads_per_worker)
-        # memory_limit 0: a rank's memory is no cache that Dask could empty, and a pause would look like a hang.
+        # memory_limit 0: a rank's memory is no cache that Dask could empty, and a pause would look like a
+        # hang.
         cluster = LocalCluster(
             n_workers=count, threads_per_worker=spec.threads_per_worker, memory_limit=0, **options
         )
@@ -254,8 +258,9 @@ def _leave_ctrl_c_to_the_caller() -> None:
 def _main_is_not_run_again() -> Iterator[None]:
     """Keep workers, also those that later replace dead ones, from running the caller's script again.
 
-    Processes that Python spawns import the main script, which they find by its `__file__`; a script without an
-    `if __name__ == "__main__"` would train in each of them. Workers get its functions by value (cloudpickle).
+    Processes that Python spawns import the main script, which they find by its `__file__`; a script without
+    an `if __name__ == "__main__"` would train in each of them. Workers get its functions by value
+    (cloudpickle).
     """
     main = sys.modules["__main__"]
     hidden: dict[str, Any] = {n: main.__dict__.pop(n) for n in ("__file__", "__spec__") if n in main.__dict__}

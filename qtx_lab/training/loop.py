@@ -33,8 +33,8 @@ def run_steps(
     ----------
     steps : iterable of int
     gradient : callable
-        `gradient(step)` leaves the loss's gradient in the parameters, scaled where there is a scaler, and returns
-        the loss, the same on every rank.
+        `gradient(step)` leaves the loss's gradient in the parameters, scaled where there is a scaler, and
+        returns the loss, the same on every rank.
     parameters : sequence of nn.Parameter
         The parameters whose gradients are clipped together.
     optimizers : sequence
@@ -44,8 +44,8 @@ def run_steps(
     clip_norm : float
         Length to which longer gradients are shortened; 0: never.
     after : callable
-        `after(step, loss, norm)` is called after each step, with the gradient's length before clipping; True ends
-        the training.
+        `after(step, loss, norm)` is called after each step, with the gradient's length before clipping; True
+        ends the training.
     scaler : torch.amp.GradScaler, optional
         Scales the loss, and leaves out steps whose gradients are not finite.
 
@@ -92,8 +92,8 @@ def squared_sums(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """(|first - second|^2 / 2, first . second) of two gradients by layer, of the parts that this rank holds.
 
-    Where both are of the same batch with independent draws, the former estimates the sampling variance of one of
-    them, the latter the squared length of their mean; both without bias.
+    Where both are of the same batch with independent draws, the former estimates the sampling variance of one
+    of them, the latter the squared length of their mean; both without bias.
 
     Parameters
     ----------

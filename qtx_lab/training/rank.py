@@ -50,8 +50,9 @@ class RankJob:
     sampler : Sampler or None
         Sampler of the attention rows; None: those of the model's own modules, else "systematic".
     shards : int
-        Parts of a batch, each with its own stream of draws; rank r of R works off the parts r, r + R, ... Their
-        number stays the same when ranks are lost, so that the draws do too, and the losses but for rounding.
+        Parts of a batch, each with its own stream of draws; rank r of R works off the parts r, r + R, ...
+        Their number stays the same when ranks are lost, so that the draws do too, and the losses but for
+        rounding.
     folder : Path
         Folder of the checkpoints, the same on every machine.
     timeout : float
@@ -258,7 +259,8 @@ class _Rank:
             self.draws = 0
         self.noise_statistics = {}
         if self.draws and (step == 0 or self._due(step, self.spec.validate_every)):
-            # The same batch with other draws: half the squared difference is what sampling adds to the variance.
+            # The same batch with other draws: half the squared difference is what sampling adds to the
+            # variance.
             self._accumulate(step, REPEATED_DRAWS)
             repeated = [p.grad.clone() for p in self.parameters if p.grad is not None]
             self.optimizer.zero_grad()
@@ -274,7 +276,7 @@ class _Rank:
         return sums[0].item()
 
     def _accumulate(self, step: int, stream: int) -> Tensor:
-        """This rank's share of the batch's mean loss; its gradient, over all ranks, goes to the parameters."""
+        """This rank's share of the batch's mean loss; the parameters get its gradient over all ranks."""
         spec, shards, total = self.spec, self.job.shards, torch.zeros((), device=self.device)
         mine = range(self.rank, shards, self.world)
         for shard in mine:

@@ -1,8 +1,9 @@
-"""Makes the shipped reference model: the text, the split, the training loop and the model card."""
+"""How the shipped reference model is made: its text, the split, the training and the model card."""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import platform
@@ -20,13 +21,13 @@ from ..storage import write_tensors
 from .loop import run_steps
 
 SHARED_WINDOW = 64
-"""Bytes: a passage this long that the held-out text has too is cut from the training text."""
+"""A passage of so many characters that the held-out text has too is cut from the training text."""
 
 
 def split_topics() -> tuple[str, str]:
-    """(training, held-out) text of this Python's `pydoc_data.topics`: topics by name, last tenth held out.
+    """(training, held-out) text of this Python's `pydoc_data.topics`: sorted topics, the last tenth held out.
 
-    The manual repeats itself, so passages that stand in both parts are cut from the training text.
+    The manual repeats itself, so passages that are in both parts are cut from the training text.
     """
     from pydoc_data.topics import topics
 
@@ -36,13 +37,13 @@ def split_topics() -> tuple[str, str]:
 
 
 def without_shared(text: str, other: str, window: int = SHARED_WINDOW) -> str:
-    """`text` without each character that lies in a passage of `window` characters found in `other`."""
-    seen = {other[i : i + window] for i in range(len(other) - window + 1)}
+    """`text` without the characters of every passage of `window` characters that is also in `other`."""
+    passages = {other[i : i + window] for i in range(len(other) - window + 1)}
     keep = bytearray(b"\1" * len(text))
     for i in range(len(text) - window + 1):
-        if text[i : i + window] in seen:
+        if text[i : i + window] in passages:
             keep[i : i + window] = bytes(window)
-    return "".join(c for c, kept in zip(text, keep, strict=True) if kept)
+    return "".join(itertools.compress(text, keep))
 
 
 def train_reference(
@@ -57,8 +58,25 @@ def train_reference(
 ) -> dict:
     """Train a reference model and write `model.safetensors`, `heldout.txt` and a model card to `out`.
 
-    Muon (Jordan et al. 2024) for the matrices, AdamW for the rest; the rate warms up for 50 steps, then holds,
-    then falls to 0 over the last half.
+    Muon (Jordan et al. 2024) for the matrices, AdamW for the rest; the learning rate warms up for 50 steps,
+    stays, and falls to 0 over the last half of the steps.
+
+    Parameters
+    ----------
+    out : path
+        The folder, which is made if need be.
+    steps : int
+        Steps of the optimizers.
+    batch : int
+        Windows of text in a step.
+    dropout : float
+        Probability of dropout while training.
+    seed : int
+        Decides the initial weights, the dropout and the order of the windows.
+    config : ReferenceConfig, optional
+        Shape of the model; that of the shipped one where None.
+    progress : bool
+        Show a bar with the time left.
 
     Returns
     -------
@@ -68,7 +86,7 @@ def train_reference(
     Raises
     ------
     ArgumentError, StorageError
-        If steps or batch is below 1, or if `out` cannot be written; both before training.
+        Before training: if steps or batch is below 1, or if `out` cannot be written.
     """
     if steps < 1 or batch < 1:
         raise ArgumentError(f"steps={steps} and batch={batch} must both be at least 1.")
@@ -81,16 +99,48 @@ def train_reference(
 
     config = config or ReferenceConfig()
     training_text, heldout_text = split_topics()
-    training, heldout = encode(training_text), encode(heldout_text)
-    torch.manual_seed(seed)  # initial weights and dropout
-    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)  # of initial weights and dropout
     model = ReferenceModel(replace(config, dropout=dropout)).train()
     started = time.monotonic()
+    _train(model, encode(training_text), steps, batch, torch.Generator().manual_seed(seed), progress)
+    seconds = time.monotonic() - started
+
+    shipped = ReferenceModel(replace(config, dropout=0.0)).eval()
+    shipped.load_state_dict({name: p.half().float() for name, p in model.state_dict().items()})
+    bits = bits_per_byte(shipped, encode(heldout_text))
+    result = {
+        "bits_per_byte": bits.mean().item(),
+        "standard_error": (bits.std() / math.sqrt(len(bits))).item(),
+        "parameters": sum(p.numel() for p in shipped.parameters()),
+        "steps": steps,
+        "seconds": seconds,
+    }
+    (out / "heldout.txt").write_text(heldout_text, encoding="utf-8")
+    write_tensors(
+        out / "model.safetensors",
+        {name: p.half() for name, p in shipped.state_dict().items()},
+        {"config": json.dumps(asdict(shipped.config))},
+    )
+    card = model_card(shipped, result, training_text, heldout_text, batch, dropout, seed)
+    (out / "README.md").write_text(card, encoding="utf-8")
+    return result
+
+
+def _train(
+    model: ReferenceModel,
+    training: torch.Tensor,
+    steps: int,
+    batch: int,
+    generator: torch.Generator,
+    progress: bool,
+) -> None:
+    """Train a model in place on random windows of the text's bytes."""
+    context = model.config.context
     bar = tqdm(total=steps, desc="training", unit="step", disable=not progress)
 
     def gradient(step: int) -> float:
-        starts = torch.randint(len(training) - config.context, (batch, 1), generator=generator)
-        windows = training[starts + torch.arange(config.context + 1)]
+        starts = torch.randint(len(training) - context, (batch, 1), generator=generator)
+        windows = training[starts + torch.arange(context + 1)]
         loss = F.cross_entropy(model(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten())
         torch.autograd.backward(loss)
         return loss.item()
@@ -113,31 +163,10 @@ def train_reference(
             clip_norm=1.0,
             after=after,
         )
-    seconds = time.monotonic() - started
-
-    shipped = ReferenceModel(replace(config, dropout=0.0)).eval()
-    shipped.load_state_dict({name: p.half().float() for name, p in model.state_dict().items()})
-    windows_bpb = bits_per_byte(shipped, heldout)
-    result = {
-        "bits_per_byte": windows_bpb.mean().item(),
-        "standard_error": (windows_bpb.std() / math.sqrt(len(windows_bpb))).item(),
-        "parameters": sum(p.numel() for p in shipped.parameters()),
-        "steps": steps,
-        "seconds": seconds,
-    }
-    (out / "heldout.txt").write_text(heldout_text, encoding="utf-8")
-    write_tensors(
-        out / "model.safetensors",
-        {name: p.half() for name, p in shipped.state_dict().items()},
-        {"config": json.dumps(asdict(shipped.config))},
-    )
-    (out / "README.md").write_text(
-        model_card(shipped, result, training_text, heldout_text, batch, dropout, seed), encoding="utf-8"
-    )
-    return result
 
 
 def _optimizers(model: ReferenceModel) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the blocks, AdamW for all other parameters."""
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
     rest = [p for p in model.parameters() if all(p is not m for m in matrices)]
     muon = torch.optim.Muon([{"params": matrices, "peak_lr": 0.02}], lr=0.02, weight_decay=0.1)
@@ -156,27 +185,47 @@ def model_card(
     dropout: float,
     seed: int,
 ) -> str:
-    """The README.md that lies beside the weights."""
+    """The README.md beside the weights."""
     c = model.config
     digest = hashlib.sha256(training_text.encode()).hexdigest()
+    rows = {
+        "held-out bits per byte": (
+            f"{result['bits_per_byte']:.3f} ± {result['standard_error']:.3f} (exact attention, windows of "
+            f"{c.context} bytes, standard error over windows)"
+        ),
+        "parameters": f"{result['parameters']:,} (float16, `model.safetensors`)",
+        "shape": (
+            f"{c.layers} layers, width {c.width}, {c.heads} query heads on {c.kv_heads} key heads of "
+            f"{c.head_dim}, SwiGLU {c.mlp_width}, rotary positions, RMS norm, tied embedding"
+        ),
+        "context": f"{c.context} bytes",
+        "data": (
+            f"`pydoc_data.topics` of Python {platform.python_version()}: topics in the order of their "
+            "names, joined by blank lines; last tenth held out"
+        ),
+        "training text": (
+            f"{len(training_text.encode()):,} bytes, passages of {SHARED_WINDOW} characters that the "
+            f"held-out text has too removed; sha256 {digest}"
+        ),
+        "held-out text": f"{len(heldout_text.encode()):,} bytes, `heldout.txt`",
+        "training": (
+            f"{result['steps']} steps of {batch} × {c.context} bytes, Muon and AdamW, dropout {dropout}, "
+            f"seed {seed}, {result['seconds'] / 60:.0f} minutes on {torch.get_num_threads()} threads, torch "
+            f"{torch.__version__.split('+')[0]}"
+        ),
+    }
+    table = "\n".join(f"| {name} | {text} |" for name, text in rows.items())
     return f"""# The reference model
 
-A causal byte-level transformer, small enough to ship and to run anywhere, trained so that the lab's figures are
-about attention that was learned. It is not meant for anything else; it knows one manual.
+A causal byte-level transformer, small enough to ship and to run anywhere, trained so that the figures of
+the lab are about attention that was learned. It is not meant for anything else; it knows one manual.
 
 | | |
 |---|---|
-| held-out bits per byte | {result["bits_per_byte"]:.3f} ± {result["standard_error"]:.3f} (exact attention, windows of {c.context} bytes, standard error over windows) |
-| parameters | {result["parameters"]:,} (float16, `model.safetensors`) |
-| shape | {c.layers} layers, width {c.width}, {c.heads} query heads on {c.kv_heads} key heads of {c.head_dim}, SwiGLU {c.mlp_width}, rotary positions, RMS norm, tied embedding |
-| context | {c.context} bytes |
-| data | `pydoc_data.topics` of Python {platform.python_version()}: topics in the order of their names, joined by blank lines; last tenth held out |
-| training text | {len(training_text.encode()):,} bytes, passages of {SHARED_WINDOW} characters that the held-out text has too removed; sha256 {digest} |
-| held-out text | {len(heldout_text.encode()):,} bytes, `heldout.txt` |
-| training | {result["steps"]} steps of {batch} × {c.context} bytes, Muon and AdamW, dropout {dropout}, seed {seed}, {result["seconds"] / 60:.0f} minutes on {torch.get_num_threads()} threads, torch {torch.__version__.split("+")[0]} |
+{table}
 
-Made by `qtx-lab train --preset reference --out DIR` under the same Python: its topics change from version to
-version, and sums in another order change the last digits.
+`qtx-lab train --preset reference --out DIR` makes it again under the same Python: the topics change from
+version to version, and sums in another order change the last digits.
 
 **Licence.** The text is Python's documentation, © Python Software Foundation, under the PSF License Version 2
 (examples in it also under Zero-Clause BSD). The weights are under the licence of qtx_lab.

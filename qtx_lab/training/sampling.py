@@ -1,4 +1,4 @@
-"""How a model attends while it is trained: by draws whose number, noise and stream the trainer sets, or exactly."""
+"""How a model attends while it is trained: exactly, or by draws whose number and noise the trainer sets."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ DEFAULT_NUM_SAMPLES = 64
 
 
 class NoisySampler:
-    """A sampler on rows as a noisy device has them: p' = (1 - noise) p + noise * uniform over the visible keys.
+    """A sampler on rows as a noisy device has them: (1 - noise) p + noise * uniform over the visible keys.
 
-    That is what depolarising noise does to a row. Draws, and gradients through them, are those of p', as from a device
-    whose noise nobody corrects: biased by O(noise).
+    That is what depolarising noise does to a row. Draws, and gradients through them, are those of such rows,
+    as from a device whose noise nobody corrects: biased by O(noise).
     """
 
     unbiased = False
@@ -54,10 +54,11 @@ class Attention:
     ----------
     model : nn.Module
         A model whose forward takes `attention=` (see `qtx_lab.models.reference.AttentionFn`), or that holds
-        `torch.nn.MultiheadAttention` or `QuantumMultiheadAttention` modules; any other attends in its own way.
-        Modules of torch's become `QuantumMultiheadAttention`, until `undo`.
+        `torch.nn.MultiheadAttention` or `QuantumMultiheadAttention` modules; any other attends in its own
+        way. Modules of torch's become `QuantumMultiheadAttention`, until `undo`.
     sampler : Sampler, optional
-        Where None: what the model's own `QuantumMultiheadAttention` modules say, "systematic" for other attention.
+        Where None: what the model's own `QuantumMultiheadAttention` modules say, "systematic" for other
+        attention.
     num_samples : int, optional
         Draws of a row; where None, those of the model's own modules, else `DEFAULT_NUM_SAMPLES`.
     control_variate : str, optional
@@ -109,8 +110,9 @@ class Attention:
         else:
             if sampler is not None and type(sampler) is not ExactSampler:
                 raise ArgumentError(
-                    f"sampler={sampler.name!r}: a {type(model).__name__} has no attention that could draw: its "
-                    "forward takes no `attention`, and it has no torch.nn.MultiheadAttention. Leave sampler out."
+                    f"sampler={sampler.name!r}: a {type(model).__name__} has no attention that could draw: "
+                    "its forward takes no `attention`, and it has no torch.nn.MultiheadAttention. Leave "
+                    "sampler out."
                 )
             exact, self.how = True, "the model attends in its own way"
         self.draws = 0 if exact else num_samples or DEFAULT_NUM_SAMPLES
@@ -152,7 +154,7 @@ class Attention:
     def drawing(
         self, draws: int, noise: float = 0.0, generator: torch.Generator | None = None
     ) -> Iterator[None]:
-        """Let forward passes inside the block draw so many keys a row from this generator; 0: attend exactly."""
+        """Let forward passes in the block draw so many keys a row from this generator; 0: attend exactly."""
         self._set(draws, noise, generator)
         try:
             yield

@@ -1,4 +1,4 @@
-"""What changes while a model is trained, as functions of the spec and the step alone: rate, draws and noise."""
+"""Learning rate, draws and noise while a model is trained, as functions of the spec and the step."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def scheduled_draws(spec: TrainSpec, step: int, first: int, current: int) -> int
 
 
 def needed_draws(spec: TrainSpec, noise_to_signal: float, first: int, current: int) -> int:
-    """Draws that bring a measured noise-to-signal ratio to `NOISE_TO_SIGNAL`: the variance falls as 1 / draws.
+    """Draws that bring a measured noise-to-signal ratio to `NOISE_TO_SIGNAL`; it falls as 1 / draws.
 
     At most twice and at least half of the current draws, and between those of the first step and
     `final_num_samples` (16 times those of the first step where it is None).

@@ -1,4 +1,4 @@
-"""Brings a training to its end over attempts: starts the ranks, watches them, and begins again after a fault."""
+"""Brings a training to its end: starts the ranks, watches them, and begins again after a fault."""
 
 from __future__ import annotations
 
@@ -220,7 +220,8 @@ class Supervisor:
             write_atomic(self.job.folder / "job.pickle", dumps(self.job))
         client.subscribe_topic(name, lambda event: self._take_rows(event[1]))
         host = workers[0].split("://")[-1].rpartition(":")[0].strip("[]")
-        # Longer than it takes to notice a hang here, where all ranks are seen, and it is known which of them hangs.
+        # Longer than it takes to notice a hang here, where all ranks are seen, and it is known which of them
+        # hangs.
         patience = self.job.timeout + START_TIMEOUT_S
         port = self._ask(workers[:1], open_store, name, host, patience, timeout=patience)[workers[0]]
         return [

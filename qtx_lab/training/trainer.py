@@ -1,4 +1,4 @@
-"""`QuantumTrainer`: trains a model with sampled attention, in one process or over a cluster, whatever fails."""
+"""`QuantumTrainer`: trains a model with sampled attention, in one process or over a cluster."""
 
 from __future__ import annotations
 
@@ -48,7 +48,8 @@ class TrainingResult:
     stopped : bool
         Whether it was cancelled before the end.
     metrics : tuple of dict
-        One row for each step, see `QuantumTrainer`; of a step that was done again after a fault, the last one.
+        One row for each step, see `QuantumTrainer`; of a step that was done again after a fault, the last
+        one.
     ranks : int
         Number of ranks at the end.
     faults : tuple of str
@@ -80,49 +81,52 @@ class TrainingResult:
 
 
 class QuantumTrainer:
-    """Trains a causal language model whose attention is drawn, in this process or over the workers of a cluster.
+    """Trains a causal language model whose attention is drawn, in this process or over a cluster.
 
-    AdamW with a linear warm-up, half a cosine, and clipped gradients. Ranks share the parts of a batch; each part has
-    a stream of draws of its own, derived from the seed, the step and the number of the part. So ranks draw
-    independently, a run with the same seed, ranks and threads repeats bit for bit on a CPU, and one that lost a rank
-    draws as if it had not. Ranks are processes of torch.distributed in the workers of a Dask cluster: NCCL on GPUs,
-    gloo on CPUs.
+    AdamW with a linear warm-up, half a cosine, and clipped gradients. Ranks share the parts of a batch; each
+    part has a stream of draws of its own, derived from the seed, the step and the number of the part. So
+    ranks draw independently, a run with the same seed, ranks and threads repeats bit for bit on a CPU, and
+    one that lost a rank draws as if it had not. Ranks are processes of torch.distributed in the workers of a
+    Dask cluster: NCCL on GPUs, gloo on CPUs.
 
-    A rank that is killed, hangs, or loses its scheduler costs the steps since the last checkpoint. From there training
-    goes on by itself, with fewer ranks if a worker stays away. A loss that is not finite is tried again once: if it is
-    no accident, the same step fails again. What cannot be mended (a full disk, an error of the model) ends training
-    with that error and leaves the last checkpoint whole. `train` with the same `folder` resumes.
+    A rank that is killed, hangs, or loses its scheduler costs the steps since the last checkpoint. From there
+    training goes on by itself, with fewer ranks if a worker stays away. A loss that is not finite is tried
+    again once: if it is no accident, the same step fails again. What cannot be mended (a full disk, an error
+    of the model) ends training with that error and leaves the last checkpoint whole. `train` with the same
+    `folder` resumes.
 
-    The arguments from `text` and `num_tokens` to `seed` are the fields of `TrainSpec`, with its defaults and bounds:
-    `QuantumTrainer(**spec.arguments())` trains as a spec says.
+    The arguments from `text` and `num_tokens` to `seed` are the fields of `TrainSpec`, with its defaults and
+    bounds: `QuantumTrainer(**spec.arguments())` trains as a spec says.
 
     Parameters
     ----------
     model : nn.Module or str
-        Maps tokens (B, T) to logits (B, T, V), or to an object with such `logits`. Its attention draws if its forward
-        takes `attention=` (`qtx_lab.models.reference.AttentionFn`), or if it holds `torch.nn.MultiheadAttention` or
-        `QuantumMultiheadAttention` modules. A name is one of "reference" (the shipped model), "reference-untrained",
-        "small" and "100m" (random weights). The model is trained in place.
+        Maps tokens (B, T) to logits (B, T, V), or to an object with such `logits`. Its attention draws if its
+        forward takes `attention=` (`qtx_lab.models.reference.AttentionFn`), or if it holds
+        `torch.nn.MultiheadAttention` or `QuantumMultiheadAttention` modules. A name is one of "reference"
+        (the shipped model), "reference-untrained", "small" and "100m" (random weights). The model is trained
+        in place.
     text : str, path, Tensor or array
         "reference", a UTF-8 file, a `.npy` file of whole numbers, or a 1-D tensor of them; see `open_tokens`.
     distributed : bool
         Train over the workers of `cluster`, or of one that is opened for the training.
     num_gpus : int, optional
-        With `distributed`: as many ranks, one GPU each; without it 1 or None. Where there is no GPU at all, as many
-        CPU processes train in their place, with a FallbackWarning; fewer GPUs than that are an error.
+        With `distributed`: as many ranks, one GPU each; without it 1 or None. Where there is no GPU at all,
+        as many CPU processes train in their place, with a FallbackWarning; fewer GPUs than that are an error.
     mixed_precision : bool
         Short for `precision="mixed"`.
     cluster : Cluster, optional
         An open cluster, from `open_cluster`; each worker is a rank.
     folder : path, optional
-        Folder of the checkpoints; workers on other machines must see it under the same path. Where None, one in
-        `runs_home()` that is removed after a training that ends well.
+        Folder of the checkpoints; workers on other machines must see it under the same path. Where None, one
+        in `runs_home()` that is removed after a training that ends well.
     on_metrics : callable, optional
-        Called with lists of new rows, in this process, a few times a second at most. A row has `step` (from 1), `loss`
-        (nats a token), `bits_per_byte`, `learning_rate`, `gradient_norm`, `tokens_per_second`, `memory_bytes`,
-        `ranks`, `attempt`, `draws`, `noise`; where measured `sampling_variance` (of the step's gradient, summed over
-        parameters), `noise_to_signal` (that over the gradient's squared length) and `sampling_variance LAYER`; where
-        validated `held_out_bits_per_byte_exact` and `held_out_bits_per_byte_sampled`.
+        Called with lists of new rows, in this process, a few times a second at most. A row has `step` (from
+        1), `loss` (nats a token), `bits_per_byte`, `learning_rate`, `gradient_norm`, `tokens_per_second`,
+        `memory_bytes`, `ranks`, `attempt`, `draws`, `noise`; where measured `sampling_variance` (of the
+        step's gradient, summed over parameters), `noise_to_signal` (that over the gradient's squared length)
+        and `sampling_variance LAYER`; where validated `held_out_bits_per_byte_exact` and
+        `held_out_bits_per_byte_sampled`.
     progress : bool
         Show a bar with the time left.
     retries : int
@@ -138,13 +142,14 @@ class QuantumTrainer:
         As for `sampled_attention`.
     draws_schedule : str
         How the draws go from `num_samples` to `final_num_samples`: "constant", "linear", "cosine", or
-        "signal-to-noise". The last one measures the sampling variance of the gradient where it validates, and takes as
-        many draws as bring it to a tenth of the gradient's squared length: at most twice and at least half as many as
-        before, from `num_samples` to `final_num_samples` (16 times as many where None).
+        "signal-to-noise". The last one measures the sampling variance of the gradient where it validates, and
+        takes as many draws as bring it to a tenth of the gradient's squared length: at most twice and at
+        least half as many as before, from `num_samples` to `final_num_samples` (16 times as many where None).
     final_num_samples : int, optional
         Draws of a row at the end; as at the start where None.
     noise : float
-        Part of each row that is the uniform distribution over its visible keys, as on a noisy device, from 0 to 1.
+        Part of each row that is the uniform distribution over its visible keys, as on a noisy device, from 0
+        to 1.
     noise_schedule : str
         "constant", or "linear": from 0 up to `noise`.
     steps : int
@@ -162,8 +167,8 @@ class QuantumTrainer:
     clip_norm : float
         Longer gradients are shortened to this length; 0: never.
     precision : str
-        "fp32", "bf16" (autocast), "fp16" (autocast with a loss scaler), "mixed" (bf16, or fp16 on a GPU without it),
-        or "auto": "mixed" on GPUs, "fp32" on CPUs.
+        "fp32", "bf16" (autocast), "fp16" (autocast with a loss scaler), "mixed" (bf16, or fp16 on a GPU
+        without it), or "auto": "mixed" on GPUs, "fp32" on CPUs.
     compile : bool
         `torch.compile` the model; attention that draws runs between the graphs.
     parallel : str
@@ -178,14 +183,14 @@ class QuantumTrainer:
     Attributes
     ----------
     spec : TrainSpec
-        The settings. A model, text or sampler that was given as an object is no part of it: there the spec has its
-        default, and the attributes `model`, `text` and `sampler` count.
+        The settings. A model, text or sampler that was given as an object is no part of it: there the spec
+        has its default, and the attributes `model`, `text` and `sampler` count.
 
     Raises
     ------
     ArgumentError, ShapeError, DtypeError, TextError
-        When it is made or at the start of `train`: an argument is not allowed, or the model does not fit it. An
-        argument that `TrainSpec` refuses is a SpecError, which is an ArgumentError.
+        When it is made or at the start of `train`: an argument is not allowed, or the model does not fit it.
+        An argument that `TrainSpec` refuses is a SpecError, which is an ArgumentError.
 
     Examples
     --------
@@ -387,7 +392,8 @@ class QuantumTrainer:
         if not isinstance(logits, Tensor) or logits.shape[:2] != batch.shape or logits.ndim != 3:
             given = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise ShapeError(
-                f"model gives {given} for tokens {tuple(batch.shape)}; it must give logits (B, T, vocabulary)."
+                f"model gives {given} for tokens {tuple(batch.shape)}; it must give logits (B, T, "
+                "vocabulary)."
             )
         if logits.shape[-1] < tokens.vocab_size:
             raise ShapeError(
@@ -452,8 +458,8 @@ class QuantumTrainer:
                 )
             if not gpus:
                 notes = [
-                    f"num_gpus={self.num_gpus}: {why_none}; {self.num_gpus} CPU processes over gloo train in their "
-                    "place."
+                    f"num_gpus={self.num_gpus}: {why_none}; {self.num_gpus} CPU processes over gloo train in "
+                    "their place."
                 ]
                 warnings.warn(notes[0], FallbackWarning, stacklevel=4)
         with open_cluster(kind, num_workers=self.num_gpus) as cluster:

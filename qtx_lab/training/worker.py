@@ -113,8 +113,9 @@ def run_in_worker(
 def leave_group() -> None:
     """Leave the default process group after a training that ended well.
 
-    Its last reference is dropped a while later. The group's destructor joins gloo's threads with Python's lock held,
-    and a thread that just then lets go of the last exchange's tensor waits for this lock: that would be a deadlock.
+    Its last reference is dropped a while later. The group's destructor joins gloo's threads with Python's
+    lock held, and a thread that just then lets go of the last exchange's tensor waits for this lock: that
+    would be a deadlock.
     """
     if dist.is_initialized():
         last_reference = [dist.group.WORLD]
@@ -160,7 +161,7 @@ def _portable(error: Exception) -> Exception:
 
 
 def _interface(address: str) -> str | None:
-    """The network interface that has a worker's address: gloo's own choice may not reach the other workers."""
+    """The network interface with a worker's address; gloo's own choice may not reach the other workers."""
     ip = address.split("://")[-1].rpartition(":")[0].strip("[]")
     for name, addresses in psutil.net_if_addrs().items():
         if any(a.address == ip for a in addresses):

@@ -1,4 +1,4 @@
-"""Clusters: what is opened and why, training over one, and what happens when its workers, or its scheduler, go."""
+"""Clusters: what is opened and why, training over one, and what happens when workers or a scheduler go."""
 
 import gc
 import inspect
@@ -137,7 +137,7 @@ def test_what_cannot_be_opened(arguments, error, match):
 
 
 def test_the_signature_has_the_fields_and_defaults_of_the_spec():
-    """`ClusterSpec` alone has bounds and defaults; the signature repeats the defaults for readers and editors."""
+    """`ClusterSpec` alone has bounds; the signature repeats its defaults for readers and editors."""
     parameters = inspect.signature(open_cluster).parameters
     fields = ClusterSpec.model_fields
     assert {n: p.default for n, p in parameters.items()} == {n: f.default for n, f in fields.items()}
@@ -246,7 +246,7 @@ def test_the_code_of_the_seed_document_runs_as_a_script_without_gpus(tmp_path):
 
 
 def hitting(cluster, how, when, which=1):
-    """An `on_metrics` that sends a signal to a rank's worker once training has come to a step; and whom it hit."""
+    """An `on_metrics` that sends a signal to a rank's worker at a step, and the list of processes it hit."""
     hit = []
 
     def on_metrics(rows):
@@ -425,8 +425,8 @@ def test_a_scheduler_that_is_started_again(whole, soak):
 
 @pytest.mark.chaos
 def test_ctrl_c_leaves_a_checkpoint_and_no_process(tmp_path):
-    command = [sys.executable, "-m", "qtx_lab.cli", "train", "--model", "small", "--steps", "100000", "--num-tokens", "32",
-               "--num-samples", "4", "--cluster", "local", "--num-workers", "2", "--home", tmp_path]  # fmt: skip
+    flags = "--model small --steps 100000 --num-tokens 32 --num-samples 4 --cluster local --num-workers 2"
+    command = [sys.executable, "-m", "qtx_lab.cli", "train", *flags.split(), "--home", tmp_path]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as process:

@@ -133,7 +133,7 @@ def test_schedules():
 
 
 def test_the_signature_has_the_fields_and_defaults_of_the_spec():
-    """`TrainSpec` alone has bounds and defaults; the signature repeats the defaults for readers and editors."""
+    """`TrainSpec` alone has bounds; the signature repeats its defaults for readers and editors."""
     parameters = inspect.signature(QuantumTrainer).parameters
     fields = TrainSpec.model_fields
     assert {name: parameters[name].default for name in fields} == {n: f.default for n, f in fields.items()}

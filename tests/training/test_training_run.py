@@ -119,7 +119,7 @@ def test_the_first_error_is_the_one_told(tmp_path, monkeypatch):
 
 @pytest.mark.chaos
 def test_a_killed_training_is_resumed(tmp_path):
-    """kill -9 of the whole program: the run reads as interrupted, and resumed it ends as if nothing had happened."""
+    """After kill -9 the run reads as interrupted; resumed, it ends as if nothing had happened."""
     slow = {**FAST, "steps": 24}
     command = [sys.executable, "-m", "qtx_lab.cli", "train", *flags(**slow), "--home", tmp_path]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:

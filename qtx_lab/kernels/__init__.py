@@ -1,4 +1,15 @@
 """Kernels for sampled attention, each beside its plain-torch reference; triton is loaded when a kernel runs.
 
-They take and give tensors. `qtx_lab.attention` and `qtx_lab.cache` make estimates of what they return.
+They take and give tensors; `qtx_lab.attention` and `qtx_lab.cache` make estimates of the results. There is a
+folder for each operation:
+
+- `decode`: few queries, drawn along whole rows by their exact logits.
+- `prefill`: many queries, drawn page by page, with gradients.
+- `sketch_decode`: few queries, drawn by a sketch of the keys.
+- `cpu_decode`: a cache's queries on the CPU, compiled by numba.
+
+In each, `launch` is the way in. The Triton kernels are in `triton`, the same draws in plain torch in
+`reference`, and the method in a few lines in `oracle`. A draw is made where a kernel finds the key at a point
+of a row, which is in `locate_kernel` of `decode`, `draw_page` of `prefill` and `locate_sketch_kernel` of
+`sketch_decode`.
 """

@@ -82,7 +82,7 @@ Switch = Annotated[bool, Field(strict=True)]
 
 @dataclass(frozen=True)
 class AnyOf:
-    """Writes the names that a field may hold into its JSON schema: those that exist when it is made."""
+    """Writes the names that a field may hold into its JSON schema: those that exist at that time."""
 
     names: Callable[[], Iterable[str]]
 

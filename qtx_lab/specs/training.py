@@ -61,7 +61,7 @@ class TrainSpec(Spec):
     )
     final_num_samples: Count | None = field(
         None,
-        "Draws of each row at the end, and the most of signal-to-noise; none: as at the start, or 16 times.",
+        "Draws of each row at the end, or the limit of signal-to-noise; none: as at the start, or 16 times.",
         "draws",
         "attention",
     )

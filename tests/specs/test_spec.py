@@ -1,4 +1,4 @@
-"""Specs: round trips change nothing, and what is not allowed is refused by name."""
+"""Specs: round trips change nothing, and a value that is not allowed is refused by name."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import os
 from functools import cache
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -46,7 +47,7 @@ identifiers = st.from_regex(r"[a-z_]{1,8}", fullmatch=True)
 
 
 def of_schema(schema: dict) -> st.SearchStrategy:
-    """Values of a field from its JSON schema alone: what a form knows."""
+    """Values of a field, from its JSON schema alone, which is all that a form knows."""
     if "anyOf" in schema:
         return st.one_of([of_schema(kind) for kind in schema["anyOf"]])
     if "enum" in schema:
@@ -83,7 +84,7 @@ def fields_of(cls: type[Spec]) -> dict[str, st.SearchStrategy]:
 
 @st.composite
 def specs(draw) -> Spec:
-    """Any spec; fields that exclude each other are drawn until they fit."""
+    """Any spec; fields that exclude each other are drawn again until they fit."""
     cls = draw(st.sampled_from(list(SPECS.values())))
     fields = dict(fields_of(cls))
     if cls is SweepSpec:
@@ -138,7 +139,7 @@ def test_yaml_file(tmp_path) -> None:
     assert spec.sample_counts == (8, 64)
 
 
-def test_identity_tells_specs_apart() -> None:
+def test_specs_have_equal_identities_exactly_where_they_are_equal() -> None:
     kinds = {ExperimentSpec().identity, ExperimentSpec(seed=1).identity, SamplerSpec().identity}
     assert len(kinds) == 3
     assert ExperimentSpec(sample_counts=(8, 4)).identity == ExperimentSpec(sample_counts=(4, 8)).identity
@@ -160,7 +161,7 @@ def test_identity_tells_specs_apart() -> None:
         ({"text": ""}, "text='' .* at least 1 character"),
     ],
 )
-def test_refuses_by_name(fields, says) -> None:
+def test_bad_fields_are_refused_by_name(fields, says) -> None:
     with pytest.raises(SpecError, match=says):
         ExperimentSpec.from_parameters(fields)
 
@@ -186,12 +187,12 @@ def test_one_error_names_all_problems() -> None:
         ("[" * 5000, "recursion"),
     ],
 )
-def test_refuses_bad_yaml(text, says) -> None:
+def test_bad_yaml_is_refused(text, says) -> None:
     with pytest.raises(SpecError, match=says):
         ExperimentSpec.from_yaml(text)
 
 
-def test_what_aliases_make_large_is_not_shown_whole() -> None:
+def test_errors_show_only_the_ends_of_huge_values() -> None:
     names = "abcdefgh"
     lines = [f"{new}: &{new} [{', '.join([f'*{old}'] * 10)}]" for old, new in itertools.pairwise(names)]
     bomb = "\n".join(["a: &a [x]", *lines, "samplers: [*h]"])
@@ -203,6 +204,28 @@ def test_what_aliases_make_large_is_not_shown_whole() -> None:
 def test_the_command_line_names_every_kind() -> None:
     said = CliRunner().invoke(main, ["spec", "--help"]).output
     assert all(kind in said for kind in SPECS)
+
+
+def test_numbers_of_numpy_and_torch_are_numbers_and_switches_are_none() -> None:
+    for number in (np.int64(3), np.array(3), torch.tensor(3)):
+        assert type(SamplerSpec(replicates=number).replicates) is int
+        assert SamplerSpec(replicates=number) == SamplerSpec(replicates=3)
+    for number in (np.float32(0.5), torch.tensor(0.5), np.array(0.5)):
+        assert SamplerSpec(tolerance=number).to_yaml() == SamplerSpec(tolerance=0.5).to_yaml()
+    for other in (True, np.True_, torch.tensor(True), 10**400, "1", int, np.arange(3)):
+        for field in ("replicates", "tolerance"):
+            with pytest.raises(SpecError, match=f"{field}=.* is not allowed"):
+                SamplerSpec(**{field: other})
+
+
+def test_a_sampler_that_is_added_is_a_choice(monkeypatch) -> None:
+    class Mine(SystematicSampler):
+        name = "mine"
+
+    assert SamplerSpec.problems({"name": "mine"})
+    monkeypatch.setitem(SAMPLERS, "mine", Mine)
+    assert isinstance(SamplerSpec(name="mine").build(), Mine)
+    assert "mine" in SamplerSpec.model_json_schema()["properties"]["name"]["enum"]
 
 
 def test_missing_file_is_a_spec_error(tmp_path) -> None:
@@ -223,7 +246,7 @@ def test_every_field_explains_itself(kind) -> None:
             assert "maximum" in bounded or "exclusiveMaximum" in bounded, name
 
 
-def test_choices_are_those_that_can_be_made() -> None:
+def test_choices_are_the_names_that_exist() -> None:
     choices = {
         (kind, name): schema.get("enum") or schema.get("items", {}).get("enum")
         for kind, cls in SPECS.items()
@@ -238,11 +261,11 @@ def test_choices_are_those_that_can_be_made() -> None:
     assert shots["maximum"] == MAX_SHOTS_PER_ROW
 
 
-def test_problems_are_told_field_by_field() -> None:
-    found = TrainSpec.problems({"learning_rate": 0, "steps": 10, "sed": 1, "compile": "yes"})
-    assert set(found) == {"learning_rate", "sed", "compile"}
-    assert "Did you mean 'seed'" in found["sed"]
-    assert "above 0" in found["learning_rate"]
+def test_each_problem_names_its_field() -> None:
+    problems = TrainSpec.problems({"learning_rate": 0, "steps": 10, "sed": 1, "compile": "yes"})
+    assert set(problems) == {"learning_rate", "sed", "compile"}
+    assert "Did you mean 'seed'" in problems["sed"]
+    assert "above 0" in problems["learning_rate"]
     assert CircuitSpec.problems({"device": "fake_fes"})["device"].startswith(
         "device='fake_fes' is unknown. Did"
     )
@@ -268,12 +291,12 @@ def test_problems_are_told_field_by_field() -> None:
         (SamplerSpec, {"tolerance": float("nan")}, "tolerance=nan"),
     ],
 )
-def test_what_does_not_fit_together_is_refused(kind, fields, says) -> None:
+def test_fields_that_contradict_each_other_are_refused(kind, fields, says) -> None:
     with pytest.raises(SpecError, match=says):
         kind(**fields)
 
 
-def test_specs_build_what_they_say() -> None:
+def test_specs_build_what_they_describe() -> None:
     q, k, v = torch.randn(3, 1, 4, 8, generator=torch.Generator().manual_seed(0))
     arguments = SamplerSpec(name="stratified", tolerance=0.5, replicates=2).arguments()
     assert set(arguments) == {"sampler", "tolerance", "confidence", "replicates"}

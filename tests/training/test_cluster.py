@@ -51,7 +51,7 @@ def over(cluster, model="small", **options):
 # --- Opening --------------------------------------------------------------------------------------------
 
 
-def test_a_local_cluster_runs_tasks_and_says_why_it_is_there(cluster):
+def test_a_local_cluster_runs_tasks_and_says_why_it_was_chosen(cluster):
     assert cluster.kind == "local"
     assert len(cluster.workers) == 2
     assert "2 worker(s)" in cluster.chosen
@@ -61,7 +61,7 @@ def test_a_local_cluster_runs_tasks_and_says_why_it_is_there(cluster):
 
 @pytest.mark.skipif(find_gpus()[0] > 0, reason="this machine has GPUs")
 def test_no_callback_of_dasks_swallows_a_ctrl_c(cluster):
-    """One that comes while garbage is collected is raised in the first Python code that follows."""
+    """A Ctrl-C that comes while garbage is collected is raised in the first Python code that follows."""
     assert not [f for f in gc.callbacks if f.__module__.startswith("distributed")]
 
 
@@ -79,8 +79,8 @@ def test_without_a_gpu():
         assert "auto took 'local': NVML finds no GPU" in opened.chosen
 
 
-def test_with_gpus_that_nvml_tells_of(monkeypatch):
-    """As far as it goes without one: what is chosen, and dask-cuda's arguments."""
+def test_with_gpus_that_nvml_reports(monkeypatch):
+    """What can be tested without a GPU: what is chosen, and the arguments of dask-cuda."""
     import dask_cuda
     import pynvml
 
@@ -100,19 +100,21 @@ def test_with_gpus_that_nvml_tells_of(monkeypatch):
         QuantumTrainer("small", distributed=True, num_gpus=4, **FAST).train()
     monkeypatch.undo()
     monkeypatch.setattr("qtx_lab.training.cluster.find_gpus", lambda devices=(): (1, ""))
-    asked = {}
+    options = {}
 
-    def made(**options):
-        asked.update(options)
+    def local_cuda_cluster(**given):
+        options.update(given)
         raise qtx.BackendUnavailable("far enough")
 
-    monkeypatch.setattr(dask_cuda, "LocalCUDACluster", made)
+    monkeypatch.setattr(dask_cuda, "LocalCUDACluster", local_cuda_cluster)
     with (
         pytest.raises(qtx.BackendUnavailable, match="far enough"),
         open_cluster("auto", rmm_pool_bytes=1 << 30, devices=[1]),
     ):
         pass
-    assert (asked["n_workers"], asked["CUDA_VISIBLE_DEVICES"], asked["rmm_pool_size"]) == (1, [1], 1 << 30)
+    assert options["n_workers"] == 1
+    assert options["CUDA_VISIBLE_DEVICES"] == [1]
+    assert options["rmm_pool_size"] == 1 << 30
 
 
 @pytest.mark.parametrize(
@@ -131,7 +133,7 @@ def test_with_gpus_that_nvml_tells_of(monkeypatch):
         ),
     ],
 )
-def test_what_cannot_be_opened(arguments, error, match):
+def test_bad_arguments_are_refused(arguments, error, match):
     with pytest.raises(error, match=match), open_cluster(**arguments):
         pass
 
@@ -152,7 +154,7 @@ def test_too_few_workers_at_an_address(cluster):
         pass
     with open_cluster("address", address=address) as opened:
         assert opened.workers == cluster.workers
-    assert len(cluster.workers) == 2  # it was only left
+    assert len(cluster.workers) == 2  # closing only left it
 
 
 # --- Training -------------------------------------------------------------------------------------------
@@ -175,7 +177,7 @@ def test_exact_attention_over_two_ranks_reaches_the_loss_of_one(cluster):
     assert two.loss == pytest.approx(one.loss, abs=1e-4)
 
 
-def test_fsdp_is_ddp_with_the_model_shared_out(cluster, whole):
+def test_fsdp_gives_the_numbers_of_ddp(cluster, whole):
     sharded, result = over(cluster, parallel="fsdp", validate_every=4)
     assert (weights(sharded) - whole[0]).abs().max() < 1e-4
     ddp = over(cluster, validate_every=4)[1]
@@ -211,8 +213,8 @@ def test_the_benchmark_trains_what_it_is_compared_with(cluster, monkeypatch, cap
 
 
 @pytest.mark.skipif(find_gpus()[0] > 0, reason="this machine has GPUs")
-def test_the_code_of_the_seed_document_runs_as_a_script_without_gpus(tmp_path):
-    """No `if __name__ == "__main__"`: workers must not train again."""
+def test_the_code_of_the_first_document_runs_as_a_script_without_gpus(tmp_path):
+    """The script has no `if __name__ == "__main__"`: its workers must not train again."""
     (tmp_path / "script.py").write_text(
         "import torch\n"
         "from qtx_lab import QuantumMultiheadAttention, QuantumTrainer\n"
@@ -260,7 +262,7 @@ def hitting(cluster, how, when, which=1):
 
 @pytest.mark.chaos
 def test_killed_workers_change_nothing_but_the_time(cluster, whole, seed, soak, monkeypatch):
-    """Schedules at random: at which step, which rank; twenty in a soak."""
+    """A random rank is killed at a random step; twenty times in a soak."""
     choose = random.Random(seed)
     for _ in range(20 if soak else 2):
         when, which = choose.randrange(1, 12), choose.randrange(2)
@@ -273,7 +275,7 @@ def test_killed_workers_change_nothing_but_the_time(cluster, whole, seed, soak, 
 
 
 def slowed():
-    """The small model, each training forward 50 ms longer, so that a signal comes before the end."""
+    """The small model with forward passes 50 ms longer, so that a signal comes before the end."""
     model = make_model("small", FAST["seed"])
 
     def wait(module, inputs):
@@ -286,7 +288,7 @@ def slowed():
 
 
 @pytest.mark.chaos
-def test_a_hung_rank_is_told_of_and_replaced(cluster, whole):
+def test_a_hung_rank_is_reported_and_replaced(cluster, whole):
     on_metrics, hit = hitting(cluster, signal.SIGSTOP, 4)
     trainer, result = over(replace(cluster, timeout=5), slowed(), on_metrics=on_metrics)
     assert len(hit) == 1
@@ -297,7 +299,7 @@ def test_a_hung_rank_is_told_of_and_replaced(cluster, whole):
 
 
 @pytest.mark.chaos
-def test_a_worker_that_stays_away_is_done_without(cluster, whole):
+def test_training_goes_on_without_a_worker_that_stays_away(cluster, whole):
     local = cluster.client.cluster
 
     def on_metrics(rows):
@@ -315,7 +317,7 @@ def test_a_worker_that_stays_away_is_done_without(cluster, whole):
 
 
 @pytest.mark.chaos
-def test_faults_without_end_end_training(cluster, tmp_path):
+def test_endless_faults_end_training(cluster, tmp_path):
     model = slowed()
     model.register_forward_pre_hook(lambda module, inputs: os._exit(9) if module.training else None)
     with pytest.raises(qtx.RunFailed, match=r"given up after 1 fault.*gone"):
@@ -357,9 +359,9 @@ def test_a_full_disk_on_a_worker_ends_training(cluster, tmp_path):
             over(cluster, slowed(), on_metrics=full, folder=tmp_path)
     finally:
         cluster.client.run(limit, resource.RLIM_INFINITY)
-    kept = checkpoints(tmp_path)
-    assert kept
-    assert f"step-{kept[-1]:08d}" in caught.value.__notes__[0]
+    steps = checkpoints(tmp_path)
+    assert steps
+    assert f"step-{steps[-1]:08d}" in caught.value.__notes__[0]
     assert not list(tmp_path.glob(".step-*"))
 
 
@@ -373,8 +375,8 @@ def test_cancel_stops_within_a_step(cluster):
 
 
 @pytest.mark.chaos
-def test_a_scheduler_that_is_started_again(whole, soak):
-    """Its workers end with it, by Dask's design; whoever runs it starts both again, at the same address."""
+def test_a_scheduler_that_is_restarted(whole, soak):
+    """Its workers end with it, by Dask's design; both are started again at the same address."""
     if not soak:
         pytest.skip("starts six processes: make soak")
     port = 20_000 + os.getpid() % 20_000
@@ -435,7 +437,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_no_process(tmp_path):
             not list(tmp_path.glob("*/metrics.parquet")) and process.poll() is None and time.monotonic() < end
         ):
             time.sleep(0.1)
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it, to the workers too
         _, errors = process.communicate(timeout=90)
     assert process.returncode == 130, errors
     assert "Traceback" not in errors

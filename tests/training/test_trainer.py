@@ -1,4 +1,4 @@
-"""Training in one process: it learns, repeats itself, resumes where it was, and refuses what it cannot do."""
+"""Training in one process: it learns, repeats itself, resumes, and refuses what it cannot do."""
 
 import inspect
 import itertools
@@ -58,7 +58,7 @@ def test_an_epoch_reads_every_window_once_and_the_next_one_others():
         first, second
     )
     everywhere = order.sequences(list(range(36)))
-    for i in (20, 3, 35, 4):  # any number at any time
+    for i in (20, 3, 35, 4):  # any number, in any order
         assert torch.equal(order.sequences([i])[0], everywhere[i])
     assert not torch.equal(SequenceOrder(np.arange(107), 10, seed=1).sequences(range(9)), first)
 
@@ -74,13 +74,9 @@ def test_texts_of_every_kind(tmp_path):
     np.save(tmp_path / "tokens.npy", tokens)
     (tmp_path / "text.txt").write_text("Grüße " * 200)
     for text in (tokens, torch.as_tensor(tokens), tmp_path / "tokens.npy"):
-        found = open_tokens(text, 32)
-        assert (len(found.training), len(found.held_out), found.vocab_size, found.bytes) == (
-            900,
-            100,
-            50,
-            False,
-        )
+        opened = open_tokens(text, 32)
+        assert (len(opened.training), len(opened.held_out)) == (900, 100)
+        assert (opened.vocab_size, opened.bytes) == (50, False)
     assert open_tokens(tmp_path / "text.txt", 32).bytes
     assert open_tokens(tokens, 32).digest != open_tokens(tokens[::-1], 32).digest
     reference = open_tokens("reference", 32)
@@ -236,7 +232,7 @@ def encoder(cls=torch.nn.MultiheadAttention, **options):
     return Model()
 
 
-def test_models_of_torchs_attention_draw_in_training_and_are_torchs_again_afterwards():
+def test_models_with_attention_of_torch_draw_while_training_and_are_restored_afterwards():
     trainer, result = trained(encoder())
     assert type(trainer.model.attention) is torch.nn.MultiheadAttention
     assert {row["draws"] for row in result.metrics} == {4}
@@ -268,7 +264,7 @@ def test_noise_is_the_uniform_distribution_over_visible_keys(generator):
 
 def test_the_measured_variance_is_that_of_the_gradient():
     """Over 60 independent measurements its mean is that of ||g - E g||^2, to 5 standard errors."""
-    found, grads = [], []
+    variances, grads = [], []
     model = make_model("small", 0)
     batch = torch.arange(4 * 17).view(4, 17) % 256
     attention = Attention(model, qtx.make_sampler("monte-carlo"), 2)
@@ -287,12 +283,12 @@ def test_the_measured_variance_is_that_of_the_gradient():
         pair = gradient(2 * i), gradient(2 * i + 1)
         sums = squared_sums(names, *pair)
         assert set(sums) == {"embedding", "blocks.0", "blocks.1", "norm"}
-        found.append(sum(noise.item() for noise, _ in sums.values()))
+        variances.append(sum(noise.item() for noise, _ in sums.values()))
         grads += [torch.cat([g.flatten() for g in one]) for one in pair]
     grads = torch.stack(grads).double()
     spread = (grads - grads.mean(0)).square().sum(-1) * len(grads) / (len(grads) - 1)
-    error = torch.tensor(found).std() / 60**0.5
-    assert abs(sum(found) / 60 - spread.mean().item()) < 5 * error
+    error = torch.tensor(variances).std() / 60**0.5
+    assert abs(sum(variances) / 60 - spread.mean().item()) < 5 * error
 
 
 def test_draws_follow_the_signal_to_noise():
@@ -360,7 +356,7 @@ def test_mixed_precision(precision, sampler):
     assert mixed.loss != full.loss
 
 
-def test_torchs_random_numbers_are_left_alone():
+def test_the_random_numbers_of_torch_are_left_alone():
     torch.manual_seed(0)
     expected = torch.rand(1)
     torch.manual_seed(0)
@@ -388,7 +384,7 @@ def test_a_resumed_training_ends_where_an_uninterrupted_one_does(tmp_path, setti
         patch.setattr(rank, "REPORT_INTERVAL_S", 0)
         stopped = trainer.train()
     assert stopped.stopped
-    assert stopped.steps == checkpoints(tmp_path)[-1] == 6  # within a step
+    assert stopped.steps == checkpoints(tmp_path)[-1] == 6  # it stopped after one step
     resumed, result = trained(folder=tmp_path, **settings)
     assert [row["step"] for row in result.metrics] == [7, 8]
     assert torch.equal(weights(resumed), weights(whole))
@@ -419,7 +415,7 @@ def test_another_training_is_not_resumed(tmp_path):
         trained(folder=tmp_path, text=np.arange(999) % 256)
 
 
-def test_a_broken_checkpoint_is_passed_over_and_told_of(tmp_path):
+def test_a_broken_checkpoint_is_passed_over_and_reported(tmp_path):
     whole, _ = trained(folder=tmp_path)
     assert checkpoints(tmp_path) == [6, 8]
     for part in (tmp_path / "step-00000008").glob("*.distcp"):
@@ -430,7 +426,7 @@ def test_a_broken_checkpoint_is_passed_over_and_told_of(tmp_path):
 
 
 @pytest.mark.parametrize("about", ["", "5", "{}", '{"recipe": 5}'])
-def test_a_checkpoint_that_says_nothing_of_itself_is_passed_over(tmp_path, about):
+def test_a_checkpoint_without_a_description_is_passed_over(tmp_path, about):
     whole, _ = trained(folder=tmp_path)
     (tmp_path / "step-00000008" / "training.json").write_text(about)
     (tmp_path / "step-²").mkdir()
@@ -513,7 +509,7 @@ except StorageError as error:
     assert torch.equal(weights(resumed), weights(whole))
 
 
-def test_cancel_before_anything_and_from_another_thread():
+def test_cancel_from_another_thread():
     trainer = QuantumTrainer("small", **{**FAST, "steps": 100_000})
     timer = threading.Timer(1.0, trainer.cancel)
     timer.start()
@@ -523,7 +519,7 @@ def test_cancel_before_anything_and_from_another_thread():
     assert checkpoints(result.folder)[-1] == result.steps
 
 
-def test_cancel_before_the_first_step_is_heard(monkeypatch):
+def test_cancel_before_the_first_step_counts(monkeypatch):
     trainer = QuantumTrainer("small", **{**FAST, "steps": 100_000})
     check = trainer._check
     monkeypatch.setattr(trainer, "_check", lambda: [trainer.cancel(), check()][1])
@@ -536,7 +532,7 @@ def test_a_folder_that_cannot_be_written(tmp_path):
         trained(folder=tmp_path / "file" / "below")
 
 
-def test_nothing_is_left_where_no_folder_was_named(tmp_path, monkeypatch):
+def test_nothing_is_left_without_a_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("QTX_LAB_HOME", str(tmp_path))
     assert trained()[1].folder is None
     assert list(tmp_path.iterdir()) == []

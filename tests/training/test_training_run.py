@@ -1,4 +1,4 @@
-"""A training as a run, as a person who typed `qtx-lab train` finds it."""
+"""A training as a run, as a person who typed `qtx-lab train` sees it."""
 
 import os
 import signal
@@ -104,7 +104,7 @@ def test_only_a_training_is_resumed(tmp_path):
     assert run.status == "interrupted"
 
 
-def test_the_first_error_is_the_one_told(tmp_path, monkeypatch):
+def test_the_first_error_is_raised(tmp_path, monkeypatch):
     def fail(error):
         def call(*arguments):
             raise error
@@ -162,7 +162,7 @@ def test_two_do_not_resume_one_training(tmp_path):
         assert other.stdout.readline() == b"held\n"
         with pytest.raises(qtx.StorageError, match="being trained into by somebody else"):
             train_run(home=tmp_path, resume=run.path, progress=False)
-        assert run.status == "interrupted"  # nothing of the other's was touched
+        assert run.status == "interrupted"  # the other training was not touched
         other.kill()
         other.wait()
         assert train_run(home=tmp_path, resume=run.path, progress=False).status == "done"
@@ -178,10 +178,12 @@ def test_the_cost_model():
     assert scaling.simulate(10**8, 4096, 1, quiet)["efficiency"] == pytest.approx(1)
     for jitter in (0.0, 0.05):
         machine = scaling.Machine(jitter=jitter)
-        found = [scaling.simulate(10**8, 4096, ranks, machine)["efficiency"] for ranks in (1, 8, 64, 512)]
-        assert found == sorted(found, reverse=True)
+        efficiencies = [
+            scaling.simulate(10**8, 4096, ranks, machine)["efficiency"] for ranks in (1, 8, 64, 512)
+        ]
+        assert efficiencies == sorted(efficiencies, reverse=True)
     more = [scaling.simulate(10**8, tokens, 512)["efficiency"] for tokens in (1024, 8192, 65_536)]
     assert more == sorted(more)
-    # Without overlap's help a step is never shorter than its exchange alone, nor than computing alone.
+    # A step is never shorter than its exchange alone, or than computing alone.
     one = scaling.simulate(10**9, 64, 512, quiet)
     assert one["seconds"] >= scaling.exchange_seconds(4 * 10**9, 512, quiet)

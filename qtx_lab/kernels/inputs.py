@@ -34,6 +34,8 @@ class Inputs:
         L, the number of queries of a head.
     scale : float
         The factor of q · k.
+    first_position : int
+        Where the first query stands among the keys: a causal query i attends to keys 0 … first_position + i.
     """
 
     q: Tensor
@@ -42,6 +44,7 @@ class Inputs:
     mask: Tensor | None
     length: int
     scale: float
+    first_position: int = 0
 
     @classmethod
     def of(

@@ -81,6 +81,7 @@ class InputArguments:
     """M, the rows of a key head."""
     length: int
     """L, the queries of a query head."""
+    first_position: int
     n: int
     features: int
     width: int
@@ -108,7 +109,7 @@ class InputArguments:
             mask = x.mask.view(torch.uint8) if x.mask.dtype == torch.bool else x.mask
             mask_strides = _strides(mask)
         tensors = (x.q.contiguous(), x.k, x.v, mask, x.scale * LOG2_E)
-        sizes = (x.k.shape[1], rows, x.length, n, x.q.shape[2], width)
+        sizes = (x.k.shape[1], rows, x.length, x.first_position, n, x.q.shape[2], width)
         return cls(*tensors, *sizes, *_strides(x.k), *_strides(x.v), *mask_strides)
 
 

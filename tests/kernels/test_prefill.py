@@ -103,6 +103,28 @@ def test_outputs_are_the_oracles(generator, device, stream_of):
             assert relative(output[i, m], row) < 1e-5
 
 
+def test_later_queries_of_a_causal_problem_are_drawn_as_with_the_first(generator, device):
+    """Chunks of queries of a long prompt: outputs and gradients of q are those of all queries at once."""
+    x = attention_inputs((1, 2, 2, 90, 90, 16, 8), torch.float32, generator, device)
+    stream = Stream.of(torch.tensor(5, device=device), 1, 2, 90)
+    whole = launch.prefill(x, 20, stream, is_causal=True)
+    g = torch.ones_like(whole.output)
+    whole_grad = launch.gradients(x, 20, stream, g, whole, is_causal=True)
+    q = x.q.view(2, 2, 90, 16)[:, :, 50:].reshape(2, 80, 16)
+    part = Inputs(q, x.k, x.v, None, 40, x.scale, first_position=50)
+    stream = Stream.of(torch.tensor(5, device=device), 1, 2, 40, first_position=50)
+    last = launch.prefill(part, 20, stream, is_causal=True)
+    expected = whole.output.view(2, 2, 90, 8)[:, :, 50:].reshape(2, 80, 8)
+    torch.testing.assert_close(last.output, expected)
+    torch.testing.assert_close(reference.prefill(part, 20, stream, is_causal=True), expected)
+    grad = launch.gradients(part, 20, stream, g[:, :80], last, is_causal=True)
+    expected = whole_grad.q.view(2, 2, 90, 16)[:, :, 50:].reshape(2, 80, 16)
+    torch.testing.assert_close(grad.q, expected)
+    by_reference = reference.gradients(part, 20, stream, g[:, :80], is_causal=True)
+    for name in ("q", "k", "v"):
+        assert relative(getattr(grad, name), getattr(by_reference, name)) < 1e-5
+
+
 @pytest.mark.parametrize("run", [lambda *a: launch.prefill(*a).output, reference.prefill])
 def test_a_row_draws_the_same_alone_and_in_a_batch_under_its_sequences_name(run, generator, device):
     """Sequences 3 and 8 side by side, and the last query of sequence 8 alone at its position."""

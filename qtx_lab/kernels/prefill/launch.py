@@ -60,7 +60,7 @@ def prefill(x: Inputs, num_samples: int, stream: Stream, *, is_causal: bool = Fa
     stream : Stream
         Of N heads and L positions, on the same device; its first replicate is drawn.
     is_causal : bool
-        Query i attends to keys 0..i.
+        Query i attends to keys 0 … first_position + i.
 
     Raises
     ------

@@ -49,8 +49,9 @@ def probabilities(x: Inputs, is_causal: bool) -> Tensor:
     """The attention rows, (N, M, n), float32; 0 where a row attends to nothing."""
     logits = x.logits()
     if is_causal:
-        query = torch.arange(logits.shape[1], device=logits.device)[:, None] % x.length
-        logits = logits.masked_fill(torch.arange(x.shape[2], device=logits.device) > query, -torch.inf)
+        position = x.first_position + torch.arange(logits.shape[1], device=logits.device) % x.length
+        later = torch.arange(x.shape[2], device=logits.device) > position[:, None]
+        logits = logits.masked_fill(later, -torch.inf)
     return (logits * math.log(2)).softmax(-1).nan_to_num(0.0)
 
 

@@ -52,6 +52,7 @@ def mask_logits(
     m_m,  # [BM]
     n,
     length,
+    first_position,
     mask_stride_n,
     HAS_MASK: tl.constexpr,
     CAUSAL: tl.constexpr,
@@ -59,7 +60,7 @@ def mask_logits(
     """Base-2 logits [BM, PAGE] with -inf where a row does not attend to a key."""
     m_l = m_m[:, None] & (o_n < n)[None, :]  # [BM, PAGE]
     if CAUSAL:
-        m_l = m_l & (o_n[None, :] <= (o_m % length)[:, None])
+        m_l = m_l & (o_n[None, :] <= (first_position + o_m % length)[:, None])
     if HAS_MASK > 0:
         b_m = tl.load(
             p_m[:, None] + o_n[None, :].to(tl.int64) * mask_stride_n, mask=m_l, other=0
@@ -133,6 +134,7 @@ def forward_kernel(
     kv_heads,
     rows,
     length,
+    first_position,
     n,
     features,
     width,
@@ -184,7 +186,7 @@ def forward_kernel(
     )  # [BM]
     end = n
     if CAUSAL:
-        end = tl.minimum(n, tl.max(tl.where(m_m, o_m % length, 0), axis=0) + 1)
+        end = tl.minimum(n, first_position + tl.max(tl.where(m_m, o_m % length, 0), axis=0) + 1)
 
     b_max = tl.full([BM], float("-inf"), tl.float32)  # [BM]
     b_sum = tl.zeros([BM], tl.float32)  # [BM]
@@ -193,7 +195,7 @@ def forward_kernel(
         p = p_k + o_n[None, :].to(tl.int64) * k_stride_n  # [BD, PAGE]
         b_k = tl.load(p, mask=m_d[:, None] & (o_n < n)[None, :], other=0.0).to(DOT)  # [BD, PAGE]
         b_l = tl.dot(b_q, b_k, input_precision="tf32x3") * logit_scale  # [BM, PAGE]
-        b_l = mask_logits(b_l, p_m, o_m, o_n, m_m, n, length, mask_stride_n, HAS_MASK, CAUSAL)
+        b_l = mask_logits(b_l, p_m, o_m, o_n, m_m, n, length, first_position, mask_stride_n, HAS_MASK, CAUSAL)
         b_new = tl.maximum(b_max, tl.max(b_l, axis=1))  # [BM]
         b_shift = tl.where(b_new == float("-inf"), 0.0, b_new)  # [BM]
         b_sum = b_sum * tl.exp2(b_max - b_shift) + tl.sum(tl.exp2(b_l - b_shift[:, None]), axis=1)
@@ -208,7 +210,7 @@ def forward_kernel(
         p = p_k + o_n[None, :].to(tl.int64) * k_stride_n  # [BD, PAGE]
         b_k = tl.load(p, mask=m_d[:, None] & m_n[None, :], other=0.0).to(DOT)  # [BD, PAGE]
         b_l = tl.dot(b_q, b_k, input_precision="tf32x3") * logit_scale  # [BM, PAGE]
-        b_l = mask_logits(b_l, p_m, o_m, o_n, m_m, n, length, mask_stride_n, HAS_MASK, CAUSAL)
+        b_l = mask_logits(b_l, p_m, o_m, o_n, m_m, n, length, first_position, mask_stride_n, HAS_MASK, CAUSAL)
         b_p = tl.exp2(b_l - b_norm[:, None])  # [BM, PAGE]
         b_u = page_offsets(stream_key, head_group, b_position, i // PAGE, first_replicate)  # [BM]
         _, b_w = draw_page(b_p, b_u, num_samples)  # [BM, PAGE]
@@ -245,6 +247,7 @@ def backward_q_kernel(
     kv_heads,
     rows,
     length,
+    first_position,
     n,
     features,
     width,
@@ -298,7 +301,7 @@ def backward_q_kernel(
     )  # [BM]
     end = n
     if CAUSAL:
-        end = tl.minimum(n, tl.max(tl.where(m_m, o_m % length, 0), axis=0) + 1)
+        end = tl.minimum(n, first_position + tl.max(tl.where(m_m, o_m % length, 0), axis=0) + 1)
     b_dq = tl.zeros([BM, BD], tl.float32)  # [BM, BD]
     for i in range(0, end, PAGE):
         o_n = i + o_p  # [PAGE]
@@ -308,7 +311,7 @@ def backward_q_kernel(
         p = p_k + o_k[None, :] + o_kd[:, None]  # [BD, PAGE]
         b_kt = tl.load(p, mask=m_n[None, :] & m_d[:, None], other=0.0).to(DOT)  # [BD, PAGE]
         b_l = tl.dot(b_q, b_kt, input_precision="tf32x3") * logit_scale  # [BM, PAGE]
-        b_l = mask_logits(b_l, p_m, o_m, o_n, m_m, n, length, mask_stride_n, HAS_MASK, CAUSAL)
+        b_l = mask_logits(b_l, p_m, o_m, o_n, m_m, n, length, first_position, mask_stride_n, HAS_MASK, CAUSAL)
         b_p = tl.exp2(b_l - b_norm[:, None])  # [BM, PAGE]
         b_u = page_offsets(stream_key, head_group, b_position, i // PAGE, first_replicate)  # [BM]
         b_c, b_w = draw_page(b_p, b_u, num_samples)  # [BM, PAGE]
@@ -349,6 +352,7 @@ def backward_kv_kernel(
     kv_heads,
     rows,
     length,
+    first_position,
     n,
     features,
     width,
@@ -400,7 +404,7 @@ def backward_kv_kernel(
         # A block of rows of which none attends to the page is skipped.
         last = i_page * PAGE
         if CAUSAL:
-            last = tl.max(tl.where(m_m, o_m % length, 0), axis=0)
+            last = first_position + tl.max(tl.where(m_m, o_m % length, 0), axis=0)
         if last >= i_page * PAGE:
             o_row = i_n * rows + o_m  # [BM]
             p_qt = q_ptr + o_row[None, :] * features + o_d[:, None]  # [BD, BM]
@@ -408,7 +412,7 @@ def backward_kv_kernel(
             b_l = tl.dot(b_k, b_qt, input_precision="tf32x3") * logit_scale  # [PAGE, BM]
             m_l = m_n[:, None] & m_m[None, :]  # [PAGE, BM]
             if CAUSAL:
-                m_l = m_l & (o_n[:, None] <= (o_m % length)[None, :])
+                m_l = m_l & (o_n[:, None] <= (first_position + o_m % length)[None, :])
             if HAS_MASK > 0:
                 i_head = i_h * (rows // length) + o_m // length  # [BM]
                 p_m = (

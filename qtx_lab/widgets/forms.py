@@ -196,7 +196,7 @@ class SpecForm(anywidget.AnyWidget):
                 "values": self._entered,
                 "problems": self.problems,
                 "yaml": self.spec.to_yaml(),
-                "heard": {name: edit[0] for name, edit in self._seen_edits.items()},
+                "known_edits": {name: edit[0] for name, edit in self._seen_edits.items()},
             }
 
 
@@ -230,8 +230,8 @@ def _control(schema: Mapping[str, Any]) -> dict[str, Any]:
         return {
             "kind": "list",
             "item": _control(schema.get("items", {})),
-            "most": schema.get("maxItems"),
-            "least": schema.get("minItems", 0),
+            "max_items": schema.get("maxItems"),
+            "min_items": schema.get("minItems", 0),
         }
     if schema.get("type") == "object":
         return {"kind": "mapping"}
@@ -247,8 +247,8 @@ def _control(schema: Mapping[str, Any]) -> dict[str, Any]:
 
 def _bound(schema: Mapping[str, Any], *names: str) -> float | None:
     """A bound, under any of its names: pydantic uses its own where the field may be None."""
-    words = (names[0], f"exclusive{names[0].capitalize()}", *names[1:])
-    return next((schema[word] for word in words if word in schema), None)
+    keys = (names[0], f"exclusive{names[0].capitalize()}", *names[1:])
+    return next((schema[key] for key in keys if key in schema), None)
 
 
 def _written(field: Mapping[str, Any], value: Any) -> Any:

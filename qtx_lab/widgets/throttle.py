@@ -1,4 +1,4 @@
-"""`ThrottledCall`: something that is asked for often, and done only so often."""
+"""`ThrottledCall`: an action that is requested often, and called only so often."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ NOISE = re.compile("|".join([
 
 
 def chromium() -> str:
-    """The system's Chromium. Where it is missing, CI fails and others are told how to install it."""
+    """The system's Chromium. Without it CI fails, and other tests are skipped with a hint."""
     for name in CHROMIUM:
         if path := shutil.which(name):
             return path
@@ -174,8 +174,8 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     lab = Lab(
         f"http://127.0.0.1:{port}", token, folder / "notebooks", folder / "runs", folder / "jupyter.log"
     )
-    for made in (lab.notebooks, lab.home):
-        made.mkdir()
+    for directory in (lab.notebooks, lab.home):
+        directory.mkdir()
     settings = folder / "settings" / "@jupyterlab" / "apputils-extension"
     settings.mkdir(parents=True)
     quiet = {"fetchNews": "false", "checkForUpdates": False, "doNotDisturbMode": True}
@@ -238,7 +238,7 @@ def open_notebook(lab: Lab) -> Callable[..., Path]:
         page.evaluate("""async () => {
           const { commands, shell } = window.jupyterapp;
           if (!shell.leftCollapsed) await commands.execute("application:toggle-left-area");
-          if (document.body.dataset.jpThemeLight !== "true") // the last test's theme is kept
+          if (document.body.dataset.jpThemeLight !== "true") // the theme of the last test stays
             await commands.execute("apputils:change-theme", { theme: "JupyterLab Light" });
         }""")
         page.wait_for_function("() => document.body.dataset.jpThemeLight === 'true'")

@@ -36,17 +36,19 @@ def pinned() -> dict[str, str]:
 
 
 def test_the_environment_is_torch_without_cuda_and_nothing_else() -> None:
-    told = yaml.safe_load((BINDER / "environment.yml").read_text())
-    assert told["channels"] == ["conda-forge"]  # by name, no address
-    wanted = {name: rest for name, _, rest in (spec.partition("=") for spec in told["dependencies"])}
-    assert set(wanted) == {"python", "pip", "pytorch"}  # what else there is comes from the constraints
-    version, _, build = wanted["pytorch"].partition("=")
+    requirements = yaml.safe_load((BINDER / "environment.yml").read_text())
+    assert requirements["channels"] == ["conda-forge"]  # by name, no address
+    packages = {
+        name: rest for name, _, rest in (spec.partition("=") for spec in requirements["dependencies"])
+    }
+    assert set(packages) == {"python", "pip", "pytorch"}  # what else there is comes from the constraints
+    version, _, build = packages["pytorch"].partition("=")
     assert version == pinned()["torch"]
     assert build.startswith("cpu_")
     assert f"TORCH := {version}" in (ROOT / "Makefile").read_text()
     requires = re.search(r'requires-python = "(.*)"', (ROOT / "pyproject.toml").read_text())
     assert requires
-    assert SpecifierSet(requires[1]).contains(wanted["python"])
+    assert SpecifierSet(requires[1]).contains(packages["python"])
 
 
 def test_the_scripts_can_run_and_name_what_exists() -> None:
@@ -64,23 +66,23 @@ def test_the_scripts_can_run_and_name_what_exists() -> None:
 
 def needed() -> set[str]:
     """The distributions that qtx_lab without extras needs, directly or not."""
-    found: set[tuple[str, str]] = set()
+    seen: set[tuple[str, str]] = set()
     ask = [("qtx-lab", "")]
     while ask:
         name, extra = ask.pop()
         try:
-            told = distribution(name).requires or []
+            requirements = distribution(name).requires or []
         except PackageNotFoundError:
             continue
-        for requirement in map(Requirement, told):
+        for requirement in map(Requirement, requirements):
             marker = requirement.marker
             if marker is None or any(marker.evaluate({"extra": e}) for e in {"", extra}):
                 new = {
                     (re.sub(r"[-_.]+", "-", requirement.name).lower(), e) for e in ("", *requirement.extras)
                 }
-                ask += new - found
-                found |= new
-    return {name for name, _ in found}
+                ask += new - seen
+                seen |= new
+    return {name for name, _ in seen}
 
 
 def size(name: str) -> int:
@@ -123,7 +125,7 @@ def jupyter(
         name: str(repository.parent / name.lower())
         for name in ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR")
     }
-    kept = {k: v for k, v in os.environ.items() if k not in ("QTX_LAB_HOME", "PYTHONPATH")}
+    inherited = {k: v for k, v in os.environ.items() if k not in ("QTX_LAB_HOME", "PYTHONPATH")}
     command = [
         repository / "binder" / "start", python, "-m", "jupyterlab", "--no-browser", "--allow-root",
         "--expose-app-in-browser",
@@ -133,7 +135,7 @@ def jupyter(
     ]  # fmt: skip
     with log.open("wb") as out:
         process = subprocess.Popen(
-            command, cwd=repository, env={**kept, **own, "REPO_DIR": str(repository), **environment},
+            command, cwd=repository, env={**inherited, **own, "REPO_DIR": str(repository), **environment},
             stdout=out, stderr=subprocess.STDOUT,
         )  # fmt: skip
     try:
@@ -210,8 +212,10 @@ def test_the_whole_build(page: Any, soak: bool, tmp_path: Path) -> None:
     if cuda.strip() != "None":
         pytest.skip("this registry has torch for CUDA only; Binder takes it from a channel")
     path = f"{clean / 'bin'}{os.pathsep}{os.environ['PATH']}"
-    kept = {k: v for k, v in os.environ.items() if k not in ("QTX_LAB_HOME", "PYTHONPATH")} | {"PATH": path}
-    subprocess.run([repository / "binder" / "postBuild"], cwd=repository, env=kept, check=True)
+    inherited = {k: v for k, v in os.environ.items() if k not in ("QTX_LAB_HOME", "PYTHONPATH")} | {
+        "PATH": path
+    }
+    subprocess.run([repository / "binder" / "postBuild"], cwd=repository, env=inherited, check=True)
     site = Path(sysconfig.get_path("purelib", vars={"base": str(clean)}))
     total = sum(p.stat().st_size for p in site.rglob("*") if p.is_file() and not p.is_symlink())
     print(f"\npackages: {total / 1e9:.2f} GB")

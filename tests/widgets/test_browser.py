@@ -1,4 +1,4 @@
-"""JupyterLab itself, driven by the fixtures: a cell runs, errors are told, nothing leaves the machine."""
+"""JupyterLab itself, driven by the fixtures: a cell runs, errors are noticed, nothing leaves the machine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_a_notebook_runs_in_both_themes(
     set_theme(page, "light")
 
 
-def test_an_error_in_a_cell_is_told(
+def test_an_error_in_a_cell_is_noticed(
     page: Any, open_notebook: Callable[..., Any], run_all: Callable[..., None]
 ) -> None:
     open_notebook(page, ["1 / 0"])

@@ -144,15 +144,15 @@ def test_it_follows_a_lens(generator: torch.Generator) -> None:
 def test_what_was_measured_elsewhere_fills_the_view() -> None:
     backend = QiskitQuantumBackend("aer")
     view = CircuitView(backend, P)
-    found = backend.sample_rows(P[:1], 300, generator=torch.Generator().manual_seed(1))
+    counts = backend.sample_rows(P[:1], 300, generator=torch.Generator().manual_seed(1))
     sent = recorded_messages(view)
-    view.fill(found, [{"shots": 300, "fidelity": 0.9, "error": 0.01, "classical": 0.95}])
-    assert torch.equal(view.result.counts, found.counts)
+    view.fill(counts, [{"shots": 300, "fidelity": 0.9, "error": 0.01, "classical": 0.95}])
+    assert torch.equal(view.result.counts, counts.counts)
     assert (sent[-1]["kind"], sent[-1]["shots"]) == ("counts", 300)
     assert sent[-1]["curve"][0]["fidelity"] == 0.9
     view.run(100)  # goes on from there, and leaves what was handed in as it was
     assert int(view.result.counts.sum()) == 400
-    assert int(found.counts.sum()) == 300
+    assert int(counts.counts.sum()) == 300
     with pytest.raises(ShapeError, match="with a baseline"):
         view.fill(backend.sample_rows(P[:1, :4], 10))
 

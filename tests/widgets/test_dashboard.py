@@ -238,10 +238,11 @@ def test_keyboard_reaches_every_control(page: Any, served: str) -> None:
 
 REPAINTS = """async ([steps]) => {
   // From the key that moves the slider to the frame in which the canvas of the sampled map is another.
-  const find = (root, found = []) => {
-    for (const e of root.querySelectorAll("*")) { if (e.tagName === "CANVAS" && e.offsetWidth) found.push(e);
-      if (e.shadowRoot) find(e.shadowRoot, found); }
-    return found;
+  const find = (root, canvases = []) => {
+    for (const e of root.querySelectorAll("*")) {
+      if (e.tagName === "CANVAS" && e.offsetWidth) canvases.push(e);
+      if (e.shadowRoot) find(e.shadowRoot, canvases); }
+    return canvases;
   };
   const slider = (root) => { for (const e of root.querySelectorAll("*")) {
       if (e.getAttribute("role") === "slider" && e.offsetWidth) return e;
@@ -278,8 +279,8 @@ def test_the_map_follows_the_slider(page: Any, served: str, soak: bool, capsys: 
     with capsys.disabled():
         median, p95 = np.percentile(times, [50, 95])
         load = os.getloadavg()[0] / (os.cpu_count() or 1)
-        told = f"slider to repaint {median:.0f} ms (median), {p95:.0f} ms (p95), load {load:.1f} a core"
-        print(f"\ndashboard, n = 512, {steps} steps: {told}")
+        timing = f"slider to repaint {median:.0f} ms (median), {p95:.0f} ms (p95), load {load:.1f} a core"
+        print(f"\ndashboard, n = 512, {steps} steps: {timing}")
 
 
 @pytest.mark.ui
@@ -360,14 +361,14 @@ def test_a_token_lets_in(page: Any, browser: Any, home: Path, start: Callable[..
 
 @pytest.mark.ui
 def test_nothing_serious_for_axe(page: Any, served: str, axe: Any, soak: bool) -> None:
-    found = {}
+    violations = {}
     for theme, views in (("light", ("Runs", "Error", "Maps")), ("dark", ("Runs", "Live", "Devices"))):
         visit(page, served, theme=theme)
         for view in VIEWS if soak else views:
             page.get_by_role("button", name=view, exact=True).click()
             page.wait_for_timeout(800)
-            found[view, theme] = axe(page, "body")
-    assert {key: problems for key, problems in found.items() if problems} == {}
+            violations[view, theme] = axe(page, "body")
+    assert {key: problems for key, problems in violations.items() if problems} == {}
 
 
 # --- By hand ----------------------------------------------------------------------------------------
@@ -429,9 +430,9 @@ def test_a_public_address_needs_a_token(tmp_path: Path, monkeypatch: pytest.Monk
             serve(tmp_path, address=address)
     with pytest.raises(ArgumentError, match="it must have 16 or more"):
         serve(tmp_path, address="0.0.0.0", token="short")
-    told = CliRunner().invoke(cli.main, ["dashboard", "--address", "0.0.0.0"])
-    assert told.exit_code == 2
-    assert "--token or QTX_LAB_TOKEN" in told.output
+    result = CliRunner().invoke(cli.main, ["dashboard", "--address", "0.0.0.0"])
+    assert result.exit_code == 2
+    assert "--token or QTX_LAB_TOKEN" in result.output
 
 
 def test_a_port_that_is_taken_is_named(served: str, tmp_path: Path) -> None:
@@ -472,7 +473,7 @@ def test_records_read_a_file_once_until_it_changes(home: Path, monkeypatch: pyte
     assert [run for run, _ in rows.skipped] == [torn]
     assert set(rows.frame["run"]) == set(table["run"][table["name"] == "demo"])
     circuits = records.rows(table, "loader", "shots", "distance").frame
-    assert set(circuits["device"]) == {"fake_fez", "fake_sherbrooke"}  # from what was asked
+    assert set(circuits["device"]) == {"fake_fez", "fake_sherbrooke"}  # from the parameters of the runs
 
 
 def test_what_no_table_can_hold_costs_a_warning(tmp_path: Path) -> None:
@@ -505,9 +506,11 @@ def test_how_far_a_sweep_is(tmp_path: Path) -> None:
     page = DashboardPage(Records(tmp_path), "light")
     view = page.views["Live"]
     view.state()
-    told = view.prepare(page.records.listing, page.filtered(page.records.listing)).sweeps
-    assert "4 of 8 notebooks have ended (1 running, 2 done, 1 failed, 1 from earlier sweeps); about" in told
-    assert "max='8' value='4'" in told
+    progress = view.prepare(page.records.listing, page.filtered(page.records.listing)).sweeps
+    assert (
+        "4 of 8 notebooks have ended (1 running, 2 done, 1 failed, 1 from earlier sweeps); about" in progress
+    )
+    assert "max='8' value='4'" in progress
     sweep.update(results={"notebooks": "many"})
     page.records.look()
     assert view.prepare(page.records.listing, page.records.listing.table).sweeps == ""
@@ -532,28 +535,28 @@ def test_a_thinned_curve_keeps_its_extremes() -> None:
     for size in (10, frames.MAX_POINTS + 1, 100_003):
         y = rng.normal(size=size)
         y[size // 3], y[size // 2] = 50, np.nan
-        x, kept = frames.thinned(np.arange(size), y)
+        x, thinned = frames.thinned(np.arange(size), y)
         assert len(x) <= frames.MAX_POINTS + 4
-        assert (np.nanmin(kept), np.nanmax(kept)) == (np.nanmin(y), np.nanmax(y))
+        assert (np.nanmin(thinned), np.nanmax(thinned)) == (np.nanmin(y), np.nanmax(y))
         assert (x[0], x[-1]) == (0, size - 1)
         assert (np.diff(x) > 0).all()
 
 
 def test_maps_are_the_heads_own() -> None:
-    found = maps.attention_maps(128, 3, 0, "systematic", 16)
+    few = maps.attention_maps(128, 3, 0, "systematic", 16)
     again = maps.attention_maps.__wrapped__(128, 3, 0, "systematic", 16)
-    assert np.array_equal(found.sampled, again.sampled, equal_nan=True)
+    assert np.array_equal(few.sampled, again.sampled, equal_nan=True)
     lower = np.tril(np.ones((128, 128), bool))
-    assert np.isnan(found.exact[~lower]).all()
-    for p in (found.exact, found.sampled):
+    assert np.isnan(few.exact[~lower]).all()
+    for p in (few.exact, few.sampled):
         assert np.allclose(np.nansum(p, 1), 1, atol=1e-5)
     more = maps.attention_maps(128, 3, 0, "systematic", 512)
-    assert 0 < more.distance < found.distance
-    assert 0 < more.error < found.error
+    assert 0 < more.distance < few.distance
+    assert 0 < more.error < few.error
     tokens = qtx.encode(qtx.reference_text())[None, :128]
     q, k, _ = qtx.load_reference_model().attention_inputs(tokens)[3]
     p = np.exp((q[0, 0] @ k[0, 0].T).numpy() / q.shape[-1] ** 0.5) * lower
-    assert np.allclose(np.nan_to_num(found.exact), p / p.sum(1, keepdims=True), atol=1e-5)
+    assert np.allclose(np.nan_to_num(few.exact), p / p.sum(1, keepdims=True), atol=1e-5)
 
 
 FOREIGN = {
@@ -632,9 +635,12 @@ def test_the_proxy_starts_what_the_command_line_has(tmp_path: Path) -> None:
 
     (entry,) = (e for e in entry_points(group="jupyter_serverproxy_servers") if e.value.startswith("qtx_lab"))
     assert entry.name == proxy.NAME
-    told = entry.load()()
-    assert Path(told["launcher_entry"]["icon_path"]).is_file()
-    command = [word.format(unix_socket=tmp_path / "socket", base_url="/user/me/") for word in told["command"]]
+    entry_settings = entry.load()()
+    assert Path(entry_settings["launcher_entry"]["icon_path"]).is_file()
+    command = [
+        word.format(unix_socket=tmp_path / "socket", base_url="/user/me/")
+        for word in entry_settings["command"]
+    ]
     process = subprocess.Popen([*command, "--home", str(tmp_path)], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
@@ -643,4 +649,4 @@ def test_the_proxy_starts_what_the_command_line_has(tmp_path: Path) -> None:
     finally:
         process.terminate()
         process.wait(60)
-    assert json.dumps(told)
+    assert json.dumps(entry_settings)

@@ -36,7 +36,7 @@ def typed(field: dict[str, Any]) -> st.SearchStrategy[Any]:
     elif kind == "number":
         given = st.floats(low or 0, 1000 if high is None else high, allow_nan=False).map(repr)
     elif kind == "list":
-        given = st.lists(typed(field["item"]), min_size=field["least"], max_size=5, unique=True)
+        given = st.lists(typed(field["item"]), min_size=field["min_items"], max_size=5, unique=True)
     elif kind == "mapping":
         given = st.dictionaries(
             texts, st.integers() | texts | st.booleans() | st.none() | st.lists(texts), max_size=3
@@ -69,9 +69,9 @@ def through_papermill(spec: Spec) -> dict[str, Any]:
         }
     )
     logging.getLogger("papermill").setLevel(logging.ERROR)  # the notebook has no cell of defaults
-    made = papermill.parameterize.parameterize_notebook(notebook, spec.to_parameters())
+    notebook = papermill.parameterize.parameterize_notebook(notebook, spec.to_parameters())
     space: dict[str, Any] = {}
-    exec(made.cells[0].source, space)
+    exec(notebook.cells[0].source, space)
     return {name: space[name] for name in spec.to_parameters()}
 
 
@@ -111,7 +111,9 @@ def test_what_is_typed_comes_back_unchanged(kind: type[Spec]) -> None:
         assert again.spec == form.spec
         form._publish()
         again._publish()
-        same = [json.dumps({**x._shown, "heard": None}) for x in (again, form)]  # only one was typed into
+        same = [
+            json.dumps({**x._shown, "known_edits": None}) for x in (again, form)
+        ]  # only one was typed into
         assert same[0] == same[1]
         changed.add(form.spec.identity)
 
@@ -190,7 +192,7 @@ def test_yaml_files(tmp_path: Any) -> None:
     assert other.valid
 
 
-def test_shown_fields_are_chosen_and_the_others_kept() -> None:
+def test_a_form_shows_chosen_fields_and_leaves_the_others() -> None:
     form = SpecForm(ExperimentSpec(seed=7), fields=["head", "layer"])
     assert [field["name"] for field in form._fields] == ["head", "layer"]
     form.enter(head="3")
@@ -200,8 +202,8 @@ def test_shown_fields_are_chosen_and_the_others_kept() -> None:
 def test_linked_forms_stay_in_step_under_three_threads() -> None:
     a, b = SpecForm(SamplerSpec), SpecForm(SamplerSpec)
     traitlets.link((a, "spec"), (b, "spec"))
-    heard: list[int] = []
-    a.observe(lambda change: heard.append(change.new.num_samples), "spec")
+    values: list[int] = []
+    a.observe(lambda change: values.append(change.new.num_samples), "spec")
 
     def from_code(form: SpecForm) -> Callable[[], None]:
         return lambda: [form.change(num_samples=n) for n in range(1, 300)] and None
@@ -218,7 +220,7 @@ def test_linked_forms_stay_in_step_under_three_threads() -> None:
     a._publish(), b._publish()
     assert a.spec == b.spec == SamplerSpec(num_samples=299, replicates=299)
     assert a._shown["values"] == b._shown["values"]
-    assert heard[-1] == 299
+    assert values[-1] == 299
 
 
 def test_few_messages_leave_the_kernel() -> None:

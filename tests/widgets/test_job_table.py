@@ -33,7 +33,7 @@ def server() -> Iterator[Any]:
         yield server
 
 
-def heard(table: JobTable) -> list[dict[str, Any]]:
+def recorded_messages(table: JobTable) -> list[dict[str, Any]]:
     sent: list[dict[str, Any]] = []
     table.send = lambda content, buffers=None: sent.append(content)  # type: ignore[method-assign]
     return sent
@@ -57,10 +57,10 @@ def fill(home: Path) -> str:
     return path.stem
 
 
-def test_all_jobs_and_runs_are_listed_and_what_is_broken_is_told(tmp_path: Path) -> None:
+def test_all_jobs_and_runs_are_listed_and_broken_records_are_named(tmp_path: Path) -> None:
     tag = fill(tmp_path)
     table = JobTable(tmp_path)
-    sent = heard(table)
+    sent = recorded_messages(table)
     table._receive({"kind": "list", "ask": False})
     assert table._worker.join(30)
     (message,) = sent

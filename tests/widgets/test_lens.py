@@ -26,7 +26,7 @@ lens
 """
 
 
-def heard(lens: AttentionLens) -> list[tuple[dict[str, Any], list[bytes]]]:
+def recorded_messages(lens: AttentionLens) -> list[tuple[dict[str, Any], list[bytes]]]:
     """What the lens sends from now on."""
     sent: list[tuple[dict[str, Any], list[bytes]]] = []
     lens.send = (  # type: ignore[method-assign]
@@ -49,7 +49,7 @@ def inputs(length: int, n: int, generator: torch.Generator, heads: int = 2) -> t
 def test_tiles_are_the_means_of_the_maps(length: int, n: int, level: int, generator: torch.Generator) -> None:
     q, k, v = inputs(length, n, generator)
     lens = AttentionLens(q, k, v, head=1)
-    sent = heard(lens)
+    sent = recorded_messages(lens)
     side = TILE << level
     tiles = [[i, j] for i in range(-(-length // side)) for j in range(-(-n // side))]
     ask(lens, level, tiles)
@@ -58,19 +58,19 @@ def test_tiles_are_the_means_of_the_maps(length: int, n: int, level: int, genera
     g = torch.Generator().manual_seed(1009)
     est = sampled_attention(q[1], k[1], v[1], num_samples=16, generator=g)
     for name, whole in (("exact", exact), ("sampled", est.attention_weights())):
-        found = np.full((-(-length // (1 << level)), -(-n // (1 << level))), np.nan)
+        pooled = np.full((-(-length // (1 << level)), -(-n // (1 << level))), np.nan)
         for tile, buffer in zip(content["tiles"], buffers, strict=False):
             if tile["map"] == name:
                 part = np.frombuffer(buffer, np.float16).reshape(tile["rows"], tile["columns"])
                 i, j = tile["i"] * TILE, tile["j"] * TILE
-                found[i : i + tile["rows"], j : j + tile["columns"]] = part
+                pooled[i : i + tile["rows"], j : j + tile["columns"]] = part
         x = np.pad(
             whole.numpy().astype(float),
             ((0, -length % (1 << level)), (0, -n % (1 << level))),
             constant_values=np.nan,
         )
-        x = x.reshape(found.shape[0], 1 << level, found.shape[1], 1 << level)
-        np.testing.assert_allclose(found, np.nanmean(x, (1, 3)), rtol=1e-3, atol=1e-6)
+        x = x.reshape(pooled.shape[0], 1 << level, pooled.shape[1], 1 << level)
+        np.testing.assert_allclose(pooled, np.nanmean(x, (1, 3)), rtol=1e-3, atol=1e-6)
     facts = np.frombuffer(buffers[-1], np.float32).reshape(4, length)
     off = (est.output - exact @ v[1]).norm(dim=-1) / (exact @ v[1]).norm(dim=-1)
     np.testing.assert_allclose(facts[2], off, rtol=1e-4)
@@ -79,7 +79,7 @@ def test_tiles_are_the_means_of_the_maps(length: int, n: int, level: int, genera
 
 def test_only_the_newest_request_is_answered(generator: torch.Generator) -> None:
     lens = AttentionLens(*inputs(64, 64, generator))
-    sent = heard(lens)
+    sent = recorded_messages(lens)
     for draws in range(1, 101):
         lens._receive({"kind": "maps", "view": "a", "seq": draws, "layer": 0, "head": 0, "draws": draws,
                      "level": 0, "exact": [], "sampled": [[0, 0]]})  # fmt: skip
@@ -93,7 +93,7 @@ def test_variances_are_those_of_the_heads(generator: torch.Generator) -> None:
     q, k, v = inputs(200, 200, generator, heads=4)
     k[0] *= 30  # a head that looks at single keys is sampled without error
     lens = AttentionLens(q, k, v, sampler="head-tail", is_causal=True)
-    sent = heard(lens)
+    sent = recorded_messages(lens)
     lens._receive({"kind": "thumbnails", "draws": 16})
     assert lens._worker.join(60)
     variance = np.frombuffer(sent[0][1][0], np.float32)
@@ -213,8 +213,8 @@ def test_in_jupyterlab(
             lens.get_by_role("button", name=name, exact=True).click()
         assert Path(download.value.path()).read_bytes().startswith(start)
     page.evaluate("() => window.jupyterapp.commands.execute('docmanager:save')")
-    kept = json.loads(path.read_text())["cells"][0]["outputs"][0]["data"]
-    assert kept["image/png"].startswith("iVBOR")
+    output = json.loads(path.read_text())["cells"][0]["outputs"][0]["data"]
+    assert output["image/png"].startswith("iVBOR")
     set_theme(page, "dark")
     shoot(page, "lens-dark")
     assert axe(page, ".qtx-lens") == []

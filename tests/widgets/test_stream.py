@@ -85,10 +85,10 @@ def test_a_late_view_gets_all_and_a_full_store_forgets_the_oldest() -> None:
     end = time.monotonic() + 30
     while browser.next < count and time.monotonic() < end:
         time.sleep(0.01)
-    kept = len(stream.frame())
-    assert BLOCK_POINTS < kept <= 2 * BLOCK_POINTS
-    assert len(browser.points["a"]) == kept
-    assert browser.points["a"][0][0] == count - kept
+    stored = len(stream.frame())
+    assert BLOCK_POINTS < stored <= 2 * BLOCK_POINTS
+    assert len(browser.points["a"]) == stored
+    assert browser.points["a"][0][0] == count - stored
 
 
 def test_without_answers_it_goes_on_slowly(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,8 +217,8 @@ def test_in_jupyterlab(
     view.wait_for()
     session = page.context.new_cdp_session(page)
     before = heap(session)
-    # In the worker and the main thread of the kernel; the click is heard on a subshell, while the main thread
-    # is busy.
+    # In the worker and the main thread of the kernel; the click is handled on a subshell, while the main
+    # thread is busy.
     feeds = f"""
 worker = threading.Thread(target=feed, args=("systematic", {each}, 10, 200))
 worker.start()
@@ -235,9 +235,9 @@ worker.join()
     growth = heap(session) - before
     held = page.evaluate(HELD)
     (path,) = lab.home.glob("*-stream-*/metrics.parquet")
-    kept = read_frame(path)
+    recorded = read_frame(path)
     path.parent.rename(path.parent.parent / ".seen")
-    for name, part in kept.groupby("series", sort=False):
+    for name, part in recorded.groupby("series", sort=False):
         assert held[name] == digest(part)
     run_python(
         page,

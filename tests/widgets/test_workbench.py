@@ -86,7 +86,7 @@ def test_work_reports_its_progress_and_all_that_the_task_sends(worker: ProcessWo
     assert states == sorted(states, key=lambda state: state[1])
     process = worker._process
     assert worker.start("count", n=1).wait(60) == 1
-    assert worker._process is process  # what it has loaded is kept
+    assert worker._process is process  # what it has loaded stays
 
 
 @pytest.mark.parametrize("how", ["native", "python"])
@@ -248,7 +248,7 @@ def test_parts_are_shown_while_the_first_work_runs(bench: Workbench) -> None:
     assert ("running", None) in shown
 
 
-def test_own_inputs_are_kept_with_the_run(tmp_path: Path) -> None:
+def test_own_inputs_are_saved_with_the_run(tmp_path: Path) -> None:
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 4 if i == 0 else 2, 12, 8, generator=g) for i in range(3))
     bench = Workbench(q, k, v, tokens=list("twelve words"), is_causal=True, home=tmp_path)
@@ -302,9 +302,9 @@ def test_a_huggingface_model_by_its_folder(tmp_path: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = ["the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog", "again", "and", "again"]
-    made = Tokenizer(models.WordLevel({w: i for i, w in enumerate(sorted(set(words)))}, unk_token="the"))
-    made.pre_tokenizer = pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=made).save_pretrained(tmp_path / "model")
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(sorted(set(words)))}, unk_token="the"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path / "model")
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=16, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
@@ -370,7 +370,7 @@ def test_ten_thousand_updates_from_three_threads_end_in_the_files(bench: Workben
 
 @pytest.mark.notebooks
 def test_a_sweep_and_a_training_from_code(bench: Workbench, tmp_path: Path) -> None:
-    made = nbformat.v4.new_notebook(
+    notebook = nbformat.v4.new_notebook(
         cells=[
             nbformat.v4.new_code_cell("x = 1\nseed = 0\nrun_dir = None", metadata={"tags": ["parameters"]}),
             nbformat.v4.new_code_cell(
@@ -379,7 +379,7 @@ def test_a_sweep_and_a_training_from_code(bench: Workbench, tmp_path: Path) -> N
         ],
         metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}},
     )
-    nbformat.write(made, tmp_path / "squares.ipynb")
+    nbformat.write(notebook, tmp_path / "squares.ipynb")
     bench.sweep.form.change(notebook=str(tmp_path / "squares.ipynb"), grid={"x": [2, 3]}, parameters={})
     bench.sweep.forms["cluster"].change(num_workers=1)
     swept = bench.sweep.start()
@@ -416,9 +416,9 @@ CELL = "import qtx_lab as qtx\nwb = qtx.Workbench(num_tokens=128)\nwb"
 
 def bar(page: Any, says: str) -> Any:
     """The line at the bottom of the open tab, once it says so."""
-    found = page.locator(".qtx-wb-bar:visible").filter(has_text=says)
-    found.wait_for()
-    return found
+    line = page.locator(".qtx-wb-bar:visible").filter(has_text=says)
+    line.wait_for()
+    return line
 
 
 def press(page: Any, button: str) -> None:
@@ -437,7 +437,7 @@ def field(page: Any, name: str) -> Any:
 def cut_off(page: Any) -> list[str]:
     """What of the workbench needs scrolling sideways, or lies over something else."""
     return page.evaluate("""() => {
-      const root = document.querySelector(".qtx-workbench"), found = [];
+      const root = document.querySelector(".qtx-workbench"), problems = [];
       const named = (e) => `${e.tagName}.${e.className} ${(e.innerText ?? "").slice(0, 40)}`;
       for (const e of [root, ...root.querySelectorAll("*")]) {
         if (!e.checkVisibility() || e.closest("[tabindex='0'][role=region]")) continue;
@@ -445,22 +445,22 @@ def cut_off(page: Any) -> list[str]:
         const scrolls = ["auto", "scroll", "hidden"].includes(style.overflowX);
         const typed = ["INPUT", "SELECT"].includes(e.tagName);
         if (e.scrollWidth > e.clientWidth + 1 && scrolls && e.clientWidth > 1 && !typed)
-          found.push(`wider: ${named(e)}`);
+          problems.push(`wider: ${named(e)}`);
       }
       const edge = root.getBoundingClientRect();
       const boxes = [...root.querySelectorAll("button, input:not([type=file]), select, label, summary")]
         .filter((e) => e.checkVisibility()).map((e) => [e, e.getBoundingClientRect()])
         .filter(([, b]) => b.width);
       for (const [e, b] of boxes)
-        if (b.left < edge.left - 1 || b.right > edge.right + 1) found.push(`outside: ${named(e)}`);
+        if (b.left < edge.left - 1 || b.right > edge.right + 1) problems.push(`outside: ${named(e)}`);
       for (const [e, a] of boxes) for (const [f, b] of boxes) {
         if (e === f || e.contains(f) || f.contains(e)) continue;
         if (e.closest(".qtx-wb-act") || f.closest(".qtx-wb-act")) continue;
         const over = Math.min(a.right, b.right) - Math.max(a.left, b.left);
         const up = Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top);
-        if (over > 2 && up > 2) found.push(`over each other: ${named(e)} | ${named(f)}`);
+        if (over > 2 && up > 2) problems.push(`over each other: ${named(e)} | ${named(f)}`);
       }
-      return found;
+      return problems;
     }""")
 
 
@@ -665,11 +665,11 @@ def test_cancel_restart_and_ten_thousand_updates_in_a_browser(
         "end = time.monotonic() + 30\n"
         "while wb.circuit.form.spec.shots != 3200 and time.monotonic() < end: time.sleep(0.1)\n"
         "wb.flush()\n"
-        "kept = json.loads((wb.run.path / 'workbench.json').read_bytes())['forms']\n"
-        "assert kept == json.loads(json.dumps({name: page.state() for name, page in wb.tabs.items()}))\n"
-        "assert kept['circuit']['circuit']['shots'] == 3200, kept['circuit']\n"
-        "assert kept['sample']['sampler']['num_samples'] == 3400, kept['sample']\n"
-        "assert kept['mitigate']['mitigation']['instances'] == 3400, kept['mitigate']",
+        "saved = json.loads((wb.run.path / 'workbench.json').read_bytes())['forms']\n"
+        "assert saved == json.loads(json.dumps({name: page.state() for name, page in wb.tabs.items()}))\n"
+        "assert saved['circuit']['circuit']['shots'] == 3200, saved['circuit']\n"
+        "assert saved['sample']['sampler']['num_samples'] == 3400, saved['sample']\n"
+        "assert saved['mitigate']['mitigation']['instances'] == 3400, saved['mitigate']",
     )
     open_tab(page, "Sample")
     press(page, "Draw")
@@ -683,9 +683,9 @@ def test_cancel_restart_and_ten_thousand_updates_in_a_browser(
     page.locator(".qtx-lens input[type=range]:visible").first.press("ArrowLeft")
     page.get_by_text("The kernel behind this view is gone").wait_for()
     assert cut_off(page) == []  # ipywidgets marks all its parts as cut off, with a sign before each
-    told = "(e) => getComputedStyle(e, '::before').content"
-    assert "kernel of this workbench is gone" in page.locator(".qtx-workbench").evaluate(told)
-    assert page.locator(".qtx-wb-body:visible").evaluate(told) == "none"
+    before = "(e) => getComputedStyle(e, '::before').content"
+    assert "kernel of this workbench is gone" in page.locator(".qtx-workbench").evaluate(before)
+    assert page.locator(".qtx-wb-body:visible").evaluate(before) == "none"
     page.evaluate(
         """([first]) => {
           const cells = window.jupyterapp.shell.currentWidget.content.widgets;

@@ -1,4 +1,4 @@
-// Elements, the theme of the page, and what every view has: a frame, exports and a place for errors.
+// Elements, the theme of the page, and the frame of every view with its exports and its place for errors.
 import type { AnyModel } from "@anywidget/types";
 import { COLOURS } from "./theme";
 
@@ -54,7 +54,7 @@ export function pageTheme(): Theme {
   return matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
 }
 
-/** Send a message, where there is still a kernel to hear it: after a restart the channel of a view is closed. */
+/** Sends a message; false if there is no kernel any more, because a restart closes the channel of a view. */
 export function post(model: Model, message: object): boolean {
   try {
     model.send(message);
@@ -64,7 +64,7 @@ export function post(model: Model, message: object): boolean {
   }
 }
 
-/** What a view is drawn in: its root element, the theme, and what is to be undone at its end. */
+/** The frame of a view: its root element, the theme, and what has to be undone at its end. */
 export class Frame {
   readonly root: HTMLElement;
   readonly error: HTMLElement;
@@ -81,7 +81,7 @@ export class Frame {
   ) {
     this.error = h("p", { class: "qtx-error", role: "alert", hidden: true });
     this.root = h("section", { class: `qtx qtx-${kind}`, "aria-label": label });
-    // JupyterLab takes arrows and letters for its own shortcuts, on the way down to us; what has Ctrl it may have.
+    // JupyterLab takes arrows and letters for its own shortcuts before we see them; it keeps those with Ctrl.
     const keep = (event: KeyboardEvent) => {
       const target = event.target as Element;
       if (this.root.contains(target))
@@ -115,10 +115,10 @@ export class Frame {
     return COLOURS[this.theme];
   }
 
-  /** Whether there is room to draw in; where there is none, what is drawn is drawn again soon.
+  /** Whether there is room to draw in; where there is none, the view is drawn again soon.
    *
-   * For a moment, while JupyterLab changes its theme, all widths are 0, and no ResizeObserver sees them come back.
-   * What stays hidden is drawn by the observer when it is shown.
+   * While JupyterLab changes its theme all widths are 0 for a moment, and no ResizeObserver sees them come back.
+   * A view that stays hidden is drawn by the observer when it is shown.
    */
   hasRoom(): boolean {
     if (this.root.clientWidth > 0) this.waits = 0;
@@ -139,25 +139,25 @@ export class Frame {
       this.root.style.setProperty(`--qtx-${name}`, colour);
   }
 
-  /** Say what went wrong, where the eye is; null when it is over. */
+  /** Shows what went wrong inside the view; null removes it. */
   fail(text: string | null): void {
     this.error.hidden = text === null;
     this.error.textContent = text ?? "";
   }
 
-  /** Follow a trait until the view ends. */
+  /** Follows traits until the end of the view. */
   onChange(traits: string[], listen: () => void): void {
     for (const trait of traits) this.model.on(`change:${trait}`, listen);
     this.undo.push(() => traits.forEach((trait) => this.model.off(`change:${trait}`, listen)));
   }
 
-  /** Hear messages of the kernel until the view ends. */
+  /** Follows messages of the kernel until the end of the view. */
   onMessage(listen: (message: any, buffers: DataView[]) => void): void {
     this.model.on("msg:custom", listen);
     this.undo.push(() => this.model.off("msg:custom", listen));
   }
 
-  /** Tell the kernel, or the eye that there is none any more; the picture stays. */
+  /** Sends a message to the kernel. If there is none any more, the view says so and keeps its picture. */
   send(message: object): boolean {
     const sent = post(this.model, message);
     if (!sent)
@@ -165,13 +165,13 @@ export class Frame {
     return sent;
   }
 
-  /** Change traits and tell the kernel. */
+  /** Changes traits here and in the kernel. */
   set(values: Record<string, unknown>): void {
     for (const [name, value] of Object.entries(values)) this.model.set(name, value);
     this.model.save_changes();
   }
 
-  /** Do something at the view's end. */
+  /** Does something at the end of the view. */
   atEnd(act: () => void): void {
     this.undo.push(act);
   }
@@ -181,11 +181,11 @@ export class Frame {
     this.root.remove();
   }
 
-  /** Buttons that ask the kernel for a figure or the data as a file. */
+  /** Buttons that request the figure or the data as a file. */
   exports(): HTMLElement {
-    const ask = (as: string) => () => this.send({ kind: "export", as });
+    const request = (as: string) => () => this.send({ kind: "export", as });
     const button = (as: string, name: string, title: string) =>
-      h("button", { type: "button", title, click: ask(as) }, name);
+      h("button", { type: "button", title, click: request(as) }, name);
     return h(
       "div",
       { class: "qtx-exports", role: "group", "aria-label": "Save" },
@@ -207,7 +207,7 @@ function download(name: string, type: string, content: DataView): void {
   setTimeout(() => URL.revokeObjectURL(url), 10_000);
 }
 
-/** A canvas as sharp as the screen: sizes it and gives a context in CSS pixels. */
+/** Sizes a canvas for the resolution of the screen, and returns a context in CSS pixels. */
 export function sharp(canvas: HTMLCanvasElement, width: number, height: number): CanvasRenderingContext2D {
   const ratio = window.devicePixelRatio || 1;
   const [w, t] = [Math.max(1, Math.round(width * ratio)), Math.max(1, Math.round(height * ratio))];
@@ -219,14 +219,14 @@ export function sharp(canvas: HTMLCanvasElement, width: number, height: number):
   return context;
 }
 
-/** Runs `act` once at the next frame, however often it is asked for. */
+/** A function that runs `act` once at the next frame, however often it is called before. */
 export function onFrame(act: () => void): () => void {
-  let asked = false;
+  let requested = false;
   return () => {
-    if (asked) return;
-    asked = true;
+    if (requested) return;
+    requested = true;
     requestAnimationFrame(() => {
-      asked = false;
+      requested = false;
       act();
     });
   };

@@ -1,4 +1,4 @@
-// A form made from the description of a spec's fields: what is typed goes to Python, which says what is wrong with it.
+// A form made from the description of a spec's fields. What is typed goes to Python, which checks it.
 import type { AnyModel } from "@anywidget/types";
 import "./form.css";
 
@@ -15,8 +15,8 @@ export interface Field {
   low?: number | null;
   high?: number | null;
   arrows?: boolean;
-  most?: number | null;
-  least?: number;
+  max_items?: number | null;
+  min_items?: number;
 }
 type Kind = "choice" | "switch" | "whole" | "number" | "text" | "list" | "mapping";
 type Item = Pick<Field, "kind" | "choices" | "low" | "high" | "arrows">;
@@ -25,8 +25,8 @@ interface Shown {
   values: Record<string, Typed>;
   problems: Record<string, string>;
   yaml: string;
-  /** How many edits of a field were known when this was written. */
-  heard?: Record<string, number>;
+  /** How many edits of each field were known when this was written. */
+  known_edits?: Record<string, number>;
 }
 interface Model {
   _title: string;
@@ -38,14 +38,14 @@ interface Model {
 /** One field on the page. */
 interface Control {
   element: HTMLElement;
-  /** Show a value that came from Python. */
+  /** Shows a value that came from Python. */
   show(value: Typed): void;
-  /** Say what is wrong; "" for nothing. */
-  judge(problem: string): void;
+  /** Shows what is wrong; "" stands for nothing. */
+  showProblem(problem: string): void;
 }
 
 /** Groups of a form that are open at first where there are many. */
-const OPEN = 2;
+const OPEN_GROUPS = 2;
 
 /** A list with one item moved from one place to another. */
 export function moved<T>(items: readonly T[], from: number, to: number): T[] {
@@ -54,7 +54,7 @@ export function moved<T>(items: readonly T[], from: number, to: number): T[] {
   return [...rest.slice(0, end), items[from] as T, ...rest.slice(end)];
 }
 
-/** What a new item of a list is at first: a choice that is not there yet, or the number after the last. */
+/** A new item of a list: a choice that is not in it yet, or the number after the last. */
 export function fresh(item: Item, items: readonly string[]): string {
   if (item.kind === "choice") {
     return (item.choices ?? []).find((choice) => !items.includes(choice)) ?? item.choices?.[0] ?? "";
@@ -120,7 +120,7 @@ function showIn(element: HTMLInputElement | HTMLSelectElement | HTMLTextAreaElem
   }
   const text = String(value);
   if (element instanceof HTMLSelectElement && ![...element.options].some((option) => option.value === text)) {
-    element.append(make("option", { value: text }, text)); // refused by Python, and shown with the reason
+    element.append(make("option", { value: text }, text)); // Python refuses it, and the reason is shown
   }
   if (element.value !== text) element.value = text;
 }
@@ -139,7 +139,8 @@ function single(field: Field, id: string, type: (value: Typed) => void): Control
   element.addEventListener("change", commit);
   element.addEventListener("keydown", (event) => {
     const key = (event as KeyboardEvent).key;
-    if (key === "Enter" && dirty && field.kind !== "mapping") commit(); // browsers differ on whether this is a change
+    // Browsers differ on whether Enter is a change.
+    if (key === "Enter" && dirty && field.kind !== "mapping") commit();
     if (key === "Escape" && dirty) {
       dirty = false;
       element.value = element.dataset["shown"] ?? element.value;
@@ -149,15 +150,15 @@ function single(field: Field, id: string, type: (value: Typed) => void): Control
   return {
     element,
     show: (value) => {
-      if (dirty && element.matches(":focus")) return; // not under the fingers of who types
+      if (dirty && element.matches(":focus")) return; // not while somebody is typing
       element.dataset["shown"] = String(value);
       showIn(element, value);
     },
-    judge: (problem) => element.setAttribute("aria-invalid", String(problem !== "")),
+    showProblem: (problem) => element.setAttribute("aria-invalid", String(problem !== "")),
   };
 }
 
-/** A list: each item with a handle to drag it by, or to move it with the arrow keys, and a button that removes it. */
+/** A list. Each item has a handle, which is dragged or moved by arrow keys, and a button that removes it. */
 function list(field: Field, id: string, type: (value: Typed) => void): Control {
   const item = field.item ?? { kind: "text" };
   const rows = make("ol", { class: "qtx-form-list", "aria-labelledby": `${id}-label` });
@@ -179,7 +180,7 @@ function list(field: Field, id: string, type: (value: Typed) => void): Control {
   function draw(next: string[]): void {
     items = next;
     rows.replaceChildren(...items.map(row));
-    const full = field.most != null && items.length >= field.most;
+    const full = field.max_items != null && items.length >= field.max_items;
     add.disabled = full || (item.kind === "choice" && items.length >= (item.choices?.length ?? 0));
   }
 
@@ -196,7 +197,8 @@ function list(field: Field, id: string, type: (value: Typed) => void): Control {
     showIn(typed, value);
     const commit = () => {
       if (items[at] === typed.value) return;
-      items = items.map((old, i) => (i === at ? typed.value : old)); // rows stay: another may be about to be clicked
+      // The rows are not drawn anew, because another one may be about to be clicked.
+      items = items.map((old, i) => (i === at ? typed.value : old));
       type(items);
     };
     typed.addEventListener("change", commit);
@@ -274,7 +276,7 @@ function list(field: Field, id: string, type: (value: Typed) => void): Control {
       draw(next);
       (handles()[at[0] as number] ?? fields()[at[1] as number])?.focus();
     },
-    judge: (problem) => element.setAttribute("aria-invalid", String(problem !== "")),
+    showProblem: (problem) => element.setAttribute("aria-invalid", String(problem !== "")),
   };
 }
 
@@ -295,16 +297,17 @@ function line(field: Field, id: string, type: (value: Typed) => void): Control {
   return {
     element,
     show: control.show,
-    judge: (text) => {
+    showProblem: (text) => {
       if (problem.textContent !== text) problem.textContent = text;
       element.classList.toggle("qtx-form-wrong", text !== "");
-      control.judge(text);
+      control.showProblem(text);
     },
   };
 }
 
 function render({ model, el }: { model: AnyModel<Model>; el: HTMLElement }): () => void {
-  const form = `qtx-form-${Math.random().toString(36).slice(2)}`; // each widget loads this file anew: a counter would not do
+  // Each widget loads this file anew, so that a counter would give the same id to two forms.
+  const form = `qtx-form-${Math.random().toString(36).slice(2)}`;
   const fields = model.get("_fields");
   const title = model.get("_title");
   const root = make("form", { class: "qtx-form", "aria-label": title, novalidate: "" });
@@ -321,7 +324,8 @@ function render({ model, el }: { model: AnyModel<Model>; el: HTMLElement }): () 
   for (const group of names) {
     const inside = fields.filter((field) => field.group === group);
     const box = group ? make("details", {}, make("summary", {}, group)) : make("div");
-    if (box instanceof HTMLDetailsElement) box.open = names.length <= OPEN + 1 || names.indexOf(group) < OPEN;
+    if (box instanceof HTMLDetailsElement)
+      box.open = names.length <= OPEN_GROUPS + 1 || names.indexOf(group) < OPEN_GROUPS;
     for (const field of inside) {
       const control = line(field, `${form}-${field.name}`, (value) => type(field.name, value));
       controls.set(field.name, control);
@@ -361,10 +365,11 @@ function render({ model, el }: { model: AnyModel<Model>; el: HTMLElement }): () 
     const elsewhere = Object.entries(shown.problems).filter(([name]) => !controls.has(name));
     const edits = model.get("_edits");
     for (const [name, control] of controls) {
-      if ((edits[name]?.[0] ?? 0) > (shown.heard?.[name] ?? 0)) continue; // an answer to what was typed before
+      const [typed, known] = [edits[name]?.[0] ?? 0, shown.known_edits?.[name] ?? 0];
+      if (typed > known) continue; // this answers an earlier edit
       const value = shown.values[name];
       if (value !== undefined) control.show(value);
-      control.judge(shown.problems[name] ?? "");
+      control.showProblem(shown.problems[name] ?? "");
     }
     for (const { box, names } of groups.values()) {
       if (box instanceof HTMLDetailsElement && names.some((name) => shown.problems[name])) box.open = true;

@@ -1,4 +1,4 @@
-// The bundle's door: which view a model is shown by.
+// The entry of the bundle: it chooses the view that shows a model.
 import type { AnyWidget } from "@anywidget/types";
 import { render as circuit } from "./circuit";
 import { render as jobs } from "./jobs";

@@ -20,17 +20,17 @@ export interface RunRow {
   seconds: string;
 }
 
-/** Rows that hold every word somewhere, and whose state is the one that is asked for. */
+/** The rows that hold every one of some words, and have a state; "" stands for any state. */
 export function matching<T extends object>(
   rows: T[],
   words: string,
   state: string,
   of: (row: T) => string,
 ): T[] {
-  const wanted = words.toLowerCase().split(/\s+/).filter(Boolean);
+  const parts = words.toLowerCase().split(/\s+/).filter(Boolean);
   return rows.filter((row) => {
     const text = Object.values(row).join(" ").toLowerCase();
-    return (state === "" || of(row) === state) && wanted.every((word) => text.includes(word));
+    return (state === "" || of(row) === state) && parts.every((word) => text.includes(word));
   });
 }
 
@@ -38,8 +38,8 @@ export function render(model: Model, el: HTMLElement): () => void {
   let jobs: Job[] | null = null;
   let runs: RunRow[] = [];
   let shown: "jobs" | "runs" = "jobs";
-  let picked = false; // until someone has, what there is is shown
-  let sure: string | null = null;
+  let chosen = false; // until then the list that is not empty is shown
+  let confirming: string | null = null; // the tag of a job that is about to be cancelled
   let busy = false;
 
   const frame = new Frame(model, el, "jobs", "Jobs and runs", () => undefined);
@@ -60,7 +60,7 @@ export function render(model: Model, el: HTMLElement): () => void {
       value,
       checked: value === shown,
       change: () => {
-        [shown, picked] = [value, true];
+        [shown, chosen] = [value, true];
         state.value = "";
         paint();
       },
@@ -109,33 +109,33 @@ export function render(model: Model, el: HTMLElement): () => void {
 
   function cancelButton(job: Job): HTMLElement {
     if (job.ended) return h("span", {});
-    const asked = sure === job.tag;
+    const second = confirming === job.tag;
     const act = () => {
-      if (!asked) {
-        sure = job.tag;
+      if (!second) {
+        confirming = job.tag;
         paint();
         table.querySelector<HTMLElement>("[data-sure]")?.focus();
         return;
       }
-      sure = null;
+      confirming = null;
       busy = frame.send({ kind: "cancel", tag: job.tag });
       if (busy) status.textContent = `cancelling ${job.tag} …`;
       paint();
     };
-    const made = button(
-      asked ? "Cancel it?" : "Cancel",
-      `${asked ? "really " : ""}cancel ${job.tag}`,
+    const cancel = button(
+      second ? "Cancel it?" : "Cancel",
+      `${second ? "really " : ""}cancel ${job.tag}`,
       act,
       busy,
     );
-    if (asked) {
-      made.dataset.sure = "";
-      made.addEventListener("blur", () => {
-        sure = null;
+    if (second) {
+      cancel.dataset.sure = "";
+      cancel.addEventListener("blur", () => {
+        confirming = null;
         paint();
       });
     }
-    return made;
+    return cancel;
   }
 
   const mark = (text: string, reason = "") =>
@@ -147,12 +147,12 @@ export function render(model: Model, el: HTMLElement): () => void {
     tabs.runs.count.textContent = `Runs (${runs.length})`;
     const of: string[] = shown === "jobs" ? jobs.map((job) => job.state) : runs.map((run) => run.status);
     const states = ["", ...new Set([...of, state.value].filter(Boolean))];
-    const chosen = state.value;
+    const shownState = state.value;
     state.replaceChildren(...states.map((x) => h("option", { value: x }, x || "any state")));
-    state.value = chosen;
+    state.value = shownState;
     const rows: HTMLElement[] =
       shown === "jobs"
-        ? matching(jobs, words.value, chosen, (job) => job.state).map((job) =>
+        ? matching(jobs, words.value, shownState, (job) => job.state).map((job) =>
             h(
               "tr",
               {},
@@ -170,7 +170,7 @@ export function render(model: Model, el: HTMLElement): () => void {
               ),
             ),
           )
-        : matching(runs, words.value, chosen, (run) => run.status).map((run) =>
+        : matching(runs, words.value, shownState, (run) => run.status).map((run) =>
             h(
               "tr",
               {},
@@ -192,7 +192,7 @@ export function render(model: Model, el: HTMLElement): () => void {
         : ["run", "name", "status", "started (UTC)", "seconds", "act"];
     const none =
       shown === "jobs"
-        ? 'No jobs on devices yet: QiskitQuantumBackend("ibm", …).submit_rows(p) records one here. Twins need none.'
+        ? 'No jobs on devices yet: QiskitQuantumBackend("ibm", …).submit_rows(p) records one. Twins need none.'
         : "No runs yet: `qtx-lab demo` makes one.";
     const top = table.scrollTop;
     if (rows.length) {
@@ -207,13 +207,14 @@ export function render(model: Model, el: HTMLElement): () => void {
 
   frame.onMessage((message) => {
     if (message.kind === "table") {
-      [jobs, runs, busy, sure] = [message.jobs, message.runs, false, null];
-      if (!picked) shown = message.jobs.length || !message.runs.length ? "jobs" : "runs";
+      [jobs, runs, busy, confirming] = [message.jobs, message.runs, false, null];
+      if (!chosen) shown = message.jobs.length || !message.runs.length ? "jobs" : "runs";
       tabs[shown].input.checked = true;
       refresh.disabled = false;
       frame.root.toggleAttribute("data-waiting", false);
       notes.replaceChildren(...message.problems.map((text: string) => h("li", {}, text)));
-      status.textContent = `${model.get("home")} · states ${message.asked ? "as the servers say now" : "as last known"}`;
+      const source = message.from_servers ? "as the servers say now" : "as last known";
+      status.textContent = `${model.get("home")} · states ${source}`;
       paint();
     } else if (message.kind === "details") {
       details.hidden = false;

@@ -89,12 +89,12 @@ describe("tiles", () => {
               (_, at) => (i * 256 + (at >> 8)) * 100 + ((j * 256 + (at & 255)) % 100),
             ),
           };
-    const found = maps.region(tile, 250, 254, 12, 4);
+    const cells = maps.region(tile, 250, 254, 12, 4);
     for (let r = 0; r < 12; r++) {
       for (let c = 0; c < 4; c++) {
         const [row, column] = [250 + r, 254 + c];
         const hole = row >= 256 && column >= 256;
-        expect(found[r * 4 + c]).toBe(hole ? 0xffff : row * 100 + (column % 100));
+        expect(cells[r * 4 + c]).toBe(hole ? 0xffff : row * 100 + (column % 100));
       }
     }
   });

@@ -1,8 +1,10 @@
-// Attention maps: half-precision tiles, colours, and the part of a map that is looked at.
+// Attention maps: half-precision tiles, colours, and the part of a map that is shown.
 import { DIVERGING, SEQUENTIAL } from "./theme";
 
 export const TILE = 256;
 export const FLOOR = 1e-4;
+/** Stands for a cell that is not there yet; no map has this code, which is one of half precision's NaNs. */
+export const UNKNOWN = 0xffff;
 
 /** The number that each of the 65,536 half-precision codes stands for. */
 export const HALF = (() => {
@@ -60,7 +62,7 @@ export function paletteOf(log: boolean, top: number): Uint32Array {
   return palette;
 }
 
-/** The part of a map that is looked at, in cells of level 0; fractions are parts of a cell. */
+/** The part of a map that is shown, in cells of level 0; fractions are parts of a cell. */
 export interface Viewport {
   r0: number;
   r1: number;
@@ -68,10 +70,10 @@ export interface Viewport {
   c1: number;
 }
 
-/** The coarsest level that still has a cell for every pixel, or the finest. */
-export function levelFor(view: Viewport, width: number, height: number, most: number): number {
+/** The coarsest level, at most `coarsest`, that still has a cell for every pixel. */
+export function levelFor(view: Viewport, width: number, height: number, coarsest: number): number {
   const cells = Math.min((view.r1 - view.r0) / height, (view.c1 - view.c0) / width);
-  return Math.max(0, Math.min(most, Math.floor(Math.log2(Math.max(1, cells)))));
+  return Math.max(0, Math.min(coarsest, Math.floor(Math.log2(Math.max(1, cells)))));
 }
 
 /** A viewport about a point, `factor` times as large, inside the map and with at least 4 cells a side. */
@@ -112,33 +114,33 @@ export interface Tile {
 
 /** Tiles by name, of which the least recently used are forgotten. */
 export class Tiles {
-  private kept = new Map<string, Tile>();
-  constructor(private most: number) {}
+  private tiles = new Map<string, Tile>();
+  constructor(private capacity: number) {}
 
   get(name: string): Tile | undefined {
-    const tile = this.kept.get(name);
+    const tile = this.tiles.get(name);
     if (tile) {
-      this.kept.delete(name);
-      this.kept.set(name, tile);
+      this.tiles.delete(name);
+      this.tiles.set(name, tile);
     }
     return tile;
   }
 
   put(name: string, tile: Tile): void {
-    this.kept.delete(name);
-    this.kept.set(name, tile);
-    for (const old of this.kept.keys()) {
-      if (this.kept.size <= this.most) break;
-      this.kept.delete(old);
+    this.tiles.delete(name);
+    this.tiles.set(name, tile);
+    for (const old of this.tiles.keys()) {
+      if (this.tiles.size <= this.capacity) break;
+      this.tiles.delete(old);
     }
   }
 
   clear(): void {
-    this.kept.clear();
+    this.tiles.clear();
   }
 }
 
-/** Codes of the cells [row, row + rows) × [column, column + columns) of a level; 0xffff where no tile is known. */
+/** Codes of the cells [row, row + rows) × [column, column + columns) of a level; `UNKNOWN` without a tile. */
 export function region(
   tile: (i: number, j: number) => Tile | undefined,
   row: number,
@@ -146,24 +148,34 @@ export function region(
   rows: number,
   columns: number,
 ): Uint16Array {
-  const out = new Uint16Array(rows * columns).fill(0xffff);
+  const out = new Uint16Array(rows * columns).fill(UNKNOWN);
   for (let i = Math.floor(row / TILE); i * TILE < row + rows; i++) {
     for (let j = Math.floor(column / TILE); j * TILE < column + columns; j++) {
-      const found = tile(i, j);
-      if (!found) continue;
+      const part = tile(i, j);
+      if (!part) continue;
       const [top, left] = [i * TILE, j * TILE];
       const first = Math.max(left, column);
-      const last = Math.min(left + found.columns, column + columns);
-      for (let r = Math.max(top, row); r < Math.min(top + found.rows, row + rows); r++) {
-        const start = (r - top) * found.columns + first - left;
-        out.set(found.codes.subarray(start, start + last - first), (r - row) * columns + first - column);
+      const last = Math.min(left + part.columns, column + columns);
+      for (let r = Math.max(top, row); r < Math.min(top + part.rows, row + rows); r++) {
+        const start = (r - top) * part.columns + first - left;
+        out.set(part.codes.subarray(start, start + last - first), (r - row) * columns + first - column);
       }
     }
   }
   return out;
 }
 
-/** Rows from a brush: whole queries between two positions, in rising order. */
+/** The part of a map between two of its cells, both included. */
+export function between([r, c]: [number, number], [r2, c2]: [number, number]): Viewport {
+  return {
+    r0: Math.min(r, r2),
+    r1: Math.max(r, r2) + 1,
+    c0: Math.min(c, c2),
+    c1: Math.max(c, c2) + 1,
+  };
+}
+
+/** The queries between two positions, in rising order. */
 export function brushed(from: number, to: number, rows: number): number[] {
   const low = Math.max(0, Math.min(from, to));
   const high = Math.min(rows - 1, Math.max(from, to));

@@ -41,14 +41,14 @@ describe("ticks", () => {
       ]) {
         for (const count of [2, 4, 8]) {
           const s = scale(low, high, 0, 1, log);
-          const found = ticks(s, count);
-          expect(found.length).toBeGreaterThan(0);
-          expect(found.length).toBeLessThanOrEqual(2 * count + 1);
-          for (const x of found) {
+          const actual = ticks(s, count);
+          expect(actual.length).toBeGreaterThan(0);
+          expect(actual.length).toBeLessThanOrEqual(2 * count + 1);
+          for (const x of actual) {
             expect(x).toBeGreaterThanOrEqual(low * (1 - 1e-6));
             expect(x).toBeLessThanOrEqual(high * (1 + 1e-6));
           }
-          expect(new Set(found.map(label)).size).toBe(found.length);
+          expect(new Set(actual.map(label)).size).toBe(actual.length);
         }
       }
     }

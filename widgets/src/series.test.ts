@@ -34,9 +34,9 @@ describe("store", () => {
     expect(store.take(...batch(150, points(150, 900)))).toBe(true);
     expect([store.next, store.points, store.repaired, store.lost]).toEqual([900, 900, 1, 0]);
     for (const [which, name] of ["a", "b", "c"].entries()) {
-      const wanted = points(0, 900).filter(([w]) => w === which);
-      const found = new Float64Array(store.series.get(name)!.bytes());
-      expect([...found]).toEqual([...wanted.map(([, x]) => x), ...wanted.map(([, , y]) => y)]);
+      const expected = points(0, 900).filter(([w]) => w === which);
+      const actual = new Float64Array(store.series.get(name)!.bytes());
+      expect([...actual]).toEqual([...expected.map(([, x]) => x), ...expected.map(([, , y]) => y)]);
     }
   });
 
@@ -113,10 +113,10 @@ describe("thinning", () => {
 
 describe("labels", () => {
   it("are pushed apart and stay inside", () => {
-    const found = spread([50, 51, 10, 99], 12, 0, 100);
-    const sorted = [...found].sort((a, b) => a - b);
+    const actual = spread([50, 51, 10, 99], 12, 0, 100);
+    const sorted = [...actual].sort((a, b) => a - b);
     for (let i = 1; i < sorted.length; i++)
       expect(sorted[i] - sorted[i - 1]).toBeGreaterThanOrEqual(12 - 1e-9);
-    expect(Math.max(...found)).toBeLessThanOrEqual(100);
+    expect(Math.max(...actual)).toBeLessThanOrEqual(100);
   });
 });

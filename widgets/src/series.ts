@@ -1,8 +1,8 @@
-// Points as they come from the kernel: kept in typed arrays, in order, and thinned to a curve for drawing.
+// Points as they come from the kernel: stored in typed arrays, in order, and thinned to curves for drawing.
 import type { Scale } from "./scale";
 
-const SMALLEST = 256;
-const LARGEST = 16384;
+const FIRST_CHUNK_POINTS = 256;
+const MAX_CHUNK_POINTS = 16384;
 
 interface Chunk {
   count: number;
@@ -25,7 +25,7 @@ export class Series {
   private open(): Chunk {
     const last = this.chunks.at(-1);
     if (last && last.count < last.x.length) return last;
-    const size = last ? Math.min(LARGEST, 2 * last.x.length) : SMALLEST;
+    const size = last ? Math.min(MAX_CHUNK_POINTS, 2 * last.x.length) : FIRST_CHUNK_POINTS;
     const chunk = { count: 0, x: new Float64Array(size), y: new Float64Array(size), low: null, high: null };
     this.chunks.push(chunk);
     return chunk;
@@ -51,7 +51,7 @@ export class Series {
     this.count += 1;
   }
 
-  /** Forget the oldest chunk. */
+  /** Drops the oldest chunk; returns the number of its points. */
   shorten(): number {
     const gone = this.chunks.shift();
     if (!gone) return 0;
@@ -120,9 +120,9 @@ export class Store {
   repaired = 0;
   points = 0;
 
-  constructor(private most = 1 << 21) {}
+  constructor(private capacity = 1 << 21) {}
 
-  /** Takes in a message. False where points before it are missing: then nothing of it is taken. */
+  /** Takes in a message. False if points before it are missing; then nothing of it is taken in. */
   take(batch: Batch, buffers: DataView[]): boolean {
     this.total = Math.max(this.total, batch.total);
     if (batch.first > this.next) {
@@ -130,7 +130,7 @@ export class Store {
         this.repaired += 1;
         return false;
       }
-      this.lost += batch.first - this.next; // the kernel does not keep them any more either
+      this.lost += batch.first - this.next; // the kernel has dropped them, too
       this.next = batch.first;
     }
     const skip = this.next - batch.first;
@@ -152,7 +152,7 @@ export class Store {
     }
     this.points += batch.count - skip;
     this.next = batch.first + batch.count;
-    while (this.points > this.most) {
+    while (this.points > this.capacity) {
       const longest = [...this.series.values()].reduce((a, b) => (b.count > a.count ? b : a));
       this.points -= longest.shorten();
     }

@@ -1,29 +1,40 @@
 // MetricStream: live curves with bands.
 import { Frame, h, onFrame, post, sharp, unique, type Model } from "./dom";
-import { digits, label, scale, ticks, whole, type Scale } from "./scale";
-import { spread, Store, thin, type Batch, type Thinned } from "./series";
+import { digits, scale, whole, type Scale } from "./scale";
+import { Store, thin, type Batch } from "./series";
+import {
+  BOTTOM,
+  HEIGHT,
+  LEFT,
+  paintAxes,
+  paintCurves,
+  paintNames,
+  RIGHT,
+  TOP,
+  type Curve,
+} from "./stream_canvas";
 import { SAMPLER_COLOURS } from "./theme";
 
 const CYCLE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"];
-const HEIGHT = 300;
-const LEFT = 62;
-const RIGHT = 118;
-const TOP = 8;
-const BOTTOM = 40;
+const MIN_WIDTH = 220;
+const MIN_WIDTH_WITH_NAMES = 480;
+/** Curves, at most, whose names stand at their ends. */
+const MAX_NAMES = 10;
+const MAX_READOUT_CURVES = 6;
 
-/** The model's points, which outlive its views. */
-export function listen(model: Model): { store: Store; onNews: Set<() => void>; end: () => void } {
+/** The points of a model, which stay when its views are closed. */
+export function listen(model: Model): { store: Store; onPoints: Set<() => void>; end: () => void } {
   const store = new Store();
-  const onNews = new Set<() => void>();
+  const onPoints = new Set<() => void>();
   const hear = (message: any, buffers: DataView[]) => {
     if (message.kind !== "points") return;
     const kind = store.take(message as Batch, buffers) ? "got" : "want";
     post(model, { kind, next: store.next });
-    for (const tell of onNews) tell();
+    for (const follow of onPoints) follow();
   };
   model.on("msg:custom", hear);
   post(model, { kind: "want", next: 0 });
-  return { store, onNews, end: () => model.off("msg:custom", hear) };
+  return { store, onPoints, end: () => model.off("msg:custom", hear) };
 }
 
 export function render(model: Model, el: HTMLElement, source: ReturnType<typeof listen>): () => void {
@@ -36,7 +47,7 @@ export function render(model: Model, el: HTMLElement, source: ReturnType<typeof 
   let drag: [number, number] | null = null;
   const hidden = new Set<string>();
   let xs: Scale = scale(0, 1, LEFT, LEFT + 100);
-  let drawn = new Map<string, Thinned>();
+  let curves: Curve[] = [];
 
   const frame = new Frame(model, el, "stream", "Live curves", () => redraw());
 
@@ -45,7 +56,7 @@ export function render(model: Model, el: HTMLElement, source: ReturnType<typeof 
     { type: "button", "aria-pressed": "false", click: () => setPaused(!paused) },
     "Pause",
   );
-  const whole_ = h("button", { type: "button", click: () => setZoom(null) }, "Show all");
+  const showAll = h("button", { type: "button", click: () => setZoom(null) }, "Show all");
   const box = (trait: "log_x" | "log_y", name: string) => {
     const input = h("input", { type: "checkbox", change: () => frame.set({ [trait]: input.checked }) });
     return { trait, input, element: h("label", { class: "qtx-check" }, input, name) };
@@ -125,7 +136,7 @@ export function render(model: Model, el: HTMLElement, source: ReturnType<typeof 
       h(
         "div",
         { class: "qtx-controls" },
-        h("div", { class: "qtx-buttons" }, pause, whole_),
+        h("div", { class: "qtx-buttons" }, pause, showAll),
         ...boxes.map((b) => b.element),
         legend,
       ),
@@ -182,11 +193,11 @@ export function render(model: Model, el: HTMLElement, source: ReturnType<typeof 
     setZoom([xs.invert(xs.from + by), xs.invert(xs.to + by)]);
   }
 
-  /** Draws even while paused: the person has asked for another part. */
+  /** Draws even while paused, because another part was asked for. */
   const redraw = onFrame(draw);
   const paint = onFrame(() => {
     if (!paused) draw();
-    tell();
+    showStatus();
   });
 
   function draw(): void {
@@ -194,146 +205,29 @@ export function render(model: Model, el: HTMLElement, source: ReturnType<typeof 
     for (const b of boxes) b.input.checked = get(b.trait);
     heading.textContent = get("title");
     heading.hidden = !get("title");
-    const width = Math.max(220, plot.clientWidth);
-    plot.setAttribute(
-      "aria-label",
-      `${get("y_label")} against ${get("x_label")}, ${store.series.size} curves`,
-    );
+    const names = { x: get("x_label"), y: get("y_label") };
+    plot.setAttribute("aria-label", `${names.y} against ${names.x}, ${store.series.size} curves`);
+    const width = Math.max(MIN_WIDTH, plot.clientWidth);
     const context = sharp(canvas, width, HEIGHT);
     context.clearRect(0, 0, width, HEIGHT);
     empty.hidden = store.points > 0;
-    const [low, high] = zoom ?? extent();
-    const right = width > 480 ? RIGHT : 12;
-    xs = scale(low, high, LEFT, width - right, get("log_x"));
-    drawn = new Map();
-    let [bottom, top] = [Infinity, -Infinity];
-    const log: boolean = get("log_y");
-    for (const [name, series] of store.series) {
-      if (hidden.has(name)) continue;
-      const curve = thin(series, xs);
-      drawn.set(name, curve);
-      const values = log ? curve.y.filter((y) => y > 0) : [];
-      bottom = Math.min(bottom, log ? values.reduce((a, b) => Math.min(a, b), Infinity) : curve.low);
-      top = Math.max(top, curve.high);
-      for (const [, a, b] of curve.band) {
-        if (!log || a > 0) bottom = Math.min(bottom, a);
-        top = Math.max(top, b);
-      }
-    }
-    const room = log ? 0 : 0.04 * (top - bottom || 0);
-    const ys = scale(bottom - room, top + room, HEIGHT - BOTTOM, TOP, log);
-    axes(context, xs, ys, width, right);
-    context.save();
-    context.beginPath();
-    context.rect(LEFT, TOP - 2, xs.to - LEFT, HEIGHT - TOP - BOTTOM + 4);
-    context.clip();
-    for (const [name, curve] of drawn) {
-      const clamp = (y: number) => ys(log && !(y > 0) ? ys.low : y);
-      const colour = colourOf(name);
-      if (curve.band.length) {
-        context.fillStyle = colour;
-        context.globalAlpha = 0.2;
-        context.beginPath();
-        curve.band.forEach(([x, , b], i) => (i ? context.lineTo(x, clamp(b)) : context.moveTo(x, clamp(b))));
-        for (let i = curve.band.length - 1; i >= 0; i--)
-          context.lineTo(curve.band[i][0], clamp(curve.band[i][1]));
-        context.fill();
-        context.globalAlpha = 1;
-      }
-      context.strokeStyle = colour;
-      context.lineWidth = 1.6;
-      context.lineJoin = "round";
-      context.setLineDash(name === "monte-carlo" ? [6, 4] : []);
-      context.beginPath();
-      let pen = false;
-      curve.x.forEach((x, i) => {
-        const y = curve.y[i];
-        if (y !== y || (log && !(y > 0))) pen = false;
-        else if (pen) context.lineTo(x, ys(y));
-        else {
-          context.moveTo(x, ys(y));
-          pen = true;
-        }
-      });
-      context.stroke();
-      if (curve.y.filter((y) => y === y).length === 1) {
-        const i = curve.y.findIndex((y) => y === y);
-        context.fillStyle = colour;
-        context.beginPath();
-        context.arc(curve.x[i], ys(curve.y[i]), 3, 0, 7);
-        context.fill();
-      }
-    }
-    context.setLineDash([]);
-    context.restore();
-    if (right === RIGHT && drawn.size <= 10) {
-      const ends = [...drawn].filter(([, curve]) => curve.y.some((y) => y === y && (!log || y > 0)));
-      const wishes = ends.map(([, curve]) => {
-        const y = curve.y.findLast((y) => y === y && (!log || y > 0))!;
-        return Math.min(HEIGHT - BOTTOM, Math.max(TOP, ys(y)));
-      });
-      const places = spread(wishes, 14, TOP + 4, HEIGHT - BOTTOM);
-      context.font = "12px system-ui, sans-serif";
-      context.textAlign = "left";
-      context.textBaseline = "middle";
-      ends.forEach(([name], i) => {
-        context.fillStyle = colourOf(name);
-        context.fillRect(xs.to + 5, places[i] - 1.5, 8, 3);
-        context.fillStyle = frame.colours.text;
-        context.fillText(name, xs.to + 16, places[i], right - 18);
-      });
-    }
-    legends();
+    const right = width > MIN_WIDTH_WITH_NAMES ? RIGHT : 12;
+    xs = scale(...(zoom ?? extent()), LEFT, width - right, get("log_x"));
+    curves = [...store.series]
+      .filter(([name]) => !hidden.has(name))
+      .map(([name, series]) => ({ name, points: thin(series, xs), colour: colourOf(name) }));
+    const ys = verticalScale(curves, get("log_y"));
+    paintAxes(context, xs, ys, names, frame.colours);
+    paintCurves(context, curves, xs, ys);
+    if (right === RIGHT && curves.length <= MAX_NAMES) paintNames(context, curves, xs, ys, frame.colours);
+    showLegend();
     paintOver();
-    tell();
-  }
-
-  function axes(context: CanvasRenderingContext2D, xs: Scale, ys: Scale, width: number, right: number): void {
-    context.font = "11px system-ui, sans-serif";
-    context.lineWidth = 1;
-    context.strokeStyle = frame.colours.line;
-    context.fillStyle = frame.colours.text;
-    context.textAlign = "center";
-    context.textBaseline = "top";
-    for (const x of ticks(xs, (xs.to - xs.from) / 90)) {
-      const at = Math.round(xs(x)) + 0.5;
-      context.beginPath();
-      context.moveTo(at, TOP);
-      context.lineTo(at, HEIGHT - BOTTOM);
-      context.stroke();
-      context.fillText(label(x), at, HEIGHT - BOTTOM + 5);
-    }
-    context.textAlign = "right";
-    context.textBaseline = "middle";
-    for (const y of ticks(ys, 5)) {
-      const at = Math.round(ys(y)) + 0.5;
-      context.beginPath();
-      context.moveTo(LEFT, at);
-      context.lineTo(xs.to, at);
-      context.stroke();
-      context.fillText(label(y), LEFT - 6, at);
-    }
-    context.strokeStyle = frame.colours.muted;
-    context.beginPath();
-    context.moveTo(LEFT + 0.5, TOP);
-    context.lineTo(LEFT + 0.5, HEIGHT - BOTTOM + 0.5);
-    context.lineTo(xs.to, HEIGHT - BOTTOM + 0.5);
-    context.stroke();
-    context.textAlign = "center";
-    context.textBaseline = "bottom";
-    context.font = "12px system-ui, sans-serif";
-    context.fillText(get("x_label"), (LEFT + width - right) / 2, HEIGHT - 3);
-    context.save();
-    context.translate(2, (TOP + HEIGHT - BOTTOM) / 2);
-    context.rotate(-Math.PI / 2);
-    context.textBaseline = "top";
-    context.fillText(get("y_label"), 0, 0);
-    context.restore();
+    showStatus();
   }
 
   const paintOver = onFrame(() => {
     if (!frame.hasRoom()) return;
-    const width = Math.max(220, plot.clientWidth);
+    const width = Math.max(MIN_WIDTH, plot.clientWidth);
     const context = sharp(over, width, HEIGHT);
     context.clearRect(0, 0, width, HEIGHT);
     if (drag) {
@@ -353,7 +247,7 @@ export function render(model: Model, el: HTMLElement, source: ReturnType<typeof 
     context.lineTo(cursor! + 0.5, HEIGHT - BOTTOM);
     context.stroke();
     const x = xs.invert(cursor!);
-    const parts = [...drawn.keys()].slice(0, 6).map((name) => {
+    const parts = curves.slice(0, MAX_READOUT_CURVES).map(({ name }) => {
       const point = store.series.get(name)!.nearest(x);
       if (!point) return null;
       const band = point.low === point.low ? ` [${digits(point.low, 3)}, ${digits(point.high, 3)}]` : "";
@@ -362,7 +256,7 @@ export function render(model: Model, el: HTMLElement, source: ReturnType<typeof 
     readout.replaceChildren(...parts.filter((part) => part !== null));
   });
 
-  function legends(): void {
+  function showLegend(): void {
     const names = [...store.series.keys()];
     if (legend.children.length !== names.length) {
       legend.replaceChildren(
@@ -387,7 +281,7 @@ export function render(model: Model, el: HTMLElement, source: ReturnType<typeof 
     });
   }
 
-  function tell(): void {
+  function showStatus(): void {
     const bands = [...store.series.values()].some((series) => series.bands);
     const parts = [`${whole(store.points)} points`];
     if (paused) parts.push(`paused, ${whole(store.points - frozen)} came since`);
@@ -400,9 +294,25 @@ export function render(model: Model, el: HTMLElement, source: ReturnType<typeof 
   }
 
   (frame.root as any).qtxStore = store;
-  source.onNews.add(paint);
-  frame.atEnd(() => source.onNews.delete(paint));
+  source.onPoints.add(paint);
+  frame.atEnd(() => source.onPoints.delete(paint));
   frame.onChange(["log_x", "log_y", "title", "x_label", "y_label"], redraw);
   redraw();
   return () => frame.end();
+}
+
+/** The vertical scale that shows all of some curves. */
+function verticalScale(curves: Curve[], log: boolean): Scale {
+  let [bottom, top] = [Infinity, -Infinity];
+  for (const { points } of curves) {
+    const positive = log ? points.y.filter((y) => y > 0) : [];
+    bottom = Math.min(bottom, log ? positive.reduce((a, b) => Math.min(a, b), Infinity) : points.low);
+    top = Math.max(top, points.high);
+    for (const [, low, high] of points.band) {
+      if (!log || low > 0) bottom = Math.min(bottom, low);
+      top = Math.max(top, high);
+    }
+  }
+  const margin = log ? 0 : 0.04 * (top - bottom || 0);
+  return scale(bottom - margin, top + margin, HEIGHT - BOTTOM, TOP, log);
 }

@@ -1,5 +1,6 @@
 import { describe, expect, it } from "vitest";
-import { folded, freeLevel } from "./circuit";
+import { folded } from "./circuit_gates";
+import { freeLevel } from "./circuit_levels";
 import { matching } from "./jobs";
 
 describe("circuit", () => {
@@ -21,13 +22,13 @@ describe("jobs", () => {
     { tag: "qtx-1", state: "done", device: "ibm_fez" },
     { tag: "qtx-2", state: "queued", device: "ibm_fez" },
   ];
-  const found = (words: string, state: string) =>
+  const tags = (words: string, state: string) =>
     matching(rows, words, state, (row) => row.state).map((row) => row.tag);
 
   it("are filtered by words and state", () => {
-    expect(found("", "")).toEqual(["qtx-1", "qtx-2"]);
-    expect(found("FEZ 2", "")).toEqual(["qtx-2"]);
-    expect(found("fez", "done")).toEqual(["qtx-1"]);
-    expect(found("nothing", "")).toEqual([]);
+    expect(tags("", "")).toEqual(["qtx-1", "qtx-2"]);
+    expect(tags("FEZ 2", "")).toEqual(["qtx-2"]);
+    expect(tags("fez", "done")).toEqual(["qtx-1"]);
+    expect(tags("nothing", "")).toEqual([]);
   });
 });

@@ -42,7 +42,7 @@ class MapsView(DashboardView):
         super().__init__(page, [self._title, self._panes], controls)
 
     def state(self) -> Settings:
-        """What is asked for."""
+        """The values of the controls."""
         length, layer, head, sampler = (
             control.value for control in (self._length, self._layer, self._head, self._sampler)
         )

@@ -86,7 +86,7 @@ class Records:
     _reading: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
-        self._database = database()  # kept: opening one takes longer than reading with it
+        self._database = database()  # stays open, because opening takes longer than reading
         self._database.execute(
             "SET enable_external_file_cache = false"
         )  # files change while they are watched
@@ -169,8 +169,8 @@ class Records:
         """The fields of a run's spec, or the parameters of its notebook."""
         content = self._cached(self.home / Path(run).name / "spec.yaml", _read_yaml)
         content = content if isinstance(content, Mapping) else {}
-        asked = content.get("parameters")
-        return dict(asked) if isinstance(asked, Mapping) else dict(content)
+        parameters = content.get("parameters")
+        return dict(parameters) if isinstance(parameters, Mapping) else dict(content)
 
     def rows(self, table: pd.DataFrame, *needed: str) -> Rows:
         """Metrics of the runs of a table that have all columns `needed`, where they have values.
@@ -186,11 +186,11 @@ class Records:
                 continue
             if frame.empty:
                 continue
-            asked = self.parameters(run)
+            parameters = self.parameters(run)
             lacking = {
-                key: asked[key]
+                key: parameters[key]
                 for key in PARAMETER_COLUMNS
-                if key not in frame and isinstance(asked.get(key), str | int | float)
+                if key not in frame and isinstance(parameters.get(key), str | int | float)
             }
             frame = frame.assign(run=run, name=name, **lacking)
             if set(needed) <= set(frame.columns):

@@ -100,14 +100,14 @@ class LoginHandler(RequestHandler):
         await self._try(self.get_body_argument("token", ""))
 
     async def _try(self, given: str) -> None:
-        door = self.application.auth_provider  # type: ignore[attr-defined]
-        if door.token is not None and not hmac.compare_digest(given.encode(), door.token.encode()):
+        auth = self.application.auth_provider  # type: ignore[attr-defined]
+        if auth.token is not None and not hmac.compare_digest(given.encode(), auth.token.encode()):
             await asyncio.sleep(WRONG_TOKEN_DELAY_S)
             self.set_status(403)
             self._ask("This is not the token.")
             return
         home = f"{self.application.prefix}/"  # type: ignore[attr-defined]
-        self.set_cookie(door.cookie, door.pass_, path=home, httponly=True, samesite="Lax")
+        self.set_cookie(auth.cookie, auth.pass_, path=home, httponly=True, samesite="Lax")
         self.redirect(home)
 
     def _ask(self, said: str) -> None:

@@ -176,7 +176,7 @@ class JobTable(View):
             rows.append(facts)
         listed = self._runs()
         problems = list(dict.fromkeys([*self._problems, *problems]))
-        self.send({"kind": "table", "jobs": rows, "runs": listed, "asked": ask, "problems": problems})
+        self.send({"kind": "table", "jobs": rows, "runs": listed, "from_servers": ask, "problems": problems})
 
     def _cancel_and_list(self, tag: str) -> None:
         try:

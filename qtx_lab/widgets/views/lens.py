@@ -56,7 +56,7 @@ class AttentionLens(View):
     layer, head : int
         What is shown at first.
     estimate : AttentionEstimate, optional
-        Of the first layer: shown where its number of draws is asked for, in place of new draws.
+        Of the first layer: shown at its own number of draws, in place of new draws.
 
     Raises
     ------

@@ -120,7 +120,7 @@ class LensHeads:
     seed : int
         Of the draws of every head.
     estimate : AttentionEstimate, optional
-        Of the first layer: used where its number of draws is asked for.
+        Of the first layer: used at its own number of draws.
     """
 
     def __init__(

@@ -60,7 +60,7 @@ class MetricStream(View):
 
     `push` may be called from any thread. Every point gets a number; about 20 times a second the new ones are
     sent in one message, from the oldest that the browser has not got on. A view that finds a number missing,
-    or opens late, asks for what it lacks. The newest `capacity` points are kept here for that; the run's
+    or opens late, asks for what it lacks. The newest `capacity` points stay here for that; the run's
     files are the record.
 
     Parameters
@@ -222,7 +222,7 @@ class MetricStream(View):
 
     def _on_message(self, content: Mapping[str, Any]) -> None:
         with self._changed:
-            if content["kind"] == "want":  # a view that opened, or that found a number missing
+            if content["kind"] == "want":  # a view that was opened, or that lacks a number
                 start = int(content["next"])
                 self._cursor = start if self._cursor is None else min(self._cursor, start)
                 self._unacknowledged.clear()

@@ -112,7 +112,7 @@ class ZeroNoiseFit:
     shots : int
         Spent on these levels.
     fallbacks : list of str
-        What was done in another way than asked for, and why.
+        What was done in another way than requested, and why.
     """
 
     levels: list[float]

@@ -33,7 +33,7 @@ class Work:
     text : str
         What the task is doing.
     warnings : list of str
-        What was done in another way than was asked for, and why.
+        What was done in another way than requested, and why.
     result : object
         What the task returned.
     error : Exception or None

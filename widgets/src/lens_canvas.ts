@@ -1,0 +1,234 @@
+// What the lens paints on its canvases: the cells of a map, its axes, and the selection above them.
+import { ticks } from "d3-array";
+import { sharp } from "./dom";
+import * as maps from "./maps";
+import { label } from "./scale";
+import type { COLOURS } from "./theme";
+
+export const LEFT = 44;
+export const TOP = 2;
+const BOTTOM = 33;
+
+type Colours = (typeof COLOURS)[keyof typeof COLOURS];
+export type Cell = [row: number, column: number];
+
+/** The part of a map that is shown, and its size in pixels without the axes. */
+export interface Geometry {
+  view: maps.Viewport;
+  width: number;
+  height: number;
+  rows: number;
+  columns: number;
+}
+
+const perRow = ({ view, height }: Geometry) => height / (view.r1 - view.r0);
+const perColumn = ({ view, width }: Geometry) => width / (view.c1 - view.c0);
+const rowY = (g: Geometry, row: number) => TOP + (row - g.view.r0) * perRow(g);
+const columnX = (g: Geometry, column: number) => LEFT + (column - g.view.c0) * perColumn(g);
+
+function cleared(canvas: HTMLCanvasElement, g: Geometry): CanvasRenderingContext2D {
+  const [width, height] = [g.width + LEFT + 2, g.height + TOP + BOTTOM];
+  const context = sharp(canvas, width, height);
+  context.clearRect(0, 0, width, height);
+  return context;
+}
+
+// --- cells ----------------------------------------------------------------------------------------
+
+/** The cells of the exact and the sampled map at a level that a view touches, as half-precision codes. */
+export interface Cells {
+  exact: Uint16Array;
+  sampled: Uint16Array;
+  /** First row and column, of the level. */
+  row: number;
+  column: number;
+  rows: number;
+  columns: number;
+  level: number;
+}
+
+/** The largest weight, and the largest difference, among cells that are known. */
+export function extremes({ exact, sampled }: Cells): { top: number; limit: number } {
+  let top = 0;
+  let limit = maps.FLOOR;
+  for (let i = 0; i < exact.length; i++) {
+    if (exact[i] === maps.UNKNOWN || sampled[i] === maps.UNKNOWN) continue;
+    const [x, y] = [maps.HALF[exact[i]], maps.HALF[sampled[i]]];
+    if (x > top) top = x;
+    if (Math.abs(y - x) > limit) limit = Math.abs(y - x);
+  }
+  return { top, limit };
+}
+
+/** The picture of one of the three maps; cells that are masked or unknown are transparent. */
+export function cellImage(
+  name: "exact" | "sampled" | "difference",
+  cells: Cells,
+  palette: Uint32Array,
+  limit: number,
+  causal: boolean,
+  numRows: number,
+): ImageData {
+  const { exact, sampled, rows, columns } = cells;
+  const side = 1 << cells.level;
+  const image = new ImageData(columns, rows);
+  const pixels = new Uint32Array(image.data.buffer);
+  for (let r = 0; r < rows; r++) {
+    const lastRow = Math.min(numRows, (cells.row + r + 1) * side) - 1;
+    for (let c = 0; c < columns; c++) {
+      const i = r * columns + c;
+      if (causal && (cells.column + c) * side > lastRow) continue;
+      if (exact[i] === maps.UNKNOWN || (name !== "exact" && sampled[i] === maps.UNKNOWN)) continue;
+      if (name === "exact") pixels[i] = palette[exact[i]];
+      else if (name === "sampled") pixels[i] = palette[sampled[i]];
+      else {
+        const difference = maps.HALF[sampled[i]] - maps.HALF[exact[i]];
+        pixels[i] = maps.diverging[Math.round(127.5 + (127.5 * difference) / limit)];
+      }
+    }
+  }
+  return image;
+}
+
+/** Paints a map with its axes; `tokens` stand at the keys, and at the queries of a square map. */
+export function paintMap(
+  canvas: HTMLCanvasElement,
+  image: ImageData,
+  cells: Cells,
+  g: Geometry,
+  tokens: string[],
+  colours: Colours,
+): void {
+  const context = cleared(canvas, g);
+  const picture = new OffscreenCanvas(image.width, image.height);
+  picture.getContext("2d")!.putImageData(image, 0, 0);
+  const side = 1 << cells.level;
+  const [x, y] = [columnX(g, cells.column * side), rowY(g, cells.row * side)];
+  context.save();
+  context.beginPath();
+  context.rect(LEFT, TOP, g.width, g.height);
+  context.clip();
+  context.fillStyle = colours.panel;
+  context.fillRect(LEFT, TOP, g.width, g.height);
+  context.imageSmoothingEnabled = false;
+  const [wide, tall] = [image.width * side * perColumn(g), image.height * side * perRow(g)];
+  context.drawImage(picture, x, y, wide, tall);
+  context.restore();
+  context.strokeStyle = colours.muted;
+  context.lineWidth = 1;
+  context.strokeRect(LEFT - 0.5, TOP - 0.5, g.width + 1, g.height + 1);
+  context.fillStyle = colours.text;
+  paintAxes(context, g, tokens);
+}
+
+// --- axes -----------------------------------------------------------------------------------------
+
+const NUMBERS = "10px system-ui, sans-serif";
+const LETTERS = "10px ui-monospace, monospace";
+const MIN_TOKEN_HEIGHT = 10;
+const LETTER_WIDTH = 6.5;
+const MAX_LETTERS = 6;
+
+function paintAxes(context: CanvasRenderingContext2D, g: Geometry, tokens: string[]): void {
+  const { view, width, height } = g;
+  const named = tokens.length === g.columns;
+  const longest = named ? Math.max(...tokens.map((token) => Math.min(MAX_LETTERS, token.length))) : 0;
+  const keysNamed = named && perColumn(g) >= LETTER_WIDTH * longest + 3;
+  const queriesNamed = named && g.rows === g.columns && perRow(g) >= MIN_TOKEN_HEIGHT;
+
+  context.textBaseline = "middle";
+  context.textAlign = "right";
+  context.font = queriesNamed ? LETTERS : NUMBERS;
+  for (const [text, at] of axisLabels(view.r0, view.r1, perRow(g), queriesNamed ? tokens : null))
+    context.fillText(text.slice(0, 5), LEFT - 4, Math.max(TOP + 5, TOP + at));
+  context.textAlign = "center";
+  context.textBaseline = "top";
+  context.font = keysNamed ? LETTERS : NUMBERS;
+  for (const [text, at] of axisLabels(view.c0, view.c1, perColumn(g), keysNamed ? tokens : null)) {
+    const half = context.measureText(text).width / 2;
+    const x = Math.min(LEFT + at, LEFT + width - half + 2);
+    context.fillText(text.slice(0, MAX_LETTERS), x, TOP + height + 5);
+  }
+  context.font = NUMBERS;
+  context.fillText("key", LEFT + width / 2, TOP + height + 19);
+  context.save();
+  context.translate(2, TOP + height / 2);
+  context.rotate(-Math.PI / 2);
+  context.fillText("query", 0, 0);
+  context.restore();
+}
+
+/** Texts along an axis and their pixels: every token, or round numbers of positions. */
+function axisLabels(low: number, high: number, per: number, tokens: string[] | null): [string, number][] {
+  const at = (i: number) => (i + 0.5 - low) * per;
+  if (tokens === null) {
+    const round = ticks(low, high - 1, Math.max(2, (per * (high - low)) / 48));
+    return round.filter(Number.isInteger).map((i) => [label(i), at(i)]);
+  }
+  const first = Math.ceil(low);
+  return tokens.slice(first, Math.ceil(high)).map((token, i) => [token, at(first + i)]);
+}
+
+// --- selection ------------------------------------------------------------------------------------
+
+/** What lies above a map. */
+export interface Overlay {
+  rows: number[];
+  /** Two corners of the part that is about to be shown. */
+  zoom: [Cell, Cell] | null;
+  cursor: Cell | null;
+}
+
+export function paintOverlay(
+  canvas: HTMLCanvasElement,
+  g: Geometry,
+  overlay: Overlay,
+  colours: Colours,
+): void {
+  const context = cleared(canvas, g);
+  context.beginPath();
+  context.rect(0, TOP, LEFT + g.width, g.height);
+  context.clip();
+  for (const [first, last] of maps.runs(overlay.rows)) {
+    const y = rowY(g, first);
+    const tall = Math.max(2, (last - first + 1) * perRow(g));
+    context.fillStyle = colours.accent;
+    context.fillRect(LEFT - 4, y, 4, tall);
+    context.globalAlpha = 0.2;
+    context.fillRect(LEFT, y, g.width, tall);
+    context.globalAlpha = 1;
+    context.strokeStyle = colours.accent;
+    context.strokeRect(LEFT + 0.5, y, g.width - 1, tall);
+  }
+  if (overlay.zoom) {
+    const part = maps.between(...overlay.zoom);
+    context.strokeStyle = colours.accent;
+    context.lineWidth = 2;
+    const [wide, tall] = [(part.c1 - part.c0) * perColumn(g), (part.r1 - part.r0) * perRow(g)];
+    context.strokeRect(columnX(g, part.c0), rowY(g, part.r0), wide, tall);
+  }
+  if (overlay.cursor) paintCross(context, g, overlay.cursor, colours);
+}
+
+/** A cross that leaves its cell free; a light line lies below a dark one, so that it is visible anywhere. */
+function paintCross(context: CanvasRenderingContext2D, g: Geometry, [row, column]: Cell, colours: Colours) {
+  const [x, y] = [columnX(g, column + 0.5), rowY(g, row + 0.5)];
+  for (const [colour, width, alpha] of [
+    [colours.background, 3, 0.6],
+    [colours.exact, 1, 1],
+  ] as const) {
+    context.strokeStyle = colour;
+    context.lineWidth = width;
+    context.globalAlpha = alpha;
+    context.beginPath();
+    context.moveTo(LEFT, y);
+    context.lineTo(x - 6, y);
+    context.moveTo(x + 6, y);
+    context.lineTo(LEFT + g.width, y);
+    context.moveTo(x, TOP);
+    context.lineTo(x, y - 6);
+    context.moveTo(x, y + 6);
+    context.lineTo(x, TOP + g.height);
+    context.stroke();
+  }
+}

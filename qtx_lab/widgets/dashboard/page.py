@@ -90,8 +90,8 @@ class DashboardPage:
         self.status = pn.widgets.CheckBoxGroup(options=list(STATUSES), value=list(STATUSES))
         self.since = select(label="Started", options=list(WINDOWS_S))
         status_label = pn.widgets.StaticText(value="Status", margin=(10, 10, 0, 10))
-        # All are there from the beginning, and shown or hidden: what Panel puts back after taking it away has lost its
-        # style.
+        # All are there from the beginning, and shown or hidden, because what Panel puts back after taking it
+        # away has lost its style.
         self._filters = pn.Column(self.text, status_label, self.status, self.since, margin=0)
         self._boxes = {name: pn.Column(*view.controls, margin=0) for name, view in self.views.items()}
         self.controls = pn.Column(self._filters, *self._boxes.values(), width=CONTROL_WIDTH + 4)

@@ -15,6 +15,7 @@ from functools import partial
 from itertools import cycle
 from statistics import median
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -65,17 +66,23 @@ def bench_decode(quick: bool, copy_bandwidth: float) -> list[BenchRow]:
         num_layers = 1 if quick else max(1, LAYERS_BYTES // (2 * 8 * n * features * 4))
         layers = [synthetic(8, n, features, seed) for seed in range(num_layers)]
         case = f"8 heads, n={n:,}, d={features}, S={draws}, {torch.get_num_threads()} threads"
-        rows += measure(case, layers, draws, (features // 8,), copy_bandwidth, turns)
+        rows += measure(case, layers, draws, (features // 4,), copy_bandwidth, turns, with_prange=not quick)
     n, draws = (512, 64) if quick else (1024, 128)
     case = f"reference model's own keys, n={n:,}, d=32, S={draws}"
-    rows += measure(case, reference(n), draws, (8, 16, 24), copy_bandwidth, turns)
+    rows += measure(case, reference(n), draws, (16, 24, 32), copy_bandwidth, turns)
     return rows
 
 
 def measure(
-    case: str, layers: Sequence[Layer], draws: int, ranks: Sequence[int], copy_bandwidth: float, turns: int
+    case: str,
+    layers: Sequence[Layer],
+    draws: int,
+    ranks: Sequence[int],
+    copy_bandwidth: float,
+    turns: int,
+    with_prange: bool = False,
 ) -> list[BenchRow]:
-    """The rows of a case."""
+    """The rows of a case, with a row for the same pass started by `numba.prange` if that is wanted."""
     generator = torch.Generator().manual_seed(0)
     settings: dict[str, dict[str, Any]] = {"exact logits": {"proposal": "exact"}}
     settings |= {f"low-rank {rank}": {"proposal": "low-rank", "rank": rank} for rank in ranks}
@@ -108,6 +115,8 @@ def measure(
         }
         allowed = ALLOWED * exact_sketch_error
         methods.append(sketch_method(name, caches, layers, draws, error, allowed, generator))
+        if with_prange and name == f"low-rank {ranks[0]}":
+            methods.append(started_by_prange(methods[-1]))
     first = exact_outputs[0][:, :1].double()
     rows = compare(case, methods, first, ("/".join(EXACT_FORMS),), turns, copy_bandwidth)
     independent_error = relative_error(independent, exact_outputs)
@@ -145,10 +154,20 @@ def sketch_method(
     x = layers[0]
     heads, features = x.q.shape[0], x.k.shape[-1] + x.v.shape[-1]
     sketch_bytes = caches[0].sketch_nbytes()
-    if caches[0].proposal == "low-rank":  # each query head reads components of its own
-        sketch_bytes *= heads // x.k.shape[0]
     num_bytes = sketch_bytes + heads * draws * features * x.k.element_size()
     return Method(name, call, num_bytes, allowed, error)
+
+
+def started_by_prange(method: Method) -> Method:
+    """The same calls, with the threads of the compiled pass started by `numba.prange`."""
+    from ..kernels.cpu_decode import launch
+    from .prange import run_by_prange
+
+    def call() -> Tensor:
+        with mock.patch.object(launch, "run_on_threads", run_by_prange):
+            return method.call()
+
+    return replace(method, name=f"{method.name}, prange", call=call)
 
 
 def exact_forms(layers: Sequence[Layer]) -> list[Method]:

@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from importlib import import_module, metadata, util
 from statistics import median
@@ -24,12 +24,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..cache.sketches import Int4Sketch, LowRankSketch
 from ..errors import BackendUnavailable
 from ..kernels.choice import choose
 from ..kernels.decode import reference as decode_reference
 from ..kernels.inputs import Inputs
 from ..kernels.sketch_decode import reference as sketch_decode_reference
-from ..kernels.sketch_decode.reference import Sketch, int4_sketch, low_rank_sketch
+from ..kernels.sketch_decode.reference import SketchTable
 from ..streams import Stream
 from .base import BenchRow, Timing, shown, span
 
@@ -332,14 +333,13 @@ def kernel_methods(case: Case, inputs: list[Inputs], exact: Tensor) -> Iterator[
     yield check("exact K", decode, decode_reference.decode, [(y,) for y in inputs], x.k.nbytes, value_bytes)
     for name, make_sketch in SKETCHERS.items():
         try:
-            first = make_sketch(x.k)
-            sketches = [first, *(replace(first, table=first.lines(y.k.flatten(0, 1))) for y in inputs[1:])]
+            sketches = [make_sketch(y.k) for y in inputs]
         except RuntimeError as error:
             print(f"  {name} left out: {str(error).splitlines()[0]}")
             continue
         arguments = list(zip(inputs, sketches, strict=True))
         reference = sketch_decode_reference.sketch_decode
-        yield check(name, sketch_decode, reference, arguments, first.nbytes(), row_bytes)
+        yield check(name, sketch_decode, reference, arguments, sketches[0].nbytes, row_bytes)
 
 
 def checked_method(
@@ -380,10 +380,10 @@ def _output(run: Callable[..., Any], *arguments: Any) -> Any:
     return run(*arguments).output
 
 
-SKETCHERS: dict[str, Callable[[Tensor], Sketch]] = {
-    "int4": int4_sketch,
-    "rank 16": partial(low_rank_sketch, rank=16),
-    "int4, rank 64": partial(int4_sketch, rank=64),
+SKETCHERS: dict[str, Callable[[Tensor], SketchTable]] = {
+    "int4": Int4Sketch.table_of,
+    "rank 16": partial(LowRankSketch.table_of, rank=16),
+    "int4, rank 64": partial(Int4Sketch.table_of, rank=64),
 }
 """The sketches: all components by 4 bits each, 16 of them by a byte each, 64 of them by 4 bits each."""
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..attention import sampled_attention
-from ..cache.kv_cache import BLOCK, PROPOSALS, RECENT, SINKS
+from ..cache.sketches import PROPOSALS
 from ..models.reference import Decoding, ReferenceModel, encode, load_reference_model, reference_text
 from .base import BenchRow
 
@@ -48,8 +48,7 @@ def bench_model(quick: bool, copy_bandwidth: float) -> list[BenchRow]:
     - names that end in ` ±`: standard error of the mean over seeds of the draws, on the same text.
 
     Decoding attends to the first half of a window exactly and takes the second half's true bytes one by one.
-    Caches that are too short for a sketch are the same under every proposal, and are measured under `exact`
-    alone. Methods that `ALLOWED` names pass if their mean loss is within it, the others if it is finite.
+    Methods that `ALLOWED` names pass if their mean loss is within it, the others if it is finite.
     """
     del copy_bandwidth
     model, text = load_reference_model(), encode(reference_text())
@@ -65,11 +64,10 @@ def bench_model(quick: bool, copy_bandwidth: float) -> list[BenchRow]:
         rows += table(case, windows[:, 1:], whole(model, windows), methods, seeds)
         shares = (8,) if quick else (8, 4)
         decoded = windows if quick else windows[: count // 2]
-        sketched = n - n // 2 >= SINKS + RECENT + BLOCK
         methods = {
             (f"cache, {name}", share): decoding(model, decoded, name, n // share)
             for share in shares
-            for name in (PROPOSALS if sketched else PROPOSALS[:1])
+            for name in PROPOSALS
         }
         case = f"decoding {n // 2:,} bytes after {n - n // 2:,}, {len(decoded)} texts"
         rows += table(case, decoded[:, n - n // 2 :], decoding(model, decoded), methods, 2)

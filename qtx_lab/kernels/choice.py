@@ -137,7 +137,7 @@ def _fallback(obstacle: str) -> Choice:
 def _compiler_obstacle() -> str | None:
     """Why numba cannot compile the pass, None if it can. The first call compiles it."""
     try:
-        from .cpu_decode import compiled
+        from .cpu_decode.launch import compiled
 
         compiled()
     except Exception as error:  # a compiler may raise anything

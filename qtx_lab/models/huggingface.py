@@ -37,35 +37,40 @@ _DRAWING: WeakKeyDictionary[nn.Module, tuple[str, dict[str, Any]]] = WeakKeyDict
 def register() -> None:
     """Make `attn_implementation="qtx_sampled"` known to transformers, >= 5; doing it twice changes nothing.
 
-    Encoders, decoders and encoder-decoders whose attention goes through transformers' attention interface then draw
-    keys by `sampled_attention`, with their own masks, caches, grouped heads and scales. What is drawn is said by JSON
-    on the config of the model (of the text model, where there are several), which is saved with it:
+    Encoders, decoders and encoder-decoders whose attention goes through transformers' attention interface
+    then draw keys by `sampled_attention`, with their own masks, caches, grouped heads and scales. What is
+    drawn is said by JSON on the config of the model (of the text model, where there are several), which
+    is saved with it:
 
         config.qtx_sampled = {"sampler": "head-tail", "num_samples": 64, "seed": 0,
                               "layers": {"0": {"sampler": "exact"}, "5": {"num_samples": 128}}}
 
-    - `sampler`, `num_samples`, `replicates`, `control_variate`: as for `sampled_attention`, names and numbers. `exact`
+    - `sampler`, `num_samples`, `replicates`, `control_variate`: as for `sampled_attention`, names and
+      numbers. `exact`
       is transformers' own attention by SDPA.
-    - `seed`: of a generator of each layer's own, which moves on from call to call and starts again where the settings
+    - `seed`: of a generator of each layer's own, which moves on from call to call and starts again where
+      the settings
       are assigned anew and differ, or by `restart`. Without it the draws come from torch's default generator.
     - `layers`: what is different in some layers, by their number.
 
-    Dropout of attention weights, in training, drops whole keys, for all queries of a head alike; `exact` layers drop as
-    SDPA does. With `output_attentions=True` in the call come the estimated weights.
+    Dropout of attention weights, in training, drops whole keys, for all queries of a head alike; `exact`
+    layers drop as SDPA does. With `output_attentions=True` in the call come the estimated weights.
 
     Raises
     ------
     ArgumentError, DtypeError
-        Not here: as soon as a model is made or loaded with settings that are not allowed, or whose attention does not go
-        through the interface.
+        Not here: as soon as a model is made or loaded with settings that are not allowed, or whose
+        attention does not go through the interface.
 
     Examples
     --------
     >>> import torch, transformers
     >>> register()
-    >>> config = transformers.LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=2,
-    ...                                   num_attention_heads=4, num_key_value_heads=2)
-    >>> config.qtx_sampled = {"sampler": "systematic", "num_samples": 8, "layers": {"0": {"sampler": "exact"}}}
+    >>> config = transformers.LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16,
+    num_hidden_layers=2, ...                                   num_attention_heads=4,
+    num_key_value_heads=2)
+    >>> config.qtx_sampled = {"sampler": "systematic", "num_samples": 8, "layers": {"0": {"sampler":
+    "exact"}}}
     >>> model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="qtx_sampled")
     >>> model(torch.arange(12)[None]).logits.shape
     torch.Size([1, 12, 32])
@@ -162,7 +167,8 @@ def read_settings(given: object, layers: int | None = None) -> dict[int | None, 
     Raises
     ------
     ArgumentError, DtypeError
-        If it is no mapping, a key is unknown, a value is not allowed, or there is no such layer among `layers`.
+        If it is no mapping, a key is unknown, a value is not allowed, or there is no such layer among
+        `layers`.
     """
     top = _mapping(given, "", SETTINGS)
     _written(given)
@@ -276,8 +282,9 @@ def _settings_of(module: nn.Module) -> dict[str, Any]:
 class SampledCache(Cache):
     """A cache to generate with whose layers are `SampledKVCache`s: a new token reads a sketch, and few keys and values.
 
-    The prompt is attended to by `sampled_attention`; layers that the settings keep `exact` have transformers' own cache.
-    One sequence, or several of equal length: no padding, no beams, no sliding windows.
+    The prompt is attended to by `sampled_attention`; layers that the settings keep `exact` have
+    transformers' own cache. One sequence, or several of equal length: no padding, no beams, no sliding
+    windows.
 
     Parameters
     ----------
@@ -295,8 +302,9 @@ class SampledCache(Cache):
     --------
     >>> import torch, transformers
     >>> register()
-    >>> config = transformers.LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=2,
-    ...                                   num_attention_heads=4, num_key_value_heads=2, attn_implementation="qtx_sampled")
+    >>> config = transformers.LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16,
+    num_hidden_layers=2, ...                                   num_attention_heads=4,
+    num_key_value_heads=2, attn_implementation="qtx_sampled")
     >>> model = transformers.AutoModelForCausalLM.from_config(config)
     >>> cache = SampledCache(model.config, proposal="low-rank", rank=2)
     >>> four = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}

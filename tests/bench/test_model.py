@@ -5,13 +5,15 @@ import math
 import torch
 
 from qtx_lab.bench import model as bench_model
+from qtx_lab.cache.sketches import PROPOSALS
 from qtx_lab.models.reference import encode, load_reference_model, reference_text
 
 
 def test_the_rows_hold_the_promised_details(capsys):
     rows = bench_model.bench_model(True, 1e10)
     names = {row.method for row in rows}
-    assert names == {f"{name}, S = n / 8" for name in (*bench_model.SAMPLERS, "cache, exact")}
+    caches = {f"cache, {proposal}" for proposal in PROPOSALS}
+    assert names == {f"{name}, S = n / 8" for name in (*bench_model.SAMPLERS, *caches)}
     for row in rows:
         assert row.details["KL"] > 0
         assert row.details["KL ±"] >= 0

@@ -2,11 +2,11 @@
 
 import torch
 
+from qtx_lab.cache.sketches import Int4Sketch, LowRankSketch
 from qtx_lab.kernels.decode import launch as decode
 from qtx_lab.kernels.inputs import Inputs
 from qtx_lab.kernels.prefill import launch as prefill
 from qtx_lab.kernels.sketch_decode import launch as sketch_decode
-from qtx_lab.kernels.sketch_decode.reference import int4_sketch, low_rank_sketch
 from qtx_lab.streams import Stream
 
 
@@ -19,10 +19,7 @@ def launch_all(dtype, every):
         x = Inputs.of(q, k, v)
         decode.decode(x, 64, 1, stream_of(x))
         k = torch.randn(k.shape).to(dtype)
-        sketches = [int4_sketch(k), low_rank_sketch(k, 16)]
-        if every:
-            sketches.append(low_rank_sketch(k, 24, dtype=torch.float16))
-        for sketch in sketches:
+        for sketch in (Int4Sketch.table_of(k), LowRankSketch.table_of(k, 16)):
             sketch_decode.sketch_decode(x, sketch, 64, 1, stream_of(x))
         train(q.expand(1, 8, 200, width), k, v, None, True)
         if every:

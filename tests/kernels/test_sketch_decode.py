@@ -8,12 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from qtx_lab import ArgumentError, DtypeError
+from qtx_lab.cache.sketches import Int4Sketch, LowRankSketch
 from qtx_lab.kernels.inputs import Inputs
 from qtx_lab.kernels.masses import Masses, comb_offsets, mass_dtype
 from qtx_lab.kernels.sketch_decode import oracle, reference
 from qtx_lab.kernels.sketch_decode.launch import sketch_decode
-from qtx_lab.kernels.sketch_decode.reference import GrowingSketch, int4_sketch, low_rank_sketch
+from qtx_lab.kernels.sketch_decode.reference import SketchTable
 from qtx_lab.streams import Stream
 
 SOAK = os.environ.get("QTX_LAB_SOAK", "0") not in ("", "0")
@@ -29,9 +29,7 @@ def attention_inputs(case, dtype, generator, device):
 
 
 def sketched(k, kind):
-    if kind == "int4":
-        return int4_sketch(k)
-    return low_rank_sketch(k, min(13, k.shape[-1]), dtype=kind)
+    return Int4Sketch.table_of(k) if kind == "int4" else LowRankSketch.table_of(k, min(13, k.shape[-1]))
 
 
 def relative(a, b):
@@ -39,11 +37,11 @@ def relative(a, b):
 
 
 CASES = [
-    ((2, 1, 4, 1, 300, 64, 64), torch.bfloat16, torch.float16, 64, 1),
+    ((2, 1, 4, 1, 300, 64, 64), torch.bfloat16, "int8", 64, 1),
     ((1, 2, 2, 2, 131, 33, 40), torch.float16, "int4", 33, 3),
-    ((1, 1, 3, 1, 65, 100, 256), torch.float32, torch.int8, 150, 1),
+    ((1, 1, 3, 1, 65, 100, 256), torch.float32, "int8", 150, 1),
     ((1, 1, 1, 1, 1, 32, 32), torch.bfloat16, "int4", 7, 1),
-    ((1, 1, 2, 1, 1100, 16, 16), torch.float32, torch.int8, 200, 2),
+    ((1, 1, 2, 1, 1100, 16, 16), torch.float32, "int8", 200, 2),
 ]
 if SOAK:
     CASES += [
@@ -52,7 +50,7 @@ if SOAK:
         for n in (2, 64, 1000, 5000)
         for e in (32, 128, 256)
         for dtype in TOLERANCE
-        for kind, draws in ((torch.float16, 64), ("int4", 200), (torch.int8, 64))
+        for kind, draws in (("int4", 200), ("int8", 64))
     ]
 
 
@@ -84,8 +82,8 @@ def test_draws_outputs_and_errors_are_the_references(
 def test_exact_where_every_key_is_drawn(generator, device, stream_of):
     """With as many draws as keys each has pi = 1, and the standard error is 0."""
     x = attention_inputs((1, 1, 2, 1, 40, 16, 16), torch.float32, generator, device)
-    result = sketch_decode(x, int4_sketch(x.k), 40, 1, stream_of(x, 3))
-    assert torch.equal(result.indices, torch.arange(40, device=device).expand(1, 2, -1))
+    result = sketch_decode(x, Int4Sketch.table_of(x.k), 40, 1, stream_of(x, 3))
+    assert torch.equal(result.indices.sort(-1).values, torch.arange(40, device=device).expand(1, 2, -1))
     exact = F.scaled_dot_product_attention(x.q[None], x.k, x.v)[0]
     assert relative(result.output, exact) < 1e-5
     assert float(result.std_error.max()) < 1e-4
@@ -95,8 +93,8 @@ def test_no_key_is_drawn_twice_and_the_heaviest_with_certainty(generator, device
     """On rows of which a few keys hold most, nearly all draws find a key of their own."""
     x = attention_inputs((2, 2, 2, 1, 700, 32, 16), torch.float32, generator, device)
     x = replace(x, scale=4 * x.scale)
-    sketch = int4_sketch(x.k)
-    heaviest = sketch.scores(x).topk(4).indices
+    sketch = Int4Sketch.table_of(x.k)
+    heaviest = sketch.keys_at(sketch.scores(x).topk(4).indices)
     for seed in range(4):
         result = sketch_decode(x, sketch, 64, 1, stream_of(x, seed))
         drawn = result.indices.masked_fill(result.log_weights == -torch.inf, -1)
@@ -111,30 +109,31 @@ def test_no_key_is_drawn_twice_and_the_heaviest_with_certainty(generator, device
 def test_a_row_draws_the_same_alone_and_in_a_batch_under_its_sequences_name(run, generator, device):
     """Sequences 3 and 8 side by side, and the last query of sequence 8 alone at its position."""
     x = attention_inputs((2, 2, 2, 3, 100, 16, 8), torch.float32, generator, device)
-    sketch = int4_sketch(x.k)
+    sketch = Int4Sketch.table_of(x.k)
     stream = Stream.of(torch.tensor(5, device=device), torch.tensor([3, 8]), 2, 3, first_position=40)
     together = run(x, sketch, 20, 1, stream).indices.view(2, 2, 2, 3, 20)
     q = x.q.view(2, 2, 2, 3, 16)[1:, :, :, 2:].reshape(2, 2, 16)
     alone = Inputs(q, x.k[1:], x.v[1:], None, 1, x.scale)
-    part = replace(sketch, table=sketch.table[2:], weight=sketch.weight[2:])
+    part = SketchTable(*(y[2:] for y in vars(sketch).values()))
     stream = Stream.of(torch.tensor(5, device=device), torch.tensor([8]), 2, 1, first_position=42)
     assert torch.equal(run(alone, part, 20, 1, stream).indices.view(2, 2, 20), together[1, :, :, 2])
 
 
-@pytest.mark.parametrize("kind", [torch.float16, "int4"])
+@pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_probabilities_and_outputs_are_near_the_oracles(kind, generator, device, stream_of):
     """Both draw a key with nearly the same probability, and from the same draws compute the same output."""
     x = attention_inputs((1, 2, 2, 1, 1000, 16, 8), torch.float32, generator, device)
     sketch, stream = sketched(x.k, kind), stream_of(x, 1)
     result = reference.sketch_decode(x, sketch, 100, 1, stream)
-    pi = oracle.inclusion(sketch.scores(x) * math.log(2), 100, 0.02)
+    pi = oracle.inclusion(sketch.scores(x) * math.log(2), 100, 0.02)  # by place
+    of_key = torch.empty_like(pi).scatter_(-1, sketch.order[:, None].expand_as(pi), pi)
     drawn = result.log_weights > -torch.inf
     indices = result.indices
     logits = x.logits()
     ours = torch.exp2(logits.gather(-1, indices) - result.log_weights)[drawn]
-    assert float((ours / pi.gather(-1, indices)[drawn] - 1).abs().max()) < 0.05
+    assert float((ours / of_key.gather(-1, indices)[drawn] - 1).abs().max()) < 0.05
     offsets = comb_offsets(stream, 1, 2)[..., 0]
-    assert float((oracle.draw(pi, offsets) == indices).float().mean()) > 0.9
+    assert float((sketch.keys_at(oracle.draw(pi, offsets)) == indices).float().mean()) > 0.9
     for i in range(2):
         for m in range(2):
             keys = indices[i, m][drawn[i, m]]
@@ -176,64 +175,33 @@ def test_four_bits_a_component_guess_better_than_few_components(generator):
     basis = torch.linalg.qr(torch.randn(64, 64, generator=generator)).Q
     k = torch.randn(1, 1, 3000, 64, generator=generator) * (1 + torch.arange(64.0)) ** -1 @ basis + 5
     x = Inputs.of(torch.randn(1, 4, 1, 64, generator=generator), k, k)
+    places = torch.arange(3000).expand(1, 4, -1)
 
     def error(sketch):
-        difference = sketch.scores(x) - x.logits()
+        difference = sketch.scores(x) - x.logits().gather(-1, sketch.keys_at(places))
         return float((difference - difference.mean(-1, keepdim=True)).std() / x.logits().std(-1).mean())
 
-    assert error(int4_sketch(k)) < 0.25
-    assert error(low_rank_sketch(k, 64)) < 0.02
-    assert error(int4_sketch(k, 32)) < error(low_rank_sketch(k, 8, dtype=torch.float16))
+    assert error(Int4Sketch.table_of(k)) < 0.25
+    assert error(LowRankSketch.table_of(k, 64)) < 0.02
+    assert error(Int4Sketch.table_of(k, 32)) < error(LowRankSketch.table_of(k, 8))
 
 
 @pytest.mark.statistical
-@pytest.mark.parametrize("kind", [torch.float16, "int4"])
+@pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_the_error_is_the_estimated_one_and_the_bias_small(kind, seed):
-    """Over 3,000 heads the mean squared error is within 25 % of the estimated variance; the bias is small."""
+    """Over 400 repetitions of 8 rows the mean squared error is within 25 % of the estimated variance.
+
+    The bias is below a fifth of it.
+    """
     g = torch.Generator().manual_seed(seed)
-    x = attention_inputs((1, 1, 1, 1, 400, 32, 8), torch.float32, g, torch.device("cpu"))
-    repetitions = 3000
-    many = Inputs(
-        x.q.expand(repetitions, -1, -1).contiguous(),
-        x.k.expand(-1, repetitions, -1, -1),
-        x.v.expand(-1, repetitions, -1, -1),
-        None,
-        1,
-        x.scale,
-    )
+    x = attention_inputs((1, 8, 1, 1, 400, 32, 8), torch.float32, g, torch.device("cpu"))
+    q, k, v = (y.repeat_interleave(400, dim) for y, dim in ((x.q, 0), (x.k, 1), (x.v, 1)))
+    many = Inputs(q, k, v, None, 1, x.scale)
     one = sketched(x.k, kind)
-    table, weight = (y.expand(repetitions, -1, -1) for y in (one.table, one.weight))
-    sketch = replace(one, table=table, weight=weight)
-    result = reference.sketch_decode(many, sketch, 64, 1, Stream.of(seed, 1, repetitions, 1))
+    sketch = SketchTable(*(y.repeat_interleave(400, 0) for y in vars(one).values()))
+    result = reference.sketch_decode(many, sketch, 64, 1, Stream.of(seed, 1, 8 * 400, 1))
     exact = F.scaled_dot_product_attention(x.q.double()[None], x.k.double(), x.v.double())[0]
-    error = result.output.double() - exact
+    error = result.output.double().unflatten(0, (8, 400)) - exact[:, None]
     variance = result.std_error.double().square().mean()
     assert 0.75 < error.square().mean() / variance < 1.25
-    assert error.mean(0).square().mean() < variance / 25
-
-
-def test_a_growing_sketch_is_that_of_all_keys(generator, device):
-    k = torch.randn(2, 700, 16, generator=generator).to(device)
-    made = []
-
-    def make(keys):
-        made.append(keys.shape[1])
-        return low_rank_sketch(keys, 4)
-
-    growing = GrowingSketch(make)
-    for n in (100, 101, 130, 600):
-        sketch = growing.of(k[:, :n], ())
-        wanted = growing.held.lines(k[:, :n])
-        assert torch.equal(sketch.table, wanted)
-    assert made == [100]
-    growing.of(k[:, :601], (500,))  # keys were moved
-    growing.of(k[:, :50], (500,))  # a cache that was cut
-    assert made == [100, 601, 50]
-
-
-def test_what_cannot_be_a_sketch_is_refused():
-    k = torch.zeros(2, 5, 8)
-    with pytest.raises(ArgumentError, match="rank=9 is not allowed: it must be at most E=8"):
-        low_rank_sketch(k, 9)
-    with pytest.raises(DtypeError, match=r"dtype=torch.float32 is not allowed"):
-        low_rank_sketch(k, 2, dtype=torch.float32)
+    assert error.mean(1).square().mean() < variance / 25

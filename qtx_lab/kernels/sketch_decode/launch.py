@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -35,9 +35,6 @@ from .triton import (
     weigh_kernel,
 )
 
-KINDS = {torch.float16: 0, torch.int8: 1, torch.uint8: 2}
-"""How kernels call the dtypes of a table."""
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -56,7 +53,7 @@ class LocatedDraws:
     """The drawn keys, before their exact logits are known."""
 
     index: Tensor
-    """(N, M, R * S), int64."""
+    """(N, M, R * S), int64: their places, then the keys themselves."""
     inclusion: Tensor
     """(N, M, R * S), float32: the probability of drawing this key; 0 for a point past the last key."""
 
@@ -102,6 +99,7 @@ def sketch_decode(
     scan_sketch(x, inputs, sketch, numbers, buffers)
     plan = plan_draws(inputs, numbers, buffers, defensive)
     drawn = locate_draws(inputs, numbers, buffers, plan)
+    drawn = replace(drawn, index=sketch.keys_at(drawn.index))
     return weigh_draws(x, inputs, buffers, drawn)
 
 
@@ -110,13 +108,13 @@ def scan_sketch(
 ) -> None:
     """Guess all logits and leave the masses of the keys in the buffers."""
     heads, rows, _, _ = x.shape
-    kind = KINDS[sketch.table.dtype]
-    columns, halves = sketch.table.shape[2], 1 + (kind == 2)
-    block = max(32 if kind else 16, power_of_two(columns))
-    digit = x.q.new_empty(heads, rows, 2, halves * block, dtype=torch.int8 if kind else torch.float16)
+    columns, halves = sketch.table.shape[2], 2 if sketch.table.dtype == torch.uint8 else 1
+    block = max(32, power_of_two(columns))
+    digit = x.q.new_empty(heads, rows, 2, halves * block, dtype=torch.int8)
     unit = x.q.new_empty(heads, rows, dtype=torch.float32)
     options = scan_options(x, buffers)
     features = options.pop("BD")
+    exact_logits = sketch.exact_logits(x)
     launch(
         digits_kernel,
         buffers.row_programs,
@@ -142,8 +140,10 @@ def scan_sketch(
         columns=columns,
         table_stride_h=sketch.table.stride(0),
         table_stride_n=sketch.table.stride(1),
+        exact_logit=exact_logits,
+        exact_keys=exact_logits.shape[-1],
         BR=block,
-        KIND=kind,
+        HALVES=halves,
         **options,
     )
 

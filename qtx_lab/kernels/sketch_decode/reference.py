@@ -6,25 +6,16 @@ It gives the draws of `launch.sketch_decode`, bit by bit.
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...checks import check_count
-from ...errors import ArgumentError, DtypeError
-from ...samplers.learned_proposal import best_low_rank
 from ...streams import Stream
 from ..inputs import LOG2_E, Inputs
 from ..masses import PAGE, Masses, comb_offsets, locate_page, mass_dtype, min_mass_bits
 
-FITTED_KEYS = 8192
-"""A sketch is fitted to no more keys than that, evenly spread."""
-LARGEST = {torch.float16: 1024.0, torch.int8: 127.0, torch.uint8: 7.0}
-"""What the largest number of a component is scaled to. Of uint8 each byte holds two, of 4 bits."""
 UPPER, LOWER = 127, 128
 """A component of a query is LOWER times an upper digit, from -UPPER to UPPER, plus a lower digit.
 
@@ -41,172 +32,71 @@ class SketchTable:
     Parameters
     ----------
     table : Tensor, (N, n, r) or (N, n, ceil(r / 2))
-        The components of the keys: float16, int8, or uint8, which holds two components of 4 bits, 8 + one of
-        the first half of the components in the lower bits and 8 + one of the second half in the upper ones.
+        The components of the key at each place: int8, or uint8, which holds two components of 4 bits, 8 +
+        one of the first half of the components in the lower bits and 8 + one of the second half in the
+        upper ones.
     weight : Tensor, float32, (N, E, r)
-        Maps queries to components: the logit of key j is about scale (q weight) . table_j.
+        Maps queries to components: the logit of the key at place j is about scale (q weight) . table_j.
+    exact_keys : Tensor, float32, (N, T, E), optional
+        The keys at the first T places, with the same shift: their logits are scale q . exact_keys_j.
+    order : Tensor, int64, (N, n), optional
+        The key at each place; keys lie in the order of the places where None.
     """
 
     table: Tensor
     weight: Tensor
+    exact_keys: Tensor | None = None
+    order: Tensor | None = None
 
     def digits(self, x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
         """The components of base-2 queries in two digits, upper and lower (N, M, r), in a unit (N, M, 1).
 
-        The guessed logit is unit (LOWER upper + lower) . table_j for a table of whole numbers, which then is
-        rounded only once, and unit (upper + lower / 2048) . table_j for one of float16. In float64 the order
-        of a sum changes no digit.
+        The guessed logit is unit (LOWER upper + lower) . table_j, which is rounded only once. In float64
+        the order of a sum changes no digit.
         """
         components = torch.bmm(x.q.double(), self.weight.double()) * (x.scale * LOG2_E)
         largest = components.abs().amax(-1, keepdim=True).clamp_min(SMALLEST)
-        if self.table.dtype == torch.float16:
-            single = (components / largest).float()
-            upper = single.half()
-            return upper, ((single - upper.float()) * 2048).half(), largest.float()
         level = (components / largest * (UPPER * LOWER) + 0.5).floor()
         upper = ((level + LOWER // 2) / LOWER).floor()
         return upper.char(), (level - LOWER * upper).char(), (largest / (UPPER * LOWER)).float()
 
+    def exact_logits(self, x: Inputs) -> Tensor:
+        """The logits of the first T places in base 2, with the shift of the others: (N, M, T), float32."""
+        if self.exact_keys is None:
+            return self.weight.new_empty(*x.q.shape[:2], 0)
+        return torch.bmm(x.q.float(), self.exact_keys.mT) * (x.scale * LOG2_E)
+
     def scores(self, x: Inputs) -> Tensor:
-        """The guessed logits in base 2, up to a shift of each row: (N, M, n), float32."""
+        """The guessed logits in base 2, up to a shift of each row, by places: (N, M, n), float32."""
         upper, lower, unit = self.digits(x)
-        if self.table.dtype == torch.float16:
-            table = self.table.float().mT
-            return (torch.bmm(upper.float(), table) + torch.bmm(lower.float(), table) / 2048) * unit
         level = LOWER * upper.double() + lower.double()
         if self.table.dtype == torch.int8:
-            return torch.bmm(level, self.table.double().mT).float() * unit
-        low, high = ((self.table >> shift & 15).double().mT - 8 for shift in (0, 4))
-        level_low, level_high = halves(level, 0)
-        return (torch.bmm(level_low, low) + torch.bmm(level_high, high)).float() * unit
+            scores = torch.bmm(level, self.table.double().mT).float() * unit
+        else:
+            low, high = ((self.table >> shift & 15).double().mT - 8 for shift in (0, 4))
+            level_low, level_high = halves(level, 0)
+            scores = (torch.bmm(level_low, low) + torch.bmm(level_high, high)).float() * unit
+        exact = self.exact_logits(x)
+        scores[..., : exact.shape[-1]] = exact
+        return scores
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that a scan reads."""
+        exact = 0 if self.exact_keys is None else self.exact_keys.nbytes
+        return self.table.nbytes + self.weight.nbytes + exact
+
+    def keys_at(self, places: Tensor) -> Tensor:
+        """The keys at places (N, M, T): int64, (N, M, T)."""
+        if self.order is None:
+            return places
+        return self.order[:, None].expand(-1, places.shape[1], -1).gather(-1, places)
 
 
 def halves(x: Tensor, fill: float) -> tuple[Tensor, Tensor]:
     """The first and the second half of the last dimension, which is filled up to an even number."""
     first, second = F.pad(x, (0, x.shape[-1] % 2), value=fill).chunk(2, -1)
     return first, second
-
-
-@dataclass(frozen=True)
-class Sketch(SketchTable):
-    """The table of some keys, and how the lines of more keys are made.
-
-    Parameters
-    ----------
-    table, weight : Tensor
-        As of `SketchTable`.
-    key_map : Tensor, float32, (N, E, r)
-        Maps keys to components, after `centre` is subtracted from them.
-    centre : Tensor, float32, (N, 1, E)
-    """
-
-    key_map: Tensor
-    centre: Tensor
-
-    @property
-    def kind(self) -> str:
-        """For a result's `diagnostics`."""
-        return "int4" if self.table.dtype == torch.uint8 else "low-rank"
-
-    def lines(self, k: Tensor) -> Tensor:
-        """What the table holds of keys (N, m, E), by the same maps."""
-        found, dtype = (k.float() - self.centre) @ self.key_map, self.table.dtype
-        if dtype == torch.float16:
-            return found.clamp(-6e4, 6e4).half()
-        found = found.round().clamp(-LARGEST[dtype], LARGEST[dtype])
-        if dtype == torch.int8:
-            return found.char()
-        low, high = halves((found + 8).byte(), 8)
-        return low | high << 4
-
-    def nbytes(self) -> int:
-        """What a scan reads."""
-        return self.table.nbytes + self.weight.nbytes
-
-
-def low_rank_sketch(
-    k: Tensor, rank: int = 16, *, queries: Tensor | None = None, dtype: torch.dtype = torch.int8
-) -> Sketch:
-    """The best `rank` numbers a key for these queries, all directions alike where there are none.
-
-    Parameters
-    ----------
-    k : Tensor, (..., Hkv, n, E)
-    rank : int
-        r, 1 <= r <= E.
-    queries : Tensor, (..., H, L, E), optional
-    dtype : torch.dtype
-        int8, each component in 255 levels of its own, or float16.
-
-    Raises
-    ------
-    ArgumentError, DtypeError
-        If rank or dtype is not allowed.
-    """
-    if dtype not in (torch.int8, torch.float16):
-        raise DtypeError(f"dtype={dtype} is not allowed: it must be int8 or float16.")
-    return _sketch(k, rank, queries, dtype)
-
-
-def int4_sketch(k: Tensor, rank: int | None = None, *, queries: Tensor | None = None) -> Sketch:
-    """`rank` numbers a key, E where None, of 4 bits: each principal component in 15 levels of its own.
-
-    Components, not the channels themselves: a query weighs all channels, and the rounding of the large ones
-    would drown the directions in which keys hardly differ. Arguments and errors as for `low_rank_sketch`.
-    """
-    return _sketch(k, k.shape[-1] if rank is None else rank, queries, torch.uint8)
-
-
-def _sketch(k: Tensor, rank: int, queries: Tensor | None, dtype: torch.dtype) -> Sketch:
-    check_count("rank", rank)
-    if rank > k.shape[-1]:
-        raise ArgumentError(f"rank={rank} is not allowed: it must be at most E={k.shape[-1]}.")
-    keys = k.detach().flatten(0, -3).float()
-    heads, n, features = keys.shape
-    centre = keys.mean(1, keepdim=True)
-    if queries is None:
-        q = torch.eye(features, device=k.device).expand(heads, -1, -1)
-    else:
-        q = queries.detach().float().reshape(heads, -1, features)
-    a, b = best_low_rank(q, keys[:, :: -(-n // FITTED_KEYS)] - centre, rank)
-    step = ((keys - centre) @ b).abs().amax(1, keepdim=True).clamp_min(SMALLEST) / LARGEST[dtype]  # [N, 1, r]
-    empty = keys.new_empty(0, dtype=dtype)
-    sketch = Sketch(empty, (a * step).contiguous(), (b / step).contiguous(), centre)
-    return replace(sketch, table=sketch.lines(keys))
-
-
-GROWING = threading.Lock()
-"""Threads may attend to a cache at the same time."""
-
-
-class GrowingSketch:
-    """The sketch of keys that grow, with room for more.
-
-    What was sketched is sketched again only when keys moved.
-    """
-
-    def __init__(self, make: Callable[[Tensor], Sketch]):
-        self.make = make
-        self.held: Sketch | None = None
-        self.length = 0
-        self.layout: tuple[int, ...] = ()
-
-    def of(self, keys: Tensor, layout: tuple[int, ...]) -> Sketch:
-        """That of keys (N, n, E), of which those held so far lie as they lay while `layout` is the same."""
-        with GROWING:
-            return self._of(keys, layout)
-
-    def _of(self, keys: Tensor, layout: tuple[int, ...]) -> Sketch:
-        n = keys.shape[1]
-        held = self.held
-        if held is None or layout != self.layout or not self.length <= n <= held.table.shape[1]:
-            made = self.make(keys)
-            held = self.held = replace(made, table=F.pad(made.table, (0, 0, 0, max(512, n // 8))))
-            self.layout = layout
-        elif n > self.length:
-            held.table[:, self.length : n] = held.lines(keys[:, self.length :])
-        self.length = n
-        return replace(held, table=held.table[:, :n])
 
 
 @dataclass(frozen=True)
@@ -386,6 +276,7 @@ def sketch_decode(
     masses = Masses.of(sketch.scores(x), stream, mass_dtype(num_samples * replicates))
     offsets = comb_offsets(stream, replicates, x.shape[1])
     proposed = draw(masses, x.shape[2], offsets, num_samples, defensive)
+    proposed = replace(proposed, indices=sketch.keys_at(proposed.indices))
     return weigh(x, proposed, num_samples, replicates)
 
 

@@ -37,7 +37,7 @@ WARP_CONFIGS = [triton.Config({}, num_warps=warps) for warps in (4, 8)]
 def digits_kernel(
     q_ptr,  # (N, M, E)
     weight_ptr,  # (N, E, r)
-    digit_ptr,  # (N, M, 2, HALVES * BR), float16 or int8: upper and lower digits
+    digit_ptr,  # (N, M, 2, HALVES * BR), int8: upper and lower digits
     unit_ptr,  # (N, M), float32
     logit_scale,  # of base-2 logits
     rows,
@@ -65,9 +65,7 @@ def digits_kernel(
     store_digits(p, b_x / largest, HALVES * BR)
     if HALVES == 2:
         store_digits(p + BR, b_y / largest, HALVES * BR)
-    if digit_ptr.dtype.element_ty == tl.int8:
-        largest = largest / (UPPER_DIGITS * LOWER_DIGITS)
-    tl.store(unit_ptr + i_r, largest.to(tl.float32))
+    tl.store(unit_ptr + i_r, (largest / (UPPER_DIGITS * LOWER_DIGITS)).to(tl.float32))
 
 
 @triton.jit
@@ -85,17 +83,10 @@ def query_components(q_ptr, weight_ptr, i_r, rows, features, rank, o_c, m_c, BD:
 @triton.jit
 def store_digits(p, b_x, lower_offset):
     """Store numbers from -1 to 1, float64 [BR]: upper digits at p [BR], lower ones `lower_offset` behind."""
-    digit = p.dtype.element_ty
-    if digit == tl.int8:
-        b_level = tl.floor(b_x * (UPPER_DIGITS * LOWER_DIGITS) + 0.5)  # [BR]
-        b_upper = tl.floor((b_level + LOWER_DIGITS // 2) / LOWER_DIGITS)  # [BR]
-        b_lower = b_level - b_upper * LOWER_DIGITS  # [BR]
-    else:
-        b_single = b_x.to(tl.float32)  # [BR]
-        b_upper = b_single.to(tl.float16)  # [BR]
-        b_lower = (b_single - b_upper.to(tl.float32)) * 2048.0  # [BR]
-    tl.store(p, b_upper.to(digit))
-    tl.store(p + lower_offset, b_lower.to(digit))
+    b_level = tl.floor(b_x * (UPPER_DIGITS * LOWER_DIGITS) + 0.5)  # [BR]
+    b_upper = tl.floor((b_level + LOWER_DIGITS // 2) / LOWER_DIGITS)  # [BR]
+    tl.store(p, b_upper.to(tl.int8))
+    tl.store(p + lower_offset, (b_level - b_upper * LOWER_DIGITS).to(tl.int8))
 
 
 @triton.jit
@@ -127,7 +118,7 @@ def split_nibbles(b_t):
             (4, 16, 4, 4, None),
         )
     ],
-    ["BM", "BR", "KIND", "SIZE"],
+    ["BM", "BR", "HALVES", "SIZE"],
 )
 @triton.jit
 def scan_sketch_kernel(
@@ -146,11 +137,13 @@ def scan_sketch_kernel(
     columns,
     table_stride_h,
     table_stride_n,
+    exact_logit_ptr,  # (N, M, exact_keys)
+    exact_keys,
     BM: tl.constexpr,
     BR: tl.constexpr,
     PAGE: tl.constexpr,
     UNITS: tl.constexpr,
-    KIND: tl.constexpr,  # 0: float16, 1: int8, 2: nibbles
+    HALVES: tl.constexpr,  # 1: bytes, 2: nibbles
     SIZE: tl.constexpr,
     NP: tl.constexpr,
     LOOP: tl.constexpr,
@@ -167,11 +160,11 @@ def scan_sketch_kernel(
     o_r = tl.arange(0, BR)  # [BR]
     m_r = o_r < columns  # [BR]
     stream_key, head_group = tl.load(stream_key_ptr + i_n), tl.load(head_group_ptr + i_n)
-    WIDE: tl.constexpr = 2 * BR if KIND == 2 else BR
+    WIDE: tl.constexpr = HALVES * BR
     o_x = i_tile * BM * 2 + tl.arange(0, 2 * BM)  # [2 BM], the two digits of a row side by side
     p_x = digit_ptr + (i_n * rows * 2 + o_x[None, :]) * WIDE + o_r[:, None]  # [BR, 2 BM]
     b_x = tl.load(p_x, mask=(o_x < rows * 2)[None, :], other=0.0)  # [BR, 2 BM]
-    if KIND == 2:
+    if HALVES == 2:
         b_y = tl.load(p_x + BR, mask=(o_x < rows * 2)[None, :], other=0.0)  # [BR, 2 BM]
         # A nibble holds 8 more than its level.
         b_shift = 8 * (tl.sum(b_x.to(tl.int32), axis=0) + tl.sum(b_y.to(tl.int32), axis=0))  # [2 BM]
@@ -184,17 +177,17 @@ def scan_sketch_kernel(
         m_n = o_n < n  # [NP * PAGE]
         p = p_t + o_n[:, None].to(tl.int64) * table_stride_n  # [NP * PAGE, BR]
         b_t = tl.load(p, mask=m_n[:, None] & m_r[None, :], other=0)  # [NP * PAGE, BR]
-        if KIND == 2:
+        if HALVES == 2:
             b_low, b_high = split_nibbles(b_t)  # [NP * PAGE, BR] each
             b_l = tl.dot(b_low, b_x, out_dtype=tl.int32)  # [NP * PAGE, 2 BM]
             b_l = tl.dot(b_high, b_y, b_l, out_dtype=tl.int32) - b_shift[None, :]
         else:
-            b_l = tl.dot(b_t, b_x)  # [NP * PAGE, 2 BM]
+            b_l = tl.dot(b_t, b_x, out_dtype=tl.int32)  # [NP * PAGE, 2 BM]
         b_upper, b_lower = tl.split(tl.reshape(b_l, [NP * PAGE, BM, 2]))  # [NP * PAGE, BM] each
-        if KIND == 0:
-            b_l = (b_upper + b_lower * (1 / 2048)) * b_unit[None, :]  # [NP * PAGE, BM]
-        else:
-            b_l = (b_upper * LOWER_DIGITS + b_lower).to(tl.float32) * b_unit[None, :]  # [NP * PAGE, BM]
+        b_l = (b_upper * LOWER_DIGITS + b_lower).to(tl.float32) * b_unit[None, :]  # [NP * PAGE, BM]
+        m_exact = (o_n < exact_keys)[:, None] & m_m[None, :]  # [NP * PAGE, BM], of the first pages
+        p = exact_logit_ptr + (i_n * rows + o_m[None, :]) * exact_keys + o_n[:, None]  # [NP * PAGE, BM]
+        b_l = tl.where(m_exact, tl.load(p, mask=m_exact, other=0.0), b_l)
         b_l = tl.where(m_n[:, None] & m_m[None, :], b_l, float("-inf"))
         store_masses(
             b_l,

@@ -1,0 +1,325 @@
+"""Attending to a cache, by the compiled pass, by a Triton kernel or in plain torch, with standard errors."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checks import check_finite
+from ..errors import ArgumentError
+from ..estimates import AttentionEstimate, Draws, EstimateInfo, KernelUse, rounding_variance
+from ..kernels.choice import choose, choose_cpu, triton_considered
+from ..kernels.cpu_decode.reference import DrawnRows, draw_rows, rows_at
+from ..kernels.inputs import MAX_DECODE_ROWS, Inputs
+from ..kernels.memory import out_of_memory_explained
+from ..problem import blocks
+from ..samplers.learned_estimators import delta_terms
+from ..streams import Stream
+from .sketches import ComponentSketch
+from .store import TokenStore
+
+BLOCK_ELEMENTS = 1 << 24
+"""Size of a block in plain torch: its rows times the keys, or the draws times features, if more."""
+
+FEWEST_DRAWS_FOR_TRITON = 16
+"""Draws below which the Triton kernel's error bars, which know of the keys drawn alone, say too little."""
+
+ABOVE_ONE = 1 - 2**-53
+"""The largest point of a row's distribution."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a call of `attend` asks for.
+
+    Parameters
+    ----------
+    q : Tensor, (..., H, L, E)
+        As the caller has it.
+    rows : Tensor, (N, M, E), M = (H / Hkv) L
+        The same, in the cache's precision, the query heads of a key head together.
+    num_samples, replicates : int
+    scale, defensive : float
+    seed : Tensor, int64, ()
+    sequences : Tensor, int64, (B,)
+        The names of the sequences, N / B key heads of each.
+    """
+
+    q: Tensor
+    rows: Tensor
+    num_samples: int
+    replicates: int
+    scale: float
+    defensive: float
+    seed: Tensor
+    sequences: Tensor
+
+    @property
+    def positions(self) -> int:
+        """L."""
+        return self.q.shape[-2]
+
+    @property
+    def group(self) -> int:
+        """H / Hkv, the query heads that share a key head."""
+        return self.rows.shape[1] // self.positions if self.positions else 1
+
+    def stream(self, store: TokenStore) -> Stream:
+        """The random numbers of the rows, the last of them at the last token's position."""
+        groups = store.heads // max(1, len(self.sequences))
+        return Stream.of(self.seed, self.sequences, groups, self.positions, store.length - self.positions)
+
+    @property
+    def draws(self) -> int:
+        """R S, all draws of a row."""
+        return self.num_samples * self.replicates
+
+
+def attend(store: TokenStore, sketch: ComponentSketch | None, call: Call) -> AttentionEstimate:
+    """The estimate of softmax(q k^T scale) v over all tokens of the store.
+
+    Raises
+    ------
+    ArgumentError
+        If q, or a score, is not finite.
+    """
+    if triton_considered(call.q):
+        reason = _not_for_triton(sketch, call)
+        if reason is None:
+            choice = choose((call.rows, store.keys(), store.values()))
+            if choice.path == "triton":
+                check_finite("q", call.q)
+                assert sketch is not None
+                return _attend_by_triton(
+                    store, sketch, call, KernelUse("triton", choice.reason, "sketch_decode")
+                )
+            reason, fallbacks = choice.reason, choice.fallbacks
+        else:
+            fallbacks = ()
+        kernel = KernelUse("torch", reason)
+    else:
+        choice = choose_cpu((call.rows, store.table))
+        fallbacks = choice.fallbacks
+        if choice.path == "cpu":
+            return _attend_compiled(store, sketch, call, KernelUse("cpu", choice.reason, "cpu_decode"))
+        kernel = KernelUse("torch", choice.reason)
+    check_finite("q", call.q)
+    return _estimate(store, sketch, call, _draw_by_torch(store, sketch, call), kernel, fallbacks)
+
+
+# --- The compiled pass and plain torch ----------------------------------------------------------
+
+
+@functools.cache
+def _compiled_pass() -> ModuleType:
+    """What calls the compiled pass: numba takes a second to import."""
+    from ..kernels.cpu_decode import launch
+
+    return launch
+
+
+def _attend_compiled(
+    store: TokenStore, sketch: ComponentSketch | None, call: Call, kernel: KernelUse
+) -> AttentionEstimate:
+    launch = _compiled_pass()
+    names = launch.RowNames(int(call.seed), call.sequences, call.positions, store.length - call.positions)
+    scanned = launch.Scanned(store.length, store.table, store.order)
+    if sketch is not None:
+        scanned = replace(scanned, lines=sketch.storage, weight=sketch.weight, exact_keys=sketch.exact_keys)
+    drawn = launch.draw_rows(
+        call.rows, call.scale, scanned, names, call.num_samples, call.replicates, call.defensive
+    )
+    if drawn is None:
+        check_finite("q", call.q)
+        raise ArgumentError("logits holds NaN or +inf; only finite numbers and -inf are allowed.")
+    return _estimate(store, sketch, call, drawn, kernel, ())
+
+
+def scores_by_place(
+    store: TokenStore, sketch: ComponentSketch | None, x: Tensor, heads: slice = slice(None)
+) -> Tensor:
+    """The logits by which keys are proposed to scaled queries (heads, M, E): (heads, M, n).
+
+    They are up to a shift of each row, and in the order of the places.
+    """
+    if sketch is not None:
+        return sketch.score(x, heads)
+    logits = torch.bmm(x, store.keys(heads).to(x.dtype).mT)
+    return logits.gather(-1, store.places(heads)[:, None].expand_as(logits))
+
+
+def _draw_by_torch(store: TokenStore, sketch: ComponentSketch | None, call: Call) -> DrawnRows:
+    (n, m), x = call.rows.shape[:2], call.rows * call.scale
+    offset = call.stream(store).uniform(call.replicates, 1)  # [N, L, R, 1]
+    comb = torch.arange(call.num_samples, device=x.device, dtype=torch.float64)
+    points = ((comb + offset) / call.num_samples).clamp_max(ABOVE_ONE).flatten(-2)
+    points = points.repeat(1, call.group, 1)  # [N, M, R S]
+    step = BLOCK_ELEMENTS // max(store.length, call.draws * store.table.shape[-1])
+    parts = [
+        draw_rows(
+            x[heads, part],
+            scores_by_place(store, sketch, x[heads, part], heads),
+            points[heads, part],
+            store.table[heads],
+            store.order[heads],
+            call.num_samples,
+            call.defensive,
+        )
+        for heads, part in blocks((n, m), step)
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    columns = zip(*([x.flatten(0, 1) for x in vars(part).values()] for part in parts), strict=True)
+    return DrawnRows(*(torch.cat(x).unflatten(0, (n, m)) for x in columns))
+
+
+def _estimate(
+    store: TokenStore,
+    sketch: ComponentSketch | None,
+    call: Call,
+    drawn: DrawnRows,
+    kernel: KernelUse,
+    fallbacks: tuple[str, ...],
+) -> AttentionEstimate:
+    row_shape = call.q.shape[:-1]
+    output = drawn.output.view(*row_shape, store.width).to(store.table.dtype)
+    draws = Draws(drawn.indices, drawn.weights, None, call.replicates)
+    length, moments = (
+        store.length,
+        store.value_sums / store.length,
+    )  # tokens may come until errors are asked for
+
+    def make_std_error() -> Tensor:
+        with plain_mode(output.device):
+            return _std_error(store, length, drawn, output, moments, call.replicates)
+
+    return AttentionEstimate(
+        output=output,
+        num_keys=store.length,
+        degrees_of_freedom=math.inf,
+        make_draws=lambda: draws.view(row_shape),
+        make_std_error=make_std_error,
+        group=call.group,
+        info=_info(store, sketch, call, drawn.effective_sample_size.view(row_shape), kernel, fallbacks),
+    )
+
+
+def _info(
+    store: TokenStore,
+    sketch: ComponentSketch | None,
+    call: Call,
+    effective: Tensor,
+    kernel: KernelUse,
+    fallbacks: tuple[str, ...],
+) -> EstimateInfo:
+    proposal = "exact" if sketch is None else sketch.proposal
+    about: dict[str, Any] = {"proposal": proposal, "tokens": store.length}
+    if sketch is not None:
+        about |= {
+            "components": sketch.rank,
+            "levels": sketch.levels,
+            "exact_keys": sketch.exact_keys.shape[1],
+        }
+    return EstimateInfo(
+        sampler=f"cache, {proposal}",
+        unbiased=False,
+        num_samples=call.num_samples,
+        replicates=call.replicates,
+        draws_per_row=call.draws,
+        effective_sample_size=effective,
+        fallbacks=fallbacks,
+        kernel=kernel,
+        cache=about,
+    )
+
+
+def _std_error(
+    store: TokenStore, length: int, drawn: DrawnRows, output: Tensor, moments: Tensor, replicates: int
+) -> Tensor:
+    """Standard errors (..., d) of an output (..., d): `learned_estimators.Spread`, from the values drawn.
+
+    `moments` has the means of v and of v^2 over the `length` tokens there were, (2, N, 1, d).
+    """
+    total = drawn.indices.shape[-1]
+    # Draws that count for nothing are keys of their own, which no other is taken for.
+    no_key = length + torch.arange(total, device=output.device)
+    distinct = torch.where(drawn.weights > 0, drawn.indices, no_key)
+    draws = Draws(distinct, drawn.weights, None, replicates)
+    values = rows_at(store.table, drawn.indices)[..., store.features :].to(store.dtype)  # [N, M, T, d]
+    rows = output.view(*drawn.weights.shape[:2], output.shape[-1])
+    a, unseen = delta_terms(draws, drawn.proposed, drawn.inclusion, drawn.rate)
+    mean, square = moments  # [N, 1, d]
+    spread = (square - mean.square()).clamp_min(0) + (mean - rows).square()
+    variance = torch.einsum("nmt,nmtd->nmd", a, (values - rows[..., None, :]).square())
+    variance = (variance + (unseen * spread).to(variance.dtype)) / replicates
+    rounding = rounding_variance(rows, square.sqrt().to(rows.dtype), total, store.table.dtype)
+    return (variance + rounding).sqrt().view(output.shape)
+
+
+# --- The Triton kernel --------------------------------------------------------------------------
+
+
+def _not_for_triton(sketch: ComponentSketch | None, call: Call) -> str | None:
+    """Why the kernel does not take this call, on whatever machine; None where it does."""
+    heads, rows, _ = call.rows.shape
+    if sketch is None:
+        return "it takes sketches; sampled_attention has one for exact keys"
+    if call.num_samples < FEWEST_DRAWS_FOR_TRITON:
+        return f"it takes {FEWEST_DRAWS_FOR_TRITON} draws or more"
+    if rows > MAX_DECODE_ROWS:
+        return f"the kernel takes up to {MAX_DECODE_ROWS} rows a key head, not {rows}"
+    return "there is nothing to do" if 0 in (heads, rows) else None
+
+
+def _attend_by_triton(
+    store: TokenStore, sketch: ComponentSketch, call: Call, kernel: KernelUse
+) -> AttentionEstimate:
+    from ..kernels.sketch_decode.launch import sketch_decode
+
+    k, v, row_shape = store.keys(), store.values(), call.q.shape[:-1]
+    with out_of_memory_explained():
+        x = Inputs(call.rows.contiguous(), k[None], v[None], None, call.positions, call.scale)
+        found = sketch_decode(
+            x,
+            sketch.scanned(store.places()),
+            call.num_samples,
+            call.replicates,
+            call.stream(store),
+            defensive=call.defensive,
+        )
+    draws = Draws(found.indices, found.weights(), None, call.replicates).view(row_shape)
+    output = found.output.view(*row_shape, store.width)
+    size = (store.value_sums[1] / store.length).sqrt().to(torch.float32)  # [N, 1, Ev]
+
+    def make_std_error() -> Tensor:
+        with plain_mode(output.device):  # the kernel's errors are those of draws; rounding comes on top
+            rounding = rounding_variance(found.output.float(), size, call.draws, store.table.dtype)
+            return (found.std_error.square() + rounding).sqrt().view(output.shape)
+
+    return AttentionEstimate(
+        output=output,
+        num_keys=store.length,
+        degrees_of_freedom=math.inf,
+        make_draws=lambda: draws,
+        make_std_error=make_std_error,
+        group=call.group,
+        info=_info(store, sketch, call, draws.effective_sample_size(), kernel, ()),
+    )
+
+
+@contextlib.contextmanager
+def plain_mode(device: torch.device) -> Iterator[None]:
+    """Leave autocast, gradients and inference mode, whatever the caller is in.
+
+    Tensors that are made in inference mode could not be changed outside it.
+    """
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield

@@ -1,0 +1,204 @@
+"""Calls the compiled pass from torch."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numba import cfunc, types
+from torch import Tensor
+
+from .reference import DrawnRows
+from .rows import EXACT, INT4, INT8, TASK, TILE, attend_task
+from .threads import run_on_threads
+
+ALONE = 1 << 18
+"""Numbers of a sketch below which a second thread takes longer to wake than it saves."""
+
+_COMPILING = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Scanned:
+    """What the pass reads of a cache: float32 and contiguous.
+
+    Parameters
+    ----------
+    length : int
+        n, the tokens that are held.
+    table : Tensor, (N, C, E + Ev)
+        Keys and values, side by side, in the order of arrival; room for C >= n.
+    order : Tensor, int64, (N, C)
+        The token at each place.
+    lines : Tensor, int8 (N, r, capacity) or uint8 (N, ceil(r / 2), capacity), optional
+        The keys' components in the order of the places; the keys themselves are scanned where None. A
+        uint8 holds 8 + component i in its lower four bits and 8 + component ceil(r / 2) + i in the upper
+        ones.
+    weight : Tensor, (N, E, r), optional
+        Takes queries to components.
+    exact_keys : Tensor, (N, T, E), optional
+        Centred keys of the first T places, whose logits are exact.
+    """
+
+    length: int
+    table: Tensor
+    order: Tensor
+    lines: Tensor | None = None
+    weight: Tensor | None = None
+    exact_keys: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class RowNames:
+    """What the random numbers of some rows depend on: see `qtx_lab.streams`.
+
+    Parameters
+    ----------
+    seed : int
+    sequences : Tensor, int64, (B,)
+        Names of the sequences, N / B key heads of each.
+    positions : int
+        L, the positions of the queries: row m of M is at `first_position` + m % L.
+    first_position : int
+    """
+
+    seed: int
+    sequences: Tensor
+    positions: int
+    first_position: int
+
+
+@functools.cache
+def compiled() -> Any:
+    """`attend_task` in machine code, kept on disk where there is a place for it."""
+    with _COMPILING:
+        for keep in (True, False):
+            try:
+                return cfunc(types.void(types.int64), cache=keep, error_model="numpy")(attend_task)
+            except (OSError, RuntimeError):  # no folder to write to, a full disk
+                if not keep:
+                    raise
+    raise AssertionError
+
+
+def draw_rows(
+    queries: Tensor,
+    scale: float,
+    scanned: Scanned,
+    names: RowNames,
+    num_samples: int,
+    replicates: int,
+    defensive: float,
+) -> DrawnRows | None:
+    """Draw keys and average their values, on `torch.get_num_threads()` threads.
+
+    Any number of calls may go on at once.
+
+    Parameters
+    ----------
+    queries : Tensor, (N, M, E), float32
+    scale : float
+    scanned : Scanned
+    names : RowNames
+    num_samples, replicates : int
+        S and R.
+    defensive : float
+        epsilon.
+
+    Returns
+    -------
+    DrawnRows or None
+        None if a query or a score is not finite.
+    """
+    queries = queries.contiguous()
+    drawn = _empty_rows(queries, num_samples * replicates, scanned.table.shape[-1] - queries.shape[-1])
+    heads, rows, features = queries.shape
+    components = features if scanned.weight is None else scanned.weight.shape[-1]
+    threads = torch.get_num_threads()
+    if heads * rows * scanned.length * components <= ALONE:
+        threads = 1
+    task = make_task(queries, scale, scanned, names, num_samples, replicates, defensive, drawn)
+    tile = max(1, min(TILE, heads * rows // threads))
+    task["tile"], task["units"] = tile, heads * -(-rows // tile)
+    run_on_threads(compiled(), task.ctypes.data, threads, (queries, scanned, names, drawn, task))
+    return None if task["not_finite"][0] else drawn
+
+
+def _empty_rows(queries: Tensor, draws: int, width: int) -> DrawnRows:
+    """Room for what the pass writes."""
+    # Between a model's other work, little of what this needs is in the processor's caches: the less, the
+    # faster.
+    heads, rows, _ = queries.shape
+    empty = queries.new_empty
+    weights, proposed, inclusion = empty(3, heads, rows, draws)
+    return DrawnRows(
+        indices=empty(heads, rows, draws, dtype=torch.int64),
+        weights=weights,
+        proposed=proposed,
+        inclusion=inclusion,
+        rate=empty(heads, rows, 1),
+        output=empty(heads, rows, width),
+        effective_sample_size=empty(heads, rows),
+    )
+
+
+def make_task(
+    queries: Tensor,
+    scale: float,
+    scanned: Scanned,
+    names: RowNames,
+    num_samples: int,
+    replicates: int,
+    defensive: float,
+    drawn: DrawnRows,
+) -> np.ndarray:
+    """The task of a call, an array of one `TASK`; arguments as of `draw_rows`, and where to write."""
+    heads, rows, features = queries.shape
+    lines, weight, exact_keys = scanned.lines, scanned.weight, scanned.exact_keys
+    fields = {
+        "next_unit": 0,
+        "not_finite": 0,
+        "units": 0,
+        "tile": 1,
+        "kind": EXACT if lines is None else INT8 if lines.dtype == torch.int8 else INT4,
+        "heads": heads,
+        "groups": heads // max(1, len(names.sequences)),
+        "rows": rows,
+        "positions": names.positions,
+        "first_position": names.first_position,
+        "features": features,
+        "width": drawn.output.shape[-1],
+        "keys": scanned.length,
+        "capacity": scanned.table.shape[1],
+        "line_capacity": 0 if lines is None else lines.shape[-1],
+        "rank": 0 if weight is None else weight.shape[-1],
+        "exact_keys": 0 if exact_keys is None else exact_keys.shape[1],
+        "replicates": replicates,
+        "draws": num_samples,
+        "seed": names.seed,
+        "scale": scale,
+        "defensive": defensive,
+        "sequences_at": _address(names.sequences),
+        "queries_at": _address(queries),
+        "table_at": _address(scanned.table),
+        "order_at": _address(scanned.order),
+        "lines_at": _address(lines),
+        "weight_at": _address(weight),
+        "exact_at": _address(exact_keys),
+        "indices_at": _address(drawn.indices),
+        "weights_at": _address(drawn.weights),
+        "proposed_at": _address(drawn.proposed),
+        "inclusion_at": _address(drawn.inclusion),
+        "rate_at": _address(drawn.rate),
+        "output_at": _address(drawn.output),
+        "effective_at": _address(drawn.effective_sample_size),
+    }
+    return np.array([tuple(fields[name] for name in TASK.fields or ())], TASK)
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()

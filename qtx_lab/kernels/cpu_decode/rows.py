@@ -1,0 +1,587 @@
+"""The pass over a cache's rows that numba compiles, a row at a time in a core's cache.
+
+It guesses scores from the sketch, draws keys, computes their exact logits and averages their values. The
+reference is `reference.draw_rows`: the same scores and points give the same draws, up to rounding. All
+compiled code is in this file, because numba's cache on disk notices changes of the file of the compiled
+function and of no other.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import carray, njit, types
+from numba.extending import intrinsic
+
+from ...streams import Purpose
+from .reference import FIRST_RATE, LEAST_MASS, NEWTON_STEPS
+
+EXACT, INT8, INT4 = 0, 1, 2
+"""What is scanned (`Task.kind`): the keys themselves, components of 8 bits, or of 4."""
+
+TASK = np.dtype(
+    [
+        ("next_unit", np.int64),  # the next tile of rows that no thread has taken yet
+        ("not_finite", np.int64),  # 1 once a query or a score is not finite
+        ("units", np.int64),  # tiles of all heads
+        ("tile", np.int64),  # rows of a tile
+        ("kind", np.int64),
+        ("heads", np.int64),  # N
+        ("groups", np.int64),  # key heads of a sequence
+        ("rows", np.int64),  # M
+        ("positions", np.int64),  # L, positions of the queries: row m is at first_position + m % L
+        ("first_position", np.int64),
+        ("features", np.int64),  # E
+        ("width", np.int64),  # Ev
+        ("keys", np.int64),  # n
+        ("capacity", np.int64),  # keys that `table` and `order` have room for
+        ("line_capacity", np.int64),  # keys that `lines` has room for
+        ("rank", np.int64),  # r, components of a key in the sketch
+        ("exact_keys", np.int64),  # T, the first places, whose logits are computed from `exact`
+        ("replicates", np.int64),  # R
+        ("draws", np.int64),  # S
+        ("seed", np.int64),
+        ("scale", np.float64),
+        ("defensive", np.float64),  # epsilon
+        # Addresses of contiguous arrays.
+        ("sequences_at", np.int64),  # int64, (N / groups,): names of the sequences
+        ("queries_at", np.int64),  # float32, (N, M, E)
+        ("table_at", np.int64),  # float32, (N, capacity, E + Ev): keys and values in the order of arrival
+        ("order_at", np.int64),  # int64, (N, capacity): the token at each place
+        ("lines_at", np.int64),  # int8, (N, r, line_capacity), or uint8, (N, ceil(r / 2), line_capacity)
+        ("weight_at", np.int64),  # float32, (N, E, r): takes queries to components
+        ("exact_at", np.int64),  # float32, (N, T, E): centred keys
+        ("indices_at", np.int64),  # int64, (N, M, R S), written
+        ("weights_at", np.int64),  # float32, (N, M, R S), written
+        ("proposed_at", np.int64),  # float32, (N, M, R S), written: q of the drawn keys
+        ("inclusion_at", np.int64),  # float32, (N, M, R S), written: pi
+        ("rate_at", np.int64),  # float32, (N, M), written: draws a unit of q
+        ("output_at", np.int64),  # float32, (N, M, Ev), written
+        ("effective_at", np.int64),  # float32, (N, M), written: Kish's effective number of draws
+    ]
+)
+"""What a call is about. Threads share one task, whose `next_unit` they count up."""
+
+CHUNK = 2048
+"""Keys whose scores are summed up together: they stay in the first cache."""
+BLOCK = 64
+"""Keys of a block of the inversion: whole blocks are passed by until the one that holds a point."""
+TILE = 8
+"""Rows of a head that read a chunk of the sketch together."""
+AHEAD = 16
+"""Draws (and keys of a scan of the keys themselves) whose memory is requested in advance."""
+STRETCH, NEXT = 128, 1024
+"""Keys of a component between two requests for memory, and how far ahead that memory is, in bytes."""
+TERMS = 8
+"""Components that are added to the scores together."""
+GROUP = 16
+"""Components whose 4-bit levels, times weights of 8 bits, are summed in 16 bits: 16 * 15 * 127 < 2^15."""
+SUMS = {"contract", "reassoc", "nsz"}
+"""What sums may do to be vectorised: change their order, but not overlook infinities."""
+
+zero: Any = np.float32(0)
+one: Any = np.float32(1)
+typed_intrinsic: Any = intrinsic  # mypy counts the typing context as an argument of the call
+
+
+@typed_intrinsic
+def _pointer(typing: Any, address: Any) -> Any:
+    """An address as what `carray` takes."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], ir.IntType(8).as_pointer())
+
+    return types.voidptr(types.int64), generate
+
+
+@typed_intrinsic
+def _fetch_and_increment(typing: Any, address: Any) -> Any:
+    """The whole number at an address, which is one more afterwards; atomic among threads."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        number = ir.IntType(64)
+        at = builder.inttoptr(args[0], number.as_pointer())
+        return builder.atomic_rmw("add", at, number(1), "monotonic")
+
+    return types.int64(types.int64), generate
+
+
+@typed_intrinsic
+def _prefetch(typing: Any, address: Any) -> Any:
+    """Request the cache line at an address, to read."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        byte, word = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte, word, word, word])
+        function = builder.module.globals.get("llvm.prefetch.p0") or ir.Function(
+            builder.module, kind, "llvm.prefetch.p0"
+        )
+        builder.call(function, [builder.inttoptr(args[0], byte), word(0), word(3), word(1)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
+@njit(fastmath={"contract"})  # in this order, or the reduction of x loses its last digits
+def _exp(x: Any) -> Any:
+    """e^x, x <= 0, to 2e-7: the polynomial of Cephes' expf, which the compiler can vectorise."""
+    x = np.float32(-87) if x < np.float32(-87) else x
+    n = np.floor(x * np.float32(1.44269504088896341) + np.float32(0.5))
+    x = x - n * np.float32(0.693359375)
+    x = x + n * np.float32(2.12194440e-4)
+    y = np.float32(1.9875691500e-4)
+    y = y * x + np.float32(1.3981999507e-3)
+    y = y * x + np.float32(8.3334519073e-3)
+    y = y * x + np.float32(4.1665795894e-2)
+    y = y * x + np.float32(1.6666665459e-1)
+    y = y * x + np.float32(5.0000001201e-1)
+    y = y * (x * x) + x + one
+    return y * np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
+
+
+# --- Random numbers: `qtx_lab.streams`, bit by bit ---------------------------------------------
+
+WORD, HALF_WORD = np.uint64(0xFFFFFFFF), np.uint64(32)
+POINTS, SEQUENCE = int(Purpose.POINTS), int(Purpose.SEQUENCE)
+
+
+@njit
+def philox(key: Any, c0: Any, c1: Any, c2: Any, c3: Any) -> Any:
+    """Four random words of 32 bits for a key of 64 bits and a counter: `streams.philox`."""
+    k0, k1 = np.uint64(key) & WORD, np.uint64(key) >> HALF_WORD
+    c0, c1 = np.uint64(c0) & WORD, np.uint64(c1) & WORD
+    c2, c3 = np.uint64(c2) & WORD, np.uint64(c3) & WORD
+    for _ in range(10):
+        product0, product1 = c0 * np.uint64(0xD2511F53), c2 * np.uint64(0xCD9E8D57)
+        c0, c1 = (product1 >> HALF_WORD) ^ c1 ^ k0, product1 & WORD
+        c2, c3 = (product0 >> HALF_WORD) ^ c3 ^ k1, product0 & WORD
+        k0, k1 = (k0 + np.uint64(0x9E3779B9)) & WORD, (k1 + np.uint64(0xBB67AE85)) & WORD
+    return c0, c1, c2, c3
+
+
+@njit
+def sequence_key(seed: Any, name: Any) -> Any:
+    """The key of a sequence: `streams.sequence_keys`."""
+    name = np.uint64(name)
+    low, high, _, _ = philox(seed, name, name >> HALF_WORD, np.uint64(0), np.uint64(SEQUENCE))
+    return low | (high << HALF_WORD)
+
+
+@njit
+def row_offset(key: Any, position: Any, group: Any, replicate: Any) -> Any:
+    """Where the points of a row start: the first of the `Stream.uniform` numbers of a row and replicate."""
+    purpose = np.uint64(replicate) << np.uint64(8) | np.uint64(POINTS)
+    high, low, _, _ = philox(key, np.uint64(0), position, group, purpose)
+    whole = (high >> np.uint64(5)) * np.uint64(1 << 26) + (low >> np.uint64(6))
+    return np.float64(whole) * 2.0**-53
+
+
+# --- Scores -----------------------------------------------------------------------------------
+
+
+@njit(fastmath=SUMS)
+def _dot(x: Any, y: Any) -> Any:
+    total = zero
+    for i in range(x.shape[0]):
+        total += x[i] * y[i]
+    return total
+
+
+@njit(fastmath={"contract"})
+def _multiply(x: Any, matrix: Any, out: Any) -> None:
+    """x (E,) times a matrix (E, r)."""
+    out[: matrix.shape[1]] = zero
+    for e in range(x.shape[0]):
+        for c in range(matrix.shape[1]):
+            out[c] += x[e] * matrix[e, c]
+
+
+@njit
+def _request(a: Any, b: Any, c: Any, d: Any, ahead: Any, length: Any) -> None:
+    """Request `length` bytes of each array, `ahead` of where it starts."""
+    for byte in range(ahead, ahead + length, 64):
+        _prefetch(a.ctypes.data + byte)
+        _prefetch(b.ctypes.data + byte)
+        _prefetch(c.ctypes.data + byte)
+        _prefetch(d.ctypes.data + byte)
+
+
+@njit(fastmath={"contract"})
+def _add_bytes(out: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any, h: Any, w: Any) -> None:
+    """Add eight components of 8 bits, times their weights."""
+    w0, w1, w2, w3, w4, w5, w6, w7 = w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7]
+    for first in range(0, out.shape[0], STRETCH):
+        end = first + STRETCH
+        part, a_, b_, c_, d_ = out[first:end], a[first:end], b[first:end], c[first:end], d[first:end]
+        e_, f_, g_, h_ = e[first:end], f[first:end], g[first:end], h[first:end]
+        _request(a_, b_, c_, d_, NEXT, part.shape[0])
+        _request(e_, f_, g_, h_, NEXT, part.shape[0])
+        for j in range(part.shape[0]):
+            ab = w0 * np.float32(a_[j]) + w1 * np.float32(b_[j])
+            cd = w2 * np.float32(c_[j]) + w3 * np.float32(d_[j])
+            ef = w4 * np.float32(e_[j]) + w5 * np.float32(f_[j])
+            gh = w6 * np.float32(g_[j]) + w7 * np.float32(h_[j])
+            part[j] += (ab + cd) + (ef + gh)
+
+
+@njit
+def _int8_scores(out: Any, lines: Any, begin: Any, component: Any) -> None:
+    """Scores of keys from `begin` on, by components `lines` (r, capacity) of 8 bits and the query's own."""
+    out[:] = zero
+    end, last = begin + out.shape[0], lines.shape[0] - 1
+    for t in range(0, component.shape[0], TERMS):
+        _add_bytes(
+            out,
+            lines[min(t, last), begin:end],
+            lines[min(t + 1, last), begin:end],
+            lines[min(t + 2, last), begin:end],
+            lines[min(t + 3, last), begin:end],
+            lines[min(t + 4, last), begin:end],
+            lines[min(t + 5, last), begin:end],
+            lines[min(t + 6, last), begin:end],
+            lines[min(t + 7, last), begin:end],
+            component[t : t + TERMS],
+        )
+
+
+@njit
+def _pair(byte: Any, low: Any, high: Any) -> Any:
+    """The two levels of a byte times their weights, in 16 bits, which numba's own products leave."""
+    byte = np.int16(byte)
+    return np.int16(np.int16(np.int16(byte & 15) * low) + np.int16(np.int16(byte >> 4) * high))
+
+
+@njit
+def _add_levels(out: Any, a: Any, b: Any, c: Any, d: Any, w: Any, ahead: Any) -> None:
+    """Add eight components' levels, two a byte, times their weights; the next are `ahead` bytes away."""
+    w0, w1, w2, w3, w4, w5, w6, w7 = w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7]
+    for first in range(0, out.shape[0], 2 * STRETCH):
+        end = first + 2 * STRETCH
+        part, e, f, g, h = out[first:end], a[first:end], b[first:end], c[first:end], d[first:end]
+        _request(a, b, c, d, first + ahead, part.shape[0])
+        for j in range(part.shape[0]):
+            ef = np.int16(_pair(e[j], w0, w1) + _pair(f[j], w2, w3))
+            gh = np.int16(_pair(g[j], w4, w5) + _pair(h[j], w6, w7))
+            part[j] = np.int16(part[j] + np.int16(ef + gh))
+
+
+@njit(fastmath={"contract"})
+def _add_scaled(out: Any, x: Any, scale: Any) -> None:
+    for j in range(out.shape[0]):
+        out[j] += scale * np.float32(x[j])
+
+
+@njit
+def _int4_scores(out: Any, lines: Any, begin: Any, level: Any, scale: Any, sums: Any) -> None:
+    """Scores of keys from `begin` on, by pairs of components `lines` (r / 2, capacity) of 4 bits.
+
+    `level` and `scale` are the query's, by groups (`_in_levels`); `sums` is room for 16-bit sums.
+    """
+    out[:] = scale[-1]
+    sums = sums[: out.shape[0]]
+    end, last, capacity = begin + out.shape[0], lines.shape[0] - 1, lines.shape[1]
+    for group in range(level.shape[0] // GROUP):
+        sums[:] = np.int16(0)
+        for t in range(group * GROUP, (group + 1) * GROUP, 8):
+            pair = t // 2
+            _add_levels(
+                sums,
+                lines[min(pair, last), begin:end],
+                lines[min(pair + 1, last), begin:end],
+                lines[min(pair + 2, last), begin:end],
+                lines[min(pair + 3, last), begin:end],
+                level[t : t + 8],
+                4 * capacity,
+            )
+        _add_scaled(out, sums, scale[group])
+
+
+@njit
+def _in_levels(component: Any, rank: Any, level: Any, scale: Any) -> None:
+    """A query's components in levels of 8 bits, with a scale for each group of them.
+
+    They are put in the order of the nibbles: component i beside component ceil(r / 2) + i. The last scale
+    is what levels that are stored as level + 8 add too much.
+    """
+    half = (rank + 1) // 2
+    for group in range(level.shape[0] // GROUP):
+        unit = np.float32(1e-30)
+        for pair in range(group * GROUP // 2, min((group + 1) * GROUP // 2, half)):
+            unit = max(unit, np.abs(component[pair]))
+            if half + pair < rank:
+                unit = max(unit, np.abs(component[half + pair]))
+        unit /= np.float32(127)
+        scale[group] = unit
+        for pair in range(group * GROUP // 2, min((group + 1) * GROUP // 2, half)):
+            level[2 * pair] = np.int16(np.rint(component[pair] / unit))
+            if half + pair < rank:
+                level[2 * pair + 1] = np.int16(np.rint(component[half + pair] / unit))
+            both = np.float32(level[2 * pair]) + np.float32(level[2 * pair + 1])
+            scale[-1] -= np.float32(8) * unit * both
+
+
+@njit
+def _scores_of_keys(out: Any, x: Any, table: Any, order: Any) -> None:
+    """Exact scores (rows, n) of rows x (rows, E), in the order of the places."""
+    features, line = x.shape[1], table.shape[1] * 4
+    for j in range(out.shape[1]):
+        if j + AHEAD < out.shape[1]:
+            at = table.ctypes.data + order[j + AHEAD] * line
+            for byte in range(0, 4 * features, 64):
+                _prefetch(at + byte)
+        key = table[order[j], :features]
+        for i in range(x.shape[0]):
+            out[i, j] = _dot(x[i], key)
+
+
+@njit
+def _scores_of_sketch(
+    out: Any, x: Any, kind: Any, lines_at: Any, shape: Any, weight: Any, exact: Any
+) -> None:
+    """Scores (rows, n) of rows x (rows, E) by a head's components at `lines_at`, of this shape.
+
+    The first places, which `exact` (T, E) has centred keys for, get exact scores. All lack the same
+    shift, that of the centre.
+    """
+    rows, keys, rank = x.shape[0], out.shape[1], weight.shape[1]
+    component = np.zeros((rows, (rank + GROUP - 1) // GROUP * GROUP), np.float32)
+    groups = (rank + GROUP - 1) // GROUP
+    level, scale = np.zeros((rows, groups * GROUP), np.int16), np.zeros((rows, groups + 1), np.float32)
+    sums = np.empty(CHUNK, np.int16)
+    for i in range(rows):
+        _multiply(x[i], weight, component[i])
+        if kind == INT4:
+            _in_levels(component[i], rank, level[i], scale[i])
+    terms = (rank + TERMS - 1) // TERMS * TERMS
+    for begin in range(0, keys, CHUNK):
+        for i in range(rows):
+            part = out[i, begin : min(begin + CHUNK, keys)]
+            if kind == INT8:
+                lines = carray(_pointer(lines_at), shape, np.int8)
+                _int8_scores(part, lines, begin, component[i, :terms])
+            else:
+                lines = carray(_pointer(lines_at), shape, np.uint8)
+                _int4_scores(part, lines, begin, level[i], scale[i], sums)
+    for j in range(min(exact.shape[0], keys)):
+        for i in range(rows):
+            out[i, j] = _dot(x[i], exact[j])
+
+
+@njit
+def score_rows(out: Any, head: Any, x: Any, t: Any) -> None:
+    """Scores (rows, n) of scaled queries x (rows, E) of a head of task t, in the order of the places."""
+    if t.kind == EXACT:
+        shape = (t.heads, t.capacity, t.features + t.width)
+        table = carray(_pointer(t.table_at), shape, np.float32)[head]
+        order = carray(_pointer(t.order_at), (t.heads, t.capacity), np.int64)[head]
+        _scores_of_keys(out, x, table, order)
+        return
+    lines = t.rank if t.kind == INT8 else (t.rank + 1) // 2
+    lines_at = t.lines_at + head * lines * t.line_capacity
+    weight = carray(_pointer(t.weight_at), (t.heads, t.features, t.rank), np.float32)[head]
+    exact = carray(_pointer(t.exact_at), (t.heads, t.exact_keys, t.features), np.float32)[head]
+    _scores_of_sketch(out, x, t.kind, lines_at, (lines, t.line_capacity), weight, exact)
+
+
+# --- Draws ------------------------------------------------------------------------------------
+
+
+@njit(fastmath=SUMS)
+def _top(x: Any) -> Any:
+    """The largest, or NaN if any is not finite; in lanes, because a maximum is not vectorised otherwise."""
+    best, none = x[:256].copy(), zero
+    for first in range(0, x.shape[0], 256):
+        part = x[first : first + 256]
+        for j in range(part.shape[0]):
+            best[j] = part[j] if part[j] > best[j] else best[j]
+            none += part[j] * zero
+    return best.max() + none
+
+
+@njit(fastmath=SUMS)
+def _finite(x: Any) -> Any:
+    total = zero
+    for j in range(x.shape[0]):
+        total += x[j] * zero
+    return total == zero
+
+
+@njit(fastmath=SUMS)
+def _exponentials(x: Any, top: Any) -> Any:
+    """exp(x - top) in place, and its sum."""
+    total = 0.0
+    for first in range(0, x.shape[0], 1024):
+        part, some = x[first : first + 1024], zero
+        for j in range(part.shape[0]):
+            part[j] = _exp(part[j] - top)
+            some += part[j]
+        total += np.float64(some)
+    return total
+
+
+@njit(fastmath=SUMS)
+def _above(x: Any, limit: Any) -> Any:
+    """How many are at least `limit`, and the sum of the others."""
+    count, total = 0, 0.0
+    for first in range(0, x.shape[0], 1024):
+        part, some = x[first : first + 1024], zero
+        sure: Any = np.int32(0)
+        for j in range(part.shape[0]):
+            some += part[j] if part[j] < limit else zero
+            sure += np.int32(part[j] >= limit)
+        count, total = count + sure, total + np.float64(some)
+    return count, total
+
+
+@njit(fastmath=SUMS)
+def _clipped_sum(x: Any, limit: Any) -> Any:
+    total = zero
+    for j in range(x.shape[0]):
+        total += x[j] if x[j] < limit else limit
+    return total
+
+
+@njit(error_model="numpy")
+def _sure_mass(mass: Any, total: Any, draws: Any) -> Any:
+    """The mass from which a key is drawn surely: `reference.sure_mass`."""
+    if mass.shape[0] <= draws:
+        return np.float32(LEAST_MASS)
+    most = total / draws
+    limit = most / FIRST_RATE
+    for _ in range(NEWTON_STEPS):
+        sure, light = _above(mass, np.float32(limit))
+        limit = min(max(light / (draws - sure), LEAST_MASS), most) if sure < draws else most
+    return np.float32(limit)
+
+
+@njit(error_model="numpy")
+def _place(mass: Any, limit: Any, offset: Any, cdf: Any, last: Any, place: Any) -> Any:
+    """Write the places (S,) of the points (s + offset) / S of the masses cut at `limit`.
+
+    Returns how many of the points lie within the masses.
+    """
+    n, draws = mass.shape[0], place.shape[0]
+    total = cdf[-1]
+    below, within, block, at, sum_ = np.nextafter(total, 0.0), 0, -1, 0, 0.0
+    for s in range(draws):
+        point = (s + offset) / draws * last
+        if point < total:
+            within += 1
+        point = min(point, below)
+        if block < 0 or cdf[block] <= point:
+            block += 1
+            while cdf[block] <= point:
+                block += 1
+            at = block * BLOCK
+            sum_ = (cdf[block - 1] if block else 0.0) + min(mass[at], limit)
+        end = min(n, (block + 1) * BLOCK) - 1
+        while sum_ <= point and at < end:
+            at += 1
+            sum_ += min(mass[at], limit)
+        place[s] = at
+    return within
+
+
+@njit(error_model="numpy", fastmath={"contract"})
+def _weigh(
+    x: Any, table: Any, tokens: Any, within: Any, pi: Any, weights: Any, output: Any, share: Any
+) -> None:
+    """Weigh the draws (S,) by their exact logits; `output` gets `share` of their average value."""
+    draws, features, width = tokens.shape[0], x.shape[0], table.shape[1]
+    address, size = table.ctypes.data, np.int64(4 * width)
+    top = np.float32(-np.inf)
+    for s in range(-AHEAD, draws):
+        if s + AHEAD < draws:
+            line = address + tokens[s + AHEAD] * size
+            for byte in range(0, size, 512):  # the processor goes on by itself
+                _prefetch(line + byte)
+        if s < 0:
+            continue
+        if s >= within or (
+            s and tokens[s] == tokens[s - 1]
+        ):  # past the last key, or a sure one's second point
+            weights[s] = -np.inf
+        else:
+            weights[s] = _dot(x, table[tokens[s], :features]) - np.log(pi[s])
+            top = max(top, weights[s])
+    total = zero
+    for s in range(draws):
+        weights[s] = zero if weights[s] == -np.inf else _exp(weights[s] - top)
+        total += weights[s]
+    for s in range(draws):
+        weights[s] *= share / total
+        if weights[s] > zero:
+            value, w = table[tokens[s], features:], weights[s]
+            for i in range(output.shape[0]):
+                output[i] += w * value[i]
+
+
+@njit(error_model="numpy")
+def _attend_row(t: Any, head: Any, m: Any, x: Any, mass: Any, place: Any, cdf: Any) -> Any:
+    """Draw from the scores `mass` (n,) of row m, which become masses, and write the results.
+
+    Returns False if the row is not finite.
+    """
+    replicates, draws = t.replicates, t.draws
+    table = carray(_pointer(t.table_at), (t.heads, t.capacity, t.features + t.width), np.float32)[head]
+    order = carray(_pointer(t.order_at), (t.heads, t.capacity), np.int64)[head]
+    sequences = carray(_pointer(t.sequences_at), t.heads // t.groups, np.int64)
+    drawn = (t.heads, t.rows, replicates * draws)
+    tokens = carray(_pointer(t.indices_at), drawn, np.int64)[head, m]
+    weights = carray(_pointer(t.weights_at), drawn, np.float32)[head, m]
+    proposed = carray(_pointer(t.proposed_at), drawn, np.float32)[head, m]
+    pi = carray(_pointer(t.inclusion_at), drawn, np.float32)[head, m]
+    output = carray(_pointer(t.output_at), (t.heads, t.rows, t.width), np.float32)[head, m]
+    top = _top(mass)
+    if not (_finite(x) and top == top):
+        return False
+    total = _exponentials(mass, top)
+    mass += np.float32(total * (t.defensive / (1 - t.defensive) / mass.shape[0]))
+    total /= 1 - t.defensive
+    limit = _sure_mass(mass, total, draws)
+    cumulative = 0.0
+    for block in range(cdf.shape[0]):
+        cumulative += _clipped_sum(mass[block * BLOCK : (block + 1) * BLOCK], limit)
+        cdf[block] = cumulative
+    output[:] = zero
+    key = sequence_key(t.seed, sequences[head // t.groups])
+    for r in range(replicates):
+        offset = row_offset(key, t.first_position + m % t.positions, head % t.groups, r)
+        within = _place(mass, limit, offset, cdf, draws * np.float64(limit), place)
+        part = slice(r * draws, (r + 1) * draws)
+        of_draws, of_tokens = pi[part], tokens[part]
+        for s in range(draws):
+            q = mass[place[s]]
+            of_tokens[s] = order[place[s]]
+            proposed[r * draws + s] = q / total
+            of_draws[s] = min(q / limit, one)
+        _weigh(x, table, of_tokens, within, of_draws, weights[part], output, one / np.float32(replicates))
+    carray(_pointer(t.rate_at), (t.heads, t.rows), np.float32)[head, m] = total / limit
+    carray(_pointer(t.effective_at), (t.heads, t.rows), np.float32)[head, m] = one / _dot(weights, weights)
+    return True
+
+
+def attend_task(address: Any) -> None:
+    """Take tiles of rows of the task at this address until none is left.
+
+    Any number of threads may do so at once. `launch.compiled` compiles this.
+    """
+    t = carray(_pointer(address), 1, TASK)[0]
+    queries = carray(_pointer(t.queries_at), (t.heads, t.rows, t.features), np.float32)
+    tiles, scale = (t.rows + t.tile - 1) // t.tile, np.float32(t.scale)
+    x, scores = np.empty((t.tile, t.features), np.float32), np.empty((t.tile, t.keys), np.float32)
+    place, cdf = np.empty(t.draws, np.int64), np.empty((t.keys + BLOCK - 1) // BLOCK, np.float64)
+    while True:
+        unit = _fetch_and_increment(address)  # of `next_unit`, the first field
+        if unit >= t.units:
+            return
+        head, begin = unit // tiles, unit % tiles * t.tile
+        end = min(begin + t.tile, t.rows)
+        x[: end - begin] = queries[head, begin:end] * scale
+        score_rows(scores[: end - begin], head, x[: end - begin], t)
+        for m in range(begin, end):
+            if not _attend_row(t, head, m, x[m - begin], scores[m - begin], place, cdf):
+                t.not_finite = 1
+                return

@@ -147,17 +147,27 @@ def estimate_register(
     Returns
     -------
     RegisterEstimate
+        Variances count one more shot for and against each value (Laplace's rule), because a value that no
+        shot read is not known to be impossible.
     """
     if errors is not None and feeds_forward:
         return _undo_bit_by_bit(counts, errors)
     shots = counts.sum(-1, keepdim=True).double()
     shares = counts / shots
+    unseen = _laplace_variance(counts, shots)
     if errors is None:
-        return RegisterEstimate(shares, shares * (1 - shares) / shots)
+        return RegisterEstimate(shares, unseen)
     value = undo_readout(shares, errors)
     # The value of a single shot is an element of the inverse, so its second moment takes their squares.
     second_moment = _apply_to_bits(torch.linalg.inv(errors.mT).square(), shares)
-    return RegisterEstimate(value, ((second_moment - value.square()) / shots).clamp_min(0))
+    variance = (second_moment - value.square()) / shots
+    return RegisterEstimate(value, torch.maximum(variance, unseen))
+
+
+def _laplace_variance(counts: Tensor, shots: Tensor) -> Tensor:
+    """Compute the variance s (1 - s) / shots of shares, with s = (counts + 1) / (shots + 2)."""
+    share = (counts.double() + 1) / (shots + 2)
+    return share * (1 - share) / shots.clamp_min(1)
 
 
 def _undo_bit_by_bit(counts: Tensor, errors: Tensor) -> RegisterEstimate:
@@ -165,12 +175,12 @@ def _undo_bit_by_bit(counts: Tensor, errors: Tensor) -> RegisterEstimate:
 
     Whatever the true bits were, the next qubit is rotated by the angle of the bits that were read. So the
     share of 1 among shots with the same bits so far, corrected for the readout of this one bit, is the row's
-    own conditional probability: only the last measurement has to be undone. The variance is that to first
-    order in the variances of the conditional probabilities.
+    own conditional probability: only the last measurement has to be undone. The variance is that of a
+    product of independent conditional probabilities.
     """
     bits = len(errors)
     p = torch.ones(len(counts), 1, dtype=torch.float64)
-    relative_variance = torch.zeros_like(p)
+    variance = torch.zeros_like(p)
     for bit in reversed(range(bits)):
         pairs = counts.double().reshape(len(counts), p.shape[-1], 2, -1).sum(-1)  # [R, prefixes, 2]
         shots = pairs.sum(-1, keepdim=True)
@@ -179,11 +189,12 @@ def _undo_bit_by_bit(counts: Tensor, errors: Tensor) -> RegisterEstimate:
         misread = torch.stack((errors[bit, 1, 0], errors[bit, 0, 1]))  # of bits read as 0, as 1
         share = ((read - misread) / contrast).clamp(0, 1)
         share = share / share.sum(-1, keepdim=True)
-        variance = (read * (1 - read)).clamp_min(0) / shots.clamp_min(1e-300) / contrast**2
-        added = (variance / share.square().clamp_min(1e-300)).masked_fill(share == 0, 0)
-        relative_variance = (relative_variance[..., None] + added).flatten(1)
-        p = (p[..., None] * share).flatten(1)
-    return RegisterEstimate(p, p.square() * relative_variance)
+        share_variance = _laplace_variance(pairs, shots) / contrast**2
+        # The variance of a product of two independent estimates.
+        before, p_before = variance[..., None], p[..., None]
+        variance = before * share.square() + (p_before.square() + before) * share_variance
+        variance, p = variance.flatten(1), (p_before * share).flatten(1)
+    return RegisterEstimate(p, variance)
 
 
 def _apply_to_bits(matrices: Tensor, x: Tensor) -> Tensor:

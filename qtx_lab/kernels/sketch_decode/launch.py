@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -53,7 +53,7 @@ class LocatedDraws:
     """The drawn keys, before their exact logits are known."""
 
     index: Tensor
-    """(N, M, R * S), int64: their places, then the keys themselves."""
+    """(N, M, R * S), int64."""
     inclusion: Tensor
     """(N, M, R * S), float32: the probability of drawing this key; 0 for a point past the last key."""
 
@@ -98,8 +98,7 @@ def sketch_decode(
     buffers = MassBuffers.of(x, num_samples, replicates)
     scan_sketch(x, inputs, sketch, numbers, buffers)
     plan = plan_draws(inputs, numbers, buffers, defensive)
-    drawn = locate_draws(inputs, numbers, buffers, plan)
-    drawn = replace(drawn, index=sketch.keys_at(drawn.index))
+    drawn = locate_draws(inputs, numbers, buffers, plan, sketch.order)
     return weigh_draws(x, inputs, buffers, drawn)
 
 
@@ -189,9 +188,13 @@ def plan_draws(
 
 
 def locate_draws(
-    inputs: InputArguments, numbers: StreamArguments, buffers: MassBuffers, plan: Plan
+    inputs: InputArguments,
+    numbers: StreamArguments,
+    buffers: MassBuffers,
+    plan: Plan,
+    order: Tensor | None,
 ) -> LocatedDraws:
-    """Find the keys at the points of each row."""
+    """Find the keys at the points of each row; `order` (N, n) has the key at each place."""
     draws = (*buffers.row_mass.shape, buffers.replicates * buffers.num_samples)
     drawn = LocatedDraws(
         inputs.q.new_empty(draws, dtype=torch.int64), inputs.q.new_empty(draws, dtype=torch.float32)
@@ -204,6 +207,10 @@ def locate_draws(
         buffers,
         plan,
         drawn,
+        order=buffers.page_start if order is None else order,  # without an order nothing reads it
+        order_stride_h=0 if order is None else order.stride(0),
+        order_stride_n=0 if order is None else order.stride(1),
+        HAS_ORDER=order is not None,
         PAGE=PAGE,
         UNITS=int(UNITS[buffers.mass.dtype]),
         MASS_MASK=buffers.mass_mask,

@@ -540,6 +540,7 @@ def locate_sketch_kernel(
     position_stride,
     purpose,
     first_replicate,
+    order_ptr,  # (N, n), int64: the key at each place
     index_ptr,  # (N, M, R, S), int64
     inclusion_ptr,  # (N, M, R, S), float32: pi; 0 where a point lies past the last key
     rows,
@@ -549,10 +550,13 @@ def locate_sketch_kernel(
     num_samples,
     replicates,
     fraction_bits,
+    order_stride_h,
+    order_stride_n,
     PAGE: tl.constexpr,
     UNITS: tl.constexpr,
     MASS_MASK: tl.constexpr,
     ALL: tl.constexpr,
+    HAS_ORDER: tl.constexpr,
     BS: tl.constexpr,
 ):
     """Store the keys at BS points of a row, and the probability with which each is drawn."""
@@ -596,7 +600,10 @@ def locate_sketch_kernel(
     b_key = find_place(tl.cumsum(b_mass, axis=1), b_unit)  # [BS]
     b_own = sum_before(b_mass, b_key + 1) - sum_before(b_mass, b_key)  # [BS]
     b_inclusion = (b_own.to(tl.int64) << b_up).to(tl.float64) / (b_point * 0 + step).to(tl.float64)  # [BS]
-    tl.store(index_ptr + o_s, b_page.to(tl.int64) * PAGE + b_place * KEYS + b_key, mask=m_s)
+    b_index = b_page.to(tl.int64) * PAGE + b_place * KEYS + b_key  # [BS]
+    if HAS_ORDER:
+        b_index = tl.load(order_ptr + i_n * order_stride_h + b_index * order_stride_n, mask=m_s)  # [BS]
+    tl.store(index_ptr + o_s, b_index, mask=m_s)
     tl.store(inclusion_ptr + o_s, tl.where(m_drawn, b_inclusion.to(tl.float32), 0.0), mask=m_s)
 
 

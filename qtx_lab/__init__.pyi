@@ -59,6 +59,7 @@ from .samplers import Sampler as Sampler
 from .samplers import StratifiedSampler as StratifiedSampler
 from .samplers import SystematicSampler as SystematicSampler
 from .samplers import make_sampler as make_sampler
+from .samplers import register_sampler as register_sampler
 from .specs import CircuitSpec as CircuitSpec
 from .specs import ClusterSpec as ClusterSpec
 from .specs import ControlSpec as ControlSpec

@@ -52,6 +52,8 @@ class Purpose(IntEnum):
     """The random level of a telescoped estimate."""
     FEATURES = 7
     """Random features of a control variate."""
+    TIES = 9
+    """What decides where two keys or tiles are worth the same."""
     GENERATOR = 8
     """The seed of a torch.Generator, for samplers that take one."""
     SEQUENCE = 255
@@ -148,7 +150,7 @@ class Stream:
     positions : Tensor, int64, (P,), or (N, P) where rows of different positions stand together
         The positions of the queries.
     purpose : Purpose
-    first_replicate : int
+    first_replicate : int, or Tensor int64 (N,)
         The number of the first replicate; higher ones give independent repetitions of the same rows.
 
     Examples
@@ -165,7 +167,7 @@ class Stream:
     groups: Tensor
     positions: Tensor
     purpose: Purpose = Purpose.POINTS
-    first_replicate: int = 0
+    first_replicate: int | Tensor = 0
 
     @classmethod
     def of(
@@ -197,15 +199,6 @@ class Stream:
             torch.arange(first_position, first_position + length, device=keys.device),
         )
 
-    @classmethod
-    def of_rows(
-        cls, rows: tuple[int, ...], generator: torch.Generator | None, device: torch.device
-    ) -> Stream:
-        """A stream for rows of logits: the last dimension counts positions, those before it heads."""
-        *heads, length = rows or (1,)
-        stream = cls.of(make_seed(generator, device), 1, int(np.prod(heads, dtype=np.int64)), length)
-        return stream
-
     def __getitem__(self, rows: tuple[slice, slice]) -> Stream:
         """The stream of some heads and positions."""
         heads, positions = rows
@@ -216,11 +209,25 @@ class Stream:
             positions=self.positions[..., positions] if self.positions.ndim == 1 else self.positions[rows],
         )
 
+    def of_block(self, heads: slice, positions: Tensor) -> Stream:
+        """The stream of some heads at positions (P,), or (heads, P)."""
+        return replace(self, keys=self.keys[heads], groups=self.groups[heads], positions=positions)
+
+    def of_single_rows(self, heads: Tensor, positions: Tensor, replicates: Tensor) -> Stream:
+        """The stream of B rows, each of a head (B,), a position (B,) and a replicate (B,) of its own, as (B, 1) rows."""
+        return replace(
+            self,
+            keys=self.keys[heads],
+            groups=self.groups[heads],
+            positions=positions[:, None],
+            first_replicate=replicates,
+        )
+
     def at(self, positions: Tensor) -> Stream:
         """The same heads at other positions, (P,) or (N, P)."""
         return replace(self, positions=positions)
 
-    def of_purpose(self, purpose: Purpose, first_replicate: int = 0) -> Stream:
+    def of_purpose(self, purpose: Purpose, first_replicate: int | Tensor = 0) -> Stream:
         """The numbers of the same rows for another purpose, or of later replicates."""
         return replace(self, purpose=purpose, first_replicate=first_replicate)
 
@@ -243,15 +250,15 @@ class Stream:
 
     def _uniform(self, positions: Tensor, purpose: int, replicates: int, count: int) -> Tensor:
         device = self.keys.device
-        first, last = self.first_replicate, self.first_replicate + replicates
         pair = torch.arange((count + 1) // 2, device=device)
-        replicate = torch.arange(first, last, device=device)
+        first = torch.as_tensor(self.first_replicate, device=device).view(-1, 1, 1, 1)
+        replicate = first + torch.arange(replicates, device=device)[:, None]  # [N or 1, 1, R, 1]
         words = philox(
             self.keys[:, None, None, None],
             pair,
             positions[:, :, None, None] & WORD,
             self.groups[:, None, None, None],
-            (replicate << 8 | purpose)[:, None],
+            replicate << 8 | purpose,
         )
         numbers = torch.stack((uniform(*words[:2]), uniform(*words[2:])), -1)
         shape = torch.broadcast_shapes(positions.shape, (len(self.keys), 1))

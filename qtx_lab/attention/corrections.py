@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..controls import Control, MultilevelControlVariate, make_control, regress
-from ..controls.base import control_ratios
+from ..controls.base import Prepared, control_ratios
+from ..errors import ArgumentError
 from ..estimates import ControlReport, Draws
-from ..problem import Rows, in_units
+from ..problem import AttentionProblem
+from ..samplers import SampledRows
+from ..streams import Purpose, Stream
 
 ControlVariate = str | Control | Sequence[str | Control] | MultilevelControlVariate
 
@@ -70,6 +73,23 @@ class Correction:
             means=self.means[:, *rows],
         )
 
+    def applied(self, sampled: SampledRows, problem: AttentionProblem) -> SampledRows:
+        """The corrected estimate, with a report and what was not done as asked."""
+        report = self.report
+        info = replace(sampled.info, control_variate=report)
+        costly = [f"{name} {cost:,.0f}" for name, cost in report.costs.items() if cost >= report.exact_cost]
+        if costly:
+            info = info.with_fallbacks(
+                f"Controls cost as much as the exact output, {report.exact_cost:,.0f} multiply-adds a query: "
+                f"{', '.join(costly)}."
+            )
+        if problem.length * self.by_replicate.shape[2] == 1 and not self.oracle:
+            info = info.with_fallbacks(
+                "Not corrected by control_variate: one row of one replicate leaves nothing to fit "
+                "coefficients to."
+            )
+        return replace(sampled, output=problem.in_units(self.output), info=info, make_std_error=None)
+
     def moments(self, draws: Draws, a: Tensor, table: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
         """sum_s a_s (g_s - c) and sum_s a_s (g_s - c)^2, each (N, M, d).
 
@@ -88,32 +108,74 @@ class Correction:
 
 
 def correct(
-    rows: Rows,
-    keys: Tensor,
-    values: Tensor,
-    draws: Draws,
-    controls: Sequence[Control],
-    generator: torch.Generator | None,
-    variance_weights: Callable[[Tensor], Tensor] | None,
-    blocks: Iterable[tuple[slice, slice]],
+    problem: AttentionProblem, sampled: SampledRows, controls: Sequence[Control], seed: Tensor
 ) -> Correction:
-    """Correct the estimate of `draws`, rows (N, M), of `keys` (N, n, E) and `values` (N, n, d) in the caller's order.
+    """Correct the estimate that a sampler made of the rows of a problem.
 
     Coefficients are those of `regress`, one a control and query head, fitted over its rows and replicates.
-    `variance_weights` is the sampler's, None for independent draws.
+
+    Raises
+    ------
+    ArgumentError
+        If the sampler does not know the probabilities of its draws.
     """
-    n, total, r = rows.num_keys, draws.indices.shape[-1], draws.replicates
-    count, length, width = rows.count * rows.group, rows.length, values.shape[-1]
+    draws = sampled.make_draws()
+    if draws.probabilities is None:
+        raise ArgumentError(
+            "control_variate needs the probabilities of the draws, which "
+            f"sampler={sampled.info.sampler!r} does not know."
+        )
     prepared = [
-        c.prepare(keys, values, scale=rows.scale, causal=rows.is_causal, q=rows.q, generator=generator)
-        for c in controls
+        control.prepare(
+            problem.keys,
+            problem.values,
+            scale=problem.scale,
+            causal=problem.is_causal,
+            q=problem.queries,
+            generator=_feature_generator(problem, seed),
+        )
+        for control in controls
     ]
-    shape = (len(controls), rows.count, rows.rows)
+    parts = _control_parts(problem, draws, prepared, sampled.design.variance_weights)
+    oracle = next((i for i, control in enumerate(controls) if control.oracle), None)
+    fitted = _regressed(problem, parts) if oracle is None else _oracle(problem, parts, oracle)
+    report = _report(problem, draws, controls, prepared, parts, fitted)
+    return Correction(
+        fitted.output, fitted.by_replicate, fitted.shares, parts.means, oracle is not None, report
+    )
+
+
+def _feature_generator(problem: AttentionProblem, seed: Tensor) -> torch.Generator:
+    """The source of a control's random features: the same for every sequence and head."""
+    stream = Stream.of(seed, 1, 1, 1).of_purpose(Purpose.FEATURES)
+    return torch.Generator(problem.q.device).manual_seed(int(stream.uniform(1, 1).item() * 2**53))
+
+
+@dataclass(frozen=True)
+class _ControlParts:
+    """What controls say about the draws of rows (N, M): estimates (N, M, R, d), noise (C, N, M, R, d), means (C, N, M, d)
+    and r_cs of `Correction` (C, N, M, R * S)."""
+
+    estimates: Tensor
+    noise: Tensor
+    means: Tensor
+    shares: Tensor
+
+
+def _control_parts(
+    problem: AttentionProblem,
+    draws: Draws,
+    prepared: Sequence[Prepared],
+    variance_weights: Callable[[Tensor], Tensor] | None,
+) -> _ControlParts:
+    keys, values = problem.keys, problem.values
+    total, r, width = draws.indices.shape[-1], draws.replicates, problem.width
+    shape = (len(prepared), *problem.shape)
     means, shares = values.new_empty(*shape, width), values.new_empty(*shape, total)
     noise = values.new_empty(*shape, r, width)
-    estimates = values.new_empty(*shape[1:], r, width)
-    for heads, part in blocks:
-        q, at, own = rows.q[heads, part], rows.positions(part), draws[heads, part]
+    estimates = values.new_empty(*problem.shape, r, width)
+    for heads, part in problem.blocks(16 * total):
+        q, at, own = problem.queries[heads, part], problem.positions(part), draws[heads, part]
         estimates[heads, part] = r * own.average_by_replicate(values[heads])
         live = own.weights > 0
         for c, control in enumerate(prepared):
@@ -123,8 +185,8 @@ def correct(
                 at,
                 keys[heads],
                 own,
-                scale=rows.scale,
-                causal=rows.is_causal,
+                scale=problem.scale,
+                causal=problem.is_causal,
                 variance_weights=variance_weights,
                 heads=heads,
             )
@@ -135,35 +197,68 @@ def correct(
             )
             means[c, heads, part] = mean
             shares[c, heads, part] = torch.where(live, w / own.weights.masked_fill(~live, 1), 0)
-    oracle = next((i for i, c in enumerate(controls) if c.oracle), None)
-    if oracle is None:
-        fit = regress(
-            estimates.view(count, length, r, width),
-            noise.view(len(controls), count, length, r, width),
-            means.mean(0).view(count, length, width),
-            most=1.0,
-        )
-        coefficients = fit.coefficients.mean(1)  # [H, C]
-        beta = fit.coefficients[:, fit.fold].to(values.dtype)  # [H, L, R, C]
-        shares.view(len(controls), count, length, r, total // r).mul_(beta.movedim(-1, 0)[..., None])
-        corrected = fit.by_replicate.view(estimates.shape)
-        output = corrected.mean(2)
-    else:
-        shares *= torch.arange(len(controls)).eq(oracle).view(-1, 1, 1, 1)
-        corrected, output = estimates - noise[oracle], means[oracle]
-        coefficients = torch.arange(len(controls)).eq(oracle).double().expand(count, -1)
-    lead, names = rows.row_shape[:-1], [c.name for c in controls]
-    before = after = None
-    if r > 1 and estimates.numel():
-        before, after = (
-            in_units(x.var(2).sqrt(), rows.unit).square().sum(-1).view(count, length).mean(1).view(lead) / r
-            for x in (estimates, corrected)
-        )
-    report = ControlReport(
-        coefficients={name: coefficients[:, c].reshape(lead) for c, name in enumerate(names)},
-        costs={name: p.cost(n) + total * p.cost_at() for name, p in zip(names, prepared, strict=True)},
-        exact_cost=float(n * (keys.shape[-1] + width)),
-        variance_before=before,
-        variance_after=after,
+    return _ControlParts(estimates, noise, means, shares)
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    """A corrected estimate: output (N, M, d), by replicate (N, M, R, d), β_c r_cs (C, N, M, R * S), coefficients (H, C)."""
+
+    output: Tensor
+    by_replicate: Tensor
+    shares: Tensor
+    coefficients: Tensor
+
+
+def _regressed(problem: AttentionProblem, parts: _ControlParts) -> _Fitted:
+    """Corrected by coefficients that are fitted to other draws than those that they correct."""
+    (_, _, r, width), controls = parts.estimates.shape, len(parts.noise)
+    heads, length = problem.shape[0] * problem.group, problem.length
+    fit = regress(
+        parts.estimates.view(heads, length, r, width),
+        parts.noise.view(controls, heads, length, r, width),
+        parts.means.mean(0).view(heads, length, width),
+        most=1.0,
     )
-    return Correction(output, corrected, shares, means, oracle is not None, report)
+    beta = fit.coefficients[:, fit.fold].to(parts.shares.dtype)  # [H, L, R, C]
+    shares = (
+        parts.shares.view(controls, heads, length, r, parts.shares.shape[-1] // r)
+        * beta.movedim(-1, 0)[..., None]
+    )
+    corrected = fit.by_replicate.view(parts.estimates.shape)
+    return _Fitted(corrected.mean(2), corrected, shares.view(parts.shares.shape), fit.coefficients.mean(1))
+
+
+def _oracle(problem: AttentionProblem, parts: _ControlParts, oracle: int) -> _Fitted:
+    """Corrected by the control that is the target itself, with coefficient 1."""
+    only = torch.arange(len(parts.noise), device=parts.noise.device).eq(oracle)
+    coefficients = only.double().expand(problem.shape[0] * problem.group, -1)
+    corrected = parts.estimates - parts.noise[oracle]
+    return _Fitted(parts.means[oracle], corrected, parts.shares * only.view(-1, 1, 1, 1), coefficients)
+
+
+def _report(
+    problem: AttentionProblem,
+    draws: Draws,
+    controls: Sequence[Control],
+    prepared: Sequence[Prepared],
+    parts: _ControlParts,
+    fitted: _Fitted,
+) -> ControlReport:
+    lead, names, n = problem.row_shape[:-1], [c.name for c in controls], problem.num_keys
+    heads, length, total = problem.shape[0] * problem.group, problem.length, draws.indices.shape[-1]
+
+    def variance(x: Tensor) -> Tensor | None:
+        """Of the output (..., H), from its replicates (N, M, R, d)."""
+        if draws.replicates == 1 or not x.numel():
+            return None
+        spread = problem.in_units(x.var(2).sqrt()).square().sum(-1)
+        return spread.view(heads, length).mean(1).view(lead) / draws.replicates
+
+    return ControlReport(
+        coefficients={name: fitted.coefficients[:, c].reshape(lead) for c, name in enumerate(names)},
+        costs={name: p.cost(n) + total * p.cost_at() for name, p in zip(names, prepared, strict=True)},
+        exact_cost=float(n * (problem.keys.shape[-1] + problem.width)),
+        variance_before=variance(parts.estimates),
+        variance_after=variance(fitted.by_replicate),
+    )

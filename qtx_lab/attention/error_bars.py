@@ -8,48 +8,68 @@ too, and what it would have added can be predicted from the spread of all values
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ..estimates import Draws, rounding_variance
-from ..samplers import Sampler
+from ..problem import AttentionProblem
+from ..samplers import Design, SampledRows
 from .corrections import Correction
 
 PRIOR_WEIGHT = 2.0
 """Weight of the predicted variance against the R - 1 degrees of freedom of R replicates."""
 
 
-@dataclass(frozen=True)
-class Design:
-    """How draws were made, as far as error bars care.
+def degrees_of_freedom(design: Design, draws: Draws) -> float:
+    """Infinite for what p predicts; R - 1 (or T - 1) for a sample variance; of a mixture, Satterthwaite's."""
+    r, known = draws.replicates, draws.probabilities is not None
+    if design.independent:
+        return math.inf if known else max(1.0, draws.indices.shape[-1] - 1.0)
+    predicted = design.count_variance(draws.weights[:0]) if known and design.count_variance else None
+    g = 0.0 if predicted is None else PRIOR_WEIGHT
+    return (g + r - 1) ** 2 / (r - 1)
+
+
+def with_error_bars(
+    sampled: SampledRows, problem: AttentionProblem, correction: Correction | None = None
+) -> SampledRows:
+    """The same estimate with standard errors, made when they are first read; without any where one replicate cannot tell.
+
+    A sampler's own standard errors stay as they are.
 
     Parameters
     ----------
-    independent : bool
-        Whether the draws of a replicate are i.i.d. from p.
-    count_variance : callable, optional
-        `InversionSampler.count_variance`, where the sampler has one.
+    correction : Correction, optional
+        What made the output, where controls did.
     """
+    if sampled.make_std_error is not None:
+        return sampled
+    if correction is not None and correction.oracle:
+        zero = torch.zeros_like(sampled.output)
+        return replace(sampled, make_std_error=lambda: zero, degrees_of_freedom=math.inf)
+    draws, design = sampled.make_draws(), sampled.design
+    if not (design.independent or draws.replicates > 1):
+        return sampled
+    # Copies, and not the problem itself, which would keep q and k alive.
+    values, visible, unit = problem.values.clone(), problem.visible_keys(), problem.unit
+    causal, dtype = problem.is_causal, problem.v.dtype
+    positions = problem.positions(slice(0, problem.shape[1]))
+    cuts = list(problem.blocks(16 * draws.indices.shape[-1]))
+    output = sampled.output if unit is None else sampled.output / unit
 
-    independent: bool
-    count_variance: Callable[[Tensor], Tensor | None] | None = None
+    def make_std_error() -> Tensor:
+        std_error = torch.empty_like(output)
+        with torch.no_grad():
+            bars = ErrorBars(values, visible, causal, design, dtype)
+            for block in cuts:
+                cut = None if correction is None else correction[block]
+                std_error[block] = bars(draws[block], output[block], block[0], positions[block[1]], cut)
+        return std_error if unit is None else std_error * unit
 
-    @classmethod
-    def of(cls, sampler: Sampler) -> Design:
-        """That of a sampler that draws from p."""
-        return cls(sampler.independent, getattr(sampler, "count_variance", None))
-
-    def degrees_of_freedom(self, draws: Draws) -> float:
-        """Infinite for what p predicts; R - 1 (or T - 1) for a sample variance; of a mixture, Satterthwaite's."""
-        r, known = draws.replicates, draws.probabilities is not None
-        if self.independent:
-            return math.inf if known else max(1.0, draws.indices.shape[-1] - 1.0)
-        predicted = self.count_variance(draws.weights[:0]) if known and self.count_variance else None
-        g = 0.0 if predicted is None else PRIOR_WEIGHT
-        return (g + r - 1) ** 2 / (r - 1)
+    degrees = degrees_of_freedom(design, draws)
+    return replace(sampled, make_std_error=make_std_error, degrees_of_freedom=degrees)
 
 
 class ErrorBars:

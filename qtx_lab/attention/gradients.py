@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,24 +14,27 @@ from torch.autograd.function import once_differentiable
 
 from ..errors import ArgumentError
 from ..estimates import AttentionEstimate, Draws
-from ..samplers import LearnedImportanceSampler, Sampler
+from ..problem import AttentionProblem
+
+if TYPE_CHECKING:
+    from .dispatch import AttentionSettings
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
+class Estimator(Protocol):
+    """Makes the estimate of a problem, without gradients."""
+
+    def __call__(
+        self, problem: AttentionProblem, settings: AttentionSettings, seed: Tensor, first_replicate: int = 0
+    ) -> AttentionEstimate: ...
+
+
 def differentiable(
-    sampled_attention: Callable[..., AttentionEstimate],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    sampler: Sampler,
-    scale: float,
-    generator: torch.Generator | None,
-    **options: Any,
+    estimator: Estimator, problem: AttentionProblem, settings: AttentionSettings, seed: Tensor
 ) -> AttentionEstimate:
-    """The estimate of `sampled_attention`, its output with a gradient for q, k and v.
+    """The estimate of a problem, its output with a gradient for q, k and v.
 
     Let g be the gradient of the loss by a row's output o = sum_j p_j v_j, l_j = scale q . k_j and a_j = g . v_j. Then
 
@@ -47,12 +50,12 @@ def differentiable(
     - `draws`: the other draws, where all are independent;
     - `replicates`: the draws of the other replicates, where those of one depend on each other;
     - `extra replicate`: as many draws again, made in the backward pass for q and k alone, where there is one
-      replicate of dependent draws (or one draw); both are each other's baseline. Their seed is what the generator
-      would have given next. It takes as long as the forward pass again: two replicates of half as many draws do not;
+      replicate of dependent draws (or one draw); both are each other's baseline. They are the next replicate of the same
+      stream. It takes as long as the forward pass again: two replicates of half as many draws do not;
     - `own replicate`: the same draws, for the self-normalised weights of a `LearnedImportanceSampler`: the gradient of
       that estimate with the proposal held fixed, biased by O(1 / num_samples) as the estimate is.
 
-    `diagnostics["baseline"]` says which.
+    `info.baseline` says which.
 
     **What is unbiased.** For a given g all three gradients, as far as the sampler is: so for a loss that is linear in
     the output. Otherwise g depends on the draws, and q's and k's gradients have a bias of O(1 / num_samples); v's is
@@ -66,39 +69,40 @@ def differentiable(
 
     Parameters
     ----------
-    sampled_attention : callable
-        Gives the estimate of detached inputs, options as given.
-    q, k, v, sampler, scale, generator, **options
-        Its own, checked by it.
+    estimator : callable
+        Gives the estimate of a problem without gradients.
+    problem : AttentionProblem
+    settings : AttentionSettings
+    seed : Tensor, int64, ()
 
     Raises
     ------
     ArgumentError
         If `attn_mask` requires a gradient, or `tolerance` comes with one replicate.
     """
-    mask = options["attn_mask"]
-    if mask is not None and mask.requires_grad:
+    sampler = settings.sampler
+    if problem.mask is not None and problem.mask.requires_grad:
         raise ArgumentError(
             f"attn_mask requires a gradient, which sampler={sampler.name!r} does not give: detach it, or use 'exact'."
         )
-    call = functools.partial(sampled_attention, sampler=sampler, scale=scale)
-    baseline = _baseline(sampler, **options)
-    estimate = call(q.detach(), k.detach(), v.detach(), generator=generator, **options)
+    baseline = _baseline(settings)
+    estimate = estimator(problem.detached(), settings, seed)
     redraw = None
     if baseline == "extra replicate":
-        if isinstance(sampler, LearnedImportanceSampler):  # with controls: see sampled_attention
-            call = functools.partial(sampler.estimate, estimator="plain", scale=scale)
-        names = ("num_samples", "attn_mask", "is_causal", "enable_gqa")
-        call = functools.partial(call, **{name: options[name] for name in names})
-        seed = _next_seed(generator, q.device)
+        again = replace(settings, controls=(), budget=replace(settings.budget, replicates=1))
+        if settings.controls:
+            again = replace(again, sampler=sampler.correctable())
+        replicates = settings.budget.replicates
 
         def redraw(q: Tensor, k: Tensor, v: Tensor) -> Draws:
-            device = q.device if generator is None else generator.device
-            return call(q, k, v, generator=torch.Generator(device).manual_seed(seed)).draws
+            detached = replace(problem, q=q.detach(), k=k.detach(), v=v.detach())
+            return estimator(detached, again, seed, first_replicate=replicates).draws
 
     draws = estimate.draws
-    how = _How(baseline, scale, draws.replicates, redraw)
-    output = _Sampled.apply(q, k, v, estimate.output, draws.indices, draws.weights, how)
+    how = _How(baseline, problem.scale, draws.replicates, redraw)
+    output = _Sampled.apply(
+        problem.q, problem.k, problem.v, estimate.output, draws.indices, draws.weights, how
+    )
     return replace(estimate, output=output, info=replace(estimate.info, baseline=baseline))
 
 
@@ -164,40 +168,20 @@ def outside_graphs(function: Callable[P, T]) -> Callable[P, T]:
     return call
 
 
-def _baseline(
-    sampler: Sampler,
-    *,
-    num_samples: int | None,
-    replicates: int,
-    tolerance: float | None,
-    control_variate: object,
-    **_: Any,
-) -> str:
+def _baseline(settings: AttentionSettings) -> str:
     """Which draws the baseline of `differentiable` comes from."""
-    learned = isinstance(sampler, LearnedImportanceSampler)
-    if learned and control_variate is None:
+    sampler, budget = settings.sampler, settings.budget
+    if sampler.self_normalised and not settings.controls:
         return "own replicate"
-    # A sampler may say that its draws are independent of each other though they are not from p.
-    independent = getattr(sampler, "exchangeable", sampler.independent) and not learned
-    if independent and tolerance is None and num_samples is not None and num_samples * replicates > 1:
+    if sampler.draws_are_exchangeable and settings.tolerance is None and budget.total > 1:
         return "draws"
-    if replicates > 1:
+    if budget.replicates > 1:
         return "replicates"
-    if tolerance is not None:
+    if settings.tolerance is not None:
         raise ArgumentError(
             "tolerance with inputs that require a gradient needs replicates >= 2, or torch.no_grad()."
         )
     return "extra replicate"
-
-
-def _next_seed(generator: torch.Generator | None, device: torch.device) -> int:
-    """What the generator would give next, not taken from it: the same draws follow with and without gradients."""
-    if generator is not None:
-        ahead = torch.Generator(generator.device)
-        ahead.set_state(generator.get_state())
-        return int(torch.randint(2**63 - 1, (), generator=ahead, device=generator.device))
-    with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
-        return int(torch.randint(2**63 - 1, (), device=device))
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,14 @@ from torch.autograd.function import once_differentiable
 from ..checks import check_count, check_generator
 from ..errors import ArgumentError
 from ..estimates import AttentionEstimate, Draws, EstimateInfo, KernelUse
-from ..kernels.choice import Choice, choose
+from ..kernels.choice import Choice, choose, triton_considered
 from ..kernels.decode import reference as decode_reference
 from ..kernels.decode.reference import DecodeResult
 from ..kernels.inputs import MAX_DECODE_ROWS, Inputs
 from ..kernels.memory import out_of_memory_explained
 from ..kernels.prefill import reference as prefill_reference
-from ..problem import check_inputs
+from ..problem import AttentionProblem
+from ..samplers import Budget
 from ..streams import Stream, make_seed
 
 
@@ -132,76 +133,66 @@ def gpu_quantum_attention(
     check_count("num_samples", num_samples)
     check_count("replicates", replicates)
     check_generator(generator)
-    with torch.no_grad():
-        group = check_inputs(Q, K, V, attn_mask, is_causal, scale, enable_gqa)
+    problem = AttentionProblem.of(
+        Q, K, V, attn_mask=attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
+    )
     if attn_mask is not None and attn_mask.requires_grad:
         raise ArgumentError("attn_mask requires a gradient, which draws do not give: detach it.")
-    call = KernelCall(
-        num_samples,
-        replicates,
-        is_causal,
-        1 / math.sqrt(Q.shape[-1]) if scale is None else float(scale),
-        group,
-        make_stream(Q, K, generator),
-        choose_systematic(Q, K, V, is_causal, group),
-    )
-    estimate = attend_systematic(Q, K, V, attn_mask, call)
+    stream = problem.stream(make_seed(generator, Q.device))
+    call = KernelCall(problem, Budget(num_samples, replicates), stream, choose_systematic(problem))
+    estimate = attend_systematic(call)
     return estimate if return_estimate else estimate.output
 
 
 @dataclass(frozen=True)
 class KernelCall:
-    """What a call of the systematic kernels asks for besides its tensors.
+    """A problem for the systematic kernels.
 
     Parameters
     ----------
-    num_samples, replicates : int
-        S and R.
-    is_causal : bool
-    scale : float
-    group : int
-        G, the query heads of a key head.
+    problem : AttentionProblem
+    budget : Budget
     stream : Stream
-        Of all key heads and L positions.
+        Of the problem's key heads and positions.
     choice : Choice
         The kernel or its reference, from `choose_systematic`.
     """
 
-    num_samples: int
-    replicates: int
-    is_causal: bool
-    scale: float
-    group: int
+    problem: AttentionProblem
+    budget: Budget
     stream: Stream
     choice: Choice
 
-
-def make_stream(q: Tensor, k: Tensor, generator: torch.Generator | None) -> Stream:
-    """The stream of q (..., H, L, E) and k (..., Hkv, n, E), whose sequences are named 0, 1, …"""
-    heads = k.shape[-3] if k.ndim > 2 else 1
-    return Stream.of(make_seed(generator, q.device), q.shape[:-3].numel(), heads, q.shape[-2])
-
-
-def takes_decode(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, group: int) -> bool:
-    """Whether `kernels.decode` draws a call, along whole rows, and not `kernels.prefill`, page by page."""
-    grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    return not grad and not is_causal and group * q.shape[-2] <= MAX_DECODE_ROWS
+    @property
+    def inputs(self) -> Inputs:
+        """The tensors as kernels take them, without gradients."""
+        p = self.problem
+        return Inputs.of(p.q.detach(), p.k.detach(), p.v.detach(), p.mask, p.scale)
 
 
-def choose_systematic(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, group: int) -> Choice:
-    """Choose between the kernel that draws a call systematically and its reference."""
-    return choose((q, k, v), chained=not takes_decode(q, k, v, is_causal, group))
+def kernels_apply(problem: AttentionProblem) -> bool:
+    """Whether a kernel comes into question for a problem, so that its choice has to be stated."""
+    trained_mask = problem.mask is not None and problem.mask.requires_grad
+    return triton_considered(problem.q) and not trained_mask and problem.first_position == 0
 
 
-def attend_systematic(
-    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, call: KernelCall
-) -> AttentionEstimate:
-    """Estimate attention from systematic draws of checked inputs, by the kernel or its reference."""
-    with torch.autocast(q.device.type, enabled=False), out_of_memory_explained():
-        if takes_decode(q, k, v, call.is_causal, call.group):
+def takes_decode(problem: AttentionProblem) -> bool:
+    """Whether `kernels.decode` draws a problem, along whole rows, and not `kernels.prefill`, page by page."""
+    return not problem.requires_grad and not problem.is_causal and problem.shape[1] <= MAX_DECODE_ROWS
+
+
+def choose_systematic(problem: AttentionProblem) -> Choice:
+    """Choose between the kernel that draws a problem systematically and its reference."""
+    return choose((problem.q, problem.k, problem.v), chained=not takes_decode(problem))
+
+
+def attend_systematic(call: KernelCall) -> AttentionEstimate:
+    """Estimate attention from systematic draws, by the kernel or its reference."""
+    with torch.autocast(call.problem.q.device.type, enabled=False), out_of_memory_explained():
+        if takes_decode(call.problem):
             with torch.no_grad():
-                return _decode(Inputs.of(q, k, v, attn_mask, call.scale), q.shape[:-1], call)
-        return _prefill(q, k, v, attn_mask, call)
+                return _decode(call)
+        return _prefill(call)
 
 
 def _info(kernel: str, sampler: str, call: KernelCall) -> EstimateInfo:
@@ -209,45 +200,46 @@ def _info(kernel: str, sampler: str, call: KernelCall) -> EstimateInfo:
     return EstimateInfo(
         sampler=sampler,
         unbiased=True,
-        num_samples=call.num_samples,
-        replicates=call.replicates,
-        draws_per_row=call.num_samples * call.replicates,
+        num_samples=call.budget.num_samples,
+        replicates=call.budget.replicates,
+        draws_per_row=call.budget.total,
         kernel=KernelUse(call.choice.path, call.choice.reason, kernel),
         fallbacks=call.choice.fallbacks,
     )
 
 
-def _decode(x: Inputs, row_shape: torch.Size, call: KernelCall) -> AttentionEstimate:
+def _decode(call: KernelCall) -> AttentionEstimate:
     """An estimate by `kernels.decode`."""
+    x, row_shape = call.inputs, call.problem.row_shape
     heads, rows, n, width = x.shape
-    total = call.num_samples * call.replicates
+    total = call.budget.total
     if 0 in (heads, rows):
         result = DecodeResult(
-            x.q.new_zeros(heads, rows, call.replicates, width),
+            x.q.new_zeros(heads, rows, call.budget.replicates, width),
             x.q.new_zeros(heads, rows, total, dtype=torch.int64),
             x.q.new_zeros(heads, rows, dtype=torch.bool),
         )
     elif call.choice.path == "triton":
         from ..kernels.decode.launch import decode
 
-        result = decode(x, call.num_samples, call.replicates, call.stream)
+        result = decode(x, call.budget.num_samples, call.budget.replicates, call.stream)
     else:
-        result = decode_reference.decode(x, call.num_samples, call.replicates, call.stream)
+        result = decode_reference.decode(x, call.budget.num_samples, call.budget.replicates, call.stream)
     visible = result.visible.view(row_shape).float()
     draws = Draws(
         result.indices.view(*row_shape, total),
         (visible / total)[..., None].expand(*row_shape, total).contiguous(),
         None,
-        call.replicates,
+        call.budget.replicates,
     )
     std_error = result.std_error
     return AttentionEstimate(
         output=result.output.view(*row_shape, width).to(x.v.dtype),
         num_keys=n,
-        degrees_of_freedom=call.replicates - 1 if call.replicates > 1 else math.inf,
+        degrees_of_freedom=call.budget.replicates - 1 if call.budget.replicates > 1 else math.inf,
         make_draws=lambda: draws,
         make_std_error=None if std_error is None else lambda: std_error.view(*row_shape, width),
-        group=call.group,
+        group=call.problem.group,
         info=replace(_info("decode", "systematic", call), effective_sample_size=visible * total),
     )
 
@@ -259,14 +251,16 @@ class _Prefill(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, stream: Stream, call: KernelCall
     ) -> Tensor:
-        x = Inputs.of(q, k, v, mask, call.scale)
+        x = Inputs.of(q, k, v, mask, call.problem.scale)
         if call.choice.path == "triton":
             from ..kernels.prefill.launch import prefill
 
-            result = prefill(x, call.num_samples, stream, is_causal=call.is_causal)
+            result = prefill(x, call.budget.num_samples, stream, is_causal=call.problem.is_causal)
             output, normaliser = result.output, result.normaliser
         else:
-            sampled = prefill_reference.prefill(x, call.num_samples, stream, is_causal=call.is_causal)
+            sampled = prefill_reference.prefill(
+                x, call.budget.num_samples, stream, is_causal=call.problem.is_causal
+            )
             output, normaliser = sampled.float(), q.new_empty(0)
         ctx.save_for_backward(q, k, v, mask, output, normaliser)
         ctx.stream, ctx.call = stream, call
@@ -278,24 +272,26 @@ class _Prefill(torch.autograd.Function):
         q, k, v, mask, output, normaliser = ctx.saved_tensors
         stream: Stream = ctx.stream
         call: KernelCall = ctx.call
-        x = Inputs.of(q, k, v, mask, call.scale)
-        options: dict[str, Any] = {"is_causal": call.is_causal}
+        x = Inputs.of(q, k, v, mask, call.problem.scale)
+        options: dict[str, Any] = {"is_causal": call.problem.is_causal}
         with torch.autocast(q.device.type, enabled=False), out_of_memory_explained():
             if call.choice.path == "triton":
                 from ..kernels.prefill.launch import PrefillResult, gradients
 
                 forward = PrefillResult(output, normaliser)
-                grad = gradients(x, call.num_samples, stream, g, forward, **options)
+                grad = gradients(x, call.budget.num_samples, stream, g, forward, **options)
             else:
-                grad = prefill_reference.gradients(x, call.num_samples, stream, g, **options)
+                grad = prefill_reference.gradients(x, call.budget.num_samples, stream, g, **options)
         pairs = ((grad.q, q), (grad.k, k), (grad.v, v))
         dq, dk, dv = (d.view(x.shape).to(x.dtype) for d, x in pairs)
         return dq, dk, dv, None, None, None
 
 
-def _prefill(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, call: KernelCall) -> AttentionEstimate:
+def _prefill(call: KernelCall) -> AttentionEstimate:
     """An estimate by `kernels.prefill`."""
-    row_shape, width, n, replicates = q.shape[:-1], v.shape[-1], k.shape[-2], call.replicates
+    problem, replicates = call.problem, call.budget.replicates
+    q, k, v, mask = problem.q, problem.k, problem.v, problem.mask
+    row_shape, width, n = problem.row_shape, problem.width, problem.num_keys
     first = call.stream.first_replicate
     streams = [replace(call.stream, first_replicate=first + r) for r in range(replicates)]
     if q.numel() == 0:
@@ -304,11 +300,11 @@ def _prefill(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, call: KernelC
         parts = torch.stack([_Prefill.apply(q, k, v, mask, stream, call) for stream in streams])
     parts = parts.view(replicates, *row_shape, width)
     std_error = None if replicates == 1 else parts.detach().std(0) / math.sqrt(replicates)
-    x = Inputs.of(q.detach(), k.detach(), v.detach(), mask, call.scale)
+    x = call.inputs
 
     def make_draws() -> Draws:
         pages = [
-            prefill_reference.draw(x, call.num_samples, stream, is_causal=call.is_causal)
+            prefill_reference.draw(x, call.budget.num_samples, stream, is_causal=call.problem.is_causal)
             for stream in streams
         ]
         weights = torch.cat([drawn.weights.flatten(-2)[..., :n] for drawn in pages], -1)
@@ -322,7 +318,7 @@ def _prefill(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, call: KernelC
         degrees_of_freedom=replicates - 1 if replicates > 1 else math.inf,
         make_draws=make_draws,
         make_std_error=None if std_error is None else lambda: std_error,
-        group=call.group,
+        group=call.problem.group,
         info=replace(
             _info("prefill", "systematic in pages", call),
             baseline="other pages" if parts.requires_grad else None,

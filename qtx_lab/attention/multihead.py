@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from ..checks import check_count, check_generator
 from ..errors import ArgumentError, DtypeError, ShapeError
 from ..estimates import AttentionEstimate
+from ..problem import AttentionProblem
 from ..samplers import Sampler, make_sampler
 from .corrections import ControlVariate, make_controls
-from .dispatch import sampled_attention
+from .dispatch import AttentionSettings, attend
 
 if TYPE_CHECKING:
     from ..backends import HybridPolicy, QiskitQuantumBackend
@@ -179,7 +180,9 @@ class QuantumMultiheadAttention(nn.MultiheadAttention):
         q, k, v = (x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for x in (q, k, v))
         if self.training:
             v = drop_keys(v, self.dropout, self.settings["generator"])
-        estimate = sampled_attention(q, k, v, attn_mask=mask, is_causal=hint, **self.settings)
+        settings = {name: x for name, x in self.settings.items() if name != "generator"}
+        problem = AttentionProblem.of(q, k, v, attn_mask=mask, is_causal=hint)
+        estimate = attend(problem, AttentionSettings.of(**settings), self.settings["generator"])
         self.last_estimate = replace(estimate, output=estimate.output.detach())
 
         output = self.out_proj(estimate.output.transpose(1, 2).flatten(-2))

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..circuits import Loader, make_loader
 from ..errors import BackendUnavailable, DtypeError, FallbackWarning
 from ..estimates import Draws
+from ..samplers import Sampler
 from ..samplers.base import check_draw_arguments, row_masses
 from .counts import RowCounts, draw_counts
 from .hybrid import HybridPolicy
@@ -36,7 +37,7 @@ class Mitigation(Protocol):
         ...
 
 
-class CircuitSampler:
+class CircuitSampler(Sampler):
     """Each row is loaded into a circuit and measured: a shot is a draw.
 
     Unbiased, with the variance of independent draws, on an ideal simulator with an exact loader: then the
@@ -103,6 +104,11 @@ class CircuitSampler:
         )  # shots are independent, from p or not: see attention/gradients.py
         self.diagnostics: Mapping[str, Any] = {}
         self._warned: set[str] = set()
+
+    @property
+    def last_facts(self) -> Mapping[str, Any]:  # type: ignore[override]
+        """`diagnostics`: see `Sampler.last_facts`."""
+        return self.diagnostics
 
     def draw(
         self,

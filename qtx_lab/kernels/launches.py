@@ -155,7 +155,7 @@ class StreamArguments:
             stream.positions.contiguous(),
             length if stream.positions.ndim == 2 else 0,
             int(stream.purpose),
-            stream.first_replicate,
+            int(stream.first_replicate),
         )
 
 

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from ..errors import ArgumentError, DtypeError, unknown_name
-from .base import InversionSampler, Sampler
+from ..estimates import Draws
+from .base import Budget, Design, InversionSampler, SampledRows, Sampler, StreamSampler
 from .baselines.santa import SantaSampler
 from .baselines.top_k import TopKSampler
 from .baselines.vattention import VAttentionSampler
@@ -17,7 +22,6 @@ from .monte_carlo import MonteCarloSampler
 from .quasi_monte_carlo import SEQUENCES, QuasiMonteCarloSampler
 from .stratified import StratifiedSampler
 from .systematic import SystematicSampler
-from .value_order import value_order
 
 SAMPLERS: dict[str, Callable[[], Sampler]] = {
     "exact": ExactSampler,
@@ -30,6 +34,9 @@ SAMPLERS: dict[str, Callable[[], Sampler]] = {
 }
 """Every sampler that a name alone can make."""
 
+_REGISTERED: set[str] = set()
+"""The names that `register_sampler` made known."""
+
 BASELINES: dict[str, Callable[[], Sampler]] = {
     "santa-prop": SantaSampler,
     "santa-prop-stratified": partial(SantaSampler, points="stratified"),
@@ -40,22 +47,71 @@ BASELINES: dict[str, Callable[[], Sampler]] = {
 """What others do, to compare with; some are biased. `make_sampler` knows these names too."""
 
 
-def make_sampler(sampler: str | Sampler) -> Sampler:
-    """The sampler of that name, or the sampler itself.
+def register_sampler(name: str, factory: Callable[[], Sampler]) -> None:
+    """Make a sampler of your own known by name: to `sampled_attention`, specs, forms, sweeps and benchmarks.
+
+    Parameters
+    ----------
+    name : str
+    factory : callable
+        Makes the sampler without arguments; a class will do.
+
+    Raises
+    ------
+    ArgumentError
+        If the name is taken by a sampler of the lab or is no name.
+    DtypeError
+        If factory cannot be called.
+
+    Examples
+    --------
+    >>> class Heaviest(Sampler):
+    ...     name = "heaviest"
+    ...
+    ...     def draw(self, logits, num_samples, *, values=None, generator=None, replicates=1):
+    ...         indices = logits.argmax(-1, keepdim=True).repeat(*(1,) * (logits.ndim - 1), replicates * num_samples)
+    ...         return Draws(indices, torch.full(indices.shape, 1 / indices.shape[-1]), replicates=replicates)
+    >>> register_sampler("heaviest", Heaviest)
+    >>> make_sampler("heaviest").name
+    'heaviest'
+    >>> unregister_sampler("heaviest")
+    """
+    if not isinstance(name, str) or not name:
+        raise ArgumentError(f"name={name!r} is not allowed: it must be a text that is not empty.")
+    if name == "circuit" or (name in SAMPLERS | BASELINES and name not in _REGISTERED):
+        raise ArgumentError(f"name={name!r} is taken by a sampler of the lab: choose another.")
+    if not callable(factory):
+        raise DtypeError(f"factory is a {type(factory).__name__}; it must make the sampler when called.")
+    _REGISTERED.add(name)
+    SAMPLERS[name] = factory
+
+
+def unregister_sampler(name: str) -> None:
+    """Forget a name that `register_sampler` made known.
+
+    Raises
+    ------
+    ArgumentError
+        If it did not.
+    """
+    if name not in _REGISTERED:
+        raise unknown_name("name", name, _REGISTERED)
+    _REGISTERED.discard(name)
+    del SAMPLERS[name]
+
+
+def make_sampler(sampler: object) -> Sampler:
+    """The sampler of that name, or the sampler itself; an object that only draws is wrapped as a `Sampler`.
 
     Raises
     ------
     ArgumentError, DtypeError
         If no sampler has that name; if the object cannot draw.
     """
-    if not isinstance(sampler, str):
-        missing = [name for name in ("name", "independent", "draw") if not hasattr(sampler, name)]
-        if missing or isinstance(sampler, type):
-            what = "a class, not an object" if isinstance(sampler, type) else f"without {', '.join(missing)}"
-            raise DtypeError(
-                f"sampler={sampler!r} is {what}: it must be a name or an object with name, independent and draw."
-            )
+    if isinstance(sampler, Sampler):
         return sampler
+    if not isinstance(sampler, str):
+        return ForeignSampler(sampler)
     known = SAMPLERS | BASELINES
     if sampler == "circuit":
         raise ArgumentError(
@@ -63,24 +119,63 @@ def make_sampler(sampler: str | Sampler) -> Sampler:
         )
     if sampler not in known:
         raise unknown_name("sampler", sampler, known)
-    return known[sampler]()
+    return make_sampler(known[sampler]())
+
+
+class ForeignSampler(Sampler):
+    """An object with `name`, `independent` and `draw` as a `Sampler`; `unbiased` too, where it says so.
+
+    Raises
+    ------
+    DtypeError
+        If it has not got them.
+    """
+
+    def __init__(self, wrapped: Any):
+        missing = [name for name in ("name", "independent", "draw") if not hasattr(wrapped, name)]
+        if missing or isinstance(wrapped, type):
+            what = "a class, not an object" if isinstance(wrapped, type) else f"without {', '.join(missing)}"
+            raise DtypeError(
+                f"sampler={wrapped!r} is {what}: it must be a name or an object with name, independent and draw."
+            )
+        self.wrapped, self.name, self.independent = wrapped, wrapped.name, bool(wrapped.independent)
+        self.unbiased = bool(getattr(wrapped, "unbiased", False))
+
+    def draw(
+        self,
+        logits: Tensor,
+        num_samples: int,
+        *,
+        values: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        replicates: int = 1,
+    ) -> Draws:
+        """Draw keys: see `Sampler.draw`."""
+        return self.wrapped.draw(
+            logits, num_samples, values=values, generator=generator, replicates=replicates
+        )
 
 
 __all__ = [
     "BASELINES",
     "SAMPLERS",
+    "Budget",
+    "Design",
     "ExactSampler",
     "HeadTailSampler",
     "InversionSampler",
     "LearnedImportanceSampler",
     "MonteCarloSampler",
     "QuasiMonteCarloSampler",
+    "SampledRows",
     "Sampler",
     "SantaSampler",
     "StratifiedSampler",
+    "StreamSampler",
     "SystematicSampler",
     "TopKSampler",
     "VAttentionSampler",
     "make_sampler",
-    "value_order",
+    "register_sampler",
+    "unregister_sampler",
 ]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,19 +13,138 @@ from torch import Tensor
 
 from ..checks import check_count
 from ..errors import ArgumentError, DtypeError, ShapeError
-from ..estimates import Draws
-from .value_order import value_order
+from ..estimates import AttentionEstimate, Draws, EstimateInfo
+from ..problem import AttentionProblem, Block, KeyLayout
+from ..streams import Stream, make_seed
+from .value_order import FIRST_VALUES, ValueOrder, cached_order
 
 
-class Sampler(Protocol):
-    """Turns rows of logits into draws."""
+@dataclass(frozen=True)
+class Budget:
+    """How many keys are drawn: S = `num_samples` for a row and replicate, R = `replicates` independent repetitions."""
+
+    num_samples: int
+    replicates: int = 1
+
+    @property
+    def total(self) -> int:
+        """Draws of a row."""
+        return self.num_samples * self.replicates
+
+
+@dataclass(frozen=True)
+class Design:
+    """How draws were made, as far as error bars and corrections need to know.
+
+    Parameters
+    ----------
+    independent : bool
+        Whether the draws of a replicate are independent draws from p.
+    count_variance : callable, optional
+        `Sampler.count_variance`, where it is known.
+    variance_weights : callable, optional
+        a_j of rows p (..., n): see `InversionSampler.variance_weights`; None for independent draws.
+    """
+
+    independent: bool
+    count_variance: Callable[[Tensor], Tensor | None] | None = None
+    variance_weights: Callable[[Tensor], Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class SampledRows:
+    """What a sampler makes of the rows (N, M) of a problem, before corrections and error bars.
+
+    Parameters
+    ----------
+    output : Tensor, (N, M, d)
+        In the units of the caller's values.
+    make_draws : callable
+        Gives the draws of the rows (N, M), in the caller's order of keys.
+    design : Design
+    info : EstimateInfo
+    make_std_error : callable, optional
+        Gives standard errors (N, M, d) in the units of the caller's values, for a sampler that knows better than its
+        draws tell.
+    degrees_of_freedom : float
+        Of those standard errors.
+    """
+
+    output: Tensor
+    make_draws: Callable[[], Draws]
+    design: Design
+    info: EstimateInfo
+    make_std_error: Callable[[], Tensor] | None = None
+    degrees_of_freedom: float = float("inf")
+
+    def to_estimate(self, problem: AttentionProblem) -> AttentionEstimate:
+        """The estimate as the caller gets it, in the shapes and the dtype of the problem."""
+        row_shape, shape = problem.row_shape, (*problem.row_shape, problem.width)
+        make_draws, make_std_error = self.make_draws, self.make_std_error
+        return AttentionEstimate(
+            output=self.output.reshape(shape).to(problem.v.dtype),
+            num_keys=problem.num_keys,
+            degrees_of_freedom=self.degrees_of_freedom,
+            make_draws=lambda: make_draws().view(row_shape),
+            make_std_error=None if make_std_error is None else lambda: make_std_error().reshape(shape),
+            info=self.info,
+            group=problem.group,
+        )
+
+
+class Sampler(ABC):
+    """Turns rows of logits into draws.
+
+    A sampler of your own needs a `name`, says whether it is `unbiased` and `independent`, and implements `draw`; everything
+    else has a default. `register_sampler` makes it known by name. One with a better way to an estimate than drawing from
+    exact logits overrides `estimate_rows`.
+
+    Examples
+    --------
+    >>> class First(Sampler):
+    ...     name, unbiased, independent = "first", False, False
+    ...
+    ...     def draw(self, logits, num_samples, *, values=None, generator=None, replicates=1):
+    ...         first = (logits > -torch.inf).int().argmax(-1, keepdim=True)
+    ...         indices = first.expand(*logits.shape[:-1], replicates * num_samples)
+    ...         return Draws(indices, torch.full(indices.shape, 1 / indices.shape[-1]), replicates=replicates)
+    >>> First().draw(torch.tensor([-torch.inf, 1.0, 2.0]), 2).indices
+    tensor([1, 1])
+    """
 
     name: str
-    unbiased: bool
+    unbiased: bool = False
     """Whether E[sum_s weights_s f(indices_s)] = sum_j p_j f(j) for every f."""
-    independent: bool
-    """Whether the draws of one replicate are i.i.d. from p, so that one replicate gives error bars."""
+    independent: bool = False
+    """Whether the draws of one replicate are independent draws from p, so that one replicate gives error bars."""
+    exchangeable: bool | None = None
+    """Whether the draws of a row are independent of each other, from p or not; as `independent` says where None."""
+    joint: bool = False
+    """Whether the rows of a head share their randomness, so that their errors are not independent."""
+    ordered: bool = False
+    """Whether keys are laid out by their values first (see `value_order`)."""
+    exact: bool = False
+    """Whether the output is exact."""
+    predicts_variance: bool = False
+    """Whether `variance_weights` bounds the variance for every count of draws, which a tolerance needs."""
+    self_normalised: bool = False
+    """Whether weights are divided by their own sum: the gradient then takes the replicate's own mean as its baseline."""
+    classical_baseline: str | None = None
+    """A sampler whose estimate is shown beside this one's, as `info.classical`: what a circuit is compared with."""
+    last_facts: Mapping[str, Any] = {}
+    """What there is to say about the latest draw, passed on as `info.drawn_by`; `fallbacks` is a tuple of sentences.
+    Whole numbers whose names end in `_rows` are added up over blocks of rows."""
 
+    @property
+    def draws_are_exchangeable(self) -> bool:
+        """`exchangeable`, settled."""
+        return self.independent if self.exchangeable is None else self.exchangeable
+
+    def correctable(self) -> Sampler:
+        """The sampler whose draws control variates correct: itself, where it knows the probabilities of its draws."""
+        return self
+
+    @abstractmethod
     def draw(
         self,
         logits: Tensor,
@@ -60,7 +180,125 @@ class Sampler(Protocol):
         ArgumentError, ShapeError, DtypeError
             If num_samples or replicates is below 1, or if logits has no keys, a NaN, +inf or another dtype.
         """
-        ...
+
+    def count_variance(self, expected: Tensor) -> Tensor | None:
+        """Variance of how often a key is drawn in a replicate, given how often it is on average; None: not known.
+
+        Error bars use it.
+        """
+        return None
+
+    def draw_from(
+        self,
+        stream: Stream,
+        logits: Tensor,
+        num_samples: int,
+        *,
+        values: Tensor | None = None,
+        replicates: int = 1,
+    ) -> Draws:
+        """Draw keys with the random numbers of a stream.
+
+        Here by `draw`, with a generator that the stream's first row gives: what it draws for a row then depends on the rows
+        beside it. Samplers whose rows do not depend on others derive from `StreamSampler`.
+
+        Parameters
+        ----------
+        stream : Stream
+            Of the N heads and P positions of the rows.
+        logits : Tensor, (N, P, n)
+        values : Tensor, (N, n, d), optional
+        """
+        generator = stream.make_generator()
+        return self.draw(logits, num_samples, values=values, generator=generator, replicates=replicates)
+
+    def estimate_rows(self, problem: AttentionProblem, budget: Budget, stream: Stream) -> SampledRows:
+        """An estimate of the rows of a problem: here the average of the values at draws from their exact logits.
+
+        Parameters
+        ----------
+        problem : AttentionProblem
+        budget : Budget
+        stream : Stream
+            Of the problem's N key heads and L positions.
+
+        Raises
+        ------
+        ArgumentError, ShapeError, DtypeError
+            If `draw` gives what cannot be averaged.
+        """
+        facts = Facts()
+
+        def draw(heads: slice, rows: slice) -> Draws:
+            logits = problem.logits(heads, rows)
+            draws = self.draw_from(
+                stream.of_block(heads, problem.positions(rows)),
+                logits,
+                budget.num_samples,
+                values=problem.values[heads, : logits.shape[-1]],
+                replicates=budget.replicates,
+            )
+            check_draws(self.name, draws, logits, budget)
+            facts.add(self.last_facts)
+            return draws
+
+        return average_rows(problem, budget, draw, self, facts)
+
+
+class Facts:
+    """What a sampler said of each block of rows, together."""
+
+    def __init__(self) -> None:
+        self.stated: dict[str, Any] = {}
+        self.fallbacks: dict[str, None] = {}
+
+    def add(self, facts: Mapping[str, Any]) -> None:
+        """Take in the facts of another block."""
+        for name, x in facts.items():
+            if name == "fallbacks":
+                self.fallbacks |= dict.fromkeys(x)
+            elif name.endswith("_rows"):
+                self.stated[name] = self.stated.get(name, 0) + x
+            else:
+                self.stated[name] = x
+
+
+def average_rows(
+    problem: AttentionProblem,
+    budget: Budget,
+    draw: Callable[[slice, slice], Draws],
+    sampler: Sampler,
+    facts: Facts | None = None,
+) -> SampledRows:
+    """The averages of values at the draws of all rows, block by block; `draw` gives those of a block (heads, rows)."""
+    facts = facts or Facts()
+    shape, total = problem.shape, budget.total
+    values = problem.values
+    output = values.new_empty(*shape, values.shape[-1])
+    indices = torch.empty(*shape, total, dtype=torch.int64, device=values.device)
+    weights = values.new_empty(*shape, total)
+    probabilities: Tensor | None = values.new_empty(*shape, total)
+    for block in problem.blocks(16 * total):
+        draws = draw(*block)
+        output[block] = draws.average(values[block[0]])
+        indices[block], weights[block] = draws.indices, draws.weights
+        if probabilities is None or draws.probabilities is None:
+            probabilities = None
+        else:
+            probabilities[block] = draws.probabilities
+    flat = Draws(indices, weights, probabilities, budget.replicates)
+    info = EstimateInfo(
+        sampler=sampler.name,
+        unbiased=bool(sampler.unbiased),
+        num_samples=budget.num_samples,
+        replicates=budget.replicates,
+        draws_per_row=total,
+        effective_sample_size=flat.effective_sample_size().view(problem.row_shape),
+        fallbacks=tuple(facts.fallbacks),
+        drawn_by=facts.stated or None,
+    )
+    design = Design(sampler.independent, sampler.count_variance)
+    return SampledRows(problem.in_units(output), lambda: flat, design, info)
 
 
 def check_draw_arguments(logits: Tensor, num_samples: int, replicates: int) -> None:
@@ -74,35 +312,83 @@ def check_draw_arguments(logits: Tensor, num_samples: int, replicates: int) -> N
         raise ShapeError(f"logits has shape {tuple(logits.shape)}; it must be (..., n) with n >= 1 keys.")
 
 
-class InversionSampler(ABC):
-    """Base of the samplers that invert each row's cumulative distribution at points of [0, 1).
+def check_draws(name: str, draws: object, logits: Tensor, budget: Budget) -> None:
+    """Refuse draws of a sampler `name` that cannot be averaged."""
+    who = f"sampler={name!r} gave"
+    if not isinstance(draws, Draws):
+        raise DtypeError(f"{who} a {type(draws).__name__}; draw must give Draws.")
+    shape, n = (*logits.shape[:-1], budget.total), logits.shape[-1]
+    parts = {"indices": draws.indices, "weights": draws.weights, "probabilities": draws.probabilities}
+    for part, x in parts.items():
+        if x is not None and x.shape != shape:
+            raise ShapeError(f"{who} {part} {tuple(x.shape)} from logits {tuple(logits.shape)}, not {shape}.")
+    if draws.replicates != budget.replicates:
+        raise ArgumentError(
+            f"{who} Draws(replicates={draws.replicates}) where {budget.replicates} were asked for."
+        )
+    if draws.indices.dtype != torch.int64 or not draws.weights.is_floating_point():
+        raise DtypeError(f"{who} {draws.indices.dtype} indices and {draws.weights.dtype} weights.")
+    if draws.indices.numel() and not (int(draws.indices.min()) >= 0 and int(draws.indices.max()) < n):
+        raise ArgumentError(f"{who} indices outside 0..{n - 1}, the keys that it was shown.")
+    if not bool(draws.weights.isfinite().all()):
+        raise ArgumentError(f"{who} weights that are not finite.")
 
-    What makes them differ is where the points lie: `points`. `sampled_attention` makes the points of all
-    rows at once and places them block by block.
-    """
 
-    name: str
-    unbiased = True
-    independent = False
-    ordered = False
-    """Whether the keys are laid out in value order first (see `value_order`)."""
-    joint = False
-    """Whether the rows of a head share their randomness."""
+class StreamSampler(Sampler):
+    """A sampler whose rows do not depend on the rows beside them: it takes its random numbers from a stream."""
 
     @abstractmethod
-    def points(self, rows: tuple[int, ...], num_samples: int, replicates: int, uniform: Uniform) -> Tensor:
-        """Points (*rows, R, S), float64 in [0, 1), replicates independent.
+    def draw_from(
+        self,
+        stream: Stream,
+        logits: Tensor,
+        num_samples: int,
+        *,
+        values: Tensor | None = None,
+        replicates: int = 1,
+    ) -> Draws:
+        """Draw keys with the random numbers of a stream: see `Sampler.draw_from`."""
+
+    def draw(
+        self,
+        logits: Tensor,
+        num_samples: int,
+        *,
+        values: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        replicates: int = 1,
+    ) -> Draws:
+        """Draw keys: see `Sampler.draw`. The last dimension of rows counts the positions of a head."""
+        check_draw_arguments(logits, num_samples, replicates)
+        rows, n = logits.shape[:-1], logits.shape[-1]
+        heads, length = rows[:-1].numel() if rows else 1, rows[-1] if rows else 1
+        stream = Stream.of(make_seed(generator, logits.device), 1, heads, length)
+        flat = logits.reshape(heads, length, n)
+        if values is not None:
+            values = values.expand(*rows[:-1], n, values.shape[-1]).reshape(heads, n, -1)
+        return self.draw_from(stream, flat, num_samples, values=values, replicates=replicates).view(rows)
+
+
+class InversionSampler(StreamSampler):
+    """Base of the samplers that invert each row's cumulative distribution at points of [0, 1).
+
+    What makes them differ is where the points lie: `points`.
+    """
+
+    unbiased = True
+    predicts_variance = True
+
+    @abstractmethod
+    def points(self, stream: Stream, num_samples: int, replicates: int) -> Tensor:
+        """Points (N, P, R, S) of the rows of a stream, float64 in [0, 1), replicates independent.
 
         Averaged over a replicate's points, which key they hit must have the distribution of a uniform number.
-
-        The last of `rows` counts queries of the same head, which may share a point set.
         """
 
     def count_variance(self, expected: Tensor) -> Tensor | None:
-        """Variance of how often a key is drawn in a replicate, given how often it is on average; None: not known.
+        """Variance of how often a key is drawn in a replicate, given how often it is on average.
 
-        Used for error bars. Here that of a comb, f (1 - f) with f the fractional part: a key is drawn as often as
-        its share, rounded down or up.
+        Here that of a comb, f (1 - f) with f the fractional part: a key is drawn as often as its share, rounded down or up.
         """
         f = expected.frac()
         return f * (1 - f)
@@ -125,26 +411,79 @@ class InversionSampler(ABC):
         weights = torch.full_like(probabilities, 1 / indices.shape[-1]).masked_fill_(total == 0, 0)
         return Draws(indices, weights, probabilities, points.shape[-2])
 
-    def draw(
+    def place_in_order(self, logits: Tensor, order: Tensor, points: Tensor) -> Draws:
+        """Draws at given points (h, m, R, S) of rows (h, m, n), whose keys stand in an order (h, n).
+
+        The draws name keys, not places. A row that sees fewer than `FIRST_VALUES` keys takes them as they come: it may not
+        see those that the order was fitted to.
+        """
+        order = order[:, None].expand(logits.shape)
+        early = (logits > -torch.inf).sum(-1, keepdim=True) < FIRST_VALUES  # [h, m, 1]
+        if bool(early.any()):
+            as_they_come = torch.empty_like(logits).scatter_(-1, order, logits)
+            logits = torch.where(early, as_they_come, logits)
+        draws = self.place(logits, points)
+        keys = order.gather(-1, draws.indices)
+        return Draws(
+            torch.where(early, draws.indices, keys), draws.weights, draws.probabilities, draws.replicates
+        )
+
+    def draw_from(
         self,
+        stream: Stream,
         logits: Tensor,
         num_samples: int,
         *,
         values: Tensor | None = None,
-        generator: torch.Generator | None = None,
         replicates: int = 1,
     ) -> Draws:
-        """Draw keys: see `Sampler.draw`."""
-        check_draw_arguments(logits, num_samples, replicates)
-        points = self.points(
-            tuple(logits.shape[:-1]), num_samples, replicates, Uniform(generator, logits.device)
-        )
+        """Draw keys with the random numbers of a stream: see `Sampler.draw_from`."""
+        points = self.points(stream, num_samples, replicates)  # [N, P, R, S]
         if not self.ordered or values is None:
             return self.place(logits, points)
-        order = value_order(values)  # [..., n], for rows of logits [..., L, n]
-        order = order.unsqueeze(-2).expand(logits.shape) if logits.ndim > 1 else order
-        draws = self.place(logits.gather(-1, order), points)
-        return replace(draws, indices=order.gather(-1, draws.indices))
+        order = ValueOrder.fit(values).order(values)
+        in_order = logits.gather(-1, order[:, None].expand_as(logits))
+        return self.place_in_order(in_order, order, points)
+
+    def estimate_rows(self, problem: AttentionProblem, budget: Budget, stream: Stream) -> SampledRows:
+        """An estimate of the rows of a problem: see `Sampler.estimate_rows`."""
+        points = self.points(
+            stream, budget.num_samples, budget.replicates
+        )  # [N, L, R, S], shared by a group's heads
+        layout = self.layout(problem)
+
+        def draw(heads: slice, rows: slice) -> Draws:
+            here = points[heads, rows] if problem.group == 1 else points[heads, problem.queries_of(rows)]
+            return self.place_block(problem, (heads, rows), layout, here)
+
+        sampled = average_rows(problem, budget, draw, self)
+        if self.independent:
+            return sampled
+
+        def variance_weights(p: Tensor) -> Tensor:
+            return self.variance_weights(p, budget.num_samples)[0]
+
+        design = Design(False, self.count_variance, variance_weights)
+        return SampledRows(sampled.output, sampled.make_draws, design, sampled.info)
+
+    def layout(self, problem: AttentionProblem) -> KeyLayout | None:
+        """The keys of a problem in the order of their values, if this sampler is `ordered`."""
+        if not self.ordered:
+            return None
+        visible = problem.visible_keys()
+        if visible is None:
+            return problem.lay_out(cached_order(problem.v).view(problem.keys.shape[:2]))
+        values = torch.where(visible[..., None], problem.values, 0)
+        return problem.lay_out(ValueOrder.fit(values, visible).order(values))
+
+    def place_block(
+        self, problem: AttentionProblem, block: Block, layout: KeyLayout | None, points: Tensor
+    ) -> Draws:
+        """Draws of a block of rows at points (heads, rows, R, S), in the caller's order of keys."""
+        logits = problem.logits(*block, layout)
+        if layout is None:
+            return self.place(logits, points)
+        return self.place_in_order(logits, layout.order[block[0]], points)
 
     def sample_attention_weights(
         self, logits: Tensor, num_samples: int, *, generator: torch.Generator | None = None
@@ -153,25 +492,8 @@ class InversionSampler(ABC):
         return self.draw(logits, num_samples, generator=generator).dense(logits.shape[-1])
 
 
-@dataclass(frozen=True)
-class Uniform:
-    """Uniform numbers in [0, 1) from a generator, for tensors on a device."""
-
-    generator: torch.Generator | None
-    device: torch.device
-
-    def __call__(self, *shape: int) -> Tensor:
-        """float64 with 53 random bits, of this shape.
-
-        float32 has 24 bits: a key of probability 1e-5 would be drawn up to 0.6 % too often.
-        """
-        source = self.device if self.generator is None else self.generator.device
-        u = torch.rand(shape, generator=self.generator, device=source, dtype=torch.float64)
-        return u.to(self.device)
-
-
-BLOCK = 16
-"""Keys a block of `invert`: long rows are searched by block first, so that only block masses are summed up."""
+INVERSION_BLOCK = 16
+"""Keys in a block of `invert`: long rows are searched by block first, so that only block masses are summed up."""
 
 
 def row_masses(logits: Tensor) -> Tensor:
@@ -186,7 +508,7 @@ def row_masses(logits: Tensor) -> Tensor:
     top = logits.amax(-1, keepdim=True)
     if not bool((top < torch.inf).all()):  # also False for NaN
         raise ArgumentError("logits holds NaN or +inf; only finite numbers and -inf are allowed.")
-    mass = logits.new_empty(*lead, -(-n // BLOCK) * BLOCK)
+    mass = logits.new_empty(*lead, -(-n // INVERSION_BLOCK) * INVERSION_BLOCK)
     mass[..., n:] = 0
     torch.sub(logits, top.masked_fill(top == -torch.inf, 0), out=mass[..., :n]).exp_()
     return mass
@@ -197,7 +519,7 @@ def invert(mass: Tensor, points: Tensor, scale: float | Tensor | None = None) ->
 
     Parameters
     ----------
-    mass : Tensor, (..., N * BLOCK), >= 0
+    mass : Tensor, (..., N * INVERSION_BLOCK), >= 0
     points : Tensor, (..., T), float64 in [0, 1)
     scale : float or Tensor (..., 1), optional
         What a point of 1 stands for; the row's total mass where None.
@@ -212,18 +534,18 @@ def invert(mass: Tensor, points: Tensor, scale: float | Tensor | None = None) ->
         The mass of each row.
     """
     *lead, padded = mass.shape
-    blocks = mass.view(-1, BLOCK)
-    cdf = blocks.sum(-1).view(*lead, padded // BLOCK).cumsum(-1, dtype=torch.float64)  # [..., N]
+    parts = mass.view(-1, INVERSION_BLOCK)
+    cdf = parts.sum(-1).view(*lead, padded // INVERSION_BLOCK).cumsum(-1, dtype=torch.float64)  # [..., N]
     total = cdf[..., -1:]
     empty = total == 0
     target = _below(points * (total if scale is None else scale), total)
     block = torch.searchsorted(cdf, target, right=True).masked_fill_(empty, 0)  # [..., T]
-    rest = (target - F.pad(cdf, (1, 0)).gather(-1, block)).to(mass.dtype)  # left to find in the block
+    rest = (target - F.pad(cdf, (1, 0)).gather(-1, block)).to(mass.dtype)  # left to go in the block
 
     row = torch.arange(cdf[..., 0].numel(), device=mass.device).view(*lead, 1)
-    inside = F.embedding(block + row * cdf.shape[-1], blocks).cumsum_(-1)  # [..., T, BLOCK]
+    inside = F.embedding(block + row * cdf.shape[-1], parts).cumsum_(-1)  # [..., T, INVERSION_BLOCK]
     rest = _below(rest[..., None], inside[..., -1:])
-    indices = block * BLOCK + inside.le_(rest).sum(-1).long()
+    indices = block * INVERSION_BLOCK + inside.le_(rest).sum(-1).long()
     return indices.masked_fill_(empty, 0), total
 
 

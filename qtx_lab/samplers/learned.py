@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from ..checks import check_count, check_generator
 from ..errors import ArgumentError, FallbackWarning, ShapeError, unknown_name
 from ..estimates import AttentionEstimate, Draws, EstimateInfo
-from ..problem import Rows, check_inputs, in_units
+from ..problem import AttentionProblem
 from ..storage import read_tensors, write_tensors
-from .base import InversionSampler
+from ..streams import Stream, make_seed
+from .base import Budget, InversionSampler, SampledRows, Sampler, StreamSampler
 from .learned_estimators import adaptive, debiased, importance
 from .learned_fit import Cancel, FitHistory, asker, fit_maps, start
 from .learned_proposal import ProposedRows, renyi
@@ -35,7 +36,7 @@ NOT_FITTED = "The proposal was not fitted: it is the best low-rank map of this c
 SETTINGS = ("embed_dim", "rank", "num_heads", "points", "defensive")
 
 
-class LearnedImportanceSampler(nn.Module):
+class LearnedImportanceSampler(nn.Module, StreamSampler):
     """A proposal q(j | query) from a learned low-rank projection, corrected by the exact logits of the draws.
 
     For a query x and keys k_j, with the probabilities p_j proportional to exp(scale x . k_j),
@@ -109,6 +110,8 @@ class LearnedImportanceSampler(nn.Module):
 
     name = "learned"
     unbiased = True
+    self_normalised = True
+    exchangeable = False
     fitted: Tensor
 
     def __init__(
@@ -161,21 +164,51 @@ class LearnedImportanceSampler(nn.Module):
 
     # --- Drawing ------------------------------------------------------------------------------
 
-    def draw(
+    def draw_from(
         self,
+        stream: Stream,
         logits: Tensor,
         num_samples: int,
         *,
         values: Tensor | None = None,
-        generator: torch.Generator | None = None,
         replicates: int = 1,
     ) -> Draws:
         """Draws from softmax(logits) itself: where exact logits are given, a proposal saves nothing.
 
-        See `Sampler.draw`. The proposal is used by `estimate` and `forward`.
+        See `Sampler.draw_from`. The proposal is used by `estimate`, `estimate_rows` and `forward`.
         """
         exact = POINTS[self.points]()
-        return exact.draw(logits, num_samples, values=values, generator=generator, replicates=replicates)
+        return exact.draw_from(stream, logits, num_samples, values=values, replicates=replicates)
+
+    def correctable(self) -> Sampler:
+        """The plain estimator of the same proposal, which knows the probabilities of its draws."""
+        return PlainProposal(self)
+
+    def estimate_rows(
+        self,
+        problem: AttentionProblem,
+        budget: Budget,
+        stream: Stream,
+        *,
+        estimator: str = "self-normalised",
+        log_normaliser: Tensor | None = None,
+    ) -> SampledRows:
+        """An estimate from draws of the proposal: see `Sampler.estimate_rows`, and `estimate` for the estimators."""
+        self._check(problem)
+        info = EstimateInfo(
+            sampler=self.name,
+            unbiased=estimator != "self-normalised",
+            estimator=estimator,
+            num_samples=budget.num_samples,
+            replicates=budget.replicates,
+            fallbacks=() if bool(self.fitted) else (NOT_FITTED,),
+        )
+        with torch.no_grad():
+            rows = self._propose(problem)
+            if estimator == "debiased":
+                return debiased(rows, budget, stream, info)
+            sampler, plain = POINTS[self.points](), estimator == "plain"
+            return importance(rows, sampler, budget, stream, info, plain=plain, log_normaliser=log_normaliser)
 
     def estimate(
         self,
@@ -228,23 +261,21 @@ class LearnedImportanceSampler(nn.Module):
         if estimator not in ESTIMATORS:
             raise unknown_name("estimator", estimator, ESTIMATORS)
         check_generator(generator)
-        rows = self._rows(q, k, v, attn_mask, is_causal, scale, enable_gqa)
-        about = EstimateInfo(
-            sampler=self.name,
-            unbiased=estimator != "self-normalised",
-            estimator=estimator,
-            num_samples=num_samples,
-            replicates=replicates,
-            fallbacks=() if bool(self.fitted) else (NOT_FITTED,),
+        problem = self._problem(
+            q, k, v, attn_mask=attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
         )
-        with torch.no_grad():
-            if log_normaliser is not None:
-                _check_normaliser(log_normaliser, rows.row_shape, estimator)
-                log_normaliser = log_normaliser.to(rows.q).reshape(rows.shape)
-            if estimator == "debiased":
-                return debiased(rows, num_samples, replicates, generator, about)
-            sampler, plain = POINTS[self.points](), estimator == "plain"
-            return importance(rows, sampler, num_samples, replicates, plain, log_normaliser, generator, about)
+        if log_normaliser is not None:
+            _check_normaliser(log_normaliser, problem.row_shape, estimator)
+            log_normaliser = log_normaliser.to(problem.queries).reshape(problem.shape)
+        stream = problem.stream(make_seed(generator, q.device))
+        sampled = self.estimate_rows(
+            problem,
+            Budget(num_samples, replicates),
+            stream,
+            estimator=estimator,
+            log_normaliser=log_normaliser,
+        )
+        return sampled.to_estimate(problem)
 
     def forward(
         self,
@@ -282,13 +313,15 @@ class LearnedImportanceSampler(nn.Module):
         """
         check_count("base_num_samples", base_num_samples)
         check_generator(generator)
-        rows = self._rows(Q, K, V, attn_mask, is_causal, scale, enable_gqa)
+        problem = self._problem(
+            Q, K, V, attn_mask=attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
+        )
         if not bool(self.fitted):
             warnings.warn(NOT_FITTED, FallbackWarning, stacklevel=3)  # where the module is called
+        stream = problem.stream(make_seed(generator, Q.device))
         with torch.no_grad():
-            output = adaptive(rows, base_num_samples, self.independent, generator)
-        output = in_units(output, rows.unit)
-        return output.view(*rows.row_shape, output.shape[-1]).to(V.dtype)
+            output = adaptive(self._propose(problem), base_num_samples, self.independent, stream)
+        return problem.in_units(output).view(*problem.row_shape, problem.width).to(V.dtype)
 
     def proposal(
         self,
@@ -301,11 +334,14 @@ class LearnedImportanceSampler(nn.Module):
         enable_gqa: bool = False,
     ) -> Tensor:
         """q(j | query) of every row, (..., H, L, n), memory L * n: for plots and tests; errors as `estimate`."""
-        rows = self._rows(q, k, k, attn_mask, is_causal, scale, enable_gqa)
+        problem = self._problem(
+            q, k, k, attn_mask=attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+        count, rows = problem.shape
         with torch.no_grad():
-            proposal = rows.log_proposal(slice(0, rows.count), slice(0, rows.rows)).exp()
-            proposal = F.pad(proposal, (0, rows.num_keys - proposal.shape[-1]))
-        return proposal.view(*rows.row_shape, rows.num_keys)
+            proposal = self._propose(problem).log_proposal(slice(0, count), slice(0, rows)).exp()
+            proposal = F.pad(proposal, (0, problem.num_keys - proposal.shape[-1]))
+        return proposal.view(*problem.row_shape, problem.num_keys)
 
     def chi_square(
         self,
@@ -318,36 +354,37 @@ class LearnedImportanceSampler(nn.Module):
         enable_gqa: bool = False,
     ) -> Tensor:
         """chi^2(p || q) of every row, (..., H, L), from all exact logits: O(n E) a row; errors as `estimate`."""
-        rows = self._rows(q, k, k, attn_mask, is_causal, scale, enable_gqa)
-        result = rows.q.new_empty(rows.shape)
+        problem = self._problem(
+            q, k, k, attn_mask=attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+        result = problem.queries.new_empty(problem.shape)
         with torch.no_grad():
+            rows = self._propose(problem)
             for block in rows.blocks(1):
                 result[block] = renyi(rows.log_target(*block), rows.log_proposal(*block)).expm1().clamp_min(0)
-        return result.view(rows.row_shape)
+        return result.view(problem.row_shape)
 
-    def _rows(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        attn_mask: Tensor | None,
-        is_causal: bool,
-        scale: float | None,
-        enable_gqa: bool,
-    ) -> ProposedRows:
-        group = self._check(q, k, v, attn_mask, is_causal, scale, enable_gqa)
-        scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    def _problem(self, q: Tensor, k: Tensor, v: Tensor, **call: Any) -> AttentionProblem:
+        """The problem of a call, checked; its tensors must not require gradients."""
+        problem = AttentionProblem.of(q, k, v, **call)
+        for name, x in (("q", q), ("k", k), ("v", v)):
+            if x.requires_grad and torch.is_grad_enabled():
+                raise ArgumentError(
+                    f"{name} requires a gradient, which a sampler's own estimate does not have: use sampled_attention, "
+                    "call it under torch.no_grad(), or pass detached tensors."
+                )
+        self._check(problem)
+        return problem
+
+    def _propose(self, problem: AttentionProblem) -> ProposedRows:
         maps = (self.query_map, self.query_bias, self.key_map) if bool(self.fitted) else None
         if maps is None:
             log.info(NOT_FITTED)
-        with torch.no_grad():
-            return ProposedRows(
-                q, k, v, attn_mask, is_causal, scale, group, maps, self._rank(q.shape[-1]), self.defensive
-            )
+        return ProposedRows(problem, maps, self._rank(problem.q.shape[-1]), self.defensive)
 
-    def _check(self, q: Tensor, k: Tensor, *rest: Any) -> int:
-        """Refuse what does not fit these settings; the number of query heads a key head."""
-        group = check_inputs(q, k, *rest)
+    def _check(self, problem: AttentionProblem) -> None:
+        """Refuse what does not fit these settings."""
+        q, k = problem.q, problem.k
         shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}"
         if self.embed_dim not in (None, q.shape[-1]):
             raise ShapeError(f"q and k must have embed_dim={self.embed_dim} features; given {shapes}.")
@@ -355,7 +392,6 @@ class LearnedImportanceSampler(nn.Module):
             raise ShapeError(
                 f"k must have num_heads={self.num_heads} heads, (..., {self.num_heads}, n, E); given {shapes}."
             )
-        return group
 
     # --- Training -----------------------------------------------------------------------------
 
@@ -430,21 +466,21 @@ class LearnedImportanceSampler(nn.Module):
         cancelled = asker(cancel)
         if seed is not None:
             generator = torch.Generator().manual_seed(seed)
-        group = self._check(Q, K, K if V is None else V, None, is_causal, scale, enable_gqa)
+        values = K if V is None else V
+        problem = self._problem(Q, K, values, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa)
         if Q.shape[:-1].numel() == 0:
             raise ShapeError(f"q has shape {tuple(Q.shape)}: there must be at least one row to fit to.")
-        scale = 1 / math.sqrt(Q.shape[-1]) if scale is None else float(scale)
         if self.embed_dim is None:
             self._settle(Q.shape[-1])
         maps = self.query_map, self.query_bias, self.key_map
         with torch.no_grad():
-            rows = Rows(Q, K, K if V is None else V, None, is_causal, scale, group)
-            start(maps, rows, initialise, generator)
+            problem = problem.detached()
+            start(maps, problem, initialise, generator)
             self.fitted.fill_(True)
         with torch.enable_grad():
             self.history = fit_maps(
                 maps,
-                rows,
+                problem,
                 defensive=self.defensive,
                 use_values=V is not None,
                 num_samples=num_samples,
@@ -505,6 +541,34 @@ class LearnedImportanceSampler(nn.Module):
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ArgumentError(f"path={str(path)!r} does not hold a learned sampler: {error}") from error
         return sampler
+
+
+class PlainProposal(Sampler):
+    """The unbiased estimator of a `LearnedImportanceSampler`, which knows the probabilities of its draws."""
+
+    name = "learned"
+    unbiased = True
+
+    def __init__(self, proposal: LearnedImportanceSampler):
+        self.proposal = proposal
+
+    def draw(
+        self,
+        logits: Tensor,
+        num_samples: int,
+        *,
+        values: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        replicates: int = 1,
+    ) -> Draws:
+        """Draw keys: see `LearnedImportanceSampler.draw_from`."""
+        return self.proposal.draw(
+            logits, num_samples, values=values, generator=generator, replicates=replicates
+        )
+
+    def estimate_rows(self, problem: AttentionProblem, budget: Budget, stream: Stream) -> SampledRows:
+        """The plain estimate: see `LearnedImportanceSampler.estimate`."""
+        return self.proposal.estimate_rows(problem, budget, stream, estimator="plain")
 
 
 def _check_normaliser(given: Tensor, rows: torch.Size, estimator: str) -> None:

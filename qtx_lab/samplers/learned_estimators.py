@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ..estimates import AttentionEstimate, Draws, EstimateInfo, rounding_variance
-from ..problem import in_units
-from .base import InversionSampler, Uniform, invert, row_masses
+from ..estimates import Draws, EstimateInfo, rounding_variance
+from ..streams import Purpose, Stream
+from .base import Budget, Design, InversionSampler, SampledRows, invert, row_masses
 from .learned_proposal import BLOCK_ELEMENTS, ProposedRows, log_inclusion
 
 LEVEL_RATIO = 2**-1.5
@@ -24,24 +25,33 @@ MOST_DRAWS = 4
 def importance(
     rows: ProposedRows,
     sampler: InversionSampler,
-    num_samples: int,
-    replicates: int,
+    budget: Budget,
+    stream: Stream,
+    info: EstimateInfo,
+    *,
     plain: bool,
-    log_normaliser: Tensor | None,
-    generator: torch.Generator | None,
-    about: EstimateInfo,
-) -> AttentionEstimate:
-    """The plain or the self-normalised estimate, block by block (see `LearnedImportanceSampler`)."""
-    total, width = replicates * num_samples, rows.v.shape[-1]
-    output = rows.v.new_empty(*rows.shape, width)
-    indices = torch.empty(*rows.shape, total, dtype=torch.int64, device=rows.q.device)
-    weights, proposal = rows.q.new_empty(*rows.shape, total), rows.q.new_empty(*rows.shape, total)
+    log_normaliser: Tensor | None = None,
+) -> SampledRows:
+    """The plain or the self-normalised estimate, block by block (see `LearnedImportanceSampler`).
+
+    Parameters
+    ----------
+    sampler : InversionSampler
+        Where the proposal is inverted.
+    info : EstimateInfo
+        What is known before the draws.
+    log_normaliser : Tensor, (N, M), optional
+        Of the plain estimate; computed from all exact logits where None.
+    """
+    problem, shape, total = rows.problem, rows.problem.shape, budget.total
+    num_samples, replicates = budget.num_samples, budget.replicates
+    output = problem.values.new_empty(*shape, problem.width)
+    indices = torch.empty(*shape, total, dtype=torch.int64, device=output.device)
+    weights, proposal = output.new_empty(*shape, total), output.new_empty(*shape, total)
     p = torch.empty_like(weights) if plain else None
-    uniform = Uniform(generator, rows.q.device)
     cut = list(rows.blocks(total))
     for heads, part in cut:
-        shape = tuple(rows.q[heads, part].shape[:2])
-        points = sampler.points(shape, num_samples, replicates, uniform)
+        points = sampler.points(stream.of_block(heads, problem.positions(part)), num_samples, replicates)
         drawn, exact, log_q = rows.draw(heads, part, points.flatten(-2))
         by_replicate = drawn.unflatten(-1, (replicates, num_samples))
         times = Draws(by_replicate, by_replicate).multiplicity().flatten(-2).to(exact.dtype)
@@ -51,19 +61,21 @@ def importance(
             w = log_w.unflatten(-1, by_replicate.shape[-2:]).softmax(-1).flatten(-2)
         else:
             z = log_normaliser
-            z = rows.logits(heads, part).logsumexp(-1) if z is None else z[heads, part]
+            z = problem.logits(heads, part).logsumexp(-1) if z is None else z[heads, part]
             log_p = (exact - z[..., None]).clamp_max(0)  # sums that are rounded otherwise can make it more
             w = (log_p + log_w - exact).exp()
             p[heads, part] = log_p.exp().masked_fill(empty, 0)
         w = (w / replicates).masked_fill(empty, 0)
         indices[heads, part], weights[heads, part], proposal[heads, part] = drawn, w, log_q.exp()
-        output[heads, part] = Draws(drawn, w, None, replicates).average(rows.v[heads])
+        output[heads, part] = Draws(drawn, w, None, replicates).average(problem.values[heads])
     flat = Draws(indices, weights, p, replicates)
+    effective = flat.effective_sample_size().view(problem.row_shape)
+    info = replace(info, draws_per_row=total, effective_sample_size=effective)
 
-    values = rows.v.clone()  # the error bars are made later, from the values as they are now
-    row_shape, causal, visible, unit = rows.row_shape, rows.is_causal, rows.visible_keys(), rows.unit
-    dtype = rows.args[2].dtype
-    position = rows.positions(slice(0, rows.rows))
+    # The error bars are made later, from the values as they are now.
+    values, unit, dtype = problem.values.clone(), problem.unit, problem.v.dtype
+    visible, position = problem.visible_keys(), problem.positions(slice(0, shape[1]))
+    causal = problem.is_causal
 
     def predicted() -> Tensor:
         with torch.no_grad():
@@ -71,23 +83,18 @@ def importance(
             std_error = torch.empty_like(output)
             for block in cut:
                 std_error[block] = spread(flat, proposal, output, block).sqrt()
-        return in_units(std_error, unit).view(*row_shape, width)
+        return std_error if unit is None else std_error * unit
 
     def between() -> Tensor:
         with torch.no_grad():
-            means = flat.average_by_replicate(values) * replicates  # [N, M, R, d]
-        return in_units(standard_error(means), unit).view(*row_shape, width)
+            error = standard_error(flat.average_by_replicate(values) * replicates)
+        return error if unit is None else error * unit
 
-    draws = flat.view(rows.row_shape)
-    return AttentionEstimate(
-        output=in_units(output, unit).view(*row_shape, width).to(rows.args[2].dtype),
-        num_keys=rows.num_keys,
-        group=rows.group,
-        degrees_of_freedom=max(1.0, replicates - 1.0) if plain else math.inf,
-        make_draws=lambda: draws,
-        make_std_error=(between if replicates > 1 else None) if plain else predicted,
-        info=replace(about, draws_per_row=total, effective_sample_size=draws.effective_sample_size()),
-    )
+    make_std_error: Callable[[], Tensor] | None = predicted
+    degrees = math.inf
+    if plain:
+        make_std_error, degrees = between if replicates > 1 else None, max(1.0, replicates - 1.0)
+    return SampledRows(problem.in_units(output), lambda: flat, Design(False), info, make_std_error, degrees)
 
 
 class Spread:
@@ -161,20 +168,15 @@ def delta_terms(draws: Draws, proposal: Tensor, pi: Tensor, rate: int | Tensor) 
     return a, unseen * chi.sum(-1, keepdim=True).clamp_min(1) * (draws.weights > 0).any(-1, keepdim=True)
 
 
-def debiased(
-    rows: ProposedRows,
-    num_samples: int,
-    replicates: int,
-    generator: torch.Generator | None,
-    about: EstimateInfo,
-) -> AttentionEstimate:
+def debiased(rows: ProposedRows, budget: Budget, stream: Stream, info: EstimateInfo) -> SampledRows:
     """Randomised truncation: each row and replicate has a level of its own; rows of one level go together."""
-    n, m = rows.shape
-    uniform = Uniform(generator, rows.q.device)
-    u = uniform(n * m * replicates)
+    problem, num_samples, replicates = rows.problem, budget.num_samples, budget.replicates
+    n, m = problem.shape
+    u = stream.of_purpose(Purpose.LEVEL).uniform(replicates, 1)[..., 0]  # [N, L, R]
+    u = u[:, problem.queries_of(slice(0, m))].flatten()
     level = ((1 - u).log() / math.log(LEVEL_RATIO)).long()  # P(level >= l) = ratio^l
     chunks: list[tuple[Tensor, Tensor, Tensor]] = []  # pairs (row, replicate), indices, weights of each
-    means = rows.v.new_zeros(n * m * replicates, rows.v.shape[-1])
+    means = problem.values.new_zeros(n * m * replicates, problem.width)
     for heads, part in rows.blocks(num_samples):
         log_q = rows.log_proposal(heads, part).flatten(0, 1)
         added = rows.added(heads, part)
@@ -183,12 +185,16 @@ def debiased(
         ).flatten()
         for depth in level[pair].unique().tolist():
             size, mass = num_samples << depth, (1 - LEVEL_RATIO) * LEVEL_RATIO**depth
-            found = (level[pair] == depth).nonzero().squeeze(1)
-            step = max(1, BLOCK_ELEMENTS // max(log_q.shape[-1], size * rows.k.shape[-1]))
-            for some in found.split(step):
+            here_pairs = (level[pair] == depth).nonzero().squeeze(1)
+            step = max(1, BLOCK_ELEMENTS // max(log_q.shape[-1], size * problem.k.shape[-1]))
+            for some in here_pairs.split(step):
                 here = some // replicates  # row of the block
-                indices, total = invert(row_masses(log_q[here]), uniform(len(some), size))
                 which = pair[some] // replicates  # row of the N * M
+                position = problem.first_position + which % m % problem.length
+                numbers = stream.of_single_rows(which // m, position, pair[some] % replicates).uniform(
+                    1, size
+                )
+                indices, total = invert(row_masses(log_q[here]), numbers[:, 0, 0])
                 log_w = rows.exact(which, indices, None if added is None else added[here])
                 log_w = log_w - log_q[here].gather(-1, indices)
                 w = log_w.view(-1, 1 << depth, num_samples).softmax(-1).flatten(1) / (1 << depth)
@@ -200,15 +206,16 @@ def debiased(
                 means[pair[some]] = rows.average(which, indices, w)
     means = means.view(n, m, replicates, means.shape[-1])
     spent = (num_samples << level).view(n, m, replicates).sum(-1)  # [N, M]
-    square, sums = rows.q.new_zeros(n * m), rows.q.new_zeros(n * m)
+    square, sums = means.new_zeros(n * m), means.new_zeros(n * m)
     for pair, _, w in chunks:
         square.index_add_(0, pair // replicates, w.square().sum(-1))
         sums.index_add_(0, pair // replicates, w.sum(-1))
     effective = sums.square() / square.clamp_min(torch.finfo(square.dtype).tiny)
-    row_shape, width, unit = rows.row_shape, rows.v.shape[-1], rows.unit
+    unit = problem.unit
 
     def between() -> Tensor:
-        return in_units(standard_error(means), unit).view(*row_shape, width)
+        error = standard_error(means)
+        return error if unit is None else error * unit
 
     def make_draws() -> Draws:
         most = num_samples << int(level.max()) if len(level) else num_samples
@@ -216,43 +223,37 @@ def debiased(
         weights = square.new_zeros(indices.shape)
         for pair, drawn, w in chunks:
             indices[pair, : drawn.shape[1]], weights[pair, : w.shape[1]] = drawn, w / replicates
-        shape = (*row_shape, replicates * most)
+        shape = (n, m, replicates * most)
         return Draws(indices.view(shape), weights.view(shape), None, replicates)
 
-    return AttentionEstimate(
-        output=in_units(means.mean(-2), unit).view(*row_shape, width).to(rows.args[2].dtype),
-        num_keys=rows.num_keys,
-        group=rows.group,
-        degrees_of_freedom=max(1.0, replicates - 1.0),
-        make_draws=make_draws,
-        make_std_error=between if replicates > 1 else None,
-        info=replace(
-            about,
-            draws_per_row=float(spent.double().mean()) if n * m else 0.0,
-            draws_of_each_row=spent.view(row_shape),
-            effective_sample_size=effective.view(row_shape),
-        ),
+    info = replace(
+        info,
+        draws_per_row=float(spent.double().mean()) if n * m else 0.0,
+        draws_of_each_row=spent.view(problem.row_shape),
+        effective_sample_size=effective.view(problem.row_shape),
     )
+    output, make_std_error = problem.in_units(means.mean(-2)), between if replicates > 1 else None
+    return SampledRows(output, make_draws, Design(False), info, make_std_error, max(1.0, replicates - 1.0))
 
 
-def adaptive(rows: ProposedRows, mean: int, independent: bool, generator: torch.Generator | None) -> Tensor:
+def adaptive(rows: ProposedRows, mean: int, independent: bool, stream: Stream) -> Tensor:
     """The self-normalised estimate (N, M, d) with `mean` draws a row on average (see `allocate`)."""
-    counts = allocate(rows, mean)
-    output = rows.v.new_empty(*rows.shape, rows.v.shape[-1])
+    problem, counts = rows.problem, allocate(rows, mean)
+    output = problem.values.new_empty(*problem.shape, problem.width)
     most = int(counts.max()) if counts.numel() else 1
-    uniform = Uniform(generator, rows.q.device)
     for heads, part in rows.blocks(most):
         count = counts[heads, part, None]
         slot = torch.arange(most, device=count.device)
-        u = uniform(*count.shape[:2], most if independent else 1)
+        here = stream.of_block(heads, problem.positions(part))
+        u = here.uniform(1, most if independent else 1)[:, :, 0]
         points = u if independent else ((slot + u) / count).clamp_max(1 - 2**-53)
         indices, exact, log_q = rows.draw(heads, part, points)
         spare = slot >= count
         # Slots past a row's count get keys of their own, which no drawn key is counted with.
-        apart = torch.where(spare, rows.num_keys + slot, indices)
+        apart = torch.where(spare, problem.num_keys + slot, indices)
         log_w = exact - log_inclusion(log_q, count, independent) - Draws(apart, exact).multiplicity().log()
         weights = log_w.masked_fill(spare, -torch.inf).softmax(-1).masked_fill(log_q == -torch.inf, 0)
-        output[heads, part] = Draws(indices, weights).average(rows.v[heads])
+        output[heads, part] = Draws(indices, weights).average(problem.values[heads])
     return output
 
 
@@ -262,7 +263,7 @@ def allocate(rows: ProposedRows, mean: int) -> Tensor:
     Proportional to sqrt(1 - sum_j q_j^2), the spread of values under q if all values are equally far apart: the
     allocation that minimises the sum of the rows' variances (Neyman 1934). At least 2, at most `MOST_DRAWS` means.
     """
-    need = rows.q.new_empty(rows.shape)
+    need = rows.problem.values.new_empty(rows.problem.shape)
     for heads, part in rows.blocks(1):
         collision = (2 * rows.log_proposal(heads, part)).exp().sum(-1)
         need[heads, part] = (1 - collision).clamp_min(0).sqrt()

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..errors import DtypeError
-from ..problem import Rows
+from ..problem import AttentionProblem
 from .learned_proposal import Maps, best_low_rank, mix, project, renyi
 
 Cancel = threading.Event | Callable[[], bool]
@@ -43,11 +43,13 @@ class FitHistory:
     cancelled: bool
 
 
-def start(maps: Maps, rows: Rows, initialise: str, generator: torch.Generator | None) -> None:
+def start(maps: Maps, problem: AttentionProblem, initialise: str, generator: torch.Generator | None) -> None:
     """Set the maps in place to where training starts: "low-rank", "random" (orthogonal), or "current"."""
     heads, e, r = maps[0].shape
     if initialise == "low-rank":
-        q, k = (x.unflatten(0, (-1, heads)).transpose(0, 1).flatten(1, 2) for x in (rows.q, rows.k))
+        q, k = (
+            x.unflatten(0, (-1, heads)).transpose(0, 1).flatten(1, 2) for x in (problem.queries, problem.keys)
+        )
         a, b = best_low_rank(q, k, r)
     elif initialise == "random":
         device = "cpu" if generator is None else generator.device
@@ -61,7 +63,7 @@ def start(maps: Maps, rows: Rows, initialise: str, generator: torch.Generator | 
 
 def fit_maps(
     maps: Maps,
-    rows: Rows,
+    problem: AttentionProblem,
     *,
     defensive: float,
     use_values: bool,
@@ -76,9 +78,9 @@ def fit_maps(
 ) -> FitHistory:
     """Adam on the maps, in place, which end as the best that was found on rows that no step trains on."""
     device = "cpu" if generator is None else generator.device
-    heads, length = maps[0].shape[0], rows.rows
-    windows = rows.count // heads
-    order = torch.randperm(windows * length, generator=generator, device=device).to(rows.q.device)
+    heads, length = maps[0].shape[0], problem.shape[1]
+    windows = problem.shape[0] // heads
+    order = torch.randperm(windows * length, generator=generator, device=device).to(problem.queries.device)
     held = order[: min(8 * batch_rows, max(1, len(order) // 5))]
     pool, test = (by_window(x, windows, length) for x in (order[len(held) :], held))
     pool = pool or test
@@ -94,18 +96,18 @@ def fit_maps(
     def objective(window: int, some: Tensor) -> tuple[Tensor, Tensor]:
         """(what is minimised, log(1 + chi^2)) of some rows of a window, (heads, rows) or (heads,)."""
         which = slice(window * heads, (window + 1) * heads)
-        q, k = rows.q[which, some], rows.k[which]
+        q, k = problem.queries[which, some], problem.keys[which]
         hidden = None
-        if rows.is_causal:
-            hidden = torch.arange(rows.num_keys, device=q.device) > (some % rows.length)[:, None]
+        if problem.is_causal:
+            hidden = torch.arange(problem.num_keys, device=q.device) > (some % problem.length)[:, None]
 
         def logits(q: Tensor, k: Tensor) -> Tensor:
-            x = torch.bmm(q * rows.scale, k.mT)
+            x = torch.bmm(q * problem.scale, k.mT)
             return x if hidden is None else x.masked_fill(hidden, -torch.inf)
 
         log_p, log_q = logits(q, k).log_softmax(-1), mix(logits(*project(q, k, maps)), defensive)
         chi = renyi(log_p, log_q)
-        distance = log_distance(rows.v[which], log_p) if use_values else None
+        distance = log_distance(problem.values[which], log_p) if use_values else None
         ours, best = (renyi(log_p, x, distance, num_samples, independent) for x in (log_q, log_p))
         return (ours.logsumexp(-1) - best.logsumexp(-1) if use_values else ours - best), chi
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .base import InversionSampler, Uniform
+from ..streams import Stream
+from .base import InversionSampler
 
 
 class MonteCarloSampler(InversionSampler):
@@ -22,8 +23,8 @@ class MonteCarloSampler(InversionSampler):
     name = "monte-carlo"
     independent = True
 
-    def points(self, rows: tuple[int, ...], num_samples: int, replicates: int, uniform: Uniform) -> Tensor:
-        return uniform(*rows, replicates, num_samples)
+    def points(self, stream: Stream, num_samples: int, replicates: int) -> Tensor:
+        return stream.uniform(replicates, num_samples)
 
     def count_variance(self, expected: Tensor) -> Tensor:
         """Of a sum of independent rare events: above the binomial's, by what the variance of a mean takes off again."""

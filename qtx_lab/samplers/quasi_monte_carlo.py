@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..errors import unknown_name
-from .base import InversionSampler, Uniform
+from ..streams import Stream
+from .base import InversionSampler
 from .stratified import straddling_variance
 
 SEQUENCES = ("sobol", "halton", "lattice")
@@ -60,38 +61,42 @@ class QuasiMonteCarloSampler(InversionSampler):
         self.name = sequence_type
         self.ordered = ordered
 
-    def points(self, rows: tuple[int, ...], num_samples: int, replicates: int, uniform: Uniform) -> Tensor:
-        *heads, length = rows or (1,)
-        shift = uniform(*heads, 1, replicates, 1)
-        points = (_lattice if self.name == "lattice" else _stream)(self.name, length, num_samples, shift)
-        return points.expand(*heads, length, replicates, num_samples).reshape(*rows, replicates, num_samples)
+    def points(self, stream: Stream, num_samples: int, replicates: int) -> Tensor:
+        shift = stream.uniform_of_heads(replicates, 1)  # [N, 1, R, 1]
+        positions = stream.positions if stream.positions.ndim == 2 else stream.positions[None]
+        row = positions[:, :, None, None]  # [N or 1, P, 1, 1]
+        draw = torch.arange(num_samples, device=shift.device)
+        if self.name == "lattice":
+            return (draw + (shift + GOLDEN * row).frac()) / num_samples
+        point = row * num_samples + draw
+        if self.name == "halton":
+            return (radical_inverse(point, 3) + shift).frac()
+        return digital_shift(point, shift)
 
     def count_variance(self, expected: Tensor) -> Tensor | None:
         # In value order an estimate varies less than this says: intervals err on the safe side.
         return super().count_variance(expected) if self.name == "lattice" else straddling_variance(expected)
 
 
-def _lattice(name: str, length: int, num_samples: int, shift: Tensor) -> Tensor:
-    """A comb a row, its offset moved by the golden section from row to row, (..., L, R, S)."""
-    row = torch.arange(length, device=shift.device, dtype=torch.float64)[:, None, None]
-    offset = (shift + GOLDEN * row).frac()
-    return (torch.arange(num_samples, device=shift.device) + offset) / num_samples
+def radical_inverse(index: Tensor, base: int) -> Tensor:
+    """The digits of whole numbers in a base, mirrored at the point: float64 in [0, 1), of the shape of `index`."""
+    largest = int(index.max()) if index.numel() else 0
+    result, scale, rest = torch.zeros(index.shape, dtype=torch.float64, device=index.device), 1.0, index
+    while largest:
+        scale /= base
+        result += (rest % base) * scale
+        rest, largest = rest // base, largest // base
+    return result
 
 
-def _stream(name: str, length: int, num_samples: int, shift: Tensor) -> Tensor:
-    """One randomised sequence, S points of it for each row in turn, (..., L, R, S)."""
-    count = length * num_samples
-    if name == "halton":
-        from scipy.stats import qmc
+def digital_shift(index: Tensor, shift: Tensor) -> Tensor:
+    """Van der Corput's points in base 2 with their binary digits flipped by those of `shift`, float64 in [0, 1).
 
-        base = torch.from_numpy(qmc.Halton(d=2, scramble=False).random(count)[:, 1].copy())
-        base = base.to(shift.device).view(length, 1, num_samples)
-        return (base + shift).frac()
-    # 53 bits: van der Corput's point is the reversed bits of its index, for streams of up to 2^53 points.
+    The point is the reversed bits of its index, 53 of them.
+    """
     bits = 53
-    index = torch.arange(count, device=shift.device)
+    largest = int(index.max()) if index.numel() else 0
     reverse = torch.zeros_like(index)
-    for k in range(max(1, (count - 1).bit_length())):
+    for k in range(max(1, largest.bit_length())):
         reverse |= ((index >> k) & 1) << (bits - 1 - k)
-    digits = (shift * 2.0**bits).long()
-    return (reverse.view(length, 1, num_samples) ^ digits).double() / 2.0**bits
+    return (reverse ^ (shift * 2.0**bits).long()).double() / 2.0**bits

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import InversionSampler, Uniform
+from ..streams import Stream
+from .base import InversionSampler
 
 
 class StratifiedSampler(InversionSampler):
@@ -18,8 +19,8 @@ class StratifiedSampler(InversionSampler):
 
     name = "stratified"
 
-    def points(self, rows: tuple[int, ...], num_samples: int, replicates: int, uniform: Uniform) -> Tensor:
-        u = uniform(*rows, replicates, num_samples)
+    def points(self, stream: Stream, num_samples: int, replicates: int) -> Tensor:
+        u = stream.uniform(replicates, num_samples)
         return (torch.arange(num_samples, device=u.device) + u) / num_samples
 
     def count_variance(self, expected: Tensor) -> Tensor:

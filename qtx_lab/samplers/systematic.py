@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import InversionSampler, Uniform
+from ..streams import Stream
+from .base import InversionSampler
 
 
 class SystematicSampler(InversionSampler):
@@ -25,6 +26,6 @@ class SystematicSampler(InversionSampler):
 
     name = "systematic"
 
-    def points(self, rows: tuple[int, ...], num_samples: int, replicates: int, uniform: Uniform) -> Tensor:
-        u = uniform(*rows, replicates, 1)
+    def points(self, stream: Stream, num_samples: int, replicates: int) -> Tensor:
+        u = stream.uniform(replicates, 1)
         return (torch.arange(num_samples, device=u.device) + u) / num_samples

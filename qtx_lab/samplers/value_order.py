@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-FIRST_VALUES = 64
+from ..problem import FIRST_KNOWN
+
+FIRST_VALUES = FIRST_KNOWN
 """An order is fitted to so many values, the first that are seen, and is the same ever after."""
 
 COMPONENTS = 8
@@ -128,32 +130,33 @@ def hilbert_index(cell: Tensor, bits: int) -> Tensor:
     return index
 
 
-def is_early(count: Tensor) -> Tensor:
-    """Whether rows that see so many keys take them as they come: they see too few for the order to be known."""
-    return count < FIRST_VALUES
-
-
 POWER_STEPS = 4
 """Power iterations for a part's principal axis: any direction is valid, a better one gives less variance."""
 
 
-_KEPT: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""(what it looked like, order) of each tensor of values that `kept_value_order` has seen and that is still alive."""
+_ORDERS: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""What each tensor of values that `cached_order` has seen looked like, and its order; while the tensor is alive."""
 
 
-def kept_value_order(values: Tensor) -> Tensor:
-    """`value_order`, computed once for a tensor of values: kept until the tensor is changed or gone.
+def cached_order(values: Tensor) -> Tensor:
+    """The order of values (..., n, d), int64, (..., n): computed once for a tensor, until it is changed or gone.
 
     A change that torch does not count (through NumPy, say) leaves the old order, which costs variance and no bias.
     """
     if values.is_inference():  # its changes are not counted
-        return value_order(values)
-    seen = (values._version, values.data_ptr(), values.shape, values.stride())
-    known, order = _KEPT.get(values, (None, None))
-    if order is None or known != seen:
-        order = value_order(values)
-        _KEPT[values] = (seen, order)
+        return _order(values)
+    looks = (values._version, values.data_ptr(), values.shape, values.stride())
+    known, order = _ORDERS.get(values, (None, None))
+    if order is None or known != looks:
+        order = _order(values)
+        _ORDERS[values] = (looks, order)
     return order
+
+
+def _order(values: Tensor) -> Tensor:
+    *lead, n, d = values.shape
+    x = values.detach().to(torch.promote_types(values.dtype, torch.float32)).reshape(-1, n, d)
+    return ValueOrder.fit(x).order(x).view(*lead, n)
 
 
 def value_order(values: Tensor, features: int | None = None, leaf: int = 1) -> Tensor:

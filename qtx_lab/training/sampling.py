@@ -15,13 +15,14 @@ from ..attention import QuantumMultiheadAttention, replace_attention, sampled_at
 from ..errors import ArgumentError
 from ..estimates import Draws
 from ..models.reference import causal_sdpa
-from ..samplers import ExactSampler, Sampler, make_sampler
+from ..samplers import ExactSampler, Sampler, StreamSampler, make_sampler
+from ..streams import Stream
 
 DEFAULT_NUM_SAMPLES = 64
 """Draws of a row where neither the spec nor the model's own modules say how many."""
 
 
-class NoisySampler:
+class NoisySampler(StreamSampler):
     """A sampler on rows as a noisy device has them: (1 - noise) p + noise * uniform over the visible keys.
 
     That is what depolarising noise does to a row. Draws, and gradients through them, are those of such rows,
@@ -34,15 +35,23 @@ class NoisySampler:
         self.sampler, self.noise = sampler, noise
         self.name = sampler.name
         self.independent = sampler.independent
-        self.joint = getattr(sampler, "joint", False)
+        self.joint = sampler.joint
 
-    def draw(self, logits: Tensor, num_samples: int, **options: Any) -> Draws:
-        """See `Sampler.draw`."""
+    def draw_from(
+        self,
+        stream: Stream,
+        logits: Tensor,
+        num_samples: int,
+        *,
+        values: Tensor | None = None,
+        replicates: int = 1,
+    ) -> Draws:
+        """Draw keys from the noisy rows: see `Sampler.draw_from`."""
         visible = logits > -torch.inf
         uniform = visible / visible.sum(-1, keepdim=True).clamp_min(1)
         p = logits.softmax(-1).nan_to_num(0.0)  # a row without visible keys has no probabilities
         mixed = ((1 - self.noise) * p + self.noise * uniform).log()
-        return self.sampler.draw(mixed, num_samples, **options)
+        return self.sampler.draw_from(stream, mixed, num_samples, values=values, replicates=replicates)
 
 
 class Attention:

@@ -1,15 +1,14 @@
 """`sampled_attention` against SDPA and against its own dense weights."""
 
 import math
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import qtx_lab as qtx
-from qtx_lab.attention import dispatch as sampled
-from qtx_lab.samplers import SAMPLERS
+from qtx_lab import problem
+from qtx_lab.samplers import SAMPLERS, value_order
 
 RANDOM = sorted(set(SAMPLERS) - {"exact"})
 SHAPES = [  # q, k, v, options
@@ -83,7 +82,7 @@ def masks(shape, seed=3):
 @pytest.mark.parametrize("mask_shape", [(9,), (6, 9), (1, 9), (4, 6, 9), (2, 1, 6, 9), (2, 4, 6, 9)])
 @pytest.mark.parametrize("name", ["exact", "systematic"])
 def test_masks(kind, mask_shape, name, monkeypatch):
-    monkeypatch.setattr(sampled, "BLOCK_ELEMENTS", 40)  # several blocks, cut in the middle of a head
+    monkeypatch.setattr(problem, "BLOCK_ELEMENTS", 40)  # several blocks, cut in the middle of a head
     q, k, v = tensors([(2, 4, 6, 8), (2, 2, 9, 8), (2, 2, 9, 5)])
     mask = masks(mask_shape)[kind]
     est = qtx.sampled_attention(
@@ -157,7 +156,7 @@ def test_blocks_do_not_change_the_draws(name, options, monkeypatch):
     q, k, v = tensors([(2, 4, 33, 8), (2, 2, 40, 8), (2, 2, 40, 8)], dtype=torch.float64)
     estimates = []
     for elements in (1, 100, 3000, 1 << 20):
-        monkeypatch.setattr(sampled, "BLOCK_ELEMENTS", elements)
+        monkeypatch.setattr(problem, "BLOCK_ELEMENTS", elements)
         estimates.append(
             qtx.sampled_attention(
                 q,
@@ -278,7 +277,7 @@ def test_workspace_does_not_grow_with_the_map(length):
     est = call()
     kept = est.output.nbytes + est.draws.indices.nbytes + 2 * est.draws.weights.nbytes
     map_bytes = 2 * length * length * 4
-    limit = kept + q.nbytes + 64 * sampled.BLOCK_ELEMENTS + (8 << 20)
+    limit = kept + q.nbytes + 64 * problem.BLOCK_ELEMENTS + (8 << 20)
     _, used = peak_memory(call)
     assert used is None or used < limit
     assert length < 4096 or limit < map_bytes
@@ -305,9 +304,8 @@ def test_the_heads_of_a_group_share_their_random_numbers(name, generator):
 
 
 def test_the_order_of_values_is_kept_between_calls(monkeypatch, generator):
-    counted, room = [], sys.modules[qtx.samplers.value_order.__module__]
-    whole = room.value_order
-    monkeypatch.setattr(room, "value_order", lambda v: counted.append(1) or whole(v))
+    counted, whole = [], value_order.ValueOrder.order
+    monkeypatch.setattr(value_order.ValueOrder, "order", lambda self, v: counted.append(1) or whole(self, v))
     q, k, v = (torch.randn(2, 20, 4, generator=generator) for _ in range(3))
     for _ in range(3):
         qtx.sampled_attention(q, k, v, sampler="head-tail", num_samples=4)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import qtx_lab as qtx
-from qtx_lab.samplers import HeadTailSampler, value_order
+from qtx_lab.samplers import HeadTailSampler
 from qtx_lab.samplers.head_tail import expected_counts
 
 
@@ -106,24 +106,6 @@ def test_a_bad_head_is_one_clear_error(head):
 def test_a_head_as_large_as_the_draws_is_refused():
     with pytest.raises(qtx.ArgumentError, match="head=8 is not allowed with num_samples=8"):
         HeadTailSampler(8).draw(torch.zeros(20), 8)
-
-
-@pytest.mark.parametrize("shape", [(1, 3), (2, 5), (7, 1), (3, 4, 100, 6), (0, 4, 2), (1000, 2)])
-def test_value_order_is_a_permutation(shape):
-    values = torch.randn(shape, generator=generator())
-    order = value_order(values)
-    assert torch.equal(order.sort(-1).values, torch.arange(shape[-2]).expand(shape[:-1]))
-
-
-def test_value_order_puts_like_beside_like():
-    values = torch.randn(1000, 4, generator=generator())
-
-    def jumps(order):
-        return values[order].diff(dim=0).norm(dim=-1).mean()
-
-    assert jumps(value_order(values)) < 0.4 * jumps(torch.arange(1000))
-    constant = value_order(torch.ones(9, 3))
-    assert torch.equal(constant.sort().values, torch.arange(9))
 
 
 def test_a_head_as_large_as_the_row_leaves_nothing_to_draw():

@@ -11,6 +11,7 @@ from scipy import stats
 import qtx_lab as qtx
 from qtx_lab.errors import ArgumentError, DtypeError, ShapeError, StorageError
 from qtx_lab.models.reference import encode, load_reference_model, reference_text
+from qtx_lab.problem import AttentionProblem
 from qtx_lab.samplers import learned, learned_proposal
 from qtx_lab.samplers.learned import LearnedImportanceSampler
 from qtx_lab.samplers.learned_estimators import allocate
@@ -266,12 +267,15 @@ def test_exact_logits_only_at_the_drawn_keys(monkeypatch):
         asked.append(indices.numel())
         return exact(self, row, indices, added)
 
-    def refuse(*_):
-        raise AssertionError("all exact logits were formed")
+    whole = AttentionProblem.logits
+
+    def refuse(self, *block):
+        assert self.q.shape[-1] < 8, "all exact logits were formed"  # the proposal has rank 4 at most
+        return whole(self, *block)
 
     sampler = fitted()
     monkeypatch.setattr(learned_proposal.ProposedRows, "exact", count)
-    monkeypatch.setattr(learned_proposal.ProposedRows, "logits", refuse)
+    monkeypatch.setattr(AttentionProblem, "logits", refuse)
     q, k, v = inputs(2, 3, keys=400)
     sampler.estimate(q, k, v, 4, generator=seeded(0))
     assert sum(asked) == 2 * 3 * 24 * 4
@@ -318,7 +322,7 @@ def test_forward_spends_its_budget_where_it_helps(seed):
     k, v = torch.randn(1, 300, 8, generator=g), torch.randn(1, 300, 4, generator=g)
     k[..., 4:] = 0  # so that the proposal is close on the peaked rows too
     sampler = LearnedImportanceSampler(8, 4)
-    counts = allocate(sampler._rows(q, k, v, None, False, None, False), 16)
+    counts = allocate(sampler._propose(AttentionProblem.of(q, k, v)), 16)
     assert 15 < counts.double().mean() <= 16
     assert counts.min() >= 2
     assert counts.max() <= 64

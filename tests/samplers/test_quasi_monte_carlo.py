@@ -5,13 +5,13 @@ import torch
 import torch.nn.functional as F
 
 import qtx_lab as qtx
-from qtx_lab.samplers.base import Uniform
 from qtx_lab.samplers.quasi_monte_carlo import SEQUENCES
+from qtx_lab.streams import Stream
 
 
 def points(name, rows, num_samples, replicates=1, seed=0):
-    uniform = Uniform(torch.Generator().manual_seed(seed), torch.device("cpu"))
-    return qtx.QuasiMonteCarloSampler(name).points(rows, num_samples, replicates, uniform)
+    stream = Stream.of(seed, 1, *rows)
+    return qtx.QuasiMonteCarloSampler(name).points(stream, num_samples, replicates)
 
 
 @pytest.mark.parametrize("name", SEQUENCES)

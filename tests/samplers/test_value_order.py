@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from qtx_lab.samplers.value_order import FIRST_VALUES, ValueOrder, hilbert_index
+from qtx_lab.samplers.value_order import FIRST_VALUES, ValueOrder, cached_order, hilbert_index
 
 
 def test_neighbours_on_the_curve_share_a_face() -> None:
@@ -51,3 +52,18 @@ def test_hidden_values_do_not_count(generator: torch.Generator) -> None:
     visible[:, :100] = False
     seen = ValueOrder.fit(values, visible)
     assert torch.allclose(seen.centre, values[:, 100 : 100 + FIRST_VALUES].mean(1, keepdim=True), atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (2, 5), (7, 1), (3, 4, 100, 6), (0, 4, 2), (1000, 2)])
+def test_an_order_is_a_permutation(shape: tuple[int, ...], generator: torch.Generator) -> None:
+    order = cached_order(torch.randn(shape, generator=generator))
+    assert torch.equal(order.sort(-1).values, torch.arange(shape[-2]).expand(shape[:-1]))
+
+
+def test_neighbours_have_similar_values(generator: torch.Generator) -> None:
+    values = torch.randn(1000, 4, generator=generator)
+
+    def jumps(order: torch.Tensor) -> torch.Tensor:
+        return values[order].diff(dim=0).norm(dim=-1).mean()
+
+    assert jumps(cached_order(values)) < 0.4 * jumps(torch.arange(1000))

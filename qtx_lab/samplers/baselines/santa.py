@@ -9,13 +9,14 @@ from torch import Tensor
 from ...checks import check_count
 from ...errors import unknown_name
 from ...estimates import Draws
-from ..base import Uniform, check_draw_arguments, invert, row_masses
+from ...streams import Purpose, Stream
+from ..base import StreamSampler, invert, row_masses
 
 BUDGETS = ("proportional", "fixed")
 POINTS = ("systematic", "stratified")
 
 
-class SantaSampler:
+class SantaSampler(StreamSampler):
     """Draws within tiles of keys by S²ANTA's two rules for how many a tile gets.
 
     - `proportional` (S²ANTA-Prop): tile t of probability P_t gets S_t draws, S P_t rounded by largest remainders, and
@@ -55,27 +56,42 @@ class SantaSampler:
         kind = "santa-prop" if budgets == "proportional" else "santa-flash"
         self.name = kind if points == "systematic" else f"{kind}-stratified"
 
-    def draw(
+    def draw_from(
         self,
+        stream: Stream,
         logits: Tensor,
         num_samples: int,
         *,
         values: Tensor | None = None,
-        generator: torch.Generator | None = None,
         replicates: int = 1,
     ) -> Draws:
-        """Draw keys: see `Sampler.draw`."""
-        check_draw_arguments(logits, num_samples, replicates)
-        n, s = logits.shape[-1], num_samples
-        uniform = Uniform(generator, logits.device)
+        """Draw keys with the random numbers of a stream: see `Sampler.draw_from`."""
+        # As many keys in a tile as leave no more tiles than draws: a power of two times `tile`, by what the row itself sees.
+        place = torch.arange(1, logits.shape[-1] + 1, device=logits.device)
+        reach = ((logits > -torch.inf) * place).amax(-1)  # [N, P], up to the last key that the row sees
+        tiles = self.tile * torch.exp2((reach / (num_samples * self.tile)).clamp_min(1).log2().ceil()).long()
+        indices = torch.zeros(
+            *logits.shape[:-1], replicates * num_samples, dtype=torch.int64, device=logits.device
+        )
+        weights, probabilities = (logits.new_zeros(indices.shape) for _ in range(2))
+        offsets = stream.uniform(replicates, num_samples)
+        ties = stream.of_purpose(Purpose.TIES).uniform(1, num_samples)[..., 0, :]
+        for tile in tiles.unique().tolist():
+            rows = tiles == tile
+            drawn = self._draw_in_tiles(logits[rows], tile, offsets[rows], ties[rows])
+            indices[rows], weights[rows], probabilities[rows] = drawn
+        return Draws(indices, weights / replicates, probabilities, replicates)
+
+    def _draw_in_tiles(
+        self, logits: Tensor, tile: int, offsets: Tensor, ties: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys, weights of one replicate and probabilities (B, R * S) of rows (B, n), from numbers (B, R, S) and (B, S)."""
+        n, (replicates, s) = logits.shape[-1], offsets.shape[-2:]
         mass = row_masses(logits)
-        tile = max(self.tile, -(-n // s))
         inside = F.pad(mass[..., :n], (0, -n % tile)).unflatten(-1, (-1, tile)).sum(-1, dtype=torch.float64)
         total = inside.sum(-1, keepdim=True).clamp_min(1)
         share = inside / total  # P_t, [..., tiles]
-        budgets = (
-            self._proportional(share, s, uniform) if self.budgets == "proportional" else _fixed(share, s)
-        )
+        budgets = self._proportional(share, s, ties) if self.budgets == "proportional" else _fixed(share, s)
 
         last = budgets.cumsum(-1)
         slot = torch.arange(s, device=logits.device).expand(*logits.shape[:-1], s).contiguous()
@@ -86,10 +102,7 @@ class SantaSampler:
             x[..., None, :].expand(*x.shape[:-1], replicates, s) for x in (of, count, within)
         )
         lead = (*logits.shape[:-1], replicates)
-        if self.points == "systematic":
-            u = uniform(*lead, share.shape[-1]).gather(-1, of)
-        else:
-            u = uniform(*lead, s)
+        u = offsets.gather(-1, of) if self.points == "systematic" else offsets  # no more tiles than draws
         start, held = (
             x[..., None, :].expand(*lead, -1).gather(-1, of) for x in (share.cumsum(-1) - share, share)
         )
@@ -98,15 +111,15 @@ class SantaSampler:
         indices, found = invert(mass, points)
         probabilities = mass.gather(-1, indices) / total.to(mass.dtype)
         weight = held / count if self.budgets == "fixed" else torch.full_like(held, 1 / s)
-        weights = (weight.flatten(-2) / replicates).to(mass.dtype).masked_fill_(found == 0, 0)
-        return Draws(indices, weights, probabilities, replicates)
+        weights = weight.flatten(-2).to(mass.dtype).masked_fill_(found == 0, 0)
+        return indices, weights, probabilities
 
     @staticmethod
-    def _proportional(share: Tensor, num_samples: int, uniform: Uniform) -> Tensor:
+    def _proportional(share: Tensor, num_samples: int, ties: Tensor) -> Tensor:
         """S P_t rounded down, and one more for the largest remainders."""
         quota = num_samples * share
         budgets = quota.floor()
-        remainder = quota - budgets + 1e-7 * uniform(*share.shape)  # ties in random order
+        remainder = quota - budgets + 1e-7 * ties[..., : share.shape[-1]]  # in random order where they tie
         rank = remainder.argsort(-1, descending=True).argsort(-1)
         left = num_samples - budgets.sum(-1, keepdim=True)
         return (budgets + (rank < left)).long()

@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...estimates import Draws
-from ..base import check_draw_arguments, row_masses
+from ..base import Sampler, check_draw_arguments, row_masses
 
 
-class TopKSampler:
+class TopKSampler(Sampler):
     """The S heaviest keys of a row with their probabilities, normalised by their sum.
 
     No variance, but biased: what the other keys hold is missing, however many repetitions are averaged. `oracle`,

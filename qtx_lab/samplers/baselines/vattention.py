@@ -8,10 +8,11 @@ from torch import Tensor
 
 from ...errors import ArgumentError
 from ...estimates import Draws
-from ..base import Uniform, check_draw_arguments, row_masses
+from ...streams import Stream
+from ..base import StreamSampler, row_masses
 
 
-class VAttentionSampler:
+class VAttentionSampler(StreamSampler):
     """Keeps the first, the last and the heaviest visible keys of a row and draws from the others uniformly.
 
     A kept key counts its mass, one of the b that are drawn without replacement from the m others m / b times its
@@ -47,17 +48,16 @@ class VAttentionSampler:
             )
         self.sink, self.local, self.heavy = sink, local, heavy
 
-    def draw(
+    def draw_from(
         self,
+        stream: Stream,
         logits: Tensor,
         num_samples: int,
         *,
         values: Tensor | None = None,
-        generator: torch.Generator | None = None,
         replicates: int = 1,
     ) -> Draws:
-        """Draw keys: see `Sampler.draw`."""
-        check_draw_arguments(logits, num_samples, replicates)
+        """Draw keys with the random numbers of a stream: see `Sampler.draw_from`."""
         n, s = logits.shape[-1], num_samples
         mass = row_masses(logits)[..., :n]
         first, last, most = (int(share * s) for share in (self.sink, self.local, self.heavy))
@@ -68,7 +68,7 @@ class VAttentionSampler:
         kept = kept.scatter(-1, heaviest, True) & seen
 
         # A key's turn: kept ones first, then the others in random order, never the masked ones.
-        turn = Uniform(generator, logits.device)(*logits.shape[:-1], replicates, n)
+        turn = stream.uniform(replicates, n)
         turn = turn.masked_fill_(kept[..., None, :], -1).masked_fill_(~seen[..., None, :], 2)
         turn, indices = turn.topk(min(s, n), -1, largest=False)  # [..., R, min(S, n)]
         turn, indices = (

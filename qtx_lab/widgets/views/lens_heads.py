@@ -16,7 +16,7 @@ from torch import Tensor
 from ...attention import sampled_attention
 from ...errors import ShapeError
 from ...estimates import AttentionEstimate
-from ...problem import check_inputs
+from ...problem import AttentionProblem
 from ...samplers import Sampler
 from .lens_maps import pool_map
 
@@ -247,7 +247,7 @@ def checked_layers(
         queries, keys, values = (
             x.detach().cpu().reshape(-1, *x.shape[-2:]) if isinstance(x, Tensor) else x for x in inputs
         )
-        check_inputs(queries, keys, values, None, is_causal, scale, True)
+        AttentionProblem.of(queries, keys, values, is_causal=is_causal, scale=scale, enable_gqa=True)
         if max(queries.shape[-2], keys.shape[-2]) > MAX_POSITIONS:
             raise ShapeError(
                 f"q has {queries.shape[-2]} queries, k {keys.shape[-2]} keys; 1 to {MAX_POSITIONS} can be "

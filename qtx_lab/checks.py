@@ -44,7 +44,9 @@ def check_scale(scale: float | None) -> None:
 
 
 def check_tensors(**tensors: Tensor) -> None:
-    """Refuse what is no dense tensor (..., length, features) of a dtype that is attended to, or unlike the first."""
+    """Refuse what is no dense tensor (..., length, features) of a dtype that is attended to, or unlike the
+    first.
+    """
     first, like = next(iter(tensors.items()))
     for name, x in tensors.items():
         if not isinstance(x, Tensor):
@@ -57,7 +59,8 @@ def check_tensors(**tensors: Tensor) -> None:
             raise DtypeError(f"{name} is {x.dtype}; it must be float32, float64, float16 or bfloat16.")
         if x.dtype != like.dtype or x.device != like.device:
             raise DtypeError(
-                f"{name} is {x.dtype} on {x.device}, {first} is {like.dtype} on {like.device}; they must agree."
+                f"{name} is {x.dtype} on {x.device}, {first} is {like.dtype} on {like.device}; they must "
+                "agree."
             )
         if x.ndim < 2:
             raise ShapeError(f"{name} has shape {tuple(x.shape)}; it must be (..., length, features).")

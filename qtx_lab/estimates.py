@@ -120,7 +120,8 @@ class Draws:
 
 
 def rounding_variance(output: Tensor, size: Tensor, total: int, dtype: torch.dtype) -> Tensor:
-    """Variance that rounding adds to an output: of the sum of `total` values of root mean square `size` in the output's
+    """Variance that rounding adds to an output: of the sum of `total` values of root mean square `size` in
+    the output's
     own precision, and of the cast to `dtype`."""
     summed = torch.finfo(output.dtype).eps * math.sqrt(total) * size
     return summed.square() + (torch.finfo(dtype).eps * output).square() / 12
@@ -133,7 +134,8 @@ class KernelUse:
     Parameters
     ----------
     path : {"triton", "cpu", "reference", "torch"}
-        A Triton kernel, the pass compiled for CPUs, a kernel's plain-torch reference, or the samplers' own torch.
+        A Triton kernel, the pass compiled for CPUs, a kernel's plain-torch reference, or the samplers' own
+        torch.
     reason : str
         Why this one.
     name : str, optional
@@ -183,7 +185,8 @@ class EstimateInfo:
     replicates : int
         Independent repetitions.
     draws_per_row : int, float or Tensor int64 (..., L)
-        Draws that a row took, all replicates together; a number for each row where rows differ by a tolerance.
+        Draws that a row took, all replicates together; a number for each row where rows differ by a
+        tolerance.
     effective_sample_size : Tensor, (..., L), optional
         Kish's, of the draws' weights; infinite for `exact`.
     fallbacks : tuple of str
@@ -304,7 +307,8 @@ class AttentionEstimate:
         return None if self.make_std_error is None else self.make_std_error()
 
     def keys_touched(self) -> Tensor:
-        """Distinct values that the draws of each query position read, the heads of a group together: (..., H / G, L), int64.
+        """Distinct values that the draws of each query position read, the heads of a group together: (..., H
+        / G, L), int64.
 
         What control variates and pilots of a tolerance read comes on top.
         """
@@ -322,10 +326,11 @@ class AttentionEstimate:
     def confidence_interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
         """(low, high), each (..., L, Ev): Student's t interval of every coordinate by itself.
 
-        Standard errors of `stratified` and `systematic` draws lean on the probabilities of the keys and take their
-        order to have nothing to do with the values: values that alternate in step with the draws break them. They tell
-        variance, not bias: where `info.unbiased` is False (a noisy device, an approximate loader, oracle top-k)
-        they are about the mean of the method, and may cover the exact output far less often.
+        Standard errors of `stratified` and `systematic` draws lean on the probabilities of the keys and take
+        their order to have nothing to do with the values: values that alternate in step with the draws break
+        them. They tell variance, not bias: where `info.unbiased` is False (a noisy device, an approximate
+        loader, oracle top-k) they are about the mean of the method, and may cover the exact output far less
+        often.
 
         Raises
         ------

@@ -15,8 +15,9 @@ from .errors import ArgumentError, DtypeError, ShapeError
 from .streams import Stream
 
 BLOCK_ELEMENTS = 1 << 20
-"""Size of a block of rows: the numbers that a row needs (its keys, 16 for each draw, 4 for each feature of v, whichever is
-most) times its rows. A block's workspace is at most about 32 bytes for each, 32 MiB at the default whatever L and n are,
+"""Size of a block of rows: the numbers that a row needs (its keys, 16 for each draw, 4 for each feature of v,
+whichever is most) times its rows. A block's workspace is at most about 32 bytes for each, 32 MiB at the
+default whatever L and n are,
 unless one row alone is longer. Smaller blocks cost more time in starting threads than they save in caches."""
 
 FIRST_KNOWN = 64
@@ -44,10 +45,11 @@ class KeyLayout:
 
 @dataclass(frozen=True, eq=False)
 class AttentionProblem:
-    """What is asked for: softmax(q k^T scale + mask) v. Made and checked by `of`; nothing changes it afterwards.
+    """What is asked for: softmax(q k^T scale + mask) v. Made and checked by `of`; nothing changes it
+    afterwards.
 
-    Its rows are flattened to (N, M): N key heads of all sequences, M = G * L rows that attend to each, those of a query head
-    together.
+    Its rows are flattened to (N, M): N key heads of all sequences, M = G * L rows that attend to each, those
+    of a query head together.
 
     Parameters
     ----------
@@ -107,7 +109,8 @@ class AttentionProblem:
 
         Examples
         --------
-        >>> problem = AttentionProblem.of(torch.randn(6, 10, 4), torch.randn(2, 10, 4), torch.randn(2, 10, 8), enable_gqa=True)
+        >>> q, k, v = torch.randn(6, 10, 4), torch.randn(2, 10, 4), torch.randn(2, 10, 8)
+        >>> problem = AttentionProblem.of(q, k, v, enable_gqa=True)
         >>> problem.shape, problem.num_keys, problem.group
         ((2, 30), 10, 3)
         """
@@ -228,7 +231,9 @@ class AttentionProblem:
         return in_dtype(self.mask, self.dtype).expand(*self.row_shape, self.num_keys)
 
     def blocks(self, numbers: int) -> Iterator[Block]:
-        """The rows in blocks, in memory order, `numbers` being the numbers that a row needs besides its keys."""
+        """The rows in blocks, in memory order, `numbers` being the numbers that a row needs besides its
+        keys.
+        """
         return blocks(self.shape, BLOCK_ELEMENTS // max(self.num_keys, numbers, 4 * self.width))
 
     def positions(self, rows: slice) -> Tensor:
@@ -242,8 +247,9 @@ class AttentionProblem:
     def runs(self, rows: slice, growth: float = 2.0) -> Iterator[tuple[int, slice]]:
         """Consecutive rows of a block for which the same first keys are known: (how many, rows).
 
-        What is fitted to keys for a causal row may look at the first 64, 64 growth, 64 growth^2, … of those that it sees, so
-        that nothing later changes it, and at none where it sees fewer. Without causality that is all of them.
+        What is fitted to keys for a causal row may look at the first 64, 64 growth, 64 growth^2, … of those
+        that it sees, so that nothing later changes it, and at none where it sees fewer. Without causality
+        that is all of them.
         """
         if not self.is_causal:
             yield self.num_keys, rows
@@ -265,12 +271,22 @@ class AttentionProblem:
     def logits(self, heads: slice, rows: slice, layout: KeyLayout | None = None) -> Tensor:
         """The masked logits of a block, (heads, rows, n), in `dtype`.
 
-        Those of a causal block reach to the last key that it sees only. With a layout, keys stand in its order.
+        Those of a causal block reach to the last key that it sees only. With a layout, keys stand in its
+        order.
         """
         num_keys = self.reach(rows) if layout is None else self.num_keys
         keys = self.keys if layout is None else layout.keys
         logits = torch.bmm(self.queries[heads, rows] * self.scale, keys[heads, :num_keys].mT)
         return self.masked(logits, heads, rows, layout)
+
+    def keys_seen(self, heads: slice, rows: slice) -> Tensor | int:
+        """How many keys each row of a block sees: int64, broadcastable to (heads, rows)."""
+        if self.is_causal:
+            return (self.positions(rows) + 1).clamp_max(self.num_keys)
+        if self.mask is None:
+            return self.num_keys
+        mask = self.mask_block(heads, rows)
+        return (mask if mask.dtype == torch.bool else mask > -torch.inf).sum(-1)
 
     def reach(self, rows: slice) -> int:
         """How many of the first keys some row of a block may see by causality."""
@@ -279,7 +295,9 @@ class AttentionProblem:
         return min(self.num_keys, int(self.positions(rows).max()) + 1)
 
     def masked(self, logits: Tensor, heads: slice, rows: slice, layout: KeyLayout | None = None) -> Tensor:
-        """The logits of a block, (heads, rows, keys), with -inf where a row does not see a key: changed in place."""
+        """The logits of a block, (heads, rows, keys), with -inf where a row does not see a key: changed in
+        place.
+        """
         if self.is_causal:
             key = torch.arange(logits.shape[-1], device=logits.device)
             key = key if layout is None else layout.order[heads, None]
@@ -297,8 +315,8 @@ class AttentionProblem:
     def mask_block(self, heads: slice, rows: slice) -> Tensor:
         """The mask of a block, (heads, rows, n); copies no more than the block."""
         assert self._mask is not None
-        head = torch.arange(heads.start, heads.stop)[:, None]
-        row = torch.arange(rows.start, rows.stop)
+        head = torch.arange(heads.start, heads.stop, device="cpu")[:, None]
+        row = torch.arange(rows.start, rows.stop, device="cpu")
         query_head = head * self.group + row // self.length  # [heads, rows]
         index = (row % self.length).expand_as(query_head)
         leading = self.row_shape[:-1]
@@ -388,6 +406,7 @@ def _check_sequences(sequences: Tensor, q: Tensor) -> Tensor:
         raise DtypeError(f"sequences is {given}; it must be an int64 tensor of names, one for each sequence.")
     if sequences.shape != (count,):
         raise ShapeError(
-            f"sequences has shape {tuple(sequences.shape)}; it must be ({count},), one name for each sequence."
+            f"sequences has shape {tuple(sequences.shape)}; it must be ({count},), one name for each "
+            "sequence."
         )
     return sequences.to(q.device)

@@ -1,9 +1,9 @@
 """Where random numbers come from: a counter-based stream that every device computes alike.
 
-A random number is a function of (seed, sequence, head group, query position, replicate, index of the draw) and of what
-it is for. So the draws of a row do not depend on the rows, heads and sequences beside it, nor on how the work is cut
-into blocks or spread over threads and devices. The generator is Philox 4×32 with 10 rounds: its key is made of the seed and
-the sequence, its counter holds the rest:
+A random number is a function of (seed, sequence, head group, query position, replicate, index of the draw)
+and of what it is for. So the draws of a row do not depend on the rows, heads and sequences beside it, nor on
+how the work is cut into blocks or spread over threads and devices. The generator is Philox 4×32 with 10
+rounds: its key is made of the seed and the sequence, its counter holds the rest:
 
     word 0: index of the draw // 2        word 2: head group (the key head within its sequence)
     word 1: position of the query         word 3: replicate << 8 | purpose
@@ -34,7 +34,9 @@ MAX_REPLICATES = 1 << 24
 
 
 class Purpose(IntEnum):
-    """What a number is for: the lowest byte of a counter's last word. Numbers of different purposes are independent."""
+    """What a number is for: the lowest byte of a counter's last word. Numbers of different purposes are
+    independent.
+    """
 
     POINTS = 0
     """Where the draws of a row lie in its distribution."""
@@ -63,7 +65,8 @@ class Purpose(IntEnum):
 def philox(
     key: Tensor | int, *counter: Tensor | int, rounds: int = 10
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Four random words for each counter; the same key and counter give the same words, whatever is beside them.
+    """Four random words for each counter; the same key and counter give the same words, whatever is beside
+    them.
 
     Parameters
     ----------
@@ -98,7 +101,9 @@ def philox(
 
 
 def _rounds(counter: Sequence[Any], key: Sequence[Any], rounds: int) -> tuple[Any, Any, Any, Any]:
-    """The rounds of Philox 4×32 on tensors or arrays; 64-bit products may wrap round a sign, the masks mend that."""
+    """The rounds of Philox 4×32 on tensors or arrays; 64-bit products may wrap round a sign, the masks
+    mend that.
+    """
     (c0, c1, c2, c3), (k0, k1) = counter, key
     for _ in range(rounds):
         product0, product1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
@@ -127,10 +132,12 @@ def make_seed(generator: torch.Generator | None, device: torch.device | None = N
 
 
 def sequence_keys(seed: Tensor | int, sequences: Tensor | int) -> Tensor:
-    """The Philox key of each sequence: int64, of the shape of `sequences`, which names them by whole numbers."""
-    named = torch.as_tensor(sequences, dtype=torch.int64)
-    if isinstance(seed, Tensor):
-        named = named.to(seed.device)
+    """The Philox key of each sequence: int64, of the shape of `sequences`, which names them by whole
+    numbers.
+    """
+    here = sequences.device if isinstance(sequences, Tensor) else torch.device("cpu")
+    device = seed.device if isinstance(seed, Tensor) else here
+    named = torch.as_tensor(sequences, dtype=torch.int64, device=device)
     low, high, *_ = philox(seed, named & WORD, (named >> 32) & WORD, 0, int(Purpose.SEQUENCE))
     return low | (high << 32)
 
@@ -190,7 +197,9 @@ class Stream:
         length : int
             Queries of each head, at positions first_position, first_position + 1, …
         """
-        names = torch.arange(sequences) if isinstance(sequences, int) else sequences
+        # The device is named: torch's default one may be another.
+        device = seed.device if isinstance(seed, Tensor) else torch.device("cpu")
+        names = torch.arange(sequences, device=device) if isinstance(sequences, int) else sequences
         keys = sequence_keys(seed, names)
         group = torch.arange(groups, device=keys.device)
         return cls(
@@ -214,7 +223,9 @@ class Stream:
         return replace(self, keys=self.keys[heads], groups=self.groups[heads], positions=positions)
 
     def of_single_rows(self, heads: Tensor, positions: Tensor, replicates: Tensor) -> Stream:
-        """The stream of B rows, each of a head (B,), a position (B,) and a replicate (B,) of its own, as (B, 1) rows."""
+        """The stream of B rows, each of a head (B,), a position (B,) and a replicate (B,) of its own, as
+        (B, 1) rows.
+        """
         return replace(
             self,
             keys=self.keys[heads],
@@ -243,7 +254,9 @@ class Stream:
         return self._uniform(zero, purpose, replicates, count)
 
     def make_generator(self) -> torch.Generator:
-        """A torch.Generator for these rows together, for samplers that take one: a function of their first row."""
+        """A torch.Generator for these rows together, for samplers that take one: a function of their first
+        row.
+        """
         first = replace(self, purpose=Purpose.GENERATOR)[0:1, 0:1]
         seed = int(first.uniform(1, 1).item() * 2**53) if self.keys.numel() and self.positions.numel() else 0
         return torch.Generator(self.keys.device).manual_seed(seed)

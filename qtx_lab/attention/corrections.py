@@ -1,4 +1,6 @@
-"""Control variates in `sampled_attention`: the corrected output, and what it leaves of each draw for the error bars."""
+"""Control variates in `sampled_attention`: the corrected output, and what it leaves of each draw for the
+error bars.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,8 @@ def make_controls(control_variate: ControlVariate) -> list[Control]:
 class Correction:
     """What controls make of the draws of rows (N, M).
 
-    With r_cs = trust_c p̂_c(j_s) / p(j_s), the coefficients β and the known sums μ_c, the corrected estimate is
+    With r_cs = trust_c p̂_c(j_s) / p(j_s), the coefficients β and the known sums μ_c, the corrected estimate
+    is
 
         z = sum_s weights_s g_s,        g_s = (1 - sum_c β_c r_cs) v_{j_s} + sum_c β_c r_cs μ_c.
 
@@ -153,7 +156,8 @@ def _feature_generator(problem: AttentionProblem, seed: Tensor) -> torch.Generat
 
 @dataclass(frozen=True)
 class _ControlParts:
-    """What controls say about the draws of rows (N, M): estimates (N, M, R, d), noise (C, N, M, R, d), means (C, N, M, d)
+    """What controls say about the draws of rows (N, M): estimates (N, M, R, d), noise (C, N, M, R, d), means
+    (C, N, M, d)
     and r_cs of `Correction` (C, N, M, R * S)."""
 
     estimates: Tensor
@@ -202,7 +206,9 @@ def _control_parts(
 
 @dataclass(frozen=True)
 class _Fitted:
-    """A corrected estimate: output (N, M, d), by replicate (N, M, R, d), β_c r_cs (C, N, M, R * S), coefficients (H, C)."""
+    """A corrected estimate: output (N, M, d), by replicate (N, M, R, d), β_c r_cs (C, N, M, R * S),
+    coefficients (H, C).
+    """
 
     output: Tensor
     by_replicate: Tensor

@@ -68,11 +68,11 @@ class AttentionSettings:
                 f"control_variate with sampler={sampler.name!r}, whose rows share their randomness, needs "
                 "replicates >= 2: coefficients must come from other draws than those that they correct."
             )
-        asked = Tolerance.of(tolerance, confidence, num_samples, sampler)
-        if asked is not None and controls and not sampler.exact:
+        promise = Tolerance.of(tolerance, confidence, num_samples, sampler)
+        if promise is not None and controls and not sampler.exact:
             raise ArgumentError("tolerance and control_variate exclude each other: leave one of them out.")
         budget = Budget(DEFAULT_SAMPLES if num_samples is None else int(num_samples), int(replicates))
-        return cls(sampler, budget, controls, asked)
+        return cls(sampler, budget, controls, promise)
 
 
 @outside_graphs
@@ -97,31 +97,33 @@ def sampled_attention(
     """Estimate softmax(q k^T scale + mask) v from `num_samples` drawn keys a row.
 
     Shapes, masks, `scale` and grouped-query heads are those of
-    `torch.nn.functional.scaled_dot_product_attention`, but for broadcasting: leading dimensions must be equal. Logits
-    and draws are computed in float32 (float64 for float64 input), cumulative probabilities in float64, in blocks of
-    rows whose workspace does not grow with L or n (`qtx_lab.problem.BLOCK_ELEMENTS`), autocast or not. Where q, k or v
-    requires one, the output has a gradient, which is as unbiased as the sampler is
-    (`qtx_lab.attention.gradients.differentiable`). Under `torch.compile` it runs as it is, between two graphs.
+    `torch.nn.functional.scaled_dot_product_attention`, but for broadcasting: leading dimensions must be
+    equal. Logits and draws are computed in float32 (float64 for float64 input), cumulative probabilities in
+    float64, in blocks of rows whose workspace does not grow with L or n (`qtx_lab.problem.BLOCK_ELEMENTS`),
+    autocast or not. Where q, k or v requires one, the output has a gradient, which is as unbiased as the
+    sampler is (`qtx_lab.attention.gradients.differentiable`). Under `torch.compile` it runs as it is, between
+    two graphs.
 
-    The draws of a row are a function of the generator's seed, the sequence, the key head, the query's position and the
-    replicate (`qtx_lab.streams`): they do not depend on the rows, heads and sequences beside it. A causal row depends on
-    no later token.
+    The draws of a row are a function of the generator's seed, the sequence, the key head, the query's
+    position and the replicate (`qtx_lab.streams`): they do not depend on the rows, heads and sequences beside
+    it. A causal row depends on no later token.
 
     Parameters
     ----------
     q : Tensor, (..., H, L, E)
-        Queries; with `enable_gqa=False` the leading dimensions are free and may be absent. The third dimension from the
-        end counts heads, those before it sequences.
+        Queries; with `enable_gqa=False` the leading dimensions are free and may be absent. The third
+        dimension from the end counts heads, those before it sequences.
     k : Tensor, (..., Hkv, n, E)
     v : Tensor, (..., Hkv, n, Ev)
         float32, float64, float16 or bfloat16, as k and q.
     sampler : str or Sampler
-        A name in `qtx_lab.samplers.SAMPLERS` or an object with its `draw`. What it says of its draws (`last_facts`) is
-        passed on as `info.drawn_by`; beside circuits stands `info.classical`, the estimate from as many pseudo-random
-        draws. `systematic` draws are made by kernels on CUDA, as `info.kernel` says: along the whole row for few rows,
-        page by page of 64 keys for causal ones, more than 64 a key head, or gradients (QTX_LAB_KERNELS=reference keeps
-        to torch). A `LearnedImportanceSampler` gives its own self-normalised estimate, biased by O(1 / num_samples),
-        from its proposal; with controls its plain one.
+        A name in `qtx_lab.samplers.SAMPLERS` or an object with its `draw`. What it says of its draws
+        (`last_facts`) is passed on as `info.drawn_by`; beside circuits stands `info.classical`, the estimate
+        from as many pseudo-random draws. `systematic` draws are made by kernels on CUDA, as `info.kernel`
+        says: along the whole row for few rows, page by page of 64 keys for causal ones, more than 64 a key
+        head, or gradients (QTX_LAB_KERNELS=reference keeps to torch). A `LearnedImportanceSampler` gives its
+        own self-normalised estimate, biased by O(1 / num_samples), from its proposal; with controls its plain
+        one.
     num_samples : int, optional
         S, the draws of a row and replicate; 64 where neither it nor `tolerance` is given.
     attn_mask : Tensor, broadcastable to (..., H, L, n), optional
@@ -132,23 +134,23 @@ def sampled_attention(
     scale : float, optional
         1 / sqrt(E) where None.
     enable_gqa : bool
-        H is a multiple of Hkv; query head h uses key head h // (H / Hkv). The heads of a group share their random
-        numbers, so that together they read fewer values (`AttentionEstimate.keys_touched`).
+        H is a multiple of Hkv; query head h uses key head h // (H / Hkv). The heads of a group share their
+        random numbers, so that together they read fewer values (`AttentionEstimate.keys_touched`).
     replicates : int
         R independent repetitions, averaged; R >= 2 gives every sampler error bars.
     control_variate : str, Control, MultilevelControlVariate, or a list of names and controls, optional
-        What corrects the estimate (`qtx_lab.controls.CONTROLS`): unbiased as the sampler is, coefficients one a control
-        and query head. No masks but `is_causal`; the sampler must know its draws' probabilities, and rows that share
-        their randomness (`sobol`, `halton`, `lattice`) need replicates >= 2.
+        What corrects the estimate (`qtx_lab.controls.CONTROLS`): unbiased as the sampler is, coefficients one
+        a control and query head. No masks but `is_causal`; the sampler must know its draws' probabilities,
+        and rows that share their randomness (`sobol`, `halton`, `lattice`) need replicates >= 2.
     tolerance : float, optional
-        In place of a count: every row gets as many draws as keep |o_hat - o| <= tolerance |o| with probability
-        `confidence`, norms over its features (see `to_tolerance`). `info` then has for each row `draws_per_row`,
-        `pilot_draws_per_row` and `predicted_relative_error`, the bound that was kept.
+        In place of a count: every row gets as many draws as keep |o_hat - o| <= tolerance |o| with
+        probability `confidence`, norms over its features (see `to_tolerance`). `info` then has for each row
+        `draws_per_row`, `pilot_draws_per_row` and `predicted_relative_error`, the bound that was kept.
     confidence : float
         From 0.5 to below 1.
     sequences : Tensor, int64, (B,), optional
-        A whole number that names each sequence of the batch; its index in the batch where None. A sequence draws the
-        same keys under the same name, wherever it stands.
+        A whole number that names each sequence of the batch; its index in the batch where None. A sequence
+        draws the same keys under the same name, wherever it stands.
     generator : torch.Generator, optional
         Gives the seed; torch's default generator of the device where None.
 
@@ -161,7 +163,8 @@ def sampled_attention(
     ------
     ShapeError, DtypeError, ArgumentError
         Before any work: shapes that do not fit, mixed or unsupported dtypes, NaN or infinities, counts below
-        1, an unknown sampler, a gradient that is not given (of `attn_mask`, or by `tolerance` from one replicate).
+        1, an unknown sampler, a gradient that is not given (of `attn_mask`, or by `tolerance` from one
+        replicate).
 
     Examples
     --------

@@ -35,7 +35,8 @@ def degrees_of_freedom(design: Design, draws: Draws) -> float:
 def with_error_bars(
     sampled: SampledRows, problem: AttentionProblem, correction: Correction | None = None
 ) -> SampledRows:
-    """The same estimate with standard errors, made when they are first read; without any where one replicate cannot tell.
+    """The same estimate with standard errors, made when they are first read; without any where one replicate
+    cannot tell.
 
     A sampler's own standard errors stay as they are.
 
@@ -79,8 +80,8 @@ class ErrorBars:
     ----------
     values : Tensor, (N, n, d)
     visible : Tensor, bool, (N, n), or None
-        The keys that some row of the head sees; all where None. What a row of its own does not see is not looked at
-        when the unseen mass is priced, unless the mask is causal.
+        The keys that some row of the head sees; all where None. What a row of its own does not see is not
+        looked at when the unseen mass is priced, unless the mask is causal.
     causal : bool
         Whether row i sees keys 0..i only.
     design : Design
@@ -88,15 +89,16 @@ class ErrorBars:
 
             var = V(p_j / T, 1 / T),    V(a, b) = A_0 var_A(v),
 
-        where var_A is the variance under the measure A that gives a_j to each key j seen and b (1 - sum_{j seen} p_j),
-        spread evenly, to all keys, and A_0 its total: sum_j p_j (v_j - o)^2 / T with exact masses for the keys seen
-        and the average key for the rest. Otherwise, with s^2 the variance between the means of the R replicates,
+        where var_A is the variance under the measure A that gives a_j to each key j seen and b (1 - sum_{j
+        seen} p_j), spread evenly, to all keys, and A_0 its total: sum_j p_j (v_j - o)^2 / T with exact masses
+        for the keys seen and the average key for the rest. Otherwise, with s^2 the variance between the means
+        of the R replicates,
 
             var = [ g V(c_j w_j^2, w_min) + (R - 1) s^2 ] / (g + R - 1) / R,    g = PRIOR_WEIGHT,
 
-        where w_j is the weight of a draw of key j and c_j the variance of its count (`count_variance`; for keys in
-        random order, Hartley and Rao 1962). Where the design knows neither p nor c_j, only the sample variances
-        are left, with g = 0.
+        where w_j is the weight of a draw of key j and c_j the variance of its count (`count_variance`; for
+        keys in random order, Hartley and Rao 1962). Where the design knows neither p nor c_j, only the sample
+        variances are left, with g = 0.
 
     To all of these the rounding of the sum and of the output's dtype is added.
     """
@@ -144,9 +146,9 @@ class ErrorBars:
         positions : Tensor, int64, (rows,) or (heads, rows)
             Query positions; looked at where the mask is causal.
         correction : Correction, optional
-            Of the same rows, where controls corrected the estimate: v_j becomes what they leave of it, g_j, and keys
-            never seen are priced at what is left of those drawn once, which stand for them (Good, The population
-            frequencies of species, 1953).
+            Of the same rows, where controls corrected the estimate: v_j becomes what they leave of it, g_j,
+            and keys never seen are priced at what is left of those drawn once, which stand for them (Good,
+            The population frequencies of species, 1953).
         """
         total, r, p = draws.indices.shape[-1], draws.replicates, draws.probabilities
         if self.design.independent and p is None:

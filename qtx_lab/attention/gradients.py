@@ -1,4 +1,6 @@
-"""Gradients of sampled attention: unbiased estimates of the exact ones, from the draws that made the output."""
+"""Gradients of sampled attention: unbiased estimates of the exact ones, from the draws that made the
+output.
+"""
 
 from __future__ import annotations
 
@@ -36,36 +38,39 @@ def differentiable(
 ) -> AttentionEstimate:
     """The estimate of a problem, its output with a gradient for q, k and v.
 
-    Let g be the gradient of the loss by a row's output o = sum_j p_j v_j, l_j = scale q . k_j and a_j = g . v_j. Then
+    Let g be the gradient of the loss by a row's output o = sum_j p_j v_j, l_j = scale q . k_j and a_j = g .
+    v_j. Then
 
         dL/dv_j = p_j g,        dL/dl_j = p_j (a_j - b),        b = sum_j p_j a_j = g . o.
 
     sum_s w_s f(j_s) estimates sum_j p_j f(j) for every f, so that each draw adds
 
-        w_s g  to dv_(j_s),     c_s k_(j_s)  to dq,     c_s q  to dk_(j_s),        c_s = scale w_s (a_(j_s) - b_s).
+        w_s g  to dv_(j_s),     c_s k_(j_s)  to dq,     c_s q  to dk_(j_s),        c_s = scale w_s (a_(j_s) -
+        b_s).
 
-    That is unbiased if b_s estimates b without bias and from other draws than s: with all draws, S independent ones
-    lose the share 1 / S of the gradient. This leave-one-out baseline is the mean of a over
+    That is unbiased if b_s estimates b without bias and from other draws than s: with all draws, S
+    independent ones lose the share 1 / S of the gradient. This leave-one-out baseline is the mean of a over
 
     - `draws`: the other draws, where all are independent;
     - `replicates`: the draws of the other replicates, where those of one depend on each other;
     - `extra replicate`: as many draws again, made in the backward pass for q and k alone, where there is one
-      replicate of dependent draws (or one draw); both are each other's baseline. They are the next replicate of the same
-      stream. It takes as long as the forward pass again: two replicates of half as many draws do not;
-    - `own replicate`: the same draws, for the self-normalised weights of a `LearnedImportanceSampler`: the gradient of
-      that estimate with the proposal held fixed, biased by O(1 / num_samples) as the estimate is.
+      replicate of dependent draws (or one draw); both are each other's baseline. They are the next replicate
+      of the same stream. It takes as long as the forward pass again: two replicates of half as many draws do
+      not;
+    - `own replicate`: the same draws, for the self-normalised weights of a `LearnedImportanceSampler`: the
+      gradient of that estimate with the proposal held fixed, biased by O(1 / num_samples) as the estimate is.
 
     `info.baseline` says which.
 
-    **What is unbiased.** For a given g all three gradients, as far as the sampler is: so for a loss that is linear in
-    the output. Otherwise g depends on the draws, and q's and k's gradients have a bias of O(1 / num_samples); v's is
-    the derivative of the sampled output itself, as long as the draws do not depend on v.
+    **What is unbiased.** For a given g all three gradients, as far as the sampler is: so for a loss that is
+    linear in the output. Otherwise g depends on the draws, and q's and k's gradients have a bias of O(1 /
+    num_samples); v's is the derivative of the sampled output itself, as long as the draws do not depend on v.
 
-    Control variates make the output better and not the gradients, which are those of the plain draws. Memory: the
-    inputs, and a key and a weight for each draw. No second derivatives, none for `attn_mask`.
+    Control variates make the output better and not the gradients, which are those of the plain draws. Memory:
+    the inputs, and a key and a weight for each draw. No second derivatives, none for `attn_mask`.
 
-    Source: leave-one-out baselines of score-function estimates, Kool, van Hoof and Welling, Buy 4 REINFORCE samples,
-    get a baseline for free! (2019).
+    Source: leave-one-out baselines of score-function estimates, Kool, van Hoof and Welling, Buy 4 REINFORCE
+    samples, get a baseline for free! (2019).
 
     Parameters
     ----------
@@ -83,7 +88,8 @@ def differentiable(
     sampler = settings.sampler
     if problem.mask is not None and problem.mask.requires_grad:
         raise ArgumentError(
-            f"attn_mask requires a gradient, which sampler={sampler.name!r} does not give: detach it, or use 'exact'."
+            f"attn_mask requires a gradient, which sampler={sampler.name!r} does not give: detach it, or "
+            "use 'exact'."
         )
     baseline = _baseline(settings)
     estimate = estimator(problem.detached(), settings, seed)
@@ -111,8 +117,8 @@ def same_draws(
 ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """Makes activation checkpointing draw the same keys again, for generators of your own.
 
-    `torch.utils.checkpoint` keeps torch's default generators by itself, and no others: a recomputation would draw
-    other keys than the forward pass did. Pass this, with the generators, as its `context_fn`.
+    `torch.utils.checkpoint` keeps torch's default generators by itself, and no others: a recomputation would
+    draw other keys than the forward pass did. Pass this, with the generators, as its `context_fn`.
 
     Returns
     -------
@@ -225,7 +231,8 @@ class _Sampled(torch.autograd.Function):
                 x.detach().to(dtype).reshape(shape[0], -1, x.shape[-1]) for x in (q, k, v, g)
             )
             draws, path = draws.view(shape), path.view(*shape, -1)
-            # A weighted sum over draws has both rules that are needed: scatter to its table, gather to its weights.
+            # A weighted sum over draws has both rules that are needed: scatter to its table, gather to its
+            # weights.
             with torch.enable_grad():
                 values, w = values.requires_grad_(), path.to(dtype).detach().requires_grad_()
                 summed = draws.average(values, w)

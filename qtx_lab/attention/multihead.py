@@ -1,4 +1,6 @@
-"""`QuantumMultiheadAttention`, torch's attention module with drawn keys, and how a model's own modules become it."""
+"""`QuantumMultiheadAttention`, torch's attention module with drawn keys, and how a model's own modules
+become it.
+"""
 
 from __future__ import annotations
 
@@ -26,17 +28,17 @@ if TYPE_CHECKING:
 class QuantumMultiheadAttention(nn.MultiheadAttention):
     """`torch.nn.MultiheadAttention` whose heads average values of drawn keys.
 
-    Constructor, forward arguments, shapes, return values and `state_dict` are torch's; with `sampler="exact"` so are
-    the outputs. It runs on what torch calls the slow path: torch's fused layers never bypass it.
+    Constructor, forward arguments, shapes, return values and `state_dict` are torch's; with `sampler="exact"`
+    so are the outputs. It runs on what torch calls the slow path: torch's fused layers never bypass it.
 
     What differs:
 
     - A row in which everything is masked gives 0, where torch gives NaN or 0.
-    - The attention weights that `need_weights=True` returns, a dense (L, n) matrix, are those of the draws, with no
-      gradient.
+    - The attention weights that `need_weights=True` returns, a dense (L, n) matrix, are those of the draws,
+      with no gradient.
     - In training, `dropout` drops a key for all queries of a head at once, and scales the others by
-      1 / (1 - dropout): each weight has torch's mean and variance, but no (L, n) mask is needed. The returned weights
-      are those before dropout.
+      1 / (1 - dropout): each weight has torch's mean and variance, but no (L, n) mask is needed. The returned
+      weights are those before dropout.
 
     Parameters
     ----------
@@ -53,16 +55,17 @@ class QuantumMultiheadAttention(nn.MultiheadAttention):
     quantum_backend : QiskitQuantumBackend, optional
         Draws by measuring circuits on it, in place of a sampler.
     hybrid_mode : bool or HybridPolicy
-        Draws by pseudo-random numbers what the backend cannot do, with a FallbackWarning: see `CircuitSampler`.
+        Draws by pseudo-random numbers what the backend cannot do, with a FallbackWarning: see
+        `CircuitSampler`.
     generator : torch.Generator, optional
-        The source of the draws and of dropout; torch's default generator of the device where None. A copy of the
-        module has a copy of it.
+        The source of the draws and of dropout; torch's default generator of the device where None. A copy of
+        the module has a copy of it.
 
     Attributes
     ----------
     last_estimate : AttentionEstimate or None
-        Of the latest forward, all heads (N, num_heads, L, head_dim) before the output projection, without a gradient;
-        not kept in copies and files.
+        Of the latest forward, all heads (N, num_heads, L, head_dim) before the output projection, without a
+        gradient; not kept in copies and files.
 
     Raises
     ------
@@ -72,7 +75,8 @@ class QuantumMultiheadAttention(nn.MultiheadAttention):
     Examples
     --------
     >>> import torch
-    >>> attn = QuantumMultiheadAttention(16, 4, batch_first=True, sampler="head-tail", num_samples=8, replicates=2)
+    >>> settings = {"sampler": "head-tail", "num_samples": 8, "replicates": 2}
+    >>> attn = QuantumMultiheadAttention(16, 4, batch_first=True, **settings)
     >>> x = torch.randn(2, 10, 16)
     >>> output, weights = attn(x, x, x)
     >>> output.shape, weights.shape, attn.last_estimate.std_error.shape
@@ -111,7 +115,8 @@ class QuantumMultiheadAttention(nn.MultiheadAttention):
             generator=generator,
         )
         super().__init__(
-            embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
+            embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first,
+            device, dtype,
         )  # fmt: skip
         self._adopt(settings)
 
@@ -130,8 +135,8 @@ class QuantumMultiheadAttention(nn.MultiheadAttention):
         return {**self.__dict__, "last_estimate": None}
 
     def extra_repr(self) -> str:
-        sampler = self.settings["sampler"].name
-        return f"{self.embed_dim}, {self.num_heads}, sampler={sampler!r}, num_samples={self.settings['num_samples']}"
+        sampler, num_samples = self.settings["sampler"].name, self.settings["num_samples"]
+        return f"{self.embed_dim}, {self.num_heads}, sampler={sampler!r}, num_samples={num_samples}"
 
     def forward(
         self,
@@ -149,7 +154,8 @@ class QuantumMultiheadAttention(nn.MultiheadAttention):
         Raises
         ------
         ShapeError, DtypeError, ArgumentError
-            If inputs do not fit the module or each other, are nested, or cannot be attended to (`sampled_attention`).
+            If inputs do not fit the module or each other, are nested, or cannot be attended to
+            (`sampled_attention`).
         """
         self._check(query, key, value)
         batched, dtype = query.ndim == 3, query.dtype
@@ -202,7 +208,8 @@ class QuantumMultiheadAttention(nn.MultiheadAttention):
                 raise DtypeError(f"{name} is {what}; it must be a dense torch.Tensor.")
             if x.ndim not in (2, 3) or x.ndim != query.ndim or x.shape[-1] != features:
                 raise ShapeError(
-                    f"{name} has shape {tuple(x.shape)}; it must have {features} features and 2 dimensions, or 3 for a "
+                    f"{name} has shape {tuple(x.shape)}; it must have {features} features and 2 "
+                    "dimensions, or 3 for a "
                     "batch, all three alike."
                 )
         if key.shape[:-1] != value.shape[:-1]:
@@ -213,7 +220,9 @@ class QuantumMultiheadAttention(nn.MultiheadAttention):
     def _merge(
         self, padding: Tensor | None, mask: Tensor | None, shape: tuple[int, int, int], dtype: torch.dtype
     ) -> Tensor | None:
-        """Both masks as one of `sampled_attention`, (N or 1, heads or 1, L or 1, n): True there means attend."""
+        """Both masks as one of `sampled_attention`, (N or 1, heads or 1, L or 1, n): True there means
+        attend.
+        """
         batch, length, keys = shape
         parts = []
         if padding is not None:
@@ -250,13 +259,15 @@ class QuantumMultiheadAttention(nn.MultiheadAttention):
 
 
 def drop_keys(v: Tensor, dropout: float, generator: torch.Generator | None) -> Tensor:
-    """v (..., n, d) with whole keys dropped at this rate, the others made larger, as dropout of the weights in training."""
+    """v (..., n, d) with whole keys dropped at this rate, the others made larger, as dropout of the
+    weights in training.
+    """
     if dropout == 0:
         return v
     source = v.device if generator is None else generator.device
     u = torch.rand(v.shape[:-1], generator=generator, device=source).to(v.device)
-    kept = (u >= dropout) / (1 - dropout) if dropout < 1 else u * 0
-    return v * kept[..., None].to(v.dtype)
+    factor = (u >= dropout) / (1 - dropout) if dropout < 1 else u * 0
+    return v * factor[..., None].to(v.dtype)
 
 
 def attention_settings(
@@ -276,7 +287,7 @@ def attention_settings(
     ArgumentError, DtypeError
         If a setting is not allowed, a sampler and a backend are both given, or hybrid_mode without a backend.
     """
-    made: Sampler
+    drawn_by: Sampler
     if quantum_backend is not None:
         if sampler is not None:
             raise ArgumentError(
@@ -284,12 +295,12 @@ def attention_settings(
             )
         from ..backends import CircuitSampler
 
-        made = CircuitSampler(quantum_backend, hybrid_mode=hybrid_mode)
+        drawn_by = CircuitSampler(quantum_backend, hybrid_mode=hybrid_mode)
         num_samples = quantum_backend.shots if num_samples is None else num_samples
     elif hybrid_mode is not False:
         raise ArgumentError(f"hybrid_mode={hybrid_mode!r} needs a quantum_backend.")
     else:
-        made = make_sampler("systematic" if sampler is None else sampler)
+        drawn_by = make_sampler("systematic" if sampler is None else sampler)
     num_samples = 64 if num_samples is None else num_samples
     check_count("num_samples", num_samples)
     check_count("replicates", replicates)
@@ -297,7 +308,7 @@ def attention_settings(
         make_controls(control_variate)
     check_generator(generator)
     return {
-        "sampler": made,
+        "sampler": drawn_by,
         "num_samples": num_samples,
         "replicates": replicates,
         "control_variate": control_variate,
@@ -320,7 +331,9 @@ class ReplacedAttention:
     restore: Callable[[], None]
 
     def undo(self) -> None:
-        """Make the layers torch's again, with the weights that they have now. Doing it twice changes nothing."""
+        """Make the layers torch's again, with the weights that they have now. Doing it twice changes
+        nothing.
+        """
         self.restore()
 
     def __enter__(self) -> ReplacedAttention:
@@ -333,18 +346,20 @@ class ReplacedAttention:
 
 
 def replace_attention(model: nn.Module, **settings: Any) -> ReplacedAttention:
-    """Make every `torch.nn.MultiheadAttention` of a model, or the model itself, a `QuantumMultiheadAttention`.
+    """Make every `torch.nn.MultiheadAttention` of a model, or the model itself, a
+    `QuantumMultiheadAttention`.
 
-    Modules stay the same objects with the same parameters and hooks, so that optimisers and references hold. Nested
-    tensors, torch's short cut for padded batches, are switched off in every `torch.nn.TransformerEncoder` around them.
-    Classes derived from `torch.nn.MultiheadAttention` are left alone.
+    Modules stay the same objects with the same parameters and hooks, so that optimisers and references hold.
+    Nested tensors, torch's short cut for padded batches, are switched off in every
+    `torch.nn.TransformerEncoder` around them. Classes derived from `torch.nn.MultiheadAttention` are left
+    alone.
 
     Parameters
     ----------
     model : torch.nn.Module
     **settings
-        `sampler`, `num_samples`, `replicates`, `control_variate`, `quantum_backend`, `hybrid_mode` and `generator`, as
-        for `QuantumMultiheadAttention`; shared by all layers.
+        `sampler`, `num_samples`, `replicates`, `control_variate`, `quantum_backend`, `hybrid_mode` and
+        `generator`, as for `QuantumMultiheadAttention`; shared by all layers.
 
     Returns
     -------
@@ -367,7 +382,7 @@ def replace_attention(model: nn.Module, **settings: Any) -> ReplacedAttention:
     >>> type(layer.self_attn).__name__
     'MultiheadAttention'
     """
-    made = attention_settings(**settings)
+    checked = attention_settings(**settings)
     layers = {name: m for name, m in model.named_modules() if type(m) is nn.MultiheadAttention}
     if not layers:
         raise ArgumentError(
@@ -378,7 +393,7 @@ def replace_attention(model: nn.Module, **settings: Any) -> ReplacedAttention:
         encoder.use_nested_tensor = False
     for layer in layers.values():
         layer.__class__ = QuantumMultiheadAttention
-        layer._adopt(made)  # type: ignore[operator]
+        layer._adopt(checked)  # type: ignore[operator]
 
     def restore() -> None:
         for encoder in nested:

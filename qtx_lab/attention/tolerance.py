@@ -45,7 +45,8 @@ class Tolerance:
         Raises
         ------
         ArgumentError
-            If a number is out of bounds, a count was given too, or the sampler cannot say how wrong it will be.
+            If a number is out of bounds, a count was given too, or the sampler cannot say how wrong it will
+            be.
         """
         if not _is_number(confidence) or not 0.5 <= confidence < 1:
             raise ArgumentError(f"confidence={confidence!r} is not allowed: it must be from 0.5 to below 1.")
@@ -59,7 +60,8 @@ class Tolerance:
             )
         if not (sampler.predicts_variance or sampler.exact):
             raise ArgumentError(
-                f"tolerance needs a sampler that predicts its variance; sampler={sampler.name!r} does not: use "
+                f"tolerance needs a sampler that predicts its variance; sampler={sampler.name!r} does not: "
+                "use "
                 "monte-carlo, stratified, systematic, sobol, halton, lattice or head-tail."
             )
         return cls(float(tolerance), float(confidence))
@@ -71,7 +73,9 @@ def _is_number(x: object) -> bool:
 
 @dataclass(frozen=True)
 class _Group:
-    """Rows `index` (heads, B) of some heads that got the same number of draws; `real` is False for padding."""
+    """Rows `index` (heads, B) of some heads that got the same number of draws; `real` is False for
+    padding.
+    """
 
     heads: slice
     index: Tensor
@@ -94,7 +98,9 @@ class _Group:
 
 @dataclass(frozen=True)
 class _Spread:
-    """How far the values of a head lie apart: `distance` |v_j - c|^2 (N, n), and `shared`, 1 / f_v of `to_tolerance` (N,)."""
+    """How far the values of a head lie apart: `distance` |v_j - c|^2 (N, n), and `shared`, 1 / f_v of
+    `to_tolerance` (N,).
+    """
 
     distance: Tensor
     shared: Tensor
@@ -117,24 +123,27 @@ def to_tolerance(
 ) -> AttentionEstimate:
     """Estimate every row so that |o_hat - o| <= tolerance |o| with probability `confidence`.
 
-    The row's probabilities are known, and so is a bound of its variance for every count of draws, with D_j = |v_j - c|^2
-    and c the mean value of the head (of the keys that a causal row surely sees, `AttentionProblem.runs`):
+    The row's probabilities are known, and so is a bound of its variance for every count of draws, with D_j =
+    |v_j - c|^2 and c the mean value of the head (of the keys that a causal row surely sees,
+    `AttentionProblem.runs`):
 
         T(S) = sum_j b_j,    b_j = a_j(S) D_j,        E|o_hat - o|^2 <= T(S) / R
 
-    (`InversionSampler.variance_weights`). The square of a normal error of covariance C has nearly the distribution of
-    tr C chi^2_f / f with f = (tr C)^2 / tr C^2 (Box, Some theorems on quadratic forms, 1954). Of C = sum_j b_j u_j u_j'
-    with unit vectors u_j the share 1 / f of pairs of keys is h = sum_j b_j^2 / T^2 for a key with itself, and for two keys
-    1 / f_v, f_v being that of the head's values: 1 / f = h + (1 - h) / f_v. A key that is far away and drawn seldom makes
-    the error anything but normal: as in Bernstein's inequality a third of log(1 / risk) jumps is added, a jump being the
-    root mean square w sqrt(D_j), weighted by b_j, of what one draw of weight w can do. S is the least with
+    (`InversionSampler.variance_weights`). The square of a normal error of covariance C has nearly the
+    distribution of tr C chi^2_f / f with f = (tr C)^2 / tr C^2 (Box, Some theorems on quadratic forms, 1954).
+    Of C = sum_j b_j u_j u_j' with unit vectors u_j the share 1 / f of pairs of keys is h = sum_j b_j^2 / T^2
+    for a key with itself, and for two keys 1 / f_v, f_v being that of the head's values: 1 / f = h + (1 - h)
+    / f_v. A key that is far away and drawn seldom makes the error anything but normal: as in Bernstein's
+    inequality a third of log(1 / risk) jumps is added, a jump being the root mean square w sqrt(D_j),
+    weighted by b_j, of what one draw of weight w can do. S is the least with
 
-        r = sqrt(x_f T(S)) + log(1 / (1 - confidence)) / 3 sqrt(sum_j b_j w^2 D_j / T),        r^2 / R <= tolerance^2 |o|^2,
+        r = sqrt(x_f T(S)) + log(1 / (1 - confidence)) / 3 sqrt(sum_j b_j w^2 D_j / T),        r^2 / R <=
+        tolerance^2 |o|^2,
 
-    x_f the quantile of chi^2_f / f (Wilson and Hilferty 1931). |o| is the one thing not known: a pilot, drawn again with
-    four times the draws until |o_hat| > `PILOT_MARGIN` r, gives |o_hat| - sqrt(T). Its draws are not used again, so that
-    the output is as unbiased as the sampler. A row that would need as many draws as it has keys is computed exactly,
-    without a pilot where that can be told before.
+    x_f the quantile of chi^2_f / f (Wilson and Hilferty 1931). |o| is the one thing not known: a pilot, drawn
+    again with four times the draws until |o_hat| > `PILOT_MARGIN` r, gives |o_hat| - sqrt(T). Its draws are
+    not used again, so that the output is as unbiased as the sampler. A row that would need as many draws as
+    it has keys is computed exactly, without a pilot where that can be told before.
     """
     assert isinstance(sampler, InversionSampler)  # all that predict their variance are
     rows = _RowsToTolerance(problem, sampler, promise, replicates, stream)
@@ -181,7 +190,8 @@ class _RowsToTolerance:
         masked = logits == -torch.inf
         p = logits.softmax(-1).masked_fill_(masked, 0)
         keys = (~masked).sum(-1)
-        # |o|^2 <= sum_j p_j |v_j|^2: where even that is too little for as many draws as keys, no pilot is needed.
+        # |o|^2 <= sum_j p_j |v_j|^2: where even that is too little for as many draws as keys, no pilot is
+        # needed.
         largest = (p * values[:, None, : p.shape[-1]].square().sum(-1)).sum(-1)
         top = _bound(p, distance, p.shape[-1], sampler, shared[:, None], confidence)
         unknown = (keys > PILOT_DRAWS) & (top <= self.promise.relative**2 * largest * replicates)
@@ -214,7 +224,8 @@ class _RowsToTolerance:
         order = self.order[heads]
         logits = F.pad(logits, (0, order.shape[-1] - logits.shape[-1]), value=-torch.inf)
         in_order = logits.gather(-1, order[:, None].expand_as(logits))
-        return self.sampler.place_in_order(in_order, order, points)
+        seen = (logits > -torch.inf).sum(-1)
+        return self.sampler.place_in_order(in_order, order, points, seen)
 
     def _output_size(
         self,
@@ -227,7 +238,9 @@ class _RowsToTolerance:
         part: slice,
         shared: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """|o|^2 of the `unknown` rows from pilot draws, (heads, rows), 0 where they do not tell; how many draws."""
+        """|o|^2 of the `unknown` rows from pilot draws, (heads, rows), 0 where they do not tell; how many
+        draws.
+        """
         size, spent = torch.zeros_like(p[..., 0]), torch.zeros_like(keys)
         positions, count, sampler = self.problem.positions(part), PILOT_DRAWS, self.sampler
         rounds = 1 + max(0, int(math.log2(max(1, p.shape[-1] / PILOT_DRAWS)) / 2))
@@ -294,7 +307,8 @@ class _RowsToTolerance:
         if self.exact_rows:
             mean = (self.spent + self.pilot).double().mean()
             fallbacks = (
-                f"{self.exact_rows:,} of {total:,} rows were computed exactly: to the tolerance they need as many draws "
+                f"{self.exact_rows:,} of {total:,} rows were computed exactly: to the tolerance they need "
+                "as many draws "
                 f"as they have keys. With pilots a row took {mean:.1f} draws on average.",
             )
         return EstimateInfo(
@@ -379,7 +393,9 @@ def _by_count(counts: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
 
 
 def _padded(chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """The chosen rows of each head, (heads, B), filled up with others to the most that a head has; which were chosen."""
+    """The chosen rows of each head, (heads, B), filled up with others to the most that a head has; which
+    were chosen.
+    """
     most = int(chosen.sum(-1).max()) if chosen.numel() else 0
     index = chosen.to(torch.int8).argsort(dim=-1, descending=True, stable=True)[:, :most]
     return index, chosen.gather(-1, index)

@@ -69,7 +69,8 @@ def register_sampler(name: str, factory: Callable[[], Sampler]) -> None:
     ...     name = "heaviest"
     ...
     ...     def draw(self, logits, num_samples, *, values=None, generator=None, replicates=1):
-    ...         indices = logits.argmax(-1, keepdim=True).repeat(*(1,) * (logits.ndim - 1), replicates * num_samples)
+    ...         heaviest = logits.argmax(-1, keepdim=True)
+    ...         indices = heaviest.expand(*logits.shape[:-1], replicates * num_samples)
     ...         return Draws(indices, torch.full(indices.shape, 1 / indices.shape[-1]), replicates=replicates)
     >>> register_sampler("heaviest", Heaviest)
     >>> make_sampler("heaviest").name
@@ -136,7 +137,8 @@ class ForeignSampler(Sampler):
         if missing or isinstance(wrapped, type):
             what = "a class, not an object" if isinstance(wrapped, type) else f"without {', '.join(missing)}"
             raise DtypeError(
-                f"sampler={wrapped!r} is {what}: it must be a name or an object with name, independent and draw."
+                f"sampler={wrapped!r} is {what}: it must be a name or an object with name, independent and "
+                "draw."
             )
         self.wrapped, self.name, self.independent = wrapped, wrapped.name, bool(wrapped.independent)
         self.unbiased = bool(getattr(wrapped, "unbiased", False))

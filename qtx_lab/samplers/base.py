@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,9 @@ from .value_order import FIRST_VALUES, ValueOrder, cached_order
 
 @dataclass(frozen=True)
 class Budget:
-    """How many keys are drawn: S = `num_samples` for a row and replicate, R = `replicates` independent repetitions."""
+    """How many keys are drawn: S = `num_samples` for a row and replicate, R = `replicates` independent
+    repetitions.
+    """
 
     num_samples: int
     replicates: int = 1
@@ -64,8 +66,8 @@ class SampledRows:
     design : Design
     info : EstimateInfo
     make_std_error : callable, optional
-        Gives standard errors (N, M, d) in the units of the caller's values, for a sampler that knows better than its
-        draws tell.
+        Gives standard errors (N, M, d) in the units of the caller's values, for a sampler that knows better
+        than its draws tell.
     degrees_of_freedom : float
         Of those standard errors.
     """
@@ -95,9 +97,9 @@ class SampledRows:
 class Sampler(ABC):
     """Turns rows of logits into draws.
 
-    A sampler of your own needs a `name`, says whether it is `unbiased` and `independent`, and implements `draw`; everything
-    else has a default. `register_sampler` makes it known by name. One with a better way to an estimate than drawing from
-    exact logits overrides `estimate_rows`.
+    A sampler of your own needs a `name`, says whether it is `unbiased` and `independent`, and implements
+    `draw`; everything else has a default. `register_sampler` makes it known by name. One with a better way to
+    an estimate than drawing from exact logits overrides `estimate_rows`.
 
     Examples
     --------
@@ -116,9 +118,13 @@ class Sampler(ABC):
     unbiased: bool = False
     """Whether E[sum_s weights_s f(indices_s)] = sum_j p_j f(j) for every f."""
     independent: bool = False
-    """Whether the draws of one replicate are independent draws from p, so that one replicate gives error bars."""
+    """Whether the draws of one replicate are independent draws from p, so that one replicate gives error
+    bars.
+    """
     exchangeable: bool | None = None
-    """Whether the draws of a row are independent of each other, from p or not; as `independent` says where None."""
+    """Whether the draws of a row are independent of each other, from p or not; as `independent` says where
+    None.
+    """
     joint: bool = False
     """Whether the rows of a head share their randomness, so that their errors are not independent."""
     ordered: bool = False
@@ -128,11 +134,16 @@ class Sampler(ABC):
     predicts_variance: bool = False
     """Whether `variance_weights` bounds the variance for every count of draws, which a tolerance needs."""
     self_normalised: bool = False
-    """Whether weights are divided by their own sum: the gradient then takes the replicate's own mean as its baseline."""
+    """Whether weights are divided by their own sum: the gradient then takes the replicate's own mean as
+    its baseline.
+    """
     classical_baseline: str | None = None
-    """A sampler whose estimate is shown beside this one's, as `info.classical`: what a circuit is compared with."""
+    """A sampler whose estimate is shown beside this one's, as `info.classical`: what a circuit is compared
+    with.
+    """
     last_facts: Mapping[str, Any] = {}
-    """What there is to say about the latest draw, passed on as `info.drawn_by`; `fallbacks` is a tuple of sentences.
+    """What there is to say about the latest draw, passed on as `info.drawn_by`; `fallbacks` is a tuple of
+    sentences.
     Whole numbers whose names end in `_rows` are added up over blocks of rows."""
 
     @property
@@ -141,7 +152,9 @@ class Sampler(ABC):
         return self.independent if self.exchangeable is None else self.exchangeable
 
     def correctable(self) -> Sampler:
-        """The sampler whose draws control variates correct: itself, where it knows the probabilities of its draws."""
+        """The sampler whose draws control variates correct: itself, where it knows the probabilities of
+        its draws.
+        """
         return self
 
     @abstractmethod
@@ -182,7 +195,8 @@ class Sampler(ABC):
         """
 
     def count_variance(self, expected: Tensor) -> Tensor | None:
-        """Variance of how often a key is drawn in a replicate, given how often it is on average; None: not known.
+        """Variance of how often a key is drawn in a replicate, given how often it is on average; None: not
+        known.
 
         Error bars use it.
         """
@@ -199,8 +213,9 @@ class Sampler(ABC):
     ) -> Draws:
         """Draw keys with the random numbers of a stream.
 
-        Here by `draw`, with a generator that the stream's first row gives: what it draws for a row then depends on the rows
-        beside it. Samplers whose rows do not depend on others derive from `StreamSampler`.
+        Here by `draw`, with a generator that the stream's first row gives: what it draws for a row then
+        depends on the rows beside it. Samplers whose rows do not depend on others derive from
+        `StreamSampler`.
 
         Parameters
         ----------
@@ -213,7 +228,8 @@ class Sampler(ABC):
         return self.draw(logits, num_samples, values=values, generator=generator, replicates=replicates)
 
     def estimate_rows(self, problem: AttentionProblem, budget: Budget, stream: Stream) -> SampledRows:
-        """An estimate of the rows of a problem: here the average of the values at draws from their exact logits.
+        """An estimate of the rows of a problem: here the average of the values at draws from their exact
+        logits.
 
         Parameters
         ----------
@@ -270,7 +286,9 @@ def average_rows(
     sampler: Sampler,
     facts: Facts | None = None,
 ) -> SampledRows:
-    """The averages of values at the draws of all rows, block by block; `draw` gives those of a block (heads, rows)."""
+    """The averages of values at the draws of all rows, block by block; `draw` gives those of a block
+    (heads, rows).
+    """
     facts = facts or Facts()
     shape, total = problem.shape, budget.total
     values = problem.values
@@ -335,7 +353,9 @@ def check_draws(name: str, draws: object, logits: Tensor, budget: Budget) -> Non
 
 
 class StreamSampler(Sampler):
-    """A sampler whose rows do not depend on the rows beside them: it takes its random numbers from a stream."""
+    """A sampler whose rows do not depend on the rows beside them: it takes its random numbers from a
+    stream.
+    """
 
     @abstractmethod
     def draw_from(
@@ -388,7 +408,8 @@ class InversionSampler(StreamSampler):
     def count_variance(self, expected: Tensor) -> Tensor | None:
         """Variance of how often a key is drawn in a replicate, given how often it is on average.
 
-        Here that of a comb, f (1 - f) with f the fractional part: a key is drawn as often as its share, rounded down or up.
+        Here that of a comb, f (1 - f) with f the fractional part: a key is drawn as often as its share,
+        rounded down or up.
         """
         f = expected.frac()
         return f * (1 - f)
@@ -396,8 +417,9 @@ class InversionSampler(StreamSampler):
     def variance_weights(self, p: Tensor, num_samples: int) -> tuple[Tensor, Tensor]:
         """a_j of rows p (..., n), and the weight w (..., 1) of a draw that varies.
 
-        sum_j a_j (v_j - c)^2, for any c, is above the variance of one replicate, if keys lie in random order or neighbours
-        in it are alike: a_j = c_j w^2 with the variance c_j of a key's count (`count_variance`), 0 for one that is sure.
+        sum_j a_j (v_j - c)^2, for any c, is above the variance of one replicate, if keys lie in random order
+        or neighbours in it are alike: a_j = c_j w^2 with the variance c_j of a key's count
+        (`count_variance`), 0 for one that is sure.
         """
         variance = self.count_variance(num_samples * p)
         assert variance is not None
@@ -411,22 +433,31 @@ class InversionSampler(StreamSampler):
         weights = torch.full_like(probabilities, 1 / indices.shape[-1]).masked_fill_(total == 0, 0)
         return Draws(indices, weights, probabilities, points.shape[-2])
 
-    def place_in_order(self, logits: Tensor, order: Tensor, points: Tensor) -> Draws:
+    def place_in_order(self, logits: Tensor, order: Tensor, points: Tensor, seen: Tensor | int) -> Draws:
         """Draws at given points (h, m, R, S) of rows (h, m, n), whose keys stand in an order (h, n).
 
-        The draws name keys, not places. A row that sees fewer than `FIRST_VALUES` keys takes them as they come: it may not
-        see those that the order was fitted to.
+        The draws name keys, not places. A row that sees fewer than `FIRST_VALUES` keys takes them as they
+        come: it may not see those that the order was fitted to. `seen` says how many keys rows see, and
+        broadcasts to (h, m).
         """
         order = order[:, None].expand(logits.shape)
-        early = (logits > -torch.inf).sum(-1, keepdim=True) < FIRST_VALUES  # [h, m, 1]
-        if bool(early.any()):
-            as_they_come = torch.empty_like(logits).scatter_(-1, order, logits)
-            logits = torch.where(early, as_they_come, logits)
         draws = self.place(logits, points)
-        keys = order.gather(-1, draws.indices)
-        return Draws(
-            torch.where(early, draws.indices, keys), draws.weights, draws.probabilities, draws.replicates
-        )
+        indices = order.gather(-1, draws.indices)
+        early = torch.as_tensor(seen, device=logits.device) < FIRST_VALUES
+        if not bool(early.any()):
+            return replace(draws, indices=indices)
+        early = early.expand(logits.shape[:2])
+        rows = early.any(0).nonzero().squeeze(-1)  # drawn again, as their keys come
+        some = logits[:, rows]
+        as_they_come = torch.empty_like(some).scatter_(-1, order[:, rows], some)
+        again = self.place(torch.where(early[:, rows, None], as_they_come, some), points[:, rows])
+        keys = order[:, rows].gather(-1, again.indices)
+        indices[:, rows] = torch.where(early[:, rows, None], again.indices, keys)
+        draws.weights[:, rows] = again.weights
+        assert draws.probabilities is not None  # these samplers know p
+        assert again.probabilities is not None
+        draws.probabilities[:, rows] = again.probabilities
+        return replace(draws, indices=indices)
 
     def draw_from(
         self,
@@ -443,7 +474,7 @@ class InversionSampler(StreamSampler):
             return self.place(logits, points)
         order = ValueOrder.fit(values).order(values)
         in_order = logits.gather(-1, order[:, None].expand_as(logits))
-        return self.place_in_order(in_order, order, points)
+        return self.place_in_order(in_order, order, points, (logits > -torch.inf).sum(-1))
 
     def estimate_rows(self, problem: AttentionProblem, budget: Budget, stream: Stream) -> SampledRows:
         """An estimate of the rows of a problem: see `Sampler.estimate_rows`."""
@@ -483,7 +514,7 @@ class InversionSampler(StreamSampler):
         logits = problem.logits(*block, layout)
         if layout is None:
             return self.place(logits, points)
-        return self.place_in_order(logits, layout.order[block[0]], points)
+        return self.place_in_order(logits, layout.order[block[0]], points, problem.keys_seen(*block))
 
     def sample_attention_weights(
         self, logits: Tensor, num_samples: int, *, generator: torch.Generator | None = None
@@ -493,7 +524,9 @@ class InversionSampler(StreamSampler):
 
 
 INVERSION_BLOCK = 16
-"""Keys in a block of `invert`: long rows are searched by block first, so that only block masses are summed up."""
+"""Keys in a block of `invert`: long rows are searched by block first, so that only block masses are summed
+up.
+"""
 
 
 def row_masses(logits: Tensor) -> Tensor:
@@ -527,9 +560,10 @@ def invert(mass: Tensor, points: Tensor, scale: float | Tensor | None = None) ->
     Returns
     -------
     indices : Tensor, int64, (..., T)
-        min {j : F_j > scale * points_t}, never a key without mass; the last key with mass for a point past the
-        row's total, 0 in a row without mass. Masses within a block have their own precision, those of whole blocks
-        are summed in float64: the probability of a key is off by a rounding of its block's, however long the row.
+        min {j : F_j > scale * points_t}, never a key without mass; the last key with mass for a point past
+        the row's total, 0 in a row without mass. Masses within a block have their own precision, those of
+        whole blocks are summed in float64: the probability of a key is off by a rounding of its block's,
+        however long the row.
     total : Tensor, (..., 1), float64
         The mass of each row.
     """

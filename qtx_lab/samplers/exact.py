@@ -78,7 +78,8 @@ def _exact_output(problem: AttentionProblem) -> Tensor:
     if problem.is_causal and not is_causal:  # SDPA knows the upper left corner only
         position = problem.positions(slice(0, problem.length))
         mask = torch.arange(problem.num_keys, device=q.device) <= position[:, None]
-    # Its kernels that hold no map want four dimensions and as many features in v as in q: zeros change nothing.
+    # Its kernels that hold no map want four dimensions and as many features in v as in q: zeros change
+    # nothing.
     features = max(v.shape[-1], q.shape[-1])
     lift = (None,) * max(0, 4 - q.ndim)
     q4, k4, v4 = (F.pad(x, (0, features - x.shape[-1]))[lift] for x in (q, k, v))

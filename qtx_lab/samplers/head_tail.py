@@ -16,11 +16,11 @@ class HeadTailSampler(SystematicSampler):
 
     Each key is given an expected number of draws m_j with sum m_j = S: 1 for a key of the head, c p_j for the
     others, and is drawn with weight p_j / m_j: p_j for the head, 1 / c for the tail. Unbiased. With
-    `head="optimal"` m_j = min(1, c p_j): the head is every key that would be drawn at least once, and no choice of
-    S weighted keys has a smaller expected squared error of the weights (Fearnhead and Clifford, On-line inference
-    for hidden Markov models via particle filters, 2003, th. 1). Variance: that of the tail alone, and that of
-    systematic sampling in value order (see `value_order`). A row with no more than S keys is exact; the draws left
-    over have weight 0.
+    `head="optimal"` m_j = min(1, c p_j): the head is every key that would be drawn at least once, and no
+    choice of S weighted keys has a smaller expected squared error of the weights (Fearnhead and Clifford,
+    On-line inference for hidden Markov models via particle filters, 2003, th. 1). Variance: that of the tail
+    alone, and that of systematic sampling in value order (see `value_order`). A row with no more than S keys
+    is exact; the draws left over have weight 0.
 
     Parameters
     ----------
@@ -56,8 +56,8 @@ class HeadTailSampler(SystematicSampler):
         mass = row_masses(logits)
         p = mass / mass.sum(-1, keepdim=True, dtype=torch.float64).clamp_min(1).to(mass.dtype)
         counts = expected_counts(p, s, None if self.head == "optimal" else int(self.head))
-        # In units of draws: a key of count 1 holds exactly one tooth of the comb. Where there are fewer keys than
-        # draws, the teeth past the last key are draws of weight 0.
+        # In units of draws: a key of count 1 holds exactly one tooth of the comb. Where there are fewer keys
+        # than draws, the teeth past the last key are draws of weight 0.
         indices, total = invert(counts, points.flatten(-2), scale=s)
         probabilities = p.gather(-1, indices)
         weights = probabilities / counts.gather(-1, indices).clamp_min(torch.finfo(p.dtype).tiny) / replicates
@@ -68,10 +68,10 @@ class HeadTailSampler(SystematicSampler):
 def expected_counts(p: Tensor, num_samples: int, head: int | None = None) -> Tensor:
     """How often each key of rows p (..., n) is drawn on average: 1 in the head, c p_j in the tail, S in all.
 
-    The head is the `head` heaviest keys (more where they are tied), or, where None, the smallest one that leaves no
-    key of the tail more than one draw: the heaviest h keys for the first h with p_(h+1) (S - h) / (tail's mass) < 1.
-    Where no more than S keys have mass, each is drawn once. In the tail a count is not cut off at 1, so that rounding
-    in the choice of the head costs no draw and no bias.
+    The head is the `head` heaviest keys (more where they are tied), or, where None, the smallest one that
+    leaves no key of the tail more than one draw: the heaviest h keys for the first h with p_(h+1) (S - h) /
+    (tail's mass) < 1. Where no more than S keys have mass, each is drawn once. In the tail a count is not cut
+    off at 1, so that rounding in the choice of the head costs no draw and no bias.
 
     Raises
     ------
@@ -89,14 +89,14 @@ def expected_counts(p: Tensor, num_samples: int, head: int | None = None) -> Ten
     else:
         size = torch.full_like(top[..., :1], head, dtype=torch.int64)
     least = top.gather(-1, (size - 1).clamp(0, top.shape[-1] - 1)).masked_fill(size == 0, torch.inf)
-    kept = p >= least
-    tail = p.masked_fill(kept, 0)
-    left = (num_samples - kept.sum(-1, keepdim=True)).clamp_min(0)
+    in_head = p >= least
+    tail = p.masked_fill(in_head, 0)
+    left = (num_samples - in_head.sum(-1, keepdim=True)).clamp_min(0)
     limits = torch.finfo(p.dtype)
     scale = left / tail.sum(-1, keepdim=True).clamp_min(limits.tiny)
     counts = tail * scale.clamp_max(limits.max)  # where the head is all there is, 0 and not 0 times infinity
     seen = p > 0
-    counts = torch.where(kept & seen, 1, counts)
+    counts = torch.where(in_head & seen, 1, counts)
     if head is not None:
         return counts
     few = seen.sum(-1, keepdim=True) <= num_samples

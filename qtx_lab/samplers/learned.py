@@ -43,39 +43,42 @@ class LearnedImportanceSampler(nn.Module, StreamSampler):
 
         q_j = (1 - epsilon) softmax_j(scale <A x + a, B k_j>) + epsilon / n,        A, B of rank r <= E / 2,
 
-    so that a query costs O(n r) for the proposal and O(S E) for the exact logits of S drawn keys. The uniform part is
-    a defensive mixture (Owen and Zhou, Safe and effective importance sampling, 2000): every importance weight is at
-    most p_j n / epsilon, and the variance at most 1 / (1 - epsilon) times the one without it. Masks act on both.
+    so that a query costs O(n r) for the proposal and O(S E) for the exact logits of S drawn keys. The uniform
+    part is a defensive mixture (Owen and Zhou, Safe and effective importance sampling, 2000): every
+    importance weight is at most p_j n / epsilon, and the variance at most 1 / (1 - epsilon) times the one
+    without it. Masks act on both.
 
-    **Estimators** (`estimate`). Let D be the distinct keys among S draws and pi_j the probability that key j is
-    among them: 1 - (1 - q_j)^S for independent points, min(1, S q_j) for systematic ones.
+    **Estimators** (`estimate`). Let D be the distinct keys among S draws and pi_j the probability that key j
+    is among them: 1 - (1 - q_j)^S for independent points, min(1, S q_j) for systematic ones.
 
-    - `self-normalised`: o_hat = sum_{j in D} w_j v_j with w_j proportional to exp(scale x . k_j) / pi_j (Hajek
-      1971), so that a key drawn twice counts no more than one drawn once, and one sure to be drawn has no
-      noise. Needs no normaliser. Biased, to leading order and for pi_j << 1 the classical term,
-      E[o_hat] - o = -sum_j ((1 - pi_j) / pi_j) p_j^2 (v_j - o)  ->  -(1/S) sum_j (p_j^2 / q_j) (v_j - o),
-      which is O(1/S); its variance is sum_j ((1 - pi_j) / pi_j) p_j^2 (v_j - o)^2, also O(1/S).
-    - `plain`: o_hat = sum_{j in D} (p_j / pi_j) v_j with the exact normaliser of p (Horvitz and Thompson 1952).
-      Unbiased; its weights need not sum to 1. The normaliser costs O(n E) where it is not given.
+    - `self-normalised`: o_hat = sum_{j in D} w_j v_j with w_j proportional to exp(scale x . k_j) / pi_j
+      (Hajek 1971), so that a key drawn twice counts no more than one drawn once, and one sure to be drawn has
+      no noise. Needs no normaliser. Biased, to leading order and for pi_j << 1 the classical term, E[o_hat] -
+      o = -sum_j ((1 - pi_j) / pi_j) p_j^2 (v_j - o)  ->  -(1/S) sum_j (p_j^2 / q_j) (v_j - o), which is
+      O(1/S); its variance is sum_j ((1 - pi_j) / pi_j) p_j^2 (v_j - o)^2, also O(1/S).
+    - `plain`: o_hat = sum_{j in D} (p_j / pi_j) v_j with the exact normaliser of p (Horvitz and Thompson
+      1952). Unbiased; its weights need not sum to 1. The normaliser costs O(n E) where it is not given.
     - `debiased`: classical self-normalised estimates (weights p_j / q_j of independent draws) at S 2^l draws,
       telescoped up to a random level l of probability P(l),
 
-          Z = mean of the 2^l estimates at S + [l > 0] (o_hat(all) - (o_hat(half) + o_hat(other half)) / 2) / P(l),
+          Z = mean of the 2^l estimates at S + [l > 0] (o_hat(all) - (o_hat(half) + o_hat(other half)) / 2) /
+          P(l),
 
-      unbiased with finite variance and 2.2 S draws on average (Rhee and Glynn, Unbiased estimation with square root
-      convergence for SDE models, 2015; with antithetic halves for functions of means Blanchet and Glynn, Unbiased
-      Monte Carlo for optimization and functions of expectations via multi-level randomization, 2015).
+      unbiased with finite variance and 2.2 S draws on average (Rhee and Glynn, Unbiased estimation with
+      square root convergence for SDE models, 2015; with antithetic halves for functions of means Blanchet and
+      Glynn, Unbiased Monte Carlo for optimization and functions of expectations via multi-level
+      randomization, 2015).
 
-    **Training** (`fit`) minimises the variance itself. What the variances above exceed those of draws from p by
-    is the variance of the importance weights, chi^2(p || q) = sum_j p_j^2 / q_j - 1. Its direction matters:
-    it punishes q_j << p_j, where weights explode, which KL(q || p) forgives. Minimised is the mean over rows of
-    log(1 + chi^2), Renyi's divergence of order 2, so that no single row dominates; with values V given, the
-    logarithm of the summed variance of the rows, sum_j (p_j^2 / q_j) |v_j - o|^2, over that of draws from p, which
-    is the squared error of the output itself. Told the number of draws, it minimises the variance at that many,
-    (1 - pi_j) / pi_j in place of 1 / q_j (`learned_proposal.SURE` of it): what is sure to be
-    drawn need not be weighed right. With systematic points this cuts the error by a tenth and more. The start is the best rank-r map in the least-squares sense
-    (`best_low_rank`). A sampler that was not fitted uses that map of each call's own queries and keys, and says so in
-    `diagnostics["fallbacks"]`.
+    **Training** (`fit`) minimises the variance itself. What the variances above exceed those of draws from p
+    by is the variance of the importance weights, chi^2(p || q) = sum_j p_j^2 / q_j - 1. Its direction
+    matters: it punishes q_j << p_j, where weights explode, which KL(q || p) forgives. Minimised is the mean
+    over rows of log(1 + chi^2), Renyi's divergence of order 2, so that no single row dominates; with values V
+    given, the logarithm of the summed variance of the rows, sum_j (p_j^2 / q_j) |v_j - o|^2, over that of
+    draws from p, which is the squared error of the output itself. Told the number of draws, it minimises the
+    variance at that many, (1 - pi_j) / pi_j in place of 1 / q_j (`learned_proposal.SURE` of it): what is sure
+    to be drawn need not be weighed right. With systematic points this cuts the error by a tenth and more. The
+    start is the best rank-r map in the least-squares sense (`best_low_rank`). A sampler that was not fitted
+    uses that map of each call's own queries and keys, and says so in `diagnostics["fallbacks"]`.
 
     As a `Sampler`, `draw` is given exact logits and draws from them: unbiased.
 
@@ -193,7 +196,9 @@ class LearnedImportanceSampler(nn.Module, StreamSampler):
         estimator: str = "self-normalised",
         log_normaliser: Tensor | None = None,
     ) -> SampledRows:
-        """An estimate from draws of the proposal: see `Sampler.estimate_rows`, and `estimate` for the estimators."""
+        """An estimate from draws of the proposal: see `Sampler.estimate_rows`, and `estimate` for the
+        estimators.
+        """
         self._check(problem)
         info = EstimateInfo(
             sampler=self.name,
@@ -246,15 +251,16 @@ class LearnedImportanceSampler(nn.Module, StreamSampler):
         Returns
         -------
         AttentionEstimate
-            `draws` hold a weight for each draw (w_j shared by the draws of a key; negative ones, and rows padded by
-            weight 0, in the debiased estimator); probabilities only in the plain one, which knows them.
-            `std_error` of the self-normalised estimator: the variance above by the delta method, from the draws
-            (`learned_estimators.Spread`); of the others: from the replicates, None for one.
+            `draws` hold a weight for each draw (w_j shared by the draws of a key; negative ones, and rows
+            padded by weight 0, in the debiased estimator); probabilities only in the plain one, which knows
+            them. `std_error` of the self-normalised estimator: the variance above by the delta method, from
+            the draws (`learned_estimators.Spread`); of the others: from the replicates, None for one.
 
         Raises
         ------
         ShapeError, DtypeError, ArgumentError
-            Before any work: as `sampled_attention`; an unknown estimator, a log_normaliser for another estimator.
+            Before any work: as `sampled_attention`; an unknown estimator, a log_normaliser for another
+            estimator.
         """
         check_count("num_samples", num_samples)
         check_count("replicates", replicates)
@@ -292,8 +298,8 @@ class LearnedImportanceSampler(nn.Module, StreamSampler):
     ) -> Tensor:
         """The self-normalised estimate of `estimate`, with more draws in the rows that need them.
 
-        How many a row gets depends on the proposal (`learned_estimators.allocate`) and not on the draws, which adds
-        no bias; where the proposal is far from p on peaked rows, it is too few there.
+        How many a row gets depends on the proposal (`learned_estimators.allocate`) and not on the draws,
+        which adds no bias; where the proposal is far from p on peaked rows, it is too few there.
 
         Parameters
         ----------
@@ -333,7 +339,9 @@ class LearnedImportanceSampler(nn.Module, StreamSampler):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        """q(j | query) of every row, (..., H, L, n), memory L * n: for plots and tests; errors as `estimate`."""
+        """q(j | query) of every row, (..., H, L, n), memory L * n: for plots and tests; errors as
+        `estimate`.
+        """
         problem = self._problem(
             q, k, k, attn_mask=attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
         )
@@ -353,7 +361,9 @@ class LearnedImportanceSampler(nn.Module, StreamSampler):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        """chi^2(p || q) of every row, (..., H, L), from all exact logits: O(n E) a row; errors as `estimate`."""
+        """chi^2(p || q) of every row, (..., H, L), from all exact logits: O(n E) a row; errors as
+        `estimate`.
+        """
         problem = self._problem(
             q, k, k, attn_mask=attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
         )
@@ -370,7 +380,8 @@ class LearnedImportanceSampler(nn.Module, StreamSampler):
         for name, x in (("q", q), ("k", k), ("v", v)):
             if x.requires_grad and torch.is_grad_enabled():
                 raise ArgumentError(
-                    f"{name} requires a gradient, which a sampler's own estimate does not have: use sampled_attention, "
+                    f"{name} requires a gradient, which a sampler's own estimate does not have: use "
+                    "sampled_attention, "
                     "call it under torch.no_grad(), or pass detached tensors."
                 )
         self._check(problem)
@@ -390,7 +401,8 @@ class LearnedImportanceSampler(nn.Module, StreamSampler):
             raise ShapeError(f"q and k must have embed_dim={self.embed_dim} features; given {shapes}.")
         if self.num_heads > 1 and (k.ndim < 3 or k.shape[-3] != self.num_heads):
             raise ShapeError(
-                f"k must have num_heads={self.num_heads} heads, (..., {self.num_heads}, n, E); given {shapes}."
+                f"k must have num_heads={self.num_heads} heads, (..., {self.num_heads}, n, E); given "
+                f"{shapes}."
             )
 
     # --- Training -----------------------------------------------------------------------------
@@ -494,7 +506,8 @@ class LearnedImportanceSampler(nn.Module, StreamSampler):
             )
         if steps and self.history.best_step == 0:
             warnings.warn(
-                f"None of {self.history.steps[-1]} steps made the proposal better than the best low-rank map, which is kept: "
+                f"None of {self.history.steps[-1]} steps made the proposal better than the best low-rank "
+                "map, which is kept: "
                 "these queries and keys have no more structure than that, or lr is too large.",
                 FallbackWarning,
                 stacklevel=2,
@@ -534,10 +547,10 @@ class LearnedImportanceSampler(nn.Module, StreamSampler):
             sampler = cls(**settings)
             sampler.load_state_dict(state)
             if history is not None:
-                found: dict[str, Any] = {
+                values: dict[str, Any] = {
                     name: tuple(x) if isinstance(x, list) else x for name, x in history.items()
                 }
-                sampler.history = FitHistory(**found)
+                sampler.history = FitHistory(**values)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ArgumentError(f"path={str(path)!r} does not hold a learned sampler: {error}") from error
         return sampler

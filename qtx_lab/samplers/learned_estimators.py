@@ -15,8 +15,9 @@ from .base import Budget, Design, InversionSampler, SampledRows, invert, row_mas
 from .learned_proposal import BLOCK_ELEMENTS, ProposedRows, log_inclusion
 
 LEVEL_RATIO = 2**-1.5
-"""P(level + 1) / P(level) of the debiased estimator. A level doubles the draws and divides the variance of its
-correction by 4: any ratio between 1/4 and 1/2 has finite variance and cost, the geometric mean is the best."""
+"""P(level + 1) / P(level) of the debiased estimator. A level doubles the draws and divides the variance of
+its correction by 4: any ratio between 1/4 and 1/2 has finite variance and cost, the geometric mean is the
+best."""
 
 MOST_DRAWS = 4
 """`adaptive` gives no row more than this many times the mean number of draws."""
@@ -100,15 +101,17 @@ def importance(
 class Spread:
     """Variance of each coordinate of the self-normalised estimate, by the delta method.
 
-    With the keys seen at their estimated probabilities p_hat_j = w_j pi_j, and the rest, of mass
-    1 - sum_{j seen} q_j under the proposal, at the mean over the keys that the row may see (by `visible` (N, n), of
-    the head; by `position` (M,), where causal, of the row) and with the squared importance weight that is usual:
+    With the keys seen at their estimated probabilities p_hat_j = w_j pi_j, and the rest, of mass 1 - sum_{j
+    seen} q_j under the proposal, at the mean over the keys that the row may see (by `visible` (N, n), of the
+    head; by `position` (M,), where causal, of the row) and with the squared importance weight that is usual:
 
         (1/R) [ sum_{j seen} ((1 - pi_j) / pi_j) p_hat_j^2 (v_j - o)^2
-                + (c/S) (1 - sum_{j seen} q_j) mean_j (v_j - o)^2 ],      c = sum_{j seen} w_j p_hat_j / q_j ~ 1 + chi^2.
+                + (c/S) (1 - sum_{j seen} q_j) mean_j (v_j - o)^2 ],      c = sum_{j seen} w_j p_hat_j / q_j ~
+                1 + chi^2.
 
-    To this the rounding of the sum and of the output's dtype is added. Without c, 95 % intervals of best low-rank maps of rank d / 4 covered 88–95 % of the reference model's outputs, layer
-    by layer, with it 95–97 %. The bias is not in it: over many replicates it is what is left.
+    To this the rounding of the sum and of the output's dtype is added. Without c, 95 % intervals of best
+    low-rank maps of rank d / 4 covered 88–95 % of the reference model's outputs, layer by layer, with it
+    95–97 %. The bias is not in it: over many replicates it is what is left.
     """
 
     def __init__(
@@ -153,7 +156,8 @@ class Spread:
 
 
 def delta_terms(draws: Draws, proposal: Tensor, pi: Tensor, rate: int | Tensor) -> tuple[Tensor, Tensor]:
-    """What `Spread` multiplies squared distances by: of each draw (..., R S), and of the keys not seen (..., 1).
+    """What `Spread` multiplies squared distances by: of each draw (..., R S), and of the keys not seen (...,
+    1).
 
     `proposal` and `pi` are q and the inclusion probabilities at the draws, `rate` the draws a unit of q.
     """
@@ -260,8 +264,9 @@ def adaptive(rows: ProposedRows, mean: int, independent: bool, stream: Stream) -
 def allocate(rows: ProposedRows, mean: int) -> Tensor:
     """The number of draws of each row, (N, M), int64, of mean at most `mean`.
 
-    Proportional to sqrt(1 - sum_j q_j^2), the spread of values under q if all values are equally far apart: the
-    allocation that minimises the sum of the rows' variances (Neyman 1934). At least 2, at most `MOST_DRAWS` means.
+    Proportional to sqrt(1 - sum_j q_j^2), the spread of values under q if all values are equally far apart:
+    the allocation that minimises the sum of the rows' variances (Neyman 1934). At least 2, at most
+    `MOST_DRAWS` means.
     """
     need = rows.problem.values.new_empty(rows.problem.shape)
     for heads, part in rows.blocks(1):

@@ -173,6 +173,7 @@ def asker(cancel: Cancel | None) -> Callable[[], bool]:
         return cancel.is_set
     if not callable(cancel):
         raise DtypeError(
-            f"cancel is a {type(cancel).__name__}; it must be a threading.Event or a function without arguments."
+            f"cancel is a {type(cancel).__name__}; it must be a threading.Event or a function without "
+            "arguments."
         )
     return lambda: bool(cancel())

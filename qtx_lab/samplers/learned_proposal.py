@@ -16,11 +16,13 @@ BLOCK_ELEMENTS = 1 << 20
 """Size of a block of rows: keys, or draws times features, whichever is more, over its rows."""
 
 FIT_GROWTH = 1.1
-"""A causal row's map is fitted to the first 64, 70, 77, … keys that it sees: on the reference model steps of 2 cost 1.3 times the
+"""A causal row's map is fitted to the first 64, 70, 77, … keys that it sees: on the reference model steps of
+2 cost 1.3 times the
 error of independent draws at S = 8, these 1.05 times, a map of all keys, later ones too, 0.9 times."""
 
 SURE = 0.9
-"""How much of a key's variance training leaves out where it is sure to be drawn. All of it: training would stop caring
+"""How much of a key's variance training leaves out where it is sure to be drawn. All of it: training would
+stop caring
 how heavy such a key is, and would lose it on rows that it has not seen."""
 
 Maps = tuple[Tensor, Tensor, Tensor]
@@ -28,14 +30,16 @@ Maps = tuple[Tensor, Tensor, Tensor]
 
 
 class ProposedRows:
-    """The rows (N, M) of a problem with a proposal q_j = (1 - epsilon) softmax_j(scale <A x + a, B k_j>) + epsilon / keys seen.
+    """The rows (N, M) of a problem with a proposal q_j = (1 - epsilon) softmax_j(scale <A x + a, B k_j>) +
+    epsilon / keys seen.
 
     Parameters
     ----------
     problem : AttentionProblem
     maps : Maps or None
-        One for each head or one for all; where None, `best_low_rank` of each key head's own queries and keys. A causal row then
-        has the map of the first 64, 128, 256, … keys that it sees (`AttentionProblem.runs`), and one that sees fewer its exact logits.
+        One for each head or one for all; where None, `best_low_rank` of each key head's own queries and keys.
+        A causal row then has the map of the first 64, 128, 256, … keys that it sees
+        (`AttentionProblem.runs`), and one that sees fewer its exact logits.
     rank : int
         Of the maps where None are given.
     defensive : float
@@ -86,7 +90,9 @@ class ProposedRows:
         return blocks(self.problem.shape, BLOCK_ELEMENTS // max(self.problem.num_keys, draws * features))
 
     def log_proposal(self, heads: slice, rows: slice) -> Tensor:
-        """log q of a block, (heads, rows, keys), -inf where masked; of a causal one, up to the last key it sees."""
+        """log q of a block, (heads, rows, keys), -inf where masked; of a causal one, up to the last key it
+        sees.
+        """
         return mix(self._proposed_logits(heads, rows), self.defensive)
 
     def log_target(self, heads: slice, rows: slice) -> Tensor:
@@ -186,8 +192,8 @@ def log_inclusion(log_q: Tensor, num_samples: int | Tensor, independent: bool) -
 def best_low_rank(q: Tensor, k: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The maps of rank r that minimise the mean of (q . k - <A q, B k>)^2 over all pairs, keys centred.
 
-    With C_q = mean of q q^T, C_k the covariance of the keys (a shift of all keys changes no attention row) and
-    the singular value decomposition C_q^{1/2} C_k^{1/2} = U diag(s) W^T, cut off after r values,
+    With C_q = mean of q q^T, C_k the covariance of the keys (a shift of all keys changes no attention row)
+    and the singular value decomposition C_q^{1/2} C_k^{1/2} = U diag(s) W^T, cut off after r values,
 
         A^T = C_k^{1/2} W diag(s)^{-1/2},        B^T = C_q^{1/2} U diag(s)^{-1/2}
 
@@ -207,12 +213,14 @@ def best_low_rank(q: Tensor, k: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """
     x, y = q.double(), k.double()
     y = y - y.mean(1, keepdim=True)
-    root_q, root_k = (_root(t.mT @ t / max(1, t.shape[1])) for t in (x, y))
-    u, s, wt = torch.linalg.svd(root_q @ root_k)
-    s = s[..., None, :rank]
+    moment_q, moment_k = (t.mT @ t / max(1, t.shape[1]) for t in (x, y))
+    root = _root(moment_k)
+    squares, w = torch.linalg.eigh(root @ moment_q @ root)  # s^2, smallest first, and W
+    s = squares.flip(-1)[..., None, :rank].clamp_min(0).sqrt()
     # Directions without variance carry no logits: 0 rather than a division by 0.
-    inverse = torch.where(s > 1e-12 * s[..., :1], s.clamp_min(torch.finfo(s.dtype).tiny).rsqrt(), 0.0)
-    a, b = root_k @ wt.mT[..., :rank] * inverse, root_q @ u[..., :rank] * inverse
+    inverse = torch.where(s > 1e-7 * s[..., :1], s.clamp_min(torch.finfo(s.dtype).tiny).rsqrt(), 0.0)
+    a = root @ w.flip(-1)[..., :rank] * inverse
+    b = moment_q @ a * inverse.square()  # C_q^{1/2} U = C_q C_k^{1/2} W / s
     return a.to(q.dtype), b.to(q.dtype)
 
 

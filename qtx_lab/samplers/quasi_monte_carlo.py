@@ -23,23 +23,25 @@ class QuasiMonteCarloSampler(InversionSampler):
     Within one row a low-discrepancy sequence is nearly systematic sampling. Here draw s of query i is point
     t = i S + s of one stream a head, that is (t / (L S), u_t) in the unit square of queries and keys:
 
-    - `sobol`: u is van der Corput's sequence (Sobol's first dimension): a (0, m, 2)-net for L S = 2^m, randomised
-      by a digital shift (L'Ecuyer and Lemieux 2002, sec. 2.5);
-    - `halton`: u is the radical inverse in base 3, randomised by a shift modulo 1 (Cranley and Patterson 1976);
-    - `lattice`: each row is a comb of spacing 1 / S whose offset moves by the golden section from row to row: a
-      rank-1 lattice for every L and S, randomised by a shift modulo 1.
+    - `sobol`: u is van der Corput's sequence (Sobol's first dimension): a (0, m, 2)-net for L S = 2^m,
+      randomised by a digital shift (L'Ecuyer and Lemieux 2002, sec. 2.5);
+    - `halton`: u is the radical inverse in base 3, randomised by a shift modulo 1 (Cranley and Patterson
+      1976);
+    - `lattice`: each row is a comb of spacing 1 / S whose offset moves by the golden section from row to row:
+      a rank-1 lattice for every L and S, randomised by a shift modulo 1.
 
-    Every head and replicate has its own randomisation. Unbiased: each point by itself is uniform (for `lattice`, over
-    its comb). Variance: below that of independent draws, by most for sums over queries that attend alike; no
-    estimate from one replicate. The rows of a head share their randomness, so their errors are not independent.
+    Every head and replicate has its own randomisation. Unbiased: each point by itself is uniform (for
+    `lattice`, over its comb). Variance: below that of independent draws, by most for sums over queries that
+    attend alike; no estimate from one replicate. The rows of a head share their randomness, so their errors
+    are not independent.
 
     Parameters
     ----------
     sequence_type : str
         "sobol", "halton" or "lattice".
     ordered : bool
-        Whether the keys are laid out in value order first (see `value_order`): points that are close together then
-        stand for similar values, and errors of single rows fall too.
+        Whether the keys are laid out in value order first (see `value_order`): points that are close together
+        then stand for similar values, and errors of single rows fall too.
 
     Raises
     ------
@@ -79,7 +81,9 @@ class QuasiMonteCarloSampler(InversionSampler):
 
 
 def radical_inverse(index: Tensor, base: int) -> Tensor:
-    """The digits of whole numbers in a base, mirrored at the point: float64 in [0, 1), of the shape of `index`."""
+    """The digits of whole numbers in a base, mirrored at the point: float64 in [0, 1), of the shape of
+    `index`.
+    """
     largest = int(index.max()) if index.numel() else 0
     result, scale, rest = torch.zeros(index.shape, dtype=torch.float64, device=index.device), 1.0, index
     while largest:
@@ -90,7 +94,8 @@ def radical_inverse(index: Tensor, base: int) -> Tensor:
 
 
 def digital_shift(index: Tensor, shift: Tensor) -> Tensor:
-    """Van der Corput's points in base 2 with their binary digits flipped by those of `shift`, float64 in [0, 1).
+    """Van der Corput's points in base 2 with their binary digits flipped by those of `shift`, float64 in [0,
+    1).
 
     The point is the reversed bits of its index, 53 of them.
     """

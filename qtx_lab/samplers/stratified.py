@@ -30,8 +30,9 @@ class StratifiedSampler(InversionSampler):
 def straddling_variance(expected: Tensor) -> Tensor:
     """Variance of the count of a key that lies anywhere across strata of one draw each, averaged over where.
 
-    A part x of a stratum is drawn with variance x (1 - x), a whole one with none. A key of m < 1 strata lies within
-    one with probability 1 - m, or is cut in two at a uniform place; a longer one has a uniform part at either end.
+    A part x of a stratum is drawn with variance x (1 - x), a whole one with none. A key of m < 1 strata lies
+    within one with probability 1 - m, or is cut in two at a uniform place; a longer one has a uniform part at
+    either end.
     """
     m = expected.clamp_max(1)
     return m - m**2 + m**3 / 3

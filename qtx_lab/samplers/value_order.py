@@ -18,7 +18,9 @@ COMPONENTS = 8
 """Principal components of those values that the curve runs through."""
 
 BITS = 4
-"""Bits of a coordinate: each component is cut into 16 parts of equal probability, were it normally distributed."""
+"""Bits of a coordinate: each component is cut into 16 parts of equal probability, were it normally
+distributed.
+"""
 
 CHUNK = 1 << 14
 """Values that the curve is computed for at a time, so that what it needs stays in the processor's cache."""
@@ -26,21 +28,24 @@ CHUNK = 1 << 14
 
 @dataclass(frozen=True)
 class ValueOrder:
-    """Order keys for values: close order keys mean close values, and later values change no earlier order key.
+    """Order keys for values: close order keys mean close values, and later values change no earlier order
+    key.
 
-    A low-discrepancy sample along such an order is spread out in value space. Along a Hilbert curve its variance is
-    o(S^-(1 + 1/d)) (Gerber, Chopin and Whiteley, Negative association, ordering and convergence of resampling methods, 2019, theorem 5).
-    The curve runs through the principal components of the first values; each coordinate is standardised and squashed by the
-    normal distribution function. Once fitted the order key is a function of a value alone, so that a causal row does not
-    depend on later tokens and a cache inserts a token without moving others. Compared with median splits that look at all values
-    it costs 4 % of `head-tail`'s error on average on the reference model at S = n/16.
+    A low-discrepancy sample along such an order is spread out in value space. Along a Hilbert curve its
+    variance is o(S^-(1 + 1/d)) (Gerber, Chopin and Whiteley, Negative association, ordering and convergence
+    of resampling methods, 2019, theorem 5). The curve runs through the principal components of the first
+    values; each coordinate is standardised and squashed by the normal distribution function. Once fitted the
+    order key is a function of a value alone, so that a causal row does not depend on later tokens and a cache
+    inserts a token without moving others. Compared with median splits that look at all values it costs 4 % of
+    `head-tail`'s error on average on the reference model at S = n/16.
 
     Parameters
     ----------
     centre : Tensor, (N, 1, d)
         The mean of the first values of each of N heads.
     axes : Tensor, (N, d, C)
-        Their principal axes, the widest first, each divided by its standard deviation; 0 where nothing varies.
+        Their principal axes, the widest first, each divided by its standard deviation; 0 where nothing
+        varies.
 
     Examples
     --------
@@ -104,8 +109,8 @@ class ValueOrder:
 def hilbert_index(cell: Tensor, bits: int) -> Tensor:
     """The index on the Hilbert curve of cells (..., C) with coordinates of so many bits: int64, (...).
 
-    Cells of consecutive indices share a face. Source: Skilling, Programming the Hilbert curve (2004), AIP Conference
-    Proceedings 707, the transposed form.
+    Cells of consecutive indices share a face. Source: Skilling, Programming the Hilbert curve (2004), AIP
+    Conference Proceedings 707, the transposed form.
     """
     x = list(cell.unbind(-1))
     for bit in range(bits - 1, 0, -1):
@@ -135,13 +140,17 @@ POWER_STEPS = 4
 
 
 _ORDERS: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""What each tensor of values that `cached_order` has seen looked like, and its order; while the tensor is alive."""
+"""What each tensor of values that `cached_order` has seen looked like, and its order; while the tensor is
+alive.
+"""
 
 
 def cached_order(values: Tensor) -> Tensor:
-    """The order of values (..., n, d), int64, (..., n): computed once for a tensor, until it is changed or gone.
+    """The order of values (..., n, d), int64, (..., n): computed once for a tensor, until it is changed or
+    gone.
 
-    A change that torch does not count (through NumPy, say) leaves the old order, which costs variance and no bias.
+    A change that torch does not count (through NumPy, say) leaves the old order, which costs variance and no
+    bias.
     """
     if values.is_inference():  # its changes are not counted
         return _order(values)
@@ -162,11 +171,12 @@ def _order(values: Tensor) -> Tensor:
 def value_order(values: Tensor, features: int | None = None, leaf: int = 1) -> Tensor:
     """An order of the keys in which neighbours have similar values.
 
-    Each part of the keys is split at the median along its first principal axis, again and again, until a key is
-    alone; the right one of two sibling parts runs backwards, so that the line does not jump. A low-discrepancy
-    sample along such a line is spread out in value space: along a Hilbert curve its variance is o(S^-(1 + 1/d))
-    (Gerber, Chopin and Whiteley, Negative association, ordering and convergence of resampling methods, 2019,
-    th. 5), along this line, which follows the values, it was measured to be smaller.
+    Each part of the keys is split at the median along its first principal axis, again and again, until a key
+    is alone; the right one of two sibling parts runs backwards, so that the line does not jump. A
+    low-discrepancy sample along such a line is spread out in value space: along a Hilbert curve its variance
+    is o(S^-(1 + 1/d)) (Gerber, Chopin and Whiteley, Negative association, ordering and convergence of
+    resampling methods, 2019, th. 5), along this line, which follows the values, it was measured to be
+    smaller.
 
     Parameters
     ----------

@@ -45,7 +45,9 @@ def learned_estimate(seed, **options):
     [("monte-carlo", 16, 1), ("monte-carlo", 64, 1), *((name, 16, 8) for name in SINGLE)],
 )
 def test_intervals_cover_every_layer(name, num_samples, replicates, control, seed):
-    """131,072 coordinates a layer. With top-k they err on the safe side: what it leaves is not in random order."""
+    """131,072 coordinates a layer. With top-k they err on the safe side: what it leaves is not in random
+    order.
+    """
     options = {"sampler": name, "num_samples": num_samples, "replicates": replicates}
     est, exact = learned_estimate(seed, control_variate=control, **options)
     low, high = est.confidence_interval(0.95)
@@ -90,7 +92,9 @@ SMALL = {"linformer": LinformerControl(3), "performer": PerformerControl(8), "to
 
 
 def corrected_mean(name, replicates, control, plant, monkeypatch):
-    """Hotelling's T^2 of 20,000 independent estimates of one small problem against the exact output, and its limit."""
+    """Hotelling's T^2 of 20,000 independent estimates of one small problem against the exact output, and
+    its limit.
+    """
     g = torch.Generator().manual_seed(5)
     q, k, v = (torch.randn(*shape, generator=g) for shape in ((6, 4), (10, 4), (10, 2)))
     many = 20_000

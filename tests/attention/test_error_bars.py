@@ -26,8 +26,8 @@ def learned_attention():
     return q, k, v, F.scaled_dot_product_attention(q.double(), k.double(), v.double(), **CAUSAL)
 
 
-def coverage(name, num_samples, replicates, seed, level=0.95):
-    """Share of coordinates inside their interval, (layers,); n coordinates a layer."""
+def coverage(name, num_samples, replicates, seed, level=0.95, first=0):
+    """Share of coordinates inside their interval, (layers,), of the rows from `first` on."""
     q, k, v, exact = learned_attention()
     g = torch.Generator().manual_seed(seed)
     est = qtx.sampled_attention(
@@ -35,7 +35,8 @@ def coverage(name, num_samples, replicates, seed, level=0.95):
     )
     low, high = est.confidence_interval(level)
     slack = 1e-5 * exact.abs().max()  # the float32 of the output itself
-    return ((low - slack <= exact) & (exact <= high + slack)).double().mean((1, 2, 3))
+    inside = (low - slack <= exact) & (exact <= high + slack)
+    return inside[:, :, first:].double().mean((1, 2, 3))
 
 
 @pytest.mark.parametrize(
@@ -53,8 +54,12 @@ def test_intervals_cover_every_layer(name, replicates, num_samples, seed):
 
 @pytest.mark.parametrize(("num_samples", "replicates"), [(16, 1), (64, 1), (16, 8)])
 def test_intervals_of_learned_proposals_err_on_the_safe_side(num_samples, replicates, seed):
-    """Weights that are normalised by their sum, from systematic points: the variance of independent ones is a bound."""
-    share = coverage("learned", num_samples, replicates, seed)
+    """Weights are normalised by their sum, points are systematic: the variance of independent ones is a bound.
+
+    The first 64 rows see too few keys for a map and draw from their exact logits: they are covered more often.
+    """
+    assert bool((coverage("learned", num_samples, replicates, seed) >= 0.93).all())
+    share = coverage("learned", num_samples, replicates, seed, first=64)
     assert bool(((share >= 0.93) & (share <= 0.99)).all()), share
 
 
@@ -111,8 +116,8 @@ def test_what_is_masked_for_all_does_not_reach_the_error_bars(name):
 def test_intervals_of_peaked_rows_cover(seed):
     """Rows where most draws hit one key: the sample variance is often 0, and such an interval covers nothing.
 
-    With 64 draws of which 0.2 are expected to miss the top key, the last case is as far as this goes. All rows are
-    of one head here, so the samplers whose rows share their randomness are left to the test above.
+    With 64 draws of which 0.2 are expected to miss the top key, the last case is as far as this goes. All
+    rows are of one head here, so the samplers whose rows share their randomness are left to the test above.
     """
     g = torch.Generator().manual_seed(seed)
     top = torch.tensor([0.9, 0.99, 0.997]).repeat_interleave(4000)

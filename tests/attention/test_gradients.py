@@ -1,4 +1,6 @@
-"""Gradients of sampled attention are unbiased, cost no more memory than the draws, and survive what training does."""
+"""Gradients of sampled attention are unbiased, cost no more memory than the draws, and survive what
+training does.
+"""
 
 from functools import partial
 
@@ -30,7 +32,8 @@ def gradients_of(inputs, g, **options):
 
 
 def bias_p_values(generator, repetitions=REPETITIONS, heads=1, kv_heads=1, **options):
-    """p-values that the gradients of q, k and v have the exact ones as their means, from z-scores by Bonferroni.
+    """p-values that the gradients of q, k and v have the exact ones as their means, from z-scores by
+    Bonferroni.
 
     Repetitions are batches of one call, whose random numbers are independent.
     """
@@ -339,7 +342,9 @@ def test_the_same_bits_on_one_thread_and_on_two(name, seed):
 
 
 def test_fine_tuning_the_reference_model_loses_nothing_by_sampling(soak):
-    """200 steps at n / 8 draws end within 1 % of exact attention's loss on the same batches; measured 0.2 %."""
+    """200 steps at n / 8 draws end within 1 % of exact attention's loss on the same batches; measured 0.2
+    %.
+    """
     if not soak:
         pytest.skip("200 steps of training: make soak")
     text = torch.as_tensor(qtx.encode(qtx.reference_text())).flatten().long()

@@ -1,4 +1,6 @@
-"""A row's draws depend on what it asks and sees alone: not on rows, heads and sequences beside it, blocks, threads or later tokens."""
+"""A row's draws depend on what it asks and sees alone: not on rows, heads and sequences beside it, blocks,
+threads or later tokens.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""`QuantumMultiheadAttention` is torch's module, number for number, where it draws exactly; models get it and lose it."""
+"""`QuantumMultiheadAttention` is torch's module, number for number, where it draws exactly; models get it
+and lose it.
+"""
 
 import copy
 import io
@@ -406,7 +408,8 @@ def test_the_module_loads_no_circuit_library():
     import sys
 
     code = (
-        "import sys, torch, qtx_lab; m = qtx_lab.QuantumMultiheadAttention(8, 2); x = torch.zeros(3, 8); m(x, x, x); "
+        "import sys, torch, qtx_lab; m = qtx_lab.QuantumMultiheadAttention(8, 2); "
+        "x = torch.zeros(3, 8); m(x, x, x); "
         "assert 'qiskit' not in sys.modules and 'torch._dynamo' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -285,7 +285,9 @@ def test_workspace_does_not_grow_with_the_map(length):
 
 @pytest.mark.parametrize("name", ["systematic", "monte-carlo", "head-tail", "sobol"])
 def test_the_heads_of_a_group_share_their_random_numbers(name, generator):
-    """Alike heads then draw the same keys, and all together touch fewer values than heads by themselves would."""
+    """Alike heads then draw the same keys, and all together touch fewer values than heads by themselves
+    would.
+    """
     k, v = (torch.randn(2, 200, 8, generator=generator) for _ in range(2))
     q = torch.randn(2, 1, 7, 8, generator=generator).expand(2, 4, 7, 8) + 0.1 * torch.randn(
         2, 4, 7, 8, generator=generator

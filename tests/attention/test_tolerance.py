@@ -39,7 +39,9 @@ def misses(kind, **options):
 @pytest.mark.parametrize("kind", ["learned", "diffuse", "peaked"])
 @pytest.mark.parametrize(("tolerance", "confidence"), [(0.3, 0.95), (0.1, 0.8)])
 def test_the_promise_is_kept(name, kind, tolerance, confidence, generator):
-    """Two-sided, of all rows of a layer, and of those that were drawn and not computed exactly (false alarm 1e-4)."""
+    """Two-sided, of all rows of a layer, and of those that were drawn and not computed exactly (false
+    alarm 1e-4).
+    """
     options = {"sampler": name, "tolerance": tolerance, "confidence": confidence, "generator": generator}
     missed, est = misses(kind, **options)
     assert bool((missed.flatten(1).mean(1) <= 1 - confidence).all())

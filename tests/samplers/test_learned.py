@@ -1,4 +1,6 @@
-"""The learned sampler: a distribution to draw from, honest about its bias, better than a random projection."""
+"""The learned sampler: a distribution to draw from, honest about its bias, better than a random
+projection.
+"""
 
 import functools
 import threading
@@ -22,7 +24,9 @@ FALSE_ALARM = 1e-6
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """Thousands of small operations: on a shared machine, threads wait for each other longer than they work."""
+    """Thousands of small operations: on a shared machine, threads wait for each other longer than they
+    work.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

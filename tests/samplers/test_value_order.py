@@ -1,4 +1,6 @@
-"""The order of keys by their values: close values are neighbours, and later values change nothing that came before."""
+"""The order of keys by their values: close values are neighbours, and later values change nothing that
+came before.
+"""
 
 from __future__ import annotations
 

@@ -19,15 +19,16 @@ POINTS = ("systematic", "stratified")
 class SantaSampler(StreamSampler):
     """Draws within tiles of keys by S²ANTA's two rules for how many a tile gets.
 
-    - `proportional` (S²ANTA-Prop): tile t of probability P_t gets S_t draws, S P_t rounded by largest remainders, and
-      every draw weighs 1 / S. Biased: a tile counts S_t / S in place of P_t in every repetition, since the rounding is
-      not random (but for ties).
-    - `fixed` (S²ANTA-Flash): every tile gets the same number of draws, a draw of tile t weighs P_t / S_t. Unbiased.
+    - `proportional` (S²ANTA-Prop): tile t of probability P_t gets S_t draws, S P_t rounded by largest
+      remainders, and every draw weighs 1 / S. Biased: a tile counts S_t / S in place of P_t in every
+      repetition, since the rounding is not random (but for ties).
+    - `fixed` (S²ANTA-Flash): every tile gets the same number of draws, a draw of tile t weighs P_t / S_t.
+      Unbiased.
 
-    Variance: within a tile that of systematic (or stratified) sampling; none between tiles. With one tile both are
-    `SystematicSampler`. Source: Lee et al., Stochastic sparse attention for memory-bound inference (2026,
-    arXiv:2605.01910), and the kernels released with it, whose draws are systematic and whose tiles hold 256 keys
-    (Flash also 32 or 64).
+    Variance: within a tile that of systematic (or stratified) sampling; none between tiles. With one tile
+    both are `SystematicSampler`. Source: Lee et al., Stochastic sparse attention for memory-bound inference
+    (2026, arXiv:2605.01910), and the kernels released with it, whose draws are systematic and whose tiles
+    hold 256 keys (Flash also 32 or 64).
 
     Parameters
     ----------
@@ -66,7 +67,8 @@ class SantaSampler(StreamSampler):
         replicates: int = 1,
     ) -> Draws:
         """Draw keys with the random numbers of a stream: see `Sampler.draw_from`."""
-        # As many keys in a tile as leave no more tiles than draws: a power of two times `tile`, by what the row itself sees.
+        # As many keys in a tile as leave no more tiles than draws: a power of two times `tile`, by what the
+        # row itself sees.
         place = torch.arange(1, logits.shape[-1] + 1, device=logits.device)
         reach = ((logits > -torch.inf) * place).amax(-1)  # [N, P], up to the last key that the row sees
         tiles = self.tile * torch.exp2((reach / (num_samples * self.tile)).clamp_min(1).log2().ceil()).long()
@@ -85,7 +87,9 @@ class SantaSampler(StreamSampler):
     def _draw_in_tiles(
         self, logits: Tensor, tile: int, offsets: Tensor, ties: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys, weights of one replicate and probabilities (B, R * S) of rows (B, n), from numbers (B, R, S) and (B, S)."""
+        """Keys, weights of one replicate and probabilities (B, R * S) of rows (B, n), from numbers (B, R,
+        S) and (B, S).
+        """
         n, (replicates, s) = logits.shape[-1], offsets.shape[-2:]
         mass = row_masses(logits)
         inside = F.pad(mass[..., :n], (0, -n % tile)).unflatten(-1, (-1, tile)).sum(-1, dtype=torch.float64)
@@ -108,10 +112,10 @@ class SantaSampler(StreamSampler):
         )
         points = (start + held * (within + u) / count).flatten(-2)
 
-        indices, found = invert(mass, points)
+        indices, row_mass = invert(mass, points)
         probabilities = mass.gather(-1, indices) / total.to(mass.dtype)
         weight = held / count if self.budgets == "fixed" else torch.full_like(held, 1 / s)
-        weights = weight.flatten(-2).to(mass.dtype).masked_fill_(found == 0, 0)
+        weights = weight.flatten(-2).to(mass.dtype).masked_fill_(row_mass == 0, 0)
         return indices, weights, probabilities
 
     @staticmethod
@@ -126,7 +130,9 @@ class SantaSampler(StreamSampler):
 
 
 def _fixed(share: Tensor, num_samples: int) -> Tensor:
-    """The same number of draws for every tile that is seen, and one more for the first where it does not divide S."""
+    """The same number of draws for every tile that is seen, and one more for the first where it does not
+    divide S.
+    """
     seen = share > 0
     tiles = seen.sum(-1, keepdim=True).clamp_min(1)
     budgets = num_samples // tiles + (seen.cumsum(-1) <= num_samples % tiles)

@@ -13,8 +13,8 @@ from ..base import Sampler, check_draw_arguments, row_masses
 class TopKSampler(Sampler):
     """The S heaviest keys of a row with their probabilities, normalised by their sum.
 
-    No variance, but biased: what the other keys hold is missing, however many repetitions are averaged. `oracle`,
-    because it is told all exact logits: every top-k method that guesses at them does worse.
+    No variance, but biased: what the other keys hold is missing, however many repetitions are averaged.
+    `oracle`, because it is told all exact logits: every top-k method that guesses at them does worse.
 
     >>> import torch
     >>> TopKSampler().draw(torch.tensor([0.0, 2.0, 1.0]), 2).indices

@@ -15,20 +15,21 @@ from ..base import StreamSampler, row_masses
 class VAttentionSampler(StreamSampler):
     """Keeps the first, the last and the heaviest visible keys of a row and draws from the others uniformly.
 
-    A kept key counts its mass, one of the b that are drawn without replacement from the m others m / b times its
-    mass, and the weights are normalised by their own sum: a ratio of two unbiased sums, so biased by O(1 / b).
-    Variance: to leading order m^2 / b times that of p_j (v_j - o) over the others, times 1 - b / m. Exact where no
-    more than S keys are visible. The last visible key is taken to be the row's own position, as in causal attention.
+    A key that is read exactly counts its mass, one of the b that are drawn without replacement from the m
+    others m / b times its mass, and the weights are normalised by their own sum: a ratio of two unbiased
+    sums, so biased by O(1 / b). Variance: to leading order m^2 / b times that of p_j (v_j - o) over the
+    others, times 1 - b / m. Exact where no more than S keys are visible. The last visible key is taken to be
+    the row's own position, as in causal attention.
 
-    Source: Desai et al., vAttention: verified sparse attention (2025, arXiv:2510.05688), with oracle top-k. There the
-    number of draws follows from a tolerance, here it is what `num_samples` leaves; the released code draws with
-    replacement, which is never better.
+    Source: Desai et al., vAttention: verified sparse attention (2025, arXiv:2510.05688), with oracle top-k.
+    There the number of draws follows from a tolerance, here it is what `num_samples` leaves; the released
+    code draws with replacement, which is never better.
 
     Parameters
     ----------
     sink, local, heavy : float
-        Shares of the draws that go to the first, the last and the heaviest keys, at most 1 together. The defaults are
-        about those that the released code has at 32,768 keys of which a tenth is read.
+        Shares of the draws that go to the first, the last and the heaviest keys, at most 1 together. The
+        defaults are about those that the released code has at 32,768 keys of which a tenth is read.
 
     Raises
     ------
@@ -43,7 +44,8 @@ class VAttentionSampler(StreamSampler):
     def __init__(self, sink: float = 0.04, local: float = 0.04, heavy: float = 0.5):
         if not (min(sink, local, heavy) >= 0 and sink + local + heavy <= 1):
             raise ArgumentError(
-                f"sink={sink}, local={local}, heavy={heavy} is not allowed: shares are not negative and at most 1 "
+                f"sink={sink}, local={local}, heavy={heavy} is not allowed: shares are not negative and at "
+                "most 1 "
                 "together."
             )
         self.sink, self.local, self.heavy = sink, local, heavy
@@ -63,20 +65,20 @@ class VAttentionSampler(StreamSampler):
         first, last, most = (int(share * s) for share in (self.sink, self.local, self.heavy))
         seen = logits > -torch.inf
         place = seen.cumsum(-1)
-        kept = (place <= first) | (place > place[..., -1:] - last)
-        heaviest = logits.masked_fill(kept, -torch.inf).topk(min(most, n), -1).indices
-        kept = kept.scatter(-1, heaviest, True) & seen
+        exact = (place <= first) | (place > place[..., -1:] - last)
+        heaviest = logits.masked_fill(exact, -torch.inf).topk(min(most, n), -1).indices
+        exact = exact.scatter(-1, heaviest, True) & seen
 
-        # A key's turn: kept ones first, then the others in random order, never the masked ones.
+        # A key's turn: exact ones first, then the others in random order, never the masked ones.
         turn = stream.uniform(replicates, n)
-        turn = turn.masked_fill_(kept[..., None, :], -1).masked_fill_(~seen[..., None, :], 2)
+        turn = turn.masked_fill_(exact[..., None, :], -1).masked_fill_(~seen[..., None, :], 2)
         turn, indices = turn.topk(min(s, n), -1, largest=False)  # [..., R, min(S, n)]
         turn, indices = (
             F.pad(turn, (0, s - turn.shape[-1]), value=2.0),
             F.pad(indices, (0, s - turn.shape[-1])),
         )
         drawn = (turn >= 0) & (turn < 1)
-        others = (seen & ~kept).sum(-1)[..., None, None].to(mass.dtype)
+        others = (seen & ~exact).sum(-1)[..., None, None].to(mass.dtype)
         factor = torch.where(drawn, others / drawn.sum(-1, keepdim=True).clamp_min(1), 1).masked_fill(
             turn > 1, 0
         )

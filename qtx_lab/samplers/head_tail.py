@@ -83,7 +83,7 @@ def expected_counts(p: Tensor, num_samples: int, head: int | None = None) -> Ten
     top = p.topk(min(num_samples, p.shape[-1]), -1).values  # heaviest first
     if head is None:
         h = torch.arange(top.shape[-1], device=p.device)
-        tail = p.sum(-1, keepdim=True) - top.cumsum(-1) + top  # mass from the (h + 1)-th on
+        tail = _sum(p) - top.cumsum(-1) + top  # mass from the (h + 1)-th on
         fits = top * (num_samples - h) < tail
         size = torch.where(fits.any(-1, keepdim=True), fits.int().argmax(-1, keepdim=True), num_samples - 1)
     else:
@@ -93,7 +93,7 @@ def expected_counts(p: Tensor, num_samples: int, head: int | None = None) -> Ten
     tail = p.masked_fill(in_head, 0)
     left = (num_samples - in_head.sum(-1, keepdim=True)).clamp_min(0)
     limits = torch.finfo(p.dtype)
-    scale = left / tail.sum(-1, keepdim=True).clamp_min(limits.tiny)
+    scale = left / _sum(tail).clamp_min(limits.tiny)
     counts = tail * scale.clamp_max(limits.max)  # where the head is all there is, 0 and not 0 times infinity
     seen = p > 0
     counts = torch.where(in_head & seen, 1, counts)
@@ -101,3 +101,8 @@ def expected_counts(p: Tensor, num_samples: int, head: int | None = None) -> Ten
         return counts
     few = seen.sum(-1, keepdim=True) <= num_samples
     return torch.where(few, seen, counts)
+
+
+def _sum(x: Tensor) -> Tensor:
+    """The sum of rows (..., n), (..., 1): in float64, so that it does not depend on the order of the keys."""
+    return x.sum(-1, keepdim=True, dtype=torch.float64).to(x.dtype)

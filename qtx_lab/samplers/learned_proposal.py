@@ -81,8 +81,11 @@ class ProposedRows:
             self.maps_of_known[key] = best_low_rank(queries, problem.keys[heads, :known], self.rank)
         a, b = self.maps_of_known[key]
         reach = problem.reach(rows)
-        query, keys = problem.queries[heads, rows] @ a, problem.keys[heads, :reach] @ b
-        return problem.masked(problem.scale * query @ keys.mT, heads, rows)
+        count = rows.stop - rows.start
+        # Products of a few rows are split over threads, which rounds them in other ways: whole sixteens are not.
+        queries = F.pad(problem.queries[heads, rows], (0, 0, 0, -count % 16)) * problem.scale
+        logits = (queries @ a) @ (problem.keys[heads, :reach] @ b).mT
+        return problem.masked(logits[:, :count].contiguous(), heads, rows)
 
     def blocks(self, draws: int) -> Iterator[Block]:
         """(heads, rows) of blocks whose workspace is bounded, in memory order."""

@@ -82,7 +82,7 @@ class ProposedRows:
         a, b = self.maps_of_known[key]
         reach = problem.reach(rows)
         count = rows.stop - rows.start
-        # Products of a few rows are split over threads, which rounds them in other ways: whole sixteens are not.
+        # Products of a few rows are split over threads, which rounds otherwise: sixteens are not.
         queries = F.pad(problem.queries[heads, rows], (0, 0, 0, -count % 16)) * problem.scale
         logits = (queries @ a) @ (problem.keys[heads, :reach] @ b).mT
         return problem.masked(logits[:, :count].contiguous(), heads, rows)

@@ -54,9 +54,9 @@ def test_intervals_cover_every_layer(name, replicates, num_samples, seed):
 
 @pytest.mark.parametrize(("num_samples", "replicates"), [(16, 1), (64, 1), (16, 8)])
 def test_intervals_of_learned_proposals_err_on_the_safe_side(num_samples, replicates, seed):
-    """Weights are normalised by their sum, points are systematic: the variance of independent ones is a bound.
+    """Weights normalised by their sum, points systematic: the variance of independent ones is a bound.
 
-    The first 64 rows see too few keys for a map and draw from their exact logits: they are covered more often.
+    The first 64 rows see too few keys for a map and draw from exact logits: they are covered more often.
     """
     assert bool((coverage("learned", num_samples, replicates, seed) >= 0.93).all())
     share = coverage("learned", num_samples, replicates, seed, first=64)

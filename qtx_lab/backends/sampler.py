@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -20,10 +20,12 @@ from .hybrid import HybridPolicy
 from .qiskit import QiskitQuantumBackend
 
 
+@runtime_checkable
 class Mitigation(Protocol):
-    """Measures rows on a backend in a way that corrects for its noise."""
+    """A way to measure rows on a backend that corrects for its noise."""
 
     name: str
+    """What is done, in a few words."""
 
     def sample_rows(
         self,
@@ -33,42 +35,52 @@ class Mitigation(Protocol):
         *,
         generator: torch.Generator | None = None,
     ) -> RowCounts:
-        """Arguments and result as for `QiskitQuantumBackend.sample_rows`; `shots` is the whole budget of a row."""
+        """Measure rows, with the arguments and the result of `QiskitQuantumBackend.sample_rows`.
+
+        `shots` is the whole budget of a row.
+        """
         ...
 
 
 class CircuitSampler(Sampler):
-    """Each row is loaded into a circuit and measured: a shot is a draw.
+    """A sampler that loads each row into a circuit and measures it: each shot is a draw.
 
-    Unbiased, with the variance of independent draws, on an ideal simulator with an exact loader: then the
-    draws have the distribution of `monte-carlo`, and are no better. On a device, or its twin, the draws are
-    from what noise makes of the row: biased by up to the total variation between the two, so error bars come
-    from replicates and show the variance only. Shots that gave no key (padding, a masked key, a wrong Hamming
-    weight) are discarded and the weights are those of the rest, 1 / valid shots: masked keys are never drawn.
-    A row whose shots were all discarded has weight 0 and is reported.
+    On an ideal simulator with an exact loader, draws have the distribution of those of `monte-carlo`, and are
+    no better: unbiased, with the variance of independent draws. On a device, or its twin, draws come from the
+    distribution that noise makes of the row. They are biased by up to the total variation between the two, so
+    that error bars come from replicates and show the variance only.
+
+    Shots that give no key (padding, a masked key, a wrong Hamming weight) are discarded, and the others have
+    the weight 1 / valid shots. So masked keys are never drawn. A row whose shots are all discarded has weight
+    0 and is reported.
 
     Parameters
     ----------
     backend : QiskitQuantumBackend
+        Where circuits are run.
     loader : str or Loader, optional
-        In place of the backend's.
+        Used in place of the backend's.
     mitigation : Mitigation, optional
-        Rows are measured by it, `num_samples` shots for each replicate; draws are as many of each key as its
-        mitigated probability times `num_samples`, rounded up or down at random.
+        Measures the rows, with `num_samples` shots for each replicate. Each key is drawn as often as its
+        mitigated probability times `num_samples` says, rounded up or down at random.
     hybrid_mode : bool or HybridPolicy
-        What the backend cannot do, or the policy does not want it to, is drawn by pseudo-random numbers, with
-        a FallbackWarning that tells each reason once, and the reasons in `diagnostics`; True is
-        `HybridPolicy()`. False: an error.
+        With a policy, rows that it does not send to the backend, or that the backend cannot run, are drawn by
+        pseudo-random numbers. A FallbackWarning gives each reason once, and `diagnostics` all of them. True
+        is `HybridPolicy()`. With False, a backend that cannot run is an error.
 
-    Attributes
-    ----------
-    diagnostics : mapping
-        Of the latest draw: those of `RowCounts`, `quantum_rows`, `classical_rows`, `discarded_shots` and
-        `fallbacks`.
+    Raises
+    ------
+    DtypeError
+        If an argument has the wrong type.
+    ArgumentError
+        If the loader's name is unknown.
 
     Source: Grover and Rudolph, Creating superpositions that correspond to efficiently integrable probability
-    distributions (2002), for measuring a loaded distribution; discarding as in post-selection on a symmetry.
+    distributions (2002), for measuring a loaded distribution. Discarding shots is post-selection on a
+    symmetry.
 
+    Examples
+    --------
     >>> import torch
     >>> g = torch.Generator().manual_seed(0)
     >>> sampler = CircuitSampler(QiskitQuantumBackend("aer"))
@@ -77,8 +89,7 @@ class CircuitSampler(Sampler):
     """
 
     name = "circuit"
-    classical_baseline = "monte-carlo"
-    """The sampler that draws as an ideal circuit would: `sampled_attention` shows it beside."""
+    classical_baseline = "monte-carlo"  # draws as an ideal circuit does
 
     def __init__(
         self,
@@ -92,23 +103,27 @@ class CircuitSampler(Sampler):
             raise DtypeError(f"backend is a {type(backend).__name__}; it must be a QiskitQuantumBackend.")
         if not isinstance(hybrid_mode, bool | HybridPolicy):
             raise DtypeError(f"hybrid_mode={hybrid_mode!r}: it must be True, False or a HybridPolicy.")
-        if mitigation is not None and not hasattr(mitigation, "sample_rows"):
-            raise DtypeError(f"mitigation={mitigation!r} cannot measure rows: it must have `sample_rows`.")
+        if mitigation is not None and not isinstance(mitigation, Mitigation):
+            raise DtypeError(
+                f"mitigation={mitigation!r} cannot measure rows: it must have a `name` and `sample_rows`."
+            )
         self.backend = backend if loader is None else backend.with_loader(make_loader(loader))
         self.mitigation = mitigation
         self.policy = HybridPolicy() if hybrid_mode is True else hybrid_mode or None
         self.unbiased = self.backend.engine.ideal and self.backend.loader.exact and mitigation is None
         self.independent = self.unbiased
-        self.exchangeable = (
-            mitigation is None
-        )  # shots are independent, from p or not: see attention/gradients.py
-        self.diagnostics: Mapping[str, Any] = {}
+        self.exchangeable = mitigation is None  # shots are independent, whether they come from p or not
+        self.last_facts: Mapping[str, Any] = {}
         self._warned: set[str] = set()
 
     @property
-    def last_facts(self) -> Mapping[str, Any]:  # type: ignore[override]
-        """`diagnostics`: see `Sampler.last_facts`."""
-        return self.diagnostics
+    def diagnostics(self) -> Mapping[str, Any]:
+        """Facts about the latest draw.
+
+        Those of `RowCounts`, and `quantum_rows`, `classical_rows`, `discarded_shots` (of each row) and
+        `fallbacks`.
+        """
+        return self.last_facts
 
     def draw(
         self,
@@ -119,7 +134,13 @@ class CircuitSampler(Sampler):
         generator: torch.Generator | None = None,
         replicates: int = 1,
     ) -> Draws:
-        """Draw keys: see `Sampler.draw`. Raises BackendUnavailable where the backend cannot, and no policy says how else."""
+        """Draw keys; arguments and result as for `Sampler.draw`.
+
+        Raises
+        ------
+        BackendUnavailable
+            If the backend cannot run, and there is no policy.
+        """
         check_draw_arguments(logits, num_samples, replicates)
         *rows, n = logits.shape
         mass = row_masses(logits.reshape(-1, n).to("cpu", torch.float64))[:, :n]
@@ -143,101 +164,123 @@ class CircuitSampler(Sampler):
             replicates,
         )
 
-    def _mitigated_counts(self, p: Tensor, shots: int, generator: torch.Generator | None) -> Tensor:
-        """Counts (R, n) of rows p that were measured and mitigated together."""
-        result = self.measure(p, shots, generator=generator)
-        return result.counts if result.estimate is None else _round(result.estimate, shots, generator)
-
     def measure(self, p: Tensor, shots: int, *, generator: torch.Generator | None = None) -> RowCounts:
-        """Counts of `shots` draws of rows p (R, n), by the backend or, where the policy says so, classically."""
+        """Measure rows on the backend or, where the policy says so, draw them classically.
+
+        Parameters
+        ----------
+        p : Tensor, (R, n)
+            Probabilities. A row of all zeros is not drawn.
+        shots : int
+            Shots of each row.
+        generator : torch.Generator, optional
+            The only source of randomness.
+
+        Returns
+        -------
+        RowCounts
+            Its diagnostics are those of the sampler.
+
+        Raises
+        ------
+        BackendUnavailable
+            If the backend cannot run, and there is no policy.
+        """
+        quantum = torch.ones(len(p), dtype=torch.bool)
+        reasons: tuple[str, ...] = ()
         if self.policy is None:
-            result = self._quantum(p, shots, generator)
-            kept = torch.ones(len(p), dtype=torch.bool)
-            reasons: tuple[str, ...] = ()
+            result = self._measure_on_backend(p, shots, generator)
         else:
-            kept, reasons = self.policy.decide(self.backend, p)
-            result, kept, reasons = self._hybrid(p, shots, kept, reasons, generator)
+            quantum, reasons = self.policy.decide(self.backend, p)
+            part = None
+            if bool(quantum.any()):
+                used = (p[quantum] > 0).any(0).nonzero()
+                width = int(used.amax()) + 1 if len(used) else 1  # these rows need circuits of no more keys
+                try:
+                    part = self._measure_on_backend(p[quantum, :width], shots, generator)
+                except BackendUnavailable as error:
+                    reasons, quantum = (*reasons, str(error)), torch.zeros_like(quantum)
+            result = _with_classical_rows(part, p, quantum, shots, generator)
         reasons += tuple(result.diagnostics.get("fallbacks", ()))
-        found = result.counts if result.estimate is None else result.estimate
-        empty = int(((p.sum(-1) > 0) & (found.sum(-1) == 0)).sum())
+        estimate = result.counts if result.estimate is None else result.estimate
+        empty = int(((p.sum(-1) > 0) & (estimate.sum(-1) == 0)).sum())
         if empty:
             reasons += (
                 f"All {shots} shots of {empty} of {len(p)} rows were discarded: their weights are 0.",
             )
-        unheard = [reason for reason in reasons if reason not in self._warned]
-        if unheard:
-            self._warned.update(unheard)
-            drawn = (
-                f"{int((~kept).sum())} of {len(p)} rows drawn classically. " if not bool(kept.all()) else ""
-            )
-            warnings.warn(drawn + " ".join(unheard), FallbackWarning, stacklevel=3)
-        self.diagnostics = {
+        self._warn(reasons, int((~quantum).sum()), len(p))
+        self.last_facts = {
             **result.diagnostics,
-            "quantum_rows": int(kept.sum()),
-            "classical_rows": int((~kept).sum()),
+            "quantum_rows": int(quantum.sum()),
+            "classical_rows": int((~quantum).sum()),
             "discarded_shots": result.discarded,
             "fallbacks": reasons,
         }
-        return replace(result, diagnostics=self.diagnostics)
+        return replace(result, diagnostics=self.last_facts)
 
-    def _quantum(self, p: Tensor, shots: int, generator: torch.Generator | None) -> RowCounts:
+    def _measure_on_backend(self, p: Tensor, shots: int, generator: torch.Generator | None) -> RowCounts:
         if self.mitigation is not None:
             return self.mitigation.sample_rows(self.backend, p, shots, generator=generator)
         return self.backend.sample_rows(p, shots, generator=generator)
 
-    def _hybrid(
-        self, p: Tensor, shots: int, kept: Tensor, reasons: tuple[str, ...], generator: torch.Generator | None
-    ) -> tuple[RowCounts, Tensor, tuple[str, ...]]:
-        """The kept rows by the backend, cut to the keys that they need, and the others classically."""
-        counts = torch.zeros(p.shape, dtype=torch.int64)
-        discarded = torch.zeros(len(p), dtype=torch.int64)
-        baseline, diagnostics = torch.zeros_like(counts), {}
-        estimate: Tensor | None = None
-        std_error: Tensor | None = None
-        if bool(kept.any()):
-            last = int(p[kept].sum(0).nonzero().amax()) + 1 if bool((p[kept] > 0).any()) else 1
-            try:
-                part = self._quantum(p[kept, :last], shots, generator)
-                counts[kept, :last], discarded[kept] = part.counts, part.discarded
-                diagnostics = dict(part.diagnostics)
-                if part.classical is not None:
-                    baseline[kept, :last] = part.classical.counts
-                if part.estimate is not None:
-                    estimate = torch.zeros(p.shape, dtype=torch.float64)
-                    estimate[kept, :last] = part.estimate
-                if part.std_error is not None:
-                    std_error = torch.zeros(p.shape, dtype=torch.float64)
-                    std_error[kept, :last] = part.std_error
-            except BackendUnavailable as error:
-                reasons, kept = (*reasons, str(error)), torch.zeros_like(kept)
-        drawn = ~kept & (p.sum(-1) > 0)
-        if bool(drawn.any()):
-            device = "cpu" if generator is None else generator.device
-            seed = int(torch.randint(2**31 - 1, (), generator=generator, device=device))
-            counts[drawn] = draw_counts(p[drawn], shots, torch.Generator().manual_seed(seed))
-            baseline[drawn] = counts[drawn]
-            share = counts[drawn] / shots
-            if estimate is not None:
-                estimate[drawn] = share
-            if std_error is not None:
-                std_error[drawn] = (share * (1 - share) / shots).sqrt()
-        classical = RowCounts(
-            baseline,
-            torch.zeros(len(p), dtype=torch.int64),
-            shots,
-            diagnostics={"device": "pseudo-random numbers"},
-        )
-        result = RowCounts(counts, discarded, shots, classical, diagnostics, estimate, std_error)
-        return result, kept, reasons
+    def _mitigated_counts(self, p: Tensor, shots: int, generator: torch.Generator | None) -> Tensor:
+        """Counts (R, n) of rows p that are measured and mitigated together."""
+        result = self.measure(p, shots, generator=generator)
+        return result.counts if result.estimate is None else _round(result.estimate, shots, generator)
+
+    def _warn(self, reasons: tuple[str, ...], classical_rows: int, rows: int) -> None:
+        """Warn of each reason once in the life of the sampler."""
+        new = [reason for reason in reasons if reason not in self._warned]
+        if new:
+            self._warned.update(new)
+            drawn = f"{classical_rows} of {rows} rows drawn classically. " if classical_rows else ""
+            warnings.warn(drawn + " ".join(new), FallbackWarning, stacklevel=4)
+
+
+def _with_classical_rows(
+    part: RowCounts | None, p: Tensor, quantum: Tensor, shots: int, generator: torch.Generator | None
+) -> RowCounts:
+    """Counts of all rows p (R, n): `part` has those of the quantum rows, the others are drawn here.
+
+    `part` has no more keys than its rows need, and is None where there are no quantum rows.
+    """
+    classical = ~quantum & (p.sum(-1) > 0)
+    drawn = torch.zeros(p.shape, dtype=torch.int64)
+    if bool(classical.any()):
+        device = "cpu" if generator is None else generator.device
+        seed = int(torch.randint(2**31 - 1, (), generator=generator, device=device))
+        drawn[classical] = draw_counts(p[classical], shots, torch.Generator().manual_seed(seed))
+
+    def add(x: Tensor, to: Tensor) -> Tensor:
+        """Rows `to` (R, n), which are zero in quantum rows, with x in those."""
+        out = to.clone()
+        out[quantum, : x.shape[-1]] = x
+        return out
+
+    counts, baseline, discarded = drawn, drawn, torch.zeros(len(p), dtype=torch.int64)
+    estimate, std_error, diagnostics = None, None, {}
+    if part is not None:
+        share = drawn.double() / shots
+        counts, diagnostics = add(part.counts, drawn), dict(part.diagnostics)
+        discarded[quantum] = part.discarded
+        if part.classical is not None:
+            baseline = add(part.classical.counts, drawn)
+        if part.estimate is not None:
+            estimate = add(part.estimate, share)
+        if part.std_error is not None:
+            std_error = add(part.std_error, (share * (1 - share) / shots).sqrt())
+    facts = {"device": "pseudo-random numbers"}
+    other = RowCounts(baseline, torch.zeros(len(p), dtype=torch.int64), shots, diagnostics=facts)
+    return RowCounts(counts, discarded, shots, other, diagnostics, estimate, std_error)
 
 
 def _round(p: Tensor, total: int, generator: torch.Generator | None) -> Tensor:
-    """Counts (R, n) whose expectations are `total` times p (R, n): each one of the two next whole numbers."""
+    """Counts (R, n) with the expectations `total` times p (R, n), each rounded up or down at random."""
     device = "cpu" if generator is None else generator.device
     start = torch.rand(len(p), 1, generator=generator, dtype=torch.float64, device=device).cpu()
     ends = (p.cumsum(-1) * total + start).floor().clamp_max(total)
     ends[:, -1:] = total * (p.sum(-1, keepdim=True) > 0)
-    # Rounding of the sum must not give keys behind the last one that has mass.
+    # Rounding errors of the sum must not give counts to keys after the last one that has mass.
     last = (p > 0).long().cumsum(-1) == (p > 0).sum(-1, keepdim=True)
     ends = torch.where(last, ends[:, -1:], ends)
     return torch.diff(ends, prepend=torch.zeros_like(start)).long()
@@ -246,10 +289,9 @@ def _round(p: Tensor, total: int, generator: torch.Generator | None) -> Tensor:
 def _deal(
     counts: Tensor, total: int, replicates: int, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor]:
-    """Keys and weights (R, total) of counts (R, n), dealt in random order to replicates like cards.
+    """Keys and weights (R, total) of counts (R, n), dealt in random order to replicates, as cards are.
 
-    Shots are exchangeable, so that any order is as good. What was discarded is left over at the end, with
-    weight 0.
+    Any order is as good as another, because shots are exchangeable. Discarded shots come last, with weight 0.
     """
     rows, n = counts.shape
     ends = counts.cumsum(-1)

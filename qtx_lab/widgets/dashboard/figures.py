@@ -18,11 +18,11 @@ from . import frames
 hv.Store.set_current_backend("bokeh")
 
 HEIGHT = 430
-"""Pixels."""
+"""Height of a figure in pixels."""
 
 MARKERS = {"o": "circle", "^": "triangle", "s": "square", "D": "diamond", "v": "inverted_triangle"}
 MARKERS |= {"P": "square_cross", "X": "x", "*": "star", "": "circle"}
-"""Bokeh's names of the theme's markers."""
+"""What Bokeh calls the theme's markers."""
 
 UNITS = {
     "step": "optimiser step",
@@ -45,7 +45,7 @@ UNITS = {
 """Axis labels of metrics that the lab writes; others are shown by their name."""
 
 LOADERS = ("dynamic", "tree", "unary", "mps")
-"""In this order they have the same colours in every figure."""
+"""The order of loaders, by which they have the same colours in every figure."""
 
 FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "Noto Sans", sans-serif'
 
@@ -127,7 +127,7 @@ def _bars(part: pd.DataFrame, x: str, y: str, colour: str) -> hv.ErrorBars:
 
 
 def _log_ticks(low: float, high: float) -> list[tuple[float, str]]:
-    """1, 2 and 5 of every decade between two numbers; 1 alone of three decades or more."""
+    """Ticks at 1, 2 and 5 of every decade between two numbers; only at 1 from three decades on."""
     decades = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
     factors = (1, 2, 5) if high / low < 1000 else (1,)
     ticks = [m * 10.0**e for e in decades for m in factors]

@@ -1,4 +1,4 @@
-"""Data frames of metrics: what of them are numbers, means over runs, and curves thinned for the screen."""
+"""Data frames of metrics: their numbers, their means over runs, and curves thinned for the screen."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import pandas as pd
 from scipy import stats
 
 MAX_POINTS = 2000
-"""A curve with more points is thinned for the screen: of every stretch the lowest and the highest stay."""
+"""Points from which on a curve is thinned for the screen, to the extremes of every stretch."""
 
 
 def numbers(frame: pd.DataFrame, *columns: str) -> pd.DataFrame:
-    """The rows that have a finite number, or a text that is one, in each of these columns."""
+    """The rows with a finite number, or a text that can be read as one, in each of these columns."""
     frame = frame.assign(
         **{c: pd.to_numeric(frame[c], errors="coerce").astype("Float64").astype("float64") for c in columns}
     )
@@ -21,7 +21,7 @@ def numbers(frame: pd.DataFrame, *columns: str) -> pd.DataFrame:
 
 
 def positive(frame: pd.DataFrame, *columns: str) -> pd.DataFrame:
-    """The rows that have a positive finite number in each of these columns."""
+    """The rows with a positive finite number in each of these columns."""
     frame = numbers(frame, *columns)
     return frame[(frame[list(columns)] > 0).all(axis=1)]
 

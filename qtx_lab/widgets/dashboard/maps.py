@@ -24,7 +24,7 @@ from .figures import axes
 SAMPLER_NAMES = [name for name in SAMPLERS if name not in ("exact", "learned")]  # learned needs fitting first
 LENGTHS = (128, 256, 512, 1024)
 SIDE = 240
-"""Pixels of a map's side: what Datashader makes of it, zoomed or not."""
+"""Pixels of a side of a map, as Datashader draws it, zoomed or not."""
 DIFFERENCE_LIMIT = 0.02
 """Larger differences of weights have the deepest colours, so that the scale stays while draws change."""
 
@@ -109,7 +109,7 @@ class Canvas:
     difference: hv.streams.Pipe
 
     def show(self, maps: Maps, *, exact: bool) -> None:
-        """Repaint; the exact map only where it is another."""
+        """Repaint the maps; the exact one only if `exact`."""
         if exact:
             self.exact.send(maps.exact)
         self.sampled.send(maps.sampled)

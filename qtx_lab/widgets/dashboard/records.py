@@ -47,15 +47,15 @@ class Listing:
     """The folder at one moment."""
 
     number: int
-    """Grows by one with every change."""
+    """Number of the listing; it grows by one with every change."""
     table: pd.DataFrame
-    """As of `qtx_lab.runs`, and `report`: whether the run has one."""
+    """The columns of `qtx_lab.runs`, and `report`: whether the run has a report."""
     skipped: Skipped
-    """What is no readable run."""
+    """Folders that are no readable runs."""
     jobs: pd.DataFrame
-    """tag, run, device, state, rows, shots, recorded: as last known, no server is asked."""
+    """Columns tag, run, device, state, rows, shots, recorded. States are those last known."""
     trouble: str = ""
-    """Why the folder cannot be listed."""
+    """Why the folder cannot be listed; empty if it can."""
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ COLUMNS = {"series": "<u2", "x": "<f8", "y": "<f8", "low": "<f4", "high": "<f4"}
 
 @dataclass
 class _Block:
-    """Points first, first + 1, ... in the order in which they came."""
+    """Consecutive points, from number `first` on, in the order in which they came."""
 
     first: int
     count: int = 0

@@ -46,10 +46,10 @@ from .mitigation import fold as fold
 from .mitigation import project_to_simplex as project_to_simplex
 from .models import huggingface as huggingface
 from .models.reference import bits_per_byte as bits_per_byte
-from .models.reference import encode as encode
 from .models.reference import load_reference_model as load_reference_model
-from .models.reference import read_text as read_text
-from .models.reference import reference_text as reference_text
+from .models.text import encode as encode
+from .models.text import read_text as read_text
+from .models.text import reference_text as reference_text
 from .samplers import ExactSampler as ExactSampler
 from .samplers import HeadTailSampler as HeadTailSampler
 from .samplers import LearnedImportanceSampler as LearnedImportanceSampler

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from ..attention import sampled_attention
 from ..cache import SampledKVCache
-from ..models.reference import encode, load_reference_model, reference_text
+from ..models.reference import load_reference_model
+from ..models.text import encode, reference_text
 from .base import BenchRow, Method, compare
 
 EXACT_FORMS = ("sdpa", "matmul", "matmul, K transposed")

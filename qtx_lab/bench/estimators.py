@@ -21,7 +21,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..attention import sampled_attention
-from ..models.reference import encode, load_reference_model, reference_text
+from ..models.reference import load_reference_model
+from ..models.text import encode, reference_text
 from ..samplers import BASELINES, SAMPLERS, LearnedImportanceSampler, make_sampler
 from .base import BenchRow, Timing, shown
 

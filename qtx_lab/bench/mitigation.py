@@ -21,7 +21,8 @@ from ..backends import QiskitQuantumBackend
 from ..mitigation import MitigationPlanner
 from ..mitigation.planner import Plan, Prediction, Rehearsal, default_options
 from ..mitigation.readout import readout_errors
-from ..models.reference import encode, load_reference_model, reference_text
+from ..models.reference import load_reference_model
+from ..models.text import encode, reference_text
 from .base import BenchRow
 
 DEVICES = ("fake_fez", "fake_sherbrooke", "fake_torino")

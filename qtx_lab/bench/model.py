@@ -13,7 +13,9 @@ from tqdm.auto import tqdm
 
 from ..attention import sampled_attention
 from ..cache.sketches import PROPOSALS
-from ..models.reference import Decoding, ReferenceModel, encode, load_reference_model, reference_text
+from ..models.generation import Decoding
+from ..models.reference import ReferenceModel, load_reference_model
+from ..models.text import encode, reference_text
 from .base import BenchRow
 
 SAMPLERS = ("monte-carlo", "systematic", "head-tail")

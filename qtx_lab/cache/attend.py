@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -131,9 +130,11 @@ def _attend_compiled(
 ) -> AttentionEstimate:
     launch = _compiled_pass()
     names = launch.RowNames(int(call.seed), call.sequences, call.positions, store.length - call.positions)
-    scanned = launch.Scanned(store.length, store.table, store.order)
-    if sketch is not None:
-        scanned = replace(scanned, lines=sketch.storage, weight=sketch.weight, exact_keys=sketch.exact_keys)
+    table = (store.length, store.table, store.order)
+    if sketch is None:
+        scanned = launch.Scanned(*table)
+    else:
+        scanned = launch.Scanned(*table, sketch.storage, sketch.weight, sketch.exact_keys)
     drawn = launch.draw_rows(
         call.rows, call.scale, scanned, names, call.num_samples, call.replicates, call.defensive
     )
@@ -192,14 +193,11 @@ def _estimate(
     row_shape = call.q.shape[:-1]
     output = drawn.output.view(*row_shape, store.width).to(store.table.dtype)
     draws = Draws(drawn.indices, drawn.weights, None, call.replicates)
-    length, moments = (
-        store.length,
-        store.value_sums / store.length,
-    )  # tokens may come until errors are asked for
+    length, sums = store.length, store.value_sums  # tokens may come before errors are asked for
 
     def make_std_error() -> Tensor:
         with plain_mode(output.device):
-            return _std_error(store, length, drawn, output, moments, call.replicates)
+            return _std_error(store, length, drawn, output, sums / length, call.replicates)
 
     return AttentionEstimate(
         output=output,
@@ -315,11 +313,15 @@ def _attend_by_triton(
     )
 
 
-@contextlib.contextmanager
-def plain_mode(device: torch.device) -> Iterator[None]:
-    """Leave autocast, gradients and inference mode, whatever the caller is in.
+def plain_mode(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Leave autocast, gradients and inference mode, whichever of them the caller is in.
 
     Tensors that are made in inference mode could not be changed outside it.
     """
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
-        yield
+    if not torch.is_inference_mode_enabled() and not torch.is_autocast_enabled(device.type):
+        return torch.no_grad()  # a tenth of the time of all three
+    stack = contextlib.ExitStack()
+    stack.enter_context(torch.inference_mode(False))
+    stack.enter_context(torch.no_grad())
+    stack.enter_context(torch.autocast(device.type, enabled=False))
+    return stack

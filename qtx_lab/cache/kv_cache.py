@@ -63,6 +63,7 @@ class SampledKVCache:
     def __init__(self, parts: CacheParts):
         self._lead = parts.lead  # the leading dimensions of k and v, the last of them the key heads
         self._store, self._sketch, self._queries = parts.store, parts.sketch, parts.queries
+        self._sequences = torch.arange(self._lead[:-1].numel(), device=parts.store.table.device)
         self.defensive = parts.defensive
         """epsilon, the weight of the proposal's uniform part."""
 
@@ -224,9 +225,9 @@ class SampledKVCache:
         rows = self._rows("q", q)
         check_scale(scale)
         store = self._store
-        batch = self._lead[:-1].numel()
-        names = torch.arange(batch, device=q.device) if sequences is None else sequences
-        _check_sequences(names, batch)
+        names = self._sequences if sequences is None else sequences
+        if sequences is not None:
+            _check_sequences(sequences, len(self._sequences))
         with plain_mode(q.device):
             call = Call(
                 q=q.detach(),

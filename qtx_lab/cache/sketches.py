@@ -56,13 +56,15 @@ class QueryMoment:
         self.count = 0
         """Queries of a head in `total`."""
         self._latest: list[Tensor] = []  # summed up together, which costs less
+        self._waiting = 0  # queries of a head in `_latest`
         self._lock = threading.Lock()
 
     def add(self, queries: Tensor) -> None:
         """Remember queries (N, M, E)."""
         with self._lock:
             self._latest.append(queries)
-            if sum(x.shape[1] for x in self._latest) >= queries.shape[-1]:
+            self._waiting += queries.shape[1]
+            if self._waiting >= queries.shape[-1]:
                 self._sum_up()
 
     def sum_up(self) -> None:
@@ -74,7 +76,7 @@ class QueryMoment:
         if self._latest:
             q = torch.cat(self._latest, 1).double()
             self.total += q.mT @ q
-            self.count, self._latest = self.count + q.shape[1], []
+            self.count, self._latest, self._waiting = self.count + q.shape[1], [], 0
 
     def root(self) -> Tensor:
         """E queries a head with the second moment of those seen and a little more, float64, (N, E, E).

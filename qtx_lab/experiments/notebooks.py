@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from ..errors import ArgumentError, QtxError, RunFailed, SpecError, TextError
-from ..models.reference import read_text
+from ..models.text import read_text
 from ..specs import SPECS, ExperimentSpec, NotebookSpec, Spec, nearest
 from .notebook_execution import execute_notebook
 from .report import write_report

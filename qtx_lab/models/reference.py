@@ -1,8 +1,8 @@
-"""The reference model: a small causal byte-level transformer, trained on Python's own manual, and its text.
+"""The reference model: a small causal byte-level transformer that was trained on Python's own manual.
 
 It exists so that every figure of the lab is about attention that a model has learned, on a machine without a
-network. The shipped weights and the held-out text lie in `assets/`, with a model card beside them;
-`reference_training.py` made them.
+network. The shipped weights and the held-out text are in `assets/`, with a model card beside them.
+`qtx_lab.training.reference_training` made them.
 """
 
 from __future__ import annotations
@@ -17,12 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..cache import SampledKVCache
-from ..checks import check_count, check_generator
-from ..errors import ArgumentError, DtypeError, TextError
+from ..errors import ArgumentError
 from ..storage import read_tensors
-
-ASSETS = Path(__file__).parent / "assets"
+from .generation import generate
+from .text import ASSETS
 
 AttentionFn = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """`attention(layer, q, k, v)`: q (B, H, L, E), k and v (B, Hkv, L, E), causal -> (B, H, L, E)."""
@@ -144,21 +142,21 @@ class ReferenceModel(nn.Module):
         num_samples: int = 64,
         generator: torch.Generator | None = None,
     ) -> Iterator[bytes]:
-        """Go on with a text, byte by byte as they come, decoding with a `SampledKVCache` a layer.
+        """Continue a text, yielding bytes as they come; each layer decodes with a `SampledKVCache`.
 
         Parameters
         ----------
         prompt : str or Tensor, int64, (L,)
-            Attended to exactly; with the new bytes no longer than the context.
+            Attended to exactly. With the new bytes it must fit in the context.
         max_new_tokens : int
         temperature : float
-            0: always the likeliest byte; otherwise what the logits are divided by before a byte is drawn.
+            0: always the likeliest byte. Otherwise the logits are divided by it before a byte is drawn.
         proposal, rank : str or None, int
-            As for `SampledKVCache.build`; a proposal of None is exact attention to all tokens.
+            As for `SampledKVCache.build`. None is exact attention to all tokens.
         num_samples : int
             Draws of each row.
         generator : torch.Generator, optional
-            Of bytes and keys; the bytes' random numbers are the same whatever the proposal.
+            Of bytes and keys. The bytes' random numbers are the same whatever the proposal.
 
         Yields
         ------
@@ -176,129 +174,16 @@ class ReferenceModel(nn.Module):
         >>> b"".join(model.generate("The import statement", 12)).decode()[:5]
         ' is a'
         """
-        tokens = encode(prompt) if isinstance(prompt, str) else prompt
-        check_count("max_new_tokens", max_new_tokens)
-        check_generator(generator)
-        if not isinstance(tokens, Tensor) or tokens.dtype != torch.int64 or tokens.ndim != 1:
-            raise DtypeError(
-                f"prompt={prompt!r:.60} is not allowed: it must be a text, or int64 tokens (L,)."
-            )
-        limit = self.config.context
-        if not 1 <= len(tokens) <= limit - max_new_tokens:
-            raise ArgumentError(
-                f"prompt has {len(tokens)} bytes; with max_new_tokens={max_new_tokens} it must have 1 to "
-                f"{limit - max_new_tokens}."
-            )
-        if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.config.vocab_size:
-            raise ArgumentError(
-                f"prompt holds tokens from {int(tokens.min())} to {int(tokens.max())}; they must be 0 to "
-                f"{self.config.vocab_size - 1}."
-            )
-        if (
-            isinstance(temperature, bool)
-            or not isinstance(temperature, int | float)
-            or not 0 <= temperature < math.inf
-        ):
-            raise ArgumentError(f"temperature={temperature!r} is not allowed: it must be a number >= 0.")
-        keys = torch.Generator(self.embedding.weight.device)
-        keys.manual_seed(int(torch.randint(1 << 62, (), generator=generator)))
-        state = Decoding(
-            self, tokens[None], proposal=proposal, rank=rank, num_samples=num_samples, generator=keys
+        return generate(
+            self,
+            prompt,
+            max_new_tokens,
+            temperature=temperature,
+            proposal=proposal,
+            rank=rank,
+            num_samples=num_samples,
+            generator=generator,
         )
-        return self._stream(state, max_new_tokens, temperature, generator)
-
-    @staticmethod
-    def _stream(
-        state: Decoding, count: int, temperature: float, generator: torch.Generator | None
-    ) -> Iterator[bytes]:
-        for left in reversed(range(count)):
-            logits = state.logits[0].cpu()
-            if temperature == 0:
-                token = logits.argmax(-1, keepdim=True)
-            else:
-                token = (logits / temperature).softmax(-1).multinomial(1, generator=generator)
-            yield bytes(token.tolist())
-            if left:
-                state.step(token.to(state.logits.device))
-
-
-class Decoding:
-    """The reference model part of the way through a text: its layers' caches, and the logits of the next byte.
-
-    The tokens so far are attended to exactly, those that `step` adds by draws.
-
-    Parameters
-    ----------
-    model : ReferenceModel
-    tokens : Tensor, int64, (B, L)
-    proposal : str, optional
-        As for `SampledKVCache.build`; None: exact attention, with a cache of all keys and values.
-    rank : int, optional
-    num_samples : int
-    generator : torch.Generator, optional
-
-    Raises
-    ------
-    ArgumentError
-        If an argument is not allowed.
-    """
-
-    def __init__(
-        self,
-        model: ReferenceModel,
-        tokens: Tensor,
-        *,
-        proposal: str | None = "low-rank",
-        rank: int | None = None,
-        num_samples: int = 64,
-        generator: torch.Generator | None = None,
-    ):
-        check_count("num_samples", num_samples)
-        if proposal is None and rank is not None:
-            raise ArgumentError(f"rank={rank} is for proposal='low-rank' only; given None.")
-        self.model, self.num_samples, self.generator = model, num_samples, generator
-        self.caches: list[SampledKVCache] = []
-        self.exact: list[tuple[Tensor, Tensor]] = []
-        self.length = tokens.shape[1]
-
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            if proposal is None:
-                self.exact.append((k, v))
-            else:
-                self.caches.append(SampledKVCache.build(k, v, proposal, rank, queries=q))
-            return causal_sdpa(layer, q, k, v)
-
-        with torch.no_grad():
-            self.logits = model(tokens, attention=attend)[:, -1]  # [B, 256]
-
-    def step(self, token: Tensor) -> Tensor:
-        """Add one token (B,) to each text; the logits (B, 256) of the next.
-
-        Raises
-        ------
-        ArgumentError
-            If the context is full.
-        """
-        if self.length == self.model.config.context:
-            raise ArgumentError(f"the context of {self.length} tokens is full.")
-        self.length += 1
-        rotation = self.model.rotation(self.length, token.device)
-        rotation = rotation[0][-1:], rotation[1][-1:]
-        with torch.no_grad():
-            x = self.model.embedding(token[:, None])
-            for layer, block in enumerate(self.model.blocks):
-                x = block(x, rotation, lambda q, k, v, i=layer: self._attend(i, q, k, v))
-            self.logits = F.linear(self.model.norm(x), self.model.embedding.weight)[:, 0]
-        return self.logits
-
-    def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if self.exact:
-            before = self.exact[layer]
-            k, v = (torch.cat((old, new), 2) for old, new in zip(before, (k, v), strict=True))
-            self.exact[layer] = (k, v)
-            return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
-        self.caches[layer].append(k, v)
-        return self.caches[layer].attend(q, self.num_samples, generator=self.generator).output
 
 
 def load_reference_model(path: str | Path | None = None) -> ReferenceModel:
@@ -318,37 +203,6 @@ def load_reference_model(path: str | Path | None = None) -> ReferenceModel:
     model = ReferenceModel(config)
     model.load_state_dict({name: x.float() for name, x in weights.items()})
     return model.eval()
-
-
-def reference_text() -> str:
-    """The held-out text: the last tenth of Python 3.11's `pydoc_data.topics`, which the model never saw."""
-    return (ASSETS / "heldout.txt").read_text(encoding="utf-8")
-
-
-def read_text(path: str | Path) -> str:
-    """The text of a UTF-8 file.
-
-    Raises
-    ------
-    TextError
-        If it cannot be read, is not UTF-8, or is empty.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise TextError(f"text={str(path)!r} cannot be read: {error.strerror or error}.") from error
-    except UnicodeDecodeError as error:
-        raise TextError(
-            f"text={str(path)!r} is not UTF-8 (byte {error.start}): save it as UTF-8 text."
-        ) from error
-    if not text.strip():
-        raise TextError(f"text={str(path)!r} is empty: the model needs at least some bytes.")
-    return text
-
-
-def encode(text: str) -> Tensor:
-    """The bytes of a text as int64 tokens, (number of bytes,)."""
-    return torch.tensor(bytearray(text.encode()), dtype=torch.uint8).long()
 
 
 def bits_per_byte(

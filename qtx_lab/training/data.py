@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError, TextError
-from ..models.reference import reference_text
+from ..models.text import reference_text
 
 BYTE_VOCABULARY = 256
 """Size of the vocabulary of a text that is read as bytes."""

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from ..errors import ArgumentError, StorageError
-from ..models.reference import ReferenceConfig, ReferenceModel, bits_per_byte, encode
+from ..models.reference import ReferenceConfig, ReferenceModel, bits_per_byte
+from ..models.text import encode
 from ..storage import write_tensors
 from .loop import run_steps
 

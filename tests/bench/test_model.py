@@ -6,7 +6,8 @@ import torch
 
 from qtx_lab.bench import model as bench_model
 from qtx_lab.cache.sketches import PROPOSALS
-from qtx_lab.models.reference import encode, load_reference_model, reference_text
+from qtx_lab.models.reference import load_reference_model
+from qtx_lab.models.text import encode, reference_text
 
 
 def test_the_rows_hold_the_promised_details(capsys):

@@ -1,4 +1,4 @@
-"""The reference model decodes with a cache: as without one where nothing is drawn, streaming, and again from a seed."""
+"""The reference model decodes with a cache as without one where all is drawn, streams and repeats by seed."""
 
 import itertools
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import qtx_lab as qtx
-from qtx_lab.models.reference import Decoding
+from qtx_lab.models.generation import Decoding
 
 TEXT = qtx.reference_text()[:400]
 

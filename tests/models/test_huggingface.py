@@ -1,4 +1,4 @@
-"""Sampled attention in transformers' models: as exact as eager where it draws nothing, and reproducible where it does."""
+"""Sampled attention in transformers' models: as exact as eager without draws, and reproducible with them."""
 
 from __future__ import annotations
 
@@ -97,8 +97,9 @@ def test_generation_with_transformers_own_caches(cache, padding, tokens):
 def test_an_encoder_with_a_decoder(tokens):
     def bart(attention, settings=None):
         config = transformers.BartConfig(
-            vocab_size=40, d_model=32, encoder_layers=1, decoder_layers=2, encoder_ffn_dim=32, decoder_ffn_dim=32,
-            encoder_attention_heads=4, decoder_attention_heads=4, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+            vocab_size=40, d_model=32, encoder_layers=1, decoder_layers=2, encoder_ffn_dim=32,
+            decoder_ffn_dim=32, encoder_attention_heads=4, decoder_attention_heads=4, pad_token_id=0,
+            bos_token_id=1, eos_token_id=2,
         )  # fmt: skip
         return model_of(transformers.BartForConditionalGeneration, config, attention, settings)
 
@@ -326,5 +327,8 @@ def test_what_a_sampled_cache_cannot_do(tokens):
 
 
 def test_importing_qtx_lab_leaves_transformers_alone():
-    code = "import sys, qtx_lab, qtx_lab.attention; qtx_lab.sampled_attention; assert 'transformers' not in sys.modules"
+    code = (
+        "import sys, qtx_lab, qtx_lab.attention; qtx_lab.sampled_attention; "
+        "assert 'transformers' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)

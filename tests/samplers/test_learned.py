@@ -12,7 +12,8 @@ from scipy import stats
 
 import qtx_lab as qtx
 from qtx_lab.errors import ArgumentError, DtypeError, ShapeError, StorageError
-from qtx_lab.models.reference import encode, load_reference_model, reference_text
+from qtx_lab.models.reference import load_reference_model
+from qtx_lab.models.text import encode, reference_text
 from qtx_lab.problem import AttentionProblem
 from qtx_lab.samplers import learned, learned_proposal
 from qtx_lab.samplers.learned import LearnedImportanceSampler

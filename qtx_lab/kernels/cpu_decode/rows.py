@@ -71,7 +71,7 @@ BLOCK = 64
 TILE = 8
 """Rows of a head that read a chunk of the sketch together."""
 AHEAD = 16
-"""Draws (and keys of a scan of the keys themselves) whose memory is requested in advance."""
+"""Draws whose keys and values are requested in advance."""
 STRETCH, NEXT = 128, 1024
 """Keys of a component between two requests for memory, and how far ahead that memory is, in bytes."""
 TERMS = 8
@@ -325,15 +325,14 @@ def _in_levels(component: Any, rank: Any, level: Any, scale: Any) -> None:
 @njit
 def _scores_of_keys(out: Any, x: Any, table: Any, order: Any) -> None:
     """Exact scores (rows, n) of rows x (rows, E), in the order of the places."""
-    features, line = x.shape[1], table.shape[1] * 4
-    for j in range(out.shape[1]):
-        if j + AHEAD < out.shape[1]:
-            at = table.ctypes.data + order[j + AHEAD] * line
-            for byte in range(0, 4 * features, 64):
-                _prefetch(at + byte)
-        key = table[order[j], :features]
-        for i in range(x.shape[0]):
-            out[i, j] = _dot(x[i], key)
+    features, (rows, keys) = x.shape[1], out.shape
+    by_token = np.empty((rows, keys), np.float32)
+    for j in range(keys):  # as they lie in memory
+        for i in range(rows):
+            by_token[i, j] = _dot(x[i], table[j, :features])
+    for i in range(rows):
+        for place in range(keys):
+            out[i, place] = by_token[i, order[place]]
 
 
 @njit

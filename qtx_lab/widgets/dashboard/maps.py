@@ -17,7 +17,8 @@ from matplotlib.colors import to_hex
 
 from ...attention import sampled_attention
 from ...experiments.attention_maps import attention_panels
-from ...models.reference import encode, load_reference_model, reference_text
+from ...models.reference import load_reference_model
+from ...models.text import encode, reference_text
 from ...samplers import SAMPLERS
 from .figures import axes
 

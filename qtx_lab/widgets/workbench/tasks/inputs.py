@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ....errors import ArgumentError
-from ....models.reference import encode, load_reference_model, read_text, reference_text
+from ....models.reference import load_reference_model
+from ....models.text import encode, read_text, reference_text
 from ....storage import read_tensors
 
 

@@ -1,0 +1,159 @@
+"""Generation with the reference model: the prompt attends exactly, later bytes by a `SampledKVCache`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..cache import SampledKVCache
+from ..checks import check_count, check_generator
+from ..errors import ArgumentError, DtypeError
+from .text import encode
+
+if TYPE_CHECKING:
+    from .reference import ReferenceModel
+
+
+def generate(
+    model: ReferenceModel,
+    prompt: str | Tensor,
+    max_new_tokens: int,
+    *,
+    temperature: float,
+    proposal: str | None,
+    rank: int | None,
+    num_samples: int,
+    generator: torch.Generator | None,
+) -> Iterator[bytes]:
+    """Continue a text byte by byte: see `ReferenceModel.generate`."""
+    tokens = encode(prompt) if isinstance(prompt, str) else prompt
+    check_count("max_new_tokens", max_new_tokens)
+    check_generator(generator)
+    _check_prompt(model, tokens, max_new_tokens)
+    is_number = isinstance(temperature, int | float) and not isinstance(temperature, bool)
+    if not is_number or not 0 <= temperature < math.inf:
+        raise ArgumentError(f"temperature={temperature!r} is not allowed: it must be a number >= 0.")
+    # Keys have a generator of their own, so that the bytes' numbers are the same whatever the proposal.
+    keys = torch.Generator(model.embedding.weight.device)
+    keys.manual_seed(int(torch.randint(1 << 62, (), generator=generator)))
+    state = Decoding(
+        model, tokens[None], proposal=proposal, rank=rank, num_samples=num_samples, generator=keys
+    )
+    return _stream(state, max_new_tokens, temperature, generator)
+
+
+def _check_prompt(model: ReferenceModel, tokens: Tensor, max_new_tokens: int) -> None:
+    """Refuse what are no tokens of the model, or too many or too few."""
+    if not isinstance(tokens, Tensor) or tokens.dtype != torch.int64 or tokens.ndim != 1:
+        raise DtypeError(f"prompt={tokens!r:.60} is not allowed: it must be a text, or int64 tokens (L,).")
+    limit, vocabulary = model.config.context, model.config.vocab_size
+    if not 1 <= len(tokens) <= limit - max_new_tokens:
+        raise ArgumentError(
+            f"prompt has {len(tokens)} bytes; with max_new_tokens={max_new_tokens} it must have 1 to "
+            f"{limit - max_new_tokens}."
+        )
+    if not 0 <= int(tokens.min()) <= int(tokens.max()) < vocabulary:
+        raise ArgumentError(
+            f"prompt holds tokens from {int(tokens.min())} to {int(tokens.max())}; they must be 0 to "
+            f"{vocabulary - 1}."
+        )
+
+
+def _stream(
+    state: Decoding, count: int, temperature: float, generator: torch.Generator | None
+) -> Iterator[bytes]:
+    for left in reversed(range(count)):
+        logits = state.logits[0].cpu()
+        if temperature == 0:
+            token = logits.argmax(-1, keepdim=True)
+        else:
+            token = (logits / temperature).softmax(-1).multinomial(1, generator=generator)
+        yield bytes(token.tolist())
+        if left:
+            state.step(token.to(state.logits.device))
+
+
+class Decoding:
+    """The reference model part of the way through a text: a cache a layer, and the next byte's logits.
+
+    The tokens given are attended to exactly, and the tokens that `step` adds attend by draws.
+
+    Parameters
+    ----------
+    model : ReferenceModel
+    tokens : Tensor, int64, (B, L)
+    proposal : str, optional
+        As for `SampledKVCache.build`; None: exact attention, with a cache of all keys and values.
+    rank : int, optional
+    num_samples : int
+    generator : torch.Generator, optional
+
+    Raises
+    ------
+    ArgumentError
+        If an argument is not allowed.
+    """
+
+    def __init__(
+        self,
+        model: ReferenceModel,
+        tokens: Tensor,
+        *,
+        proposal: str | None = "low-rank",
+        rank: int | None = None,
+        num_samples: int = 64,
+        generator: torch.Generator | None = None,
+    ):
+        check_count("num_samples", num_samples)
+        if proposal is None and rank is not None:
+            raise ArgumentError(f"rank={rank} is for proposal='low-rank' only; given None.")
+        self.model, self.num_samples, self.generator = model, num_samples, generator
+        self.caches: list[SampledKVCache] = []
+        """Of each layer, unless attention is exact."""
+        self.exact: list[tuple[Tensor, Tensor]] = []
+        """Keys and values of each layer, if attention is exact."""
+        self.length = tokens.shape[1]
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if proposal is None:
+                self.exact.append((k, v))
+            else:
+                self.caches.append(SampledKVCache.build(k, v, proposal, rank, queries=q))
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+        with torch.no_grad():
+            self.logits = model(tokens, attention=attend)[:, -1]  # [B, 256]
+
+    def step(self, token: Tensor) -> Tensor:
+        """Add one token (B,) to each text; the logits (B, 256) of the next.
+
+        Raises
+        ------
+        ArgumentError
+            If the context is full.
+        """
+        if self.length == self.model.config.context:
+            raise ArgumentError(f"the context of {self.length} tokens is full.")
+        self.length += 1
+        rotation = self.model.rotation(self.length, token.device)
+        rotation = rotation[0][-1:], rotation[1][-1:]
+        with torch.no_grad():
+            x = self.model.embedding(token[:, None])
+            for layer, block in enumerate(self.model.blocks):
+                x = block(x, rotation, lambda q, k, v, i=layer: self._attend(i, q, k, v))
+            self.logits = F.linear(self.model.norm(x), self.model.embedding.weight)[:, 0]
+        return self.logits
+
+    def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.exact:
+            earlier = self.exact[layer]
+            k, v = (torch.cat((old, new), 2) for old, new in zip(earlier, (k, v), strict=True))
+            self.exact[layer] = (k, v)
+            return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        self.caches[layer].append(k, v)
+        return self.caches[layer].attend(q, self.num_samples, generator=self.generator).output

@@ -10,6 +10,8 @@ from torch import Tensor
 
 import qtx_lab as qtx
 from qtx_lab import problem
+from qtx_lab.attention.dispatch import AttentionSettings, attend
+from qtx_lab.problem import AttentionProblem
 from qtx_lab.samplers import BASELINES, SAMPLERS
 
 NAMES = [*SAMPLERS, *BASELINES]
@@ -103,3 +105,34 @@ def test_blocks_and_threads_do_not_matter(
         torch.set_num_threads(threads)
     monkeypatch.setattr(problem, "BLOCK_ELEMENTS", 17 * 24 * 16)
     assert same(drawn(estimate(*qkv, sampler, is_causal=causal)), whole)
+
+
+@pytest.mark.parametrize("sampler", sorted({*NAMES} - {"learned"}))
+def test_prefill_and_decode_of_a_position_draw_alike(
+    sampler: str, qkv: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    """The last row of a causal call, and the same query by itself at its position, which sees all keys."""
+    q, k, v = qkv
+    prefill = drawn(estimate(q, k, v, sampler, is_causal=True), slice(L - 1, L))
+    problem_of_token = AttentionProblem.of(q[..., -1:, :], k, v, enable_gqa=True, first_position=L - 1)
+    settings = AttentionSettings.of(sampler, num_samples=12, replicates=2)
+    decode = attend(problem_of_token, settings, torch.Generator().manual_seed(1))
+    assert same(drawn(decode), prefill)
+
+
+@pytest.mark.parametrize("sampler", ["systematic", "head-tail", "sobol"])
+def test_a_tolerance_keeps_causality(sampler: str, qkv: tuple[Tensor, Tensor, Tensor]) -> None:
+    def outputs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        options = {"is_causal": True, "enable_gqa": True, "tolerance": 0.3}
+        g = torch.Generator().manual_seed(1)
+        est = qtx.sampled_attention(q, k, v, sampler=sampler, generator=g, **options)
+        return est.output[..., :100, :], est.info.draws_per_row[..., :100]
+
+    q, k, v = qkv
+    k2, v2 = k.clone(), v.clone()
+    k2[..., 100:, :] += 1
+    v2[..., 100:, :] -= 1
+    before = outputs(q, k, v)
+    for other in (outputs(q, k2, v2), outputs(*(x[..., :120, :] for x in (q, k2, v2)))):
+        assert torch.equal(other[1], before[1])
+        assert torch.allclose(other[0], before[0], rtol=1e-4, atol=1e-5)

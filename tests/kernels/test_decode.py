@@ -135,7 +135,7 @@ def test_heads_positions_replicates_and_seeds_draw_independently_and_groups_shar
     assert numbers.unique().numel() == numbers.numel() == 16
 
 
-@pytest.mark.parametrize("run", [decode, reference.decode])
+@pytest.mark.parametrize("run", [decode, reference.decode], ids=["kernel", "reference"])
 def test_a_row_draws_the_same_alone_and_in_a_batch_under_its_sequences_name(run, generator, device):
     """Sequences 3 and 8 side by side, and the last query of sequence 8 alone at its position."""
     x = attention_inputs((2, 2, 2, 3, 100, 16, 8), torch.float32, generator, device)

@@ -125,7 +125,9 @@ def test_later_queries_of_a_causal_problem_are_drawn_as_with_the_first(generator
         assert relative(getattr(grad, name), getattr(by_reference, name)) < 1e-5
 
 
-@pytest.mark.parametrize("run", [lambda *a: launch.prefill(*a).output, reference.prefill])
+@pytest.mark.parametrize(
+    "run", [lambda *a: launch.prefill(*a).output, reference.prefill], ids=["kernel", "reference"]
+)
 def test_a_row_draws_the_same_alone_and_in_a_batch_under_its_sequences_name(run, generator, device):
     """Sequences 3 and 8 side by side, and the last query of sequence 8 alone at its position."""
     x = attention_inputs((2, 2, 2, 3, 100, 16, 8), torch.float32, generator, device)

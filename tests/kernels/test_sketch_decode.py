@@ -105,7 +105,7 @@ def test_no_key_is_drawn_twice_and_the_heaviest_with_certainty(generator, device
         assert bool((counts.gather(-1, heaviest + 1) == 1).all())
 
 
-@pytest.mark.parametrize("run", [sketch_decode, reference.sketch_decode])
+@pytest.mark.parametrize("run", [sketch_decode, reference.sketch_decode], ids=["kernel", "reference"])
 def test_a_row_draws_the_same_alone_and_in_a_batch_under_its_sequences_name(run, generator, device):
     """Sequences 3 and 8 side by side, and the last query of sequence 8 alone at its position."""
     x = attention_inputs((2, 1, 2, 2, 100, 16, 8), torch.float32, generator, device)

@@ -167,13 +167,13 @@ class KernelCall:
     def inputs(self) -> Inputs:
         """The tensors as kernels take them, without gradients."""
         p = self.problem
-        return Inputs.of(p.q.detach(), p.k.detach(), p.v.detach(), p.mask, p.scale)
+        return Inputs.of(p.q.detach(), p.k.detach(), p.v.detach(), p.mask, p.scale, p.first_position)
 
 
 def kernels_apply(problem: AttentionProblem) -> bool:
     """Whether a kernel comes into question for a problem, so that its choice has to be stated."""
     trained_mask = problem.mask is not None and problem.mask.requires_grad
-    return triton_considered(problem.q) and not trained_mask and problem.first_position == 0
+    return triton_considered(problem.q) and not trained_mask
 
 
 def takes_decode(problem: AttentionProblem) -> bool:
@@ -251,7 +251,7 @@ class _Prefill(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, stream: Stream, call: KernelCall
     ) -> Tensor:
-        x = Inputs.of(q, k, v, mask, call.problem.scale)
+        x = Inputs.of(q, k, v, mask, call.problem.scale, call.problem.first_position)
         if call.choice.path == "triton":
             from ..kernels.prefill.launch import prefill
 
@@ -272,7 +272,7 @@ class _Prefill(torch.autograd.Function):
         q, k, v, mask, output, normaliser = ctx.saved_tensors
         stream: Stream = ctx.stream
         call: KernelCall = ctx.call
-        x = Inputs.of(q, k, v, mask, call.problem.scale)
+        x = Inputs.of(q, k, v, mask, call.problem.scale, call.problem.first_position)
         options: dict[str, Any] = {"is_causal": call.problem.is_causal}
         with torch.autocast(q.device.type, enabled=False), out_of_memory_explained():
             if call.choice.path == "triton":

@@ -48,7 +48,13 @@ class Inputs:
 
     @classmethod
     def of(
-        cls, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None
+        cls,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None = None,
+        scale: float | None = None,
+        first_position: int = 0,
     ) -> Inputs:
         """Arrange the tensors of an attention call.
 
@@ -60,6 +66,7 @@ class Inputs:
         mask : Tensor, broadcastable to (..., H, L, n), optional
         scale : float, optional
             1 / sqrt(E) where None.
+        first_position : int
         """
         *_, length, features = q.shape
         heads, kv_heads = (x.shape[-3] if x.ndim > 2 else 1 for x in (q, k))
@@ -73,6 +80,7 @@ class Inputs:
             mask,
             length,
             1 / math.sqrt(features) if scale is None else float(scale),
+            first_position,
         )
 
     @property

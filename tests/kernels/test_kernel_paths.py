@@ -10,6 +10,8 @@ import qtx_lab as qtx
 from qtx_lab.attention import kernel_paths
 from qtx_lab.kernels import choice
 from qtx_lab.kernels.choice import choose, device_obstacle
+from qtx_lab.problem import AttentionProblem
+from qtx_lab.samplers import Budget
 
 BOTH = pytest.mark.parametrize("path", ["triton", "reference"])
 
@@ -195,6 +197,37 @@ def test_sampled_attention_takes_the_kernel_for_few_rows(kernels, generator, dev
     drawn = est.draws.average(v.repeat_interleave(2, 1))
     assert (drawn - est.output.float()).norm() / drawn.norm() < 4e-3
     assert est.diagnostics["sampler"] == "systematic"
+
+
+def test_the_kernel_draws_the_samplers_keys(generator, device, monkeypatch):
+    """From one seed; but for the few points that the rounding of masses moves across the border of a key."""
+    q, k, v = heads(generator, device, length=2)
+    indices = []
+    for setting in ("triton", "reference"):
+        monkeypatch.setenv("QTX_LAB_KERNELS", setting)
+        seeded = torch.Generator().manual_seed(3)
+        options = {"num_samples": 32, "replicates": 2, "enable_gqa": True, "generator": seeded}
+        est = qtx.sampled_attention(q, k, v, sampler="systematic", **options)
+        indices.append(est.draws.indices.unflatten(-1, (2, 32)).sort(-1).values)
+    assert float((indices[0] == indices[1]).float().mean()) > 0.99
+
+
+def test_causal_queries_need_not_start_at_the_first_key(kernels, generator, device):
+    """The last 30 of 70 queries draw what they draw among all."""
+    q, k, v = heads(generator, device, length=70, n=70)
+    outputs = []
+    for first in (0, 40):
+        problem = AttentionProblem.of(
+            q[:, :, first:], k, v, is_causal=True, enable_gqa=True, first_position=first
+        )
+        call = kernel_paths.KernelCall(
+            problem,
+            Budget(16, 1),
+            problem.stream(torch.tensor(5, device=device)),
+            kernel_paths.choose_systematic(problem),
+        )
+        outputs.append(kernel_paths.attend_systematic(call).output)
+    torch.testing.assert_close(outputs[0][:, :, 40:], outputs[1])
 
 
 def test_sampled_attention_takes_the_kernel_for_many_causal_or_trained_rows(kernels, generator, device):

@@ -197,7 +197,7 @@ def _estimate(
 
     def make_std_error() -> Tensor:
         with plain_mode(output.device):
-            return _std_error(store, length, drawn, output, sums / length, call.replicates)
+            return _std_error(store, length, drawn, sums / length, call.replicates).view(output.shape)
 
     return AttentionEstimate(
         output=output,
@@ -239,27 +239,25 @@ def _info(
     )
 
 
-def _std_error(
-    store: TokenStore, length: int, drawn: DrawnRows, output: Tensor, moments: Tensor, replicates: int
-) -> Tensor:
-    """Standard errors (..., d) of an output (..., d): `learned_estimators.Spread`, from the values drawn.
+def _std_error(store: TokenStore, length: int, drawn: DrawnRows, moments: Tensor, replicates: int) -> Tensor:
+    """Standard errors (N, M, d) of the output: `learned_estimators.Spread`, from the values drawn.
 
     `moments` has the means of v and of v^2 over the `length` tokens there were, (2, N, 1, d).
     """
     total = drawn.indices.shape[-1]
     # Draws that count for nothing are keys of their own, which no other is taken for.
-    no_key = length + torch.arange(total, device=output.device)
+    no_key = length + torch.arange(total, device=drawn.output.device)
     distinct = torch.where(drawn.weights > 0, drawn.indices, no_key)
     draws = Draws(distinct, drawn.weights, None, replicates)
     values = rows_at(store.table, drawn.indices)[..., store.features :].to(store.dtype)  # [N, M, T, d]
-    rows = output.view(*drawn.weights.shape[:2], output.shape[-1])
+    rows = drawn.output  # not in half precision yet
     a, unseen = delta_terms(draws, drawn.proposed, drawn.inclusion, drawn.rate)
     mean, square = moments  # [N, 1, d]
     spread = (square - mean.square()).clamp_min(0) + (mean - rows).square()
     variance = torch.einsum("nmt,nmtd->nmd", a, (values - rows[..., None, :]).square())
     variance = (variance + (unseen * spread).to(variance.dtype)) / replicates
     rounding = rounding_variance(rows, square.sqrt().to(rows.dtype), total, store.table.dtype)
-    return (variance + rounding).sqrt().view(output.shape)
+    return (variance + rounding).sqrt()
 
 
 # --- The Triton kernel --------------------------------------------------------------------------

@@ -52,6 +52,17 @@ def test_intervals_cover_the_exact_output(proposal, generator):
     assert 0.94 < float(((low < o) & (o < high)).float().mean()) < 0.998
 
 
+def test_errors_in_half_precision_shrink_with_replicates(generator):
+    """The standard error is within a factor of 2.5 of the error, and rounding is that of the cast alone."""
+    k, v = (x.bfloat16() for x in tokens(generator, n=2000, features=32, width=32))
+    q = (2 * torch.randn(2, 1, 32, generator=generator)).bfloat16()
+    cache = qtx.SampledKVCache.build(k, v, proposal="exact")
+    for replicates in (1, 32):
+        est = cache.attend(q, 256, replicates=replicates, generator=generator)
+        error = (est.output.float() - exact(q.float(), k.float(), v.float())).square().mean().sqrt()
+        assert 0.4 < float(est.std_error.square().mean().sqrt() / error) < 2.5
+
+
 @pytest.mark.parametrize("proposal", PROPOSALS)
 def test_sketches_are_near_the_logits(proposal, generator):
     k, v = tokens(generator, n=500)

@@ -64,8 +64,8 @@ TASK = np.dtype(
 )
 """What a call is about. Threads share one task, whose `next_unit` they count up."""
 
-CHUNK = 2048
-"""Keys whose scores are summed up together: they stay in the first cache."""
+CHUNK = 8192
+"""Keys whose scores are summed up together: few enough to stay in a core's caches, yet long runs to read."""
 BLOCK = 64
 """Keys of a block of the inversion: whole blocks are passed by until the one that holds a point."""
 TILE = 8

@@ -12,10 +12,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from ..attention.dispatch import sampled_attention
+from ..attention.dispatch import AttentionSettings, attend
 from ..attention.multihead import drop_keys
 from ..errors import ArgumentError
-from ..samplers import ExactSampler
+from ..problem import AttentionProblem
 from .huggingface_cache import PLACEHOLDERS, SampledCache, SampledLayer
 from .huggingface_settings import IMPLEMENTATION, as_json, given_settings, read_settings
 
@@ -126,7 +126,7 @@ def attention_forward(
     """
     settings = _settings_of(module)
     layer: SampledLayer | None = PLACEHOLDERS.get(key)
-    if isinstance(settings["sampler"], ExactSampler) and layer is None:
+    if settings["sampler"].exact and layer is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs
         )
@@ -152,7 +152,7 @@ def attention_forward(
         attention_mask = attention_mask[..., :n]
     if dropout:
         value = drop_keys(value, dropout, settings["generator"])
-    estimate = sampled_attention(
+    problem = AttentionProblem.of(
         query,
         key,
         value,
@@ -160,8 +160,11 @@ def attention_forward(
         is_causal=is_causal,
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
-        **settings,
+        # Queries are the last tokens, where the keys of others are cached.
+        first_position=0 if is_causal else max(0, n - length),
     )
+    how = {name: x for name, x in settings.items() if name != "generator"}
+    estimate = attend(problem, AttentionSettings.of(**how), settings["generator"])
     weights = estimate.attention_weights().to(query.dtype) if kwargs.get("output_attentions") else None
     return estimate.output.transpose(1, 2).contiguous(), weights
 

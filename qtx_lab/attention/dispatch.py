@@ -12,7 +12,7 @@ from ..controls import Control
 from ..errors import ArgumentError
 from ..estimates import AttentionEstimate, KernelUse
 from ..problem import AttentionProblem
-from ..samplers import Budget, Sampler, SystematicSampler, make_sampler
+from ..samplers import Budget, Sampler, make_sampler
 from ..streams import make_seed
 from .corrections import ControlVariate, correct, make_controls
 from .error_bars import with_error_bars
@@ -214,8 +214,8 @@ def attend(
     seed = make_seed(generator, problem.q.device)
     kernel: KernelUse | None = None
     fallbacks: tuple[str, ...] = ()
-    plain = isinstance(settings.sampler, SystematicSampler) and not (settings.controls or settings.tolerance)
-    if plain and type(settings.sampler) is SystematicSampler and kernels_apply(problem):
+    plain = not (settings.controls or settings.tolerance)
+    if settings.sampler.has_kernel and plain and kernels_apply(problem):
         choice = choose_systematic(problem)
         if choice.path == "triton":
             return attend_systematic(KernelCall(problem, settings.budget, problem.stream(seed), choice))

@@ -11,7 +11,6 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from ..cache import SampledKVCache
 from ..errors import ArgumentError, ShapeError
-from ..samplers import ExactSampler
 from .huggingface_settings import IMPLEMENTATION, given_settings, read_settings
 
 PLACEHOLDERS = WeakIdKeyDictionary()
@@ -66,7 +65,7 @@ class SampledCache(Cache):
                 f"config has layers of {', '.join(sorted(kinds))}; a SampledCache is for full attention only."
             )
         settings = read_settings(given_settings(config), number)
-        exact = [isinstance(settings.get(i, settings[None])["sampler"], ExactSampler) for i in range(number)]
+        exact = [settings.get(i, settings[None])["sampler"].exact for i in range(number)]
         features = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         probe = torch.zeros(1, features)
         SampledKVCache.build(probe, probe, **options)  # a mistake in the options is refused now

@@ -133,6 +133,8 @@ class Sampler(ABC):
     """Whether the output is exact."""
     predicts_variance: bool = False
     """Whether `variance_weights` bounds the variance for every count of draws, which a tolerance needs."""
+    has_kernel: bool = False
+    """Whether the Triton kernels draw as it does, so that problems on CUDA go to them."""
     self_normalised: bool = False
     """Whether weights are divided by their own sum: the gradient then takes the replicate's own mean as
     its baseline.

@@ -35,6 +35,7 @@ class HeadTailSampler(SystematicSampler):
 
     name = "head-tail"
     ordered = True
+    has_kernel = False
 
     def __init__(self, head: str | int = "optimal"):
         whole = isinstance(head, int) and not isinstance(head, bool) and head >= 0

@@ -25,6 +25,7 @@ class SystematicSampler(InversionSampler):
     """
 
     name = "systematic"
+    has_kernel = True
 
     def points(self, stream: Stream, num_samples: int, replicates: int) -> Tensor:
         u = stream.uniform(replicates, 1)

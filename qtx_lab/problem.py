@@ -188,7 +188,7 @@ class AttentionProblem:
         groups = self.k.shape[-3] if self.k.ndim > 2 else 1
         sequences = self.k.shape[:-3].numel() if self.k.ndim > 3 else 1
         names = sequences if self.sequences is None else self.sequences
-        return Stream.of(seed, names, groups, self.length, self.first_position)
+        return Stream.of(seed, names, groups, self.length, self.first_position, self.q.device)
 
     # --- Its rows -----------------------------------------------------------------------------
 
@@ -409,4 +409,4 @@ def _check_sequences(sequences: Tensor, q: Tensor) -> Tensor:
             f"sequences has shape {tuple(sequences.shape)}; it must be ({count},), one name for each "
             "sequence."
         )
-    return sequences.to(q.device)
+    return sequences.cpu()

@@ -121,14 +121,14 @@ def uniform(high: Tensor, low: Tensor) -> Tensor:
     return ((high >> 5) * (1 << 26) + (low >> 6)).double() * 2.0**-53
 
 
-def make_seed(generator: torch.Generator | None, device: torch.device | None = None) -> Tensor:
-    """The next seed of a generator, int64, (), on the device; a GPU is not waited for.
+def make_seed(generator: torch.Generator | None) -> Tensor:
+    """The next seed of a generator, int64, (), on its device; where None, torch's default one.
 
-    torch's default generator of the device is used where None.
+    A seed on the CPU costs a GPU no time: the keys of the sequences are made of it before they are copied.
     """
     check_generator(generator)
-    source = device if generator is None else generator.device
-    return torch.randint(2**63 - 1, (), generator=generator, device=source).to(device, non_blocking=True)
+    device = "cpu" if generator is None else generator.device
+    return torch.randint(2**63 - 1, (), generator=generator, device=device)
 
 
 def sequence_keys(seed: Tensor | int, sequences: Tensor | int) -> Tensor:
@@ -184,6 +184,7 @@ class Stream:
         groups: int,
         length: int,
         first_position: int = 0,
+        device: torch.device | None = None,
     ) -> Stream:
         """The stream of whole sequences.
 
@@ -196,11 +197,13 @@ class Stream:
             Head groups (key heads) of each sequence.
         length : int
             Queries of each head, at positions first_position, first_position + 1, …
+        device : torch.device, optional
+            Where the numbers are made; the seed's device where None.
         """
         # The device is named: torch's default one may be another.
-        device = seed.device if isinstance(seed, Tensor) else torch.device("cpu")
-        names = torch.arange(sequences, device=device) if isinstance(sequences, int) else sequences
-        keys = sequence_keys(seed, names)
+        here = seed.device if isinstance(seed, Tensor) else torch.device("cpu")
+        names = torch.arange(sequences, device=here) if isinstance(sequences, int) else sequences
+        keys = sequence_keys(seed, names).to(device, non_blocking=True)
         group = torch.arange(groups, device=keys.device)
         return cls(
             keys.repeat_interleave(groups),

@@ -2,77 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ..checks import check_count, check_generator
-from ..controls import Control
+from ..checks import check_generator
 from ..errors import ArgumentError
 from ..estimates import AttentionEstimate, KernelUse
 from ..problem import AttentionProblem
-from ..samplers import Budget, Sampler, make_sampler
+from ..samplers import Sampler, make_sampler
 from ..streams import make_seed
-from .corrections import ControlVariate, correct, make_controls
+from .corrections import ControlVariate, correct
 from .error_bars import with_error_bars
 from .gradients import differentiable, outside_graphs
 from .kernel_paths import KernelCall, attend_systematic, choose_systematic, kernels_apply
-from .tolerance import Tolerance, to_tolerance
-
-DEFAULT_SAMPLES = 64
-"""Draws of a row and replicate where neither a number nor a tolerance is given."""
-
-
-@dataclass(frozen=True)
-class AttentionSettings:
-    """How attention is estimated: what `sampled_attention` takes besides the problem, checked by `of`.
-
-    Parameters
-    ----------
-    sampler : Sampler
-    budget : Budget
-    controls : tuple of Control
-    tolerance : Tolerance, optional
-        In place of the budget's `num_samples`.
-    """
-
-    sampler: Sampler
-    budget: Budget
-    controls: tuple[Control, ...] = ()
-    tolerance: Tolerance | None = None
-
-    @classmethod
-    def of(
-        cls,
-        sampler: str | Sampler = "systematic",
-        num_samples: int | None = None,
-        replicates: int = 1,
-        control_variate: ControlVariate | None = None,
-        tolerance: float | None = None,
-        confidence: float = 0.95,
-    ) -> AttentionSettings:
-        """Settings from the arguments of `sampled_attention`.
-
-        Raises
-        ------
-        ArgumentError, DtypeError
-            If one is not allowed, or two exclude each other.
-        """
-        sampler = make_sampler(sampler)
-        check_count("num_samples", DEFAULT_SAMPLES if num_samples is None else num_samples)
-        check_count("replicates", replicates)
-        controls = () if control_variate is None else tuple(make_controls(control_variate))
-        if controls and replicates == 1 and sampler.joint:
-            raise ArgumentError(
-                f"control_variate with sampler={sampler.name!r}, whose rows share their randomness, needs "
-                "replicates >= 2: coefficients must come from other draws than those that they correct."
-            )
-        promise = Tolerance.of(tolerance, confidence, num_samples, sampler)
-        if promise is not None and controls and not sampler.exact:
-            raise ArgumentError("tolerance and control_variate exclude each other: leave one of them out.")
-        budget = Budget(DEFAULT_SAMPLES if num_samples is None else int(num_samples), int(replicates))
-        return cls(sampler, budget, controls, promise)
+from .settings import AttentionSettings
+from .tolerance import to_tolerance
 
 
 @outside_graphs
@@ -152,7 +98,7 @@ def sampled_attention(
         A whole number that names each sequence of the batch; its index in the batch where None. A sequence
         draws the same keys under the same name, wherever it stands.
     generator : torch.Generator, optional
-        Gives the seed; torch's default generator of the device where None.
+        Gives the seed; torch's default generator of the CPU where None.
 
     Returns
     -------
@@ -211,7 +157,7 @@ def attend(
     check_generator(generator)
     if settings.controls and problem.mask is not None:
         raise ArgumentError("control_variate knows no attn_mask, only is_causal: leave one of them out.")
-    seed = make_seed(generator, problem.q.device)
+    seed = make_seed(generator)
     kernel: KernelUse | None = None
     fallbacks: tuple[str, ...] = ()
     plain = not (settings.controls or settings.tolerance)

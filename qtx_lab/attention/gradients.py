@@ -8,7 +8,7 @@ import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,9 +17,7 @@ from torch.autograd.function import once_differentiable
 from ..errors import ArgumentError
 from ..estimates import AttentionEstimate, Draws
 from ..problem import AttentionProblem
-
-if TYPE_CHECKING:
-    from .dispatch import AttentionSettings
+from .settings import AttentionSettings
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -138,7 +138,7 @@ def gpu_quantum_attention(
     )
     if attn_mask is not None and attn_mask.requires_grad:
         raise ArgumentError("attn_mask requires a gradient, which draws do not give: detach it.")
-    stream = problem.stream(make_seed(generator, Q.device))
+    stream = problem.stream(make_seed(generator))
     call = KernelCall(problem, Budget(num_samples, replicates), stream, choose_systematic(problem))
     estimate = attend_systematic(call)
     return estimate if return_estimate else estimate.output

@@ -19,7 +19,8 @@ from ..estimates import AttentionEstimate
 from ..problem import AttentionProblem
 from ..samplers import Sampler, make_sampler
 from .corrections import ControlVariate, make_controls
-from .dispatch import AttentionSettings, attend
+from .dispatch import attend
+from .settings import AttentionSettings
 
 if TYPE_CHECKING:
     from ..backends import HybridPolicy, QiskitQuantumBackend

@@ -74,7 +74,14 @@ class Call:
     def stream(self, store: TokenStore) -> Stream:
         """The random numbers of the rows, the last of them at the last token's position."""
         groups = store.heads // max(1, len(self.sequences))
-        return Stream.of(self.seed, self.sequences, groups, self.positions, store.length - self.positions)
+        return Stream.of(
+            self.seed,
+            self.sequences,
+            groups,
+            self.positions,
+            store.length - self.positions,
+            self.q.device,
+        )
 
     @property
     def draws(self) -> int:

@@ -200,7 +200,7 @@ class SampledKVCache:
         scale : float, optional
             1 / sqrt(E) where None.
         generator : torch.Generator, optional
-            Gives the seed; torch's default generator of the device where None. The draws of a row depend
+            Gives the seed; torch's default generator of the CPU where None. The draws of a row depend
             on the seed, its sequence, its head group, its position and the replicate. The last query is
             at position n - 1.
         sequences : Tensor, int64, (B,), optional
@@ -236,7 +236,7 @@ class SampledKVCache:
                 replicates=int(replicates),
                 scale=1 / math.sqrt(store.features) if scale is None else float(scale),
                 defensive=self.defensive,
-                seed=make_seed(generator, q.device),
+                seed=make_seed(generator),
                 sequences=names.to(q.device),
             )
             estimate = attend(store, self._sketch, call)

@@ -12,8 +12,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from ..attention.dispatch import AttentionSettings, attend
+from ..attention.dispatch import attend
 from ..attention.multihead import drop_keys
+from ..attention.settings import AttentionSettings
 from ..errors import ArgumentError
 from ..problem import AttentionProblem
 from .huggingface_cache import PLACEHOLDERS, SampledCache, SampledLayer

@@ -384,7 +384,7 @@ class StreamSampler(Sampler):
         check_draw_arguments(logits, num_samples, replicates)
         rows, n = logits.shape[:-1], logits.shape[-1]
         heads, length = rows[:-1].numel() if rows else 1, rows[-1] if rows else 1
-        stream = Stream.of(make_seed(generator, logits.device), 1, heads, length)
+        stream = Stream.of(make_seed(generator), 1, heads, length, device=logits.device)
         flat = logits.reshape(heads, length, n)
         if values is not None:
             values = values.expand(*rows[:-1], n, values.shape[-1]).reshape(heads, n, -1)

@@ -273,7 +273,7 @@ class LearnedImportanceSampler(nn.Module, StreamSampler):
         if log_normaliser is not None:
             _check_normaliser(log_normaliser, problem.row_shape, estimator)
             log_normaliser = log_normaliser.to(problem.queries).reshape(problem.shape)
-        stream = problem.stream(make_seed(generator, q.device))
+        stream = problem.stream(make_seed(generator))
         sampled = self.estimate_rows(
             problem,
             Budget(num_samples, replicates),
@@ -324,7 +324,7 @@ class LearnedImportanceSampler(nn.Module, StreamSampler):
         )
         if not bool(self.fitted):
             warnings.warn(NOT_FITTED, FallbackWarning, stacklevel=3)  # where the module is called
-        stream = problem.stream(make_seed(generator, Q.device))
+        stream = problem.stream(make_seed(generator))
         with torch.no_grad():
             output = adaptive(self._propose(problem), base_num_samples, self.independent, stream)
         return problem.in_units(output).view(*problem.row_shape, problem.width).to(V.dtype)

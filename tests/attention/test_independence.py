@@ -10,7 +10,8 @@ from torch import Tensor
 
 import qtx_lab as qtx
 from qtx_lab import problem
-from qtx_lab.attention.dispatch import AttentionSettings, attend
+from qtx_lab.attention.dispatch import attend
+from qtx_lab.attention.settings import AttentionSettings
 from qtx_lab.problem import AttentionProblem
 from qtx_lab.samplers import BASELINES, SAMPLERS
 

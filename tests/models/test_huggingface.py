@@ -140,9 +140,11 @@ def test_draws_differ_between_calls_and_repeat_by_seed(tokens):
 
 def test_layers_differ(tokens, monkeypatch):
     used = []
-    sampled = huggingface.sampled_attention
+    attend = huggingface.attend
     monkeypatch.setattr(
-        huggingface, "sampled_attention", lambda *a, **o: used.append(o["num_samples"]) or sampled(*a, **o)
+        huggingface,
+        "attend",
+        lambda problem, settings, g: used.append(settings.budget.num_samples) or attend(problem, settings, g),
     )
     settings = {"num_samples": 8, "layers": {"0": EXACT, 2: {"num_samples": 16}}}
     with torch.no_grad():

@@ -137,6 +137,7 @@ def sampled_attention(
     return attend(problem, settings, generator)
 
 
+@outside_graphs
 def attend(
     problem: AttentionProblem, settings: AttentionSettings, generator: torch.Generator | None = None
 ) -> AttentionEstimate:

@@ -16,9 +16,9 @@ BLOCK_ELEMENTS = 1 << 20
 """Size of a block of rows: keys, or draws times features, whichever is more, over its rows."""
 
 FIT_GROWTH = 1.1
-"""A causal row's map is fitted to the first 64, 70, 77, … keys that it sees: on the reference model steps of
-2 cost 1.3 times the
-error of independent draws at S = 8, these 1.05 times, a map of all keys, later ones too, 0.9 times."""
+"""A causal row's map is fitted to the first 64, 70, 77, … keys that it sees. On the reference model (all
+layers, n = 512) the error relative to independent draws is then 1.05 at S = 8 and .72 at S = 64; with maps of
+all keys, later ones too, it was 1.01 and .71, and with steps of 2 it would be 1.34 and 1.17."""
 
 SURE = 0.9
 """How much of a key's variance training leaves out where it is sure to be drawn. All of it: training would

@@ -154,7 +154,7 @@ class ControlReport:
     Parameters
     ----------
     coefficients : mapping of str to Tensor (..., H)
-        By control's name: the coefficient of each query head, the mean over folds.
+        By control's name: the coefficient of each query head, the mean over its rows and replicates.
     costs : mapping of str to float
         By control's name: multiply-adds a query.
     exact_cost : float

@@ -1,6 +1,4 @@
-"""Control variates in `sampled_attention`: the corrected output, and what it leaves of each draw for the
-error bars.
-"""
+"""Control variates in `sampled_attention`: the corrected output, and what remains of each draw."""
 
 from __future__ import annotations
 
@@ -8,13 +6,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ..controls import Control, MultilevelControlVariate, make_control, regress
+from ..controls import Control, Folds, MultilevelControlVariate, make_control, regress
 from ..controls.base import Prepared, control_ratios
 from ..errors import ArgumentError
 from ..estimates import ControlReport, Draws
-from ..problem import AttentionProblem
+from ..problem import FIRST_KNOWN, AttentionProblem
 from ..samplers import SampledRows
 from ..streams import Purpose, Stream
 
@@ -33,15 +32,14 @@ def make_controls(control_variate: ControlVariate) -> list[Control]:
         return control_variate.controls
     if isinstance(control_variate, list | tuple):
         return MultilevelControlVariate(control_variate).controls
-    return [make_control(control_variate)]  # type: ignore[arg-type]
+    return [make_control(control_variate)]
 
 
 @dataclass(frozen=True)
 class Correction:
     """What controls make of the draws of rows (N, M).
 
-    With r_cs = trust_c p̂_c(j_s) / p(j_s), the coefficients β and the known sums μ_c, the corrected estimate
-    is
+    With r_cs = trust_c p̂_c(j_s) / p(j_s), coefficients β and known sums μ_c, the corrected estimate is
 
         z = sum_s weights_s g_s,        g_s = (1 - sum_c β_c r_cs) v_{j_s} + sum_c β_c r_cs μ_c.
 
@@ -54,8 +52,8 @@ class Correction:
         β_c r_cs.
     means : Tensor, (C, N, M, d)
         μ_c.
-    oracle : bool
-        Whether a control is the target itself, and the output exact.
+    exact_rows : Tensor, bool, (M,)
+        Where a control is the row itself, and the output exact.
     report : ControlReport
     """
 
@@ -63,7 +61,7 @@ class Correction:
     by_replicate: Tensor
     shares: Tensor
     means: Tensor
-    oracle: bool
+    exact_rows: Tensor
     report: ControlReport
 
     def __getitem__(self, rows: tuple[slice, slice]) -> Correction:
@@ -74,6 +72,7 @@ class Correction:
             by_replicate=self.by_replicate[rows],
             shares=self.shares[:, *rows],
             means=self.means[:, *rows],
+            exact_rows=self.exact_rows[rows[1]],
         )
 
     def applied(self, sampled: SampledRows, problem: AttentionProblem) -> SampledRows:
@@ -86,7 +85,7 @@ class Correction:
                 f"Controls cost as much as the exact output, {report.exact_cost:,.0f} multiply-adds a query: "
                 f"{', '.join(costly)}."
             )
-        if problem.length * self.by_replicate.shape[2] == 1 and not self.oracle:
+        if problem.length * self.by_replicate.shape[2] == 1 and not bool(self.shares.any()):
             info = info.with_fallbacks(
                 "Not corrected by control_variate: one row of one replicate leaves nothing to fit "
                 "coefficients to."
@@ -111,11 +110,28 @@ class Correction:
 
 
 def correct(
-    problem: AttentionProblem, sampled: SampledRows, controls: Sequence[Control], seed: Tensor
+    problem: AttentionProblem,
+    sampled: SampledRows,
+    controls: Sequence[Control],
+    seed: Tensor,
+    *,
+    rows_are_independent: bool = True,
 ) -> Correction:
-    """Correct the estimate that a sampler made of the rows of a problem.
+    """Correct the estimate that a sampler gave of the rows of a problem.
 
-    Coefficients are those of `regress`, one a control and query head, fitted over its rows and replicates.
+    Coefficients are those of `regress`, fitted for each control and query head to the head's rows and
+    replicates: to earlier rows only in a causal problem.
+
+    Parameters
+    ----------
+    problem : AttentionProblem
+    sampled : SampledRows
+        Of that problem.
+    controls : sequence of Control
+    seed : Tensor, int64, ()
+        Of the random features of controls.
+    rows_are_independent : bool
+        Whether the draws of different rows of a head are independent of each other.
 
     Raises
     ------
@@ -128,24 +144,40 @@ def correct(
             "control_variate needs the probabilities of the draws, which "
             f"sampler={sampled.info.sampler!r} does not know."
         )
+    queries = _queries_to_fit(problem)
     prepared = [
         control.prepare(
             problem.keys,
             problem.values,
             scale=problem.scale,
             causal=problem.is_causal,
-            q=problem.queries,
+            q=queries,
             generator=_feature_generator(problem, seed),
         )
         for control in controls
     ]
     parts = _control_parts(problem, draws, prepared, sampled.design.variance_weights)
-    oracle = next((i for i, control in enumerate(controls) if control.oracle), None)
-    fitted = _regressed(problem, parts) if oracle is None else _oracle(problem, parts, oracle)
+    fitted = _fit(problem, parts, controls, prepared, rows_are_independent)
     report = _report(problem, draws, controls, prepared, parts, fitted)
     return Correction(
-        fitted.output, fitted.by_replicate, fitted.shares, parts.means, oracle is not None, report
+        fitted.output,
+        fitted.by_replicate,
+        fitted.shares,
+        parts.means,
+        fitted.exact_rows,
+        report,
     )
+
+
+def _queries_to_fit(problem: AttentionProblem) -> Tensor:
+    """The queries that controls may tune themselves to, (N, queries, E).
+
+    In a causal problem these are the queries that every row knows which sees `FIRST_KNOWN` keys.
+    """
+    if not problem.is_causal:
+        return problem.queries
+    known = max(1, FIRST_KNOWN - problem.first_position)
+    return problem.queries.unflatten(1, (problem.group, problem.length))[:, :, :known].flatten(1, 2)
 
 
 def _feature_generator(problem: AttentionProblem, seed: Tensor) -> torch.Generator:
@@ -156,9 +188,19 @@ def _feature_generator(problem: AttentionProblem, seed: Tensor) -> torch.Generat
 
 @dataclass(frozen=True)
 class _ControlParts:
-    """What controls say about the draws of rows (N, M): estimates (N, M, R, d), noise (C, N, M, R, d), means
-    (C, N, M, d)
-    and r_cs of `Correction` (C, N, M, R * S)."""
+    """What controls say about the draws of rows (N, M).
+
+    Parameters
+    ----------
+    estimates : Tensor, (N, M, R, d)
+        The uncorrected estimate of each replicate.
+    noise : Tensor, (C, N, M, R, d)
+        The error of each control's estimate: see `control_noise`.
+    means : Tensor, (C, N, M, d)
+        Known sums of the controls.
+    shares : Tensor, (C, N, M, R * S)
+        r_cs of `Correction`.
+    """
 
     estimates: Tensor
     noise: Tensor
@@ -206,41 +248,63 @@ def _control_parts(
 
 @dataclass(frozen=True)
 class _Fitted:
-    """A corrected estimate: output (N, M, d), by replicate (N, M, R, d), β_c r_cs (C, N, M, R * S),
-    coefficients (H, C).
-    """
+    """A corrected estimate: `output`, `by_replicate`, `shares` and `exact_rows` of `Correction`, and the mean
+    coefficients of query heads (H, C)."""
 
     output: Tensor
     by_replicate: Tensor
     shares: Tensor
     coefficients: Tensor
+    exact_rows: Tensor
 
 
-def _regressed(problem: AttentionProblem, parts: _ControlParts) -> _Fitted:
+def _fit(
+    problem: AttentionProblem,
+    parts: _ControlParts,
+    controls: Sequence[Control],
+    prepared: Sequence[Prepared],
+    rows_are_independent: bool,
+) -> _Fitted:
     """Corrected by coefficients that are fitted to other draws than those that they correct."""
-    (_, _, r, width), controls = parts.estimates.shape, len(parts.noise)
+    (_, _, r, width), count = parts.estimates.shape, len(parts.noise)
     heads, length = problem.shape[0] * problem.group, problem.length
-    fit = regress(
-        parts.estimates.view(heads, length, r, width),
-        parts.noise.view(controls, heads, length, r, width),
-        parts.means.mean(0).view(heads, length, width),
-        most=1.0,
+    estimates = parts.estimates.view(heads, length, r, width)
+    noise = parts.noise.view(count, heads, length, r, width)
+    means = parts.means.view(count, heads, length, width)
+    known = _known_coefficients(problem, controls, prepared)  # [L, C]
+    rows = ~known.any(1)  # those to fit; where a control is exact, it says nothing of the other rows
+    folds = None
+    if problem.is_causal:
+        independent = rows_are_independent
+        folds = Folds.of_earlier_rows(
+            int(rows.sum()), r, rows_are_independent=independent, device=rows.device
+        )
+    fit = regress(estimates[:, rows], noise[:, :, rows], means.mean(0)[:, rows], folds=folds, largest=1.0)
+    beta = known.to(noise)[:, None].repeat(heads, 1, r, 1)  # [H, L, R, C]
+    beta[:, rows] = fit.coefficients[:, fit.folds.fold].to(beta)
+    corrected = estimates - torch.einsum("lc,chlrd->hlrd", known.to(noise), noise)
+    corrected[:, rows] = fit.by_replicate
+    exact = torch.einsum("lc,chld->hld", known.to(means), means)
+    output = torch.where(rows[:, None], corrected.mean(2), exact)
+    draws = parts.shares.shape[-1] // r
+    shares = parts.shares.view(count, heads, length, r, draws) * beta.movedim(-1, 0)[..., None]
+    return _Fitted(
+        output.view(*problem.shape, width),
+        corrected.view(parts.estimates.shape),
+        shares.view(parts.shares.shape),
+        beta.double().sum((1, 2)) / max(1, length * r),
+        ~rows.repeat(problem.group),
     )
-    beta = fit.coefficients[:, fit.fold].to(parts.shares.dtype)  # [H, L, R, C]
-    shares = (
-        parts.shares.view(controls, heads, length, r, parts.shares.shape[-1] // r)
-        * beta.movedim(-1, 0)[..., None]
-    )
-    corrected = fit.by_replicate.view(parts.estimates.shape)
-    return _Fitted(corrected.mean(2), corrected, shares.view(parts.shares.shape), fit.coefficients.mean(1))
 
 
-def _oracle(problem: AttentionProblem, parts: _ControlParts, oracle: int) -> _Fitted:
-    """Corrected by the control that is the target itself, with coefficient 1."""
-    only = torch.arange(len(parts.noise), device=parts.noise.device).eq(oracle)
-    coefficients = only.double().expand(problem.shape[0] * problem.group, -1)
-    corrected = parts.estimates - parts.noise[oracle]
-    return _Fitted(parts.means[oracle], corrected, parts.shares * only.view(-1, 1, 1, 1), coefficients)
+def _known_coefficients(
+    problem: AttentionProblem, controls: Sequence[Control], prepared: Sequence[Prepared]
+) -> Tensor:
+    """1 for the control that is the row itself, an oracle before others, else 0: bool, (L, C)."""
+    positions = problem.positions(slice(0, problem.length))
+    exact = torch.stack([control.exact_rows(positions) for control in prepared], -1)  # [L, C]
+    oracle = torch.tensor([control.oracle for control in controls], device=exact.device)
+    return F.one_hot((exact.int() + oracle).argmax(-1), len(controls)).bool() & exact
 
 
 def _report(

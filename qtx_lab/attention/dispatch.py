@@ -203,5 +203,6 @@ def estimate_problem(
         sampled = replace(sampled, info=info)
         if not controls:
             return with_error_bars(sampled, problem).to_estimate(problem)
-        correction = correct(problem, sampled, controls, seed)
+        independent = not sampler.joint
+        correction = correct(problem, sampled, controls, seed, rows_are_independent=independent)
         return with_error_bars(correction.applied(sampled, problem), problem, correction).to_estimate(problem)

@@ -47,7 +47,7 @@ def with_error_bars(
     """
     if sampled.make_std_error is not None:
         return sampled
-    if correction is not None and correction.oracle:
+    if correction is not None and bool(correction.exact_rows.all()):
         zero = torch.zeros_like(sampled.output)
         return replace(sampled, make_std_error=lambda: zero, degrees_of_freedom=math.inf)
     draws, design = sampled.make_draws(), sampled.design
@@ -173,6 +173,8 @@ class ErrorBars:
                 variance = variance + g * predicted
             variance = variance / (g + r - 1) / r
         drawn = (draws.weights > 0).any(-1, keepdim=True)  # an empty row has no error
+        if correction is not None:
+            variance = variance.masked_fill(correction.exact_rows[:, None], 0)
         rounding = rounding_variance(output, self.size[heads], total, self.output_dtype)
         return torch.where(drawn, variance.clamp_min(0) + rounding, 0).sqrt()
 
@@ -207,8 +209,13 @@ class ErrorBars:
         o, centre = output - self.centre[heads], self.centre[heads]
         rare = draws.weights * (times == 1)
         mass = rare.sum(-1, keepdim=True)
-        left = _about(o, mass, *correction.moments(draws, rare, table, centre)).sum((1, 2))
-        plain = _about(o, mass, *draws.average(table, rare).chunk(2, dim=-1)).sum((1, 2))
+        known = correction.exact_rows[:, None]  # what is left of these rows says nothing of the others
+        left = (
+            _about(o, mass, *correction.moments(draws, rare, table, centre)).masked_fill(known, 0).sum((1, 2))
+        )
+        plain = (
+            _about(o, mass, *draws.average(table, rare).chunk(2, dim=-1)).masked_fill(known, 0).sum((1, 2))
+        )
         rho = torch.where(plain > 0, left / plain, 1).clamp(0, 1)[:, None, None]
         first, second = correction.moments(draws, a, table, centre)
         seen = _about(o, held, first, second)

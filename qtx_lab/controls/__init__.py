@@ -8,13 +8,14 @@ from .linformer import LinformerControl
 from .multilevel import LevelDraws, MultilevelControlVariate
 from .performer import PerformerControl
 from .registry import CONTROLS, make_control
-from .regression import Regression, regress
+from .regression import Folds, Regression, regress
 from .topk import TopKControl
 
 __all__ = [
     "CONTROLS",
     "Control",
     "ExactControl",
+    "Folds",
     "LevelDraws",
     "LinformerControl",
     "MultilevelControlVariate",

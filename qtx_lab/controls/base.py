@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -15,16 +16,17 @@ from ..estimates import Draws
 EVERY = slice(None)
 
 GATHERED = 1 << 20
-"""Numbers that are gathered at a time where rows look at keys of their own: 4 MiB in float32."""
+"""The most numbers gathered at a time where each row looks at keys of its own: 4 MiB in float32."""
 
 
 class Prepared(Protocol):
-    """A control that has seen the keys and values of N heads.
+    """A control for the given keys and values of N heads.
 
-    For every query it holds surrogate weights p̂_j >= 0 of the keys that the query sees, which sum to 1
-    (0 of the others), and knows both each p̂_j and sum_j p̂_j v_j.
+    For every query it has surrogate weights p̂_j >= 0 of the keys that the query sees, which sum to 1 (0 for
+    the other keys), and knows both each p̂_j and sum_j p̂_j v_j.
     """
 
+    @abstractmethod
     def sums(self, q: Tensor, positions: Tensor, *, heads: slice = EVERY) -> Tensor:
         """sum_j p̂_j v_j of every query.
 
@@ -33,9 +35,9 @@ class Prepared(Protocol):
         q : Tensor, (N, M, E)
             M queries of each of the heads `heads`.
         positions : Tensor, (M,), int64
-            Causal: query m sees keys 0..positions[m]. Not looked at otherwise.
+            In a causal problem query m sees the keys 0 to positions[m]. Ignored otherwise.
         heads : slice
-            Which of the prepared heads the queries belong to.
+            The prepared heads that the queries belong to.
 
         Returns
         -------
@@ -46,32 +48,39 @@ class Prepared(Protocol):
         ShapeError
             If q does not fit the heads or positions does not fit q.
         """
-        ...
 
+    @abstractmethod
     def weights_at(self, q: Tensor, positions: Tensor, indices: Tensor, *, heads: slice = EVERY) -> Tensor:
-        """p̂ at keys `indices` (N, M, T), the same p̂ as that of `sums`; (N, M, T)."""
-        ...
+        """p̂ at the keys `indices` (N, M, T), the same p̂ as that of `sums`; (N, M, T)."""
 
     def trust(self, q: Tensor, positions: Tensor, *, heads: slice = EVERY) -> Tensor | None:
-        """1 / sum_j p̂_j^2 / p_j of every query, (N, M); None where only a look at p could tell: `measured_trust`."""
-        ...
+        """1 / sum_j p̂_j^2 / p_j of every query, (N, M); None where it needs p: see `measured_trust`."""
+        return None
 
+    def exact_rows(self, positions: Tensor) -> Tensor:
+        """At which positions p̂ = p, whatever the keys: bool, (M,).
+
+        The coefficient of such a row is known to be 1.
+        """
+        return torch.zeros_like(positions, dtype=torch.bool)
+
+    @abstractmethod
     def cost(self, n: int) -> float:
-        """Multiply-adds that `sums` spends on a query of n keys; what is shared by all queries not counted."""
-        ...
+        """Multiply-adds that `sums` spends on a query of n keys, without those that all queries share."""
 
+    @abstractmethod
     def cost_at(self) -> float:
         """Multiply-adds that `weights_at` spends on a drawn key, once `sums` is known."""
-        ...
 
 
-class Control(Protocol):
-    """Makes surrogate weights for given keys."""
+class Control(ABC):
+    """A cheap surrogate of attention rows, to be prepared for given keys."""
 
     name: str
-    oracle: bool
+    oracle: bool = False
     """Whether p̂ = p, so that the coefficient 1 is known to be right."""
 
+    @abstractmethod
     def prepare(
         self,
         k: Tensor,
@@ -91,8 +100,12 @@ class Control(Protocol):
         scale : float
             p = softmax(scale q·k).
         causal : bool
+            Whether a query sees only the keys up to its position. What the control then says of a query must
+            not depend on later keys, nor on n: for queries that see as many it can be fitted to the first
+            `qtx_lab.problem.FIRST_KNOWN` keys.
         q : Tensor, (N, M, E), optional
-            The queries to come, for a control that can tune itself to them. Any will do.
+            Queries that the control can tune itself to, as many as there are. Those of a causal problem must
+            be known to every query that sees `FIRST_KNOWN` keys.
         generator : torch.Generator, optional
             The only source of randomness; torch's default one for the device where None.
 
@@ -101,18 +114,18 @@ class Control(Protocol):
         ShapeError, DtypeError, ArgumentError
             If k and v are not of these shapes and types, or scale is not finite.
         """
-        ...
 
 
 def check_keys(k: Tensor, v: Tensor, scale: float) -> None:
-    """Refuse keys and values that no control can be prepared from (see `Control.prepare`)."""
+    """Refuse keys and values that no control can be prepared for: see `Control.prepare`."""
     for name, x in (("k", k), ("v", v)):
         if not isinstance(x, Tensor) or x.dtype not in (torch.float32, torch.float64):
             given = x.dtype if isinstance(x, Tensor) else type(x).__name__
             raise DtypeError(f"{name} is {given}; it must be a float32 or float64 tensor.")
     if k.ndim != 3 or v.ndim != 3 or k.shape[:2] != v.shape[:2] or 0 in k.shape[1:]:
         raise ShapeError(
-            f"k has shape {tuple(k.shape)} and v {tuple(v.shape)}; they must be (N, n, E) and (N, n, d), n, E >= 1."
+            f"k has shape {tuple(k.shape)} and v {tuple(v.shape)}; they must be (N, n, E) and (N, n, d) "
+            "with n, E >= 1."
         )
     if k.dtype != v.dtype:
         raise DtypeError(f"k is {k.dtype} and v is {v.dtype}; they must agree.")
@@ -153,15 +166,16 @@ def ratios(draws: Draws, weights: Tensor) -> Tensor:
     Raises
     ------
     ArgumentError
-        If the sampler did not say how probable its draws are.
+        If the draws have no probabilities.
     """
     if draws.probabilities is None:
         raise ArgumentError(
-            "draws has no probabilities; a control variate needs p at every drawn key: use a sampler that knows it."
+            "draws has no probabilities, but a control variate needs p at every drawn key: use a sampler "
+            "that knows it."
         )
     live = draws.weights > 0
     p = draws.probabilities.masked_fill(~live, 1)
-    # A draw of probability below the smallest normal number has lost its digits, and its ratio its meaning.
+    # A probability below the smallest normal number has lost its digits, and its ratio means nothing.
     return (draws.weights * weights / p.clamp_min(torch.finfo(p.dtype).tiny)).masked_fill(~live, 0)
 
 
@@ -176,12 +190,12 @@ def measured_trust(
     variance_weights: Callable[[Tensor], Tensor] | None = None,
     heads: slice = EVERY,
 ) -> Tensor:
-    """sum_j a_j / sum_j a_j (p̂_j / p_j)^2 of every query, (N, M), cut off at 1; 0 where nothing varies.
+    """sum_j a_j / sum_j a_j (p̂_j / p_j)^2 of every query, (N, M), but at most 1; 0 where nothing varies.
 
-    The weights a_j say how much key j adds to the variance of an estimate, p_j for independent draws: then the result is
-    1 / sum_j p̂_j^2 / p_j. The lower sum is what the draws must pay for a surrogate: keys that p̂ holds likely and p
-    does not are drawn once in a very long time, with a huge ratio. Draws do not show it, so the row is looked at, for
-    n (E + `cost_at`) multiply-adds a query.
+    The weight a_j says how much key j adds to the variance of an estimate. For independent draws it is p_j,
+    and the result 1 / sum_j p̂_j^2 / p_j. The sum below is what a surrogate costs in variance: a key that is
+    likely under p̂ and unlikely under p is drawn very seldom, but then with a huge ratio. The draws do not
+    show this, so the whole row is read, for n (E + `Prepared.cost_at`) multiply-adds a query.
     """
     log_p = masked_logits(q, keys, positions, scale, causal).log_softmax(-1)
     log_hat = dense_weights(prepared, q, positions, keys.shape[1], heads=heads).log_()
@@ -189,12 +203,12 @@ def measured_trust(
     if variance_weights is not None:
         p = log_p.exp().nan_to_num(0)
         each = variance_weights(p) / p
-        # A probability too small for a number is one of those that are drawn least.
+        # A key whose probability underflows to 0 counts as one of those that are drawn least.
         log_a = torch.where(p > 0, each, each.nan_to_num(0).amax(-1, keepdim=True)).log() + log_p
     unseen = ~(log_p > -torch.inf)
-    paid = (2 * (log_hat - log_p) + log_a).masked_fill(unseen, -torch.inf).logsumexp(-1)
-    had = log_a.masked_fill(unseen, -torch.inf).logsumexp(-1)
-    return (had - paid).nan_to_num(-torch.inf).clamp_max(0).exp()
+    cost = (2 * (log_hat - log_p) + log_a).masked_fill(unseen, -torch.inf).logsumexp(-1)
+    total = log_a.masked_fill(unseen, -torch.inf).logsumexp(-1)
+    return (total - cost).nan_to_num(-torch.inf).clamp_max(0).exp()
 
 
 def control_ratios(
@@ -236,15 +250,15 @@ def control_noise(
     variance_weights: Callable[[Tensor], Tensor] | None = None,
     heads: slice = EVERY,
 ) -> tuple[Tensor, Tensor]:
-    """What the control's estimate from the same draws is off by, in each replicate, and its known sum.
+    """The error of a control's estimate from the same draws, in each replicate, and its known sum.
 
     With μ = sum_j p̂_j v_j and the R * S draws of a row, replicate r has
 
         noise_r = R c sum_{s in r} weights_s p̂(j_s) / p(j_s) (v_{j_s} - μ),       E[noise_r] = 0,
 
-    since p̂ sums to 1. Taking off μ removes the noise of sum_s weights_s p̂ / p itself, which the target,
-    whose weights sum to 1, does not have. c, the row's trust (`measured_trust`), makes one coefficient a
-    head nearly as good as one a row: a row on which p̂ fails would else spoil its whole head.
+    as p̂ sums to 1. Subtracting μ removes the noise of sum_s weights_s p̂ / p itself, which the target does
+    not have, as its weights sum to 1. The row's trust c (`measured_trust`) makes one coefficient for a head
+    nearly as good as one for each row; without it, a row on which p̂ fails would spoil its whole head.
 
     Parameters
     ----------

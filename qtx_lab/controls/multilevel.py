@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import ArgumentError, DtypeError, ShapeError
 from ..estimates import Draws
+from ..problem import FIRST_KNOWN
 from .base import Control, control_ratios
 from .registry import make_control
 from .regression import regress
@@ -179,8 +180,9 @@ class MultilevelControlVariate:
         positions = torch.arange(length, device=Q.device)
         drawn = v[torch.arange(count, device=Q.device)[:, None, None], flat.indices]  # [N, L, T, d]
         noise, means, costs = [], [], {}
+        known = q[:, :FIRST_KNOWN] if is_causal else q
         for control in self.controls:
-            prepared = control.prepare(k, v, scale=scale, causal=is_causal, q=q, generator=generator)
+            prepared = control.prepare(k, v, scale=scale, causal=is_causal, q=known, generator=generator)
             mean = prepared.sums(q, positions)
             w = control_ratios(prepared, q, positions, k, flat, scale=scale, causal=is_causal)
             noise.append(total * w[..., None] * (drawn - mean[..., None, :]))
@@ -338,7 +340,7 @@ def _correct(
             "bias. Draw replicates, or set independent=True if the draws are independent."
         )
         return _Correction(estimates.mean(2), estimates, zero, (note,))
-    fit = regress(estimates, noise, means.mean(0), most=largest)
+    fit = regress(estimates, noise, means.mean(0), largest=largest)
     coefficients = fit.coefficients.mean(1)
     notes: tuple[str, ...] = ()
     if not bool(coefficients.any()):

@@ -1,4 +1,4 @@
-"""Positive orthogonal random features as a control."""
+"""A control made of positive orthogonal random features."""
 
 from __future__ import annotations
 
@@ -10,26 +10,33 @@ from torch import Tensor
 
 from ..checks import check_count
 from ..errors import ArgumentError
-from .base import EVERY, GATHERED, check_keys, check_queries
+from ..problem import FIRST_KNOWN
+from .base import EVERY, GATHERED, Control, Prepared, check_keys, check_queries, masked_logits
 
 FLOOR = 1e-6
-"""Added to every key's features (the largest is 1), so that no row, and no causal prefix, has mass 0."""
+"""Added to every feature, so that no row has mass 0. The largest feature of the keys fitted to is 1."""
+
+MAX_EXPONENT = 30.0
+"""Features of later keys are at most exp(MAX_EXPONENT), so that sums of a million stay far inside float32."""
 
 
-class PerformerControl:
+class PerformerControl(Control):
     """p̂_j ∝ φ(q)·φ(k_j) with positive orthogonal random features φ (FAVOR+).
 
-    φ_f(x) = exp(±B ω_f·x + A |ω_f|^2 - |x|^2 / 2), f = 1..features / 2, with A and B that make the variance least
-    (`damping`; A = 0 and B = 1 are the Performer's). The directions ω_f are orthogonal in blocks of E, with the
-    lengths of Gaussian vectors, and come in pairs ±ω_f. A row of a softmax does not change when all keys move
-    by k̄, nor when queries shrink as keys grow, and what all queries share, exp(scale q̄·k_j), is known exactly:
-    so x stands for the centred key and, where `prepare` was shown the queries, the centred query, both scaled
-    to the same mean square.
-    Accurate where logits are small, useless where they are large: the relative variance of a feature grows as
-    exp(scale |q + k|^2). Cost features (E + d + 1) a query, and for a causal query also
-    B (features + d + 1), B ~ sqrt(n), for the keys of its own chunk; n features (E + d + 1) once for all
-    queries. Source: Choromanski et al., Rethinking attention with Performers (2021), eq. 5 and 7, Theorem 2;
-    Likhosherstov et al., Chefs' random tables (2022), for A and B.
+    φ_f(x) = exp(±B ω_f·x + A |ω_f|^2 - |x|^2 / 2), f = 1 … features / 2, with A and B of least variance
+    (`damping`; the Performer has A = 0 and B = 1). The directions ω_f are orthogonal in blocks of E, have the
+    lengths of Gaussian vectors and come in pairs ±ω_f. A row of a softmax does not change when all keys move
+    by k̄, nor when queries shrink as keys grow; and what all queries share, exp(scale q̄·k_j), is known
+    exactly. So x stands for the centred key and, where `prepare` was given queries, the centred query, both
+    scaled to the same mean square. Centres and scales are those of all keys and queries or, in a causal
+    problem, of the first 64 keys: a row that sees no more has the exact row as its surrogate, which costs
+    less than the default features there.
+
+    The control is accurate where logits are small and useless where they are large: the relative variance of
+    a feature grows as exp(scale |q + k|^2). It costs features (E + d + 1) multiply-adds a query, and for a
+    causal query also B (features + d + 1), B ~ sqrt(n), for the keys of its own chunk; n features (E + d + 1)
+    once for all queries. Source: Choromanski et al., Rethinking attention with Performers (2021), eq. 5 and
+    7, Theorem 2; Likhosherstov et al., Chefs' random tables (2022), for A and B.
 
     Parameters
     ----------
@@ -38,12 +45,13 @@ class PerformerControl:
     """
 
     name = "performer"
-    oracle = False
 
     def __init__(self, features: int = 128):
         check_count("features", features)
         if features % 2:
-            raise ArgumentError(f"features={features} is not allowed: it must be even, they come in pairs.")
+            raise ArgumentError(
+                f"features={features} is not allowed: it must be even, as features come in pairs."
+            )
         self.features = features
 
     def prepare(
@@ -56,6 +64,7 @@ class PerformerControl:
         q: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> PerformerWeights:
+        """Compute the features of the keys: see `Control.prepare`."""
         check_keys(k, v, scale)
         directions = orthogonal_directions(self.features // 2, k.shape[-1], generator)
         if q is not None:
@@ -89,69 +98,100 @@ def _both_signs(x: Tensor) -> Tensor:
     return torch.cat((x, -x), dim=-1)
 
 
-class PerformerWeights:
+def _mean_square(x: Tensor) -> Tensor:
+    """The mean of |x|^2 of vectors (N, n, E), (N, 1, 1); above 0."""
+    return x.square().sum(-1).mean(1).clamp_min(1e-12)[:, None, None]
+
+
+class PerformerWeights(Prepared):
     """`PerformerControl` for given keys and `directions` ω, (features / 2, E)."""
 
     def __init__(
         self, k: Tensor, v: Tensor, scale: float, causal: bool, directions: Tensor, q: Tensor | None = None
     ):
-        self.causal, self.directions = causal, directions
-        k = k - k.mean(1, keepdim=True)
-        q = k if q is None or not q.numel() else q * scale
-        self.centre = torch.zeros_like(k[:, :1]) if q is k else q.mean(1, keepdim=True)  # [N, 1, E]
+        self.scale, self.causal, self.directions = scale, causal, directions
+        n, known = k.shape[1], FIRST_KNOWN if causal else k.shape[1]
+        self.first_keys, self.first_values = (x[:, :FIRST_KNOWN] for x in (k, v))
+        k = k - k[:, :known].mean(1, keepdim=True)
+        key_square = _mean_square(k[:, :known])
+        if q is None or not q.numel():  # queries are taken to be like keys
+            self.centre, query_square = torch.zeros_like(k[:, :1]), key_square * scale * scale
+        else:
+            self.centre = scale * q.mean(1, keepdim=True)  # [N, 1, E]
+            query_square = _mean_square(scale * q - self.centre)
         common = k @ self.centre.mT  # [N, n, 1], the part of the logits that all queries share
-        sizes = [x.square().sum(-1).mean(1).clamp_min(1e-12)[:, None, None] for x in (q - self.centre, k)]
-        if q is k:
-            sizes = [sizes[1] * scale * scale, sizes[1]]
-        factor = (sizes[0] / sizes[1]).sqrt().sqrt()  # [N, 1, 1]: both sides get the same mean square
+        factor = (query_square / key_square).sqrt().sqrt()  # [N, 1, 1], gives both sides the same mean square
         self.factor, self.query_factor = factor, scale / factor
-        self.stretch, tilt = damping(2 * (sizes[0] * sizes[1]).sqrt(), k.shape[-1])
+        self.stretch, tilt = damping(2 * (query_square * key_square).sqrt(), k.shape[-1])
         x = k * factor
         # |ω|^2 acts on queries and on keys; here both times on the keys
         bend = 2 * tilt * directions.square().sum(-1).repeat(2)  # [N, 1, r]
         self.mixed = self.stretch * directions.mT  # [N, E, r / 2]
         exponents = _both_signs(x @ self.mixed) + bend + common - x.square().sum(-1, keepdim=True) / 2
-        self.shift = exponents.amax(1, keepdim=True)  # [N, 1, r], handed on to the queries' features
-        self.features = (exponents - self.shift).exp_() + FLOOR
+        self.shift = exponents[:, :known].amax(
+            1, keepdim=True
+        )  # [N, 1, r], handed on to the queries' features
+        self.features = (exponents - self.shift).clamp_max_(MAX_EXPONENT).exp_() + FLOOR
         self.values = F.pad(v, (0, 1), value=1.0)  # [N, n, d + 1]: the last column sums up to the normaliser
-        n = k.shape[1]
         self.chunk = 16 * math.ceil(math.sqrt(n) / 16) if causal else n
         padding = (0, 0, 0, -n % self.chunk)
-        # [N, chunks, r, d + 1], summed over the keys of all chunks before, and lastly over all keys
-        parts = (F.pad(x, padding).unflatten(1, (-1, self.chunk)) for x in (self.features, self.values))
-        keys, values = parts
+        keys, values = (
+            F.pad(x, padding).unflatten(1, (-1, self.chunk)) for x in (self.features, self.values)
+        )
+        # [N, chunks + 1, r, d + 1], summed over the keys of all chunks before, and lastly over all keys
         self.states = F.pad((keys.mT @ values).cumsum(1), (0, 0, 0, 0, 1, 0))
 
     def sums(self, q: Tensor, positions: Tensor, *, heads: slice = EVERY) -> Tensor:
+        """sum_j p̂_j v_j: see `Prepared.sums`."""
         out = self._totals(self._query_features(q, positions, heads), positions, heads, EVERY)
-        return out[..., :-1] / out[..., -1:]
+        out = out[..., :-1] / out[..., -1:]
+        early = self.exact_rows(positions).nonzero().squeeze(-1)
+        if len(early):
+            out[:, early] = self._early_weights(q, positions, early, heads) @ self.first_values[heads]
+        return out
 
     def weights_at(self, q: Tensor, positions: Tensor, indices: Tensor, *, heads: slice = EVERY) -> Tensor:
+        """p̂ at some keys: see `Prepared.weights_at`."""
         queries = self._query_features(q, positions, heads)
-        normaliser = self._totals(queries, positions, heads, slice(-1, None))
+        weights = self._feature_weights(queries, indices, heads)
+        weights /= self._totals(queries, positions, heads, slice(-1, None))
+        early = self.exact_rows(positions).nonzero().squeeze(-1)
+        if len(early):
+            p = self._early_weights(q, positions, early, heads)
+            weights[:, early] = p.gather(-1, indices[:, early].clamp_max(p.shape[-1] - 1))
+        return weights.masked_fill_(indices > positions[:, None], 0) if self.causal else weights
+
+    def _early_weights(self, q: Tensor, positions: Tensor, early: Tensor, heads: slice) -> Tensor:
+        """The exact rows `early` over the first keys, (N, early, keys)."""
+        logits = masked_logits(q[:, early], self.first_keys[heads], positions[early], self.scale, True)
+        return logits.softmax(-1)
+
+    def _feature_weights(self, queries: Tensor, indices: Tensor, heads: slice) -> Tensor:
+        """φ(q)·φ(k_j) at keys `indices` (N, M, T) of queries' features (N, M, r)."""
         keys = self.features[heads]
         count, n, r = keys.shape
-        first = torch.arange(count, device=q.device)[:, None, None] * n
-        table, rows = keys.reshape(count * n, r), indices + first
         if indices.shape[-1] >= n:  # reading each key once is less than reading each draw's
-            weights = (queries @ keys.mT).gather(-1, indices) / normaliser
-            return weights.masked_fill_(indices > positions[:, None], 0) if self.causal else weights
+            return (queries @ keys.mT).gather(-1, indices)
+        first = torch.arange(count, device=indices.device)[:, None, None] * n
+        table, rows = keys.reshape(count * n, r), indices + first
         step = max(1, GATHERED // max(1, count * indices.shape[-1] * r))
-        weights = torch.empty_like(indices, dtype=q.dtype)
-        for start in range(0, q.shape[1], step):
+        weights = torch.empty_like(indices, dtype=queries.dtype)
+        for start in range(0, queries.shape[1], step):
             part = slice(start, start + step)
             gathered = F.embedding(rows[:, part], table)  # [N, step, T, r]
             weights[:, part] = (gathered @ queries[:, part, :, None]).squeeze(-1)
-        weights /= normaliser
-        return weights.masked_fill_(indices > positions[:, None], 0) if self.causal else weights
+        return weights
 
-    def trust(self, q: Tensor, positions: Tensor, *, heads: slice = EVERY) -> None:
-        return None
+    def exact_rows(self, positions: Tensor) -> Tensor:
+        """Causal rows that see too few keys for a fit: see `Prepared.exact_rows`."""
+        return positions < FIRST_KNOWN if self.causal else torch.zeros_like(positions, dtype=torch.bool)
 
     def cost_at(self) -> float:
+        """Multiply-adds for a drawn key: see `Prepared.cost_at`."""
         return float(self.features.shape[-1])
 
     def cost(self, n: int) -> float:
+        """Multiply-adds for a query of n keys: see `Prepared.cost`."""
         r, width = self.features.shape[-1], self.values.shape[-1]
         chunk = self.chunk if self.causal else 0
         return float(r * (self.directions.shape[-1] + width) + chunk * (r + width))

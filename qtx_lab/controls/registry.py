@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from ..errors import DtypeError, unknown_name
-from .base import Control
+from .base import Control, Prepared
 from .exact import ExactControl
 from .linformer import LinformerControl
 from .performer import PerformerControl
@@ -20,8 +24,8 @@ CONTROLS: dict[str, Callable[[], Control]] = {
 """Every control that a name alone can make."""
 
 
-def make_control(control: str | Control) -> Control:
-    """The control of that name, or the control itself.
+def make_control(control: object) -> Control:
+    """The control of that name, or the control itself; other objects that can prepare are wrapped as one.
 
     Raises
     ------
@@ -33,12 +37,44 @@ def make_control(control: str | Control) -> Control:
     >>> make_control("performer").features
     128
     """
-    if not isinstance(control, str):
-        if not callable(getattr(control, "prepare", None)):
-            raise DtypeError(
-                f"control={control!r} is neither a control's name nor an object with a prepare method."
-            )
+    if isinstance(control, Control):
         return control
+    if not isinstance(control, str):
+        return ForeignControl(control)
     if control not in CONTROLS:
         raise unknown_name("control", control, CONTROLS)
     return CONTROLS[control]()
+
+
+class ForeignControl(Control):
+    """An object with `name` and `prepare` as a `Control`; with `oracle` too, where it has one.
+
+    Raises
+    ------
+    DtypeError
+        If it has no name or no prepare method.
+    """
+
+    def __init__(self, wrapped: Any):
+        missing = [name for name in ("name", "prepare") if not hasattr(wrapped, name)]
+        if missing or isinstance(wrapped, type):
+            what = "a class, not an object" if isinstance(wrapped, type) else f"without {', '.join(missing)}"
+            raise DtypeError(
+                f"control={wrapped!r} is {what}: it must be a control's name or an object with a name and a "
+                "prepare method."
+            )
+        self.wrapped, self.name = wrapped, wrapped.name
+        self.oracle = bool(getattr(wrapped, "oracle", False))
+
+    def prepare(
+        self,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float,
+        causal: bool,
+        q: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Prepared:
+        """Prepare the object: see `Control.prepare`."""
+        return self.wrapped.prepare(k, v, scale=scale, causal=causal, q=q, generator=generator)

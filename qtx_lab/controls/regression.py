@@ -1,8 +1,9 @@
-"""The coefficients of control variates, per head, estimated so that the corrected estimate stays unbiased."""
+"""The coefficients of control variates, fitted to each head so that its estimate stays unbiased."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -11,14 +12,136 @@ from torch import Tensor
 
 from ..errors import ShapeError
 
-FOLDS = 8
-"""Into how many parts replicates are cut at most: every part's coefficients come from the other parts."""
+MAX_FOLDS = 8
+"""The most groups of replicates; the coefficients of a group come from the other groups."""
 
 CONFIDENCE = 0.97725
-"""A coefficient is set to 0 below this quantile of Student's t: |t| < 2, or more where units are few."""
+"""A coefficient is 0 below this quantile of Student's t: |t| < 2, or more where there are few units."""
 
 SINGULAR = 1e-6
-"""A control of which less than this share is new, given those before it, gets no coefficient."""
+"""A control gets no coefficient if less than this share of it is new, given the controls before it."""
+
+RUN_GROWTH = 1.25
+"""The end of each run of rows of `Folds.of_earlier_rows` over its start. Shorter runs know more of the rows
+before them, but each takes a fit of its own."""
+
+
+@dataclass(frozen=True)
+class Folds:
+    """Which units (row m, replicate r) share coefficients, and from which other units these are fitted.
+
+    Parameters
+    ----------
+    fold : Tensor, int64, (M, R)
+        The fold of each unit, from 0 to F - 1.
+    others : Tensor, bool, (F, M, R)
+        The units that the coefficients of each fold are fitted to. They must be independent of the units of
+        the fold. Every row that has any of them must have equally many.
+    """
+
+    fold: Tensor
+    others: Tensor
+
+    @classmethod
+    def of_replicates(
+        cls,
+        rows: int,
+        replicates: int,
+        *,
+        row_halves: Tensor | None = None,
+        device: torch.device | None = None,
+    ) -> Folds:
+        """Groups of replicates, each fitted to the other groups; for one replicate, two halves of its rows.
+
+        Parameters
+        ----------
+        rows, replicates : int
+            M and R.
+        row_halves : Tensor, int64 of 0 and 1, (M,), optional
+            The half that each row belongs to where R = 1. Rows that share random numbers must be in the same
+            half. Every other row where None.
+        device : torch.device, optional
+
+        Raises
+        ------
+        ShapeError
+            If row_halves does not fit the rows.
+
+        Examples
+        --------
+        >>> Folds.of_replicates(rows=1, replicates=3).others.int().squeeze(1)
+        tensor([[0, 1, 1],
+                [1, 0, 1],
+                [1, 1, 0]], dtype=torch.int32)
+        """
+        if row_halves is not None and row_halves.shape != (rows,):
+            raise ShapeError(
+                f"row_halves has shape {tuple(row_halves.shape)}; it must be ({rows},), one for each row."
+            )
+        if replicates > 1:
+            fold = _groups(replicates, device).expand(rows, replicates)
+        else:
+            half = torch.arange(rows, device=device) % 2 if row_halves is None else row_halves
+            fold = half[:, None]
+        count = min(replicates, MAX_FOLDS) if replicates > 1 else 2
+        return cls(fold, fold != torch.arange(count, device=fold.device)[:, None, None])
+
+    @classmethod
+    def of_earlier_rows(
+        cls,
+        rows: int,
+        replicates: int,
+        *,
+        rows_are_independent: bool = True,
+        device: torch.device | None = None,
+    ) -> Folds:
+        """Runs of consecutive rows, each fitted to the rows before it: for causal rows.
+
+        Run 0 is row 0 alone, and later runs are about a quarter as long as all rows before them. A run is
+        fitted to all replicates of the rows before it if rows are independent of each other, and to the other
+        groups of replicates otherwise. Row 0 is fitted to its own other replicates.
+
+        Parameters
+        ----------
+        rows, replicates : int
+            M and R.
+        rows_are_independent : bool
+            Whether the draws of different rows are independent of each other.
+        device : torch.device, optional
+
+        Examples
+        --------
+        >>> folds = Folds.of_earlier_rows(rows=11, replicates=1)
+        >>> folds.fold.flatten()
+        tensor([0, 1, 2, 3, 4, 5, 6, 7, 8, 8, 9])
+        >>> folds.others.sum((1, 2))
+        tensor([ 0,  1,  2,  3,  4,  5,  6,  7,  8, 10])
+        """
+        group, row = _groups(replicates, device), torch.arange(rows, device=device)[:, None]
+        fold = torch.zeros(rows, replicates, dtype=torch.int64, device=device)
+        others: list[Tensor] = []
+        for start, end in _runs(rows):
+            before = row < max(start, 1)  # [M, 1]
+            if start > 0 and rows_are_independent:
+                fold[start:end] = len(others)
+                others.append(before.expand(rows, replicates))
+            else:
+                fold[start:end] = len(others) + group
+                others.extend(before & (group != g) for g in range(min(replicates, MAX_FOLDS)))
+        return cls(fold, torch.stack(others))
+
+
+def _groups(replicates: int, device: torch.device | None) -> Tensor:
+    """The group of each replicate, int64, (R,)."""
+    return torch.arange(replicates, device=device) % min(replicates, MAX_FOLDS)
+
+
+def _runs(rows: int) -> Iterator[tuple[int, int]]:
+    """(start, end) of consecutive runs of rows, each end about `RUN_GROWTH` times its start; one at least."""
+    start, end = 0, 1
+    while start < max(rows, 1):
+        yield start, min(end, rows)
+        start, end = end, max(end + 1, int(end * RUN_GROWTH))
 
 
 @dataclass(frozen=True)
@@ -30,22 +153,22 @@ class Regression:
     output : Tensor, (N, M, d)
         The mean of `by_replicate` over its replicates.
     by_replicate : Tensor, (N, M, R, d)
-        The corrected estimate of each replicate; each is unbiased, and as they share little more than their
+        The corrected estimate of each replicate. Each is unbiased, and as they share little more than their
         coefficients, their spread gives the standard error of the output.
     coefficients : Tensor, (N, F, C), float64
-        Of each head, fold and control, after shrinking.
+        The coefficient of each head, fold and control, after shrinking.
     std_errors : Tensor, (N, F, C), float64
-        Of the orthogonal controls' coefficients before shrinking, the best control first; inf where the units
-        cannot tell.
-    fold : Tensor, int64, (M, R)
-        Which fold's coefficients corrected a unit.
+        Standard errors of the coefficients of the orthogonal controls before shrinking, the best control
+        first; infinite where there are too few units to tell.
+    folds : Folds
+        `coefficients[:, folds.fold]` are the coefficients of each unit.
     """
 
     output: Tensor
     by_replicate: Tensor
     coefficients: Tensor
     std_errors: Tensor
-    fold: Tensor
+    folds: Folds
 
 
 def regress(
@@ -53,44 +176,55 @@ def regress(
     noise: Tensor,
     centre: Tensor,
     *,
-    row_folds: Tensor | None = None,
-    most: float = math.inf,
+    folds: Folds | None = None,
+    largest: float = math.inf,
 ) -> Regression:
-    """Subtract from estimates what known-mean noise explains of theirs, by cross-fitted coefficients.
+    """Subtract from estimates the part of their error that noise of known mean explains.
 
-    With units u = (row m, replicate r) of a head, x_u its estimate and y_u (C controls) its noise,
+    A unit u is a row m and a replicate r of a head. With its estimate x_u and its noise y_u of C controls,
 
-        z_u = x_u - β_{-f(u)}·y_u,      β_{-f} = A_{-f}^-1 b_{-f},
-        A_{-f} = sum_{u not in f} y_u·y_u',    b_{-f} = sum_{u not in f} y_u·(x_u - o_u),
+        z_u = x_u - β_f·y_u,      β_f = A_f^-1 b_f,      f = f(u) the fold of u,
+        A_f = sum_{w in others(f)} y_w·y_w',    b_f = sum_{w in others(f)} y_w·(x_w - o_w),
 
-    products being summed over coordinates (one coefficient a head and control). β_{-f} comes from units that
-    are independent of u, so E[z_u] = E[x_u] - E[β_{-f}]·E[y_u] = E[x_u]: no bias, which the same β for all units
-    would have (Lavenberg and Welch 1981, sec. 2; cross-fitting as in Chernozhukov et al. 2018). The folds are
-    the replicates (up to `FOLDS` groups), or two halves of the rows where there is one replicate. In place
-    of o_u stands `centre`, or the mean over the other folds' replicates where there are eight.
+    where products are summed over coordinates, so that a head has one coefficient for each fold and control.
+    β_f comes from units that are independent of u, so E[z_u] = E[x_u] - E[β_f]·E[y_u] = E[x_u]: there is no
+    bias, as there would be if the same β were fitted to all units (Lavenberg and Welch 1981, sec. 2;
+    cross-fitting as in Chernozhukov et al. 2018). In the place of o_w stands `centre`, or from eight
+    replicates on the mean of the row's replicates in others(f).
 
-    A useless control must do no harm. Controls are made orthogonal under A_{-f}, the best first, and each
-    coefficient γ is shrunk to γ (1 - κ SE^2 / γ^2)_+: the positive part of the James-Stein factor on one
+    Causal rows take `Folds.of_earlier_rows`. On the heads of the reference model (n = 512, S = 64, R = 4)
+    this and controls that know nothing later leave these ratios of variance after to before, in brackets
+    those of fits to all keys and rows:
+
+        draws          topk           performer      linformer      all three
+        systematic     .653 (.651)    .926 (.945)    .699 (.753)    .480 (.452)
+        monte-carlo    .204 (.199)    .863 (.937)    .689 (.806)    .167 (.142)
+
+    A useless control must do no harm. Controls are made orthogonal under A_f, the best first, and each
+    coefficient γ is shrunk to γ (1 - κ SE^2 / γ^2)_+, the positive part of the James-Stein factor on one
     coefficient, which is Breiman's nonnegative garrote (1995). SE is the jackknife-like HC3 standard error
-    (MacKinnon and White 1985) over units, so it sees rows that weigh more than others; κ is the squared
-    quantile `CONFIDENCE` of Student's t with m - C degrees of freedom, m Kish's number of units by leverage. With
-    many units κ = 4, and a useless control adds E[(z - 4/z)^2; |z| > 2] = 0.033 of its unshrunk harm, which is
-    about 1/m of the variance. A useful one of t = 20 loses 1 % of its coefficient, 0.01 % of its gain.
+    (MacKinnon and White 1985) over units, so it accounts for rows that weigh more than others; κ is the
+    squared quantile `CONFIDENCE` of Student's t with m - C degrees of freedom, and m is Kish's number of
+    units by leverage. Where rows are fitted to other rows alone, whose noise may be of another size, the
+    replicates of a row count as one unit. With many units κ = 4, and a useless control adds E[(z - 4/z)^2;
+    |z| > 2] = 0.033 of the harm that it would do unshrunk, which is about 1/m of the variance. A useful
+    control with t = 20 loses 1 % of its coefficient and 0.01 % of its gain.
 
     Parameters
     ----------
     estimates : Tensor, (N, M, R, d)
-        x: for each of N heads, M rows and R independent replicates an unbiased estimate.
+        x: an unbiased estimate for each of N heads, M rows and R independent replicates.
     noise : Tensor, (C, N, M, R, d)
         y: of mean 0, from the same draws.
     centre : Tensor, (N, M, d)
-        A guess of the estimates' mean that does not depend on the draws; a bad one costs efficiency only.
-    row_folds : Tensor, int64 of 0 and 1, (M,), optional
-        The half that each row is in where R = 1: rows that share random numbers must be in the same one.
-        Every other row where None.
-    most : float
-        No coefficient is larger, whatever its sign: 1 for a control that is scaled so that more makes no sense, which
-        keeps a head whose noise lies in a few rows from being judged by the others.
+        A guess of the mean of the estimates that does not depend on the draws. A bad guess costs efficiency
+        only.
+    folds : Folds, optional
+        `Folds.of_replicates` where None.
+    largest : float
+        No coefficient of an orthogonal control is larger, whatever its sign. 1 suits controls that are scaled
+        so that more makes no sense; it protects a head whose noise lies in a few rows from what the other
+        rows say.
 
     Returns
     -------
@@ -117,83 +251,108 @@ def regress(
     _, rows, replicates, _ = estimates.shape
     if centre.shape != (*estimates.shape[:2], estimates.shape[3]):
         raise ShapeError(f"centre has shape {tuple(centre.shape)}; it must be (N, M, d), as estimates.")
-    if row_folds is not None and row_folds.shape != (rows,):
-        raise ShapeError(f"row_folds has shape {tuple(row_folds.shape)}; it must be ({rows},), as estimates.")
-    device = estimates.device
-    if replicates > 1:
-        count = min(replicates, FOLDS)
-        fold = (torch.arange(replicates, device=device) % count).expand(rows, replicates)
-    else:
-        count = 2
-        half = torch.arange(rows, device=device) % 2 if row_folds is None else row_folds
-        fold = half[:, None]
-    others = (fold != torch.arange(count, device=device)[:, None, None]).double()  # [F, M, R]
-
+    if folds is None:
+        folds = Folds.of_replicates(rows, replicates, device=estimates.device)
+    elif folds.fold.shape != (rows, replicates):
+        raise ShapeError(
+            f"folds is of (M, R) = {tuple(folds.fold.shape)} units; estimates has {(rows, replicates)}."
+        )
     x, y = (estimates - centre[:, :, None]).double(), noise.double()
     grams = torch.einsum("cnmrd,enmrd->nmrce", y, y)
-    products = torch.einsum("cnmrd,nmrd->nmrc", y, x).expand(count, *estimates.shape[:3], len(noise))
-    bessel: Tensor | float = 1.0
-    if replicates >= FOLDS:
-        share = others[:, 0] / others[:, 0].sum(-1, keepdim=True)  # [F, R]
-        mean = torch.einsum("fr,nmrd->fnmd", share, x)
-        products = products - torch.einsum("cnmrd,fnmd->fnmrc", y, mean)
-        bessel = (1 - share.square().sum(-1)).reciprocal()[:, None, None]  # the mean holds u itself
-    gamma, std_errors, mix, units = _orthogonal_fit(grams, products, others, bessel)
+    products = torch.einsum("cnmrd,nmrd->nmrc", y, x)
+    fits = []
+    for f, others in enumerate(folds.others):  # some tens at most, and most of causal ones are short
+        about_mean, bessel = products, 1.0
+        if replicates >= MAX_FOLDS:
+            count = int(others.sum(-1).max()) if rows else 0
+            mean = (x * others[..., None]).sum(2) / max(count, 1)  # [N, M, d]
+            about_mean = products - torch.einsum("cnmrd,nmd->nmrc", y, mean)
+            bessel = count / max(count - 1, 1)  # as the mean holds the unit itself
+        rows_fitted_to = others.any(1)  # [M]
+        if bool((rows_fitted_to & (folds.fold == f).any(1)).any()):
+            of_units = grams[:, others], about_mean[:, others]
+        else:  # other rows alone, each of them one unit
+            counted = others[rows_fitted_to].double()  # [rows, R]
+            of_units = (
+                torch.einsum("mr,nmrce->nmce", counted, grams[:, rows_fitted_to]),
+                torch.einsum("mr,nmrc->nmc", counted, about_mean[:, rows_fitted_to]),
+            )
+        fits.append(_orthogonal_fit(*of_units, bessel))
+    gamma, std_errors, mix, units = (torch.stack(x, 1) for x in zip(*fits, strict=True))
     freedom = units - len(noise)
     std_errors = torch.where(freedom >= 1, std_errors, torch.inf)
     kappa = torch.as_tensor(stats.t.ppf(CONFIDENCE, freedom.clamp_min(1).cpu().numpy())).to(gamma).square()
     t = gamma / std_errors  # 0 where std_errors is inf
     shrink = torch.where(gamma == 0, 0, (1 - kappa / t.square()).clamp_min(0))
-    beta = torch.einsum("fnc,fnce->fne", (gamma * shrink).clamp(-most, most), mix)  # [F, N, C]
-
-    of_unit = beta[fold].to(estimates.dtype)  # [M, R, N, C]
-    corrected = estimates - torch.einsum("mrnc,cnmrd->nmrd", of_unit, noise)
-    return Regression(corrected.mean(2), corrected, beta.transpose(0, 1), std_errors.transpose(0, 1), fold)
+    beta = torch.einsum("nfc,nfce->nfe", (gamma * shrink).clamp(-largest, largest), mix)  # [N, F, C]
+    corrected = estimates - torch.einsum("nmrc,cnmrd->nmrd", beta[:, folds.fold].to(estimates), noise)
+    return Regression(corrected.mean(2), corrected, beta, std_errors, folds)
 
 
-def _orthogonal_fit(
-    grams: Tensor, products: Tensor, others: Tensor, bessel: Tensor | float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Coefficients of the orthogonalised controls, standard errors, these controls, effective units.
+def _orthogonal_fit(grams: Tensor, products: Tensor, bessel: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Fit the coefficients of orthogonal controls to U units of each head.
 
-    All (F, N, C), but the third result (F, N, C, C) has in row c the weights of the controls in orthogonal control c, Gram-Schmidt
-    under A: ỹ = mix y.
+    Parameters
+    ----------
+    grams : Tensor, float64, (N, U, C, C)
+        y_u·y_u' of each unit.
+    products : Tensor, float64, (N, U, C)
+        y_u·(x_u - o_u).
+    bessel : float
+        What the sum of the products is multiplied by.
+
+    Returns
+    -------
+    gamma, std_errors : Tensor, (N, C)
+        Coefficients of the orthogonal controls, the best control first, and their standard errors.
+    mix : Tensor, (N, C, C)
+        Row c has the weights of the controls in orthogonal control c.
+    units : Tensor, (N, C)
+        The effective number of units.
     """
-    a = torch.einsum("fmr,nmrce->fnce", others, grams)
-    b = torch.einsum("fmr,fnmrc->fnc", others, products) * bessel
-    # The best control first: what is taken out of the others is then worth taking out.
+    a, b = grams.sum(1), products.sum(1) * bessel
+    gamma, mix, power = _orthogonalise(a, b)
+    beta = torch.einsum("nc,nce->ne", gamma, mix)
+    residual = products - torch.einsum("nuce,ne->nuc", grams, beta)
+    score = torch.einsum("nuc,nec->nue", residual, mix)  # ỹ_u·(x_u - β·y_u)
+    own = torch.einsum("nce,nueg,ncg->nuc", mix, grams, mix)
+    usable = power > 0
+    safe = torch.where(usable, power, 1)
+    leverage = own / safe[:, None]
+    variance = (score / (1 - leverage).clamp_min(1e-6)).square().sum(1) / safe.square()
+    alone = (1 - leverage < 1e-6).any(1)  # one unit decides, so the error cannot be known
+    std_errors = torch.where(usable & ~alone, variance.sqrt(), torch.inf)
+    return gamma, std_errors, mix, leverage.square().sum(1).clamp_min(1e-300).reciprocal() * usable
+
+
+def _orthogonalise(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gram-Schmidt under a (N, C, C), the control that explains most of b (N, C) first: ỹ = mix y.
+
+    Returns
+    -------
+    gamma : Tensor, (N, C)
+        The coefficient of each orthogonal control, 0 for one that has nothing new.
+    mix : Tensor, (N, C, C)
+    power : Tensor, (N, C)
+        ỹ_c·ỹ_c; 0 for a control that has nothing new.
+    """
     diagonal = a.diagonal(dim1=-2, dim2=-1)
-    order = (b.square() / diagonal.clamp_min(1e-300)).argsort(
-        dim=-1, descending=True, stable=True
-    )  # [F, N, C]
-    size = a.shape[-1]
+    # The best control first: what is taken out of the others is then worth taking out.
+    order = (b.square() / diagonal.clamp_min(1e-300)).argsort(dim=-1, descending=True, stable=True)  # [N, C]
     a = a.gather(-1, order[..., None, :].expand_as(a)).gather(-2, order[..., None].expand_as(a))
     b = b.gather(-1, order)
-    mix = torch.zeros_like(a)
-    power = torch.zeros_like(b)  # D_c = ỹ_c·ỹ_c
-    for c in range(size):  # over controls, a handful
+    mix, power = torch.zeros_like(a), torch.zeros_like(b)
+    for c in range(a.shape[-1]):  # over controls, a handful
         mix[..., c, c] = 1
         if c:
             before = mix[..., :c, :].clone()
             overlap = (before @ a[..., c, None]).squeeze(-1) / power[..., :c].clamp_min(1e-300)
             overlap = torch.where(power[..., :c] > 0, overlap, 0)
-            mix[..., c, :] -= torch.einsum("fne,fneg->fng", overlap, before)
+            mix[..., c, :] -= torch.einsum("ne,neg->ng", overlap, before)
         row = mix[..., c, :]
-        d = torch.einsum("fne,fneg,fng->fn", row, a, row)
+        d = torch.einsum("ne,neg,ng->n", row, a, row)
         power[..., c] = torch.where(d > SINGULAR * a[..., c, c], d, 0)
-    usable = power > 0
-    safe = torch.where(usable, power, 1)
-    gamma = torch.where(usable, torch.einsum("fnce,fne->fnc", mix, b) / safe, 0)
-
+    gamma = torch.einsum("nce,ne->nc", mix, b) / torch.where(power > 0, power, 1)
+    gamma = torch.where(power > 0, gamma, 0)
     mix = torch.zeros_like(mix).scatter_(-1, order[..., None, :].expand_as(mix), mix)  # columns as given
-    beta = torch.einsum("fnc,fnce->fne", gamma, mix)
-    residual = products - torch.einsum("nmrce,fne->fnmrc", grams, beta)
-    score = torch.einsum("fnmrc,fnec->fnmre", residual, mix)  # ỹ_u·(x_u - β·y_u)
-    own = torch.einsum("fnce,nmreg,fncg->fnmrc", mix, grams, mix)
-    room = 1 - own / safe[:, :, None, None]  # 1 - leverage
-    counted = others[:, None, :, :, None]
-    variance = (counted * (score / room.clamp_min(1e-6)).square()).sum((2, 3)) / safe.square()
-    alone = (counted.bool() & (room < 1e-6)).any(3).any(2)  # one unit decides: no error can be told
-    std_errors = torch.where(usable & ~alone, variance.sqrt(), torch.inf)
-    leverage = counted * own / safe[:, :, None, None]
-    return gamma, std_errors, mix, leverage.square().sum((2, 3)).clamp_min(1e-300).reciprocal() * usable
+    return gamma, mix, power

@@ -45,9 +45,7 @@ def learned_estimate(seed, **options):
     [("monte-carlo", 16, 1), ("monte-carlo", 64, 1), *((name, 16, 8) for name in SINGLE)],
 )
 def test_intervals_cover_every_layer(name, num_samples, replicates, control, seed):
-    """131,072 coordinates a layer. With top-k they err on the safe side: what it leaves is not in random
-    order.
-    """
+    """131,072 coordinates a layer. With top-k they are wider: what it leaves is not in random order."""
     options = {"sampler": name, "num_samples": num_samples, "replicates": replicates}
     est, exact = learned_estimate(seed, control_variate=control, **options)
     low, high = est.confidence_interval(0.95)
@@ -88,13 +86,47 @@ def test_no_head_is_harmed_and_most_gain(name, replicates, control, gain, seed):
     assert ratio.median() < gain
 
 
+@pytest.mark.parametrize("control", [*sorted(CONTROLS), SURROGATES])
+@pytest.mark.parametrize("name", ["systematic", "monte-carlo", "sobol", "head-tail", "learned"])
+def test_later_tokens_change_no_corrected_causal_row(name, control, generator):
+    """Neither what they are nor how many there are."""
+    q = 2 * torch.randn(2, 4, 300, 16, generator=generator)
+    k, v = torch.randn(2, 2, 2, 300, 16, generator=generator)
+
+    def output(q, k, v):
+        g = torch.Generator().manual_seed(1)
+        options = {"sampler": name, "num_samples": 8, "replicates": 2, "control_variate": control}
+        return qtx.sampled_attention(q, k, v, generator=g, **options, **CAUSAL).output[..., :180, :]
+
+    before = output(q, k, v)
+    q2, k2, v2 = q.clone(), k.clone(), v.clone()
+    q2[..., 180:, :] *= -2
+    k2[..., 180:, :] += 1
+    v2[..., 180:, :] -= 1
+    for length in (300, 260, 180):
+        after = output(*(x[..., :length, :] for x in (q2, k2, v2)))
+        assert torch.allclose(after, before, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("control", SURROGATES)
+def test_rows_that_a_control_knows_exactly_are_exact(control, generator):
+    """Causal rows that see few keys have themselves as surrogate, and their error is rounding."""
+    q, k, v = (torch.randn(2, 200, 8, generator=generator) for _ in range(3))
+    est = qtx.sampled_attention(
+        q, k, v, num_samples=4, replicates=2, control_variate=control, is_causal=True, generator=generator
+    )
+    exact = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    known = 32 if control == "topk" else 64
+    assert torch.allclose(est.output[:, :known], exact[:, :known], atol=1e-5)
+    assert bool((est.std_error[:, :known] < 1e-4).all())
+    assert bool(((est.output - exact).abs().amax((0, 2)) > 1e-3)[known:].all())
+
+
 SMALL = {"linformer": LinformerControl(3), "performer": PerformerControl(8), "topk": TopKControl(3)}
 
 
 def corrected_mean(name, replicates, control, plant, monkeypatch):
-    """Hotelling's T^2 of 20,000 independent estimates of one small problem against the exact output, and
-    its limit.
-    """
+    """Hotelling's T^2 of 20,000 independent estimates against the exact output, and its limit."""
     g = torch.Generator().manual_seed(5)
     q, k, v = (torch.randn(*shape, generator=g) for shape in ((6, 4), (10, 4), (10, 2)))
     many = 20_000
@@ -107,7 +139,7 @@ def corrected_mean(name, replicates, control, plant, monkeypatch):
             x = estimates - centre[:, :, None]
             beta = (noise * x).sum((2, 3, 4)) / noise.square().sum((2, 3, 4))  # [C, N]
             z = estimates - (beta[..., None, None, None] * noise).sum(0)
-            return type(fit)(z.mean(2), z, fit.coefficients, fit.std_errors, fit.fold)
+            return type(fit)(z.mean(2), z, fit.coefficients, fit.std_errors, fit.folds)
 
         monkeypatch.setattr(corrections, "regress", in_sample)
     est = qtx.sampled_attention(
@@ -160,13 +192,13 @@ def test_what_was_done_is_reported(generator):
     q, k, v = (0.5 * torch.randn(2, 4, 64, 16, generator=generator) for _ in range(3))
     control = MultilevelControlVariate([PerformerControl(64), "linformer"])
     est = qtx.sampled_attention(q, k, v, replicates=4, control_variate=control, generator=generator)
-    told = est.diagnostics["control_variate"]
-    assert set(told["coefficients"]) == set(told["costs"]) == {"performer", "linformer"}
-    assert told["coefficients"]["linformer"].shape == told["variance_before"].shape == (2, 4)
-    assert bool((told["variance_after"] < told["variance_before"]).all())
-    one = qtx.sampled_attention(q[..., :1, :], k, v, control_variate="linformer", generator=generator)
-    dear, not_corrected = one.diagnostics["fallbacks"]
-    assert "cost as much as the exact output" in dear
+    report = est.diagnostics["control_variate"]
+    assert set(report["coefficients"]) == set(report["costs"]) == {"performer", "linformer"}
+    assert report["coefficients"]["linformer"].shape == report["variance_before"].shape == (2, 4)
+    assert bool((report["variance_after"] < report["variance_before"]).all())
+    one = qtx.sampled_attention(q[..., :1, :], k, v, control_variate="performer", generator=generator)
+    costly, not_corrected = one.diagnostics["fallbacks"]
+    assert "cost as much as the exact output" in costly
     assert "Not corrected" in not_corrected
     assert torch.equal(one.draws.average(v), one.output)
 

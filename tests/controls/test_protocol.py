@@ -1,4 +1,4 @@
-"""Every control keeps the interface of `qtx_lab.controls.base.Control`: weights known, sums known, both the same."""
+"""Every control keeps the interface of `Control`: its weights and sums are known, and they agree."""
 
 import math
 
@@ -8,6 +8,7 @@ import torch
 import qtx_lab as qtx
 from qtx_lab.controls import (
     CONTROLS,
+    Control,
     LinformerControl,
     PerformerControl,
     TopKControl,
@@ -58,15 +59,69 @@ def test_some_heads_of_many(control, causal):
     assert torch.allclose(some, prepared.weights_at(q, positions, indices)[part], atol=1e-12)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("n", [40, 160])
 @pytest.mark.parametrize("scale", [0.35, -0.35])
-def test_controls_approach_the_row_as_they_grow(scale):
-    """All landmarks or all keys: the row itself; many features on small logits: nearly."""
-    q, k, v, positions = problem(40, spread=0.7)
-    p = masked_logits(q, k, positions, scale, True).softmax(-1)
-    grown = ((LinformerControl(40), 1e-12), (TopKControl(99), 1e-12), (PerformerControl(8192), 0.1))
+def test_controls_approach_the_row_as_they_grow(scale, n, causal):
+    """All landmarks or all keys give the row itself; many features on small logits nearly do."""
+    q, k, v, positions = problem(n, spread=0.7)
+    p = masked_logits(q, k, positions, scale, causal).softmax(-1)
+    grown = ((LinformerControl(n), 1e-12), (TopKControl(2 * n), 1e-12), (PerformerControl(8192), 0.1))
     for control, tolerance in grown:
-        prepared = control.prepare(k, v, scale=scale, causal=True, generator=torch.Generator().manual_seed(0))
-        assert (dense_weights(prepared, q, positions, 40) - p).abs().sum(-1).max() < tolerance, control.name
+        prepared = control.prepare(
+            k, v, scale=scale, causal=causal, generator=torch.Generator().manual_seed(0)
+        )
+        assert (dense_weights(prepared, q, positions, n) - p).abs().sum(-1).max() < tolerance, control.name
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("n", [20, 200])
+def test_the_surrogate_is_the_row_where_a_control_says_so(control, n, causal):
+    q, k, v, _ = problem(n, rows=n)
+    positions = torch.arange(n)
+    prepared = control.prepare(k, v, scale=0.35, causal=causal, generator=torch.Generator().manual_seed(0))
+    exact = prepared.exact_rows(positions)
+    p = masked_logits(q, k, positions, 0.35, causal).softmax(-1)
+    away = (dense_weights(prepared, q, positions, n) - p).abs().sum(-1).amax(0)  # [n]
+    assert bool((away[exact] < 1e-12).all())
+    assert bool((away[~exact] > 1e-3).all())
+
+
+@pytest.mark.parametrize("size", [1.0, 30.0])
+def test_later_keys_change_no_causal_surrogate(control, size):
+    """Neither their values, nor how large they are, nor how many there are."""
+    g = torch.Generator().manual_seed(3)
+    q, k, v = torch.randn(3, 2, 400, 8, generator=g, dtype=torch.float64)
+    other_k, other_v = k.clone(), v.clone()
+    other_k[:, 150:] *= -size
+    other_v[:, 150:] += size
+    positions, here = torch.arange(400), slice(0, 150)
+
+    def surrogate(k, v, n):
+        g = torch.Generator().manual_seed(0)
+        prepared = control.prepare(k[:, :n], v[:, :n], scale=0.35, causal=True, q=q[:, :64], generator=g)
+        weights = dense_weights(prepared, q[:, here], positions[here], 150)
+        return weights, prepared.sums(q[:, here], positions[here])
+
+    expected = surrogate(k, v, 400)
+    for n in (400, 290, 150):
+        for got, want in zip(surrogate(other_k, other_v, n), expected, strict=True):
+            assert torch.allclose(got, want, atol=1e-12)
+
+
+def test_a_causal_row_has_half_to_all_of_the_landmarks():
+    """Segments double where more of them would be needed, and the row is exact before."""
+    _, k, v, _ = problem(1000)
+    prepared = LinformerControl(48).prepare(k, v, scale=1.0, causal=True)
+    assert [(s.size, s.start, s.end) for s in prepared.segments] == [
+        (1, 0, 48),
+        (2, 48, 96),
+        (4, 96, 192),
+        (8, 192, 384),
+        (16, 384, 768),
+        (32, 768, 1000),
+    ]
+    assert prepared.cost(1000) == (32 + 1) * (8 + 5)
 
 
 def test_extreme_logits_give_finite_weights(control):
@@ -128,10 +183,25 @@ def test_costs_are_those_of_the_docstrings():
 def test_bad_names_and_objects_are_one_clear_error():
     with pytest.raises(qtx.ArgumentError, match=r"control='performr'.*Did you mean 'performer'"):
         make_control("performr")
-    with pytest.raises(qtx.DtypeError, match="prepare method"):
-        make_control(3)
+    for other in (3, TopKControl):
+        with pytest.raises(qtx.DtypeError, match="prepare method"):
+            make_control(other)
     mine = TopKControl(4)
     assert make_control(mine) is mine
+
+
+def test_a_control_need_not_derive_from_the_base_class():
+    class Mine:
+        name = "mine"
+
+        def prepare(self, k, v, **options):
+            return TopKControl(4).prepare(k, v, **options)
+
+    control = make_control(Mine())
+    assert isinstance(control, Control)
+    assert (control.name, control.oracle) == ("mine", False)
+    _, k, v, _ = problem(20)
+    assert control.prepare(k, v, scale=1.0, causal=True).keys == 4
 
 
 @pytest.mark.parametrize(

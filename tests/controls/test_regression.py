@@ -6,6 +6,7 @@ from scipy import stats
 
 import qtx_lab as qtx
 from qtx_lab.controls import (
+    Folds,
     LinformerControl,
     PerformerControl,
     TopKControl,
@@ -22,7 +23,7 @@ REPETITIONS = 200_000
 
 
 def skewed(rows, replicates, generator):
-    """Estimates of mean 0 whose noise is skewed and so tied to its square: coefficients from it are biased."""
+    """Estimates of mean 0 whose noise is skewed, hence correlated with its square: it biases coefficients."""
     shape = (REPETITIONS, rows, replicates, 1)
     y = -1 - torch.rand(shape, generator=generator, dtype=torch.float64).log()  # exponential, mean 0
     other = torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -45,6 +46,51 @@ def test_unbiased(rows, replicates, generator):
     assert bias_p_value(fit.output) > FALSE_ALARM
 
 
+@pytest.mark.parametrize("rows_are_independent", [True, False])
+@pytest.mark.parametrize(("rows", "replicates"), [(12, 2), (6, 8), (1, 12)])
+def test_unbiased_from_earlier_rows(rows, replicates, rows_are_independent, generator):
+    """Also for rows that share their noise, if the folds know it. False alarms once in a million."""
+    x, y = skewed(rows if rows_are_independent else 1, replicates, generator)
+    x, y = x.expand(-1, rows, -1, -1), y.expand(-1, -1, rows, -1, -1)
+    folds = Folds.of_earlier_rows(rows, replicates, rows_are_independent=rows_are_independent)
+    fit = regress(x, y, torch.zeros_like(x[:, :, 0]), folds=folds)
+    assert bool((fit.coefficients != 0).double().mean() > 0.1)  # it does correct
+    assert bias_p_value(fit.output) > FALSE_ALARM
+
+
+def test_rows_that_share_their_noise_are_caught_if_taken_as_independent(generator):
+    x, y = (t.expand(*t.shape[:-3], 12, 4, 1) for t in skewed(1, 4, generator))
+    folds = Folds.of_earlier_rows(12, 4, rows_are_independent=True)
+    assert bias_p_value(regress(x, y, torch.zeros_like(x[:, :, 0]), folds=folds).output) < FALSE_ALARM
+
+
+@pytest.mark.parametrize("rows_are_independent", [True, False])
+@pytest.mark.parametrize(("rows", "replicates"), [(0, 1), (1, 1), (1, 3), (37, 1), (37, 4), (5, 20)])
+def test_folds_of_earlier_rows(rows, replicates, rows_are_independent):
+    folds = Folds.of_earlier_rows(rows, replicates, rows_are_independent=rows_are_independent)
+    others = folds.others[folds.fold]  # [M, R, M, R]: unit, other
+    for row in range(rows):
+        assert not others[row, :, max(row, 1) :].any()  # nothing later; row 0 has its other replicates
+    unit = torch.arange(rows * replicates)
+    assert not others.flatten(2).flatten(0, 1)[unit, unit].any()
+    if not rows_are_independent:
+        assert not others.any(2)[:, torch.arange(replicates), torch.arange(replicates)].any()
+    counts = folds.others.sum(-1)
+    assert bool(((counts == 0) | (counts == counts.amax(1, keepdim=True))).all()) if rows else True
+
+
+@pytest.mark.parametrize("replicates", [1, 8])
+def test_later_rows_change_no_earlier_one(replicates, generator):
+    x, y = (torch.randn(*c, 4, 30, replicates, 3, generator=generator) for c in ((), (2,)))
+    x += y[0]
+    folds = Folds.of_earlier_rows(30, replicates)
+    whole = regress(x, y, torch.zeros(4, 30, 3), folds=folds).by_replicate
+    for rows in (1, 7, 20):
+        folds = Folds.of_earlier_rows(rows, replicates)
+        part = regress(x[:, :rows], y[:, :, :rows], torch.zeros(4, rows, 3), folds=folds)
+        assert torch.allclose(part.by_replicate, whole[:, :rows], atol=1e-6)
+
+
 @pytest.mark.parametrize(("rows", "replicates"), [(12, 1), (2, 6), (1, 12)])
 def test_coefficients_from_the_same_draws_are_caught(rows, replicates, generator):
     """The same test fails what is often done: one coefficient from, and for, all draws."""
@@ -56,8 +102,9 @@ def test_coefficients_from_the_same_draws_are_caught(rows, replicates, generator
 @pytest.mark.parametrize("tail", ["normal", "heavy"])
 @pytest.mark.parametrize("controls", [1, 3])
 @pytest.mark.parametrize(("rows", "replicates"), [(1, 2), (2, 1), (4, 1), (8, 1), (64, 1), (1, 4), (4, 8)])
+@pytest.mark.parametrize("causal", [False, True])
 def test_useless_controls_raise_the_variance_by_less_than_two_percent(
-    rows, replicates, controls, tail, generator
+    rows, replicates, controls, tail, causal, generator
 ):
     """20,000 heads each; the ratio's standard error is below 0.3 %, as both are of the same draws."""
     heads = 20_000
@@ -66,7 +113,8 @@ def test_useless_controls_raise_the_variance_by_less_than_two_percent(
     y = torch.randn(controls, *shape, generator=generator)
     if tail == "heavy":  # a few rows weigh most
         y = y * torch.randn(1, heads, rows, 1, 1, generator=generator).mul(1.5).exp()
-    fit = regress(x, y, torch.zeros(heads, rows, 4))
+    folds = Folds.of_earlier_rows(rows, replicates) if causal else None
+    fit = regress(x, y, torch.zeros(heads, rows, 4), folds=folds)
     assert fit.output.square().mean() / x.mean(2).square().mean() < 1.02
 
 
@@ -99,15 +147,18 @@ def test_bad_shapes_are_one_clear_error():
     ):
         with pytest.raises(qtx.ShapeError, match=match):
             regress(*arguments)
-    with pytest.raises(qtx.ShapeError, match="row_folds"):
-        regress(x, y, zero, row_folds=torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(qtx.ShapeError, match="row_halves"):
+        Folds.of_replicates(3, 1, row_halves=torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(qtx.ShapeError, match="folds"):
+        regress(x, y, zero, folds=Folds.of_replicates(2, 1))
 
 
 def variances(q, k, v, positions, causal, control, generator, sampler="monte-carlo", replicates=1):
     """Variance of one draw of each head before and after, not sampled but summed over all keys.
 
     The coefficients come from 64 draws a row; what they do is known for independent draws:
-    Var = sum_j p_j |(v_j - o) - β c p̂_j / p_j (v_j - μ)|^2 - |β c (o_hat - μ)|^2, summed over rows, o_hat = μ.
+    Var = sum_j p_j |(v_j - o) - β c p̂_j / p_j (v_j - μ)|^2 - |β c (o_hat - μ)|^2, summed over rows, o_hat =
+    μ.
     """
     scale = q.shape[-1] ** -0.5
     logits = masked_logits(q, k, positions, scale, causal)
@@ -116,7 +167,8 @@ def variances(q, k, v, positions, causal, control, generator, sampler="monte-car
     draws = qtx.make_sampler(sampler).draw(logits, 64, generator=generator, replicates=replicates)
     noise, mean = control_noise(prepared, q, positions, k, v, draws, scale=scale, causal=causal)
     x = replicates * draws.average_by_replicate(v)
-    fit = regress(x, noise[None], mean, row_folds=positions % 2)
+    folds = Folds.of_replicates(len(positions), replicates, row_halves=positions % 2)
+    fit = regress(x, noise[None], mean, folds=folds)
     every = torch.arange(k.shape[1]).expand(*q.shape[:2], -1)
     p_hat = prepared.weights_at(q, positions, every)
     trust = 1 / (p_hat**2 / p).nan_to_num(0, 0, 0).sum(-1)
@@ -128,7 +180,7 @@ def variances(q, k, v, positions, causal, control, generator, sampler="monte-car
     before = (p * inner(o, o)).sum(-1)
     cross = trust * (p_hat * inner(o, mean)).sum(-1)
     own = trust**2 * ((p_hat**2 / p).nan_to_num(0, 0, 0) * inner(mean, mean)).sum(-1)
-    beta = fit.coefficients[..., 0].to(v.dtype)[:, fit.fold[:, 0]]  # [N, M]
+    beta = fit.coefficients[..., 0].to(v.dtype)[:, fit.folds.fold[:, 0]]  # [N, M]
     after = before - 2 * beta * cross + beta**2 * own
     return before.sum(-1), after.sum(-1)
 

@@ -10,8 +10,10 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
+import grimp
 import nbformat
 import pytest
 
@@ -84,6 +86,16 @@ def test_layers() -> None:
     contract = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]
     assert contract["exhaustive"]
     assert "ignore_imports" not in contract
+
+
+def test_no_modules_import_one_another_in_a_circle() -> None:
+    # Imports inside functions and those for type checkers count, too.
+    graph = grimp.build_graph("qtx_lab", exclude_type_checking_imports=False, cache_dir=None)
+    imports = {name: graph.find_modules_directly_imported_by(name) for name in graph.modules}
+    try:
+        TopologicalSorter(imports).prepare()
+    except CycleError as error:
+        pytest.fail("each is imported by the next: " + ", ".join(error.args[1]), pytrace=False)
 
 
 def test_what_is_imported_is_declared_and_what_is_declared_is_used() -> None:

@@ -1,10 +1,9 @@
-"""Generation with the reference model: the prompt attends exactly, later bytes by a `SampledKVCache`."""
+"""Generation with a causal model: the prompt attends exactly, later bytes by a `SampledKVCache`."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -13,14 +12,12 @@ from torch import Tensor
 from ..cache import SampledKVCache
 from ..checks import check_count, check_generator
 from ..errors import ArgumentError, DtypeError
+from .base import CausalModel
 from .text import encode
-
-if TYPE_CHECKING:
-    from .reference import ReferenceModel
 
 
 def generate(
-    model: ReferenceModel,
+    model: CausalModel,
     prompt: str | Tensor,
     max_new_tokens: int,
     *,
@@ -39,7 +36,7 @@ def generate(
     if not is_number or not 0 <= temperature < math.inf:
         raise ArgumentError(f"temperature={temperature!r} is not allowed: it must be a number >= 0.")
     # Keys have a generator of their own, so that the bytes' numbers are the same whatever the proposal.
-    keys = torch.Generator(model.embedding.weight.device)
+    keys = torch.Generator(tokens.device)
     keys.manual_seed(int(torch.randint(1 << 62, (), generator=generator)))
     state = Decoding(
         model, tokens[None], proposal=proposal, rank=rank, num_samples=num_samples, generator=keys
@@ -47,7 +44,7 @@ def generate(
     return _stream(state, max_new_tokens, temperature, generator)
 
 
-def _check_prompt(model: ReferenceModel, tokens: Tensor, max_new_tokens: int) -> None:
+def _check_prompt(model: CausalModel, tokens: Tensor, max_new_tokens: int) -> None:
     """Refuse what are no tokens of the model, or too many or too few."""
     if not isinstance(tokens, Tensor) or tokens.dtype != torch.int64 or tokens.ndim != 1:
         raise DtypeError(f"prompt={tokens!r:.60} is not allowed: it must be a text, or int64 tokens (L,).")
@@ -79,13 +76,13 @@ def _stream(
 
 
 class Decoding:
-    """The reference model part of the way through a text: a cache a layer, and the next byte's logits.
+    """A causal model part of the way through a text: a cache a layer, and the next byte's logits.
 
     The tokens given are attended to exactly, and the tokens that `step` adds attend by draws.
 
     Parameters
     ----------
-    model : ReferenceModel
+    model : CausalModel
     tokens : Tensor, int64, (B, L)
     proposal : str, optional
         As for `SampledKVCache.build`; None: exact attention, with a cache of all keys and values.
@@ -101,7 +98,7 @@ class Decoding:
 
     def __init__(
         self,
-        model: ReferenceModel,
+        model: CausalModel,
         tokens: Tensor,
         *,
         proposal: str | None = "low-rank",
@@ -139,14 +136,9 @@ class Decoding:
         """
         if self.length == self.model.config.context:
             raise ArgumentError(f"the context of {self.length} tokens is full.")
-        self.length += 1
-        rotation = self.model.rotation(self.length, token.device)
-        rotation = rotation[0][-1:], rotation[1][-1:]
         with torch.no_grad():
-            x = self.model.embedding(token[:, None])
-            for layer, block in enumerate(self.model.blocks):
-                x = block(x, rotation, lambda q, k, v, i=layer: self._attend(i, q, k, v))
-            self.logits = F.linear(self.model.norm(x), self.model.embedding.weight)[:, 0]
+            self.logits = self.model(token[:, None], self._attend, self.length)[:, 0]
+        self.length += 1
         return self.logits
 
     def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -19,11 +19,9 @@ from torch import Tensor, nn
 
 from ..errors import ArgumentError
 from ..storage import read_tensors
+from .base import AttentionFn
 from .generation import generate
 from .text import ASSETS
-
-AttentionFn = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""`attention(layer, q, k, v)`: q (B, H, L, E), k and v (B, Hkv, L, E), causal -> (B, H, L, E)."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +88,8 @@ class ReferenceModel(nn.Module):
 
     `model(tokens)` gives next-byte logits (B, L, 256) for int64 tokens (B, L), L <= context.
     `model(tokens, attention=fn)` computes each layer's attention with `fn(layer, q, k, v)` instead.
+    `model(tokens, fn, first_position)` continues a text: the first of the tokens stands at that position,
+    counted from 0, and `fn` attends to the keys of the earlier tokens, too.
     """
 
     def __init__(self, config: ReferenceConfig | None = None):
@@ -105,15 +105,18 @@ class ReferenceModel(nn.Module):
                     residual = name in ("out.weight", "down.weight")
                     nn.init.normal_(p, std=0.02 / (math.sqrt(2 * c.layers) if residual else 1))
 
-    def rotation(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    def rotation(self, length: int, device: torch.device, first_position: int = 0) -> tuple[Tensor, Tensor]:
         half = self.config.head_dim // 2
         exponent = torch.arange(half, device=device, dtype=torch.float32) / half
         frequency = self.config.rope_base**-exponent  # [E/2], radians per position
-        angle = torch.outer(torch.arange(length, device=device, dtype=torch.float32), frequency)
+        positions = torch.arange(first_position, first_position + length, device=device, dtype=torch.float32)
+        angle = torch.outer(positions, frequency)
         return angle.cos(), angle.sin()
 
-    def forward(self, tokens: Tensor, attention: AttentionFn = causal_sdpa) -> Tensor:
-        rotation = self.rotation(tokens.shape[-1], tokens.device)
+    def forward(
+        self, tokens: Tensor, attention: AttentionFn = causal_sdpa, first_position: int = 0
+    ) -> Tensor:
+        rotation = self.rotation(tokens.shape[-1], tokens.device, first_position)
         x = self.embedding(tokens)
         for layer, block in enumerate(self.blocks):
             x = block(x, rotation, lambda q, k, v, i=layer: attention(i, q, k, v))

@@ -62,7 +62,7 @@ class Attention:
     Parameters
     ----------
     model : nn.Module
-        A model whose forward takes `attention=` (see `qtx_lab.models.reference.AttentionFn`), or that holds
+        A model whose forward takes `attention=` (see `qtx_lab.models.base.AttentionFn`), or that holds
         `torch.nn.MultiheadAttention` or `QuantumMultiheadAttention` modules; any other attends in its own
         way. Modules of torch's become `QuantumMultiheadAttention`, until `undo`.
     sampler : Sampler, optional

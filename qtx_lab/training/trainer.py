@@ -102,7 +102,7 @@ class QuantumTrainer:
     ----------
     model : nn.Module or str
         Maps tokens (B, T) to logits (B, T, V), or to an object with such `logits`. Its attention draws if its
-        forward takes `attention=` (`qtx_lab.models.reference.AttentionFn`), or if it holds
+        forward takes `attention=` (`qtx_lab.models.base.AttentionFn`), or if it holds
         `torch.nn.MultiheadAttention` or `QuantumMultiheadAttention` modules. A name is one of "reference"
         (the shipped model), "reference-untrained", "small" and "100m" (random weights). The model is trained
         in place.

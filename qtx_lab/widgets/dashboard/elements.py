@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import panel as pn
 
 from .records import Listing, Skipped
-
-if TYPE_CHECKING:
-    from .page import DashboardPage
+from .view_host import ViewHost
 
 TABLE_ROWS = 20
 """Rows of a table that are shown at once."""
@@ -66,7 +64,7 @@ class DashboardView:
 
     Parameters
     ----------
-    page : DashboardPage
+    page : ViewHost
     body : list
         What stands on the right, from top to bottom.
     controls : list
@@ -76,7 +74,7 @@ class DashboardView:
     uses_run_filters = True
     """Whether the filters of runs are shown above the controls."""
 
-    def __init__(self, page: DashboardPage, body: Sequence[Any], controls: Sequence[Any] = ()):
+    def __init__(self, page: ViewHost, body: Sequence[Any], controls: Sequence[Any] = ()):
         self.page, self.controls = page, list(controls)
         self.body = pn.Column(*body, sizing_mode="stretch_width")
         for control in self.controls:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -24,9 +24,7 @@ from .elements import (
     skipped_list,
 )
 from .records import Listing, Rows, Skipped
-
-if TYPE_CHECKING:
-    from .page import DashboardPage
+from .view_host import ViewHost
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ class FigureView(DashboardView):
 
     Parameters
     ----------
-    page : DashboardPage
+    page : ViewHost
     controls : list
     gather : callable
         From the filtered runs to the data; called in a thread.
@@ -68,7 +66,7 @@ class FigureView(DashboardView):
 
     def __init__(
         self,
-        page: DashboardPage,
+        page: ViewHost,
         controls: Sequence[Any],
         gather: Callable[[pd.DataFrame], Any],
         draw: Callable[[Any], Finding],
@@ -123,7 +121,7 @@ NO_ERRORS = empty_note(
 )
 
 
-def error_view(page: DashboardPage) -> FigureView:
+def error_view(page: ViewHost) -> FigureView:
     """Which sampler has the smallest error."""
     metric = select(label="Measured", options={"relative error": "error", "bits per byte": "bits_per_byte"})
     samplers = multi_select("Samplers")
@@ -169,7 +167,7 @@ NO_VARIANCES = empty_note(
 )
 
 
-def heads_view(page: DashboardPage) -> FigureView:
+def heads_view(page: ViewHost) -> FigureView:
     """Which head is the hardest to sample."""
     run = select(label="Run", options=[])
     setting = select(label="Sampler and draws", options=[])
@@ -223,7 +221,7 @@ NO_CIRCUITS = empty_note(
 )
 
 
-def devices_view(page: DashboardPage) -> FigureView:
+def devices_view(page: ViewHost) -> FigureView:
     """Which loader on which device comes nearest to the row."""
     device = multi_select("Devices")
     loader = multi_select("Loaders")

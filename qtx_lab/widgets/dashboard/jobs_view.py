@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 
 from .elements import DashboardView, empty_note, html_pane, html_table
 from .records import Listing
-
-if TYPE_CHECKING:
-    from .page import DashboardPage
+from .view_host import ViewHost
 
 MAX_JOBS = 200
 """Jobs that are listed: the newest."""
@@ -41,7 +39,7 @@ class JobsView(DashboardView):
 
     uses_run_filters = False
 
-    def __init__(self, page: DashboardPage):
+    def __init__(self, page: ViewHost):
         self._table = html_pane()
         super().__init__(page, [self._table])
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import holoviews as hv
 import numpy as np
@@ -18,9 +18,7 @@ from ...experiments.manifest import STATUSES
 from . import figures, frames
 from .elements import DashboardView, empty_note, html_pane, html_table, status_mark
 from .records import Listing
-
-if TYPE_CHECKING:
-    from .page import DashboardPage
+from .view_host import ViewHost
 
 MAX_FOLLOWED = 8
 """Runs whose curves are drawn while they are written: as many as there are colours."""
@@ -64,8 +62,9 @@ class LiveData:
 class LiveView(DashboardView):
     """Curves of the runs that are being written; a run stays on the page when it ends."""
 
-    def __init__(self, page: DashboardPage):
+    def __init__(self, page: ViewHost):
         self._table, self._charts = html_pane(), pn.FlexBox(sizing_mode="stretch_width")
+        self._followed: dict[str, None] = {}  # seen running: they stay on the page when they end
         self._layout: Any = None  # the runs and charts that are on the page
         self._pipes: dict[tuple[str, str], hv.streams.Pipe] = {}
         super().__init__(page, [self._table, self._charts])
@@ -75,17 +74,17 @@ class LiveView(DashboardView):
         table = self.page.filtered(self.page.records.listing)
         if table.empty:
             return ()
-        self.page.followed |= dict.fromkeys(table["run"][table["status"] == "running"])
-        followed = [run for run in table["run"] if run in self.page.followed][:MAX_FOLLOWED]
+        self._followed |= dict.fromkeys(table["run"][table["status"] == "running"])
+        followed = [run for run in table["run"] if run in self._followed][:MAX_FOLLOWED]
         return tuple((run, self.page.records.mark(run)) for run in followed)
 
     def prepare(self, listing: Listing, rows: pd.DataFrame) -> LiveData:
         """Read the metrics of the followed runs."""
         names = set(rows["run"])
-        sweeps = _sweep_progress(listing.table, [run for run in self.page.followed if run in names])
+        sweeps = _sweep_progress(listing.table, [run for run in self._followed if run in names])
         followed: dict[str, LiveRun] = {}
         for row in rows.itertuples():
-            if row.run in self.page.followed and len(followed) < MAX_FOLLOWED:
+            if row.run in self._followed and len(followed) < MAX_FOLLOWED:
                 try:
                     followed[row.run] = LiveRun(row, self.page.records.metrics(row.run))
                 except QtxError as error:

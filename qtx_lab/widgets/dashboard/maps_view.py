@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from html import escape
-from typing import TYPE_CHECKING
 
 import pandas as pd
 import panel as pn
@@ -11,9 +10,7 @@ import panel as pn
 from . import maps
 from .elements import CONTROL_WIDTH, DRAWING, SLIDER_CSS, DashboardView, html_pane, select
 from .records import Listing
-
-if TYPE_CHECKING:
-    from .page import DashboardPage
+from .view_host import ViewHost
 
 Settings = tuple[int, int, int, str, int]
 """Length of the text in bytes, layer, head, sampler, draws."""
@@ -26,7 +23,7 @@ class MapsView(DashboardView):
 
     uses_run_filters = False
 
-    def __init__(self, page: DashboardPage):
+    def __init__(self, page: ViewHost):
         self._draws = pn.widgets.IntSlider(
             label="Draws per row, S", start=1, end=MAX_DRAWS, value=32, width=CONTROL_WIDTH,
             stylesheets=[SLIDER_CSS],

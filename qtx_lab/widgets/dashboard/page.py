@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -70,8 +70,6 @@ class DashboardPage:
     records: Records
     theme: str
     prefix: str = ""
-    followed: dict[str, None] = field(default_factory=dict)
-    """Runs that were seen running, which stay on the page when they end."""
 
     def __post_init__(self) -> None:
         self.views: dict[str, DashboardView] = {

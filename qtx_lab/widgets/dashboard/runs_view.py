@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from functools import partial
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 import panel as pn
 
 from .elements import TABLE_ROWS, DashboardView, empty_note, html_pane, html_table, skipped_list, status_mark
 from .records import Listing
-
-if TYPE_CHECKING:
-    from .page import DashboardPage
+from .view_host import ViewHost
 
 NO_RUNS = """<div class="empty"><h2>No runs yet in <code>{home}</code></h2>
 <p>Make the first one: type</p><p><code>qtx-lab demo --home {home}</code></p>
@@ -34,7 +32,7 @@ COLUMNS = {
 class RunsView(DashboardView):
     """A table of all runs that pass the filters, newest first."""
 
-    def __init__(self, page: DashboardPage):
+    def __init__(self, page: ViewHost):
         self._first_row = 0
         self._table, self._range = html_pane(), html_pane()
         self._newer, self._older = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import threading
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ipywidgets as widgets
 
@@ -15,9 +15,7 @@ from ..forms import FORM_LOCK, SpecForm
 from ..throttle import ThrottledCall
 from ..views.base import View, render_figure
 from .process import Work
-
-if TYPE_CHECKING:
-    from .workbench import Workbench
+from .tab_host import TabHost
 
 STATUS_INTERVAL_S = 0.1
 """Seconds between two drawings of the status line, at least."""
@@ -37,7 +35,7 @@ class WorkbenchTab:
 
     Parameters
     ----------
-    bench : Workbench
+    bench : TabHost
     forms : mapping
         Forms by name; the first one is `form`. Their changes are saved in the run, and mark the picture as
         stale.
@@ -53,7 +51,7 @@ class WorkbenchTab:
     task = ""
     """Name of a function of `tasks`."""
 
-    def __init__(self, bench: Workbench, forms: Mapping[str, SpecForm], *views: widgets.Widget):
+    def __init__(self, bench: TabHost, forms: Mapping[str, SpecForm], *views: widgets.Widget):
         self.bench, self.forms = bench, dict(forms)
         self.work: Work | None = None
         self.result: dict[str, Any] | None = None

@@ -118,9 +118,9 @@ class Workbench(widgets.VBox):
             self._source = SourceSpec(model=str(path))
         self.job_box = widgets.VBox()  # in the Hardware and in the Runs tab
         self.sample = SampleTab(self, self._source)
-        self.circuit = CircuitTab(self)
-        self.mitigate = MitigateTab(self)
-        self.hardware = HardwareTab(self)
+        self.circuit = CircuitTab(self, self.sample)
+        self.mitigate = MitigateTab(self, self.circuit)
+        self.hardware = HardwareTab(self, self.circuit)
         self.train = TrainTab(self)
         self.sweep = SweepTab(self)
         self.runs = RunsTab(self)
@@ -200,6 +200,11 @@ class Workbench(widgets.VBox):
     def open_tab(self, name: str) -> None:
         """Show the tab with this name."""
         self.tab_bar.selected_index = list(self.tabs).index(name)
+
+    def measure_rows(self, rows: tuple[int, ...]) -> None:
+        """Enter these queries in the Circuit tab as the rows to measure, and open that tab."""
+        self.circuit.forms["rows"].change(rows=rows)
+        self.open_tab("circuit")
 
     def request_save(self) -> None:
         """Save the state of all forms soon."""

@@ -9,20 +9,23 @@ import ipywidgets as widgets
 import torch
 from torch import Tensor
 
-from ....specs import CircuitSpec, Spec, Whole
+from ....specs import CircuitSpec, MitigationSpec, Spec, Whole
 from ...forms import FORM_LOCK, SpecForm
 from ..tab import WorkbenchTab
+from ..tab_host import TabHost
 from .html_parts import field_groups, form_field, rows_table, spaced
+from .sample import MAX_ROWS, SampleTab
 
 if TYPE_CHECKING:
     from ...views.circuit import CircuitView
-    from ..workbench import Workbench
-
-MAX_ROWS = 16
-"""Rows that are sent to a circuit at a time."""
 
 TWIN = CircuitSpec.model_construct(device="fake_fez")
 """The device at first. It is not checked, because that would load qiskit when a workbench is made."""
+
+ZERO_NOISE = MitigationSpec.model_construct(
+    method="zne", readout=True, noise_levels=(1.0, 3.0), scaling="model"
+)
+"""The mitigation at first."""
 
 
 class RowsSpec(Spec):
@@ -39,12 +42,21 @@ class RowsSpec(Spec):
 
 
 class CircuitTab(WorkbenchTab):
-    """Rows as circuits, on a simulator or on the twin of a device."""
+    """Rows as circuits, on a simulator or on the twin of a device.
+
+    Attributes
+    ----------
+    mitigation_form : SpecForm
+        The form of the Mitigate tab, whose noise levels and extrapolation the view's zero-noise fit shows.
+    view_box : VBox
+        Holds the view; it stands in the Mitigate tab, too.
+    """
 
     name, title, button, task = "circuit", "Circuit", "Measure rows", "measure"
     first_step = "Press <b>Measure rows</b> to load rows of the head into a circuit and measure it."
 
-    def __init__(self, bench: Workbench):
+    def __init__(self, bench: TabHost, sample: SampleTab):
+        self._sample = sample
         groups = field_groups(CircuitSpec)
         fields = [name for name, group in groups.items() if group != "IBM" and name != "provider"]
         forms = {"circuit": SpecForm(TWIN, fields), "rows": SpecForm(RowsSpec)}
@@ -52,6 +64,8 @@ class CircuitTab(WorkbenchTab):
         self.view: CircuitView | None = None
         self._view_inputs: Any = None
         super().__init__(bench, forms, self.view_box, self._table)
+        self.mitigation_form = SpecForm(ZERO_NOISE)
+        self.mitigation_form.observe(lambda _: self._fit_follows_form(), "spec")
 
     @property
     def rows(self) -> tuple[int, ...]:
@@ -60,9 +74,15 @@ class CircuitTab(WorkbenchTab):
         assert isinstance(spec, RowsSpec)
         return spec.rows
 
+    @property
+    def _mitigation(self) -> MitigationSpec:
+        spec = self.mitigation_form.spec
+        assert isinstance(spec, MitigationSpec)
+        return spec
+
     def arguments(self) -> dict[str, Any]:
         """The arguments of the task."""
-        sample = self.bench.sample.arguments()
+        sample = self._sample.arguments()
         return {
             **{name: sample[name] for name in ("source", "layer", "head", "seed")},
             "rows": list(self.rows),
@@ -81,22 +101,29 @@ class CircuitTab(WorkbenchTab):
         self._fill_view()
 
     def _make_view(self, spec: CircuitSpec, p: Tensor, queries: Iterable[int]) -> CircuitView:
-        """A view of the circuit of these rows; its zero-noise fit has the levels of the Mitigate tab."""
+        """A view of the circuit of these rows; its zero-noise fit is that of the Mitigate tab."""
         # This loads qiskit, as the check of a circuit's form does, and two threads must not do so at the same
         # time.
         with FORM_LOCK:
             from ...views.circuit import CircuitView
-        mitigation = self.bench.mitigate.form
-        levels, extrapolation = self.bench.mitigate.fit_settings()
-        view = CircuitView(spec.build(), shots=spec.shots, noise_levels=levels, method=extrapolation, seed=0)
+        form, mitigation = self.mitigation_form, self._mitigation
+        levels = mitigation.noise_levels if len(mitigation.noise_levels) > 1 else ZERO_NOISE.noise_levels
+        method = mitigation.extrapolation
+        view = CircuitView(spec.build(), shots=spec.shots, noise_levels=levels, method=method, seed=0)
         view.show_rows(p, names=[f"query {i}" for i in queries])
         view.observe(lambda _: self._fill_view(), "row")
-        view.observe(
-            lambda change: mitigation.enter(noise_levels=[f"{x:g}" for x in change.new]), "noise_levels"
-        )
-        view.observe(lambda change: mitigation.enter(extrapolation=change.new), "method")
-        self.view_box.children = self.bench.mitigate.view_box.children = (view,)
+        view.observe(lambda change: form.enter(noise_levels=[f"{x:g}" for x in change.new]), "noise_levels")
+        view.observe(lambda change: form.enter(extrapolation=change.new), "method")
+        self.view_box.children = (view,)
         return view
+
+    def _fit_follows_form(self) -> None:
+        """Show the noise levels and the extrapolation of the Mitigate tab in the view's zero-noise fit."""
+        view, mitigation = self.view, self._mitigation
+        if view is not None and len(mitigation.noise_levels) > 1:
+            if list(mitigation.noise_levels) != sorted(view.noise_levels):
+                view.noise_levels = list(mitigation.noise_levels)
+            view.method = mitigation.extrapolation
 
     def _fill_view(self) -> None:
         """Show what was measured of the row that the view shows."""

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import html
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ipywidgets as widgets
 
 from ....specs import CircuitSpec
 from ...forms import SpecForm
 from ..tab import WorkbenchTab
-from .circuit import TWIN
+from ..tab_host import TabHost
+from .circuit import TWIN, CircuitTab
 from .html_parts import field_groups, rows_table, spaced
-
-if TYPE_CHECKING:
-    from ..workbench import Workbench
 
 
 class HardwareTab(WorkbenchTab):
@@ -25,7 +23,8 @@ class HardwareTab(WorkbenchTab):
         "Press <b>Submit rows</b> to run the rows of the Circuit tab as a job; a twin needs no account."
     )
 
-    def __init__(self, bench: Workbench):
+    def __init__(self, bench: TabHost, circuit: CircuitTab):
+        self._circuit = circuit
         groups = field_groups(CircuitSpec)
         fields = [name for name, group in groups.items() if group not in ("noise", "hybrid")]
         self._table = widgets.HTML()
@@ -34,7 +33,7 @@ class HardwareTab(WorkbenchTab):
     def arguments(self) -> dict[str, Any]:
         """The arguments of the task."""
         return {
-            **self.bench.circuit.arguments(),
+            **self._circuit.arguments(),
             "circuit": self.form.spec.to_parameters(),
             "home": self.bench.runs_folder(),
         }
@@ -51,4 +50,4 @@ class HardwareTab(WorkbenchTab):
         """Rows and shots of the next job."""
         spec = self.form.spec
         assert isinstance(spec, CircuitSpec)
-        return f"{len(self.bench.circuit.rows)} rows × {spaced(spec.shots)} shots"
+        return f"{len(self._circuit.rows)} rows × {spaced(spec.shots)} shots"

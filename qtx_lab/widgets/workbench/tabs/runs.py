@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import html
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ipywidgets as widgets
 
 from ..tab import WorkbenchTab
+from ..tab_host import TabHost
 from .html_parts import spaced
-
-if TYPE_CHECKING:
-    from ..workbench import Workbench
 
 
 class RunsTab(WorkbenchTab):
@@ -20,7 +18,7 @@ class RunsTab(WorkbenchTab):
     name, title, button, task = "runs", "Runs", "Refresh", "list_runs"
     first_step = "Press <b>Refresh</b> to list the runs."
 
-    def __init__(self, bench: Workbench):
+    def __init__(self, bench: TabHost):
         self._heading = widgets.HTML()
         super().__init__(bench, {}, self._heading, bench.job_box)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import threading
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ipywidgets as widgets
 import torch
@@ -15,11 +15,11 @@ from ...comms import hear_while_busy
 from ...forms import SpecForm
 from ...views.lens import AttentionLens
 from ..tab import WorkbenchTab
-from .circuit import MAX_ROWS
+from ..tab_host import TabHost
 from .html_parts import form_field, notes_list, spaced
 
-if TYPE_CHECKING:
-    from ..workbench import Workbench
+MAX_ROWS = 16
+"""Rows that are sent to the Circuit tab at a time."""
 
 REDRAW_DELAY_S = 0.3
 """Seconds without a change of the form after which a quick draw is made again."""
@@ -57,7 +57,7 @@ class SampleTab(WorkbenchTab):
     name, title, button, task = "sample", "Sample", "Draw", "sample"
     first_step = "Press <b>Draw</b> to see a head's exact and sampled attention side by side."
 
-    def __init__(self, bench: Workbench, source: SourceSpec):
+    def __init__(self, bench: TabHost, source: SourceSpec):
         self.lens: AttentionLens | None = None
         self._lens_inputs: Any = None
         self._redraw_timer: threading.Timer | None = None
@@ -95,8 +95,7 @@ class SampleTab(WorkbenchTab):
     def send_rows(self) -> None:
         """Let the Circuit tab measure the rows that are selected in the lens, and open it."""
         if self.lens is not None and self.lens.selected_rows:
-            self.bench.circuit.forms["rows"].change(rows=self.lens.selected_rows[:MAX_ROWS])
-            self.bench.open_tab("circuit")
+            self.bench.measure_rows(tuple(self.lens.selected_rows[:MAX_ROWS]))
 
     def show(self, result: dict[str, Any]) -> None:
         """Show the inputs in a lens, and how far the head is off."""

@@ -5,17 +5,15 @@ from __future__ import annotations
 import base64
 import html
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ipywidgets as widgets
 
 from ....specs import ClusterSpec, SweepSpec
 from ...forms import SpecForm
 from ..tab import WorkbenchTab
+from ..tab_host import TabHost
 from .html_parts import head_row, notes_list, spaced
-
-if TYPE_CHECKING:
-    from ..workbench import Workbench
 
 
 class SweepTab(WorkbenchTab):
@@ -24,7 +22,7 @@ class SweepTab(WorkbenchTab):
     name, title, button, task = "sweep", "Sweep", "Sweep", "sweep"
     first_step = "Press <b>Sweep</b> to run a notebook once for every combination of the grid's values."
 
-    def __init__(self, bench: Workbench):
+    def __init__(self, bench: TabHost):
         plan = SweepSpec(
             notebook="00_quickstart",
             sha256="0" * 64,  # of no file: the sweep that is started has the right one

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ipywidgets as widgets
 
@@ -13,10 +13,8 @@ from ...forms import SpecForm
 from ...views.stream import MetricStream
 from ..process import Work
 from ..tab import WorkbenchTab
+from ..tab_host import TabHost
 from .html_parts import form_field, notes_list, spaced
-
-if TYPE_CHECKING:
-    from ..workbench import Workbench
 
 CURVES = {
     "bits_per_byte": "training",
@@ -50,7 +48,7 @@ class TrainTab(WorkbenchTab):
     name, title, button, task = "train", "Train", "Train", "train"
     first_step = "Press <b>Train</b> to train the reference model with sampled attention."
 
-    def __init__(self, bench: Workbench):
+    def __init__(self, bench: TabHost):
         forms = {
             "training": SpecForm(TrainSpec(steps=100)),
             "where": SpecForm(WhereSpec),

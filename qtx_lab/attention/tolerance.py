@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import ArgumentError
 from ..estimates import AttentionEstimate, Draws, EstimateInfo
 from ..problem import AttentionProblem
-from ..samplers import Design, InversionSampler, SampledRows, Sampler
+from ..samplers import SAMPLERS, Design, InversionSampler, SampledRows, Sampler
 from ..streams import Purpose, Stream
 from .error_bars import ErrorBars, degrees_of_freedom
 
@@ -59,10 +59,10 @@ class Tolerance:
                 f"num_samples={num_samples} and tolerance={tolerance} exclude each other: give one of them."
             )
         if not (sampler.predicts_variance or sampler.exact):
+            able = [name for name, factory in SAMPLERS.items() if factory().predicts_variance]
             raise ArgumentError(
                 f"tolerance needs a sampler that predicts its variance; sampler={sampler.name!r} does not: "
-                "use "
-                "monte-carlo, stratified, systematic, sobol, halton, lattice or head-tail."
+                f"use {', '.join(able[:-1])} or {able[-1]}."
             )
         return cls(float(tolerance), float(confidence))
 

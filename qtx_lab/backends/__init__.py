@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .counts import RowCounts
+from .exact import Noise
 from .hybrid import HybridPolicy, predicted_fidelity
 from .noise import ParametricNoise, SimulatorNoise, fake_devices
 from .qiskit import QiskitQuantumBackend
@@ -12,6 +13,7 @@ from .sampler import CircuitSampler
 __all__ = [
     "CircuitSampler",
     "HybridPolicy",
+    "Noise",
     "ParametricNoise",
     "QiskitQuantumBackend",
     "RowCounts",

@@ -76,7 +76,10 @@ class SimulatorNoise(ABC):
 
     @abstractmethod
     def target(self, num_qubits: int) -> Target:
-        """The gates of a device with this noise, and their average errors, for the transpiler."""
+        """The gates of a device with this noise, and their average errors.
+
+        The transpiler and `predicted_fidelity` judge by these errors: they should agree with `noise`.
+        """
 
     @abstractmethod
     def noise(self, num_qubits: int) -> Noise:

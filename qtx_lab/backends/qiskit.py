@@ -66,7 +66,9 @@ class QiskitQuantumBackend:
     loader : str or Loader
         How a row becomes a circuit: a name in `qtx_lab.circuits.LOADERS`, or a loader of your own.
     noise : SimulatorNoise, optional
-        "aer" only: noise of the simulator, as `ParametricNoise`. Not together with a twin.
+        "aer" only: noise of the simulator, as `ParametricNoise` or a `SimulatorNoise` of your own. Not
+        together with a twin. The `dynamic` loader has no two-qubit gates: only errors of one-qubit gates and
+        readout act on it.
     noise_scale : float
         "aer" only: factor on all error probabilities, and on 1/T1 and 1/T2; 0 is no noise.
     method : {"auto", "aer"}

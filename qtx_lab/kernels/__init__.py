@@ -8,8 +8,9 @@ folder for each operation:
 - `sketch_decode`: few queries, drawn by a sketch of the keys.
 - `cpu_decode`: a cache's queries on the CPU, compiled by numba.
 
-In each, `launch` is the way in. The Triton kernels are in `triton`, the same draws in plain torch in
-`reference`, and the method in a few lines in `oracle`. A draw is made where a kernel finds the key at a point
-of a row, which is in `locate_kernel` of `decode`, `draw_page` of `prefill` and `locate_sketch_kernel` of
-`sketch_decode`.
+The random number of a draw is made in `blocks.comb_offset`, for a page in `prefill.triton.page_offsets`, and
+for the rounding of masses in `blocks.store_masses`, all by `philox.words`. In each, `launch` is the way in.
+The Triton kernels are in `triton`, the same draws in plain torch in `reference`, and the method in a few
+lines in `oracle`. The key at a point of a row is found in `locate_kernel` of `decode` and
+`locate_sketch_kernel` of `sketch_decode`; `draw_page` of `prefill` counts the draws of every key of a page.
 """

@@ -94,12 +94,29 @@ class SampledRows:
         )
 
 
+DRAWING = (
+    "draw",
+    "draw_from",
+    "estimate_rows",
+    "place",
+    "place_block",
+    "place_in_order",
+    "points",
+)
+"""The methods by which samplers draw."""
+
+
 class Sampler(ABC):
     """Turns rows of logits into draws.
 
     A sampler of your own needs a `name`, says whether it is `unbiased` and `independent`, and implements
     `draw`; everything else has a default. `register_sampler` makes it known by name. One with a better way to
     an estimate than drawing from exact logits overrides `estimate_rows`.
+
+    Derive from `samplers.InversionSampler` if you only choose the points at which a row's distribution is
+    inverted, and from `samplers.StreamSampler` if you draw with a stream's random numbers: then a row's draws
+    do not depend on the rows beside it. Inside the package a sampler has its name in `samplers.SAMPLERS`, by
+    which the tests find it, and its colour in `theme.SAMPLER_COLOURS`.
 
     Examples
     --------
@@ -134,7 +151,8 @@ class Sampler(ABC):
     predicts_variance: bool = False
     """Whether `variance_weights` bounds the variance for every count of draws, which a tolerance needs."""
     has_kernel: bool = False
-    """Whether the Triton kernels draw as it does, so that problems on CUDA go to them."""
+    """Whether the Triton kernels draw as it does, so that problems on CUDA go to them. A class that draws in
+    another way than the one it derives from does not inherit it."""
     self_normalised: bool = False
     """Whether weights are divided by their own sum: the gradient then takes the replicate's own mean as
     its baseline.
@@ -147,6 +165,12 @@ class Sampler(ABC):
     """What there is to say about the latest draw, passed on as `info.drawn_by`; `fallbacks` is a tuple of
     sentences.
     Whole numbers whose names end in `_rows` are added up over blocks of rows."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        own = vars(cls).keys()
+        if "has_kernel" not in own and not own.isdisjoint(DRAWING):
+            cls.has_kernel = False
 
     @property
     def draws_are_exchangeable(self) -> bool:
@@ -394,7 +418,25 @@ class StreamSampler(Sampler):
 class InversionSampler(StreamSampler):
     """Base of the samplers that invert each row's cumulative distribution at points of [0, 1).
 
-    What makes them differ is where the points lie: `points`.
+    What makes them differ is where the points lie: `points`. Unless they form a comb, override
+    `count_variance` too, which error bars and tolerances use: that of independent draws is `expected`.
+
+    Examples
+    --------
+    Pairs of points that lie on opposite sides of 1/2:
+
+    >>> class Antithetic(InversionSampler):
+    ...     name = "antithetic"
+    ...
+    ...     def points(self, stream, num_samples, replicates):
+    ...         u = stream.uniform(replicates, (num_samples + 1) // 2)
+    ...         return torch.cat((u, 1 - u - 2**-53), -1)[..., :num_samples]
+    ...
+    ...     def count_variance(self, expected):
+    ...         return expected
+    >>> g = torch.Generator().manual_seed(0)
+    >>> Antithetic().draw(torch.tensor([0.0, 0.0]), 4, generator=g).indices.sum()
+    tensor(2)
     """
 
     unbiased = True
@@ -426,6 +468,24 @@ class InversionSampler(StreamSampler):
         variance = self.count_variance(num_samples * p)
         assert variance is not None
         return variance / num_samples**2, torch.full_like(p[..., :1], 1 / num_samples)
+
+    def checked_points(self, stream: Stream, num_samples: int, replicates: int) -> Tensor:
+        """`points`, of the right shape and in [0, 1).
+
+        Raises
+        ------
+        ShapeError, ArgumentError
+            If they are not, as a class of your own may make them.
+        """
+        points = self.points(stream, num_samples, replicates)
+        if points.shape[-2:] != (replicates, num_samples) or points.ndim != 4:
+            raise ShapeError(
+                f"sampler={self.name!r} gave points {tuple(points.shape)}; they must be (heads, positions, "
+                f"{replicates} replicates, {num_samples} draws)."
+            )
+        if points.numel() and not (float(points.amin()) >= 0 and float(points.amax()) < 1):
+            raise ArgumentError(f"sampler={self.name!r} gave points outside [0, 1).")
+        return points
 
     def place(self, logits: Tensor, points: Tensor) -> Draws:
         """Draws at given points (..., R, S) of rows (..., n)."""
@@ -471,7 +531,7 @@ class InversionSampler(StreamSampler):
         replicates: int = 1,
     ) -> Draws:
         """Draw keys with the random numbers of a stream: see `Sampler.draw_from`."""
-        points = self.points(stream, num_samples, replicates)  # [N, P, R, S]
+        points = self.checked_points(stream, num_samples, replicates)  # [N, P, R, S]
         if not self.ordered or values is None:
             return self.place(logits, points)
         order = ValueOrder.fit(values).order(values)
@@ -480,9 +540,8 @@ class InversionSampler(StreamSampler):
 
     def estimate_rows(self, problem: AttentionProblem, budget: Budget, stream: Stream) -> SampledRows:
         """An estimate of the rows of a problem: see `Sampler.estimate_rows`."""
-        points = self.points(
-            stream, budget.num_samples, budget.replicates
-        )  # [N, L, R, S], shared by a group's heads
+        # [N, L, R, S], shared by the heads of a group.
+        points = self.checked_points(stream, budget.num_samples, budget.replicates)
         layout = self.layout(problem)
 
         def draw(heads: slice, rows: slice) -> Draws:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import qtx_lab as qtx
-from qtx_lab.samplers import SAMPLERS
+from qtx_lab.samplers import SAMPLERS, SystematicSampler
 
 NAMES = sorted(SAMPLERS)
 
@@ -118,3 +118,35 @@ def test_docstrings_state_bias_variance_and_source(sampler):
     text = type(sampler).__doc__.lower()
     assert "variance" in text
     assert sampler.name == "exact" or "unbiased" in text
+
+
+def test_a_class_that_draws_in_another_way_has_no_kernel():
+    """The kernels would draw as the class that it derives from does, without a word."""
+
+    class Shifted(SystematicSampler):
+        def points(self, stream, num_samples, replicates):
+            return super().points(stream, num_samples, replicates) / 2
+
+    class Renamed(SystematicSampler):
+        name = "renamed"
+
+    assert SystematicSampler.has_kernel
+    assert Renamed.has_kernel
+    assert not Shifted.has_kernel
+    assert not qtx.HeadTailSampler.has_kernel
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(lambda u: u.mT, "gave points"), (lambda u: 3 * u, "outside"), (lambda u: u[..., :-1], "gave points")],
+)
+def test_points_of_a_class_of_ones_own_are_checked(change, message):
+    class Mine(SystematicSampler):
+        name = "mine"
+
+        def points(self, stream, num_samples, replicates):
+            return change(super().points(stream, num_samples, replicates))
+
+    x = torch.randn(2, 9, 4)
+    with pytest.raises(qtx.QtxError, match=message):
+        qtx.sampled_attention(x, x, x, sampler=Mine(), num_samples=5, replicates=2)

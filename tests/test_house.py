@@ -37,6 +37,8 @@ OPTIONAL_ATTRIBUTES = {
 
 ADAPTERS = {
     "qtx_lab/models/huggingface.py": "It reads whatever settings a foreign model's configuration has.",
+    "qtx_lab/models/huggingface_cache.py": "It reads a foreign model's settings, which may be missing.",
+    "qtx_lab/models/huggingface_settings.py": "It reads a foreign model's settings, which may be missing.",
     "qtx_lab/samplers/__init__.py": "It takes a user's object that draws, of any class, in as a `Sampler`.",
     "qtx_lab/backends/sampler.py": "It refuses a mitigation of the user's own that cannot measure rows.",
     "qtx_lab/controls/registry.py": "It refuses a control of the user's own that cannot be prepared.",

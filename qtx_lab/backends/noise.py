@@ -49,6 +49,9 @@ class SimulatorNoise(ABC):
     --------
     Noise of measurements alone, on a device that has no other errors:
 
+    >>> from dataclasses import dataclass
+    >>> import numpy as np
+    >>> from qtx_lab.backends import Noise, ParametricNoise, SimulatorNoise
     >>> @dataclass(frozen=True)
     ... class MisreadOnes(SimulatorNoise):
     ...     probability: float

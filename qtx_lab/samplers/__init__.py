@@ -110,6 +110,10 @@ def make_sampler(sampler: object) -> Sampler:
         If no sampler has that name; if the object cannot draw.
     """
     if isinstance(sampler, Sampler):
+        if not sampler.name or not isinstance(sampler.name, str):
+            raise DtypeError(
+                f"name={sampler.name!r} of the sampler {sampler!r} is not allowed: it must be a text."
+            )
         return sampler
     if not isinstance(sampler, str):
         return ForeignSampler(sampler)

@@ -131,7 +131,8 @@ class Sampler(ABC):
     tensor([1, 1])
     """
 
-    name: str
+    name: str = ""
+    """What figures, results and errors call it; a sampler without one is refused."""
     unbiased: bool = False
     """Whether E[sum_s weights_s f(indices_s)] = sum_j p_j f(j) for every f."""
     independent: bool = False

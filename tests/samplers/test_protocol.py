@@ -136,6 +136,15 @@ def test_a_class_that_draws_in_another_way_has_no_kernel():
     assert not qtx.HeadTailSampler.has_kernel
 
 
+def test_a_sampler_without_a_name_is_refused():
+    class Nameless(qtx.Sampler):
+        def draw(self, logits, num_samples, **options):
+            raise AssertionError("it must not be asked")
+
+    with pytest.raises(qtx.DtypeError, match="name=''"):
+        qtx.make_sampler(Nameless())
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [(lambda u: u.mT, "gave points"), (lambda u: 3 * u, "outside"), (lambda u: u[..., :-1], "gave points")],

@@ -84,7 +84,7 @@ def expected_counts(p: Tensor, num_samples: int, head: int | None = None) -> Ten
     top = p.topk(min(num_samples, p.shape[-1]), -1).values  # heaviest first
     if head is None:
         h = torch.arange(top.shape[-1], device=p.device)
-        tail = _sum(p) - top.cumsum(-1) + top  # mass from the (h + 1)-th on
+        tail = p.sum(-1, keepdim=True) - top.cumsum(-1) + top  # mass from the (h + 1)-th on
         fits = top * (num_samples - h) < tail
         size = torch.where(fits.any(-1, keepdim=True), fits.int().argmax(-1, keepdim=True), num_samples - 1)
     else:

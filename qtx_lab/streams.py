@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_generator
+from .errors import ArgumentError
 
 WORD = 0xFFFFFFFF
 """The largest word; every word is kept in 64 bits."""
@@ -237,10 +238,6 @@ class Stream:
             first_replicate=replicates,
         )
 
-    def at(self, positions: Tensor) -> Stream:
-        """The same heads at other positions, (P,) or (N, P)."""
-        return replace(self, positions=positions)
-
     def of_purpose(self, purpose: Purpose, first_replicate: int | Tensor = 0) -> Stream:
         """The numbers of the same rows for another purpose, or of later replicates."""
         return replace(self, purpose=purpose, first_replicate=first_replicate)
@@ -265,6 +262,10 @@ class Stream:
         return torch.Generator(self.keys.device).manual_seed(seed)
 
     def _uniform(self, positions: Tensor, purpose: int, replicates: int, count: int) -> Tensor:
+        if replicates > MAX_REPLICATES:
+            raise ArgumentError(
+                f"replicates={replicates} is not allowed: a stream has numbers for up to {MAX_REPLICATES}."
+            )
         device = self.keys.device
         pair = torch.arange((count + 1) // 2, device=device)
         first = torch.as_tensor(self.first_replicate, device=device).view(-1, 1, 1, 1)

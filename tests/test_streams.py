@@ -35,7 +35,7 @@ def test_rows_at_positions_of_their_own() -> None:
     stream = Stream.of(7, sequences=1, groups=2, length=9)
     positions = torch.tensor([[0, 3], [8, 1]])
     numbers = stream.uniform(1, 4)
-    here = stream.at(positions).uniform(1, 4)
+    here = stream.of_block(slice(None), positions).uniform(1, 4)
     assert torch.equal(here, torch.stack((numbers[0, [0, 3]], numbers[1, [8, 1]])))
 
 

@@ -609,6 +609,12 @@ def row_masses(logits: Tensor) -> Tensor:
     return mass
 
 
+def row_probabilities(logits: Tensor) -> Tensor:
+    """softmax(logits) of rows (..., n); 0 everywhere in an all-masked row. Raises as `row_masses`."""
+    mass = row_masses(logits)[..., : logits.shape[-1]]
+    return mass / mass.sum(-1, keepdim=True).clamp_min(1)
+
+
 def invert(mass: Tensor, points: Tensor, scale: float | Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Keys at given points of the cumulative masses of rows.
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..estimates import Draws, EstimateInfo
 from ..problem import AttentionProblem, in_dtype
 from ..streams import Stream
-from .base import Budget, Design, SampledRows, Sampler, check_draw_arguments, row_masses
+from .base import Budget, Design, SampledRows, Sampler, check_draw_arguments, row_probabilities
 
 
 class ExactSampler(Sampler):
@@ -40,8 +40,7 @@ class ExactSampler(Sampler):
         replicates: int = 1,
     ) -> Draws:
         check_draw_arguments(logits, num_samples, replicates)
-        p = row_masses(logits)[..., : logits.shape[-1]]
-        p = p / p.sum(-1, keepdim=True).clamp_min(1)
+        p = row_probabilities(logits)
         indices = torch.arange(logits.shape[-1], device=logits.device).expand(logits.shape)
         repeat = (*(1,) * (logits.ndim - 1), replicates)
         return Draws(indices.repeat(repeat), p.repeat(repeat) / replicates, p.repeat(repeat), replicates)

@@ -153,10 +153,10 @@ def test_rows_of_different_positions_may_stand_together(generator, device, compa
     """A batch of sequences that are decoded at positions of their own."""
     x = attention_inputs((2, 1, 2, 1, 70, 16, 8), torch.float32, generator, device)
     stream = Stream.of(torch.tensor(5, device=device), 2, 1, 1)
-    stream = stream.at(torch.tensor([[7], [69]], device=device))
+    stream = stream.of_block(slice(None), torch.tensor([[7], [69]], device=device))
     indices = decode(x, 10, 1, stream).indices
     compare_draws(indices, reference.decode(x, 10, 1, stream).indices)
-    first = stream.at(torch.tensor([7], device=device))
+    first = stream.of_block(slice(None), torch.tensor([7], device=device))
     assert torch.equal(decode(x, 10, 1, first).indices[0], indices[0])
 
 

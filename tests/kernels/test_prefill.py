@@ -137,7 +137,7 @@ def test_a_row_draws_the_same_alone_and_in_a_batch_under_its_sequences_name(run,
     alone = Inputs(q, x.k[1:], x.v[1:], None, 1, x.scale)
     stream = Stream.of(torch.tensor(5, device=device), torch.tensor([8]), 2, 1, first_position=42)
     torch.testing.assert_close(run(alone, 20, stream).view(2, 2, 8), together[1, :, :, 2])
-    elsewhere = stream.at(torch.tensor([43], device=device))
+    elsewhere = stream.of_block(slice(None), torch.tensor([43], device=device))
     assert not torch.allclose(run(alone, 20, elsewhere).view(2, 2, 8), together[1, :, :, 2])
 
 

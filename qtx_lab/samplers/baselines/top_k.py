@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...estimates import Draws
-from ..base import Sampler, check_draw_arguments, row_masses
+from ..base import Sampler, check_draw_arguments, row_probabilities
 
 
 class TopKSampler(Sampler):
@@ -36,8 +36,7 @@ class TopKSampler(Sampler):
     ) -> Draws:
         """The heaviest keys, repeated for each replicate: see `Sampler.draw`."""
         check_draw_arguments(logits, num_samples, replicates)
-        p = row_masses(logits)[..., : logits.shape[-1]]
-        p = p / p.sum(-1, keepdim=True).clamp_min(1)
+        p = row_probabilities(logits)
         top, indices = p.topk(min(num_samples, p.shape[-1]), -1)
         spare = (0, num_samples - top.shape[-1])  # more draws than keys: those left over have weight 0
         weights = (

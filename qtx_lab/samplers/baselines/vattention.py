@@ -9,7 +9,7 @@ from torch import Tensor
 from ...errors import ArgumentError
 from ...estimates import Draws
 from ...streams import Stream
-from ..base import StreamSampler, row_masses
+from ..base import StreamSampler, row_probabilities
 
 
 class VAttentionSampler(StreamSampler):
@@ -61,7 +61,7 @@ class VAttentionSampler(StreamSampler):
     ) -> Draws:
         """Draw keys with the random numbers of a stream: see `Sampler.draw_from`."""
         n, s = logits.shape[-1], num_samples
-        mass = row_masses(logits)[..., :n]
+        p = row_probabilities(logits)
         first, last, most = (int(share * s) for share in (self.sink, self.local, self.heavy))
         seen = logits > -torch.inf
         place = seen.cumsum(-1)
@@ -78,12 +78,11 @@ class VAttentionSampler(StreamSampler):
             F.pad(indices, (0, s - turn.shape[-1])),
         )
         drawn = (turn >= 0) & (turn < 1)
-        others = (seen & ~exact).sum(-1)[..., None, None].to(mass.dtype)
+        others = (seen & ~exact).sum(-1)[..., None, None].to(p.dtype)
         factor = torch.where(drawn, others / drawn.sum(-1, keepdim=True).clamp_min(1), 1).masked_fill(
             turn > 1, 0
         )
 
-        p = mass / mass.sum(-1, keepdim=True).clamp_min(1)
         p = p[..., None, :].expand(*turn.shape[:-1], n).gather(-1, indices)
         weights = p * factor
         weights = weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(p.dtype).tiny) / replicates

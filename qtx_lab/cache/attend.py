@@ -201,8 +201,14 @@ def _estimate(
     output = drawn.output.view(*row_shape, store.width).to(store.table.dtype)
     draws = Draws(drawn.indices, drawn.weights, None, call.replicates)
     length, sums = store.length, store.value_sums  # tokens may come before errors are asked for
+    crops = store.crops
 
     def make_std_error() -> Tensor:
+        if store.crops != crops:
+            raise ArgumentError(
+                "std_error is not known any more, as values may be gone: ask for it before the cache "
+                "is cropped."
+            )
         with plain_mode(output.device):
             return _std_error(store, length, drawn, sums / length, call.replicates).view(output.shape)
 

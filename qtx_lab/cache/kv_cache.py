@@ -14,7 +14,7 @@ from ..estimates import AttentionEstimate
 from ..streams import make_seed
 from .attend import Call, attend, plain_mode, scores_by_place
 from .saving import CacheParts, read_cache, write_cache
-from .sketches import PROPOSALS, QueryMoment, make_sketch
+from .sketches import PROPOSALS, ComponentSketch, QueryMoment, make_sketch
 from .store import TokenStore
 
 
@@ -42,8 +42,8 @@ class SampledKVCache:
 
     The keys that a sketch represents worst, one in 256 and at least 4, have exact scores; attention sinks
     are among them. A sketch is fitted anew whenever the tokens have become a quarter more. Tokens are
-    only ever appended: what was stored stays where it is. Of the order, which is an index, newly appended
-    tokens take the last places until they are a sixteenth of all.
+    appended, and the newest can be cropped: what was stored stays where it is. Of the order, which is an
+    index, newly appended tokens take the last places until they are a sixteenth of all.
 
     Every query sees the whole cache: no masks, no gradients.
 
@@ -166,8 +166,7 @@ class SampledKVCache:
             store.append(k, v)
             sketch = self._sketch
             if sketch is not None and sketch.needs_fit(store.length):
-                keys = store.keys().to(store.dtype)
-                sketch.place(store.arrange(sketch.fit(keys, self._queries.root())), keys)
+                self._fit(sketch)
                 return
             if sketch is not None:
                 sketch.extend(k.to(store.dtype))
@@ -175,6 +174,61 @@ class SampledKVCache:
                 index = store.sort_new()
                 if sketch is not None:
                     sketch.reorder(index)
+
+    def _fit(self, sketch: ComponentSketch) -> None:
+        """Fit the sketch to all tokens held, and put them in its order."""
+        keys = self._store.keys().to(self._store.dtype)
+        sketch.place(self._store.arrange(sketch.fit(keys, self._queries.root())), keys)
+
+    def crop(self, length: int) -> None:
+        """Forget the newest tokens, all but the first `length`.
+
+        The error bars of estimates that were made before have to be asked for before, too.
+
+        Raises
+        ------
+        ArgumentError, DtypeError
+            If there are not so many tokens, or if none would be left.
+        """
+        check_count("length", length)
+        store, sketch = self._store, self._sketch
+        if length > store.length:
+            raise ArgumentError(f"length={length} is not allowed: the cache holds {store.length} tokens.")
+        if length == store.length:
+            return
+        with plain_mode(store.table.device):
+            index = store.crop(int(length))
+            if sketch is not None and not sketch.crop(index):
+                self._fit(sketch)
+
+    def select_sequences(self, index: Tensor) -> None:
+        """Let sequence i be what sequence index_i was, with repetitions: for beams, or fewer sequences.
+
+        Parameters
+        ----------
+        index : Tensor, int64, (B',)
+            Numbers from 0 to B - 1, B the product of the dimensions before the heads, of which there must
+            be one or more.
+
+        Raises
+        ------
+        ShapeError, ArgumentError
+            If keys have no such dimension, or a number is not allowed.
+        """
+        lead = self._lead
+        if len(lead) != 2:
+            raise ShapeError(
+                f"Keys have the shape {(*lead, len(self))} + (E,): there are no sequences to select."
+            )
+        index = _check_index(index, lead[0]).to(self._store.table.device)
+        if torch.equal(index, torch.arange(lead[0], device=index.device)):
+            return
+        with plain_mode(index.device):
+            heads = (index[:, None] * lead[1] + torch.arange(lead[1], device=index.device)).flatten()
+            self._store, self._queries = self._store.select(heads), self._queries.select(heads)
+            self._sketch = None if self._sketch is None else self._sketch.select(heads)
+            self._lead = torch.Size((len(index), lead[1]))
+            self._sequences = torch.arange(len(index), device=index.device)
 
     def attend(
         self,
@@ -307,6 +361,16 @@ def _check_tokens(k: Tensor, v: Tensor) -> None:
         )
     for name, x in (("k", k), ("v", v)):
         check_finite(name, x)
+
+
+def _check_index(index: Tensor, batch: int) -> Tensor:
+    """Refuse what is not one or more numbers of sequences."""
+    fits = isinstance(index, Tensor) and index.dtype == torch.int64 and index.ndim == 1 and len(index) > 0
+    if not fits or bool(((index < 0) | (index >= batch)).any()):
+        raise ArgumentError(
+            f"index={index!r} is not allowed: it must be int64 numbers from 0 to {batch - 1}."
+        )
+    return index
 
 
 def _check_sequences(sequences: Tensor, batch: int) -> None:

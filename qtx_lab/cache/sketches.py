@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -59,6 +60,9 @@ class QueryMoment:
         self._waiting = 0  # queries of a head in `_latest`
         self._lock = threading.Lock()
 
+    def __deepcopy__(self, memo: dict[int, object]) -> QueryMoment:
+        return self.select(torch.arange(len(self.total), device=self.total.device))  # a lock has no copy
+
     def add(self, queries: Tensor) -> None:
         """Remember queries (N, M, E)."""
         with self._lock:
@@ -90,6 +94,13 @@ class QueryMoment:
         values, vectors = torch.linalg.eigh(self.total * (features / self.count))
         values = values.clamp_min(0) + RIDGE * values.mean(-1, keepdim=True)
         return values.sqrt()[..., None] * vectors.mT
+
+    def select(self, heads: Tensor) -> QueryMoment:
+        """The moment of some of the heads, int64, (N',), with repetitions."""
+        self.sum_up()
+        chosen = QueryMoment(len(heads), self.total.shape[-1], self.total.device)
+        chosen.total, chosen.count = self.total[heads], self.count
+        return chosen
 
     @property
     def nbytes(self) -> int:
@@ -223,6 +234,27 @@ class ComponentSketch:
         """Let the line of place j be the one that was at place index_j; index (N, n)."""
         columns = self.lines.mT  # by components
         columns.copy_(columns.gather(2, index[:, None].expand(-1, columns.shape[1], -1)))
+
+    def crop(self, index: Tensor) -> bool:
+        """Keep the lines at places index (N, m) alone, in that order.
+
+        Returns whether the sketch is still good: not where a key with exact logits is gone, and the sketch
+        has to be fitted anew.
+        """
+        lines = self.lines.gather(1, index[..., None].expand(-1, -1, self.lines.shape[-1]))
+        self.length = index.shape[1]
+        self.fitted_length = min(self.fitted_length, self.length)
+        self.lines.copy_(lines)
+        exact = self.exact_keys.shape[1]
+        first = torch.arange(exact, device=index.device)
+        return exact <= self.length and bool((index[:, :exact] == first).all())
+
+    def select(self, heads: Tensor) -> Self:
+        """A sketch with some of the heads, int64, (N',), with repetitions; its memory is its own."""
+        chosen = copy.copy(self)
+        for name in ("centre", "weight", "key_map", "exact_keys", "storage"):
+            vars(chosen)[name] = vars(self)[name][heads]
+        return chosen
 
     def place(self, places: Tensor, keys: Tensor) -> None:
         """After `fit` to keys (N, n, E): have the key at each place, places (N, n), the worst first."""

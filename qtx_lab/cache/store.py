@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -45,6 +45,8 @@ class TokenStore:
         Tokens at places that are sorted.
     value_order : ValueOrder, optional
         From the first `FIRST_VALUES` values; None before there are so many.
+    crops : int
+        How often tokens were forgotten: what is read later then belongs to others.
     """
 
     table: Tensor
@@ -55,6 +57,7 @@ class TokenStore:
     length: int = 0
     sorted_length: int = 0
     value_order: ValueOrder | None = field(default=None, repr=False)
+    crops: int = 0
 
     @classmethod
     def empty(cls, k: Tensor, v: Tensor) -> TokenStore:
@@ -145,6 +148,34 @@ class TokenStore:
         self.order_keys[:, :n].scatter_(1, first, FIRST_KEY)
         self._sort()
         return self.places()
+
+    def crop(self, length: int) -> Tensor:
+        """Forget all but the first `length` tokens.
+
+        Returns the former place of what is at each place now, int64, (N, length).
+        """
+        stays = (self.places() < length).nonzero()[:, 1].view(self.heads, length)
+        for x in (self.order, self.order_keys):
+            x[:, :length] = x[:, : self.length].gather(1, stays)
+        gone = self.values()[:, length:].to(torch.float64)
+        self.value_sums = self.value_sums - torch.stack((gone, gone.square())).sum(2, keepdim=True)
+        self.length, self.sorted_length = length, min(self.sorted_length, length)
+        if length < FIRST_VALUES:  # the order was fitted to values that are gone
+            self.value_order, self.sorted_length = None, 0
+        self.crops += 1
+        return stays
+
+    def select(self, heads: Tensor) -> TokenStore:
+        """A store with some of the heads, int64, (N',), with repetitions; its memory is its own."""
+        order = self.value_order
+        return replace(
+            self,
+            table=self.table[heads],
+            order=self.order[heads],
+            order_keys=self.order_keys[heads],
+            value_sums=self.value_sums[:, heads],
+            value_order=None if order is None else ValueOrder(order.centre[heads], order.axes[heads]),
+        )
 
     def _sort(self) -> Tensor:
         n = self.length

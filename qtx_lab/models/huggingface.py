@@ -17,7 +17,7 @@ from ..attention.multihead import drop_keys
 from ..attention.settings import AttentionSettings
 from ..errors import ArgumentError
 from ..problem import AttentionProblem
-from .huggingface_cache import PLACEHOLDERS, SampledCache, SampledLayer
+from .huggingface_cache import SampledCache, SampledLayer, attends_exactly, cached_layer
 from .huggingface_settings import IMPLEMENTATION, as_json, given_settings, read_settings
 
 __all__ = [
@@ -126,8 +126,12 @@ def attention_forward(
         If the settings were changed to what is not allowed, or the model asks for what draws do not give.
     """
     settings = _settings_of(module)
-    layer: SampledLayer | None = PLACEHOLDERS.get(key)
-    if settings["sampler"].exact and layer is None:
+    exact = settings["sampler"].exact or attends_exactly(key)
+    layer = cached_layer(key, value)
+    if layer is not None and (exact or query.shape[2] > 1):
+        key, value = layer.tokens(query)
+        exact, layer = exact or layer.prefill == "exact", None
+    if exact:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs
         )
@@ -143,7 +147,8 @@ def attention_forward(
             "config.qtx_sampled, so that the draws come from torch's default generator, which it keeps."
         )
     if layer is not None:
-        return layer.attend(query, attention_mask, scaling, settings), None
+        weighed = bool(kwargs.get("output_attentions"))
+        return layer.attend(query, attention_mask, scaling, settings, output_attentions=weighed)
     length, n = query.shape[2], key.shape[2]
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     is_causal = bool(is_causal) and length > 1 and attention_mask is None

@@ -1,6 +1,7 @@
 """`SampledKVCache`: near the exact output for every sketch, however it was filled, and again from disk."""
 
 import contextlib
+import copy
 import math
 
 import pytest
@@ -155,6 +156,73 @@ def test_tokens_never_move(generator):
         cache.append(k[:, i : i + 1], v[:, i : i + 1])
     assert cache._store.table.data_ptr() == address
     assert torch.equal(cache._store.table[:, :701], before)
+
+
+@pytest.mark.parametrize("proposal", PROPOSALS)
+@pytest.mark.parametrize("length", [1, 40, 690, 699])
+def test_cropped_tokens_are_forgotten(proposal, length, generator):
+    """What is left has a place each and exact outputs, and the sums of values are theirs; more can follow."""
+    k, v = tokens(generator, n=700)
+    q = torch.randn(4, 2, 16, generator=generator)
+    cache = qtx.SampledKVCache.build(k, v, proposal=proposal)
+    cache.crop(length)
+    cache.append(k[:, :30], v[:, :30])
+    cache.crop(length + 20)
+    left = [torch.cat((x[:, :length], x[:, :20]), 1) for x in (k, v)]
+    assert len(cache) == length + 20
+    for found, wanted in zip(cache.tokens(), left, strict=True):
+        assert torch.equal(found, wanted)
+    store = cache._store
+    assert torch.equal(store.places().sort().values, torch.arange(length + 20).expand(2, -1))
+    torch.testing.assert_close(store.value_sums[0, :, 0], left[1].double().sum(1), atol=1e-9, rtol=1e-9)
+    est = cache.attend(q, num_samples=100_000, generator=generator)
+    torch.testing.assert_close(est.output, exact(q, *left), atol=2e-5, rtol=1e-4)
+
+
+def test_an_estimate_of_cropped_tokens_has_no_error_bars_any_more(generator):
+    """They are made from the values drawn, of which some may be other tokens' by then."""
+    k, v = tokens(generator)
+    cache = qtx.SampledKVCache.build(k, v)
+    q = torch.randn(2, 1, 16, generator=generator)
+    early, late = (cache.attend(q, 16, generator=generator) for _ in range(2))
+    assert early.std_error.isfinite().all()
+    cache.crop(699)
+    assert early.std_error.isfinite().all()
+    with pytest.raises(qtx.ArgumentError, match="before the cache is cropped"):
+        _ = late.std_error
+
+
+@pytest.mark.parametrize("proposal", PROPOSALS)
+def test_sequences_are_selected_as_if_built_anew(proposal, generator):
+    """Draws, error bars and all, also after more tokens; the cache that was selected from is not touched."""
+    k, v = (x.unflatten(0, (3, 2)) for x in tokens(generator, heads=6))
+    q = torch.randn(4, 4, 2, 16, generator=generator)
+    index = torch.tensor([2, 0, 0, 1])
+    cache = qtx.SampledKVCache.build(k, v, proposal=proposal)
+    copied = copy.deepcopy(cache)
+    cache.select_sequences(index)
+    anew = qtx.SampledKVCache.build(k[index], v[index], proposal=proposal)
+    for c in (cache, anew):
+        c.append(k[index, :, :5], v[index, :, :5])
+    found, wanted = (c.attend(q, 16, generator=torch.Generator().manual_seed(0)) for c in (cache, anew))
+    assert torch.equal(found.output, wanted.output)
+    assert torch.equal(found.std_error, wanted.std_error)
+    assert len(copied) == 700
+    assert copied.attend(q[:3], 16, generator=generator).output.shape == (3, 4, 2, 12)
+
+
+def test_what_cannot_be_cropped_or_selected(generator):
+    k, v = tokens(generator)
+    cache = qtx.SampledKVCache.build(k, v)
+    for length in (0, 701, 2.5):
+        with pytest.raises(qtx.ArgumentError, match=f"length={length}"):
+            cache.crop(length)
+    with pytest.raises(qtx.ShapeError, match="no sequences"):
+        cache.select_sequences(torch.tensor([0]))
+    cache = qtx.SampledKVCache.build(k[None], v[None])
+    for index in (torch.tensor([1]), torch.tensor([-1]), torch.tensor([0.0]), torch.tensor([]).long(), [0]):
+        with pytest.raises(qtx.ArgumentError, match="index="):
+            cache.select_sequences(index)
 
 
 @pytest.mark.parametrize("proposal", PROPOSALS)

@@ -321,11 +321,6 @@ def test_what_a_sampled_cache_cannot_do(tokens):
     sliding = transformers.MistralConfig(**SMALL, sliding_window=4, attn_implementation="qtx_sampled")
     with pytest.raises(qtx.ArgumentError, match="layers of sliding_attention"):
         huggingface.SampledCache(sliding)
-    padded, beams = (huggingface.SampledCache(model.config) for _ in range(2))
-    with pytest.raises(qtx.ShapeError, match="padding"):
-        model.generate(tokens, attention_mask=LEFT, past_key_values=padded, max_new_tokens=3, pad_token_id=0)
-    with pytest.raises(qtx.ArgumentError, match="no beams"):
-        model.generate(tokens, past_key_values=beams, max_new_tokens=3, num_beams=2)
 
 
 def test_importing_qtx_lab_leaves_transformers_alone():

@@ -1,0 +1,313 @@
+"""`SampledCache` in transformers' models: equal to eager in the limit of many draws, or refused by name."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import transformers
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+import qtx_lab as qtx
+from qtx_lab.models import huggingface
+from qtx_lab.models.huggingface_cache import SampledLayer
+
+transformers.logging.set_verbosity_error()
+huggingface.register()
+
+SMALL = {
+    "vocab_size": 40,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+WINDOWS = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention", "full_attention"]}
+LOW_RANK_KEYS = {
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+}
+
+CONFIGS = {
+    "llama": lambda: transformers.LlamaConfig(**SMALL),
+    "qwen2": lambda: transformers.Qwen2Config(**SMALL),
+    "mistral": lambda: transformers.MistralConfig(**SMALL, sliding_window=None),
+    "gemma3": lambda: transformers.Gemma3TextConfig(**SMALL, **WINDOWS, head_dim=8, query_pre_attn_scalar=8),
+    "qwen3": lambda: transformers.Qwen3Config(**SMALL, **WINDOWS, use_sliding_window=True, head_dim=8),
+    "phi3": lambda: transformers.Phi3Config(**SMALL, sliding_window=None, pad_token_id=0),
+}
+"""Decoders with full attention in some layers at least, whose attention a cache can draw for."""
+
+MANY = {"num_samples": 4096, "seed": 0}
+"""More draws than there are tokens: every key is drawn, and the output is exact."""
+
+PROMPTS = torch.randint(1, 40, (2, 14), generator=torch.Generator().manual_seed(1))
+LEFT = torch.ones_like(PROMPTS)
+LEFT[0, :6] = 0
+GREEDY = {"max_new_tokens": 7, "min_new_tokens": 7, "do_sample": False, "pad_token_id": 0}
+
+
+def model_of(name, attention=huggingface.IMPLEMENTATION, settings=MANY):
+    """A small random model whose rows are far from uniform."""
+    config = CONFIGS[name]() if isinstance(name, str) else name
+    config.qtx_sampled = settings
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+    with torch.no_grad():
+        for parameter, p in model.named_parameters():
+            if (
+                any(part in parameter for part in ("q_proj", "k_proj", "qkv_proj", "query", "key"))
+                and p.ndim == 2
+            ):
+                p *= 8
+    return model
+
+
+def stepped(model, tokens, cache, mask=None, first=9):
+    """Logits of the tokens from `first` on, which are given one by one after the others."""
+    ones = torch.ones_like(tokens) if mask is None else mask
+    positions = (ones.cumsum(-1) - 1).clamp_min(0)
+    found = []
+    with torch.no_grad():
+        for start, end in [(0, first), *((i, i + 1) for i in range(first, tokens.shape[1]))]:
+            found.append(
+                model(
+                    tokens[:, start:end],
+                    attention_mask=ones[:, :end],
+                    position_ids=positions[:, start:end],
+                    past_key_values=cache,
+                ).logits[:, -1:]
+            )
+    return torch.cat(found, 1)
+
+
+@pytest.mark.parametrize("padding", [None, LEFT])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_steps_agree_with_eager(name, padding):
+    """Logits of every step, to 1e-4, with padding at the left and without, where every key is drawn."""
+    has_windows = name in ("gemma3", "qwen3")
+    model = model_of(name, settings={**MANY, "sampler": "head-tail"} if has_windows else MANY)
+    eager = model_of(name, "eager")
+    wanted = stepped(eager, PROMPTS, transformers.DynamicCache(config=eager.config), padding)
+    for proposal in ("exact", "low-rank"):
+        cache = huggingface.SampledCache(model.config, proposal=proposal)
+        found = stepped(model, PROMPTS, cache, padding)
+        torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+    own = {type(layer) for layer in cache.layers}
+    assert own == {SampledLayer} | ({DynamicSlidingWindowLayer} if has_windows else set())
+
+
+def test_a_prompt_attends_exactly_unless_asked_otherwise():
+    """With 2 draws a row: the prompt's logits are eager's, sliding layers included; drawn on demand."""
+    settings = {"num_samples": 2, "seed": 0}
+    wanted = model_of("gemma3", "eager")(PROMPTS).logits
+    for prefill in ("exact", "sampled"):
+        model = model_of("gemma3", settings=settings)
+        cache = huggingface.SampledCache(model.config, prefill=prefill)
+        with torch.no_grad():
+            found = model(PROMPTS, past_key_values=cache).logits
+            after = model(PROMPTS[:, :1], past_key_values=cache).logits
+        assert torch.allclose(found, wanted, atol=1e-4) == (prefill == "exact")
+        assert after.isfinite().all()
+
+
+@pytest.mark.parametrize("padding", [None, LEFT])
+@pytest.mark.parametrize(
+    "options",
+    [
+        GREEDY,
+        {**GREEDY, "num_beams": 3},
+        {**GREEDY, "num_return_sequences": 2, "num_beams": 2},
+        {**GREEDY, "do_sample": True, "top_k": 5},
+        {**GREEDY, "prompt_lookup_num_tokens": 3},
+    ],
+    ids=["greedy", "beams", "two of two beams", "sampling", "prompt lookup"],
+)
+def test_generation_agrees_with_eager(options, padding):
+    prompts, padding = (x if x is None else x.clone() for x in (PROMPTS, padding))
+    if "prompt_lookup_num_tokens" in options:  # transformers takes one sequence
+        prompts, padding = prompts[:1], None if padding is None else padding[:1]
+    found = []
+    for attention in ("eager", huggingface.IMPLEMENTATION):
+        model = model_of("llama", attention)
+        own = transformers.DynamicCache if attention == "eager" else huggingface.SampledCache
+        torch.manual_seed(3)
+        found.append(
+            model.generate(
+                prompts, attention_mask=padding, past_key_values=own(config=model.config), **options
+            )
+        )
+    assert torch.equal(*found)
+
+
+def test_assistants_draft_from_a_sampled_cache_and_are_cropped():
+    """A draft that is partly refused is taken back from the cache: the next steps are eager's again."""
+    model, eager = model_of("llama"), model_of("llama", "eager")
+    cache = huggingface.SampledCache(model.config, proposal="exact")
+    wanted = eager.generate(PROMPTS[:1], **GREEDY)
+    assert torch.equal(
+        model.generate(PROMPTS[:1], assistant_model=eager, past_key_values=cache, **GREEDY), wanted
+    )
+    assert torch.equal(
+        model_of("llama", "eager").generate(PROMPTS[:1], assistant_model=model, **GREEDY), wanted
+    )
+
+
+@pytest.mark.parametrize("proposal", ["exact", "low-rank", "int4"])
+@pytest.mark.parametrize("removed", [1, 4, 8])
+def test_cropped_tokens_are_forgotten(proposal, removed):
+    """Steps after a crop, of new tokens, and of tokens that are there for longer, agree with eager."""
+    model, eager = model_of("llama"), model_of("llama", "eager")
+    found = []
+    for m, cache in (
+        (model, huggingface.SampledCache(model.config, proposal=proposal)),
+        (eager, transformers.DynamicCache(config=eager.config)),
+    ):
+        stepped(m, PROMPTS, cache, LEFT)
+        cache.crop(-removed)
+        assert cache.get_seq_length() == 14 - removed
+        mask = torch.cat((LEFT[:, : 14 - removed], LEFT[:, -2:]), 1)
+        with torch.no_grad():
+            found.append(m(PROMPTS[:, :2], attention_mask=mask, past_key_values=cache).logits[:, -1:])
+            mask = torch.cat((mask, mask[:, -1:]), 1)
+            found.append(m(PROMPTS[:, 2:3], attention_mask=mask, past_key_values=cache).logits)
+    torch.testing.assert_close(found[:2], found[2:], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("padding", [None, LEFT])
+def test_sequences_can_be_selected_repeated_and_copied(padding):
+    model, eager = model_of("llama"), model_of("llama", "eager")
+    ways = [
+        lambda cache: cache.reorder_cache(torch.tensor([1, 0])),
+        lambda cache: cache.reorder_cache(torch.tensor([1, 1])),
+        lambda cache: cache.batch_repeat_interleave(2),
+        lambda cache: cache.batch_select_indices(torch.tensor([1])),
+    ]
+    sampled, own = huggingface.SampledCache(model.config), transformers.DynamicCache(config=eager.config)
+    stepped(model, PROMPTS, sampled, padding)
+    stepped(eager, PROMPTS, own, padding)
+    mask = torch.ones_like(PROMPTS) if padding is None else padding
+    for select in ways:
+        found = []
+        for m, cache in ((model, copy.deepcopy(sampled)), (eager, copy.deepcopy(own))):
+            rows = transformers.DynamicCache()
+            rows.update(mask[:, None, :, None], mask[:, None, :, None], 0)
+            select(rows)
+            shown = rows.layers[0].keys[:, 0, :, 0]
+            select(cache)
+            batch = len(shown)
+            for i in range(2):
+                shown = torch.cat((shown, shown[:, -1:]), 1)
+                with torch.no_grad():
+                    token = PROMPTS[:1, i : i + 1].expand(batch, -1)
+                    found.append(m(token, attention_mask=shown, past_key_values=cache).logits)
+        torch.testing.assert_close(found[:2], found[2:], atol=1e-4, rtol=1e-4)
+
+
+def test_a_mask_that_changes_is_followed():
+    """Tokens that are hidden later, or shown again, are; weights have the columns of all tokens."""
+    model, eager = model_of("llama"), model_of("llama", "eager")
+    found = []
+    for m, cache in (
+        (model, huggingface.SampledCache(model.config, proposal="exact")),
+        (eager, transformers.DynamicCache(config=eager.config)),
+    ):
+        with torch.no_grad():
+            m(PROMPTS, past_key_values=cache)
+            for hidden in ((), (3, 4), (3, 15), ()):
+                shown = torch.ones(2, cache.get_seq_length() + 1, dtype=torch.int64)
+                shown[1, list(hidden)] = 0
+                step = m(
+                    PROMPTS[:, :1],
+                    attention_mask=shown,
+                    position_ids=torch.full((2, 1), shown.shape[1] - 1),
+                    past_key_values=cache,
+                    output_attentions=True,
+                )
+                found += [step.logits, *step.attentions]
+    half = len(found) // 2
+    torch.testing.assert_close(found[:half], found[half:], atol=1e-4, rtol=1e-4)
+
+
+def test_padding_changes_no_draw():
+    """A padded sequence draws as it does alone, from the same seed."""
+    settings = {"num_samples": 3, "seed": 5}
+    padded, alone = (model_of("llama", settings=settings) for _ in range(2))
+    found = stepped(padded, PROMPTS[:1], huggingface.SampledCache(padded.config), LEFT[:1])
+    wanted = stepped(alone, PROMPTS[:1, 6:], huggingface.SampledCache(alone.config), first=3)
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(
+        found, stepped(alone, PROMPTS[:1, 6:], huggingface.SampledCache(alone.config), first=3)
+    )
+
+
+REFUSED_MODELS = {
+    "differential": transformers.DiffLlamaConfig(**SMALL),
+    "latent keys": transformers.DeepseekV3Config(
+        **{**SMALL, **LOW_RANK_KEYS, "num_key_value_heads": 4}, n_routed_experts=4, num_experts_per_tok=2,
+        moe_intermediate_size=16, n_group=1, topk_group=1, first_k_dense_replace=3,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED_MODELS)
+def test_models_that_change_what_the_cache_gave_them_are_refused(name):
+    """Before any attention; with exact layers, and transformers' own cache in their place, they run."""
+    config = REFUSED_MODELS[name]
+    model = model_of(config)
+    cache = huggingface.SampledCache(model.config, proposal="exact")
+    with torch.no_grad(), pytest.raises(qtx.ArgumentError, match="computes with keys or values"):
+        model(PROMPTS, past_key_values=cache)
+    model.config.qtx_sampled = {"sampler": "exact"}
+    cache = huggingface.SampledCache(model.config, proposal="exact")
+    found = stepped(model, PROMPTS, cache)
+    eager = model_of(config, "eager")
+    wanted = stepped(eager, PROMPTS, transformers.DynamicCache(config=eager.config))
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_what_a_sampled_cache_is_not_made_for():
+    model = model_of("llama")
+    with pytest.raises(qtx.ArgumentError, match="Did you mean 'sampled'"):
+        huggingface.SampledCache(model.config, prefill="sample")
+    with pytest.raises(qtx.ArgumentError, match="rank=99"):
+        huggingface.SampledCache(model.config, rank=99)
+    bart = transformers.BartConfig(attn_implementation="qtx_sampled")
+    with pytest.raises(qtx.ArgumentError, match="encoder-decoder"):
+        huggingface.SampledCache(bart)
+    cache = huggingface.SampledCache(model.config)
+    with pytest.raises(qtx.ArgumentError, match=r"torch\.no_grad"):
+        model(PROMPTS, past_key_values=cache)
+    bias = torch.zeros(2, 1, 1, 15)
+    bias[..., 3] = 1.5
+    with torch.no_grad():
+        model(PROMPTS, past_key_values=cache)
+        with pytest.raises(qtx.ArgumentError, match="adds numbers to the logits"):
+            model(PROMPTS[:, :1], attention_mask=bias, past_key_values=cache)
+    with pytest.raises(qtx.ArgumentError, match="tokens_to_remove=3"):
+        cache.crop(3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"sampler": "head-tail"}, r"qtx_sampled\['sampler'\]='head-tail' would change nothing"),
+        ({"control_variate": "performer"}, r"\['control_variate'\]='performer'"),
+        ({"layers": {"1": {"sampler": "lattice"}}}, r"\['layers'\]\['1'\]\['sampler'\]='lattice'"),
+    ],
+)
+def test_settings_are_used_or_refused(settings, match):
+    model = model_of("llama", settings=settings)
+    with pytest.raises(qtx.ArgumentError, match=match):
+        huggingface.SampledCache(model.config)
+    assert isinstance(huggingface.SampledCache(model.config, prefill="sampled").layers[1], SampledLayer)
+    windows = model_of("gemma3", settings=settings)  # its first layer draws by itself
+    if "layers" not in settings:
+        assert not isinstance(huggingface.SampledCache(windows.config).layers[0], SampledLayer)
+    exact = model_of("llama", settings={"layers": {"1": {"sampler": "exact"}}})
+    assert type(huggingface.SampledCache(exact.config).layers[1]) is DynamicLayer

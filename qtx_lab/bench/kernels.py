@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -127,18 +127,42 @@ def measure(
     case: Case, device: torch.device, turns: int, copy_bandwidth: float, description: str
 ) -> list[BenchRow]:
     """Check the error of each method, time all that can run in turns, and print and return their rows."""
-    cache = cache_bytes(device)
-    sets = number_of_sets(case, device, cache)
-    inputs = [make_inputs(case, device, seed) for seed in range(sets)]
-    exact = exact_output(inputs[0])
-    methods = [*baselines(case, inputs, exact), *kernel_methods(case, inputs, exact)]
+    inputs = sets_of_inputs(case, device)
+    methods = competitors(case, inputs)
     timings = time_methods(methods, device, turns)
+    rows = rows_of(case, methods, timings, device, copy_bandwidth, description)
+    print_rows(case, rows)
+    return rows
+
+
+def sets_of_inputs(case: Case, device: torch.device) -> list[Inputs]:
+    """Inputs that take turns, so that what is read comes from memory."""
+    sets = number_of_sets(case, device, cache_bytes(device))
+    return [make_inputs(case, device, seed) for seed in range(sets)]
+
+
+def competitors(case: Case, inputs: list[Inputs], leave_out: Collection[str] = ()) -> list[DecodeMethod]:
+    """All methods that can run, with their errors, but for the exact ones whose names are left out."""
+    exact = exact_output(inputs[0])
+    return [*baselines(case, inputs, exact, leave_out), *kernel_methods(case, inputs, exact)]
+
+
+def rows_of(
+    case: Case,
+    methods: Sequence[DecodeMethod],
+    timings: Mapping[str, Timing],
+    device: torch.device,
+    copy_bandwidth: float,
+    description: str,
+) -> list[BenchRow]:
+    """The rows of methods that were timed; those of exact decoding have no reference and no exact K."""
     fastest = min(
         (m for m in methods if m.baseline and m.error <= m.allowed_error),
         key=lambda m: timings[m.name].median,
     )
+    cache, sets = cache_bytes(device), len(methods[0].calls)
     least_bytes = min(method.num_bytes for method in methods)
-    exact_k_error = next(m.error for m in methods if m.name == "exact K")
+    exact_k_error = next((m.error for m in methods if m.name == "exact K"), math.nan)
     rows = []
     for m in methods:
         timing = timings[m.name]
@@ -169,7 +193,6 @@ def measure(
                 details=details,
             )
         )
-    print_rows(case, rows)
     return rows
 
 
@@ -205,14 +228,18 @@ def relative_error(output: Tensor, exact: Tensor) -> float:
     return ((output.float().view_as(exact) - exact).norm() / exact.norm()).item()
 
 
-def baselines(case: Case, inputs: list[Inputs], exact: Tensor) -> Iterator[DecodeMethod]:
-    """Exact decoding by everything that is installed.
+def baselines(
+    case: Case, inputs: list[Inputs], exact: Tensor, leave_out: Collection[str] = ()
+) -> Iterator[DecodeMethod]:
+    """Exact decoding by everything that is installed, but for the names that are left out.
 
     Where that is faster, the heads of a group are queries of one key head.
     """
     x = inputs[0]
     num_bytes = x.k.nbytes + x.v.nbytes + 2 * x.q.nbytes
     for name, make_call in exact_calls(x.k.device.type):
+        if name in leave_out:
+            continue
         try:
             calls = [make_call(x) for x in inputs]
             error = relative_error(calls[0](), exact)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
 from statistics import fmean, median
@@ -140,10 +141,11 @@ def trainer_loop(cluster: Cluster, spec: TrainSpec) -> LoopResult:
 
 
 def bench_large(
-    quick: bool, kind: str = "cuda", config: ReferenceConfig = LARGE, **settings: Any
+    quick: bool, kind: str | None = "cuda", config: ReferenceConfig = LARGE, **settings: Any
 ) -> list[BenchRow]:
-    """Tokens a second of a large model on one GPU through dask-cuda, bf16: exact attention beside
-    `systematic` draws.
+    """Tokens a second of a large model on one GPU, bf16: exact attention beside `systematic` draws.
+
+    It is trained through dask-cuda, or in this process where the kind of cluster is None.
 
     `error` is the relative difference between the mean losses of the last five steps. The rows' details are
     `loss`, `tokens_per_second`, `parameters`, `memory_bytes` (the most that tensors took),
@@ -166,13 +168,19 @@ def bench_large(
         "systematic, S=64": {"sampler": "systematic", "num_samples": 64},
     }
     results = {}
-    with open_cluster(kind, num_workers=1) as cluster:
-        device = cluster.client.submit(describe_device).result()
+    with ExitStack() as stack:
+        cluster = None if kind is None else stack.enter_context(open_cluster(kind, num_workers=1))
+        device = describe_device() if cluster is None else cluster.client.submit(describe_device).result()
         for method, sampler in samplers.items():
             torch.manual_seed(0)
             model = ReferenceModel(config)
             trainer = QuantumTrainer(
-                model, distributed=True, cluster=cluster, progress=False, **options, **sampler
+                model,
+                distributed=cluster is not None,
+                cluster=cluster,
+                progress=False,
+                **options,
+                **sampler,
             )
             results[method] = trainer.train()
     num_parameters = sum(p.numel() for p in model.parameters())

@@ -21,6 +21,13 @@ def test_a_model_is_timed_with_exact_attention_and_with_draws(capsys):
     assert "tokens/s" in capsys.readouterr().out
 
 
+def test_without_a_cluster_it_is_trained_in_this_process(monkeypatch):
+    monkeypatch.setattr(bench_training, "open_cluster", None)
+    exact, drawn = bench_training.bench_large(True, None, TINY, steps=6, batch_size=1, precision="fp32")
+    assert exact.ratio == 1
+    assert drawn.check == "pass"
+
+
 def test_on_a_gpu_the_large_model_is_trained(monkeypatch):
     monkeypatch.setattr(bench_training, "find_gpus", lambda: (1, ""))
     monkeypatch.setattr(bench_training, "bench_large", lambda quick: ["large", quick])

@@ -33,14 +33,14 @@ def check_generator(generator: object) -> None:
         raise DtypeError(f"generator is a {type(generator).__name__}; it must be a torch.Generator.")
 
 
-def check_scale(scale: float | None) -> None:
+def check_scale(scale: float | None, argument: str = "scale") -> None:
     """Refuse a factor of the logits that is no finite number."""
     if scale is None:
         return
     if isinstance(scale, bool | str) or not hasattr(scale, "__float__"):
-        raise DtypeError(f"scale={scale!r} is not allowed: it must be a number.")
+        raise DtypeError(f"{argument}={scale!r} is not allowed: it must be a number.")
     if not math.isfinite(scale):
-        raise ArgumentError(f"scale={scale} is not allowed: it must be a finite number.")
+        raise ArgumentError(f"{argument}={scale} is not allowed: it must be a finite number.")
 
 
 def check_tensors(**tensors: Tensor) -> None:

@@ -29,7 +29,8 @@ class Draws:
     weights : Tensor, float, (..., R * S)
         The weight of each draw: 1 / (R * S) for a plain sampler; 0 in a row that attends to nothing.
     probabilities : Tensor, float, (..., R * S), optional
-        p of each drawn key, where the sampler knows it. Error bars use it.
+        p of each drawn key, where the sampler knows it. Error bars use it. Where there is a sink, the p of
+        keys do not sum to 1, and neither do the weights.
     replicates : int
         R, the number of independent repetitions held here.
     """
@@ -54,6 +55,15 @@ class Draws:
         """The draws of some rows."""
         p = self.probabilities
         return Draws(self.indices[rows], self.weights[rows], None if p is None else p[rows], self.replicates)
+
+    def scaled(self, mass: Tensor) -> Draws:
+        """The same draws where all keys of a row hold the probability `mass` (...), and not 1."""
+        p = self.probabilities
+        return replace(
+            self,
+            weights=self.weights * mass[..., None].to(self.weights.dtype),
+            probabilities=None if p is None else p * mass[..., None].to(p.dtype),
+        )
 
     def dense(self, num_keys: int) -> Tensor:
         """The estimated attention weights, (..., num_keys), in the weights' dtype."""
@@ -125,6 +135,19 @@ def rounding_variance(output: Tensor, size: Tensor, total: int, dtype: torch.dty
     own precision, and of the cast to `dtype`."""
     summed = torch.finfo(output.dtype).eps * math.sqrt(total) * size
     return summed.square() + (torch.finfo(dtype).eps * output).square() / 12
+
+
+def mass_of_keys(log_sum_exp: Tensor, sinks: Tensor) -> Tensor:
+    """The probability that all keys of a row hold beside its sink; 0 where the row sees no key.
+
+    Parameters
+    ----------
+    log_sum_exp : Tensor, (...)
+        Of the keys' logits.
+    sinks : Tensor, broadcastable to it
+    """
+    empty = log_sum_exp == -torch.inf
+    return torch.sigmoid(torch.where(empty, -torch.inf, log_sum_exp - sinks))
 
 
 @dataclass(frozen=True)
@@ -212,6 +235,9 @@ class EstimateInfo:
         The bound that a tolerance kept, relative to the size of the output.
     cache : mapping, optional
         Of a `SampledKVCache`: the sketch that proposed the keys, and what it holds.
+    log_sum_exp : {"exact", "estimated"}, optional
+        Whether the estimate's `log_sum_exp` is the row's own, up to rounding, or made of draws; None where
+        there is none.
     """
 
     sampler: str
@@ -233,6 +259,7 @@ class EstimateInfo:
     pilot_draws_per_row: Tensor | None = None
     predicted_relative_error: Tensor | None = None
     cache: Mapping[str, Any] | None = None
+    log_sum_exp: str | None = None
 
     def with_fallbacks(self, *reasons: str) -> EstimateInfo:
         """The same with more reasons in `fallbacks`."""
@@ -270,6 +297,8 @@ class AttentionEstimate:
         How the estimate came about.
     group : int
         G, the query heads that share a key head.
+    make_log_sum_exp : callable, optional
+        Gives `log_sum_exp` when it is first asked for.
     """
 
     output: Tensor
@@ -279,6 +308,7 @@ class AttentionEstimate:
     make_std_error: Callable[[], Tensor] | None
     info: EstimateInfo
     group: int = 1
+    make_log_sum_exp: Callable[[], Tensor] | None = None
 
     def __repr__(self) -> str:
         draws = self.info.draws_per_row
@@ -305,6 +335,65 @@ class AttentionEstimate:
         None where the method cannot tell from one replicate: ask for replicates >= 2.
         """
         return None if self.make_std_error is None else self.make_std_error()
+
+    @cached_property
+    def log_sum_exp(self) -> Tensor | None:
+        """log(sum_j exp(l_j) + exp(sink)) of each row's logits, (..., L), float32 (float64 for such input).
+
+        The natural logarithm; -inf in a row that sees no key and has no sink. `info.log_sum_exp` says whether
+        it is exact or estimated; None where the method does not know it.
+
+        Attention over two sets of keys is attention over each, weighted by the share that it has of the sum
+        of both. Only one of the parts may have the sink.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from qtx_lab import sampled_attention
+        >>> g = torch.Generator().manual_seed(0)
+        >>> q, k, v = (torch.randn(2, 8, 16, generator=g) for _ in range(3))
+        >>> a = sampled_attention(q, k[:, :5], v[:, :5], sampler="exact")
+        >>> b = sampled_attention(q, k[:, 5:], v[:, 5:], sampler="exact")
+        >>> log_sum_exp = torch.logaddexp(a.log_sum_exp, b.log_sum_exp)
+        >>> merged = sum((x.log_sum_exp - log_sum_exp).exp()[..., None] * x.output for x in (a, b))
+        >>> torch.allclose(merged, sampled_attention(q, k, v, sampler="exact").output, atol=1e-6)
+        True
+        """
+        return None if self.make_log_sum_exp is None else self.make_log_sum_exp()
+
+    def with_sinks(self, sinks: Tensor) -> AttentionEstimate:
+        """This estimate of attention over keys alone, after sinks took their share of each row.
+
+        All keys together hold the mass m = exp(l) / (exp(l) + exp(sink)), with l their log-sum-exp: the
+        output, its standard error and the weights of the draws are m times what they are without the sink.
+
+        Parameters
+        ----------
+        sinks : Tensor, broadcastable to (..., L)
+            The logit of each row's sink, in the dtype of `log_sum_exp`.
+
+        Raises
+        ------
+        ArgumentError
+            If the estimate has no log_sum_exp.
+        """
+        keys = self.log_sum_exp
+        if keys is None:
+            raise ArgumentError(f"sinks need log_sum_exp, which sampler={self.info.sampler!r} does not know.")
+        mass, empty = mass_of_keys(keys, sinks), keys == -torch.inf
+        total = torch.where(empty, sinks, torch.logaddexp(keys.masked_fill(empty, 0), sinks))
+        make_draws, make_std_error, fixed = self.make_draws, self.make_std_error, mass.detach()
+        info = self.info
+        if info.classical is not None:
+            info = replace(info, classical=info.classical.with_sinks(sinks))
+        return replace(
+            self,
+            output=(self.output * mass[..., None]).to(self.output.dtype),
+            make_draws=lambda: make_draws().scaled(fixed),
+            make_std_error=(None if make_std_error is None else lambda: make_std_error() * fixed[..., None]),
+            info=info,
+            make_log_sum_exp=lambda: total,
+        )
 
     def keys_touched(self) -> Tensor:
         """Distinct values that the draws of each query position read, the heads of a group together: (..., H

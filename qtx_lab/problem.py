@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import operator
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .checks import check_finite, check_scale, check_tensors
@@ -25,6 +29,9 @@ FIRST_KNOWN = 64
 
 Block = tuple[slice, slice]
 """Some rows: which key heads, and which rows of each."""
+
+Window = tuple[int | None, int | None]
+"""How many keys before and after its own position a query sees; all of them where None."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,13 @@ class AttentionProblem:
     """What is asked for: softmax(q k^T scale + mask) v. Made and checked by `of`; nothing changes it
     afterwards.
 
+    The logits of a row are
+
+        l_j = cap(scale q . k_j) + bias_j,        cap(x) = c tanh(x / c) with softcap c,
+
+    and -inf where the mask, causality or the window hide key j. A sink s is one more logit, which takes
+    probability and has no value: key j has the probability exp(l_j) / (exp(s) + sum_i exp(l_i)).
+
     Its rows are flattened to (N, M): N key heads of all sequences, M = G * L rows that attend to each, those
     of a query head together.
 
@@ -67,6 +81,11 @@ class AttentionProblem:
         The position of the first query; the others follow.
     sequences : Tensor, int64, (B,), or None
         Names of the sequences, whole numbers; 0 … B - 1 where None.
+    sinks : Tensor, broadcastable to (..., H), or None
+        A logit for each query head, neither scaled, capped nor masked.
+    softcap : float or None
+    window : (int or None, int or None), or None
+        (left, right): the query at position i sees keys i - left … i + right only; None: no limit.
     """
 
     q: Tensor
@@ -78,6 +97,9 @@ class AttentionProblem:
     group: int
     first_position: int = 0
     sequences: Tensor | None = None
+    sinks: Tensor | None = None
+    softcap: float | None = None
+    window: Window | None = None
 
     @classmethod
     def of(
@@ -92,6 +114,9 @@ class AttentionProblem:
         enable_gqa: bool = False,
         first_position: int = 0,
         sequences: Tensor | None = None,
+        sinks: Tensor | None = None,
+        softcap: float | None = None,
+        window: int | Window | None = None,
     ) -> AttentionProblem:
         """The problem of an attention call, checked.
 
@@ -99,8 +124,16 @@ class AttentionProblem:
         ----------
         q, k, v, attn_mask, is_causal, scale, enable_gqa
             As in `torch.nn.functional.scaled_dot_product_attention`, but leading dimensions must be equal.
+            `attn_mask` may be a `torch.nn.attention.bias.CausalBias`, too. A float mask is added after the
+            capping.
         first_position, sequences
             See the class.
+        sinks : Tensor, (H,) or broadcastable to (..., H), optional
+            See the class; -inf is a head without a sink.
+        softcap : float, optional
+            c > 0, as in Gemma 2.
+        window : int or (int or None, int or None), optional
+            (left, right), or one number for both.
 
         Raises
         ------
@@ -118,8 +151,14 @@ class AttentionProblem:
             if not isinstance(flag, bool):
                 raise DtypeError(f"{name}={flag!r} is not allowed: it must be True or False.")
         check_scale(scale)
+        if softcap is not None:
+            _check_softcap(softcap)
         check_tensors(q=q, k=k, v=v)
         group = _group(q, k, v, enable_gqa)
+        if _is_causal_bias(attn_mask):
+            attn_mask, is_causal, first_position = _of_causal_bias(
+                attn_mask, q.shape[-2], k.shape[-2], is_causal, first_position
+            )
         if attn_mask is not None:
             _check_mask(attn_mask, (*q.shape[:-1], k.shape[-2]), q, is_causal)
         with torch.no_grad():
@@ -132,8 +171,22 @@ class AttentionProblem:
             )
         if sequences is not None:
             sequences = _check_sequences(sequences, q)
-        factor = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
-        return cls(q, k, v, attn_mask, is_causal, factor, group, first_position, sequences)
+        if sinks is not None:
+            _check_sinks(sinks, q)
+        return cls(
+            q,
+            k,
+            v,
+            attn_mask,
+            is_causal,
+            1 / math.sqrt(q.shape[-1]) if scale is None else float(scale),
+            group,
+            first_position,
+            sequences,
+            sinks,
+            None if softcap is None else float(softcap),
+            _checked_window(window),
+        )
 
     # --- Its shape ----------------------------------------------------------------------------
 
@@ -170,18 +223,27 @@ class AttentionProblem:
     @property
     def requires_grad(self) -> bool:
         """Whether the output needs a gradient."""
-        inputs = (self.q, self.k, self.v) if self.mask is None else (self.q, self.k, self.v, self.mask)
-        return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+        inputs = (self.q, self.k, self.v, self.mask, self.sinks)
+        return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
 
     def detached(self) -> AttentionProblem:
         """The same problem, its tensors without gradients."""
-        return replace(self, q=self.q.detach(), k=self.k.detach(), v=self.v.detach())
+        return self._with_tensors(Tensor.detach)
 
     def copied(self) -> AttentionProblem:
-        """The same problem with copies of its tensors: what the caller does to them later does not matter."""
-        mask = None if self.mask is None else self.mask.detach().clone()
-        q, k, v = (x.detach().clone() for x in (self.q, self.k, self.v))
-        return replace(self, q=q, k=k, v=v, mask=mask)
+        """The same problem with copies of its tensors: what the caller does to them later does not matter.
+
+        Gradients go through the copies.
+        """
+        return self._with_tensors(Tensor.clone)
+
+    def _with_tensors(self, change: Callable[[Tensor], Tensor]) -> AttentionProblem:
+        mask, sinks = (None if x is None else change(x) for x in (self.mask, self.sinks))
+        return replace(self, q=change(self.q), k=change(self.k), v=change(self.v), mask=mask, sinks=sinks)
+
+    def without_sinks(self) -> AttentionProblem:
+        """The same problem over its keys alone."""
+        return self if self.sinks is None else replace(self, sinks=None)
 
     def stream(self, seed: Tensor | int) -> Stream:
         """The random numbers of its N key heads and L positions."""
@@ -223,6 +285,13 @@ class AttentionProblem:
         """What was computed from `values`, (N, M, ...), in the units of the caller's values."""
         return x if self.unit is None else x * self.unit
 
+    @property
+    def row_sinks(self) -> Tensor | None:
+        """The sink of each row as the caller has them, in `dtype`: broadcastable to (..., H, L)."""
+        if self.sinks is None:
+            return None
+        return self.sinks.to(self.dtype).expand(self.row_shape[:-1])[..., None]
+
     @cached_property
     def _mask(self) -> Tensor | None:
         """The mask, broadcast to the rows without a copy, in a dtype that logits can be added to."""
@@ -243,6 +312,11 @@ class AttentionProblem:
     def queries_of(self, rows: slice) -> Tensor:
         """Which of its head's L queries each row of a block is: int64, (rows,)."""
         return torch.arange(rows.start, rows.stop, device=self.q.device) % self.length
+
+    def row_numbers(self, heads: slice, rows: slice) -> Tensor:
+        """Which of the N * M rows those of a block are: int64, (heads * rows,)."""
+        n, m = (torch.arange(size, device=self.q.device) for size in self.shape)
+        return (n[heads, None] * self.shape[1] + m[rows]).flatten()
 
     def runs(self, rows: slice, growth: float = 2.0) -> Iterator[tuple[int, slice]]:
         """Consecutive rows of a block for which the same first keys are known: (how many, rows).
@@ -276,17 +350,45 @@ class AttentionProblem:
         """
         num_keys = self.reach(rows) if layout is None else self.num_keys
         keys = self.keys if layout is None else layout.keys
-        logits = torch.bmm(self.queries[heads, rows] * self.scale, keys[heads, :num_keys].mT)
-        return self.masked(logits, heads, rows, layout)
+        products = torch.bmm(self.queries[heads, rows] * self.scale, keys[heads, :num_keys].mT)
+        return self.logits_of(products, heads, rows, layout)
+
+    def logits_at(self, row: Tensor, indices: Tensor) -> Tensor:
+        """The logits of rows (B,) of the N * M at keys (B, T) that they see, for O(T E) each."""
+        if indices.shape[-1] > self.num_keys:  # each key's logit once is cheaper
+            every = torch.arange(self.num_keys, device=indices.device).expand(len(row), self.num_keys)
+            return self.logits_at(row, every).gather(-1, indices)
+        first = (row // self.shape[1] * self.num_keys)[:, None]
+        k = F.embedding(indices + first, self.keys.flatten(0, 1))  # [B, T, E]
+        q = self.queries.flatten(0, 1)[row] * self.scale
+        logits = self._capped(torch.bmm(k, q[..., None]).squeeze(-1))
+        if self._mask is None or self._mask.dtype == torch.bool:
+            return logits
+        query_head = row // self.shape[1] * self.group + row % self.shape[1] // self.length
+        leading = self.row_shape[:-1]
+        index = torch.unravel_index(query_head, leading) if leading else ()
+        return logits + self._mask[(*(x[:, None] for x in (*index, row % self.length)), indices)]
+
+    def log_sum_exp(self) -> Tensor:
+        """log sum_j exp(l_j) of each row over its keys, without the sink: (N, M); -inf where it sees none.
+
+        It reads all keys, for n E multiply-adds a row.
+        """
+        parts = [log_sum_exp(self.logits(*block)).flatten() for block in self.blocks(0)]
+        return torch.cat(parts).view(self.shape) if parts else self.queries.new_empty(self.shape)
 
     def keys_seen(self, heads: slice, rows: slice) -> Tensor | int:
         """How many keys each row of a block sees: int64, broadcastable to (heads, rows)."""
-        if self.is_causal:
-            return (self.positions(rows) + 1).clamp_max(self.num_keys)
-        if self.mask is None:
+        if self.mask is not None:
+            mask = self.mask_block(heads, rows)
+            seen = mask if mask.dtype == torch.bool else mask > -torch.inf
+            if self.window is not None:
+                seen = seen & ~self._outside(rows, torch.arange(self.num_keys, device=seen.device))
+            return seen.sum(-1)
+        if not self.is_causal and self.window is None:
             return self.num_keys
-        mask = self.mask_block(heads, rows)
-        return (mask if mask.dtype == torch.bool else mask > -torch.inf).sum(-1)
+        first, last = self._band(rows)
+        return (last.clamp_max(self.num_keys - 1) + 1 - first.clamp_min(0)).clamp_min(0)
 
     def reach(self, rows: slice) -> int:
         """How many of the first keys some row of a block may see by causality."""
@@ -294,14 +396,17 @@ class AttentionProblem:
             return self.num_keys
         return min(self.num_keys, int(self.positions(rows).max()) + 1)
 
-    def masked(self, logits: Tensor, heads: slice, rows: slice, layout: KeyLayout | None = None) -> Tensor:
-        """The logits of a block, (heads, rows, keys), with -inf where a row does not see a key: changed in
-        place.
+    def logits_of(
+        self, products: Tensor, heads: slice, rows: slice, layout: KeyLayout | None = None
+    ) -> Tensor:
+        """The logits of a block from the products scale q . k, (heads, rows, keys): capped, the bias added,
+        and -inf where a row does not see a key. The products are changed in place.
         """
-        if self.is_causal:
+        logits = self._capped(products)
+        if self.is_causal or self.window is not None:
             key = torch.arange(logits.shape[-1], device=logits.device)
             key = key if layout is None else layout.order[heads, None]
-            logits.masked_fill_(key > self.positions(rows)[:, None], -torch.inf)
+            logits.masked_fill_(self._outside(rows, key), -torch.inf)
         if self.mask is not None:
             mask = self.mask_block(heads, rows)
             if layout is not None:
@@ -311,6 +416,27 @@ class AttentionProblem:
             else:
                 logits += mask
         return logits
+
+    def _capped(self, products: Tensor) -> Tensor:
+        return products if self.softcap is None else self.softcap * torch.tanh(products / self.softcap)
+
+    def _band(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """The first and the last position that each row sees by causality and the window: (rows,) each; they
+        may lie outside the keys.
+        """
+        position = self.positions(rows)
+        left, right = (None, None) if self.window is None else self.window
+        first = torch.zeros_like(position) if left is None else position - left
+        if self.is_causal:
+            return first, position
+        return first, torch.full_like(position, self.num_keys) if right is None else position + right
+
+    def _outside(self, rows: slice, key: Tensor) -> Tensor:
+        """Where causality and the window hide keys (..., n): bool, (..., rows, n)."""
+        first, last = (x[:, None] for x in self._band(rows))
+        if self.window is None:
+            return key > last
+        return (key > last) | (key < first)
 
     def mask_block(self, heads: slice, rows: slice) -> Tensor:
         """The mask of a block, (heads, rows, n); copies no more than the block."""
@@ -323,13 +449,23 @@ class AttentionProblem:
         return self._mask[(*torch.unravel_index(query_head, leading), index) if leading else (index,)]
 
     def visible_keys(self) -> Tensor | None:
-        """The keys that some row of each key head sees by the mask: bool, (N, n); None without a mask."""
-        if self.mask is None:
-            return None
-        seen = self.mask if self.mask.dtype == torch.bool else self.mask > -torch.inf
-        seen = seen.any(-2) if seen.ndim > 1 else seen  # before it is broadcast to all heads
-        seen = seen.expand(*self.row_shape[:-1], self.num_keys)
-        return seen.reshape(self.shape[0], self.group, self.num_keys).any(1)
+        """The keys that some row of each key head sees by the mask and the window: bool, (N, n); None where
+        those are all.
+        """
+        seen = None
+        if self.mask is not None:
+            seen = self.mask if self.mask.dtype == torch.bool else self.mask > -torch.inf
+            seen = seen.any(-2) if seen.ndim > 1 else seen  # before it is broadcast to all heads
+            seen = seen.expand(*self.row_shape[:-1], self.num_keys)
+            seen = seen.reshape(self.shape[0], self.group, self.num_keys).any(1)
+        if self.window is None or not self.length:
+            return seen
+        first, last = self._band(slice(0, self.length))
+        key = torch.arange(self.num_keys, device=first.device)
+        within = (key >= first[0]) & (key <= last[-1])
+        if seen is None:
+            return None if bool(within.all()) else within.expand(self.shape[0], -1)
+        return seen & within
 
 
 def blocks(shape: tuple[int, int], step: int) -> Iterator[Block]:
@@ -344,6 +480,12 @@ def blocks(shape: tuple[int, int], step: int) -> Iterator[Block]:
         for head in range(count):
             for start in range(0, rows, step):
                 yield slice(head, head + 1), slice(start, min(start + step, rows))
+
+
+def log_sum_exp(logits: Tensor) -> Tensor:
+    """log sum_j exp(l_j) of rows (..., n); -inf, with a gradient of 0, in a row of nothing but -inf."""
+    empty = (logits == -torch.inf).all(-1)
+    return logits.masked_fill(empty[..., None], 0).logsumexp(-1).masked_fill(empty, -torch.inf)
 
 
 def in_dtype(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -410,3 +552,73 @@ def _check_sequences(sequences: Tensor, q: Tensor) -> Tensor:
             "sequence."
         )
     return sequences.cpu()
+
+
+def _check_sinks(sinks: Tensor, q: Tensor) -> None:
+    if not isinstance(sinks, Tensor) or not sinks.is_floating_point():
+        given = sinks.dtype if isinstance(sinks, Tensor) else type(sinks).__name__
+        raise DtypeError(f"sinks is {given}; it must be a floating-point tensor, a logit a query head.")
+    if sinks.device != q.device:
+        raise DtypeError(f"sinks is on {sinks.device}, q on {q.device}; they must agree.")
+    shape = tuple(q.shape[:-2])
+    try:
+        sinks.expand(shape)
+    except RuntimeError:
+        raise ShapeError(
+            f"sinks has shape {tuple(sinks.shape)}; it must broadcast to {shape}, q's leading dimensions, of "
+            "which the last one counts the query heads."
+        ) from None
+    if not bool((sinks.abs() < 1e38).logical_or(sinks == -torch.inf).all()):
+        raise ArgumentError(
+            "sinks holds NaN, +inf or a number beyond 1e38; only smaller ones and -inf are allowed."
+        )
+
+
+def _check_softcap(softcap: float) -> None:
+    check_scale(softcap, "softcap")
+    if not softcap > 0:
+        raise ArgumentError(f"softcap={softcap} is not allowed: it must be above 0, or None for no capping.")
+
+
+def _checked_window(window: int | Window | None) -> Window | None:
+    """(left, right) from what the caller gave."""
+    if window is None:
+        return None
+    sides = window if isinstance(window, tuple | list) else (window, window)
+    whole = [x is None or (hasattr(x, "__index__") and not isinstance(x, bool | Tensor)) for x in sides]
+    if len(sides) != 2 or not all(whole) or any(x is not None and x < 0 for x in sides):
+        raise ArgumentError(
+            f"window={window!r} is not allowed: it must be a whole number >= 0, or (left, right) with two, "
+            "where None is no limit."
+        )
+    left, right = (None if x is None else operator.index(x) for x in sides)
+    return None if left is None and right is None else (left, right)
+
+
+def _is_causal_bias(mask: object) -> bool:
+    """Whether a mask is a `CausalBias`, whose module takes a second to load: not if nobody loaded it."""
+    module = sys.modules.get("torch.nn.attention.bias")
+    return module is not None and isinstance(mask, module.CausalBias)
+
+
+def _of_causal_bias(
+    mask: Any, length: int, num_keys: int, is_causal: bool, first_position: int
+) -> tuple[Tensor | None, bool, int]:
+    """(attn_mask, is_causal, first_position) that say the same as a `CausalBias`."""
+    if is_causal:
+        raise ArgumentError("attn_mask is a CausalBias: it excludes is_causal=True, as in SDPA.")
+    if (mask.seq_len_q, mask.seq_len_kv) != (length, num_keys):
+        raise ShapeError(
+            f"attn_mask is a CausalBias for {mask.seq_len_q} queries and {mask.seq_len_kv} keys; there are "
+            f"{length} and {num_keys}."
+        )
+    start = num_keys - length if mask.variant.name == "LOWER_RIGHT" else 0
+    if first_position not in (0, start):
+        raise ArgumentError(
+            f"attn_mask is a CausalBias whose first query stands at position {start}; first_position="
+            f"{first_position} says otherwise."
+        )
+    if start >= 0:
+        return None, True, start
+    # More queries than keys: the first ones see nothing, which no position can say.
+    return torch.ones(length, num_keys, dtype=torch.bool, device=mask.device).tril(start), False, 0

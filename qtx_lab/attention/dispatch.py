@@ -10,13 +10,14 @@ from torch import Tensor
 from ..checks import check_generator
 from ..errors import ArgumentError
 from ..estimates import AttentionEstimate, KernelUse
-from ..problem import AttentionProblem
+from ..kernels.choice import triton_considered
+from ..problem import AttentionProblem, Window
 from ..samplers import Sampler, make_sampler
 from ..streams import make_seed
 from .corrections import ControlVariate, correct
 from .error_bars import with_error_bars
 from .gradients import differentiable, outside_graphs
-from .kernel_paths import KernelCall, attend_systematic, choose_systematic, kernels_apply
+from .kernel_paths import KernelCall, attend_systematic, choose_systematic
 from .settings import AttentionSettings
 from .tolerance import to_tolerance
 
@@ -38,6 +39,9 @@ def sampled_attention(
     tolerance: float | None = None,
     confidence: float = 0.95,
     sequences: Tensor | None = None,
+    sinks: Tensor | None = None,
+    softcap: float | None = None,
+    window: int | Window | None = None,
     generator: torch.Generator | None = None,
 ) -> AttentionEstimate:
     """Estimate softmax(q k^T scale + mask) v from `num_samples` drawn keys a row.
@@ -73,8 +77,9 @@ def sampled_attention(
     num_samples : int, optional
         S, the draws of a row and replicate; 64 where neither it nor `tolerance` is given.
     attn_mask : Tensor, broadcastable to (..., H, L, n), optional
-        Boolean (True: attend) or float (added to the logits, -inf: masked). A row in which everything is
-        masked has output 0 and standard error 0.
+        Boolean (True: attend) or float (added to the logits after `softcap`, -inf: masked), or a
+        `torch.nn.attention.bias.CausalBias`. A row in which everything is masked has output 0 and standard
+        error 0.
     is_causal : bool
         Query i attends to keys 0..i, as in SDPA (upper left corner); not together with `attn_mask`.
     scale : float, optional
@@ -97,6 +102,15 @@ def sampled_attention(
     sequences : Tensor, int64, (B,), optional
         A whole number that names each sequence of the batch; its index in the batch where None. A sequence
         draws the same keys under the same name, wherever it stands.
+    sinks : Tensor, (H,) or broadcastable to (..., H), optional
+        A learned logit for each query head, as in GPT-OSS, which takes probability from the keys and has no
+        value; neither scaled, capped nor masked. Draws are made from the keys; the output, its error and the
+        weights are multiplied by the probability that is left to them.
+    softcap : float, optional
+        c > 0: scaled logits become c tanh(logits / c) before masks and bias, as in Gemma 2.
+    window : int or (int or None, int or None), optional
+        (left, right), or one number for both: the query at position i attends to keys i - left … i + right
+        only, on top of `attn_mask` or `is_causal`. None: no limit on that side.
     generator : torch.Generator, optional
         Gives the seed; torch's default generator of the CPU where None.
 
@@ -133,6 +147,9 @@ def sampled_attention(
         scale=scale,
         enable_gqa=enable_gqa,
         sequences=sequences,
+        sinks=sinks,
+        softcap=softcap,
+        window=window,
     )
     return attend(problem, settings, generator)
 
@@ -156,13 +173,18 @@ def attend(
         If the settings do not fit the problem.
     """
     check_generator(generator)
-    if settings.controls and problem.mask is not None:
-        raise ArgumentError("control_variate knows no attn_mask, only is_causal: leave one of them out.")
+    if settings.controls:
+        unknown = {"attn_mask": problem.mask, "softcap": problem.softcap, "window": problem.window}
+        for name, x in unknown.items():
+            if x is not None:
+                raise ArgumentError(
+                    f"control_variate knows no {name}, only is_causal and sinks: leave one of them out."
+                )
     seed = make_seed(generator)
     kernel: KernelUse | None = None
     fallbacks: tuple[str, ...] = ()
     plain = not (settings.controls or settings.tolerance)
-    if settings.sampler.has_kernel and plain and kernels_apply(problem):
+    if settings.sampler.has_kernel and plain and triton_considered(problem.q):
         choice = choose_systematic(problem)
         if choice.path == "triton":
             return attend_systematic(KernelCall(problem, settings.budget, problem.stream(seed), choice))
@@ -183,6 +205,24 @@ def estimate_problem(
 
     `first_replicate` numbers the replicates: higher numbers give independent repetitions.
     """
+    sinks = problem.row_sinks
+    if sinks is None or (settings.sampler.takes_sinks and not settings.controls):
+        return _estimate_rows(problem, settings, seed, first_replicate)
+    keys = problem.without_sinks()
+    estimate = _estimate_rows(keys, settings, seed, first_replicate)
+    grad = problem.requires_grad
+    with torch.autocast(problem.q.device.type, enabled=False), torch.set_grad_enabled(grad):
+        if estimate.log_sum_exp is None:
+            normaliser = keys.log_sum_exp().view(problem.row_shape)
+            info = replace(estimate.info, log_sum_exp="exact")
+            estimate = replace(estimate, make_log_sum_exp=lambda: normaliser, info=info)
+        return estimate.with_sinks(sinks)
+
+
+def _estimate_rows(
+    problem: AttentionProblem, settings: AttentionSettings, seed: Tensor, first_replicate: int
+) -> AttentionEstimate:
+    """`estimate_problem` for a problem without sinks, or a sampler that knows them."""
     sampler, budget = settings.sampler, settings.budget
     grad = problem.requires_grad
     with torch.autocast(problem.q.device.type, enabled=False), torch.set_grad_enabled(grad):
@@ -199,7 +239,7 @@ def estimate_problem(
             info = info.with_fallbacks("control_variate is not used: the output is exact.")
         if sampler.classical_baseline is not None:
             baseline = replace(settings, sampler=make_sampler(sampler.classical_baseline), controls=())
-            info = replace(info, classical=estimate_problem(problem, baseline, seed, first_replicate))
+            info = replace(info, classical=_estimate_rows(problem, baseline, seed, first_replicate))
         sampled = replace(sampled, info=info)
         if not controls:
             return with_error_bars(sampled, problem).to_estimate(problem)

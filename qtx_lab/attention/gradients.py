@@ -89,6 +89,11 @@ def differentiable(
             f"attn_mask requires a gradient, which sampler={sampler.name!r} does not give: detach it, or "
             "use 'exact'."
         )
+    for name, x in (("sinks", problem.sinks), ("softcap", problem.softcap)):
+        if x is not None:
+            raise ArgumentError(
+                f"{name} with inputs that require a gradient: use 'exact', or torch.no_grad()."
+            )
     baseline = _baseline(settings)
     estimate = estimator(problem.detached(), settings, seed)
     redraw = None

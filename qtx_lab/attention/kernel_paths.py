@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from ..checks import check_count, check_generator
 from ..errors import ArgumentError
 from ..estimates import AttentionEstimate, Draws, EstimateInfo, KernelUse
-from ..kernels.choice import Choice, choose, triton_considered
+from ..kernels.choice import Choice, choose
 from ..kernels.decode import reference as decode_reference
 from ..kernels.decode.reference import DecodeResult
 from ..kernels.inputs import MAX_DECODE_ROWS, Inputs
@@ -137,7 +137,7 @@ def gpu_quantum_attention(
         Q, K, V, attn_mask=attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
     )
     if attn_mask is not None and attn_mask.requires_grad:
-        raise ArgumentError("attn_mask requires a gradient, which draws do not give: detach it.")
+        raise ArgumentError("attn_mask requires a gradient, which the kernels do not give: detach it.")
     stream = problem.stream(make_seed(generator))
     call = KernelCall(problem, Budget(num_samples, replicates), stream, choose_systematic(problem))
     estimate = attend_systematic(call)
@@ -170,10 +170,17 @@ class KernelCall:
         return Inputs.of(p.q.detach(), p.k.detach(), p.v.detach(), p.mask, p.scale, p.first_position)
 
 
-def kernels_apply(problem: AttentionProblem) -> bool:
-    """Whether a kernel comes into question for a problem, so that its choice has to be stated."""
-    trained_mask = problem.mask is not None and problem.mask.requires_grad
-    return triton_considered(problem.q) and not trained_mask
+def not_in_kernels(problem: AttentionProblem) -> str | None:
+    """What of a problem the kernels do not know, None if they know all of it."""
+    if problem.softcap is not None:
+        return "softcap is not in the kernel"
+    if problem.window is not None:
+        return "window is not in the kernel"
+    if problem.sinks is not None:
+        return "sinks are not in the kernel"
+    if problem.mask is not None and problem.mask.requires_grad:
+        return "the kernel gives no gradient of attn_mask"
+    return None
 
 
 def takes_decode(problem: AttentionProblem) -> bool:
@@ -183,7 +190,8 @@ def takes_decode(problem: AttentionProblem) -> bool:
 
 def choose_systematic(problem: AttentionProblem) -> Choice:
     """Choose between the kernel that draws a problem systematically and its reference."""
-    return choose((problem.q, problem.k, problem.v), chained=not takes_decode(problem))
+    obstacle = not_in_kernels(problem)
+    return choose((problem.q, problem.k, problem.v), chained=not takes_decode(problem), obstacle=obstacle)
 
 
 def attend_systematic(call: KernelCall) -> AttentionEstimate:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import ArgumentError
 from ..estimates import AttentionEstimate, Draws, EstimateInfo
-from ..problem import AttentionProblem
+from ..problem import AttentionProblem, log_sum_exp
 from ..samplers import SAMPLERS, Design, InversionSampler, SampledRows, Sampler
 from ..streams import Purpose, Stream
 from .error_bars import ErrorBars, degrees_of_freedom
@@ -171,7 +171,7 @@ class _RowsToTolerance:
         self.spent, self.pilot = (
             torch.zeros(shape, dtype=torch.int64, device=self.output.device) for _ in range(2)
         )
-        self.predicted = self.output.new_zeros(shape)
+        self.predicted, self.log_sum_exp = (self.output.new_zeros(shape) for _ in range(2))
         self.groups: list[_Group] = []
         self.exact_rows = 0
         layout = sampler.layout(problem)
@@ -185,6 +185,7 @@ class _RowsToTolerance:
             self.spreads[known] = _Spread.of(problem, known)
         spread, confidence = self.spreads[known], self.promise.confidence
         logits, values = problem.logits(heads, part), problem.values[heads]
+        self.log_sum_exp[heads, part] = log_sum_exp(logits)
         distance = spread.distance[heads, None, : logits.shape[-1]]
         shared = spread.shared[heads]
         masked = logits == -torch.inf
@@ -298,6 +299,7 @@ class _RowsToTolerance:
             self._info(),
             make_std_error if has_error else None,
             degrees_of_freedom(design, sample) if has_error else math.inf,
+            lambda: self.log_sum_exp,
         )
         return sampled.to_estimate(problem)
 
@@ -321,6 +323,7 @@ class _RowsToTolerance:
             pilot_draws_per_row=self.pilot.view(rows),
             predicted_relative_error=self.predicted.view(rows),
             fallbacks=fallbacks,
+            log_sum_exp="exact",
         )
 
 

@@ -57,7 +57,7 @@ def triton_considered(q: Tensor) -> bool:
     return q.is_cuda or os.environ.get(VARIABLE) == "triton"
 
 
-def choose(tensors: Sequence[Tensor], *, chained: bool = False) -> Choice:
+def choose(tensors: Sequence[Tensor], *, chained: bool = False, obstacle: str | None = None) -> Choice:
     """Choose between a Triton kernel and its plain-torch reference.
 
     The kernel runs for tensors on CUDA, the reference elsewhere. QTX_LAB_KERNELS=triton or reference
@@ -69,6 +69,8 @@ def choose(tensors: Sequence[Tensor], *, chained: bool = False) -> Choice:
         Queries, keys and values.
     chained : bool
         Whether the kernel feeds one product of matrices into another.
+    obstacle : str, optional
+        What of the call the kernel does not know.
 
     Raises
     ------
@@ -88,7 +90,7 @@ def choose(tensors: Sequence[Tensor], *, chained: bool = False) -> Choice:
     on_cpu = tensors[0].device.type == "cpu"
     if setting is None and on_cpu:
         return Choice("reference", "the tensors are on the CPU")
-    if obstacle := _obstacle(tensors, chained):
+    if obstacle := obstacle or _obstacle(tensors, chained):
         if setting == "triton":
             raise BackendUnavailable(f"{VARIABLE}=triton is not possible here: {obstacle}.")
         return _fallback(obstacle)

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..checks import check_count
 from ..errors import ArgumentError, DtypeError, ShapeError
 from ..estimates import AttentionEstimate, Draws, EstimateInfo
-from ..problem import AttentionProblem, Block, KeyLayout
+from ..problem import AttentionProblem, Block, KeyLayout, log_sum_exp
 from ..streams import Stream, make_seed
 from .value_order import FIRST_VALUES, ValueOrder, cached_order
 
@@ -70,6 +70,9 @@ class SampledRows:
         than its draws tell.
     degrees_of_freedom : float
         Of those standard errors.
+    make_log_sum_exp : callable, optional
+        Gives the log-sum-exp (N, M) of the rows' logits, in the problem's `dtype`, for a sampler that knows
+        it; `info.log_sum_exp` says whether it is exact.
     """
 
     output: Tensor
@@ -78,11 +81,13 @@ class SampledRows:
     info: EstimateInfo
     make_std_error: Callable[[], Tensor] | None = None
     degrees_of_freedom: float = float("inf")
+    make_log_sum_exp: Callable[[], Tensor] | None = None
 
     def to_estimate(self, problem: AttentionProblem) -> AttentionEstimate:
         """The estimate as the caller gets it, in the shapes and the dtype of the problem."""
         row_shape, shape = problem.row_shape, (*problem.row_shape, problem.width)
         make_draws, make_std_error = self.make_draws, self.make_std_error
+        make_log_sum_exp = self.make_log_sum_exp
         return AttentionEstimate(
             output=self.output.reshape(shape).to(problem.v.dtype),
             num_keys=problem.num_keys,
@@ -91,6 +96,9 @@ class SampledRows:
             make_std_error=None if make_std_error is None else lambda: make_std_error().reshape(shape),
             info=self.info,
             group=problem.group,
+            make_log_sum_exp=(
+                None if make_log_sum_exp is None else lambda: make_log_sum_exp().reshape(row_shape)
+            ),
         )
 
 
@@ -143,6 +151,10 @@ class Sampler(ABC):
     """Whether the draws of a row are independent of each other, from p or not; as `independent` says where
     None.
     """
+    takes_sinks: bool = False
+    """Whether `estimate_rows` takes a problem's sinks into its own normaliser. Where not, it sees the problem
+    without them, and its estimate is scaled by the mass that the sinks leave to the keys, which comes from
+    all logits."""
     joint: bool = False
     """Whether the rows of a head share their randomness, so that their errors are not independent."""
     ordered: bool = False
@@ -323,10 +335,12 @@ def average_rows(
     indices = torch.empty(*shape, total, dtype=torch.int64, device=values.device)
     weights = values.new_empty(*shape, total)
     probabilities: Tensor | None = values.new_empty(*shape, total)
+    normaliser = values.new_empty(shape)
     for block in problem.blocks(16 * total):
         draws = draw(*block)
         output[block] = draws.average(values[block[0]])
         indices[block], weights[block] = draws.indices, draws.weights
+        normaliser[block] = _log_sum_exp(problem, block, draws)
         if probabilities is None or draws.probabilities is None:
             probabilities = None
         else:
@@ -341,9 +355,28 @@ def average_rows(
         effective_sample_size=flat.effective_sample_size().view(problem.row_shape),
         fallbacks=tuple(facts.fallbacks),
         drawn_by=facts.stated or None,
+        log_sum_exp="exact",
     )
-    design = Design(sampler.independent, sampler.count_variance)
-    return SampledRows(problem.in_units(output), lambda: flat, design, info)
+    return SampledRows(
+        problem.in_units(output),
+        lambda: flat,
+        Design(sampler.independent, sampler.count_variance),
+        info,
+        make_log_sum_exp=lambda: normaliser,
+    )
+
+
+def _log_sum_exp(problem: AttentionProblem, block: Block, draws: Draws) -> Tensor:
+    """The log-sum-exp of the logits of a block, (heads, rows): l_j - log p_j of the likeliest key drawn, or
+    from all logits where draws do not know p.
+    """
+    p = draws.probabilities
+    if p is None:
+        return log_sum_exp(problem.logits(*block))
+    p, best = p.max(-1, keepdim=True)
+    key = draws.indices.gather(-1, best)
+    logit = problem.logits_at(problem.row_numbers(*block), key.flatten(0, 1)).view(p.shape)
+    return torch.where(p > 0, logit - p.log(), -torch.inf).squeeze(-1)
 
 
 def check_draw_arguments(logits: Tensor, num_samples: int, replicates: int) -> None:
@@ -556,14 +589,14 @@ class InversionSampler(StreamSampler):
         def variance_weights(p: Tensor) -> Tensor:
             return self.variance_weights(p, budget.num_samples)[0]
 
-        design = Design(False, self.count_variance, variance_weights)
-        return SampledRows(sampled.output, sampled.make_draws, design, sampled.info)
+        return replace(sampled, design=Design(False, self.count_variance, variance_weights))
 
     def layout(self, problem: AttentionProblem) -> KeyLayout | None:
         """The keys of a problem in the order of their values, if this sampler is `ordered`."""
         if not self.ordered:
             return None
-        visible = problem.visible_keys()
+        # The order knows no window: it would change from row to row.
+        visible = None if problem.mask is None else problem.visible_keys()
         if visible is None:
             return problem.lay_out(cached_order(problem.v).view(problem.keys.shape[:2]))
         values = torch.where(visible[..., None], problem.values, 0)

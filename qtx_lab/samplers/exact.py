@@ -46,15 +46,20 @@ class ExactSampler(Sampler):
         return Draws(indices.repeat(repeat), p.repeat(repeat) / replicates, p.repeat(repeat), replicates)
 
     def estimate_rows(self, problem: AttentionProblem, budget: Budget, stream: Stream) -> SampledRows:
-        """SDPA's own output; the draws, all L * n of them, are made only when asked for."""
-        output = _exact_output(problem)
+        """SDPA's own output; the draws, all L * n of them, and log-sum-exps are made only when asked for."""
+        by_blocks = problem.softcap is not None or problem.window is not None
+        output = _output_by_blocks(problem) if by_blocks else _output_by_sdpa(problem)
         later = problem.copied()  # the caller's tensors may have changed by then
-        device = problem.q.device.type
+        device, grad = problem.q.device.type, problem.requires_grad
 
         def make_draws() -> Draws:
             with torch.no_grad(), torch.autocast(device, enabled=False):
                 logits = later.logits(slice(0, later.shape[0]), slice(0, later.shape[1]))
                 return self.draw(logits, budget.num_samples, replicates=budget.replicates)
+
+        def make_log_sum_exp() -> Tensor:
+            with torch.set_grad_enabled(grad), torch.autocast(device, enabled=False):
+                return later.log_sum_exp()
 
         info = EstimateInfo(
             sampler=self.name,
@@ -63,12 +68,31 @@ class ExactSampler(Sampler):
             replicates=budget.replicates,
             draws_per_row=problem.num_keys,
             effective_sample_size=torch.full(problem.row_shape, math.inf, device=problem.q.device),
+            log_sum_exp="exact",
         )
         zero = torch.zeros_like(output, dtype=problem.dtype, requires_grad=False)
-        return SampledRows(output, make_draws, Design(False), info, lambda: zero)
+        return SampledRows(
+            output, make_draws, Design(False), info, lambda: zero, make_log_sum_exp=make_log_sum_exp
+        )
 
 
-def _exact_output(problem: AttentionProblem) -> Tensor:
+def _output_by_blocks(problem: AttentionProblem) -> Tensor:
+    """softmax(logits) v for logits that SDPA does not know, (N, M, d), in v's dtype.
+
+    In blocks of rows, whose maps are kept where gradients will need them.
+    """
+    parts = []
+    for heads, rows in problem.blocks(0):
+        logits = problem.logits(heads, rows)
+        empty = (logits == -torch.inf).all(-1, keepdim=True)
+        p = logits.masked_fill(empty, 0).softmax(-1).masked_fill(empty, 0)
+        parts.append((p @ problem.values[heads, : p.shape[-1]]).flatten(0, 1))
+    shape = (*problem.shape, problem.width)
+    output = torch.cat(parts).view(shape) if parts else problem.values.new_empty(shape)
+    return problem.in_units(output).to(problem.v.dtype)
+
+
+def _output_by_sdpa(problem: AttentionProblem) -> Tensor:
     """softmax(q k^T scale + mask) v by SDPA, (N, M, d), in v's dtype."""
     q, k, v, mask = problem.q, problem.k, problem.v, problem.mask
     if mask is not None:  # SDPA takes masks of two dimensions or more, in q's dtype

@@ -114,6 +114,7 @@ class LearnedImportanceSampler(nn.Module, StreamSampler):
     name = "learned"
     unbiased = True
     self_normalised = True
+    takes_sinks = True
     exchangeable = False
     fitted: Tensor
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..estimates import Draws, EstimateInfo, rounding_variance
+from ..problem import log_sum_exp
 from ..streams import Purpose, Stream
 from .base import Budget, Design, InversionSampler, SampledRows, invert, row_masses
 from .learned_proposal import BLOCK_ELEMENTS, ProposedRows, log_inclusion
@@ -50,6 +51,10 @@ def importance(
     indices = torch.empty(*shape, total, dtype=torch.int64, device=output.device)
     weights, proposal = output.new_empty(*shape, total), output.new_empty(*shape, total)
     p = torch.empty_like(weights) if plain else None
+    normaliser = output.new_empty(shape)
+    sinks = problem.row_sinks
+    if sinks is not None:
+        sinks = sinks.expand(problem.row_shape).reshape(shape)
     cut = list(rows.blocks(total))
     for heads, part in cut:
         points = sampler.points(stream.of_block(heads, problem.positions(part)), num_samples, replicates)
@@ -59,19 +64,31 @@ def importance(
         log_w = exact - log_inclusion(log_q, num_samples, sampler.independent) - times.log()
         empty = log_q == -torch.inf  # of a row in which all is masked
         if p is None:
-            w = log_w.unflatten(-1, by_replicate.shape[-2:]).softmax(-1).flatten(-2)
+            log_w = log_w.unflatten(-1, by_replicate.shape[-2:])
+            z = log_w.logsumexp(-1)  # [heads, rows, R], of the estimated sum over keys
+            if sinks is not None:
+                z = torch.logaddexp(z, sinks[heads, part, None])
+            w = (log_w - z[..., None]).exp().flatten(-2)
+            z = z.logsumexp(-1) - math.log(replicates)
         else:
             z = log_normaliser
-            z = problem.logits(heads, part).logsumexp(-1) if z is None else z[heads, part]
+            z = log_sum_exp(problem.logits(heads, part)) if z is None else z[heads, part]
             log_p = (exact - z[..., None]).clamp_max(0)  # sums that are rounded otherwise can make it more
             w = (log_p + log_w - exact).exp()
             p[heads, part] = log_p.exp().masked_fill(empty, 0)
+        nothing = -torch.inf if sinks is None else sinks[heads, part]
+        normaliser[heads, part] = torch.where(empty[..., 0], nothing, z)
         w = (w / replicates).masked_fill(empty, 0)
         indices[heads, part], weights[heads, part], proposal[heads, part] = drawn, w, log_q.exp()
         output[heads, part] = Draws(drawn, w, None, replicates).average(problem.values[heads])
     flat = Draws(indices, weights, p, replicates)
     effective = flat.effective_sample_size().view(problem.row_shape)
-    info = replace(info, draws_per_row=total, effective_sample_size=effective)
+    info = replace(
+        info,
+        draws_per_row=total,
+        effective_sample_size=effective,
+        log_sum_exp="exact" if plain else "estimated",
+    )
 
     # The error bars are made later, from the values as they are now.
     values, unit, dtype = problem.values.clone(), problem.unit, problem.v.dtype
@@ -95,7 +112,15 @@ def importance(
     degrees = math.inf
     if plain:
         make_std_error, degrees = between if replicates > 1 else None, max(1.0, replicates - 1.0)
-    return SampledRows(problem.in_units(output), lambda: flat, Design(False), info, make_std_error, degrees)
+    return SampledRows(
+        problem.in_units(output),
+        lambda: flat,
+        Design(False),
+        info,
+        make_std_error,
+        degrees,
+        lambda: normaliser,
+    )
 
 
 class Spread:
@@ -169,7 +194,8 @@ def delta_terms(draws: Draws, proposal: Tensor, pi: Tensor, rate: int | Tensor) 
     a = (1 - pi) * pi * weight.square() * once  # ((1 - pi) / pi) p_hat^2, each key once
     unseen = (1 - (proposal * once).sum(-1, keepdim=True)).clamp_min(0) / rate
     chi = draws.weights * weight * pi / proposal.clamp_min(torch.finfo(pi.dtype).tiny)
-    return a, unseen * chi.sum(-1, keepdim=True).clamp_min(1) * (draws.weights > 0).any(-1, keepdim=True)
+    held = draws.weights.sum(-1, keepdim=True)  # 1, but for what a sink took
+    return a, unseen * chi.sum(-1, keepdim=True).maximum(held.square())
 
 
 def debiased(rows: ProposedRows, budget: Budget, stream: Stream, info: EstimateInfo) -> SampledRows:
@@ -183,9 +209,8 @@ def debiased(rows: ProposedRows, budget: Budget, stream: Stream, info: EstimateI
     means = problem.values.new_zeros(n * m * replicates, problem.width)
     for heads, part in rows.blocks(num_samples):
         log_q = rows.log_proposal(heads, part).flatten(0, 1)
-        added = rows.added(heads, part)
         pair = (
-            rows.flat(heads, part)[:, None] * replicates + torch.arange(replicates, device=u.device)
+            problem.row_numbers(heads, part)[:, None] * replicates + torch.arange(replicates, device=u.device)
         ).flatten()
         for depth in level[pair].unique().tolist():
             size, mass = num_samples << depth, (1 - LEVEL_RATIO) * LEVEL_RATIO**depth
@@ -199,7 +224,7 @@ def debiased(rows: ProposedRows, budget: Budget, stream: Stream, info: EstimateI
                     1, size
                 )
                 indices, total = invert(row_masses(log_q[here]), numbers[:, 0, 0])
-                log_w = rows.exact(which, indices, None if added is None else added[here])
+                log_w = problem.logits_at(which, indices)
                 log_w = log_w - log_q[here].gather(-1, indices)
                 w = log_w.view(-1, 1 << depth, num_samples).softmax(-1).flatten(1) / (1 << depth)
                 if depth:

@@ -85,7 +85,7 @@ class ProposedRows:
         # Products of a few rows are split over threads, which rounds otherwise: sixteens are not.
         queries = F.pad(problem.queries[heads, rows], (0, 0, 0, -count % 16)) * problem.scale
         logits = (queries @ a) @ (problem.keys[heads, :reach] @ b).mT
-        return problem.masked(logits[:, :count].contiguous(), heads, rows)
+        return problem.logits_of(logits[:, :count].contiguous(), heads, rows)
 
     def blocks(self, draws: int) -> Iterator[Block]:
         """(heads, rows) of blocks whose workspace is bounded, in memory order."""
@@ -106,32 +106,9 @@ class ProposedRows:
         """(indices, exact logits, log q) of the keys at points (heads, rows, T), each (heads, rows, T)."""
         log_q = self.log_proposal(heads, rows)
         indices, _ = invert(row_masses(log_q), points)
-        flat, added = self.flat(heads, rows), self.added(heads, rows)
-        exact = self.exact(flat, indices.flatten(0, 1), added).view(indices.shape)
+        row = self.problem.row_numbers(heads, rows)
+        exact = self.problem.logits_at(row, indices.flatten(0, 1)).view(indices.shape)
         return indices, exact, log_q.gather(-1, indices)
-
-    def flat(self, heads: slice, rows: slice) -> Tensor:
-        """Which of the N * M rows those of a block are, (heads * rows,)."""
-        count, m = (torch.arange(size, device=self.problem.q.device) for size in self.problem.shape)
-        return (count[heads, None] * self.problem.shape[1] + m[rows]).flatten()
-
-    def added(self, heads: slice, rows: slice) -> Tensor | None:
-        """What a float mask adds to the logits of a block, (heads * rows, n)."""
-        if self.problem.mask is None or self.problem.mask.dtype == torch.bool:
-            return None
-        return self.problem.mask_block(heads, rows).flatten(0, 1)
-
-    def exact(self, row: Tensor, indices: Tensor, added: Tensor | None) -> Tensor:
-        """Exact logits of rows (B,) of the N * M at keys (B, T), and at no other: O(T E) each."""
-        p = self.problem
-        if indices.shape[-1] > p.num_keys:  # more draws than keys: each key's logit once is cheaper
-            every = torch.arange(p.num_keys, device=indices.device).expand(len(row), p.num_keys)
-            return self.exact(row, every, added).gather(-1, indices)
-        first = (row // p.shape[1] * p.num_keys)[:, None]
-        k = F.embedding(indices + first, p.keys.flatten(0, 1))  # [B, T, E]
-        q = p.queries.flatten(0, 1)[row] * p.scale
-        logits = torch.bmm(k, q[..., None]).squeeze(-1)
-        return logits if added is None else logits + added.gather(-1, indices)
 
     def average(self, row: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         """sum_t weights_t v_{j_t} of rows (B,) at keys (B, T), (B, Ev)."""

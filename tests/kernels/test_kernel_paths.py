@@ -247,9 +247,26 @@ def test_sampled_attention_takes_the_kernel_for_many_causal_or_trained_rows(kern
         torch.testing.assert_close(a, b)
     few = qtx.sampled_attention(q[:, :, :2].requires_grad_(), k, v, num_samples=8, enable_gqa=True)
     assert few.diagnostics["kernel"]["name"] == "prefill"
-    mask = torch.zeros(99, 99, device=device, requires_grad=True)
-    with pytest.raises(qtx.ArgumentError, match="attn_mask requires a gradient"):
-        qtx.sampled_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+
+
+def test_what_no_kernel_knows_is_drawn_by_torch_and_says_why(generator, device, monkeypatch):
+    q, k, v = heads(generator, device, length=3, n=99)
+    trained = torch.zeros(3, 99, device=device, requires_grad=True)
+    cases = [
+        ({"softcap": 2.0}, "softcap is not in the kernel"),
+        ({"window": 40}, "window is not in the kernel"),
+        ({"attn_mask": trained}, "the kernel gives no gradient of attn_mask"),
+    ]
+    for options, reason in cases:
+        monkeypatch.setenv("QTX_LAB_KERNELS", "triton")
+        with pytest.raises(qtx.BackendUnavailable, match=reason):
+            qtx.sampled_attention(q, k, v, enable_gqa=True, **options)
+        monkeypatch.delenv("QTX_LAB_KERNELS")
+        if device.type == "cuda" and "attn_mask" not in options:
+            with pytest.warns(qtx.FallbackWarning, match=reason):
+                est = qtx.sampled_attention(q, k, v, enable_gqa=True, **options)
+            assert est.info.kernel.path == "torch"
+            assert reason in est.info.fallbacks[0]
 
 
 @pytest.mark.parametrize("proposal", ["low-rank", "int4", "exact"])

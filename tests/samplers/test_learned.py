@@ -266,11 +266,11 @@ def test_plain_takes_the_normaliser(generator):
 def test_exact_logits_only_at_the_drawn_keys(monkeypatch):
     """S logits a row and no more; the function that forms them all is not called."""
     asked = []
-    exact = learned_proposal.ProposedRows.exact
+    exact = AttentionProblem.logits_at
 
-    def count(self, row, indices, added):
+    def count(self, row, indices):
         asked.append(indices.numel())
-        return exact(self, row, indices, added)
+        return exact(self, row, indices)
 
     whole = AttentionProblem.logits
 
@@ -279,11 +279,14 @@ def test_exact_logits_only_at_the_drawn_keys(monkeypatch):
         return whole(self, *block)
 
     sampler = fitted()
-    monkeypatch.setattr(learned_proposal.ProposedRows, "exact", count)
+    monkeypatch.setattr(AttentionProblem, "logits_at", count)
     monkeypatch.setattr(AttentionProblem, "logits", refuse)
     q, k, v = inputs(2, 3, keys=400)
     sampler.estimate(q, k, v, 4, generator=seeded(0))
     assert sum(asked) == 2 * 3 * 24 * 4
+    sinks = torch.zeros(3)  # they need no more: the sum over keys is estimated
+    qtx.sampled_attention(q, k, v, sampler=sampler, num_samples=4, sinks=sinks, generator=seeded(0))
+    assert sum(asked) == 2 * 2 * 3 * 24 * 4
     sampler(q, k, v, 4, generator=seeded(0))
 
 

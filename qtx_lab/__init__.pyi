@@ -29,6 +29,7 @@ from .errors import ShapeError as ShapeError
 from .errors import SpecError as SpecError
 from .errors import StorageError as StorageError
 from .errors import TextError as TextError
+from .errors import TransformError as TransformError
 from .estimates import AttentionEstimate as AttentionEstimate
 from .estimates import Draws as Draws
 from .experiments.notebooks import run_notebook as run_notebook

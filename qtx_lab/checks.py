@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
+from torch.autograd import forward_ad
 
-from .errors import ArgumentError, DtypeError, ShapeError
+from .errors import ArgumentError, DtypeError, ShapeError, TransformError
 
 MAX_COUNT = 1 << 31
 """No count of draws, replicates, keys or steps may be larger."""
@@ -43,10 +45,37 @@ def check_scale(scale: float | None, argument: str = "scale") -> None:
         raise ArgumentError(f"{argument}={scale} is not allowed: it must be a finite number.")
 
 
+def transformed() -> bool:
+    """Whether a transform of `torch.func` is at work. NumPy cannot read the tensors that it wraps."""
+    return _functorch.maybe_current_level() is not None
+
+
+def has_tangent(x: Tensor) -> bool:
+    """Whether a tensor carries a tangent of forward-mode differentiation."""
+    return forward_ad.unpack_dual(x).tangent is not None
+
+
+def check_transforms() -> None:
+    """Refuse `torch.func.vmap` and `torch.export`: their tensors hold no numbers to check or to draw by."""
+    if transformed() and any(
+        x.key() == _functorch.TransformType.Vmap for x in _functorch.get_interpreter_stack() or ()
+    ):
+        raise TransformError(
+            "sampled attention cannot run under torch.func.vmap: it takes batches itself, so give q, k and v "
+            "more leading dimensions."
+        )
+    if torch.compiler.is_exporting():
+        raise TransformError(
+            "sampled attention draws keys, which torch.export cannot trace: export the model with "
+            "torch's attention in its place (undo of replace_attention), or use torch.compile."
+        )
+
+
 def check_tensors(**tensors: Tensor) -> None:
     """Refuse what is no dense tensor (..., length, features) of a dtype that is attended to, or unlike the
     first.
     """
+    check_transforms()
     first, like = next(iter(tensors.items()))
     for name, x in tensors.items():
         if not isinstance(x, Tensor):

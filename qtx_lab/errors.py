@@ -26,6 +26,10 @@ class SpecError(ArgumentError):
     """A spec is not valid, or a file or a parameter cannot become one."""
 
 
+class TransformError(QtxError, NotImplementedError):
+    """torch cannot batch, trace, export or differentiate this; the message says what to use instead."""
+
+
 class TextError(QtxError, OSError):
     """A text file cannot be read."""
 

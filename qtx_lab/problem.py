@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import check_finite, check_scale, check_tensors
+from .checks import check_finite, check_scale, check_tensors, has_tangent
 from .errors import ArgumentError, DtypeError, ShapeError
 from .streams import Stream
 
@@ -225,6 +225,12 @@ class AttentionProblem:
         """Whether the output needs a gradient."""
         inputs = (self.q, self.k, self.v, self.mask, self.sinks)
         return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+
+    @property
+    def has_tangents(self) -> bool:
+        """Whether an input carries a tangent of forward-mode differentiation."""
+        inputs = (self.q, self.k, self.v, self.mask, self.sinks)
+        return any(x is not None and has_tangent(x) for x in inputs)
 
     def detached(self) -> AttentionProblem:
         """The same problem, its tensors without gradients."""

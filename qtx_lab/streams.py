@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .checks import check_generator
+from .checks import check_generator, transformed
 from .errors import ArgumentError
 
 WORD = 0xFFFFFFFF
@@ -88,7 +88,7 @@ def philox(
     """
     device = next((x.device for x in (key, *counter) if isinstance(x, Tensor)), torch.device("cpu"))
     k, *c = (torch.as_tensor(x, dtype=torch.int64, device=device) for x in (key, *counter))
-    if device.type != "cpu":
+    if device.type != "cpu" or transformed():
         return _rounds(c, (k & WORD, (k >> 32) & WORD), rounds)
     # NumPy takes a third of the time.
     arrays = [x.numpy().view(np.uint64) for x in (*c, k & WORD, (k >> 32) & WORD)]

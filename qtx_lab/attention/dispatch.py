@@ -7,8 +7,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..checks import check_generator
-from ..errors import ArgumentError
+from ..checks import check_generator, transformed
+from ..errors import ArgumentError, TransformError
 from ..estimates import AttentionEstimate, KernelUse
 from ..kernels.choice import triton_considered
 from ..problem import AttentionProblem, Window
@@ -51,8 +51,9 @@ def sampled_attention(
     equal. Logits and draws are computed in float32 (float64 for float64 input), cumulative probabilities in
     float64, in blocks of rows whose workspace does not grow with L or n (`qtx_lab.problem.BLOCK_ELEMENTS`),
     autocast or not. Where q, k or v requires one, the output has a gradient, which is as unbiased as the
-    sampler is (`qtx_lab.attention.gradients.differentiable`). Under `torch.compile` it runs as it is, between
-    two graphs.
+    sampler is (`qtx_lab.attention.gradients.differentiable`), and so has the tangent of forward-mode
+    differentiation; second derivatives are refused. Under `torch.compile` it runs as it is, between two
+    graphs.
 
     The draws of a row are a function of the generator's seed, the sequence, the key head, the query's
     position and the replicate (`qtx_lab.streams`): they do not depend on the rows, heads and sequences beside
@@ -125,6 +126,9 @@ def sampled_attention(
         Before any work: shapes that do not fit, mixed or unsupported dtypes, NaN or infinities, counts below
         1, an unknown sampler, a gradient that is not given (of `attn_mask`, or by `tolerance` from one
         replicate).
+    TransformError
+        Under `torch.func.vmap`, `torch.export`, `torch.jit.script` and `torch.jit.trace`, and where a
+        derivative is differentiated again.
 
     Examples
     --------
@@ -171,6 +175,8 @@ def attend(
     ------
     ArgumentError
         If the settings do not fit the problem.
+    TransformError
+        Under `torch.jit.trace`, except for the exact sampler.
     """
     check_generator(generator)
     if settings.controls:
@@ -180,16 +186,22 @@ def attend(
                 raise ArgumentError(
                     f"control_variate knows no {name}, only is_causal and sinks: leave one of them out."
                 )
+    if torch.jit.is_tracing() and not settings.sampler.exact:
+        raise TransformError(
+            f"sampler={settings.sampler.name!r} draws keys, which torch.jit.trace would keep as constants: "
+            "use torch.compile, or trace with sampler='exact'."
+        )
     seed = make_seed(generator)
+    derivatives = problem.requires_grad or problem.has_tangents or transformed()
     kernel: KernelUse | None = None
     fallbacks: tuple[str, ...] = ()
-    plain = not (settings.controls or settings.tolerance)
+    plain = not (settings.controls or settings.tolerance or problem.has_tangents or transformed())
     if settings.sampler.has_kernel and plain and triton_considered(problem.q):
         choice = choose_systematic(problem)
         if choice.path == "triton":
             return attend_systematic(KernelCall(problem, settings.budget, problem.stream(seed), choice))
         kernel, fallbacks = KernelUse("torch", choice.reason), choice.fallbacks
-    if problem.requires_grad and not settings.sampler.exact:
+    if derivatives and not settings.sampler.exact:
         estimate = differentiable(estimate_problem, problem, settings, seed)
     else:
         estimate = estimate_problem(problem, settings, seed)

@@ -5,16 +5,17 @@ output.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, ParamSpec, Protocol, TypeVar
+from typing import Any, NoReturn, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch._C import _functorch
 
-from ..errors import ArgumentError
+from ..checks import check_transforms, has_tangent, transformed
+from ..errors import ArgumentError, TransformError
 from ..estimates import AttentionEstimate, Draws
 from ..problem import AttentionProblem
 from .settings import AttentionSettings
@@ -34,7 +35,7 @@ class Estimator(Protocol):
 def differentiable(
     estimator: Estimator, problem: AttentionProblem, settings: AttentionSettings, seed: Tensor
 ) -> AttentionEstimate:
-    """The estimate of a problem, its output with a gradient for q, k and v.
+    """The estimate of a problem, its output with derivatives by q, k and v.
 
     Let g be the gradient of the loss by a row's output o = sum_j p_j v_j, l_j = scale q . k_j and a_j = g .
     v_j. Then
@@ -65,7 +66,16 @@ def differentiable(
     num_samples); v's is the derivative of the sampled output itself, as long as the draws do not depend on v.
 
     Control variates make the output better and not the gradients, which are those of the plain draws. Memory:
-    the inputs, and a key and a weight for each draw. No second derivatives, none for `attn_mask`.
+    the inputs, and a key and a weight for each draw.
+
+    **Forward mode** (`torch.func.jvp`, `torch.autograd.forward_ad`) gives the tangent of the output by the
+    transpose of these gradients, from the same draws and as unbiased for given tangents:
+
+        do = sum_s w_s (dv_(j_s) + dl_(j_s) (v_(j_s) - the others' mean of v)),
+        dl_j = scale (dq . k_j + q . dk_j).
+
+    `torch.func.grad`, `vjp` and `functional_call` work too. Second derivatives, and `vmap` over either mode,
+    raise TransformError.
 
     Source: leave-one-out baselines of score-function estimates, Kool, van Hoof and Welling, Buy 4 REINFORCE
     samples, get a baseline for free! (2019).
@@ -84,7 +94,7 @@ def differentiable(
         If `attn_mask` requires a gradient, or `tolerance` comes with one replicate.
     """
     sampler = settings.sampler
-    if problem.mask is not None and problem.mask.requires_grad:
+    if problem.mask is not None and (problem.mask.requires_grad or has_tangent(problem.mask)):
         raise ArgumentError(
             f"attn_mask requires a gradient, which sampler={sampler.name!r} does not give: detach it, or "
             "use 'exact'."
@@ -94,25 +104,32 @@ def differentiable(
             raise ArgumentError(
                 f"{name} with inputs that require a gradient: use 'exact', or torch.no_grad()."
             )
-    baseline = _baseline(settings)
-    estimate = estimator(problem.detached(), settings, seed)
-    redraw = None
-    if baseline == "extra replicate":
-        again = replace(settings, controls=(), budget=replace(settings.budget, replicates=1))
-        if settings.controls:
-            again = replace(again, sampler=sampler.correctable())
-        replicates = settings.budget.replicates
+    call = _Call.of(estimator, problem, settings, seed)
+    output, *_ = _Sampled.apply(problem.q, problem.k, problem.v, problem.mask, call)
+    estimate, call.estimate = call.estimate, None
+    assert estimate is not None
+    return replace(estimate, output=output, info=replace(estimate.info, baseline=call.baseline))
 
-        def redraw(q: Tensor, k: Tensor, v: Tensor) -> Draws:
-            detached = replace(problem, q=q.detach(), k=k.detach(), v=v.detach())
-            return estimator(detached, again, seed, first_replicate=replicates).draws
 
-    draws = estimate.draws
-    how = _How(baseline, problem.scale, draws.replicates, redraw)
-    output = _Sampled.apply(
-        problem.q, problem.k, problem.v, estimate.output, draws.indices, draws.weights, how
-    )
-    return replace(estimate, output=output, info=replace(estimate.info, baseline=baseline))
+def first_derivative(compute: Callable[..., T], *tensors: Tensor | None) -> T:
+    """`compute(*tensors)`, of which no derivative is zero in silence: one by any of the tensors is refused.
+
+    Parameters
+    ----------
+    compute : callable
+        Gives a tensor, or a tuple of tensors and None.
+    *tensors : Tensor or None
+        All tensors that the result depends on.
+
+    Returns
+    -------
+    Tensor, or tuple of Tensor and None
+        Where a graph is made of the result (`create_graph=True`), its backward pass raises TransformError.
+    """
+    # What torch.autograd.grad(is_grads_batched=True) makes is not seen by `vmap` below.
+    if any(x is not None and _functorch.is_legacy_batchedtensor(x) for x in tensors):
+        _FirstDerivative.vmap()
+    return _FirstDerivative.apply(compute, *tensors)
 
 
 def same_draws(
@@ -162,18 +179,27 @@ def same_draws(
 def outside_graphs(function: Callable[P, T]) -> Callable[P, T]:
     """`function`, called as it is between two compiled graphs where `torch.compile` meets it.
 
-    Random keys of a generator cannot be traced; `fullgraph=True` gets Dynamo's error, with the reason.
+    Random keys of a generator cannot be traced; `fullgraph=True` gets Dynamo's error, with the reason, and
+    `torch.jit.script` and `torch.export` a TransformError.
     """
+
+    def refuse_script() -> NoReturn:
+        raise TransformError(
+            f"qtx_lab.{function.__name__} draws keys, which torch.jit.script cannot compile: use "
+            "torch.compile."
+        )
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
         if not torch.compiler.is_compiling():
             return function(*args, **kwargs)
+        check_transforms()
         torch._dynamo.graph_break(
             f"qtx_lab.{function.__name__} draws keys, which is not compiled: no fullgraph=True."
         )
         return torch.compiler.disable(function)(*args, **kwargs)
 
+    call.__prepare_scriptable__ = refuse_script  # type: ignore[attr-defined]  # torch.jit.script calls it
     return call
 
 
@@ -193,60 +219,210 @@ def _baseline(settings: AttentionSettings) -> str:
     return "extra replicate"
 
 
-@dataclass(frozen=True)
-class _How:
-    """What the backward pass must know besides tensors: see `differentiable`."""
+@dataclass
+class _Call:
+    """An estimate and its derivatives: what they need besides tensors; see `differentiable`.
 
+    Parameters
+    ----------
+    estimator : Estimator
+    problem : AttentionProblem
+        Without gradients; autograd hands over the tensors to use in place of its own.
+    settings : AttentionSettings
+    baseline : str
+    seed : Tensor, int64, (), or int
+        A number under `torch.func`, which wraps tensors.
+    sequences : list of int, optional
+        Those of the problem.
+    estimate : AttentionEstimate, optional
+        What `_Sampled` made, until it is fetched.
+    replicates : int
+        Those of its draws.
+    """
+
+    estimator: Estimator
+    problem: AttentionProblem
+    settings: AttentionSettings
     baseline: str
-    scale: float
-    replicates: int
-    redraw: Callable[[Tensor, Tensor, Tensor], Draws] | None
+    seed: Tensor | int
+    sequences: list[int] | None
+    estimate: AttentionEstimate | None = None
+    replicates: int = 1
+
+    @classmethod
+    def of(
+        cls, estimator: Estimator, problem: AttentionProblem, settings: AttentionSettings, seed: Tensor
+    ) -> _Call:
+        names = None if problem.sequences is None else problem.sequences.tolist()
+        number = int(seed) if transformed() else seed
+        return cls(estimator, problem.detached(), settings, _baseline(settings), number, names)
+
+    def problem_of(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> AttentionProblem:
+        """The problem of the tensors that autograd hands over."""
+        names = None if self.sequences is None else torch.tensor(self.sequences)
+        return replace(self.problem, q=q, k=k, v=v, mask=mask, sequences=names).detached()
+
+    def draws(self, problem: AttentionProblem, indices: Tensor, weights: Tensor) -> tuple[Draws, Tensor]:
+        """The draws (N, M, T) for the derivatives by q and k, and the weights (N, M, T) for that by v.
+
+        The weights are those of the output's own draws: v's derivative is that of the sampled output.
+        """
+        draws, own = Draws(indices, weights, replicates=self.replicates), weights
+        if self.baseline == "extra replicate":
+            budget = self.settings.budget
+            again = replace(self.settings, controls=(), budget=replace(budget, replicates=1))
+            if self.settings.controls:
+                again = replace(again, sampler=again.sampler.correctable())
+            seed = torch.as_tensor(self.seed)
+            other = self.estimator(problem, again, seed, first_replicate=budget.replicates).draws
+            indices = torch.cat((indices, other.indices), -1)
+            draws = Draws(indices, torch.cat((weights, other.weights), -1) / 2, replicates=2)
+            own = torch.cat((weights, torch.zeros_like(other.weights)), -1)
+        draws = replace(draws, weights=draws.weights.to(problem.dtype))
+        return draws.view(problem.shape), own.to(problem.dtype).view(*problem.shape, -1)
 
 
 class _Sampled(torch.autograd.Function):
-    """The output given, with the gradients of `differentiable`."""
+    """The output of a call, its drawn keys and their weights, with the derivatives of `differentiable`."""
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, output: Tensor, indices: Tensor, weights: Tensor, how: _How
-    ) -> Tensor:
-        ctx.save_for_backward(q, k, v, indices, weights)
-        ctx.how = how
-        return output
+        q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, call: _Call
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        seed = torch.as_tensor(call.seed)
+        call.estimate = call.estimator(call.problem_of(q, k, v, mask), call.settings, seed)
+        draws = call.estimate.draws
+        call.replicates = draws.replicates
+        return call.estimate.output, draws.indices, draws.weights
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, indices, weights = ctx.saved_tensors
-        how: _How = ctx.how
-        shape = (k.shape[:-2].numel(), q.shape[:-1].numel() // max(1, k.shape[:-2].numel()))  # N, M
-        draws = Draws(indices, weights, replicates=how.replicates)
-        path = weights  # of v's gradient, which is that of the output's own draws
-        with torch.autocast(q.device.type, enabled=False):
-            logits_too = any(ctx.needs_input_grad[:2])
-            if how.redraw is not None and logits_too:
-                again = how.redraw(q, k, v)
-                indices = torch.cat((indices, again.indices), -1)
-                path = torch.cat((weights, torch.zeros_like(again.weights)), -1)
-                draws = Draws(indices, torch.cat((weights, again.weights), -1) / 2, replicates=2)
-            dtype = torch.promote_types(q.dtype, torch.float32)
-            rows, keys, values, g = (
-                x.detach().to(dtype).reshape(shape[0], -1, x.shape[-1]) for x in (q, k, v, g)
-            )
-            draws, path = draws.view(shape), path.view(*shape, -1)
-            # A weighted sum over draws has both rules that are needed: scatter to its table, gather to its
-            # weights.
-            with torch.enable_grad():
-                values, w = values.requires_grad_(), path.to(dtype).detach().requires_grad_()
-                summed = draws.average(values, w)
-                dv, a = torch.autograd.grad(summed, (values, w), g)  # sum_s w_s g at j_s; g . v_(j_s)
-                dv = dv.view(v.shape).to(v.dtype)
-                if not logits_too:
-                    return None, None, dv, None, None, None, None
-                c = how.scale * draws.weights.to(dtype) * (a - _mean_of_others(a, draws, how.baseline))
-                dq = draws.average(keys.requires_grad_(), c)
-                (dk,) = torch.autograd.grad(dq, keys, rows)
-        return dq.detach().view(q.shape).to(q.dtype), dk.view(k.shape).to(k.dtype), dv, None, None, None, None
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        *tensors, ctx.call = inputs
+        _, indices, weights = output
+        ctx.mark_non_differentiable(indices, weights)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, indices, weights)
+        ctx.save_for_forward(*tensors, indices, weights)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None, *unused: Tensor) -> tuple[Tensor | None, ...]:
+        if g is None:
+            return None, None, None, None, None
+        compute = functools.partial(_gradients, ctx.call, ctx.needs_input_grad)
+        return *first_derivative(compute, g, *ctx.saved_tensors), None, None
+
+    @staticmethod
+    def jvp(
+        ctx: Any, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, *unused: Tensor
+    ) -> tuple[Tensor, None, None]:
+        compute = functools.partial(_tangent, ctx.call)
+        return first_derivative(compute, dq, dk, dv, *ctx.saved_tensors), None, None
+
+
+class _FirstDerivative(torch.autograd.Function):
+    """What `first_derivative` makes: `compute(*tensors)`, not to be differentiated."""
+
+    @staticmethod
+    def forward(compute: Callable[..., Any], *tensors: Tensor | None) -> Any:
+        return compute(*tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> NoReturn:
+        raise TransformError(
+            "drawn attention has first derivatives only, and this one is differentiated again "
+            "(create_graph=True, hessian): use sampler='exact' under "
+            "torch.nn.attention.sdpa_kernel(SDPBackend.MATH)."
+        )
+
+    jvp = backward
+
+    @staticmethod
+    def vmap(*arguments: Any) -> NoReturn:
+        raise TransformError(
+            "derivatives of drawn attention are not batched by vmap (jacrev, jacfwd, is_grads_batched=True): "
+            "torch.autograd.functional.jacobian takes one row at a time."
+        )
+
+
+def _gradients(
+    call: _Call,
+    needed: Sequence[bool],
+    g: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    indices: Tensor,
+    weights: Tensor,
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """The gradients of q, k and v, given that of the output; those of q and k only where one is needed."""
+    problem = call.problem_of(q, k, v, mask)
+    logits_too = any(needed[:2])
+    if 0 in problem.shape:
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    with torch.autocast(q.device.type, enabled=False):
+        if logits_too:
+            draws, own = call.draws(problem, indices, weights)
+        else:
+            own = weights.to(problem.dtype).view(*problem.shape, -1)
+            draws = Draws(indices.view(own.shape), own, replicates=call.replicates)
+        g, keys, values = (x.to(problem.dtype).reshape(problem.shape[0], -1, x.shape[-1]) for x in (g, k, v))
+        dv, a = _transposed_average(draws, values, own, g)  # sum_s w_s g at j_s; g . v_(j_s)
+        dv = dv.view(v.shape).to(v.dtype)
+        if not logits_too:
+            return None, None, dv
+        c = problem.scale * draws.weights * (a - _mean_of_others(a, draws, call.baseline))
+        dq = draws.average(keys, c)
+        dk, _ = _transposed_average(draws, keys, c, problem.queries)
+    return dq.view(q.shape).to(q.dtype), dk.view(k.shape).to(k.dtype), dv
+
+
+def _tangent(
+    call: _Call,
+    dq: Tensor | None,
+    dk: Tensor | None,
+    dv: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    indices: Tensor,
+    weights: Tensor,
+) -> Tensor:
+    """The tangent of the output, given those of q, k and v: the transpose of `_gradients`."""
+    problem = call.problem_of(q, k, v, mask)
+    shape = (*problem.row_shape, problem.width)
+    if 0 in problem.shape:
+        return v.new_zeros(shape)
+    dq, dk, dv = (torch.zeros_like(x) if d is None else d for d, x in ((dq, q), (dk, k), (dv, v)))
+    with torch.autocast(q.device.type, enabled=False):
+        draws, own = call.draws(problem, indices, weights)
+        dq, dk, dv, keys, values = (
+            x.to(problem.dtype).reshape(problem.shape[0], -1, x.shape[-1]) for x in (dq, dk, dv, k, v)
+        )
+        by_q = _transposed_average(draws, keys, own, dq)[1]  # dq . k_(j_s)
+        by_k = _transposed_average(draws, dk, own, problem.queries)[1]  # q . dk_(j_s)
+        c = problem.scale * draws.weights * (by_q + by_k)
+        with torch.enable_grad():
+            a = torch.zeros_like(c, requires_grad=True)
+            (others,) = torch.autograd.grad(_mean_of_others(a, draws, call.baseline), a, c)
+        tangent = draws.average(dv, own) + draws.average(values, c - others)
+    return tangent.view(shape).to(v.dtype)
+
+
+def _transposed_average(draws: Draws, table: Tensor, weights: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Both derivatives of `draws.average(table, weights)`, given that of the average, rows (N, M, d).
+
+    They are sum_s weights_s rows at j_s, (N, n, d), and rows . table_(j_s), (N, M, T).
+    """
+    with torch.enable_grad():
+        table, weights = table.detach().requires_grad_(), weights.detach().requires_grad_()
+        at_keys, at_draws = torch.autograd.grad(draws.average(table, weights), (table, weights), rows)
+    return at_keys, at_draws
 
 
 def _mean_of_others(a: Tensor, draws: Draws, baseline: str) -> Tensor:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ..checks import check_count, check_generator
-from ..errors import ArgumentError
+from ..checks import check_count, check_generator, transformed
+from ..errors import ArgumentError, TransformError
 from ..estimates import AttentionEstimate, Draws, EstimateInfo, KernelUse
 from ..kernels.choice import Choice, choose
 from ..kernels.decode import reference as decode_reference
@@ -22,6 +22,7 @@ from ..kernels.prefill import reference as prefill_reference
 from ..problem import AttentionProblem
 from ..samplers import Budget
 from ..streams import Stream, make_seed
+from .gradients import first_derivative
 
 
 @overload
@@ -116,6 +117,8 @@ def gpu_quantum_attention(
     ------
     ShapeError, DtypeError, ArgumentError
         Before any work.
+    TransformError
+        Under a transform of `torch.func`, with tangents, or traced by `torch.jit`.
     BackendUnavailable
         If QTX_LAB_KERNELS=triton is not possible here, or if CUDA runs out of memory.
 
@@ -138,6 +141,11 @@ def gpu_quantum_attention(
     )
     if attn_mask is not None and attn_mask.requires_grad:
         raise ArgumentError("attn_mask requires a gradient, which the kernels do not give: detach it.")
+    if transformed() or problem.has_tangents or torch.jit.is_tracing():
+        raise TransformError(
+            "gpu_quantum_attention runs eagerly and has gradients of reverse mode only: use "
+            "sampled_attention for torch.func and forward mode, and torch.compile, not torch.jit.trace."
+        )
     stream = problem.stream(make_seed(generator))
     call = KernelCall(problem, Budget(num_samples, replicates), stream, choose_systematic(problem))
     estimate = attend_systematic(call)
@@ -260,7 +268,10 @@ class _Prefill(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, stream: Stream, call: KernelCall
     ) -> Tensor:
         x = Inputs.of(q, k, v, mask, call.problem.scale, call.problem.first_position)
-        if call.choice.path == "triton":
+        if q.numel() == 0:
+            normaliser = q.new_empty(0)
+            output = q.new_zeros(*call.problem.shape, call.problem.width, dtype=torch.float32)
+        elif call.choice.path == "triton":
             from ..kernels.prefill.launch import prefill
 
             result = prefill(x, call.budget.num_samples, stream, is_causal=call.problem.is_causal)
@@ -275,24 +286,37 @@ class _Prefill(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, mask, output, normaliser = ctx.saved_tensors
-        stream: Stream = ctx.stream
-        call: KernelCall = ctx.call
-        x = Inputs.of(q, k, v, mask, call.problem.scale, call.problem.first_position)
-        options: dict[str, Any] = {"is_causal": call.problem.is_causal}
-        with torch.autocast(q.device.type, enabled=False), out_of_memory_explained():
-            if call.choice.path == "triton":
-                from ..kernels.prefill.launch import PrefillResult, gradients
+        compute = partial(_prefill_gradients, ctx.stream, ctx.call)
+        return *first_derivative(compute, g, *ctx.saved_tensors), None, None, None
 
-                forward = PrefillResult(output, normaliser)
-                grad = gradients(x, call.budget.num_samples, stream, g, forward, **options)
-            else:
-                grad = prefill_reference.gradients(x, call.budget.num_samples, stream, g, **options)
-        pairs = ((grad.q, q), (grad.k, k), (grad.v, v))
-        dq, dk, dv = (d.view(x.shape).to(x.dtype) for d, x in pairs)
-        return dq, dk, dv, None, None, None
+
+def _prefill_gradients(
+    stream: Stream,
+    call: KernelCall,
+    g: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    output: Tensor,
+    normaliser: Tensor,
+) -> tuple[Tensor, ...]:
+    """The gradients of q, k and v, given that of `_Prefill`'s output."""
+    if q.numel() == 0:
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    x = Inputs.of(q, k, v, mask, call.problem.scale, call.problem.first_position)
+    options: dict[str, Any] = {"is_causal": call.problem.is_causal}
+    with torch.autocast(q.device.type, enabled=False), out_of_memory_explained():
+        if call.choice.path == "triton":
+            from ..kernels.prefill.launch import PrefillResult, gradients
+
+            forward = PrefillResult(output, normaliser)
+            grad = gradients(x, call.budget.num_samples, stream, g, forward, **options)
+        else:
+            grad = prefill_reference.gradients(x, call.budget.num_samples, stream, g, **options)
+    pairs = ((grad.q, q), (grad.k, k), (grad.v, v))
+    return tuple(d.view(x.shape).to(x.dtype) for d, x in pairs)
 
 
 def _prefill(call: KernelCall) -> AttentionEstimate:
@@ -302,10 +326,7 @@ def _prefill(call: KernelCall) -> AttentionEstimate:
     row_shape, width, n = problem.row_shape, problem.width, problem.num_keys
     first = call.stream.first_replicate
     streams = [replace(call.stream, first_replicate=first + r) for r in range(replicates)]
-    if q.numel() == 0:
-        parts = q.new_zeros(replicates, *row_shape, width, dtype=torch.float32)
-    else:
-        parts = torch.stack([_Prefill.apply(q, k, v, mask, stream, call) for stream in streams])
+    parts = torch.stack([_Prefill.apply(q, k, v, mask, stream, call) for stream in streams])
     parts = parts.view(replicates, *row_shape, width)
     std_error = None if replicates == 1 else parts.detach().std(0) / math.sqrt(replicates)
     x = call.inputs

@@ -4,17 +4,18 @@ become it.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checks import check_count, check_generator
-from ..errors import ArgumentError, DtypeError, ShapeError
+from ..checks import check_count, check_generator, transformed
+from ..errors import ArgumentError, DtypeError, ShapeError, TransformError
 from ..estimates import AttentionEstimate
 from ..problem import AttentionProblem
 from ..samplers import Sampler, make_sampler
@@ -59,14 +60,16 @@ class QuantumMultiheadAttention(nn.MultiheadAttention):
         Draws by pseudo-random numbers what the backend cannot do, with a FallbackWarning: see
         `CircuitSampler`.
     generator : torch.Generator, optional
-        The source of the draws and of dropout; torch's default generator of the device where None. A copy of
-        the module has a copy of it.
+        The source of the draws and of dropout; torch's default generator where None. Copies of the module
+        share it: each forward of any of them takes the next seed, so that the layers of a
+        `torch.nn.TransformerEncoder`, which are copies, draw independently and the generator's seed decides
+        all their draws. A module loaded from a file has a generator of its own, in the state that was saved.
 
     Attributes
     ----------
     last_estimate : AttentionEstimate or None
         Of the latest forward, all heads (N, num_heads, L, head_dim) before the output projection, without a
-        gradient; not kept in copies and files.
+        gradient; not kept in copies and files, nor under `torch.func`, whose tensors end with the transform.
 
     Raises
     ------
@@ -135,6 +138,18 @@ class QuantumMultiheadAttention(nn.MultiheadAttention):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "last_estimate": None}
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> QuantumMultiheadAttention:
+        generator = self.settings["generator"]
+        memo[id(generator)] = generator  # shared: two copies of it would draw the same keys
+        memo[id(self)] = other = type(self).__new__(type(self))
+        other.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return other
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise TransformError(
+            "QuantumMultiheadAttention draws keys, which torch.jit.script cannot compile: use torch.compile."
+        )
+
     def extra_repr(self) -> str:
         sampler, num_samples = self.settings["sampler"].name, self.settings["num_samples"]
         return f"{self.embed_dim}, {self.num_heads}, sampler={sampler!r}, num_samples={num_samples}"
@@ -190,7 +205,7 @@ class QuantumMultiheadAttention(nn.MultiheadAttention):
         settings = {name: x for name, x in self.settings.items() if name != "generator"}
         problem = AttentionProblem.of(q, k, v, attn_mask=mask, is_causal=hint)
         estimate = attend(problem, AttentionSettings.of(**settings), self.settings["generator"])
-        self.last_estimate = replace(estimate, output=estimate.output.detach())
+        self.last_estimate = None if transformed() else replace(estimate, output=estimate.output.detach())
 
         output = self.out_proj(estimate.output.transpose(1, 2).flatten(-2))
         weights = None

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..estimates import Draws, EstimateInfo
 from ..problem import AttentionProblem, in_dtype
@@ -106,7 +108,9 @@ def _output_by_sdpa(problem: AttentionProblem) -> Tensor:
     features = max(v.shape[-1], q.shape[-1])
     lift = (None,) * max(0, 4 - q.ndim)
     q4, k4, v4 = (F.pad(x, (0, features - x.shape[-1]))[lift] for x in (q, k, v))
-    output = F.scaled_dot_product_attention(
-        q4, k4, v4, attn_mask=mask, is_causal=is_causal, scale=problem.scale, enable_gqa=problem.group > 1
-    )
+    # Of torch's implementations only the plain one has tangents of forward mode.
+    with sdpa_kernel(SDPBackend.MATH) if problem.has_tangents else nullcontext():
+        output = F.scaled_dot_product_attention(
+            q4, k4, v4, attn_mask=mask, is_causal=is_causal, scale=problem.scale, enable_gqa=problem.group > 1
+        )
     return output[..., : v.shape[-1]].reshape(*problem.shape, v.shape[-1])

@@ -217,7 +217,63 @@ def test_copies_and_files_after_a_forward(generator):
         expected = ours(*x)[0]
         generator.set_state(state)
         assert torch.equal(other(*x)[0], expected)
+        generator.set_state(state)  # the copy draws with it too; the file has one of its own
     assert ours.last_estimate is not None
+
+
+def copied_layers(**settings):
+    """Two layers, which `nn.TransformerEncoder` makes by copying one."""
+    layer = nn.TransformerEncoderLayer(12, 4, 24, dropout=0.0, batch_first=True)
+    layer.self_attn = qtx.QuantumMultiheadAttention(**DIMS, batch_first=True, num_samples=4, **settings)
+    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+
+def drawn(model, x):
+    """The keys that each layer draws for the same input."""
+    attention = [layer.self_attn for layer in model.layers]
+    for m in attention:
+        m(x, x, x)
+    return [m.last_estimate.draws.indices for m in attention]
+
+
+@pytest.mark.parametrize("sampler", ["systematic", "monte-carlo", "stratified"])
+@pytest.mark.parametrize("own", [False, True])
+def test_copied_layers_draw_independently(sampler, own, generator, seed):
+    """Of 5,120 draws each, those of two layers agree as often as those of two calls of one layer, within 5
+    standard deviations of independent draws: false alarms once in a million.
+    """
+    settings = {"sampler": sampler, "generator": torch.Generator().manual_seed(seed) if own else None}
+    model = copied_layers(**settings)
+    model.load_state_dict(copied_layers(**settings).state_dict())  # the layers have the same weights still
+    model = copy.deepcopy(model)
+    x = torch.randn(32, 10, 12, generator=generator)
+    torch.manual_seed(seed)
+    first, second = drawn(model, x)
+    again, _ = drawn(model, x)
+    share, same_layer = ((first == other).double().mean() for other in (second, again))
+    assert abs(share - same_layer) < 5 * (2 * 0.25 / first.numel()) ** 0.5
+    assert share < 0.9
+
+    torch.manual_seed(seed)
+    if own:
+        settings["generator"].manual_seed(seed)
+    for a, b in zip((first, second), drawn(model, x), strict=True):
+        assert torch.equal(a, b), "the seed does not decide the draws"
+
+
+def test_a_file_holds_the_generator_in_the_state_that_it_had(generator, seed):
+    model = copied_layers(generator=torch.Generator().manual_seed(seed))
+    x = torch.randn(3, 10, 12, generator=generator)
+    drawn(model, x)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    ours, theirs = drawn(model, x), drawn(loaded, x)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert not torch.equal(*theirs)
+    generators = {id(layer.self_attn.settings["generator"]) for layer in loaded.layers}
+    assert len(generators) == 1
 
 
 def test_under_autocast_the_output_is_in_its_dtype(generator):

@@ -24,7 +24,7 @@ if not CUDA and "triton" not in sys.modules:
         del os.environ["TRITON_INTERPRET"]
         triton.knobs.runtime.interpret = True
 
-collect_ignore = ["ahead_of_time.py", "launches.py"]
+collect_ignore = ["ahead_of_time.py", "launches.py", "resources.py"]
 if CUDA:
     collect_ignore += ["test_elsewhere.py"]
 else:

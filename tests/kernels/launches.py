@@ -7,6 +7,7 @@ from qtx_lab.kernels.decode import launch as decode
 from qtx_lab.kernels.inputs import Inputs
 from qtx_lab.kernels.prefill import launch as prefill
 from qtx_lab.kernels.sketch_decode import launch as sketch_decode
+from qtx_lab.kernels.sketch_decode.reference import SketchTable
 from qtx_lab.streams import Stream
 
 
@@ -28,6 +29,31 @@ def launch_all(dtype, every):
                 x = Inputs.of(q, k, v, mask)
                 decode.decode(x, 8192, 2, stream_of(x))
                 train(q.expand(1, 8, 200, width), k, v, mask, False)
+
+
+def decode_steps(dtype):
+    """The decode steps of `qtx-lab bench kernels` with 8 sequences of 131,072 keys and 2,048 draws, by name.
+
+    Memory that nothing reads or writes is only reserved.
+    """
+    heads, n, width, draws = 64, 1 << 17, 128, 2048
+    k, v = (torch.empty(8, 8, n, width, dtype=dtype) for _ in range(2))
+    x = Inputs.of(torch.zeros(8, 32, 1, width, dtype=dtype), k, v)
+    stream = stream_of(x)
+    order = torch.empty(heads, n, dtype=torch.int64)
+
+    def table(columns, rank, dtype):
+        weight, exact = torch.zeros(heads, width, rank), torch.zeros(heads, n // 256, width)
+        return SketchTable(torch.empty(heads, n, columns, dtype=dtype), weight, exact, order)
+
+    tables = {
+        "int4": table(width // 2, width, torch.uint8),
+        "rank 16": table(16, 16, torch.int8),
+    }
+    steps = {"exact K": lambda: decode.decode(x, draws, 1, stream)}
+    for name, sketch in tables.items():
+        steps[name] = lambda sketch=sketch: sketch_decode.sketch_decode(x, sketch, draws, 1, stream)
+    return steps
 
 
 def train(q, k, v, mask, is_causal):

@@ -1,9 +1,8 @@
 """Every kernel compiles to machine code for GPUs that are not here, and fits their memory."""
 
-import json
+import importlib.util
 import os
-import subprocess
-import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -32,16 +31,19 @@ KERNELS = {
 }
 
 
+@pytest.fixture(scope="module")
+def resources():
+    """The module in `resources.py`, which is in no package."""
+    spec = importlib.util.spec_from_file_location("resources", Path(__file__).with_name("resources.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.mark.parametrize(("capability", "dtype"), CASES)
-def test_compiles(capability, dtype, tmp_path):
+def test_compiles(resources, capability, dtype, tmp_path):
     """The first block sizes of each kernel; with QTX_LAB_SOAK other head sizes, masks, GPUs and dtypes."""
-    room = Path(__file__).parent
-    command = [sys.executable, room / "ahead_of_time.py", capability, dtype, *(["sizes"] if SOAK else [])]
-    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    process = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr[-5000:]
-    kernels = [json.loads(line) for line in process.stdout.splitlines()]
+    kernels = resources.compiled(capability, dtype, ["sizes"] if SOAK else [], tmp_path)
     assert {kernel["kernel"] for kernel in kernels} == KERNELS
     for kernel in kernels:
         decoding = kernel["kernel"] not in ("forward_kernel", "backward_q_kernel", "backward_kv_kernel")
@@ -52,3 +54,25 @@ def test_compiles(capability, dtype, tmp_path):
             assert kernel["stack"] == kernel["local"] == 0, f"registers are spilled: {kernel}"
         if dtype != "fp32" and kernel["kernel"] in ("scan_kernel", "forward_kernel"):
             assert kernel["wide_products"], f"no tensor cores: {kernel}"
+
+
+@pytest.mark.parametrize("capability", ["80", "90", "100"])
+def test_a_decode_step_needs_what_the_table_says(resources, capability, tmp_path):
+    """So that nobody adds a launch, a buffer, registers or spills without noticing."""
+    version, lines = resources.read_table()
+    if metadata.version("triton") != version:
+        pytest.skip(f"the table is of triton {version}, this is {metadata.version('triton')}")
+    package = Path(importlib.util.find_spec("triton").origin).parent
+    if capability == "100" and not (package / "backends" / "nvidia" / "bin" / "ptxas-blackwell").exists():
+        pytest.skip("this triton has no assembler for Blackwell GPUs")
+    expected = [line for line in lines if line["capability"] == capability]
+    assert resources.decode_resources(capability, tmp_path) == expected, (
+        "if the new numbers are meant: python tests/kernels/resources.py"
+    )
+
+
+def test_decode_kernels_spill_nothing(resources):
+    _, lines = resources.read_table()
+    kernels = [line for line in lines if "kernel" in line]
+    assert {line["capability"] for line in kernels} == set(resources.CAPABILITIES)
+    assert [line for line in kernels if line["stack"] or line["local"]] == []

@@ -92,6 +92,22 @@ def test_a_noisy_device_does_not_claim_to_be_unbiased():
     assert not qtx.CircuitSampler(qtx.QiskitQuantumBackend("aer"), "mps").unbiased
 
 
+@pytest.mark.parametrize("noise", [None, NOISE])
+def test_sinks_scale_the_estimate_and_its_classical_baseline(noise):
+    sampler = qtx.CircuitSampler(qtx.QiskitQuantumBackend("aer", noise=noise), "tree")
+    (q, k, v), sinks = qkv(), torch.tensor([0.5, 3.0])
+    options = {"sampler": sampler, "num_samples": 50, "replicates": 2, "softcap": 2.0}
+    alone = qtx.sampled_attention(q, k, v, generator=seeded(), **options)
+    est = qtx.sampled_attention(q, k, v, generator=seeded(), sinks=sinks, **options)
+    logits = 2 * torch.tanh(q @ k.mT / 8**0.5 / 2)
+    log_sum_exp = torch.cat((logits, sinks[:, None, None].expand(2, 12, 1)), -1).logsumexp(-1)
+    mass = (logits.logsumexp(-1) - log_sum_exp).exp()[..., None]
+    assert torch.allclose(est.log_sum_exp, log_sum_exp, atol=1e-5)
+    for a, b in ((est, alone), (est.info.classical, alone.info.classical)):
+        assert torch.allclose(a.output, mass * b.output, atol=1e-6)
+        assert torch.allclose(a.std_error, mass * b.std_error, atol=1e-6)
+
+
 def test_masked_keys_are_never_drawn_and_an_all_masked_row_weighs_nothing():
     sampler = qtx.CircuitSampler(qtx.QiskitQuantumBackend("aer", noise=NOISE), "tree")
     logits = torch.randn(200, 12, generator=seeded())

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch._C import _functorch
 
-from ..checks import check_transforms, has_tangent, transformed
+from ..checks import check_transforms, transformed
 from ..errors import ArgumentError, TransformError
 from ..estimates import AttentionEstimate, Draws
 from ..problem import AttentionProblem
@@ -35,7 +35,7 @@ class Estimator(Protocol):
 def differentiable(
     estimator: Estimator, problem: AttentionProblem, settings: AttentionSettings, seed: Tensor
 ) -> AttentionEstimate:
-    """The estimate of a problem, its output with derivatives by q, k and v.
+    """The estimate of a problem, its output and its log-sum-exp with derivatives by q, k, v, mask and sinks.
 
     Let g be the gradient of the loss by a row's output o = sum_j p_j v_j, l_j = scale q . k_j and a_j = g .
     v_j. Then
@@ -46,6 +46,11 @@ def differentiable(
 
         w_s g  to dv_(j_s),     c_s k_(j_s)  to dq,     c_s q  to dk_(j_s),        c_s = scale w_s (a_(j_s) -
         b_s).
+
+    A float mask gets w_s (a_(j_s) - b_s) at each draw; with softcap c, c_s is multiplied by the slope of the
+    cap, 1 - tanh^2(scale q . k / c). Beside a sink of probability p_0 the weights sum to 1 - p_0, and b = g .
+    o is as much less than the mean of a; the sink gets -p_0 b, from all draws. A gradient h of the
+    log-sum-exp adds w_s h to each logit and p_0 h to the sink.
 
     That is unbiased if b_s estimates b without bias and from other draws than s: with all draws, S
     independent ones lose the share 1 / S of the gradient. This leave-one-out baseline is the mean of a over
@@ -72,7 +77,9 @@ def differentiable(
     transpose of these gradients, from the same draws and as unbiased for given tangents:
 
         do = sum_s w_s (dv_(j_s) + dl_(j_s) (v_(j_s) - the others' mean of v)),
-        dl_j = scale (dq . k_j + q . dk_j).
+        dl_j = scale (dq . k_j + q . dk_j),
+
+    times the cap's slope, and with a mask's and a sink's tangents added.
 
     `torch.func.grad`, `vjp` and `functional_call` work too. Second derivatives, and `vmap` over either mode,
     raise TransformError.
@@ -91,24 +98,19 @@ def differentiable(
     Raises
     ------
     ArgumentError
-        If `attn_mask` requires a gradient, or `tolerance` comes with one replicate.
+        If `tolerance` comes with one replicate.
     """
-    sampler = settings.sampler
-    if problem.mask is not None and (problem.mask.requires_grad or has_tangent(problem.mask)):
-        raise ArgumentError(
-            f"attn_mask requires a gradient, which sampler={sampler.name!r} does not give: detach it, or "
-            "use 'exact'."
-        )
-    for name, x in (("sinks", problem.sinks), ("softcap", problem.softcap)):
-        if x is not None:
-            raise ArgumentError(
-                f"{name} with inputs that require a gradient: use 'exact', or torch.no_grad()."
-            )
     call = _Call.of(estimator, problem, settings, seed)
-    output, *_ = _Sampled.apply(problem.q, problem.k, problem.v, problem.mask, call)
+    tensors = (problem.q, problem.k, problem.v, problem.mask, problem.sinks)
+    output, log_sum_exp, *_ = _Sampled.apply(*tensors, call)
     estimate, call.estimate = call.estimate, None
     assert estimate is not None
-    return replace(estimate, output=output, info=replace(estimate.info, baseline=call.baseline))
+    return replace(
+        estimate,
+        output=output,
+        make_log_sum_exp=None if estimate.make_log_sum_exp is None else lambda: log_sum_exp,
+        info=replace(estimate.info, baseline=call.baseline),
+    )
 
 
 def first_derivative(compute: Callable[..., T], *tensors: Tensor | None) -> T:
@@ -257,10 +259,12 @@ class _Call:
         number = int(seed) if transformed() else seed
         return cls(estimator, problem.detached(), settings, _baseline(settings), number, names)
 
-    def problem_of(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> AttentionProblem:
+    def problem_of(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None
+    ) -> AttentionProblem:
         """The problem of the tensors that autograd hands over."""
         names = None if self.sequences is None else torch.tensor(self.sequences)
-        return replace(self.problem, q=q, k=k, v=v, mask=mask, sequences=names).detached()
+        return replace(self.problem, q=q, k=k, v=v, mask=mask, sinks=sinks, sequences=names).detached()
 
     def draws(self, problem: AttentionProblem, indices: Tensor, weights: Tensor) -> tuple[Draws, Tensor]:
         """The draws (N, M, T) for the derivatives by q and k, and the weights (N, M, T) for that by v.
@@ -283,40 +287,45 @@ class _Call:
 
 
 class _Sampled(torch.autograd.Function):
-    """The output of a call, its drawn keys and their weights, with the derivatives of `differentiable`."""
+    """The output of a call, its log-sum-exp, its drawn keys and their weights, with the derivatives of
+    `differentiable`.
+    """
 
     @staticmethod
     def forward(
-        q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, call: _Call
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None, call: _Call
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         seed = torch.as_tensor(call.seed)
-        call.estimate = call.estimator(call.problem_of(q, k, v, mask), call.settings, seed)
-        draws = call.estimate.draws
+        call.estimate = call.estimator(call.problem_of(q, k, v, mask, sinks), call.settings, seed)
+        draws, log_sum_exp = call.estimate.draws, call.estimate.log_sum_exp
         call.replicates = draws.replicates
-        return call.estimate.output, draws.indices, draws.weights
+        if log_sum_exp is None:
+            log_sum_exp = q.new_empty(0)
+        return call.estimate.output, log_sum_exp, draws.indices, draws.weights
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         *tensors, ctx.call = inputs
-        _, indices, weights = output
+        _, log_sum_exp, indices, weights = output
         ctx.mark_non_differentiable(indices, weights)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, indices, weights)
-        ctx.save_for_forward(*tensors, indices, weights)
+        sink_mass = None if tensors[-1] is None else log_sum_exp
+        ctx.save_for_backward(*tensors, sink_mass, indices, weights)
+        ctx.save_for_forward(*tensors, sink_mass, indices, weights)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor | None, *unused: Tensor) -> tuple[Tensor | None, ...]:
-        if g is None:
-            return None, None, None, None, None
+    def backward(
+        ctx: Any, g: Tensor | None, g_log_sum_exp: Tensor | None, *unused: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        if g is None and g_log_sum_exp is None:
+            return (None,) * 6
         compute = functools.partial(_gradients, ctx.call, ctx.needs_input_grad)
-        return *first_derivative(compute, g, *ctx.saved_tensors), None, None
+        return *first_derivative(compute, g, g_log_sum_exp, *ctx.saved_tensors), None
 
     @staticmethod
-    def jvp(
-        ctx: Any, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, *unused: Tensor
-    ) -> tuple[Tensor, None, None]:
-        compute = functools.partial(_tangent, ctx.call)
-        return first_derivative(compute, dq, dk, dv, *ctx.saved_tensors), None, None
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, Tensor, None, None]:
+        compute = functools.partial(_tangents, ctx.call)
+        return *first_derivative(compute, *tangents[:5], *ctx.saved_tensors), None, None
 
 
 class _FirstDerivative(torch.autograd.Function):
@@ -351,67 +360,122 @@ class _FirstDerivative(torch.autograd.Function):
 def _gradients(
     call: _Call,
     needed: Sequence[bool],
-    g: Tensor,
+    g: Tensor | None,
+    g_log_sum_exp: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     mask: Tensor | None,
+    sinks: Tensor | None,
+    log_sum_exp: Tensor | None,
     indices: Tensor,
     weights: Tensor,
-) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """The gradients of q, k and v, given that of the output; those of q and k only where one is needed."""
-    problem = call.problem_of(q, k, v, mask)
-    logits_too = any(needed[:2])
+) -> tuple[Tensor | None, ...]:
+    """The gradients of q, k, v, mask and sinks, given those of the output and the log-sum-exp; those of the
+    logits' parts only where one is needed.
+    """
+    problem = call.problem_of(q, k, v, mask, sinks)
+    logits_too = needed[0] or needed[1] or needed[3]
     if 0 in problem.shape:
-        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        return tuple(
+            torch.zeros_like(x) if x is not None and need else None
+            for x, need in zip((q, k, v, mask, sinks), needed, strict=False)
+        )
+    dtype, shape = problem.dtype, problem.shape
     with torch.autocast(q.device.type, enabled=False):
         if logits_too:
             draws, own = call.draws(problem, indices, weights)
         else:
-            own = weights.to(problem.dtype).view(*problem.shape, -1)
+            own = weights.to(dtype).view(*shape, -1)
             draws = Draws(indices.view(own.shape), own, replicates=call.replicates)
-        g, keys, values = (x.to(problem.dtype).reshape(problem.shape[0], -1, x.shape[-1]) for x in (g, k, v))
+        keys, values = (x.to(dtype).reshape(shape[0], -1, x.shape[-1]) for x in (k, v))
+        g = values.new_zeros(*shape, problem.width) if g is None else g.to(dtype).reshape(*shape, -1)
+        h = 0.0 if g_log_sum_exp is None else g_log_sum_exp.to(dtype).reshape(*shape, 1)
         dv, a = _transposed_average(draws, values, own, g)  # sum_s w_s g at j_s; g . v_(j_s)
-        dv = dv.view(v.shape).to(v.dtype)
-        if not logits_too:
-            return None, None, dv
-        c = problem.scale * draws.weights * (a - _mean_of_others(a, draws, call.baseline))
-        dq = draws.average(keys, c)
-        dk, _ = _transposed_average(draws, keys, c, problem.queries)
-    return dq.view(q.shape).to(q.dtype), dk.view(k.shape).to(k.dtype), dv
+        dq = dk = dmask = dsinks = None
+        if logits_too:
+            c = draws.weights * (a - _mean_of_others(a, draws, call.baseline) + h)
+            if mask is not None and needed[3]:
+                dmask = _at_draws_of_mask(c, draws, mask, problem)
+            c = problem.scale * c * _slope(problem, draws, keys)
+            dq = draws.average(keys, c).view(q.shape).to(q.dtype)
+            dk = _transposed_average(draws, keys, c, problem.queries)[0].view(k.shape).to(k.dtype)
+        if sinks is not None and log_sum_exp is not None and needed[4]:
+            b = (draws.weights * a).sum(-1, keepdim=True)
+            each = (h - b).view(problem.row_shape) * _sink_mass(problem, log_sum_exp)
+            dsinks = each.sum(-1).sum_to_size(sinks.shape).to(sinks.dtype)
+    return dq, dk, dv.view(v.shape).to(v.dtype), dmask, dsinks
 
 
-def _tangent(
+def _tangents(
     call: _Call,
     dq: Tensor | None,
     dk: Tensor | None,
     dv: Tensor | None,
+    dmask: Tensor | None,
+    dsinks: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     mask: Tensor | None,
+    sinks: Tensor | None,
+    log_sum_exp: Tensor | None,
     indices: Tensor,
     weights: Tensor,
-) -> Tensor:
-    """The tangent of the output, given those of q, k and v: the transpose of `_gradients`."""
-    problem = call.problem_of(q, k, v, mask)
-    shape = (*problem.row_shape, problem.width)
+) -> tuple[Tensor, Tensor]:
+    """The tangents of the output and the log-sum-exp, given those of the inputs: the transpose of
+    `_gradients`.
+    """
+    problem = call.problem_of(q, k, v, mask, sinks)
+    shape, dtype = (*problem.row_shape, problem.width), problem.dtype
     if 0 in problem.shape:
-        return v.new_zeros(shape)
+        return v.new_zeros(shape), q.new_zeros(problem.row_shape, dtype=dtype)
     dq, dk, dv = (torch.zeros_like(x) if d is None else d for d, x in ((dq, q), (dk, k), (dv, v)))
     with torch.autocast(q.device.type, enabled=False):
         draws, own = call.draws(problem, indices, weights)
         dq, dk, dv, keys, values = (
-            x.to(problem.dtype).reshape(problem.shape[0], -1, x.shape[-1]) for x in (dq, dk, dv, k, v)
+            x.to(dtype).reshape(problem.shape[0], -1, x.shape[-1]) for x in (dq, dk, dv, k, v)
         )
         by_q = _transposed_average(draws, keys, own, dq)[1]  # dq . k_(j_s)
         by_k = _transposed_average(draws, dk, own, problem.queries)[1]  # q . dk_(j_s)
-        c = problem.scale * draws.weights * (by_q + by_k)
+        dl = problem.scale * (by_q + by_k) * _slope(problem, draws, keys)
+        if mask is not None and dmask is not None:
+            every = dmask.to(dtype).expand(*problem.row_shape, problem.num_keys)
+            dl = dl + every.gather(-1, draws.indices.view(*problem.row_shape, -1)).view(dl.shape)
+        c = draws.weights * dl
         with torch.enable_grad():
             a = torch.zeros_like(c, requires_grad=True)
             (others,) = torch.autograd.grad(_mean_of_others(a, draws, call.baseline), a, c)
-        tangent = draws.average(dv, own) + draws.average(values, c - others)
-    return tangent.view(shape).to(v.dtype)
+        tangent = (draws.average(dv, own) + draws.average(values, c - others)).view(shape)
+        of_log_sum_exp = c.sum(-1).view(problem.row_shape)
+        if sinks is not None and log_sum_exp is not None and dsinks is not None:
+            d = dsinks.to(dtype).expand(problem.row_shape[:-1])[..., None] * _sink_mass(problem, log_sum_exp)
+            tangent = tangent - d[..., None] * draws.average(values).view(shape)
+            of_log_sum_exp = of_log_sum_exp + d
+    return tangent.to(v.dtype), of_log_sum_exp
+
+
+def _slope(problem: AttentionProblem, draws: Draws, keys: Tensor) -> Tensor | float:
+    """The derivative of the softcap at each draw, (N, M, T); 1 without one."""
+    if problem.softcap is None:
+        return 1.0
+    products = _transposed_average(draws, keys, draws.weights, problem.queries)[1]  # q . k_(j_s)
+    return 1 - torch.tanh(products * (problem.scale / problem.softcap)).square()
+
+
+def _sink_mass(problem: AttentionProblem, log_sum_exp: Tensor) -> Tensor:
+    """The probability of each row's sink, (..., H, L)."""
+    assert problem.row_sinks is not None
+    return (problem.row_sinks - log_sum_exp).exp().masked_fill(log_sum_exp == -torch.inf, 0)
+
+
+def _at_draws_of_mask(c: Tensor, draws: Draws, mask: Tensor, problem: AttentionProblem) -> Tensor:
+    """The gradient of a mask, in its shape, from that of the logits at draws (N, M, T)."""
+    rows = problem.row_shape
+    number = torch.arange(mask.numel(), device=mask.device).view(mask.shape).expand(*rows, problem.num_keys)
+    number = number.gather(-1, draws.indices.view(*rows, -1))  # which of the mask's numbers is added
+    total = c.new_zeros(mask.numel()).index_add_(0, number.flatten(), c.flatten())
+    return total.view(mask.shape).to(mask.dtype)
 
 
 def _transposed_average(draws: Draws, table: Tensor, weights: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -426,16 +490,15 @@ def _transposed_average(draws: Draws, table: Tensor, weights: Tensor, rows: Tens
 
 
 def _mean_of_others(a: Tensor, draws: Draws, baseline: str) -> Tensor:
-    """b_s of `differentiable` from a (N, M, T), broadcastable to it."""
+    """b_s of `differentiable` from a (N, M, T), broadcastable to it: the others' mean, times what the sink
+    leaves to the keys.
+    """
     w = draws.weights.to(a.dtype)
-    tiny = torch.finfo(a.dtype).tiny
     x = w * a
     if baseline == "draws":  # discarded draws have weight 0; the others weigh the same
-        return (x.sum(-1, keepdim=True) - x) / (w.sum(-1, keepdim=True) - w).clamp_min(tiny)
+        mass, tiny = w.sum(-1, keepdim=True), torch.finfo(a.dtype).tiny  # 1 but for a sink
+        return (x.sum(-1, keepdim=True) - x) * (mass / (mass - w).clamp_min(tiny))
     r = draws.replicates
-    x, w = (y.unflatten(-1, (r, -1)).sum(-1, keepdim=True) for y in (x, w))  # [N, M, R, 1]
-    if baseline == "own replicate":
-        mean = x / w.clamp_min(tiny)
-    else:
-        mean = (x.sum(-2, keepdim=True) - x) * (r / (r - 1))
+    x = x.unflatten(-1, (r, -1)).sum(-1, keepdim=True)  # [N, M, R, 1]
+    mean = r * x if baseline == "own replicate" else (x.sum(-2, keepdim=True) - x) * (r / (r - 1))
     return mean.expand(*mean.shape[:-1], a.shape[-1] // r).flatten(-2)

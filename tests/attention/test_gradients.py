@@ -319,13 +319,77 @@ def test_second_derivatives_are_refused(generator):
     assert refusal.type is qtx.TransformError
 
 
-def test_a_mask_that_requires_a_gradient_gets_one_from_exact_only(generator):
+def shaped(generator):
+    """q, k, v, a mask with one hidden key and a sink, and gradients of the output and the log-sum-exp."""
+    *inputs, g = problem(generator, heads=2, kv_heads=1, length=2)
+    mask = torch.randn(2, 2, 7, generator=generator, dtype=torch.float64)
+    mask[0, 1, 3] = -torch.inf
+    sinks, h = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((2,), (2, 2)))
+    return [*inputs, mask, sinks], g, h
+
+
+def shaped_gradients(leaves, g, h, **options):
+    """Gradients for the leaves of (output * g).sum() + (log_sum_exp * h).sum()."""
+    q, k, v, mask, sinks = (x.clone().requires_grad_() for x in leaves)
+    est = qtx.sampled_attention(
+        q, k, v, attn_mask=mask, sinks=sinks, softcap=1.5, enable_gqa=True, **{"num_samples": 4, **options}
+    )
+    loss = (est.output * g).sum() + (est.log_sum_exp * h).sum()
+    return torch.autograd.grad(loss, (q, k, v, mask, sinks))
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize("replicates", [1, 3])
+@pytest.mark.parametrize("name", UNBIASED)
+def test_unbiased_for_masks_and_sinks_through_a_softcap(name, replicates, generator):
+    """5,000 repetitions; false alarms five in a million."""
+    leaves, g, h = shaped(generator)
+    exact = shaped_gradients(leaves, g, h, sampler="exact")
+    many = [x.expand(5_000, *x.shape) for x in leaves]
+    found = shaped_gradients(many, g, h, sampler=name, replicates=replicates, generator=generator)
+    for x, e in zip(found, exact, strict=True):
+        z = ((x.mean(0) - e) / (x.std(0) / 5_000**0.5 + 1e-9)).abs().max()
+        assert float(2 * stats.norm.sf(z)) * e.numel() > FALSE_ALARM
+
+
+def test_a_learned_samplers_gradients_near_the_exact_ones(generator):
+    leaves, g, h = shaped(generator)
+    exact = shaped_gradients(leaves, g, h, sampler="exact")
+    many = [x.expand(500, *x.shape) for x in leaves]
+    found = shaped_gradients(many, g, h, sampler="learned", num_samples=64, generator=generator)
+    for x, e in zip(found, exact, strict=True):
+        assert float((x.mean(0) - e).norm() / e.norm()) < 0.1
+
+
+def test_a_mask_that_requires_a_gradient_gets_one_in_its_own_shape(generator):
     *inputs, g = problem(generator)
-    mask = torch.zeros(2, 7, dtype=torch.float64, requires_grad=True)
-    qtx.sampled_attention(*inputs, sampler="exact", attn_mask=mask).output.backward(g)
-    assert bool((mask.grad != 0).all())
-    with pytest.raises(qtx.ArgumentError, match="attn_mask requires a gradient"):
-        qtx.sampled_attention(*inputs, attn_mask=mask)
+    for shape in ((7,), (2, 7), (1, 1, 7), (2, 1)):
+        mask = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
+        for name in ("exact", "systematic"):
+            est = qtx.sampled_attention(*inputs, sampler=name, attn_mask=mask, generator=generator)
+            (found,) = torch.autograd.grad(est.output, mask, g)
+            assert found.shape == mask.shape
+            if shape != (2, 1):  # all keys moved together leave the row as it is
+                assert bool((found != 0).any())
+
+
+def test_a_row_without_keys_gives_its_sink_no_gradient_but_that_of_its_log_sum_exp(generator):
+    *inputs, g = problem(generator)
+    mask = torch.tensor([[False] * 7, [True] * 7])
+    for name in ("exact", "systematic", "learned"):
+        sinks = torch.ones(1, dtype=torch.float64, requires_grad=True)
+        est = qtx.sampled_attention(
+            *inputs, sampler=name, num_samples=5, attn_mask=mask, sinks=sinks, generator=generator
+        )
+        assert float(torch.autograd.grad(est.output[:, 0].sum(), sinks, retain_graph=True)[0]) == 0
+        assert float(torch.autograd.grad(est.log_sum_exp[:, 0].sum(), sinks)[0]) == 1
+        sinks = torch.full((1,), -torch.inf, dtype=torch.float64, requires_grad=True)
+        q, k, v = (x.clone().requires_grad_() for x in inputs)
+        est = qtx.sampled_attention(
+            q, k, v, sampler=name, num_samples=5, attn_mask=mask, sinks=sinks, generator=generator
+        )
+        for x in torch.autograd.grad((est.output * g).sum(), (q, k, v, sinks)):
+            assert bool(x.isfinite().all())
 
 
 @pytest.mark.parametrize("name", ["systematic", "monte-carlo"])

@@ -8,15 +8,23 @@ too, and what it would have added can be predicted from the spread of all values
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..estimates import Draws, rounding_variance
 from ..problem import AttentionProblem
 from ..samplers import Design, SampledRows
+from ..samplers.base import row_probabilities
 from .corrections import Correction
+
+FAR = 4.0
+"""A key is far where its value lies so many times the usual squared distance from the centre."""
+
+ORDER_PRIOR = 4.0
+"""Weight, in pairs of neighbours, of the assumption that value order saves nothing."""
 
 PRIOR_WEIGHT = 2.0
 """Weight of the predicted variance against the R - 1 degrees of freedom of R replicates."""
@@ -30,6 +38,40 @@ def degrees_of_freedom(design: Design, draws: Draws) -> float:
     predicted = design.count_variance(draws.weights[:0]) if known and design.count_variance else None
     g = 0.0 if predicted is None else PRIOR_WEIGHT
     return (g + r - 1) ** 2 / (r - 1)
+
+
+@dataclass(frozen=True)
+class UnseenKeys:
+    """The keys of rows (heads, rows) that no draw hit: what is known of them without their values' features.
+
+    With a_j the part of key j in the variance of one replicate (`InversionSampler.variance_weights`; p_j / S
+    where the design does not say), D_j = |v_j - c|^2 and U the keys not seen. Keys are of two kinds, near c
+    and far from it.
+
+    Parameters
+    ----------
+    weight : Tensor, (heads, rows, 2)
+        sum_{j in U} a_j of the near and of the far keys.
+    spread : Tensor, (heads, rows, 2)
+        sum_{j in U} a_j D_j of either.
+    square : Tensor, (heads, rows, 1)
+        sum_{j in U} a_j^2.
+    """
+
+    weight: Tensor
+    spread: Tensor
+    square: Tensor
+
+    @classmethod
+    def of(cls, logits: Tensor, draws: Draws, distance: Tensor, design: Design) -> UnseenKeys:
+        """Of rows with these logits (heads, rows, n) and draws; D (heads, n, 2), 0 for the other kind."""
+        p, size = row_probabilities(logits), draws.indices.shape[-1] // draws.replicates
+        a = p / size if design.variance_weights is None else design.variance_weights(p)
+        # A key is seen where a draw of some weight hit it.
+        hits = torch.zeros_like(p).scatter_add_(-1, draws.indices, (draws.weights > 0).to(p.dtype))
+        a = a.masked_fill((hits > 0) | (p == 0), 0)
+        kinds = distance[:, : p.shape[-1]]
+        return cls(a @ (kinds > 0).to(a.dtype), a @ kinds, a.square().sum(-1, keepdim=True))
 
 
 def with_error_bars(
@@ -53,20 +95,21 @@ def with_error_bars(
     draws, design = sampled.make_draws(), sampled.design
     if not (design.independent or draws.replicates > 1):
         return sampled
-    # Copies, and not the problem itself, which would keep q and k alive.
-    values, visible, unit = problem.values.clone(), problem.visible_keys(), problem.unit
-    causal, dtype = problem.is_causal, problem.v.dtype
+    later, unit = problem.copied(), problem.unit  # the caller's tensors may have changed by then
     positions = problem.positions(slice(0, problem.shape[1]))
     cuts = list(problem.blocks(16 * draws.indices.shape[-1]))
     output = sampled.output if unit is None else sampled.output / unit
 
     def make_std_error() -> Tensor:
         std_error = torch.empty_like(output)
-        with torch.no_grad():
-            bars = ErrorBars(values, visible, causal, design, dtype)
+        with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
+            bars = ErrorBars(later.values, later.visible_keys(), later.is_causal, design, later.v.dtype)
             for block in cuts:
-                cut = None if correction is None else correction[block]
-                std_error[block] = bars(draws[block], output[block], block[0], positions[block[1]], cut)
+                drawn, cut = draws[block], None if correction is None else correction[block]
+                unseen = None
+                if drawn.probabilities is not None:
+                    unseen = UnseenKeys.of(later.logits(*block), drawn, bars.distance[block[0]], design)
+                std_error[block] = bars(drawn, output[block], block[0], positions[block[1]], cut, unseen)
         return std_error if unit is None else std_error * unit
 
     degrees = degrees_of_freedom(design, draws)
@@ -85,22 +128,30 @@ class ErrorBars:
     causal : bool
         Whether row i sees keys 0..i only.
     design : Design
-        If the draws are i.i.d. from p, all T = R * S draws are pooled,
+        With a_j the part of key j in the variance of a replicate, the design predicts the variance A_0
+        var_A(v), where the measure A gives a_j to each key and A_0 is its total. The keys seen have their own
+        values in it. Of the others, U, only the total weight and the total spread sum_{j in U} a_j D_j are
+        known (`UnseenKeys`): they are given the values of an average key not seen, moved away from c until
+        their spread is right. If the draws are i.i.d. from p, a_j = p_j / S and
 
-            var = V(p_j / T, 1 / T),    V(a, b) = A_0 var_A(v),
+            var = A_0 var_A(v) / R.
 
-        where var_A is the variance under the measure A that gives a_j to each key j seen and b (1 - sum_{j
-        seen} p_j), spread evenly, to all keys, and A_0 its total: sum_j p_j (v_j - o)^2 / T with exact masses
-        for the keys seen and the average key for the rest. Otherwise, with s^2 the variance between the means
-        of the R replicates,
+        Otherwise, with s^2 the variance between the means of the R replicates, a_j = c_j w_j^2 from the
+        weight w_j of a draw of key j and the variance c_j of its count (`count_variance`; for keys in random
+        order, Hartley and Rao 1962), g = PRIOR_WEIGHT and V_U the part of U in the prediction,
 
-            var = [ g V(c_j w_j^2, w_min) + (R - 1) s^2 ] / (g + R - 1) / R,    g = PRIOR_WEIGHT,
+            var = max( [ g A_0 var_A(v) + (R - 1) s^2 ] / (g + R - 1), V_U ) / R:
 
-        where w_j is the weight of a draw of key j and c_j the variance of its count (`count_variance`; for
-        keys in random order, Hartley and Rao 1962). Where the design knows neither p nor c_j, only the sample
-        variances are left, with g = 0.
+        what was never drawn cannot show in the replicates. Where the design knows no c_j, g = 0 and V_U is
+        that of independent draws; where it does not know p, only the sample variances are left.
 
     To all of these the rounding of the sum and of the output's dtype is added.
+
+    Attributes
+    ----------
+    distance : Tensor, (N, n)
+        D_j = |v_j - c|^2, c being the mean value, or the first one where the mask is causal, so that no row
+        depends on later tokens.
     """
 
     def __init__(
@@ -115,17 +166,25 @@ class ErrorBars:
         self.values = values
         self.output_dtype = output_dtype
         share = torch.ones_like(values[..., :1]) if visible is None else visible[..., None].to(values.dtype)
-        count = share.sum(1, keepdim=True).clamp_min(1)
+        count = share.sum(1, keepdim=True)
         values = torch.where(share > 0, values, 0)  # what nobody sees may be anything
-        self.centre = values.sum(1, keepdim=True) / count  # [N, 1, d]
-        self.size = values.square().sum(1, keepdim=True).div(count).sqrt()  # [N, 1, d]
+        mean = values.sum(1, keepdim=True) / count.clamp_min(1)
+        self.centre = values[:, :1] if causal else mean  # [N, 1, d]
+        self.size = values.square().sum(1, keepdim=True).div(count.clamp_min(1)).sqrt()  # [N, 1, d]
         centred = (values - self.centre) * share
         self.table = torch.cat((centred, centred.square()), dim=-1)  # [N, n, 2 d]
-        if causal:
-            share = share.cumsum(1)
-            self.moments = self.table.cumsum(1) / share.clamp_min(1)  # [N, n, 2 d], over keys 0..i
-        else:
-            self.moments = self.table.sum(1, keepdim=True) / count  # [N, 1, 2 d]
+        distance = self.table[..., values.shape[-1] :].sum(-1, keepdim=True)
+        counts = share.cumsum(1) if causal else count
+        usual = (distance.cumsum(1) if causal else distance.sum(1, keepdim=True)) / counts.clamp_min(1)
+        far = (distance > FAR * usual).to(values.dtype)
+        self.kinds = torch.cat((1 - far, far), dim=-1) * share  # [N, n, 2]
+        self.distance = self.kinds * distance.clamp_min(torch.finfo(values.dtype).tiny)
+        # Sums over the near and the far keys that a row may see, and how many these are; over keys 0..i of a
+        # causal one.
+        sums, counts = self.kinds[..., None] * self.table[:, :, None], self.kinds[..., None]
+        self.sums, self.counts = (
+            x.cumsum(1) if causal else x.sum(1, keepdim=True) for x in (sums, counts)
+        )  # [N, 1 or n, 2, 2 d] and [N, 1 or n, 2, 1]
 
     def __call__(
         self,
@@ -134,6 +193,7 @@ class ErrorBars:
         heads: slice,
         positions: Tensor,
         correction: Correction | None = None,
+        unseen: UnseenKeys | None = None,
     ) -> Tensor:
         """Standard errors (heads, rows, d) of rows of some heads.
 
@@ -149,80 +209,156 @@ class ErrorBars:
             Of the same rows, where controls corrected the estimate: v_j becomes what they leave of it, g_j,
             and keys never seen are priced at what is left of those drawn once, which stand for them (Good,
             The population frequencies of species, 1953).
+        unseen : UnseenKeys, optional
+            Of the same rows; where None the mass never drawn is spread evenly over all keys.
         """
         total, r, p = draws.indices.shape[-1], draws.replicates, draws.probabilities
+        s = total // r
         if self.design.independent and p is None:
             o = output - self.centre[heads]
             first, second = draws.average(self.table[heads]).chunk(2, dim=-1)
             held = draws.weights.sum(-1, keepdim=True)
             variance = (second - 2 * o * first + held * o.square()) / max(1, total - 1)
-        elif self.design.independent and p is not None:
-            each = torch.full_like(p[..., :1], 1 / total)
-            variance = self._predicted(draws, output, p / total, each, heads, positions, correction)
+        elif p is None:
+            variance = self._between(draws, heads, correction) / r
         else:
-            variance, g = (r - 1) * self._between(draws, heads, correction), 0.0
             w = draws.weights * r
             c = None
-            if p is not None and self.design.count_variance is not None:
-                c = self.design.count_variance(p / w.clamp_min(torch.finfo(w.dtype).tiny))
-            if p is not None and c is not None:
-                least, g = w.masked_fill(w <= 0, torch.inf).amin(-1, keepdim=True), PRIOR_WEIGHT
-                predicted = self._predicted(
-                    draws, output, c * w.square(), least, heads, positions, correction
-                )
-                variance = variance + g * predicted
-            variance = variance / (g + r - 1) / r
+            if self.design.count_variance is not None and not self.design.independent:
+                live = w > 0
+                c = self.design.count_variance(torch.where(live, p / torch.where(live, w, 1), 0))
+            if c is None:
+                a, least = p / s, torch.full_like(p[..., :1], 1 / s)
+            else:
+                a, least = c * w.square(), w.masked_fill(w <= 0, torch.inf).amin(-1, keepdim=True)
+            own = self._not_seen(draws, least, heads, positions, unseen)
+            predicted, never = self._predicted(draws, output, a, own, heads, correction)
+            if c is not None:
+                few = self._few_keys(draws, a, own, unseen)
+                predicted, never = few * predicted, few * never
+            if self.design.independent:
+                variance = predicted / r
+            else:
+                g = 0.0 if c is None else PRIOR_WEIGHT
+                between = self._between(draws, heads, correction)
+                variance = torch.maximum((g * predicted + (r - 1) * between) / (g + r - 1), never) / r
         drawn = (draws.weights > 0).any(-1, keepdim=True)  # an empty row has no error
         if correction is not None:
             variance = variance.masked_fill(correction.exact_rows[:, None], 0)
         rounding = rounding_variance(output, self.size[heads], total, self.output_dtype)
         return torch.where(drawn, variance.clamp_min(0) + rounding, 0).sqrt()
 
+    def _not_seen(
+        self, draws: Draws, least: Tensor, heads: slice, positions: Tensor, unseen: UnseenKeys | None
+    ) -> _Moments:
+        """The moments of the keys not seen, near and far ones; both together where `unseen` is None.
+
+        `least` is the weight of a draw that the mass never drawn is expected with, (heads, rows, 1).
+        """
+        assert draws.probabilities is not None
+        sums, counts = self.sums[heads], self.counts[heads]  # [h, 1 or n, 2, 2 d] and [h, 1 or n, 2, 1]
+        if sums.shape[1] > 1:
+            at = positions.clamp_max(sums.shape[1] - 1).expand(draws.indices.shape[:2])
+            head = torch.arange(len(sums), device=sums.device)[:, None]
+            sums, counts = sums[head, at], counts[head, at]
+        once = (draws.weights > 0) / draws.multiplicity().to(draws.probabilities.dtype)
+        if unseen is None:
+            mean, square = (sums.sum(2) / counts.sum(2).clamp_min(1)).chunk(2, dim=-1)
+            mass = (1 - (draws.probabilities * once).sum(-1, keepdim=True)).clamp_min(0)
+            weight = torch.where(least.isfinite(), mass * least, 0)[..., None]
+            return _Moments(weight, weight * mean[:, :, None], weight * square[:, :, None])
+        table, kinds = self.table[heads], self.kinds[heads]
+        seen = torch.stack([draws.average(kind[..., None] * table, once) for kind in kinds.unbind(-1)], 2)
+        count = draws.average(kinds, once)[..., None]
+        # Each kind has one average key more than are left, as those seen may not be all that is there.
+        left = sums - seen + sums / counts.clamp_min(1)
+        mean, square = (left / (counts - count).clamp_min(0).add(1)).chunk(2, dim=-1)
+        square = torch.maximum(square, mean.square())  # they are differences of sums, which are rounded
+        tiny = torch.finfo(mean.dtype).tiny
+        further = unseen.spread[..., None] / square.sum(-1, keepdim=True).clamp_min(tiny)  # [h, m, 2, 1]
+        weight = unseen.weight[..., None]
+        return _Moments(weight, (weight * further).sqrt() * mean, further * square)
+
+    def _few_keys(self, draws: Draws, a: Tensor, own: _Moments, unseen: UnseenKeys | None) -> Tensor:
+        """1 / (1 - sum_j a_j^2 / A_0^2), (heads, rows, 1): counts that add up to S vary against each other.
+
+        Two keys whose counts vary do so as one, as n / (n - 1) of a sample variance does with n = 2.
+        """
+        once = (draws.weights > 0) / draws.multiplicity().to(a.dtype)
+        square = (a.square() * once).sum(-1, keepdim=True)
+        if unseen is not None:
+            square = square + unseen.square
+        whole = (a * once).sum(-1, keepdim=True) + own.weight.sum(2)
+        return 1 / (1 - square / whole.square().clamp_min(torch.finfo(a.dtype).tiny)).clamp_min(0.5)
+
+    def _neighbours(self, draws: Draws, a: Tensor, heads: slice) -> Tensor:
+        """How far apart neighbouring draws of a replicate lie, over how far any two do: squares, <= 1.
+
+        (heads, rows, 1); of the draws of near keys that vary. In value order that is what the order saves
+        (successive differences: Wolter, Introduction to variance estimation, 2007, sec. 8.2).
+        """
+        r, d = draws.replicates, self.values.shape[-1]
+        vary = ((a > 0) & (draws.weights > 0)).unflatten(-1, (r, -1))
+        indices = draws.indices.unflatten(-1, (r, -1))
+        near = self.kinds[heads][:, None, None, :, 0].expand(*indices.shape[:3], -1)
+        vary &= near.gather(-1, indices) > 0
+        place = (~vary).to(torch.int8).argsort(dim=-1, stable=True)  # those that vary, in their order
+        vary, indices = vary.gather(-1, place), indices.gather(-1, place)
+        base = torch.arange(len(indices), device=indices.device)[:, None, None, None] * self.table.shape[1]
+        v = F.embedding(indices + base, self.table[heads][..., :d].flatten(0, 1))  # [h, m, R, S, d]
+        pairs = vary[..., 1:]  # both do, as these stand first
+        apart = (v[..., 1:, :] - v[..., :-1, :]).square().sum(-1).mul(pairs).sum((-1, -2)) / 2
+        count = vary.sum((-1, -2)).clamp_min(1)
+        v = v * vary[..., None]
+        mean = v.sum((-2, -3)) / count[..., None]
+        usual = (v.square().sum((-1, -2, -3)) / count - mean.square().sum(-1)).clamp_min(0)
+        tiny = torch.finfo(v.dtype).tiny
+        apart = (apart + ORDER_PRIOR * usual) / (pairs.sum((-1, -2)) + ORDER_PRIOR)
+        return torch.where(usual > tiny, apart / usual.clamp_min(tiny), 1).clamp_max(1)[..., None]
+
     def _predicted(
         self,
         draws: Draws,
         output: Tensor,
         a: Tensor,
-        b: Tensor,
+        own: _Moments,
         heads: slice,
-        positions: Tensor,
         correction: Correction | None,
-    ) -> Tensor:
-        """V(a, b) of the class's docstring, (heads, rows, d); `a` at the draws, `b` a row."""
-        p = draws.probabilities
-        assert p is not None
+    ) -> tuple[Tensor, Tensor]:
+        """A_0 var_A(v) of the class's docstring and the part V_U of the keys not seen, each (heads, rows, d).
+
+        `a` is a_j at the draws, `own` the moments of the keys not seen.
+        """
         # sum_s once_s f(j_s) runs over each key seen, once
         times = draws.multiplicity()
-        once = (draws.weights > 0) / times.to(p.dtype)
-        unseen = (1 - (p * once).sum(-1, keepdim=True)).clamp_min(0)
-        unseen = torch.where(b.isfinite(), unseen * b, 0)
-        moments = self.moments[heads]
-        if moments.shape[1] > 1:
-            at = positions.clamp_max(moments.shape[1] - 1).expand(output.shape[:2])
-            moments = moments.gather(1, at[..., None].expand(*at.shape, moments.shape[-1]))
-        a, table = a * once, self.table[heads]
+        a, table = a * (draws.weights > 0) / times.to(a.dtype), self.table[heads]
         held = a.sum(-1, keepdim=True)
         if correction is None:
-            sums = draws.average(table, a) + unseen * moments
-            first, second = sums.chunk(2, dim=-1)
-            return second - first.square() / (held + unseen).clamp_min(torch.finfo(a.dtype).tiny)
-        o, centre = output - self.centre[heads], self.centre[heads]
-        rare = draws.weights * (times == 1)
-        mass = rare.sum(-1, keepdim=True)
-        known = correction.exact_rows[:, None]  # what is left of these rows says nothing of the others
-        left = (
-            _about(o, mass, *correction.moments(draws, rare, table, centre)).masked_fill(known, 0).sum((1, 2))
-        )
-        plain = (
-            _about(o, mass, *draws.average(table, rare).chunk(2, dim=-1)).masked_fill(known, 0).sum((1, 2))
-        )
-        rho = torch.where(plain > 0, left / plain, 1).clamp(0, 1)[:, None, None]
-        first, second = correction.moments(draws, a, table, centre)
-        seen = _about(o, held, first, second)
-        mean, square = moments.chunk(2, dim=-1)
-        away = first - held * o + unseen * rho.sqrt() * (mean - o)
-        total = seen + unseen * rho * _about(o, 1, mean, square)
-        return total - away.square() / (held + unseen).clamp_min(torch.finfo(a.dtype).tiny)
+            first, second = draws.average(table, a).chunk(2, dim=-1)
+        else:
+            o, centre = output - self.centre[heads], self.centre[heads]
+            rare = draws.weights * (times == 1)
+            mass = rare.sum(-1, keepdim=True)
+            known = correction.exact_rows[:, None]  # what is left of these rows says nothing of the others
+            left = _about(o, mass, *correction.moments(draws, rare, table, centre))
+            plain = _about(o, mass, *draws.average(table, rare).chunk(2, dim=-1))
+            left, plain = (x.masked_fill(known, 0).sum((1, 2)) for x in (left, plain))
+            rho = torch.where(plain > 0, left / plain, 1).clamp(0, 1)
+            own = own.shrunk_to(o[:, :, None], rho[:, None, None, None])
+            first, second = correction.moments(draws, a, table, centre)
+        whole = (held + own.weight.sum(2)).clamp_min(torch.finfo(a.dtype).tiny)
+        middle = (first + own.first.sum(2)) / whole
+        never = _about(middle[:, :, None], own.weight, own.first, own.second).clamp_min(0)
+        seen = _about(middle, held, first, second)
+        if self.design.in_order:
+            order, r = self._neighbours(draws, a, heads), draws.replicates
+            near = (seen + never[:, :, 0]).sum(-1, keepdim=True)
+            between = self._between(draws, heads, correction).sum(-1, keepdim=True)
+            held = torch.minimum(between / near.clamp_min(torch.finfo(a.dtype).tiny), order)
+            order = (PRIOR_WEIGHT * order + (r - 1) * held) / (PRIOR_WEIGHT + r - 1)
+            seen = order * seen
+            never = torch.cat((order[:, :, None] * never[:, :, :1], never[:, :, 1:]), 2)  # far keys have none
+        return seen + never.sum(2), never.sum(2)
 
     def _between(self, draws: Draws, heads: slice, correction: Correction | None) -> Tensor:
         """Variance between the replicates' outputs, (heads, rows, d)."""
@@ -231,6 +367,21 @@ class ErrorBars:
         else:
             means = correction.by_replicate
         return means.var(-2) if means.numel() else means.sum(-2)
+
+
+@dataclass(frozen=True)
+class _Moments:
+    """Sums of a_j, a_j (v_j - c) and a_j (v_j - c)^2 over keys of each kind, (heads, rows, kinds, 1 or d)."""
+
+    weight: Tensor
+    first: Tensor
+    second: Tensor
+
+    def shrunk_to(self, o: Tensor, rho: Tensor) -> _Moments:
+        """The moments where each value comes nearer to o + c, by the root of rho."""
+        first = rho.sqrt() * (self.first - self.weight * o) + self.weight * o
+        square = rho * _about(o, self.weight, self.first, self.second)
+        return _Moments(self.weight, first, square + 2 * o * first - self.weight * o.square())
 
 
 def _about(o: Tensor, mass: Tensor | float, first: Tensor, second: Tensor) -> Tensor:

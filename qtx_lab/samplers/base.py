@@ -46,11 +46,14 @@ class Design:
         `Sampler.count_variance`, where it is known.
     variance_weights : callable, optional
         a_j of rows p (..., n): see `InversionSampler.variance_weights`; None for independent draws.
+    in_order : bool
+        Whether the draws of a replicate come in the order of their values, so that neighbours are alike.
     """
 
     independent: bool
     count_variance: Callable[[Tensor], Tensor | None] | None = None
     variance_weights: Callable[[Tensor], Tensor] | None = None
+    in_order: bool = False
 
 
 @dataclass(frozen=True)
@@ -475,6 +478,9 @@ class InversionSampler(StreamSampler):
 
     unbiased = True
     predicts_variance = True
+    ascending: bool = False
+    """Whether the points of a replicate ascend, so that its draws come in the order in which keys are laid
+    out."""
 
     @abstractmethod
     def points(self, stream: Stream, num_samples: int, replicates: int) -> Tensor:
@@ -589,7 +595,8 @@ class InversionSampler(StreamSampler):
         def variance_weights(p: Tensor) -> Tensor:
             return self.variance_weights(p, budget.num_samples)[0]
 
-        return replace(sampled, design=Design(False, self.count_variance, variance_weights))
+        in_order = self.ordered and self.ascending
+        return replace(sampled, design=Design(False, self.count_variance, variance_weights, in_order))
 
     def layout(self, problem: AttentionProblem) -> KeyLayout | None:
         """The keys of a problem in the order of their values, if this sampler is `ordered`."""

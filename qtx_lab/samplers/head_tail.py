@@ -43,9 +43,6 @@ class HeadTailSampler(SystematicSampler):
             raise ArgumentError(f'head={head!r} is not allowed: it must be "optimal" or a whole number >= 0.')
         self.head = head
 
-    def count_variance(self, expected: Tensor) -> None:
-        """Not known: in value order it is less than a comb's, by as much as the values are alike."""
-
     def variance_weights(self, p: Tensor, num_samples: int) -> tuple[Tensor, Tensor]:
         counts = expected_counts(p, num_samples, None if self.head == "optimal" else int(self.head))
         left = counts.frac()

@@ -26,6 +26,7 @@ class SystematicSampler(InversionSampler):
 
     name = "systematic"
     has_kernel = True
+    ascending = True
 
     def points(self, stream: Stream, num_samples: int, replicates: int) -> Tensor:
         u = stream.uniform(replicates, 1)

@@ -134,6 +134,26 @@ def test_intervals_of_peaked_rows_cover(seed):
         assert bool((share >= torch.tensor([0.93, 0.93, 0.9])).all()), (name, share)
 
 
+@pytest.mark.parametrize("replicates", [2, 4, 8])
+@pytest.mark.parametrize("name", sorted(set(SINGLE) | {"lattice"}))
+def test_intervals_of_values_that_few_keys_hold_cover(name, replicates, seed):
+    """A feature is 10 at one key of 256 and 0 elsewhere: most features have never been drawn.
+
+    200 rows × 16 coordinates; rows share their values, which leaves the coverage an error of about .01.
+    """
+    g = torch.Generator().manual_seed(seed)
+    v = torch.zeros(1, 256, 16)
+    v[0, torch.randperm(256, generator=g)[:16], torch.arange(16)] = 10.0
+    q, k = torch.randn(1, 200, 256, generator=g), torch.eye(256)[None]
+    est = qtx.sampled_attention(
+        q, k, v, sampler=name, num_samples=32, replicates=replicates, scale=1.0, generator=g
+    )
+    low, high = est.confidence_interval()
+    exact = q.softmax(-1) @ v
+    assert ((low <= exact) & (exact <= high)).double().mean() >= 0.9
+    assert (high - low).min() > 1e-4  # no row is exact
+
+
 @pytest.mark.parametrize("name", RANDOM)
 def test_error_falls_as_it_should(name, seed):
     """Log-log slope of the error of learned attention: -0.5 for independent draws, no worse for others."""

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from scipy import stats
 from torch import Tensor
 
-from .errors import ArgumentError, ShapeError
+from .errors import ArgumentError, ShapeError, unknown_name
 
 
 @dataclass(frozen=True)
@@ -119,6 +119,15 @@ class Draws:
         square = self.weights.square().sum(-1)
         return self.weights.sum(-1).square() / square.clamp_min(torch.finfo(square.dtype).tiny)
 
+    def once(self) -> Tensor:
+        """What makes a sum over draws one over the keys drawn, each once: (..., R * S), in weights' dtype.
+
+        1 over how often the draw's key was drawn with a weight above 0; 0 for a draw without.
+        """
+        drawn = self.weights > 0
+        times = Draws(self.indices.masked_fill(~drawn, -1), self.weights).multiplicity()
+        return drawn / times.to(self.weights.dtype)
+
     def multiplicity(self) -> Tensor:
         """How often each draw's key was drawn in its row, (..., R * S), int64 >= 1."""
         ordered, position = self.indices.sort(dim=-1)
@@ -148,6 +157,13 @@ def mass_of_keys(log_sum_exp: Tensor, sinks: Tensor) -> Tensor:
     """
     empty = log_sum_exp == -torch.inf
     return torch.sigmoid(torch.where(empty, -torch.inf, log_sum_exp - sinks))
+
+
+INTERVALS = ("t", "bernstein")
+
+RELIABLE = 4 / 3
+"""The least `AttentionEstimate.reliability` of a row whose error bars can be trusted. Of rows whose error
+exceeds their half-width, about 95 % are below it; so are some 5 % of all rows."""
 
 
 @dataclass(frozen=True)
@@ -299,6 +315,9 @@ class AttentionEstimate:
         G, the query heads that share a key head.
     make_log_sum_exp : callable, optional
         Gives `log_sum_exp` when it is first asked for.
+    make_reliability, make_bounds : callable, optional
+        Give `reliability`, and the interval of a level that holds without asymptotics; None where the method
+        does not know them.
     """
 
     output: Tensor
@@ -309,6 +328,8 @@ class AttentionEstimate:
     info: EstimateInfo
     group: int = 1
     make_log_sum_exp: Callable[[], Tensor] | None = None
+    make_reliability: Callable[[], Tensor] | None = None
+    make_bounds: Callable[[float], tuple[Tensor, Tensor]] | None = None
 
     def __repr__(self) -> str:
         draws = self.info.draws_per_row
@@ -383,6 +404,12 @@ class AttentionEstimate:
         mass, empty = mass_of_keys(keys, sinks), keys == -torch.inf
         total = torch.where(empty, sinks, torch.logaddexp(keys.masked_fill(empty, 0), sinks))
         make_draws, make_std_error, fixed = self.make_draws, self.make_std_error, mass.detach()
+
+        def bounds(level: float) -> tuple[Tensor, Tensor]:
+            assert self.make_bounds is not None
+            low, high = self.make_bounds(level)
+            return low * fixed[..., None], high * fixed[..., None]
+
         info = self.info
         if info.classical is not None:
             info = replace(info, classical=info.classical.with_sinks(sinks))
@@ -393,7 +420,36 @@ class AttentionEstimate:
             make_std_error=(None if make_std_error is None else lambda: make_std_error() * fixed[..., None]),
             info=info,
             make_log_sum_exp=lambda: total,
+            make_bounds=None if self.make_bounds is None else bounds,
         )
+
+    @cached_property
+    def reliability(self) -> Tensor | None:
+        """How far the error bars of each row can be trusted, (..., L): above `RELIABLE` (4 / 3) they can.
+
+        The half-width of the 95 % interval over the error that the draws may hide, lengths over features:
+
+            reliability = |t std_error| / sqrt( sum_j (w_j - p_j)^2 |v_j - c|^2 ),
+
+        where w_j is the weight that the draws give to key j, 0 for a key never drawn, whose whole probability
+        p_j is hidden, and c is the mean value. The root is how far the output would be from the exact one if
+        values lay in random directions from c: about half the half-width, which makes the reliability about
+        2, where many keys share the error. It is the error itself where one key has nearly all of it: a key
+        with a value far from the others that was never drawn, or drawn too often. Where p is not known, as of
+        circuits, the root is 3 / T times the largest distance of a value not drawn, T being the number of
+        draws: a key that T draws missed has a probability below 3 / T with 95 % confidence. Of a
+        `LearnedImportanceSampler` see `samplers.learned_estimators.reliability`.
+
+        Infinite where the row is exact. It sees no error that many keys share and that goes in one direction:
+        values that alternate in step with systematic draws, and the bias of a method (`info.unbiased`).
+        None where there are no standard errors, or where the kernel or cache that made them does not know.
+        """
+        return None if self.make_reliability is None else self.make_reliability()
+
+    @property
+    def reliable(self) -> Tensor | None:
+        """Rows whose error bars can be trusted, bool, (..., L): `reliability` is at least `RELIABLE`."""
+        return None if self.reliability is None else self.reliability >= RELIABLE
 
     def keys_touched(self) -> Tensor:
         """Distinct values that the draws of each query position read, the heads of a group together: (..., H
@@ -412,27 +468,59 @@ class AttentionEstimate:
         """The estimated weights as a dense matrix, (..., L, n): memory L * n."""
         return self.draws.dense(self.num_keys)
 
-    def confidence_interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
-        """(low, high), each (..., L, Ev): Student's t interval of every coordinate by itself.
+    def confidence_interval(self, level: float = 0.95, method: str = "t") -> tuple[Tensor, Tensor]:
+        """(low, high), each (..., L, Ev): an interval of every coordinate by itself.
 
-        Standard errors of `stratified` and `systematic` draws lean on the probabilities of the keys and take
-        their order to have nothing to do with the values: values that alternate in step with the draws break
-        them. They tell variance, not bias: where `info.unbiased` is False (a noisy device, an approximate
-        loader, oracle top-k) they are about the mean of the method, and may cover the exact output far less
-        often.
+        Parameters
+        ----------
+        level : float
+            How often the interval is to hold the exact output, between 0 and 1.
+        method : {"t", "bernstein"}
+            - "t": Student's t about the output, by `std_error`. It is right for many draws or replicates, and
+              where it is not, `reliability` tells. Standard errors of `stratified` and `systematic` draws
+              lean on the probabilities of the keys and take their order to have nothing to do with the
+              values: values that alternate in step with the draws break them. They tell variance, not bias:
+              where `info.unbiased` is False (a noisy device, an approximate loader) they are about the mean
+              of the method, and may cover the exact output far less often.
+            - "bernstein": holds for any number of draws and any values, as `qtx_lab.attention.bounds` says,
+              and is wider. It is the intersection of what is sure, given the probabilities of the keys that
+              were never drawn and the range of the values, and of Bernstein's inequalities for independent
+              draws (`monte-carlo`) or for the replicates, which take hundreds to say much. What is sure holds
+              for biased methods too, where they know the row's probabilities. Not of an estimate from a
+              proposal or a cache, which do not.
 
         Raises
         ------
         ArgumentError
-            If level is not between 0 and 1, or if there are no standard errors.
+            If level is not between 0 and 1, if the method is unknown, if there are no standard errors, or no
+            bound that holds without asymptotics.
+
+        Examples
+        --------
+        >>> import qtx_lab as qtx
+        >>> q, k, v = (torch.randn(3, 64, 8, generator=torch.Generator().manual_seed(i)) for i in range(3))
+        >>> est = qtx.sampled_attention(q, k, v, sampler="head-tail", num_samples=32, replicates=4)
+        >>> low, high = est.confidence_interval(0.95, method="bernstein")
+        >>> exact = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        >>> bool(((low <= exact) & (exact <= high)).all())
+        True
         """
         if not 0 < level < 1:
             raise ArgumentError(f"level={level} is not allowed: it must be between 0 and 1.")
+        if method not in INTERVALS:
+            raise unknown_name("method", method, INTERVALS)
         if self.std_error is None:
             raise ArgumentError(
                 f"The sampler {self.info.sampler!r} cannot tell its error from one replicate: "
                 "ask sampled_attention for replicates >= 2."
             )
+        if method == "bernstein":
+            if self.make_bounds is None:
+                raise ArgumentError(
+                    f"The estimate by {self.info.sampler!r} does not know the row's probabilities or the "
+                    "range of the values, which method='bernstein' needs: use method='t'."
+                )
+            return self.make_bounds(level)
         t = float(stats.t.ppf((1 + level) / 2, self.degrees_of_freedom))
         centre = self.output.to(self.std_error.dtype)
         return centre - t * self.std_error, centre + t * self.std_error

@@ -7,17 +7,20 @@ too, and what it would have added can be predicted from the spread of all values
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
+from scipy import stats
 from torch import Tensor
 
 from ..estimates import Draws, rounding_variance
 from ..problem import AttentionProblem
 from ..samplers import Design, SampledRows
 from ..samplers.base import row_probabilities
+from .bounds import Bounds
 from .corrections import Correction
 
 FAR = 4.0
@@ -25,6 +28,9 @@ FAR = 4.0
 
 ORDER_PRIOR = 4.0
 """Weight, in pairs of neighbours, of the assumption that value order saves nothing."""
+
+RULE_OF_THREE = 3.0
+"""A key that T draws have not hit has a probability below 3 / T with 95 % confidence."""
 
 PRIOR_WEIGHT = 2.0
 """Weight of the predicted variance against the R - 1 degrees of freedom of R replicates."""
@@ -41,12 +47,12 @@ def degrees_of_freedom(design: Design, draws: Draws) -> float:
 
 
 @dataclass(frozen=True)
-class UnseenKeys:
-    """The keys of rows (heads, rows) that no draw hit: what is known of them without their values' features.
+class RowSums:
+    """What is known of rows (heads, rows) without the features of values that no draw hit.
 
     With a_j the part of key j in the variance of one replicate (`InversionSampler.variance_weights`; p_j / S
-    where the design does not say), D_j = |v_j - c|^2 and U the keys not seen. Keys are of two kinds, near c
-    and far from it.
+    where the design does not say), w_j the weight that the draws give to it, D_j = |v_j - c|^2 and U the keys
+    not seen. Keys are of two kinds, near c and far from it (`FAR`).
 
     Parameters
     ----------
@@ -56,22 +62,29 @@ class UnseenKeys:
         sum_{j in U} a_j D_j of either.
     square : Tensor, (heads, rows, 1)
         sum_{j in U} a_j^2.
+    deviation : Tensor, (heads, rows, 2)
+        sum_j (w_j - p_j)^2 D_j of either.
     """
 
     weight: Tensor
     spread: Tensor
     square: Tensor
+    deviation: Tensor
 
     @classmethod
-    def of(cls, logits: Tensor, draws: Draws, distance: Tensor, design: Design) -> UnseenKeys:
+    def of(cls, logits: Tensor, draws: Draws, distance: Tensor, design: Design) -> RowSums:
         """Of rows with these logits (heads, rows, n) and draws; D (heads, n, 2), 0 for the other kind."""
         p, size = row_probabilities(logits), draws.indices.shape[-1] // draws.replicates
+        drawn = draws.dense(p.shape[-1])
         a = p / size if design.variance_weights is None else design.variance_weights(p)
-        # A key is seen where a draw of some weight hit it.
-        hits = torch.zeros_like(p).scatter_add_(-1, draws.indices, (draws.weights > 0).to(p.dtype))
-        a = a.masked_fill((hits > 0) | (p == 0), 0)
+        a = a.masked_fill((drawn > 0) | (p == 0), 0)
         kinds = distance[:, : p.shape[-1]]
-        return cls(a @ (kinds > 0).to(a.dtype), a @ kinds, a.square().sum(-1, keepdim=True))
+        return cls(
+            a @ (kinds > 0).to(a.dtype),
+            a @ kinds,
+            a.square().sum(-1, keepdim=True),
+            (drawn - p).square() @ kinds,
+        )
 
 
 def with_error_bars(
@@ -91,29 +104,81 @@ def with_error_bars(
         return sampled
     if correction is not None and bool(correction.exact_rows.all()):
         zero = torch.zeros_like(sampled.output)
-        return replace(sampled, make_std_error=lambda: zero, degrees_of_freedom=math.inf)
+        exact = torch.full_like(zero[..., 0], math.inf)
+        return replace(
+            sampled,
+            make_std_error=lambda: zero,
+            make_reliability=lambda: exact,
+            make_bounds=lambda level: (sampled.output,) * 2,
+            degrees_of_freedom=math.inf,
+        )
     draws, design = sampled.make_draws(), sampled.design
     if not (design.independent or draws.replicates > 1):
         return sampled
-    later, unit = problem.copied(), problem.unit  # the caller's tensors may have changed by then
+    later, unit = problem.detached().copied(), problem.unit  # the caller's tensors may have changed by then
     positions = problem.positions(slice(0, problem.shape[1]))
-    cuts = list(problem.blocks(16 * draws.indices.shape[-1]))
+    cuts = list(
+        problem.blocks(max(16, 4 * problem.width if design.in_order else 0) * draws.indices.shape[-1])
+    )
     output = sampled.output if unit is None else sampled.output / unit
+    degrees = degrees_of_freedom(design, draws)
 
-    def make_std_error() -> Tensor:
-        std_error = torch.empty_like(output)
+    @functools.cache
+    def measured() -> MeasuredRows:
+        std_error, hidden = torch.empty_like(output), torch.empty_like(output[..., 0])
         with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
             bars = ErrorBars(later.values, later.visible_keys(), later.is_causal, design, later.v.dtype)
             for block in cuts:
                 drawn, cut = draws[block], None if correction is None else correction[block]
-                unseen = None
+                sums = None
                 if drawn.probabilities is not None:
-                    unseen = UnseenKeys.of(later.logits(*block), drawn, bars.distance[block[0]], design)
-                std_error[block] = bars(drawn, output[block], block[0], positions[block[1]], cut, unseen)
+                    sums = RowSums.of(later.logits(*block), drawn, bars.distance[block[0]], design)
+                rows = bars.measure(drawn, output[block], block[0], positions[block[1]], cut, sums)
+                std_error[block], hidden[block] = rows.std_error, rows.hidden
+        return MeasuredRows(std_error, hidden)
+
+    def make_std_error() -> Tensor:
+        std_error = measured().std_error
         return std_error if unit is None else std_error * unit
 
-    degrees = degrees_of_freedom(design, draws)
-    return replace(sampled, make_std_error=make_std_error, degrees_of_freedom=degrees)
+    def make_bounds(level: float) -> tuple[Tensor, Tensor]:
+        low, high = torch.empty_like(output), torch.empty_like(output)
+        with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
+            bounds = Bounds(later, design, sampled.info.unbiased and correction is None)
+            for block in cuts:
+                low[block], high[block] = bounds(draws[block], output[block], block, level)
+        return (low, high) if unit is None else (low * unit, high * unit)
+
+    return replace(
+        sampled,
+        make_std_error=make_std_error,
+        make_reliability=lambda: measured().reliability(degrees),
+        make_bounds=make_bounds,
+        degrees_of_freedom=degrees,
+    )
+
+
+@dataclass(frozen=True)
+class MeasuredRows:
+    """How wrong rows (heads, rows) may be.
+
+    Parameters
+    ----------
+    std_error : Tensor, (heads, rows, d)
+    hidden : Tensor, (heads, rows)
+        How far from the exact output they would be, going by how far the weights of the draws are from the
+        row's probabilities, if values lay in random directions from c.
+    """
+
+    std_error: Tensor
+    hidden: Tensor
+
+    def reliability(self, degrees_of_freedom: float) -> Tensor:
+        """`AttentionEstimate.reliability`, (heads, rows)."""
+        t = float(stats.t.ppf(0.975, degrees_of_freedom))
+        half = t * self.std_error.norm(dim=-1)
+        tiny = torch.finfo(half.dtype).tiny
+        return torch.where(self.hidden > 0, half / self.hidden.clamp_min(tiny), math.inf)
 
 
 class ErrorBars:
@@ -131,7 +196,7 @@ class ErrorBars:
         With a_j the part of key j in the variance of a replicate, the design predicts the variance A_0
         var_A(v), where the measure A gives a_j to each key and A_0 is its total. The keys seen have their own
         values in it. Of the others, U, only the total weight and the total spread sum_{j in U} a_j D_j are
-        known (`UnseenKeys`): they are given the values of an average key not seen, moved away from c until
+        known (`RowSums`): they are given the values of an average key not seen, moved away from c until
         their spread is right. If the draws are i.i.d. from p, a_j = p_j / S and
 
             var = A_0 var_A(v) / R.
@@ -193,9 +258,21 @@ class ErrorBars:
         heads: slice,
         positions: Tensor,
         correction: Correction | None = None,
-        unseen: UnseenKeys | None = None,
+        sums: RowSums | None = None,
     ) -> Tensor:
-        """Standard errors (heads, rows, d) of rows of some heads.
+        """Standard errors (heads, rows, d) of rows of some heads: see `measure`."""
+        return self.measure(draws, output, heads, positions, correction, sums).std_error
+
+    def measure(
+        self,
+        draws: Draws,
+        output: Tensor,
+        heads: slice,
+        positions: Tensor,
+        correction: Correction | None = None,
+        sums: RowSums | None = None,
+    ) -> MeasuredRows:
+        """How wrong rows of some heads may be.
 
         Parameters
         ----------
@@ -209,18 +286,13 @@ class ErrorBars:
             Of the same rows, where controls corrected the estimate: v_j becomes what they leave of it, g_j,
             and keys never seen are priced at what is left of those drawn once, which stand for them (Good,
             The population frequencies of species, 1953).
-        unseen : UnseenKeys, optional
+        sums : RowSums, optional
             Of the same rows; where None the mass never drawn is spread evenly over all keys.
         """
         total, r, p = draws.indices.shape[-1], draws.replicates, draws.probabilities
-        s = total // r
-        if self.design.independent and p is None:
-            o = output - self.centre[heads]
-            first, second = draws.average(self.table[heads]).chunk(2, dim=-1)
-            held = draws.weights.sum(-1, keepdim=True)
-            variance = (second - 2 * o * first + held * o.square()) / max(1, total - 1)
-        elif p is None:
-            variance = self._between(draws, heads, correction) / r
+        if p is None:
+            variance = self._sample_variance(draws, output, heads, correction)
+            hidden = self._may_hide(draws, heads, positions)
         else:
             w = draws.weights * r
             c = None
@@ -228,28 +300,53 @@ class ErrorBars:
                 live = w > 0
                 c = self.design.count_variance(torch.where(live, p / torch.where(live, w, 1), 0))
             if c is None:
-                a, least = p / s, torch.full_like(p[..., :1], 1 / s)
+                a, least = p * (r / total), torch.full_like(p[..., :1], r / total)
             else:
                 a, least = c * w.square(), w.masked_fill(w <= 0, torch.inf).amin(-1, keepdim=True)
-            own = self._not_seen(draws, least, heads, positions, unseen)
-            predicted, never = self._predicted(draws, output, a, own, heads, correction)
-            if c is not None:
-                few = self._few_keys(draws, a, own, unseen)
-                predicted, never = few * predicted, few * never
-            if self.design.independent:
-                variance = predicted / r
-            else:
+            own = self._not_seen(draws, least, heads, positions, sums)
+            predicted = self._predicted(draws, output, a, own, heads, correction)
+            variance = predicted.variance / r
+            if not self.design.independent:
+                few = 1.0 if c is None else self._few_keys(draws, a, own, sums)
                 g = 0.0 if c is None else PRIOR_WEIGHT
                 between = self._between(draws, heads, correction)
-                variance = torch.maximum((g * predicted + (r - 1) * between) / (g + r - 1), never) / r
+                mixed = (g * few * predicted.variance + (r - 1) * between) / (g + r - 1)
+                variance = torch.maximum(mixed, few * predicted.unseen) / r
+            hidden = torch.zeros_like(output[..., 0])
+            if sums is not None:
+                hidden = (predicted.left * sums.deviation).sum(-1).sqrt()
         drawn = (draws.weights > 0).any(-1, keepdim=True)  # an empty row has no error
         if correction is not None:
             variance = variance.masked_fill(correction.exact_rows[:, None], 0)
+            hidden = hidden.masked_fill(correction.exact_rows, 0)
         rounding = rounding_variance(output, self.size[heads], total, self.output_dtype)
-        return torch.where(drawn, variance.clamp_min(0) + rounding, 0).sqrt()
+        std_error = torch.where(drawn, variance.clamp_min(0) + rounding, 0).sqrt()
+        return MeasuredRows(std_error, torch.where(drawn[..., 0], hidden, 0))
+
+    def _sample_variance(
+        self, draws: Draws, output: Tensor, heads: slice, correction: Correction | None
+    ) -> Tensor:
+        """Variance of the output of draws whose probabilities are not known, (heads, rows, d)."""
+        if not self.design.independent:
+            return self._between(draws, heads, correction) / draws.replicates
+        o = output - self.centre[heads]
+        first, second = draws.average(self.table[heads]).chunk(2, dim=-1)
+        held = draws.weights.sum(-1, keepdim=True)
+        return _about(o, held, first, second) / max(1, draws.indices.shape[-1] - 1)
+
+    def _may_hide(self, draws: Draws, heads: slice, positions: Tensor) -> Tensor:
+        """What a key that was never drawn may move the output by where p is not known, (heads, rows).
+
+        Its probability is below 3 / T with 95 % confidence; its value is the farthest of those not drawn.
+        """
+        hits = draws.dense(self.values.shape[1]) > 0
+        if len(self.sums[0]) > 1:  # causal
+            hits |= torch.arange(hits.shape[-1], device=hits.device) > positions[..., None]
+        farthest = self.distance[heads].sum(-1)[:, None].expand(hits.shape).masked_fill(hits, 0).amax(-1)
+        return min(1.0, RULE_OF_THREE / draws.indices.shape[-1]) * farthest.sqrt()
 
     def _not_seen(
-        self, draws: Draws, least: Tensor, heads: slice, positions: Tensor, unseen: UnseenKeys | None
+        self, draws: Draws, least: Tensor, heads: slice, positions: Tensor, known: RowSums | None
     ) -> _Moments:
         """The moments of the keys not seen, near and far ones; both together where `unseen` is None.
 
@@ -261,8 +358,8 @@ class ErrorBars:
             at = positions.clamp_max(sums.shape[1] - 1).expand(draws.indices.shape[:2])
             head = torch.arange(len(sums), device=sums.device)[:, None]
             sums, counts = sums[head, at], counts[head, at]
-        once = (draws.weights > 0) / draws.multiplicity().to(draws.probabilities.dtype)
-        if unseen is None:
+        once = draws.once()
+        if known is None:
             mean, square = (sums.sum(2) / counts.sum(2).clamp_min(1)).chunk(2, dim=-1)
             mass = (1 - (draws.probabilities * once).sum(-1, keepdim=True)).clamp_min(0)
             weight = torch.where(least.isfinite(), mass * least, 0)[..., None]
@@ -275,19 +372,19 @@ class ErrorBars:
         mean, square = (left / (counts - count).clamp_min(0).add(1)).chunk(2, dim=-1)
         square = torch.maximum(square, mean.square())  # they are differences of sums, which are rounded
         tiny = torch.finfo(mean.dtype).tiny
-        further = unseen.spread[..., None] / square.sum(-1, keepdim=True).clamp_min(tiny)  # [h, m, 2, 1]
-        weight = unseen.weight[..., None]
+        further = known.spread[..., None] / square.sum(-1, keepdim=True).clamp_min(tiny)  # [h, m, 2, 1]
+        weight = known.weight[..., None]
         return _Moments(weight, (weight * further).sqrt() * mean, further * square)
 
-    def _few_keys(self, draws: Draws, a: Tensor, own: _Moments, unseen: UnseenKeys | None) -> Tensor:
+    def _few_keys(self, draws: Draws, a: Tensor, own: _Moments, known: RowSums | None) -> Tensor:
         """1 / (1 - sum_j a_j^2 / A_0^2), (heads, rows, 1): counts that add up to S vary against each other.
 
         Two keys whose counts vary do so as one, as n / (n - 1) of a sample variance does with n = 2.
         """
-        once = (draws.weights > 0) / draws.multiplicity().to(a.dtype)
+        once = draws.once()
         square = (a.square() * once).sum(-1, keepdim=True)
-        if unseen is not None:
-            square = square + unseen.square
+        if known is not None:
+            square = square + known.square
         whole = (a * once).sum(-1, keepdim=True) + own.weight.sum(2)
         return 1 / (1 - square / whole.square().clamp_min(torch.finfo(a.dtype).tiny)).clamp_min(0.5)
 
@@ -324,41 +421,51 @@ class ErrorBars:
         own: _Moments,
         heads: slice,
         correction: Correction | None,
-    ) -> tuple[Tensor, Tensor]:
-        """A_0 var_A(v) of the class's docstring and the part V_U of the keys not seen, each (heads, rows, d).
+    ) -> _Prediction:
+        """What the design says of one replicate, counts that vary by themselves.
 
         `a` is a_j at the draws, `own` the moments of the keys not seen.
         """
-        # sum_s once_s f(j_s) runs over each key seen, once
-        times = draws.multiplicity()
-        a, table = a * (draws.weights > 0) / times.to(a.dtype), self.table[heads]
-        held = a.sum(-1, keepdim=True)
+        once, table = draws.once(), self.table[heads]
+        a = a * once
+        held, left = a.sum(-1, keepdim=True), torch.ones_like(own.weight[..., 0])
         if correction is None:
             first, second = draws.average(table, a).chunk(2, dim=-1)
         else:
             o, centre = output - self.centre[heads], self.centre[heads]
-            rare = draws.weights * (times == 1)
+            rare = draws.weights * (once == 1)
             mass = rare.sum(-1, keepdim=True)
             known = correction.exact_rows[:, None]  # what is left of these rows says nothing of the others
-            left = _about(o, mass, *correction.moments(draws, rare, table, centre))
-            plain = _about(o, mass, *draws.average(table, rare).chunk(2, dim=-1))
-            left, plain = (x.masked_fill(known, 0).sum((1, 2)) for x in (left, plain))
-            rho = torch.where(plain > 0, left / plain, 1).clamp(0, 1)
-            own = own.shrunk_to(o[:, :, None], rho[:, None, None, None])
+            after = _about(o, mass, *correction.moments(draws, rare, table, centre))
+            before = _about(o, mass, *draws.average(table, rare).chunk(2, dim=-1))
+            after, before = (x.masked_fill(known, 0).sum((1, 2)) for x in (after, before))
+            rho = torch.where(before > 0, after / before, 1).clamp(0, 1)[:, None, None]
+            own, left = own.shrunk_to(o[:, :, None], rho[..., None]), rho * left
             first, second = correction.moments(draws, a, table, centre)
         whole = (held + own.weight.sum(2)).clamp_min(torch.finfo(a.dtype).tiny)
         middle = (first + own.first.sum(2)) / whole
         never = _about(middle[:, :, None], own.weight, own.first, own.second).clamp_min(0)
         seen = _about(middle, held, first, second)
-        if self.design.in_order:
-            order, r = self._neighbours(draws, a, heads), draws.replicates
-            near = (seen + never[:, :, 0]).sum(-1, keepdim=True)
-            between = self._between(draws, heads, correction).sum(-1, keepdim=True)
-            held = torch.minimum(between / near.clamp_min(torch.finfo(a.dtype).tiny), order)
-            order = (PRIOR_WEIGHT * order + (r - 1) * held) / (PRIOR_WEIGHT + r - 1)
-            seen = order * seen
-            never = torch.cat((order[:, :, None] * never[:, :, :1], never[:, :, 1:]), 2)  # far keys have none
-        return seen + never.sum(2), never.sum(2)
+        if self.design.in_order:  # far keys have no neighbours
+            apart = self._neighbours(draws, a, heads)
+            random = (seen + never[:, :, 0]).sum(-1, keepdim=True)
+            order = self._order_gain(draws, apart, random, heads, correction)
+            others = torch.ones_like(order)
+            seen, left = order * seen, left * torch.cat((apart, others), -1)
+            never = torch.cat((order, others), -1)[..., None] * never
+        return _Prediction(seen + never.sum(2), never.sum(2), left)
+
+    def _order_gain(
+        self, draws: Draws, apart: Tensor, random: Tensor, heads: slice, correction: Correction | None
+    ) -> Tensor:
+        """What value order leaves of the variance of near keys in random order, (heads, rows, 1).
+
+        `apart` is what neighbouring draws tell of it; variances between replicates can only lower it.
+        """
+        between = self._between(draws, heads, correction).sum(-1, keepdim=True)
+        held = torch.minimum(between / random.clamp_min(torch.finfo(random.dtype).tiny), apart)
+        r = draws.replicates
+        return (PRIOR_WEIGHT * apart + (r - 1) * held) / (PRIOR_WEIGHT + r - 1)
 
     def _between(self, draws: Draws, heads: slice, correction: Correction | None) -> Tensor:
         """Variance between the replicates' outputs, (heads, rows, d)."""
@@ -367,6 +474,23 @@ class ErrorBars:
         else:
             means = correction.by_replicate
         return means.var(-2) if means.numel() else means.sum(-2)
+
+
+@dataclass(frozen=True)
+class _Prediction:
+    """What a design says of the variance of one replicate.
+
+    Parameters
+    ----------
+    variance, unseen : Tensor, (heads, rows, d)
+        A_0 var_A(v), and the part of it of the keys not seen.
+    left : Tensor, (heads, rows, kinds)
+        What value order and controls leave of the squared error that near and far keys would cause.
+    """
+
+    variance: Tensor
+    unseen: Tensor
+    left: Tensor
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,11 @@ class SampledRows:
     make_log_sum_exp : callable, optional
         Gives the log-sum-exp (N, M) of the rows' logits, in the problem's `dtype`, for a sampler that knows
         it; `info.log_sum_exp` says whether it is exact.
+    make_reliability : callable, optional
+        Gives the reliability (N, M) of those standard errors (`AttentionEstimate.reliability`).
+    make_bounds : callable, optional
+        Gives (low, high), each (N, M, d) in the units of the caller's values, of an interval of a level that
+        holds without asymptotics.
     """
 
     output: Tensor
@@ -85,12 +90,21 @@ class SampledRows:
     make_std_error: Callable[[], Tensor] | None = None
     degrees_of_freedom: float = float("inf")
     make_log_sum_exp: Callable[[], Tensor] | None = None
+    make_reliability: Callable[[], Tensor] | None = None
+    make_bounds: Callable[[float], tuple[Tensor, Tensor]] | None = None
 
     def to_estimate(self, problem: AttentionProblem) -> AttentionEstimate:
         """The estimate as the caller gets it, in the shapes and the dtype of the problem."""
         row_shape, shape = problem.row_shape, (*problem.row_shape, problem.width)
         make_draws, make_std_error = self.make_draws, self.make_std_error
         make_log_sum_exp = self.make_log_sum_exp
+        make_reliability, make_bounds = self.make_reliability, self.make_bounds
+
+        def bounds(level: float) -> tuple[Tensor, Tensor]:
+            assert make_bounds is not None
+            low, high = make_bounds(level)
+            return low.reshape(shape), high.reshape(shape)
+
         return AttentionEstimate(
             output=self.output.reshape(shape).to(problem.v.dtype),
             num_keys=problem.num_keys,
@@ -102,6 +116,10 @@ class SampledRows:
             make_log_sum_exp=(
                 None if make_log_sum_exp is None else lambda: make_log_sum_exp().reshape(row_shape)
             ),
+            make_reliability=None
+            if make_reliability is None
+            else lambda: make_reliability().reshape(row_shape),
+            make_bounds=None if make_bounds is None else bounds,
         )
 
 

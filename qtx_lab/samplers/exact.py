@@ -73,8 +73,16 @@ class ExactSampler(Sampler):
             log_sum_exp="exact",
         )
         zero = torch.zeros_like(output, dtype=problem.dtype, requires_grad=False)
+        sure = torch.full(problem.shape, math.inf, dtype=problem.dtype, device=problem.q.device)
         return SampledRows(
-            output, make_draws, Design(False), info, lambda: zero, make_log_sum_exp=make_log_sum_exp
+            output,
+            make_draws,
+            Design(False),
+            info,
+            lambda: zero,
+            make_reliability=lambda: sure,
+            make_bounds=lambda level: (output.detach().to(zero.dtype),) * 2,
+            make_log_sum_exp=make_log_sum_exp,
         )
 
 

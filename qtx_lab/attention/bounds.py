@@ -1,0 +1,131 @@
+"""Intervals that hold without asymptotics: what is sure of a row, and Bernstein's bounds on its draws."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..estimates import Draws, rounding_variance
+from ..problem import AttentionProblem
+from ..samplers import Design
+from ..samplers.base import row_probabilities
+
+ROUNDINGS = 4.0
+"""Standard deviations of the output's rounding by which a bound is widened."""
+
+
+class Bounds:
+    """Intervals of every coordinate of rows that attend to the same values.
+
+    With the largest and smallest value h and l of a feature among the keys that a row may see, c the centre
+    between them, D_j = |v_j - c|^2 and U the keys that no draw hit, three things hold:
+
+    - *Surely*, where p is known: o = sum_{j seen} p_j v_j + sum_{j in U} p_j v_j, of which the first sum is
+      known, and each coordinate of the second is within sum_{j in U} p_j times [l, h], and within
+      sum_{j in U} p_j sqrt(D_j) of c sum_{j in U} p_j. This leans on no randomness at all.
+    - With probability 1 - e, for T independent draws from p (Bernstein's inequality; Boucheron, Lugosi and
+      Massart, Concentration inequalities, 2013, th. 2.10), s^2 being any upper bound of the variance:
+
+          |o_hat - o| <= sqrt(2 s^2 log(2 / e) / T) + (h - l) log(2 / e) / (3 T).
+
+      One that is sure is sum_{j seen} p_j (v_j - c)^2 + sum_{j in U} p_j min(D_j, (h - l)^2 / 4), the
+      smaller of the two terms taken for all of U.
+    - With probability 1 - e, for n independent numbers of mean o (T draws, or the outputs of R replicates)
+      with sample variance s^2 (Maurer and Pontil, Empirical Bernstein bounds and sample variance
+      penalization, 2009, th. 11):
+
+          |o_hat - o| <= sqrt(2 s^2 log(4 / e) / n) + 7 (h - l) log(4 / e) / (3 (n - 1)).
+
+    The interval is the intersection of those that apply, the risk split evenly between the last two where
+    both do.
+
+    Parameters
+    ----------
+    problem : AttentionProblem
+    design : Design
+    unbiased : bool
+        Whether the mean of a replicate is the exact output; without it only what is sure holds.
+    """
+
+    def __init__(self, problem: AttentionProblem, design: Design, unbiased: bool):
+        self.problem, self.design, self.unbiased = problem, design, unbiased
+        values, visible = problem.values, problem.visible_keys()
+        low = high = values
+        if visible is not None:  # what nobody sees may be anything
+            hidden = ~visible[..., None]
+            low, high = (values.masked_fill(hidden, end) for end in (math.inf, -math.inf))
+            values = values.masked_fill(hidden, 0)
+        self.values = values
+        if problem.is_causal:  # of the keys 0..i that row i sees
+            self.low, self.high = low.cummin(1).values, high.cummax(1).values
+        else:
+            self.low, self.high = low.amin(1, keepdim=True), high.amax(1, keepdim=True)
+        nobody = self.low > self.high
+        self.low, self.high = (x.masked_fill(nobody, 0) for x in (self.low, self.high))
+
+    def __call__(
+        self, draws: Draws, output: Tensor, block: tuple[slice, slice], level: float
+    ) -> tuple[Tensor, Tensor]:
+        """(low, high), each (heads, rows, d), of a block of rows with their draws and uncorrected output."""
+        heads, rows = block
+        low, high = self.low[heads], self.high[heads]
+        if low.shape[1] > 1:
+            at = self.problem.positions(rows).clamp_max(low.shape[1] - 1)
+            low, high = low[:, at], high[:, at]
+        total, replicates = draws.indices.shape[-1], draws.replicates
+        values, risk = self.values[heads], 1 - level
+        size = torch.maximum(low.abs(), high.abs())
+        least, most = (x.expand(output.shape).clone() for x in (low, high))
+        reach = torch.full_like(output, math.inf)
+        independent = self.design.independent and self.unbiased
+        if draws.probabilities is not None:
+            known, unseen, moved, variance = self._sure(draws, block, low, high)
+            middle = known + unseen * (low + high) / 2
+            half = torch.minimum(unseen * (high - low) / 2, moved)
+            least, most = middle - half, middle + half
+            if independent:
+                risk = risk / 2
+                log = math.log(2 / risk)
+                reach = (2 * variance * log / total).sqrt() + (high - low) * log / (3 * total)
+        if self.unbiased and (independent or replicates > 1):
+            count = total if independent else replicates
+            if independent:
+                table = torch.cat((values, values.square()), -1)
+                first, second = draws.average(table).chunk(2, -1)
+                variance = (second - first.square()).clamp_min(0) * count / max(1, count - 1)
+            else:
+                variance = (draws.average_by_replicate(values) * replicates).var(-2)
+            log = math.log(4 / risk)
+            own = (2 * variance * log / count).sqrt() + 7 * (high - low) * log / (3 * max(1, count - 1))
+            reach = torch.minimum(reach, own)
+        rounding = ROUNDINGS * rounding_variance(output, size, total, self.problem.v.dtype).sqrt()
+        low, high = torch.maximum(least, output - reach), torch.minimum(most, output + reach)
+        apart = low > high  # a draw that the risk allows for: what is sure is left
+        low, high = torch.where(apart, least, low), torch.where(apart, most, high)
+        drawn = (draws.weights > 0).any(-1, keepdim=True)
+        return torch.where(drawn, low - rounding, 0), torch.where(drawn, high + rounding, 0)
+
+    def _sure(
+        self, draws: Draws, block: tuple[slice, slice], low: Tensor, high: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """sum_{j seen} p_j v_j, the mass of U, sum_{j in U} p_j sqrt(D_j), and a bound of the variance.
+
+        (heads, rows, d), (heads, rows, 1), (heads, rows, 1) and (heads, rows, d).
+        """
+        heads = block[0]
+        p, values = row_probabilities(self.problem.logits(*block)), self.values[heads]
+        unseen = p.masked_fill(draws.dense(p.shape[-1]) > 0, 0)
+        once = p.gather(-1, draws.indices) * draws.once()
+        # One centre a head, so that distances are those of its keys; a causal row sees the first one.
+        centre = (low[:, -1:] + high[:, -1:]) / 2 if low.shape[1] == 1 else values[:, :1]
+        centred = values - centre
+        distance = centred.square().sum(-1)[:, : p.shape[-1], None]
+        mass, spread = unseen.sum(-1, keepdim=True), unseen @ distance
+        first, second = draws.average(torch.cat((centred, centred.square()), -1), once).chunk(2, -1)
+        shift = (low + high) / 2 - centre
+        moved = unseen @ distance.sqrt() + mass * shift.abs()
+        farthest = torch.maximum((high - centre).abs(), (low - centre).abs())
+        variance = second + torch.minimum(spread, mass * farthest.square())
+        return first + once.sum(-1, keepdim=True) * centre, mass, moved, variance

@@ -311,7 +311,9 @@ class ErrorBars:
                 g = 0.0 if c is None else PRIOR_WEIGHT
                 between = self._between(draws, heads, correction)
                 mixed = (g * few * predicted.variance + (r - 1) * between) / (g + r - 1)
-                variance = torch.maximum(mixed, few * predicted.unseen) / r
+                if correction is None:  # what controls leave of a key not seen is too little known
+                    mixed = torch.maximum(mixed, few * predicted.unseen)
+                variance = mixed / r
             hidden = torch.zeros_like(output[..., 0])
             if sums is not None:
                 hidden = (predicted.left * sums.deviation).sum(-1).sqrt()

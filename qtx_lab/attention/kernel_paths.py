@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, overload
+from typing import Any, Literal, NoReturn, overload
 
 import torch
 from torch import Tensor
@@ -184,8 +184,10 @@ def not_in_kernels(problem: AttentionProblem) -> str | None:
         return "softcap is not in the kernel"
     if problem.window is not None:
         return "window is not in the kernel"
-    if problem.sinks is not None:
-        return "sinks are not in the kernel"
+    if problem.sinks is not None and problem.requires_grad:
+        return "the kernel gives no gradients beside sinks"
+    if problem.sinks is not None and takes_decode(problem):
+        return "sinks are not in the kernel for few queries"
     if problem.mask is not None and problem.mask.requires_grad:
         return "the kernel gives no gradient of attn_mask"
     return None
@@ -203,12 +205,18 @@ def choose_systematic(problem: AttentionProblem) -> Choice:
 
 
 def attend_systematic(call: KernelCall) -> AttentionEstimate:
-    """Estimate attention from systematic draws, by the kernel or its reference."""
+    """Estimate attention from systematic draws, by the kernel or its reference.
+
+    Kernels know no sinks: these take their share of what a kernel estimates from the keys.
+    """
+    sinks = call.problem.row_sinks
     with torch.autocast(call.problem.q.device.type, enabled=False), out_of_memory_explained():
         if takes_decode(call.problem):
             with torch.no_grad():
-                return _decode(call)
-        return _prefill(call)
+                estimate = _decode(call)
+        else:
+            estimate = _prefill(call)
+        return estimate if sinks is None else estimate.with_sinks(sinks)
 
 
 def _info(kernel: str, sampler: str, call: KernelCall) -> EstimateInfo:
@@ -261,12 +269,14 @@ def _decode(call: KernelCall) -> AttentionEstimate:
 
 
 class _Prefill(torch.autograd.Function):
-    """The output (N, M, Ev) of one replicate by `kernels.prefill` in float32, with its gradients."""
+    """The output (N, M, Ev) of one replicate by `kernels.prefill` in float32, with its gradients, and the
+    kernel's normaliser (N, M) without.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, stream: Stream, call: KernelCall
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         x = Inputs.of(q, k, v, mask, call.problem.scale, call.problem.first_position)
         if q.numel() == 0:
             normaliser = q.new_empty(0)
@@ -282,11 +292,12 @@ class _Prefill(torch.autograd.Function):
             )
             output, normaliser = sampled.float(), q.new_empty(0)
         ctx.save_for_backward(q, k, v, mask, output, normaliser)
+        ctx.mark_non_differentiable(normaliser)
         ctx.stream, ctx.call = stream, call
-        return output
+        return output, normaliser
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, g: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
         compute = partial(_prefill_gradients, ctx.stream, ctx.call)
         return *first_derivative(compute, g, *ctx.saved_tensors), None, None, None
 
@@ -319,6 +330,21 @@ def _prefill_gradients(
     return tuple(d.view(x.shape).to(x.dtype) for d, x in pairs)
 
 
+class _WithoutGradient(torch.autograd.Function):
+    """A log-sum-exp that depends on other tensors, whose gradients are refused and not zero in silence."""
+
+    @staticmethod
+    def forward(ctx: Any, log_sum_exp: Tensor, *tensors: Tensor) -> Tensor:
+        return log_sum_exp.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> NoReturn:
+        raise ArgumentError(
+            "log_sum_exp has no gradient by the prefill kernel: with QTX_LAB_KERNELS=reference "
+            "sampled_attention gives one."
+        )
+
+
 def _prefill(call: KernelCall) -> AttentionEstimate:
     """An estimate by `kernels.prefill`."""
     problem, replicates = call.problem, call.budget.replicates
@@ -326,8 +352,10 @@ def _prefill(call: KernelCall) -> AttentionEstimate:
     row_shape, width, n = problem.row_shape, problem.width, problem.num_keys
     first = call.stream.first_replicate
     streams = [replace(call.stream, first_replicate=first + r) for r in range(replicates)]
-    parts = torch.stack([_Prefill.apply(q, k, v, mask, stream, call) for stream in streams])
-    parts = parts.view(replicates, *row_shape, width)
+    outputs, normalisers = zip(
+        *(_Prefill.apply(q, k, v, mask, stream, call) for stream in streams), strict=True
+    )
+    parts = torch.stack(outputs).view(replicates, *row_shape, width)
     std_error = None if replicates == 1 else parts.detach().std(0) / math.sqrt(replicates)
     x = call.inputs
 
@@ -341,6 +369,15 @@ def _prefill(call: KernelCall) -> AttentionEstimate:
         indices = torch.arange(n, device=q.device).repeat(replicates).expand_as(weights)
         return Draws(indices.contiguous(), weights, None, replicates)
 
+    def make_log_sum_exp() -> Tensor:
+        if call.choice.path == "triton" and q.numel():
+            from ..kernels.prefill.launch import PrefillResult
+
+            log_sum_exp = PrefillResult(outputs[0].detach(), normalisers[0]).log_sum_exp(x)
+        else:
+            log_sum_exp = prefill_reference.masked_logits(x, problem.is_causal).logsumexp(-1)
+        return _WithoutGradient.apply(log_sum_exp.view(row_shape), q, k)
+
     return AttentionEstimate(
         output=parts.mean(0).to(v.dtype),
         num_keys=n,
@@ -348,8 +385,10 @@ def _prefill(call: KernelCall) -> AttentionEstimate:
         make_draws=make_draws,
         make_std_error=None if std_error is None else lambda: std_error,
         group=call.problem.group,
+        make_log_sum_exp=make_log_sum_exp,
         info=replace(
             _info("prefill", "systematic in pages", call),
             baseline="other pages" if parts.requires_grad else None,
+            log_sum_exp="exact",
         ),
     )

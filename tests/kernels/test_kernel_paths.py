@@ -249,6 +249,43 @@ def test_sampled_attention_takes_the_kernel_for_many_causal_or_trained_rows(kern
     assert few.diagnostics["kernel"]["name"] == "prefill"
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "length"),
+    [("prefill", {"is_causal": True}, 99), ("prefill", {"attn_mask": True}, 70)],
+)
+def test_sinks_take_their_share_of_what_a_kernel_estimates(name, options, length, kernels, generator, device):
+    q, k, v = heads(generator, device, length=length, n=99)
+    sinks = torch.randn(q.shape[-3], generator=generator).to(device)
+    options = {"num_samples": 16, "replicates": 2, "enable_gqa": True, **options}
+    mask = torch.rand(length, 99, generator=generator).to(device) < 0.5
+    mask[1] = False
+    if "attn_mask" in options:
+        options["attn_mask"] = mask
+    alone, est = (
+        qtx.sampled_attention(q, k, v, sinks=x, generator=torch.Generator().manual_seed(1), **options)
+        for x in (None, sinks)
+    )
+    exact = qtx.sampled_attention(q, k, v, sampler="exact", sinks=sinks, **{**options, "num_samples": 1})
+    assert (est.info.kernel.path, est.info.kernel.name) == ("triton", name)
+    tolerance = {"atol": 2e-2 if q.dtype != torch.float32 else 1e-4, "rtol": 1e-2}
+    torch.testing.assert_close(est.log_sum_exp, exact.log_sum_exp, **tolerance)
+    mass = torch.sigmoid(alone.log_sum_exp - sinks[:, None])[..., None]
+    torch.testing.assert_close(est.output, (alone.output * mass).to(est.output.dtype), **tolerance)
+    torch.testing.assert_close(est.std_error, alone.std_error * mass, **tolerance)
+    torch.testing.assert_close(est.attention_weights(), alone.attention_weights() * mass, **tolerance)
+    if "attn_mask" in options:
+        assert bool((est.output[..., 1, :] == 0).all())
+        assert bool((alone.log_sum_exp[..., 1] == -torch.inf).all())
+
+
+def test_a_kernels_log_sum_exp_has_no_gradient_and_says_so(kernels, generator, device):
+    q, k, v = (x.requires_grad_() for x in heads(generator, device, length=9, n=9))
+    est = qtx.sampled_attention(q, k, v, is_causal=True, enable_gqa=True, generator=torch.Generator())
+    assert est.info.kernel.name == "prefill"
+    with pytest.raises(qtx.ArgumentError, match="log_sum_exp has no gradient by the prefill kernel"):
+        est.log_sum_exp.sum().backward()
+
+
 def test_what_no_kernel_knows_is_drawn_by_torch_and_says_why(generator, device, monkeypatch):
     q, k, v = heads(generator, device, length=3, n=99)
     trained = torch.zeros(3, 99, device=device, requires_grad=True)

@@ -5,6 +5,7 @@ No map of queries by keys is ever in memory.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +41,13 @@ class PrefillResult:
 
     output: Tensor
     normaliser: Tensor
+
+    def log_sum_exp(self, x: Inputs) -> Tensor:
+        """The log-sum-exp of each row's natural logits, (N, M); -inf where no key is seen."""
+        if x.mask is None:
+            return self.normaliser * math.log(2)
+        seen = (x.mask if x.mask.dtype == torch.bool else x.mask > -torch.inf).any(-1)
+        return (self.normaliser * math.log(2)).masked_fill(~seen.view(self.normaliser.shape), -torch.inf)
 
 
 def prefill(x: Inputs, num_samples: int, stream: Stream, *, is_causal: bool = False) -> PrefillResult:

@@ -45,14 +45,19 @@ class Gradients:
     v: Tensor
 
 
-def probabilities(x: Inputs, is_causal: bool) -> Tensor:
-    """The attention rows, (N, M, n), float32; 0 where a row attends to nothing."""
-    logits = x.logits()
+def masked_logits(x: Inputs, is_causal: bool) -> Tensor:
+    """The natural logits, (N, M, n), float32; -inf where a row does not see a key."""
+    logits = x.logits() * math.log(2)
     if is_causal:
         position = x.first_position + torch.arange(logits.shape[1], device=logits.device) % x.length
         later = torch.arange(x.shape[2], device=logits.device) > position[:, None]
         logits = logits.masked_fill(later, -torch.inf)
-    return (logits * math.log(2)).softmax(-1).nan_to_num(0.0)
+    return logits
+
+
+def probabilities(x: Inputs, is_causal: bool) -> Tensor:
+    """The attention rows, (N, M, n), float32; 0 where a row attends to nothing."""
+    return masked_logits(x, is_causal).softmax(-1).nan_to_num(0.0)
 
 
 def page_offsets(stream: Stream, pages: int, rows: int) -> Tensor:

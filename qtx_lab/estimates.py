@@ -438,7 +438,8 @@ class AttentionEstimate:
         with a value far from the others that was never drawn, or drawn too often. Where p is not known, as of
         circuits, the root is 3 / T times the largest distance of a value not drawn, T being the number of
         draws: a key that T draws missed has a probability below 3 / T with 95 % confidence. Of a
-        `LearnedImportanceSampler` see `samplers.learned_estimators.reliability`.
+        `LearnedImportanceSampler` see `samplers.learned_estimators.reliability`, of a `SampledKVCache`
+        `cache.error_bars.row_errors`.
 
         Infinite where the row is exact. It sees no error that many keys share and that goes in one direction:
         values that alternate in step with systematic draws, and the bias of a method (`info.unbiased`).

@@ -13,10 +13,9 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from scipy import stats
 from torch import Tensor
 
-from ..estimates import Draws, rounding_variance
+from ..estimates import Draws, reliability, rounding_variance
 from ..problem import AttentionProblem
 from ..samplers import Design, SampledRows
 from ..samplers.base import row_probabilities
@@ -152,7 +151,7 @@ def with_error_bars(
     return replace(
         sampled,
         make_std_error=make_std_error,
-        make_reliability=lambda: measured().reliability(degrees),
+        make_reliability=lambda: reliability(measured().std_error, measured().hidden, degrees),
         make_bounds=make_bounds,
         degrees_of_freedom=degrees,
     )
@@ -166,19 +165,11 @@ class MeasuredRows:
     ----------
     std_error : Tensor, (heads, rows, d)
     hidden : Tensor, (heads, rows)
-        How far from the exact output they would be, going by how far the weights of the draws are from the
-        row's probabilities, if values lay in random directions from c.
+        What `qtx_lab.estimates.reliability` sets them against.
     """
 
     std_error: Tensor
     hidden: Tensor
-
-    def reliability(self, degrees_of_freedom: float) -> Tensor:
-        """`AttentionEstimate.reliability`, (heads, rows)."""
-        t = float(stats.t.ppf(0.975, degrees_of_freedom))
-        half = t * self.std_error.norm(dim=-1)
-        tiny = torch.finfo(half.dtype).tiny
-        return torch.where(self.hidden > 0, half / self.hidden.clamp_min(tiny), math.inf)
 
 
 class ErrorBars:

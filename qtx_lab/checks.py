@@ -101,3 +101,31 @@ def check_finite(name: str, x: Tensor) -> float:
     if not all(math.isfinite(end) for end in ends):
         raise ArgumentError(f"{name} holds NaN or infinity; only finite numbers are allowed.")
     return max(abs(end) for end in ends)
+
+
+def check_sinks(sinks: Tensor, q: Tensor) -> None:
+    """Refuse what is not a finite logit, or -inf, for each query head of q (..., H, L, E)."""
+    if not isinstance(sinks, Tensor) or not sinks.is_floating_point():
+        given = sinks.dtype if isinstance(sinks, Tensor) else type(sinks).__name__
+        raise DtypeError(f"sinks is {given}; it must be a floating-point tensor, a logit a query head.")
+    if sinks.device != q.device:
+        raise DtypeError(f"sinks is on {sinks.device}, q on {q.device}; they must agree.")
+    shape = tuple(q.shape[:-2])
+    try:
+        sinks.expand(shape)
+    except RuntimeError:
+        raise ShapeError(
+            f"sinks has shape {tuple(sinks.shape)}; it must broadcast to {shape}, q's leading dimensions, of "
+            "which the last one counts the query heads."
+        ) from None
+    if not bool((sinks.abs() < 1e38).logical_or(sinks == -torch.inf).all()):
+        raise ArgumentError(
+            "sinks holds NaN, +inf or a number beyond 1e38; only smaller ones and -inf are allowed."
+        )
+
+
+def check_softcap(softcap: float) -> None:
+    """Refuse what logits cannot be capped at."""
+    check_scale(softcap, "softcap")
+    if not softcap > 0:
+        raise ArgumentError(f"softcap={softcap} is not allowed: it must be above 0, or None for no capping.")

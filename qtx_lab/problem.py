@@ -14,7 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import check_finite, check_scale, check_tensors, has_tangent
+from .checks import (
+    check_finite,
+    check_scale,
+    check_sinks,
+    check_softcap,
+    check_tensors,
+    has_tangent,
+)
 from .errors import ArgumentError, DtypeError, ShapeError
 from .streams import Stream
 
@@ -152,7 +159,7 @@ class AttentionProblem:
                 raise DtypeError(f"{name}={flag!r} is not allowed: it must be True or False.")
         check_scale(scale)
         if softcap is not None:
-            _check_softcap(softcap)
+            check_softcap(softcap)
         check_tensors(q=q, k=k, v=v)
         group = _group(q, k, v, enable_gqa)
         if _is_causal_bias(attn_mask):
@@ -172,7 +179,7 @@ class AttentionProblem:
         if sequences is not None:
             sequences = _check_sequences(sequences, q)
         if sinks is not None:
-            _check_sinks(sinks, q)
+            check_sinks(sinks, q)
         return cls(
             q,
             k,
@@ -558,32 +565,6 @@ def _check_sequences(sequences: Tensor, q: Tensor) -> Tensor:
             "sequence."
         )
     return sequences.cpu()
-
-
-def _check_sinks(sinks: Tensor, q: Tensor) -> None:
-    if not isinstance(sinks, Tensor) or not sinks.is_floating_point():
-        given = sinks.dtype if isinstance(sinks, Tensor) else type(sinks).__name__
-        raise DtypeError(f"sinks is {given}; it must be a floating-point tensor, a logit a query head.")
-    if sinks.device != q.device:
-        raise DtypeError(f"sinks is on {sinks.device}, q on {q.device}; they must agree.")
-    shape = tuple(q.shape[:-2])
-    try:
-        sinks.expand(shape)
-    except RuntimeError:
-        raise ShapeError(
-            f"sinks has shape {tuple(sinks.shape)}; it must broadcast to {shape}, q's leading dimensions, of "
-            "which the last one counts the query heads."
-        ) from None
-    if not bool((sinks.abs() < 1e38).logical_or(sinks == -torch.inf).all()):
-        raise ArgumentError(
-            "sinks holds NaN, +inf or a number beyond 1e38; only smaller ones and -inf are allowed."
-        )
-
-
-def _check_softcap(softcap: float) -> None:
-    check_scale(softcap, "softcap")
-    if not softcap > 0:
-        raise ArgumentError(f"softcap={softcap} is not allowed: it must be above 0, or None for no capping.")
 
 
 def _checked_window(window: int | Window | None) -> Window | None:

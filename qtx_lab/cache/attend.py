@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -16,7 +16,7 @@ from ..checks import check_finite
 from ..errors import ArgumentError
 from ..estimates import AttentionEstimate, Draws, EstimateInfo, KernelUse, rounding_variance
 from ..kernels.choice import choose, choose_cpu, triton_considered
-from ..kernels.cpu_decode.reference import DrawnRows, draw_rows
+from ..kernels.cpu_decode.reference import DrawnRows, draw_rows, rows_at
 from ..kernels.inputs import MAX_DECODE_ROWS, Inputs
 from ..kernels.memory import out_of_memory_explained
 from ..problem import blocks
@@ -50,6 +50,9 @@ class Call:
     seed : Tensor, int64, ()
     sequences : Tensor, int64, (B,)
         The names of the sequences, N / B key heads of each.
+    sinks : Tensor, (N, M), or None
+    softcap : float or None
+        As in an `AttentionProblem`.
     """
 
     q: Tensor
@@ -60,6 +63,8 @@ class Call:
     defensive: float
     seed: Tensor
     sequences: Tensor
+    sinks: Tensor | None = None
+    softcap: float | None = None
 
     @property
     def positions(self) -> int:
@@ -90,7 +95,7 @@ class Call:
 
 
 def attend(store: TokenStore, sketch: ComponentSketch | None, call: Call) -> AttentionEstimate:
-    """The estimate of softmax(q k^T scale) v over all tokens of the store.
+    """The estimate of attention over all tokens of the store.
 
     Raises
     ------
@@ -198,18 +203,22 @@ def _estimate(
     fallbacks: tuple[str, ...],
 ) -> AttentionEstimate:
     row_shape = call.q.shape[:-1]
+    if call.sinks is not None or call.softcap is not None:
+        drawn = _weighed_again(store, call, drawn)
     output = drawn.output.view(*row_shape, store.width).to(store.table.dtype)
     draws = Draws(drawn.indices, drawn.weights, None, call.replicates)
     length, sums, table = store.length, store.value_sums, store.table  # tokens may come later
     crops = store.crops
 
-    @functools.cache
-    def errors() -> RowErrors:
+    def refuse_cropped(name: str) -> None:
         if store.crops != crops:
             raise ArgumentError(
-                "std_error is not known any more, as values may be gone: ask for it before the cache "
-                "is cropped."
+                f"{name} is not known any more, as tokens may be gone: ask for it before the cache is cropped."
             )
+
+    @functools.cache
+    def errors() -> RowErrors:
+        refuse_cropped("std_error")
         with plain_mode(output.device):
             moments = _value_moments(store, length, sums)
             return row_errors(table, store.features, drawn, moments, call.replicates)
@@ -224,6 +233,11 @@ def _estimate(
         with plain_mode(output.device):
             return errors().reliability().to(store.dtype).view(row_shape)
 
+    def make_log_sum_exp() -> Tensor:
+        refuse_cropped("log_sum_exp")
+        with plain_mode(output.device):
+            return _log_sum_exp(store, call, drawn).view(row_shape)
+
     return AttentionEstimate(
         output=output,
         num_keys=store.length,
@@ -232,8 +246,54 @@ def _estimate(
         make_std_error=make_std_error,
         make_reliability=make_reliability,
         group=call.group,
-        info=_info(store, sketch, call, drawn.effective_sample_size.view(row_shape), kernel, fallbacks),
+        info=replace(
+            _info(store, sketch, call, drawn.effective_sample_size.view(row_shape), kernel, fallbacks),
+            log_sum_exp="estimated",
+        ),
+        make_log_sum_exp=make_log_sum_exp,
     )
+
+
+def _logits(call: Call, x: Tensor, keys: Tensor) -> Tensor:
+    """The logits of rows x (h, r, E) at keys (h, r, T, E): (h, r, T)."""
+    products = torch.einsum("hre,hrte->hrt", x * call.scale, keys)
+    return products if call.softcap is None else call.softcap * torch.tanh(products / call.softcap)
+
+
+def _weighed_again(store: TokenStore, call: Call, drawn: DrawnRows) -> DrawnRows:
+    """The same keys, weighed by capped logits, beside a sink in the sum that the weights are divided by.
+
+    They were proposed by what their logits are without a cap.
+    """
+    weights, output = torch.empty_like(drawn.weights), torch.empty_like(drawn.output)
+    step = BLOCK_ELEMENTS // max(1, call.draws * store.table.shape[-1])
+    for block in blocks((call.rows.shape[0], call.rows.shape[1]), step):
+        rows = rows_at(store.table[block[0]], drawn.indices[block]).to(store.dtype)  # [h, r, T, E + Ev]
+        keys, values = rows[..., : store.features], rows[..., store.features :]
+        log_w = _logits(call, call.rows[block], keys) - drawn.inclusion[block].log()
+        log_w = log_w.masked_fill(drawn.weights[block] == 0, -torch.inf)
+        log_w = log_w.unflatten(-1, (call.replicates, -1))
+        total = log_w.logsumexp(-1, keepdim=True)  # [h, r, R, 1]
+        if call.sinks is not None:
+            total = torch.logaddexp(total, call.sinks[block][..., None, None])
+        w = ((log_w - total).exp() / call.replicates).flatten(-2)
+        weights[block], output[block] = w, torch.einsum("hrt,hrtd->hrd", w, values)
+    square = weights.square().sum(-1).clamp_min(torch.finfo(weights.dtype).tiny)
+    effective = weights.sum(-1).square() / square
+    return replace(drawn, weights=weights, output=output, effective_sample_size=effective)
+
+
+def _log_sum_exp(store: TokenStore, call: Call, drawn: DrawnRows) -> Tensor:
+    """The estimated log-sum-exp of rows, (N, M): of the mean over replicates.
+
+    In a replicate it is l_j - log(pi_j w_j) of any key drawn, w_j its weight: here of the heaviest.
+    """
+    by_replicate = drawn.weights.unflatten(-1, (call.replicates, -1))
+    w, place = by_replicate.max(-1)  # [N, M, R]
+    place = place + torch.arange(call.replicates, device=place.device) * by_replicate.shape[-1]
+    keys = rows_at(store.table, drawn.indices.gather(-1, place)).to(store.dtype)[..., : store.features]
+    log_w = _logits(call, call.rows, keys) - drawn.inclusion.gather(-1, place).log()
+    return (log_w - (w * call.replicates).log()).logsumexp(-1) - math.log(call.replicates)
 
 
 def _info(
@@ -281,6 +341,10 @@ def _value_moments(store: TokenStore, length: int, sums: Tensor) -> ValueMoments
 def _not_for_triton(sketch: ComponentSketch | None, call: Call) -> str | None:
     """Why the kernel does not take this call, on whatever machine; None where it does."""
     heads, rows, _ = call.rows.shape
+    if call.softcap is not None:
+        return "softcap is not in the kernel"
+    if call.sinks is not None:
+        return "sinks are not in the kernel"
     if sketch is None:
         return "it takes sketches; sampled_attention has one for exact keys"
     if call.num_samples < FEWEST_DRAWS_FOR_TRITON:

@@ -8,7 +8,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..checks import check_count, check_finite, check_generator, check_scale, check_tensors
+from ..checks import (
+    check_count,
+    check_finite,
+    check_generator,
+    check_scale,
+    check_sinks,
+    check_softcap,
+    check_tensors,
+)
 from ..errors import ArgumentError, DtypeError, ShapeError, unknown_name
 from ..estimates import AttentionEstimate
 from ..streams import make_seed
@@ -239,6 +247,8 @@ class SampledKVCache:
         scale: float | None = None,
         generator: torch.Generator | None = None,
         sequences: Tensor | None = None,
+        sinks: Tensor | None = None,
+        softcap: float | None = None,
     ) -> AttentionEstimate:
         """Estimate softmax(q k^T scale) v over all tokens held.
 
@@ -259,14 +269,18 @@ class SampledKVCache:
             at position n - 1.
         sequences : Tensor, int64, (B,), optional
             Names of the sequences, B the product of the dimensions before the heads; 0, 1, … where None.
+        sinks, softcap : optional
+            As in `sampled_attention`. Sinks are in the sum by which each replicate's weights are divided.
+            Keys are proposed by their logits without a cap.
 
         Returns
         -------
         AttentionEstimate
-            `std_error` by the delta method, as for `LearnedImportanceSampler`; indices count tokens as
-            they came. Draws that found no key of their own have weight 0. float32 on the CPU is attended
-            to by a pass that numba compiles at the first call of all (some twenty seconds; then it is
-            kept on disk), others by Triton or plain torch: `info.kernel` says which and why.
+            `std_error` by the delta method, as for `LearnedImportanceSampler`; an estimated `log_sum_exp`
+            where Triton did not run; indices count tokens as they came. Draws that found no key of their
+            own have weight 0. float32 on the CPU is attended to by a pass that numba compiles at the first
+            call of all (some twenty seconds; then it is kept on disk), others by Triton or plain torch:
+            `info.kernel` says which and why.
 
         Raises
         ------
@@ -278,6 +292,12 @@ class SampledKVCache:
         check_generator(generator)
         rows = self._rows("q", q)
         check_scale(scale)
+        if softcap is not None:
+            check_softcap(softcap)
+        if sinks is not None:
+            check_sinks(sinks, q)
+            sinks = sinks.detach().to(rows.dtype).expand(q.shape[:-2])[..., None]
+            sinks = sinks.expand(q.shape[:-1]).reshape(rows.shape[:2])
         store = self._store
         names = self._sequences if sequences is None else sequences
         if sequences is not None:
@@ -292,6 +312,8 @@ class SampledKVCache:
                 defensive=self.defensive,
                 seed=make_seed(generator),
                 sequences=names.to(q.device),
+                sinks=sinks,
+                softcap=None if softcap is None else float(softcap),
             )
             estimate = attend(store, self._sketch, call)
             if self._sketch is not None:

@@ -39,6 +39,77 @@ def test_exact_where_every_key_is_drawn(proposal, generator):
     assert float(est.std_error.max()) < 1e-4
 
 
+def beside_sinks(q, k, v, sinks, softcap=None):
+    """Exact attention and log-sum-exps of q (H, L, E) with capped logits and a sink for each head."""
+    k, v = (x.repeat_interleave(len(q) // len(x), 0) for x in (k, v))
+    logits = q @ k.mT / q.shape[-1] ** 0.5
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    logits = torch.cat((logits, sinks[:, None, None].expand(*logits.shape[:-1], 1)), -1)
+    return logits.softmax(-1)[..., :-1] @ v, logits.logsumexp(-1)
+
+
+@pytest.mark.parametrize("softcap", [None, 0.5])
+@pytest.mark.parametrize("proposal", PROPOSALS)
+def test_sinks_and_softcap_where_every_key_is_drawn(proposal, softcap, generator):
+    k, v = tokens(generator, n=37)
+    q = torch.randn(4, 3, 16, generator=generator)
+    sinks = torch.tensor([0.0, 3.0, -torch.inf, 5.0])
+    cache = qtx.SampledKVCache.build(k, v, proposal=proposal)
+    for replicates in (1, 2):
+        est = cache.attend(
+            q, 10_000, replicates=replicates, sinks=sinks, softcap=softcap, generator=generator
+        )
+        output, log_sum_exp = beside_sinks(q, k, v, sinks, softcap)
+        torch.testing.assert_close(est.output, output, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(est.log_sum_exp, log_sum_exp, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            est.attention_weights() @ v.repeat_interleave(2, 0), output, atol=1e-5, rtol=1e-4
+        )
+        assert est.info.log_sum_exp == "estimated"
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize("softcap", [None, 1.0])
+@pytest.mark.parametrize("proposal", ["exact", "low-rank", "int4"])
+def test_intervals_cover_the_exact_output_beside_sinks(proposal, softcap, generator):
+    """2,000 rows of 12 coordinates: 95 % intervals cover at least 94 %."""
+    k, v = tokens(generator, n=1000)
+    q, sinks = torch.randn(4, 500, 16, generator=generator), torch.tensor([3.0, 7.0, 8.0, 10.0])
+    cache = qtx.SampledKVCache.build(k, v, proposal=proposal, queries=q)
+    est = cache.attend(q, num_samples=64, sinks=sinks, softcap=softcap, generator=generator)
+    low, high = est.confidence_interval(0.95)
+    o, log_sum_exp = beside_sinks(q, k, v, sinks, softcap)
+    assert 0.94 < float(((low < o) & (o < high)).float().mean()) < 0.998
+    assert float((est.log_sum_exp - log_sum_exp).abs().mean()) < 0.1
+
+
+def test_a_cache_and_exact_attention_to_newer_keys_are_merged(generator):
+    k, v = tokens(generator, n=300)
+    q, sinks = torch.randn(4, 5, 16, generator=generator), torch.randn(4, generator=generator)
+    cache = qtx.SampledKVCache.build(k[:, :280], v[:, :280])
+    parts = [
+        cache.attend(q, 256, replicates=8, sinks=sinks, generator=generator),
+        qtx.sampled_attention(q, k[:, 280:], v[:, 280:], sampler="exact", enable_gqa=True),
+    ]
+    total = torch.logaddexp(*(part.log_sum_exp for part in parts))
+    merged = sum((part.log_sum_exp - total).exp()[..., None] * part.output for part in parts)
+    output, log_sum_exp = beside_sinks(q, k, v, sinks)
+    assert float((merged - output).norm() / output.norm()) < 0.03
+    assert float((total - log_sum_exp).abs().max()) < 0.02
+
+
+def test_sinks_and_softcaps_that_are_not_allowed_are_refused(generator):
+    k, v = tokens(generator, n=37)
+    q = torch.randn(4, 3, 16, generator=generator)
+    cache = qtx.SampledKVCache.build(k, v)
+    with pytest.raises(qtx.ShapeError, match="sinks has shape"):
+        cache.attend(q, sinks=torch.zeros(3))
+    with pytest.raises(qtx.ArgumentError, match="sinks holds NaN"):
+        cache.attend(q, sinks=torch.full((4,), torch.nan))
+    with pytest.raises(qtx.ArgumentError, match="softcap=0 is not allowed"):
+        cache.attend(q, softcap=0)
+
+
 @pytest.mark.statistical
 @pytest.mark.parametrize("proposal", PROPOSALS)
 def test_intervals_cover_the_exact_output(proposal, generator):

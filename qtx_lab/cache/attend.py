@@ -213,7 +213,7 @@ def _estimate(
     def refuse_cropped(name: str) -> None:
         if store.crops != crops:
             raise ArgumentError(
-                f"{name} is not known any more, as tokens may be gone: ask for it before the cache is cropped."
+                f"{name} is not known any more, as tokens may be gone: ask for it before a crop of the cache."
             )
 
     @functools.cache

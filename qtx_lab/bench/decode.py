@@ -32,6 +32,8 @@ ALLOWED = 1.1
 """A sketch may have this many times the error of draws by the exact logits (the sketch `exact`)."""
 QUERIES = 64
 """Queries of each head over which errors are averaged."""
+CASES = ((8192, 64, 128, 9, 3), (8192, 128, 256, 8, 8), (65_536, 128, 256, 8, 8))
+"""Keys, features, draws, query heads and key heads; the first has SmolLM2-135M's heads."""
 LAYERS_BYTES = 1 << 29
 """Bytes of the keys and values that take turns: more than processors' caches hold."""
 
@@ -61,12 +63,13 @@ def bench_decode(quick: bool, copy_bandwidth: float) -> list[BenchRow]:
       a token, in seconds, while a layer grows by a quarter.
     """
     rows = []
-    cases = [(2048, 64, 64)] if quick else [(8192, 128, 256), (65_536, 128, 256)]
+    cases = [(2048, 64, 64, 8, 8)] if quick else CASES
     turns = 5 if quick else 15
-    for n, features, draws in cases:
-        num_layers = 1 if quick else max(1, LAYERS_BYTES // (2 * 8 * n * features * 4))
-        layers = [synthetic(8, n, features, seed) for seed in range(num_layers)]
-        case = f"8 heads, n={n:,}, d={features}, S={draws}, {torch.get_num_threads()} threads"
+    for n, features, draws, heads, kv_heads in cases:
+        num_layers = 1 if quick else max(1, LAYERS_BYTES // (2 * kv_heads * n * features * 4))
+        layers = [synthetic(kv_heads, n, features, seed, heads // kv_heads) for seed in range(num_layers)]
+        grouped = f"{heads} heads" if heads == kv_heads else f"{heads} heads on {kv_heads} key heads"
+        case = f"{grouped}, n={n:,}, d={features}, S={draws}, {torch.get_num_threads()} threads"
         rows += measure(case, layers, draws, (features // 4,), copy_bandwidth, turns, with_prange=not quick)
     n, draws = (512, 64) if quick else (1024, 128)
     case = f"reference model's own keys, n={n:,}, d=32, S={draws}"
@@ -224,14 +227,18 @@ def relative_error(outputs: Sequence[Tensor], exact_outputs: Sequence[Tensor]) -
     return float(torch.stack(squares).mean().sqrt())
 
 
-def synthetic(heads: int, n: int, features: int, seed: int) -> Layer:
-    """Keys and queries with variances 1 / i along axes of each head's own, and logits of variance 4."""
+def synthetic(heads: int, n: int, features: int, seed: int, group: int = 1) -> Layer:
+    """Keys and queries with variances 1 / i along axes of each head's own, and logits of variance 4.
+
+    There are `heads` key heads, with `group` query heads on each.
+    """
     g = torch.Generator().manual_seed(seed)
     axes = torch.linalg.qr(torch.randn(heads, features, features, generator=g)).Q
     scales = torch.arange(1, features + 1).rsqrt()
     axes = scales[:, None] * axes.mT * (4 * features / scales.pow(4).sum()) ** 0.25
     q, earlier, k = (
-        torch.randn(heads, count, features, generator=g) @ axes for count in (QUERIES, 2 * features, n)
+        (torch.randn(heads, each, count, features, generator=g) @ axes[:, None]).flatten(0, 1)
+        for each, count in ((group, QUERIES), (group, 2 * features), (1, n))
     )
     return Layer(q, k, torch.randn(heads, n, features, generator=g), earlier)
 

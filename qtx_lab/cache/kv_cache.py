@@ -278,9 +278,9 @@ class SampledKVCache:
         AttentionEstimate
             `std_error` by the delta method, as for `LearnedImportanceSampler`; an estimated `log_sum_exp`
             where Triton did not run; indices count tokens as they came. Draws that found no key of their
-            own have weight 0. float32 on the CPU is attended to by a pass that numba compiles at the first
-            call of all (some twenty seconds; then it is kept on disk), others by Triton or plain torch:
-            `info.kernel` says which and why.
+            own have weight 0. float32 and bfloat16 on the CPU are attended to by a pass that numba
+            compiles at the first call of all (some twenty seconds; then it is kept on disk), others by
+            Triton or plain torch: `info.kernel` says which and why.
 
         Raises
         ------

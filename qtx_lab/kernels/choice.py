@@ -99,7 +99,7 @@ def choose(tensors: Sequence[Tensor], *, chained: bool = False, obstacle: str | 
 
 
 def choose_cpu(tensors: Sequence[Tensor]) -> Choice:
-    """Choose between the pass that numba compiles for float32 on the CPU and plain torch.
+    """Choose between the pass that numba compiles for the CPU, for float32 and bfloat16, and plain torch.
 
     QTX_LAB_KERNELS=reference takes plain torch, as does QTX_LAB_KERNELS=triton.
 
@@ -111,8 +111,9 @@ def choose_cpu(tensors: Sequence[Tensor]) -> Choice:
     if setting := _setting():
         return Choice("reference", f"{VARIABLE}={setting}")
     for x in tensors:
-        if x.dtype != torch.float32 or x.device.type != "cpu":
-            return Choice("reference", f"the kernel for the CPU takes float32, not {x.dtype} on {x.device}")
+        if x.dtype not in (torch.float32, torch.bfloat16) or x.device.type != "cpu":
+            given = f"{x.dtype} on {x.device}"
+            return Choice("reference", f"the kernel for the CPU takes float32 and bfloat16, not {given}")
         if not x.numel():
             return Choice("reference", "there is nothing to do")
     if obstacle := _compiler_obstacle():

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import platform
 import subprocess
 import sys
 import warnings
@@ -96,6 +97,25 @@ def test_compiled_draws_are_the_references(
 
 
 @pytest.mark.parametrize("proposal", PROPOSALS)
+def test_bfloat16_is_read_as_it_is(proposal, monkeypatch, generator, seed):
+    """Half the bytes, and the draws and weights of a float32 cache of the same numbers."""
+    k, v = (x.bfloat16() for x in tokens(generator, heads=6, n=900, features=33))
+    q = 2 * torch.randn(3, 4, 2, 33, generator=generator).bfloat16()
+    k, v = (x.unflatten(0, (3, 2)) for x in (k, v))
+    cache = qtx.SampledKVCache.build(k, v, proposal=proposal)
+    found, wanted = both(cache, monkeypatch, q, 48, seed, replicates=2)
+    assert found.output.dtype == wanted.output.dtype == torch.bfloat16
+    assert (found.draws.indices == wanted.draws.indices).float().mean() > 0.995
+    single = qtx.SampledKVCache.build(k.float(), v.float(), proposal=proposal)
+    whole, _ = both(single, monkeypatch, q.float(), 48, seed, replicates=2)
+    torch.testing.assert_close(found.draws.indices, whole.draws.indices)
+    torch.testing.assert_close(found.draws.weights, whole.draws.weights)
+    torch.testing.assert_close(found.output, whole.output.bfloat16())
+    torch.testing.assert_close(found.output, wanted.output, rtol=1e-2, atol=1e-2)
+    assert cache._store.table.nbytes * 2 == single._store.table.nbytes
+
+
+@pytest.mark.parametrize("proposal", PROPOSALS)
 @pytest.mark.parametrize(("features", "rank"), [(24, None), (33, 13), (130, 65), (1, 1)])
 def test_compiled_scores_are_the_references(proposal, features, rank, generator):
     """Over sorted, outlying and new tokens: to rounding, which is that of 8 bits a weight for int4."""
@@ -138,7 +158,7 @@ def test_what_is_not_compiled_takes_torch_and_says_so(generator, monkeypatch):
     q = torch.randn(2, 3, 16, generator=generator)
     for cache, x, reason in (
         (qtx.SampledKVCache.build(k.double(), v.double()), q[:, :1].double(), "takes float32"),
-        (qtx.SampledKVCache.build(k.bfloat16(), v.bfloat16()), q[:, :1].bfloat16(), "takes float32"),
+        (qtx.SampledKVCache.build(k.half(), v.half()), q[:, :1].half(), "takes float32"),
         (qtx.SampledKVCache.build(k, v), q[:, :0], "nothing to do"),
     ):
         with warnings.catch_warnings():
@@ -206,6 +226,53 @@ def test_many_at_once(generator, monkeypatch):
     child.join(60)
     monkeypatch.undo()
     assert child.exitcode == 0
+
+
+def test_a_processor_without_avx512_computes_the_same(soak, tmp_path, generator):
+    """Compiled for AVX2 in a process of its own, which takes half a minute."""
+    if not soak:
+        pytest.skip("a long schedule: QTX_LAB_SOAK=1")
+    if platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("AVX2 is for x86")
+    k, v = tokens(generator, n=900)
+    q = torch.randn(4, 3, 16, generator=generator)
+    torch.save((k, v, q), tmp_path / "inputs.pt")
+    code = (
+        "import sys, torch, qtx_lab as qtx\n"
+        "from qtx_lab.kernels.cpu_decode import launch\n"
+        "k, v, q = torch.load(sys.argv[1])\n"
+        "def attend(proposal):\n"
+        "    cache = qtx.SampledKVCache.build(k, v, proposal=proposal)\n"
+        "    est = cache.attend(q, 24, generator=torch.Generator().manual_seed(3))\n"
+        "    assert est.info.kernel.path == 'cpu'\n"
+        "    return est.draws.indices, est.output\n"
+        "torch.save([attend(x) for x in ('exact', 'low-rank', 'int4')], sys.argv[2])\n"
+        "print(' '.join(x for x in ('zmm', 'ymm') if x in launch.compiled()._library.get_asm_str()))\n"
+    )
+    results = {}
+    for name, processor in {
+        "here": {},
+        "AVX2": {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": ""},
+    }.items():
+        environment = {**os.environ, **processor, "NUMBA_CACHE_DIR": str(tmp_path / name)}
+        command = [sys.executable, "-c", code, str(tmp_path / "inputs.pt"), str(tmp_path / f"{name}.pt")]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        if processor:
+            assert done.stdout.split() == ["ymm"]
+        results[name] = torch.load(tmp_path / f"{name}.pt")
+    for (indices, output), (wanted_indices, wanted) in zip(results["AVX2"], results["here"], strict=True):
+        alike = (indices == wanted_indices).all(-1)
+        assert alike.float().mean() > 0.8
+        torch.testing.assert_close(output[alike], wanted[alike], rtol=2e-4, atol=2e-5)
+
+
+def test_few_rows_are_spread_evenly_over_threads():
+    assert [launch.tile_rows(1, 1, threads) for threads in (1, 2, 64)] == [1, 1, 1]
+    assert launch.tile_rows(3, 3, 2) == 2  # whole heads would leave a thread idle for a third of the time
+    assert launch.tile_rows(8, 4, 4) == 4
+    assert launch.tile_rows(2, 64, 2) == rows.TILE
+    assert launch.tile_rows(1000, 1, 2) == 1
 
 
 # --- Random numbers -----------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import struct
 import threading
 from dataclasses import dataclass
 from typing import Any
@@ -19,12 +20,20 @@ from .threads import run_on_threads
 ALONE = 1 << 18
 """Numbers of a sketch below which a second thread takes longer to wake than it saves."""
 
+TASK_AS_BYTES = struct.Struct(
+    "=" + "".join("d" if TASK[name] == np.float64 else "q" for name in TASK.names or ())
+)
+"""A task's fields, packed in a quarter of the time that NumPy takes."""
+
+READ_COST = 0.25
+"""The time to read a head's sketch once, in units of the time that a row takes besides."""
+
 _COMPILING = threading.Lock()
 
 
 @dataclass(frozen=True)
 class Scanned:
-    """What the pass reads of a cache: float32 and contiguous.
+    """What the pass reads of a cache, contiguous: float32, but for the table, which may be bfloat16.
 
     Parameters
     ----------
@@ -122,10 +131,31 @@ def draw_rows(
     if heads * rows * scanned.length * components <= ALONE:
         threads = 1
     task = make_task(queries, scale, scanned, names, num_samples, replicates, defensive, drawn)
-    tile = max(1, min(TILE, heads * rows // threads))
+    tile = tile_rows(heads, rows, threads)
     task["tile"], task["units"] = tile, heads * -(-rows // tile)
     run_on_threads(compiled(), task.ctypes.data, threads, (queries, scanned, names, drawn, task))
     return None if task["not_finite"][0] else drawn
+
+
+@functools.lru_cache(maxsize=256)
+def tile_rows(heads: int, rows: int, threads: int) -> int:
+    """Rows of a head that a thread takes at a time: many, but so few that all threads end together.
+
+    >>> tile_rows(3, 3, 1), tile_rows(3, 3, 2), tile_rows(64, 8, 2)
+    (3, 2, 8)
+    """
+    most = max(1, min(TILE, rows))
+    if threads == 1 or heads * rows >= 4 * threads * most:
+        return most
+
+    def longest(tile: int) -> float:
+        busy = [0.0] * threads  # the next tile goes to the thread that is free first
+        for begin in [*range(0, rows, tile)] * heads:
+            first = busy.index(min(busy))
+            busy[first] += READ_COST + min(tile, rows - begin)
+        return max(busy)
+
+    return min(range(most, 0, -1), key=longest)
 
 
 def _empty_rows(queries: Tensor, draws: int, width: int) -> DrawnRows:
@@ -159,7 +189,7 @@ def make_task(
     """The task of a call, an array of one `TASK`; arguments as of `draw_rows`, and where to write."""
     heads, rows, features = queries.shape
     lines, weight, exact_keys = scanned.lines, scanned.weight, scanned.exact_keys
-    fields = {
+    fields = {  # in the order of `TASK`
         "next_unit": 0,
         "not_finite": 0,
         "units": 0,
@@ -182,22 +212,24 @@ def make_task(
         "seed": names.seed,
         "scale": scale,
         "defensive": defensive,
-        "sequences_at": _address(names.sequences),
-        "queries_at": _address(queries),
-        "table_at": _address(scanned.table),
-        "order_at": _address(scanned.order),
+        "half": int(scanned.table.dtype == torch.bfloat16),
+        "sequences_at": names.sequences.data_ptr(),
+        "queries_at": queries.data_ptr(),
+        "table_at": scanned.table.data_ptr(),
+        "order_at": scanned.order.data_ptr(),
         "lines_at": _address(lines),
         "weight_at": _address(weight),
         "exact_at": _address(exact_keys),
-        "indices_at": _address(drawn.indices),
-        "weights_at": _address(drawn.weights),
-        "proposed_at": _address(drawn.proposed),
-        "inclusion_at": _address(drawn.inclusion),
-        "rate_at": _address(drawn.rate),
-        "output_at": _address(drawn.output),
-        "effective_at": _address(drawn.effective_sample_size),
+        "indices_at": drawn.indices.data_ptr(),
+        "weights_at": drawn.weights.data_ptr(),
+        "proposed_at": drawn.proposed.data_ptr(),
+        "inclusion_at": drawn.inclusion.data_ptr(),
+        "rate_at": drawn.rate.data_ptr(),
+        "output_at": drawn.output.data_ptr(),
+        "effective_at": drawn.effective_sample_size.data_ptr(),
     }
-    return np.array([tuple(fields[name] for name in TASK.fields or ())], TASK)
+    assert tuple(fields) == TASK.names
+    return np.frombuffer(bytearray(TASK_AS_BYTES.pack(*fields.values())), TASK)
 
 
 def _address(x: Tensor | None) -> int:

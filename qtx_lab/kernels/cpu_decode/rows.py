@@ -45,10 +45,11 @@ TASK = np.dtype(
         ("seed", np.int64),
         ("scale", np.float64),
         ("defensive", np.float64),  # epsilon
+        ("half", np.int64),  # 1 where `table` is bfloat16
         # Addresses of contiguous arrays.
         ("sequences_at", np.int64),  # int64, (N / groups,): names of the sequences
         ("queries_at", np.int64),  # float32, (N, M, E)
-        ("table_at", np.int64),  # float32, (N, capacity, E + Ev): keys and values in the order of arrival
+        ("table_at", np.int64),  # (N, capacity, E + Ev): keys and values in the order of arrival
         ("order_at", np.int64),  # int64, (N, capacity): the token at each place
         ("lines_at", np.int64),  # int8, (N, r, line_capacity), or uint8, (N, ceil(r / 2), line_capacity)
         ("weight_at", np.int64),  # float32, (N, E, r): takes queries to components
@@ -124,6 +125,19 @@ def _prefetch(typing: Any, address: Any) -> Any:
     return types.void(types.int64), generate
 
 
+@typed_intrinsic
+def _number(typing: Any, x: Any) -> Any:
+    """The float32 of a number of the table: a float32, or a bfloat16, which numba knows as a uint16."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if x == types.float32:
+            return args[0]
+        word = ir.IntType(32)
+        return builder.bitcast(builder.shl(builder.zext(args[0], word), word(16)), ir.FloatType())
+
+    return types.float32(x), generate
+
+
 @njit(fastmath={"contract"})  # in this order, or the reduction of x loses its last digits
 def _exp(x: Any) -> Any:
     """e^x, x <= 0, to 2e-7: the polynomial of Cephes' expf, which the compiler can vectorise."""
@@ -185,7 +199,7 @@ def row_offset(key: Any, position: Any, group: Any, replicate: Any) -> Any:
 def _dot(x: Any, y: Any) -> Any:
     total = zero
     for i in range(x.shape[0]):
-        total += x[i] * y[i]
+        total += x[i] * _number(y[i])
     return total
 
 
@@ -373,9 +387,11 @@ def score_rows(out: Any, head: Any, x: Any, t: Any) -> None:
     """Scores (rows, n) of scaled queries x (rows, E) of a head of task t, in the order of the places."""
     if t.kind == EXACT:
         shape = (t.heads, t.capacity, t.features + t.width)
-        table = carray(_pointer(t.table_at), shape, np.float32)[head]
         order = carray(_pointer(t.order_at), (t.heads, t.capacity), np.int64)[head]
-        _scores_of_keys(out, x, table, order)
+        if t.half:
+            _scores_of_keys(out, x, carray(_pointer(t.table_at), shape, np.uint16)[head], order)
+        else:
+            _scores_of_keys(out, x, carray(_pointer(t.table_at), shape, np.float32)[head], order)
         return
     lines = t.rank if t.kind == INT8 else (t.rank + 1) // 2
     lines_at = t.lines_at + head * lines * t.line_capacity
@@ -489,7 +505,7 @@ def _weigh(
 ) -> None:
     """Weigh the draws (S,) by their exact logits; `output` gets `share` of their average value."""
     draws, features, width = tokens.shape[0], x.shape[0], table.shape[1]
-    address, size = table.ctypes.data, np.int64(4 * width)
+    address, size = table.ctypes.data, np.int64(table.itemsize * width)
     top = np.float32(-np.inf)
     for s in range(-AHEAD, draws):
         if s + AHEAD < draws:
@@ -514,7 +530,7 @@ def _weigh(
         if weights[s] > zero:
             value, w = table[tokens[s], features:], weights[s]
             for i in range(output.shape[0]):
-                output[i] += w * value[i]
+                output[i] += w * _number(value[i])
 
 
 @njit(error_model="numpy")
@@ -524,7 +540,9 @@ def _attend_row(t: Any, head: Any, m: Any, x: Any, mass: Any, place: Any, cdf: A
     Returns False if the row is not finite.
     """
     replicates, draws = t.replicates, t.draws
-    table = carray(_pointer(t.table_at), (t.heads, t.capacity, t.features + t.width), np.float32)[head]
+    shape = (t.heads, t.capacity, t.features + t.width)
+    table = carray(_pointer(t.table_at), shape, np.float32)[head]
+    half_table = carray(_pointer(t.table_at), shape, np.uint16)[head]
     order = carray(_pointer(t.order_at), (t.heads, t.capacity), np.int64)[head]
     sequences = carray(_pointer(t.sequences_at), t.heads // t.groups, np.int64)
     drawn = (t.heads, t.rows, replicates * draws)
@@ -556,7 +574,11 @@ def _attend_row(t: Any, head: Any, m: Any, x: Any, mass: Any, place: Any, cdf: A
             of_tokens[s] = order[place[s]]
             proposed[r * draws + s] = q / total
             of_draws[s] = min(q / limit, one)
-        _weigh(x, table, of_tokens, within, of_draws, weights[part], output, one / np.float32(replicates))
+        share = one / np.float32(replicates)
+        if t.half:
+            _weigh(x, half_table, of_tokens, within, of_draws, weights[part], output, share)
+        else:
+            _weigh(x, table, of_tokens, within, of_draws, weights[part], output, share)
     carray(_pointer(t.rate_at), (t.heads, t.rows), np.float32)[head, m] = total / limit
     carray(_pointer(t.effective_at), (t.heads, t.rows), np.float32)[head, m] = one / _dot(weights, weights)
     return True

@@ -6,15 +6,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..controls import Control, Folds, MultilevelControlVariate, make_control, regress
-from ..controls.base import Prepared, control_ratios
+from ..controls import (
+    Control,
+    Folds,
+    MultilevelControlVariate,
+    Prepared,
+    RowVariance,
+    make_control,
+    mix_controls,
+    regress,
+    value_spread,
+)
 from ..errors import ArgumentError
 from ..estimates import ControlReport, Draws
 from ..problem import FIRST_KNOWN, AttentionProblem
-from ..samplers import SampledRows
+from ..samplers import Design, SampledRows
 from ..streams import Purpose, Stream
 
 ControlVariate = str | Control | Sequence[str | Control] | MultilevelControlVariate
@@ -39,7 +47,7 @@ def make_controls(control_variate: ControlVariate) -> list[Control]:
 class Correction:
     """What controls make of the draws of rows (N, M).
 
-    With r_cs = trust_c p̂_c(j_s) / p(j_s), coefficients β and known sums μ_c, the corrected estimate is
+    With r_cs = p̂_c(j_s) / p(j_s), coefficients β and known sums μ_c, the corrected estimate is
 
         z = sum_s weights_s g_s,        g_s = (1 - sum_c β_c r_cs) v_{j_s} + sum_c β_c r_cs μ_c.
 
@@ -52,6 +60,8 @@ class Correction:
         β_c r_cs.
     means : Tensor, (C, N, M, d)
         μ_c.
+    unseen_share : Tensor, (N, M)
+        What is left, on average, of the variance of the keys that the draws of a row are likely to miss.
     exact_rows : Tensor, bool, (M,)
         Where a control is the row itself, and the output exact.
     report : ControlReport
@@ -61,6 +71,7 @@ class Correction:
     by_replicate: Tensor
     shares: Tensor
     means: Tensor
+    unseen_share: Tensor
     exact_rows: Tensor
     report: ControlReport
 
@@ -72,6 +83,7 @@ class Correction:
             by_replicate=self.by_replicate[rows],
             shares=self.shares[:, *rows],
             means=self.means[:, *rows],
+            unseen_share=self.unseen_share[rows],
             exact_rows=self.exact_rows[rows[1]],
         )
 
@@ -84,11 +96,6 @@ class Correction:
             info = info.with_fallbacks(
                 f"Controls cost as much as the exact output, {report.exact_cost:,.0f} multiply-adds a query: "
                 f"{', '.join(costly)}."
-            )
-        if problem.length * self.by_replicate.shape[2] == 1 and not bool(self.shares.any()):
-            info = info.with_fallbacks(
-                "Not corrected by control_variate: one row of one replicate leaves nothing to fit "
-                "coefficients to."
             )
         return replace(sampled, output=problem.in_units(self.output), info=info, make_std_error=None)
 
@@ -119,8 +126,12 @@ def correct(
 ) -> Correction:
     """Correct the estimate that a sampler gave of the rows of a problem.
 
-    Coefficients are those of `regress`, fitted for each control and query head to the head's rows and
-    replicates: to earlier rows only in a causal problem.
+    Each row mixes the controls by weights that follow from its probabilities (`row_weights`), not from its
+    draws. Where draws are independent, that is all: what a row becomes has nothing to do with the rows beside
+    it. Other draws lie more evenly than the weights assume, so the mixture then gets a coefficient below 1
+    where `regress` finds one beyond doubt, in the other rows and replicates of the query head: in earlier
+    rows only in a causal problem. Draws in value order and those that rows share, whose noise may be less
+    than what a control brings, are corrected only where `regress` finds beyond doubt that this helps.
 
     Parameters
     ----------
@@ -157,15 +168,22 @@ def correct(
         for control in controls
     ]
     parts = _control_parts(problem, draws, prepared, sampled.design.variance_weights)
-    fitted = _fit(problem, parts, controls, prepared, rows_are_independent)
-    report = _report(problem, draws, controls, prepared, parts, fitted)
+    coefficients = _coefficients(problem, parts, sampled.design, rows_are_independent)
+    by_replicate = parts.estimates - coefficients[..., None] * parts.noise
+    exact = parts.exact_rows
+    output = by_replicate.mean(2)
+    if bool(exact.any()):
+        output = torch.where(exact[:, None], (parts.weights[..., None] * parts.means).sum(0), output)
+    each = coefficients.repeat_interleave(draws.indices.shape[-1] // draws.replicates, -1)  # [N, M, R * S]
+    mean = coefficients.mean(-1)
     return Correction(
-        fitted.output,
-        fitted.by_replicate,
-        fitted.shares,
+        output,
+        by_replicate,
+        parts.ratios * parts.weights[..., None] * each,
         parts.means,
-        fitted.exact_rows,
-        report,
+        (1 - 2 * mean * parts.unseen[0] + mean.square() * parts.unseen[1]).clamp_min(0),
+        exact,
+        _report(problem, draws, controls, prepared, parts, coefficients, by_replicate),
     )
 
 
@@ -194,18 +212,27 @@ class _ControlParts:
     ----------
     estimates : Tensor, (N, M, R, d)
         The uncorrected estimate of each replicate.
-    noise : Tensor, (C, N, M, R, d)
-        The error of each control's estimate: see `control_noise`.
+    noise : Tensor, (N, M, R, d)
+        The error of the mixture of controls: see `MixedControls.noise`.
+    weights : Tensor, (C, N, M)
+        Of the controls in the mixture.
     means : Tensor, (C, N, M, d)
         Known sums of the controls.
-    shares : Tensor, (C, N, M, R * S)
-        r_cs of `Correction`.
+    ratios : Tensor, (C, N, M, R * S)
+        p̂ / p of each control and draw.
+    unseen : Tensor, (2, N, M)
+        See `MixedControls`.
+    exact_rows : Tensor, bool, (M,)
+        Where a control is the row itself.
     """
 
     estimates: Tensor
     noise: Tensor
+    weights: Tensor
     means: Tensor
-    shares: Tensor
+    ratios: Tensor
+    unseen: Tensor
+    exact_rows: Tensor
 
 
 def _control_parts(
@@ -214,97 +241,53 @@ def _control_parts(
     prepared: Sequence[Prepared],
     variance_weights: Callable[[Tensor], Tensor] | None,
 ) -> _ControlParts:
-    keys, values = problem.keys, problem.values
+    values, shape, count = problem.values, problem.shape, len(prepared)
     total, r, width = draws.indices.shape[-1], draws.replicates, problem.width
-    shape = (len(prepared), *problem.shape)
-    means, shares = values.new_empty(*shape, width), values.new_empty(*shape, total)
-    noise = values.new_empty(*shape, r, width)
-    estimates = values.new_empty(*problem.shape, r, width)
-    for heads, part in problem.blocks(16 * total):
-        q, at, own = problem.queries[heads, part], problem.positions(part), draws[heads, part]
-        estimates[heads, part] = r * own.average_by_replicate(values[heads])
-        live = own.weights > 0
-        for c, control in enumerate(prepared):
-            w = control_ratios(
-                control,
-                q,
-                at,
-                keys[heads],
-                own,
-                scale=problem.scale,
-                causal=problem.is_causal,
-                variance_weights=variance_weights,
-                heads=heads,
-            )
-            mean = control.sums(q, at, heads=heads)
-            held = w.unflatten(-1, (r, total // r)).sum(-1, keepdim=True)
-            noise[c, heads, part] = r * (
-                own.average_by_replicate(values[heads], w) - held * mean[..., None, :]
-            )
-            means[c, heads, part] = mean
-            shares[c, heads, part] = torch.where(live, w / own.weights.masked_fill(~live, 1), 0)
-    return _ControlParts(estimates, noise, means, shares)
+    estimates, noise = values.new_empty(2, *shape, r, width)
+    weights, unseen = values.new_empty(count, *shape), values.new_empty(2, *shape)
+    means, ratios = values.new_empty(count, *shape, width), values.new_empty(count, *shape, total)
+    spread = value_spread(values)
+    for heads, rows in problem.blocks(max(16 * total, (count + 2) * problem.num_keys // 2)):
+        block, own = (heads, rows), draws[heads, rows]
+        log_p = problem.logits(heads, rows).log_softmax(-1)
+        variance = RowVariance(log_p, spread[heads, : log_p.shape[-1]], variance_weights)
+        q, positions = problem.queries[heads, rows], problem.positions(rows)
+        mixed = mix_controls(prepared, q, positions, own, variance, heads=heads)
+        estimates[block] = r * own.average_by_replicate(values[heads])
+        noise[block] = mixed.noise(own, values[heads])
+        weights[:, *block], unseen[:, *block] = mixed.weights, mixed.unseen
+        means[:, *block], ratios[:, *block] = mixed.means, mixed.ratios
+    positions = problem.positions(slice(0, shape[1]))
+    exact = torch.stack([x.exact_rows(positions) for x in prepared]).any(0)
+    return _ControlParts(estimates, noise, weights, means, ratios, unseen, exact)
 
 
-@dataclass(frozen=True)
-class _Fitted:
-    """A corrected estimate: `output`, `by_replicate`, `shares` and `exact_rows` of `Correction`, and the mean
-    coefficients of query heads (H, C)."""
-
-    output: Tensor
-    by_replicate: Tensor
-    shares: Tensor
-    coefficients: Tensor
-    exact_rows: Tensor
-
-
-def _fit(
-    problem: AttentionProblem,
-    parts: _ControlParts,
-    controls: Sequence[Control],
-    prepared: Sequence[Prepared],
-    rows_are_independent: bool,
-) -> _Fitted:
-    """Corrected by coefficients that are fitted to other draws than those that they correct."""
-    (_, _, r, width), count = parts.estimates.shape, len(parts.noise)
-    heads, length = problem.shape[0] * problem.group, problem.length
-    estimates = parts.estimates.view(heads, length, r, width)
-    noise = parts.noise.view(count, heads, length, r, width)
-    means = parts.means.view(count, heads, length, width)
-    known = _known_coefficients(problem, controls, prepared)  # [L, C]
-    rows = ~known.any(1)  # those to fit; where a control is exact, it says nothing of the other rows
+def _coefficients(
+    problem: AttentionProblem, parts: _ControlParts, design: Design, rows_are_independent: bool
+) -> Tensor:
+    """The coefficient of the mixture in each row and replicate, (N, M, R); 1 where draws are independent."""
+    n, m, r, width = parts.noise.shape
+    ones = parts.noise.new_ones(n, m, r)
+    if design.independent:
+        return ones
+    heads, length = n * problem.group, problem.length
+    rows = ~parts.exact_rows[:length]  # those to fit; exact ones say nothing of the others
+    estimates, noise = (x.view(heads, length, r, width)[:, rows] for x in (parts.estimates, parts.noise))
+    share = parts.weights / parts.weights.sum(0).clamp_min(torch.finfo(ones.dtype).tiny)
+    centre = (share[..., None] * parts.means).sum(0).view(heads, length, width)[:, rows]
     folds = None
     if problem.is_causal:
-        independent = rows_are_independent
         folds = Folds.of_earlier_rows(
-            int(rows.sum()), r, rows_are_independent=independent, device=rows.device
+            int(rows.sum()), r, rows_are_independent=rows_are_independent, device=rows.device
         )
-    fit = regress(estimates[:, rows], noise[:, :, rows], means.mean(0)[:, rows], folds=folds, largest=1.0)
-    beta = known.to(noise)[:, None].repeat(heads, 1, r, 1)  # [H, L, R, C]
-    beta[:, rows] = fit.coefficients[:, fit.folds.fold].to(beta)
-    corrected = estimates - torch.einsum("lc,chlrd->hlrd", known.to(noise), noise)
-    corrected[:, rows] = fit.by_replicate
-    exact = torch.einsum("lc,chld->hld", known.to(means), means)
-    output = torch.where(rows[:, None], corrected.mean(2), exact)
-    draws = parts.shares.shape[-1] // r
-    shares = parts.shares.view(count, heads, length, r, draws) * beta.movedim(-1, 0)[..., None]
-    return _Fitted(
-        output.view(*problem.shape, width),
-        corrected.view(parts.estimates.shape),
-        shares.view(parts.shares.shape),
-        beta.double().sum((1, 2)) / max(1, length * r),
-        ~rows.repeat(problem.group),
-    )
-
-
-def _known_coefficients(
-    problem: AttentionProblem, controls: Sequence[Control], prepared: Sequence[Prepared]
-) -> Tensor:
-    """1 for the control that is the row itself, an oracle before others, else 0: bool, (L, C)."""
-    positions = problem.positions(slice(0, problem.length))
-    exact = torch.stack([control.exact_rows(positions) for control in prepared], -1)  # [L, C]
-    oracle = torch.tensor([control.oracle for control in controls], device=exact.device)
-    return F.one_hot((exact.int() + oracle).argmax(-1), len(controls)).bool() & exact
+    # Value order may leave less noise than a control brings: 0 then, unless the control helps beyond doubt.
+    # Else it is 1 unless another is better beyond doubt: what is fitted is how far it is from 1.
+    default = 0 if design.in_order or not rows_are_independent else 1
+    fit = regress(estimates - default * noise, noise[None], centre, folds=folds, largest=1.0)
+    fitted = (default + fit.coefficients[..., 0]).clamp_max(1)  # [H, F]
+    coefficients = ones.view(heads, length, r)
+    coefficients[:, rows] = fitted[:, fit.folds.fold].to(ones)
+    return coefficients.view(n, m, r)
 
 
 def _report(
@@ -313,7 +296,8 @@ def _report(
     controls: Sequence[Control],
     prepared: Sequence[Prepared],
     parts: _ControlParts,
-    fitted: _Fitted,
+    coefficients: Tensor,
+    by_replicate: Tensor,
 ) -> ControlReport:
     lead, names, n = problem.row_shape[:-1], [c.name for c in controls], problem.num_keys
     heads, length, total = problem.shape[0] * problem.group, problem.length, draws.indices.shape[-1]
@@ -325,10 +309,12 @@ def _report(
         spread = problem.in_units(x.var(2).sqrt()).square().sum(-1)
         return spread.view(heads, length).mean(1).view(lead) / draws.replicates
 
+    used = (parts.weights * coefficients.mean(-1)).double().view(len(names), heads, length)
+    mean = used.sum(-1) / max(1, length)  # [C, H]
     return ControlReport(
-        coefficients={name: fitted.coefficients[:, c].reshape(lead) for c, name in enumerate(names)},
+        coefficients={name: x.reshape(lead) for name, x in zip(names, mean, strict=True)},
         costs={name: p.cost(n) + total * p.cost_at() for name, p in zip(names, prepared, strict=True)},
         exact_cost=float(n * (problem.keys.shape[-1] + problem.width)),
         variance_before=variance(parts.estimates),
-        variance_after=variance(fitted.by_replicate),
+        variance_after=variance(by_replicate),
     )

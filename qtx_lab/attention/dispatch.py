@@ -91,9 +91,11 @@ def sampled_attention(
     replicates : int
         R independent repetitions, averaged; R >= 2 gives every sampler error bars.
     control_variate : str, Control, MultilevelControlVariate, or a list of names and controls, optional
-        What corrects the estimate (`qtx_lab.controls.CONTROLS`): unbiased as the sampler is, coefficients one
-        a control and query head. No masks but `is_causal`; the sampler must know its draws' probabilities,
-        and rows that share their randomness (`sobol`, `halton`, `lattice`) need replicates >= 2.
+        What corrects the estimate (`qtx_lab.controls.CONTROLS`), unbiased as the sampler is: each row mixes
+        the controls by weights that its probabilities tell before any draw, so that more controls do not lose
+        what one gains. No masks but `is_causal`, no softcap, no window; the sampler must know its draws'
+        probabilities, and rows that share their randomness (`sobol`, `halton`, `lattice`) need replicates >=
+        2.
     tolerance : float, optional
         In place of a count: every row gets as many draws as keep |o_hat - o| <= tolerance |o| with
         probability `confidence`, norms over its features (see `to_tolerance`). `info` then has for each row

@@ -25,6 +25,7 @@ from ..models.reference import load_reference_model
 from ..models.text import encode, reference_text
 from ..samplers import BASELINES, SAMPLERS, LearnedImportanceSampler, make_sampler
 from .base import BenchRow, Timing, shown
+from .control_sets import bench_control_sets
 
 BASELINE = "monte-carlo"
 DIFFUSE = 1 / 8
@@ -125,6 +126,8 @@ def bench_estimators(quick: bool, copy_bandwidth: float) -> list[BenchRow]:
     - `bias share`: the share of the squared error, over all heads, that is bias;
     - `microseconds a row`.
 
+    The tables of `bench_control_sets` follow: what sets of control variates leave of the error.
+
     A method fails its check if its error is not finite, or if it is unbiased and has more than 1.1 times the
     error of i.i.d. draws. It then gets none of these ratios.
     """
@@ -142,7 +145,7 @@ def bench_estimators(quick: bool, copy_bandwidth: float) -> list[BenchRow]:
             case.options
         ):  # only learned attention: synthetic rows have no heads to average over, and no low rank
             print_targets(case, errors, fitted)
-    return rows
+    return rows + bench_control_sets(quick)
 
 
 # --- What is estimated ----------------------------------------------------------------------------

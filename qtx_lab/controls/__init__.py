@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from .base import Control, Prepared, control_noise
+from .base import Control, Prepared
 from .exact import ExactControl
 from .linformer import LinformerControl
+from .mixture import RowVariance, control_noise, mix_controls, row_weights, value_spread
 from .multilevel import LevelDraws, MultilevelControlVariate
 from .performer import PerformerControl
 from .registry import CONTROLS, make_control
@@ -22,8 +23,12 @@ __all__ = [
     "PerformerControl",
     "Prepared",
     "Regression",
+    "RowVariance",
     "TopKControl",
     "control_noise",
     "make_control",
+    "mix_controls",
     "regress",
+    "row_weights",
+    "value_spread",
 ]

@@ -46,10 +46,6 @@ class ExactWeights(Prepared):
         """p̂ at some keys: see `Prepared.weights_at`."""
         return self._dense(q, positions, heads).gather(-1, indices)
 
-    def trust(self, q: Tensor, positions: Tensor, *, heads: slice = EVERY) -> Tensor:
-        """1: see `Prepared.trust`."""
-        return q.new_ones(q.shape[:2])
-
     def exact_rows(self, positions: Tensor) -> Tensor:
         """All of them: see `Prepared.exact_rows`."""
         return torch.ones_like(positions, dtype=torch.bool)

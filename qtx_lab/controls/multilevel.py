@@ -12,9 +12,10 @@ from torch import Tensor
 from ..errors import ArgumentError, DtypeError, ShapeError
 from ..estimates import Draws
 from ..problem import FIRST_KNOWN
-from .base import Control, control_ratios
+from .base import Control, masked_logits
+from .mixture import RowVariance, mix_controls, value_spread
 from .registry import make_control
-from .regression import regress
+from .regression import Folds, regress
 
 SamplesAndMean = tuple[Tensor, Tensor]
 """Samples of a control, (S, ..., d), and their known mean, (..., d)."""
@@ -29,7 +30,8 @@ class LevelDraws:
     names : tuple of str
         Names of the C levels.
     noise : Tensor, (C, T, ..., d)
-        T times the part of each draw in the level's error; its mean is 0.
+        T times the part of each draw in the level's error, times the level's weight in the row; its mean is
+        0.
     means : Tensor, (C, ..., d)
         Known sum of each level.
     target : Tensor, (T, ..., d)
@@ -42,6 +44,11 @@ class LevelDraws:
         Whether all T draws are independent of each other.
     oracle : str or None
         The level that is the target itself, if there is one.
+    weights : Tensor, (C, ..., L), or None
+        The weight of each level in each row (`row_weights`), which the levels' probabilities tell. None where
+        nothing but samples is known: each level then gets a coefficient of its own from them.
+    causal : bool
+        Whether no row may know of later ones.
     """
 
     names: tuple[str, ...]
@@ -52,6 +59,8 @@ class LevelDraws:
     replicates: int
     independent: bool
     oracle: str | None
+    weights: Tensor | None = None
+    causal: bool = False
 
     def __getitem__(self, name: str) -> SamplesAndMean:
         """Return the samples (T, ..., d) and the known mean (..., d) of a level."""
@@ -62,10 +71,11 @@ class LevelDraws:
 class MultilevelControlVariate:
     """Corrects samples of an attention output by levels whose means are known.
 
-    Each head has its coefficients, the optimum of a regression over its rows and coordinates. They are
-    cross-fitted, so that the corrected estimate is unbiased, and shrunk, so that a useless level does no
-    harm; see `regress`. If "exact" is among the levels, the exact output is known: it is returned, with
-    variance 0.
+    Each row mixes the levels by weights that its probabilities tell (`row_weights`), and each head has a
+    coefficient for its mixture, the optimum of a regression over its rows and coordinates. For pairs of
+    samples and mean, each level has a coefficient. Coefficients are cross-fitted, so that the corrected
+    estimate is unbiased, and shrunk, so that a useless level does no harm; see `regress`. If "exact" is among
+    the levels, the exact output is known: it is returned, with variance 0.
 
     Parameters
     ----------
@@ -76,7 +86,8 @@ class MultilevelControlVariate:
     Attributes
     ----------
     coefficients : dict of str to Tensor, float64, (...)
-        Coefficient of each level and head in the last `variance_reduced_estimate`, the mean over the folds.
+        Coefficient of each level and head in the last `variance_reduced_estimate`, times its weight: the mean
+        over rows and folds.
     variance_before, variance_after : Tensor or None, (...)
         Variance of the plain and of the corrected estimate, summed over coordinates, the mean over a head's
         rows; None if there is only one replicate.
@@ -179,26 +190,31 @@ class MultilevelControlVariate:
         flat = draws.view((count, length))
         positions = torch.arange(length, device=Q.device)
         drawn = v[torch.arange(count, device=Q.device)[:, None, None], flat.indices]  # [N, L, T, d]
-        noise, means, costs = [], [], {}
         known = q[:, :FIRST_KNOWN] if is_causal else q
-        for control in self.controls:
-            prepared = control.prepare(k, v, scale=scale, causal=is_causal, q=known, generator=generator)
-            mean = prepared.sums(q, positions)
-            w = control_ratios(prepared, q, positions, k, flat, scale=scale, causal=is_causal)
-            noise.append(total * w[..., None] * (drawn - mean[..., None, :]))
-            means.append(mean)
-            costs[control.name] = prepared.cost(k.shape[1]) + total * prepared.cost_at()
+        prepared = [
+            control.prepare(k, v, scale=scale, causal=is_causal, q=known, generator=generator)
+            for control in self.controls
+        ]
+        log_p = masked_logits(q, k, positions, scale, is_causal).log_softmax(-1)
+        mixed = mix_controls(prepared, q, positions, flat, RowVariance(log_p, value_spread(v)))
+        noise, costs = [], {}
+        w = total * flat.weights * mixed.ratios * mixed.weights[..., None]  # [C, N, L, T]
+        for each, mean in zip(w, mixed.means, strict=True):  # one level at a time: (N, L, T, d) is large
+            noise.append((each[..., None] * (drawn - mean[..., None, :])).movedim(2, 0))
+        for name, control in zip(self.levels, prepared, strict=True):
+            costs[name] = control.cost(k.shape[1]) + total * control.cost_at()
         target = total * flat.weights[..., None] * drawn
-
         return LevelDraws(
             self.levels,
-            torch.stack(noise).movedim(3, 1).reshape(len(noise), total, *leading, length, d),
-            torch.stack(means).view(len(means), *leading, length, d),
+            torch.stack(noise).view(len(noise), total, *leading, length, d),
+            mixed.means.view(len(noise), *leading, length, d),
             target.movedim(2, 0).reshape(total, *leading, length, d),
             costs,
             draws.replicates,
             independent,
             next((c.name for c in self.controls if c.oracle), None),
+            mixed.weights.view(len(noise), *leading, length),
+            is_causal,
         )
 
     def variance_reduced_estimate(
@@ -229,8 +245,6 @@ class MultilevelControlVariate:
         """
         x = quantum_samples
         levels = _checked_levels(x, controls)
-        # Our controls are scaled so that no coefficient above 1 makes sense; pairs may have any scale.
-        largest = 1.0 if isinstance(controls, LevelDraws) else math.inf
         samples, *lead, d = x.shape
         heads, rows = torch.Size(lead[:-1]), lead[-1] if lead else 1
         target = x.reshape(samples, heads.numel(), rows, d).movedim(0, 2)  # [N, M, S, d]
@@ -238,9 +252,7 @@ class MultilevelControlVariate:
         means = levels.means.reshape(-1, heads.numel(), rows, d)
         replicates = samples if levels.independent else levels.replicates
         estimates = target.unflatten(2, (replicates, -1)).mean(3)  # [N, M, R, d]
-        correction = _correct(
-            estimates, noise.unflatten(3, (replicates, -1)).mean(4), means, levels, largest=largest
-        )
+        correction = _correct(estimates, noise.unflatten(3, (replicates, -1)).mean(4), means, levels)
         self.notes = correction.notes
         self.coefficients = {
             name: correction.coefficients[:, c].reshape(heads) for c, name in enumerate(levels.names)
@@ -324,9 +336,7 @@ class _Correction:
     notes: tuple[str, ...] = ()
 
 
-def _correct(
-    estimates: Tensor, noise: Tensor, means: Tensor, levels: LevelDraws, *, largest: float
-) -> _Correction:
+def _correct(estimates: Tensor, noise: Tensor, means: Tensor, levels: LevelDraws) -> _Correction:
     """Correct estimates (N, M, R, d) by the levels' noise (C, N, M, R, d) and means (C, N, M, d)."""
     heads, rows, replicates, _ = estimates.shape
     zero = torch.zeros(heads, len(levels.names), dtype=torch.float64, device=estimates.device)
@@ -340,8 +350,20 @@ def _correct(
             "bias. Draw replicates, or set independent=True if the draws are independent."
         )
         return _Correction(estimates.mean(2), estimates, zero, (note,))
-    fit = regress(estimates, noise, means.mean(0), largest=largest)
-    coefficients = fit.coefficients.mean(1)
+    folds = None
+    if levels.causal:
+        apart = levels.independent or replicates == 1
+        folds = Folds.of_earlier_rows(rows, replicates, rows_are_independent=apart, device=estimates.device)
+    if levels.weights is None:
+        fit = regress(estimates, noise, means.mean(0), folds=folds)
+        coefficients = fit.coefficients.mean(1)
+    else:  # the weights are such that no coefficient of the mixture above 1 makes sense
+        weights = levels.weights.reshape(len(levels.names), heads, rows).to(means)
+        share = weights / weights.sum(0).clamp_min(torch.finfo(weights.dtype).tiny)
+        centre = (share[..., None] * means).sum(0)
+        fit = regress(estimates, noise.sum(0, keepdim=True), centre, folds=folds, largest=1.0)
+        of_rows = fit.coefficients[:, fit.folds.fold, 0].mean(-1)  # [N, M]
+        coefficients = (weights.double() * of_rows).mean(-1).mT
     notes: tuple[str, ...] = ()
     if not bool(coefficients.any()):
         notes = (

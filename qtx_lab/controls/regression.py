@@ -18,8 +18,9 @@ MAX_FOLDS = 8
 CONFIDENCE = 0.97725
 """A coefficient is 0 below this quantile of Student's t: |t| < 2, or more where there are few units."""
 
-SINGULAR = 1e-6
-"""A control gets no coefficient if less than this share of it is new, given the controls before it."""
+SINGULAR = 1e-3
+"""A control gets no coefficient if less than this share of its noise is new, given the controls before it: to
+make use of less would take coefficients of more than 1 / sqrt(SINGULAR) = 32."""
 
 RUN_GROWTH = 1.25
 """The end of each run of rows of `Folds.of_earlier_rows` over its start. Shorter runs know more of the rows
@@ -192,13 +193,7 @@ def regress(
     cross-fitting as in Chernozhukov et al. 2018). In the place of o_w stands `centre`, or from eight
     replicates on the mean of the row's replicates in others(f).
 
-    Causal rows take `Folds.of_earlier_rows`. On the heads of the reference model (n = 512, S = 64, R = 4)
-    this and controls that know nothing later leave these ratios of variance after to before, in brackets
-    those of fits to all keys and rows:
-
-        draws          topk           performer      linformer      all three
-        systematic     .653 (.651)    .926 (.945)    .699 (.753)    .480 (.452)
-        monte-carlo    .204 (.199)    .863 (.937)    .689 (.806)    .167 (.142)
+    Causal rows take `Folds.of_earlier_rows`.
 
     A useless control must do no harm. Controls are made orthogonal under A_f, the best first, and each
     coefficient γ is shrunk to γ (1 - κ SE^2 / γ^2)_+, the positive part of the James-Stein factor on one
@@ -208,7 +203,9 @@ def regress(
     units by leverage. Where rows are fitted to other rows alone, whose noise may be of another size, the
     replicates of a row count as one unit. With many units κ = 4, and a useless control adds E[(z - 4/z)^2;
     |z| > 2] = 0.033 of the harm that it would do unshrunk, which is about 1/m of the variance. A useful
-    control with t = 20 loses 1 % of its coefficient and 0.01 % of its gain.
+    control with t = 20 loses 1 % of its coefficient and 0.01 % of its gain. Where several controls share
+    few units, or noise is rare and large, this loses what one of them gained: `row_weights` mixes controls
+    better where their surrogates are known and not only samples, and one coefficient is then left to fit.
 
     Parameters
     ----------
@@ -222,9 +219,9 @@ def regress(
     folds : Folds, optional
         `Folds.of_replicates` where None.
     largest : float
-        No coefficient of an orthogonal control is larger, whatever its sign. 1 suits controls that are scaled
-        so that more makes no sense; it protects a head whose noise lies in a few rows from what the other
-        rows say.
+        No coefficient is larger, whatever its sign; an orthogonal control that would make one larger is left
+        out. 1 suits controls that are scaled so that more makes no sense; it protects a head whose noise lies
+        in a few rows from what the other rows say.
 
     Returns
     -------
@@ -284,9 +281,23 @@ def regress(
     kappa = torch.as_tensor(stats.t.ppf(CONFIDENCE, freedom.clamp_min(1).cpu().numpy())).to(gamma).square()
     t = gamma / std_errors  # 0 where std_errors is inf
     shrink = torch.where(gamma == 0, 0, (1 - kappa / t.square()).clamp_min(0))
-    beta = torch.einsum("nfc,nfce->nfe", (gamma * shrink).clamp(-largest, largest), mix)  # [N, F, C]
+    beta = _within(gamma * shrink, mix, largest)  # [N, F, C]
     corrected = estimates - torch.einsum("nmrc,cnmrd->nmrd", beta[:, folds.fold].to(estimates), noise)
     return Regression(corrected.mean(2), corrected, beta, std_errors, folds)
+
+
+def _within(gamma: Tensor, mix: Tensor, largest: float) -> Tensor:
+    """The coefficients (N, F, C) of the controls themselves, none of them above `largest`.
+
+    Orthogonal controls are added up, the best first, until the next one would make a coefficient too large:
+    it is left out, with all that follow.
+    """
+    sums = (gamma[..., None] * mix).cumsum(-2)  # [N, F, C, C], of the first 1, 2, … orthogonal controls
+    allowed = (sums.abs() <= largest).all(-1)
+    allowed[..., :1] = True  # the best control alone, whose coefficient can be cut
+    last = allowed.int().cumprod(-1).sum(-1, keepdim=True) - 1
+    chosen = sums.gather(-2, last[..., None].expand(*last.shape, sums.shape[-1])).squeeze(-2)
+    return chosen.clamp(-largest, largest)
 
 
 def _orthogonal_fit(grams: Tensor, products: Tensor, bessel: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:

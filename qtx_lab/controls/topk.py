@@ -57,11 +57,6 @@ class TopKWeights(Prepared):
         """p̂ at some keys: see `Prepared.weights_at`."""
         return self._dense(q, positions, heads).gather(-1, indices)
 
-    def trust(self, q: Tensor, positions: Tensor, *, heads: slice = EVERY) -> Tensor:
-        """The share of p that the heaviest keys hold; p̂ / p is its inverse on them: see `Prepared.trust`."""
-        logits = masked_logits(q, self.k[heads], positions, self.scale, self.causal)
-        return (logits.topk(self.keys, dim=-1).values.logsumexp(-1) - logits.logsumexp(-1)).exp()
-
     def exact_rows(self, positions: Tensor) -> Tensor:
         """Those that see no more keys than are taken: see `Prepared.exact_rows`."""
         seen = (positions + 1).clamp_max(self.k.shape[1]) if self.causal else self.k.shape[1]

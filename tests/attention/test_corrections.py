@@ -2,6 +2,7 @@
 
 import functools
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -138,8 +139,7 @@ def corrected_mean(name, replicates, control, plant, monkeypatch):
             fit = honest(estimates, noise, centre, **options)
             x = estimates - centre[:, :, None]
             beta = (noise * x).sum((2, 3, 4)) / noise.square().sum((2, 3, 4))  # [C, N]
-            z = estimates - (beta[..., None, None, None] * noise).sum(0)
-            return type(fit)(z.mean(2), z, fit.coefficients, fit.std_errors, fit.folds)
+            return replace(fit, coefficients=beta.mT[:, None].expand_as(fit.coefficients).double())
 
         monkeypatch.setattr(corrections, "regress", in_sample)
     est = qtx.sampled_attention(
@@ -169,7 +169,8 @@ def test_corrected_estimates_are_unbiased(name, replicates, control, monkeypatch
 
 @pytest.mark.statistical
 def test_coefficients_of_the_same_draws_would_be_caught(monkeypatch):
-    t2, limit = corrected_mean("monte-carlo", 1, "linformer", True, monkeypatch)
+    """Of draws that lie evenly: the weights of independent ones come from no draws at all."""
+    t2, limit = corrected_mean("stratified", 1, "linformer", True, monkeypatch)
     assert t2 > limit
 
 
@@ -197,10 +198,9 @@ def test_what_was_done_is_reported(generator):
     assert report["coefficients"]["linformer"].shape == report["variance_before"].shape == (2, 4)
     assert bool((report["variance_after"] < report["variance_before"]).all())
     one = qtx.sampled_attention(q[..., :1, :], k, v, control_variate="performer", generator=generator)
-    costly, not_corrected = one.diagnostics["fallbacks"]
+    (costly,) = one.diagnostics["fallbacks"]
     assert "cost as much as the exact output" in costly
-    assert "Not corrected" in not_corrected
-    assert torch.equal(one.draws.average(v), one.output)
+    assert not torch.equal(one.draws.average(v), one.output)  # a single row of one replicate is corrected
 
 
 @pytest.mark.parametrize(
@@ -242,3 +242,199 @@ def test_nothing_to_attend_is_nothing_to_correct(shape):
     for control in sorted(CONTROLS):
         est = qtx.sampled_attention(q, k, v, replicates=2, control_variate=control)
         assert est.output.shape == est.std_error.shape == q.shape
+
+
+def llm_like(length=40, keys=200):
+    """Rows of 4 heads with RoPE, a sink and values of very different size: (q, k, v), not causal."""
+    g = torch.Generator().manual_seed(11)
+    width, half = 32, 16
+    base = torch.randn(4, 1, width, generator=g)
+    q = 1.5 * base + torch.randn(4, length, width, generator=g)
+    k = 0.8 * base + torch.randn(4, keys, width, generator=g)
+    speed = 100.0 ** (-torch.arange(half) / half)
+
+    def turned(x, positions):
+        angle = positions[:, None] * speed
+        a, b = x[..., :half], x[..., half:]
+        return torch.cat((a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()), -1)
+
+    q, k = turned(q, torch.arange(keys - length, keys)), turned(k, torch.arange(keys))
+    v = torch.randn(4, keys, 8, generator=g) * torch.randn(4, keys, 1, generator=g).mul(0.5).exp()
+    k[:, 0] = 1.6 * q.mean(1)  # the sink: most rows look at it, and it says nothing
+    v[:, 0] *= 0.01
+    return q, k, v
+
+
+def synthetic(spread):
+    g = torch.Generator().manual_seed(3)
+    q, k, v = (torch.randn(4, m, 32, generator=g) for m in (40, 200, 200))
+    return spread * q, k, v
+
+
+def skewed():
+    """A few keys draw all rows, by as much as a Gumbel variable says."""
+    g = torch.Generator().manual_seed(7)
+    q, k, v = synthetic(1.0)
+    k = torch.cat((k, -torch.rand(4, 200, 1, generator=g).log().neg().log() * 12), -1)
+    return torch.cat((q, torch.ones(4, 40, 1)), -1), k, v
+
+
+ROWS = {
+    "diffuse": lambda: synthetic(0.5),
+    "peaked": lambda: synthetic(2.5),
+    "skewed": skewed,
+    "LLM-like": llm_like,
+}
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize("replicates", [1, 4])
+@pytest.mark.parametrize("name", ["monte-carlo", "systematic", "head-tail"])
+@pytest.mark.parametrize("rows", sorted(ROWS))
+def test_more_controls_do_not_lose_what_one_gains(rows, name, replicates):
+    """Root mean squared errors, in the geometric mean over heads: at most 5 % above the best single control.
+
+    A head whose error is below a thousandth counts as a thousandth. Draws in value order are corrected only
+    where that helps beyond doubt, which 40 rows of one replicate leave open more often for a mixture.
+    """
+    limit = 1.15 if (name, replicates) == ("head-tail", 1) else 1.05
+    q, k, v = ROWS[rows]()
+    exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
+
+    def error(control):
+        squares = []
+        for seed in range(8):
+            est = qtx.sampled_attention(
+                q,
+                k,
+                v,
+                sampler=name,
+                num_samples=16,
+                replicates=replicates,
+                control_variate=control,
+                generator=torch.Generator().manual_seed(seed),
+            )
+            squares.append((est.output - exact).square().mean((1, 2)))
+        return torch.stack(squares).mean(0)
+
+    plain = error(None)
+    errors = {c: error(c).div(plain).clamp_min(1e-6).log().mean().div(2).exp().item() for c in SURROGATES}
+    best = min(errors.values())
+    for several in (["topk", "performer"], SURROGATES):
+        together = error(several).div(plain).clamp_min(1e-6).log().mean().div(2).exp().item()
+        assert together < limit * min(errors[c] for c in several), (several, together, errors)
+    assert best < 1.02
+
+
+@pytest.mark.parametrize("replicates", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("name", ["monte-carlo", "systematic", "head-tail"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_coefficients_stay_small(name, replicates, dtype):
+    """For one row, where two controls are nearly the same: their errors explode if coefficients do."""
+    q, k, v = (x.to(dtype) for x in llm_like(length=1))
+    almost, same = TopKControl(31), TopKControl(32)
+    almost.name, same.name = "topk-31", "topk-32"
+    controls = ["topk", almost, same, "linformer", "performer"]
+    options = {"sampler": name, "num_samples": 16, "replicates": replicates}
+    for scale in (0.01, 0.18, 1.0):  # up to rows of one key
+        for seed in range(3):
+            est = qtx.sampled_attention(
+                q,
+                k,
+                v,
+                control_variate=controls,
+                scale=scale,
+                generator=torch.Generator().manual_seed(seed),
+                **options,
+            )
+            coefficients = torch.stack(list(est.diagnostics["control_variate"]["coefficients"].values()))
+            assert bool((coefficients.abs() <= 1 + 1e-6).all())
+            assert est.output.isfinite().all()
+
+
+def test_a_corrected_row_has_nothing_to_do_with_the_rows_beside_it(generator):
+    """Its output and its error bar are the same alone, where draws are independent."""
+    q, k, v = llm_like()
+    options = {"sampler": "monte-carlo", "num_samples": 16, "is_causal": False}
+    seed = torch.Generator().manual_seed(1)
+    every = qtx.sampled_attention(q, k, v, control_variate=["topk", "linformer"], generator=seed, **options)
+    seed = torch.Generator().manual_seed(1)
+    some = qtx.sampled_attention(
+        q[:, :5], k, v, control_variate=["topk", "linformer"], generator=seed, **options
+    )
+    assert torch.allclose(some.output, every.output[:, :5], atol=1e-6)
+    assert torch.allclose(some.std_error, every.std_error[:, :5], rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["systematic", "head-tail"])
+def test_error_bars_do_not_depend_on_how_rows_are_cut(name, generator, monkeypatch):
+    q, k, v = llm_like()
+
+    def std_error():
+        options = {
+            "sampler": name,
+            "num_samples": 16,
+            "replicates": 4,
+            "control_variate": ["topk", "linformer"],
+        }
+        g = torch.Generator().manual_seed(1)
+        return qtx.sampled_attention(q, k, v, generator=g, **options).std_error
+
+    whole = std_error()
+    monkeypatch.setattr("qtx_lab.problem.BLOCK_ELEMENTS", 2000)
+    assert torch.allclose(std_error(), whole, rtol=1e-2, atol=1e-6)
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize(("plant", "caught"), [(False, False), (True, True)])
+def test_several_controls_bring_no_bias(plant, caught, monkeypatch):
+    """Weights that look at the draws would: these are planted as a control's share among the drawn keys."""
+    if plant:
+        honest = corrections.mix_controls
+
+        def looks_at_the_draws(prepared, q, positions, draws, variance, **options):
+            mixed = honest(prepared, q, positions, draws, variance, **options)
+            seen = mixed.ratios.mean(-1)
+            return replace(mixed, weights=mixed.weights * (seen > 1))
+
+        monkeypatch.setattr(corrections, "mix_controls", looks_at_the_draws)
+    g = torch.Generator().manual_seed(5)
+    q, k, v = (torch.randn(*shape, generator=g) for shape in ((6, 4), (10, 4), (10, 2)))
+    many = 20_000
+    q, k, v = (x.expand(many, *x.shape) for x in (q, k, v))
+    est = qtx.sampled_attention(
+        q,
+        k,
+        v,
+        sampler="monte-carlo",
+        num_samples=4,
+        control_variate=list(SMALL.values()),
+        generator=g,
+    )
+    off = (est.output - F.scaled_dot_product_attention(q[:1], k[:1], v[:1])).flatten(1).double()
+    mean, covariance = off.mean(0), off.T.cov() / many
+    t2 = float(mean @ torch.linalg.solve(covariance, mean))
+    assert (t2 > float(stats.chi2.isf(1e-6, len(mean)))) == caught
+
+
+@pytest.mark.parametrize("name", ["monte-carlo", "systematic", "head-tail"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_controls_go_with_sinks(name, causal, generator):
+    """The keys' estimate is corrected, and then scaled by what the sinks leave to the keys."""
+    q, k, v = (torch.randn(4, 100, 16, generator=generator) for _ in range(3))
+    sinks = torch.tensor([-1.0, 0.0, 2.0, -torch.inf])
+    logits = (q @ k.mT / 4).masked_fill(torch.ones(100, 100).triu(1).bool() & causal, -torch.inf)
+    exact = torch.cat((logits, sinks[:, None, None].expand(-1, 100, 1)), -1).softmax(-1)[..., :-1] @ v
+    options = {"sampler": name, "num_samples": 16, "replicates": 4, "sinks": sinks, "is_causal": causal}
+    errors = []
+    for control in (None, ["topk", "linformer"], "exact"):
+        g = torch.Generator().manual_seed(1)
+        est = qtx.sampled_attention(q, k, v, control_variate=control, generator=g, **options)
+        errors.append((est.output - exact).square().mean().item())
+        assert bool(((est.output - exact).abs() <= 8 * est.std_error + 1e-4).double().mean() > 0.99)
+    plain, corrected, known = errors
+    assert corrected < 0.6 * plain
+    assert known < 1e-10
+    g = torch.Generator().manual_seed(1)
+    row = qtx.sampled_attention(q[..., :1, :], k, v, control_variate="topk", generator=g, sinks=sinks)
+    assert row.output.isfinite().all()

@@ -7,6 +7,7 @@ import torch
 
 import qtx_lab as qtx
 from qtx_lab.bench import base as bench
+from qtx_lab.bench import control_sets
 from qtx_lab.bench import estimators as bench_estimators
 from qtx_lab.samplers import BASELINES, SAMPLERS
 
@@ -30,6 +31,7 @@ def measured(label, square, unbiased=True):
 
 def test_everything_is_compared(case, monkeypatch, capsys):
     monkeypatch.setattr(bench_estimators, "cases", lambda quick: [case])
+    monkeypatch.setattr(bench_estimators, "bench_control_sets", lambda quick: [])
     rows = bench_estimators.bench_estimators(True, 1e9)
     rows = [row for row in rows if row.case == "tiny, 12 draws"]
     assert {*SAMPLERS, *BASELINES} <= {row.method for row in rows}
@@ -95,3 +97,30 @@ def test_it_is_registered_under_its_name(monkeypatch):
     )
     assert bench.BENCHES["estimators"](True, 2.0) == [(True, 2.0)]
     assert qtx.make_sampler("santa-prop").unbiased is False
+
+
+def test_sets_of_controls_are_compared_with_the_best_single_one(monkeypatch, capsys):
+    """Of every class of rows; a set that is worse than its best control by more than 5 % fails its check."""
+    few = control_sets.row_classes(n=80, length=16, heads=2)
+    assert {x.name for x in few} == {"peaked", "diffuse", "skewed", "causal", "LLM-like"}
+    monkeypatch.setattr(control_sets, "row_classes", lambda **sizes: few[1:2])
+    monkeypatch.setattr(control_sets, "SAMPLERS", ("monte-carlo",))
+    rows = {row.method: row for row in control_sets.bench_control_sets(True)}
+    assert rows["no control"].details["error ratio"] == 1
+    assert all(row.passed for row in rows.values())
+    both = rows["topk + linformer"]
+    best = min(rows[x].details["error ratio"] for x in ("topk", "linformer"))
+    assert both.details["ratio to best single"] == pytest.approx(both.details["error ratio"] / best)
+
+    honest = control_sets._measure
+
+    def planted(row_class, sampler, names, repetitions):
+        measured = honest(row_class, sampler, names, repetitions)
+        worse = 2.0 if len(names) > 1 else 1.0
+        return control_sets._Measured(worse * measured.square, measured.seconds)
+
+    monkeypatch.setattr(control_sets, "_measure", planted)
+    rows = {row.method: row for row in control_sets.bench_control_sets(True)}
+    assert "times that of its best control" in rows["linformer + performer"].check
+    assert rows["linformer + performer"].ratio is None
+    assert "times that of its best control" in capsys.readouterr().out

@@ -116,3 +116,64 @@ def test_bad_input_is_refused(generator):
         control.variance_reduced_estimate(controls.target, {})
     with pytest.raises(qtx.ShapeError, match=r"controls\['a'\]"):
         control.variance_reduced_estimate(controls.target, {"a": (controls.target[:2], controls.target[0])})
+
+
+@pytest.mark.parametrize(("replicates", "independent"), [(1, True), (4, False), (1, False)])
+def test_later_rows_change_no_corrected_causal_row(replicates, independent, generator):
+    """Neither what they are nor how many there are: weights and coefficients are of what came before."""
+    q, k, v = torch.randn(3, 2, 100, 8, generator=generator, dtype=torch.float64)
+    mask = torch.ones(100, 100).triu(1).bool()
+    whole = drawn_causally(q, k, mask, replicates)
+    q2, k2, v2 = q.clone(), k.clone(), v.clone()
+    q2[:, 70:] *= -2
+    k2[:, 70:] += 1
+    v2[:, 70:] -= 3
+    names = ["linformer", "topk", "performer"]
+    outputs = []
+    for queries, keys, values, n in ((q, k, v, 100), (q2, k2, v2, 100), (q2, k2, v2, 70)):
+        control = MultilevelControlVariate(names)
+        levels = control.evaluate(
+            queries[:, :n],
+            keys[:, :n],
+            values[:, :n],
+            whole[slice(None), slice(0, n)],
+            is_causal=True,
+            generator=torch.Generator().manual_seed(0),
+            independent=independent,
+        )
+        outputs.append(control.variance_reduced_estimate(levels.target, levels)[:, :70])
+    for output in outputs[1:]:
+        assert torch.allclose(output, outputs[0], atol=1e-9)
+
+
+def drawn_causally(q, k, mask, replicates):
+    """Draws of causal rows that see later ones nowhere: each row's own 16 keys, from its own stream."""
+    logits = (q @ k.mT / 8**0.5).masked_fill(mask, -torch.inf)
+    draws = qtx.make_sampler("monte-carlo").draw(
+        logits, 16, replicates=replicates, generator=torch.Generator().manual_seed(0)
+    )
+    later = draws.indices >= 70
+    later[:, 70:] = False
+    assert not later.any()
+    return draws
+
+
+def test_pairs_that_are_nearly_the_same_get_small_coefficients(generator):
+    """Their difference is noise: coefficients that blow it up would be thousands."""
+    noise = torch.randn(64, 3, 8, 2, generator=generator)
+    x = noise + 0.5 * torch.randn(64, 3, 8, 2, generator=generator)
+    nearly = noise + 1e-4 * torch.randn(64, 3, 8, 2, generator=generator)
+    zero = torch.zeros(3, 8, 2)
+    control = MultilevelControlVariate(["topk"])
+    pairs = {
+        "one": (noise, zero),
+        "nearly": (nearly, zero),
+        "constant": (torch.ones_like(noise), torch.ones_like(zero)),
+        "huge": (1e12 * noise, zero),
+        "tiny": (1e-12 * noise, zero),
+    }
+    for chosen in (["one", "nearly"], ["nearly", "constant", "one"], list(pairs)):
+        output = control.variance_reduced_estimate(x, {name: pairs[name] for name in chosen})
+        assert output.square().mean() < 0.5 * x.mean(0).square().mean()
+        used = sum(control.coefficients[name].abs() * pairs[name][0].std() for name in chosen)
+        assert used.max() < 1.5  # how much noise of all of them a head takes in

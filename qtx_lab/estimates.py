@@ -159,6 +159,23 @@ def mass_of_keys(log_sum_exp: Tensor, sinks: Tensor) -> Tensor:
     return torch.sigmoid(torch.where(empty, -torch.inf, log_sum_exp - sinks))
 
 
+def reliability(std_error: Tensor, hidden: Tensor, degrees_of_freedom: float) -> Tensor:
+    """`AttentionEstimate.reliability` of rows, (...).
+
+    Parameters
+    ----------
+    std_error : Tensor, (..., d)
+    hidden : Tensor, (...)
+        How far from the exact output the rows would be, going by how far the weights of the draws are from
+        the row's probabilities, if values lay in random directions from their centre.
+    degrees_of_freedom : float
+        Of the standard errors.
+    """
+    half = float(stats.t.ppf(0.975, degrees_of_freedom)) * std_error.norm(dim=-1)
+    tiny = torch.finfo(half.dtype).tiny
+    return torch.where(hidden > 0, half / hidden.clamp_min(tiny), math.inf)
+
+
 INTERVALS = ("t", "bernstein")
 
 RELIABLE = 4 / 3
@@ -438,8 +455,9 @@ class AttentionEstimate:
         2, where many keys share the error. It is the error itself where one key has nearly all of it: a key
         with a value far from the others that was never drawn, or drawn too often. Where p is not known, as of
         circuits, the root is 3 / T times the largest distance of a value not drawn, T being the number of
-        draws: a key that T draws missed has a probability below 3 / T with 95 % confidence. Of a
-        `LearnedImportanceSampler` see `samplers.learned_estimators.reliability`.
+        draws: a key that T draws missed has a probability below 3 / T with 95 % confidence. For `learned`
+        draws, which do not need it otherwise, reading it computes the probability of every key. Of a
+        `SampledKVCache` see `cache.error_bars.row_errors`.
 
         Infinite where the row is exact. It sees no error that many keys share and that goes in one direction:
         values that alternate in step with systematic draws, and the bias of a method (`info.unbiased`).

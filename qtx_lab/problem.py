@@ -506,6 +506,8 @@ def in_dtype(mask: Tensor, dtype: torch.dtype) -> Tensor:
     if mask.dtype in (torch.bool, dtype):
         return mask
     limits = torch.finfo(dtype)
+    if torch.finfo(mask.dtype).max <= limits.max:
+        return mask.to(dtype)
     return torch.where(mask == -torch.inf, mask, mask.clamp(limits.min, limits.max)).to(dtype)
 
 

@@ -36,6 +36,7 @@ OPTIONAL_ATTRIBUTES = {
 """Attributes of other libraries' objects that may be missing, as they are written, and why."""
 
 ADAPTERS = {
+    "qtx_lab/bench/huggingface.py": "It reads a foreign model's settings, which may be missing.",
     "qtx_lab/models/huggingface.py": "It reads whatever settings a foreign model's configuration has.",
     "qtx_lab/models/huggingface_cache.py": "It reads a foreign model's settings, which may be missing.",
     "qtx_lab/models/huggingface_settings.py": "It reads a foreign model's settings, which may be missing.",

@@ -47,10 +47,14 @@ class Bounds:
     design : Design
     unbiased : bool
         Whether the mean of a replicate is the exact output; without it only what is sure holds.
+    knows_p : bool
+        Whether the row's probabilities are those of the problem's logits; not of circuits, whose loader may
+        be approximate.
     """
 
-    def __init__(self, problem: AttentionProblem, design: Design, unbiased: bool):
-        self.problem, self.design, self.unbiased = problem, design, unbiased
+    def __init__(self, problem: AttentionProblem, design: Design, unbiased: bool, knows_p: bool):
+        self.problem, self.design = problem, design
+        self.unbiased, self.knows_p = unbiased, knows_p
         values, visible = problem.values, problem.visible_keys()
         low = high = values
         if visible is not None:  # what nobody sees may be anything
@@ -80,7 +84,7 @@ class Bounds:
         least, most = (x.expand(output.shape).clone() for x in (low, high))
         reach = torch.full_like(output, math.inf)
         independent = self.design.independent and self.unbiased
-        if draws.probabilities is not None:
+        if self.knows_p:
             known, unseen, moved, variance = self._sure(draws, block, low, high)
             middle = known + unseen * (low + high) / 2
             half = torch.minimum(unseen * (high - low) / 2, moved)

@@ -13,10 +13,9 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from scipy import stats
 from torch import Tensor
 
-from ..estimates import Draws, rounding_variance
+from ..estimates import Draws, reliability, rounding_variance
 from ..problem import AttentionProblem
 from ..samplers import Design, SampledRows
 from ..samplers.base import row_probabilities
@@ -38,12 +37,16 @@ PRIOR_WEIGHT = 2.0
 
 def degrees_of_freedom(design: Design, draws: Draws) -> float:
     """Infinite for what p predicts; R - 1 (or T - 1) for a sample variance; of a mixture, Satterthwaite's."""
-    r, known = draws.replicates, draws.probabilities is not None
+    r, known = draws.replicates, draws.probabilities is not None or design.variance_weights is not None
     if design.independent:
         return math.inf if known else max(1.0, draws.indices.shape[-1] - 1.0)
     predicted = design.count_variance(draws.weights[:0]) if known and design.count_variance else None
-    g = 0.0 if predicted is None else PRIOR_WEIGHT
-    return (g + r - 1) ** 2 / (r - 1)
+    return max(1.0, r - 1.0) if predicted is None else mixed_degrees_of_freedom(r)
+
+
+def mixed_degrees_of_freedom(replicates: int) -> float:
+    """Satterthwaite's of a variance between replicates and a predicted one of weight `PRIOR_WEIGHT`."""
+    return (PRIOR_WEIGHT + replicates - 1) ** 2 / (replicates - 1)
 
 
 @dataclass(frozen=True)
@@ -72,9 +75,9 @@ class RowSums:
     deviation: Tensor
 
     @classmethod
-    def of(cls, logits: Tensor, draws: Draws, distance: Tensor, design: Design) -> RowSums:
-        """Of rows with these logits (heads, rows, n) and draws; D (heads, n, 2), 0 for the other kind."""
-        p, size = row_probabilities(logits), draws.indices.shape[-1] // draws.replicates
+    def of(cls, p: Tensor, draws: Draws, distance: Tensor, design: Design) -> RowSums:
+        """Of rows p (heads, rows, n) and their draws; D (heads, n, 2), 0 for the other kind."""
+        size = draws.indices.shape[-1] // draws.replicates
         drawn = draws.dense(p.shape[-1])
         a = p / size if design.variance_weights is None else design.variance_weights(p)
         a = a.masked_fill((drawn > 0) | (p == 0), 0)
@@ -122,6 +125,7 @@ def with_error_bars(
     )
     output = sampled.output if unit is None else sampled.output / unit
     degrees = degrees_of_freedom(design, draws)
+    knows_p = draws.probabilities is not None or design.variance_weights is not None
 
     @functools.cache
     def measured() -> MeasuredRows:
@@ -131,8 +135,10 @@ def with_error_bars(
             for block in cuts:
                 drawn, cut = draws[block], None if correction is None else correction[block]
                 sums = None
-                if drawn.probabilities is not None:
-                    sums = RowSums.of(later.logits(*block), drawn, bars.distance[block[0]], design)
+                if knows_p:
+                    p = row_probabilities(later.logits(*block))
+                    sums = RowSums.of(p, drawn, bars.distance[block[0]], design)
+                    drawn = replace(drawn, probabilities=p.gather(-1, drawn.indices))
                 rows = bars.measure(drawn, output[block], block[0], positions[block[1]], cut, sums)
                 std_error[block], hidden[block] = rows.std_error, rows.hidden
         return MeasuredRows(std_error, hidden)
@@ -144,7 +150,7 @@ def with_error_bars(
     def make_bounds(level: float) -> tuple[Tensor, Tensor]:
         low, high = torch.empty_like(output), torch.empty_like(output)
         with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
-            bounds = Bounds(later, design, sampled.info.unbiased and correction is None)
+            bounds = Bounds(later, design, sampled.info.unbiased and correction is None, knows_p)
             for block in cuts:
                 low[block], high[block] = bounds(draws[block], output[block], block, level)
         return (low, high) if unit is None else (low * unit, high * unit)
@@ -152,7 +158,7 @@ def with_error_bars(
     return replace(
         sampled,
         make_std_error=make_std_error,
-        make_reliability=lambda: measured().reliability(degrees),
+        make_reliability=lambda: reliability(measured().std_error, measured().hidden, degrees),
         make_bounds=make_bounds,
         degrees_of_freedom=degrees,
     )
@@ -166,19 +172,11 @@ class MeasuredRows:
     ----------
     std_error : Tensor, (heads, rows, d)
     hidden : Tensor, (heads, rows)
-        How far from the exact output they would be, going by how far the weights of the draws are from the
-        row's probabilities, if values lay in random directions from c.
+        What `qtx_lab.estimates.reliability` sets them against.
     """
 
     std_error: Tensor
     hidden: Tensor
-
-    def reliability(self, degrees_of_freedom: float) -> Tensor:
-        """`AttentionEstimate.reliability`, (heads, rows)."""
-        t = float(stats.t.ppf(0.975, degrees_of_freedom))
-        half = t * self.std_error.norm(dim=-1)
-        tiny = torch.finfo(half.dtype).tiny
-        return torch.where(self.hidden > 0, half / self.hidden.clamp_min(tiny), math.inf)
 
 
 class ErrorBars:
@@ -346,19 +344,50 @@ class ErrorBars:
         farthest = self.distance[heads].sum(-1)[:, None].expand(hits.shape).masked_fill(hits, 0).amax(-1)
         return min(1.0, RULE_OF_THREE / draws.indices.shape[-1]) * farthest.sqrt()
 
+    def of_replicates(self, parts: Tensor, p: Tensor, heads: slice, positions: Tensor) -> Tensor:
+        """Standard errors (heads, rows, d) of rows whose draws are not at hand: of a kernel that keeps none.
+
+        The prediction takes every key for one not seen, and the replicates count as in `measure`.
+
+        Parameters
+        ----------
+        parts : Tensor, (heads, rows, R, d)
+            The outputs of R >= 2 replicates.
+        p : Tensor, (heads, rows, n)
+        positions : Tensor, int64, (rows,)
+        """
+        assert self.design.variance_weights is not None
+        r, a, kinds = parts.shape[2], self.design.variance_weights(p), self.distance[heads, : p.shape[-1]]
+        sums, counts = self._visible(heads, positions, p.shape[:2])
+        own = _priced(sums / counts.clamp_min(1), a @ (kinds > 0).to(a.dtype), a @ kinds)
+        middle = own.first.sum(2) / own.weight.sum(2).clamp_min(torch.finfo(a.dtype).tiny)
+        predicted = _about(middle[:, :, None], own.weight, own.first, own.second).sum(2).clamp_min(0)
+        variance = (PRIOR_WEIGHT * predicted + (r - 1) * parts.var(2)) / (PRIOR_WEIGHT + r - 1) / r
+        rounding = rounding_variance(parts.mean(2), self.size[heads], r, self.output_dtype)
+        seen = (p > 0).any(-1, keepdim=True)
+        return torch.where(seen, variance + rounding, 0).sqrt()
+
+    def _visible(self, heads: slice, positions: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
+        """Sums over the near and far keys that rows may see, and how many: (h, m, 2, 2 d) and (h, m, 2, 1).
+
+        One row stands for all where no mask is causal.
+        """
+        sums, counts = self.sums[heads], self.counts[heads]
+        if sums.shape[1] == 1:
+            return sums, counts
+        at = positions.clamp_max(sums.shape[1] - 1).expand(shape)
+        head = torch.arange(len(sums), device=sums.device)[:, None]
+        return sums[head, at], counts[head, at]
+
     def _not_seen(
         self, draws: Draws, least: Tensor, heads: slice, positions: Tensor, known: RowSums | None
     ) -> _Moments:
-        """The moments of the keys not seen, near and far ones; both together where `unseen` is None.
+        """The moments of the keys not seen, near and far ones; both together where nothing is known of them.
 
         `least` is the weight of a draw that the mass never drawn is expected with, (heads, rows, 1).
         """
         assert draws.probabilities is not None
-        sums, counts = self.sums[heads], self.counts[heads]  # [h, 1 or n, 2, 2 d] and [h, 1 or n, 2, 1]
-        if sums.shape[1] > 1:
-            at = positions.clamp_max(sums.shape[1] - 1).expand(draws.indices.shape[:2])
-            head = torch.arange(len(sums), device=sums.device)[:, None]
-            sums, counts = sums[head, at], counts[head, at]
+        sums, counts = self._visible(heads, positions, draws.indices.shape[:2])
         once = draws.once()
         if known is None:
             mean, square = (sums.sum(2) / counts.sum(2).clamp_min(1)).chunk(2, dim=-1)
@@ -370,12 +399,7 @@ class ErrorBars:
         count = draws.average(kinds, once)[..., None]
         # Each kind has one average key more than are left, as those seen may not be all that is there.
         left = sums - seen + sums / counts.clamp_min(1)
-        mean, square = (left / (counts - count).clamp_min(0).add(1)).chunk(2, dim=-1)
-        square = torch.maximum(square, mean.square())  # they are differences of sums, which are rounded
-        tiny = torch.finfo(mean.dtype).tiny
-        further = known.spread[..., None] / square.sum(-1, keepdim=True).clamp_min(tiny)  # [h, m, 2, 1]
-        weight = known.weight[..., None]
-        return _Moments(weight, (weight * further).sqrt() * mean, further * square)
+        return _priced(left / (counts - count).clamp_min(0).add(1), known.weight, known.spread)
 
     def _few_keys(self, draws: Draws, a: Tensor, own: _Moments, known: RowSums | None) -> Tensor:
         """1 / (1 - sum_j a_j^2 / A_0^2), (heads, rows, 1): counts that add up to S vary against each other.
@@ -501,6 +525,18 @@ class _Moments:
         first = rho.sqrt() * (self.first - self.weight * o) + self.weight * o
         square = rho * _about(o, self.weight, self.first, self.second)
         return _Moments(self.weight, first, square + 2 * o * first - self.weight * o.square())
+
+
+def _priced(average: Tensor, weight: Tensor, spread: Tensor) -> _Moments:
+    """Moments of keys of known weight and spread (h, m, kinds), with values like those of an average key.
+
+    `average` has the means of v - c and (v - c)^2 over keys of each kind, (h, m, kinds, 2 d).
+    """
+    mean, square = average.chunk(2, dim=-1)
+    square = torch.maximum(square, mean.square())  # they may be differences of sums, which are rounded
+    weight, tiny = weight[..., None], torch.finfo(mean.dtype).tiny
+    further = spread[..., None] / square.sum(-1, keepdim=True).clamp_min(tiny)
+    return _Moments(weight, (weight * further).sqrt() * mean, further * square)
 
 
 def _about(o: Tensor, mass: Tensor | float, first: Tensor, second: Tensor) -> Tensor:

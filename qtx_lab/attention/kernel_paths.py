@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, NoReturn, overload
@@ -20,8 +21,10 @@ from ..kernels.inputs import MAX_DECODE_ROWS, Inputs
 from ..kernels.memory import out_of_memory_explained
 from ..kernels.prefill import reference as prefill_reference
 from ..problem import AttentionProblem
-from ..samplers import Budget
+from ..samplers import Budget, Design, SampledRows, SystematicSampler
+from ..samplers.base import row_probabilities
 from ..streams import Stream, make_seed
+from .error_bars import ErrorBars, mixed_degrees_of_freedom, with_error_bars
 from .gradients import first_derivative
 
 
@@ -235,7 +238,7 @@ def _info(kernel: str, sampler: str, call: KernelCall) -> EstimateInfo:
 def _decode(call: KernelCall) -> AttentionEstimate:
     """An estimate by `kernels.decode`."""
     x, row_shape = call.inputs, call.problem.row_shape
-    heads, rows, n, width = x.shape
+    heads, rows, _, width = x.shape
     total = call.budget.total
     if 0 in (heads, rows):
         result = DecodeResult(
@@ -249,23 +252,47 @@ def _decode(call: KernelCall) -> AttentionEstimate:
         result = decode(x, call.budget.num_samples, call.budget.replicates, call.stream)
     else:
         result = decode_reference.decode(x, call.budget.num_samples, call.budget.replicates, call.stream)
-    visible = result.visible.view(row_shape).float()
-    draws = Draws(
-        result.indices.view(*row_shape, total),
-        (visible / total)[..., None].expand(*row_shape, total).contiguous(),
-        None,
-        call.budget.replicates,
+    visible = result.visible.float()
+    weights = (visible / total)[..., None].expand(heads, rows, total).contiguous()
+    draws = Draws(result.indices, weights, None, call.budget.replicates)
+    sampled = SampledRows(
+        result.output,
+        lambda: draws,
+        _design(call),
+        replace(_info("decode", "systematic", call), effective_sample_size=visible.view(row_shape) * total),
     )
-    std_error = result.std_error
-    return AttentionEstimate(
-        output=result.output.view(*row_shape, width).to(x.v.dtype),
-        num_keys=n,
-        degrees_of_freedom=call.budget.replicates - 1 if call.budget.replicates > 1 else math.inf,
-        make_draws=lambda: draws,
-        make_std_error=None if std_error is None else lambda: std_error.view(*row_shape, width),
-        group=call.problem.group,
-        info=replace(_info("decode", "systematic", call), effective_sample_size=visible * total),
-    )
+    problem = call.problem.without_sinks()
+    return with_error_bars(sampled, problem).to_estimate(problem)
+
+
+def _design(call: KernelCall) -> Design:
+    """Of systematic draws, as far as error bars need to know."""
+    sampler = SystematicSampler()
+
+    def variance_weights(p: Tensor) -> Tensor:
+        return sampler.variance_weights(p, call.budget.num_samples)[0]
+
+    return Design(False, sampler.count_variance, variance_weights)
+
+
+def _page_errors(call: KernelCall, parts: Tensor) -> Callable[[], Tensor]:
+    """Gives the standard errors (..., L, Ev) of replicates (R, ..., L, Ev) drawn page by page."""
+    design, later = _design(call), call.problem.without_sinks().detached().copied()
+    shape, width = later.shape, later.width
+    parts = parts.detach().view(-1, *shape, width).movedim(0, 2)  # [N, M, R, Ev]
+
+    def make_std_error() -> Tensor:
+        std_error = parts.new_empty(*shape, width)
+        unit = torch.ones_like(parts[:, :1, 0, :1]) if later.unit is None else later.unit
+        with torch.no_grad(), torch.autocast(parts.device.type, enabled=False):
+            bars = ErrorBars(later.values, later.visible_keys(), later.is_causal, design, later.v.dtype)
+            for heads, rows in later.blocks(0):
+                own = parts[heads, rows] / unit[heads, :, None]
+                p = row_probabilities(later.logits(heads, rows))
+                std_error[heads, rows] = bars.of_replicates(own, p, heads, later.positions(rows))
+            return (std_error * unit).view(*later.row_shape, width)
+
+    return make_std_error
 
 
 class _Prefill(torch.autograd.Function):
@@ -356,7 +383,6 @@ def _prefill(call: KernelCall) -> AttentionEstimate:
         *(_Prefill.apply(q, k, v, mask, stream, call) for stream in streams), strict=True
     )
     parts = torch.stack(outputs).view(replicates, *row_shape, width)
-    std_error = None if replicates == 1 else parts.detach().std(0) / math.sqrt(replicates)
     x = call.inputs
 
     def make_draws() -> Draws:
@@ -381,9 +407,9 @@ def _prefill(call: KernelCall) -> AttentionEstimate:
     return AttentionEstimate(
         output=parts.mean(0).to(v.dtype),
         num_keys=n,
-        degrees_of_freedom=replicates - 1 if replicates > 1 else math.inf,
+        degrees_of_freedom=mixed_degrees_of_freedom(replicates) if replicates > 1 else math.inf,
         make_draws=make_draws,
-        make_std_error=None if std_error is None else lambda: std_error,
+        make_std_error=None if replicates == 1 else _page_errors(call, parts),
         group=call.problem.group,
         make_log_sum_exp=make_log_sum_exp,
         info=replace(

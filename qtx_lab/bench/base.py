@@ -299,6 +299,7 @@ def _loaded_on_use(name: str) -> Callable[[bool, float], list[BenchRow]]:
 NAMES = (
     "samplers",
     "estimators",
+    "coverage",
     "decode",
     "model",
     "circuits",

@@ -20,8 +20,8 @@ from ..kernels.cpu_decode.reference import DrawnRows, draw_rows, rows_at
 from ..kernels.inputs import MAX_DECODE_ROWS, Inputs
 from ..kernels.memory import out_of_memory_explained
 from ..problem import blocks
-from ..samplers.learned_estimators import delta_terms
 from ..streams import Stream
+from .error_bars import RowErrors, ValueMoments, row_errors
 from .sketches import ComponentSketch
 from .store import TokenStore
 
@@ -207,19 +207,34 @@ def _estimate(
         drawn = _weighed_again(store, call, drawn)
     output = drawn.output.view(*row_shape, store.width).to(store.table.dtype)
     draws = Draws(drawn.indices, drawn.weights, None, call.replicates)
-    length, sums = store.length, store.value_sums  # tokens may come before errors are asked for
+    length, sums, table = store.length, store.value_sums, store.table  # tokens may come later
     crops = store.crops
 
-    def make_std_error() -> Tensor:
+    def refuse_cropped(name: str) -> None:
         if store.crops != crops:
             raise ArgumentError(
-                "std_error is not known any more, as values may be gone: ask for it before the cache "
-                "is cropped."
+                f"{name} is not known any more, as tokens may be gone: ask for it before a crop of the cache."
             )
+
+    @functools.cache
+    def errors() -> RowErrors:
+        refuse_cropped("std_error")
         with plain_mode(output.device):
-            return _std_error(store, length, drawn, sums / length, call.replicates).view(output.shape)
+            moments = _value_moments(store, length, sums)
+            return row_errors(table, store.features, drawn, moments, call.replicates)
+
+    def make_std_error() -> Tensor:
+        with plain_mode(output.device):
+            size = (sums[1] / length).sqrt().to(drawn.output.dtype)
+            rounding = rounding_variance(drawn.output, size, call.draws, store.table.dtype)
+            return (errors().variance + rounding).sqrt().to(store.dtype).view(output.shape)
+
+    def make_reliability() -> Tensor:
+        with plain_mode(output.device):
+            return errors().reliability().to(store.dtype).view(row_shape)
 
     def make_log_sum_exp() -> Tensor:
+        refuse_cropped("log_sum_exp")
         with plain_mode(output.device):
             return _log_sum_exp(store, call, drawn).view(row_shape)
 
@@ -229,6 +244,7 @@ def _estimate(
         degrees_of_freedom=math.inf,
         make_draws=lambda: draws.view(row_shape),
         make_std_error=make_std_error,
+        make_reliability=make_reliability,
         group=call.group,
         info=replace(
             _info(store, sketch, call, drawn.effective_sample_size.view(row_shape), kernel, fallbacks),
@@ -309,25 +325,14 @@ def _info(
     )
 
 
-def _std_error(store: TokenStore, length: int, drawn: DrawnRows, moments: Tensor, replicates: int) -> Tensor:
-    """Standard errors (N, M, d) of the output: `learned_estimators.Spread`, from the values drawn.
-
-    `moments` has the means of v and of v^2 over the `length` tokens there were, (2, N, 1, d).
-    """
-    total = drawn.indices.shape[-1]
-    # Draws that count for nothing are keys of their own, which no other is taken for.
-    no_key = length + torch.arange(total, device=drawn.output.device)
-    distinct = torch.where(drawn.weights > 0, drawn.indices, no_key)
-    draws = Draws(distinct, drawn.weights, None, replicates)
-    values = rows_at(store.table, drawn.indices)[..., store.features :].to(store.dtype)  # [N, M, T, d]
-    rows = drawn.output  # not in half precision yet
-    a, unseen = delta_terms(draws, drawn.proposed, drawn.inclusion, drawn.rate)
-    mean, square = moments  # [N, 1, d]
-    spread = (square - mean.square()).clamp_min(0) + (mean - rows).square()
-    variance = torch.einsum("nmt,nmtd->nmd", a, (values - rows[..., None, :]).square())
-    variance = (variance + (unseen * spread).to(variance.dtype)) / replicates
-    rounding = rounding_variance(rows, square.sqrt().to(rows.dtype), total, store.table.dtype)
-    return (variance + rounding).sqrt()
+def _value_moments(store: TokenStore, length: int, sums: Tensor) -> ValueMoments:
+    """Of the first `length` tokens, whose values have these sums."""
+    mean, square = sums / length  # [N, 1, d]
+    values = store.table[:, :length, store.features :]
+    distance = torch.stack(
+        [(v.double() - m).norm(dim=-1).amax(-1) for v, m in zip(values, mean, strict=True)]
+    )
+    return ValueMoments(mean, square, distance[:, None])
 
 
 # --- The Triton kernel --------------------------------------------------------------------------

@@ -284,18 +284,24 @@ class CircuitMitigation:
         fallbacks: tuple[str, ...] = ()
         value, variance = levels[0].value, levels[0].variance
         if self.zne is not None:
-            extrapolated = self.zne.extrapolate(
+            extrapolated = self.zne.infer(
                 [level.value for level in levels],
                 [level.variance.sqrt() for level in levels],
-                levels=self.attained_levels(backend, n),
+                self.attained_levels(backend, n),
             )
             assert extrapolated.std_error is not None
             value, variance = extrapolated.output, extrapolated.std_error.square()
             fallbacks = extrapolated.fallbacks
-        keys = register_keys(variants[0], n)
-        by_key = sum_by_key(value * register_signs(variants[0], n), keys, support)
-        std_error = sum_by_key(variance, keys, support).sqrt()
+        keys, signs = register_keys(variants[0], n), register_signs(variants[0], n)
+        by_key = sum_by_key(value * signs, keys, support)
+        variance = sum_by_key(variance, keys, support)
         mass = by_key.sum(-1, keepdim=True)
+        weights = None
+        if self.zne is not None and not self.zne.keeps_total:
+            # The sum is badly known; what noise takes from the keys is at most what the lowest level shows.
+            # The keys that are known worst make up for what is left.
+            kept = sum_by_key(levels[0].value * signs, keys, support).sum(-1, keepdim=True)
+            mass, weights = mass.clamp(kept.clamp(0, 1), torch.ones_like(kept)), variance
         known = mass > 0
         if not bool(known.all()):
             fallbacks += (
@@ -303,5 +309,5 @@ class CircuitMitigation:
                 "0.",
             )
         mass = mass.where(known, torch.ones_like(mass))
-        estimate = project_to_simplex(by_key / mass, support).where(known, 0)
-        return MitigatedRows(estimate, (std_error / mass).where(known, torch.nan), fallbacks)
+        estimate = project_to_simplex(by_key / mass, support, weights).where(known, 0)
+        return MitigatedRows(estimate, (variance.sqrt() / mass).where(known, torch.nan), fallbacks)

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from scipy import stats
 from torch import Tensor
 
 from ..errors import ArgumentError, DtypeError
@@ -28,15 +30,42 @@ class ZeroNoiseEstimate:
         Weight of each level's values; for "exponential", of their logarithms.
     fallbacks : tuple of str
         What was done in another way than asked, and why.
+    degrees_of_freedom : float or Tensor, float64, (...)
+        Of `std_error`, for Student's t; infinite where the errors at the noise levels are known.
     """
 
     output: Tensor
     std_error: Tensor | None
     weights: Tensor
     fallbacks: tuple[str, ...] = ()
+    degrees_of_freedom: float | Tensor = math.inf
 
     def __repr__(self) -> str:
         return f"ZeroNoiseEstimate(output {tuple(self.output.shape)}, weights {self.weights.tolist()})"
+
+    def confidence_interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
+        """(low, high), each (...): Student's t interval of every number by itself.
+
+        Raises
+        ------
+        ArgumentError
+            If level is not between 0 and 1, or if there are no standard errors.
+
+        Examples
+        --------
+        >>> import torch
+        >>> estimate = ZeroNoiseEstimate(torch.zeros(1), torch.ones(1), torch.ones(1), (), 1.0)
+        >>> estimate.confidence_interval(0.95)[1]
+        tensor([12.7062])
+        """
+        if not 0 < level < 1:
+            raise ArgumentError(f"level={level} is not allowed: it must be between 0 and 1.")
+        if self.std_error is None:
+            raise ArgumentError(
+                "There are no standard errors: give extrapolate the std_errors of its values."
+            )
+        t = torch.as_tensor(stats.t.ppf((1 + level) / 2, self.degrees_of_freedom)).to(self.std_error)
+        return self.output - t * self.std_error, self.output + t * self.std_error
 
 
 class ZeroNoiseInference(ABC):
@@ -51,6 +80,9 @@ class ZeroNoiseInference(ABC):
         Where to measure: 1 is the device's own noise, 3 three times that.
     method : str
         Name of the method, for people.
+    keeps_total : bool
+        Whether numbers that sum to 1 at every level are inferred to sum to 1. Where they need not, their
+        sum may be badly known, and the badly known ones give way; see `project_to_simplex`.
 
     Examples
     --------
@@ -78,6 +110,7 @@ class ZeroNoiseInference(ABC):
 
     noise_levels: tuple[float, ...]
     method: str
+    keeps_total: bool = True
 
     @abstractmethod
     def allocate(self, shots: int, spread: Sequence[float] | None = None) -> list[int]:
@@ -116,6 +149,12 @@ class ZeroNoiseInference(ABC):
             The noise levels that were attained, if they differ from `noise_levels`: folding a circuit reaches
             a level only nearly.
         """
+
+    def infer(
+        self, values: Sequence[Tensor], std_errors: Sequence[Tensor], levels: Sequence[float]
+    ) -> ZeroNoiseEstimate:
+        """`extrapolate` for callers that pass its fallbacks on themselves: override it if that one warns."""
+        return self.extrapolate(values, std_errors, levels=levels)
 
 
 def check_noise_levels(levels: object) -> tuple[float, ...]:

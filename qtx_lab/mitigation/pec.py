@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from qiskit import QuantumCircuit
 from qiskit.circuit import ParameterVector
+from scipy import stats
 from torch import Tensor
 
 from ..backends import QiskitQuantumBackend, RowCounts
@@ -17,7 +18,7 @@ from ..backends.aer import AerEngine
 from ..checks import check_count
 from ..errors import ArgumentError, BackendUnavailable, DtypeError
 from .projection import project_to_simplex, sum_by_key
-from .readout import readout_errors, undo_readout
+from .readout import laplace_variance, readout_errors, undo_readout
 from .register import register_counts, register_keys
 from .results import MitigatedRows, checked_request, finish_request
 from .scaling import is_static
@@ -197,9 +198,18 @@ class ProbabilisticErrorCancellation:
         mass = mass.where(known, torch.ones_like(mass))
         estimate = by_key.mean(1) / mass
         # The variance of a ratio: what each instance has beyond its share of the mass, which varies with the
-        # signs.
+        # signs. Laplace's rule, as for plain counts, for what few instances and few shots do not show: one
+        # more instance whose Paulis, with the other sign, spread it over all keys, and one more shot for and
+        # against each key.
         beyond = by_key - estimate[:, None] * masses
-        std_error = (beyond.square().sum(1) / (instances * (instances - 1))).sqrt() / mass
+        gamma = signs.abs().max()
+        spread = gamma * (estimate + 1 / p.shape[-1])
+        variance = (beyond.square().sum(1) + spread.square()) / (instances * (instances - 1))
+        shots = counts.view(rows, instances, -1).sum((1, 2))[:, None].double()
+        unseen = gamma.square() * laplace_variance(shots * estimate.clamp(0, 1), shots)
+        # Student's t for few instances: 1.96 standard errors are a 95 % interval.
+        few = float(stats.t.ppf(0.975, instances - 1) / stats.norm.ppf(0.975))
+        std_error = few * torch.maximum(variance, unseen).sqrt() / mass
         return MitigatedRows(
             project_to_simplex(estimate, support).where(known, 0),
             std_error.where(known, torch.nan),

@@ -8,10 +8,11 @@ from torch import Tensor
 from ..errors import ArgumentError, ShapeError
 
 
-def project_to_simplex(x: Tensor, support: Tensor | None = None) -> Tensor:
-    """Compute the distribution that is nearest to each row: max(x - t, 0), with t so that it sums to 1.
+def project_to_simplex(x: Tensor, support: Tensor | None = None, variance: Tensor | None = None) -> Tensor:
+    """Compute the distribution z that is nearest to each row: max(x - t, 0), with t so that it sums to 1.
 
-    Distances are Euclidean. The result is never further from any distribution on the support than the row
+    Distances are Euclidean, or sum_i (x_i - z_i)^2 / variance_i: then z_i = max(x_i - t variance_i, 0). The
+    result is never further from any distribution on the support than the row
     was, because the simplex is convex.
 
     Parameters
@@ -20,6 +21,8 @@ def project_to_simplex(x: Tensor, support: Tensor | None = None) -> Tensor:
         Quasi-probabilities, of which some may be negative.
     support : Tensor, bool, (..., n), optional
         Keys that may have a probability above 0; all keys if None. A row without any becomes 0.
+    variance : Tensor, (..., n), optional
+        Of each number, so that the badly known ones give way; equal if None.
 
     Returns
     -------
@@ -28,9 +31,9 @@ def project_to_simplex(x: Tensor, support: Tensor | None = None) -> Tensor:
     Raises
     ------
     ShapeError
-        If x and support have different shapes.
+        If x, support and variance have different shapes.
     ArgumentError
-        If x holds NaN or infinity.
+        If x or variance holds NaN or infinity, or variance a negative number.
 
     Source: Smolin, Gambetta and Smith, Efficient method for computing the maximum-likelihood quantum state
     from measurements with additive Gaussian noise (2012), the step for the eigenvalues; here by one sort of
@@ -48,6 +51,8 @@ def project_to_simplex(x: Tensor, support: Tensor | None = None) -> Tensor:
         )
     if not bool(x.isfinite().all()):
         raise ArgumentError("x holds NaN or infinity; quasi-probabilities must be finite.")
+    if variance is not None:
+        return _project_by_variance(x, support, variance)
     # Subtracting the largest number of a row changes nothing, and keeps the sums below exact.
     largest = x.double().masked_fill(~support, -torch.inf).amax(-1, keepdim=True)
     inside = (x - largest.where(largest.isfinite(), 0)).masked_fill(~support, -torch.inf)
@@ -57,6 +62,26 @@ def project_to_simplex(x: Tensor, support: Tensor | None = None) -> Tensor:
     positive = (ordered > surplus / rank).sum(-1, keepdim=True).clamp_min(1)  # keys that stay above 0
     threshold = surplus.gather(-1, positive - 1) / positive
     return (inside - threshold).clamp_min(0).to(x.dtype)
+
+
+def _project_by_variance(x: Tensor, support: Tensor, variance: Tensor) -> Tensor:
+    """`project_to_simplex` with variances."""
+    if variance.shape != x.shape:
+        raise ShapeError(
+            f"variance has shape {tuple(variance.shape)} and x has {tuple(x.shape)}; they must be the same."
+        )
+    if not bool((variance.isfinite() & (variance >= 0)).all()):
+        raise ArgumentError("variance holds NaN, infinity or a negative number.")
+    largest = variance.double().amax(-1, keepdim=True)
+    v = torch.where(largest > 0, variance / largest, torch.ones_like(x, dtype=torch.float64)).clamp_min(1e-12)
+    ratio, order = (x / v).masked_fill(~support, -torch.inf).sort(-1, descending=True)
+    seen = support.gather(-1, order)
+    sums, variances = ((y * seen).cumsum(-1) for y in (x.double().gather(-1, order), v.gather(-1, order)))
+    threshold = (sums - 1) / variances.clamp_min(1e-300)  # t, if the keys so far stay above 0
+    positive = (seen & (ratio > threshold)).sum(-1, keepdim=True).clamp_min(1)
+    z = (x - threshold.gather(-1, positive - 1) * v).clamp_min(0).masked_fill(~support, 0)
+    # Differences of large numbers lose digits of the sum.
+    return (z / z.sum(-1, keepdim=True).clamp_min(1e-300)).to(x.dtype)
 
 
 def sum_by_key(x: Tensor, keys: Tensor, support: Tensor) -> Tensor:

@@ -154,7 +154,7 @@ def estimate_register(
         return _undo_bit_by_bit(counts, errors)
     shots = counts.sum(-1, keepdim=True).double()
     shares = counts / shots
-    unseen = _laplace_variance(counts, shots)
+    unseen = laplace_variance(counts, shots)
     if errors is None:
         return RegisterEstimate(shares, unseen)
     value = undo_readout(shares, errors)
@@ -164,7 +164,7 @@ def estimate_register(
     return RegisterEstimate(value, torch.maximum(variance, unseen))
 
 
-def _laplace_variance(counts: Tensor, shots: Tensor) -> Tensor:
+def laplace_variance(counts: Tensor, shots: Tensor) -> Tensor:
     """Compute the variance s (1 - s) / shots of shares, with s = (counts + 1) / (shots + 2)."""
     share = (counts.double() + 1) / (shots + 2)
     return share * (1 - share) / shots.clamp_min(1)
@@ -189,7 +189,7 @@ def _undo_bit_by_bit(counts: Tensor, errors: Tensor) -> RegisterEstimate:
         misread = torch.stack((errors[bit, 1, 0], errors[bit, 0, 1]))  # of bits read as 0, as 1
         share = ((read - misread) / contrast).clamp(0, 1)
         share = share / share.sum(-1, keepdim=True)
-        share_variance = _laplace_variance(pairs, shots) / contrast**2
+        share_variance = laplace_variance(pairs, shots) / contrast**2
         # The variance of a product of two independent estimates.
         before, p_before = variance[..., None], p[..., None]
         variance = before * share.square() + (p_before.square() + before) * share_variance

@@ -8,9 +8,7 @@ import re
 import sys
 from collections.abc import Callable
 from typing import Any
-from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -22,8 +20,24 @@ from ..attention.settings import AttentionSettings
 from ..errors import ArgumentError
 from ..problem import AttentionProblem
 from .huggingface_cache import SampledCache, SampledLayer, attends_exactly, cached_layer
-from .huggingface_masks import Visibility, as_bias, as_visible, keep_selected, make_mask, read_mask
-from .huggingface_settings import IMPLEMENTATION, as_json, given_settings, read_settings
+from .huggingface_masks import (
+    Visibility,
+    as_bias,
+    as_visible,
+    keep_selected,
+    make_mask,
+    read_mask,
+    with_sink_key,
+)
+from .huggingface_settings import (
+    DRAWING,
+    IMPLEMENTATION,
+    given_settings,
+    read_settings,
+    refuse_recomputing,
+    settings_of,
+)
+from .huggingface_softmax import draw_by_softmax
 
 __all__ = [
     "IMPLEMENTATION",
@@ -33,6 +47,7 @@ __all__ = [
     "read_settings",
     "register",
     "restart",
+    "samplers_of",
 ]
 
 UNDERSTOOD = {"indices", "output_attentions", "position_bias", "s_aux", "sinks", "softcap"}
@@ -54,12 +69,6 @@ HARMLESS = {
 TEXT_PARTS = {"decoder", "generator", "text_config", "text_encoder"}
 """Where transformers has the config of a language model that is a part of another model."""
 
-SEED_STEP = 0x9E3779B97F4A7C15
-"""2^64 over the golden ratio: what the seeds of neighbouring layers differ by, so that no two agree."""
-
-_DRAWING: WeakKeyDictionary[nn.Module, tuple[str, dict[str, Any]]] = WeakKeyDictionary()
-"""Of each attention module that has drawn: the settings as JSON, and the arguments that they mean for it."""
-
 _SDPA_CONFIGS = WeakIdKeyDictionary()
 """The configs of the models whose attention SDPA may compute, as transformers says."""
 
@@ -67,10 +76,15 @@ _SDPA_CONFIGS = WeakIdKeyDictionary()
 def register() -> None:
     """Make `attn_implementation="qtx_sampled"` known to transformers >= 5. Doing it twice changes nothing.
 
-    Encoders, decoders and encoder-decoders whose attention goes through transformers' attention
-    interface then draw keys by `sampled_attention`, with their own masks, caches, grouped heads and
-    scales. JSON on the config of the model (of the text model, where there are several) says what is
-    drawn, and is saved with it:
+    Encoders, decoders and encoder-decoders then draw keys by `sampled_attention`, with their own masks,
+    caches, grouped heads, scales, sinks, softcap and biases: where their attention goes through transformers'
+    attention interface, in place of it, otherwise through its softmax, which saves no time
+    (`huggingface_softmax.DrawnSoftmax`). A model with attention of both kinds draws in the first only;
+    `samplers_of` tells in which modules. `qtx_lab/models/assets/huggingface_models.md` is a table of
+    transformers' models that were tried.
+
+    JSON on the config of the model (of the text model, where there are several) says what is drawn, and is
+    saved with it:
 
         config.qtx_sampled = {"sampler": "head-tail", "num_samples": 64, "seed": 0,
                               "layers": {"0": {"sampler": "exact"}, "5": {"num_samples": 128}}}
@@ -132,7 +146,29 @@ def register() -> None:
 def restart(model: nn.Module) -> None:
     """Let the generators of a model's layers start again from the seed in its settings."""
     for module in model.modules():
-        _DRAWING.pop(module, None)
+        DRAWING.pop(module, None)
+
+
+def samplers_of(model: nn.Module) -> dict[str, str]:
+    """The attention modules of a model that have run, by name, and the sampler of each.
+
+    Examples
+    --------
+    >>> import torch, transformers
+    >>> register()
+    >>> config = transformers.LlamaConfig(
+    ...     vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=4)
+    >>> config.qtx_sampled = {"layers": {"0": {"sampler": "exact"}}}
+    >>> model = transformers.AutoModel.from_config(config, attn_implementation="qtx_sampled")
+    >>> _ = model(torch.arange(12)[None])
+    >>> samplers_of(model)
+    {'layers.0.self_attn': 'exact', 'layers.1.self_attn': 'systematic'}
+    """
+    return {
+        name: DRAWING[module][1]["sampler"].name
+        for name, module in model.named_modules()
+        if module in DRAWING
+    }
 
 
 def attention_forward(
@@ -158,17 +194,14 @@ def attention_forward(
         If the settings were changed to what is not allowed, or the model asks for what draws do not give.
     """
     asked = _understood(module, kwargs)
-    settings = _settings_of(module)
+    settings = settings_of(module)
     exact = settings["sampler"].exact or attends_exactly(key)
     layer = cached_layer(key, value)
     if layer is not None and (exact or query.shape[2] > 1):
         key, value = layer.tokens(query)
         exact, layer = exact or layer.prefill == "exact", None
-    if not exact and settings["generator"] is not None and torch._C._current_graph_task_id() != -1:
-        raise ArgumentError(
-            "Activation checkpointing would draw other keys in the backward pass: leave `seed` out of "
-            "config.qtx_sampled, so that the draws come from torch's default generator, which it keeps."
-        )
+    if not exact:
+        refuse_recomputing(settings)
     if layer is not None:
         weighed = asked.pop("output_attentions", False)
         if asked:
@@ -240,17 +273,16 @@ def _draw(
     asked: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
     """The output and weights by drawn keys."""
-    refused = sorted(asked.keys() & {"s_aux", "sinks", "softcap"})
-    if refused:
-        raise ArgumentError(
-            f"The model asks its attention for {', '.join(refused)}, which draws do not give: make its "
-            'layers {"sampler": "exact"}.'
-        )
+    n = key.shape[2]
     key, value = key[:, :, : visible.num_keys], value[:, :, : visible.num_keys]
+    sinks = asked.get("s_aux", asked.get("sinks"))
     if "position_bias" in asked:
         visible = visible.with_bias(asked["position_bias"][..., : visible.num_keys], query)
     if dropout:
         value = drop_keys(value, dropout, settings["generator"])
+    if sinks is not None and sinks.ndim == 4:
+        key, value, visible = with_sink_key(query, key, value, visible, sinks)
+        sinks = None
     problem = AttentionProblem.of(
         query,
         key,
@@ -260,74 +292,75 @@ def _draw(
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
         first_position=visible.first_position,
+        sinks=sinks,
+        softcap=asked.get("softcap"),
     )
     how = {name: x for name, x in settings.items() if name != "generator"}
     estimate = attend(problem, AttentionSettings.of(**how), settings["generator"])
-    weights = estimate.attention_weights().to(query.dtype) if "output_attentions" in asked else None
+    weights = None
+    if "output_attentions" in asked:
+        weights = estimate.attention_weights()[..., : visible.num_keys].to(query.dtype)
+        weights = nn.functional.pad(weights, (0, n - visible.num_keys))
     return estimate.output.transpose(1, 2).contiguous(), weights
 
 
 def _check_model(model: PreTrainedModel) -> str:
     """Refuse, when a model is made or switched to ours, what would fail or be ignored when it runs.
 
-    Returns the attention implementation: "eager" for a model that has its own only, and no drawn layers.
+    Returns the attention implementation: "eager" for a model that has only its own, and draws in its softmax.
     """
     config = model.config
-    numbers = [
-        getattr(config, name, None) for name in ("num_hidden_layers", "decoder_layers", "encoder_layers")
-    ]
-    known = [number for number in numbers if isinstance(number, int)]
-    parts = [name for name in config.sub_configs if getattr(config, name, None) is not None]
-    if parts and (not known or TEXT_PARTS.intersection(parts)):
+    if not has_own_layers(config):
         if given_settings(config):
+            parts = [name for name in config.sub_configs if getattr(config, name, None) is not None]
             raise ArgumentError(
                 f"config.{IMPLEMENTATION} is on a {type(config).__name__}, whose attention layers read it "
                 f"from {' or '.join(f'config.{name}' for name in parts)}: put it there."
             )
         return IMPLEMENTATION  # each part of the model is asked by itself
+    known = _layer_numbers(config)
     by_layer = read_settings(given_settings(config), max(known, default=None))
     if _has_interface(type(model)):
         _SDPA_CONFIGS[config] = bool(model._supports_sdpa)
         return IMPLEMENTATION
     if all(settings["sampler"].exact for settings in by_layer.values()):
         return "eager"
-    raise ArgumentError(
-        f"{type(model).__name__} does not use transformers' attention interface: "
-        f"attn_implementation={IMPLEMENTATION!r} would change nothing."
-    )
+    if "softmax" not in _source(type(model)).lower():
+        raise ArgumentError(
+            f"{type(model).__name__} has no attention by softmax: "
+            f"attn_implementation={IMPLEMENTATION!r} would change nothing."
+        )
+    draw_by_softmax(model)
+    return "eager"
+
+
+def has_own_layers(config: Any) -> bool:
+    """Whether a model's layers read this config, and not the configs that are parts of it."""
+    parts = [name for name in config.sub_configs if getattr(config, name, None) is not None]
+    return not parts or (bool(_layer_numbers(config)) and not TEXT_PARTS.intersection(parts))
+
+
+def _layer_numbers(config: Any) -> list[int]:
+    """How many layers a config says that there are, of the encoder, the decoder, or at all."""
+    names = ("num_hidden_layers", "decoder_layers", "encoder_layers")
+    numbers = [getattr(config, name, None) for name in names]
+    return [number for number in numbers if isinstance(number, int)]
 
 
 def _has_interface(model: type[PreTrainedModel]) -> bool:
     """Whether the attention of a model's file goes through transformers' attention interface."""
-    if not model._can_set_attn_implementation():
+    source = _source(model)
+    # Not where its attention classes have names that the file knows.
+    if not source or re.search(r"_ATTENTION_CLASSES\[[\w.]*_attn_implementation\]", source):
         return False
-    source = inspect.getsource(sys.modules[model.__module__])
-    if re.search(r"_ATTENTION_CLASSES\[[\w.]*_attn_implementation\]", source):
-        return False  # Attention classes by the names that the file knows.
     imported = r"import .*(Attention|DecoderLayer|EncoderLayer)\b"  # of another model
-    return re.search(rf"ALL_ATTENTION_FUNCTIONS|{imported}", source) is not None
+    uses = re.search(rf"ALL_ATTENTION_FUNCTIONS|{imported}", source) is not None
+    return uses and model._can_set_attn_implementation()
 
 
-def _settings_of(module: nn.Module) -> dict[str, Any]:
-    """The arguments of `sampled_attention` for an attention module, its generator among them."""
-    config = getattr(module, "config", None)
-    given = given_settings(config)
-    text = as_json(given)
-    former_text, settings = _DRAWING.get(module, ("", {}))
-    if former_text == text:
-        return settings
-    by_layer = read_settings(given)
-    layer = getattr(module, "layer_idx", None)
-    if len(by_layer) > 1 and layer is None:
-        raise ArgumentError(
-            f"config.{IMPLEMENTATION}['layers'] is not allowed: {type(module).__name__} does not know "
-            "its number."
-        )
-    settings = by_layer.get(layer, by_layer[None])
-    seed = settings.pop("seed")
-    if seed is not None:
-        device = next((p.device for p in module.parameters()), torch.device("cpu"))
-        mixed = (seed + SEED_STEP * (0 if layer is None else layer + 1)) % 2**63
-        settings["generator"] = torch.Generator(device).manual_seed(mixed)
-    _DRAWING[module] = (text, settings)
-    return settings
+def _source(model: type[PreTrainedModel]) -> str:
+    """The code of a model's file; empty where there is none, as in a shell."""
+    try:
+        return inspect.getsource(sys.modules[model.__module__])
+    except (KeyError, OSError, TypeError):
+        return ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -108,7 +108,7 @@ class Visibility:
         mask = self.as_mask(query)
         if mask is not None:
             bias = torch.where(mask, bias, -torch.inf) if mask.dtype == torch.bool else bias + mask
-        return Visibility(bias, False, self.first_position, self.num_keys)
+        return replace(self, mask=bias, is_causal=False)
 
 
 @outside_graphs
@@ -250,3 +250,26 @@ def keep_selected(mask: Tensor | None, indices: Tensor, num_keys: int) -> Tensor
     if mask.dtype == torch.bool:
         return mask & selected
     return mask.masked_fill(~selected, torch.finfo(mask.dtype).min)
+
+
+def with_sink_key(
+    query: Tensor, key: Tensor, value: Tensor, visible: Visibility, sinks: Tensor
+) -> tuple[Tensor, Tensor, Visibility]:
+    """Keys, values and their visibility with one key more, which takes probability and has the value 0.
+
+    Parameters
+    ----------
+    query : Tensor, (B, H, L, E)
+    key : Tensor, (B, Hkv, n, E)
+    value : Tensor, (B, Hkv, n, Ev)
+    visible : Visibility
+    sinks : Tensor, (B, H, L, 1)
+        The logit of that key for each query.
+    """
+    mask = visible.as_mask(query)
+    bias = query.new_zeros(1) if mask is None else as_visible(mask)
+    if bias.dtype == torch.bool:
+        bias = query.new_zeros(bias.shape).masked_fill_(~bias, -torch.inf)
+    bias = torch.cat((bias.expand(*query.shape[:-1], key.shape[2]), sinks.to(bias.dtype)), -1)
+    key, value = (torch.cat((x, x.new_zeros(*x.shape[:2], 1, x.shape[3])), 2) for x in (key, value))
+    return key, value, replace(visible, mask=bias, is_causal=False)

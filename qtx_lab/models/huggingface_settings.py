@@ -5,6 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
 
 from ..attention.multihead import attention_settings
 from ..errors import ArgumentError, unknown_name
@@ -19,6 +23,12 @@ MAX_SEED = 2**63 - 1
 """The largest seed that a torch.Generator takes."""
 
 MAX_LAYERS = 10**9
+
+SEED_STEP = 0x9E3779B97F4A7C15
+"""2^64 over the golden ratio: what the seeds of neighbouring layers differ by, so that no two agree."""
+
+DRAWING: WeakKeyDictionary[nn.Module, tuple[str, dict[str, Any]]] = WeakKeyDictionary()
+"""Of each attention module that has drawn: the settings as JSON, and the arguments that they mean for it."""
 
 
 def read_settings(given: object, layers: int | None = None) -> dict[int | None, dict[str, Any]]:
@@ -77,6 +87,50 @@ def as_json(given: object) -> str:
         raise ArgumentError(
             f"config.{IMPLEMENTATION} is not allowed: it must be JSON, names and numbers only ({error})."
         ) from None
+
+
+def settings_of(module: nn.Module, config: Any = None, number: int | None = None) -> dict[str, Any]:
+    """The arguments of `sampled_attention` for an attention module, its generator among them.
+
+    The config is the module's own and the number that of its layer, where they are not given.
+    """
+    config = getattr(module, "config", None) if config is None else config
+    given = given_settings(config)
+    text = as_json(given)
+    former_text, settings = DRAWING.get(module, ("", {}))
+    if former_text == text:
+        return settings
+    by_layer = read_settings(given)
+    layer = getattr(module, "layer_idx", None)
+    if len(by_layer) > 1 and layer is None:
+        raise ArgumentError(
+            f"config.{IMPLEMENTATION}['layers'] is not allowed: {type(module).__name__} does not know "
+            "its number."
+        )
+    settings = by_layer.get(layer, by_layer[None])
+    seed = settings.pop("seed")
+    if seed is not None:
+        device = next((p.device for p in module.parameters()), torch.device("cpu"))
+        number = layer if number is None else number
+        mixed = (seed + SEED_STEP * (0 if number is None else number + 1)) % 2**63
+        settings["generator"] = torch.Generator(device).manual_seed(mixed)
+    DRAWING[module] = (text, settings)
+    return settings
+
+
+def refuse_recomputing(settings: dict[str, Any]) -> None:
+    """Refuse to draw in a backward pass, where activation checkpointing computes a layer again.
+
+    Raises
+    ------
+    ArgumentError
+        If the draws come from a generator of the layer's own, which has moved on.
+    """
+    if settings["generator"] is not None and torch._C._current_graph_task_id() != -1:
+        raise ArgumentError(
+            "Activation checkpointing would draw other keys in the backward pass: leave `seed` out of "
+            "config.qtx_sampled, so that the draws come from torch's default generator, which it keeps."
+        )
 
 
 def _mapping(given: object, where: str, allowed: tuple[str, ...] | None) -> dict[Any, Any]:

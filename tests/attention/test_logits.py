@@ -12,7 +12,7 @@ from qtx_lab import problem
 from qtx_lab.attention.dispatch import attend
 from qtx_lab.attention.settings import AttentionSettings
 from qtx_lab.problem import AttentionProblem
-from qtx_lab.samplers import SAMPLERS
+from qtx_lab.samplers import SAMPLERS, SantaSampler, TopKSampler, VAttentionSampler
 
 H, KV, L, N, E = 4, 2, 6, 9, 8
 
@@ -329,3 +329,36 @@ def test_what_is_not_allowed_is_refused_by_name(options, message):
     q, k, v = tensors()
     with pytest.raises(qtx.QtxError, match=message):
         qtx.sampled_attention(q, k, v, enable_gqa=True, **options)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_baselines_have_the_naive_softmax_as_their_limit(case):
+    q, k, v = tensors()
+    output, log_sum_exp = naive(q, k, v, **CASES[case])
+    baselines = [(TopKSampler(), N), (VAttentionSampler(), N), (SantaSampler(), 4096)]
+    baselines += [(SantaSampler("fixed", "stratified"), 4096)]
+    for sampler, draws in baselines:
+        est = qtx.sampled_attention(
+            q, k, v, sampler=sampler, num_samples=draws, enable_gqa=True, generator=generator(), **CASES[case]
+        )
+        assert relative(est.output, output) < (1e-12 if draws == N else 1e-2)
+        assert torch.allclose(est.log_sum_exp, log_sum_exp, atol=1e-9)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_tolerance_is_kept_whatever_shapes_the_logits(case):
+    g = generator()
+    q, k, v = (torch.randn(shape, generator=g) for shape in [(4, 30, 16), (2, 200, 16), (2, 200, 8)])
+    options = {name: x.float() if name == "sinks" else x for name, x in CASES[case].items()}
+    if "attn_mask" in options:
+        options["attn_mask"] = torch.randn(4, 30, 200, generator=g)
+    if "window" in options:
+        options["window"] = tuple(None if x is None else 20 * x for x in options["window"])
+    output, log_sum_exp = naive(q, k, v + 1, **options)
+    for name in ("systematic", "head-tail"):
+        est = qtx.sampled_attention(
+            q, k, v + 1, sampler=name, tolerance=0.1, enable_gqa=True, generator=g, **options
+        )
+        error = (est.output - output).norm(dim=-1) / output.norm(dim=-1)
+        assert float((error > 0.1).float().mean()) <= 0.05
+        assert torch.allclose(est.log_sum_exp, log_sum_exp.float(), atol=1e-5)

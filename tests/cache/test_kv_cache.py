@@ -259,7 +259,7 @@ def test_an_estimate_of_cropped_tokens_has_no_error_bars_any_more(generator):
     assert early.std_error.isfinite().all()
     cache.crop(699)
     assert early.std_error.isfinite().all()
-    with pytest.raises(qtx.ArgumentError, match="before the cache is cropped"):
+    with pytest.raises(qtx.ArgumentError, match="before a crop of the cache"):
         _ = late.std_error
 
 

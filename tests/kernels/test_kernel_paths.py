@@ -349,3 +349,26 @@ def test_set_to_the_reference_sampled_attention_stays_with_torch(generator, devi
     q, k, v = heads(generator, device)
     est = qtx.sampled_attention(q, k, v, enable_gqa=True, generator=generator)
     assert est.diagnostics.get("kernel", {"path": "torch"})["path"] == "torch"
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize("replicates", [2, 4])
+@pytest.mark.parametrize(("rows", "kernel"), [(40, "decode"), (300, "prefill")])
+def test_intervals_of_values_that_few_keys_hold_cover(rows, kernel, replicates, seed):
+    """Each feature is 10 at one key of 256: most replicates agree that it is 0, and know nothing of it.
+
+    16 coordinates of each row; rows share their values, which leaves the coverage an error of about .02.
+    """
+    g = torch.Generator().manual_seed(seed)
+    v = torch.zeros(1, 256, 16)
+    v[0, torch.randperm(256, generator=g)[:16], torch.arange(16)] = 10.0
+    q, k = torch.randn(1, rows, 256, generator=g), torch.eye(256)[None]
+    est = qtx.gpu_quantum_attention(
+        q, k, v, num_samples=32, replicates=replicates, scale=1.0, generator=g, return_estimate=True
+    )
+    low, high = est.confidence_interval()
+    exact = q.softmax(-1) @ v
+    assert est.info.kernel.name == kernel
+    assert ((low <= exact) & (exact <= high)).double().mean() >= 0.9
+    assert (high - low).min() > 1e-4  # no row is exact
+    assert (est.reliability is None) == (kernel == "prefill")

@@ -25,7 +25,7 @@ from ..samplers import Budget, Design, SampledRows, SystematicSampler
 from ..samplers.base import row_probabilities
 from ..streams import Stream, make_seed
 from .error_bars import ErrorBars, mixed_degrees_of_freedom, with_error_bars
-from .gradients import first_derivative
+from .gradients import first_derivative, outside_graphs
 
 
 @overload
@@ -62,6 +62,7 @@ def gpu_quantum_attention(
 ) -> AttentionEstimate: ...
 
 
+@outside_graphs
 def gpu_quantum_attention(
     Q: Tensor,
     K: Tensor,

@@ -21,6 +21,7 @@ from ..problem import AttentionProblem
 from ..samplers import Sampler, make_sampler
 from .corrections import ControlVariate, make_controls
 from .dispatch import attend
+from .gradients import outside_graphs
 from .settings import AttentionSettings
 
 if TYPE_CHECKING:
@@ -202,9 +203,7 @@ class QuantumMultiheadAttention(nn.MultiheadAttention):
         q, k, v = (x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for x in (q, k, v))
         if self.training:
             v = drop_keys(v, self.dropout, self.settings["generator"])
-        settings = {name: x for name, x in self.settings.items() if name != "generator"}
-        problem = AttentionProblem.of(q, k, v, attn_mask=mask, is_causal=hint)
-        estimate = attend(problem, AttentionSettings.of(**settings), self.settings["generator"])
+        estimate = estimate_heads(q, k, v, mask, hint, self.settings)
         self.last_estimate = None if transformed() else replace(estimate, output=estimate.output.detach())
 
         output = self.out_proj(estimate.output.transpose(1, 2).flatten(-2))
@@ -272,6 +271,16 @@ class QuantumMultiheadAttention(nn.MultiheadAttention):
         )
         inputs = (query, key, value)
         return [F.linear(x, w, b) for x, w, b in zip(inputs, weights, biases, strict=True)]
+
+
+@outside_graphs
+def estimate_heads(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, settings: dict[str, Any]
+) -> AttentionEstimate:
+    """The estimate of all heads (N, num_heads, L, head_dim) by the settings of a module."""
+    how = {name: x for name, x in settings.items() if name != "generator"}
+    problem = AttentionProblem.of(q, k, v, attn_mask=mask, is_causal=is_causal)
+    return attend(problem, AttentionSettings.of(**how), settings["generator"])
 
 
 def drop_keys(v: Tensor, dropout: float, generator: torch.Generator | None) -> Tensor:

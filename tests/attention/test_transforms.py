@@ -330,6 +330,19 @@ def test_exact_attention_is_traced(generator):
     assert torch.equal(torch.jit.trace(model, (x,))(y), model(y))
 
 
+@pytest.mark.parametrize(
+    "model",
+    [Layer(), lambda x: qtx.gpu_quantum_attention(x, x, x, 4)],
+    ids=["module", "kernels"],
+)
+def test_one_whole_graph_of_a_module_is_a_clear_error(model, generator):
+    x = torch.randn(2, 9, 4, generator=generator)
+    assert torch.compile(model, backend="eager")(x).shape == x.shape
+    torch.compiler.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"draws keys, which is not compiled"):
+        torch.compile(model, backend="eager", fullgraph=True)(x)
+
+
 def test_a_compiled_module_draws_anew_at_each_call(generator):
     attn = Layer()
     compiled = torch.compile(attn, backend="eager")

@@ -96,7 +96,7 @@ def try_model(cls: type[PreTrainedModel], kind: str) -> ModelReport:
             size = sum(p.numel() for p in cls._from_config(config_of(cls)).parameters())
         if size > MAX_PARAMETERS:
             return ModelReport(cls.__name__, kind, note=f"{size:,} parameters")
-        eager = _liven(_make(cls, "eager"))
+        eager = make_model(cls, "eager")
         wanted = _all_logits(eager, kind)
     # Whatever transformers raises, the class is not one to compare with.
     except Exception as error:
@@ -129,7 +129,7 @@ def _compare(
 ) -> Outcome:
     errors = {}
     try:
-        model = _make(cls, huggingface.IMPLEMENTATION, settings)
+        model = make_model(cls, huggingface.IMPLEMENTATION, settings)
         model.load_state_dict(eager.state_dict())
         run = cases(model, kind)
         for name, logits in wanted.items():
@@ -210,14 +210,17 @@ def cases(model: PreTrainedModel, kind: str) -> dict[str, Any]:
     return asked
 
 
-def _make(cls: type[PreTrainedModel], attention: str, settings: Any = None) -> PreTrainedModel:
-    """A small model of a class, with the settings wherever its configs have a place for them."""
+def make_model(cls: type[PreTrainedModel], attention: str, settings: Any = None) -> PreTrainedModel:
+    """A small model of a class, with the settings wherever its configs have a place for them.
+
+    Its weights are so large that its attention is far from uniform, and the same for each `attention`.
+    """
     config = config_of(cls)
     if settings is not None:
         for part in _configs(config):
             part.qtx_sampled = settings
     torch.manual_seed(0)
-    return cls._from_config(config, attn_implementation=attention).eval()
+    return _liven(cls._from_config(config, attn_implementation=attention).eval())
 
 
 def _configs(config: Any) -> Iterator[Any]:

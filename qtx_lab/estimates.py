@@ -196,11 +196,20 @@ class KernelUse:
         Why this one.
     name : str, optional
         The kernel's name, where one ran.
+    slower_than_exact : str, optional
+        Why exact attention takes less time, where that is known (`qtx_lab.kernels.choice`).
     """
 
     path: str
     reason: str
     name: str | None = None
+    slower_than_exact: str | None = None
+
+    def as_dict(self) -> dict[str, str]:
+        """The fields that say something, by name."""
+        stated = {"path": self.path, "reason": self.reason}
+        optional = {"name": self.name, "slower_than_exact": self.slower_than_exact}
+        return stated | {name: x for name, x in optional.items() if x is not None}
 
 
 @dataclass(frozen=True)
@@ -304,8 +313,7 @@ class EstimateInfo:
         stated = {f.name: getattr(self, f.name) for f in fields(self)}
         stated = {name: x for name, x in stated.items() if x is not None}
         if self.kernel is not None:
-            name = {} if self.kernel.name is None else {"name": self.kernel.name}
-            stated["kernel"] = {"path": self.kernel.path, "reason": self.kernel.reason, **name}
+            stated["kernel"] = self.kernel.as_dict()
         if self.control_variate is not None:
             report = self.control_variate
             stated["control_variate"] = {f.name: getattr(report, f.name) for f in fields(report)}

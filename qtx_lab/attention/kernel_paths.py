@@ -14,7 +14,7 @@ from torch import Tensor
 from ..checks import check_count, check_generator, transformed
 from ..errors import ArgumentError, TransformError
 from ..estimates import AttentionEstimate, Draws, EstimateInfo, KernelUse
-from ..kernels.choice import Choice, choose
+from ..kernels.choice import Choice, choose, slower_decode, slower_prefill
 from ..kernels.decode import reference as decode_reference
 from ..kernels.decode.reference import DecodeResult
 from ..kernels.inputs import MAX_DECODE_ROWS, Inputs
@@ -82,6 +82,8 @@ def gpu_quantum_attention(
     A few queries without gradients, as in decoding, are drawn systematically along the whole row
     (`kernels.decode`). Many queries, causal ones and those with gradients are drawn page by page of 64 keys
     (`kernels.prefill`); their gradients for q, k and v are unbiased, as those of `sampled_attention` are.
+    Exact attention of many queries takes less time than that, and so does exact decoding of short rows:
+    `info.kernel.slower_than_exact` then says why.
     Nothing about it is quantum: these are the draws that measuring an ideal circuit would give, but with less
     noise. The environment variable QTX_LAB_KERNELS=triton or reference overrides which of the two runs.
 
@@ -223,15 +225,15 @@ def attend_systematic(call: KernelCall) -> AttentionEstimate:
         return estimate if sinks is None else estimate.with_sinks(sinks)
 
 
-def _info(kernel: str, sampler: str, call: KernelCall) -> EstimateInfo:
-    """What the estimates of both kernels say about themselves."""
+def _info(kernel: str, sampler: str, call: KernelCall, slower: str | None) -> EstimateInfo:
+    """What the estimates of both kernels say about themselves; `slower`: why exact attention is faster."""
     return EstimateInfo(
         sampler=sampler,
         unbiased=True,
         num_samples=call.budget.num_samples,
         replicates=call.budget.replicates,
         draws_per_row=call.budget.total,
-        kernel=KernelUse(call.choice.path, call.choice.reason, kernel),
+        kernel=KernelUse(call.choice.path, call.choice.reason, kernel, slower),
         fallbacks=call.choice.fallbacks,
     )
 
@@ -260,7 +262,10 @@ def _decode(call: KernelCall) -> AttentionEstimate:
         result.output,
         lambda: draws,
         _design(call),
-        replace(_info("decode", "systematic", call), effective_sample_size=visible.view(row_shape) * total),
+        replace(
+            _info("decode", "systematic", call, slower_decode(call.choice.path, x.k.nbytes + x.v.nbytes)),
+            effective_sample_size=visible.view(row_shape) * total,
+        ),
     )
     problem = call.problem.without_sinks()
     return with_error_bars(sampled, problem).to_estimate(problem)
@@ -414,7 +419,7 @@ def _prefill(call: KernelCall) -> AttentionEstimate:
         group=call.problem.group,
         make_log_sum_exp=make_log_sum_exp,
         info=replace(
-            _info("prefill", "systematic in pages", call),
+            _info("prefill", "systematic in pages", call, slower_prefill()),
             baseline="other pages" if parts.requires_grad else None,
             log_sum_exp="exact",
         ),

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..checks import check_finite
 from ..errors import ArgumentError
 from ..estimates import AttentionEstimate, Draws, EstimateInfo, KernelUse, rounding_variance
-from ..kernels.choice import choose, choose_cpu, triton_considered
+from ..kernels.choice import choose, choose_cpu, slower_decode, triton_considered
 from ..kernels.cpu_decode.reference import DrawnRows, draw_rows, rows_at
 from ..kernels.inputs import MAX_DECODE_ROWS, Inputs
 from ..kernels.memory import out_of_memory_explained
@@ -110,7 +110,15 @@ def attend(store: TokenStore, sketch: ComponentSketch | None, call: Call) -> Att
                 check_finite("q", call.q)
                 assert sketch is not None
                 return _attend_by_triton(
-                    store, sketch, call, KernelUse("triton", choice.reason, "sketch_decode")
+                    store,
+                    sketch,
+                    call,
+                    KernelUse(
+                        "triton",
+                        choice.reason,
+                        "sketch_decode",
+                        slower_decode("triton", store.keys().nbytes + store.values().nbytes),
+                    ),
                 )
             reason, fallbacks = choice.reason, choice.fallbacks
         else:

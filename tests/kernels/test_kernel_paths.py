@@ -168,7 +168,9 @@ def test_a_fallback_on_a_gpu_is_in_the_result(monkeypatch, generator):
     monkeypatch.setattr(kernel_paths, "choose", lambda *tensors, **options: fallback)
     est = qtx.gpu_quantum_attention(q, k, v, enable_gqa=True, return_estimate=True)
     assert est.diagnostics["fallbacks"] == (f"The plain-torch reference ran, not the kernel: {reason}.",)
-    assert est.diagnostics["kernel"] == {"path": "reference", "reason": reason, "name": "decode"}
+    kernel = est.diagnostics["kernel"]
+    assert "plain torch computes all logits" in kernel.pop("slower_than_exact")
+    assert kernel == {"path": "reference", "reason": reason, "name": "decode"}
     monkeypatch.undo()
     monkeypatch.setattr(choice, "_obstacle", lambda tensors, chained: "it is too old")
     with pytest.warns(qtx.FallbackWarning, match="it is too old"):
@@ -228,6 +230,19 @@ def test_causal_queries_need_not_start_at_the_first_key(kernels, generator, devi
         )
         outputs.append(kernel_paths.attend_systematic(call).output)
     torch.testing.assert_close(outputs[0][:, :, 40:], outputs[1])
+
+
+def test_an_estimate_says_where_exact_attention_is_faster(kernels, generator, device):
+    """Always for many queries, and for few where there is little to read."""
+    q, k, v = heads(generator, device, length=99, n=99)
+    options = {"num_samples": 8, "enable_gqa": True, "return_estimate": True}
+    many = qtx.gpu_quantum_attention(q, k, v, is_causal=True, **options)
+    assert "read all keys and values" in many.info.kernel.slower_than_exact
+    few = qtx.gpu_quantum_attention(q[:, :, :1], k, v, **options)
+    assert "in less time" in few.diagnostics["kernel"]["slower_than_exact"]
+    assert choice.slower_decode("triton", choice.FEWEST_BYTES + 1) is None
+    cache = qtx.SampledKVCache.build(k, v)
+    assert "in less time" in cache.attend(q[:, :, :1], 16).info.kernel.slower_than_exact
 
 
 def test_sampled_attention_takes_the_kernel_for_many_causal_or_trained_rows(kernels, generator, device):

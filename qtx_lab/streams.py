@@ -59,6 +59,10 @@ class Purpose(IntEnum):
     """What decides where two keys or tiles are worth the same."""
     GENERATOR = 8
     """The seed of a torch.Generator, for samplers that take one."""
+    REHEARSAL = 10
+    """The draws by which a tolerance tries a sampler out."""
+    PROBES = 11
+    """The directions along which a tolerance looks at values."""
     SEQUENCE = 255
     """The key of a sequence."""
 

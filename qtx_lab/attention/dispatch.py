@@ -98,7 +98,8 @@ def sampled_attention(
         2.
     tolerance : float, optional
         In place of a count: every row gets as many draws as keep |o_hat - o| <= tolerance |o| with
-        probability `confidence`, norms over its features (see `to_tolerance`). `info` then has for each row
+        probability `confidence`, norms over its features (see `to_tolerance`). Keys are then laid out in
+        random order where the sampler's errors depend on their order. `info` has for each row
         `draws_per_row`, `pilot_draws_per_row` and `predicted_relative_error`, the bound that was kept.
     confidence : float
         From 0.5 to below 1.

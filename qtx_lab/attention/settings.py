@@ -61,6 +61,9 @@ class AttentionSettings:
             )
         promise = Tolerance.of(tolerance, confidence, num_samples, sampler)
         if promise is not None and controls and not sampler.exact:
-            raise ArgumentError("tolerance and control_variate exclude each other: leave one of them out.")
+            raise ArgumentError(
+                "tolerance and control_variate exclude each other, for only the draws tell how much of the "
+                "error a control removes: leave one of them out."
+            )
         budget = Budget(DEFAULT_SAMPLES if num_samples is None else int(num_samples), int(replicates))
         return cls(sampler, budget, controls, promise)

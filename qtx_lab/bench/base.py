@@ -300,6 +300,7 @@ NAMES = (
     "samplers",
     "estimators",
     "coverage",
+    "tolerance",
     "decode",
     "model",
     "circuits",

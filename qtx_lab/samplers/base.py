@@ -516,16 +516,21 @@ class InversionSampler(StreamSampler):
         f = expected.frac()
         return f * (1 - f)
 
-    def variance_weights(self, p: Tensor, num_samples: int) -> tuple[Tensor, Tensor]:
+    @property
+    def min_samples(self) -> int:
+        """The fewest draws of a replicate that it can make."""
+        return 1
+
+    def variance_weights(self, p: Tensor, num_samples: int | Tensor) -> tuple[Tensor, Tensor]:
         """a_j of rows p (..., n), and the weight w (..., 1) of a draw that varies.
 
         sum_j a_j (v_j - c)^2, for any c, is above the variance of one replicate, if keys lie in random order
         or neighbours in it are alike: a_j = c_j w^2 with the variance c_j of a key's count
-        (`count_variance`), 0 for one that is sure.
+        (`count_variance`), 0 for one that is sure. `num_samples` may be a number for each row, (..., 1).
         """
         variance = self.count_variance(num_samples * p)
         assert variance is not None
-        return variance / num_samples**2, torch.full_like(p[..., :1], 1 / num_samples)
+        return variance / num_samples**2, torch.ones_like(p[..., :1]) / num_samples
 
     def checked_points(self, stream: Stream, num_samples: int, replicates: int) -> Tensor:
         """`points`, of the right shape and in [0, 1).

@@ -43,7 +43,11 @@ class HeadTailSampler(SystematicSampler):
             raise ArgumentError(f'head={head!r} is not allowed: it must be "optimal" or a whole number >= 0.')
         self.head = head
 
-    def variance_weights(self, p: Tensor, num_samples: int) -> tuple[Tensor, Tensor]:
+    @property
+    def min_samples(self) -> int:
+        return 1 if self.head == "optimal" else int(self.head) + 1
+
+    def variance_weights(self, p: Tensor, num_samples: int | Tensor) -> tuple[Tensor, Tensor]:
         counts = expected_counts(p, num_samples, None if self.head == "optimal" else int(self.head))
         left = counts.frac()
         weight = p / counts.clamp_min(torch.finfo(p.dtype).tiny)
@@ -63,27 +67,30 @@ class HeadTailSampler(SystematicSampler):
         return Draws(indices, weights, probabilities, replicates)
 
 
-def expected_counts(p: Tensor, num_samples: int, head: int | None = None) -> Tensor:
+def expected_counts(p: Tensor, num_samples: int | Tensor, head: int | None = None) -> Tensor:
     """How often each key of rows p (..., n) is drawn on average: 1 in the head, c p_j in the tail, S in all.
 
     The head is the `head` heaviest keys (more where they are tied), or, where None, the smallest one that
     leaves no key of the tail more than one draw: the heaviest h keys for the first h with p_(h+1) (S - h) /
     (tail's mass) < 1. Where no more than S keys have mass, each is drawn once. In the tail a count is not cut
-    off at 1, so that rounding in the choice of the head costs no draw and no bias.
+    off at 1, so that rounding in the choice of the head costs no draw and no bias. S is `num_samples`, or a
+    whole number for each row, (..., 1).
 
     Raises
     ------
     ArgumentError
         If head is not below num_samples.
     """
-    if head is not None and head >= num_samples:
-        raise ArgumentError(f"head={head} is not allowed with num_samples={num_samples}: it must be smaller.")
-    top = p.topk(min(num_samples, p.shape[-1]), -1).values  # heaviest first
+    fewest, most = (num_samples, num_samples) if isinstance(num_samples, int) else _limits(num_samples)
+    if head is not None and head >= fewest:
+        raise ArgumentError(f"head={head} is not allowed with num_samples={fewest}: it must be smaller.")
+    top = p.topk(min(most, p.shape[-1]), -1).values  # heaviest first
     if head is None:
         h = torch.arange(top.shape[-1], device=p.device)
         tail = p.sum(-1, keepdim=True) - top.cumsum(-1) + top  # mass from the (h + 1)-th on
         fits = top * (num_samples - h) < tail
-        size = torch.where(fits.any(-1, keepdim=True), fits.int().argmax(-1, keepdim=True), num_samples - 1)
+        first = torch.where(fits.any(-1, keepdim=True), fits.int().argmax(-1, keepdim=True), most)
+        size = first.clamp_max(num_samples - 1)
     else:
         size = torch.full_like(top[..., :1], head, dtype=torch.int64)
     least = top.gather(-1, (size - 1).clamp(0, top.shape[-1] - 1)).masked_fill(size == 0, torch.inf)
@@ -99,6 +106,11 @@ def expected_counts(p: Tensor, num_samples: int, head: int | None = None) -> Ten
         return counts
     few = seen.sum(-1, keepdim=True) <= num_samples
     return torch.where(few, seen, counts)
+
+
+def _limits(counts: Tensor) -> tuple[int, int]:
+    """The least and the greatest of some counts."""
+    return (int(counts.min()), int(counts.max())) if counts.numel() else (1, 1)
 
 
 def _sum(x: Tensor) -> Tensor:

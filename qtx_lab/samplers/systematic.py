@@ -15,8 +15,9 @@ class SystematicSampler(InversionSampler):
     Unbiased. A key is drawn floor(S p_j) or ceil(S p_j) times, so heavy keys are exact up to 1 / S; the
     variance depends on the order of the keys and has no useful estimate from one replicate. Values that
     alternate in step with the comb are its worst case: worse than independent draws, with intervals too
-    short. Source: Madow, On the theory of systematic sampling II (1949); Carpenter, Clifford and Fearnhead,
-    Improved particle filter for nonlinear problems (1999), sec. 3.
+    short. A tolerance lays keys out in random order for it. Source: Madow, On the theory of systematic
+    sampling II (1949); Carpenter, Clifford and Fearnhead, Improved particle filter for nonlinear problems
+    (1999), sec. 3.
 
     >>> import torch
     >>> g = torch.Generator().manual_seed(0)

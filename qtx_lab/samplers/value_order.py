@@ -91,13 +91,16 @@ class ValueOrder:
         inverse = torch.where(varies, variance.clamp_min(torch.finfo(variance.dtype).tiny).rsqrt(), 0)
         return cls(centre, (axes * inverse[:, None]).to(values.dtype) / size)
 
-    def keys(self, values: Tensor) -> Tensor:
-        """The order key of each value (N, n, d): its index on the Hilbert curve, int64, (N, n)."""
-        position = torch.special.ndtr((values - self.centre) @ self.axes) * (1 << BITS)
-        cell = position.nan_to_num(0).to(torch.int32).clamp(0, (1 << BITS) - 1)
+    def keys(self, values: Tensor, bits: int = BITS) -> Tensor:
+        """The order key of each value (N, n, d): its index on the Hilbert curve, int64, (N, n).
+
+        Coordinates have so many `bits`, up to 7; fewer ones leave more values in the same cell.
+        """
+        position = torch.special.ndtr((values - self.centre) @ self.axes) * (1 << bits)
+        cell = position.nan_to_num(0).to(torch.int32).clamp(0, (1 << bits) - 1)
         index = torch.empty(cell.shape[:2].numel(), dtype=torch.int64, device=cell.device)
         for part, cells in zip(index.split(CHUNK), cell.flatten(0, 1).split(CHUNK), strict=True):
-            part.copy_(hilbert_index(cells, BITS))
+            part.copy_(hilbert_index(cells.long() if bits > BITS else cells, bits))
         return index.view(cell.shape[:2])
 
     def order(self, values: Tensor) -> Tensor:

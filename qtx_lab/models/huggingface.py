@@ -19,7 +19,13 @@ from ..attention.multihead import drop_keys
 from ..attention.settings import AttentionSettings
 from ..errors import ArgumentError
 from ..problem import AttentionProblem
-from .huggingface_cache import SampledCache, SampledLayer, attends_exactly, cached_layer
+from .huggingface_cache import (
+    SampledCache,
+    SampledLayer,
+    arguments_of_a_step,
+    attends_exactly,
+    cached_layer,
+)
 from .huggingface_masks import (
     Visibility,
     as_bias,
@@ -197,19 +203,14 @@ def attention_forward(
     settings = settings_of(module)
     exact = settings["sampler"].exact or attends_exactly(key)
     layer = cached_layer(key, value)
+    beside = {} if layer is None or exact else arguments_of_a_step(module, asked)
     if layer is not None and (exact or query.shape[2] > 1):
         key, value = layer.tokens(query)
         exact, layer = exact or layer.prefill == "exact", None
     if not exact:
         refuse_recomputing(settings)
     if layer is not None:
-        weighed = asked.pop("output_attentions", False)
-        if asked:
-            raise ArgumentError(
-                f"{type(module).__name__} asks its attention for {', '.join(sorted(asked))}, which a "
-                "SampledCache does not give: use transformers' own cache."
-            )
-        return layer.attend(query, attention_mask, scaling, settings, output_attentions=weighed)
+        return layer.attend(query, attention_mask, scaling, settings, **beside)
     length, n = query.shape[2], key.shape[2]
     if "indices" in asked:
         attention_mask = keep_selected(attention_mask, asked.pop("indices"), n)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, get_layer_types_and_kwargs
 
@@ -31,7 +32,9 @@ class SampledCache(Cache):
     tokens in a `SampledKVCache`, which draws for each new token as `config.qtx_sampled` says: `num_samples`,
     `replicates` and `seed`. All other layers (sliding windows, `exact` ones, recurrent states) have
     transformers' own. Tokens that the mask hides, as padding at the left does, are left out: a padded
-    sequence attends to its own tokens alone. Beams, assistants and crops do as with transformers' caches.
+    sequence attends to its own tokens alone. Beams, assistants, crops, sinks and softcap are as with
+    transformers' caches. Biases, selected keys, gradients, and models that change keys or values after the
+    cache gave them (multi-head latent attention, DiffLlama) are refused.
 
     Parameters
     ----------
@@ -206,6 +209,30 @@ def attends_exactly(key: Tensor) -> bool:
     return key in EXACT_STEPS
 
 
+def arguments_of_a_step(module: nn.Module, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """What a module asks of its attention, by name, as arguments of `SampledLayer.attend`.
+
+    Raises
+    ------
+    ArgumentError
+        If a `SampledCache` does not give it.
+    """
+    sinks = asked.get("s_aux", asked.get("sinks"))
+    unknown = set(asked) - {"output_attentions", "s_aux", "sinks", "softcap"}
+    if sinks is not None and sinks.ndim != 1:
+        unknown.add("sinks of each token")
+    if unknown:
+        raise ArgumentError(
+            f"{type(module).__name__} asks its attention for {', '.join(sorted(unknown))}, which a "
+            "SampledCache does not give: use transformers' own cache."
+        )
+    return {
+        "sinks": sinks,
+        "softcap": asked.get("softcap"),
+        "output_attentions": bool(asked.get("output_attentions")),
+    }
+
+
 @dataclass
 class SequenceGroup:
     """Sequences of a batch that see equally many tokens.
@@ -308,9 +335,14 @@ class SampledLayer(DynamicLayer):
         mask: Tensor | None,
         scaling: float | None,
         settings: dict[str, Any],
+        *,
+        sinks: Tensor | None = None,
+        softcap: float | None = None,
         output_attentions: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """The output (B, 1, H, Ev) for one new token, query (B, H, 1, E), and weights (B, H, 1, n) if asked.
+
+        `sinks` (H,) and `softcap` are as for `SampledKVCache.attend`.
 
         Raises
         ------
@@ -329,6 +361,8 @@ class SampledLayer(DynamicLayer):
                 scale=scaling,
                 generator=settings["generator"],
                 sequences=group.rows,
+                sinks=sinks,
+                softcap=softcap,
             )
             outputs.append(estimate.output.transpose(1, 2))
             if output_attentions:

@@ -39,9 +39,24 @@ CONFIGS = {
     "mistral": lambda: transformers.MistralConfig(**SMALL, sliding_window=None),
     "gemma3": lambda: transformers.Gemma3TextConfig(**SMALL, **WINDOWS, head_dim=8, query_pre_attn_scalar=8),
     "qwen3": lambda: transformers.Qwen3Config(**SMALL, **WINDOWS, use_sliding_window=True, head_dim=8),
+    "gemma2": lambda: transformers.Gemma2Config(
+        **SMALL, **WINDOWS, head_dim=8, query_pre_attn_scalar=8, attn_logit_softcapping=3.0
+    ),
+    "gpt-oss": lambda: transformers.GptOssConfig(
+        **SMALL, **WINDOWS, head_dim=8, num_local_experts=4, num_experts_per_tok=2
+    ),
     "phi3": lambda: transformers.Phi3Config(**SMALL, sliding_window=None, pad_token_id=0),
 }
 """Decoders with full attention in some layers at least, whose attention a cache can draw for."""
+
+EXACT_WINDOWS = {"layers": {"0": {"sampler": "exact"}}}
+OF_WINDOWS = {
+    "gemma3": {"sampler": "head-tail"},
+    "qwen3": {"sampler": "head-tail"},
+    "gemma2": EXACT_WINDOWS,
+    "gpt-oss": EXACT_WINDOWS,
+}
+"""Settings that make the windows of these models exact where all keys are drawn."""
 
 MANY = {"num_samples": 4096, "seed": 0}
 """More draws than there are tokens: every key is drawn, and the output is exact."""
@@ -65,6 +80,8 @@ def model_of(name, attention=huggingface.IMPLEMENTATION, settings=MANY):
                 and p.ndim == 2
             ):
                 p *= 8
+            if parameter.endswith("sinks"):
+                p += 2
     return model
 
 
@@ -90,8 +107,8 @@ def stepped(model, tokens, cache, mask=None, first=9):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_steps_agree_with_eager(name, padding):
     """Logits of every step, to 1e-4, with padding at the left and without, where every key is drawn."""
-    has_windows = name in ("gemma3", "qwen3")
-    model = model_of(name, settings={**MANY, "sampler": "head-tail"} if has_windows else MANY)
+    has_windows = name in OF_WINDOWS
+    model = model_of(name, settings={**MANY, **OF_WINDOWS.get(name, {})})
     eager = model_of(name, "eager")
     wanted = stepped(eager, PROMPTS, transformers.DynamicCache(config=eager.config), padding)
     for proposal in ("exact", "low-rank"):

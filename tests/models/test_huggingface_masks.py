@@ -187,3 +187,51 @@ def test_windows_and_chunks_in_every_cache(cache, settings):
         options = {"max_new_tokens": 5, "do_sample": False, "cache_implementation": cache, "pad_token_id": 0}
         wanted = model_of(make, "eager").generate(tokens, **options)
         assert torch.equal(model_of(make, "qtx_sampled", settings).generate(tokens, **options), wanted)
+
+
+def llama(**options):
+    return transformers.LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        **options,
+    )
+
+
+def packed():
+    return llama(), {"position_ids": torch.cat((torch.arange(10), torch.arange(14)))[None]}
+
+
+def bidirectional():
+    config = llama()
+    config.is_causal = False
+    return config, {}
+
+
+def prefix():
+    config = transformers.Gemma3TextConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, sliding_window=8, use_bidirectional_attention=True,
+    )  # fmt: skip
+    return config, {}
+
+
+@pytest.mark.parametrize("settings", [EXACT, ALL_KEYS])
+@pytest.mark.parametrize("case", [packed, bidirectional, prefix])
+def test_masks_of_other_kinds(case, settings):
+    keywords = case()[1]
+    tokens = torch.randint(1, 64, (1, 24))
+    with torch.no_grad():
+        wanted = model_of(lambda: case()[0], "eager")(tokens, **keywords).logits
+        got = model_of(lambda: case()[0], "qtx_sampled", settings)(tokens, **keywords).logits
+    assert relative(got, wanted) < 1e-5
+
+
+def test_a_causal_model_that_hands_its_mask_on_has_none_made(monkeypatch):
+    """So control variates, which know no masks, go with it, in prefill and in decoding."""
+    monkeypatch.setattr(PlainMask, "numbers", property(lambda mask: pytest.fail("the mask was computed")))
+    model = model_of(llama, "qtx_sampled", {"num_samples": 8, "control_variate": "topk"})
+    tokens = torch.randint(1, 64, (2, 13))
+    model.generate(tokens, max_new_tokens=3, do_sample=False, pad_token_id=0)

@@ -1,4 +1,4 @@
-"""`python -m qtx_lab.bench.huggingface`: transformers' models, one and all.
+"""`python -m qtx_lab.bench.huggingface`: in which of transformers' models sampled attention works.
 
 Every causal, masked and encoder-decoder model class of the installed transformers is made from a small
 config, with attn_implementation="qtx_sampled". With `exact` layers it must give eager attention's logits, and

@@ -19,6 +19,7 @@ from ..problem import AttentionProblem
 from .huggingface_settings import refuse_recomputing, settings_of
 
 SOFTMAXES = {F.softmax, torch.softmax, Tensor.softmax}
+"""The functions by which models turn logits into weights."""
 
 _STATES: WeakKeyDictionary[nn.Module, ModuleState] = WeakKeyDictionary()
 """Of each attention module that draws by itself."""

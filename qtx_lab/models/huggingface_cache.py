@@ -118,8 +118,10 @@ def _layers(config: Any, prefill: str, options: dict[str, Any]) -> list[Any]:
         )
     exact = [settings.get(i, settings[None])["sampler"].exact for i in range(len(own))]
     drawn = [is_full and not is_exact for is_full, is_exact in zip(full, exact, strict=True)]
-    probe = torch.zeros(1, _features(config))
-    SampledKVCache.build(probe, probe, **options)  # a mistake in the options is refused now
+    for layer_config, is_full in zip(config.per_layer_config, full, strict=True):
+        probe = torch.zeros(1, _features(layer_config))
+        if is_full:
+            SampledKVCache.build(probe, probe, **options)  # a mistake in the options is refused now
     if prefill == "exact":
         _refuse_unused(given, drawn, [not (a or b) for a, b in zip(drawn, exact, strict=True)])
     return [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ import transformers
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 import qtx_lab as qtx
+from qtx_lab.bench.huggingface import make_model
+from qtx_lab.bench.small_models import model_classes
 from qtx_lab.models import huggingface
 from qtx_lab.models.huggingface_cache import SampledLayer
 
@@ -89,6 +92,7 @@ def stepped(model, tokens, cache, mask=None, first=9):
     """Logits of the tokens from `first` on, which are given one by one after the others."""
     ones = torch.ones_like(tokens) if mask is None else mask
     positions = (ones.cumsum(-1) - 1).clamp_min(0)
+    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
     found = []
     with torch.no_grad():
         for start, end in [(0, first), *((i, i + 1) for i in range(first, tokens.shape[1]))]:
@@ -96,8 +100,8 @@ def stepped(model, tokens, cache, mask=None, first=9):
                 model(
                     tokens[:, start:end],
                     attention_mask=ones[:, :end],
-                    position_ids=positions[:, start:end],
                     past_key_values=cache,
+                    **({"position_ids": positions[:, start:end]} if takes_positions else {}),
                 ).logits[:, -1:]
             )
     return torch.cat(found, 1)
@@ -286,6 +290,45 @@ def test_models_that_change_what_the_cache_gave_them_are_refused(name):
     eager = model_of(config, "eager")
     wanted = stepped(eager, PROMPTS, transformers.DynamicCache(config=eager.config))
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+
+
+SOME = [
+    "CohereForCausalLM",
+    "DeepseekV2ForCausalLM",
+    "DiffLlamaForCausalLM",
+    "Gemma4ForCausalLM",
+    "GPT2LMHeadModel",
+    "JambaForCausalLM",
+    "JetMoeForCausalLM",
+    "MptForCausalLM",
+    "OPTForCausalLM",
+]
+
+
+def test_model_classes_are_right_or_refused(soak):
+    """Steps of causal classes, in `make soak` of all, agree with eager's, or our error says why not."""
+    wrong, right = {}, 0
+    for cls in model_classes("causal"):
+        if not soak and cls.__name__ not in SOME:
+            continue
+        eager = make_model(cls, "eager").eval()
+        own = transformers.DynamicCache(config=eager.config.get_text_config(decoder=True))
+        try:
+            wanted = stepped(eager, PROMPTS, own, LEFT, first=11)
+        except Exception:
+            continue  # a class that has no such steps
+        try:
+            model = make_model(cls, huggingface.IMPLEMENTATION, MANY).eval()
+            cache = huggingface.SampledCache(model.config, proposal="exact")
+            found = stepped(model, PROMPTS, cache, LEFT, first=11)
+        except qtx.QtxError:
+            continue
+        error = float((found - wanted).norm() / wanted.norm())
+        right += error < 0.02
+        if error >= 0.02:
+            wrong[cls.__name__] = error
+    assert not wrong
+    assert right >= (90 if soak else 4)
 
 
 def test_what_a_sampled_cache_is_not_made_for():

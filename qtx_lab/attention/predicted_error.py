@@ -283,7 +283,7 @@ def jump_factor(confidence: float) -> float:
     count just stops being rare enough: P(N >= k) = 1 - confidence.
 
     >>> round(jump_factor(0.95), 3)
-    0.513
+    0.505
     """
     z = float(stats.norm.isf((1 - confidence) / 2))
     k = torch.arange(1, 33, dtype=torch.float64)

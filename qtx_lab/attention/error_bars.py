@@ -206,7 +206,12 @@ class ErrorBars:
             var = max( [ g A_0 var_A(v) + (R - 1) s^2 ] / (g + R - 1), V_U ) / R:
 
         what was never drawn cannot show in the replicates. Where the design knows no c_j, g = 0 and V_U is
-        that of independent draws; where it does not know p, only the sample variances are left.
+        that of independent draws; where it does not know p, the mass of U is what draws say of it.
+
+        Two corrections are for what the formulae leave out. Counts that add up to S vary against each other:
+        a prediction from few keys is divided by 1 - sum_j a_j^2 / A_0^2. And where the draws of a replicate
+        stand in the order of their values (`Design.in_order`), the part of near keys is multiplied by how far
+        neighbouring draws lie apart over how far any two do, or by what the replicates say if that is less.
 
     To all of these the rounding of the sum and of the output's dtype is added.
 
@@ -288,7 +293,7 @@ class ErrorBars:
         """
         total, r, p = draws.indices.shape[-1], draws.replicates, draws.probabilities
         if p is None:
-            variance = self._sample_variance(draws, output, heads, correction)
+            variance = self._sample_variance(draws, output, heads, positions, correction)
             hidden = self._may_hide(draws, heads, positions)
         else:
             w = draws.weights * r
@@ -323,15 +328,29 @@ class ErrorBars:
         return MeasuredRows(std_error, torch.where(drawn[..., 0], hidden, 0))
 
     def _sample_variance(
-        self, draws: Draws, output: Tensor, heads: slice, correction: Correction | None
+        self,
+        draws: Draws,
+        output: Tensor,
+        heads: slice,
+        positions: Tensor,
+        correction: Correction | None,
     ) -> Tensor:
-        """Variance of the output of draws whose probabilities are not known, (heads, rows, d)."""
+        """Variance of the output of draws whose probabilities are not known, (heads, rows, d).
+
+        The mass never drawn is taken to be the share of draws whose key was drawn once (Good 1953), or one
+        draw more, and priced at an average key.
+        """
+        total, o = draws.indices.shape[-1], output - self.centre[heads]
+        sums, counts = (x.sum(2) for x in self._visible(heads, positions, draws.indices.shape[:2]))
+        usual = _about(o, 1, *(sums / counts.clamp_min(1)).chunk(2, dim=-1))
+        unseen = (draws.once() == 1).to(o.dtype).mean(-1, keepdim=True).clamp_min(1 / (total + 1))
         if not self.design.independent:
-            return self._between(draws, heads, correction) / draws.replicates
-        o = output - self.centre[heads]
+            size = total // draws.replicates
+            between = self._between(draws, heads, correction)
+            return torch.maximum(between, unseen * usual / size) / draws.replicates
         first, second = draws.average(self.table[heads]).chunk(2, dim=-1)
-        held = draws.weights.sum(-1, keepdim=True)
-        return _about(o, held, first, second) / max(1, draws.indices.shape[-1] - 1)
+        drawn = _about(o, draws.weights.sum(-1, keepdim=True), first, second)
+        return ((1 - unseen) * drawn + unseen * usual) / max(1, total - 1)
 
     def _may_hide(self, draws: Draws, heads: slice, positions: Tensor) -> Tensor:
         """What a key that was never drawn may move the output by where p is not known, (heads, rows).

@@ -1,5 +1,6 @@
 """Intervals cover what they promise, on attention that a model has learned."""
 
+import dataclasses
 import functools
 import math
 
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import qtx_lab as qtx
+from qtx_lab.bench.coverage import row_classes
 from qtx_lab.samplers import SAMPLERS
 
 pytestmark = pytest.mark.statistical
@@ -152,6 +154,34 @@ def test_intervals_of_values_that_few_keys_hold_cover(name, replicates, seed):
     exact = q.softmax(-1) @ v
     assert ((low <= exact) & (exact <= high)).double().mean() >= 0.9
     assert (high - low).min() > 1e-4  # no row is exact
+
+
+class Blind:
+    """A sampler of the user's own that does not say how probable the keys are which it drew."""
+
+    name, unbiased = "blind", True
+
+    def __init__(self, sampler):
+        self.sampler, self.independent = sampler, sampler.independent
+
+    def draw(self, logits, num_samples, **options):
+        return dataclasses.replace(self.sampler.draw(logits, num_samples, **options), probabilities=None)
+
+
+@pytest.mark.parametrize(("name", "replicates"), [("monte-carlo", 1), ("monte-carlo", 4), ("stratified", 4)])
+@pytest.mark.parametrize("kind", ["one-hot", "peaked", "diffuse"])
+def test_intervals_of_draws_of_unknown_probability_cover(name, replicates, kind):
+    """What was never drawn counts at the share of keys that were drawn once; no interval has width 0."""
+    rows = next(rows for rows in row_classes(40) if rows.name == kind)
+    q, k, v = (x.expand(8, 1, *x.shape) for x in (rows.q, rows.k, rows.v))
+    est = qtx.sampled_attention(
+        q, k, v, sampler=Blind(SAMPLERS[name]()), num_samples=32, replicates=replicates,
+        generator=torch.Generator().manual_seed(0), **rows.options,
+    )  # fmt: skip
+    low, high = est.confidence_interval()
+    exact = rows.exact()
+    assert ((low <= exact) & (exact <= high)).double().mean() >= 0.92
+    assert (high - low).min() > 1e-4
 
 
 @pytest.mark.parametrize("name", RANDOM)

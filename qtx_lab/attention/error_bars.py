@@ -28,6 +28,9 @@ FAR = 4.0
 ORDER_PRIOR = 4.0
 """Weight, in pairs of neighbours, of the assumption that value order saves nothing."""
 
+SURE = 1e-5
+"""Variance of the count of a key below which it comes from rounding."""
+
 RULE_OF_THREE = 3.0
 """A key that T draws have not hit has a probability below 3 / T with 95 % confidence."""
 
@@ -300,7 +303,10 @@ class ErrorBars:
             c = None
             if self.design.count_variance is not None and not self.design.independent:
                 live = w > 0
-                c = self.design.count_variance(torch.where(live, p / torch.where(live, w, 1), 0))
+                expected = torch.where(live, p / torch.where(live, w, 1), 0)
+                c = self.design.count_variance(expected)
+                if c is not None:  # a key that is sure has a count of 1 but for rounding
+                    c = c.masked_fill((expected > 0.5) & (c < SURE), 0)
             if c is None:
                 a, least = p * (r / total), torch.full_like(p[..., :1], r / total)
             else:

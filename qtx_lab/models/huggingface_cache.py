@@ -106,7 +106,12 @@ class SampledCache(Cache):
 
 def _layers(config: Any, prefill: str, options: dict[str, Any]) -> list[Any]:
     """The layers of a cache: transformers' own, but for those that are drawn and attend to all tokens."""
-    own = DynamicCache(config=config).layers
+    try:
+        own = DynamicCache(config=config).layers
+    except AttributeError as error:
+        raise ArgumentError(
+            f"config is a {type(config).__name__}, which does not say which layers there are: {error}"
+        ) from error
     given = given_settings(config)
     settings = read_settings(given, len(own))
     full = [type(layer) is DynamicLayer for layer in own]
@@ -352,6 +357,11 @@ class SampledLayer(DynamicLayer):
             If gradients are asked for, or the mask has a bias or hides different tokens from different heads.
         """
         _refuse_gradients(query)
+        if self.prefill == "exact" and settings["control_variate"] is not None:  # it was set since
+            raise ArgumentError(
+                f"config.{IMPLEMENTATION}['control_variate'] would change nothing: a SampledCache draws for "
+                "new tokens in its own way."
+            )
         visible = _visible_tokens(mask, query.shape[0], self.get_seq_length())
         self._sort_in(visible)
         outputs, weights = [], []

@@ -311,9 +311,9 @@ def test_model_classes_are_right_or_refused(soak):
     for cls in model_classes("causal"):
         if not soak and cls.__name__ not in SOME:
             continue
-        eager = make_model(cls, "eager").eval()
-        own = transformers.DynamicCache(config=eager.config.get_text_config(decoder=True))
         try:
+            eager = make_model(cls, "eager").eval()
+            own = transformers.DynamicCache(config=eager.config.get_text_config(decoder=True))
             wanted = stepped(eager, PROMPTS, own, LEFT, first=11)
         except Exception:
             continue  # a class that has no such steps
@@ -340,6 +340,8 @@ def test_what_a_sampled_cache_is_not_made_for():
     bart = transformers.BartConfig(attn_implementation="qtx_sampled")
     with pytest.raises(qtx.ArgumentError, match="encoder-decoder"):
         huggingface.SampledCache(bart)
+    with pytest.raises(qtx.ArgumentError, match="does not say which layers"):
+        huggingface.SampledCache(transformers.BltConfig(attn_implementation="qtx_sampled"))
     cache = huggingface.SampledCache(model.config)
     with pytest.raises(qtx.ArgumentError, match=r"torch\.no_grad"):
         model(PROMPTS, past_key_values=cache)
@@ -349,6 +351,9 @@ def test_what_a_sampled_cache_is_not_made_for():
         model(PROMPTS, past_key_values=cache)
         with pytest.raises(qtx.ArgumentError, match="adds numbers to the logits"):
             model(PROMPTS[:, :1], attention_mask=bias, past_key_values=cache)
+        model.config.qtx_sampled = {**MANY, "control_variate": "performer"}
+        with pytest.raises(qtx.ArgumentError, match="control_variate"):
+            model(PROMPTS[:, :1], past_key_values=cache)
     with pytest.raises(qtx.ArgumentError, match="tokens_to_remove=3"):
         cache.crop(3)
 

@@ -127,8 +127,7 @@ def sampled_attention(
     ------
     ShapeError, DtypeError, ArgumentError
         Before any work: shapes that do not fit, mixed or unsupported dtypes, NaN or infinities, counts below
-        1, an unknown sampler, a gradient that is not given (of `attn_mask`, or by `tolerance` from one
-        replicate).
+        1, an unknown sampler, a gradient that is not given (by `tolerance` from one replicate).
     TransformError
         Under `torch.func.vmap`, `torch.export`, `torch.jit.script` and `torch.jit.trace`, and where a
         derivative is differentiated again.

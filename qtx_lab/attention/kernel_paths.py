@@ -192,8 +192,6 @@ def not_in_kernels(problem: AttentionProblem) -> str | None:
         return "window is not in the kernel"
     if problem.sinks is not None and problem.requires_grad:
         return "the kernel gives no gradients beside sinks"
-    if problem.sinks is not None and takes_decode(problem):
-        return "sinks are not in the kernel for few queries"
     if problem.mask is not None and problem.mask.requires_grad:
         return "the kernel gives no gradient of attn_mask"
     return None
@@ -247,7 +245,9 @@ def _decode(call: KernelCall) -> AttentionEstimate:
         result = DecodeResult(
             x.q.new_zeros(heads, rows, call.budget.replicates, width),
             x.q.new_zeros(heads, rows, total, dtype=torch.int64),
-            x.q.new_zeros(heads, rows, dtype=torch.bool),
+            x.q.new_zeros(heads, rows, dtype=torch.int64),
+            x.q.new_zeros(heads, rows, dtype=torch.float32),
+            0.0,
         )
     elif call.choice.path == "triton":
         from ..kernels.decode.launch import decode
@@ -265,7 +265,9 @@ def _decode(call: KernelCall) -> AttentionEstimate:
         replace(
             _info("decode", "systematic", call, slower_decode(call.choice.path, x.k.nbytes + x.v.nbytes)),
             effective_sample_size=visible.view(row_shape) * total,
+            log_sum_exp="exact",
         ),
+        make_log_sum_exp=lambda: result.log_sum_exp,
     )
     problem = call.problem.without_sinks()
     return with_error_bars(sampled, problem).to_estimate(problem)

@@ -39,7 +39,7 @@ SEEDS = 4
 """Repetitions over which errors are averaged."""
 ALLOWED = 1.1
 """A kernel may have this many times the error of its plain-torch reference."""
-TARGETS = {"exact K": 1.75, "int4": 5.0, "rank 16": 8.0}
+TARGETS = {"exact K": 1.7, "int4": 4.3, "rank 16": 6.0}
 """Speed-ups over the fastest exact decoding that are aimed at, at 128k keys and batch 8 on an H200."""
 
 Call = Callable[[], Tensor]
@@ -366,7 +366,8 @@ def kernel_methods(case: Case, inputs: list[Inputs], exact: Tensor) -> Iterator[
             continue
         arguments = list(zip(inputs, sketches, strict=True))
         reference = sketch_decode_reference.sketch_decode
-        yield check(name, sketch_decode, reference, arguments, sketches[0].nbytes, row_bytes)
+        scanned_bytes = sketches[0].nbytes + len(x.q) * sketches[0].num_exact * x.k[0, 0, 0].nbytes
+        yield check(name, sketch_decode, reference, arguments, scanned_bytes, row_bytes, group=GROUP)
 
 
 def checked_method(
@@ -378,17 +379,19 @@ def checked_method(
     arguments: Sequence[tuple[Any, ...]],
     scanned_bytes: int,
     bytes_per_draw: int,
+    group: int = 1,
 ) -> DecodeMethod:
     """A kernel as a competitor, with its error and its reference's over `SEEDS` seeds.
 
     `arguments` are the tensors of each set of inputs; `scanned_bytes` are read whatever is drawn, and
-    `bytes_per_draw` for each distinct key that is drawn.
+    `bytes_per_draw` for each distinct key that is drawn. The query heads of a `group` share their draws, as
+    many as they would take alone.
     """
     q, (batch, groups, *_) = arguments[0][0].q, arguments[0][0].k.shape
     streams = [Stream.of(torch.tensor(seed, device=q.device), batch, groups, 1) for seed in range(SEEDS)]
 
     def run(function: Callable[..., Any], inputs: tuple[Any, ...], stream: Stream) -> Any:
-        return function(*inputs, num_samples=case.draws, replicates=1, stream=stream)
+        return function(*inputs, num_samples=group * case.draws, replicates=1, stream=stream)
 
     def mean_error(results: Sequence[Any]) -> float:
         squares = [relative_error(x.output, exact) ** 2 for x in results]

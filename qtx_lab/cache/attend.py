@@ -373,19 +373,20 @@ def _attend_by_triton(
         found = sketch_decode(
             x,
             sketch.scanned(store.places()),
-            call.num_samples,
+            call.num_samples * call.group,  # which the query heads of a key head share
             call.replicates,
             call.stream(store),
             defensive=call.defensive,
         )
     draws = Draws(found.indices, found.weights(), None, call.replicates).view(row_shape)
+    draws_per_row = found.indices.shape[-1]
     output = found.output.view(*row_shape, store.width)
     size = (store.value_sums[1] / store.length).sqrt().to(torch.float32)  # [N, 1, Ev]
 
     def make_std_error() -> Tensor:
         with plain_mode(output.device):  # the kernel's errors are those of draws; rounding comes on top
-            rounding = rounding_variance(found.output.float(), size, call.draws, store.table.dtype)
-            return (found.std_error.square() + rounding).sqrt().view(output.shape)
+            rounding = rounding_variance(found.output.float(), size, draws_per_row, store.table.dtype)
+            return (found.std_error(v[None]).square() + rounding).sqrt().view(output.shape)
 
     return AttentionEstimate(
         output=output,
@@ -394,7 +395,9 @@ def _attend_by_triton(
         make_draws=lambda: draws,
         make_std_error=make_std_error,
         group=call.group,
-        info=_info(store, sketch, call, draws.effective_sample_size(), kernel, ()),
+        info=replace(
+            _info(store, sketch, call, draws.effective_sample_size(), kernel, ()), draws_per_row=draws_per_row
+        ),
     )
 
 

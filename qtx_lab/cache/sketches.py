@@ -303,7 +303,7 @@ class ComponentSketch:
         """What the Triton kernel scans, with the token at each place, order (N, n)."""
         lines = self.lines
         table = lines if lines.stride(-1) == 1 else lines.contiguous()
-        return SketchTable(table, self.weight, self.exact_keys, order)
+        return SketchTable(table, self.weight, self.centre[:, 0], self.exact_keys.shape[1], order)
 
     @property
     def nbytes(self) -> int:

@@ -11,6 +11,6 @@ folder for each operation:
 The random number of a draw is made in `blocks.comb_offset`, for a page in `prefill.triton.page_offsets`, and
 for the rounding of masses in `blocks.store_masses`, all by `philox.words`. In each, `launch` is the way in.
 The Triton kernels are in `triton`, the same draws in plain torch in `reference`, and the method in a few
-lines in `oracle`. The key at a point of a row is found in `locate_kernel` of `decode` and
-`locate_sketch_kernel` of `sketch_decode`; `draw_page` of `prefill` counts the draws of every key of a page.
+lines in `oracle`. The key at a point of a row is found in `mean_kernel` of `decode` and `draw_kernel` of
+`sketch_decode`; `draw_page` of `prefill` counts the draws of every key of a page.
 """

@@ -103,34 +103,21 @@ def comb_offset(stream_key, head_group, position, replicate, purpose):
 
 
 @triton.jit
-def store_starts(page_start_ptr, b_mass, carry, o_p, m_p):
-    """Store where pages of these masses [BP] start after a mass of `carry`; return the mass at their end."""
-    tl.store(page_start_ptr + o_p, carry + tl.cumsum(b_mass, axis=0) - b_mass, mask=m_p)
-    return carry + tl.sum(b_mass, axis=0)
+def search_starts(start_ptr, b_at, b_rest, count, LEVELS: tl.constexpr):
+    """The last of 8^LEVELS starts, int64, from place b_at [BS] on, that are b_rest [BS] or less.
 
-
-@triton.jit
-def store_zeros(ptr, size, BP: tl.constexpr):
-    """Fill `size` numbers of int32 with zeros."""
-    o_s = tl.arange(0, BP)  # [BP]
-    for i in range(0, size, BP):
-        tl.store(ptr + i + o_s, tl.zeros([BP], tl.int32), mask=i + o_s < size)
-
-
-@triton.jit
-def accumulate(ptr, size, BP: tl.constexpr):
-    """Replace `size` numbers of int32 by their running sum.
-
-    Where each number counts the pages that start between a point and the one before, that is the page of each
-    point.
+    The first one is. Returns their places and how far b_rest is behind them. Eight starts are loaded at a
+    time, so that few loads wait for each other.
     """
-    o_s = tl.arange(0, BP)  # [BP]
-    carry = tl.zeros([], tl.int32)
-    for i in range(0, size, BP):
-        m_s = i + o_s < size  # [BP]
-        b_x = tl.load(ptr + i + o_s, mask=m_s, other=0)  # [BP]
-        tl.store(ptr + i + o_s, carry + tl.cumsum(b_x, axis=0), mask=m_s)
-        carry += tl.sum(b_x, axis=0)
+    b_start = tl.load(start_ptr + b_at)  # [BS]
+    for i in tl.static_range(LEVELS):
+        step = 8 ** (LEVELS - 1 - i)
+        o_s = b_at[:, None] + step * tl.arange(0, 8)[None, :]  # [BS, 8]
+        b_s = tl.load(start_ptr + o_s, mask=o_s < count, other=0x7FFFFFFFFFFFFFFF)  # [BS, 8]
+        m_passed = b_s <= b_rest[:, None]  # [BS, 8]
+        b_at += step * (tl.sum(m_passed.to(tl.int32), axis=1) - 1)
+        b_start = tl.max(tl.where(m_passed, b_s, 0), axis=1)
+    return b_at, b_rest - b_start
 
 
 @triton.jit

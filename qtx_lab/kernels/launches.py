@@ -14,11 +14,8 @@ from torch import Tensor
 from ..errors import ShapeError
 from ..streams import Stream
 from .inputs import LOG2_E, Inputs
-from .masses import PAGE, SUBPAGE, UNITS, fraction_bits, mass_dtype
+from .masses import PAGE, SUBPAGE, UNITS, fraction_bits
 from .philox import INTERPRETED
-
-LOCATED_POINTS = 128
-"""Points whose keys a program locates, one for each thread."""
 
 GATHER_CONFIGS = [
     triton.Config({"BS": size, "FOLD": 2 * warps}, num_warps=warps)
@@ -161,27 +158,23 @@ class StreamArguments:
 
 @dataclass(frozen=True)
 class MassBuffers:
-    """What kernels leave for each other on the way from the scan to the draws of N M rows of T pages.
+    """What kernels leave for each other on the way from the scan to the draws of N P rows of T pages.
 
-    See `masses.Masses`.
+    P is M, or L where the rows of a group share their draws. See `masses.Masses`.
     """
 
     mass: Tensor
-    """(N, M, T * PAGE), int16 or int32."""
+    """(N, P, T * PAGE), int16 or int32."""
     subpage_mass: Tensor
-    """(N, M, T * PAGE / SUBPAGE), int32."""
+    """(N, P, T * PAGE / SUBPAGE), int32."""
     page_mass: Tensor
-    """(N, M, T), int32."""
+    """(N, P, T), int32."""
     page_exponent: Tensor
-    """(N, M, T), float32."""
+    """(N, P, T), float32."""
     page_start: Tensor
-    """(N, M, T), int64: the mass of all pages before, in the row's unit."""
-    row_mass: Tensor
-    """(N, M), int64."""
+    """(N, P, T), int64: the mass of pages before, in the row's unit."""
     row_exponent: Tensor
-    """(N, M), float32: the largest exponent of a page."""
-    point_page: Tensor
-    """(N, M, R, S), int32: the page in which each point lies."""
+    """(N, P), float32: the largest exponent of a page."""
     pages: int
     """T."""
     fraction_bits: int
@@ -192,10 +185,9 @@ class MassBuffers:
     """R."""
 
     @classmethod
-    def of(cls, x: Inputs, num_samples: int, replicates: int) -> MassBuffers:
-        """Empty buffers for the draws of these inputs."""
-        heads, rows, n, _ = x.shape
-        shape, pages, dtype = (heads, rows), -(-n // PAGE), mass_dtype(num_samples * replicates)
+    def of(cls, x: Inputs, rows: int, dtype: torch.dtype, num_samples: int, replicates: int) -> MassBuffers:
+        """Empty buffers for the draws of P = `rows` rows of each head of these inputs."""
+        shape, pages = (x.shape[0], rows), -(-x.shape[2] // PAGE)
         new = x.q.new_empty
         return cls(
             new(*shape, pages * PAGE, dtype=dtype),
@@ -203,9 +195,7 @@ class MassBuffers:
             new(*shape, pages, dtype=torch.int32),
             new(*shape, pages, dtype=torch.float32),
             new(*shape, pages, dtype=torch.int64),
-            new(shape, dtype=torch.int64),
             new(shape, dtype=torch.float32),
-            new(*shape, replicates, num_samples, dtype=torch.int32),
             pages,
             fraction_bits(pages, dtype),
             num_samples,
@@ -225,12 +215,7 @@ class MassBuffers:
     @property
     def row_programs(self) -> tuple[int]:
         """A grid of one program for each row."""
-        return (self.row_mass.numel(),)
-
-    @property
-    def point_programs(self) -> tuple[int, int, int]:
-        """A grid of programs that locate `LOCATED_POINTS` points of a replicate of a row."""
-        return self.row_mass.numel(), self.replicates, -(-self.num_samples // LOCATED_POINTS)
+        return (self.row_exponent.numel(),)
 
 
 def scan_options(x: Inputs, buffers: MassBuffers) -> dict[str, Any]:
@@ -258,7 +243,7 @@ def scan_grid(x: Inputs) -> Callable[[dict[str, Any]], tuple[int, int]]:
 def gather_options(x: Inputs, buffers: MassBuffers) -> dict[str, Any]:
     """Block sizes of the kernels that read the drawn keys or values: CHUNK draws for each program."""
     _, _, n, width = x.shape
-    programs = buffers.row_mass.numel() * buffers.replicates
+    programs = buffers.row_exponent.numel() * buffers.replicates
     # Every multiprocessor gets many programs at a time.
     chunks = max(1, min(-(-buffers.num_samples // 64), -(-2048 // programs)))
     return {
@@ -271,6 +256,11 @@ def gather_options(x: Inputs, buffers: MassBuffers) -> dict[str, Any]:
 def power_of_two(n: int) -> int:
     """The smallest power of two that is n or more."""
     return 1 << max(0, n - 1).bit_length()
+
+
+def search_levels(count: int) -> int:
+    """The least k such that 8^k numbers are `count` or more: see `blocks.search_starts`."""
+    return -(-(count - 1).bit_length() // 3)
 
 
 def size_class(n: int) -> int:

@@ -43,6 +43,20 @@ def mass_dtype(draws: int) -> torch.dtype:
     return torch.int16 if draws <= 4096 else torch.int32
 
 
+def group_dtype(draws: int, num_keys: int) -> torch.dtype:
+    """The dtype of the masses that a group shares.
+
+    16 bits tell keys of a page apart down to a thousandth of its heaviest one; with many draws for each key,
+    rarer ones count too.
+    """
+    return torch.int16 if 16 * draws <= num_keys else torch.int32
+
+
+def group_units(group: int, dtype: torch.dtype) -> float:
+    """The largest mass of one of G rows, such that the mass of all of them fits."""
+    return float(int(UNITS[dtype]) // group)
+
+
 def min_mass_bits(dtype: torch.dtype) -> int:
     """The least number of bits of a page's mass where any key is seen."""
     return int(UNITS[dtype] / 2).bit_length()
@@ -76,6 +90,8 @@ class Masses:
     page_mass: Tensor
     page_exponent: Tensor
     dtype: torch.dtype
+    min_bits: int
+    """The least number of bits of a page's mass where any key is seen."""
 
     @classmethod
     def of(cls, logits: Tensor, stream: Stream, dtype: torch.dtype) -> Masses:
@@ -85,7 +101,20 @@ class Masses:
         shift = exponent.masked_fill(exponent == -torch.inf, 0)[..., None]
         exact = torch.exp2(logits - shift) * UNITS[dtype]  # [N, M, T, PAGE]
         mass = (exact + rounding_numbers(stream, logits.shape[2])).floor().long()
-        return cls(mass, mass.sum(-1), exponent, dtype)
+        return cls(mass, mass.sum(-1), exponent, dtype, min_mass_bits(dtype))
+
+    @classmethod
+    def of_groups(cls, logits: Tensor, dtype: torch.dtype) -> Masses:
+        """The masses that groups of rows share, of base-2 logits (N, G, L, n), relative to the normalisers.
+
+        A key's mass is the sum of its probabilities in the G rows of a group. It is rounded to the nearest
+        whole number: the probability of drawing a key is known, whatever its mass is.
+        """
+        units = group_units(logits.shape[1], dtype)
+        logits = F.pad(logits, (0, -logits.shape[-1] % PAGE), value=-torch.inf).unflatten(-1, (-1, PAGE))
+        exponent = logits.amax((1, -1)).ceil()  # [N, L, T]
+        mass = (torch.exp2(logits - exponent[:, None, ..., None]) * units).round().long().sum(1)
+        return cls(mass, mass.sum(-1), exponent, dtype, int(units / 2).bit_length())
 
     @property
     def fraction_bits(self) -> int:
@@ -119,12 +148,17 @@ def uniform24(word: Tensor) -> Tensor:
     return (word >> 8).to(torch.float32) * 2.0**-24
 
 
+def group_offsets(stream: Stream, replicates: int) -> Tensor:
+    """Where the combs of L groups start, in units of the distance of their points: (N, L, R), float64."""
+    return stream.uniform(replicates, 1)[..., 0]
+
+
 def comb_offsets(stream: Stream, replicates: int, rows: int) -> Tensor:
     """Where the combs of all M rows start, in units of the distance of their points: (N, M, R), float64.
 
     The query heads of a group share them.
     """
-    offsets = stream.uniform(replicates, 1)[..., 0]  # [N, L, R]
+    offsets = group_offsets(stream, replicates)
     return offsets.repeat(1, rows // offsets.shape[1], 1)
 
 

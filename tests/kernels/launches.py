@@ -43,8 +43,8 @@ def decode_steps(dtype):
     order = torch.empty(heads, n, dtype=torch.int64)
 
     def table(columns, rank, dtype):
-        weight, exact = torch.zeros(heads, width, rank), torch.zeros(heads, n // 256, width)
-        return SketchTable(torch.empty(heads, n, columns, dtype=dtype), weight, exact, order)
+        weight, centre = torch.zeros(heads, width, rank), torch.zeros(heads, width)
+        return SketchTable(torch.empty(heads, n, columns, dtype=dtype), weight, centre, n // 256, order)
 
     tables = {
         "int4": table(width // 2, width, torch.uint8),
@@ -52,7 +52,7 @@ def decode_steps(dtype):
     }
     steps = {"exact K": lambda: decode.decode(x, draws, 1, stream)}
     for name, sketch in tables.items():
-        steps[name] = lambda sketch=sketch: sketch_decode.sketch_decode(x, sketch, draws, 1, stream)
+        steps[name] = lambda sketch=sketch: sketch_decode.sketch_decode(x, sketch, 4 * draws, 1, stream)
     return steps
 
 

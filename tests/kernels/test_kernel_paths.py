@@ -266,8 +266,9 @@ def test_sampled_attention_takes_the_kernel_for_many_causal_or_trained_rows(kern
 
 @pytest.mark.parametrize(
     ("name", "options", "length"),
-    [("prefill", {"is_causal": True}, 99), ("prefill", {"attn_mask": True}, 70)],
-)
+    [("prefill", {"is_causal": True}, 99), ("prefill", {"attn_mask": True}, 70), ("decode", {}, 2),
+     ("decode", {"attn_mask": True}, 2)],
+)  # fmt: skip
 def test_sinks_take_their_share_of_what_a_kernel_estimates(name, options, length, kernels, generator, device):
     q, k, v = heads(generator, device, length=length, n=99)
     sinks = torch.randn(q.shape[-3], generator=generator).to(device)

@@ -10,10 +10,9 @@ import torch.nn.functional as F
 
 from qtx_lab.cache.sketches import Int4Sketch, LowRankSketch
 from qtx_lab.kernels.inputs import Inputs
-from qtx_lab.kernels.masses import Masses, comb_offsets, mass_dtype
+from qtx_lab.kernels.masses import Masses, group_dtype, group_offsets
 from qtx_lab.kernels.sketch_decode import oracle, reference
 from qtx_lab.kernels.sketch_decode.launch import sketch_decode
-from qtx_lab.kernels.sketch_decode.reference import SketchTable
 from qtx_lab.streams import Stream
 
 SOAK = os.environ.get("QTX_LAB_SOAK", "0") not in ("", "0")
@@ -30,6 +29,12 @@ def attention_inputs(case, dtype, generator, device):
 
 def sketched(k, kind):
     return Int4Sketch.table_of(k) if kind == "int4" else LowRankSketch.table_of(k, min(13, k.shape[-1]))
+
+
+def of_heads(sketch, select):
+    """The sketch of some of its heads."""
+    parts = {name: select(y) for name, y in vars(sketch).items() if isinstance(y, torch.Tensor)}
+    return replace(sketch, **parts)
 
 
 def relative(a, b):
@@ -65,18 +70,20 @@ def test_draws_outputs_and_errors_are_the_references(
     )
     equal = compare_draws(result.indices, expected.indices)
     weights = result.weights()
-    assert relative(result.output[equal], expected.output[equal]) <= TOLERANCE[dtype]
+    # A GPU multiplies values by weights that are rounded to the values' dtype, as FlashAttention does.
+    rounding = 1 if device.type == "cpu" else 2
+    assert relative(result.output[equal], expected.output[equal]) <= rounding * TOLERANCE[dtype]
     tolerance = 1e-5 if device.type == "cpu" else 1e-3
     assert relative(weights[equal], expected.weights()[equal]) <= tolerance
-    difference = (result.std_error - expected.std_error).abs()[equal]
-    assert bool((difference <= 1e-3 * expected.std_error[equal] + 1e-5).all())
+    errors, expected_errors = (y.std_error(x.v)[equal] for y in (result, expected))
+    assert bool(((errors - expected_errors).abs() <= 1e-3 * expected_errors + 1e-5).all())
     torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
     values = x.v.flatten(0, 1).float()
     heads, rows, _, width = x.shape
     at = result.indices.flatten(1)[..., None].expand(-1, -1, width)
     drawn = values.gather(1, at).view(heads, rows, -1, width)
     average = torch.einsum("nmt,nmtd->nmd", weights, drawn)
-    assert relative(result.output, average) <= TOLERANCE[dtype] + 1e-5
+    assert relative(result.output, average) <= rounding * TOLERANCE[dtype] + 1e-5
 
 
 def test_exact_where_every_key_is_drawn(generator, device, stream_of):
@@ -86,23 +93,28 @@ def test_exact_where_every_key_is_drawn(generator, device, stream_of):
     assert torch.equal(result.indices.sort(-1).values, torch.arange(40, device=device).expand(1, 2, -1))
     exact = F.scaled_dot_product_attention(x.q[None], x.k, x.v)[0]
     assert relative(result.output, exact) < 1e-5
-    assert float(result.std_error.max()) < 1e-4
+    assert float(result.std_error(x.v).max()) < 1e-4
 
 
 def test_no_key_is_drawn_twice_and_the_heaviest_with_certainty(generator, device, stream_of):
-    """On rows of which a few keys hold most, nearly all draws find a key of their own."""
+    """On rows of which a few keys hold most, nearly all draws find a key of their own.
+
+    With 2 x 64 draws for two rows, a key of which either row alone would expect one draw of 64 is certain.
+    """
     x = attention_inputs((2, 2, 2, 1, 700, 32, 16), torch.float32, generator, device)
     x = replace(x, scale=4 * x.scale)
     sketch = Int4Sketch.table_of(x.k)
-    heaviest = sketch.keys_at(sketch.scores(x).topk(4).indices)
+    heaviest = (sketch.scores(x) * math.log(2)).softmax(-1).topk(12)
+    expected, heaviest = 64 * heaviest.values, sketch.keys_at(heaviest.indices)
+    assert bool(((expected > 1.25).sum(-1) >= 1).all())
     for seed in range(4):
-        result = sketch_decode(x, sketch, 64, 1, stream_of(x, seed))
+        result = sketch_decode(x, sketch, 2 * 64, 1, stream_of(x, seed))
         drawn = result.indices.masked_fill(result.log_weights == -torch.inf, -1)
         counts = torch.zeros(4, 2, 701, device=device)
         counts.scatter_add_(-1, drawn + 1, torch.ones_like(drawn, dtype=torch.float32))
         assert counts[..., 1:].max() == 1
-        assert counts[..., 0].max() <= 4
-        assert bool((counts.gather(-1, heaviest + 1) == 1).all())
+        assert counts[..., 0].max() <= 8
+        assert bool((counts.gather(-1, heaviest + 1)[expected > 1.25] == 1).all())
 
 
 @pytest.mark.parametrize("run", [sketch_decode, reference.sketch_decode], ids=["kernel", "reference"])
@@ -114,7 +126,7 @@ def test_a_row_draws_the_same_alone_and_in_a_batch_under_its_sequences_name(run,
     together = run(x, sketch, 20, 1, stream).indices.view(2, 2, 2, 20)
     q = x.q.view(2, 2, 2, 16)[1:, :, 1]
     alone = Inputs(q, x.k[1:], x.v[1:], None, 1, x.scale)
-    part = SketchTable(*(y[1:] for y in vars(sketch).values()))
+    part = of_heads(sketch, lambda y: y[1:])
     stream = Stream.of(torch.tensor(5, device=device), torch.tensor([8]), 1, 1, first_position=41)
     assert torch.equal(run(alone, part, 20, 1, stream).indices.view(2, 20), together[1, :, 1])
 
@@ -125,14 +137,15 @@ def test_probabilities_and_outputs_are_near_the_oracles(kind, generator, device,
     x = attention_inputs((1, 2, 2, 1, 1000, 16, 8), torch.float32, generator, device)
     sketch, stream = sketched(x.k, kind), stream_of(x, 1)
     result = reference.sketch_decode(x, sketch, 100, 1, stream)
-    pi = oracle.inclusion(sketch.scores(x) * math.log(2), 100, 0.02)  # by place
+    guessed = (sketch.scores(x) - sketch.log_normalisers(x)[..., None]) * math.log(2)
+    pi = oracle.inclusion(guessed, 100, 0.02)[:, None].expand_as(guessed)  # by place
     of_key = torch.empty_like(pi).scatter_(-1, sketch.order[:, None].expand_as(pi), pi)
     drawn = result.log_weights > -torch.inf
     indices = result.indices
     logits = x.logits()
     ours = torch.exp2(logits.gather(-1, indices) - result.log_weights)[drawn]
     assert float((ours / of_key.gather(-1, indices)[drawn] - 1).abs().max()) < 0.05
-    offsets = comb_offsets(stream, 1, 2)[..., 0]
+    offsets = group_offsets(stream, 1).expand(-1, 2, -1)[..., 0]
     assert float((sketch.keys_at(oracle.draw(pi, offsets)) == indices).float().mean()) > 0.9
     for i in range(2):
         for m in range(2):
@@ -140,7 +153,7 @@ def test_probabilities_and_outputs_are_near_the_oracles(kind, generator, device,
             chance = torch.exp2(logits[i, m, keys] - result.log_weights[i, m][drawn[i, m]])
             output, std_error = oracle.weigh(logits[i, m, keys] * math.log(2), chance, x.v[0, i, keys])
             assert relative(result.output[i, m], output) < 1e-5
-            assert relative(result.std_error[i, m], std_error) < 1e-4
+            assert relative(result.std_error(x.v)[i, m], std_error) < 1e-4
 
 
 @pytest.mark.parametrize("n", [900, 20_000])
@@ -156,7 +169,7 @@ def test_nearly_all_draws_are_spent_and_every_key_may_be_drawn(spread, n, genera
         logits = logits * spread
     exists = (torch.arange(-(-n // 64) * 64) < n).view(-1, 64)
     for draws in (7, 64, n // 3):
-        masses = Masses.of(logits, Stream.of(7, 1, 3, 2), mass_dtype(draws))
+        masses = Masses.of_groups(logits[:, None], group_dtype(draws, n))
         proposal = reference.Proposal.of(masses, 0.02)
         assert bool((proposal.up <= proposal.max_up).all())
         raised = masses.mass + proposal.extra[..., None] << proposal.up[..., None]
@@ -198,10 +211,10 @@ def test_the_error_is_the_estimated_one_and_the_bias_small(kind, seed):
     q, k, v = (y.repeat_interleave(400, dim) for y, dim in ((x.q, 0), (x.k, 1), (x.v, 1)))
     many = Inputs(q, k, v, None, 1, x.scale)
     one = sketched(x.k, kind)
-    sketch = SketchTable(*(y.repeat_interleave(400, 0) for y in vars(one).values()))
+    sketch = of_heads(one, lambda y: y.repeat_interleave(400, 0))
     result = reference.sketch_decode(many, sketch, 64, 1, Stream.of(seed, 1, 8 * 400, 1))
     exact = F.scaled_dot_product_attention(x.q.double()[None], x.k.double(), x.v.double())[0]
     error = result.output.double().unflatten(0, (8, 400)) - exact[:, None]
-    variance = result.std_error.double().square().mean()
+    variance = result.std_error(many.v).double().square().mean()
     assert 0.75 < error.square().mean() / variance < 1.25
     assert error.mean(1).square().mean() < variance / 25

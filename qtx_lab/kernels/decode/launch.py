@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from ...streams import Stream
 from ..inputs import Inputs
 from ..launches import (
-    LOCATED_POINTS,
     InputArguments,
     MassBuffers,
     StreamArguments,
@@ -17,10 +18,11 @@ from ..launches import (
     mask_kind,
     scan_grid,
     scan_options,
+    search_levels,
 )
-from ..masses import PAGE
+from ..masses import PAGE, mass_dtype
 from .reference import DecodeResult
-from .triton import locate_kernel, mean_kernel, prefix_kernel, scan_kernel
+from .triton import mean_kernel, prefix_kernel, scan_kernel
 
 
 def decode(x: Inputs, num_samples: int, replicates: int, stream: Stream) -> DecodeResult:
@@ -49,19 +51,36 @@ def decode(x: Inputs, num_samples: int, replicates: int, stream: Stream) -> Deco
     """
     heads, rows, _, width = x.shape
     inputs, numbers = InputArguments.of(x), StreamArguments.of(stream, x)
-    buffers = MassBuffers.of(x, num_samples, replicates)
+    buffers = MassBuffers.of(x, rows, mass_dtype(num_samples * replicates), num_samples, replicates)
+    row_mass = x.q.new_empty(heads, rows, dtype=torch.int64)
     scan = {"HAS_MASK": mask_kind(x), "DOT": dot_dtype(x.q), **scan_options(x, buffers)}
     launch(scan_kernel, scan_grid(x), inputs, numbers, buffers, **scan)
     prefix = {"BP": buffers.pages_at_once, "num_warps": 8}
-    launch(prefix_kernel, buffers.row_programs, inputs, numbers, buffers, **prefix)
+    launch(prefix_kernel, buffers.row_programs, buffers, row_mass=row_mass, **prefix)
 
     index = x.q.new_empty(heads, rows, replicates * num_samples, dtype=torch.int64)
-    locate = {"PAGE": PAGE, "MASS_MASK": buffers.mass_mask, "BS": LOCATED_POINTS}
-    launch(locate_kernel, buffers.point_programs, inputs, numbers, buffers, index=index, **locate)
-
     gather = gather_options(x, buffers)
     chunks = -(-num_samples // gather["CHUNK"])
     part = x.q.new_empty(heads, rows, replicates, chunks, width, dtype=torch.float32)
     grid = (heads * rows, replicates, chunks)
-    launch(mean_kernel, grid, inputs, buffers, index=index, part=part, **gather)
-    return DecodeResult(part.sum(3) if chunks > 1 else part[:, :, :, 0], index, buffers.row_mass > 0)
+    launch(
+        mean_kernel,
+        grid,
+        inputs,
+        numbers,
+        buffers,
+        index=index,
+        part=part,
+        row_mass=row_mass,
+        PAGE=PAGE,
+        MASS_MASK=buffers.mass_mask,
+        LEVELS=search_levels(buffers.pages),
+        **gather,
+    )
+    return DecodeResult(
+        part.sum(3) if chunks > 1 else part[:, :, :, 0],
+        index,
+        row_mass,
+        buffers.row_exponent,
+        buffers.fraction_bits + math.log2(scan["UNITS"]),
+    )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...streams import Stream
 from ..inputs import Inputs
-from ..masses import PAGE, Masses, comb_offsets, locate_page, mass_dtype
+from ..masses import PAGE, UNITS, Masses, comb_offsets, locate_page, mass_dtype
 
 
 @dataclass(frozen=True)
@@ -25,13 +25,32 @@ class DecodeResult:
     parts : Tensor, float32, (N, M, R, Ev)
         The output of each replicate.
     indices : Tensor, int64, (N, M, R * S)
-    visible : Tensor, bool, (N, M)
-        Whether the row attends to any key; if not, its output is 0.
+    row_mass : Tensor, int64, (N, M)
+        The mass of all keys; 0 where the row attends to none, and then its output is 0.
+    row_exponent : Tensor, float32, (N, M)
+    mass_bits : float
+        A key of base-2 logit l has the mass 2^(l - row_exponent + mass_bits), rounded.
     """
 
     parts: Tensor
     indices: Tensor
-    visible: Tensor
+    row_mass: Tensor
+    row_exponent: Tensor
+    mass_bits: float
+
+    @property
+    def log_sum_exp(self) -> Tensor:
+        """The log-sum-exp of each row's natural logits, (N, M), float32; -inf where it sees no key.
+
+        Rounded masses make it wrong by some 1e-5.
+        """
+        logs = self.row_mass.double().log2() + (self.row_exponent.double() - self.mass_bits)
+        return (logs * math.log(2)).float()
+
+    @property
+    def visible(self) -> Tensor:
+        """Whether a row attends to any key: bool, (N, M)."""
+        return self.row_mass > 0
 
     @property
     def output(self) -> Tensor:
@@ -66,7 +85,13 @@ def decode(x: Inputs, num_samples: int, replicates: int, stream: Stream) -> Deco
     values = x.v.flatten(0, 1).float()
     drawn = values.gather(1, indices.flatten(1)[..., None].expand(-1, -1, width))
     parts = drawn.view(heads, rows, replicates, num_samples, width).mean(-2)
-    return DecodeResult(parts * visible[..., None, None], indices, visible)
+    return DecodeResult(
+        parts * visible[..., None, None],
+        indices,
+        row_mass,
+        masses.page_exponent.amax(-1),
+        masses.fraction_bits + math.log2(UNITS[masses.dtype]),
+    )
 
 
 def comb_points(row_mass: Tensor, offsets: Tensor, num_samples: int) -> Tensor:

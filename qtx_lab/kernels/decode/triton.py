@@ -12,14 +12,12 @@ from ..blocks import (
     KEYS,
     SUBPAGES,
     TO_BASE_2,
-    accumulate,
     comb_offset,
     find_place,
     fold,
     max_exponent,
+    search_starts,
     store_masses,
-    store_starts,
-    store_zeros,
     sum_before,
     unit_shifts,
 )
@@ -141,47 +139,19 @@ def comb_points(b_s, b_u, row_mass, num_samples):
 
 
 @triton.jit
-def points_before(b_start, b_u, row_mass, num_samples):
-    """How many points of a row's comb lie before positions of the row: int32, as b_start."""
-    b_zero = b_start * 0
-    b_step = (b_zero + tl.maximum(row_mass, 1)).to(tl.float64) / (b_zero + num_samples).to(tl.float64)
-    # Rounding leaves this count within one of the right one.
-    b_near = tl.maximum((b_start.to(tl.float64) / b_step - b_u).to(tl.int64) - 1, 0)
-    b_count = b_near
-    for i in tl.static_range(3):
-        b_count += (comb_points(b_near + i, b_u, row_mass, num_samples) < b_start).to(tl.int64)
-    return tl.minimum(b_count, num_samples).to(tl.int32)
-
-
-@triton.jit
 def prefix_kernel(
     page_mass_ptr,  # (N M, T)
     page_exponent_ptr,  # (N M, T)
     page_start_ptr,  # (N M, T), int64: the mass of all pages before
     row_mass_ptr,  # (N M,), int64
     row_exponent_ptr,  # (N M,), float32
-    point_page_ptr,  # (N M, R, S), int32: the page in which each point lies
-    stream_key_ptr,
-    head_group_ptr,
-    position_ptr,  # (L,) or (N, L), int64
-    position_stride,
-    purpose,
-    first_replicate,
-    rows,
-    length,
     pages,
     fraction_bits,
-    num_samples,
-    replicates,
     BP: tl.constexpr,
 ):
-    """Where each page of a row starts, in the row's unit, and in which page each point of its combs lies."""
+    """Store where each page of a row starts, in the row's unit."""
     i_r = tl.program_id(0).to(tl.int64)
-    i_n = i_r // rows
     o_p = tl.arange(0, BP)  # [BP]
-    stream_key, head_group = tl.load(stream_key_ptr + i_n), tl.load(head_group_ptr + i_n)
-    position = tl.load(position_ptr + i_n * position_stride + (i_r % rows) % length)
-    p_start, p_page = page_start_ptr + i_r * pages, point_page_ptr + i_r * replicates * num_samples
     row_exponent = max_exponent(page_exponent_ptr + i_r * pages, pages, BP)
     carry = tl.zeros([], tl.int64)
     for i in range(0, pages, BP):
@@ -190,112 +160,83 @@ def prefix_kernel(
         b_exponent = tl.load(p, mask=m_p, other=float("-inf"))  # [BP]
         b_up, b_down = unit_shifts(b_exponent, row_exponent, fraction_bits)  # [BP]
         b_mass = tl.load(page_mass_ptr + i_r * pages + i + o_p, mask=m_p, other=0).to(tl.int64)  # [BP]
-        carry = store_starts(p_start, (b_mass << b_up) >> b_down, carry, i + o_p, m_p)
+        b_mass = (b_mass << b_up) >> b_down
+        p_start = page_start_ptr + i_r * pages + i + o_p  # [BP]
+        tl.store(p_start, carry + tl.cumsum(b_mass, axis=0) - b_mass, mask=m_p)
+        carry += tl.sum(b_mass, axis=0)
     tl.store(row_mass_ptr + i_r, carry)
     tl.store(row_exponent_ptr + i_r, row_exponent)
-    store_zeros(p_page, replicates * num_samples, BP)
-    tl.debug_barrier()
-    for i_replicate in range(replicates):
-        b_u = comb_offset(stream_key, head_group, position, first_replicate + i_replicate, purpose)  # [1]
-        for i in range(0, pages, BP):
-            m_p = (i + o_p < pages) & (i + o_p > 0)  # [BP]
-            b_start = tl.load(p_start + i + o_p, mask=m_p, other=0)  # [BP]
-            b_first = points_before(b_start, b_u, carry, num_samples)  # [BP]
-            p = p_page + i_replicate * num_samples + b_first  # [BP]
-            tl.atomic_add(p, 1, mask=m_p & (b_first < num_samples), sem="relaxed")
-    tl.debug_barrier()
-    for i_replicate in range(replicates):
-        accumulate(p_page + i_replicate * num_samples, num_samples, BP)
-
-
-@triton.jit
-def locate_kernel(
-    mass_ptr,
-    subpage_mass_ptr,
-    page_exponent_ptr,
-    page_start_ptr,
-    row_mass_ptr,
-    row_exponent_ptr,
-    point_page_ptr,
-    stream_key_ptr,
-    head_group_ptr,
-    position_ptr,
-    position_stride,
-    purpose,
-    first_replicate,
-    index_ptr,  # (N, M, R * S), int64
-    rows,
-    length,
-    pages,
-    num_samples,
-    replicates,
-    fraction_bits,
-    PAGE: tl.constexpr,
-    MASS_MASK: tl.constexpr,  # the bits of a mass
-    BS: tl.constexpr,
-):
-    """Store the keys at BS points of a row."""
-    i_r = tl.program_id(0).to(tl.int64)
-    i_replicate = tl.program_id(1)
-    i_n = i_r // rows
-    row_mass = tl.load(row_mass_ptr + i_r)
-    position = tl.load(position_ptr + i_n * position_stride + (i_r % rows) % length)
-    b_u = comb_offset(
-        tl.load(stream_key_ptr + i_n),
-        tl.load(head_group_ptr + i_n),
-        position,
-        first_replicate + i_replicate,
-        purpose,
-    )  # [1]
-    b_s = tl.program_id(2) * BS + tl.arange(0, BS)  # [BS]
-    o_s = (i_r * replicates + i_replicate) * num_samples + b_s  # [BS]
-    m_s = b_s < num_samples  # [BS]
-    m_drawn = m_s & (row_mass > 0)  # [BS]
-    b_page = tl.load(point_page_ptr + o_s, mask=m_drawn, other=0)  # [BS]
-    o_page = i_r * pages + b_page  # [BS]
-    b_exponent = tl.load(page_exponent_ptr + o_page)  # [BS]
-    b_up, b_down = unit_shifts(b_exponent, tl.load(row_exponent_ptr + i_r), fraction_bits)  # [BS]
-    b_rest = comb_points(b_s, b_u, row_mass, num_samples) - tl.load(page_start_ptr + o_page)  # [BS]
-    b_unit = ((b_rest << b_down) >> b_up).to(tl.int32)  # [BS]
-    o_sub = o_page[:, None] * SUBPAGES + tl.arange(0, SUBPAGES)[None, :]  # [BS, SUBPAGES]
-    b_sub = tl.load(subpage_mass_ptr + o_sub)  # [BS, SUBPAGES]
-    b_place = find_place(tl.cumsum(b_sub, axis=1), b_unit)  # [BS]
-    b_unit -= sum_before(b_sub, b_place)
-    o_key = b_place[:, None] * KEYS + tl.arange(0, KEYS)[None, :]  # [BS, KEYS]
-    b_mass = tl.load(mass_ptr + o_page[:, None] * PAGE + o_key).to(tl.int32) & MASS_MASK  # [BS, KEYS]
-    b_key = b_place * KEYS + find_place(tl.cumsum(b_mass, axis=1), b_unit)  # [BS]
-    b_index = b_page.to(tl.int64) * PAGE + b_key  # [BS]
-    tl.store(index_ptr + o_s, tl.where(m_drawn, b_index, 0), mask=m_s)
 
 
 @tuned(GATHER_CONFIGS, ["BV", "SIZE", "CHUNK"])
 @triton.jit
 def mean_kernel(
     v_ptr,  # (B, Hkv, n, Ev)
-    index_ptr,  # (N, M, R * S), int64
+    mass_ptr,
+    subpage_mass_ptr,
+    page_exponent_ptr,
+    page_start_ptr,
     row_mass_ptr,
+    row_exponent_ptr,
+    stream_key_ptr,
+    head_group_ptr,
+    position_ptr,  # (L,) or (N, L), int64
+    position_stride,
+    purpose,
+    first_replicate,
+    index_ptr,  # (N, M, R * S), int64
     part_ptr,  # (N, M, R, chunks, Ev), float32
     kv_heads,
     rows,
+    length,
     width,
+    pages,
     num_samples,
     replicates,
+    fraction_bits,
     v_stride_b,
     v_stride_h,
     v_stride_n,
     v_stride_d,
+    PAGE: tl.constexpr,
+    MASS_MASK: tl.constexpr,  # the bits of a mass
+    LEVELS: tl.constexpr,  # 8^LEVELS pages are all or more
     BV: tl.constexpr,
     SIZE: tl.constexpr,
     CHUNK: tl.constexpr,
     BS: tl.constexpr,
     FOLD: tl.constexpr,
 ):
-    """Store what up to CHUNK draws of a row add to the mean of the values at its draws."""
+    """Store the keys at up to CHUNK points of a row, and what their values add to the mean."""
     i_r = tl.program_id(0).to(tl.int64)
+    i_replicate = tl.program_id(1)
     i_chunk = tl.program_id(2)
     i_n = i_r // rows
-    i_out = i_r * replicates + tl.program_id(1)
-    visible = tl.load(row_mass_ptr + i_r) > 0
+    i_out = i_r * replicates + i_replicate
+    row_mass = tl.load(row_mass_ptr + i_r)
+    position = tl.load(position_ptr + i_n * position_stride + (i_r % rows) % length)
+    stream_key, head_group = tl.load(stream_key_ptr + i_n), tl.load(head_group_ptr + i_n)
+    b_u = comb_offset(stream_key, head_group, position, first_replicate + i_replicate, purpose)  # [1]
+    o_s = i_chunk * CHUNK + tl.arange(0, CHUNK)  # [CHUNK]
+    b_point = tl.maximum(comb_points(o_s, b_u, row_mass, num_samples), 0)  # [CHUNK]
+    b_page, b_rest = search_starts(
+        page_start_ptr + i_r * pages, o_s * 0, b_point, pages, LEVELS
+    )  # [CHUNK] each
+    o_page = i_r * pages + b_page  # [CHUNK]
+    b_exponent = tl.load(page_exponent_ptr + o_page)  # [CHUNK]
+    b_up, b_down = unit_shifts(b_exponent, tl.load(row_exponent_ptr + i_r), fraction_bits)  # [CHUNK]
+    b_unit = ((b_rest << b_down) >> b_up).to(tl.int32)  # [CHUNK]
+    o_sub = o_page[:, None] * SUBPAGES + tl.arange(0, SUBPAGES)[None, :]  # [CHUNK, SUBPAGES]
+    b_sub = tl.load(subpage_mass_ptr + o_sub)  # [CHUNK, SUBPAGES]
+    b_place = find_place(tl.cumsum(b_sub, axis=1), b_unit)  # [CHUNK]
+    b_unit -= sum_before(b_sub, b_place)
+    o_key = b_place[:, None] * KEYS + tl.arange(0, KEYS)[None, :]  # [CHUNK, KEYS]
+    b_mass = tl.load(mass_ptr + o_page[:, None] * PAGE + o_key).to(tl.int32) & MASS_MASK  # [CHUNK, KEYS]
+    b_key = b_place * KEYS + find_place(tl.cumsum(b_mass, axis=1), b_unit)  # [CHUNK]
+    b_found = tl.where(row_mass > 0, b_page.to(tl.int64) * PAGE + b_key, 0)  # [CHUNK]
+    tl.store(index_ptr + i_out * num_samples + o_s, b_found, mask=o_s < num_samples)
+    tl.debug_barrier()
+
     o_v = tl.arange(0, BV)  # [BV]
     m_v = o_v < width  # [BV]
     p_v = v_ptr + (i_n // kv_heads) * v_stride_b + (i_n % kv_heads) * v_stride_h
@@ -303,7 +244,7 @@ def mean_kernel(
     b_sum = tl.zeros([FOLD, BV], tl.float32)  # [FOLD, BV]
     for i in range(0, CHUNK, BS):
         b_s = i_chunk * CHUNK + i + tl.arange(0, BS)  # [BS]
-        m_s = (b_s < num_samples) & visible  # [BS]
+        m_s = (b_s < num_samples) & (row_mass > 0)  # [BS]
         b_index = tl.load(index_ptr + i_out * num_samples + b_s, mask=m_s, other=0)  # [BS]
         p = p_v + b_index[:, None] * v_stride_n  # [BS, BV]
         b_v = tl.load(p, mask=m_s[:, None] & m_v[None, :], other=0.0)  # [BS, BV]

@@ -37,7 +37,7 @@ def prefill(logits: Tensor, values: Tensor, offsets: Tensor, num_samples: int) -
     for p, v, u in zip(pages, values.split(PAGE), offsets, strict=True):
         # Key j is drawn once for each of the points 1 - u, 2 - u, ... between its two running sums of S p.
         cumulative = num_samples * p.cumsum(0)
-        points = torch.arange(1, num_samples + 1) - u.double()
+        points = torch.arange(1, num_samples + 1, device=u.device) - u.double()
         drawn = torch.searchsorted(cumulative, points[points <= cumulative[-1]])
         missed = p.sum() - len(drawn) / num_samples
         output += v[drawn].sum(0) / num_samples + missed * v[p > 0].mean(0).nan_to_num(0.0)

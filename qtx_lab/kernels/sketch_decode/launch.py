@@ -10,52 +10,92 @@ from torch import Tensor
 from ...streams import Stream
 from ..inputs import Inputs
 from ..launches import (
-    LOCATED_POINTS,
     InputArguments,
     MassBuffers,
     StreamArguments,
-    gather_options,
+    dot_dtype,
     launch,
     power_of_two,
-    scan_grid,
-    scan_options,
+    search_levels,
     size_class,
 )
-from ..masses import PAGE, UNITS, min_mass_bits
+from ..masses import PAGE, group_dtype, group_units
 from ..philox import INTERPRETED
-from .reference import NEWTON_STEPS, SEARCHED_PAGES, SketchDecodeResult, SketchTable, inverse_page_share
+from .reference import (
+    NEWTON_STEPS,
+    SEARCHED_PAGES,
+    SketchDecodeResult,
+    SketchTable,
+    inverse_page_share,
+    sampled_places,
+)
 from .triton import (
+    BLOCK_PAGES,
     cap_kernel,
     combine_kernel,
-    digits_kernel,
     locate_sketch_kernel,
     plan_kernel,
+    prepare_kernel,
     scan_sketch_kernel,
-    step_kernel,
     weigh_kernel,
 )
+
+PREPARED_KEYS = 64
+"""Keys whose own logits one program computes."""
+LOCATED_POINTS = 128
+"""Points whose keys a program locates, one for each thread."""
+MAX_CHUNK = 256
+"""Draws that one program gathers, at most."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """The G query heads that share a key head, as kernels name them."""
+
+    GROUP: int
+    """G."""
+    BG: int
+    """G, or the power of two above it; matrix products take 4 or more."""
+    UNITS: float
+    """The largest mass that a key has by one of the rows."""
+
+    @classmethod
+    def of(cls, x: Inputs, dtype: torch.dtype) -> Group:
+        """The group of these inputs, whose masses have this dtype."""
+        size = x.q.shape[1] // max(1, x.length)
+        return cls(size, max(4, power_of_two(size)), group_units(size, dtype))
+
+
+@dataclass(frozen=True)
+class Order:
+    """The key at each place."""
+
+    order: Tensor
+    order_stride_h: int
+    order_stride_n: int
+    HAS_ORDER: bool
+
+    @classmethod
+    def of(cls, sketch: SketchTable) -> Order:
+        """The order of this sketch."""
+        if sketch.order is None:  # nothing reads it
+            return cls(sketch.table, 0, 0, False)
+        return cls(sketch.order, sketch.order.stride(0), sketch.order.stride(1), True)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How the keys of N M rows are drawn: see `reference.Proposal`."""
+    """How the keys of N L groups are drawn: see `reference.Proposal`."""
 
     page_floor: Tensor
-    """(N, M), int64: the mass that every page gets at least."""
+    """(N, L), int64: the mass that every page gets at least."""
     certain_mass: Tensor
-    """(N, M), int64: the mass from which a key is drawn with certainty."""
-    step: Tensor
-    """(N, M), int64: the distance of the points."""
-
-
-@dataclass(frozen=True)
-class LocatedDraws:
-    """The drawn keys, before their exact logits are known."""
-
-    index: Tensor
-    """(N, M, R * S), int64."""
-    inclusion: Tensor
-    """(N, M, R * S), float32: the probability of drawing this key; 0 for a point past the last key."""
+    """(N, L), int64: the mass from which a key is drawn with certainty."""
+    block_start: Tensor
+    """(N, L, blocks), int64: the capped masses of all blocks of pages before."""
+    row_mass: Tensor
+    """(N, L), int64: that of all pages."""
+    blocks: int
 
 
 def sketch_decode(
@@ -69,13 +109,15 @@ def sketch_decode(
 ) -> SketchDecodeResult:
     """Average the values at draws from a sketch, weighted by their exact logits: biased by O(1 / S).
 
-    The proposal is about (1 - epsilon) softmax(l~) + epsilon / n for guessed logits l~, in whole numbers
-    (`reference.Proposal`). Equally spaced points draw key j with probability pi_j = min(1, c q_j), where c is
-    such that the sum of all pi_j is about S and not more: the heaviest keys with certainty, and none twice,
-    as `SampledKVCache` does on the CPU. The exact logits of the drawn keys give their weights, w_j
-    proportional to exp(l_j) / pi_j, which sum to 1 (Hajek 1971). The variance is estimated by sum_j (1 -
-    pi_j) w_j^2 (v_j - o)^2, that of independent draws; points along keys in random order have less. All of
-    the sketch is read, and of K and V only the drawn rows.
+    The G query heads of a key head read the same keys, so they share their draws: the proposal is about
+    (1 - epsilon) q + epsilon / n, where q is the mean over the group of softmax(l~) for guessed logits l~, in
+    whole numbers (`reference.Proposal`). Equally spaced points draw key j with probability pi_j = min(1, c
+    q_j), where c is such that the sum of all pi_j is about S and not more: the heaviest keys with certainty,
+    and none twice. With S = G S' a key of guessed probability p_j in any of the rows has pi_j of about
+    min(1, S' p_j) or more, as if that row had S' draws of its own. The exact logits of the drawn keys give
+    their weights in each row, w_j proportional to exp(l_j) / pi_j, which sum to 1 (Hajek 1971). The variance
+    is estimated by sum_j (1 - pi_j) w_j^2 (v_j - o)^2, that of independent draws; points along keys in random
+    order have less. All of the sketch is read, and of K and V only the drawn rows.
 
     Parameters
     ----------
@@ -83,7 +125,7 @@ def sketch_decode(
         As for `decode`, without a mask.
     sketch : SketchTable
     num_samples, replicates : int
-        S draws in each of R independent repetitions, which are averaged.
+        S draws of each group in each of R independent repetitions, which are averaged.
     stream : Stream
         Of N heads and L positions, on the same device.
     defensive : float
@@ -95,163 +137,186 @@ def sketch_decode(
         If the stream does not fit.
     """
     inputs, numbers = InputArguments.of(x), StreamArguments.of(stream, x)
-    buffers = MassBuffers.of(x, num_samples, replicates)
-    scan_sketch(x, inputs, sketch, numbers, buffers)
-    plan = plan_draws(inputs, numbers, buffers, defensive)
-    drawn = locate_draws(inputs, numbers, buffers, plan, sketch.order)
-    return weigh_draws(x, inputs, buffers, drawn)
+    dtype = group_dtype(num_samples, x.shape[2])
+    buffers = MassBuffers.of(x, x.length, dtype, num_samples, replicates)
+    group, order = Group.of(x, dtype), Order.of(sketch)
+    scan_sketch(x, inputs, sketch, buffers, group, order)
+    plan = plan_draws(inputs, buffers, group, defensive)
+    return draw_and_weigh(x, inputs, numbers, buffers, plan, group, order)
 
 
 def scan_sketch(
-    x: Inputs, inputs: InputArguments, sketch: SketchTable, numbers: StreamArguments, buffers: MassBuffers
+    x: Inputs, inputs: InputArguments, sketch: SketchTable, buffers: MassBuffers, group: Group, order: Order
 ) -> None:
     """Guess all logits and leave the masses of the keys in the buffers."""
-    heads, rows, _, _ = x.shape
     columns, halves = sketch.table.shape[2], 2 if sketch.table.dtype == torch.uint8 else 1
     block = max(32, power_of_two(columns))
-    digit = x.q.new_empty(heads, rows, 2, halves * block, dtype=torch.int8)
-    unit = x.q.new_empty(heads, rows, dtype=torch.float32)
-    options = scan_options(x, buffers)
-    features = options.pop("BD")
-    exact_logits = sketch.exact_logits(x)
+    num_sampled = len(sampled_places(sketch.num_exact, inputs.n))
+    chunks = -(-(sketch.num_exact + num_sampled) // PREPARED_KEYS)
+    (programs,), new = buffers.row_programs, x.q.new_empty
+    queries = {
+        "digit": new(programs, group.GROUP, 2, halves * block, dtype=torch.int8),
+        "unit": new(programs, group.GROUP, dtype=torch.float32),
+        "exact_logit": new(programs, group.GROUP, sketch.num_exact, dtype=torch.float32),
+        "largest": new(programs, group.GROUP, chunks, dtype=torch.float32),
+        "total": new(programs, group.GROUP, chunks, dtype=torch.float32),
+        "num_exact": sketch.num_exact,
+        "columns": columns,
+        "BR": block,
+        "HALVES": halves,
+    }
     launch(
-        digits_kernel,
-        buffers.row_programs,
+        prepare_kernel,
+        (programs, group.GROUP + chunks),
         inputs,
-        digit=digit,
-        unit=unit,
+        group,
+        order,
+        **queries,
         weight=sketch.weight,
+        centre=sketch.centre,
         rank=sketch.weight.shape[2],
-        columns=columns,
-        BD=features,
-        BR=block,
-        HALVES=halves,
+        num_sampled=num_sampled,
+        sample_step=max(1, -(-(inputs.n - sketch.num_exact) // max(1, num_sampled))),
+        sample_weight=(inputs.n - sketch.num_exact) / max(1, num_sampled),
+        DOT=dot_dtype(x.q),
+        BD=max(16, power_of_two(inputs.features)),
+        BP=PREPARED_KEYS,
     )
     launch(
         scan_sketch_kernel,
-        scan_grid(x),
+        lambda meta: (programs, -(-buffers.pages // (meta["NP"] * meta["LOOP"]))),
         inputs,
-        numbers,
         buffers,
-        digit=digit,
-        unit=unit,
+        group,
+        **queries,
         table=sketch.table,
-        columns=columns,
         table_stride_h=sketch.table.stride(0),
         table_stride_n=sketch.table.stride(1),
-        exact_logit=exact_logits,
-        exact_keys=exact_logits.shape[-1],
-        BR=block,
-        HALVES=halves,
-        **options,
+        chunks=chunks,
+        BC=power_of_two(chunks),
+        PAGE=PAGE,
+        SIZE=size_class(inputs.n),
     )
 
 
-def plan_draws(
-    inputs: InputArguments, numbers: StreamArguments, buffers: MassBuffers, defensive: float
-) -> Plan:
+def plan_draws(inputs: InputArguments, buffers: MassBuffers, group: Group, defensive: float) -> Plan:
     """Plan the draws from the masses that a scan has left; the buffers then also say where pages start."""
     pages, (programs,) = buffers.pages, buffers.row_programs
-    row_mass = buffers.row_mass
-    plan = Plan(*(row_mass.new_empty(row_mass.shape) for _ in range(3)))
+    blocks, rows = -(-pages // BLOCK_PAGES), buffers.row_exponent.shape
+    new = buffers.page_start.new_empty
+    plan = Plan(new(rows), new(rows), new(*rows, blocks), new(rows), blocks)
+    finished = new(rows, dtype=torch.int32)
     searched = min(SEARCHED_PAGES, power_of_two(pages))
-    every = inputs.n <= buffers.num_samples
-    shared = {"PAGE": PAGE, "MASS_MASK": buffers.mass_mask, "ALL": every}
+    shared = {"PAGE": PAGE, "MASS_MASK": buffers.mass_mask, "ALL": inputs.n <= buffers.num_samples}
     launch(
         plan_kernel,
         buffers.row_programs,
         inputs,
         buffers,
         plan,
-        searched=buffers.mass.new_empty(programs, searched, dtype=torch.int32),
+        searched=new(programs, searched, dtype=torch.int32),
+        finished=finished,
         inverse_share=inverse_page_share(pages, defensive),
         stride=-(-pages // SEARCHED_PAGES),
         BP=buffers.pages_at_once,
         BS=searched,
-        MIN_BITS=min_mass_bits(buffers.mass.dtype),
+        MIN_BITS=int(group.UNITS / 2).bit_length(),
         STEPS=NEWTON_STEPS,
         **shared,
     )
     launch(
         cap_kernel,
-        lambda meta: (programs, -(-pages // meta["BP"])),
+        (programs, blocks),
         inputs,
         buffers,
         plan,
+        block_mass=new(*rows, blocks),
+        finished=finished,
         SIZE=size_class(inputs.n),
-        UNITS=int(UNITS[buffers.mass.dtype]),
+        **group_mass(group),
         **shared,
     )
-    step = {"BP": buffers.pages_at_once, "num_warps": 8}
-    launch(step_kernel, buffers.row_programs, inputs, numbers, buffers, plan, **step)
     return plan
 
 
-def locate_draws(
+def group_mass(group: Group) -> dict[str, int]:
+    """The largest mass of a key by all rows of a group, as an argument."""
+    return {"UNITS": group.GROUP * int(group.UNITS)}
+
+
+def draw_and_weigh(
+    x: Inputs,
     inputs: InputArguments,
     numbers: StreamArguments,
     buffers: MassBuffers,
     plan: Plan,
-    order: Tensor | None,
-) -> LocatedDraws:
-    """Find the keys at the points of each row; `order` (N, n) has the key at each place."""
-    draws = (*buffers.row_mass.shape, buffers.replicates * buffers.num_samples)
-    drawn = LocatedDraws(
-        inputs.q.new_empty(draws, dtype=torch.int64), inputs.q.new_empty(draws, dtype=torch.float32)
-    )
+    group: Group,
+    order: Order,
+) -> SketchDecodeResult:
+    """Draw keys, weigh them by their exact logits, and average their values."""
+    heads, rows, n, width = x.shape
+    (programs,), replicates, num_samples = buffers.row_programs, buffers.replicates, buffers.num_samples
+    # Every multiprocessor gets many programs at a time.
+    least_chunks = max(1, -(-2048 // (programs * replicates)))
+    chunk = min(MAX_CHUNK, max(64, power_of_two(-(-num_samples // least_chunks))))
+    chunks = -(-num_samples // chunk)
+    parts, new = (heads, rows, replicates, chunks), x.q.new_empty
+    sums = {
+        "largest": new(parts, dtype=torch.float32),
+        "total": new(parts, dtype=torch.float32),
+        "vector": new(*parts, width, dtype=torch.float32),
+    }
+    index = new(heads, x.length, replicates * num_samples, dtype=torch.int64)
+    log_weight = new(heads, rows, replicates * num_samples, dtype=torch.float32)
+    inclusion = new(index.shape, dtype=torch.float32)
     launch(
         locate_sketch_kernel,
-        buffers.point_programs,
+        (programs, replicates, -(-num_samples // LOCATED_POINTS)),
         inputs,
         numbers,
         buffers,
         plan,
-        drawn,
-        order=buffers.page_start if order is None else order,  # without an order nothing reads it
-        order_stride_h=0 if order is None else order.stride(0),
-        order_stride_n=0 if order is None else order.stride(1),
-        HAS_ORDER=order is not None,
+        order,
+        **group_mass(group),
+        index=index,
+        inclusion=inclusion,
         PAGE=PAGE,
-        UNITS=int(UNITS[buffers.mass.dtype]),
+        ROW_LEVELS=search_levels(plan.blocks),
         MASS_MASK=buffers.mass_mask,
-        ALL=inputs.n <= buffers.num_samples,
+        ALL=n <= num_samples,
         BS=LOCATED_POINTS,
     )
-    return drawn
-
-
-def weigh_draws(
-    x: Inputs, inputs: InputArguments, buffers: MassBuffers, drawn: LocatedDraws
-) -> SketchDecodeResult:
-    """Weigh the draws by their exact logits, and average their values."""
-    heads, rows, _, width = x.shape
-    replicates = buffers.replicates
-    gather = gather_options(x, buffers)
-    chunks = -(-buffers.num_samples // gather["CHUNK"])
-    parts = (heads, rows, replicates, chunks, 3)
-    sums = {
-        "scalar": x.q.new_empty(parts, dtype=torch.float32),
-        "vector": x.q.new_empty(*parts, width, dtype=torch.float32),
-    }
-    log_weight = x.q.new_empty(drawn.inclusion.shape, dtype=torch.float32)
-    features = max(16, power_of_two(x.q.shape[2]))
-    grid = (heads * rows, replicates, chunks)
-    launch(weigh_kernel, grid, inputs, buffers, drawn, log_weight=log_weight, **sums, BD=features, **gather)
+    values = max(16, power_of_two(width))
+    launch(
+        weigh_kernel,
+        (programs, replicates, chunks),
+        inputs,
+        buffers,
+        group,
+        **sums,
+        index=index,
+        inclusion=inclusion,
+        log_weight=log_weight,
+        BD=max(16, power_of_two(inputs.features)),
+        BV=values,
+        DOT=dot_dtype(x.q),
+        SIZE=size_class(n),
+        CHUNK=chunk,
+    )
     # The interpreter cuts bfloat16 off where a GPU rounds.
-    output = x.q.new_empty(heads, rows, width, dtype=torch.float32 if INTERPRETED else x.v.dtype)
-    std_error = x.q.new_empty(heads, rows, width, dtype=torch.float32)
-    log_normaliser = x.q.new_empty(heads, rows, replicates, dtype=torch.float32)
+    output = new(heads, rows, width, dtype=torch.float32 if INTERPRETED else x.v.dtype)
+    log_normaliser = new(heads, rows, replicates, dtype=torch.float32)
     launch(
         combine_kernel,
-        buffers.row_programs,
+        (heads * rows,),
         inputs,
         buffers,
         **sums,
         output=output,
-        std_error=std_error,
         log_normaliser=log_normaliser,
         chunks=chunks,
-        BC=power_of_two(chunks),
-        BV=gather["BV"],
+        BC=min(32, power_of_two(chunks)),
+        BV=values,
+        num_warps=8,
     )
-    return SketchDecodeResult(output.to(x.v.dtype), std_error, drawn.index, log_weight, log_normaliser)
+    return SketchDecodeResult(output.to(x.v.dtype), index, inclusion, log_weight, log_normaliser)

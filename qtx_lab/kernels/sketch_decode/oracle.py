@@ -14,15 +14,17 @@ from torch import Tensor
 
 
 def inclusion(guessed_logits: Tensor, num_samples: int, defensive: float) -> Tensor:
-    """The probabilities pi_j = min(1, c q_j) with which keys are drawn, which sum to S: (..., n).
+    """The probabilities pi_j = min(1, c q_j) with which a group draws keys, which sum to S: (..., n).
 
-    The proposal q is (1 - epsilon) softmax(guessed_logits) + epsilon / n, and c is found by bisection.
+    The proposal q is (1 - epsilon) r + epsilon / n, where r_j is proportional to the sum of exp(l_gj) over
+    the rows of the group, of guessed logits (..., G, n) relative to the rows' normalisers. c is found by
+    bisection.
 
-    >>> inclusion(torch.zeros(4), 2, 0.02)
+    >>> inclusion(torch.zeros(1, 4), 2, 0.02)
     tensor([0.5000, 0.5000, 0.5000, 0.5000], dtype=torch.float64)
     """
     n = guessed_logits.shape[-1]
-    q = (1 - defensive) * guessed_logits.double().softmax(-1) + defensive / n
+    q = (1 - defensive) * guessed_logits.double().logsumexp(-2).softmax(-1) + defensive / n
     low, high = torch.zeros_like(q[..., :1]), num_samples / q.amin(-1, keepdim=True)
     for _ in range(100):
         c = (low + high) / 2

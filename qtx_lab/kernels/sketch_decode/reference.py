@@ -1,6 +1,7 @@
 """Decoding by draws from a sketch of the keys, in plain torch.
 
-It gives the draws of `launch.sketch_decode`, bit by bit.
+It gives the draws of `launch.sketch_decode`, bit by bit. The rows of a group are the G query heads of a key
+head at one position: they read the same keys, and so they share their draws.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from ...streams import Stream
 from ..inputs import LOG2_E, Inputs
-from ..masses import PAGE, Masses, comb_offsets, locate_page, mass_dtype, min_mass_bits
+from ..masses import PAGE, Masses, group_dtype, group_offsets, locate_page
 
 UPPER, LOWER = 127, 128
 """A component of a query is LOWER times an upper digit, from -UPPER to UPPER, plus a lower digit.
@@ -37,15 +38,18 @@ class SketchTable:
         upper ones.
     weight : Tensor, float32, (N, E, r)
         Maps queries to components: the logit of the key at place j is about scale (q weight) . table_j.
-    exact_keys : Tensor, float32, (N, T, E), optional
-        The keys at the first T places, with the same shift: their logits are scale q . exact_keys_j.
+    centre : Tensor, float32, (N, E)
+        What the table represents of a key is its difference from this, a shift that a row's logits share.
+    num_exact : int
+        How many of the first places hold keys whose logits are computed from the keys themselves.
     order : Tensor, int64, (N, n), optional
         The key at each place; keys lie in the order of the places where None.
     """
 
     table: Tensor
     weight: Tensor
-    exact_keys: Tensor | None = None
+    centre: Tensor
+    num_exact: int = 0
     order: Tensor | None = None
 
     def digits(self, x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
@@ -54,17 +58,20 @@ class SketchTable:
         The guessed logit is unit (LOWER upper + lower) . table_j, which is rounded only once. In float64
         the order of a sum changes no digit.
         """
-        components = torch.bmm(x.q.double(), self.weight.double()) * (x.scale * LOG2_E)
+        components = torch.bmm(x.q.double(), self.weight.double())
         largest = components.abs().amax(-1, keepdim=True).clamp_min(SMALLEST)
         level = (components / largest * (UPPER * LOWER) + 0.5).floor()
         upper = ((level + LOWER // 2) / LOWER).floor()
-        return upper.char(), (level - LOWER * upper).char(), (largest / (UPPER * LOWER)).float()
+        unit = (largest / (UPPER * LOWER)).float() * (x.scale * LOG2_E)
+        return upper.char(), (level - LOWER * upper).char(), unit
 
-    def exact_logits(self, x: Inputs) -> Tensor:
-        """The logits of the first T places in base 2, with the shift of the others: (N, M, T), float32."""
-        if self.exact_keys is None:
-            return self.weight.new_empty(*x.q.shape[:2], 0)
-        return torch.bmm(x.q.float(), self.exact_keys.mT) * (x.scale * LOG2_E)
+    def logits_at(self, x: Inputs, places: Tensor) -> Tensor:
+        """The base-2 logits of the keys at places (T,), with the shift of the others: (N, M, T), float32."""
+        keys = x.k.flatten(0, 1)
+        at = self.keys_at(places.expand(keys.shape[0], 1, -1)).mT  # [N, T, 1]
+        some = keys.gather(1, at.expand(-1, -1, keys.shape[-1])).float()
+        shift = torch.bmm(x.q.double(), self.centre.double()[..., None]).float()
+        return (torch.bmm(x.q.float(), some.mT) - shift) * (x.scale * LOG2_E)
 
     def scores(self, x: Inputs) -> Tensor:
         """The guessed logits in base 2, up to a shift of each row, by places: (N, M, n), float32."""
@@ -76,15 +83,30 @@ class SketchTable:
             low, high = ((self.table >> shift & 15).double().mT - 8 for shift in (0, 4))
             level_low, level_high = halves(level, 0)
             scores = (torch.bmm(level_low, low) + torch.bmm(level_high, high)).float() * unit
-        exact = self.exact_logits(x)
-        scores[..., : exact.shape[-1]] = exact
+        places = torch.arange(self.num_exact, device=scores.device)
+        scores[..., : self.num_exact] = self.logits_at(x, places)
         return scores
+
+    def log_normalisers(self, x: Inputs) -> Tensor:
+        """Base-2 logarithms of the sums of 2^logit of all keys, roughly: (N, M), float32.
+
+        They are estimated from the keys at the exact places and at `SAMPLED_PLACES` others, and need not be
+        near: they only say how much weight each row of a group has in what the group draws. They are rounded,
+        so that the order of a sum does not change them.
+        """
+        sampled = sampled_places(self.num_exact, self.table.shape[1])
+        places = torch.cat((torch.arange(self.num_exact), sampled)).to(self.table.device)
+        logits = self.logits_at(x, places)
+        largest = logits.amax(-1, keepdim=True)
+        parts = torch.exp2(logits - largest).tensor_split((self.num_exact,), -1)
+        others = (self.table.shape[1] - self.num_exact) / max(1, len(sampled))
+        total = parts[0].sum(-1) + others * parts[1].sum(-1)
+        return ((largest[..., 0] + total.log2()) * STEPS_PER_BIT + 0.5).floor() / STEPS_PER_BIT
 
     @property
     def nbytes(self) -> int:
-        """Bytes that a scan reads."""
-        exact = 0 if self.exact_keys is None else self.exact_keys.nbytes
-        return self.table.nbytes + self.weight.nbytes + exact
+        """Bytes of the table and of what goes with it, without keys that are read for their own logits."""
+        return self.table.nbytes + self.weight.nbytes + self.centre.nbytes
 
     def keys_at(self, places: Tensor) -> Tensor:
         """The keys at places (N, M, T): int64, (N, M, T)."""
@@ -99,15 +121,30 @@ def halves(x: Tensor, fill: float) -> tuple[Tensor, Tensor]:
     return first, second
 
 
+STEPS_PER_BIT = 16
+"""Normalisers of rows are rounded to this fraction of a bit."""
+
+SAMPLED_PLACES = 1024
+"""Places, besides the exact ones, from whose keys a row's normaliser is estimated."""
+
+
+def sampled_places(num_exact: int, num_keys: int) -> Tensor:
+    """Up to `SAMPLED_PLACES` equally spaced places behind the exact ones: int64."""
+    step = max(1, -(-(num_keys - num_exact) // SAMPLED_PLACES))
+    return torch.arange(num_exact, num_keys, step)
+
+
 @dataclass(frozen=True)
 class SketchDecodeResult:
-    """The draws of N heads of M rows, their weights, and the averages of the values there.
+    """The draws of N heads of L groups of rows, their weights in each row, and the averages of the values.
 
     Parameters
     ----------
     output : Tensor, (N, M, Ev), v's dtype
-    std_error : Tensor, float32, (N, M, Ev)
-    indices : Tensor, int64, (N, M, R * S)
+    group_indices : Tensor, int64, (N, L, R * S)
+        The drawn keys, which the G = M / L rows of a group share.
+    inclusion : Tensor, float32, (N, L, R * S)
+        pi: the probability with which the key is drawn; 0 for a draw without a key.
     log_weights : Tensor, float32, (N, M, R * S)
         In base 2, before normalisation; -inf for a draw without a key.
     log_normaliser : Tensor, float32, (N, M, R)
@@ -115,16 +152,36 @@ class SketchDecodeResult:
     """
 
     output: Tensor
-    std_error: Tensor
-    indices: Tensor
+    group_indices: Tensor
+    inclusion: Tensor
     log_weights: Tensor
     log_normaliser: Tensor
+
+    @property
+    def indices(self) -> Tensor:
+        """The drawn keys of each row: int64, (N, M, R * S)."""
+        return self.group_indices.repeat(1, self.output.shape[1] // self.group_indices.shape[1], 1)
 
     def weights(self) -> Tensor:
         """The weight of each draw, (N, M, R * S), float32; those of a row sum to 1."""
         replicates = self.log_normaliser.shape[-1]
         relative = self.log_weights.unflatten(-1, (replicates, -1)) - self.log_normaliser[..., None]
         return (torch.exp2(relative) / replicates).flatten(-2)
+
+    def std_error(self, v: Tensor) -> Tensor:
+        """The standard error of the output: (N, M, Ev), float32; `v` (B, Hkv, n, Ev) are the values.
+
+        The variance is estimated by sum_j (1 - pi_j) w_j^2 (v_j - o)^2, as of independent draws.
+        """
+        heads, rows, width = self.output.shape
+        group = rows // self.group_indices.shape[1]
+        a = self.weights().square() * (1 - self.inclusion).repeat(1, group, 1)  # [N, M, R S]
+        variance = torch.empty(heads, rows, width, device=v.device)
+        for i, values in enumerate(v.flatten(0, 1)):  # gathered values are as many as those of a small cache
+            drawn = values[self.group_indices[i]].float().repeat(group, 1, 1)  # [M, R S, Ev]
+            difference = drawn - self.output[i, :, None].float()
+            variance[i] = torch.einsum("mt,mtd->md", a[i], difference.square())
+        return variance.sqrt()
 
 
 SEARCHED_PAGES = 64
@@ -176,7 +233,7 @@ class Proposal:
         missing = (exponent - torch.frexp(masses.page_mass.double()).exponent).clamp_min(0)
         missing = missing + (masses.page_mass << missing < page_floor)
         up = torch.maximum(up, missing)
-        max_up = (exponent - min_mass_bits(masses.dtype) + 1).clamp_min(masses.fraction_bits)
+        max_up = (exponent - masses.min_bits + 1).clamp_min(masses.fraction_bits)
         return cls(up, ((page_floor >> up) // PAGE).clamp_min(1), max_up)
 
     def certain_mass(self, masses: Masses, exists: Tensor, num_samples: int) -> Tensor:
@@ -273,8 +330,10 @@ def sketch_decode(
     defensive: float = 0.02,
 ) -> SketchDecodeResult:
     """Average the values at draws from a sketch: see `qtx_lab.kernels.sketch_decode.launch.sketch_decode`."""
-    masses = Masses.of(sketch.scores(x), stream, mass_dtype(num_samples * replicates))
-    offsets = comb_offsets(stream, replicates, x.shape[1])
+    relative = sketch.scores(x) - sketch.log_normalisers(x)[..., None]
+    dtype = group_dtype(num_samples, x.shape[2])
+    masses = Masses.of_groups(relative.unflatten(1, (-1, x.length)), dtype)
+    offsets = group_offsets(stream, replicates)
     proposed = draw(masses, x.shape[2], offsets, num_samples, defensive)
     proposed = replace(proposed, indices=sketch.keys_at(proposed.indices))
     return weigh(x, proposed, num_samples, replicates)
@@ -290,7 +349,7 @@ def draw(masses: Masses, num_keys: int, offsets: Tensor, num_samples: int, defen
     masses : Masses
     num_keys : int
         n.
-    offsets : Tensor, float64, (N, M, R)
+    offsets : Tensor, float64, (N, L, R)
         Where the first point of each replicate lies, in units of the distance of points.
     num_samples : int
         S.
@@ -328,18 +387,21 @@ def draw(masses: Masses, num_keys: int, offsets: Tensor, num_samples: int, defen
 def weigh(x: Inputs, proposed: ProposedDraws, num_samples: int, replicates: int) -> SketchDecodeResult:
     """Weigh draws by their exact logits, and average their values."""
     heads, rows, _, width = x.shape
-    indices, pi = proposed.indices, proposed.inclusion
+    indices, pi, drawn = (y.repeat(1, rows // x.length, 1) for y in vars(proposed).values())
     keys, values = (y.flatten(0, 1).float() for y in (x.k, x.v))
     at = indices.flatten(1)[..., None]
     drawn_k = keys.gather(1, at.expand(-1, -1, keys.shape[-1])).view(*indices.shape, -1)
     drawn_v = values.gather(1, at.expand(-1, -1, width)).view(heads, rows, replicates, num_samples, width)
     logits = torch.einsum("nmte,nme->nmt", drawn_k, x.q.float()) * (x.scale * LOG2_E)
-    log_weights = (logits - pi.log2()).masked_fill(~proposed.drawn, -torch.inf)
+    log_weights = (logits - pi.log2()).masked_fill(~drawn, -torch.inf)
     log_w = log_weights.unflatten(-1, (replicates, num_samples))
     log_normaliser = (log_w * math.log(2)).logsumexp(-1) / math.log(2)  # [N, M, R]
     w = torch.exp2(log_w - log_normaliser[..., None])
     outputs = torch.einsum("nmrs,nmrsd->nmrd", w, drawn_v)
-    a = (1 - pi.view(w.shape)) * w.square()
-    variance = torch.einsum("nmrs,nmrsd->nmrd", a, (drawn_v - outputs[..., None, :]).square())
-    std_error = variance.sum(2).sqrt() / replicates
-    return SketchDecodeResult(outputs.mean(2).to(x.v.dtype), std_error, indices, log_weights, log_normaliser)
+    return SketchDecodeResult(
+        outputs.mean(2).to(x.v.dtype),
+        proposed.indices,
+        proposed.inclusion.masked_fill(~proposed.drawn, 0),
+        log_weights,
+        log_normaliser,
+    )

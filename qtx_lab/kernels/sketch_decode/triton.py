@@ -1,4 +1,7 @@
-"""The kernels that decode by draws from a sketch of the keys: see `launch.sketch_decode`."""
+"""The kernels that decode by draws from a sketch of the keys: see `launch.sketch_decode`.
+
+A group is the G query heads of a key head at one of L positions: row g L + l of M.
+"""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 # Arguments of kernels have no types: Triton reads annotations as its own.
@@ -11,71 +14,134 @@ import triton.language as tl
 from ..blocks import (
     KEYS,
     SUBPAGES,
-    accumulate,
     comb_offset,
     find_place,
-    fold,
     max_exponent,
-    store_masses,
-    store_starts,
-    store_zeros,
+    search_starts,
     sum_before,
     unit_shifts,
 )
-from ..launches import GATHER_CONFIGS, tuned
+from ..launches import tuned
 from ..masses import PAGE
 from ..philox import INTERPRETED
-from .reference import LOWER, SMALLEST, UPPER
+from .reference import LOWER, SMALLEST, STEPS_PER_BIT, UPPER
 
 UPPER_DIGITS, LOWER_DIGITS, MIN_COMPONENT = tl.constexpr(UPPER), tl.constexpr(LOWER), tl.constexpr(SMALLEST)
 PAGE_KEYS, IN_INTERPRETER = tl.constexpr(PAGE), tl.constexpr(INTERPRETED)
-WARP_CONFIGS = [triton.Config({}, num_warps=warps) for warps in (4, 8)]
+BLOCK_PAGES = 64
+"""Pages whose capped masses one program sums: the square of 8, for `search_starts`."""
+PAGES_OF_BLOCK = tl.constexpr(BLOCK_PAGES)
+NORMALISER_STEPS = tl.constexpr(STEPS_PER_BIT)
+MAGIC, MAGIC_BITS = tl.constexpr(12582912.0), tl.constexpr(0x4B400000)
+"""1.5 * 2^23, whose last bit counts ones, and the same as int32."""
 
 
-@tuned(WARP_CONFIGS, ["BD", "BR", "HALVES"])
+@tuned([triton.Config({}, num_warps=warps) for warps in (4, 8)], ["BD", "BR", "HALVES"])
 @triton.jit
-def digits_kernel(
+def prepare_kernel(
     q_ptr,  # (N, M, E)
+    k_ptr,  # (B, Hkv, n, E)
     weight_ptr,  # (N, E, r)
-    digit_ptr,  # (N, M, 2, HALVES * BR), int8: upper and lower digits
-    unit_ptr,  # (N, M), float32
+    centre_ptr,  # (N, E), float32
+    order_ptr,  # (N, n), int64: the key at each place
+    digit_ptr,  # (N L, G, 2, HALVES * BR), int8: upper and lower digits
+    unit_ptr,  # (N L, G), float32
+    exact_logit_ptr,  # (N L, G, num_exact), float32
+    largest_ptr,  # (N L, G, chunks), float32
+    total_ptr,  # (N L, G, chunks), float32
     logit_scale,  # of base-2 logits
+    kv_heads,
     rows,
+    length,
     features,
     rank,
     columns,  # r, or the components of one half of the table's nibbles
+    num_exact,
+    num_sampled,
+    sample_step,
+    sample_weight,  # the keys for which each sampled one stands
+    k_stride_b,
+    k_stride_h,
+    k_stride_n,
+    k_stride_d,
+    order_stride_h,
+    order_stride_n,
+    HAS_ORDER: tl.constexpr,
+    GROUP: tl.constexpr,
+    BG: tl.constexpr,
+    DOT: tl.constexpr,
     BD: tl.constexpr,
     BR: tl.constexpr,
+    BP: tl.constexpr,
     HALVES: tl.constexpr,
 ):
-    """Store the components of a query in two digits: `SketchTable.digits`."""
-    i_r = tl.program_id(0).to(tl.int64)
-    o_r = tl.arange(0, BR)  # [BR]
-    m_r = o_r < columns  # [BR]
-    b_x = query_components(q_ptr, weight_ptr, i_r, rows, features, rank, o_r, m_r, BD) * logit_scale  # [BR]
-    largest = tl.max(tl.abs(b_x), axis=0)
-    if HALVES == 2:
-        o_c = columns + o_r  # [BR]
-        b_y = (
-            query_components(q_ptr, weight_ptr, i_r, rows, features, rank, o_c, m_r, BD) * logit_scale
-        )  # [BR]
-        largest = tl.maximum(largest, tl.max(tl.abs(b_y), axis=0))
-    largest = tl.maximum(largest, MIN_COMPONENT)
-    p = digit_ptr + i_r * 2 * HALVES * BR + o_r  # [BR]
-    store_digits(p, b_x / largest, HALVES * BR)
-    if HALVES == 2:
-        store_digits(p + BR, b_y / largest, HALVES * BR)
-    tl.store(unit_ptr + i_r, (largest / (UPPER_DIGITS * LOWER_DIGITS)).to(tl.float32))
+    """Store what the scan needs of a group's queries.
+
+    The first programs store the digits of a query each (`SketchTable.digits`); each of the others the logits
+    of BP keys that are read themselves, and what these add to the normalisers
+    (`SketchTable.log_normalisers`).
+    """
+    i_u = tl.program_id(0).to(tl.int64)
+    i_n, i_l = i_u // length, i_u % length
+    p_q = q_ptr + (i_n * rows + i_l) * features  # of the group's first row
+    if tl.program_id(1) < GROUP:
+        i_g = tl.program_id(1)
+        o_r = tl.arange(0, BR)  # [BR]
+        m_r = o_r < columns  # [BR]
+        p_query = p_q + i_g * length * features
+        b_x = query_components(p_query, weight_ptr, i_n, features, rank, o_r, m_r, BD)  # [BR]
+        largest = tl.max(tl.abs(b_x), axis=0)
+        if HALVES == 2:
+            o_c = columns + o_r  # [BR]
+            b_y = query_components(p_query, weight_ptr, i_n, features, rank, o_c, m_r, BD)  # [BR]
+            largest = tl.maximum(largest, tl.max(tl.abs(b_y), axis=0))
+        largest = tl.maximum(largest, MIN_COMPONENT)
+        p_digit = digit_ptr + (i_u * GROUP + i_g) * 2 * HALVES * BR + o_r  # [BR]
+        store_digits(p_digit, b_x / largest, HALVES * BR)
+        if HALVES == 2:
+            store_digits(p_digit + BR, b_y / largest, HALVES * BR)
+        unit = (largest / (UPPER_DIGITS * LOWER_DIGITS)).to(tl.float32) * logit_scale
+        tl.store(unit_ptr + i_u * GROUP + i_g, unit)
+    else:
+        i_chunk = tl.program_id(1) - GROUP
+        o_i = i_chunk * BP + tl.arange(0, BP)  # [BP]
+        m_i = o_i < num_exact + num_sampled  # [BP]
+        m_exact = o_i < num_exact  # [BP]
+        b_place = tl.where(m_exact, o_i, num_exact + (o_i - num_exact) * sample_step).to(tl.int64)  # [BP]
+        if HAS_ORDER:
+            b_place = tl.load(order_ptr + i_n * order_stride_h + b_place * order_stride_n, mask=m_i, other=0)
+        o_d = tl.arange(0, BD)  # [BD]
+        m_d = o_d < features  # [BD]
+        o_g = tl.arange(0, BG)  # [BG]
+        m_g = o_g < GROUP  # [BG]
+        p_k = k_ptr + (i_n // kv_heads) * k_stride_b + (i_n % kv_heads) * k_stride_h
+        p_key = p_k + b_place[:, None] * k_stride_n + o_d[None, :] * k_stride_d  # [BP, BD]
+        b_k = tl.load(p_key, mask=m_i[:, None] & m_d[None, :], other=0.0).to(DOT)  # [BP, BD]
+        p_row = p_q + o_g[None, :] * length * features + o_d[:, None]  # [BD, BG]
+        b_q = tl.load(p_row, mask=m_d[:, None] & m_g[None, :], other=0.0).to(DOT)  # [BD, BG]
+        b_centre = tl.load(centre_ptr + i_n * features + o_d, mask=m_d, other=0.0)  # [BD]
+        b_shift = tl.sum(b_q.to(tl.float64) * b_centre.to(tl.float64)[:, None], axis=0).to(tl.float32)  # [BG]
+        b_l = (tl.dot(b_k, b_q, input_precision="ieee") - b_shift[None, :]) * logit_scale  # [BP, BG]
+        o_row = i_u * GROUP + o_g  # [BG]
+        p_exact = exact_logit_ptr + o_row[None, :] * num_exact + o_i[:, None]  # [BP, BG]
+        tl.store(p_exact, b_l, mask=m_exact[:, None] & m_g[None, :])
+        b_l = tl.where(m_i[:, None], b_l, float("-inf"))
+        b_largest = tl.max(b_l, axis=0)  # [BG]
+        b_weight = tl.where(m_exact, 1.0, sample_weight)  # [BP]
+        b_total = tl.sum(tl.exp2(b_l - b_largest[None, :]) * b_weight[:, None], axis=0)  # [BG]
+        o_part = o_row * (tl.num_programs(1) - GROUP) + i_chunk  # [BG]
+        tl.store(largest_ptr + o_part, b_largest, mask=m_g)
+        tl.store(total_ptr + o_part, b_total, mask=m_g)
 
 
 @triton.jit
-def query_components(q_ptr, weight_ptr, i_r, rows, features, rank, o_c, m_c, BD: tl.constexpr):
+def query_components(p_q, weight_ptr, i_n, features, rank, o_c, m_c, BD: tl.constexpr):
     """Components o_c [BR] of a query: float64, [BR]. In float64 the order of a sum changes no digit."""
     o_d = tl.arange(0, BD)  # [BD]
     m_d = o_d < features  # [BD]
     m_c = m_c & (o_c < rank)  # [BR]
-    b_q = tl.load(q_ptr + i_r * features + o_d, mask=m_d, other=0.0).to(tl.float64)  # [BD]
-    p_w = weight_ptr + ((i_r // rows) * features + o_d[:, None]) * rank + o_c[None, :]  # [BD, BR]
+    b_q = tl.load(p_q + o_d, mask=m_d, other=0.0).to(tl.float64)  # [BD]
+    p_w = weight_ptr + (i_n * features + o_d[:, None]) * rank + o_c[None, :]  # [BD, BR]
     b_w = tl.load(p_w, mask=m_d[:, None] & m_c[None, :], other=0.0).to(tl.float64)  # [BD, BR]
     return tl.sum(b_q[:, None] * b_w, axis=0)
 
@@ -108,39 +174,35 @@ def split_nibbles(b_t):
 
 @tuned(
     [
-        triton.Config({"NP": pages, "LOOP": loop}, num_warps=warps, num_stages=stages, maxnreg=registers)
-        for pages, loop, warps, stages, registers in (
-            (4, 8, 1, 2, None),
-            (4, 4, 1, 2, None),
-            (4, 16, 1, 2, 96),
-            (2, 16, 1, 4, None),
-            (2, 8, 1, 2, 64),
-            (4, 16, 4, 4, None),
-        )
+        triton.Config({"NP": pages, "LOOP": 4}, num_warps=warps, num_stages=stages)
+        for pages, warps, stages in ((4, 2, 2), (4, 1, 2), (8, 4, 3))
     ],
-    ["BM", "BR", "HALVES", "SIZE"],
+    ["BG", "BR", "HALVES", "SIZE"],
 )
 @triton.jit
 def scan_sketch_kernel(
-    digit_ptr,  # (N, M, 2, HALVES * BR)
-    unit_ptr,  # (N, M)
+    digit_ptr,  # (N L, G, 2, HALVES * BR)
+    unit_ptr,  # (N L, G)
     table_ptr,  # (N, n, r), of nibbles (N, n, r / 2)
-    mass_ptr,  # (N, M, T * PAGE)
-    subpage_mass_ptr,  # (N, M, T * SUBPAGES)
-    page_mass_ptr,  # (N, M, T)
-    page_exponent_ptr,  # (N, M, T)
-    stream_key_ptr,  # (N,), int64
-    head_group_ptr,  # (N,), int64
-    rows,
+    mass_ptr,  # (N L, T * PAGE), int16 or int32
+    subpage_mass_ptr,  # (N L, T * SUBPAGES), int32
+    page_mass_ptr,  # (N L, T), int32
+    page_exponent_ptr,  # (N L, T), float32
+    exact_logit_ptr,  # (N L, G, num_exact)
+    largest_ptr,  # (N L, G, chunks)
+    total_ptr,  # (N L, G, chunks)
+    length,
     n,
     pages,
     columns,
+    num_exact,
+    chunks,
     table_stride_h,
     table_stride_n,
-    exact_logit_ptr,  # (N, M, exact_keys)
-    exact_keys,
-    BM: tl.constexpr,
+    GROUP: tl.constexpr,
+    BG: tl.constexpr,
     BR: tl.constexpr,
+    BC: tl.constexpr,
     PAGE: tl.constexpr,
     UNITS: tl.constexpr,
     HALVES: tl.constexpr,  # 1: bytes, 2: nibbles
@@ -148,28 +210,30 @@ def scan_sketch_kernel(
     NP: tl.constexpr,
     LOOP: tl.constexpr,
 ):
-    """Store the masses of LOOP times NP pages by guessed logits.
+    """Store the masses of LOOP times NP pages by guessed logits, summed over a group's rows.
 
     The two digits of a query are two columns of the product.
     """
-    tiles = tl.cdiv(rows, BM)
-    i_n = (tl.program_id(0) // tiles).to(tl.int64)
-    i_tile = tl.program_id(0) % tiles
-    o_m = i_tile * BM + tl.arange(0, BM)  # [BM]
-    m_m = o_m < rows  # [BM]
+    i_u = tl.program_id(0).to(tl.int64)
+    i_n = i_u // length
+    o_g = tl.arange(0, BG)  # [BG]
+    m_g = o_g < GROUP  # [BG]
     o_r = tl.arange(0, BR)  # [BR]
     m_r = o_r < columns  # [BR]
-    stream_key, head_group = tl.load(stream_key_ptr + i_n), tl.load(head_group_ptr + i_n)
     WIDE: tl.constexpr = HALVES * BR
-    o_x = i_tile * BM * 2 + tl.arange(0, 2 * BM)  # [2 BM], the two digits of a row side by side
-    p_x = digit_ptr + (i_n * rows * 2 + o_x[None, :]) * WIDE + o_r[:, None]  # [BR, 2 BM]
-    b_x = tl.load(p_x, mask=(o_x < rows * 2)[None, :], other=0.0)  # [BR, 2 BM]
+    o_x = tl.arange(0, 2 * BG)  # [2 BG], the two digits of a row side by side
+    p_x = digit_ptr + (i_u * GROUP * 2 + o_x[None, :]) * WIDE + o_r[:, None]  # [BR, 2 BG]
+    b_x = tl.load(p_x, mask=(o_x < GROUP * 2)[None, :], other=0)  # [BR, 2 BG]
+    # Products that start here are small whole numbers of float32, without a conversion.
+    b_first = tl.full([2 * BG], MAGIC_BITS, tl.int32)  # [2 BG]
     if HALVES == 2:
-        b_y = tl.load(p_x + BR, mask=(o_x < rows * 2)[None, :], other=0.0)  # [BR, 2 BM]
+        b_y = tl.load(p_x + BR, mask=(o_x < GROUP * 2)[None, :], other=0)  # [BR, 2 BG]
         # A nibble holds 8 more than its level.
-        b_shift = 8 * (tl.sum(b_x.to(tl.int32), axis=0) + tl.sum(b_y.to(tl.int32), axis=0))  # [2 BM]
-    b_unit = tl.load(unit_ptr + i_n * rows + o_m, mask=m_m, other=0.0)  # [BM]
+        b_first -= 8 * (tl.sum(b_x.to(tl.int32), axis=0) + tl.sum(b_y.to(tl.int32), axis=0))
+    b_unit = tl.load(unit_ptr + i_u * GROUP + o_g, mask=m_g, other=0.0)  # [BG]
     p_t = table_ptr + i_n * table_stride_h + o_r[None, :]  # [1, BR]
+    b_start = tl.zeros([NP * PAGE, 2 * BG], tl.int32) + b_first[None, :]  # [NP * PAGE, 2 BG]
+    b_normaliser = log_normalisers(largest_ptr, total_ptr, i_u, chunks, GROUP, BG, BC)  # [BG]
 
     for i in range(LOOP):
         i_page = (tl.program_id(1) * LOOP + i) * NP
@@ -179,35 +243,63 @@ def scan_sketch_kernel(
         b_t = tl.load(p, mask=m_n[:, None] & m_r[None, :], other=0)  # [NP * PAGE, BR]
         if HALVES == 2:
             b_low, b_high = split_nibbles(b_t)  # [NP * PAGE, BR] each
-            b_l = tl.dot(b_low, b_x, out_dtype=tl.int32)  # [NP * PAGE, 2 BM]
-            b_l = tl.dot(b_high, b_y, b_l, out_dtype=tl.int32) - b_shift[None, :]
+            b_l = tl.dot(b_low, b_x, b_start, out_dtype=tl.int32)  # [NP * PAGE, 2 BG]
+            b_l = tl.dot(b_high, b_y, b_l, out_dtype=tl.int32)
         else:
-            b_l = tl.dot(b_t, b_x, out_dtype=tl.int32)  # [NP * PAGE, 2 BM]
-        b_upper, b_lower = tl.split(tl.reshape(b_l, [NP * PAGE, BM, 2]))  # [NP * PAGE, BM] each
-        b_l = (b_upper * LOWER_DIGITS + b_lower).to(tl.float32) * b_unit[None, :]  # [NP * PAGE, BM]
-        m_exact = (o_n < exact_keys)[:, None] & m_m[None, :]  # [NP * PAGE, BM], of the first pages
-        p = exact_logit_ptr + (i_n * rows + o_m[None, :]) * exact_keys + o_n[:, None]  # [NP * PAGE, BM]
-        b_l = tl.where(m_exact, tl.load(p, mask=m_exact, other=0.0), b_l)
-        b_l = tl.where(m_n[:, None] & m_m[None, :], b_l, float("-inf"))
-        store_masses(
-            b_l,
-            mass_ptr,
-            subpage_mass_ptr,
-            page_mass_ptr,
-            page_exponent_ptr,
-            stream_key,
-            head_group,
-            i_n,
-            o_m,
-            m_m,
-            i_page,
-            rows,
-            pages,
-            BM,
-            NP,
-            PAGE,
-            UNITS,
-        )
+            b_l = tl.dot(b_t, b_x, b_start, out_dtype=tl.int32)  # [NP * PAGE, 2 BG]
+        b_upper, b_lower = tl.split(
+            tl.reshape(b_l.to(tl.float32, bitcast=True) - MAGIC, [NP * PAGE, BG, 2])
+        )  # [NP * PAGE, BG] each
+        b_l = (b_upper * LOWER_DIGITS + b_lower) * b_unit[None, :]  # [NP * PAGE, BG]
+        if i_page * PAGE < num_exact:
+            m_exact = (o_n < num_exact)[:, None] & m_g[None, :]  # [NP * PAGE, BG]
+            p_exact = exact_logit_ptr + (i_u * GROUP + o_g[None, :]) * num_exact + o_n[:, None]
+            b_l = tl.where(m_exact, tl.load(p_exact, mask=m_exact, other=0.0), b_l)
+        b_l = b_l - b_normaliser[None, :]
+        if (i_page + NP) * PAGE > n:
+            b_l = tl.where(m_n[:, None], b_l, float("-inf"))
+        if GROUP < BG:
+            b_l = tl.where(m_g[None, :], b_l, float("-inf"))
+
+        b_l = tl.reshape(b_l, [NP, PAGE, BG])
+        b_exponent = tl.ceil(tl.max(tl.max(b_l, axis=2), axis=1))  # [NP]
+        b_shift_page = tl.where(b_exponent == float("-inf"), 0.0, b_exponent)  # [NP]
+        b_mass = rounded(tl.exp2(b_l - b_shift_page[:, None, None]) * UNITS)  # [NP, PAGE, BG]
+        b_mass = tl.sum(b_mass, axis=2)  # [NP, PAGE]
+        b_sub = tl.sum(tl.reshape(b_mass, [NP, SUBPAGES, KEYS]), axis=2)  # [NP, SUBPAGES]
+        o_page = i_page + tl.arange(0, NP)  # [NP]
+        m_page = o_page < pages  # [NP]
+        o_at = i_u * pages + o_page  # [NP]
+        o_sub = o_at[:, None] * SUBPAGES + tl.arange(0, SUBPAGES)[None, :]  # [NP, SUBPAGES]
+        tl.store(subpage_mass_ptr + o_sub, b_sub, mask=m_page[:, None])
+        tl.store(page_mass_ptr + o_at, tl.sum(b_sub, axis=1), mask=m_page)
+        tl.store(page_exponent_ptr + o_at, b_exponent, mask=m_page)
+        p = mass_ptr + o_at[:, None] * PAGE + tl.arange(0, PAGE)[None, :]  # [NP, PAGE]
+        tl.store(p, b_mass.to(mass_ptr.dtype.element_ty), mask=m_page[:, None])
+
+
+@triton.jit
+def rounded(b_x):
+    """The nearest whole numbers to numbers from 0 to 2^22, an even one where two are as near: int32."""
+    return (b_x + MAGIC).to(tl.int32, bitcast=True) - MAGIC_BITS
+
+
+@triton.jit
+def log_normalisers(
+    largest_ptr, total_ptr, i_u, chunks, GROUP: tl.constexpr, BG: tl.constexpr, BC: tl.constexpr
+):
+    """The rows' normalisers from the sums of their parts: whole numbers of steps, [BG]."""
+    o_g = tl.arange(0, BG)  # [BG]
+    o_c = tl.arange(0, BC)  # [BC]
+    o_part = (i_u * GROUP + o_g[None, :]) * chunks + o_c[:, None]  # [BC, BG]
+    m_part = (o_c < chunks)[:, None] & (o_g < GROUP)[None, :]  # [BC, BG]
+    b_largest = tl.load(largest_ptr + o_part, mask=m_part, other=float("-inf"))  # [BC, BG]
+    b_total = tl.load(total_ptr + o_part, mask=m_part, other=0.0)  # [BC, BG]
+    b_max = tl.max(b_largest, axis=0)  # [BG]
+    b_max = tl.where(b_max == float("-inf"), 0.0, b_max)
+    b_sum = tl.sum(tl.exp2(b_largest - b_max[None, :]) * b_total, axis=0)  # [BG]
+    b_log = b_max + tl.log2(tl.where(o_g < GROUP, b_sum, 1.0))  # [BG]
+    return tl.floor(b_log * NORMALISER_STEPS + 0.5) / NORMALISER_STEPS
 
 
 @triton.jit
@@ -247,7 +339,7 @@ def load_raised_masses(
     PAGE: tl.constexpr,
     MASS_MASK: tl.constexpr,
 ):
-    """The raised masses of all keys of k pages of a row, in the row's unit: int64, [k, PAGE]."""
+    """The raised masses of all keys of k pages of a group, in the group's unit: int64, [k, PAGE]."""
     b_mass = tl.load(page_mass_ptr + b_page, mask=m_page, other=1)  # [k]
     b_exponent = tl.load(page_exponent_ptr + b_page, mask=m_page, other=float("-inf"))  # [k]
     b_up, b_extra = raise_pages(b_mass, b_exponent, row_exponent, fraction_bits, page_floor, False)  # [k]
@@ -257,22 +349,17 @@ def load_raised_masses(
     return tl.where(m_key, (b_own + b_extra[:, None]).to(tl.int64) << b_up[:, None], 0)
 
 
-@triton.jit
-def sum_all(b_x):
-    """The sum of a block [k, PAGE]."""
-    return tl.sum(tl.sum(b_x, axis=1), axis=0)
-
-
-@tuned(WARP_CONFIGS, ["BP", "BS"])
+@tuned([triton.Config({}, num_warps=warps) for warps in (4, 8, 16)], ["BP", "BS"])
 @triton.jit
 def plan_kernel(
-    mass_ptr,  # (N M, T * PAGE)
-    page_mass_ptr,  # (N M, T)
-    page_exponent_ptr,  # (N M, T)
-    row_exponent_ptr,  # (N M,), float32
-    page_floor_ptr,  # (N M,), int64: the mass that every page gets at least
-    certain_mass_ptr,  # (N M,), int64: the mass from which a key is drawn with certainty
-    searched_ptr,  # (N M, BS), int32: pages that are searched key by key
+    mass_ptr,  # (N L, T * PAGE)
+    page_mass_ptr,  # (N L, T)
+    page_exponent_ptr,  # (N L, T)
+    row_exponent_ptr,  # (N L,), float32
+    page_floor_ptr,  # (N L,), int64: the mass that every page gets at least
+    certain_mass_ptr,  # (N L,), int64: the mass from which a key is drawn with certainty
+    searched_ptr,  # (N L, BS), int32: pages that are searched key by key
+    finished_ptr,  # (N L,), int32: set to 0 for `cap_kernel`
     n,
     pages,
     fraction_bits,
@@ -282,40 +369,36 @@ def plan_kernel(
     BP: tl.constexpr,
     BS: tl.constexpr,
     PAGE: tl.constexpr,
-    MASS_MASK: tl.constexpr,
+    MASS_MASK: tl.constexpr,  # the bits of a mass when it is read as int32
     MIN_BITS: tl.constexpr,
     STEPS: tl.constexpr,
     ALL: tl.constexpr,
 ):
-    """Store a row's exponent, the least mass of its pages, and its certain mass: `Proposal.certain_mass`."""
-    i_r = tl.program_id(0).to(tl.int64)
-    p_mass, p_page = mass_ptr + i_r * pages * PAGE, page_mass_ptr + i_r * pages
-    p_exponent, p_searched = page_exponent_ptr + i_r * pages, searched_ptr + i_r * BS
+    """Store a group's exponent, least mass of a page, and certain mass: see `Proposal.certain_mass`."""
+    i_u = tl.program_id(0).to(tl.int64)
+    p_mass, p_page = mass_ptr + i_u * pages * PAGE, page_mass_ptr + i_u * pages
+    p_exponent, p_searched = page_exponent_ptr + i_u * pages, searched_ptr + i_u * BS
     o_p = tl.arange(0, BP)  # [BP]
     o_s = tl.arange(0, BS)  # [BS]
     row_exponent = max_exponent(p_exponent, pages, BP)
     b_total = tl.zeros([BP], tl.int64)  # [BP]
+    b_count = tl.zeros([128], tl.int32)  # [128], pages by how far their exponent is below the largest
     for i in range(0, pages, BP):
         m_p = i + o_p < pages  # [BP]
         b_exponent = tl.load(p_exponent + i + o_p, mask=m_p, other=float("-inf"))  # [BP]
         b_up, b_down = unit_shifts(b_exponent, row_exponent, fraction_bits)  # [BP]
         b_mass = tl.load(p_page + i + o_p, mask=m_p, other=0).to(tl.int64)  # [BP]
         b_total += tl.where(b_down == 0, b_mass << b_up, 0)
+        b_below = tl.where(m_p, tl.minimum(row_exponent - b_exponent, 127.0), 127.0).to(tl.int32)  # [BP]
+        b_count += tl.histogram(b_below, 128)
     page_floor = tl.maximum((tl.sum(b_total, axis=0).to(tl.float64) / inverse_share).to(tl.int64), 1)
-    tl.store(row_exponent_ptr + i_r, row_exponent)
-    tl.store(page_floor_ptr + i_r, page_floor)
+    tl.store(row_exponent_ptr + i_u, row_exponent)
+    tl.store(page_floor_ptr + i_u, page_floor)
+    tl.store(finished_ptr + i_u, 0)
 
     # The least exponent such that at most BS pages have it or a larger one.
-    below = -1
-    bit = 64
-    for _ in range(7):
-        b_few = tl.zeros([BP], tl.int32)  # [BP]
-        for i in range(0, pages, BP):
-            b_exponent = tl.load(p_exponent + i + o_p, mask=i + o_p < pages, other=float("-inf"))  # [BP]
-            b_few += (b_exponent >= row_exponent - (below + bit)).to(tl.int32)
-        below = tl.where(tl.sum(b_few, axis=0) <= BS, below + bit, below)
-        bit = bit // 2
-    searched_exponent = row_exponent - below
+    b_few = (tl.cumsum(b_count, axis=0) <= BS) & (tl.arange(0, 128) < 127)  # [128]
+    searched_exponent = row_exponent + 1 - tl.sum(b_few.to(tl.int32), axis=0)
 
     # Those pages; the mass of all pages, of all others, and of the others that are sampled.
     tl.store(p_searched + o_s, tl.zeros([BS], tl.int32) - 1)
@@ -375,15 +458,16 @@ def plan_kernel(
         PAGE,
         MASS_MASK,
     )  # [BS, PAGE]
+    b_both = tl.reshape(tl.join(b_own, b_other), [BS * PAGE, 2])  # [BS * PAGE, 2]
 
     certain = tl.ceil(total.to(tl.float64) / num_samples).to(tl.int64)
     some = tl.zeros([], tl.int32)
     for _ in range(STEPS):
-        m_own, m_other = b_own >= certain, b_other >= certain  # [BS, PAGE] each
-        some = sum_all(m_other.to(tl.int32))
-        left = num_samples - sum_all(m_own.to(tl.int32)).to(tl.float64) - some.to(tl.float64) * ratio
-        light = total.to(tl.float64) - sum_all(tl.where(m_own, b_own, 0)).to(tl.float64)
-        light -= sum_all(tl.where(m_other, b_other, 0)).to(tl.float64) * ratio
+        m_both = b_both >= certain  # [BS * PAGE, 2]
+        own, some = tl.split(tl.sum(m_both.to(tl.int32), axis=0))
+        own_mass, other_mass = tl.split(tl.sum(tl.where(m_both, b_both, 0), axis=0))
+        left = num_samples - own.to(tl.float64) - some.to(tl.float64) * ratio
+        light = total.to(tl.float64) - own_mass.to(tl.float64) - other_mass.to(tl.float64) * ratio
         closer = tl.minimum(certain, tl.ceil(light / tl.maximum(left, 0.5)).to(tl.int64))
         certain = tl.maximum(tl.where(left > 0.5, closer, certain), 1)
     certain = tl.where(some > 0, certain + (certain >> 4), certain)
@@ -391,20 +475,21 @@ def plan_kernel(
     certain = ((certain + (certain * 0 + 1 << max_up) - 1) >> max_up) << max_up
     if ALL:
         certain = certain * 0 + 1
-    tl.store(certain_mass_ptr + i_r, certain)
+    tl.store(certain_mass_ptr + i_u, certain)
 
 
-@tuned(
-    [triton.Config({"BP": pages}, num_warps=warps) for pages, warps in ((16, 1), (32, 1), (32, 2), (64, 4))],
-    ["SIZE"],
-)
+@tuned([triton.Config({}, num_warps=warps) for warps in (2, 4, 8)], ["SIZE"])
 @triton.jit
 def cap_kernel(
     mass_ptr,
     subpage_mass_ptr,  # replaced in pages where a key may be above the cap
     page_mass_ptr,
     page_exponent_ptr,
-    page_start_ptr,  # (N M, T), int64: the capped masses of the pages
+    page_start_ptr,  # (N L, T), int64: the capped masses of the pages before it in its block
+    block_mass_ptr,  # (N L, blocks), int64: the capped masses of blocks of pages
+    block_start_ptr,  # (N L, blocks), int64: those of all blocks before
+    row_mass_ptr,  # (N L,), int64: that of all
+    finished_ptr,  # (N L,), int32: programs that have finished; 0 before
     row_exponent_ptr,
     page_floor_ptr,
     certain_mass_ptr,
@@ -413,106 +498,56 @@ def cap_kernel(
     fraction_bits,
     SIZE: tl.constexpr,
     PAGE: tl.constexpr,
-    UNITS: tl.constexpr,
     MASS_MASK: tl.constexpr,
+    UNITS: tl.constexpr,  # the largest mass of a key
     ALL: tl.constexpr,
-    BP: tl.constexpr,
 ):
-    """Store the masses of BP pages, in which no key counts for more than the certain mass."""
-    i_r = tl.program_id(0).to(tl.int64)
-    o_p = tl.program_id(1) * BP + tl.arange(0, BP)  # [BP]
+    """Sum the masses of a block of pages, in which no key counts for more than the certain mass."""
+    i_u = tl.program_id(0).to(tl.int64)
+    o_p = tl.program_id(1) * PAGES_OF_BLOCK + tl.arange(0, PAGES_OF_BLOCK)  # [BP]
     m_p = o_p < pages  # [BP]
-    b_mass = tl.load(page_mass_ptr + i_r * pages + o_p, mask=m_p, other=1)  # [BP]
-    b_exponent = tl.load(page_exponent_ptr + i_r * pages + o_p, mask=m_p, other=float("-inf"))  # [BP]
-    row_exponent, page_floor = tl.load(row_exponent_ptr + i_r), tl.load(page_floor_ptr + i_r)
+    b_mass = tl.load(page_mass_ptr + i_u * pages + o_p, mask=m_p, other=1)  # [BP]
+    b_exponent = tl.load(page_exponent_ptr + i_u * pages + o_p, mask=m_p, other=float("-inf"))  # [BP]
+    row_exponent, page_floor = tl.load(row_exponent_ptr + i_u), tl.load(page_floor_ptr + i_u)
     b_up, b_extra = raise_pages(b_mass, b_exponent, row_exponent, fraction_bits, page_floor, ALL)  # [BP]
-    b_cap = key_cap(tl.load(certain_mass_ptr + i_r), b_up)  # [BP]
+    b_cap = key_cap(tl.load(certain_mass_ptr + i_u), b_up)  # [BP]
     b_keys = tl.minimum(tl.maximum(n - o_p * PAGE, 0), PAGE)  # [BP]
     b_raised = b_mass + b_keys * b_extra  # [BP]
 
-    # Only a page whose largest mass may be above the cap is read.
-    m_heavy = m_p & (b_extra + UNITS > b_cap)  # [BP]
+    m_heavy = m_p & (b_extra + UNITS > b_cap)  # [BP], where a key may be above the cap
     o_key = o_p[:, None] * PAGE + tl.arange(0, PAGE)[None, :]  # [BP, PAGE]
-    m_key = m_heavy[:, None] & (o_key < n)  # [BP, PAGE]
-    p = mass_ptr + i_r * pages * PAGE + o_key  # [BP, PAGE]
+    m_key = o_key < n  # [BP, PAGE]
+    p = mass_ptr + i_u * pages * PAGE + o_key  # [BP, PAGE]
     b_own = tl.load(p, mask=m_key, other=0).to(tl.int32) & MASS_MASK  # [BP, PAGE]
     b_own = tl.where(m_key, tl.minimum(b_own + b_extra[:, None], b_cap[:, None]), 0)  # [BP, PAGE]
-    b_sub = tl.sum(tl.reshape(b_own, [BP, SUBPAGES, KEYS]), axis=2)  # [BP, SUBPAGES]
-    o_sub = (i_r * pages + o_p)[:, None] * SUBPAGES + tl.arange(0, SUBPAGES)[None, :]  # [BP, SUBPAGES]
+    b_sub = tl.sum(tl.reshape(b_own, [PAGES_OF_BLOCK, SUBPAGES, KEYS]), axis=2)  # [BP, SUBPAGES]
+    o_sub = (i_u * pages + o_p)[:, None] * SUBPAGES + tl.arange(0, SUBPAGES)[None, :]  # [BP, SUBPAGES]
     tl.store(subpage_mass_ptr + o_sub, b_sub, mask=m_heavy[:, None])
     b_raised = tl.where(m_heavy, tl.sum(b_sub, axis=1), b_raised)
-    tl.store(page_start_ptr + i_r * pages + o_p, b_raised.to(tl.int64) << b_up, mask=m_p)
+    b_raised = tl.where(m_p, b_raised.to(tl.int64) << b_up, 0)
+    tl.store(page_start_ptr + i_u * pages + o_p, tl.cumsum(b_raised, axis=0) - b_raised, mask=m_p)
+    blocks = tl.num_programs(1)
+    tl.store(block_mass_ptr + i_u * blocks + tl.program_id(1), tl.sum(b_raised, axis=0))
+
+    # The last program of a group sums its blocks.
+    tl.debug_barrier()
+    if tl.atomic_add(finished_ptr + i_u, 1, sem="acq_rel") == blocks - 1:
+        o_b = tl.arange(0, 64)  # [64]
+        carry = tl.zeros([], tl.int64)
+        for i in range(0, blocks, 64):
+            m_b = i + o_b < blocks  # [64]
+            p_block = block_mass_ptr + i_u * blocks + i + o_b  # [64]
+            b_block = tl.load(p_block, mask=m_b, other=0, cache_modifier=".cg")  # [64]
+            p_start = block_start_ptr + i_u * blocks + i + o_b  # [64]
+            tl.store(p_start, carry + tl.cumsum(b_block, axis=0) - b_block, mask=m_b)
+            carry += tl.sum(b_block, axis=0)
+        tl.store(row_mass_ptr + i_u, carry)
 
 
 @triton.jit
 def key_cap(certain_mass, b_up):
     """The certain mass in the units of pages, int32; 2^30 at most, which no key's mass reaches."""
     return tl.minimum(certain_mass >> b_up, 0x3FFFFFFF).to(tl.int32)
-
-
-@triton.jit
-def step_kernel(
-    page_start_ptr,  # (N M, T), int64: the masses of the pages, replaced by the mass of all pages before
-    row_mass_ptr,  # (N M,), int64
-    certain_mass_ptr,
-    step_ptr,  # (N M,), int64: the distance of the points
-    point_page_ptr,  # (N M, R, S), int32
-    stream_key_ptr,
-    head_group_ptr,
-    position_ptr,  # (L,) or (N, L), int64
-    position_stride,
-    purpose,
-    first_replicate,
-    rows,
-    length,
-    pages,
-    num_samples,
-    replicates,
-    BP: tl.constexpr,
-):
-    """Store where pages start, how far apart points are, and in which page each lies."""
-    i_r = tl.program_id(0).to(tl.int64)
-    i_n = i_r // rows
-    o_p = tl.arange(0, BP)  # [BP]
-    stream_key, head_group = tl.load(stream_key_ptr + i_n), tl.load(head_group_ptr + i_n)
-    position = tl.load(position_ptr + i_n * position_stride + (i_r % rows) % length)
-    p_start, p_page = page_start_ptr + i_r * pages, point_page_ptr + i_r * replicates * num_samples
-    carry = tl.zeros([], tl.int64)
-    for i in range(0, pages, BP):
-        m_p = i + o_p < pages  # [BP]
-        b_mass = tl.load(p_start + i + o_p, mask=m_p, other=0)  # [BP]
-        carry = store_starts(p_start, b_mass, carry, i + o_p, m_p)
-    step = tl.maximum(tl.load(certain_mass_ptr + i_r), (carry + num_samples - 1) // num_samples)
-    tl.store(row_mass_ptr + i_r, carry)
-    tl.store(step_ptr + i_r, step)
-    store_zeros(p_page, replicates * num_samples, BP)
-    tl.debug_barrier()
-    for i_replicate in range(replicates):
-        b_u = comb_offset(stream_key, head_group, position, first_replicate + i_replicate, purpose)  # [1]
-        b_first_point = first_point(step, b_u)  # [1]
-        for i in range(0, pages, BP):
-            m_p = (i + o_p < pages) & (i + o_p > 0)  # [BP]
-            b_start = tl.load(p_start + i + o_p, mask=m_p, other=0)  # [BP]
-            b_first = multiples_before(b_start - b_first_point, step, num_samples)  # [BP]
-            p = p_page + i_replicate * num_samples + b_first  # [BP]
-            tl.atomic_add(p, 1, mask=m_p & (b_first < num_samples), sem="relaxed")
-    tl.debug_barrier()
-    for i_replicate in range(replicates):
-        accumulate(p_page + i_replicate * num_samples, num_samples, BP)
-
-
-@triton.jit
-def multiples_before(b_x, step, num_samples):
-    """How many of 0, step, 2 step, … lie before b_x: int32, as b_x.
-
-    A division of whole numbers would take ten times as long.
-    """
-    # Rounding leaves this count within one of the right one.
-    b_near = tl.maximum((b_x.to(tl.float64) / (b_x * 0 + step).to(tl.float64)).to(tl.int64) - 1, 0)
-    b_count = b_near
-    for i in tl.static_range(3):
-        b_count += ((b_near + i) * step < b_x).to(tl.int64)
-    return tl.minimum(b_count, num_samples).to(tl.int32)
 
 
 @triton.jit
@@ -523,69 +558,66 @@ def first_point(step, b_u):
 
 @triton.jit
 def locate_sketch_kernel(
+    order_ptr,  # (N, n), int64: the key at each place
     mass_ptr,
     subpage_mass_ptr,
     page_mass_ptr,
     page_exponent_ptr,
     page_start_ptr,
+    block_start_ptr,
     row_mass_ptr,
     row_exponent_ptr,
     page_floor_ptr,
     certain_mass_ptr,
-    step_ptr,
-    point_page_ptr,
     stream_key_ptr,
     head_group_ptr,
-    position_ptr,
+    position_ptr,  # (L,) or (N, L), int64
     position_stride,
     purpose,
     first_replicate,
-    order_ptr,  # (N, n), int64: the key at each place
-    index_ptr,  # (N, M, R, S), int64
-    inclusion_ptr,  # (N, M, R, S), float32: pi; 0 where a point lies past the last key
-    rows,
+    index_ptr,  # (N L, R, S), int64
+    inclusion_ptr,  # (N L, R, S), float32: pi; 0 where a point lies past the last key
     length,
     n,
     pages,
+    blocks,
     num_samples,
     replicates,
     fraction_bits,
     order_stride_h,
     order_stride_n,
-    PAGE: tl.constexpr,
-    UNITS: tl.constexpr,
-    MASS_MASK: tl.constexpr,
-    ALL: tl.constexpr,
     HAS_ORDER: tl.constexpr,
+    PAGE: tl.constexpr,
+    ROW_LEVELS: tl.constexpr,  # 8^ROW_LEVELS blocks are all or more
+    MASS_MASK: tl.constexpr,
+    UNITS: tl.constexpr,
+    ALL: tl.constexpr,
     BS: tl.constexpr,
 ):
-    """Store the keys at BS points of a row, and the probability with which each is drawn."""
-    i_r = tl.program_id(0).to(tl.int64)
+    """Store the keys at BS points of a group, and the probability with which each is drawn."""
+    i_u = tl.program_id(0).to(tl.int64)
     i_replicate = tl.program_id(1)
-    i_n = i_r // rows
-    step, certain_mass = tl.load(step_ptr + i_r), tl.load(certain_mass_ptr + i_r)
-    position = tl.load(position_ptr + i_n * position_stride + (i_r % rows) % length)
-    b_u = comb_offset(
-        tl.load(stream_key_ptr + i_n),
-        tl.load(head_group_ptr + i_n),
-        position,
-        first_replicate + i_replicate,
-        purpose,
-    )  # [1]
+    i_n, i_l = i_u // length, i_u % length
+    i_out = (i_u * replicates + i_replicate) * num_samples
+    certain_mass, row_mass = tl.load(certain_mass_ptr + i_u), tl.load(row_mass_ptr + i_u)
+    step = tl.maximum(certain_mass, (row_mass + num_samples - 1) // num_samples)
+    stream_key, head_group = tl.load(stream_key_ptr + i_n), tl.load(head_group_ptr + i_n)
+    position = tl.load(position_ptr + i_n * position_stride + i_l)
+    b_u = comb_offset(stream_key, head_group, position, first_replicate + i_replicate, purpose)  # [1]
     b_s = tl.program_id(2) * BS + tl.arange(0, BS)  # [BS]
-    o_s = (i_r * replicates + i_replicate) * num_samples + b_s  # [BS]
     m_s = b_s < num_samples  # [BS]
     b_point = b_s.to(tl.int64) * step + first_point(step, b_u)  # [BS]
-    m_drawn = m_s & (b_point < tl.load(row_mass_ptr + i_r))  # [BS]
+    m_drawn = m_s & (b_point < row_mass)  # [BS]
     b_point = tl.where(m_drawn, b_point, 0)
-    b_page = tl.load(point_page_ptr + o_s, mask=m_drawn, other=0)  # [BS]
-    o_page = i_r * pages + b_page  # [BS]
+    p_block, p_start = block_start_ptr + i_u * blocks, page_start_ptr + i_u * pages
+    b_block, b_rest = search_starts(p_block, b_s * 0, b_point, blocks, ROW_LEVELS)  # [BS] each
+    b_page, b_rest = search_starts(p_start, b_block * PAGES_OF_BLOCK, b_rest, pages, 2)  # [BS] each
+    o_page = i_u * pages + b_page  # [BS]
     b_page_mass, b_exponent = tl.load(page_mass_ptr + o_page), tl.load(page_exponent_ptr + o_page)  # [BS]
-    row_exponent, page_floor = tl.load(row_exponent_ptr + i_r), tl.load(page_floor_ptr + i_r)
-    b_up, b_extra = raise_pages(b_page_mass, b_exponent, row_exponent, fraction_bits, page_floor, ALL)  # [BS]
+    row_exponent, page_floor = tl.load(row_exponent_ptr + i_u), tl.load(page_floor_ptr + i_u)
+    b_up, b_extra = raise_pages(b_page_mass, b_exponent, row_exponent, fraction_bits, page_floor, ALL)
     b_cap = key_cap(certain_mass, b_up)  # [BS]
-    b_unit = ((b_point - tl.load(page_start_ptr + o_page)) >> b_up).to(tl.int32)  # [BS]
-
+    b_unit = (b_rest >> b_up).to(tl.int32)  # [BS]
     o_sub = tl.arange(0, SUBPAGES)[None, :]  # [1, SUBPAGES]
     b_sub = tl.load(subpage_mass_ptr + o_page[:, None] * SUBPAGES + o_sub)  # [BS, SUBPAGES]
     b_keys = tl.minimum(tl.maximum(n - b_page[:, None] * PAGE - o_sub * KEYS, 0), KEYS)  # [BS, SUBPAGES]
@@ -599,28 +631,36 @@ def locate_sketch_kernel(
     b_mass = tl.where(b_page[:, None] * PAGE + o_key < n, b_mass, 0)
     b_key = find_place(tl.cumsum(b_mass, axis=1), b_unit)  # [BS]
     b_own = sum_before(b_mass, b_key + 1) - sum_before(b_mass, b_key)  # [BS]
-    b_inclusion = (b_own.to(tl.int64) << b_up).to(tl.float64) / (b_point * 0 + step).to(tl.float64)  # [BS]
+    b_pi = (b_own.to(tl.int64) << b_up).to(tl.float64) / (b_point * 0 + step).to(tl.float64)  # [BS]
     b_index = b_page.to(tl.int64) * PAGE + b_place * KEYS + b_key  # [BS]
     if HAS_ORDER:
-        b_index = tl.load(order_ptr + i_n * order_stride_h + b_index * order_stride_n, mask=m_s)  # [BS]
-    tl.store(index_ptr + o_s, b_index, mask=m_s)
-    tl.store(inclusion_ptr + o_s, tl.where(m_drawn, b_inclusion.to(tl.float32), 0.0), mask=m_s)
+        b_index = tl.load(order_ptr + i_n * order_stride_h + b_index * order_stride_n, mask=m_s, other=0)
+    tl.store(index_ptr + i_out + b_s, b_index, mask=m_s)
+    tl.store(inclusion_ptr + i_out + b_s, tl.where(m_drawn, b_pi.to(tl.float32), 0.0), mask=m_s)
 
 
-@tuned(GATHER_CONFIGS, ["BD", "BV", "SIZE", "CHUNK"])
+@tuned(
+    [
+        triton.Config({"BS": size}, num_warps=warps, num_stages=stages)
+        for size, warps, stages in ((64, 4, 2), (64, 4, 3), (32, 2, 2))
+    ],
+    ["BD", "BV", "BG", "SIZE", "CHUNK"],
+)
 @triton.jit
 def weigh_kernel(
     q_ptr,  # (N, M, E)
     k_ptr,  # (B, Hkv, n, E)
     v_ptr,  # (B, Hkv, n, Ev)
-    index_ptr,  # (N, M, R, S), int64
-    inclusion_ptr,  # (N, M, R, S), float32
-    log_weight_ptr,  # (N, M, R, S), float32
-    scalar_ptr,  # (N, M, R, chunks, 3), float32: the largest log w, sum of w, sum of a = (1 - pi) w^2
-    vector_ptr,  # (N, M, R, chunks, 3, Ev), float32: sums of w v, a v and a v^2
+    index_ptr,  # (N L, R, S), int64
+    inclusion_ptr,  # (N L, R, S), float32: pi; 0 where a point lies past the last key
+    log_weight_ptr,  # (N M, R, S), float32
+    largest_ptr,  # (N M, R, chunks), float32: the largest log w
+    total_ptr,  # (N M, R, chunks), float32: sum of w
+    vector_ptr,  # (N M, R, chunks, Ev), float32: sum of w v
     logit_scale,  # of base-2 logits
     kv_heads,
     rows,
+    length,
     features,
     width,
     num_samples,
@@ -633,20 +673,27 @@ def weigh_kernel(
     v_stride_h,
     v_stride_n,
     v_stride_d,
+    GROUP: tl.constexpr,
+    BG: tl.constexpr,
     BD: tl.constexpr,
     BV: tl.constexpr,
+    DOT: tl.constexpr,
     SIZE: tl.constexpr,
     CHUNK: tl.constexpr,
     BS: tl.constexpr,
-    FOLD: tl.constexpr,
 ):
-    """Weigh up to CHUNK draws of a row by their exact logits, and sum their values.
+    """Weigh up to CHUNK draws of a group by their exact logits in each row, and sum their values.
 
     A draw past the last key adds nothing.
     """
-    i_r = tl.program_id(0).to(tl.int64)
+    i_u = tl.program_id(0).to(tl.int64)
+    i_replicate = tl.program_id(1)
     i_chunk = tl.program_id(2)
-    i_n = i_r // rows
+    i_n, i_l = i_u // length, i_u % length
+    i_out = (i_u * replicates + i_replicate) * num_samples
+    o_g = tl.arange(0, BG)  # [BG]
+    m_g = o_g < GROUP  # [BG]
+    o_row = i_n * rows + o_g * length + i_l  # [BG]
     o_d = tl.arange(0, BD)  # [BD]
     m_d = o_d < features  # [BD]
     o_v = tl.arange(0, BV)  # [BV]
@@ -655,58 +702,49 @@ def weigh_kernel(
     i_h = i_n % kv_heads
     p_k = k_ptr + i_b * k_stride_b + i_h * k_stride_h + o_d[None, :].to(tl.int64) * k_stride_d  # [1, BD]
     p_v = v_ptr + i_b * v_stride_b + i_h * v_stride_h + o_v[None, :].to(tl.int64) * v_stride_d  # [1, BV]
-    i_out = i_r * replicates + tl.program_id(1)
-    b_q = tl.load(q_ptr + i_r * features + o_d, mask=m_d, other=0.0).to(tl.float32)  # [BD]
+    p_q = q_ptr + o_row[None, :] * features + o_d[:, None]  # [BD, BG]
+    b_q = tl.load(p_q, mask=m_g[None, :] & m_d[:, None], other=0.0).to(DOT)  # [BD, BG]
+    o_out = (o_row * replicates + i_replicate) * num_samples  # [BG]
 
-    largest = tl.full([], float("-inf"), tl.float32)
-    sum_w = tl.zeros([], tl.float32)
-    sum_a = tl.zeros([], tl.float32)
-    b_wv = tl.zeros([FOLD, BV], tl.float32)  # [FOLD, BV]
-    b_av = tl.zeros([FOLD, BV], tl.float32)  # [FOLD, BV]
-    b_avv = tl.zeros([FOLD, BV], tl.float32)  # [FOLD, BV]
+    b_largest = tl.full([BG], float("-inf"), tl.float32)  # [BG]
+    b_total = tl.zeros([BG], tl.float32)  # [BG]
+    b_sum = tl.zeros([BV, BG], tl.float32)  # [BV, BG]
     for i in range(0, CHUNK, BS):
         b_s = i_chunk * CHUNK + i + tl.arange(0, BS)  # [BS]
         m_s = b_s < num_samples  # [BS]
-        b_index = tl.load(index_ptr + i_out * num_samples + b_s, mask=m_s, other=0)  # [BS]
-        b_pi = tl.load(inclusion_ptr + i_out * num_samples + b_s, mask=m_s, other=0.0)  # [BS]
+        b_index = tl.load(index_ptr + i_out + b_s, mask=m_s, other=0)  # [BS]
+        b_pi = tl.load(inclusion_ptr + i_out + b_s, mask=m_s, other=0.0)  # [BS]
         m_drawn = b_pi > 0  # [BS]
-        p = p_k + b_index[:, None] * k_stride_n  # [BS, BD]
-        b_k = tl.load(p, mask=m_drawn[:, None] & m_d[None, :], other=0.0)  # [BS, BD]
-        p = p_v + b_index[:, None] * v_stride_n  # [BS, BV]
-        b_v = tl.load(p, mask=m_drawn[:, None] & m_v[None, :], other=0.0)  # [BS, BV]
-        b_l = tl.sum(b_k.to(tl.float32) * b_q[None, :], axis=1) * logit_scale  # [BS]
-        b_lw = tl.where(m_drawn, b_l - tl.log2(tl.where(m_drawn, b_pi, 1.0)), float("-inf"))  # [BS]
-        tl.store(log_weight_ptr + i_out * num_samples + b_s, b_lw, mask=m_s)
+        p_key = p_k + b_index[:, None] * k_stride_n  # [BS, BD]
+        b_k = tl.load(p_key, mask=m_drawn[:, None] & m_d[None, :], other=0.0).to(DOT)  # [BS, BD]
+        p_value = p_v + b_index[:, None] * v_stride_n  # [BS, BV]
+        b_v = tl.load(p_value, mask=m_drawn[:, None] & m_v[None, :], other=0.0).to(DOT)  # [BS, BV]
+        b_l = tl.dot(b_k, b_q, input_precision="ieee") * logit_scale  # [BS, BG]
+        b_lw = b_l - tl.log2(tl.where(m_drawn, b_pi, 1.0))[:, None]  # [BS, BG]
+        b_lw = tl.where(m_drawn[:, None], b_lw, float("-inf"))
+        p_log = log_weight_ptr + o_out[None, :] + b_s[:, None]  # [BS, BG]
+        tl.store(p_log, b_lw, mask=m_s[:, None] & m_g[None, :])
 
-        new = tl.maximum(largest, tl.max(b_lw, axis=0))
-        shift = tl.where(new == float("-inf"), 0.0, new)
-        shrink = tl.exp2(largest - shift)
-        largest = new
-        b_w = tl.exp2(b_lw - shift)  # [BS]
-        b_a = (1.0 - b_pi) * b_w * b_w  # [BS]
-        b_v = b_v.to(tl.float32)
-        b_x = b_a[:, None] * b_v  # [BS, BV]
-        sum_w = sum_w * shrink + tl.sum(b_w, axis=0)
-        b_wv = b_wv * shrink + fold(b_w[:, None] * b_v, FOLD)
-        sum_a = sum_a * shrink * shrink + tl.sum(b_a, axis=0)
-        b_av = b_av * shrink * shrink + fold(b_x, FOLD)
-        b_avv = b_avv * shrink * shrink + fold(b_x * b_v, FOLD)
-    i_part = i_out * tl.num_programs(2) + i_chunk
-    tl.store(scalar_ptr + i_part * 3, largest)
-    tl.store(scalar_ptr + i_part * 3 + 1, sum_w)
-    tl.store(scalar_ptr + i_part * 3 + 2, sum_a)
-    p_vector = vector_ptr + i_part * 3 * width + o_v  # [BV]
-    tl.store(p_vector, tl.sum(b_wv, axis=0), mask=m_v)
-    tl.store(p_vector + width, tl.sum(b_av, axis=0), mask=m_v)
-    tl.store(p_vector + 2 * width, tl.sum(b_avv, axis=0), mask=m_v)
+        b_new = tl.maximum(b_largest, tl.max(b_lw, axis=0))  # [BG]
+        b_shift = tl.where(b_new == float("-inf"), 0.0, b_new)  # [BG]
+        b_shrink = tl.exp2(b_largest - b_shift)  # [BG]
+        b_largest = b_new
+        b_w = tl.exp2(b_lw - b_shift[None, :])  # [BS, BG]
+        b_total = b_total * b_shrink + tl.sum(b_w, axis=0)
+        b_sum = tl.dot(tl.trans(b_v), b_w.to(DOT), b_sum * b_shrink[None, :], input_precision="ieee")
+    o_part = (o_row * replicates + i_replicate) * tl.num_programs(2) + i_chunk  # [BG]
+    tl.store(largest_ptr + o_part, b_largest, mask=m_g)
+    tl.store(total_ptr + o_part, b_total, mask=m_g)
+    p_vector = vector_ptr + o_part[None, :] * width + o_v[:, None]  # [BV, BG]
+    tl.store(p_vector, b_sum, mask=m_v[:, None] & m_g[None, :])
 
 
 @triton.jit
 def combine_kernel(
-    scalar_ptr,  # (N M, R, chunks, 3)
-    vector_ptr,  # (N M, R, chunks, 3, Ev)
+    largest_ptr,  # (N M, R, chunks)
+    total_ptr,  # (N M, R, chunks)
+    vector_ptr,  # (N M, R, chunks, Ev)
     output_ptr,  # (N M, Ev)
-    std_error_ptr,  # (N M, Ev), float32
     log_normaliser_ptr,  # (N M, R), float32
     replicates,
     chunks,
@@ -714,30 +752,28 @@ def combine_kernel(
     BC: tl.constexpr,
     BV: tl.constexpr,
 ):
-    """Store a row's output and standard error, from the parts of its draws."""
+    """Store a row's output from the parts of its draws."""
     i_r = tl.program_id(0).to(tl.int64)
     o_v = tl.arange(0, BV)  # [BV]
     m_v = o_v < width  # [BV]
     o_c = tl.arange(0, BC)  # [BC]
-    m_c = o_c < chunks  # [BC]
-    m_cv = m_c[:, None] & m_v[None, :]  # [BC, BV]
     b_mean = tl.zeros([BV], tl.float32)  # [BV]
-    b_variance = tl.zeros([BV], tl.float32)  # [BV]
-    for i in range(replicates):
-        o_part = (i_r * replicates + i) * chunks + o_c  # [BC]
-        b_largest = tl.load(scalar_ptr + o_part * 3, mask=m_c, other=float("-inf"))  # [BC]
-        largest = tl.max(b_largest, axis=0)
-        b_f = tl.exp2(b_largest - largest)  # [BC]
-        sum_w = tl.sum(b_f * tl.load(scalar_ptr + o_part * 3 + 1, mask=m_c, other=0.0), axis=0)
-        b_f2 = b_f * b_f  # [BC]
-        sum_a = tl.sum(b_f2 * tl.load(scalar_ptr + o_part * 3 + 2, mask=m_c, other=0.0), axis=0)
-        p = vector_ptr + o_part[:, None] * 3 * width + o_v[None, :]  # [BC, BV]
-        b_wv = tl.sum(b_f[:, None] * tl.load(p, mask=m_cv, other=0.0), axis=0)  # [BV]
-        b_av = tl.sum(b_f2[:, None] * tl.load(p + width, mask=m_cv, other=0.0), axis=0)  # [BV]
-        b_avv = tl.sum(b_f2[:, None] * tl.load(p + 2 * width, mask=m_cv, other=0.0), axis=0)  # [BV]
-        b_o = b_wv / sum_w  # [BV]
-        b_mean += b_o
-        b_variance += tl.maximum(b_avv - 2 * b_o * b_av + b_o * b_o * sum_a, 0.0) / (sum_w * sum_w)
-        tl.store(log_normaliser_ptr + i_r * replicates + i, largest + tl.log2(sum_w))
+    for i_replicate in range(replicates):
+        o_part = (i_r * replicates + i_replicate) * chunks + o_c  # [BC]
+        b_max = tl.full([BC], float("-inf"), tl.float32)  # [BC]
+        for i in range(0, chunks, BC):
+            b_largest = tl.load(largest_ptr + o_part + i, mask=i + o_c < chunks, other=float("-inf"))  # [BC]
+            b_max = tl.maximum(b_max, b_largest)
+        largest = tl.max(b_max, axis=0)
+        b_total = tl.zeros([BC], tl.float32)  # [BC]
+        b_sum = tl.zeros([BV], tl.float32)  # [BV]
+        for i in range(0, chunks, BC):
+            m_c = i + o_c < chunks  # [BC]
+            b_f = tl.exp2(tl.load(largest_ptr + o_part + i, mask=m_c, other=float("-inf")) - largest)  # [BC]
+            b_total += b_f * tl.load(total_ptr + o_part + i, mask=m_c, other=0.0)
+            p = vector_ptr + (o_part + i)[:, None] * width + o_v[None, :]  # [BC, BV]
+            b_sum += tl.sum(b_f[:, None] * tl.load(p, mask=m_c[:, None] & m_v[None, :], other=0.0), axis=0)
+        total = tl.sum(b_total, axis=0)
+        b_mean += b_sum / total
+        tl.store(log_normaliser_ptr + i_r * replicates + i_replicate, largest + tl.log2(total))
     tl.store(output_ptr + i_r * width + o_v, b_mean / replicates, mask=m_v)
-    tl.store(std_error_ptr + i_r * width + o_v, tl.sqrt(b_variance) / replicates, mask=m_v)

@@ -250,6 +250,43 @@ class AttentionProblem:
         """
         return self._with_tensors(Tensor.clone)
 
+    def for_later(self) -> Callable[[], AttentionProblem]:
+        """Gives the same problem without gradients to what is computed after the call, as error bars are.
+
+        Nothing is copied but inference tensors, of which torch does not count the changes. Like autograd it
+        does not see changes that torch does not count: those through `.data` or through memory that is shared
+        with NumPy.
+
+        Returns
+        -------
+        callable
+            Gives the problem; raises ArgumentError if a tensor has been changed in place by then.
+        """
+        problem = self.detached()  # its tensors count changes together with the caller's
+        named = {
+            "q": problem.q,
+            "k": problem.k,
+            "v": problem.v,
+            "attn_mask": problem.mask,
+            "sinks": problem.sinks,
+        }
+        inputs = {name: x for name, x in named.items() if x is not None}
+        if any(x.is_inference() for x in inputs.values()):
+            copies = problem.copied()
+            return lambda: copies
+        versions = {name: x._version for name, x in inputs.items()}
+
+        def unchanged() -> AttentionProblem:
+            for name, x in inputs.items():
+                if x._version != versions[name]:
+                    raise ArgumentError(
+                        f"{name} has been changed in place since the call, and error bars are made of it "
+                        f"when first read: read them before the change, or call with {name}.clone()."
+                    )
+            return problem
+
+        return unchanged
+
     def _with_tensors(self, change: Callable[[Tensor], Tensor]) -> AttentionProblem:
         mask, sinks = (None if x is None else change(x) for x in (self.mask, self.sinks))
         return replace(self, q=change(self.q), k=change(self.k), v=change(self.v), mask=mask, sinks=sinks)

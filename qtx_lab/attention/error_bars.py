@@ -121,7 +121,7 @@ def with_error_bars(
     draws, design = sampled.make_draws(), sampled.design
     if not (design.independent or draws.replicates > 1):
         return sampled
-    later, unit = problem.detached().copied(), problem.unit  # the caller's tensors may have changed by then
+    for_later, unit = problem.for_later(), problem.unit
     positions = problem.positions(slice(0, problem.shape[1]))
     cuts = list(
         problem.blocks(max(16, 4 * problem.width if design.in_order else 0) * draws.indices.shape[-1])
@@ -133,6 +133,7 @@ def with_error_bars(
     @functools.cache
     def measured() -> MeasuredRows:
         std_error, hidden = torch.empty_like(output), torch.empty_like(output[..., 0])
+        later = for_later()
         with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
             bars = ErrorBars(later.values, later.visible_keys(), later.is_causal, design, later.v.dtype)
             for block in cuts:
@@ -153,7 +154,7 @@ def with_error_bars(
     def make_bounds(level: float) -> tuple[Tensor, Tensor]:
         low, high = torch.empty_like(output), torch.empty_like(output)
         with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
-            bounds = Bounds(later, design, sampled.info.unbiased and correction is None, knows_p)
+            bounds = Bounds(for_later(), design, sampled.info.unbiased and correction is None, knows_p)
             for block in cuts:
                 low[block], high[block] = bounds(draws[block], output[block], block, level)
         return (low, high) if unit is None else (low * unit, high * unit)

@@ -398,8 +398,11 @@ def _gradients(
             if mask is not None and needed[3]:
                 dmask = _at_draws_of_mask(c, draws, mask, problem)
             c = problem.scale * c * _slope(problem, draws, keys)
-            dq = draws.average(keys, c).view(q.shape).to(q.dtype)
-            dk = _transposed_average(draws, keys, c, problem.queries)[0].view(k.shape).to(k.dtype)
+            with torch.enable_grad():
+                keys = keys.detach().requires_grad_()
+                dq = draws.average(keys, c)
+                (dk,) = torch.autograd.grad(dq, keys, problem.queries)  # sum_s c_s q at j_s
+            dq, dk = dq.detach().view(q.shape).to(q.dtype), dk.view(k.shape).to(k.dtype)
         if sinks is not None and log_sum_exp is not None and needed[4]:
             b = (draws.weights * a).sum(-1, keepdim=True)
             each = (h - b).view(problem.row_shape) * _sink_mass(problem, log_sum_exp)

@@ -285,11 +285,12 @@ def _design(call: KernelCall) -> Design:
 
 def _page_errors(call: KernelCall, parts: Tensor) -> Callable[[], Tensor]:
     """Gives the standard errors (..., L, Ev) of replicates (R, ..., L, Ev) drawn page by page."""
-    design, later = _design(call), call.problem.without_sinks().detached().copied()
-    shape, width = later.shape, later.width
+    design, for_later = _design(call), call.problem.without_sinks().for_later()
+    shape, width = call.problem.shape, call.problem.width
     parts = parts.detach().view(-1, *shape, width).movedim(0, 2)  # [N, M, R, Ev]
 
     def make_std_error() -> Tensor:
+        later = for_later()
         std_error = parts.new_empty(*shape, width)
         unit = torch.ones_like(parts[:, :1, 0, :1]) if later.unit is None else later.unit
         with torch.no_grad(), torch.autocast(parts.device.type, enabled=False):

@@ -91,16 +91,14 @@ def importance(
         log_sum_exp="exact" if plain else "estimated",
     )
 
-    # The error bars are made later, from the values as they are now.
-    later, unit = problem.detached().copied(), problem.unit
-    values = later.values
+    for_later, unit = problem.for_later(), problem.unit
 
     @functools.cache
     def measured() -> Tensor:
         """Standard errors (N, M, d) in units of the values."""
         std_error = torch.empty_like(output)
         with torch.no_grad():
-            spread = Spread(later, sampler.independent)
+            spread = Spread(for_later(), sampler.independent)
             for block in cut:
                 std_error[block] = spread(flat, proposal, output, block).sqrt()
         return std_error
@@ -110,7 +108,7 @@ def importance(
         return std_error if unit is None else std_error * unit
 
     def reliable() -> Tensor:
-        hidden = torch.empty_like(output[..., 0])
+        hidden, later = torch.empty_like(output[..., 0]), for_later()
         with torch.no_grad():
             spread = Spread(later, sampler.independent)
             for block in later.blocks(0):
@@ -119,7 +117,7 @@ def importance(
 
     def between() -> Tensor:
         with torch.no_grad():
-            error = standard_error(flat.average_by_replicate(values) * replicates)
+            error = standard_error(flat.average_by_replicate(for_later().values) * replicates)
         return error if unit is None else error * unit
 
     make_std_error: Callable[[], Tensor] | None = predicted

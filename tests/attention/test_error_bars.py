@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import qtx_lab as qtx
 from qtx_lab.bench.coverage import row_classes
@@ -224,3 +225,78 @@ def test_standard_errors_have_the_right_size(name, seed):
     est = qtx.sampled_attention(q, k, v, sampler=name, num_samples=64, replicates=16, generator=g, **CAUSAL)
     ratio = (est.output - exact).square().sum() / est.std_error.double().square().sum()
     assert 0.85 < math.sqrt(ratio) < 1.1
+
+
+LAZY = [
+    ("monte-carlo", 1),
+    ("monte-carlo", 2),
+    ("stratified", 2),
+    ("systematic", 2),
+    ("head-tail", 2),
+    ("learned", 2),
+]
+
+
+class Clones(TorchDispatchMode):
+    """Counts clones of tensors with as many numbers as `like`."""
+
+    def __init__(self, like):
+        super().__init__()
+        self.numbers, self.count = like.numel(), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten.clone.default and args[0].numel() == self.numbers
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("name", "replicates"), LAZY)
+def test_bars_that_nobody_reads_copy_no_keys(name, replicates):
+    g = torch.Generator().manual_seed(3)
+    q, k, v = (torch.randn(*shape, generator=g) for shape in ((2, 1, 8), (2, 97, 8), (2, 97, 6)))
+    with torch.no_grad(), Clones(k) as clones:
+        k.clone()
+        est = qtx.sampled_attention(q, k, v, sampler=name, num_samples=8, replicates=replicates, generator=g)
+    assert clones.count == 1  # the one above
+    assert bool(est.std_error.isfinite().all())
+
+
+@pytest.mark.parametrize("changed", ["q", "k", "v", "attn_mask"])
+@pytest.mark.parametrize(("name", "replicates"), LAZY)
+def test_bars_after_a_change_in_place_are_right_or_one_clear_error(name, replicates, changed):
+    def inputs():
+        g = torch.Generator().manual_seed(4)
+        q, k, v, bias = (
+            torch.randn(*shape, generator=g) for shape in ((2, 3, 8), (2, 40, 8), (2, 40, 8), (3, 40))
+        )
+        return {"q": q, "k": k, "v": v, "attn_mask": bias}
+
+    def call(x):
+        return qtx.sampled_attention(
+            **x,
+            sampler=name,
+            num_samples=8,
+            replicates=replicates,
+            generator=torch.Generator().manual_seed(5),
+        )
+
+    expected, x = call(inputs()).std_error, inputs()
+    unread, read = call(x), call(x)
+    assert torch.equal(read.std_error, expected)
+    x[changed][..., :1] += 1  # through a view, as caches are written
+    assert torch.equal(read.std_error, expected)
+    with pytest.raises(qtx.ArgumentError, match=f"{changed} has been changed in place"):
+        _ = unread.std_error
+
+
+def test_bars_of_inference_tensors_are_those_of_the_call():
+    """torch does not count the changes of inference tensors, so they are copied."""
+    with torch.inference_mode():
+        g = torch.Generator().manual_seed(6)
+        q, k, v = (torch.randn(2, 20, 8, generator=g) for _ in range(3))
+        first, second = (
+            qtx.sampled_attention(q, k, v, num_samples=8, replicates=2, generator=g.manual_seed(7))
+            for _ in range(2)
+        )
+        expected = first.std_error
+        k.zero_()
+        assert torch.equal(second.std_error, expected)

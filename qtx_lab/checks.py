@@ -35,13 +35,21 @@ def check_generator(generator: object) -> None:
         raise DtypeError(f"generator is a {type(generator).__name__}; it must be a torch.Generator.")
 
 
-def check_scale(scale: float | None, argument: str = "scale") -> None:
-    """Refuse a factor of the logits that is no finite number."""
+def check_scale(scale: Any, argument: str = "scale") -> None:
+    """Refuse what is not one finite number, such as a factor of the logits."""
     if scale is None:
         return
     if isinstance(scale, bool | str) or not hasattr(scale, "__float__"):
         raise DtypeError(f"{argument}={scale!r} is not allowed: it must be a number.")
-    if not math.isfinite(scale):
+    if isinstance(scale, Tensor) and scale.requires_grad:
+        raise ArgumentError(f"{argument} requires a gradient, which is not given: give its value (float).")
+    try:
+        finite = math.isfinite(scale)
+    except OverflowError:
+        finite = False
+    except (TypeError, ValueError):
+        raise DtypeError(f"{argument}={scale!r} is not allowed: it must be a single number.") from None
+    if not finite:
         raise ArgumentError(f"{argument}={scale} is not allowed: it must be a finite number.")
 
 
@@ -129,3 +137,5 @@ def check_softcap(softcap: float) -> None:
     check_scale(softcap, "softcap")
     if not softcap > 0:
         raise ArgumentError(f"softcap={softcap} is not allowed: it must be above 0, or None for no capping.")
+    if not 1e-30 <= softcap <= 1e30:  # the quotient of a logit and the cap is a float32
+        raise ArgumentError(f"softcap={softcap} is not allowed: it must be from 1e-30 to 1e30, or None.")

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from scipy import stats
 from torch import Tensor
 
+from .checks import check_scale
 from .errors import ArgumentError, ShapeError, unknown_name
 
 
@@ -522,9 +523,9 @@ class AttentionEstimate:
 
         Raises
         ------
-        ArgumentError
-            If level is not between 0 and 1, if the method is unknown, if there are no standard errors, or no
-            bound that holds without asymptotics.
+        ArgumentError, DtypeError
+            If level is not a number between 0 and 1, if the method is unknown, if there are no standard
+            errors, or no bound that holds without asymptotics.
 
         Examples
         --------
@@ -536,7 +537,8 @@ class AttentionEstimate:
         >>> bool(((low <= exact) & (exact <= high)).all())
         True
         """
-        if not 0 < level < 1:
+        check_scale(level, "level")
+        if level is None or not 0 < level < 1:
             raise ArgumentError(f"level={level} is not allowed: it must be between 0 and 1.")
         if method not in INTERVALS:
             raise unknown_name("method", method, INTERVALS)

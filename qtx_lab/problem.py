@@ -162,10 +162,15 @@ class AttentionProblem:
             check_softcap(softcap)
         check_tensors(q=q, k=k, v=v)
         group = _group(q, k, v, enable_gqa)
+        window = _checked_window(window)
         if _is_causal_bias(attn_mask):
             attn_mask, is_causal, first_position = _of_causal_bias(
                 attn_mask, q.shape[-2], k.shape[-2], is_causal, first_position
             )
+            if attn_mask is not None and window is not None:
+                # The first queries stand before the first key, but positions are counted from 0.
+                before, left = q.shape[-2] - k.shape[-2], window[0]
+                window = None if left is None else (left + before, None)
         if attn_mask is not None:
             _check_mask(attn_mask, (*q.shape[:-1], k.shape[-2]), q, is_causal)
         with torch.no_grad():
@@ -192,7 +197,7 @@ class AttentionProblem:
             sequences,
             sinks,
             None if softcap is None else float(softcap),
-            _checked_window(window),
+            window,
         )
 
     # --- Its shape ----------------------------------------------------------------------------
@@ -316,20 +321,26 @@ class AttentionProblem:
 
     @cached_property
     def values(self) -> Tensor:
-        """v as (N, n, Ev), in `dtype`, divided by `unit`."""
+        """v as (N, n, Ev), in `dtype`, divided by `unit`; 0 where there is one and no row sees the key."""
         values = self.v.to(self.dtype).reshape(self.shape[0], self.num_keys, self.width)
-        return values if self.unit is None else values / self.unit
+        return values if self.unit is None else self._without_hidden(values) / self.unit
 
     @cached_property
     def unit(self) -> Tensor | None:
         """What `values` are measured in where their squares would leave the range of float32: (N, 1, 1)."""
         if not self.v.numel():
             return None
-        v = self.v.detach().to(self.dtype).reshape(self.shape[0], -1, 1)
-        size = v.abs().amax(1, keepdim=True)
+        v = self.v.detach().to(self.dtype).reshape(self.shape[0], self.num_keys, self.width)
+        size = v.abs().amax((1, 2), keepdim=True)
         if not bool(((size > 0) & ((size < 2.0**-30) | (size > 2.0**30))).any()):
             return None
+        size = self._without_hidden(v).abs().amax((1, 2), keepdim=True)
         return torch.exp2(size.clamp_min(torch.finfo(self.dtype).tiny).log2().floor())
+
+    def _without_hidden(self, values: Tensor) -> Tensor:
+        """Values (N, n, Ev), 0 where no row sees the key: what a cache holds there may be of any size."""
+        visible = self.visible_keys()
+        return values if visible is None else torch.where(visible[..., None], values, 0)
 
     def in_units(self, x: Tensor) -> Tensor:
         """What was computed from `values`, (N, M, ...), in the units of the caller's values."""
@@ -617,7 +628,8 @@ def _checked_window(window: int | Window | None) -> Window | None:
             f"window={window!r} is not allowed: it must be a whole number >= 0, or (left, right) with two, "
             "where None is no limit."
         )
-    left, right = (None if x is None else operator.index(x) for x in sides)
+    # A position plus the largest distance must stay an int64.
+    left, right = (None if x is None else min(operator.index(x), 1 << 62) for x in sides)
     return None if left is None and right is None else (left, right)
 
 

@@ -48,5 +48,11 @@ def test_an_interval_needs_a_level_and_an_error():
     for level in (0, 1, -0.5, 95):
         with pytest.raises(qtx.ArgumentError, match="between 0 and 1"):
             two.confidence_interval(level)
+    for level in ("0.9", None, [0.9], torch.tensor([0.9, 0.8])):
+        with pytest.raises(qtx.QtxError, match=r"level=.* is not allowed: it must be"):
+            two.confidence_interval(level)
+    for level in ("0.9", None, [0.9], torch.tensor([0.9, 0.8])):
+        with pytest.raises(qtx.QtxError, match=r"level=.* is not allowed: it must be"):
+            two.confidence_interval(level)
     with pytest.raises(AttributeError):
         two.output = q

@@ -100,7 +100,8 @@ class Bounds:
                 first, second = draws.average(table).chunk(2, -1)
                 variance = (second - first.square()).clamp_min(0) * count / max(1, count - 1)
             else:
-                variance = (draws.average_by_replicate(values) * replicates).var(-2)
+                parts = draws.average_by_replicate(values) * replicates
+                variance = parts.var(-2) if parts.numel() else parts.sum(-2)
             log = math.log(4 / risk)
             own = (2 * variance * log / count).sqrt() + 7 * (high - low) * log / (3 * max(1, count - 1))
             reach = torch.minimum(reach, own)

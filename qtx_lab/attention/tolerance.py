@@ -44,6 +44,8 @@ class Tolerance:
             return None
         if not _is_number(tolerance) or not 0 < tolerance < math.inf:
             raise ArgumentError(f"tolerance={tolerance!r} is not allowed: it must be a number above 0.")
+        if tolerance > 1e30:  # its square must be a number
+            raise ArgumentError(f"tolerance={tolerance} is not allowed: it must be a number up to 1e30.")
         if num_samples is not None:
             raise ArgumentError(
                 f"num_samples={num_samples} and tolerance={tolerance} exclude each other: give one of them."

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -306,6 +307,57 @@ def test_a_causal_window_draws_alike_in_prefill_and_decoding():
         assert bool((b.draws.indices >= 299 - 90).all())
 
 
+def test_a_window_beyond_all_numbers_hides_nothing():
+    q, k, v = tensors()
+    whole = qtx.sampled_attention(q, k, v, sampler="exact", enable_gqa=True).output
+    for window in (1 << 63, 10**30, (None, (1 << 63) - 1)):
+        est = qtx.sampled_attention(q, k, v, sampler="exact", enable_gqa=True, window=window)
+        assert torch.allclose(est.output, whole, atol=1e-12)
+
+
+@pytest.mark.parametrize("window", [0, 2, (1, 0), (None, 1)])
+def test_a_window_is_about_the_positions_of_a_lower_right_bias_with_more_queries_than_keys(window):
+    q, k, v = tensors()
+    left = window if isinstance(window, int) else window[0]
+    for keys in (2, 5, N):
+        key, position = torch.arange(keys), torch.arange(L)[:, None] + keys - L
+        band = (key <= position) & (key >= position - (N if left is None else left))
+        outputs = [
+            qtx.sampled_attention(
+                q, k[:, :, :keys], v[:, :, :keys], sampler="exact", enable_gqa=True, **hidden
+            ).output
+            for hidden in ({"attn_mask": causal_lower_right(L, keys), "window": window}, {"attn_mask": band})
+        ]
+        assert torch.allclose(*outputs, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["systematic", "monte-carlo", "head-tail", "learned"])
+@pytest.mark.parametrize("how", ["bool", "float", "window"])
+def test_values_that_no_row_sees_change_no_error_bar(name, how):
+    q, k, v = tensors(dtype=torch.float32)
+    mask = torch.ones(N, dtype=torch.bool)
+    mask[-1:] = False
+    hidden = {
+        "bool": {"attn_mask": mask},
+        "float": {"attn_mask": torch.zeros(N).masked_fill(~mask, -torch.inf)},
+        "window": {"window": (None, N - 1 - L)},
+    }[how]
+    estimates = []
+    for size in (1.0, 1e30):
+        values = v.clone()
+        values[:, :, -1] *= size
+        estimates.append(
+            qtx.sampled_attention(
+                q, k, values, sampler=name, num_samples=4, replicates=3, enable_gqa=True,
+                generator=generator(), **hidden,
+            )
+        )  # fmt: skip
+    a, b = estimates
+    assert torch.allclose(a.output, b.output, rtol=1e-5, atol=1e-6)
+    assert torch.allclose(a.std_error, b.std_error, rtol=1e-4)
+    assert torch.allclose(a.reliability, b.reliability, rtol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -318,6 +370,13 @@ def test_a_causal_window_draws_alike_in_prefill_and_decoding():
         ({"softcap": -1.0}, "softcap=-1.0 is not allowed"),
         ({"softcap": math.nan}, "softcap=nan is not allowed: it must be a finite number"),
         ({"softcap": True}, "softcap=True is not allowed: it must be a number"),
+        ({"softcap": 1e300}, "softcap=1e.300 is not allowed: it must be from 1e-30 to 1e30"),
+        ({"softcap": 1e-310}, "softcap=1e-310 is not allowed: it must be from 1e-30 to 1e30"),
+        ({"softcap": 10**400}, "is not allowed: it must be a finite number"),
+        ({"softcap": torch.ones(2)}, "is not allowed: it must be a single number"),
+        ({"softcap": torch.ones((), requires_grad=True)}, "softcap requires a gradient, which is not given"),
+        ({"scale": torch.ones((), requires_grad=True)}, "scale requires a gradient, which is not given"),
+        ({"scale": np.ones(2)}, "scale=.* is not allowed: it must be a single number"),
         ({"window": -1}, "window=-1 is not allowed"),
         ({"window": (2, -1)}, "is not allowed: it must be a whole number >= 0"),
         ({"window": 1.5}, "window=1.5 is not allowed"),

@@ -122,6 +122,7 @@ def test_same_seed_same_numbers_and_the_spend_is_told():
         ({"tolerance": 0.0}, r"tolerance=0\.0"),
         ({"tolerance": "5%"}, "tolerance='5%'"),
         ({"tolerance": float("nan")}, "tolerance=nan"),
+        ({"tolerance": 1e308}, "tolerance=1e.308 is not allowed: it must be a number up to 1e30"),
         ({"tolerance": 0.1, "confidence": 1.0}, r"confidence=1\.0"),
         ({"tolerance": 0.1, "num_samples": 32}, "num_samples=32 and tolerance"),
         ({"tolerance": 0.1, "control_variate": "topk"}, "exclude each other"),

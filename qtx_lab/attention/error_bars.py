@@ -320,7 +320,8 @@ class ErrorBars:
                 g = 0.0 if c is None else PRIOR_WEIGHT
                 between = self._between(draws, heads, correction)
                 mixed = (g * few * predicted.variance + (r - 1) * between) / (g + r - 1)
-                if correction is None:  # what controls leave of a key not seen is too little known
+                # What controls leave of a key not seen is too little known, but better than nothing.
+                if correction is None or c is None:
                     mixed = torch.maximum(mixed, few * predicted.unseen)
                 variance = mixed / r
             hidden = torch.zeros_like(output[..., 0])

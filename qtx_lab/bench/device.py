@@ -237,11 +237,11 @@ def profile_slowest(case: Case, device: torch.device, record: Record) -> Result:
         raise BackendUnavailable("the times of the kernels, which tell the slowest, were not measured.")
     method = min(rows, key=lambda row: row["bandwidth"])["method"]
     ours = [x["name"] for x in measured["kernels"][method] if x["name"].endswith("_kernel")]
-    found = counters(case, method, ours[0], 45)
+    values = counters(case, method, ours[0], 45)
     print(f"{method}, {ours[0]}")
-    for name, value in found.items():
+    for name, value in values.items():
         print(f"  {name}: {value}")
-    return {"case": str(case), "method": method, "kernel": ours[0], "counters": found}
+    return {"case": str(case), "method": method, "kernel": ours[0], "counters": values}
 
 
 def training(device: torch.device, quick: bool) -> Result:

@@ -58,7 +58,7 @@ def kernel_times(calls: Sequence[Callable[[], object]], rounds: int) -> list[dic
             times[event.name[:NAME_LENGTH]].append(event.time_range.elapsed_us())
     total = sum(map(sum, times.values()))
     number = rounds * len(calls)
-    found = [
+    kernels = [
         {
             "name": name,
             "launches": len(measured) / number,
@@ -67,7 +67,7 @@ def kernel_times(calls: Sequence[Callable[[], object]], rounds: int) -> list[dic
         }
         for name, measured in times.items()
     ]
-    return sorted(found, key=lambda kernel: -kernel["share"])
+    return sorted(kernels, key=lambda kernel: -kernel["share"])
 
 
 def counters(case: Case, method: str, kernel: str, seconds: float) -> dict[str, str]:
@@ -113,17 +113,17 @@ def counters(case: Case, method: str, kernel: str, seconds: float) -> dict[str, 
     process = subprocess.run(
         [*command, sys.executable, "-c", code], capture_output=True, text=True, timeout=seconds, check=False
     )
-    found = dict(metrics(process.stdout))
-    if not found:
+    values = dict(metrics(process.stdout))
+    if not values:
         said = " ".join((process.stdout + process.stderr).split())
         raise BackendUnavailable(f"ncu read nothing of {kernel}: {said[-500:]}")
-    return found
+    return values
 
 
 def nsight() -> str | None:
     """The path of `ncu`, None where there is none."""
-    if found := shutil.which("ncu"):
-        return found
+    if path := shutil.which("ncu"):
+        return path
     return next((str(path) for folder in NSIGHT_FOLDERS for path in sorted(Path(folder).rglob("ncu"))), None)
 
 
@@ -146,10 +146,10 @@ def profiled_call(case: Case, method: str) -> None:
     """Call a method once between the marks that a profiler waits for, after a call that compiles it."""
     device = torch.device("cuda")
     inputs = [make_inputs(case, device, 0)]
-    found = next(m for m in kernel_methods(case, inputs, exact_output(inputs[0])) if m.name == method)
-    found.calls[0]()
+    profiled = next(m for m in kernel_methods(case, inputs, exact_output(inputs[0])) if m.name == method)
+    profiled.calls[0]()
     torch.cuda.synchronize()
     torch.cuda.cudart().cudaProfilerStart()
-    found.calls[0]()
+    profiled.calls[0]()
     torch.cuda.synchronize()
     torch.cuda.cudart().cudaProfilerStop()

@@ -97,27 +97,27 @@ def try_model(cls: type[PreTrainedModel], kind: str) -> ModelReport:
         if size > MAX_PARAMETERS:
             return ModelReport(cls.__name__, kind, note=f"{size:,} parameters")
         eager = make_model(cls, "eager")
-        wanted = _all_logits(eager, kind)
+        logits = _all_logits(eager, kind)
     # Whatever transformers raises, the class is not one to compare with.
     except Exception as error:
         return ModelReport(cls.__name__, kind, note=_first_line(error))
-    outcomes = {name: _compare(cls, kind, settings, eager, wanted) for name, settings in SETTINGS.items()}
+    outcomes = {name: _compare(cls, kind, settings, eager, logits) for name, settings in SETTINGS.items()}
     return ModelReport(cls.__name__, kind, outcomes)
 
 
 def _all_logits(model: PreTrainedModel, kind: str) -> dict[str, Tensor]:
     """The logits in each case that the model can do, the first of which it must."""
-    found = {}
+    by_case = {}
     for name, case in cases(model, kind).items():
         try:
             with torch.no_grad():
                 logits = case()
             if bool(logits.isfinite().all()):
-                found[name] = logits
+                by_case[name] = logits
         except Exception:
-            if not found:
+            if not by_case:
                 raise
-    return found
+    return by_case
 
 
 def _compare(
@@ -199,15 +199,15 @@ def cases(model: PreTrainedModel, kind: str) -> dict[str, Any]:
         third = model(tokens[:, 1 - NEW :], past_key_values=second.past_key_values, use_cache=True)
         return torch.cat((second.logits, third.logits), 1)
 
-    asked = {
+    calls = {
         "plain": lambda: model(tokens, use_cache=False).logits,
         "padded": lambda: model(tokens, attention_mask=mask, use_cache=False).logits[mask.bool()],
         "in parts": in_parts,
         **generations,
     }
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        asked["logits_to_keep"] = lambda: model(tokens, logits_to_keep=NEW, use_cache=False).logits
-    return asked
+        calls["logits_to_keep"] = lambda: model(tokens, logits_to_keep=NEW, use_cache=False).logits
+    return calls
 
 
 def make_model(cls: type[PreTrainedModel], attention: str, settings: Any = None) -> PreTrainedModel:
@@ -270,12 +270,12 @@ def as_table(reports: Sequence[ModelReport]) -> str:
     ]
     for kind, counts in count_verdicts(reports).items():
         rows = sorted((r for r in reports if r.kind == kind), key=lambda r: r.model)
-        made = [r for r in rows if r.outcomes]
-        found = ", ".join(f"{name} {number}" for name, number in sorted(counts.items()))
-        lines += [f"## {kind}: {len(rows)} classes", "", f"{found}.", ""]
+        compared = [r for r in rows if r.outcomes]
+        verdicts = ", ".join(f"{name} {number}" for name, number in sorted(counts.items()))
+        lines += [f"## {kind}: {len(rows)} classes", "", f"{verdicts}.", ""]
         lines += ["| model | exact | drawn |", "|---|---|---|"]
         lines += [
-            f"| {r.model} | {_cell(r.outcomes['exact'])} | {_cell(r.outcomes['drawn'])} |" for r in made
+            f"| {r.model} | {_cell(r.outcomes['exact'])} | {_cell(r.outcomes['drawn'])} |" for r in compared
         ]
         others = [f"- {r.model}: {r.note}" for r in rows if not r.outcomes]
         if others:

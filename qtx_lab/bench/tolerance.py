@@ -102,7 +102,7 @@ def measure(sampler: str, tolerance: float, name: str, repetitions: int, trials:
     assert isinstance(pilots, Tensor)
     spent, pilot = draws.double().mean(0), pilots.double().mean(0)
     over = (spent + pilot) / needed
-    kept = stats.binom.sf(count - 1, total, 1 - CONFIDENCE) >= FALSE_ALARM
+    promise_holds = stats.binom.sf(count - 1, total, 1 - CONFIDENCE) >= FALSE_ALARM
     details = {
         "sampler": sampler,
         "tolerance": tolerance,
@@ -122,9 +122,9 @@ def measure(sampler: str, tolerance: float, name: str, repetitions: int, trials:
         sampler,
         seconds,
         "fewest draws that would do",
-        1 / over.median().item() if kept else None,
+        1 / over.median().item() if promise_holds else None,
         count / total,
-        "pass" if kept else f"{count / total:.1%} of {total} miss",
+        "pass" if promise_holds else f"{count / total:.1%} of {total} miss",
         details=details,
     )
 
@@ -352,9 +352,9 @@ def needed_draws(
         s = math.ceil(count)
         if s > last:
             errors, _ = case.relative_errors(sampler, repetitions, generator, num_samples=s)
-            kept = (errors > tolerance).double().mean(0) <= 1 - confidence
-            new = open_rows & kept
+            few_enough = (errors > tolerance).double().mean(0) <= 1 - confidence
+            new = open_rows & few_enough
             needed[new] = torch.minimum(needed[new], torch.tensor(s))
-            open_rows &= ~kept & (s < keys)
+            open_rows &= ~few_enough & (s < keys)
         last, count = s, count * LADDER
     return needed

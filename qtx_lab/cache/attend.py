@@ -370,7 +370,7 @@ def _attend_by_triton(
     k, v, row_shape = store.keys(), store.values(), call.q.shape[:-1]
     with out_of_memory_explained():
         x = Inputs(call.rows.contiguous(), k[None], v[None], None, call.positions, call.scale)
-        found = sketch_decode(
+        result = sketch_decode(
             x,
             sketch.scanned(store.places()),
             call.num_samples * call.group,  # which the query heads of a key head share
@@ -378,15 +378,15 @@ def _attend_by_triton(
             call.stream(store),
             defensive=call.defensive,
         )
-    draws = Draws(found.indices, found.weights(), None, call.replicates).view(row_shape)
-    draws_per_row = found.indices.shape[-1]
-    output = found.output.view(*row_shape, store.width)
+    draws = Draws(result.indices, result.weights(), None, call.replicates).view(row_shape)
+    draws_per_row = result.indices.shape[-1]
+    output = result.output.view(*row_shape, store.width)
     size = (store.value_sums[1] / store.length).sqrt().to(torch.float32)  # [N, 1, Ev]
 
     def make_std_error() -> Tensor:
         with plain_mode(output.device):  # the kernel's errors are those of draws; rounding comes on top
-            rounding = rounding_variance(found.output.float(), size, draws_per_row, store.table.dtype)
-            return (found.std_error(v[None]).square() + rounding).sqrt().view(output.shape)
+            rounding = rounding_variance(result.output.float(), size, draws_per_row, store.table.dtype)
+            return (result.std_error(v[None]).square() + rounding).sqrt().view(output.shape)
 
     return AttentionEstimate(
         output=output,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import ClassVar, Self
 
@@ -108,7 +109,7 @@ class QueryMoment:
         return self.total.nbytes + sum(x.nbytes for x in self._latest)
 
 
-class ComponentSketch:
+class ComponentSketch(ABC):
     """Base of the sketches: components of the keys in whole numbers, the same on every device.
 
     A key's components are its coordinates in the basis that loses least of the logits (`best_low_rank`,
@@ -142,14 +143,14 @@ class ComponentSketch:
         """Lines, as they lie in memory: by components on CPUs, by keys on GPUs; see `lines`."""
 
     @classmethod
+    @abstractmethod
     def pack(cls, levels: Tensor) -> Tensor:
         """Whole numbers (N, m, r), as floats, as they are stored: (N, m, columns)."""
-        raise NotImplementedError
 
     @classmethod
+    @abstractmethod
     def unpack(cls, lines: Tensor, rank: int) -> Tensor:
         """Stored lines (N, m, columns) as whole numbers (N, m, r)."""
-        raise NotImplementedError
 
     @property
     def lines(self) -> Tensor:

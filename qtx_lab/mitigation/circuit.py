@@ -300,8 +300,8 @@ class CircuitMitigation:
         if self.zne is not None and not self.zne.keeps_total:
             # The sum is badly known; what noise takes from the keys is at most what the lowest level shows.
             # The keys that are known worst make up for what is left.
-            kept = sum_by_key(levels[0].value * signs, keys, support).sum(-1, keepdim=True)
-            mass, weights = mass.clamp(kept.clamp(0, 1), torch.ones_like(kept)), variance
+            lowest_mass = sum_by_key(levels[0].value * signs, keys, support).sum(-1, keepdim=True)
+            mass, weights = mass.clamp(lowest_mass.clamp(0, 1), torch.ones_like(lowest_mass)), variance
         known = mass > 0
         if not bool(known.all()):
             fallbacks += (

@@ -199,11 +199,11 @@ def attention_forward(
     ArgumentError, ShapeError, DtypeError
         If the settings were changed to what is not allowed, or the model asks for what draws do not give.
     """
-    asked = _understood(module, kwargs)
+    requested = _understood(module, kwargs)
     settings = settings_of(module)
     exact = settings["sampler"].exact or attends_exactly(key)
     layer = cached_layer(key, value)
-    beside = {} if layer is None or exact else arguments_of_a_step(module, asked)
+    beside = {} if layer is None or exact else arguments_of_a_step(module, requested)
     if layer is not None and (exact or query.shape[2] > 1):
         key, value = layer.tokens(query)
         exact, layer = exact or layer.prefill == "exact", None
@@ -212,13 +212,13 @@ def attention_forward(
     if layer is not None:
         return layer.attend(query, attention_mask, scaling, settings, **beside)
     length, n = query.shape[2], key.shape[2]
-    if "indices" in asked:
-        attention_mask = keep_selected(attention_mask, asked.pop("indices"), n)
+    if "indices" in requested:
+        attention_mask = keep_selected(attention_mask, requested.pop("indices"), n)
     visible = read_mask(attention_mask, is_causal, getattr(module, "is_causal", True), length, n)
     if not exact:
-        return _draw(query, key, value, visible, dropout, scaling, settings, asked)
-    if _SDPA_CONFIGS.get(module.config) and not asked.keys() & NEEDS_EAGER:
-        return _attend_by_sdpa(module, query, key, value, visible, dropout, scaling, asked)
+        return _draw(query, key, value, visible, dropout, scaling, settings, requested)
+    if _SDPA_CONFIGS.get(module.config) and not requested.keys() & NEEDS_EAGER:
+        return _attend_by_sdpa(module, query, key, value, visible, dropout, scaling, requested)
     if eager is None:
         raise ArgumentError(
             f"{type(module).__name__} does not say which its own attention is, as "
@@ -232,16 +232,16 @@ def attention_forward(
 
 def _understood(module: nn.Module, keywords: dict[str, Any]) -> dict[str, Any]:
     """What a module asks of its attention that changes the result, by name."""
-    asked = {name: x for name, x in keywords.items() if x is not None and name not in HARMLESS}
-    if not asked.get("output_attentions", True):
-        del asked["output_attentions"]
-    unknown = sorted(asked.keys() - UNDERSTOOD)
+    requested = {name: x for name, x in keywords.items() if x is not None and name not in HARMLESS}
+    if not requested.get("output_attentions", True):
+        del requested["output_attentions"]
+    unknown = sorted(requested.keys() - UNDERSTOOD)
     if unknown:
         raise ArgumentError(
             f"{type(module).__name__} asks its attention for {', '.join(unknown)}, which "
             f"attn_implementation={IMPLEMENTATION!r} does not know: use another one for this model."
         )
-    return asked
+    return requested
 
 
 def _attend_by_sdpa(

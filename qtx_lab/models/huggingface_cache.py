@@ -326,12 +326,12 @@ class SampledLayer(DynamicLayer):
         batch, heads, _, width = latest.shape
         x = latest.new_empty(batch, self._sorted_in, heads, width)
         for group in self.groups:
-            found = group.cache.tokens()[which].transpose(1, 2)  # [b, seen, Hkv, width]
+            tokens = group.cache.tokens()[which].transpose(1, 2)  # [b, seen, Hkv, width]
             if self._visible is None:
-                x[group.rows] = found
+                x[group.rows] = tokens
             else:
                 place = self._visible[group.rows].nonzero()
-                x[group.rows[place[:, 0]], place[:, 1]] = found.flatten(0, 1)
+                x[group.rows[place[:, 0]], place[:, 1]] = tokens.flatten(0, 1)
         if self._visible is not None and self._hidden is not None:
             x[~self._visible] = self._hidden[which]
         return torch.cat((x.transpose(1, 2), latest), 2)
@@ -494,13 +494,13 @@ class SampledLayer(DynamicLayer):
             return
         if self._visible is not None:
             self._take_out_hidden(indices)
-        kept = []
+        groups = []
         for group in self.groups:
             rows = torch.isin(indices, group.rows).nonzero()[:, 0]
             if len(rows):
                 group.cache.select_sequences(torch.searchsorted(group.rows, indices[rows]))
-                kept.append(SequenceGroup(rows, group.cache))
-        self.groups = kept
+                groups.append(SequenceGroup(rows, group.cache))
+        self.groups = groups
 
     def _take_out_hidden(self, indices: Tensor) -> None:
         """Select sequences of what the mask shows and of the tokens that it hides."""

@@ -379,8 +379,8 @@ EMPTY = {
 def test_an_empty_problem_has_empty_derivatives(name, options, shapes, generator):
     if "sequences" in options:
         options = {"sequences": torch.arange(shapes[0][0] if len(shapes[0]) > 3 else 1)}
-    if options.get("enable_gqa") and len(shapes[0]) < 3:
-        pytest.skip("groups need a dimension of heads")
+    if len(shapes[0]) < 3:  # groups need a dimension of heads
+        options = {key: x for key, x in options.items() if key != "enable_gqa"}
     inputs = [torch.zeros(shape, dtype=torch.float64) for shape in shapes]
     leaves = [x.clone().requires_grad_() for x in inputs]
     attend = attention(0, sampler=name, **options)

@@ -40,8 +40,8 @@ constraints: .venv/.made ## choose new pins: the newest that pyproject.toml allo
 	@t=$$(mktemp -d) && trap 'rm -rf "$$t"' EXIT && .venv/bin/python -m venv "$$t/venv" \
 	&& "$$t/venv/bin/python" -m pip install --quiet --disable-pip-version-check --upgrade pip \
 	&& "$$t/venv/bin/python" -m pip install --quiet --dry-run --ignore-installed --report "$$t/report.json" \
-	   $(ARGS) ".[test,gpu,hf,mlflow]" "torch===$(TORCH)" \
-	&& printf '%s\n' '# The versions that are tested: everything that .[test,gpu,hf,mlflow] needs. Made by `make constraints`' \
+	   $(ARGS) ".[test,gpu,hf,llm,mlflow]" "torch===$(TORCH)" \
+	&& printf '%s\n' '# The versions that are tested: everything that .[test,gpu,hf,llm,mlflow] needs. Made by `make constraints`' \
 	   '# on Linux; not edited by hand.' > "$$t/pins" \
 	&& .venv/bin/python -c 'import json, re, sys; \
 	   found = {re.sub(r"[-_.]+", "-", m["name"]).lower(): m["version"].partition("+")[0] \
@@ -69,6 +69,7 @@ clean: ## remove what make and the tests made, .venv too; runs/ stays
 
 .venv/.test: $(PINS) | .venv/.made
 	@echo "Installing qtx_lab and what its tests need into .venv (the first time about two minutes) ..." >&2
-	@$(INSTALL) -e '.[test]' && touch .venv/.base $@
+	@$(INSTALL) -e '.[test]' && touch .venv/.base
+	@.venv/bin/qtx-lab model smollm2-135m && touch $@
 	@command -v chromium chromium-browser google-chrome >/dev/null || ! command -v apt-get >/dev/null \
 	|| test "$$(id -u)" != 0 || apt-get install -y -q chromium

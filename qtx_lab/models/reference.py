@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from ..errors import ArgumentError
 from ..storage import read_tensors
-from .base import AttentionFn
-from .generation import generate
-from .text import ASSETS
+from .base import AttentionFn, causal_sdpa, record_inputs
+from .generation import stream
+from .text import ASSETS, encode
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,6 @@ class ReferenceConfig:
     mlp_width: int = 384
     rope_base: float = 10_000.0
     dropout: float = 0.0
-
-
-def causal_sdpa(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Exact causal attention with grouped-query heads: what the model was trained with."""
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
 
 class Block(nn.Module):
@@ -94,6 +89,8 @@ class ReferenceModel(nn.Module):
 
     def __init__(self, config: ReferenceConfig | None = None):
         super().__init__()
+        self.name = "reference"
+        self.stop_tokens: frozenset[int] = frozenset()
         c = self.config = config or ReferenceConfig()
         self.embedding = nn.Embedding(c.vocab_size, c.width)
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.layers))
@@ -114,25 +111,39 @@ class ReferenceModel(nn.Module):
         return angle.cos(), angle.sin()
 
     def forward(
-        self, tokens: Tensor, attention: AttentionFn = causal_sdpa, first_position: int = 0
+        self,
+        tokens: Tensor,
+        attention: AttentionFn = causal_sdpa,
+        first_position: int = 0,
+        logits_to_keep: int = 0,
     ) -> Tensor:
         rotation = self.rotation(tokens.shape[-1], tokens.device, first_position)
         x = self.embedding(tokens)
         for layer, block in enumerate(self.blocks):
             x = block(x, rotation, lambda q, k, v, i=layer: attention(i, q, k, v))
-        return F.linear(self.norm(x), self.embedding.weight)
+        return F.linear(self.norm(x[:, -logits_to_keep:]), self.embedding.weight)
 
-    def attention_inputs(self, tokens: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """(q, k, v) of every layer for tokens (B, L): q (B, H, L, E), k and v (B, Hkv, L, E), rotated."""
-        inputs = []
+    def attention_inputs(
+        self, tokens: Tensor, layers: Collection[int] | None = None
+    ) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """(q, k, v) of every layer, or of `layers`, for tokens (B, L), rotated: see `record_inputs`."""
+        return record_inputs(self, tokens, layers)
 
-        def record(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            inputs.append((q, k, v))
-            return causal_sdpa(layer, q, k, v)
+    def encode(self, text: str) -> Tensor:
+        """The bytes of a text as int64 tokens, (number of bytes,)."""
+        return encode(text)
 
-        with torch.no_grad():
-            self(tokens, attention=record)
-        return inputs
+    def decode(self, tokens: Tensor) -> str:
+        """The text of bytes; what is no UTF-8 becomes the replacement character."""
+        return bytes(tokens.tolist()).decode(errors="replace")
+
+    def pieces(self, tokens: Iterable[int]) -> Iterator[bytes]:
+        """The bytes that tokens are, one at a time."""
+        return (bytes([token]) for token in tokens)
+
+    def chat(self, message: str) -> str:
+        """The message itself: the model only continues texts."""
+        return message
 
     def generate(
         self,
@@ -177,7 +188,7 @@ class ReferenceModel(nn.Module):
         >>> b"".join(model.generate("The import statement", 12)).decode()[:5]
         ' is a'
         """
-        return generate(
+        return stream(
             self,
             prompt,
             max_new_tokens,

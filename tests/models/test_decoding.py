@@ -59,9 +59,9 @@ def test_it_streams_and_repeats(model):
 
 
 BAD = [
-    ({"max_new_tokens": 625}, qtx.ArgumentError, "400 bytes"),
+    ({"max_new_tokens": 625}, qtx.ArgumentError, "400 tokens"),
     ({"max_new_tokens": 0}, qtx.ArgumentError, "max_new_tokens=0"),
-    ({"prompt": ""}, qtx.ArgumentError, "0 bytes"),
+    ({"prompt": ""}, qtx.ArgumentError, "0 tokens"),
     ({"prompt": torch.zeros(3)}, qtx.DtypeError, "int64"),
     ({"temperature": -1}, qtx.ArgumentError, "temperature=-1"),
     ({"temperature": float("nan")}, qtx.ArgumentError, "temperature=nan"),

@@ -8,11 +8,23 @@ from typing import Any
 from ...errors import unknown_name
 from .base import CachePolicy, LayerCache, LayerPrompt, Reads
 from .exact import ExactPolicy
+from .exact_logits import SamplerPolicy, TopKPolicy
+from .quest import QuestPolicy
 from .sampled import SampledPolicy
+from .santa import SantaPolicy
 from .sink_window import SinkWindowPolicy
 
 POLICIES: dict[str, type[CachePolicy]] = {
-    policy.name: policy for policy in (ExactPolicy, SampledPolicy, SinkWindowPolicy)
+    policy.name: policy
+    for policy in (
+        ExactPolicy,
+        SampledPolicy,
+        SamplerPolicy,
+        SinkWindowPolicy,
+        TopKPolicy,
+        QuestPolicy,
+        SantaPolicy,
+    )
 }
 """Every policy by name."""
 
@@ -58,8 +70,12 @@ __all__ = [
     "ExactPolicy",
     "LayerCache",
     "LayerPrompt",
+    "QuestPolicy",
     "Reads",
     "SampledPolicy",
+    "SamplerPolicy",
+    "SantaPolicy",
     "SinkWindowPolicy",
+    "TopKPolicy",
     "make_policy",
 ]

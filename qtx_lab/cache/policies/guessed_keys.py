@@ -1,0 +1,123 @@
+"""`GuessedKeys`: keys that are chosen by guessed logits, the likeliest of them or draws."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ...errors import ArgumentError
+from .base import CachePolicy
+from .chosen_keys import DecodeStep, KeyChoice
+from .draws import KeyDrawer, proposed_logits
+
+
+@dataclass(frozen=True, eq=False)
+class Guesses:
+    """Guessed logits of one step.
+
+    Parameters
+    ----------
+    logits : Tensor, (N, G, n)
+        Up to a shift of each row.
+    nbytes : float
+        What was read to make them, by all key heads together.
+    """
+
+    logits: Tensor
+    nbytes: float
+
+
+class LogitGuesser(Protocol):
+    """What guesses at logits by less than the keys. It catches up with the tokens of a step itself."""
+
+    def guess(self, step: DecodeStep) -> Guesses:
+        """Guessed logits of all keys."""
+
+
+@dataclass(frozen=True)
+class KeptEnds:
+    """The first and the newest tokens, which a method reads whatever it guesses.
+
+    Parameters
+    ----------
+    sinks : int
+        The first tokens.
+    recent : float
+        The share of the budget that the newest tokens take.
+    """
+
+    sinks: int = 0
+    recent: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.sinks, int) or isinstance(self.sinks, bool) or self.sinks < 0:
+            raise ArgumentError(f"sinks={self.sinks!r} is not allowed: it must be a whole number from 0 on.")
+        if isinstance(self.recent, bool) or not 0 <= self.recent <= 1:
+            raise ArgumentError(f"recent={self.recent!r} is not allowed: it must be a share from 0 to 1.")
+
+    def mask(self, length: int, budget: int, device: torch.device) -> Tensor:
+        """Which of so many tokens are kept, bool, (length,): the newest first, within the budget."""
+        recent = min(budget, max(1, round(self.recent * budget))) if self.recent else 0
+        sinks = min(self.sinks, budget - recent)
+        place = torch.arange(length, device=device)
+        return (place < sinks) | (place >= length - recent)
+
+
+class GuessedKeys:
+    """Chooses the keys of largest guessed logit, or draws keys by the guesses.
+
+    Drawn keys are weighed by their exact logits and the inverse of how often each is drawn on average, as
+    `SampledKVCache` does: the estimate is consistent whatever the guesses are. Of keys that are cut off
+    nothing is known.
+
+    Parameters
+    ----------
+    policy : CachePolicy
+        Whose budget it is.
+    guesser : LogitGuesser
+    draw : bool
+        Whether keys are drawn.
+    ends : KeptEnds
+        Tokens that are read in any case; they are part of the budget.
+    shared : bool
+        Whether the query heads of a key head read the same keys: those of the largest mean probability.
+    """
+
+    def __init__(
+        self,
+        policy: CachePolicy,
+        guesser: LogitGuesser,
+        draw: bool,
+        ends: KeptEnds | None = None,
+        shared: bool = False,
+    ):
+        self.policy, self.guesser = policy, guesser
+        self.ends, self.shared = KeptEnds() if ends is None else ends, shared
+        self._drawer = KeyDrawer() if draw else None
+
+    def choose(self, step: DecodeStep) -> KeyChoice:
+        """The keys that are read: see `KeyChooser.choose`."""
+        budget = self.policy.budget_at(step.length)
+        kept = self.ends.mask(step.length, budget, step.keys.device)
+        guesses = self.guesser.guess(step)
+        left = budget - int(kept.sum())
+        factors = kept.to(guesses.logits.dtype).expand(guesses.logits.shape).clone()
+        if left:
+            others = guesses.logits.masked_fill(kept, -torch.inf)
+            factors += (
+                self._drawn(others, left, step) if self._drawer is not None else self._top(others, left)
+            )
+        return KeyChoice(factors, other_bytes=guesses.nbytes)
+
+    def _top(self, logits: Tensor, count: int) -> Tensor:
+        if self.shared:
+            logits = logits.softmax(-1).mean(1, keepdim=True).expand(logits.shape)
+        return torch.zeros_like(logits).scatter_(-1, logits.topk(count, -1).indices, 1)
+
+    def _drawn(self, logits: Tensor, count: int, step: DecodeStep) -> Tensor:
+        assert self._drawer is not None
+        proposed = proposed_logits(logits).masked_fill(logits == -torch.inf, -torch.inf)
+        return self._drawer.factors(proposed, count, step)

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from ..attention import sampled_attention
 from ..cache.sketches import PROPOSALS
-from ..models.generation import Decoding
+from ..models.generation import Decoding, decoding_policy
 from ..models.reference import ReferenceModel, load_reference_model
 from ..models.text import encode, reference_text
 from .base import BenchRow
@@ -105,8 +105,8 @@ def decoding(model: ReferenceModel, windows: Tensor, proposal: str | None = None
     def forward(generator: torch.Generator) -> Tensor:
         n = windows.shape[1] - 1
         start = n - n // 2
-        options = {} if proposal is None else {"num_samples": draws}
-        state = Decoding(model, windows[:, :start], proposal=proposal, generator=generator, **options)
+        seed = int(torch.randint(1 << 62, (), generator=generator))
+        state = Decoding(model, windows[:, :start], decoding_policy(proposal, None, draws, seed))
         logits = [state.logits, *(state.step(windows[:, i]) for i in range(start, n))]
         return torch.stack(logits, 1).log_softmax(-1)
 

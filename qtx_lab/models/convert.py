@@ -23,8 +23,7 @@ def convert(weights: Path, folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(weights.parent, gguf_file=weights.name, dtype=torch.float32)
     # transformers refuses to save a model that it calls quantised, though its weights no longer are.
     config, weights_by_name = model.config, model.state_dict()
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+    vars(config).pop("quantization_config", None)
     with torch.device("meta"):
         plain = type(model)(config)
     plain.load_state_dict(weights_by_name, assign=True)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..cache import SampledKVCache
+from ..cache.policies import CachePolicy, ExactPolicy, LayerCache, Reads, SampledPolicy
 from ..checks import check_count, check_generator
 from ..errors import ArgumentError, DtypeError
 from .base import LanguageModel, causal_sdpa
@@ -57,7 +57,8 @@ def generate(
 
     Examples
     --------
-    >>> model = load_language_model("reference")
+    >>> import qtx_lab as qtx
+    >>> model = qtx.load_language_model("reference")
     >>> generate(model, "The import statement", 12)[:5]
     ' is a'
     """
@@ -93,13 +94,20 @@ def stream(
     is_number = isinstance(temperature, int | float) and not isinstance(temperature, bool)
     if not is_number or not 0 <= temperature < math.inf:
         raise ArgumentError(f"temperature={temperature!r} is not allowed: it must be a number >= 0.")
-    # Keys have a generator of their own, so that the tokens' numbers are the same whatever the proposal.
-    keys = torch.Generator(tokens.device)
-    keys.manual_seed(int(torch.randint(1 << 62, (), generator=generator)))
-    state = Decoding(
-        model, tokens[None], proposal=proposal, rank=rank, num_samples=num_samples, generator=keys
-    )
+    # Keys have a seed of their own, so that the tokens' numbers are the same whatever the proposal.
+    seed = int(torch.randint(1 << 62, (), generator=generator))
+    state = Decoding(model, tokens[None], decoding_policy(proposal, rank, num_samples, seed))
     return model.pieces(_tokens(state, max_new_tokens, temperature, generator))
+
+
+def decoding_policy(proposal: str | None, rank: int | None, num_samples: int, seed: int) -> CachePolicy:
+    """The policy that the arguments of `generate` mean."""
+    check_count("num_samples", num_samples)
+    if proposal is not None:
+        return SampledPolicy(proposal=proposal, rank=rank, budget=num_samples, seed=seed)
+    if rank is not None:
+        raise ArgumentError(f"rank={rank} is for proposal='low-rank' only; given None.")
+    return ExactPolicy()
 
 
 def _check_prompt(model: LanguageModel, tokens: Tensor, max_new_tokens: int) -> None:
@@ -136,56 +144,85 @@ def _tokens(
             state.step(token.to(state.logits.device))
 
 
-class Decoding:
-    """A causal model part of the way through a text: a cache a layer, and the next token's logits.
-
-    The tokens given are attended to exactly, and the tokens that `step` adds attend by draws.
+@dataclass(frozen=True, eq=False)
+class Prefill:
+    """A prompt that a model has attended to exactly: where every policy starts, so that one serves many.
 
     Parameters
     ----------
     model : LanguageModel
     tokens : Tensor, int64, (B, L)
-    proposal : str, optional
-        As for `SampledKVCache.build`; None: exact attention, with a cache of all keys and values.
-    rank : int, optional
-    num_samples : int
-    generator : torch.Generator, optional
-
-    Raises
-    ------
-    ArgumentError
-        If an argument is not allowed.
+    logits : Tensor, (B, vocab_size)
+        Of the token after the prompt.
+    layers : tuple of (Tensor, Tensor, Tensor)
+        q (B, H, L, E), k and v (B, Hkv, L, E) of each layer, after position encoding.
     """
 
-    def __init__(
-        self,
-        model: LanguageModel,
-        tokens: Tensor,
-        *,
-        proposal: str | None = "low-rank",
-        rank: int | None = None,
-        num_samples: int = 64,
-        generator: torch.Generator | None = None,
-    ):
-        check_count("num_samples", num_samples)
-        if proposal is None and rank is not None:
-            raise ArgumentError(f"rank={rank} is for proposal='low-rank' only; given None.")
-        self.model, self.num_samples, self.generator = model, num_samples, generator
-        self.caches: list[SampledKVCache] = []
-        """Of each layer, unless attention is exact."""
-        self.exact: list[tuple[Tensor, Tensor]] = []
-        """Keys and values of each layer, if attention is exact."""
-        self.length = tokens.shape[1]
+    model: LanguageModel
+    tokens: Tensor
+    logits: Tensor
+    layers: tuple[tuple[Tensor, Tensor, Tensor], ...]
+
+    @classmethod
+    def of(cls, model: LanguageModel, tokens: Tensor) -> Prefill:
+        """Of tokens (B, L), int64."""
+        layers = []
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            if proposal is None:
-                self.exact.append((k, v))
-            else:
-                self.caches.append(SampledKVCache.build(k, v, proposal, rank, queries=q))
+            layers.append((q, k, v))
             return causal_sdpa(layer, q, k, v)
 
         with torch.no_grad():
-            self.logits = model(tokens, attention=attend, logits_to_keep=1)[:, -1]  # [B, vocab_size]
+            logits = model(tokens, attend, logits_to_keep=1)[:, -1]
+        return cls(model, tokens, logits, tuple(layers))
+
+
+class Decoding:
+    """A model part of the way through a text: a cache a layer, and the next token's logits.
+
+    The prompt is attended to exactly, and the tokens that `step` adds attend as a policy says.
+
+    Parameters
+    ----------
+    model : LanguageModel
+    tokens : Tensor, int64, (B, L)
+        The prompts, of one length.
+    policy : CachePolicy or sequence of CachePolicy
+        Of all layers, or one a layer.
+    """
+
+    def __init__(self, model: LanguageModel, tokens: Tensor, policy: CachePolicy | Sequence[CachePolicy]):
+        policies = _by_layer(model, policy)
+        caches = []
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            caches.append(policies[layer].start(layer, q, k, v))
+            return causal_sdpa(layer, q, k, v)
+
+        with torch.no_grad():
+            logits = model(tokens, attend, logits_to_keep=1)[:, -1]
+        self._start(model, tokens.shape[1], logits, caches)
+
+    def _start(self, model: LanguageModel, length: int, logits: Tensor, caches: list[LayerCache]) -> None:
+        self.model, self.length = model, length
+        self.logits = logits
+        """Of the next token, (B, vocab_size)."""
+        self.caches = caches
+        """Of each layer."""
+
+    @classmethod
+    def after(cls, prefill: Prefill, policy: CachePolicy | Sequence[CachePolicy]) -> Decoding:
+        """Go on from a prompt that was computed before; the prompt serves others, too."""
+        policies = _by_layer(prefill.model, policy)
+        caches = [policies[i].start(i, *layer) for i, layer in enumerate(prefill.layers)]
+        state = cls.__new__(cls)
+        state._start(prefill.model, prefill.tokens.shape[1], prefill.logits, caches)
+        return state
+
+    @property
+    def reads(self) -> Reads:
+        """What the steps have read, a mean over layers and tokens."""
+        return Reads.mean([cache.reads for cache in self.caches])
 
     def step(self, token: Tensor) -> Tensor:
         """Add one token (B,) to each text; the logits (B, vocab_size) of the next.
@@ -203,10 +240,15 @@ class Decoding:
         return self.logits
 
     def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if self.exact:
-            earlier = self.exact[layer]
-            k, v = (torch.cat((old, new), 2) for old, new in zip(earlier, (k, v), strict=True))
-            self.exact[layer] = (k, v)
-            return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
         self.caches[layer].append(k, v)
-        return self.caches[layer].attend(q, self.num_samples, generator=self.generator).output
+        return self.caches[layer].attend(q)
+
+
+def _by_layer(model: LanguageModel, policy: CachePolicy | Sequence[CachePolicy]) -> Sequence[CachePolicy]:
+    """One policy a layer."""
+    layers = model.config.layers
+    if isinstance(policy, CachePolicy):
+        return [policy] * layers
+    if len(policy) != layers:
+        raise ArgumentError(f"policy has {len(policy)} policies; {model.name} has {layers} layers.")
+    return policy

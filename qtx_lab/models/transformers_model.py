@@ -72,14 +72,15 @@ class TransformersModel(nn.Module):
         self.network, self.tokenizer, self.name = network.eval(), tokenizer, name
         own = network.config.get_text_config(decoder=True)
         heads = own.num_attention_heads
-        limits = [own.max_position_embeddings, getattr(own, "sliding_window", None)]
+        given = own.to_dict()
+        limits = [own.max_position_embeddings, given.get("sliding_window")]
         self.config = TransformersConfig(
             context=min(limit for limit in limits if limit),
             vocab_size=own.vocab_size,
             layers=own.num_hidden_layers,
             heads=heads,
-            kv_heads=getattr(own, "num_key_value_heads", None) or heads,
-            head_dim=getattr(own, "head_dim", None) or own.hidden_size // heads,
+            kv_heads=given.get("num_key_value_heads") or heads,
+            head_dim=given.get("head_dim") or own.hidden_size // heads,
         )
         stop = network.generation_config.eos_token_id
         self.stop_tokens = frozenset([stop] if isinstance(stop, int) else stop or [])

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import qtx_lab as qtx
-from qtx_lab.models.generation import Decoding
+from qtx_lab.cache.policies import ExactPolicy, SampledPolicy
+from qtx_lab.models.generation import Decoding, Prefill
 
 TEXT = qtx.reference_text()[:400]
 
@@ -24,9 +25,14 @@ def test_decoding_step_by_step_is_the_model_itself(model):
     tokens = qtx.encode(TEXT)[:120].view(2, 60)
     with torch.no_grad():
         wanted = model(tokens)[:, 39:]
-    for options in ({"proposal": None}, {"proposal": "int4", "num_samples": 60}):  # every key is drawn
-        state = Decoding(model, tokens[:, :40], **options)
+    prefill = Prefill.of(model, tokens[:, :40])
+    every_key = SampledPolicy(proposal="int4", budget=60)
+    for policy in (ExactPolicy(), every_key, [ExactPolicy(), *[every_key] * 5]):
+        after, state = Decoding.after(prefill, policy), Decoding(model, tokens[:, :40], policy)
+        assert torch.equal(after.step(tokens[:, 40]), Decoding.after(prefill, policy).step(tokens[:, 40]))
         logits = [state.logits, *(state.step(tokens[:, i]) for i in range(40, 60))]
+        assert torch.equal(after.logits, logits[1])
+        assert state.reads.values == 1
         torch.testing.assert_close(torch.stack(logits, 1), wanted, atol=2e-4, rtol=1e-4)
 
 
@@ -79,6 +85,11 @@ def test_bad_input_is_refused_before_the_first_byte(model, options, error, match
 
 
 def test_a_full_context_is_refused(model):
-    state = Decoding(model, qtx.encode(qtx.reference_text())[None, :1024], proposal=None)
+    state = Decoding(model, qtx.encode(qtx.reference_text())[None, :1024], ExactPolicy())
     with pytest.raises(qtx.ArgumentError, match="full"):
         state.step(torch.tensor([32]))
+
+
+def test_policies_must_be_one_a_layer(model):
+    with pytest.raises(qtx.ArgumentError, match="policy has 2 policies; reference has 6 layers"):
+        Decoding(model, qtx.encode(TEXT)[None], [ExactPolicy()] * 2)

@@ -5,9 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
 from ...errors import ArgumentError
+from ..store import grown
 from .base import CachePolicy, LayerCache, LayerPrompt
-from .chosen_keys import ChosenKeysCache, DecodeStep, KeyChoice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,9 +41,27 @@ class ExactPolicy(CachePolicy):
 
     def make_cache(self, prompt: LayerPrompt) -> LayerCache:
         """The cache of a layer: see `CachePolicy.make_cache`."""
-        return ChosenKeysCache(prompt, _AllKeys(), self.layer_seed(prompt.layer))
+        return ExactLayerCache(prompt)
 
 
-class _AllKeys:
-    def choose(self, step: DecodeStep) -> KeyChoice:
-        return KeyChoice(step.queries.new_ones(*step.queries.shape[:2], step.length))
+class ExactLayerCache(LayerCache):
+    """All keys and values, and attention by torch's `scaled_dot_product_attention`."""
+
+    def __init__(self, prompt: LayerPrompt):
+        super().__init__(prompt)
+        self._scale, self._batch = prompt.scale, prompt.batch
+        # They are the prompt's own until a token is appended; `grown` then copies.
+        self._keys, self._values = prompt.flat_keys(), prompt.flat_values()
+        self._all = torch.ones(1, 1, dtype=torch.bool, device=prompt.keys.device)
+
+    def add(self, k: Tensor, v: Tensor) -> None:
+        """Store a token: see `LayerCache.add`."""
+        n = self.length
+        self._keys, self._values = grown(self._keys, n, n + 1), grown(self._values, n, n + 1)
+        self._keys[:, n], self._values[:, n] = k.flatten(0, 1)[:, 0], v.flatten(0, 1)[:, 0]
+
+    def attend_to_tokens(self, q: Tensor) -> Tensor:
+        """Exact attention: see `LayerCache.attend_to_tokens`."""
+        k, v = (x[:, : self.length].unflatten(0, (self._batch, -1)) for x in (self._keys, self._values))
+        self.count(None, self._all)
+        return F.scaled_dot_product_attention(q, k, v, scale=self._scale, enable_gqa=True)

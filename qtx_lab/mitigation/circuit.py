@@ -178,7 +178,7 @@ class CircuitMitigation:
                     "before the end of its circuit."
                 )
         attained = self.attained_levels(backend, n)
-        if len(set(attained)) < len(attained):
+        if len(set(attained)) < len(set(self.levels)):
             raise ArgumentError(
                 f"noise_levels={list(self.levels)} become {attained} on this circuit, which has too few "
                 "gates to fold. Use levels that are further apart, or scaling='local'."
@@ -240,10 +240,14 @@ class CircuitMitigation:
                 )
             )
         rows = self.combine_results(backend, running, counts, errors)
+        shots_at = dict.fromkeys(self.levels, 0)
+        for level, level_shots in zip(self.levels, shots_by_level, strict=True):
+            shots_at[level] += level_shots  # a level may be measured more than once
         diagnostics = {
             **variants[0].diagnostics(variants[0].transpiled(n), request),
             "mitigation": self.name,
-            "shots_by_level": dict(zip(self.levels, shots_by_level, strict=True)),
+            "shots_by_level": shots_at,
+            "attained_levels": tuple(attained),
         }
         all_counts = sum_by_key(torch.stack(counts).sum(0), register_keys(variants[0], n), running > 0)
         return finish_request(request, all_counts, rows, diagnostics)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..circuits.base import walsh_hadamard
 from ..errors import ShapeError
-from .inference import ZeroNoiseEstimate, ZeroNoiseInference
+from .inference import ZeroNoiseEstimate, ZeroNoiseInference, as_values
 from .zne import ZeroNoiseExtrapolation
 
 MIN_SURVIVAL, MAX_SURVIVAL = 0.05, 1.0
@@ -93,7 +93,9 @@ class SharedDecay(ZeroNoiseInference):
             As `ZeroNoiseExtrapolation.extrapolate`; also if values are not rows of 2^bits numbers.
         """
         richardson = self._richardson.extrapolate(values, std_errors, levels=levels)
-        n = values[0].shape[-1]
+        values = [as_values("values", x) for x in values]
+        std_errors = None if std_errors is None else [as_values("std_errors", x) for x in std_errors]
+        n = values[0].shape[-1] if values[0].ndim else 0
         if values[0].ndim != 2 or n & (n - 1):
             raise ShapeError(
                 f"values has shape {tuple(values[0].shape)}; it must be (R, 2^bits) at each level."

@@ -6,9 +6,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from scipy import stats
 from torch import Tensor
+
+from ..errors import ArgumentError
 
 MIN_SURVIVAL = 0.05
 """Least share of the value at noise 0 that is left at the lowest level; less is believed only of values that
@@ -78,7 +81,12 @@ def fit_exponential(values: Tensor, std_errors: Tensor, levels: Sequence[float])
     std_errors : Tensor, float64, (levels, K)
         Those of the values; 0 is taken as a billionth of the number's largest value.
     levels : sequence of float
-        Noise levels that differ, >= 0.
+        Noise levels, >= 0, of which two differ.
+
+    Raises
+    ------
+    ArgumentError
+        If a standard error is negative.
 
     Examples
     --------
@@ -88,7 +96,9 @@ def fit_exponential(values: Tensor, std_errors: Tensor, levels: Sequence[float])
     >>> round(float(fit.amplitude), 6), round(float(fit.std_error), 3)
     (0.8, 0.022)
     """
-    x = torch.tensor(levels, dtype=torch.float64, device=values.device)
+    if bool((std_errors < 0).any()):
+        raise ArgumentError("std_errors holds a negative number; standard errors must be >= 0.")
+    x = torch.as_tensor(np.asarray(levels, dtype=float), device=values.device)
     smallest = (1e-9 * values.abs().amax(0)).clamp_min(1e-100)
     std_errors = torch.maximum(std_errors, smallest)
     parts = [

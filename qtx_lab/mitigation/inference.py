@@ -14,6 +14,9 @@ from torch import Tensor
 
 from ..errors import ArgumentError, DtypeError
 
+Values = Tensor | np.ndarray | np.floating | float
+"""What is measured at one noise level: an array of floating-point numbers, or a plain number."""
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ZeroNoiseEstimate:
@@ -27,7 +30,7 @@ class ZeroNoiseEstimate:
         Standard error of each number, from the standard errors at the noise levels; None if those are
         unknown. It does not contain the bias that is left where the model of the noise is wrong.
     weights : Tensor, float64, (levels,)
-        Weight of each level's values; for "exponential", of their logarithms.
+        Weight of each level's values; for "exponential", of equally weighted logarithms.
     fallbacks : tuple of str
         What was done in another way than asked, and why.
     degrees_of_freedom : float or Tensor, float64, (...)
@@ -66,6 +69,24 @@ class ZeroNoiseEstimate:
             )
         t = torch.as_tensor(stats.t.ppf((1 + level) / 2, self.degrees_of_freedom)).to(self.std_error)
         return self.output - t * self.std_error, self.output + t * self.std_error
+
+
+def as_values(argument: str, x: Values) -> Tensor:
+    """Return what one noise level gave as a floating-point tensor; plain numbers are float64.
+
+    Raises
+    ------
+    DtypeError
+        If it is neither a number nor an array of floating-point numbers.
+    """
+    if isinstance(x, float | int) and not isinstance(x, bool):
+        return torch.tensor(x, dtype=torch.float64)
+    if isinstance(x, np.ndarray | np.generic) and x.dtype.kind == "f":
+        return torch.from_numpy(np.array(x))
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        given = x.dtype if isinstance(x, Tensor | np.ndarray | np.generic) else type(x).__name__
+        raise DtypeError(f"{argument} holds {given}; it must hold floating-point tensors or numbers.")
+    return x
 
 
 class ZeroNoiseInference(ABC):
@@ -157,18 +178,28 @@ class ZeroNoiseInference(ABC):
         return self.extrapolate(values, std_errors, levels=levels)
 
 
-def check_noise_levels(levels: object) -> tuple[float, ...]:
+def check_noise_levels(levels: object, min_distinct: int | None = None) -> tuple[float, ...]:
     """Check noise levels, and return them as a tuple.
+
+    Parameters
+    ----------
+    levels : sequence of float
+    min_distinct : int, optional
+        How many levels must differ; a level may be there more than once, to be measured as often. If None,
+        all must differ, and there must be two.
 
     Raises
     ------
     DtypeError
         If they are not a sequence of numbers.
     ArgumentError
-        If a level is negative, not finite or there twice, or if there are fewer than two.
+        If a level is negative or not finite, or if too few levels differ.
     """
-    if not isinstance(levels, Sequence | np.ndarray | Tensor) or isinstance(levels, str):
+    arrays = np.ndarray | Tensor
+    if not isinstance(levels, Sequence | arrays) or isinstance(levels, str | bytes):
         raise DtypeError(f"noise_levels={levels!r} is not allowed: it must be a sequence of numbers.")
+    if isinstance(levels, arrays) and levels.ndim != 1:
+        raise DtypeError(f"noise_levels has {levels.ndim} dimensions; it must be a sequence of numbers.")
     checked: list[float] = []
     for level in levels.tolist() if isinstance(levels, np.ndarray | Tensor) else levels:
         if isinstance(level, bool) or not isinstance(level, int | float | np.number):
@@ -176,8 +207,12 @@ def check_noise_levels(levels: object) -> tuple[float, ...]:
         if not math.isfinite(level) or level < 0:
             raise ArgumentError(f"noise_levels holds {level!r}; levels must be finite and >= 0.")
         checked.append(float(level))
-    if len(set(checked)) < len(checked):
-        raise ArgumentError(f"noise_levels={checked} holds a level twice; levels must differ.")
-    if len(checked) < 2:
-        raise ArgumentError(f"noise_levels has {len(checked)} levels; at least 2 are needed.")
+    distinct, needed = len(set(checked)), 2 if min_distinct is None else min_distinct
+    if distinct < len(checked) and (min_distinct is None or distinct < needed):
+        raise ArgumentError(
+            f"noise_levels={checked} holds a level twice; "
+            + ("levels must differ." if min_distinct is None else f"at least {needed} must differ.")
+        )
+    if distinct < needed:
+        raise ArgumentError(f"noise_levels has {distinct} levels; at least {needed} are needed.")
     return tuple(checked)

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..backends import QiskitQuantumBackend
 from ..backends.requests import CalibrationRequest
 from ..circuits.base import unpack_values
-from ..errors import ArgumentError, BackendUnavailable, StorageError
+from ..errors import ArgumentError, BackendUnavailable, ShapeError, StorageError
 from ..storage import runs_home, write_atomic
 from .register import RegisterEstimate
 
@@ -30,6 +30,9 @@ CALIBRATION_SHOTS = 1 << 17
 
 MIN_CONTRAST = 0.02
 """Least difference of the probabilities to read 1 from a qubit in the states 1 and 0."""
+
+SINGULAR_CONTRAST = 1e-6
+"""Below this the matrix of a bit's errors counts as one without an inverse."""
 
 
 def readout_errors(backend: QiskitQuantumBackend, n: int, *, seed: int = 0) -> Tensor:
@@ -108,15 +111,24 @@ def undo_readout(shares: Tensor, errors: Tensor) -> Tensor:
 
     Parameters
     ----------
-    shares : Tensor, float64, (R, 2^bits)
-        Shares of the values that were read.
-    errors : Tensor, float64, (bits, 2, 2)
+    shares : Tensor, (..., 2^bits)
+        Shares of the values that were read, or counts.
+    errors : Tensor, (bits, 2, 2)
         Readout errors, as `readout_errors` returns them.
 
     Returns
     -------
-    Tensor, float64, (R, 2^bits)
-        Quasi-probabilities. They have the same sum as `shares`; some may be negative.
+    Tensor, (..., 2^bits)
+        Quasi-probabilities. They have the same sum as `shares`; some may be negative. They are float64 if
+        `shares` or `errors` are.
+
+    Raises
+    ------
+    ShapeError
+        If errors are not (bits, 2, 2), or shares not (..., 2^bits).
+    ArgumentError
+        If shares hold NaN or infinity, if errors are no probabilities that sum to 1 for each true value, or
+        if a bit reads the same whatever its qubit is: then the matrix of its errors has no inverse.
 
     Source: Bravyi, Sheldon, Kandala, McKay and Gambetta, Mitigating measurement errors in multiqubit
     experiments (2021), the tensor product model.
@@ -127,7 +139,18 @@ def undo_readout(shares: Tensor, errors: Tensor) -> Tensor:
     >>> undo_readout(torch.tensor([[0.5625, 0.4375]]), errors)
     tensor([[0.5000, 0.5000]])
     """
-    return _apply_to_bits(torch.linalg.inv(errors.mT), shares)
+    errors, shares = _checked_errors(errors), torch.as_tensor(shares)
+    shares = shares.double() if not shares.is_floating_point() else shares
+    if shares.ndim < 1 or shares.shape[-1] != 1 << len(errors):
+        raise ShapeError(
+            f"shares has shape {tuple(shares.shape)}; it must be (..., {1 << len(errors)}), because errors "
+            f"has {len(errors)} bits."
+        )
+    if not bool(shares.isfinite().all()):
+        raise ArgumentError("shares holds NaN or infinity; it must be finite.")
+    dtype = torch.promote_types(shares.dtype, errors.dtype)
+    rows = shares.to(dtype).reshape(-1, shares.shape[-1])
+    return _apply_to_bits(torch.linalg.inv(errors.to(dtype).mT), rows).view(shares.shape)
 
 
 def estimate_register(
@@ -150,6 +173,7 @@ def estimate_register(
         Variances count one more shot for and against each value (Laplace's rule), because a value that no
         shot read is not known to be impossible.
     """
+    errors = None if errors is None else _checked_errors(errors)
     if errors is not None and feeds_forward:
         return _undo_bit_by_bit(counts, errors)
     shots = counts.sum(-1, keepdim=True).double()
@@ -205,6 +229,27 @@ def _apply_to_bits(matrices: Tensor, x: Tensor) -> Tensor:
         axis = bits - bit  # the highest bit comes first
         y = torch.tensordot(y, matrices[bit], dims=([axis], [1])).movedim(-1, axis)
     return y.reshape(len(x), -1)
+
+
+def _checked_errors(errors: Tensor) -> Tensor:
+    """Readout errors (bits, 2, 2) as floating-point numbers, or an error if they cannot be undone."""
+    errors = torch.as_tensor(errors)
+    if errors.ndim != 3 or errors.shape[1:] != (2, 2):
+        raise ShapeError(f"errors has shape {tuple(errors.shape)}; it must be (bits, 2, 2).")
+    errors = errors if errors.is_floating_point() else errors.double()
+    if not bool(((errors >= 0) & (errors <= 1)).all()) or bool(((errors.sum(-1) - 1).abs() > 1e-4).any()):
+        raise ArgumentError(
+            "errors holds numbers that are not allowed: P(read | true) must be from 0 to 1 and sum to 1 for "
+            "each true value."
+        )
+    contrast = errors[:, 0, 0] + errors[:, 1, 1] - 1
+    if bool((contrast.abs() < SINGULAR_CONTRAST).any()):
+        bit = int(contrast.abs().argmin())
+        raise ArgumentError(
+            f"errors cannot be undone: bit {bit} reads the same whatever its qubit is (its matrix has no "
+            "inverse)."
+        )
+    return errors
 
 
 def _check_contrast(errors: Tensor, device: str) -> None:

@@ -7,13 +7,13 @@ transpile undoes it. That is why circuits are folded here.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from qiskit import QuantumCircuit
-from qiskit.circuit import CircuitInstruction, ControlFlowOp
-from qiskit.circuit.library import RZGate, SXGate
+from qiskit.circuit import CircuitError, CircuitInstruction, ControlFlowOp
+from qiskit.circuit.library import RZGate
 
 from ..backends import QiskitQuantumBackend
 from ..backends.aer import AerEngine
@@ -28,9 +28,13 @@ FOLDINGS = ("two-qubit", "local", "global")
 SCALINGS = ("model", *FOLDINGS)
 """Ways to scale the noise of a backend; see `scale_noise`."""
 
-SELF_INVERSE_GATES = ("x", "y", "z", "h", "cx", "cy", "cz", "ecr", "swap", "id")
-ROTATION_GATES = ("rx", "ry", "rz", "p", "rxx", "ryy", "rzz")
-NOISELESS_GATES = ("rz", "p", "z", "barrier", "delay", "id")
+INVERSE_BETWEEN_Z = ("sx", "sxdg")
+"""Gates G with G⁻¹ = Z G Z up to a phase."""
+
+INVERSE_BEFORE_ZZ = ("iswap",)
+"""Gates G with G⁻¹ = (Z ⊗ Z) G."""
+
+NOISELESS_GATES = ("rz", "p", "z", "barrier", "delay", "id", "global_phase")
 """Instructions that are not folded, because they are done in software or do nothing."""
 
 
@@ -105,7 +109,7 @@ class FoldedEngine(Engine):
 
     def identity(self) -> str:
         """Return what a transpiled circuit depends on, with the folding; see `Engine.identity`."""
-        return f"{self._engine.identity()} folded {self._how} {self._level!r}"
+        return f"{self._engine.identity()} folded by calibrated errors {self._how} {self._level!r}"
 
     def facts(self) -> dict[str, Any]:
         """Return the diagnostics of the engine and of the folding; see `Engine.facts`."""
@@ -113,7 +117,8 @@ class FoldedEngine(Engine):
 
     def transpile(self, circuit: QuantumCircuit, level: int) -> QuantumCircuit:
         """Transpile a circuit, then fold it; `level` is the optimisation level. See `Engine.transpile`."""
-        return fold(self._engine.transpile(circuit, level), self._level, self._how)
+        transpiled = self._engine.transpile(circuit, level)
+        return fold(transpiled, self._level, self._how, errors=_gate_errors(self._engine, transpiled))
 
     def errors(self, circuit: QuantumCircuit) -> list[float]:
         """Return the calibrated errors of a circuit; see `Engine.errors`."""
@@ -162,12 +167,17 @@ class FoldedEngine(Engine):
         return self._engine.jobs()
 
 
-def fold(circuit: QuantumCircuit, level: float, how: str = "two-qubit") -> QuantumCircuit:
+def fold(
+    circuit: QuantumCircuit, level: float, how: str = "two-qubit", *, errors: Sequence[float] | None = None
+) -> QuantumCircuit:
     """Build a circuit that does the same with `level` times the gates.
 
     Barriers keep the added gates apart, so that no compiler undoes them. For a level between two odd numbers
-    some gates are folded once more than others, evenly spread over the circuit. The level that is attained, 1
-    + 2 folds / gates, is in the result's `metadata["noise_level"]`.
+    some gates are folded once more than others. They are spread evenly over the gates of two or more qubits
+    and, apart from these, over those of one qubit, so that either kind has `level` times the gates as nearly
+    as whole gates allow. The level that is attained is in the result's `metadata["noise_level"]`: the sum of
+    the errors of all foldable gates over that before folding, or the ratio of the numbers of gates where
+    errors are not given.
 
     Parameters
     ----------
@@ -176,9 +186,11 @@ def fold(circuit: QuantumCircuit, level: float, how: str = "two-qubit") -> Quant
     level : float
         Noise level, >= 1.
     how : str
-        "two-qubit" replaces two-qubit gates G, which have most of the errors, by G (G⁻¹ G)^k. "local" does so
-        for all gates but those that are done in software. "global" replaces the whole circuit U by U (U⁻¹
-        U)^k, and folds its last gates for what is left of the level.
+        "two-qubit" replaces gates G of two or more qubits, which have most of the errors, by G (G⁻¹ G)^k.
+        "local" does so for all gates but those that are done in software. "global" replaces the whole circuit
+        U by U (U⁻¹ U)^k, and folds its last gates for what is left of the level.
+    errors : sequence of float, optional
+        Calibrated error of each instruction in `circuit.data`, as a device reports them: 0 for those without.
 
     Returns
     -------
@@ -188,7 +200,8 @@ def fold(circuit: QuantumCircuit, level: float, how: str = "two-qubit") -> Quant
     ------
     ArgumentError
         If `how` is unknown; if level is below 1; if the circuit measures, resets or tests bits before its
-        end, which cannot be undone; if it has a gate whose inverse may be no gate of the device.
+        end, which cannot be undone; if it has an instruction without a known inverse; if errors are negative
+        or not one for each instruction.
     DtypeError
         If circuit is not a QuantumCircuit, or level is not a number.
 
@@ -211,22 +224,26 @@ def fold(circuit: QuantumCircuit, level: float, how: str = "two-qubit") -> Quant
             f"{circuit.name} measures or tests bits before its end, which cannot be undone, so it is not "
             "folded: use another loader, as 'tree', or scale the noise model of a simulator (how='model')."
         )
-    body = [i for i in circuit.data if i.operation.name != "measure"]
-    measurements = [i for i in circuit.data if i.operation.name == "measure"]
+    error_of = _checked_errors(circuit, errors)
+    body = [(i, e) for i, e in zip(circuit.data, error_of, strict=True) if i.operation.name != "measure"]
+    instructions = [i for i, _ in body]
     foldable = [
         place
-        for place, i in enumerate(body)
-        if i.operation.name not in NOISELESS_GATES and (how != "two-qubit" or len(i.qubits) == 2)
+        for place, i in enumerate(instructions)
+        if i.operation.name not in NOISELESS_GATES and (how != "two-qubit" or len(i.qubits) > 1)
     ]
-    folds = round(len(foldable) * (level - 1) / 2)
+    weights = np.array([body[place][1] for place in foldable])
+    if not weights.sum() > 0:  # nothing is known of their errors
+        weights = np.ones(len(foldable))
     folded = circuit.copy_empty_like()
     if how == "global":
-        _fold_whole(folded, body, foldable, folds)
+        times = _fold_whole(folded, instructions, foldable, weights, level)
     else:
-        _fold_gates(folded, body, foldable, folds)
-    for instruction in measurements:
-        folded.append(instruction)
-    attained = 1 + 2 * folds / len(foldable) if foldable else 1.0
+        times = _fold_gates(folded, instructions, foldable, level)
+    for instruction in circuit.data:
+        if instruction.operation.name == "measure":
+            folded.append(instruction)
+    attained = 1 + 2 * float(weights @ times) / float(weights.sum()) if foldable else 1.0
     folded.metadata = {**(circuit.metadata or {}), "noise_level": attained}
     return folded
 
@@ -254,58 +271,121 @@ def is_static(circuit: QuantumCircuit) -> bool:
     return True
 
 
+def _checked_errors(circuit: QuantumCircuit, errors: Sequence[float] | None) -> np.ndarray:
+    """The error of each instruction of a circuit; zeros where none are given."""
+    if errors is None:
+        return np.zeros(len(circuit.data))
+    try:
+        given = np.asarray(errors, dtype=float)
+    except (TypeError, ValueError):
+        raise DtypeError(f"errors={errors!r} is not allowed: it must be a sequence of numbers.") from None
+    if given.shape != (len(circuit.data),) or not np.isfinite(given).all() or (given < 0).any():
+        raise ArgumentError(
+            f"errors is not allowed: it must hold a finite number >= 0 for each of the {len(circuit.data)} "
+            "instructions of the circuit."
+        )
+    return given
+
+
+def _gate_errors(engine: Engine, circuit: QuantumCircuit) -> list[float]:
+    """Calibrated error of each instruction of a transpiled circuit that is measured at its end; 0 if none."""
+    known: dict[tuple[str, tuple[int, ...]], float] = {}
+    errors = []
+    for instruction in circuit.data if is_static(circuit) else ():
+        key = instruction.operation.name, tuple(circuit.find_bit(q).index for q in instruction.qubits)
+        if key not in known:
+            alone = circuit.copy_empty_like()
+            alone.append(instruction)
+            known[key] = sum(engine.errors(alone))
+        errors.append(known[key])
+    return errors
+
+
 def _fold_gates(
-    folded: QuantumCircuit, body: list[CircuitInstruction], foldable: list[int], folds: int
-) -> None:
-    """Append the instructions, with `folds` foldings spread evenly over those at the foldable places."""
-    count = len(foldable)
-    # Gate i of G is folded floor((i + 1) F / G) - floor(i F / G) times, which is F times in all.
-    times = {place: (i + 1) * folds // count - i * folds // count for i, place in enumerate(foldable)}
+    folded: QuantumCircuit, body: list[CircuitInstruction], foldable: list[int], level: float
+) -> np.ndarray:
+    """Append the instructions, those at the foldable places folded; return how often each of these was."""
+    several = [i for i, place in enumerate(foldable) if len(body[place].qubits) > 1]
+    single = [i for i, place in enumerate(foldable) if len(body[place].qubits) == 1]
+    of_several = round(len(several) * (level - 1) / 2)
+    of_single = round(len(foldable) * (level - 1) / 2) - of_several
+    times = np.zeros(len(foldable), dtype=int)
+    for gates, folds in ((several, of_several), (single, of_single)):
+        # Gate i of G is folded floor((i + 1) F / G) - floor(i F / G) times, which is F times in all.
+        ends = np.arange(len(gates) + 1) * folds // max(len(gates), 1)
+        times[gates] = np.diff(ends)
+    times_at = dict(zip(foldable, times.tolist(), strict=True))
     for place, instruction in enumerate(body):
         folded.append(instruction)
-        for _ in range(times.get(place, 0)):
-            for gates in (list(_inverse(instruction)), [instruction]):
+        for _ in range(times_at.get(place, 0)):
+            for part in (_inverse(instruction), (instruction,)):
                 folded.barrier(instruction.qubits)
-                for gate in gates:
-                    folded.append(gate)
-        if times.get(place, 0):
+                _append(folded, part)
+        if times_at.get(place, 0):
             folded.barrier(instruction.qubits)
+    return times
 
 
 def _fold_whole(
-    folded: QuantumCircuit, body: list[CircuitInstruction], foldable: list[int], folds: int
-) -> None:
-    """Append the instructions, then fold all of them, and the last ones for what is left of `folds`."""
-    whole, rest = divmod(folds, len(foldable)) if foldable else (0, 0)
-    starts = [0] * whole + ([foldable[-rest]] if rest else [])
-    for instruction in body:
-        folded.append(instruction)
+    folded: QuantumCircuit,
+    body: list[CircuitInstruction],
+    foldable: list[int],
+    weights: np.ndarray,
+    level: float,
+) -> np.ndarray:
+    """Append the instructions, fold all of them, and the last ones for what is left of the level.
+
+    Returns how often each instruction at the foldable places was folded.
+    """
+    if not foldable:
+        _append(folded, body)
+        return np.zeros(0, dtype=int)
+    whole = int((level - 1) // 2)
+    left = (level - 1) / 2 - whole
+    shares = np.append(np.cumsum(weights[::-1])[::-1], 0.0) / weights.sum()  # of the gates from each one on
+    first = int(np.abs(shares - left).argmin())
+    starts = [0] * whole + ([foldable[first]] if first < len(foldable) else [])
+    _append(folded, body)
     for start in starts:
         folded.barrier()
         for instruction in reversed(body[start:]):
-            for gate in _inverse(instruction):
-                folded.append(gate)
+            _append(folded, _inverse(instruction))
         folded.barrier()
-        for instruction in body[start:]:
-            folded.append(instruction)
+        _append(folded, body[start:])
     if starts:
         folded.barrier()
+    return whole + (np.arange(len(foldable)) >= first).astype(int)
+
+
+def _append(circuit: QuantumCircuit, instructions: Iterable[CircuitInstruction]) -> None:
+    for instruction in instructions:
+        circuit.append(instruction)
 
 
 def _inverse(instruction: CircuitInstruction) -> Iterator[CircuitInstruction]:
-    """Yield the inverse in gates that the device has, up to a phase: SX⁻¹ = Z SX Z, with Z = RZ(π)."""
-    operation = instruction.operation
-    if operation.name in SELF_INVERSE_GATES or operation.name == "barrier":
+    """Yield the inverse, up to a phase, where possible in gates of a device that has the gate itself and RZ.
+
+    These are the gate itself where it is its own inverse; SX⁻¹ = Z SX Z and iSWAP⁻¹ = (Z ⊗ Z) iSWAP, with Z =
+    RZ(π); and rotations by the opposite angles. Other gates have the inverse that qiskit knows.
+    """
+    operation, qubits = instruction.operation, instruction.qubits
+    if operation.name in ("barrier", "delay"):
         yield instruction
-    elif operation.name == "sx":
-        for gate in (RZGate(math.pi), SXGate(), RZGate(math.pi)):
-            yield CircuitInstruction(gate, instruction.qubits)
-    elif operation.name in ROTATION_GATES:
-        yield CircuitInstruction(operation.inverse(), instruction.qubits)
+    elif operation.name in INVERSE_BETWEEN_Z:
+        flip = CircuitInstruction(RZGate(math.pi), qubits)
+        yield from (flip, instruction, flip)
+    elif operation.name in INVERSE_BEFORE_ZZ:
+        yield instruction
+        for qubit in qubits:
+            yield CircuitInstruction(RZGate(math.pi), (qubit,))
     else:
-        raise ArgumentError(
-            f"The gate {operation.name!r} is not folded, because its inverse may be no gate of the device."
-        )
+        try:
+            inverse = operation.inverse()
+        except CircuitError as error:
+            raise ArgumentError(
+                f"The instruction {operation.name!r} is not folded, because it has no known inverse: {error}"
+            ) from None
+        yield instruction if inverse == operation else CircuitInstruction(inverse, qubits)
 
 
 def _check_level(level: float, least: float) -> None:

@@ -15,10 +15,13 @@ from torch import Tensor
 from ..checks import check_count
 from ..errors import ArgumentError, DtypeError, FallbackWarning, ShapeError, unknown_name
 from .exponential import MIN_SURVIVAL, fit_exponential
-from .inference import ZeroNoiseEstimate, ZeroNoiseInference, check_noise_levels
+from .inference import Values, ZeroNoiseEstimate, ZeroNoiseInference, as_values, check_noise_levels
 
 METHODS = ("richardson", "linear", "polynomial", "exponential")
 """Names of the curves."""
+
+WEIGHT_SUM_TOLERANCE = 1e-4
+"""By how much weights may miss the sum 1, because they are rounded."""
 
 
 @runtime_checkable
@@ -53,7 +56,8 @@ class ZeroNoiseExtrapolation(ZeroNoiseInference):
     least-squares fit of the values, whose error bars are those of its likelihood (`fit_exponential`): values
     within their errors of A have little to say, and the error bar is as wide as what they leave open, as far
     as at least 5 % of the value at noise 0 is left at the lowest level. Without standard errors it is a
-    least-squares line through log |y - A|.
+    weighted least-squares line through log |y - A|: the error of a share of shots grows as its root, so that
+    of the logarithm is 1 / sqrt|y - A|, and the weights in the sum of squares are |y - A|, as in mitiq.
 
     Sources: Temme, Bravyi and Gambetta, Error mitigation for short-depth quantum circuits (2017);
     Giurgica-Tiron, Hindy, LaRose, Mari and Zeng, Digital zero noise extrapolation for quantum error
@@ -62,8 +66,9 @@ class ZeroNoiseExtrapolation(ZeroNoiseInference):
     Parameters
     ----------
     noise_levels : sequence of float
-        Levels that differ, finite and >= 0. Where circuits are folded, 1 is the device's own noise. A level
-        of 0 is the answer itself: it is allowed on simulators, with a warning.
+        Levels, finite and >= 0. Where circuits are folded, 1 is the device's own noise. A level of 0 is the
+        answer itself: it is allowed on simulators, with a warning. A level that is there more than once is
+        measured as often; "richardson" needs levels that all differ.
     method : str
         One of `METHODS`.
     degree : int
@@ -75,8 +80,8 @@ class ZeroNoiseExtrapolation(ZeroNoiseInference):
     Raises
     ------
     ArgumentError, DtypeError
-        If the method is unknown, if levels are negative, equal, not finite or too few for it, or if degree or
-        asymptote is not allowed.
+        If the method is unknown, if levels are negative, not finite or too few for it, if they leave its
+        weights without digits, or if degree or asymptote is not allowed.
 
     Examples
     --------
@@ -98,12 +103,13 @@ class ZeroNoiseExtrapolation(ZeroNoiseInference):
         if method not in METHODS:
             raise unknown_name("method", method, METHODS)
         check_count("degree", degree)
-        levels = check_noise_levels(noise_levels)
+        levels = check_noise_levels(noise_levels, None if method == "richardson" else 2)
         least = degree + 1 if method == "polynomial" else 2
-        if len(levels) < least:
+        if len(set(levels)) < least:
             of_degree = f" of degree {degree}" if method == "polynomial" else ""
             raise ArgumentError(
-                f"noise_levels has {len(levels)} levels; {method!r}{of_degree} needs at least {least}."
+                f"noise_levels has {len(set(levels))} levels that differ; {method!r}{of_degree} needs at "
+                f"least {least}."
             )
         if not isinstance(asymptote, int | float | Tensor) or isinstance(asymptote, bool):
             raise DtypeError(f"asymptote is a {type(asymptote).__name__}; it must be a number or a Tensor.")
@@ -111,13 +117,18 @@ class ZeroNoiseExtrapolation(ZeroNoiseInference):
             raise ArgumentError("asymptote holds NaN or infinity; it must be finite.")
         self.noise_levels, self.method, self.degree, self.asymptote = levels, method, degree, asymptote
         self.keeps_total = method != "exponential"
+        self.weights_at(levels)  # refuses levels that leave it no digits
 
     def __repr__(self) -> str:
         return f"ZeroNoiseExtrapolation({list(self.noise_levels)}, {self.method!r})"
 
     @property
     def weights(self) -> Tensor:
-        """Weight w of each level, float64, (levels,); for "exponential", of the logarithms. They sum to 1."""
+        """Weight w of each level, float64, (levels,), which sum to 1.
+
+        For "exponential", whose estimate is no weighted sum, those of the line through equally weighted
+        logarithms.
+        """
         return self.weights_at(self.noise_levels)
 
     def weights_at(self, levels: Sequence[float]) -> Tensor:
@@ -131,14 +142,26 @@ class ZeroNoiseExtrapolation(ZeroNoiseInference):
         Returns
         -------
         Tensor, float64, (levels,)
+            They sum to 1.
+
+        Raises
+        ------
+        ArgumentError, DtypeError
+            If there are not as many levels, if they are not allowed for the method, or if they lie so close
+            together, or so far apart, that the weights would have no digits.
         """
-        levels = check_noise_levels(levels)
-        degree = {"richardson": len(levels) - 1, "polynomial": self.degree}.get(self.method, 1)
-        if degree == len(levels) - 1:
+        degree = {"richardson": len(self.noise_levels) - 1, "polynomial": self.degree}.get(self.method, 1)
+        levels = check_noise_levels(levels, None if self.method == "richardson" else degree + 1)
+        if len(levels) != len(self.noise_levels):
+            raise ArgumentError(
+                f"levels has {len(levels)} numbers; there are {len(self.noise_levels)} noise levels."
+            )
+        if degree == len(set(levels)) - 1 == len(levels) - 1:
             # The closed form; solving a linear system would lose digits where levels are close.
             x = np.array(levels)
             others = [np.delete(x, i) for i in range(len(x))]
-            w = np.array([np.prod(x_k / (x_k - x_l)) for x_k, x_l in zip(others, x, strict=True)])
+            with np.errstate(all="ignore"):  # what overflows is refused below
+                w = np.array([np.prod(x_k / (x_k - x_l)) for x_k, x_l in zip(others, x, strict=True)])
         else:
             # Least squares in orthogonal polynomials on [-1, 1], evaluated where level 0 lies. This keeps the
             # digits where levels are close.
@@ -146,6 +169,12 @@ class ZeroNoiseExtrapolation(ZeroNoiseInference):
             basis = np.polynomial.legendre.legvander((np.array(levels) - middle) / half, degree)
             basis_at_zero = np.polynomial.legendre.legvander(np.array([-middle / half]), degree)
             w = (basis_at_zero @ np.linalg.pinv(basis))[0]
+        if not abs(w.sum() - 1) <= WEIGHT_SUM_TOLERANCE:
+            raise ArgumentError(
+                f"noise_levels={list(levels)} is not allowed: the weights of {self.method!r} would sum to "
+                f"{w.sum():.6g} and not to 1, because they lose their digits. Use fewer levels that are "
+                "further apart, or another method."
+            )
         return torch.from_numpy(w)
 
     @property
@@ -198,8 +227,8 @@ class ZeroNoiseExtrapolation(ZeroNoiseInference):
 
     def extrapolate(
         self,
-        values: Sequence[Tensor] | Tensor,
-        std_errors: Sequence[Tensor] | Tensor | None = None,
+        values: Sequence[Values] | Tensor | np.ndarray,
+        std_errors: Sequence[Values] | Tensor | np.ndarray | None = None,
         *,
         levels: Sequence[float] | None = None,
         degrees_of_freedom: Sequence[float | Tensor] | None = None,
@@ -250,8 +279,8 @@ class ZeroNoiseExtrapolation(ZeroNoiseInference):
 
     def _extrapolate(
         self,
-        values: Sequence[Tensor] | Tensor,
-        std_errors: Sequence[Tensor] | Tensor | None,
+        values: Sequence[Values] | Tensor | np.ndarray,
+        std_errors: Sequence[Values] | Tensor | np.ndarray | None,
         levels: Sequence[float] | None,
         degrees_of_freedom: Sequence[float | Tensor] | None,
     ) -> ZeroNoiseEstimate:
@@ -264,10 +293,8 @@ class ZeroNoiseExtrapolation(ZeroNoiseInference):
                 f"std_errors has shape {tuple(sigma.shape)} and values have {tuple(y.shape)}; they must be "
                 "the same."
             )
-        dtype = values[0].dtype
+        dtype = as_values("values", values[0]).dtype
         weights = self.weights if levels is None else self.weights_at(levels)
-        if len(weights) != len(y):
-            raise ArgumentError(f"levels has {len(weights)} numbers; there are {len(y)} noise levels.")
         w = weights.to(y.device).view(-1, *[1] * (y.ndim - 1))
         if self.method == "exponential":
             fit = self._fit_exponential(y, sigma, w, self.noise_levels if levels is None else levels)
@@ -290,10 +317,12 @@ class ZeroNoiseExtrapolation(ZeroNoiseInference):
         above = y - asymptote
         on_one_side = (above > 0).all(0) | (above < 0).all(0)
         if sigma is None:
-            logarithms = above.where(on_one_side, torch.ones_like(above)).abs().log()
-            amplitude = (w * logarithms).sum(0).exp() * above[0].sign()
+            size = above.where(on_one_side, torch.ones_like(above)).abs()
+            amplitude = _amplitude_by_logarithms(size, levels) * above[0].sign()
             std_error = None
-            believed = on_one_side & (amplitude.abs() * MIN_SURVIVAL <= above.abs().amax(0))
+            # A value that lies on the asymptote has no weight, but its logarithm tells that it lies there.
+            through_all = (w * size.log()).sum(0).exp()
+            believed = on_one_side & (through_all * MIN_SURVIVAL <= above.abs().amax(0))
         else:
             fit = fit_exponential(above.reshape(len(y), -1), sigma.reshape(len(y), -1), levels)
             shape = y.shape[1:]
@@ -388,23 +417,23 @@ class ZeroNoiseExtrapolation(ZeroNoiseInference):
         _warn_of(estimate.fallbacks)
         return estimate if estimates else estimate.output
 
-    def _stack(self, argument: str, values: Sequence[Tensor] | Tensor) -> Tensor:
-        """Check the tensors of the levels, and return them as one, float64, (levels, ...)."""
-        if not isinstance(values, Tensor | list | tuple):
+    def _stack(self, argument: str, values: Sequence[Values] | Tensor | np.ndarray) -> Tensor:
+        """Check the values of the levels, and return them as one tensor, float64, (levels, ...)."""
+        if not isinstance(values, Tensor | np.ndarray | list | tuple):
             raise DtypeError(
                 f"{argument} is a {type(values).__name__}; it must be a Tensor or a list of Tensors."
             )
-        if len(values) != len(self.noise_levels):
+        count = len(values) if not isinstance(values, Tensor | np.ndarray) or values.ndim else 0
+        if count != len(self.noise_levels):
             raise ShapeError(
-                f"{argument} has {len(values)} entries; there are {len(self.noise_levels)} noise levels."
+                f"{argument} has {count} entries; there are {len(self.noise_levels)} noise levels."
             )
-        for x in values:
-            if not isinstance(x, Tensor) or not x.is_floating_point():
-                given = x.dtype if isinstance(x, Tensor) else type(x).__name__
-                raise DtypeError(f"{argument} holds {given}; it must hold floating-point tensors.")
-        if len({x.shape for x in values}) > 1:
-            raise ShapeError(f"{argument} has shapes {[tuple(x.shape) for x in values]}; they must be equal.")
-        stacked = torch.stack([x.double() for x in values])
+        tensors = [as_values(argument, x) for x in values]
+        if len({x.shape for x in tensors}) > 1:
+            raise ShapeError(
+                f"{argument} has shapes {[tuple(x.shape) for x in tensors]}; they must be equal."
+            )
+        stacked = torch.stack([x.double() for x in tensors])
         if not bool(stacked.isfinite().all()):
             raise ArgumentError(f"{argument} holds NaN or infinity; it must be finite.")
         return stacked
@@ -417,6 +446,17 @@ class _Fit:
     value: Tensor
     std_error: Tensor | None
     fallbacks: tuple[str, ...] = ()
+
+
+def _amplitude_by_logarithms(above: Tensor, levels: Sequence[float]) -> Tensor:
+    """B of B e^(-c x) from positive values (levels, ...): a line through logarithms, with the weights y."""
+    x = torch.as_tensor(np.asarray(levels, dtype=float), device=above.device)
+    x = x.view(-1, *[1] * (above.ndim - 1))
+    logarithms, weight = above.log(), above / above.sum(0)
+    x_mean, log_mean = (weight * x).sum(0), (weight * logarithms).sum(0)
+    away = x - x_mean
+    slope = (weight * away * (logarithms - log_mean)).sum(0) / (weight * away.square()).sum(0)
+    return (log_mean - slope * x_mean).exp()
 
 
 def _line_through(y: Tensor, sigma: Tensor | None, w: Tensor) -> _Fit:

@@ -117,6 +117,53 @@ def test_undoing_readout_agrees_with_mthree(generator):
         )  # mthree computes in float32
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.float32, torch.float64])
+def test_readout_of_counts_is_undone_as_that_of_shares(dtype):
+    errors = torch.tensor([[[0.875, 0.125], [0.25, 0.75]]] * 2, dtype=torch.float64)
+    counts = torch.tensor([[500, 200, 150, 150], [0, 0, 0, 0]], dtype=dtype)
+    got = undo_readout(counts, errors)
+    assert got.dtype == torch.float64
+    torch.testing.assert_close(got, undo_readout(counts.double(), errors))
+    torch.testing.assert_close(got.sum(-1), torch.tensor([1000.0, 0.0], dtype=torch.float64))
+    torch.testing.assert_close(undo_readout(counts[0], errors.numpy()), got[0])
+    assert undo_readout(counts.float(), errors.float()).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("errors", "error"),
+    [
+        ([[[0.5, 0.5], [0.5, 0.5]]], "bit 0 reads the same"),
+        ([[[0.3, 0.7], [0.3, 0.7]]], "bit 0 reads the same"),
+        ([[[1.0, 0.0], [1.0, 0.0]]], "bit 0 reads the same"),
+        ([[[1.1, -0.1], [0.0, 1.0]]], "from 0 to 1"),
+        ([[[0.9, 0.2], [0.0, 1.0]]], "sum to 1"),
+        ([[[0.9, float("nan")], [0.0, 1.0]]], "from 0 to 1"),
+        ([[0.9, 0.1], [0.0, 1.0]], "bits, 2, 2"),
+        ([[[1.0, 0.0], [0.0, 1.0]]] * 2, r"\(\.\.\., 4\)"),
+    ],
+)
+def test_readout_errors_that_cannot_be_undone_are_refused(errors, error):
+    with pytest.raises(qtx.ArgumentError, match=error):
+        undo_readout(torch.tensor([[3, 5]]), torch.tensor(errors, dtype=torch.float64))
+    if "4" not in error and "bits" not in error:
+        for feeds_forward in (False, True):
+            with pytest.raises(qtx.ArgumentError, match=error):
+                estimate_register(
+                    torch.tensor([[3, 5]]), torch.tensor(errors).double(), feeds_forward=feeds_forward
+                )
+
+
+def test_a_level_that_is_measured_twice_counts_twice(generator):
+    """Replicates of a level have shots of their own, and their results are independent."""
+    p = rows(3, 8, generator)
+    option = qtx.CircuitMitigation(ZNE([1, 1, 3], "linear"), readout=True)
+    got = option.sample_rows(twin(), p, 9_000, generator=generator)
+    assert set(got.diagnostics["shots_by_level"]) == {1.0, 3.0}
+    assert sum(got.diagnostics["shots_by_level"].values()) == 9_000
+    assert got.diagnostics["attained_levels"] == (1.0, 1.0, 3.0)
+    assert (got.counts.sum(-1) + got.discarded == 9_000).all()
+
+
 def test_readout_errors_alone_are_undone_exactly(generator):
     """With infinitely many shots, of circuits that measure at their end and of those that feed forward."""
     p = rows(4, 8, generator)

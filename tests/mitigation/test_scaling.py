@@ -3,11 +3,15 @@
 import pytest
 import torch
 from qiskit import QuantumCircuit, transpile
+from qiskit.circuit import Instruction
+from qiskit.circuit.library import get_standard_gate_name_mapping
+from qiskit.quantum_info import Operator
 
 import qtx_lab as qtx
 from qtx_lab.backends.exact import Noise, compile_steps, outcome_probabilities
 from qtx_lab.backends.noise import fake_device, reduced_target
 from qtx_lab.mitigation import FOLDINGS, scale_noise
+from qtx_lab.mitigation.scaling import NOISELESS_GATES
 
 DEVICES = {"fake_fez": "cz", "fake_sherbrooke": "ecr"}
 
@@ -63,6 +67,77 @@ def test_without_barriers_the_compiler_undoes_the_folding(generator):
     assert gates(transpile(bare, target=target, optimization_level=3), True) < gates(folded, True)
 
 
+STANDARD_GATES = {
+    name: gate
+    for name, gate in get_standard_gate_name_mapping().items()
+    if name not in ("measure", "reset", "delay")
+}
+
+
+@pytest.mark.parametrize("how", FOLDINGS)
+@pytest.mark.parametrize("name", STANDARD_GATES)
+def test_every_standard_gate_is_folded(name, how):
+    """Twice the gate, so that "global" has a part to fold too; all of qiskit's gates have an inverse."""
+    gate = STANDARD_GATES[name]
+    circuit = QuantumCircuit(max(gate.num_qubits, 1))
+    circuit.append(gate, range(gate.num_qubits))
+    circuit.append(gate, range(gate.num_qubits))
+    values = {parameter: 0.3 + 0.2 * i for i, parameter in enumerate(circuit.parameters)}
+    before = Operator(circuit.assign_parameters(values))
+    for level in (2, 3):
+        folded = qtx.fold(circuit, level, how)
+        assert Operator(folded.assign_parameters(values)).equiv(before)
+        attained = folded.metadata["noise_level"]
+        noiseless = name in NOISELESS_GATES or (how == "two-qubit" and gate.num_qubits < 2)
+        assert attained == (1 if noiseless else level)
+        if attained == 3:  # the added gates are there, by the name of the gate or of its inverse
+            names = {name, gate.inverse().name}
+            assert sum(count for x, count in folded.count_ops().items() if x in names) == 6
+
+
+def test_waiting_is_folded_with_the_whole_circuit_alone():
+    circuit = QuantumCircuit(2, 2)
+    circuit.x(0)
+    circuit.delay(100, 1)
+    circuit.cx(0, 1)
+    circuit.measure([0, 1], [0, 1])
+    for how, delays in (("global", 3), ("local", 1), ("two-qubit", 1)):
+        folded = qtx.fold(circuit, 3, how)
+        assert folded.count_ops()["delay"] == delays
+        assert folded.count_ops()["cx"] == 3
+        assert folded.count_ops()["measure"] == 2
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("how", FOLDINGS)
+@pytest.mark.parametrize("level", [1.3, 1.5, 2, 2.6, 4.2])
+def test_the_recorded_level_is_that_of_the_calibrated_errors(device, how, level):
+    """Folded engines record the ratio of the sums of the gates' calibrated errors. Both kinds of gates are
+    folded alike: no level is reached by one-qubit gates, which have a tenth of the errors.
+    """
+    backend = qtx.QiskitQuantumBackend("aer", device, loader="tree")
+    for n in (8, 16):
+        circuit, folded = backend.transpiled(n), scale_noise(backend, level, how).transpiled(n)
+        recorded = folded.metadata["noise_level"]
+
+        def error_of(x):
+            of_gates = x.copy_empty_like()
+            for i in x.data:
+                counts = len(i.qubits) > 1 or how != "two-qubit"
+                if counts and i.operation.name not in ("measure", *NOISELESS_GATES):
+                    of_gates.append(i)
+            return sum(backend.engine.errors(of_gates))
+
+        assert recorded == pytest.approx(error_of(folded) / error_of(circuit))
+        assert recorded == pytest.approx(level, abs=2 / gates(circuit, True))
+        if how == "local":
+            before, after = gates(circuit, True), gates(folded, True)
+            assert abs(after / before - level) <= 1 / before + 1e-9
+            one_before, one_after = (gates(x, False) - gates(x, True) for x in (circuit, folded))
+            # Each inverse of an sx is one sx too.
+            assert abs(one_after / one_before - level) <= 2 / one_before + 1e-9
+
+
 def test_noise_grows_with_the_level(generator):
     p = torch.randn(8, 8, generator=generator, dtype=torch.float64).softmax(-1)
     backend = qtx.QiskitQuantumBackend("aer", "fake_sherbrooke", loader="tree")
@@ -98,8 +173,14 @@ def test_what_cannot_be_folded_is_refused():
         qtx.fold(circuit, 3, "globl")
     with pytest.raises(qtx.DtypeError):
         qtx.fold("circuit", 3)
-    circuit.t(0)
-    with pytest.raises(qtx.ArgumentError, match="'t'"):
-        qtx.fold(circuit, 3, "local")
+    circuit.append(Instruction("opaque", 1, 0, []), [0])
+    for how in ("local", "global"):
+        with pytest.raises(qtx.ArgumentError, match="'opaque' is not folded"):
+            qtx.fold(circuit, 3, how)
+    for errors in ([0.1, 0.1], [-0.1], [float("nan")], 0.1):
+        with pytest.raises(qtx.ArgumentError, match="errors"):
+            qtx.fold(circuit, 3, "two-qubit", errors=errors)
+    with pytest.raises(qtx.DtypeError, match="errors"):
+        qtx.fold(circuit, 3, "two-qubit", errors=["a"])
     with pytest.raises(qtx.ArgumentError, match="level"):
         scale_noise(backend, -1, "model")

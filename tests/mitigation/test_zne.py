@@ -22,7 +22,8 @@ LEVELS = {
 def by_numpy(levels, values, method, degree, asymptote):
     """The value of one number at noise 0, by NumPy's fits."""
     if method == "exponential":
-        intercept = np.polyfit(levels, np.log(np.abs(np.array(values) - asymptote)), 1)[-1]
+        above = np.abs(np.array(values) - asymptote)
+        intercept = np.polyfit(levels, np.log(above), 1, w=np.sqrt(above))[-1]  # as in mitiq
         return asymptote + np.sign(values[0] - asymptote) * np.exp(intercept)
     degree = {"richardson": len(levels) - 1, "linear": 1, "polynomial": degree}[method]
     return np.polyfit(levels, values, degree)[-1]
@@ -316,6 +317,12 @@ def test_values_on_both_sides_of_the_asymptote_are_reported(generator):
     ("arguments", "error"),
     [
         ({"noise_levels": [1, 1]}, "twice"),
+        ({"noise_levels": [1, 1, 3], "method": "richardson"}, "twice"),
+        ({"noise_levels": [2, 2], "method": "linear"}, "twice"),
+        ({"noise_levels": [1, 1, 3], "method": "polynomial"}, "at least 3"),
+        ({"noise_levels": np.array(3.0)}, "0 dimensions"),
+        ({"noise_levels": torch.ones(2, 2)}, "2 dimensions"),
+        ({"noise_levels": [1 + 1e-3 * i for i in range(9)], "method": "richardson"}, "to 1, because"),
         ({"noise_levels": [1]}, "at least 2"),
         ({"noise_levels": []}, "at least 2"),
         ({"noise_levels": [-1, 1]}, ">= 0"),
@@ -366,6 +373,95 @@ def test_bad_values_are_refused():
         zne.allocate(1)
     with pytest.raises(qtx.ArgumentError, match="spread"):
         zne.allocate(10, [1.0])
+
+
+LEVEL_KINDS = (list, tuple, np.array, torch.tensor, lambda x: [np.float32(y) for y in x])
+VALUE_KINDS = (
+    list,
+    np.array,
+    torch.tensor,
+    lambda x: [np.float64(y) for y in x],
+    lambda x: [np.array(y) for y in x],
+    lambda x: [torch.tensor(y) for y in x],
+)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("levels_of", LEVEL_KINDS)
+@pytest.mark.parametrize("values_of", VALUE_KINDS)
+def test_plain_numbers_are_extrapolated_whatever_holds_them(method, levels_of, values_of):
+    levels, values = [1.0, 2.0, 4.0], [0.75, 0.5, 0.25]
+    zne = qtx.ZeroNoiseExtrapolation(levels_of(levels), method)
+    expected = by_numpy(levels, np.array(values), method, 2, 0.0)
+    for errors in (None, values_of([0.125, 0.125, 0.125])):
+        got = zne.extrapolate(values_of(values), errors, levels=levels_of(levels))
+        assert got.output.shape == ()
+        if method != "exponential" or errors is None:
+            assert float(got.output) == pytest.approx(expected, rel=1e-6)
+        assert (got.std_error is None) == (errors is None)
+
+
+def test_numbers_that_are_none_are_refused_as_values():
+    zne = qtx.ZeroNoiseExtrapolation([1, 2])
+    for values in ([True, False], ["0.5", "0.5"], np.array([1, 2]), [0.5, None], [1j, 1j]):
+        with pytest.raises(qtx.DtypeError, match="values holds"):
+            zne.extrapolate(values)
+    for values in (torch.tensor(0.5), np.array(0.5)):
+        with pytest.raises(qtx.ShapeError, match="values has 0 entries"):
+            zne.extrapolate(values)
+
+
+@pytest.mark.parametrize("method", ["linear", "polynomial", "exponential"])
+def test_equal_levels_are_replicates(method, generator):
+    """A level that was measured twice has the weight of its mean, so that the curve is that of the means."""
+    zne = qtx.ZeroNoiseExtrapolation([1, 1, 2, 3, 3], method)
+    means = torch.tensor([0.8, 0.6, 0.45], dtype=torch.float64)
+    values = [0.8 + 0.01, 0.8 - 0.01, 0.6, 0.45 + 0.02, 0.45 - 0.02]
+    weights = zne.weights_at([1, 1, 2, 3, 3])
+    assert float(weights.sum()) == pytest.approx(1)
+    assert float(weights[0]) == pytest.approx(float(weights[1]))
+    got = float(zne.extrapolate(values).output)
+    degree = 2 if method == "polynomial" else 1
+    assert got == pytest.approx(by_numpy([1, 1, 2, 3, 3], values, method, degree, 0.0))
+    if method == "polynomial":  # it goes through the means
+        assert got == pytest.approx(float(qtx.ZeroNoiseExtrapolation([1, 2, 3]).weights @ means), abs=0.3)
+    errors = torch.full((5,), 0.01, dtype=torch.float64)
+    assert float(zne.extrapolate(values, errors).std_error) > 0
+    assert sum(zne.allocate(1000)) == 1000
+
+
+@pytest.mark.parametrize(
+    ("method", "levels"),
+    [
+        ("polynomial", [1, 2]),
+        ("polynomial", [1, 1, 2, 2]),
+        ("linear", [1, 2]),
+        ("linear", [2, 2, 2, 2]),
+        ("richardson", [1, 2, 3]),
+        ("richardson", [1, 2, 3, 3]),
+        ("exponential", [1, 2, 3, 4, 5]),
+        ("linear", [1, 2, 3, float("nan")]),
+        ("linear", [1, 2, 3, -1]),
+    ],
+)
+def test_weights_at_levels_that_they_cannot_have_are_refused(method, levels):
+    zne = qtx.ZeroNoiseExtrapolation([1, 2, 3, 4], method)
+    with pytest.raises(qtx.ArgumentError, match="levels"):
+        zne.weights_at(levels)
+    with pytest.raises(qtx.ArgumentError, match="levels"):
+        zne.extrapolate(torch.ones(4), levels=levels)
+
+
+def test_negative_standard_errors_are_refused_everywhere(generator):
+    p = torch.rand(3, 4, generator=generator, dtype=torch.float64)
+    values, errors = torch.stack((p, 0.9 * p)), torch.full((2, 3, 4), 0.1, dtype=torch.float64)
+    errors[1, 2, 3] = -1e-9
+    for inference in (*(qtx.ZeroNoiseExtrapolation([1, 3], m) for m in METHODS[:2]), qtx.SharedDecay([1, 3])):
+        for infer in (inference.extrapolate, lambda y, s, i=inference: i.infer(y, s, [1, 3])):
+            with pytest.raises(qtx.ArgumentError, match="std_errors holds a negative"):
+                infer(values, errors)
+    with pytest.raises(qtx.ArgumentError, match="std_errors holds a negative"):
+        fit_exponential(values.flatten(1), errors.flatten(1), [1.0, 3.0])
 
 
 def test_weights_of_close_levels_still_sum_to_one():

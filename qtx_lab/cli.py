@@ -345,8 +345,7 @@ def jobs(home: Path | None, fetch: str | None, cancel: str | None) -> None:
         )
     job = matches[0]
     if cancel is not None:
-        job.cancel()
-        click.echo(f"{job.tag} is {job.last_known}")
+        click.echo(job.cancel())
     else:
         click.echo(job.save_counts())
 

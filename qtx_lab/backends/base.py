@@ -34,11 +34,13 @@ class JobState(StrEnum):
     """Ended without results, or refused."""
     CANCELLED = "cancelled"
     """Ended by a request to cancel it."""
+    GONE = "gone"
+    """Deleted from the server, or never of this account; its results cannot be fetched."""
 
     @property
     def ended(self) -> bool:
         """Whether the state can no longer change."""
-        return self in (JobState.DONE, JobState.FAILED, JobState.CANCELLED)
+        return self in (JobState.DONE, JobState.FAILED, JobState.CANCELLED, JobState.GONE)
 
 
 @dataclass(frozen=True)
@@ -97,8 +99,8 @@ class RowJob(Protocol):
         """
         ...
 
-    def cancel(self) -> None:
-        """Cancel the job.
+    def cancel(self) -> object:
+        """Cancel the job; on a device, return a `Cancellation`, which says what was cancelled.
 
         Raises
         ------

@@ -91,6 +91,9 @@ class QiskitQuantumBackend:
         "ibm" only: True allows such a submission; a function is called with its `Cost` and decides.
     run_dir : path, optional
         "ibm" only: folder of the run that gets the jobs' records; where None, the folder of all runs.
+    patience : float
+        "ibm" only: seconds to wait at most while IBM takes no more jobs, because of its limits of requests
+        and of pending jobs, or gives no answer.
 
     Raises
     ------
@@ -133,6 +136,7 @@ class QiskitQuantumBackend:
         max_quantum_seconds: float = 60.0,
         confirm: bool | Callable[[Cost], bool] = False,
         run_dir: str | Path | None = None,
+        patience: float = 600.0,
     ):
         if provider not in PROVIDERS:
             raise unknown_name("provider", provider, PROVIDERS)
@@ -158,6 +162,7 @@ class QiskitQuantumBackend:
             "max_quantum_seconds": max_quantum_seconds,
             "confirm": confirm,
             "run_dir": run_dir,
+            "patience": patience,
         }
         self.engine: Engine
         if self.provider == "aer":
@@ -234,7 +239,8 @@ class QiskitQuantumBackend:
         p, shots, generator
             As for `sample_rows`.
         **options
-            Options of this submission that the engine's `submit` has: `confirm` on IBM's devices.
+            Options of this submission that the engine's `submit` has: `confirm`, `patience` and `progress` on
+            IBM's devices.
 
         Returns
         -------

@@ -73,6 +73,40 @@ class RowRequest:
         spent = self.shots * self.running.long()
         return RowCounts(counts, spent - counts.sum(-1), self.shots, self.baseline(), self.diagnostics)
 
+    def finish_partly(self, blocks: Sequence[tuple[int, np.ndarray]]) -> RowCounts:
+        """The result of those rows and shots that were measured.
+
+        Parameters
+        ----------
+        blocks : sequence of (int, ndarray)
+            Number of the first row, among those that are run, and outcomes, uint8 (R'', S, B), of this row
+            and the following ones. A row may be in several blocks.
+
+        Returns
+        -------
+        RowCounts
+            Rows that were not measured have no counts and no discarded shots. Its diagnostics name them in
+            `missing_rows`, together with rows of which shots are missing, and have the shots of each row in
+            `shots_by_row`.
+        """
+        running = int(self.running.sum())
+        counts_of = torch.zeros(running, self.p.shape[-1], dtype=torch.int64)
+        shots_of = torch.zeros(running, dtype=torch.int64)
+        for start, outcomes in blocks:
+            block = slice(start, start + len(outcomes))
+            counts_of[block] += self.tally(outcomes)
+            shots_of[block] += outcomes.shape[1]
+        counts, spent = counts_of.new_zeros(self.p.shape), counts_of.new_zeros(len(self.p))
+        counts[self.running], spent[self.running] = counts_of, shots_of
+        counts[self.p == 0] = 0
+        missing = (self.running & (spent < self.shots)).nonzero()[:, 0].tolist()
+        diagnostics = {
+            **self.diagnostics,
+            "missing_rows": tuple(missing),
+            "shots_by_row": tuple(spent.tolist()),
+        }
+        return RowCounts(counts, spent - counts.sum(-1), self.shots, self.baseline(), diagnostics)
+
     def classical(self) -> Tensor:
         """The baseline's counts, int64 (R, n): independent draws by pseudo-random numbers."""
         generator = torch.Generator().manual_seed(self.seed ^ 0x5EED)

@@ -43,6 +43,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jobs, "LISTING_LAG_S", 0.6)
     monkeypatch.setattr(jobs, "FIRST_POLL_DELAY_S", 0.01)
     monkeypatch.setattr(jobs, "LAST_POLL_DELAY_S", 0.05)
+    monkeypatch.setattr(jobs, "FIRST_RETRY_DELAY_S", 0.02)
+    monkeypatch.setattr(jobs, "LAST_RETRY_DELAY_S", 0.1)
+    monkeypatch.setattr(jobs, "REFUSAL_CHECK_S", 0.3)
 
 
 @pytest.fixture(scope="module")

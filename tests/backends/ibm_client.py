@@ -25,6 +25,7 @@ def client(action: str, environment: dict[str, str], result: str) -> None:
     """Run an action in this process, with short delays, and write what it returns to the file `result`."""
     os.environ.update(environment)
     jobs.LISTING_LAG_S, jobs.FIRST_POLL_DELAY_S, jobs.LAST_POLL_DELAY_S = 0.4, 0.01, 0.05
+    jobs.FIRST_RETRY_DELAY_S, jobs.LAST_RETRY_DELAY_S, jobs.NEVER_ARRIVED_S = 0.01, 0.05, 0.5
     Retry._sleep_backoff = lambda retry: None
     TokenManager.paced_request_token = _ask_for_a_token  # IBM's own waits a minute after a failure
     answer = {"submit": _submit, "recover": _recover}[action]()

@@ -113,6 +113,10 @@ class IBMServer:
         If set, jobs end with this error instead of a result.
     hidden_lookups : int
         How many listings of jobs come back empty, as from a replica that lags behind.
+    pending_limit : int or None
+        A job is refused while this many wait or run, as on IBM's Open Plan.
+    deleted : dict
+        Jobs that were accepted and then deleted, by id.
     """
 
     def __init__(self, devices: tuple[str, ...] = ("lagos",), noise: bool = False, seed: int = 7):
@@ -136,6 +140,8 @@ class IBMServer:
         self.polls_in_queue = 0
         self.job_error: str | None = None
         self.hidden_lookups = 0
+        self.pending_limit: int | None = None
+        self.deleted: dict[str, ServerJob] = {}
         self._ids = itertools.count(1)
 
     def __enter__(self) -> IBMServer:
@@ -173,6 +179,28 @@ class IBMServer:
     def accepted(self, tag: str) -> list[ServerJob]:
         """The accepted jobs that carry a tag."""
         return [job for job in self.jobs.values() if tag in job.tags]
+
+    def delete(self, id: str) -> None:
+        """Delete a job, as a user or IBM may do."""
+        with self._lock:
+            self.deleted[id] = self.jobs.pop(id)
+
+    def close_sessions(self) -> None:
+        """Close all sessions and batches, as IBM does after their longest time."""
+        with self._lock:
+            for session in self.sessions.values():
+                session.update(accepting_jobs=False, state="closed")
+
+    def recalibrate(self, device: str, time: str) -> None:
+        """Give a device a calibration of another time, with readout errors of 3 %."""
+        with self._lock:
+            configuration, properties = self.devices[device]
+            properties = {**json.loads(json.dumps(properties)), "last_update_date": time}
+            for qubit in properties["qubits"]:
+                for value in qubit:
+                    if value["name"] in ("readout_error", "prob_meas0_prep1", "prob_meas1_prep0"):
+                        value["value"] = 0.03
+            self.devices[device] = (configuration, properties)
 
     def posts(self) -> int:
         """Number of submissions that arrived, accepted or not."""
@@ -255,6 +283,11 @@ class IBMServer:
         session = payload.get("session_id")
         if session and not self.sessions.get(session, {}).get("accepting_jobs"):
             return _error(409, "The session is closed.")
+        waiting = sum(job.status in ("Queued", "Running") for job in self.jobs.values())
+        if self.pending_limit is not None and waiting >= self.pending_limit:
+            return _error(
+                400, f"You have reached the limit of {self.pending_limit} pending jobs. Please wait."
+            )
         if payload["backend"] not in self.devices:
             return _error(404, f"Backend {payload['backend']} not found")
         job = ServerJob(

@@ -155,6 +155,61 @@ def test_batch_and_session(cloud: Any, mode: str) -> None:
         check_draws(job.counts().counts, rows())
 
 
+@pytest.mark.parametrize("mode", ["batch", "session"])
+def test_a_closed_session_is_opened_again(cloud: Any, mode: str) -> None:
+    engine = IBMEngine("ibm_lagos", mode=mode)
+    first = submit(engine)
+    cloud.close_sessions()
+    second = submit(engine)
+    assert len(cloud.sessions) == 2
+    assert len(cloud.jobs) == 2
+    assert [len(cloud.accepted(job.tag)) for job in (first, second)] == [1, 1]
+    assert "another was opened" in second.counts().diagnostics["submission"][0]
+    engine.close()
+    cloud.close_sessions()
+    third = submit(engine)
+    assert "submission" not in third.counts().diagnostics
+
+
+def test_a_limit_of_pending_jobs_is_waited_for(ibm: Any, cloud: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qtx_lab.backends.ibm.engine.MAX_EXECUTIONS_PER_JOB", SHOTS)
+    cloud.pending_limit, cloud.polls_in_queue = 2, 10**6
+    engine = IBMEngine("ibm_lagos", patience=0.3)
+    with pytest.raises(BackendUnavailable, match=r"limit of 2 pending jobs.*2 of its 3 parts.*send_rest"):
+        submit(engine)
+    (job,) = find_jobs()
+    assert job.status().state == "recorded"
+    for other in cloud.jobs.values():
+        other.polls_left = 0
+    cloud.polls_in_queue = 0
+    part = job.counts(partial=True)
+    check_draws(part.counts[:2], rows()[:2])
+    assert part.diagnostics["missing_rows"] == (2,)
+    assert "took no more jobs" in part.diagnostics["submission"][-1]
+    check_draws(job.send_rest().counts().counts, rows())
+    assert [len(cloud.accepted(part.tag)) for part in job.record.parts] == [1, 1, 1]
+
+
+def test_a_deleted_job_is_gone_and_the_others_are_asked(cloud: Any) -> None:
+    engine = IBMEngine("ibm_lagos")
+    first, second, third = (submit(engine) for _ in range(3))
+    cloud.delete(str(second.id))
+    assert [str(job.status().state) for job in find_jobs()] == ["done", "gone", "done"]
+    with pytest.raises(BackendUnavailable, match=rf"{second.tag}.*gone: IBM has no job job-2.*deleted"):
+        second.counts()
+    check_draws(third.counts().counts, rows())
+    check_draws(find_jobs(tag=second.tag)[0].send_rest(again=True).counts().counts, rows())
+    cloud.delete(str(first.id))
+    with pytest.raises(BackendUnavailable, match=rf"{first.tag} are gone"):
+        first.counts()
+
+
+@pytest.mark.parametrize("patience", [-1, True, "long", None, float("nan")])
+def test_a_wrong_patience_is_refused(patience: Any) -> None:
+    with pytest.raises(ArgumentError, match="patience"):
+        IBMEngine("ibm_lagos", patience=patience)
+
+
 def test_rows_and_shots_are_split_by_the_limits(cloud: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ibm_engine, "MAX_EXECUTIONS_PER_JOB", 400)
     monkeypatch.setitem(cloud.devices["ibm_lagos"][0], "max_shots", 200)
@@ -298,13 +353,15 @@ def test_a_fault_at_the_submission_neither_loses_a_job_nor_submits_a_second(
     engine.problems()
     cloud.faults = [ibm.Fault("POST /jobs", what, when)]
     cloud.hidden_lookups = 1  # the listing lags
-    if when == "after":
+    posted_again = when == "before" and what == 429
+    if when == "after" or posted_again:
         check_draws(submit(engine).counts().counts, rows())
     else:
         with pytest.raises(BackendUnavailable, match=r"qtx-\d{8}T"):
             submit(engine)
-    assert cloud.posts() == 1
-    assert len(cloud.accepted(find_jobs()[0].tag)) == len(cloud.jobs) == int(when == "after")
+    assert cloud.posts() == 1 + posted_again
+    accepted = int(when == "after" or posted_again)
+    assert len(cloud.accepted(find_jobs()[0].tag)) == len(cloud.jobs) == accepted
     assert cloud.faults[0].times == 0
 
 

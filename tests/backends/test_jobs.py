@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import random
 import runpy
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +21,13 @@ from click.testing import CliRunner
 
 import qtx_lab
 from qtx_lab.backends.base import JobStatus
+from qtx_lab.backends.ibm import jobs
 from qtx_lab.backends.ibm.jobs import DeviceJob, find_jobs, submit_parts
-from qtx_lab.backends.ibm.ledger import Block, record_job
-from qtx_lab.backends.ibm.remote import Refused, Unreachable
+from qtx_lab.backends.ibm.ledger import Block, record_job, update_record
+from qtx_lab.backends.ibm.remote import Busy, Gone, Refused, SessionClosed, Unreachable
 from qtx_lab.backends.requests import CalibrationRequest, MitigatedRowRequest, RowRequest
 from qtx_lab.cli import main
-from qtx_lab.errors import ArgumentError, BackendUnavailable, FallbackWarning, StorageError
+from qtx_lab.errors import ArgumentError, BackendUnavailable, FallbackWarning, JobTimeout, StorageError
 from qtx_lab.experiments.notebooks import run_notebook
 
 CLIENT = Path(__file__).with_name("ibm_client.py")
@@ -36,7 +41,10 @@ class Machine:
     def __init__(self) -> None:
         self.jobs: dict[str, str] = {}
         self.states: dict[str, str] = {}
+        self.bound: dict[str, np.ndarray] = {}
         self.unreachable = 0
+        self.posts: list[str] = []
+        self.answers: list[BaseException | None] = []
 
     def accept(self, part: Any) -> str:
         id = f"id-{len(self.jobs)}"
@@ -51,13 +59,30 @@ class Machine:
         return [id for id, other in self.jobs.items() if other == tag]
 
     def status(self, id: str) -> JobStatus:
+        if self.states[id] == "deleted":
+            raise Gone("404")
         return JobStatus(self.states[id])
 
     def outcomes(self, id: str) -> np.ndarray:
+        if self.states[id] == "deleted":
+            raise Gone("404")
+        if id in self.bound:
+            rows = self.bound[id][:, 0].astype(np.uint8)  # each row has its own number as its outcome
+            return rows[:, None, None].repeat(10, 1)
         return np.full((1, 10, 1), int(id.removeprefix("id-")), dtype=np.uint8)
 
     def cancel(self, id: str) -> None:
         self.states[id] = "cancelled"
+
+    def post(self, device: Any, circuit: Any, bindings: np.ndarray, shots: int, **tags: Any) -> str:
+        """Accept a part, as `accept` does, unless a test wants another answer."""
+        self.posts.append(tags["tags"][-1])
+        answer = self.answers.pop(0) if self.answers else None
+        if isinstance(answer, BaseException):
+            raise answer
+        id = f"id-{len(self.jobs)}"
+        self.jobs[id], self.states[id], self.bound[id] = self.posts[-1], "done", bindings
+        return id
 
 
 @pytest.fixture
@@ -107,9 +132,12 @@ def test_a_refused_part_stops_the_rest_and_what_is_there_can_be_cancelled(
         submit_parts(recorded, post)
     assert len(machine.jobs) == 1
     assert recorded.last_known.state == "failed"
+    cancellation = recorded.cancel()
+    assert machine.states == {"id-0": "cancelled"}
+    assert (cancellation.cancelled, cancellation.measured, cancellation.others) == ((0,), (), (1, 2))
+    assert cancellation.status.state == "failed"
     with pytest.raises(BackendUnavailable, match="failed"):
         recorded.cancel()
-    assert machine.states == {"id-0": "cancelled"}
 
 
 def test_an_unknown_outcome_of_a_post_is_an_error_and_never_leads_to_a_second_post(
@@ -198,6 +226,77 @@ def test_no_foreign_or_partial_record_stops_a_listing(recorded: DeviceJob, tmp_p
     assert [line.split()[0] for line in listed.stdout.splitlines()] == ["tag", recorded.tag]
     assert listed.stderr.count("skipped: The job's record") == len(contents) + 1
     assert "parts.0.state is 'asleep'; Input should be 'recorded'" in listed.stderr
+
+
+def test_whatever_a_record_holds_it_costs_only_itself(recorded: DeviceJob, tmp_path: Path, seed: int) -> None:
+    """A value of a record is replaced, left out or doubled, at any depth; the others are read."""
+    rng = random.Random(seed)
+    record, folder = json.loads(recorded.path.read_bytes()), tmp_path / "jobs"
+    p = torch.full((3, 4), 0.25, dtype=torch.float64)
+    rows = RowRequest(p, qtx_lab.make_loader("tree"), 10, 0)
+    facts = {"device": "none", "circuits": 3, "shots": 10}
+    other = json.loads(record_job(folder, rows, [Block(0, 3, 10)], **facts).read_bytes())
+    junk = [
+        None,
+        True,
+        -1,
+        0,
+        10**30,
+        1e400,
+        float("nan"),
+        "",
+        "\ud800",
+        "a\0b",
+        [],
+        {},
+        [[]],
+        {"": {}},
+        b"x",
+    ]
+    dates = ["0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-14:00", "2026-01-01T00:00:00Z"]
+    for i in range(300):
+        content = json.loads(json.dumps(rng.choice([record, other])))
+        place = content
+        while True:
+            key = rng.choice(list(place) if isinstance(place, dict) else range(len(place)))
+            if not isinstance(place[key], dict | list) or not place[key] or rng.random() < 0.3:
+                break
+            place = place[key]
+        action = rng.choice(["replace", "replace", "date", "remove", "double"])
+        if action == "remove":
+            del place[key]
+        elif action == "double" and isinstance(place, list):
+            place.append(place[key])
+        else:
+            place[key] = rng.choice(dates if action == "date" else junk)
+        path = folder / f"qtx-mutant-{i}.json"
+        if content.get("tag") in (record["tag"], other["tag"]):
+            content["tag"] = path.stem
+        path.write_text(json.dumps(content, default=str))
+    (folder / "qtx-large.json").write_bytes(b" " * 1000)
+    os.mkfifo(folder / "qtx-pipe.json")
+    (folder / "qtx-loop.json").symlink_to(folder / "qtx-loop.json")
+    with pytest.warns(UserWarning, match="The job's record") as caught:
+        found = find_jobs(tmp_path)
+    assert {recorded.tag, other["tag"]} < {job.tag for job in found}
+    assert len(found) + len(caught) == 300 + 2 + 3
+    assert len(caught) > 150
+    machine = Machine()
+    for job in found:
+        mine = DeviceJob(job.path, lambda: machine)
+        assert mine.tag in repr(mine)
+        for ask in (mine.status, mine.counts, mine.missing_rows, mine.send_rest, mine.cancel):
+            with suppress(qtx_lab.QtxError):
+                ask()
+    listed = CliRunner().invoke(main, ["jobs", "--home", str(tmp_path)])
+    assert listed.exit_code == 0, listed.exception
+
+
+def test_records_of_a_later_version_say_so(recorded: DeviceJob) -> None:
+    record = json.loads(recorded.path.read_bytes())
+    recorded.path.write_text(json.dumps({**record, "schema_version": 2}))
+    with pytest.raises(StorageError, match="schema_version 2, and this qtx_lab reads 1"):
+        recorded.status()
 
 
 def test_damaged_outcomes_are_fetched_again(recorded: DeviceJob, machine: Machine) -> None:
@@ -295,6 +394,225 @@ def test_records_from_before_there_was_a_schema_version_are_read(machine: Machin
         done.path.write_text(json.dumps({key: value for key, value in broken.items() if key != name}))
         with pytest.raises(StorageError, match=f"request.rows.{name} is missing"):
             done.status()
+
+
+# --- Split jobs, of which some parts ran ----------------------------------------------------------
+
+
+@pytest.fixture
+def split(quick: None, machine: Machine, tmp_path: Path) -> DeviceJob:
+    """Four rows of four keys, the second of which is not run, as three parts of one row; nothing is sent.
+
+    `machine` gives the keys 0, 1, 2 for the rows 0, 2, 3.
+    """
+    p = torch.full((4, 4), 0.25, dtype=torch.float64)
+    p[1] = 0
+    request = RowRequest(p, qtx_lab.make_loader("tree"), 10, 0)
+    facts = {"provider": "none", "device": "none", "circuits": 3, "shots": 10}
+    program = {"circuit": qtx_lab.make_loader("tree").circuit(2), "bindings": np.arange(3.0)[:, None]}
+    parts = [Block(i, i + 1, 10) for i in range(3)]
+    path = record_job(tmp_path / "jobs", request, parts, **program, **facts)
+    return DeviceJob(path, lambda: machine)
+
+
+def again(job: DeviceJob) -> DeviceJob:
+    """The same job, as another process finds it."""
+    return DeviceJob(job.path, job.remote)
+
+
+def check_whole(job: DeviceJob) -> None:
+    assert job.counts(progress=False).counts.argmax(-1).tolist() == [0, 0, 1, 2]
+    assert job.counts().counts.sum(-1).tolist() == [10, 0, 10, 10]
+    assert "missing_rows" not in job.counts().diagnostics
+    assert job.missing_rows() == ()
+    assert not list(job.path.parent.glob("*.outcomes-*"))
+
+
+@pytest.mark.parametrize("error", [Refused("no more."), Busy("429"), KeyboardInterrupt(), SystemExit()])
+def test_the_rest_of_a_split_job_is_sent_later_and_nothing_twice(
+    split: DeviceJob, machine: Machine, error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine.answers = [None, *[error] * 99]
+    with pytest.raises((BackendUnavailable, KeyboardInterrupt, SystemExit)):
+        split.send_rest(patience=0.05)
+    machine.answers = []
+    found = again(split)
+    monkeypatch.setattr(jobs, "LISTING_LAG_S", 0.0)
+    with pytest.raises(
+        BackendUnavailable, match=r"2 of 3 parts are missing.*rows 2 to 3.*partial=True"
+    ) as said:
+        found.counts()
+    assert split.tag in str(said.value)
+    part = found.counts(partial=True, progress=False)
+    assert part.counts.tolist() == [[10, 0, 0, 0]] + [[0] * 4] * 3
+    assert part.discarded.tolist() == [0] * 4
+    assert part.diagnostics["missing_rows"] == found.missing_rows() == (2, 3)
+    assert part.diagnostics["shots_by_row"] == (10, 0, 0, 0)
+    if isinstance(error, KeyboardInterrupt | SystemExit):  # as a killed process, it left a post unanswered
+        with pytest.raises(BackendUnavailable, match=r"not known.*can be sent \d+ s from now"):
+            found.send_rest()
+        monkeypatch.setattr(jobs, "NEVER_ARRIVED_S", 0.0)
+    found.send_rest()
+    check_whole(found)
+    assert list(machine.jobs.values()) == [f"{split.tag}.{i}" for i in range(3)]
+    found.send_rest(again=True)
+    assert len(machine.jobs) == 3
+
+
+def test_a_part_that_was_accepted_unanswered_is_found_and_not_sent_again(
+    split: DeviceJob, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    post = machine.post
+
+    def killed(*arguments: Any, **options: Any) -> str:
+        post(*arguments, **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(machine, "post", killed)
+    with pytest.raises(KeyboardInterrupt):
+        split.send_rest()
+    monkeypatch.setattr(machine, "post", post)
+    monkeypatch.setattr(jobs, "NEVER_ARRIVED_S", 0.0)
+    check_whole(again(split).send_rest())
+    assert machine.posts == [f"{split.tag}.{i}" for i in range(3)]
+
+
+def test_limits_are_waited_for_and_said(split: DeviceJob, machine: Machine) -> None:
+    machine.answers = [None, Busy("limit of 3 pending jobs"), Busy("429"), None, Busy("429")]
+    shown: list[JobStatus] = []
+    split.send_rest(progress=shown.append)
+    assert len(shown) == 3
+    assert "takes no more jobs now; 1 of 3 parts are sent; trying again in" in str(shown[0])
+    check_whole(split)
+    notes = split.counts().diagnostics["submission"]
+    assert len(notes) == 2
+    assert all("took no more jobs" in note for note in notes)
+    assert len(machine.jobs) == 3
+
+
+def test_a_busy_server_that_gives_no_list_is_sent_nothing(split: DeviceJob, machine: Machine) -> None:
+    machine.answers, machine.unreachable = [Busy("429")], 10**6
+    with pytest.raises(BackendUnavailable, match=r"took no more jobs for 0\.2 s.*send_rest"):
+        submit_parts(
+            split, lambda part: machine.post(None, None, np.zeros((1, 1)), 1, tags=[part.tag]), patience=0.2
+        )
+    assert len(machine.posts) == 1
+    assert split.last_known.state == "recorded"
+
+
+def test_a_closed_session_is_opened_again_once(split: DeviceJob, machine: Machine) -> None:
+    machine.answers = [None, SessionClosed("closed.")]
+    check_whole(split.send_rest())
+    assert "another was opened" in split.counts().diagnostics["submission"][0]
+    machine.answers = [SessionClosed("closed.")] * 3
+    other = DeviceJob(
+        record_job(
+            split.path.parent, None, [Block(0, 1, 10)], device="none", circuits=1, shots=10,
+            circuit=qtx_lab.make_loader("tree").circuit(2), bindings=np.zeros((1, 1)),
+        ),
+        lambda: machine,
+    )  # fmt: skip
+    with pytest.raises(BackendUnavailable, match="closed"):
+        other.send_rest()
+
+
+def test_a_deleted_part_is_gone_at_once_and_the_others_are_kept(split: DeviceJob, machine: Machine) -> None:
+    split.send_rest()
+    machine.states = {"id-0": "queued", "id-1": "deleted", "id-2": "done"}
+    status = split.status()
+    assert status.state == "gone"
+    assert "no job id-1" in status.reason
+    assert [str(part.state) for part in split.record.parts] == ["queued", "gone", "done"]
+    with pytest.raises(BackendUnavailable, match=r"gone.*rows 0, 2"):
+        split.counts()
+    assert split.counts(0.1, partial=True, progress=False).diagnostics["missing_rows"] == (0, 2)
+    machine.states = {"id-0": "done", "id-1": "deleted", "id-2": "deleted"}  # what was fetched stays
+    part = again(split).counts(partial=True, progress=False)
+    assert part.counts.argmax(-1).tolist() == [0, 0, 0, 2]
+    assert part.diagnostics["missing_rows"] == (2,)
+    check_whole(again(split).send_rest(again=True))
+    assert machine.posts[3:] == [f"{split.tag}.1.1"]
+    assert split.record.parts[1].earlier_ids == ["id-1"]
+
+
+def test_results_that_were_deleted_are_gone(split: DeviceJob, machine: Machine) -> None:
+    split.send_rest()
+    split.status()
+    machine.states["id-2"] = "deleted"
+    with pytest.raises(BackendUnavailable, match=r"gone: IBM has no job id-2"):
+        split.counts()
+    assert split.last_known.state == "gone"
+    assert split.counts(partial=True, progress=False).diagnostics["missing_rows"] == (3,)
+
+
+def test_cancel_tells_what_it_cancelled_and_keeps_what_ran(split: DeviceJob, machine: Machine) -> None:
+    machine.answers = [None, None, KeyboardInterrupt()]
+    with pytest.raises(KeyboardInterrupt):
+        split.send_rest()
+    update_record(split.path, lambda record: setattr(record.parts[2], "attempted", None))
+    machine.states["id-1"] = "running"
+    cancellation = split.cancel()
+    assert (cancellation.cancelled, cancellation.measured, cancellation.others) == ((1, 2), (0,), ())
+    assert str(cancellation).endswith("2 of its 3 parts were cancelled, 1 had run and is kept")
+    assert split.counts(partial=True, progress=False).counts[0].tolist() == [10, 0, 0, 0]
+    split.send_rest()
+    assert len(machine.posts) == 3  # what was cancelled is not sent
+    with pytest.raises(BackendUnavailable, match="cannot be cancelled"):
+        split.cancel()
+    check_whole(split.send_rest(again=True))
+
+
+def test_one_part_that_cannot_be_cancelled_does_not_keep_the_others(
+    split: DeviceJob, machine: Machine
+) -> None:
+    split.send_rest()
+    machine.states = dict.fromkeys(machine.states, "queued")
+    cancel = machine.cancel
+
+    def refuse_one(id: str) -> None:
+        if id == "id-0":
+            raise Unreachable("no answer.")
+        cancel(id)
+
+    machine.cancel = refuse_one  # type: ignore[method-assign]
+    cancellation = split.cancel()
+    assert (cancellation.cancelled, cancellation.others) == ((1, 2), (0,))
+    assert cancellation.problems == ("no answer.",)
+
+
+def test_parts_are_sent_by_one_process_at_a_time(split: DeviceJob, machine: Machine) -> None:
+    """While one waits for room, another sends nothing, and one that waits for the counts does not give up."""
+    machine.answers = [None, *[Busy("429")] * 5]
+    waiting, go_on = threading.Event(), threading.Event()
+
+    def show(_: JobStatus) -> None:
+        waiting.set()
+        go_on.wait(20)
+
+    with ThreadPoolExecutor(1) as thread:
+        sent = thread.submit(split.send_rest, progress=show)
+        assert waiting.wait(20)
+        with pytest.raises(BackendUnavailable, match="sent by another process"):
+            again(split).send_rest()
+        with pytest.raises(JobTimeout):
+            again(split).counts(0.05, progress=False)
+        go_on.set()
+        sent.result()
+    check_whole(again(split))
+    assert len(machine.jobs) == 3
+
+
+def test_a_job_of_which_no_program_was_kept_says_so(recorded: DeviceJob) -> None:
+    with pytest.raises(StorageError, match=r"program\.npz"):
+        recorded.send_rest()
+
+
+def test_rows_that_were_exchanged_are_noticed(split: DeviceJob, tmp_path: Path) -> None:
+    rows = split.path.with_suffix(".rows.npz")
+    p = np.load(rows)["p"]
+    np.savez_compressed(rows, p=p[[0, 1, 3, 2]] * [0.5, 1.5, 1.0, 1.0])
+    with pytest.raises(StorageError, match="does not hold"):
+        again(split).request()
 
 
 # --- Killed processes -----------------------------------------------------------------------------

@@ -19,13 +19,13 @@ from qiskit_ibm_runtime.options_models.sampler import SamplerOptions
 
 from ...errors import ArgumentError, BackendUnavailable, unknown_name
 from ...storage import runs_home
-from ..base import Engine
+from ..base import Engine, JobStatus
 from ..exact import Noise
 from ..noise import instruction_errors, on_used_qubits
 from ..requests import Request
-from .jobs import DeviceJob, find_jobs, submit_parts
-from .ledger import Block, PartRecord, record_job
-from .remote import IBMDevice, IBMRemote, offline_problems
+from .jobs import DeviceJob, find_jobs, post_part, submit_parts
+from .ledger import Block, record_job
+from .remote import DeviceAccess, IBMRemote, offline_problems
 
 MAX_EXECUTIONS_PER_JOB = 10_000_000
 """Rows times shots of one job. From "Job limits" in IBM's documentation."""
@@ -92,6 +92,9 @@ class IBMEngine(Engine):
         True allows it; a function is called with the `Cost` and decides.
     run_dir : path, optional
         Folder of the run whose `jobs` gets the records; where None, that of all runs (see `runs_home`).
+    patience : float
+        Seconds to wait at most while IBM takes no more jobs, because of its limits of requests and of pending
+        jobs, or gives no answer.
 
     Raises
     ------
@@ -116,6 +119,7 @@ class IBMEngine(Engine):
         max_quantum_seconds: float = 60.0,
         confirm: bool | Callable[[Cost], bool] = False,
         run_dir: str | Path | None = None,
+        patience: float = 600.0,
     ):
         if mode not in MODES:
             raise unknown_name("mode", mode, MODES)
@@ -123,6 +127,11 @@ class IBMEngine(Engine):
             raise ArgumentError(
                 f"max_quantum_seconds={max_quantum_seconds!r} is not allowed: it must be positive."
             )
+        if isinstance(patience, bool) or not isinstance(patience, int | float) or not patience >= 0:
+            raise ArgumentError(
+                f"patience={patience!r} is not allowed: it must be a number of seconds, >= 0."
+            )
+        self.patience = patience
         self.options = {
             "twirling": dict(twirling or {}),
             "dynamical_decoupling": dict(dynamical_decoupling or {}),
@@ -139,8 +148,9 @@ class IBMEngine(Engine):
         self.max_quantum_seconds = max_quantum_seconds
         self.confirm = confirm
         self.run_dir = Path(run_dir) if run_dir else None
+        self._access = DeviceAccess(name, fractional_gates, mode)
         self._remote = IBMRemote(service, instance=instance, region=region)
-        self._device = IBMDevice(self._remote, name, fractional_gates)
+        self._device = self._remote.device(self._access)
 
     def identity(self) -> str:
         return f"ibm {self.name} {self._device.calibration()} fractional={self.fractional_gates}"
@@ -192,7 +202,7 @@ class IBMEngine(Engine):
         seed: int,
         request: Request | None = None,
     ) -> np.ndarray:
-        return self.submit(circuit, bindings, shots, request).outcomes()
+        return self.submit(circuit, bindings, shots, request).outcomes(patience=self.patience)
 
     def cost(self, circuits: int, shots: int) -> Cost:
         """What it would take to run one circuit with so many bindings, and so many shots of each."""
@@ -209,6 +219,8 @@ class IBMEngine(Engine):
         request: Request | None = None,
         *,
         confirm: bool | Callable[[Cost], bool] | None = None,
+        patience: float | None = None,
+        progress: bool | Callable[[JobStatus], None] = True,
     ) -> DeviceJob:
         """Record one circuit with all its bindings, then post it.
 
@@ -224,6 +236,11 @@ class IBMEngine(Engine):
             What the circuit is run for. It is kept, so that counts can be made after a restart.
         confirm : bool or callable, optional
             For this submission, in place of the engine's.
+        patience : float, optional
+            Seconds, in place of the engine's.
+        progress : bool or callable
+            Whether to show on stderr that IBM takes no more jobs just now; or a function that is called with
+            a `JobStatus`.
 
         Returns
         -------
@@ -237,8 +254,8 @@ class IBMEngine(Engine):
             do not go with the circuit. Nothing is recorded or submitted.
         BackendUnavailable
             If the device is retired or unknown, the account is missing or has no access, or the server
-            refused; if it is not known whether the server accepted. The message names the tag once there is
-            one.
+            refused; if it is not known whether the server accepted; if it took no more jobs for longer than
+            `patience`. The message names the tag once there is one, and `DeviceJob.send_rest` sends the rest.
         StorageError
             If the job cannot be recorded. Then nothing is submitted.
         """
@@ -256,6 +273,8 @@ class IBMEngine(Engine):
             (self.run_dir or runs_home()) / "jobs",
             request,
             self._blocks(len(bindings), shots),
+            circuit=circuit,
+            bindings=bindings,
             provider="ibm",
             device=self.name,
             instance=instance,
@@ -264,20 +283,15 @@ class IBMEngine(Engine):
             circuits=len(bindings),
             shots=shots,
             quantum_seconds=cost.quantum_seconds,
+            fractional_gates=self.fractional_gates,
+            options=self.options,
         )
         print(f"{self.name}: {cost}; job {path.stem}", file=sys.stderr)
-
-        def post(part: PartRecord) -> str:
-            return self._device.post(
-                circuit,
-                bindings[part.start : part.stop],
-                part.shots,
-                tags=[path.stem, part.tag],
-                options=self.options,
-                mode=self.mode,
-            )
-
-        return submit_parts(DeviceJob(path, lambda: self._remote, request), post)
+        job = DeviceJob(path, lambda: self._remote, request)
+        patience = self.patience if patience is None else patience
+        return submit_parts(
+            job, lambda part: post_part(job, part, circuit, bindings), patience=patience, progress=progress
+        )
 
     def jobs(self) -> list[DeviceJob]:
         jobs = {

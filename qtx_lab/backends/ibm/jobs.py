@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cache, partial
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from qiskit import QuantumCircuit
 
 from ...circuits import Loader
 from ...errors import ArgumentError, BackendUnavailable, FallbackWarning, JobTimeout, StorageError
@@ -23,15 +24,30 @@ from ..counts import RowCounts
 from ..requests import Request, RowRequest
 from .ledger import (
     JobRecord,
+    MitigatedRowsRecord,
     PartRecord,
+    RowsRecord,
     find_records,
+    has_program,
     load_array,
+    read_program,
     read_record,
     read_request,
+    read_rows,
     save_array,
-    write_record,
+    sending,
+    update_record,
 )
-from .remote import IBMRemote, Refused, Remote, Unreachable
+from .remote import (
+    Busy,
+    DeviceAccess,
+    Gone,
+    IBMRemote,
+    Refused,
+    Remote,
+    SessionClosed,
+    Unreachable,
+)
 
 FIRST_POLL_DELAY_S, LAST_POLL_DELAY_S = 1.0, 30.0
 """Between two questions about a waiting job: the delay grows from the first value to the last."""
@@ -42,8 +58,62 @@ LISTING_LAG_S = 30.0
 REFUSAL_CHECK_S = 2.0
 """For how long a refused job is looked for: a gateway may refuse what the server behind it accepted."""
 
+FIRST_RETRY_DELAY_S, LAST_RETRY_DELAY_S = 5.0, 60.0
+"""Between two posts of a part while the server takes no more jobs."""
+
+NEVER_ARRIVED_S = 600.0
+"""After how long a posted part that is still not listed certainly never arrived, and may be sent again."""
+
 MAX_RESULT_FETCHES = 4
 """How often results are fetched before giving up: an answer can be cut short."""
+
+
+GONE = "IBM has no job {id} for this account: it was deleted, or belongs to another account or instance"
+"""Why a job is gone."""
+
+
+@dataclass(frozen=True)
+class Cancellation:
+    """What came of a request to cancel a job.
+
+    Parameters
+    ----------
+    tag : str
+        The job's.
+    status : JobStatus
+        Of the whole job, afterwards.
+    cancelled : tuple of int
+        Parts that were cancelled, or that will now not be sent.
+    measured : tuple of int
+        Parts that had run: their outcomes are kept.
+    others : tuple of int
+        Parts that ended without a result, and parts that could not be cancelled now.
+    problems : tuple of str
+        Why not.
+
+    Examples
+    --------
+    >>> print(Cancellation("qtx-1", JobStatus(JobState.CANCELLED), (1, 2), (0,), (), ()))
+    qtx-1 is cancelled: 2 of its 3 parts were cancelled, 1 had run and is kept
+    """
+
+    tag: str
+    status: JobStatus
+    cancelled: tuple[int, ...]
+    measured: tuple[int, ...]
+    others: tuple[int, ...]
+    problems: tuple[str, ...]
+
+    def __str__(self) -> str:
+        count = len(self.cancelled) + len(self.measured) + len(self.others)
+        if count == 1:
+            return f"{self.tag} is {self.status}"
+        text = f"{self.tag} is {self.status.state}: {len(self.cancelled)} of its {count} parts were cancelled"
+        if self.measured:
+            text += f", {len(self.measured)} had run and {'are' if len(self.measured) > 1 else 'is'} kept"
+        if self.others:
+            text += f", {len(self.others)} ended before or could not be cancelled"
+        return "; ".join((text, *self.problems))
 
 
 class DeviceJob:
@@ -95,22 +165,34 @@ class DeviceJob:
         BackendUnavailable
             If the server cannot be asked. The record still has what was last known.
         """
-        record, answers = self.record, []
-        before = record.model_copy(deep=True)
-        for part in record.parts:
-            self._find(part)
-            if part.id and not part.state.ended:
-                answer = self.remote().status(part.id)
-                part.state, part.reason = answer.state, answer.reason
-                answers.append(answer)
-        if record != before:
-            write_record(self.path, record)
+        answers: dict[str, tuple[str, JobStatus]] = {}
+        for part in self.record.parts:
+            id = part.id
+            if not id and (part.attempted or not has_program(self.path)):
+                id = next(iter(self.remote().lookup(part.tag)), None)
+            if id and (not part.state.ended or part.state == JobState.GONE or not part.id):
+                answers[part.tag] = id, self._ask(id)
+
+        def learn(record: JobRecord) -> None:
+            for part in record.parts:
+                if part.tag in answers and part.state != JobState.DONE:
+                    part.id, answer = answers[part.tag]
+                    part.state, part.reason = answer.state, answer.reason
+
+        record = update_record(self.path, learn) if answers else self.record
         last = max(
-            answers,
+            (answer for _, answer in answers.values()),
             key=lambda answer: (answer.state == JobState.QUEUED, answer.position or 0),
             default=JobStatus(JobState.DONE),
         )
         return replace(record.status, position=last.position, pending=last.pending)
+
+    def _ask(self, id: str) -> JobStatus:
+        """Where one of the server's jobs is."""
+        try:
+            return self.remote().status(id)
+        except Gone:
+            return JobStatus(JobState.GONE, reason=GONE.format(id=id))
 
     def outcomes(
         self,
@@ -139,8 +221,9 @@ class DeviceJob:
         Raises
         ------
         BackendUnavailable
-            If the job failed, was cancelled or never arrived; if its results cannot be read; if the server
-            cannot be reached for longer than `patience`, while the job goes on. The message names the tag.
+            If a part failed, was cancelled, never arrived or is gone; if its results cannot be read; if the
+            server cannot be reached for longer than `patience`, while the job goes on. The message names the
+            tag, and says what was measured.
         StorageError
             If outcomes that were kept can neither be read nor fetched again; if they cannot be kept.
         JobTimeout
@@ -156,8 +239,8 @@ class DeviceJob:
         try:
             self._wait(timeout, progress, patience)
             blocks: dict[int, list[np.ndarray]] = {}  # by first row; the shots of a block side by side
-            for part in self.record.parts:
-                blocks.setdefault(part.start, []).append(self._fetch(part))
+            for i, part in enumerate(self.record.parts):
+                blocks.setdefault(part.start, []).append(self._part_outcomes(i, part))
         except BackendUnavailable as error:
             if broken is None:
                 raise
@@ -165,13 +248,27 @@ class DeviceJob:
         rows = [np.concatenate(block, axis=1) for _, block in sorted(blocks.items())]
         outcomes = np.concatenate(rows)
         save_array(path, outcomes=outcomes)
+        for i in range(len(self.record.parts)):
+            with suppress(OSError):
+                self._part_path(i).unlink(missing_ok=True)
         return outcomes
 
-    def counts(self, timeout: float | None = None, **waiting: Any) -> RowCounts:
+    def counts(self, timeout: float | None = None, *, partial: bool = False, **waiting: Any) -> RowCounts:
         """Wait for the job and count its outcomes; arguments and errors as for `outcomes`.
 
         `diagnostics` has the job's tag and id. Twirling may round the shots up: those beyond the requested
         number are left out, and `shots_run` is how many were run.
+
+        Parameters
+        ----------
+        timeout : float, optional
+            As for `outcomes`.
+        partial : bool
+            Whether to take what there is, once every part of a split job has ended or certainly was not sent,
+            or at the end of `timeout`. Then `diagnostics` has `missing_rows`, the rows of which shots are
+            missing, `shots_by_row`, and `missing`, which says why. `send_rest` sends the others later.
+        **waiting
+            `progress` and `patience`, as for `outcomes`.
 
         Raises
         ------
@@ -184,10 +281,34 @@ class DeviceJob:
             raise ArgumentError(
                 f"Job {self.tag} ran circuits of the kind {kind!r}, not of rows alone: take its `outcomes`."
             )
+        if partial:
+            self._wait(timeout, waiting.get("progress", True), waiting.get("patience", 600.0), partial=True)
+            if self.record.status.state != JobState.DONE:
+                return self._partial_counts(request)
         outcomes = self.outcomes(timeout, **waiting)
         result = request.finish(outcomes[:, : request.shots])
-        job = {"job": self.tag, "job_id": self.id, "shots_run": outcomes.shape[1]}
-        return replace(result, diagnostics={**result.diagnostics, **job})
+        facts = {**self._facts(), "shots_run": outcomes.shape[1]}
+        return replace(result, diagnostics={**result.diagnostics, **facts})
+
+    def _partial_counts(self, request: RowRequest) -> RowCounts:
+        """Counts of the parts that were measured."""
+        record = self.record
+        blocks = [
+            (part.start, self._part_outcomes(i, part)[:, : part.shots])
+            for i, part in enumerate(record.parts)
+            if part.state == JobState.DONE
+        ]
+        if not blocks:
+            raise BackendUnavailable(f"Nothing of job {self.tag} was measured: it is {record.status}.")
+        result = request.finish_partly(blocks)
+        facts = {**self._facts(), "missing": self._missing(record)}
+        return replace(result, diagnostics={**result.diagnostics, **facts})
+
+    def _facts(self) -> dict[str, Any]:
+        """Diagnostics of a result."""
+        facts: dict[str, Any] = {"job": self.tag, "job_id": self.id}
+        notes = self.record.submission_notes
+        return {**facts, "submission": tuple(notes)} if notes else facts
 
     def save_counts(self) -> Path:
         """Wait for the counts and write them to `<tag>.parquet` beside the record.
@@ -234,21 +355,116 @@ class DeviceJob:
             self._request = read_request(self.path, self.record, loader)
         return self._request
 
-    def cancel(self) -> None:
-        """Cancel every part that has not ended.
+    def missing_rows(self) -> tuple[int, ...]:
+        """Rows of which shots are missing, as last known; circuits, where the job measures no plain rows.
+
+        Raises
+        ------
+        StorageError
+            If the record, or the rows beside it, cannot be read.
+        """
+        return self._rows_of(part for part in self.record.parts if part.state != JobState.DONE)
+
+    def send_rest(
+        self,
+        *,
+        again: bool = False,
+        patience: float = 600.0,
+        progress: bool | Callable[[JobStatus], None] = True,
+    ) -> DeviceJob:
+        """Send the parts that the server never got, and no other: each part is looked for by its tag before.
+
+        It does nothing if there are none. Parts whose post was not answered are sent only when they have not
+        been listed for `NEVER_ARRIVED_S` seconds.
+
+        Parameters
+        ----------
+        again : bool
+            Whether to run parts again, too, that ended without a result because they failed, were cancelled
+            or are gone. What IBM billed for them is billed once more.
+        patience : float
+            Seconds to wait at most while the server takes no more jobs.
+        progress : bool or callable
+            As for `outcomes`.
+
+        Returns
+        -------
+        DeviceJob
+            This job.
 
         Raises
         ------
         BackendUnavailable
-            If the job has ended, if no job with its tag is on the server, or if the server cannot be asked.
+            If another process is sending the job's parts now; if a part was refused, or if it is not known
+            whether it was accepted; if the server takes no more jobs for longer than `patience`. Parts before
+            it stay submitted.
+        StorageError
+            If the circuits were not kept, as for jobs of older versions of qtx_lab, or cannot be read.
         """
         self.status()
-        waiting = [part.id for part in self.record.parts if part.id and not part.state.ended]
-        for id in waiting:
-            self.remote().cancel(id)
-        status = self.status()
-        if not waiting or status.state != JobState.CANCELLED:
-            raise BackendUnavailable(f"Job {self.tag} cannot be cancelled: it is {status}.")
+        states = {JobState.FAILED, JobState.CANCELLED, JobState.GONE}
+        if again and any(part.state in states for part in self.record.parts):
+            update_record(self.path, lambda record: _renew(record, states))
+        if any(part.id is None for part in self.record.parts):
+            circuit, bindings = read_program(self.path)
+
+            def post(part: PartRecord) -> str:
+                return post_part(self, part, circuit, bindings)
+
+            submit_parts(self, post, patience=patience, progress=progress)
+        return self
+
+    def cancel(self) -> Cancellation:
+        """Cancel every part that has not ended, and send none of those that were not sent yet.
+
+        Parts that have run are kept: `counts(partial=True)` gives them.
+
+        Returns
+        -------
+        Cancellation
+            Which parts were cancelled.
+
+        Raises
+        ------
+        BackendUnavailable
+            If nothing was cancelled, because the job has ended, no job with its tag is on the server, or the
+            server cannot be asked.
+        """
+        self.status()
+        before = self.record
+        problems: list[str] = []
+        asked = [part for part in before.parts if part.id and not part.state.ended]
+        for part in asked:
+            try:
+                self.remote().cancel(str(part.id))
+            except BackendUnavailable as error:  # the others are cancelled all the same
+                problems.append(str(error))
+        unsent = {part.tag for part in before.parts if _is_unsent(part) and has_program(self.path)}
+
+        def leave_out(record: JobRecord) -> None:
+            for part in record.parts:
+                if part.tag in unsent and part.attempted is None and part.id is None:
+                    part.state, part.reason = JobState.CANCELLED, "cancelled before it was sent"
+
+        if unsent:
+            update_record(self.path, leave_out)
+        try:
+            status = self.status()
+        except BackendUnavailable as error:
+            status = self.last_known
+            problems.append(str(error))
+        states = [part.state for part in self.record.parts]
+        tried = {part.tag for part in asked} | unsent
+        cancelled = tuple(
+            i for i, part in enumerate(before.parts) if part.tag in tried and states[i] == JobState.CANCELLED
+        )
+        measured = tuple(i for i, state in enumerate(states) if state == JobState.DONE)
+        if not cancelled:
+            raise BackendUnavailable(
+                " ".join([f"Job {self.tag} cannot be cancelled: it is {status}.", *problems])
+            )
+        others = tuple(i for i in range(len(states)) if i not in cancelled + measured)
+        return Cancellation(self.tag, status, cancelled, measured, others, tuple(problems))
 
     def __repr__(self) -> str:
         record = self.record
@@ -264,27 +480,21 @@ class DeviceJob:
             raise StorageError(f"{path} does not hold the outcomes of {rows} rows × {record.shots} shots.")
         return outcomes
 
-    def _may_be_unlisted(self) -> bool:
-        """Whether the job was recorded so recently that a listing may not show it yet."""
-        return (datetime.now(UTC) - self.record.recorded).total_seconds() < LISTING_LAG_S
-
-    def _find(self, part: PartRecord) -> None:
-        """Look for a part whose id is not known, by its tag, even if it was refused."""
-        if not part.id:
-            ids = self.remote().lookup(part.tag)
-            if ids:
-                part.id, part.state, part.reason = ids[0], JobState.SUBMITTED, None
-
     def _wait(
-        self, timeout: float | None, progress: bool | Callable[[JobStatus], None], patience: float
+        self,
+        timeout: float | None,
+        progress: bool | Callable[[JobStatus], None],
+        patience: float,
+        partial: bool = False,
     ) -> None:
-        """Return when the job is done; errors as for `outcomes`."""
+        """Return when the job is done or, if a part is enough, when no more comes; errors as `outcomes`."""
         start = last_answer = time.monotonic()
         delay = FIRST_POLL_DELAY_S
         with _progress(self, progress) as show:
             while True:
                 try:
                     status, last_answer = self.status(), time.monotonic()
+                    self._keep_measured()
                 except Unreachable as error:
                     if time.monotonic() - last_answer > patience:
                         raise BackendUnavailable(
@@ -292,24 +502,120 @@ class DeviceJob:
                         ) from error
                     status = JobStatus(self.last_known.state, reason=str(error))
                 show(status)
-                if status.state == JobState.DONE:
+                if status.state == JobState.DONE or (partial and not self._is_coming()):
                     return
-                self._check_alive(status)
+                if not partial:
+                    self._check_alive(status)
                 left = np.inf if timeout is None else start + timeout - time.monotonic()
+                if left <= 0 and partial:
+                    return
                 if left <= 0:
                     raise JobTimeout(f"Job {self.tag} is {status} after {timeout:g} s; it goes on.")
                 time.sleep(min(delay, left))
                 delay = min(delay * 1.5, LAST_POLL_DELAY_S)
 
+    def _keep_measured(self) -> None:
+        """Fetch the parts of a split job that are done, while others wait: they might be deleted."""
+        parts = self.record.parts
+        if len(parts) == 1 or all(part.state == JobState.DONE for part in parts):
+            return
+        for i, part in enumerate(parts):
+            if part.state == JobState.DONE and not self._part_path(i).exists():
+                with suppress(BackendUnavailable):  # it is fetched again when it is needed
+                    self._part_outcomes(i, part)
+
+    def _is_coming(self) -> bool:
+        """Whether a part may still change its state by itself."""
+        return any(
+            self._may_arrive(part) if part.id is None else not part.state.ended for part in self.record.parts
+        )
+
+    def _may_arrive(self, part: PartRecord) -> bool:
+        """Whether a part without an id may be listed soon, or is about to be sent."""
+        if part.state.ended:
+            return False
+        if has_program(self.path) and part.attempted is None:
+            with sending(self.path) as nobody_else:
+                return not nobody_else
+        since = part.attempted or self.record.recorded
+        return (datetime.now(UTC) - since).total_seconds() < LISTING_LAG_S
+
     def _check_alive(self, status: JobStatus) -> None:
         """Raise BackendUnavailable where waiting is of no use."""
         if status.state.ended:
-            raise BackendUnavailable(f"Job {self.tag} on {self.record.device} has ended as {status}.")
-        if status.state == JobState.RECORDED and not self._may_be_unlisted():
+            raise BackendUnavailable(
+                f"Job {self.tag} on {self.record.device} has ended as {status}.{self._cure()}"
+            )
+        lost = [part for part in self.record.parts if part.state == JobState.RECORDED]
+        if not lost or any(self._may_arrive(part) for part in lost):
+            return
+        if any(part.attempted or not has_program(self.path) for part in lost):
             raise BackendUnavailable(
                 f"Job {self.tag} is recorded, but no job with this tag is on the server: it never "
-                "arrived, or is not listed yet. Nothing was submitted again."
+                f"arrived, or is not listed yet. Nothing was submitted again.{self._cure()}"
             )
+        raise BackendUnavailable(
+            f"Job {self.tag} is recorded, but {len(lost)} of its {len(self.record.parts)} parts were never "
+            f"sent.{self._cure()}"
+        )
+
+    def _cure(self) -> str:
+        """What can be done about a job that will not be done by itself; begins with a space."""
+        record = self.record
+        cures = []
+        if any(part.state == JobState.DONE for part in record.parts):
+            cures.append("`counts(partial=True)` gives what was measured")
+        if has_program(self.path) and any(_is_unsent(part) for part in record.parts):
+            cures.append("`send_rest()` sends what was not sent")
+        return f" {self._missing(record)}; {'; '.join(cures)}." if cures else ""
+
+    def _missing(self, record: JobRecord) -> str:
+        """Which rows are missing, and why."""
+        parts = [part for part in record.parts if part.state != JobState.DONE]
+        states = ", ".join(dict.fromkeys(f"{part.state}" for part in parts))
+        text = f"{len(parts)} of {len(record.parts)} parts are missing ({states})"
+        what = "row" if isinstance(record.request, RowsRecord | MitigatedRowsRecord) else "circuit"
+        with suppress(StorageError):  # then the rows are not known
+            text += f", with {_spans(what, self._rows_of(parts))}"
+        return text
+
+    def _rows_of(self, parts: Iterable[PartRecord]) -> tuple[int, ...]:
+        """Rows, among all that were asked for, that some parts run."""
+        circuits = sorted({i for part in parts for i in range(part.start, part.stop)})
+        p = read_rows(self.path, self.record)
+        if p is None:
+            return tuple(circuits)
+        return tuple((p.sum(-1) > 0).nonzero()[circuits, 0].tolist())
+
+    def _part_path(self, i: int) -> Path:
+        """Where the outcomes of a part are kept until all are there."""
+        return self.path.with_suffix(f".outcomes-{i}.npz")
+
+    def _part_outcomes(self, i: int, part: PartRecord) -> np.ndarray:
+        """The outcomes of a part that is done: those that are kept, or else the server's, which are kept."""
+        path = self._part_path(i)
+        if path.exists():
+            with suppress(StorageError):  # it is fetched again
+                outcomes = load_array(path, "outcomes")
+                if outcomes.ndim == 3 and self._fits(outcomes, part) and outcomes.dtype == np.uint8:
+                    return outcomes
+        outcomes = self._fetch(part)
+        if len(self.record.parts) > 1:
+            save_array(path, outcomes=outcomes)
+        return outcomes
+
+    def _mark_gone(self, part: PartRecord) -> None:
+        """Write down that the server has no such job any more."""
+
+        def change(record: JobRecord) -> None:
+            for other in record.parts:
+                if other.id == part.id:
+                    other.state, other.reason = JobState.GONE, GONE.format(id=part.id)
+
+        update_record(self.path, change)
+
+    def _fits(self, outcomes: np.ndarray, part: PartRecord) -> bool:
+        return outcomes.shape[0] == part.stop - part.start and outcomes.shape[1] >= part.shots
 
     def _fetch(self, part: PartRecord) -> np.ndarray:
         """The outcomes of a part that is done, checked against what it was to run."""
@@ -317,6 +623,11 @@ class DeviceJob:
             try:
                 outcomes = self.remote().outcomes(str(part.id))
                 break
+            except Gone as error:
+                self._mark_gone(part)
+                raise BackendUnavailable(
+                    f"The results of job {self.tag} are gone: {GONE.format(id=part.id)}.{self._cure()}"
+                ) from error
             except Unreachable as error:
                 if attempt == MAX_RESULT_FETCHES - 1:
                     raise BackendUnavailable(
@@ -324,8 +635,8 @@ class DeviceJob:
                         "They stay on the server; try again."
                     ) from error
                 time.sleep(FIRST_POLL_DELAY_S)
-        rows = part.stop - part.start
-        if outcomes.shape[0] != rows or outcomes.shape[1] < part.shots:
+        if not self._fits(outcomes, part):
+            rows = part.stop - part.start
             raise BackendUnavailable(
                 f"The results of job {self.tag} ({part.id}) have {outcomes.shape[0]} rows × "
                 f"{outcomes.shape[1]} shots; {rows} rows × {part.shots} shots were submitted."
@@ -333,63 +644,249 @@ class DeviceJob:
         return outcomes
 
 
-def submit_parts(job: DeviceJob, post: Callable[[PartRecord], str]) -> DeviceJob:
-    """Submit each part of a recorded job, once.
+def post_part(job: DeviceJob, part: PartRecord, circuit: QuantumCircuit, bindings: np.ndarray) -> str:
+    """Post a part of a recorded job by IBM's client, and return the server's id of it."""
+    record = job.record
+    mode = record.mode if record.mode in ("batch", "session") else "job"
+    return job.remote().post(
+        DeviceAccess(record.device, record.fractional_gates, mode),  # type: ignore[arg-type]
+        circuit,
+        bindings[part.start : part.stop],
+        part.shots,
+        tags=[record.tag, part.tag],
+        options=record.options,
+    )
 
-    Whatever happens, a part is posted a single time. Where the answer does not say whether it was accepted,
-    it is looked for by its tag for `LISTING_LAG_S` seconds, since a listing may lag. If it is not found,
-    nobody knows, and it stays recorded: a second post might be a second job.
+
+def submit_parts(
+    job: DeviceJob,
+    post: Callable[[PartRecord], str],
+    *,
+    patience: float = 600.0,
+    progress: bool | Callable[[JobStatus], None] = False,
+) -> DeviceJob:
+    """Submit each part of a recorded job that the server does not have, once.
+
+    A part is marked in the record before it is posted. It is posted again only where the server certainly
+    refused it, because of a limit or of a session that was closed, and where its tag is not listed. Where the
+    answer does not say whether it was accepted, it is looked for by its tag for `LISTING_LAG_S` seconds,
+    since a listing may lag. If it is not found, nobody knows, and it stays recorded: a second post might be a
+    second job.
 
     Parameters
     ----------
     job : DeviceJob
-        Just recorded.
+        The job.
     post : callable
         Posts a part, with its tag, and returns the server's id. Raises `Refused` where there is certainly no
         job.
+    patience : float
+        Seconds to wait at most while the server takes no more jobs.
+    progress : bool or callable
+        Whether to show on stderr that the server takes no more jobs; or a function that is called with a
+        `JobStatus`.
 
     Raises
     ------
     BackendUnavailable
-        If a part was refused; if it is not known whether it was accepted. Parts before it stay submitted.
+        If a part was refused; if it is not known whether it was accepted; if the server took no more jobs for
+        longer than `patience`; if another process is sending parts of this job. Parts before it stay
+        submitted.
     """
-    count = len(job.record.parts)
-    for i in range(count):
-        record = job.record
-        part = record.parts[i]
+    with sending(job.path) as nobody_else, _progress(job, progress) as show:
+        if not nobody_else:
+            raise BackendUnavailable(
+                f"The parts of job {job.tag} are being sent by another process just now."
+            )
+        waiting = _Waiting(job, patience, show)
+        parts = job.record.parts
+        for i, part in enumerate(parts):
+            if part.id is None and part.state != JobState.CANCELLED:
+                _submit_part(job, i, post, waiting)
+    return job
+
+
+def _submit_part(job: DeviceJob, i: int, post: Callable[[PartRecord], str], waiting: _Waiting) -> None:
+    """Submit one part; see `submit_parts`."""
+    part = job.record.parts[i]
+    if part.attempted is not None:
+        age = (datetime.now(UTC) - part.attempted).total_seconds()
+        id = _listed_id(job.remote, part.tag, 0.0, must_answer=True)
+        if id is None and age < NEVER_ARRIVED_S:
+            raise BackendUnavailable(
+                f"Whether part {i} of job {job.tag} was accepted {age:.0f} s ago is not known: none with its "
+                f"tag is listed. It can be sent {NEVER_ARRIVED_S - age:.0f} s from now, if it is not listed "
+                "until then."
+            )
+        if id is not None:
+            _set(job, i, id=id, state=JobState.SUBMITTED, reason=None)
+            return
+    reopened = False
+    while True:
+        _set(job, i, attempted=datetime.now(UTC), state=JobState.RECORDED, reason=None)
         try:
-            part.id = post(part)
+            id = post(part)
         except Exception as error:
             refused = isinstance(error, Refused)
             seconds = min(LISTING_LAG_S, REFUSAL_CHECK_S) if refused else LISTING_LAG_S
-            part.id = _listed_id(job.remote, part.tag, seconds)
-            if not part.id and refused:
-                part.state, part.reason = JobState.FAILED, f"{error} Nothing was submitted."
-                for later in record.parts[i + 1 :]:
-                    later.state = JobState.FAILED
-                    later.reason = "not submitted, since a part before it was refused"
-                write_record(job.path, record)
-                what = f"{i} of its {count} parts were submitted" if i else "nothing was submitted"
-                raise BackendUnavailable(f"{error} Job {job.tag}: {what}.") from error.__cause__
-            if not part.id:
+            found = _listed_id(job.remote, part.tag, seconds)
+            if found is None and not refused:
                 raise BackendUnavailable(
                     f"{error} Whether job {job.tag} was accepted is not known: none with its tag was listed "
                     f"for {LISTING_LAG_S:g} s. It is recorded, and not submitted again: `qtx-lab jobs` looks "
                     "for it."
                 ) from error
-        part.state = JobState.SUBMITTED
-        write_record(job.path, record)
-    return job
+            if found is None:
+                _set(job, i, attempted=None)
+                if isinstance(error, Busy):
+                    found = waiting.for_room(i, error)
+                elif isinstance(error, SessionClosed) and not reopened:
+                    reopened = True
+                    _note(
+                        job, "the Batch or Session was closed before all jobs were sent; another was opened"
+                    )
+                else:
+                    _refuse(job, i, error)
+            if found is None:
+                continue
+            id = found
+        _set(job, i, id=id, state=JobState.SUBMITTED, reason=None)
+        return
 
 
-def _listed_id(remote: Callable[[], Remote], tag: str, seconds: float) -> str | None:
-    """The id of the job with this tag, as soon as it is listed; None where it is not, or nothing answers."""
-    end, delay = time.monotonic() + seconds, 0.1
+class _Waiting:
+    """Waits while the server takes no more jobs, for `patience` seconds at most of each wait."""
+
+    def __init__(self, job: DeviceJob, patience: float, show: Callable[[JobStatus], None]):
+        self.job, self.patience, self.show = job, patience, show
+        self.part = -1
+
+    def for_room(self, i: int, error: Exception) -> str | None:
+        """Sleep before part i is posted again; its id, where it was accepted after all.
+
+        Raises
+        ------
+        BackendUnavailable
+            If patience has run out.
+        """
+        if self.part != i:
+            self.part, self.since, self.delay = i, time.monotonic(), FIRST_RETRY_DELAY_S
+        count = len(self.job.record.parts)
+        while True:
+            left = self.since + self.patience - time.monotonic()
+            if left <= 0:
+                reason = f"the server took no more jobs for {self.patience:g} s"
+                _set(self.job, i, reason=reason)
+                _note(self.job, reason)
+                raise BackendUnavailable(
+                    f"{error} Job {self.job.tag}: {i} of its {count} parts were submitted, and {reason}. "
+                    "The others are recorded: `find_jobs()` finds the job, and its `send_rest()` sends them."
+                ) from error.__cause__
+            pause = min(self.delay, left)
+            self.show(
+                JobStatus(
+                    JobState.RECORDED,
+                    reason=f"the server takes no more jobs now; {i} of {count} parts are sent; trying again "
+                    f"in {pause:.0f} s, for {left:.0f} s at most",
+                )
+            )
+            time.sleep(pause)
+            self.delay = min(2 * self.delay, LAST_RETRY_DELAY_S)
+            with suppress(BackendUnavailable):  # without an answer nothing is posted
+                id = _listed_id(self.job.remote, self.job.record.parts[i].tag, 0.0, must_answer=True)
+                waited = time.monotonic() - self.since
+                _note(self.job, f"the server took no more jobs for {waited:.0f} s before part {i}")
+                return id
+
+
+def _refuse(job: DeviceJob, i: int, error: Exception) -> None:
+    """Record that a part was refused, and that those after it are not sent; raise BackendUnavailable."""
+
+    def refuse(record: JobRecord) -> None:
+        part, *later = record.parts[i:]
+        part.state, part.reason = JobState.FAILED, f"{error} Nothing was submitted."
+        for other in later:
+            if other.id is None:
+                other.state = JobState.FAILED
+                other.reason = "not submitted, since a part before it was refused"
+
+    parts = update_record(job.path, refuse).parts
+    sent = sum(part.id is not None for part in parts)
+    what = f"{sent} of its {len(parts)} parts were submitted" if sent else "nothing was submitted"
+    cure = "; `send_rest()` sends the others" if has_program(job.path) else ""
+    raise BackendUnavailable(f"{error} Job {job.tag}: {what}{cure}.") from error.__cause__
+
+
+def _set(job: DeviceJob, i: int, **fields: Any) -> None:
+    """Write fields of a part down."""
+
+    def change(record: JobRecord) -> None:
+        for name, value in fields.items():
+            setattr(record.parts[i], name, value)
+
+    update_record(job.path, change)
+
+
+def _note(job: DeviceJob, text: str) -> None:
+    """Write down what was unusual about the submission."""
+    update_record(
+        job.path,
+        lambda record: record.submission_notes.append(text) if text not in record.submission_notes else None,
+    )
+
+
+def _is_unsent(part: PartRecord) -> bool:
+    """Whether it is certain that the server has no job of this part, and that one may be sent."""
+    return part.id is None and part.attempted is None and part.state in (JobState.RECORDED, JobState.FAILED)
+
+
+def _renew(record: JobRecord, states: set[JobState]) -> None:
+    """Give parts that ended in these states new tags, under which they are sent again."""
+    for i, part in enumerate(record.parts):
+        if part.state in states and (part.id or part.state == JobState.CANCELLED):
+            part.earlier_ids = [*part.earlier_ids, part.id] if part.id else part.earlier_ids
+            part.tag = f"{record.tag}.{i}.{len(part.earlier_ids)}"
+            part.id, part.state, part.reason, part.attempted = None, JobState.RECORDED, None, None
+
+
+def _spans(what: str, numbers: Sequence[int]) -> str:
+    """Numbers in words.
+
+    >>> _spans("row", [0, 1, 2, 3, 7, 9, 10])
+    'rows 0 to 3, 7, 9 to 10'
+    """
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and spans[-1][1] == number - 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    texts = [str(first) if first == last else f"{first} to {last}" for first, last in spans]
+    return f"{what}{'s' if len(numbers) > 1 else ''} {', '.join(texts)}"
+
+
+def _listed_id(
+    remote: Callable[[], Remote], tag: str, seconds: float, *, must_answer: bool = False
+) -> str | None:
+    """The id of the job with this tag, as soon as it is listed; None where it is not, or nothing answers.
+
+    Raises
+    ------
+    BackendUnavailable
+        If there has to be an answer, and was none.
+    """
+    end, delay, problem = time.monotonic() + seconds, 0.1, None
     while True:
-        with suppress(BackendUnavailable):
-            if ids := remote().lookup(tag):
+        try:
+            ids = remote().lookup(tag)
+            if ids:
                 return ids[0]
+            problem = None
+        except BackendUnavailable as error:
+            problem = error
         if time.monotonic() >= end:
+            if must_answer and problem:
+                raise problem
             return None
         time.sleep(min(delay, max(0.0, end - time.monotonic())))
         delay = min(2 * delay, 5.0)
@@ -449,5 +946,16 @@ def _progress(
         return
     from tqdm.auto import tqdm
 
-    with tqdm(bar_format="{desc} [{elapsed}]", disable=not progress, leave=False) as line:
-        yield lambda status: line.set_description_str(f"{job.tag} on {job.record.device}: {status}")
+    line: tqdm[Any] | None = None
+
+    def show(status: JobStatus) -> None:
+        nonlocal line
+        if line is None:  # nothing is shown before there is something to say
+            line = tqdm(bar_format="{desc} [{elapsed}]", disable=not progress, leave=False)
+        line.set_description_str(f"{job.tag} on {job.record.device}: {status}")
+
+    try:
+        yield show
+    finally:
+        if line is not None:
+            line.close()

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import secrets
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, field_serializer
+from filelock import FileLock, Timeout
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_serializer,
+    model_validator,
+)
+from qiskit import QuantumCircuit, qpy
 
 from ...circuits import Loader, make_loader
 from ...errors import StorageError
@@ -23,6 +35,9 @@ from ..requests import CalibrationRequest, MitigatedRowRequest, Request, RowRequ
 
 SCHEMA_VERSION: Literal[1] = 1
 """Of the records that are written. Records without a version, from before there was one, are read too."""
+
+MAX_RECORD_BYTES = 1 << 26
+"""A larger file is not read: it is no record of a job."""
 
 # --- What a record holds -------------------------------------------------------------------------
 
@@ -48,15 +63,18 @@ class RowsRecord(_Record):
         Seed of the classical baseline.
     diagnostics : dict
         Those of the result.
+    digest : str or None
+        SHA-256 of the probabilities; None in records that are older than it.
     """
 
     kind: Literal["rows"] = "rows"
-    rows: int
-    keys: int
+    rows: int = Field(ge=1)
+    keys: int = Field(ge=1)
     loader: str
-    shots: int
+    shots: int = Field(ge=1)
     seed: int
     diagnostics: dict[str, Any]
+    digest: str | None = None
 
     @classmethod
     def from_request(cls, request: RowRequest) -> RowsRecord:
@@ -69,6 +87,7 @@ class RowsRecord(_Record):
             shots=request.shots,
             seed=request.seed,
             diagnostics=dict(request.diagnostics),
+            digest=_digest(request.p),
         )
 
     def to_request(self, p: torch.Tensor, loader: Loader | None) -> RowRequest:
@@ -163,16 +182,27 @@ class PartRecord(_Record):
     state : JobState
         State when the server was last asked.
     reason : str or None
-        Why it failed.
+        Why it failed, or why it has not been sent.
+    attempted : datetime or None
+        When it was last posted, unless the server certainly refused it; None where it is certain that the
+        server has no such job. It is written down before the post.
+    earlier_ids : list of str
+        Ids of jobs of this part that ended without a result, before it was sent again.
     """
 
     tag: str
-    start: int
-    stop: int
-    shots: int
+    start: int = Field(ge=0)
+    stop: int = Field(ge=1)
+    shots: int = Field(ge=1)
     id: str | None
     state: JobState
     reason: str | None
+    attempted: AwareDatetime | None = None
+    earlier_ids: list[str] = []
+
+    @field_serializer("attempted")
+    def _iso(self, attempted: datetime | None) -> str | None:
+        return attempted.isoformat(timespec="milliseconds") if attempted else None
 
 
 class JobRecord(_Record):
@@ -198,6 +228,12 @@ class JobRecord(_Record):
         What the circuits are run for.
     parts : list of PartRecord
         The server's jobs that the whole is split into.
+    fractional_gates : bool
+        Whether the circuit has the device's rx and rzz.
+    options : dict
+        Options of IBM's Sampler.
+    submission_notes : list of str
+        What was unusual about the submission: waiting for the server, a session that was opened again.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -208,11 +244,31 @@ class JobRecord(_Record):
     instance: str | None = None
     region: str | None = None
     mode: str | None = None
-    circuits: int
-    shots: int
-    quantum_seconds: float | None = None
+    circuits: int = Field(ge=1)
+    shots: int = Field(ge=1)
+    quantum_seconds: float | None = Field(None, ge=0, allow_inf_nan=False)
     request: RequestRecord
     parts: list[PartRecord] = Field(min_length=1)
+    fractional_gates: bool = False
+    options: dict[str, Any] = {}
+    submission_notes: list[str] = []
+
+    @model_validator(mode="after")
+    def _parts_cover_everything(self) -> JobRecord:
+        shots_of: dict[tuple[int, int], int] = {}
+        for part in self.parts:
+            block = (part.start, part.stop)
+            shots_of[block] = shots_of.get(block, 0) + part.shots
+        blocks = sorted(shots_of)
+        edges = [0, *(stop for _, stop in blocks)]
+        starts, grows = [start for start, _ in blocks], all(start < stop for start, stop in blocks)
+        if not grows or starts != edges[:-1] or edges[-1] != self.circuits:
+            raise ValueError(f"its parts run other circuits than 0 to {self.circuits - 1}, each once")
+        if set(shots_of.values()) != {self.shots}:
+            raise ValueError(f"its parts do not have {self.shots} shots together")
+        if len({part.tag for part in self.parts}) < len(self.parts):
+            raise ValueError("two of its parts have the same tag")
+        return self
 
     def __getitem__(self, name: str) -> Any:
         return self.model_dump()[name]
@@ -223,11 +279,18 @@ class JobRecord(_Record):
 
     @property
     def status(self) -> JobStatus:
-        """Failed or cancelled as soon as one part is, else the state of the part that is furthest behind."""
-        states = {part.state for part in self.parts}
-        reasons = "; ".join(dict.fromkeys(part.reason for part in self.parts if part.reason))
-        order = (JobState.FAILED, JobState.CANCELLED, *JobState)
-        return JobStatus(next(state for state in order if state in states), reason=reasons or None)
+        """Failed, gone or cancelled as soon as one part is, else the state of the part furthest behind.
+
+        Where parts differ, the reason says how many of them were measured.
+        """
+        states = [part.state for part in self.parts]
+        order = (JobState.FAILED, JobState.GONE, JobState.CANCELLED, *JobState)
+        state = next(state for state in order if state in states)
+        reasons = list(dict.fromkeys(part.reason for part in self.parts if part.reason))
+        measured = states.count(JobState.DONE)
+        if measured and state != JobState.DONE:
+            reasons.append(f"{measured} of {len(states)} parts are measured")
+        return JobStatus(state, reason="; ".join(reasons) or None)
 
 
 class Block(NamedTuple):
@@ -241,7 +304,15 @@ class Block(NamedTuple):
 # --- Writing -------------------------------------------------------------------------------------
 
 
-def record_job(folder: Path, request: Request | None, blocks: Sequence[Block], **facts: Any) -> Path:
+def record_job(
+    folder: Path,
+    request: Request | None,
+    blocks: Sequence[Block],
+    *,
+    circuit: QuantumCircuit | None = None,
+    bindings: np.ndarray | None = None,
+    **facts: Any,
+) -> Path:
     """Write a job down, durably, before anything of it is submitted.
 
     Parameters
@@ -252,9 +323,11 @@ def record_job(folder: Path, request: Request | None, blocks: Sequence[Block], *
         What the circuits are run for, kept whole, so that it can be rebuilt after a restart.
     blocks : sequence of Block
         What each of the server's jobs runs.
+    circuit, bindings : QuantumCircuit and ndarray, optional
+        What is posted. They are kept, so that parts which were not sent can be sent after a restart.
     **facts
         Other fields of `JobRecord`: device, circuits, shots, provider, instance, region, mode,
-        quantum_seconds.
+        quantum_seconds, fractional_gates, options.
 
     Returns
     -------
@@ -281,6 +354,12 @@ def record_job(folder: Path, request: Request | None, blocks: Sequence[Block], *
     if isinstance(request, RowRequest | MitigatedRowRequest):
         rows = request if isinstance(request, RowRequest) else request.rows
         save_array(_rows_path(path), p=rows.p.numpy())
+    if circuit is not None and bindings is not None:
+        content = io.BytesIO()
+        qpy.dump(circuit, content)
+        save_array(
+            _program_path(path), circuit=np.frombuffer(content.getvalue(), np.uint8), bindings=bindings
+        )
     write_record(path, record)  # last, so that a record that can be seen is whole
     return path
 
@@ -321,8 +400,60 @@ def write_record(path: Path, record: JobRecord) -> None:
     write_atomic(path, json_bytes(record.model_dump()))
 
 
+def update_record(path: Path, change: Callable[[JobRecord], None]) -> JobRecord:
+    """Change a record that other processes may change at the same time, and return what it is then.
+
+    Parameters
+    ----------
+    path : Path
+        The record's file.
+    change : callable
+        Changes the record that it is given, which has just been read. Nothing is written if it changes
+        nothing.
+
+    Raises
+    ------
+    StorageError
+        If the record cannot be read or written.
+    """
+    try:
+        with FileLock(_lock_path(path)):
+            record = read_record(path)
+            before = record.model_copy(deep=True)
+            change(record)
+            if record != before:
+                write_record(path, record)
+            return record
+    except (OSError, NotImplementedError) as error:
+        raise storage_error(path, error if isinstance(error, OSError) else OSError(str(error))) from error
+
+
+@contextmanager
+def sending(path: Path) -> Iterator[bool]:
+    """While this lasts, no other thread or process sends parts of the job.
+
+    Yields
+    ------
+    bool
+        Whether that is so; False where another is sending parts just now. A process that is killed stops
+        sending.
+    """
+    lock = FileLock(_lock_path(path).with_suffix(".sending"), blocking=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        yield False
+        return
+    except (OSError, NotImplementedError) as error:
+        raise storage_error(path, error if isinstance(error, OSError) else OSError(str(error))) from error
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
 def save_array(path: Path, **array: np.ndarray) -> None:
-    """Write an array by its name, compressed, whole or not at all.
+    """Write arrays by their names, compressed, whole or not at all.
 
     Raises
     ------
@@ -367,7 +498,14 @@ def read_record(path: Path) -> JobRecord:
         If the file cannot be read, or is not the record of the job that has its name. The message says why.
     """
     try:
+        if not path.is_file() and path.exists():  # reading a pipe would never end
+            raise OSError("it is no file")
+        if path.stat().st_size > MAX_RECORD_BYTES:
+            raise OSError("it is too large to be one")
         content = _upgraded(json.loads(path.read_bytes()))
+        if isinstance(content, Mapping) and content.get("schema_version") != SCHEMA_VERSION:
+            version = str(content.get("schema_version"))[:20]
+            raise OSError(f"it has schema_version {version}, and this qtx_lab reads {SCHEMA_VERSION}")
         record = JobRecord.model_validate_json(json.dumps(content), strict=True)
         cause = None if record.tag == path.stem else f"holds the record of another job, {record.tag[:60]!r}"
     except OSError as error:
@@ -422,12 +560,57 @@ def read_request(path: Path, record: JobRecord, loader: Loader | None = None) ->
         return None
     if isinstance(request, CalibrationRecord):
         return request.to_request()
-    rows = request if isinstance(request, RowsRecord) else request.rows
+    p = read_rows(path, record)
+    assert p is not None
+    return request.to_request(p, loader)
+
+
+def read_rows(path: Path, record: JobRecord) -> torch.Tensor | None:
+    """The probabilities of the rows that a job measures, float64 (R, n); None where it measures no rows.
+
+    Raises
+    ------
+    StorageError
+        If they, kept beside the record, cannot be read.
+    """
+    match record.request:
+        case RowsRecord():
+            rows = record.request
+        case MitigatedRowsRecord():
+            rows = record.request.rows
+        case _:
+            return None
     rows_path = _rows_path(path)
     p = torch.from_numpy(load_array(rows_path, "p"))
-    if p.shape != (rows.rows, rows.keys) or p.dtype != torch.float64:
+    fits = p.shape == (rows.rows, rows.keys) and p.dtype == torch.float64
+    if (
+        not fits
+        or (rows.digest and rows.digest != _digest(p))
+        or int((p.sum(-1) > 0).sum()) != record.circuits
+    ):
         raise StorageError(f"{rows_path} does not hold the {rows.rows} rows of {rows.keys} keys.")
-    return request.to_request(p, loader)
+    return p
+
+
+def has_program(path: Path) -> bool:
+    """Whether the circuit and its bindings are kept beside a record, so that its parts can be sent."""
+    return _program_path(path).exists()
+
+
+def read_program(path: Path) -> tuple[QuantumCircuit, np.ndarray]:
+    """The circuit and the bindings that a recorded job runs.
+
+    Raises
+    ------
+    StorageError
+        If they were not kept, or cannot be read.
+    """
+    program = _program_path(path)
+    content, bindings = load_array(program, "circuit"), load_array(program, "bindings")
+    try:
+        return qpy.load(io.BytesIO(content.tobytes()))[0], bindings
+    except Exception as error:  # qpy has many errors of its own for junk
+        raise StorageError(f"Cannot read the circuit in {program}: it is damaged.") from error
 
 
 def load_array(path: Path, name: str) -> np.ndarray:
@@ -446,5 +629,17 @@ def load_array(path: Path, name: str) -> np.ndarray:
         raise StorageError(f"Cannot read {path}: {cause}.") from error
 
 
+def _digest(p: torch.Tensor) -> str:
+    return hashlib.sha256(p.contiguous().numpy().tobytes()).hexdigest()
+
+
 def _rows_path(path: Path) -> Path:
     return path.with_suffix(".rows.npz")
+
+
+def _program_path(path: Path) -> Path:
+    return path.with_suffix(".program.npz")
+
+
+def _lock_path(path: Path) -> Path:
+    return path.with_name(f".{path.stem}.lock")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -17,7 +18,7 @@ from qiskit.transpiler import Target
 from qiskit.transpiler.exceptions import TranspilerError
 from qiskit_ibm_runtime import Batch, QiskitRuntimeService, RuntimeInvalidStateError, Session
 from qiskit_ibm_runtime.api.exceptions import RequestsApiError
-from qiskit_ibm_runtime.exceptions import IBMError, IBMInputValueError
+from qiskit_ibm_runtime.exceptions import IBMError, IBMInputValueError, RuntimeJobNotFound
 from qiskit_ibm_runtime.executor_sampler import Sampler
 from qiskit_ibm_runtime.utils import validate_rzz_pubs
 
@@ -50,8 +51,24 @@ class Unreachable(BackendUnavailable):
     """The server gave no usable answer; it may give one later."""
 
 
+class Gone(BackendUnavailable):
+    """The server has no such job, or no longer."""
+
+
 class Refused(Exception):
     """There is certainly no job: the server said no, or the request never left."""
+
+
+class Busy(Refused):
+    """The server takes no job now, because of a limit of requests or of pending jobs, which may pass."""
+
+
+class SessionClosed(Refused):
+    """The Batch or Session takes no more jobs; the next post opens another."""
+
+
+PENDING_JOBS = re.compile(r"\b3458\b|(limit|number)\b.{0,20}\b(pending|concurrent) jobs")
+"""How IBM's messages name its limit of pending jobs. From "Error code registry" in IBM's documentation."""
 
 
 class Remote(Protocol):
@@ -61,13 +78,37 @@ class Remote(Protocol):
         """Ids of the jobs with this tag, oldest first."""
 
     def status(self, id: str) -> JobStatus:
-        """Where the job is: queued, running or ended."""
+        """Where the job is: queued, running or ended. Raises Gone where there is no such job."""
 
     def outcomes(self, id: str) -> np.ndarray:
-        """Measured bits of a job that is done, uint8 (rows, shots, B), packed as in `BitArray`."""
+        """Measured bits of a job that is done, uint8 (rows, shots, B), packed as in `BitArray`.
+
+        Raises Gone where there is no such job.
+        """
 
     def cancel(self, id: str) -> None:
-        """Cancel the job; no error where it has ended already."""
+        """Cancel the job; no error where it has ended already. Raises Gone where there is no such job."""
+
+    def post(
+        self,
+        device: DeviceAccess,
+        circuit: QuantumCircuit,
+        bindings: np.ndarray,
+        shots: int,
+        *,
+        tags: list[str],
+        options: Mapping[str, Any],
+    ) -> str:
+        """Post a job, a single time, and return its id; see `IBMDevice.post`."""
+
+
+@dataclass(frozen=True)
+class DeviceAccess:
+    """A device, and how jobs are run there, as `IBMEngine` takes them."""
+
+    name: str
+    fractional_gates: bool = False
+    mode: Literal["job", "batch", "session"] = "job"
 
 
 class IBMRemote:
@@ -106,6 +147,13 @@ class IBMRemote:
         self.crn = instance if instance and instance.startswith("crn:") else None
         self._service: QiskitRuntimeService | None = given
         self._jobs: dict[str, Any] = {}
+        self._devices: dict[DeviceAccess, IBMDevice] = {}
+
+    def device(self, access: DeviceAccess) -> IBMDevice:
+        """The device, with the Batch or Session that was opened for jobs of this mode."""
+        if access not in self._devices:
+            self._devices[access] = IBMDevice(self, access)
+        return self._devices[access]
 
     def service(self) -> Any:
         """IBM's service, logged in."""
@@ -123,9 +171,10 @@ class IBMRemote:
             return [job.job_id() for job in jobs]
 
     def status(self, id: str) -> JobStatus:
-        with explained(f"asking for job {id}"):
+        with explained(f"asking for job {id}", missing=Gone):
             job = self._job(id)
             state = IBM_JOB_STATES.get(job.status(), JobState.RUNNING)
+        with explained(f"asking for job {id}"):
             if state == JobState.QUEUED:
                 place = job.metrics().get("position_in_queue")
                 return JobStatus(state, place, pending=None if place else job.backend().status().pending_jobs)
@@ -133,7 +182,7 @@ class IBMRemote:
             return JobStatus(state, reason=message and " ".join(message.split()))
 
     def outcomes(self, id: str) -> np.ndarray:
-        with explained(f"fetching the results of job {id}"):
+        with explained(f"fetching the results of job {id}", missing=Gone):
             try:
                 arrays = [pub.data.c.array for pub in self._job(id).result()]
                 return np.concatenate([array.reshape(-1, *array.shape[-2:]) for array in arrays])
@@ -141,11 +190,25 @@ class IBMRemote:
                 raise Unreachable(f"The results of job {id} cannot be read ({error}).") from error
 
     def cancel(self, id: str) -> None:
-        with explained(f"cancelling job {id}"):
+        with explained(f"cancelling job {id}", missing=Gone):
             try:
                 self._job(id).cancel()
             except RuntimeInvalidStateError:  # it has ended
                 return
+
+    def post(
+        self,
+        device: DeviceAccess,
+        circuit: QuantumCircuit,
+        bindings: np.ndarray,
+        shots: int,
+        *,
+        tags: list[str],
+        options: Mapping[str, Any],
+    ) -> str:
+        # Without the engine whose Batch or Session it was, nobody would close another one.
+        known = device if device in self._devices else replace(device, mode="job")
+        return self.device(known).post(circuit, bindings, shots, tags=tags, options=options)
 
     def _job(self, id: str) -> Any:
         if id not in self._jobs:
@@ -163,16 +226,16 @@ class IBMDevice:
     ----------
     remote : IBMRemote
         The account.
-    name : str
-        The device's name.
-    fractional_gates : bool
-        Whether the device's rx and rzz are used.
+    access : DeviceAccess
+        The device's name, whether its rx and rzz are used, and whether jobs are run by themselves, or in one
+        Batch or Session, which the first opens.
     """
 
-    def __init__(self, remote: IBMRemote, name: str, fractional_gates: bool):
+    def __init__(self, remote: IBMRemote, access: DeviceAccess):
         self.remote = remote
-        self.name = name
-        self.fractional_gates = fractional_gates
+        self.name = access.name
+        self.fractional_gates = access.fractional_gates
+        self.mode = access.mode
         self._backend: Any = None
         self._session: Batch | Session | None = None
 
@@ -247,7 +310,6 @@ class IBMDevice:
         *,
         tags: list[str],
         options: Mapping[str, Any],
-        mode: Literal["job", "batch", "session"],
     ) -> str:
         """Post one job, a single time, and return the server's id of it.
 
@@ -263,13 +325,12 @@ class IBMDevice:
             What the job is found by.
         options : mapping
             Options of IBM's Sampler.
-        mode : {"job", "batch", "session"}
-            By itself, or in the Batch or Session that the first such job opens.
 
         Raises
         ------
         Refused
-            If there is certainly no job.
+            If there is certainly no job: `Busy` because of a limit that may pass, `SessionClosed` where the
+            Batch or Session takes no more.
         BackendUnavailable
             If it is not known whether the server accepted it.
         """
@@ -277,23 +338,35 @@ class IBMDevice:
         pubs = [(circuit, bindings)] if bindings.shape[1] else [(circuit,)] * len(bindings)
         adapter = SinglePost()
         try:
-            sampler = Sampler(mode=self._mode(mode), options={**options, "environment": {"job_tags": tags}})
+            sampler = Sampler(mode=self._where(), options={**options, "environment": {"job_tags": tags}})
             crn = str(self.crn)
             with posting_by(adapter, self.remote.service(), crn), explained(f"submitting to {self.name}"):
                 return str(sampler.run(pubs, shots=shots).job_id())
         except Exception as error:
             if not adapter.sent or 400 <= adapter.status < 500:
-                raise Refused(str(error)) from error
+                raise self._refusal(error) from error
             raise
 
-    def _mode(self, mode: str) -> Any:
+    def _refusal(self, error: Exception) -> Refused:
+        """What a post was refused for; a Batch or Session that takes no more jobs is forgotten."""
+        if _http_status(error) == 429 or PENDING_JOBS.search(str(error)):
+            return Busy(str(error))
+        if self._session is not None:
+            with suppress(BackendUnavailable), explained(f"asking for the {self.mode} on {self.name}"):
+                details = self._session.details()
+                if details and not details["accepting_jobs"]:
+                    self._session = None
+                    return SessionClosed(str(error))
+        return Refused(str(error))
+
+    def _where(self) -> Any:
         """What IBM's Sampler runs on: the device, or its open Batch or Session."""
         device = self.connect()
-        if mode == "job":
+        if self.mode == "job":
             return device
         if self._session is None:
-            with explained(f"opening a {mode} on {self.name}"):
-                self._session = (Batch if mode == "batch" else Session)(device)
+            with explained(f"opening a {self.mode} on {self.name}"):
+                self._session = (Batch if self.mode == "batch" else Session)(device)
         return self._session
 
     def close(self) -> None:
@@ -340,8 +413,16 @@ def has_account() -> bool:
 
 
 @contextmanager
-def explained(doing: str) -> Iterator[None]:
-    """Raise errors of IBM's client as ours, with what was being done and what to do about them."""
+def explained(doing: str, missing: type[BackendUnavailable] = BackendUnavailable) -> Iterator[None]:
+    """Raise errors of IBM's client as ours, with what was being done and what to do about them.
+
+    Parameters
+    ----------
+    doing : str
+        What was being done.
+    missing : type of BackendUnavailable
+        The error to raise where the server has no such thing.
+    """
     try:
         yield
     except (BackendUnavailable, ArgumentError):
@@ -349,7 +430,9 @@ def explained(doing: str) -> Iterator[None]:
     except (IBMInputValueError, TranspilerError) as error:
         raise BackendUnavailable(f"IBM refused {doing}: {error}") from error
     except (IBMError, QiskitBackendNotFoundError, requests.RequestException, OSError) as error:
-        status = _http_status(error)
+        status = 404 if isinstance(error, RuntimeJobNotFound) else _http_status(error)
+        if status == 404:
+            raise missing(_advice(status, doing, error)) from error
         # A 401 may pass: after a failed login, IBM's client sends what the server then takes for no login at
         # all.
         kind = BackendUnavailable if 400 <= status < 500 and status not in (401, 408, 429) else Unreachable

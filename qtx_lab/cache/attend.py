@@ -16,7 +16,7 @@ from ..checks import check_finite
 from ..errors import ArgumentError
 from ..estimates import AttentionEstimate, Draws, EstimateInfo, KernelUse, rounding_variance
 from ..kernels.choice import choose, choose_cpu, slower_decode, triton_considered
-from ..kernels.cpu_decode.reference import DrawnRows, draw_rows, rows_at
+from ..kernels.cpu_decode.reference import DrawnRows, DrawRule, draw_rows, rows_at
 from ..kernels.inputs import MAX_DECODE_ROWS, Inputs
 from ..kernels.memory import out_of_memory_explained
 from ..problem import blocks
@@ -45,8 +45,8 @@ class Call:
         As the caller has it.
     rows : Tensor, (N, M, E), M = (H / Hkv) L
         The same, in the cache's precision, the query heads of a key head together.
-    num_samples, replicates : int
-    scale, defensive : float
+    rule : DrawRule
+    scale : float
     seed : Tensor, int64, ()
     sequences : Tensor, int64, (B,)
         The names of the sequences, N / B key heads of each.
@@ -57,10 +57,8 @@ class Call:
 
     q: Tensor
     rows: Tensor
-    num_samples: int
-    replicates: int
+    rule: DrawRule
     scale: float
-    defensive: float
     seed: Tensor
     sequences: Tensor
     sinks: Tensor | None = None
@@ -91,7 +89,7 @@ class Call:
     @property
     def draws(self) -> int:
         """R S, all draws of a row."""
-        return self.num_samples * self.replicates
+        return self.rule.num_samples * self.rule.replicates
 
 
 def attend(store: TokenStore, sketch: ComponentSketch | None, call: Call) -> AttentionEstimate:
@@ -154,10 +152,8 @@ def _attend_compiled(
     if sketch is None:
         scanned = launch.Scanned(*table)
     else:
-        scanned = launch.Scanned(*table, sketch.storage, sketch.weight, sketch.exact_keys)
-    drawn = launch.draw_rows(
-        call.rows, call.scale, scanned, names, call.num_samples, call.replicates, call.defensive
-    )
+        scanned = launch.Scanned(*table, sketch.storage, sketch.weight, sketch.exact_keys, sketch.mixed)
+    drawn = launch.draw_rows(call.rows, call.scale, scanned, names, call.rule)
     if drawn is None:
         check_finite("q", call.q)
         raise ArgumentError("logits holds NaN or +inf; only finite numbers and -inf are allowed.")
@@ -179,27 +175,37 @@ def scores_by_place(
 
 def _draw_by_torch(store: TokenStore, sketch: ComponentSketch | None, call: Call) -> DrawnRows:
     (n, m), x = call.rows.shape[:2], call.rows * call.scale
-    offset = call.stream(store).uniform(call.replicates, 1)  # [N, L, R, 1]
-    comb = torch.arange(call.num_samples, device=x.device, dtype=torch.float64)
-    points = ((comb + offset) / call.num_samples).clamp_max(ABOVE_ONE).flatten(-2)
+    offset = call.stream(store).uniform(call.rule.replicates, 1)  # [N, L, R, 1]
+    comb = torch.arange(call.rule.num_samples, device=x.device, dtype=torch.float64)
+    points = ((comb + offset) / call.rule.num_samples).clamp_max(ABOVE_ONE).flatten(-2)
     points = points.repeat(1, call.group, 1)  # [N, M, R S]
     step = BLOCK_ELEMENTS // max(store.length, call.draws * store.table.shape[-1])
-    parts = [
-        draw_rows(
+    if call.rule.grouped:  # the rows of a position at a time
+        heads_at_once = max(1, step // call.group)
+        parts = [
+            (slice(head, head + heads_at_once), slice(position, None, call.positions))
+            for position in range(call.positions)
+            for head in range(0, n, heads_at_once)
+        ]
+    else:
+        parts = list(blocks((n, m), step))
+    columns: dict[str, Tensor] = {}
+    for heads, part in parts:
+        drawn = draw_rows(
             x[heads, part],
             scores_by_place(store, sketch, x[heads, part], heads),
             points[heads, part],
             store.table[heads],
             store.order[heads],
-            call.num_samples,
-            call.defensive,
+            call.rule,
         )
-        for heads, part in blocks((n, m), step)
-    ]
-    if len(parts) == 1:
-        return parts[0]
-    columns = zip(*([x.flatten(0, 1) for x in vars(part).values()] for part in parts), strict=True)
-    return DrawnRows(*(torch.cat(x).unflatten(0, (n, m)) for x in columns))
+        if len(parts) == 1:
+            return drawn
+        for name, column in vars(drawn).items():
+            if name not in columns:
+                columns[name] = column.new_empty(n, m, *column.shape[2:])
+            columns[name][heads, part] = column
+    return DrawnRows(**columns)
 
 
 def _estimate(
@@ -214,7 +220,7 @@ def _estimate(
     if call.sinks is not None or call.softcap is not None:
         drawn = _weighed_again(store, call, drawn)
     output = drawn.output.view(*row_shape, store.width).to(store.table.dtype)
-    draws = Draws(drawn.indices, drawn.weights, None, call.replicates)
+    draws = Draws(drawn.indices, drawn.weights, None, call.rule.replicates)
     length, sums, table = store.length, store.value_sums, store.table  # tokens may come later
     crops = store.crops
 
@@ -229,7 +235,7 @@ def _estimate(
         refuse_cropped("std_error")
         with plain_mode(output.device):
             moments = _value_moments(store, length, sums)
-            return row_errors(table, store.features, drawn, moments, call.replicates)
+            return row_errors(table, store.features, drawn, moments, call.rule.replicates)
 
     def make_std_error() -> Tensor:
         with plain_mode(output.device):
@@ -280,11 +286,11 @@ def _weighed_again(store: TokenStore, call: Call, drawn: DrawnRows) -> DrawnRows
         keys, values = rows[..., : store.features], rows[..., store.features :]
         log_w = _logits(call, call.rows[block], keys) - drawn.inclusion[block].log()
         log_w = log_w.masked_fill(drawn.weights[block] == 0, -torch.inf)
-        log_w = log_w.unflatten(-1, (call.replicates, -1))
+        log_w = log_w.unflatten(-1, (call.rule.replicates, -1))
         total = log_w.logsumexp(-1, keepdim=True)  # [h, r, R, 1]
         if call.sinks is not None:
             total = torch.logaddexp(total, call.sinks[block][..., None, None])
-        w = ((log_w - total).exp() / call.replicates).flatten(-2)
+        w = ((log_w - total).exp() / call.rule.replicates).flatten(-2)
         weights[block], output[block] = w, torch.einsum("hrt,hrtd->hrd", w, values)
     square = weights.square().sum(-1).clamp_min(torch.finfo(weights.dtype).tiny)
     effective = weights.sum(-1).square() / square
@@ -296,12 +302,12 @@ def _log_sum_exp(store: TokenStore, call: Call, drawn: DrawnRows) -> Tensor:
 
     In a replicate it is l_j - log(pi_j w_j) of any key drawn, w_j its weight: here of the heaviest.
     """
-    by_replicate = drawn.weights.unflatten(-1, (call.replicates, -1))
+    by_replicate = drawn.weights.unflatten(-1, (call.rule.replicates, -1))
     w, place = by_replicate.max(-1)  # [N, M, R]
-    place = place + torch.arange(call.replicates, device=place.device) * by_replicate.shape[-1]
+    place = place + torch.arange(call.rule.replicates, device=place.device) * by_replicate.shape[-1]
     keys = rows_at(store.table, drawn.indices.gather(-1, place)).to(store.dtype)[..., : store.features]
     log_w = _logits(call, call.rows, keys) - drawn.inclusion.gather(-1, place).log()
-    return (log_w - (w * call.replicates).log()).logsumexp(-1) - math.log(call.replicates)
+    return (log_w - (w * call.rule.replicates).log()).logsumexp(-1) - math.log(call.rule.replicates)
 
 
 def _info(
@@ -320,11 +326,12 @@ def _info(
             "levels": sketch.levels,
             "exact_keys": sketch.exact_keys.shape[1],
         }
+    about |= {"adaptive": call.rule.adaptive, "share_keys": call.rule.grouped}
     return EstimateInfo(
         sampler=f"cache, {proposal}",
         unbiased=False,
-        num_samples=call.num_samples,
-        replicates=call.replicates,
+        num_samples=call.rule.num_samples,
+        replicates=call.rule.replicates,
         draws_per_row=call.draws,
         effective_sample_size=effective,
         fallbacks=fallbacks,
@@ -353,9 +360,13 @@ def _not_for_triton(sketch: ComponentSketch | None, call: Call) -> str | None:
         return "softcap is not in the kernel"
     if call.sinks is not None:
         return "sinks are not in the kernel"
+    if call.rule.adaptive:
+        return "adaptive draws are not in the kernel"
     if sketch is None:
         return "it takes sketches; sampled_attention has one for exact keys"
-    if call.num_samples < FEWEST_DRAWS_FOR_TRITON:
+    if sketch.mixed:
+        return "sketches of components of 4 and 2 bits are not in the kernel"
+    if call.rule.num_samples < FEWEST_DRAWS_FOR_TRITON:
         return f"it takes {FEWEST_DRAWS_FOR_TRITON} draws or more"
     if rows > MAX_DECODE_ROWS:
         return f"the kernel takes up to {MAX_DECODE_ROWS} rows a key head, not {rows}"
@@ -373,12 +384,13 @@ def _attend_by_triton(
         result = sketch_decode(
             x,
             sketch.scanned(store.places()),
-            call.num_samples * call.group,  # which the query heads of a key head share
-            call.replicates,
+            # The query heads of a key head share the keys of all of their draws.
+            call.rule.num_samples * (1 if call.rule.grouped else call.group),
+            call.rule.replicates,
             call.stream(store),
-            defensive=call.defensive,
+            defensive=call.rule.defensive,
         )
-    draws = Draws(result.indices, result.weights(), None, call.replicates).view(row_shape)
+    draws = Draws(result.indices, result.weights(), None, call.rule.replicates).view(row_shape)
     draws_per_row = result.indices.shape[-1]
     output = result.output.view(*row_shape, store.width)
     size = (store.value_sums[1] / store.length).sqrt().to(torch.float32)  # [N, 1, Ev]

@@ -19,6 +19,7 @@ from ..checks import (
 )
 from ..errors import ArgumentError, DtypeError, ShapeError, unknown_name
 from ..estimates import AttentionEstimate
+from ..kernels.cpu_decode.reference import DrawRule
 from ..streams import make_seed
 from .attend import Call, attend, plain_mode, scores_by_place
 from .saving import CacheParts, read_cache, write_cache
@@ -31,21 +32,21 @@ class SampledKVCache:
 
     For a query x the sketch gives a score l~_j near scale x . k_j for every key, and a proposal
 
-        q_j = (1 - epsilon) softmax_j(l~) + epsilon / n.
+        q_j proportional to softmax_j(l~) + delta / n.
 
     Key j is drawn with probability pi_j = min(1, c q_j), c such that sum_j pi_j is S: the heaviest
     surely, none twice, as by `HeadTailSampler`, by systematic points along an order of the values
-    (`ValueOrder`). The exact logits l_j of the drawn keys alone then weigh them, w_j proportional to
-    exp(l_j) / pi_j (Hajek 1971): the self-normalised estimate of `LearnedImportanceSampler`, with its
-    error bars. These assume keys in random order; in value order they err on the safe side. The estimate
-    is biased by O(1 / S), and exact where every key is drawn.
+    (`ValueOrder`). delta is such that a share epsilon of the draws that are not sure is made from all keys
+    alike (of all draws by Triton's kernel). The exact logits l_j of the drawn keys alone then weigh them,
+    w_j proportional to exp(l_j) / pi_j (Hajek 1971): the self-normalised estimate of
+    `LearnedImportanceSampler`, with its error bars. These assume keys in random order; in value order they
+    err on the safe side. The estimate is biased by O(1 / S), and exact where every key is drawn.
 
     Proposals, the same on every device:
 
     - `exact`: the keys themselves. All of k is read, v only at the draws.
     - `low-rank`: the `rank` components of a key that matter most to the queries seen so far (all
-      directions equally
-      where none was seen), a byte each.
+      directions equally where none was seen), a byte each.
     - `int4`: all components of a key, 4 bits each.
 
     The keys that a sketch represents worst, one in 256 and at least 4, have exact scores; attention sinks
@@ -73,7 +74,7 @@ class SampledKVCache:
         self._store, self._sketch, self._queries = parts.store, parts.sketch, parts.queries
         self._sequences = torch.arange(self._lead[:-1].numel(), device=parts.store.table.device)
         self.defensive = parts.defensive
-        """epsilon, the weight of the proposal's uniform part."""
+        """epsilon, the share of the draws, but for sure ones, that are made from all keys alike."""
 
     @classmethod
     def build(
@@ -97,7 +98,8 @@ class SampledKVCache:
         rank : int, optional
             r of the low-rank sketch, 32 where None (or E, if less).
         defensive : float
-            epsilon, 0 < epsilon < 1, the weight of the proposal's uniform part.
+            epsilon, 0 < epsilon < 1, the share of the draws, but for sure ones, that are made from all keys
+            alike.
         queries : Tensor, (..., H, L, E), optional
             Queries that a sketch is fitted to, such as those of the prompt.
 
@@ -244,6 +246,8 @@ class SampledKVCache:
         num_samples: int = 64,
         *,
         replicates: int = 1,
+        adaptive: bool = False,
+        share_keys: bool = False,
         scale: float | None = None,
         generator: torch.Generator | None = None,
         sequences: Tensor | None = None,
@@ -261,6 +265,15 @@ class SampledKVCache:
             S, the draws of a row and replicate.
         replicates : int
             R independent repetitions, averaged.
+        adaptive : bool
+            `num_samples` is the most that a row draws: only keys of a probability of 1 / S or more are drawn
+            surely, so that a row whose probability lies on few keys draws few, and no fewer than 16 of the
+            others. At the same mean number of draws the worst rows err less and the best ones more. The
+            columns of `draws` that a row does not use have weight 0.
+        share_keys : bool
+            The query heads of a key head draw the same S keys at each position, by the mean of their
+            proposals: they read S keys in all, and not S each. On GPUs they always share their keys: S for
+            each of them where this is False.
         scale : float, optional
             1 / sqrt(E) where None.
         generator : torch.Generator, optional
@@ -289,6 +302,9 @@ class SampledKVCache:
         """
         check_count("num_samples", num_samples)
         check_count("replicates", replicates)
+        for name, x in (("adaptive", adaptive), ("share_keys", share_keys)):
+            if not isinstance(x, bool):
+                raise ArgumentError(f"{name}={x!r} is not allowed: it must be True or False.")
         check_generator(generator)
         rows = self._rows("q", q)
         check_scale(scale)
@@ -306,10 +322,8 @@ class SampledKVCache:
             call = Call(
                 q=q.detach(),
                 rows=rows,
-                num_samples=int(num_samples),
-                replicates=int(replicates),
+                rule=DrawRule(int(num_samples), int(replicates), self.defensive, adaptive, share_keys),
                 scale=1 / math.sqrt(store.features) if scale is None else float(scale),
-                defensive=self.defensive,
                 seed=make_seed(generator),
                 sequences=names.to(q.device),
                 sinks=sinks,

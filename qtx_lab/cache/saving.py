@@ -114,7 +114,7 @@ def _parts(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> CachePart
     queries.total, queries.count = tensors["queries"], about["queries_seen"]
     sketch = None
     if about["proposal"] != "exact":
-        rank = about["rank"] if about["proposal"] == "low-rank" else None
+        rank = None if about["proposal"] == "int4" else about["rank"]
         sketch = make_sketch(about["proposal"], rank, store.features)
         assert sketch is not None
         sketch.restore(

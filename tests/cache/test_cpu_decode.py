@@ -17,6 +17,7 @@ from qtx_lab.cache import attend as room
 from qtx_lab.cache.sketches import PROPOSALS
 from qtx_lab.kernels import choice
 from qtx_lab.kernels.cpu_decode import launch, rows
+from qtx_lab.kernels.cpu_decode.reference import DrawRule
 from qtx_lab.streams import Stream, philox, sequence_keys
 
 
@@ -33,12 +34,18 @@ def compiled_scores(store, sketch, x, heads=slice(None)):
     scanned = launch.Scanned(store.length, store.table, store.order)
     if sketch is not None:
         scanned = launch.Scanned(
-            store.length, store.table, store.order, sketch.storage, sketch.weight, sketch.exact_keys
+            store.length,
+            store.table,
+            store.order,
+            sketch.storage,
+            sketch.weight,
+            sketch.exact_keys,
+            sketch.mixed,
         )
     every, x = x.new_zeros(store.heads, *x.shape[1:]), x.contiguous()
     drawn = launch._empty_rows(every, 1, store.width)
     names = launch.RowNames(0, torch.zeros(1, dtype=torch.int64), 1, 0)
-    task = launch.make_task(every, 1.0, scanned, names, 1, 1, 0.02, drawn)
+    task = launch.make_task(every, 1.0, scanned, names, DrawRule(1, 1, 0.02), drawn)
     out = np.empty((*x.shape[:2], store.length), np.float32)
     for i, head in enumerate(range(store.heads)[heads]):
         rows.score_rows(out[i], head, x[i].numpy(), task[0])
@@ -96,6 +103,24 @@ def test_compiled_draws_are_the_references(
     torch.testing.assert_close(*sizes, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize(
+    "options", [{"adaptive": True}, {"share_keys": True}, {"adaptive": True, "share_keys": True}]
+)
+@pytest.mark.parametrize(("proposal", "n"), [("exact", 900), ("int4", 900), ("low-rank", 40)])
+def test_adaptive_and_shared_draws_are_the_references(proposal, n, options, monkeypatch, generator, seed):
+    k, v = tokens(generator, n=n)
+    q = 2 * torch.randn(6, 5, 16, generator=generator)
+    cache = qtx.SampledKVCache.build(k, v, proposal=proposal)
+    for replicates in (1, 2):
+        found, wanted = both(cache, monkeypatch, q, 48, seed, replicates=replicates, **options)
+        same = found.draws.indices == wanted.draws.indices
+        rows_alike = same.all(-1)
+        assert rows_alike.float().mean() > 0.9
+        pairs = ((x.draws.weights, x.output, x.std_error) for x in (found, wanted))
+        for one, other in zip(*pairs, strict=True):
+            torch.testing.assert_close(one[rows_alike], other[rows_alike], rtol=1e-3, atol=2e-5)
+
+
 @pytest.mark.parametrize("proposal", PROPOSALS)
 def test_bfloat16_is_read_as_it_is(proposal, monkeypatch, generator, seed):
     """Half the bytes, and the draws and weights of a float32 cache of the same numbers."""
@@ -116,19 +141,19 @@ def test_bfloat16_is_read_as_it_is(proposal, monkeypatch, generator, seed):
 
 
 @pytest.mark.parametrize("proposal", PROPOSALS)
-@pytest.mark.parametrize(("features", "rank"), [(24, None), (33, 13), (130, 65), (1, 1)])
+@pytest.mark.parametrize(("features", "rank"), [(24, None), (33, 13), (130, 65), (130, 130), (1, 1)])
 def test_compiled_scores_are_the_references(proposal, features, rank, generator):
     """Over sorted, outlying and new tokens: to rounding, which is that of 8 bits a weight for int4."""
     k, v = tokens(generator, n=7000, features=features)
     k[:, ::500] *= 9
-    rank = rank if proposal == "low-rank" else None
+    rank = rank if proposal in ("low-rank", "mixed") else None
     cache = qtx.SampledKVCache.build(k[:, :-500], v[:, :-500], proposal=proposal, rank=rank)
     for part in (slice(-500, -200), slice(-200, None)):
         cache.append(k[:, part], v[:, part])
     x = torch.randn(2, 10, features, generator=generator)
     store, sketch = cache._store, cache._sketch
     compiled, plain = compiled_scores(store, sketch, x), room.scores_by_place(store, sketch, x)
-    off = {"exact": 1e-5, "low-rank": 1e-5, "int4": 1e-2}[proposal]
+    off = {"exact": 1e-5, "low-rank": 1e-5, "int4": 1e-2, "mixed": 1e-2}[proposal]
     assert (compiled - plain).std() < off * plain.std()
 
 

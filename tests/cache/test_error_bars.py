@@ -63,18 +63,21 @@ def problem(name, g):
 CLASSES = ("peaked", "diffuse", "skewed", "one-hot", "one key", "outlier", "clustered", "sink", "rotary")
 
 
-def measured(name, proposal, num_samples, replicates=1, dtype=torch.float32, rank=24):
+def measured(name, proposal, num_samples, replicates=1, dtype=torch.float32, rank=24, **options):
     """Errors of an estimate, and the estimate, (H, L * REPEATS, d), of each row many times."""
     q, k, v = (x.to(dtype) for x in problem(name, torch.Generator().manual_seed(1)))
-    options = {"rank": rank} if proposal == "low-rank" else {}
-    cache = qtx.SampledKVCache.build(k, v, proposal=proposal, **options)
+    if "share_keys" in options:  # with two query heads a key head
+        q = torch.stack((q, q.flip(1)), 1).flatten(0, 1)
+    ranks = {"rank": rank} if proposal in ("low-rank", "mixed") else {}
+    cache = qtx.SampledKVCache.build(k, v, proposal=proposal, **ranks)
     est = cache.attend(
         q.repeat_interleave(REPEATS, 1),
         num_samples,
         replicates=replicates,
         generator=torch.Generator().manual_seed(2),
+        **options,
     )
-    exact = F.scaled_dot_product_attention(*(x.double() for x in (q, k, v)))
+    exact = F.scaled_dot_product_attention(*(x.double()[None] for x in (q, k, v)), enable_gqa=True)[0]
     return est.output.double() - exact.repeat_interleave(REPEATS, 1), est
 
 
@@ -111,6 +114,16 @@ def test_intervals_cover_each_class_of_rows(name, proposal, num_samples, replica
     width = width_over_error(error, est)
     assert float(width.quantile(0.5)) < 2.8
     assert float(width.quantile(0.1)) > 0.8
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize("name", ["peaked", "one key", "sink", "rotary"])
+@pytest.mark.parametrize("options", [{"adaptive": True}, {"share_keys": True}])
+def test_intervals_cover_where_rows_draw_unequally_or_together(name, options):
+    error, est = measured(name, "int4", 64, **options)
+    assert not covers_too_little(error, est)
+    width = width_over_error(error, est)
+    assert 0.9 < float(width.quantile(0.5)) < 2.8
 
 
 @pytest.mark.statistical

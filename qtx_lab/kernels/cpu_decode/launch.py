@@ -13,8 +13,8 @@ import torch
 from numba import cfunc, types
 from torch import Tensor
 
-from .reference import DrawnRows
-from .rows import EXACT, INT4, INT8, TASK, TILE, attend_task
+from .reference import DrawnRows, DrawRule
+from .rows import EXACT, INT4, INT8, MIXED, TASK, TILE, attend_task
 from .threads import run_on_threads
 
 ALONE = 1 << 18
@@ -43,14 +43,17 @@ class Scanned:
         Keys and values, side by side, in the order of arrival; room for C >= n.
     order : Tensor, int64, (N, C)
         The token at each place.
-    lines : Tensor, int8 (N, r, capacity) or uint8 (N, ceil(r / 2), capacity), optional
+    lines : Tensor, int8 (N, r, capacity) or uint8 (N, lines, capacity), optional
         The keys' components in the order of the places; the keys themselves are scanned where None. A
         uint8 holds 8 + component i in its lower four bits and 8 + component ceil(r / 2) + i in the upper
-        ones.
+        ones. Where lines are `mixed`, so do the first ones of the first ceil(r / 3) components; the others
+        hold four components of 2 bits, the lowest bits first: see `rows._in_quad_levels`.
     weight : Tensor, (N, E, r), optional
         Takes queries to components.
     exact_keys : Tensor, (N, T, E), optional
         Centred keys of the first T places, whose logits are exact.
+    mixed : bool
+        Whether components have 4 and 2 bits.
     """
 
     length: int
@@ -59,6 +62,16 @@ class Scanned:
     lines: Tensor | None = None
     weight: Tensor | None = None
     exact_keys: Tensor | None = None
+    mixed: bool = False
+
+    @property
+    def kind(self) -> int:
+        """What `rows` calls it."""
+        if self.lines is None:
+            return EXACT
+        if self.mixed:
+            return MIXED
+        return INT8 if self.lines.dtype == torch.int8 else INT4
 
 
 @dataclass(frozen=True)
@@ -99,9 +112,7 @@ def draw_rows(
     scale: float,
     scanned: Scanned,
     names: RowNames,
-    num_samples: int,
-    replicates: int,
-    defensive: float,
+    rule: DrawRule,
 ) -> DrawnRows | None:
     """Draw keys and average their values, on `torch.get_num_threads()` threads.
 
@@ -113,10 +124,7 @@ def draw_rows(
     scale : float
     scanned : Scanned
     names : RowNames
-    num_samples, replicates : int
-        S and R.
-    defensive : float
-        epsilon.
+    rule : DrawRule
 
     Returns
     -------
@@ -124,15 +132,20 @@ def draw_rows(
         None if a query or a score is not finite.
     """
     queries = queries.contiguous()
-    drawn = _empty_rows(queries, num_samples * replicates, scanned.table.shape[-1] - queries.shape[-1])
+    drawn = _empty_rows(
+        queries, rule.num_samples * rule.replicates, scanned.table.shape[-1] - queries.shape[-1]
+    )
     heads, rows, features = queries.shape
     components = features if scanned.weight is None else scanned.weight.shape[-1]
     threads = torch.get_num_threads()
     if heads * rows * scanned.length * components <= ALONE:
         threads = 1
-    task = make_task(queries, scale, scanned, names, num_samples, replicates, defensive, drawn)
-    tile = tile_rows(heads, rows, threads)
-    task["tile"], task["units"] = tile, heads * -(-rows // tile)
+    task = make_task(queries, scale, scanned, names, rule, drawn)
+    if rule.grouped:
+        task["tile"], task["units"] = rows // max(1, names.positions), heads * names.positions
+    else:
+        tile = tile_rows(heads, rows, threads)
+        task["tile"], task["units"] = tile, heads * -(-rows // tile)
     run_on_threads(compiled(), task.ctypes.data, threads, (queries, scanned, names, drawn, task))
     return None if task["not_finite"][0] else drawn
 
@@ -181,9 +194,7 @@ def make_task(
     scale: float,
     scanned: Scanned,
     names: RowNames,
-    num_samples: int,
-    replicates: int,
-    defensive: float,
+    rule: DrawRule,
     drawn: DrawnRows,
 ) -> np.ndarray:
     """The task of a call, an array of one `TASK`; arguments as of `draw_rows`, and where to write."""
@@ -194,7 +205,7 @@ def make_task(
         "not_finite": 0,
         "units": 0,
         "tile": 1,
-        "kind": EXACT if lines is None else INT8 if lines.dtype == torch.int8 else INT4,
+        "kind": scanned.kind,
         "heads": heads,
         "groups": heads // max(1, len(names.sequences)),
         "rows": rows,
@@ -204,14 +215,17 @@ def make_task(
         "width": drawn.output.shape[-1],
         "keys": scanned.length,
         "capacity": scanned.table.shape[1],
+        "lines": 0 if lines is None else lines.shape[1],
         "line_capacity": 0 if lines is None else lines.shape[-1],
         "rank": 0 if weight is None else weight.shape[-1],
         "exact_keys": 0 if exact_keys is None else exact_keys.shape[1],
-        "replicates": replicates,
-        "draws": num_samples,
+        "replicates": rule.replicates,
+        "draws": rule.num_samples,
         "seed": names.seed,
         "scale": scale,
-        "defensive": defensive,
+        "defensive": rule.defensive,
+        "adaptive": int(rule.adaptive),
+        "grouped": int(rule.grouped),
         "half": int(scanned.table.dtype == torch.bfloat16),
         "sequences_at": names.sequences.data_ptr(),
         "queries_at": queries.data_ptr(),

@@ -16,10 +16,10 @@ from numba import carray, njit, types
 from numba.extending import intrinsic
 
 from ...streams import Purpose
-from .reference import FIRST_RATE, LEAST_MASS, NEWTON_STEPS
+from .reference import FEWEST_LIGHT, FIRST_RATE, LEAST_MASS, NEWTON_STEPS
 
-EXACT, INT8, INT4 = 0, 1, 2
-"""What is scanned (`Task.kind`): the keys themselves, components of 8 bits, or of 4."""
+EXACT, INT8, INT4, MIXED = 0, 1, 2, 3
+"""What is scanned (`Task.kind`): the keys themselves, components of 8 bits, of 4, or of 4 and 2 bits."""
 
 TASK = np.dtype(
     [
@@ -37,7 +37,8 @@ TASK = np.dtype(
         ("width", np.int64),  # Ev
         ("keys", np.int64),  # n
         ("capacity", np.int64),  # keys that `table` and `order` have room for
-        ("line_capacity", np.int64),  # keys that `lines` has room for
+        ("lines", np.int64),  # lines of a head
+        ("line_capacity", np.int64),  # keys that a line has room for
         ("rank", np.int64),  # r, components of a key in the sketch
         ("exact_keys", np.int64),  # T, the first places, whose logits are computed from `exact`
         ("replicates", np.int64),  # R
@@ -45,13 +46,15 @@ TASK = np.dtype(
         ("seed", np.int64),
         ("scale", np.float64),
         ("defensive", np.float64),  # epsilon
+        ("adaptive", np.int64),  # 1 where S is the most that a row draws
+        ("grouped", np.int64),  # 1 where the rows of a position draw the same keys
         ("half", np.int64),  # 1 where `table` is bfloat16
         # Addresses of contiguous arrays.
         ("sequences_at", np.int64),  # int64, (N / groups,): names of the sequences
         ("queries_at", np.int64),  # float32, (N, M, E)
         ("table_at", np.int64),  # (N, capacity, E + Ev): keys and values in the order of arrival
         ("order_at", np.int64),  # int64, (N, capacity): the token at each place
-        ("lines_at", np.int64),  # int8, (N, r, line_capacity), or uint8, (N, ceil(r / 2), line_capacity)
+        ("lines_at", np.int64),  # int8 or uint8, (N, lines, line_capacity), as many lines as the kind has
         ("weight_at", np.int64),  # float32, (N, E, r): takes queries to components
         ("exact_at", np.int64),  # float32, (N, T, E): centred keys
         ("indices_at", np.int64),  # int64, (N, M, R S), written
@@ -79,6 +82,8 @@ TERMS = 8
 """Components that are added to the scores together."""
 GROUP = 16
 """Components whose 4-bit levels, times weights of 8 bits, are summed in 16 bits: 16 * 15 * 127 < 2^15."""
+QUAD_GROUP = 64
+"""The same of 2-bit levels: 64 * 3 * 127 < 2^15."""
 SUMS = {"contract", "reassoc", "nsz"}
 """What sums may do to be vectorised: change their order, but not overlook infinities."""
 
@@ -298,7 +303,7 @@ def _int4_scores(out: Any, lines: Any, begin: Any, level: Any, scale: Any, sums:
     end, last, capacity = begin + out.shape[0], lines.shape[0] - 1, lines.shape[1]
     for group in range(level.shape[0] // GROUP):
         sums[:] = np.int16(0)
-        for t in range(group * GROUP, (group + 1) * GROUP, 8):
+        for t in range(group * GROUP, min((group + 1) * GROUP, 2 * lines.shape[0]), 8):
             pair = t // 2
             _add_levels(
                 sums,
@@ -337,6 +342,82 @@ def _in_levels(component: Any, rank: Any, level: Any, scale: Any) -> None:
 
 
 @njit
+def _quad(byte: Any, w0: Any, w1: Any, w2: Any, w3: Any) -> Any:
+    """The four levels of a byte times their weights, in 16 bits."""
+    byte = np.int16(byte)
+    low = np.int16(np.int16(np.int16(byte & 3) * w0) + np.int16(np.int16(byte >> 2 & 3) * w1))
+    high = np.int16(np.int16(np.int16(byte >> 4 & 3) * w2) + np.int16(np.int16(byte >> 6) * w3))
+    return np.int16(low + high)
+
+
+@njit
+def _add_quads(out: Any, a: Any, b: Any, c: Any, d: Any, w: Any, ahead: Any) -> None:
+    """Add sixteen components' levels, four a byte, times their weights; the next are `ahead` bytes away."""
+    w0, w1, w2, w3, w4, w5, w6, w7 = w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7]
+    w8, w9, w10, w11, w12, w13, w14, w15 = w[8], w[9], w[10], w[11], w[12], w[13], w[14], w[15]
+    for first in range(0, out.shape[0], 2 * STRETCH):
+        end = first + 2 * STRETCH
+        part, e, f, g, h = out[first:end], a[first:end], b[first:end], c[first:end], d[first:end]
+        _request(a, b, c, d, first + ahead, part.shape[0])
+        for j in range(part.shape[0]):
+            ef = np.int16(_quad(e[j], w0, w1, w2, w3) + _quad(f[j], w4, w5, w6, w7))
+            gh = np.int16(_quad(g[j], w8, w9, w10, w11) + _quad(h[j], w12, w13, w14, w15))
+            part[j] = np.int16(part[j] + np.int16(ef + gh))
+
+
+@njit
+def _add_int2_scores(out: Any, lines: Any, begin: Any, level: Any, scale: Any, sums: Any) -> None:
+    """Add scores of keys from `begin` on, by fours of components `lines` (ceil(r / 4), capacity) of 2 bits.
+
+    `level` and `scale` are the query's, by groups (`_in_quad_levels`).
+    """
+    sums = sums[: out.shape[0]]
+    end, last, capacity = begin + out.shape[0], lines.shape[0] - 1, lines.shape[1]
+    for j in range(out.shape[0]):
+        out[j] += scale[-1]
+    for group in range(level.shape[0] // QUAD_GROUP):
+        sums[:] = np.int16(0)
+        for t in range(group * QUAD_GROUP, min((group + 1) * QUAD_GROUP, 4 * lines.shape[0]), 16):
+            quad = t // 4
+            _add_quads(
+                sums,
+                lines[min(quad, last), begin:end],
+                lines[min(quad + 1, last), begin:end],
+                lines[min(quad + 2, last), begin:end],
+                lines[min(quad + 3, last), begin:end],
+                level[t : t + 16],
+                4 * capacity,
+            )
+        _add_scaled(out, sums, scale[group])
+
+
+@njit
+def _in_quad_levels(component: Any, level: Any, scale: Any) -> None:
+    """A query's components (r,) in levels of 8 bits, in the order of the bits of lines of four.
+
+    Components i, q + i, 2 q + i and 3 q + i share a byte, q = ceil(r / 4). What is stored as 0, 1, 2, 3
+    means -3, -1, 1, 3: the last scale is what is missing.
+    """
+    rank = component.shape[0]
+    quarter = (rank + 3) // 4
+    level[:], scale[:] = np.int16(0), zero
+    for group in range(level.shape[0] // QUAD_GROUP):
+        lines = range(group * QUAD_GROUP // 4, min((group + 1) * QUAD_GROUP // 4, quarter))
+        unit = np.float32(1e-30)
+        for line in lines:
+            for c in range(line, rank, quarter):
+                unit = max(unit, np.abs(component[c]))
+        unit /= np.float32(127)
+        scale[group] = np.float32(2) * unit
+        for line in lines:
+            for i in range(4):
+                c = line + i * quarter
+                if c < rank:
+                    level[4 * line + i] = np.int16(np.rint(component[c] / unit))
+                    scale[-1] -= np.float32(3) * unit * np.float32(level[4 * line + i])
+
+
+@njit
 def _scores_of_keys(out: Any, x: Any, table: Any, order: Any) -> None:
     """Exact scores (rows, n) of rows x (rows, E), in the order of the places."""
     features, (rows, keys) = x.shape[1], out.shape
@@ -351,32 +432,40 @@ def _scores_of_keys(out: Any, x: Any, table: Any, order: Any) -> None:
 
 @njit
 def _scores_of_sketch(
-    out: Any, x: Any, kind: Any, lines_at: Any, shape: Any, weight: Any, exact: Any
+    out: Any, x: Any, kind: Any, lines_at: Any, capacity: Any, weight: Any, exact: Any
 ) -> None:
-    """Scores (rows, n) of rows x (rows, E) by a head's components at `lines_at`, of this shape.
+    """Scores (rows, n) of rows x (rows, E) by a head's components at `lines_at`, in lines of this capacity.
 
     The first places, which `exact` (T, E) has centred keys for, get exact scores. All lack the same
     shift, that of the centre.
     """
     rows, keys, rank = x.shape[0], out.shape[1], weight.shape[1]
+    upper = (rank + 2) // 3 if kind == MIXED else rank  # components of 4 bits, where there are some
+    pairs, quads = (upper + 1) // 2, (rank - upper + 3) // 4
     component = np.zeros((rows, (rank + GROUP - 1) // GROUP * GROUP), np.float32)
-    groups = (rank + GROUP - 1) // GROUP
+    groups, quad_groups = (upper + GROUP - 1) // GROUP, (rank - upper + QUAD_GROUP - 1) // QUAD_GROUP
     level, scale = np.zeros((rows, groups * GROUP), np.int16), np.zeros((rows, groups + 1), np.float32)
+    quad_level = np.zeros((rows, quad_groups * QUAD_GROUP), np.int16)
+    quad_scale = np.zeros((rows, quad_groups + 1), np.float32)
     sums = np.empty(CHUNK, np.int16)
     for i in range(rows):
         _multiply(x[i], weight, component[i])
-        if kind == INT4:
-            _in_levels(component[i], rank, level[i], scale[i])
+        if kind != INT8:
+            _in_levels(component[i], upper, level[i], scale[i])
+            _in_quad_levels(component[i, upper:rank], quad_level[i], quad_scale[i])
     terms = (rank + TERMS - 1) // TERMS * TERMS
+    of_bytes = carray(_pointer(lines_at), (rank, capacity), np.int8)
+    of_pairs = carray(_pointer(lines_at), (pairs, capacity), np.uint8)
+    of_quads = carray(_pointer(lines_at + pairs * capacity), (quads, capacity), np.uint8)
     for begin in range(0, keys, CHUNK):
         for i in range(rows):
             part = out[i, begin : min(begin + CHUNK, keys)]
             if kind == INT8:
-                lines = carray(_pointer(lines_at), shape, np.int8)
-                _int8_scores(part, lines, begin, component[i, :terms])
+                _int8_scores(part, of_bytes, begin, component[i, :terms])
             else:
-                lines = carray(_pointer(lines_at), shape, np.uint8)
-                _int4_scores(part, lines, begin, level[i], scale[i], sums)
+                _int4_scores(part, of_pairs, begin, level[i], scale[i], sums)
+                if quads:
+                    _add_int2_scores(part, of_quads, begin, quad_level[i], quad_scale[i], sums)
     for j in range(min(exact.shape[0], keys)):
         for i in range(rows):
             out[i, j] = _dot(x[i], exact[j])
@@ -393,11 +482,10 @@ def score_rows(out: Any, head: Any, x: Any, t: Any) -> None:
         else:
             _scores_of_keys(out, x, carray(_pointer(t.table_at), shape, np.float32)[head], order)
         return
-    lines = t.rank if t.kind == INT8 else (t.rank + 1) // 2
-    lines_at = t.lines_at + head * lines * t.line_capacity
+    lines_at = t.lines_at + head * t.lines * t.line_capacity
     weight = carray(_pointer(t.weight_at), (t.heads, t.features, t.rank), np.float32)[head]
     exact = carray(_pointer(t.exact_at), (t.heads, t.exact_keys, t.features), np.float32)[head]
-    _scores_of_sketch(out, x, t.kind, lines_at, (lines, t.line_capacity), weight, exact)
+    _scores_of_sketch(out, x, t.kind, lines_at, t.line_capacity, weight, exact)
 
 
 # --- Draws ------------------------------------------------------------------------------------
@@ -459,16 +547,25 @@ def _clipped_sum(x: Any, limit: Any) -> Any:
 
 
 @njit(error_model="numpy")
-def _sure_mass(mass: Any, total: Any, draws: Any) -> Any:
-    """The mass from which a key is drawn surely: `reference.sure_mass`."""
-    if mass.shape[0] <= draws:
-        return np.float32(LEAST_MASS)
+def _sure_mass(mass: Any, total: Any, t: Any) -> Any:
+    """The mass from which a key is drawn surely, and the total: `reference.sure_mass`; raises `mass`."""
+    keys, draws, uniform = mass.shape[0], t.draws, t.defensive / (1 - t.defensive)
+    if keys <= draws:
+        mass += np.float32(total * uniform / keys)
+        return np.float32(LEAST_MASS), total * (1 + uniform)
     most = total / draws
-    limit = most / FIRST_RATE
-    for _ in range(NEWTON_STEPS):
+    limit = most if t.adaptive else most / FIRST_RATE
+    for step in range(NEWTON_STEPS + 1):
         sure, light = _above(mass, np.float32(limit))
-        limit = min(max(light / (draws - sure), LEAST_MASS), most) if sure < draws else most
-    return np.float32(limit)
+        left = np.float64(draws - sure)
+        if t.adaptive:
+            left = min(left, max(light / most, np.float64(FEWEST_LIGHT)))
+        limit = min(max(light / left, LEAST_MASS), most) if sure < draws else most
+        if step == NEWTON_STEPS - 1:
+            raised = max(light * uniform, keys * LEAST_MASS / 2)
+            mass += np.float32(raised / keys)
+            total += raised
+    return np.float32(limit), total
 
 
 @njit(error_model="numpy")
@@ -534,11 +631,41 @@ def _weigh(
 
 
 @njit(error_model="numpy")
-def _attend_row(t: Any, head: Any, m: Any, x: Any, mass: Any, place: Any, cdf: Any) -> Any:
-    """Draw from the scores `mass` (n,) of row m, which become masses, and write the results.
+def _masses(x: Any, mass: Any) -> Any:
+    """Let the scores `mass` (n,) of row x become masses; their total, or NaN if the row is not finite."""
+    top = _top(mass)
+    return _exponentials(mass, top) if _finite(x) and top == top else np.nan
 
-    Returns False if the row is not finite.
+
+@njit
+def _mean_masses(masses: Any, totals: Any, out: Any) -> None:
+    """Let the masses of rows (G, n) sum to 1, and `out` (n,) be their mean."""
+    share = np.float32(1 / masses.shape[0])
+    out[:] = zero
+    for i in range(masses.shape[0]):
+        masses[i] *= np.float32(1 / totals[i])
+        _add_scaled(out, masses[i], share)
+
+
+@njit(error_model="numpy")
+def _cumulate(mass: Any, limit: Any, cdf: Any) -> None:
+    """Write the masses, cut at the limit, of all blocks up to each."""
+    cumulative = 0.0
+    for block in range(cdf.shape[0]):
+        cumulative += _clipped_sum(mass[block * BLOCK : (block + 1) * BLOCK], limit)
+        cdf[block] = cumulative
+
+
+@njit(error_model="numpy")
+def _attend_row(
+    t: Any, head: Any, m: Any, x: Any, own: Any, mass: Any, plan: Any, place: Any, cdf: Any
+) -> None:
+    """Draw by the masses `mass` (n,), weigh the draws for row m, and write the results.
+
+    `own` are the row's own masses, which sum to 1, where `mass` are those of a group. `plan` is the mass from
+    which a key is sure, and the total.
     """
+    limit, total = plan
     replicates, draws = t.replicates, t.draws
     shape = (t.heads, t.capacity, t.features + t.width)
     table = carray(_pointer(t.table_at), shape, np.float32)[head]
@@ -551,29 +678,18 @@ def _attend_row(t: Any, head: Any, m: Any, x: Any, mass: Any, place: Any, cdf: A
     proposed = carray(_pointer(t.proposed_at), drawn, np.float32)[head, m]
     pi = carray(_pointer(t.inclusion_at), drawn, np.float32)[head, m]
     output = carray(_pointer(t.output_at), (t.heads, t.rows, t.width), np.float32)[head, m]
-    top = _top(mass)
-    if not (_finite(x) and top == top):
-        return False
-    total = _exponentials(mass, top)
-    mass += np.float32(total * (t.defensive / (1 - t.defensive) / mass.shape[0]))
-    total /= 1 - t.defensive
-    limit = _sure_mass(mass, total, draws)
-    cumulative = 0.0
-    for block in range(cdf.shape[0]):
-        cumulative += _clipped_sum(mass[block * BLOCK : (block + 1) * BLOCK], limit)
-        cdf[block] = cumulative
     output[:] = zero
     key = sequence_key(t.seed, sequences[head // t.groups])
+    of_own = 1 / total if not t.grouped else 1.0
     for r in range(replicates):
         offset = row_offset(key, t.first_position + m % t.positions, head % t.groups, r)
         within = _place(mass, limit, offset, cdf, draws * np.float64(limit), place)
         part = slice(r * draws, (r + 1) * draws)
         of_draws, of_tokens = pi[part], tokens[part]
         for s in range(draws):
-            q = mass[place[s]]
             of_tokens[s] = order[place[s]]
-            proposed[r * draws + s] = q / total
-            of_draws[s] = min(q / limit, one)
+            proposed[r * draws + s] = own[place[s]] * of_own
+            of_draws[s] = min(mass[place[s]] / limit, one)
         share = one / np.float32(replicates)
         if t.half:
             _weigh(x, half_table, of_tokens, within, of_draws, weights[part], output, share)
@@ -581,28 +697,44 @@ def _attend_row(t: Any, head: Any, m: Any, x: Any, mass: Any, place: Any, cdf: A
             _weigh(x, table, of_tokens, within, of_draws, weights[part], output, share)
     carray(_pointer(t.rate_at), (t.heads, t.rows), np.float32)[head, m] = total / limit
     carray(_pointer(t.effective_at), (t.heads, t.rows), np.float32)[head, m] = one / _dot(weights, weights)
-    return True
 
 
 def attend_task(address: Any) -> None:
     """Take tiles of rows of the task at this address until none is left.
 
-    Any number of threads may do so at once. `launch.compiled` compiles this.
+    Any number of threads may do so at once. A tile is some rows of a head, or those of one position where
+    they draw the same keys. `launch.compiled` compiles this.
     """
     t = carray(_pointer(address), 1, TASK)[0]
     queries = carray(_pointer(t.queries_at), (t.heads, t.rows, t.features), np.float32)
-    tiles, scale = (t.rows + t.tile - 1) // t.tile, np.float32(t.scale)
+    tiles, scale = t.units // max(1, t.heads), np.float32(t.scale)
     x, scores = np.empty((t.tile, t.features), np.float32), np.empty((t.tile, t.keys), np.float32)
     place, cdf = np.empty(t.draws, np.int64), np.empty((t.keys + BLOCK - 1) // BLOCK, np.float64)
+    of_group, totals = np.empty(t.keys if t.grouped else 0, np.float32), np.empty(t.tile, np.float64)
     while True:
         unit = _fetch_and_increment(address)  # of `next_unit`, the first field
         if unit >= t.units:
             return
-        head, begin = unit // tiles, unit % tiles * t.tile
-        end = min(begin + t.tile, t.rows)
-        x[: end - begin] = queries[head, begin:end] * scale
-        score_rows(scores[: end - begin], head, x[: end - begin], t)
-        for m in range(begin, end):
-            if not _attend_row(t, head, m, x[m - begin], scores[m - begin], place, cdf):
+        head, tile = unit // tiles, unit % tiles
+        # The rows of a position lie `positions` apart.
+        begin, step = (tile, t.positions) if t.grouped else (tile * t.tile, 1)
+        count = min(t.tile, (t.rows - begin + step - 1) // step)
+        for i in range(count):
+            x[i] = queries[head, begin + i * step] * scale
+        score_rows(scores[:count], head, x[:count], t)
+        for i in range(count):
+            totals[i] = _masses(x[i], scores[i])
+            if np.isnan(totals[i]):
                 t.not_finite = 1
                 return
+        if t.grouped:
+            _mean_masses(scores[:count], totals, of_group)
+            plan = _sure_mass(of_group, 1.0, t)
+            _cumulate(of_group, plan[0], cdf)
+        for i in range(count):
+            mass = of_group
+            if not t.grouped:
+                mass = scores[i]
+                plan = _sure_mass(mass, totals[i], t)
+                _cumulate(mass, plan[0], cdf)
+            _attend_row(t, head, begin + i * step, x[i], scores[i], mass, plan, place, cdf)

@@ -52,6 +52,7 @@ from .models.language_model import language_models as language_models
 from .models.language_model import load_language_model as load_language_model
 from .models.reference import bits_per_byte as bits_per_byte
 from .models.reference import load_reference_model as load_reference_model
+from .models.tasks import make_task as make_task
 from .models.text import encode as encode
 from .models.text import read_text as read_text
 from .models.text import reference_text as reference_text

@@ -1,0 +1,53 @@
+"""Tasks that measure a language model, made by code from seeds: needles, lists, copying and long text."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+from ...errors import ArgumentError, unknown_name
+from .base import Task, TaskPrompt, TextModel
+from .long_text import LongText
+from .needles import ManyKeys, ManyQueries, ManyValues, SingleNeedle
+
+TASKS: dict[str, type[Task]] = {
+    kind.name: kind for kind in (SingleNeedle, ManyKeys, ManyValues, ManyQueries, LongText)
+}
+"""The kinds of task by name."""
+
+
+def make_task(
+    task: str, model: TextModel, *, length: int = 2048, seed: int = 0, **settings: Any
+) -> TaskPrompt:
+    """One prompt of a task, for a model's tokenizer.
+
+    Parameters
+    ----------
+    task : str
+        One of `TASKS`.
+    model : TextModel
+        As `load_language_model` gives it.
+    length : int
+        Tokens of the prompt and of the longest answer together.
+    seed : int
+        Which of the prompts of this kind, a whole number >= 0.
+    **settings
+        What makes the task easier or harder, as the parameters of its class say: `TASKS["many-keys"]` has
+        `keys` and `digits`.
+
+    Raises
+    ------
+    ArgumentError
+        If the task, a setting or the length is not allowed.
+    """
+    if task not in TASKS:
+        raise unknown_name("task", task, TASKS)
+    kind = TASKS[task]
+    known = [field.name for field in fields(kind)]
+    for setting in settings:
+        if setting not in known:
+            raise ArgumentError(
+                f"{setting}={settings[setting]!r} is no setting of the task {task!r}; it has "
+                f"{', '.join(known)}."
+            )
+    return kind(**settings).prompt(model, length, seed)

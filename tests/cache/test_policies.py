@@ -152,6 +152,18 @@ def test_reads_of_several_layers():
         ("sampler", {"sampler": "sistematic"}, "systematic"),
         ("quest", {"page": 0}, "page=0"),
         ("santa", {"rule": "flash"}, "flash"),
+        ("pqcache", {"bits": 13}, "bits=13"),
+        ("pqcache", {"recent": 1.5}, "recent=1.5"),
+        ("pqcache", {"sinks": -1}, "sinks=-1"),
+        ("magicpig", {"bits": 16}, "bits=16"),
+        ("magicpig", {"tables": 0}, "tables=0"),
+        ("vattention", {"epsilon": 0}, "epsilon=0"),
+        ("vattention", {"delta": 0.5}, "delta=0.5"),
+        ("vattention", {"heavy": 0.95}, "heavy=0.95"),
+        ("vattention", {"heavy_by": "lsh"}, "lsh"),
+        ("h2o", {"recent": -0.1}, "recent=-0.1"),
+        ("snapkv", {"pool": 4}, "pool=4"),
+        ("snapkv", {"window": 0}, "window=0"),
         ("santa", {"tile": 0}, "tile=0"),
     ],
 )
@@ -162,6 +174,8 @@ def test_settings_that_are_not_allowed(name, settings, named):
 
 def test_tensors_that_do_not_fit(generator):
     q, k, v = tokens(generator)
+    with pytest.raises(ArgumentError, match="parts=5"):
+        make_policy("pqcache", parts=5).start(0, q, k, v)
     policy = make_policy("sink-window")
     for prompt in (
         (q[:1], k, v),

@@ -7,12 +7,16 @@ from typing import Any
 
 from ...errors import unknown_name
 from .base import CachePolicy, LayerCache, LayerPrompt, Reads
+from .evictions import H2OPolicy, SnapKVPolicy
 from .exact import ExactPolicy
 from .exact_logits import SamplerPolicy, TopKPolicy
+from .magicpig import MagicPIGPolicy
+from .pqcache import PQCachePolicy
 from .quest import QuestPolicy
 from .sampled import SampledPolicy
 from .santa import SantaPolicy
 from .sink_window import SinkWindowPolicy
+from .vattention import VAttentionPolicy
 
 POLICIES: dict[str, type[CachePolicy]] = {
     policy.name: policy
@@ -23,7 +27,12 @@ POLICIES: dict[str, type[CachePolicy]] = {
         SinkWindowPolicy,
         TopKPolicy,
         QuestPolicy,
+        PQCachePolicy,
+        MagicPIGPolicy,
+        VAttentionPolicy,
         SantaPolicy,
+        H2OPolicy,
+        SnapKVPolicy,
     )
 }
 """Every policy by name."""
@@ -68,14 +77,19 @@ __all__ = [
     "POLICIES",
     "CachePolicy",
     "ExactPolicy",
+    "H2OPolicy",
     "LayerCache",
     "LayerPrompt",
+    "MagicPIGPolicy",
+    "PQCachePolicy",
     "QuestPolicy",
     "Reads",
     "SampledPolicy",
     "SamplerPolicy",
     "SantaPolicy",
     "SinkWindowPolicy",
+    "SnapKVPolicy",
     "TopKPolicy",
+    "VAttentionPolicy",
     "make_policy",
 ]

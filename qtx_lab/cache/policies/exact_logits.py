@@ -10,6 +10,7 @@ from ...samplers import BASELINES, SAMPLERS, InversionSampler, StreamSampler, ma
 from .base import CachePolicy, LayerCache, LayerPrompt
 from .chosen_keys import ChosenKeysCache, DecodeStep, KeyChoice
 from .draws import KeyDrawer, key_factors
+from .guessed_keys import ExactGuesser, GuessedKeys
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,14 +85,5 @@ class TopKPolicy(CachePolicy):
 
     def make_cache(self, prompt: LayerPrompt) -> LayerCache:
         """The cache of a layer: see `CachePolicy.make_cache`."""
-        return ChosenKeysCache(prompt, _TopK(self), self.layer_seed(prompt.layer))
-
-
-class _TopK:
-    def __init__(self, policy: TopKPolicy):
-        self.policy = policy
-
-    def choose(self, step: DecodeStep) -> KeyChoice:
-        heaviest = step.logits.topk(self.policy.budget_at(step.length), -1).indices
-        factors = step.logits.new_zeros(step.logits.shape).scatter_(-1, heaviest, 1)
-        return KeyChoice(factors, all_keys_read=True)
+        chooser = GuessedKeys(self, ExactGuesser(), draw=False)
+        return ChosenKeysCache(prompt, chooser, self.layer_seed(prompt.layer))

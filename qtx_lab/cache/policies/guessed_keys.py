@@ -24,10 +24,13 @@ class Guesses:
         Up to a shift of each row.
     nbytes : float
         What was read to make them, by all key heads together.
+    all_keys_read : bool
+        Whether they are exact, made from all keys.
     """
 
     logits: Tensor
     nbytes: float
+    all_keys_read: bool = False
 
 
 class LogitGuesser(Protocol):
@@ -35,6 +38,14 @@ class LogitGuesser(Protocol):
 
     def guess(self, step: DecodeStep) -> Guesses:
         """Guessed logits of all keys."""
+
+
+class ExactGuesser:
+    """The logits themselves: what every guess aims at."""
+
+    def guess(self, step: DecodeStep) -> Guesses:
+        """The logits of all keys: see `LogitGuesser.guess`."""
+        return Guesses(step.logits, 0.0, all_keys_read=True)
 
 
 @dataclass(frozen=True)
@@ -83,7 +94,9 @@ class GuessedKeys:
     ends : KeptEnds
         Tokens that are read in any case; they are part of the budget.
     shared : bool
-        Whether the query heads of a key head read the same keys: those of the largest mean probability.
+        Whether the query heads of a key head read the same keys: those of the largest mean probability, or
+        draws by the root mean square of their proposals, by which the mean square of the heads' errors is
+        smallest.
     """
 
     def __init__(
@@ -110,7 +123,7 @@ class GuessedKeys:
             factors += (
                 self._drawn(others, left, step) if self._drawer is not None else self._top(others, left)
             )
-        return KeyChoice(factors, other_bytes=guesses.nbytes)
+        return KeyChoice(factors, all_keys_read=guesses.all_keys_read, other_bytes=guesses.nbytes)
 
     def _top(self, logits: Tensor, count: int) -> Tensor:
         if self.shared:
@@ -119,5 +132,8 @@ class GuessedKeys:
 
     def _drawn(self, logits: Tensor, count: int, step: DecodeStep) -> Tensor:
         assert self._drawer is not None
-        proposed = proposed_logits(logits).masked_fill(logits == -torch.inf, -torch.inf)
+        proposed = proposed_logits(logits)
+        if self.shared:
+            proposed = ((2 * proposed).logsumexp(1, keepdim=True) / 2).expand(logits.shape).contiguous()
+        proposed = proposed.masked_fill(logits == -torch.inf, -torch.inf)
         return self._drawer.factors(proposed, count, step)

@@ -24,6 +24,7 @@ from .errors import DtypeError as DtypeError
 from .errors import FallbackWarning as FallbackWarning
 from .errors import JobTimeout as JobTimeout
 from .errors import ModelUnavailable as ModelUnavailable
+from .errors import NumberError as NumberError
 from .errors import QtxError as QtxError
 from .errors import RunFailed as RunFailed
 from .errors import ShapeError as ShapeError

@@ -3,30 +3,136 @@
 from __future__ import annotations
 
 import math
-import operator
+from decimal import Decimal
+from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._C import _functorch
 from torch.autograd import forward_ad
 
-from .errors import ArgumentError, DtypeError, ShapeError, TransformError
+from .errors import ArgumentError, DtypeError, NumberError, ShapeError, TransformError
 
 MAX_COUNT = 1 << 31
 """No count of draws, replicates, keys or steps may be larger."""
 
+MAX_SEED = (1 << 63) - 1
+"""The largest seed that every generator of random numbers takes."""
 
-def check_count(argument: str, given: Any) -> None:
-    """Refuse a count that is not a whole number from 1 to `MAX_COUNT`; NumPy's whole numbers will do."""
-    whole = hasattr(given, "__index__") and not isinstance(
-        given, bool | type
-    )  # SupportsIndex takes 10 µs to ask
-    count = operator.index(given) if whole else 0
-    if not 1 <= count <= MAX_COUNT or isinstance(given, Tensor):
-        raise ArgumentError(
-            f"{argument}={given!r} is not allowed: it must be a whole number from 1 to {MAX_COUNT}."
-        )
+
+def check_count(argument: str, given: Any, least: int = 1, most: float = MAX_COUNT) -> int:
+    """Return a count as Python's own whole number.
+
+    Parameters
+    ----------
+    argument : str
+        What error messages call it.
+    given : int
+        Of Python or NumPy, or a torch tensor of a whole number, without dimensions.
+    least, most : int
+        Bounds, which are allowed themselves; infinity as the upper one is no bound.
+
+    Raises
+    ------
+    NumberError
+        If it is no whole number: True and 3.0 are none.
+    ArgumentError
+        If it is out of its bounds.
+
+    Examples
+    --------
+    >>> check_count("shots", torch.tensor(100))
+    100
+    """
+    count = given if type(given) is int else python_number(given)
+    if isinstance(count, int) and least <= count <= most:
+        return count
+    kind = ArgumentError if isinstance(count, int) else NumberError
+    raise kind(f"{argument}={given!r} is not allowed: it must be a whole number from {least} to {most}.")
+
+
+def check_number(
+    argument: str,
+    given: Any,
+    *,
+    least: float = -math.inf,
+    most: float = math.inf,
+    above: float = -math.inf,
+    below: float = math.inf,
+) -> float:
+    """Return a finite number as Python's own float.
+
+    Parameters
+    ----------
+    argument : str
+        What error messages call it.
+    given : float
+        Of Python or NumPy, or a torch tensor of a number, without dimensions.
+    least, most : float
+        Bounds, which are allowed themselves.
+    above, below : float
+        Bounds, which are not allowed themselves.
+
+    Raises
+    ------
+    NumberError
+        If it is no number: True and "3" are none.
+    ArgumentError
+        If it is NaN, infinite or out of its bounds, or if it requires a gradient.
+
+    Examples
+    --------
+    >>> check_number("defensive", torch.tensor(0.5), above=0, below=1)
+    0.5
+    >>> check_number("defensive", 1, above=0, below=1)
+    Traceback (most recent call last):
+    qtx_lab.errors.ArgumentError: defensive=1 is not allowed: it must be a number between 0 and 1.
+    """
+    number = given if type(given) is float else python_number(given)
+    try:
+        value = math.nan if number is None else float(number)
+    except OverflowError:  # a whole number of more than 308 digits
+        value = math.inf
+    if not (math.isfinite(value) and least <= value <= most and above < value < below):
+        single = not isinstance(given, np.ndarray | Tensor) or given.ndim == 0
+        noun = "a finite number" if number is not None and not math.isfinite(value) else "a number"
+        noun = noun if single else "a single number"
+        kind = NumberError if number is None else ArgumentError
+        bounds = _bounds_in_words(least, most, above, below)
+        raise kind(f"{argument}={given!r} is not allowed: it must be {noun}{bounds}.")
+    if isinstance(given, Tensor) and (given.requires_grad or has_tangent(given)):
+        raise ArgumentError(f"{argument} requires a gradient, which is not given: give its value (float).")
+    return value
+
+
+def python_number(given: Any) -> int | float | None:
+    """A number of NumPy or torch as Python's own; None for what is no single real number, as True."""
+    if isinstance(given, Tensor):
+        if given.ndim or given.dtype is torch.bool or given.is_complex() or given.is_meta:
+            return None
+        return given.item()
+    if isinstance(given, np.ndarray | np.generic):
+        if given.ndim or given.dtype.kind not in "iuf":
+            return None
+        return float(given) if given.dtype.kind == "f" else int(given)
+    if isinstance(given, bool):
+        return None
+    if isinstance(given, int | torch.SymInt):
+        return int(given)
+    return float(given) if isinstance(given, Real | Decimal | torch.SymFloat) else None
+
+
+def _bounds_in_words(least: float, most: float, above: float, below: float) -> str:
+    """What follows "a number" in an error message."""
+    if above > -math.inf and below < math.inf:
+        return f" between {above:g} and {below:g}"
+    if least > -math.inf and most < math.inf:
+        return f" from {least:g} to {most:g}"
+    low = f" above {above:g}" if above > -math.inf else f" >= {least:g}" if least > -math.inf else ""
+    high = f" below {below:g}" if below < math.inf else f" <= {most:g}" if most < math.inf else ""
+    return low + (" and" if low and high else "") + high
 
 
 def check_generator(generator: object) -> None:
@@ -35,22 +141,9 @@ def check_generator(generator: object) -> None:
         raise DtypeError(f"generator is a {type(generator).__name__}; it must be a torch.Generator.")
 
 
-def check_scale(scale: Any, argument: str = "scale") -> None:
-    """Refuse what is not one finite number, such as a factor of the logits."""
-    if scale is None:
-        return
-    if isinstance(scale, bool | str) or not hasattr(scale, "__float__"):
-        raise DtypeError(f"{argument}={scale!r} is not allowed: it must be a number.")
-    if isinstance(scale, Tensor) and scale.requires_grad:
-        raise ArgumentError(f"{argument} requires a gradient, which is not given: give its value (float).")
-    try:
-        finite = math.isfinite(scale)
-    except OverflowError:
-        finite = False
-    except (TypeError, ValueError):
-        raise DtypeError(f"{argument}={scale!r} is not allowed: it must be a single number.") from None
-    if not finite:
-        raise ArgumentError(f"{argument}={scale} is not allowed: it must be a finite number.")
+def check_scale(scale: Any, argument: str = "scale") -> float | None:
+    """Return a factor of the logits, or None, which means the default; see `check_number`."""
+    return None if scale is None else check_number(argument, scale)
 
 
 def transformed() -> bool:
@@ -132,10 +225,13 @@ def check_sinks(sinks: Tensor, q: Tensor) -> None:
         )
 
 
-def check_softcap(softcap: float) -> None:
-    """Refuse what logits cannot be capped at."""
-    check_scale(softcap, "softcap")
-    if not softcap > 0:
+def check_softcap(softcap: Any) -> float | None:
+    """Return what logits are capped at, or None for no capping."""
+    if softcap is None:
+        return None
+    cap = check_number("softcap", softcap)
+    if not cap > 0:
         raise ArgumentError(f"softcap={softcap} is not allowed: it must be above 0, or None for no capping.")
-    if not 1e-30 <= softcap <= 1e30:  # the quotient of a logit and the cap is a float32
+    if not 1e-30 <= cap <= 1e30:  # the quotient of a logit and the cap is a float32
         raise ArgumentError(f"softcap={softcap} is not allowed: it must be from 1e-30 to 1e30, or None.")
+    return cap

@@ -22,6 +22,10 @@ class DtypeError(QtxError, TypeError):
     """The type of an argument, or the dtype of a tensor, cannot be used."""
 
 
+class NumberError(ArgumentError, DtypeError):
+    """What must be a number is none, as True or "3"; it is a ValueError and a TypeError."""
+
+
 class SpecError(ArgumentError):
     """A spec is not valid, or a file or a parameter cannot become one."""
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from scipy import stats
 from torch import Tensor
 
-from .checks import check_scale
+from .checks import check_number
 from .errors import ArgumentError, ShapeError, unknown_name
 
 
@@ -537,9 +537,7 @@ class AttentionEstimate:
         >>> bool(((low <= exact) & (exact <= high)).all())
         True
         """
-        check_scale(level, "level")
-        if level is None or not 0 < level < 1:
-            raise ArgumentError(f"level={level} is not allowed: it must be between 0 and 1.")
+        level = check_number("level", level, above=0, below=1)
         if method not in INTERVALS:
             raise unknown_name("method", method, INTERVALS)
         if self.std_error is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .checks import (
+    check_count,
     check_finite,
     check_scale,
     check_sinks,
@@ -157,10 +157,9 @@ class AttentionProblem:
         for name, flag in (("is_causal", is_causal), ("enable_gqa", enable_gqa)):
             if not isinstance(flag, bool):
                 raise DtypeError(f"{name}={flag!r} is not allowed: it must be True or False.")
-        check_scale(scale)
-        if softcap is not None:
-            check_softcap(softcap)
+        scale, softcap = check_scale(scale), check_softcap(softcap)
         check_tensors(q=q, k=k, v=v)
+        first_position = check_count("first_position", first_position, 0)
         group = _group(q, k, v, enable_gqa)
         window = _checked_window(window)
         if _is_causal_bias(attn_mask):
@@ -191,12 +190,12 @@ class AttentionProblem:
             v,
             attn_mask,
             is_causal,
-            1 / math.sqrt(q.shape[-1]) if scale is None else float(scale),
+            1 / math.sqrt(q.shape[-1]) if scale is None else scale,
             group,
             first_position,
             sequences,
             sinks,
-            None if softcap is None else float(softcap),
+            softcap,
             window,
         )
 
@@ -622,14 +621,16 @@ def _checked_window(window: int | Window | None) -> Window | None:
     if window is None:
         return None
     sides = window if isinstance(window, tuple | list) else (window, window)
-    whole = [x is None or (hasattr(x, "__index__") and not isinstance(x, bool | Tensor)) for x in sides]
-    if len(sides) != 2 or not all(whole) or any(x is not None and x < 0 for x in sides):
+    try:
+        # A position plus the largest distance must stay an int64.
+        left, right = (
+            None if x is None else min(check_count("window", x, 0, math.inf), 1 << 62) for x in sides
+        )
+    except ValueError:  # also where there are not two
         raise ArgumentError(
             f"window={window!r} is not allowed: it must be a whole number >= 0, or (left, right) with two, "
             "where None is no limit."
-        )
-    # A position plus the largest distance must stay an int64.
-    left, right = (None if x is None else min(operator.index(x), 1 << 62) for x in sides)
+        ) from None
     return None if left is None and right is None else (left, right)
 
 

@@ -23,8 +23,6 @@ TOP = {"pyproject.toml", "README.md", "qtx_lab", "notebooks", "widgets", "tests"
 TOP |= {"Makefile", "LICENSE", "CHANGELOG.md"}
 
 OPTIONAL_ATTRIBUTES = {
-    "'__float__'": "Numbers of Python, NumPy and torch have it.",
-    "'__index__'": "Whole numbers of Python, NumPy and torch have it.",
     "'__notes__'": "Python sets it only on exceptions to which a note was added.",
     "'config'": "Models of transformers have it, other torch modules need not.",
     "'GOMP_parallel'": "torch has it where it was built with GNU's OpenMP.",

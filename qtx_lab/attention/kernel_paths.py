@@ -139,8 +139,8 @@ def gpu_quantum_attention(
     >>> est.std_error.shape, est.info.kernel.path
     (torch.Size([2, 100, 16]), 'reference')
     """
-    check_count("num_samples", num_samples)
-    check_count("replicates", replicates)
+    num_samples = check_count("num_samples", num_samples)
+    replicates = check_count("replicates", replicates)
     check_generator(generator)
     problem = AttentionProblem.of(
         Q, K, V, attn_mask=attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa

@@ -327,8 +327,8 @@ def attention_settings(
     else:
         drawn_by = make_sampler("systematic" if sampler is None else sampler)
     num_samples = 64 if num_samples is None else num_samples
-    check_count("num_samples", num_samples)
-    check_count("replicates", replicates)
+    num_samples = check_count("num_samples", num_samples)
+    replicates = check_count("replicates", replicates)
     if control_variate is not None:
         make_controls(control_variate)
     check_generator(generator)

@@ -51,8 +51,9 @@ class AttentionSettings:
             If one is not allowed, or two exclude each other.
         """
         sampler = make_sampler(sampler)
-        check_count("num_samples", DEFAULT_SAMPLES if num_samples is None else num_samples)
-        check_count("replicates", replicates)
+        if num_samples is not None:
+            num_samples = check_count("num_samples", num_samples)
+        replicates = check_count("replicates", replicates)
         controls = () if control_variate is None else tuple(make_controls(control_variate))
         if controls and replicates == 1 and sampler.joint:
             raise ArgumentError(
@@ -65,5 +66,5 @@ class AttentionSettings:
                 "tolerance and control_variate exclude each other, for only the draws tell how much of the "
                 "error a control removes: leave one of them out."
             )
-        budget = Budget(DEFAULT_SAMPLES if num_samples is None else int(num_samples), int(replicates))
+        budget = Budget(DEFAULT_SAMPLES if num_samples is None else num_samples, replicates)
         return cls(sampler, budget, controls, promise)

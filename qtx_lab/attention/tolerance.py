@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from ..checks import check_number
 from ..errors import ArgumentError
 from ..estimates import AttentionEstimate, Draws, EstimateInfo, rounding_variance
 from ..problem import AttentionProblem, log_sum_exp
@@ -38,12 +38,10 @@ class Tolerance:
             If a number is out of bounds, a count was given too, or the sampler cannot say how wrong it will
             be.
         """
-        if not _is_number(confidence) or not 0.5 <= confidence < 1:
-            raise ArgumentError(f"confidence={confidence!r} is not allowed: it must be from 0.5 to below 1.")
+        confidence = check_number("confidence", confidence, least=0.5, below=1)
         if tolerance is None:
             return None
-        if not _is_number(tolerance) or not 0 < tolerance < math.inf:
-            raise ArgumentError(f"tolerance={tolerance!r} is not allowed: it must be a number above 0.")
+        tolerance = check_number("tolerance", tolerance, above=0)
         if tolerance > 1e30:  # its square must be a number
             raise ArgumentError(f"tolerance={tolerance} is not allowed: it must be a number up to 1e30.")
         if num_samples is not None:
@@ -56,11 +54,7 @@ class Tolerance:
                 f"tolerance needs a sampler that predicts its variance; sampler={sampler.name!r} does not: "
                 f"use {', '.join(able[:-1])} or {able[-1]}."
             )
-        return cls(float(tolerance), float(confidence))
-
-
-def _is_number(x: object) -> bool:
-    return isinstance(x, float | int | np.floating | np.integer) and not isinstance(x, bool)
+        return cls(tolerance, confidence)
 
 
 @dataclass(frozen=True)

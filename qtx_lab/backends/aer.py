@@ -14,6 +14,7 @@ from qiskit.transpiler import Target
 from qiskit_aer import AerSimulator
 from qiskit_aer.noise import NoiseModel, ReadoutError
 
+from ..checks import check_number
 from ..circuits.base import pack_values
 from ..circuits.resources import resources
 from ..errors import ArgumentError, BackendUnavailable, FallbackWarning, unknown_name
@@ -45,6 +46,9 @@ AMPLITUDES_PER_S = 1e6
 
 LONG_SIMULATION_S = 30.0
 """A simulation shot by shot that is expected to take longer, in seconds, is announced by a warning."""
+
+MAX_NOISE_SCALE = 1e6
+"""Largest factor on error probabilities: every error is at its upper bound before."""
 
 FEED_FORWARD = (
     "the time that feeding forward takes, and the decoherence of qubits that wait for it, is not modelled"
@@ -102,15 +106,10 @@ class AerEngine(Engine):
             raise ArgumentError(
                 f"noise is not allowed with backend_name={name!r}, which has noise of its own."
             )
-        if (
-            isinstance(noise_scale, bool)
-            or not isinstance(noise_scale, int | float)
-            or not 0 <= noise_scale < 1e6
-        ):
-            raise ArgumentError(f"noise_scale={noise_scale!r} is not allowed: it must be a number >= 0.")
+        noise_scale = check_number("noise_scale", noise_scale, least=0, most=MAX_NOISE_SCALE)
         if method not in ("auto", "aer"):
             raise unknown_name("method", method, ("auto", "aer"))
-        self.noise, self.noise_scale, self.method = noise, float(noise_scale), method
+        self.noise, self.noise_scale, self.method = noise, noise_scale, method
         self._compiled: dict[int, tuple[QuantumCircuit, tuple[Step, ...] | None]] = {}
         self.ideal = (self.name == "aer" and noise is None) or noise_scale == 0
 

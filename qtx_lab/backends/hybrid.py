@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checks import check_count
+from ..checks import check_count, check_number
 from ..circuits.base import num_bits
-from ..errors import ArgumentError, BackendUnavailable
+from ..errors import BackendUnavailable
 from .qiskit import QiskitQuantumBackend
 
 
@@ -37,13 +37,11 @@ class HybridPolicy:
     max_pending: int | None = None
 
     def __post_init__(self) -> None:
-        check_count("max_qubits", self.max_qubits)
-        fidelity = self.min_fidelity
-        if isinstance(fidelity, bool) or not isinstance(fidelity, int | float) or not 0 <= fidelity <= 1:
-            raise ArgumentError(f"min_fidelity={fidelity!r} is not allowed: it must be from 0 to 1.")
-        pending = self.max_pending
-        if pending is not None and (isinstance(pending, bool) or not isinstance(pending, int) or pending < 0):
-            raise ArgumentError(f"max_pending={pending!r} is not allowed: it must be a whole number >= 0.")
+        fidelity = check_number("min_fidelity", self.min_fidelity, least=0, most=1)
+        object.__setattr__(self, "max_qubits", check_count("max_qubits", self.max_qubits))
+        object.__setattr__(self, "min_fidelity", fidelity)
+        if self.max_pending is not None:
+            object.__setattr__(self, "max_pending", check_count("max_pending", self.max_pending, 0))
 
     def decide(self, backend: QiskitQuantumBackend, p: Tensor) -> tuple[Tensor, tuple[str, ...]]:
         """Which rows go to the backend, and why the others do not.

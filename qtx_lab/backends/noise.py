@@ -28,7 +28,8 @@ from qiskit_aer.noise.device import basic_device_gate_errors, basic_device_reado
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import shortest_path
 
-from ..errors import ArgumentError, BackendUnavailable, unknown_name
+from ..checks import check_number
+from ..errors import BackendUnavailable, unknown_name
 from .exact import Noise
 
 BROKEN_ERROR = 0.5
@@ -123,12 +124,11 @@ class ParametricNoise(SimulatorNoise):
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            limit = _limit(name)
-            if not isinstance(value, int | float) or not 0 <= value <= limit:
-                raise ArgumentError(f"{name}={value!r} is not allowed: it must be from 0 to {limit:g}.")
+            object.__setattr__(self, name, check_number(name, value, least=0, most=_limit(name)))
 
     def scaled(self, factor: float) -> ParametricNoise:
         """Noise whose probabilities are multiplied by `factor`, up to their upper bounds."""
+        factor = check_number("factor", factor, least=0)
         return ParametricNoise(
             **{name: min(value * factor, _limit(name)) for name, value in vars(self).items()}
         )

@@ -142,11 +142,8 @@ class QiskitQuantumBackend:
             raise unknown_name("provider", provider, PROVIDERS)
         if backend_name is not None and not isinstance(backend_name, str):
             raise DtypeError(f"backend_name is a {type(backend_name).__name__}; it must be a name or None.")
-        check_count("shots", shots)
-        if optimization_level not in (0, 1, 2, 3) or isinstance(optimization_level, bool):
-            raise ArgumentError(
-                f"optimization_level={optimization_level!r} is not allowed: it is 0, 1, 2 or 3."
-            )
+        shots = check_count("shots", shots)
+        optimization_level = check_count("optimization_level", optimization_level, 0, 3)
         self.provider = "aer" if provider == "aer" else "ibm"
         self.backend_name, self.shots, self.optimization_level = backend_name, shots, optimization_level
         self.loader = make_loader(loader)
@@ -284,7 +281,7 @@ class QiskitQuantumBackend:
         BackendUnavailable
             If the device cannot run it.
         """
-        size = self.loader.size(n)
+        size = self.loader.size(check_count("n", n))
         # The bound method stands for the loader and keeps it alive, but its settings may have been changed.
         key = (
             self.loader.circuit,
@@ -329,7 +326,7 @@ class QiskitQuantumBackend:
     ) -> RowRequest:
         """The checked request to measure rows; arguments and errors as for `sample_rows`."""
         shots = self.shots if shots is None else shots
-        check_count("shots", shots)
+        shots = check_count("shots", shots)
         if shots > MAX_SHOTS_PER_ROW:
             raise ArgumentError(
                 f"shots={shots} is not allowed: at most {MAX_SHOTS_PER_ROW} a row; measure again and add the "

@@ -141,7 +141,7 @@ class CircuitSampler(Sampler):
         BackendUnavailable
             If the backend cannot run, and there is no policy.
         """
-        check_draw_arguments(logits, num_samples, replicates)
+        num_samples, replicates = check_draw_arguments(logits, num_samples, replicates)
         *rows, n = logits.shape
         mass = row_masses(logits.reshape(-1, n).to("cpu", torch.float64))[:, :n]
         p = mass / mass.sum(-1, keepdim=True).clamp_min(1)

@@ -12,6 +12,7 @@ from ..checks import (
     check_count,
     check_finite,
     check_generator,
+    check_number,
     check_scale,
     check_sinks,
     check_softcap,
@@ -112,13 +113,12 @@ class SampledKVCache:
             raise unknown_name("proposal", proposal, PROPOSALS)
         _check_tokens(k, v)
         sketch = make_sketch(proposal, rank, k.shape[-1])
-        if not isinstance(defensive, int | float) or not 0 < defensive < 1:
-            raise ArgumentError(f"defensive={defensive!r} is not allowed: it must be between 0 and 1.")
+        defensive = check_number("defensive", defensive, above=0, below=1)
         lead = k.shape[:-2]
         with plain_mode(k.device):
             store = TokenStore.empty(*(x.detach().reshape(lead.numel(), *x.shape[-2:]) for x in (k, v)))
             seen = QueryMoment(lead.numel(), k.shape[-1], k.device)
-            cache = cls(CacheParts(lead, store, sketch, seen, float(defensive)))
+            cache = cls(CacheParts(lead, store, sketch, seen, defensive))
             if queries is not None:
                 rows = cache._rows("queries", queries)
                 check_finite("queries", queries)
@@ -200,14 +200,14 @@ class SampledKVCache:
         ArgumentError, DtypeError
             If there are not so many tokens, or if none would be left.
         """
-        check_count("length", length)
+        length = check_count("length", length)
         store, sketch = self._store, self._sketch
         if length > store.length:
             raise ArgumentError(f"length={length} is not allowed: the cache holds {store.length} tokens.")
         if length == store.length:
             return
         with plain_mode(store.table.device):
-            index = store.crop(int(length))
+            index = store.crop(length)
             if sketch is not None and not sketch.crop(index):
                 self._fit(sketch)
 
@@ -300,16 +300,14 @@ class SampledKVCache:
         ShapeError, DtypeError, ArgumentError
             Before any work.
         """
-        check_count("num_samples", num_samples)
-        check_count("replicates", replicates)
+        num_samples = check_count("num_samples", num_samples)
+        replicates = check_count("replicates", replicates)
         for name, x in (("adaptive", adaptive), ("share_keys", share_keys)):
             if not isinstance(x, bool):
                 raise ArgumentError(f"{name}={x!r} is not allowed: it must be True or False.")
         check_generator(generator)
         rows = self._rows("q", q)
-        check_scale(scale)
-        if softcap is not None:
-            check_softcap(softcap)
+        scale, softcap = check_scale(scale), check_softcap(softcap)
         if sinks is not None:
             check_sinks(sinks, q)
             sinks = sinks.detach().to(rows.dtype).expand(q.shape[:-2])[..., None]
@@ -341,7 +339,7 @@ class SampledKVCache:
         """
         rows = self._rows("q", q)
         check_finite("q", q)
-        check_scale(scale)
+        scale = check_scale(scale)
         store = self._store
         with plain_mode(q.device):
             x = rows * (1 / math.sqrt(store.features) if scale is None else float(scale))

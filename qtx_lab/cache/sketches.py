@@ -462,7 +462,7 @@ def make_sketch(proposal: str, rank: int | None, features: int) -> ComponentSket
             f"rank={rank} is for proposal='low-rank' and proposal='mixed' only; given {proposal!r}."
         )
     if rank is not None:
-        check_count("rank", rank)
+        rank = check_count("rank", rank)
         if rank > features:
             raise ArgumentError(f"rank={rank} is not allowed: it must be at most E={features}.")
     if proposal == "exact":

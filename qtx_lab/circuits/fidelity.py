@@ -150,7 +150,7 @@ def state_fidelity(rho: Tensor, p: Tensor, *, shots: int | None = None) -> Measu
             f"rho has shape {tuple(rho.shape)}; with p {tuple(p.shape)} it must be ({rows}, d, d), d >= {n}."
         )
     if shots is not None:
-        check_count("shots", shots)
+        shots = check_count("shots", shots)
     psi = torch.nn.functional.pad(p.sqrt(), (0, rho.shape[-1] - n)).to(rho)
     value = torch.einsum("ri,rij,rj->r", psi, rho, psi).real.double()
     error = (value * (1 - value)).clamp_min(0).div(shots).sqrt() if shots else torch.zeros_like(value)
@@ -181,7 +181,7 @@ def _measure(
 ) -> Measure:
     """Compute a distance (..., n), (..., n) -> (...) of the counts, of ideal shots and of the bootstrap."""
     p = check_rows(p)
-    check_count("resamples", resamples)
+    resamples = check_count("resamples", resamples)
     counts = _check_counts(counts, p)
     device = "cpu" if generator is None else generator.device
     seed = int(torch.randint(2**31 - 1, (), generator=generator, device=device))

@@ -12,7 +12,7 @@ from qiskit.circuit import ParameterVector
 from qiskit.quantum_info import Operator
 from torch import Tensor
 
-from ..checks import check_count
+from ..checks import check_count, check_number
 from ..errors import ArgumentError
 from .base import MAX_QUBITS, Loader, blank_circuit, check_num_qubits, check_rows, num_bits
 
@@ -58,9 +58,7 @@ class MpsLoader(Loader):
     layers: int = 2
 
     def __post_init__(self) -> None:
-        check_count("layers", self.layers)
-        if self.layers > MAX_LAYERS:
-            raise ArgumentError(f"layers={self.layers} is not allowed: it must be at most {MAX_LAYERS}.")
+        object.__setattr__(self, "layers", check_count("layers", self.layers, most=MAX_LAYERS))
 
     @classmethod
     def for_fidelity(cls, p: Tensor, fidelity: float, max_layers: int = 8) -> MpsLoader:
@@ -81,8 +79,7 @@ class MpsLoader(Loader):
             If fidelity is not allowed, or if `max_layers` layers do not reach it. The message says what they
             reach.
         """
-        if isinstance(fidelity, bool) or not isinstance(fidelity, int | float) or not 0 < fidelity <= 1:
-            raise ArgumentError(f"fidelity={fidelity!r} is not allowed: it must be above 0 and at most 1.")
+        fidelity = check_number("fidelity", fidelity, above=0, most=1)
         deepest, p = cls(max_layers), check_rows(p)
         p = p[p.sum(-1) > 0]
         if not len(p):

@@ -16,7 +16,7 @@ from qiskit import ClassicalRegister, QuantumCircuit, QuantumRegister
 from qiskit.circuit.library import StatePreparation
 from torch import Tensor
 
-from ..checks import check_count
+from ..checks import check_count, check_scale
 from ..errors import ArgumentError, DtypeError, ShapeError
 from .base import num_bits
 
@@ -84,7 +84,8 @@ def hadamard_test(
     >>> hadamard_test(q, k, 100).value.diagonal(dim1=-2, dim2=-1)
     tensor([[1., 1.]], dtype=torch.float64)
     """
-    true = _true_overlaps(q, k, shots)
+    shots, scale = check_count("shots", shots), check_scale(scale)
+    true = _true_overlaps(q, k)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return _estimate(true.overlap, true.norms, shots, scale, generator)
 
@@ -110,7 +111,8 @@ def swap_test(
     >>> swap_test(torch.eye(2), -torch.eye(2), 100).value.diagonal()
     tensor([1., 1.], dtype=torch.float64)
     """
-    true = _true_overlaps(q, k, shots)
+    shots, scale = check_count("shots", shots), check_scale(scale)
+    true = _true_overlaps(q, k)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return _estimate(true.overlap.square(), true.norms.square(), shots, scale, generator)
 
@@ -196,9 +198,8 @@ class _TrueOverlaps:
     norms: Tensor
 
 
-def _true_overlaps(q: Tensor, k: Tensor, shots: int) -> _TrueOverlaps:
+def _true_overlaps(q: Tensor, k: Tensor) -> _TrueOverlaps:
     """Check the arguments of a test, and compute what it estimates."""
-    check_count("shots", shots)
     for name, x in (("q", q), ("k", k)):
         if not isinstance(x, Tensor) or not x.is_floating_point():
             given = x.dtype if isinstance(x, Tensor) else type(x).__name__

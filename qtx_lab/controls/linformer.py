@@ -31,7 +31,7 @@ class LinformerControl(Control):
     name = "linformer"
 
     def __init__(self, landmarks: int = 64):
-        check_count("landmarks", landmarks)
+        landmarks = check_count("landmarks", landmarks)
         self.landmarks = landmarks
 
     def prepare(

@@ -47,7 +47,7 @@ class PerformerControl(Control):
     name = "performer"
 
     def __init__(self, features: int = 128):
-        check_count("features", features)
+        features = check_count("features", features)
         if features % 2:
             raise ArgumentError(
                 f"features={features} is not allowed: it must be even, as features come in pairs."

@@ -25,7 +25,7 @@ class TopKControl(Control):
     name = "topk"
 
     def __init__(self, keys: int = 32):
-        check_count("keys", keys)
+        keys = check_count("keys", keys)
         self.keys = keys
 
     def prepare(

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from ..checks import check_count
+from ..checks import MAX_SEED, check_count
 from ..errors import (
     ArgumentError,
     BackendUnavailable,
@@ -156,7 +156,7 @@ def sweep(
     path = notebook_path(notebook).resolve()
     planned = plan(path, grid, parameters=parameters, repeats=repeats, seed=seed)
     if workers is not None:
-        check_count("workers", workers)
+        workers = check_count("workers", workers)
         if cluster is not None:
             raise ArgumentError(
                 f"workers={workers} and a cluster exclude each other: the cluster has its own."
@@ -226,7 +226,7 @@ def plan(
     seed: int = 0,
 ) -> SweepPlan:
     """What a sweep will run, checked as a whole; arguments and errors as of `sweep`."""
-    check_count("repeats", repeats)
+    repeats, seed = check_count("repeats", repeats), check_count("seed", seed, 0, MAX_SEED)
     fixed = dict(parameters or {})
     declared = declared_parameters(path)
     for name, values in grid.items():

@@ -211,6 +211,7 @@ class CircuitMitigation:
             As `QiskitQuantumBackend.sample_rows`, and as `check`.
         """
         request = checked_request(backend, p, shots, generator)
+        shots = request.shots
         if 0 in self.levels:
             warnings.warn(
                 "noise_levels holds 0, which is the answer itself: only a simulator can give it.",

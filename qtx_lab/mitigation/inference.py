@@ -12,7 +12,8 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from ..errors import ArgumentError, DtypeError
+from ..checks import check_number
+from ..errors import ArgumentError, DtypeError, NumberError
 
 Values = Tensor | np.ndarray | np.floating | float
 """What is measured at one noise level: an array of floating-point numbers, or a plain number."""
@@ -61,8 +62,7 @@ class ZeroNoiseEstimate:
         >>> estimate.confidence_interval(0.95)[1]
         tensor([12.7062])
         """
-        if not 0 < level < 1:
-            raise ArgumentError(f"level={level} is not allowed: it must be between 0 and 1.")
+        level = check_number("level", level, above=0, below=1)
         if self.std_error is None:
             raise ArgumentError(
                 "There are no standard errors: give extrapolate the std_errors of its values."
@@ -202,11 +202,10 @@ def check_noise_levels(levels: object, min_distinct: int | None = None) -> tuple
         raise DtypeError(f"noise_levels has {levels.ndim} dimensions; it must be a sequence of numbers.")
     checked: list[float] = []
     for level in levels.tolist() if isinstance(levels, np.ndarray | Tensor) else levels:
-        if isinstance(level, bool) or not isinstance(level, int | float | np.number):
-            raise DtypeError(f"noise_levels holds {level!r}; it must hold numbers.")
-        if not math.isfinite(level) or level < 0:
-            raise ArgumentError(f"noise_levels holds {level!r}; levels must be finite and >= 0.")
-        checked.append(float(level))
+        try:
+            checked.append(check_number("a level of noise_levels", level, least=0))
+        except NumberError:
+            raise DtypeError(f"noise_levels holds {level!r}; it must hold numbers.") from None
     distinct, needed = len(set(checked)), 2 if min_distinct is None else min_distinct
     if distinct < len(checked) and (min_distinct is None or distinct < needed):
         raise ArgumentError(

@@ -70,7 +70,7 @@ class ProbabilisticErrorCancellation:
     """
 
     def __init__(self, instances: int = 256, *, readout: bool = False):
-        check_count("instances", instances)
+        instances = check_count("instances", instances)
         if instances < 2:
             raise ArgumentError(f"instances={instances} is not allowed: error bars need at least 2.")
         if not isinstance(readout, bool):
@@ -116,6 +116,7 @@ class ProbabilisticErrorCancellation:
             As `QiskitQuantumBackend.sample_rows`, and as `overhead`; also for fewer than two shots.
         """
         request = checked_request(backend, p, shots, generator)
+        shots = request.shots
         if shots < 2:
             raise ArgumentError(f"shots={shots} is not allowed: two draws of the Paulis need one shot each.")
         if not bool(request.running.any()):

@@ -215,7 +215,7 @@ class MitigationPlanner:
             As `sample_rows`; also if every key of every row is masked.
         """
         check_backend(backend)
-        check_count("shots", shots)
+        shots = check_count("shots", shots)
         p = check_rows(p)
         p = p[p.sum(-1) > 0]
         if not len(p):

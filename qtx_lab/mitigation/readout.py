@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..backends import QiskitQuantumBackend
 from ..backends.requests import CalibrationRequest
+from ..checks import MAX_SEED, check_count
 from ..circuits.base import unpack_values
 from ..errors import ArgumentError, BackendUnavailable, ShapeError, StorageError
 from ..storage import runs_home, write_atomic
@@ -66,6 +67,7 @@ def readout_errors(backend: QiskitQuantumBackend, n: int, *, seed: int = 0) -> T
     tensor([[[1., 0.],
              [0., 1.]]], dtype=torch.float64)
     """
+    seed = check_count("seed", seed, 0, MAX_SEED)
     circuit = backend.transpiled(n)
     bits = circuit.num_clbits
     if backend.engine.ideal:

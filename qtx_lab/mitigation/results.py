@@ -49,7 +49,7 @@ def checked_request(
         As `QiskitQuantumBackend.sample_rows`; shots must be given, because noise levels share them.
     """
     check_backend(backend)
-    check_count("shots", shots)
+    shots = check_count("shots", shots)
     return backend.request(p, shots, generator)
 
 

@@ -20,6 +20,7 @@ from ..backends.aer import AerEngine
 from ..backends.base import Engine, RowJob
 from ..backends.exact import Noise
 from ..backends.requests import Request
+from ..checks import check_number
 from ..errors import ArgumentError, DtypeError, unknown_name
 
 FOLDINGS = ("two-qubit", "local", "global")
@@ -76,7 +77,7 @@ def scale_noise(backend: QiskitQuantumBackend, level: float, how: str = "two-qub
             f"how='model' is not allowed on {engine.name}: only a simulator's noise can be scaled. Fold "
             "gates instead."
         )
-    _check_level(level, 0.0)
+    level = check_number("level", level, least=0)
     scale = engine.noise_scale * level
     return backend.with_engine(
         AerEngine(engine.name, noise=engine.noise, noise_scale=scale, method=engine.method)
@@ -103,8 +104,7 @@ class FoldedEngine(Engine):
     def __init__(self, engine: Engine, level: float, how: str):
         if how not in FOLDINGS:
             raise unknown_name("how", how, FOLDINGS)
-        _check_level(level, 1.0)
-        self._engine, self._level, self._how = engine, float(level), how
+        self._engine, self._level, self._how = engine, check_number("level", level, least=1), how
         self.name, self.ideal, self.queues = engine.name, engine.ideal, engine.queues
 
     def identity(self) -> str:
@@ -218,7 +218,7 @@ def fold(
         raise DtypeError(f"circuit is a {type(circuit).__name__}; it must be a QuantumCircuit.")
     if how not in FOLDINGS:
         raise unknown_name("how", how, FOLDINGS)
-    _check_level(level, 1.0)
+    level = check_number("level", level, least=1)
     if not is_static(circuit):
         raise ArgumentError(
             f"{circuit.name} measures or tests bits before its end, which cannot be undone, so it is not "
@@ -386,10 +386,3 @@ def _inverse(instruction: CircuitInstruction) -> Iterator[CircuitInstruction]:
                 f"The instruction {operation.name!r} is not folded, because it has no known inverse: {error}"
             ) from None
         yield instruction if inverse == operation else CircuitInstruction(inverse, qubits)
-
-
-def _check_level(level: float, least: float) -> None:
-    if isinstance(level, bool) or not isinstance(level, int | float | np.floating):
-        raise DtypeError(f"level={level!r} is not allowed: it must be a number.")
-    if not math.isfinite(level) or level < least:
-        raise ArgumentError(f"level={level!r} is not allowed: it must be finite and >= {least:g}.")

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checks import check_count
+from ..checks import check_count, check_number
 from ..errors import ArgumentError, DtypeError, FallbackWarning, ShapeError, unknown_name
 from .exponential import MIN_SURVIVAL, fit_exponential
 from .inference import Values, ZeroNoiseEstimate, ZeroNoiseInference, as_values, check_noise_levels
@@ -102,7 +102,7 @@ class ZeroNoiseExtrapolation(ZeroNoiseInference):
     ):
         if method not in METHODS:
             raise unknown_name("method", method, METHODS)
-        check_count("degree", degree)
+        degree = check_count("degree", degree)
         levels = check_noise_levels(noise_levels, None if method == "richardson" else 2)
         least = degree + 1 if method == "polynomial" else 2
         if len(set(levels)) < least:
@@ -111,9 +111,9 @@ class ZeroNoiseExtrapolation(ZeroNoiseInference):
                 f"noise_levels has {len(set(levels))} levels that differ; {method!r}{of_degree} needs at "
                 f"least {least}."
             )
-        if not isinstance(asymptote, int | float | Tensor) or isinstance(asymptote, bool):
-            raise DtypeError(f"asymptote is a {type(asymptote).__name__}; it must be a number or a Tensor.")
-        if not torch.as_tensor(asymptote).isfinite().all():
+        if not isinstance(asymptote, Tensor) or asymptote.ndim == 0:
+            asymptote = check_number("asymptote", asymptote)
+        elif not asymptote.isfinite().all():
             raise ArgumentError("asymptote holds NaN or infinity; it must be finite.")
         self.noise_levels, self.method, self.degree, self.asymptote = levels, method, degree, asymptote
         self.keeps_total = method != "exponential"
@@ -207,7 +207,7 @@ class ZeroNoiseExtrapolation(ZeroNoiseInference):
         >>> ZeroNoiseExtrapolation([1, 3]).allocate(1000)
         [750, 250]
         """
-        check_count("shots", shots)
+        shots = check_count("shots", shots)
         count = len(self.noise_levels)
         if shots < count:
             raise ArgumentError(

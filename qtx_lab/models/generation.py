@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..cache.policies import CachePolicy, ExactPolicy, LayerCache, Reads, SampledPolicy
-from ..checks import check_count, check_generator
+from ..checks import check_count, check_generator, check_number
 from ..errors import ArgumentError, DtypeError
 from .base import LanguageModel, causal_sdpa
 
@@ -88,12 +87,10 @@ def stream(
 ) -> Iterator[bytes]:
     """The text that `generate` gives, in UTF-8, piece by piece as it comes; refusals come on the call."""
     tokens = model.encode(prompt) if isinstance(prompt, str) else prompt
-    check_count("max_new_tokens", max_new_tokens)
+    max_new_tokens = check_count("max_new_tokens", max_new_tokens)
     check_generator(generator)
     _check_prompt(model, tokens, max_new_tokens)
-    is_number = isinstance(temperature, int | float) and not isinstance(temperature, bool)
-    if not is_number or not 0 <= temperature < math.inf:
-        raise ArgumentError(f"temperature={temperature!r} is not allowed: it must be a number >= 0.")
+    temperature = check_number("temperature", temperature, least=0)
     # Keys have a seed of their own, so that the tokens' numbers are the same whatever the proposal.
     seed = int(torch.randint(1 << 62, (), generator=generator))
     state = Decoding(model, tokens[None], decoding_policy(proposal, rank, num_samples, seed))
@@ -102,7 +99,7 @@ def stream(
 
 def decoding_policy(proposal: str | None, rank: int | None, num_samples: int, seed: int) -> CachePolicy:
     """The policy that the arguments of `generate` mean."""
-    check_count("num_samples", num_samples)
+    num_samples = check_count("num_samples", num_samples)
     if proposal is not None:
         return SampledPolicy(proposal=proposal, rank=rank, budget=num_samples, seed=seed)
     if rank is not None:

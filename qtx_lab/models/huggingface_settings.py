@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..attention.multihead import attention_settings
+from ..checks import check_count
 from ..errors import ArgumentError, unknown_name
 
 IMPLEMENTATION = "qtx_sampled"
@@ -145,12 +146,8 @@ def _mapping(given: object, where: str, allowed: tuple[str, ...] | None) -> dict
 def _arguments(given: dict[str, Any], where: str) -> dict[str, Any]:
     """The arguments that settings mean, and `seed`; errors say where in the config the settings are."""
     seed = given.pop("seed", None)
-    is_whole = isinstance(seed, int) and not isinstance(seed, bool)
-    if seed is not None and (not is_whole or not 0 <= seed <= MAX_SEED):
-        raise ArgumentError(
-            f"config.{IMPLEMENTATION}{where}['seed']={seed!r} is not allowed: it must be a whole number from "
-            f"0 to {MAX_SEED}, or None."
-        )
+    if seed is not None:
+        seed = check_count(f"config.{IMPLEMENTATION}{where}['seed']", seed, 0, MAX_SEED)
     try:
         return {**attention_settings(**given), "seed": seed}
     except ValueError as error:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checks import check_count
 from ..errors import ArgumentError
 from ..storage import read_tensors
 from .base import AttentionFn, causal_sdpa, record_inputs
@@ -247,9 +248,8 @@ def bits_per_byte(
     ArgumentError
         If window is not in 1..context, or if there are not window + 1 tokens.
     """
-    window = model.config.context if window is None else window
-    if not 1 <= window <= model.config.context:
-        raise ArgumentError(f"window={window} is not allowed: it must be in 1..{model.config.context}.")
+    context = model.config.context
+    window = context if window is None else check_count("window", window, most=context)
     if len(tokens) <= window:
         raise ArgumentError(f"tokens has {len(tokens)} bytes; a window of {window} needs {window + 1}.")
     windows = tokens.unfold(0, window + 1, window)  # [W, window + 1]

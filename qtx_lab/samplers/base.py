@@ -400,15 +400,21 @@ def _log_sum_exp(problem: AttentionProblem, block: Block, draws: Draws) -> Tenso
     return torch.where(p > 0, logit - p.log(), -torch.inf).squeeze(-1)
 
 
-def check_draw_arguments(logits: Tensor, num_samples: int, replicates: int) -> None:
-    """Refuse what no sampler can draw from (see `Sampler.draw`); `row_masses` refuses NaN and +inf."""
-    check_count("num_samples", num_samples)
-    check_count("replicates", replicates)
+def check_draw_arguments(logits: Tensor, num_samples: int, replicates: int) -> tuple[int, int]:
+    """Refuse what no sampler can draw from (see `Sampler.draw`); `row_masses` refuses NaN and +inf.
+
+    Returns
+    -------
+    num_samples, replicates : int
+    """
+    num_samples = check_count("num_samples", num_samples)
+    replicates = check_count("replicates", replicates)
     if not isinstance(logits, Tensor) or logits.dtype not in (torch.float32, torch.float64):
         given = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
         raise DtypeError(f"logits is {given}; it must be a float32 or float64 tensor.")
     if logits.ndim < 1 or logits.shape[-1] == 0:
         raise ShapeError(f"logits has shape {tuple(logits.shape)}; it must be (..., n) with n >= 1 keys.")
+    return num_samples, replicates
 
 
 def check_draws(name: str, draws: object, logits: Tensor, budget: Budget) -> None:
@@ -460,7 +466,7 @@ class StreamSampler(Sampler):
         replicates: int = 1,
     ) -> Draws:
         """Draw keys: see `Sampler.draw`. The last dimension of rows counts the positions of a head."""
-        check_draw_arguments(logits, num_samples, replicates)
+        num_samples, replicates = check_draw_arguments(logits, num_samples, replicates)
         rows, n = logits.shape[:-1], logits.shape[-1]
         heads, length = rows[:-1].numel() if rows else 1, rows[-1] if rows else 1
         stream = Stream.of(make_seed(generator), 1, heads, length, device=logits.device)

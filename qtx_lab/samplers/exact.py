@@ -41,7 +41,7 @@ class ExactSampler(Sampler):
         generator: torch.Generator | None = None,
         replicates: int = 1,
     ) -> Draws:
-        check_draw_arguments(logits, num_samples, replicates)
+        num_samples, replicates = check_draw_arguments(logits, num_samples, replicates)
         p = row_probabilities(logits)
         indices = torch.arange(logits.shape[-1], device=logits.device).expand(logits.shape)
         repeat = (*(1,) * (logits.ndim - 1), replicates)

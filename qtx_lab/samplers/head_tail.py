@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..checks import check_count
 from ..errors import ArgumentError
 from ..estimates import Draws
 from .base import invert, row_masses
@@ -38,10 +39,9 @@ class HeadTailSampler(SystematicSampler):
     has_kernel = False
 
     def __init__(self, head: str | int = "optimal"):
-        whole = isinstance(head, int) and not isinstance(head, bool) and head >= 0
-        if not whole and head != "optimal":
+        if isinstance(head, str) and head != "optimal":
             raise ArgumentError(f'head={head!r} is not allowed: it must be "optimal" or a whole number >= 0.')
-        self.head = head
+        self.head = head if isinstance(head, str) else check_count("head", head, 0)
 
     @property
     def min_samples(self) -> int:

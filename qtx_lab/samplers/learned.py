@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import warnings
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checks import check_count, check_generator
+from ..checks import MAX_SEED, check_count, check_generator, check_number
 from ..errors import ArgumentError, FallbackWarning, ShapeError, unknown_name
 from ..estimates import AttentionEstimate, Draws, EstimateInfo
 from ..problem import AttentionProblem
@@ -128,15 +127,14 @@ class LearnedImportanceSampler(nn.Module, StreamSampler):
         defensive: float = 0.02,
     ):
         super().__init__()
-        check_count("num_heads", num_heads)
+        num_heads = check_count("num_heads", num_heads)
         if rank is not None:
-            check_count("rank", rank)
+            rank = check_count("rank", rank)
         if points not in POINTS:
             raise unknown_name("points", points, POINTS)
-        if not isinstance(defensive, int | float) or not 0 < defensive < 1:
-            raise ArgumentError(f"defensive={defensive!r} is not allowed: it must be between 0 and 1.")
+        defensive = check_number("defensive", defensive, above=0, below=1)
         self.embed_dim, self.rank, self.num_heads = embed_dim, rank, num_heads
-        self.points, self.defensive = points, float(defensive)
+        self.points, self.defensive = points, defensive
         self.independent = POINTS[points].independent
         self.history: FitHistory | None = None
         for name in ("query_map", "query_bias", "key_map"):  # A^T, a and B^T
@@ -147,13 +145,13 @@ class LearnedImportanceSampler(nn.Module, StreamSampler):
 
     def _settle(self, embed_dim: int) -> None:
         """Make the maps for this many features."""
+        embed_dim = check_count("embed_dim", embed_dim)
         self.embed_dim, self.rank = embed_dim, self._rank(embed_dim)
         shape = (self.num_heads, embed_dim, self.rank)
         self.query_map, self.key_map = (nn.Parameter(torch.zeros(shape)) for _ in range(2))
         self.query_bias = nn.Parameter(torch.zeros(self.num_heads, 1, self.rank))
 
     def _rank(self, embed_dim: int) -> int:
-        check_count("embed_dim", embed_dim)
         if embed_dim < 2:
             raise ArgumentError(f"embed_dim={embed_dim} is not allowed: it must be at least 2.")
         rank = embed_dim // 2 if self.rank is None else self.rank
@@ -263,8 +261,8 @@ class LearnedImportanceSampler(nn.Module, StreamSampler):
             Before any work: as `sampled_attention`; an unknown estimator, a log_normaliser for another
             estimator.
         """
-        check_count("num_samples", num_samples)
-        check_count("replicates", replicates)
+        num_samples = check_count("num_samples", num_samples)
+        replicates = check_count("replicates", replicates)
         if estimator not in ESTIMATORS:
             raise unknown_name("estimator", estimator, ESTIMATORS)
         check_generator(generator)
@@ -318,7 +316,7 @@ class LearnedImportanceSampler(nn.Module, StreamSampler):
         ShapeError, DtypeError, ArgumentError
             As in `estimate`.
         """
-        check_count("base_num_samples", base_num_samples)
+        base_num_samples = check_count("base_num_samples", base_num_samples)
         check_generator(generator)
         problem = self._problem(
             Q, K, V, attn_mask=attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
@@ -464,13 +462,11 @@ class LearnedImportanceSampler(nn.Module, StreamSampler):
         ShapeError, DtypeError, ArgumentError
             Before any work, as `estimate`; if there are no rows.
         """
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
-            raise ArgumentError(f"steps={steps!r} is not allowed: it must be a whole number of at least 0.")
-        check_count("batch_rows", batch_rows)
+        steps = check_count("steps", steps, 0)
+        batch_rows = check_count("batch_rows", batch_rows)
         if num_samples is not None:
-            check_count("num_samples", num_samples)
-        if not isinstance(lr, int | float) or not 0 < lr < math.inf:
-            raise ArgumentError(f"lr={lr!r} is not allowed: it must be a positive number.")
+            num_samples = check_count("num_samples", num_samples)
+        lr = check_number("lr", lr, above=0)
         if initialise not in STARTS:
             raise unknown_name("initialise", initialise, STARTS)
         if seed is not None and generator is not None:
@@ -478,6 +474,7 @@ class LearnedImportanceSampler(nn.Module, StreamSampler):
         check_generator(generator)
         cancelled = asker(cancel)
         if seed is not None:
+            seed = check_count("seed", seed, 0, MAX_SEED)
             generator = torch.Generator().manual_seed(seed)
         values = K if V is None else V
         problem = self._problem(Q, K, values, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa)

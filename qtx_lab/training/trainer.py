@@ -270,9 +270,10 @@ class QuantumTrainer:
             keep_checkpoints=keep_checkpoints,
             seed=seed,
         )
+        if num_gpus is not None:
+            num_gpus = check_count("num_gpus", num_gpus)
         _check_ranks(distributed, num_gpus, cluster)
-        if type(retries) is not int or retries < 0:
-            raise ArgumentError(f"retries={retries!r} is not allowed: it must be a whole number from 0.")
+        retries = check_count("retries", retries, 0)
         if isinstance(model, str):
             model = make_model(model, self.spec.seed)
         _check_types(model, cluster, folder, on_metrics)
@@ -489,8 +490,6 @@ class QuantumTrainer:
 
 def _check_ranks(distributed: bool, num_gpus: int | None, cluster: Cluster | None) -> None:
     """Refuse arguments that contradict each other about where the ranks run."""
-    if num_gpus is not None:
-        check_count("num_gpus", num_gpus)
     if not distributed and ((num_gpus or 1) > 1 or cluster is not None):
         raise ArgumentError(f"num_gpus={num_gpus} and cluster={cluster} need distributed=True.")
     if cluster is not None and num_gpus is not None:

@@ -17,6 +17,7 @@ from qiskit.transpiler.exceptions import TranspilerError
 from qiskit_ibm_runtime import QiskitRuntimeService
 from qiskit_ibm_runtime.options_models.sampler import SamplerOptions
 
+from ...checks import check_number
 from ...errors import ArgumentError, BackendUnavailable, unknown_name
 from ...storage import runs_home
 from ..base import Engine, JobStatus
@@ -123,15 +124,8 @@ class IBMEngine(Engine):
     ):
         if mode not in MODES:
             raise unknown_name("mode", mode, MODES)
-        if not isinstance(max_quantum_seconds, int | float) or not max_quantum_seconds > 0:
-            raise ArgumentError(
-                f"max_quantum_seconds={max_quantum_seconds!r} is not allowed: it must be positive."
-            )
-        if isinstance(patience, bool) or not isinstance(patience, int | float) or not patience >= 0:
-            raise ArgumentError(
-                f"patience={patience!r} is not allowed: it must be a number of seconds, >= 0."
-            )
-        self.patience = patience
+        max_quantum_seconds = check_number("max_quantum_seconds", max_quantum_seconds, above=0)
+        self.patience = check_number("patience", patience, least=0)
         self.options = {
             "twirling": dict(twirling or {}),
             "dynamical_decoupling": dict(dynamical_decoupling or {}),

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ...checks import MAX_COUNT, check_count, check_scale, check_tensors
+from ...checks import MAX_COUNT, MAX_SEED, check_count, check_scale, check_tensors, python_number
 from ...errors import ArgumentError, DtypeError, ShapeError
 from ...streams import sequence_keys
 
@@ -144,11 +144,8 @@ class CachePolicy(ABC):
     """By which `make_policy` knows it."""
 
     def __post_init__(self) -> None:
-        check_budget(self.budget)
-        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not 0 <= self.seed < 1 << 63:
-            raise ArgumentError(
-                f"seed={self.seed!r} is not allowed: it must be a whole number from 0 to 2^63 - 1."
-            )
+        object.__setattr__(self, "budget", check_budget(self.budget))
+        object.__setattr__(self, "seed", check_count("seed", self.seed, 0, MAX_SEED))
 
     @property
     @abstractmethod
@@ -303,15 +300,16 @@ class LayerCache(ABC):
         return Reads(keys, values, size, self._attended)
 
 
-def check_budget(budget: float | int) -> None:
-    """Refuse what is neither a share of the keys nor a number of tokens."""
-    if isinstance(budget, float):
-        if not 0 < budget <= 1:
-            raise ArgumentError(
-                f"budget={budget} is not allowed: a share of the keys must be above 0 and at most 1."
-            )
-    else:
-        check_count("budget", budget)
+def check_budget(budget: float | int) -> float | int:
+    """Return what is a share of the keys, a float, or a number of tokens, an int."""
+    number = python_number(budget)
+    if not isinstance(number, float):
+        return check_count("budget", budget)
+    if not 0 < number <= 1:
+        raise ArgumentError(
+            f"budget={budget} is not allowed: a share of the keys must be above 0 and at most 1."
+        )
+    return number
 
 
 def _check_prompt(queries: Tensor, keys: Tensor, values: Tensor) -> None:

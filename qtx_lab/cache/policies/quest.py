@@ -42,7 +42,7 @@ class QuestPolicy(CachePolicy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_count("page", self.page)
+        object.__setattr__(self, "page", check_count("page", self.page))
 
     @property
     def label(self) -> str:

@@ -57,8 +57,8 @@ class SampledPolicy(CachePolicy):
         if self.proposal not in PROPOSALS:
             raise unknown_name("proposal", self.proposal, PROPOSALS)
         if self.rank is not None:
-            check_count("rank", self.rank)
-        check_count("fitted_queries", self.fitted_queries)
+            object.__setattr__(self, "rank", check_count("rank", self.rank))
+        object.__setattr__(self, "fitted_queries", check_count("fitted_queries", self.fitted_queries))
 
     @property
     def label(self) -> str:

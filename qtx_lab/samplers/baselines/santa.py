@@ -51,7 +51,7 @@ class SantaSampler(StreamSampler):
             raise unknown_name("budgets", budgets, BUDGETS)
         if points not in POINTS:
             raise unknown_name("points", points, POINTS)
-        check_count("tile", tile)
+        tile = check_count("tile", tile)
         self.budgets, self.points, self.tile = budgets, points, tile
         self.unbiased = budgets == "fixed"
         kind = "santa-prop" if budgets == "proportional" else "santa-flash"

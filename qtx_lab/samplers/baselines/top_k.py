@@ -35,7 +35,7 @@ class TopKSampler(Sampler):
         replicates: int = 1,
     ) -> Draws:
         """The heaviest keys, repeated for each replicate: see `Sampler.draw`."""
-        check_draw_arguments(logits, num_samples, replicates)
+        num_samples, replicates = check_draw_arguments(logits, num_samples, replicates)
         p = row_probabilities(logits)
         top, indices = p.topk(min(num_samples, p.shape[-1]), -1)
         spare = (0, num_samples - top.shape[-1])  # more draws than keys: those left over have weight 0

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...checks import check_number
 from ...errors import ArgumentError
 from ...estimates import Draws
 from ...streams import Stream
@@ -42,11 +43,13 @@ class VAttentionSampler(StreamSampler):
     independent = False
 
     def __init__(self, sink: float = 0.04, local: float = 0.04, heavy: float = 0.5):
-        if not (min(sink, local, heavy) >= 0 and sink + local + heavy <= 1):
+        sink, local, heavy = (
+            check_number(name, share, least=0, most=1)
+            for name, share in (("sink", sink), ("local", local), ("heavy", heavy))
+        )
+        if sink + local + heavy > 1:
             raise ArgumentError(
-                f"sink={sink}, local={local}, heavy={heavy} is not allowed: shares are not negative and at "
-                "most 1 "
-                "together."
+                f"sink={sink}, local={local}, heavy={heavy} is not allowed: they are at most 1 together."
             )
         self.sink, self.local, self.heavy = sink, local, heavy
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...backends import QiskitQuantumBackend, RowCounts
 from ...backends.aer import AerEngine
-from ...checks import check_count
+from ...checks import MAX_SEED, check_count
 from ...circuits import check_rows
 from ...circuits.resources import resources
 from ...errors import ArgumentError, DtypeError, ShapeError, unknown_name
@@ -99,7 +99,7 @@ class CircuitView(View):
     ):
         if not isinstance(backend, QiskitQuantumBackend):
             raise DtypeError(f"backend is a {type(backend).__name__}; it must be a QiskitQuantumBackend.")
-        self.backend, self._seed = backend, int(seed)
+        self.backend, self._seed = backend, check_count("seed", seed, 0, MAX_SEED)
         self._p: Tensor | None = None
         self._lock = threading.RLock()
         self._cancelled = threading.Event()
@@ -122,11 +122,13 @@ class CircuitView(View):
     def _check(self, proposal: Any) -> Any:
         name, value = proposal["trait"].name, proposal["value"]
         if name == "shots":
-            check_count(name, value)
+            value = check_count(name, value)
         elif name == "method" and value not in METHODS:
             raise unknown_name("method", value, METHODS)
-        elif name == "row" and not 0 <= value < max(1, self.num_rows):
-            raise ArgumentError(f"row={value} is not allowed: it must be in 0..{self.num_rows - 1}.")
+        elif name == "row":
+            value = check_count(name, value, 0)
+            if value >= max(1, self.num_rows):
+                raise ArgumentError(f"row={value} is not allowed: it must be in 0..{self.num_rows - 1}.")
         return value
 
     @property
@@ -162,7 +164,8 @@ class CircuitView(View):
         names = [f"row {i}" for i in range(len(p))] if names is None else [str(x) for x in names]
         if len(names) != len(p):
             raise ShapeError(f"names has {len(names)} entries; p has {len(p)} rows, and each needs one.")
-        if not 0 <= row < len(p):
+        row = check_count("row", row, 0)
+        if row >= len(p):
             raise ArgumentError(f"row={row} is not allowed: it must be in 0..{len(p) - 1}.")
         with self._lock:
             self._p = p
@@ -316,7 +319,7 @@ class CircuitView(View):
         self._worker.put("counts", self._send_counts)
 
     def _measure(self, shots: int) -> None:
-        check_count("shots", shots)
+        shots = check_count("shots", shots)
         p, before = self._row_p(), self._shown()
         # A job on a device is one part, because every part would wait in the queue anew.
         parts = growing_parts(shots, 1 if self.backend.engine.queues else NUM_PARTS)

@@ -11,7 +11,7 @@ import numpy as np
 import traitlets
 from torch import Tensor
 
-from ...checks import check_count
+from ...checks import MAX_SEED, check_count
 from ...errors import ArgumentError, ShapeError
 from ...estimates import AttentionEstimate
 from ...experiments.attention_maps import attention_panels, draw_attention_maps
@@ -106,8 +106,8 @@ class AttentionLens(View):
         estimate: AttentionEstimate | None = None,
     ):
         layers = checked_layers(q, k, v, is_causal, scale)
-        check_count("num_samples", num_samples)
-        self._seed = int(seed)
+        num_samples = check_count("num_samples", num_samples)
+        self._seed = check_count("seed", seed, 0, MAX_SEED)
         self._heads = heads = LensHeads(
             layers, make_sampler(sampler), is_causal=bool(is_causal), scale=scale, seed=self._seed,
             estimate=estimate,
@@ -120,7 +120,7 @@ class AttentionLens(View):
                 f"estimate.output has shape {tuple(estimate.output.shape)}; it must be of {size[0]} heads × "
                 f"{size[1]} queries."
             )
-        super().__init__("lens", layer=layer, head=head, num_samples=int(num_samples))
+        super().__init__("lens", layer=layer, head=head, num_samples=num_samples)
         for name, value in {
             "tokens": list(tokens or ()),
             "layers": len(layers),
@@ -137,12 +137,12 @@ class AttentionLens(View):
     def _check_counts(self, proposal: Any) -> int:
         name, value = proposal["trait"].name, proposal["value"]
         if name == "num_samples":
-            check_count(name, value)
-        else:
-            size = len(self._heads.layers) if name == "layer" else self._heads.num_heads
-            if not 0 <= value < size:
-                raise ArgumentError(f"{name}={value} is not allowed: it must be in 0..{size - 1}.")
-        return int(value)
+            return check_count(name, value)
+        size = len(self._heads.layers) if name == "layer" else self._heads.num_heads
+        value = check_count(name, value, 0)
+        if value >= size:
+            raise ArgumentError(f"{name}={value} is not allowed: it must be in 0..{size - 1}.")
+        return value
 
     @traitlets.validate("selected_rows")
     def _check_rows(self, proposal: Any) -> list[int]:

@@ -100,7 +100,7 @@ class MetricStream(View):
         log_y: bool = False,
         capacity: int = DEFAULT_CAPACITY,
     ):
-        check_count("capacity", capacity)
+        capacity = check_count("capacity", capacity)
         self._blocks: deque[_Block] = deque(maxlen=-(-capacity // BLOCK_POINTS))
         self._series: dict[str, int] = {}
         self._num_points = 0  # also the number of the next one

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...backends import QiskitQuantumBackend
-from ...errors import ArgumentError
+from ...checks import check_count
 from ...mitigation import ZeroNoiseExtrapolation, project_to_simplex, scale_noise
 
 CURVE_POINTS = 60
@@ -66,9 +66,7 @@ class NoiseLevels:
         """
         p = self.p
         zne = ZeroNoiseExtrapolation(levels, method, asymptote=1 / max(1, p.shape[-1]))
-        key = int(p[0].argmax()) if key is None else key
-        if not 0 <= key < p.shape[-1]:
-            raise ArgumentError(f"key={key} is not allowed: it must be in 0..{p.shape[-1] - 1}.")
+        key = int(p[0].argmax()) if key is None else check_count("key", key, 0, p.shape[-1] - 1)
         shares = [self.shares(level, shots) for level in zne.noise_levels]
         errors = [((x * (1 - x)).clamp_min(1 / shots**2) / shots).sqrt() for x in shares]
         estimate = zne.extrapolate(shares, errors)

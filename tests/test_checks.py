@@ -1,0 +1,394 @@
+"""Numbers of Python, NumPy and torch are numbers in every public argument that is one; True is none."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from decimal import Decimal
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import qtx_lab as qtx
+from qtx_lab import attention, backends, circuits, controls, mitigation, samplers
+from qtx_lab import cache as cache_room
+from qtx_lab.checks import MAX_COUNT, check_count, check_number
+from qtx_lab.circuits import fidelity, overlaps
+from qtx_lab.models.reference import bits_per_byte
+from qtx_lab.widgets.views.stream import MetricStream
+
+WHOLE = (np.int64, np.int32, np.uint8, np.array, torch.tensor)
+REAL = (np.float32, np.float64, np.array, torch.tensor, Fraction, Decimal)
+NO_NUMBERS = (True, np.True_, torch.tensor(True), "2", 2j, torch.ones(2), np.ones(2), [2], object())
+
+
+def test_a_count_is_python_s_own_whole_number():
+    for number in (3, *(make(3) for make in WHOLE), torch.tensor(3, dtype=torch.uint8)):
+        count = check_count("shots", number)
+        assert (count, type(count)) == (3, int)
+    for number in (*NO_NUMBERS, 3.0, np.float64(3), torch.tensor(3.0), None, math.nan):
+        with pytest.raises(qtx.NumberError, match=r"shots=.* it must be a whole number from 1 to"):
+            check_count("shots", number)
+    for number in (0, -1, MAX_COUNT + 1, torch.tensor(0), np.int64(-3), 10**400):
+        with pytest.raises(qtx.ArgumentError, match=r"shots=.* it must be a whole number from 1 to"):
+            check_count("shots", number)
+    assert check_count("steps", np.uint8(0), 0) == 0
+
+
+def test_a_number_is_python_s_own_float():
+    reals = [make(0.25) for make in REAL] + [torch.tensor(0.25, dtype=torch.float16)]
+    for number in (0.25, *reals):
+        value = check_number("level", number, above=0, below=1)
+        assert (value, type(value)) == (0.25, float)
+    for number in (2, *(make(2) for make in WHOLE)):
+        assert check_number("level", number) == 2.0
+    for number in (*NO_NUMBERS, None, torch.tensor(1j)):
+        with pytest.raises(qtx.NumberError, match=r"level=.* it must be a (single )?number between 0"):
+            check_number("level", number, above=0, below=1)
+    for number in (math.nan, -math.inf, np.float32("inf"), torch.tensor(math.nan), 10**400):
+        with pytest.raises(qtx.ArgumentError, match=r"level=.* it must be a finite number\."):
+            check_number("level", number)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "words", "wrong"),
+    [
+        ({"least": 0, "most": 1}, "a number from 0 to 1", (-1e-9, 1.1)),
+        ({"above": 0}, "a number above 0", (0, -1)),
+        ({"least": 1}, "a number >= 1", (0.9,)),
+        ({"above": 0, "most": 1}, "a number above 0 and <= 1", (0, 1.1)),
+        ({"least": 0.5, "below": 1}, "a number >= 0.5 and below 1", (0.4, 1)),
+        ({"below": 2}, "a number below 2", (2,)),
+    ],
+)
+def test_bounds_are_said_in_words(bounds, words, wrong):
+    for number in wrong:
+        with pytest.raises(qtx.ArgumentError, match=f"it must be {words}\\."):
+            check_number("x", number, **bounds)
+
+
+def test_a_gradient_through_a_number_is_refused():
+    with pytest.raises(qtx.ArgumentError, match="scale requires a gradient"):
+        check_number("scale", torch.tensor(1.0, requires_grad=True))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(torch.tensor(1.0), torch.tensor(1.0))
+        with pytest.raises(qtx.ArgumentError, match="scale requires a gradient"):
+            check_number("scale", dual)
+
+
+# --- Every public argument ------------------------------------------------------------------------------
+
+G = torch.Generator
+Q, K, V = (torch.randn(3, 8, 4, generator=G().manual_seed(i)) for i in range(3))
+LOGITS = torch.zeros(2, 8)
+P = torch.tensor([[0.5, 0.25, 0.25, 0.0]])
+COUNTS = torch.tensor([[2, 1, 1, 0]])
+NOISY = qtx.QiskitQuantumBackend("aer", noise=qtx.ParametricNoise(readout=0.01), shots=8)
+PLANNER = qtx.MitigationPlanner([qtx.CircuitMitigation()])
+IDEAL = qtx.QiskitQuantumBackend("aer", shots=8)
+
+
+def attend(**options: Any) -> Any:
+    return qtx.sampled_attention(Q, K, V, generator=G().manual_seed(0), **options).output
+
+
+def draw(sampler: Any, **options: Any) -> Any:
+    return sampler.draw(LOGITS, **{"num_samples": 4, "generator": G().manual_seed(0), **options}).indices
+
+
+def cache(**options: Any) -> qtx.SampledKVCache:
+    return qtx.SampledKVCache.build(K, V, **options)
+
+
+def cached(**options: Any) -> Any:
+    return cache().attend(Q, **{"num_samples": 4, "generator": G().manual_seed(0), **options}).output
+
+
+def fitted(**options: Any) -> Any:
+    sampler = qtx.LearnedImportanceSampler()
+    options = {"steps": 1, "generator": None if "seed" in options else G().manual_seed(0), **options}
+    return sampler.fit(Q, K, progress=False, **options).objective
+
+
+def learned(**options: Any) -> Any:
+    options = {"num_samples": 4, "generator": G().manual_seed(0), **options}
+    return qtx.LearnedImportanceSampler().estimate(Q, K, V, **options).output
+
+
+def window(value: Any) -> Any:
+    model = qtx.load_reference_model()
+    return bits_per_byte(model, torch.arange(9), window=value)
+
+
+def estimate() -> qtx.AttentionEstimate:
+    return qtx.sampled_attention(Q, K, V, num_samples=4, replicates=2, generator=G().manual_seed(0))
+
+
+def zero_noise() -> mitigation.ZeroNoiseEstimate:
+    return mitigation.ZeroNoiseEstimate(torch.zeros(1), torch.ones(1), torch.ones(1), (), 3.0)
+
+
+def ibm(**options: Any) -> Any:
+    return qtx.QiskitQuantumBackend("ibm", "ibm_fez", **options).engine
+
+
+def crop(length: Any) -> int:
+    filled = cache()
+    filled.crop(length)
+    return len(filled)
+
+
+ZNE = qtx.ZeroNoiseExtrapolation
+COUNT_ARGUMENTS: dict[str, tuple[Callable[[Any], Any], int]] = {
+    "CircuitMitigation.allocate(shots)": (lambda x: qtx.CircuitMitigation(ZNE([1, 3])).allocate(x), 8),
+    "CircuitSampler.draw(num_samples)": (lambda x: draw(qtx.CircuitSampler(IDEAL), num_samples=x), 3),
+    "CircuitSampler.draw(replicates)": (lambda x: draw(qtx.CircuitSampler(IDEAL), replicates=x), 2),
+    "ExactSampler.draw(num_samples)": (lambda x: draw(qtx.ExactSampler(), num_samples=x), 3),
+    "ExactSampler.draw(replicates)": (lambda x: draw(qtx.ExactSampler(), replicates=x), 2),
+    "HeadTailSampler(head)": (lambda x: draw(qtx.HeadTailSampler(x)), 2),
+    "HeadTailSampler.draw(num_samples)": (lambda x: draw(qtx.HeadTailSampler(), num_samples=x), 3),
+    "HeadTailSampler.draw(replicates)": (lambda x: draw(qtx.HeadTailSampler(), replicates=x), 2),
+    "HybridPolicy(max_pending)": (lambda x: qtx.HybridPolicy(max_pending=x), 3),
+    "HybridPolicy(max_qubits)": (lambda x: qtx.HybridPolicy(max_qubits=x), 3),
+    "LearnedImportanceSampler(embed_dim)": (lambda x: qtx.LearnedImportanceSampler(x).query_map, 4),
+    "LearnedImportanceSampler(num_heads)": (lambda x: qtx.LearnedImportanceSampler(4, 2, x).query_map, 2),
+    "LearnedImportanceSampler(rank)": (lambda x: qtx.LearnedImportanceSampler(4, x).query_map, 2),
+    "LearnedImportanceSampler.estimate(num_samples)": (lambda x: learned(num_samples=x), 3),
+    "LearnedImportanceSampler.estimate(replicates)": (lambda x: learned(replicates=x), 2),
+    "LearnedImportanceSampler.fit(batch_rows)": (lambda x: fitted(batch_rows=x), 4),
+    "LearnedImportanceSampler.fit(num_samples)": (lambda x: fitted(num_samples=x), 4),
+    "LearnedImportanceSampler.fit(seed)": (lambda x: fitted(seed=x), 4),
+    "LearnedImportanceSampler.fit(steps)": (lambda x: fitted(steps=x), 2),
+    "LinformerControl(landmarks)": (lambda x: attend(control_variate=controls.LinformerControl(x)), 2),
+    "MetricStream(capacity)": (lambda x: MetricStream(capacity=x)._blocks.maxlen, 512),
+    "MitigationPlanner.plan(shots)": (lambda x: PLANNER.plan(NOISY, P, x).shots, 8),
+    "MpsLoader(layers)": (qtx.MpsLoader, 3),
+    "MpsLoader.for_fidelity(max_layers)": (lambda x: qtx.MpsLoader.for_fidelity(P, 0.9, x), 3),
+    "PerformerControl(features)": (lambda x: attend(control_variate=controls.PerformerControl(x)), 4),
+    "ProbabilisticErrorCancellation(instances)": (
+        lambda x: qtx.ProbabilisticErrorCancellation(x).instances,
+        3,
+    ),
+    "QiskitQuantumBackend(optimization_level)": (
+        lambda x: qtx.QiskitQuantumBackend("aer", optimization_level=x).optimization_level,
+        2,
+    ),
+    "QiskitQuantumBackend(shots)": (lambda x: qtx.QiskitQuantumBackend("aer", shots=x).shots, 7),
+    "QiskitQuantumBackend.sample_rows(shots)": (lambda x: IDEAL.sample_rows(P, x).counts.sum(), 7),
+    "QiskitQuantumBackend.transpiled(n)": (lambda x: IDEAL.transpiled(x).num_qubits, 4),
+    "QuantumMultiheadAttention(num_samples)": (
+        lambda x: qtx.QuantumMultiheadAttention(4, 1, num_samples=x).settings["num_samples"],
+        3,
+    ),
+    "QuantumMultiheadAttention(replicates)": (
+        lambda x: qtx.QuantumMultiheadAttention(4, 1, replicates=x).settings["replicates"],
+        3,
+    ),
+    "QuantumTrainer(num_gpus)": (lambda x: qtx.QuantumTrainer(num_gpus=x, distributed=True).num_gpus, 2),
+    "QuantumTrainer(retries)": (lambda x: qtx.QuantumTrainer(retries=x).retries, 2),
+    "QuantumTrainer(steps)": (lambda x: qtx.QuantumTrainer(steps=x).spec, 2),
+    "SampledKVCache.attend(num_samples)": (lambda x: cached(num_samples=x), 3),
+    "SampledKVCache.attend(replicates)": (lambda x: cached(replicates=x), 3),
+    "SampledKVCache.build(rank)": (lambda x: cache(proposal="low-rank", rank=x).attend(Q, 4).output.shape, 2),
+    "SampledKVCache.crop(length)": (crop, 3),
+    "SantaSampler(tile)": (lambda x: attend(sampler=samplers.SantaSampler(tile=x)), 4),
+    "SharedDecay.allocate(shots)": (lambda x: qtx.SharedDecay([1, 3]).allocate(x), 9),
+    "TopKControl(keys)": (lambda x: attend(control_variate=controls.TopKControl(x)), 4),
+    "ZeroNoiseExtrapolation(degree)": (lambda x: ZNE([1, 2, 3, 4], "polynomial", degree=x).weights, 2),
+    "ZeroNoiseExtrapolation.allocate(shots)": (lambda x: ZNE([1, 3]).allocate(x), 9),
+    "bits_per_byte(window)": (window, 4),
+    "gpu_quantum_attention(num_samples)": (
+        lambda x: qtx.gpu_quantum_attention(Q, K, V, num_samples=x, generator=G().manual_seed(0)),
+        4,
+    ),
+    "gpu_quantum_attention(replicates)": (
+        lambda x: qtx.gpu_quantum_attention(Q, K, V, replicates=x, generator=G().manual_seed(0)),
+        2,
+    ),
+    "hadamard_test(shots)": (
+        lambda x: overlaps.hadamard_test(Q, K, x, generator=G().manual_seed(0)).value,
+        9,
+    ),
+    "readout_errors(n)": (lambda x: mitigation.readout_errors(IDEAL, x), 4),
+    "readout_errors(seed)": (lambda x: mitigation.readout_errors(IDEAL, 4, seed=x), 4),
+    "sampled_attention(num_samples)": (lambda x: attend(num_samples=x), 4),
+    "sampled_attention(replicates)": (lambda x: attend(replicates=x), 3),
+    "sampled_attention(window)": (lambda x: attend(window=(x, None)), 3),
+    "state_fidelity(shots)": (
+        lambda x: fidelity.state_fidelity(torch.eye(4, dtype=torch.cdouble)[None] / 4, P, shots=x).std_error,
+        4,
+    ),
+    "swap_test(shots)": (lambda x: overlaps.swap_test(Q, K, x, generator=G().manual_seed(0)).value, 9),
+    "total_variation(resamples)": (
+        lambda x: fidelity.total_variation(COUNTS, P, resamples=x, generator=G().manual_seed(0)).floor,
+        4,
+    ),
+}
+"""From each argument that is a whole number to what uses it, and a value that is allowed."""
+
+NUMBER_ARGUMENTS: dict[str, tuple[Callable[[Any], Any], float]] = {
+    "AttentionEstimate.confidence_interval(level)": (lambda x: estimate().confidence_interval(x)[0], 0.5),
+    "HybridPolicy(min_fidelity)": (lambda x: qtx.HybridPolicy(min_fidelity=x), 0.5),
+    "LearnedImportanceSampler(defensive)": (
+        lambda x: qtx.LearnedImportanceSampler(defensive=x).defensive,
+        0.5,
+    ),
+    "LearnedImportanceSampler.estimate(scale)": (lambda x: learned(scale=x), 0.5),
+    "LearnedImportanceSampler.fit(lr)": (lambda x: fitted(lr=x), 0.5),
+    "LearnedImportanceSampler.fit(scale)": (lambda x: fitted(scale=x), 0.5),
+    "MpsLoader.for_fidelity(fidelity)": (lambda x: qtx.MpsLoader.for_fidelity(P, x), 0.5),
+    "ParametricNoise(amplitude_damping)": (lambda x: qtx.ParametricNoise(amplitude_damping=x), 0.5),
+    "ParametricNoise(one_qubit)": (lambda x: qtx.ParametricNoise(one_qubit=x), 0.5),
+    "ParametricNoise(phase_damping)": (lambda x: qtx.ParametricNoise(phase_damping=x), 0.5),
+    "ParametricNoise(readout)": (lambda x: qtx.ParametricNoise(readout=x), 0.5),
+    "ParametricNoise(two_qubit)": (lambda x: qtx.ParametricNoise(two_qubit=x), 0.5),
+    "ParametricNoise.scaled(factor)": (lambda x: qtx.ParametricNoise(0.1).scaled(x), 0.5),
+    "QiskitQuantumBackend(max_quantum_seconds)": (
+        lambda x: (
+            qtx.QiskitQuantumBackend("ibm", "ibm_fez", max_quantum_seconds=x).engine.max_quantum_seconds
+        ),
+        0.5,
+    ),
+    "QiskitQuantumBackend(noise_scale)": (
+        lambda x: qtx.QiskitQuantumBackend("aer", "fake_fez", noise_scale=x).engine.noise_scale,
+        0.5,
+    ),
+    "QuantumTrainer(learning_rate)": (lambda x: qtx.QuantumTrainer(learning_rate=x).spec, 0.5),
+    "SampledKVCache.attend(scale)": (lambda x: cached(scale=x), 0.5),
+    "SampledKVCache.attend(softcap)": (lambda x: cached(softcap=x), 0.5),
+    "SampledKVCache.build(defensive)": (lambda x: cache(defensive=x).attend(Q, 4).output.shape, 0.5),
+    "SampledKVCache.scores(scale)": (lambda x: cache().scores(Q, x), 0.5),
+    "VAttentionSampler(heavy)": (lambda x: attend(sampler=samplers.VAttentionSampler(heavy=x)), 0.5),
+    "VAttentionSampler(local)": (lambda x: attend(sampler=samplers.VAttentionSampler(local=x)), 0.25),
+    "VAttentionSampler(sink)": (lambda x: attend(sampler=samplers.VAttentionSampler(sink=x)), 0.25),
+    "ZeroNoiseEstimate.confidence_interval(level)": (lambda x: zero_noise().confidence_interval(x)[0], 0.5),
+    "ZeroNoiseExtrapolation(asymptote)": (lambda x: ZNE([1, 2], "exponential", asymptote=x).asymptote, 0.5),
+    "fold(level)": (lambda x: qtx.fold(qtx.TreeLoader().circuit(2), x).count_ops(), 2.5),
+    "gpu_quantum_attention(scale)": (
+        lambda x: qtx.gpu_quantum_attention(Q, K, V, scale=x, generator=G().manual_seed(0)),
+        0.5,
+    ),
+    "swap_test(scale)": (
+        lambda x: overlaps.swap_test(Q, K, 9, scale=x, generator=G().manual_seed(0)).logits,
+        0.5,
+    ),
+    "hadamard_test(scale)": (
+        lambda x: overlaps.hadamard_test(Q, K, 9, scale=x, generator=G().manual_seed(0)).logits,
+        0.5,
+    ),
+    "scale_noise(level)": (lambda x: mitigation.scale_noise(NOISY, x, "model").engine.noise_scale, 2.5),
+    "sampled_attention(confidence)": (lambda x: attend(tolerance=0.5, confidence=x), 0.5),
+    "sampled_attention(scale)": (lambda x: attend(scale=x), 0.5),
+    "sampled_attention(softcap)": (lambda x: attend(softcap=x), 0.5),
+    "sampled_attention(tolerance)": (lambda x: attend(tolerance=x), 0.5),
+}
+"""The same for arguments that are real numbers."""
+
+ELSEWHERE = {
+    "Sampler.draw": "the samplers check by `check_draw_arguments`, of which the table has three",
+    "circuit": "called by the lab, with the size of checked rows",
+    "keys": "called by the lab, with the size of checked rows",
+    "prepare": "called by `sampled_attention`, with numbers that it checked",
+    "signs": "called by the lab, with the size of checked rows",
+    "size": "called by the lab, with the size of checked rows",
+    "draw_from": "called with numbers that `draw` or `sampled_attention` checked",
+    "CircuitSampler.measure": "as `QiskitQuantumBackend.sample_rows`, which checks",
+    "LearnedImportanceSampler": "its other methods check by the same lines as `estimate`",
+    "MitigationPlanner.sample_rows": "checks as `plan`",
+    "ProbabilisticErrorCancellation": "its other methods check by `QiskitQuantumBackend.transpiled`",
+    "CircuitMitigation": "its other methods check by `QiskitQuantumBackend.sample_rows` and `transpiled`",
+    "QiskitQuantumBackend": "its other methods check by the same lines as `sample_rows`",
+    "QuantumMultiheadAttention": "its other arguments are those of torch's module, which checks them",
+    "hellinger_": "checks as `total_variation`",
+    "SystematicSampler": "draws as `HeadTailSampler` does",
+    "StratifiedSampler": "draws as `HeadTailSampler` does",
+    "QuasiMonteCarloSampler": "draws as `HeadTailSampler` does",
+    "MonteCarloSampler": "draws as `HeadTailSampler` does",
+    "InversionSampler": "draws as `HeadTailSampler` does",
+    "SantaSampler.draw": "draws as `HeadTailSampler` does",
+    "TopKSampler.draw": "draws as `HeadTailSampler` does",
+    "VAttentionSampler.draw": "draws as `HeadTailSampler` does",
+    "StreamSampler.draw": "draws as `HeadTailSampler` does",
+    "HeadTailSampler.": "called with numbers that `draw` checked",
+    "SimulatorNoise.": "called by the lab, with the size of a circuit",
+    "ParametricNoise.": "called by the lab, with the size of a circuit",
+    "predicted_fidelity": "checks by `QiskitQuantumBackend.transpiled`",
+    "MultilevelControlVariate": "checks by `AttentionProblem.of`, as `sampled_attention`",
+    "ZeroNoiseInference": "abstract",
+    "Folds": "made by the lab",
+    "regress": "called by the lab",
+    "control_noise": "called by the lab",
+    "Prepared": "called by the lab",
+}
+"""Public functions whose numbers the tables leave out, by how their names begin or end, and why."""
+
+
+ROOMS = (attention, backends, cache_room, circuits, controls, fidelity, mitigation, overlaps, samplers)
+"""Where numbers are taken and no spec checks them."""
+
+
+def public_functions() -> Iterator[tuple[str, Callable[..., Any]]]:
+    """The functions, classes and methods that the package and its rooms offer, by name."""
+    for room in ROOMS:
+        names = [x for x in vars(room).get("__all__", vars(room)) if not x.startswith("_")]
+        for name, thing in ((name, getattr(room, name)) for name in names):
+            if not inspect.isfunction(thing) and not inspect.isclass(thing):
+                continue
+            if not thing.__module__.startswith(room.__name__):
+                continue
+            if inspect.isfunction(thing):
+                yield name, thing
+            elif not issubclass(thing, Exception):
+                # A dataclass that checks nothing is a result, which the lab makes.
+                if not dataclasses.is_dataclass(thing) or "__post_init__" in vars(thing):
+                    yield name, thing
+                ours = [x for x in thing.__mro__ if x.__module__.startswith("qtx_lab")]
+                methods = {x for c in ours for x in vars(c) if not x.startswith("_")}
+                for method in methods:
+                    if callable(getattr(thing, method)):
+                        yield f"{name}.{method}", getattr(thing, method)
+
+
+def test_the_tables_have_every_public_number():
+    tables = COUNT_ARGUMENTS.keys() | NUMBER_ARGUMENTS.keys()
+    missing = []
+    for name, function in public_functions():
+        if name.startswith(tuple(ELSEWHERE)) or name.endswith(tuple(f".{x}" for x in ELSEWHERE)):
+            continue
+        for parameter in inspect.signature(function).parameters.values():
+            if {"int", "float"} & set(str(parameter.annotation).split(" | ")):
+                missing.append(f"{name}({parameter.name})")
+    assert sorted(set(missing) - tables) == []
+
+
+def same(a: Any, b: Any) -> bool:
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else bool(a == b)
+
+
+@pytest.mark.filterwarnings("ignore::qtx_lab.FallbackWarning")
+@pytest.mark.parametrize("argument", COUNT_ARGUMENTS)
+def test_whole_numbers_of_numpy_and_torch_are_counts(argument):
+    use, value = COUNT_ARGUMENTS[argument]
+    expected = use(value)
+    for number in (np.int64(value), torch.tensor(value)):
+        assert same(use(number), expected), number
+    for number in (True, np.True_, torch.tensor(True), "2", value + 0.5):
+        with pytest.raises(qtx.QtxError):
+            use(number)
+
+
+@pytest.mark.filterwarnings("ignore::qtx_lab.FallbackWarning")
+@pytest.mark.parametrize("argument", NUMBER_ARGUMENTS)
+def test_numbers_of_numpy_and_torch_are_numbers(argument):
+    use, value = NUMBER_ARGUMENTS[argument]
+    expected = use(value)
+    for number in (np.float32(value), torch.tensor(value)):
+        assert same(use(number), expected), number
+    for number in (True, np.True_, torch.tensor(True), "0.5", math.nan):
+        with pytest.raises(qtx.QtxError):
+            use(number)

@@ -8,6 +8,7 @@ are multiplied back.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,8 +74,8 @@ def hadamard_test(
     Raises
     ------
     ShapeError, DtypeError, ArgumentError
-        If the shapes do not fit, if the tensors are not floating-point, if they or the products of their
-        norms are not finite, or if shots is below 1.
+        If the shapes do not fit, if the tensors are not floating-point, if they or the logits are not
+        finite, or if shots is below 1.
 
     Source: Cleve, Ekert, Macchiavello and Mosca, Quantum algorithms revisited (1998).
 
@@ -84,10 +85,7 @@ def hadamard_test(
     >>> hadamard_test(q, k, 100).value.diagonal(dim1=-2, dim2=-1)
     tensor([[1., 1.]], dtype=torch.float64)
     """
-    shots, scale = check_count("shots", shots), check_scale(scale)
-    true = _true_overlaps(q, k)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return _estimate(true.overlap, true.norms, shots, scale, generator)
+    return _estimate(q, k, shots, scale, 1, generator)
 
 
 def swap_test(
@@ -111,10 +109,7 @@ def swap_test(
     >>> swap_test(torch.eye(2), -torch.eye(2), 100).value.diagonal()
     tensor([1., 1.], dtype=torch.float64)
     """
-    shots, scale = check_count("shots", shots), check_scale(scale)
-    true = _true_overlaps(q, k)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return _estimate(true.overlap.square(), true.norms.square(), shots, scale, generator)
+    return _estimate(q, k, shots, scale, 2, generator)
 
 
 def hadamard_test_circuit(q: Tensor, k: Tensor) -> QuantumCircuit:
@@ -122,8 +117,8 @@ def hadamard_test_circuit(q: Tensor, k: Tensor) -> QuantumCircuit:
 
     Raises
     ------
-    ShapeError, ArgumentError
-        If q and k are not two vectors of the same length, or if one is zero.
+    ShapeError, DtypeError, ArgumentError
+        If q and k are not two floating-point vectors of the same length, or if one is zero or not finite.
 
     Examples
     --------
@@ -148,8 +143,8 @@ def swap_test_circuit(q: Tensor, k: Tensor) -> QuantumCircuit:
 
     Raises
     ------
-    ShapeError, ArgumentError
-        If q and k are not two vectors of the same length, or if one is zero.
+    ShapeError, DtypeError, ArgumentError
+        If q and k are not two floating-point vectors of the same length, or if one is zero or not finite.
 
     Examples
     --------
@@ -176,12 +171,14 @@ def swap_test_circuit(q: Tensor, k: Tensor) -> QuantumCircuit:
 
 def _amplitudes(*vectors: Tensor) -> list[np.ndarray]:
     """Return each vector divided by its norm, padded with zeros to a power of two of at least 2."""
-    if any(x.ndim != 1 for x in vectors) or len({len(x) for x in vectors}) > 1:
+    for name, x in zip("qk", vectors, strict=True):
+        _check_vectors(name, x)
+    if any(x.ndim != 1 for x in vectors) or len({len(x) for x in vectors}) > 1 or not len(vectors[0]):
         shapes = " and ".join(str(tuple(x.shape)) for x in vectors)
         raise ShapeError(f"q and k have the shapes {shapes}; a circuit needs two vectors of the same length.")
     amplitudes = []
     for x in vectors:
-        vector = _normalise(x.detach().cpu().double())
+        vector = _normalise(x.cpu())
         if not bool(vector.norm > 0):
             raise ArgumentError("q or k is a vector of zeros; a circuit needs two vectors that are not zero.")
         padded = np.zeros(1 << num_bits(len(x)))
@@ -190,56 +187,75 @@ def _amplitudes(*vectors: Tensor) -> list[np.ndarray]:
     return amplitudes
 
 
-@dataclass(frozen=True, eq=False)
-class _TrueOverlaps:
-    """<q|k> of the normalised vectors, and |q| |k|, both float64, (..., L, n)."""
+def _check_vectors(name: str, x: Tensor) -> None:
+    """Refuse what is no tensor of finite floating-point numbers."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        given = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise DtypeError(f"{name} is {given}; it must be a floating-point tensor.")
+    if not bool(x.isfinite().all()):
+        raise ArgumentError(f"{name} holds NaN or infinity; it must be finite.")
 
-    overlap: Tensor
-    norms: Tensor
 
-
-def _true_overlaps(q: Tensor, k: Tensor) -> _TrueOverlaps:
-    """Check the arguments of a test, and compute what it estimates."""
-    for name, x in (("q", q), ("k", k)):
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            given = x.dtype if isinstance(x, Tensor) else type(x).__name__
-            raise DtypeError(f"{name} is {given}; it must be a floating-point tensor.")
-        if not bool(x.isfinite().all()):
-            raise ArgumentError(f"{name} holds NaN or infinity; it must be finite.")
+def _check_pairs(q: Tensor, k: Tensor) -> None:
+    """Refuse what are no queries (..., L, E) and keys (..., n, E)."""
+    _check_vectors("q", q)
+    _check_vectors("k", k)
+    if q.device != k.device:
+        raise DtypeError(f"q is on {q.device}, k on {k.device}; they must agree.")
     if q.ndim < 2 or q.shape[:-2] != k.shape[:-2] or not 0 < q.shape[-1] == k.shape[-1]:
         raise ShapeError(
             f"q has shape {tuple(q.shape)} and k {tuple(k.shape)}; they must be (..., L, E) and (..., n, E) "
             "with E >= 1."
         )
-    queries, keys = _normalise(q.detach().double()), _normalise(k.detach().double())
-    return _TrueOverlaps((queries.unit @ keys.unit.mT).clamp(-1, 1), queries.norm * keys.norm.mT)
 
 
 @dataclass(frozen=True, eq=False)
 class _Normalised:
-    """Vectors of norm 1, (..., E), or zeros where a vector is zero, and their norms before, (..., 1)."""
+    """Vectors of norm 1, (..., E), or zeros where a vector is zero; before, their norms were norm 2^exponent,
+    (..., 1), with `norm` from 0.5 to sqrt(E), or 0: their products neither overflow nor underflow.
+    """
 
     unit: Tensor
     norm: Tensor
+    exponent: Tensor
 
 
 def _normalise(x: Tensor) -> _Normalised:
     """Divide vectors (..., E) by their norms."""
-    # Divided by the largest number first, so that no square overflows or underflows.
-    largest = x.abs().amax(-1, keepdim=True)
-    scaled = x / largest.masked_fill(largest == 0, 1)
+    x = x.detach().double()
+    # Divided by a power of two that is near the largest number first, so that no square overflows.
+    exponent = torch.frexp(x.abs().amax(-1, keepdim=True)).exponent
+    scaled = _times_power_of_two(x, -exponent)
     norm = scaled.norm(dim=-1, keepdim=True)
-    return _Normalised(scaled / norm.masked_fill(norm == 0, 1), norm * largest)
+    return _Normalised(scaled / norm.masked_fill(norm == 0, 1), norm, exponent)
+
+
+def _times_power_of_two(x: Tensor, exponent: Tensor) -> Tensor:
+    """x 2^exponent, in two steps: a power of two alone may be too large for float64, or too small."""
+    half = exponent.div(2, rounding_mode="floor")
+    return torch.ldexp(torch.ldexp(x, half), exponent - half)
 
 
 def _estimate(
-    z: Tensor, factor: Tensor, shots: int, scale: float, generator: torch.Generator | None
+    q: Tensor, k: Tensor, shots: int, scale: float | None, power: int, generator: torch.Generator | None
 ) -> Overlaps:
-    """Draw outcomes of ancillas that read 0 with probability (1 + z) / 2; logits are value factor scale."""
-    if not bool(factor.isfinite().all()):
-        raise ArgumentError("q and k are too large: the product of their norms is beyond what float64 holds.")
+    """Draw outcomes of ancillas that read 0 with probability (1 + z) / 2 for the overlap z to a power.
+
+    Logits are the estimated z times (|q| |k|)^power scale.
+    """
+    shots, scale = check_count("shots", shots), check_scale(scale)
+    _check_pairs(q, k)
+    queries, keys = _normalise(q), _normalise(k)
+    z = (queries.unit @ keys.unit.mT).clamp(-1, 1) ** power
     device = "cpu" if generator is None else generator.device
     seed = int(torch.randint(2**31 - 1, (), generator=generator, device=device))
     zeros = np.random.default_rng(seed).binomial(shots, ((1 + z) / 2).cpu().numpy())
     value = torch.as_tensor(2 * zeros / shots - 1, dtype=torch.float64).to(z.device)
-    return Overlaps(value, ((1 - z.square()) / shots).sqrt(), value * factor * scale)
+    mantissa, exponent = math.frexp(q.shape[-1] ** -0.5 if scale is None else scale)
+    norms = (queries.norm * keys.norm.mT) ** power * mantissa
+    factor = _times_power_of_two(norms, power * (queries.exponent + keys.exponent.mT) + exponent)
+    if not bool(factor.isfinite().all()):
+        raise ArgumentError(
+            "q, k and scale are too large: the logits are beyond what float64 holds. Divide q or k."
+        )
+    return Overlaps(value, ((1 - z.square()) / shots).sqrt(), value * factor)

@@ -60,6 +60,38 @@ def test_tiny_and_huge_vectors_keep_their_overlap(factor, generator):
     assert state.probabilities([2])[0] == pytest.approx((1 + 0.96**2) / 2, abs=1e-9)
 
 
+@pytest.mark.parametrize("test", TESTS)
+def test_products_that_float64_holds_are_right_though_their_factors_are_not(test, generator):
+    estimate, make, power = test
+    q, k = torch.tensor([[0.6, 0.8]]).double(), torch.tensor([[0.8, 0.6]]).double()
+    for a, b, scale in ((1e200, 1e-200, 1.0), (1e200, 1e200, 1e-300), (1e-100, 1e-100, 1e300)):
+        if power == 2 and a == b:
+            continue  # the square of the norms is beyond float64 with any scale
+        expected = (a * b * scale) if a != b else 1e100
+        logits = estimate(q * a, k * b, 10**6, scale=scale, generator=generator).logits
+        assert logits.item() == pytest.approx(0.96**power * expected, rel=0.01)
+    tiny = torch.full((1, 3), 5e-324, dtype=torch.float64, requires_grad=True)  # the least that float64 holds
+    assert estimate(tiny, tiny, 100).value.item() == 1
+    probability = Statevector(make(tiny[0], tiny[0]).remove_final_measurements(inplace=False))
+    assert probability.probabilities([probability.num_qubits - 1])[0] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("make", [hadamard_test_circuit, swap_test_circuit])
+def test_circuits_refuse_what_they_cannot_load(make):
+    q = torch.ones(4)
+    for bad, error in (
+        ((q, [1.0, 0.0, 0.0, 0.0]), qtx.DtypeError),
+        ((q, q.int()), qtx.DtypeError),
+        ((q, q * torch.inf), qtx.ArgumentError),
+        ((q, q * torch.nan), qtx.ArgumentError),
+        ((q, q[:3]), qtx.ShapeError),
+        ((q[:0], q[:0]), qtx.ShapeError),
+        ((q[None], q[None]), qtx.ShapeError),
+    ):
+        with pytest.raises(error):
+            make(*bad)
+
+
 def test_zero_vectors_have_no_overlap_and_bad_input_is_refused():
     q = torch.zeros(2, 4)
     assert hadamard_test(q, torch.ones(3, 4), 10).logits.eq(0).all()

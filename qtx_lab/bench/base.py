@@ -303,6 +303,7 @@ NAMES = (
     "tolerance",
     "decode",
     "model",
+    "llm",
     "circuits",
     "mitigation",
     "sweep",

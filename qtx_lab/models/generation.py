@@ -173,6 +173,40 @@ class Prefill:
             logits = model(tokens, attend, logits_to_keep=1)[:, -1]
         return cls(model, tokens, logits, tuple(layers))
 
+    def repeated(self, batch: int) -> Prefill:
+        """A single prompt as a batch of the same ones, which share its tensors."""
+        tokens, logits = (x.expand(batch, -1) for x in (self.tokens, self.logits))
+        size = (batch, -1, -1, -1)
+        layers = tuple((q.expand(size), k.expand(size), v.expand(size)) for q, k, v in self.layers)
+        return Prefill(self.model, tokens, logits, layers)
+
+
+class CachesSideBySide:
+    """The caches of several policies for one layer of one prompt; sequence i of a batch is that of cache i.
+
+    Parameters
+    ----------
+    caches : sequence of LayerCache
+        Each of one sequence.
+    """
+
+    def __init__(self, caches: Sequence[LayerCache]):
+        self.caches = caches
+
+    def append(self, k: Tensor, v: Tensor) -> None:
+        """Add the newest token of each sequence: see `LayerCache.append`."""
+        for cache, keys, values in zip(self.caches, k.split(1), v.split(1), strict=True):
+            cache.append(keys, values)
+
+    def attend(self, q: Tensor) -> Tensor:
+        """Attention of the newest query of each sequence: see `LayerCache.attend`."""
+        return torch.cat([cache.attend(x) for cache, x in zip(self.caches, q.split(1), strict=True)])
+
+    @property
+    def reads(self) -> Reads:
+        """What was read, a mean over the sequences."""
+        return Reads.mean([cache.reads for cache in self.caches])
+
 
 class Decoding:
     """A model part of the way through a text: a cache a layer, and the next token's logits.
@@ -200,7 +234,13 @@ class Decoding:
             logits = model(tokens, attend, logits_to_keep=1)[:, -1]
         self._start(model, tokens.shape[1], logits, caches)
 
-    def _start(self, model: LanguageModel, length: int, logits: Tensor, caches: list[LayerCache]) -> None:
+    def _start(
+        self,
+        model: LanguageModel,
+        length: int,
+        logits: Tensor,
+        caches: Sequence[LayerCache | CachesSideBySide],
+    ) -> None:
         self.model, self.length = model, length
         self.logits = logits
         """Of the next token, (B, vocab_size)."""
@@ -216,9 +256,41 @@ class Decoding:
         state._start(prefill.model, prefill.tokens.shape[1], prefill.logits, caches)
         return state
 
+    @classmethod
+    def side_by_side(
+        cls, prefill: Prefill, policies: Sequence[CachePolicy | Sequence[CachePolicy]]
+    ) -> Decoding:
+        """Go on from one prompt by several policies at once: sequence i of the batch is that of policy i.
+
+        The weights of the model are then read once for all of them. `reads_by_sequence` tells what each
+        policy has read.
+
+        Raises
+        ------
+        ArgumentError
+            If the prompt is not a single one.
+        """
+        batch = prefill.tokens.shape[0]
+        if batch != 1:
+            raise ArgumentError(
+                f"prefill has {batch} prompts; policies side by side start from a single one."
+            )
+        each = [cls.after(prefill, policy).caches for policy in policies]
+        caches = [CachesSideBySide(of_layer) for of_layer in zip(*each, strict=True)]
+        state = cls.__new__(cls)
+        logits = prefill.logits.expand(len(policies), -1)
+        state._start(prefill.model, prefill.tokens.shape[1], logits, caches)
+        return state
+
+    @property
+    def reads_by_sequence(self) -> list[Reads]:
+        """What each policy of `side_by_side` has read, a mean over layers and tokens."""
+        by_layer = [layer.caches for layer in self.caches if isinstance(layer, CachesSideBySide)]
+        return [Reads.mean([x.reads for x in caches]) for caches in zip(*by_layer, strict=True)]
+
     @property
     def reads(self) -> Reads:
-        """What the steps have read, a mean over layers and tokens."""
+        """What the steps have read, a mean over layers, sequences and tokens."""
         return Reads.mean([cache.reads for cache in self.caches])
 
     def step(self, token: Tensor) -> Tensor:

@@ -92,8 +92,18 @@ def score_prompt(
             f"exact is the score of an answer of {len(exact.log_probabilities)} tokens; that of the prompt "
             f"has {len(prompt.target)}."
         )
-    kept = prompt.scored
     predicted = read_target(start(), prompt.target)  # [T, V]
+    said = said_by(model, prompt, predicted)
+    if said is None:
+        said = generate_answer(model, prompt, start())
+    return make_score(model, prompt, predicted, said, exact)
+
+
+def make_score(
+    model: TextModel, prompt: TaskPrompt, predicted: Tensor, said: Tensor, exact: TaskScore | None
+) -> TaskScore:
+    """The score of log-probabilities (T, V) at the places of the target, and of the tokens that were said."""
+    kept = prompt.scored
     likeliest = predicted.argmax(-1)
     true = predicted.gather(1, prompt.target[:, None])[:, 0]
     divergence = agreement = None
@@ -102,23 +112,27 @@ def score_prompt(
         gap = reference.exp() * (reference - predicted[kept].double())
         divergence = gap.sum(-1).mean().item()
         agreement = (reference.argmax(-1) == likeliest[kept]).double().mean().item()
-    matched, generated = None, ""
-    if prompt.answers:
-        agreed = (likeliest == prompt.target).long().cumprod(0).sum()
-        said = likeliest[: agreed + 1]
-        if not decided(model, prompt, said):
-            said = generate_answer(model, prompt, start())
-        generated = model.decode(said)
-        matched = share_matched(prompt.answers, generated)
+    generated = model.decode(said) if prompt.answers else ""
     return TaskScore(
         log_probability=true[kept].double().sum().item(),
         tokens=int(kept.sum()),
-        matched=matched,
+        matched=share_matched(prompt.answers, generated) if prompt.answers else None,
         generated=generated,
         divergence=divergence,
         agreement=agreement,
         log_probabilities=predicted,
     )
+
+
+def said_by(model: TextModel, prompt: TaskPrompt, predicted: Tensor) -> Tensor | None:
+    """The likeliest tokens (L,) of a method that read the true answer, as far as it would have said it.
+
+    None if these do not decide which answers it gives.
+    """
+    likeliest = predicted.argmax(-1)
+    agreed = (likeliest == prompt.target).long().cumprod(0).sum()
+    said = likeliest[: agreed + 1]
+    return said if not prompt.answers or decided(model, prompt, said) else None
 
 
 def read_target(decoder: Decoder, target: Tensor) -> Tensor:

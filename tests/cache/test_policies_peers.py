@@ -150,6 +150,23 @@ def test_draws_by_guesses_are_consistent_and_shared_ones_read_less(name, setting
         assert read[0] > 0.12
 
 
+def test_ends_are_read_besides_the_draws(generator):
+    prompt, new = tokens(generator), tokens(generator, n=1)
+    settings = {"budget": 30, "rank": 4, "sinks": 3, "recent": 0.2}
+    outputs = []
+    for seed in range(2):
+        cache = make_policy("sampled", seed=seed, **settings).start(0, *prompt)
+        cache.append(new[1], new[2])
+        k, v = (torch.cat(pair, 2).flatten(0, 1) for pair in list(zip(prompt, new, strict=True))[1:])
+        stream = Stream.of(seed, 2, 2, 1, 300).of_block(slice(None), torch.tensor([300, 300]))
+        factors = cache.chooser.choose(DecodeStep(new[0].reshape(4, 2, 16) / 4, k, v, stream)).factors
+        assert bool((factors[..., :3] == 1).all())
+        assert bool((factors[..., -6:] == 1).all())
+        assert bool(((factors > 0).sum(-1) <= 30).all())
+        outputs.append(cache.attend(new[0]))
+    assert not torch.equal(*outputs)
+
+
 def test_shared_draws_average_to_exact_attention(generator):
     prompt, new = tokens(generator), tokens(generator, n=1)
     outputs = []

@@ -6,12 +6,12 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ...checks import MAX_COUNT, MAX_SEED, check_count, check_scale, check_tensors, python_number
+from ...checks import MAX_SEED, check_count, check_scale, check_tensors, python_number
 from ...errors import ArgumentError, DtypeError, ShapeError
 from ...streams import sequence_keys
 
@@ -144,13 +144,17 @@ class CachePolicy(ABC):
     """By which `make_policy` knows it."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "budget", check_budget(self.budget))
-        object.__setattr__(self, "seed", check_count("seed", self.seed, 0, MAX_SEED))
+        self.store(budget=check_budget(self.budget), seed=check_count("seed", self.seed, 0, MAX_SEED))
 
     @property
     @abstractmethod
     def label(self) -> str:
         """What it is called in tables and figures."""
+
+    def store(self, **settings: Any) -> None:
+        """Set settings to what their checks returned, Python's own numbers; only while a policy is made."""
+        for name, value in settings.items():
+            object.__setattr__(self, name, value)
 
     def budget_at(self, length: int) -> int:
         """How many of `length` keys a query head may read, at least 1 and at most all."""
@@ -188,8 +192,7 @@ class CachePolicy(ABC):
         ShapeError, DtypeError, ArgumentError
             If tensors do not fit each other.
         """
-        if not isinstance(layer, int) or isinstance(layer, bool) or not 0 <= layer < MAX_COUNT:
-            raise ArgumentError(f"layer={layer!r} is not allowed: it must be a whole number from 0 on.")
+        layer = check_count("layer", layer, 0)
         check_scale(scale)
         check_tensors(queries=queries, keys=keys, values=values)
         _check_prompt(queries, keys, values)

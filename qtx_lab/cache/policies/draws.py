@@ -50,8 +50,8 @@ class KeyDrawer:
         self._order_keys = torch.empty(0, 0, dtype=torch.int64)
 
     def factors(self, logits: Tensor, draws: int, step: DecodeStep) -> Tensor:
-        """The factors of the keys (N, G, n) that rows of logits (N, G, n) draw."""
-        points = self.sampler.checked_points(step.stream, draws, 1)
+        """The factors of the keys (N, M, n) that rows of logits (N, M, n) draw, M of the step's rows."""
+        points = self.sampler.checked_points(step.stream[:, : logits.shape[1]], draws, 1)
         if not self.sampler.ordered or step.length < FIRST_VALUES:
             return key_factors(self.sampler.place(logits, points), step.length)
         order = self._extended_order(step.values.to(logits.dtype))

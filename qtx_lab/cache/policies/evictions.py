@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...checks import check_count
+from ...checks import check_count, check_number
 from ...errors import ArgumentError
 from .base import CachePolicy, LayerCache, LayerPrompt
 from .chosen_keys import ChosenKeysCache, DecodeStep, KeyChoice
@@ -46,8 +46,7 @@ class H2OPolicy(CachePolicy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.recent, bool) or not 0 <= self.recent <= 1:
-            raise ArgumentError(f"recent={self.recent!r} is not allowed: it must be a share from 0 to 1.")
+        self.store(recent=check_number("recent", self.recent, least=0, most=1))
 
     @property
     def label(self) -> str:
@@ -108,8 +107,7 @@ class SnapKVPolicy(CachePolicy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_count("window", self.window)
-        check_count("pool", self.pool)
+        self.store(window=check_count("window", self.window), pool=check_count("pool", self.pool))
         if self.pool % 2 == 0:
             raise ArgumentError(f"pool={self.pool} is not allowed: it must be odd.")
 

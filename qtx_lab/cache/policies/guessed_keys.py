@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ...errors import ArgumentError
+from ...checks import check_count, check_number
 from .base import CachePolicy
 from .chosen_keys import DecodeStep, KeyChoice
 from .draws import KeyDrawer, proposed_logits
@@ -64,10 +64,8 @@ class KeptEnds:
     recent: float = 0.0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.sinks, int) or isinstance(self.sinks, bool) or self.sinks < 0:
-            raise ArgumentError(f"sinks={self.sinks!r} is not allowed: it must be a whole number from 0 on.")
-        if isinstance(self.recent, bool) or not 0 <= self.recent <= 1:
-            raise ArgumentError(f"recent={self.recent!r} is not allowed: it must be a share from 0 to 1.")
+        object.__setattr__(self, "sinks", check_count("sinks", self.sinks, 0))
+        object.__setattr__(self, "recent", check_number("recent", self.recent, least=0, most=1))
 
     def mask(self, length: int, budget: int, device: torch.device) -> Tensor:
         """Which of so many tokens are kept, bool, (length,): the newest first, within the budget."""
@@ -134,6 +132,6 @@ class GuessedKeys:
         assert self._drawer is not None
         proposed = proposed_logits(logits)
         if self.shared:
-            proposed = ((2 * proposed).logsumexp(1, keepdim=True) / 2).expand(logits.shape).contiguous()
-        proposed = proposed.masked_fill(logits == -torch.inf, -torch.inf)
-        return self._drawer.factors(proposed, count, step)
+            proposed = (2 * proposed).logsumexp(1, keepdim=True) / 2
+        hidden = logits[:, : proposed.shape[1]] == -torch.inf  # the kept ends, the same in all rows
+        return self._drawer.factors(proposed.masked_fill(hidden, -torch.inf), count, step)

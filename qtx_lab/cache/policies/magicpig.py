@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ...checks import check_count
-from ...errors import ArgumentError
 from .base import CachePolicy, LayerCache, LayerPrompt
 from .chosen_keys import ChosenKeysCache, DecodeStep, KeyChoice
 from .guessed_keys import KeptEnds
@@ -70,12 +69,10 @@ class MagicPIGPolicy(CachePolicy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        KeptEnds(self.sinks, self.recent)  # refuses what is not allowed
-        check_count("bits", self.bits)
-        if self.bits > MAX_BITS:
-            raise ArgumentError(f"bits={self.bits} is not allowed: it must be at most {MAX_BITS}.")
+        ends = KeptEnds(self.sinks, self.recent)  # refuses what is not allowed
+        self.store(bits=check_count("bits", self.bits, 1, MAX_BITS), sinks=ends.sinks, recent=ends.recent)
         if self.tables is not None:
-            check_count("tables", self.tables)
+            self.store(tables=check_count("tables", self.tables))
 
     @property
     def label(self) -> str:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from ...checks import check_count
 from .base import CachePolicy, LayerCache, LayerPrompt
 from .chosen_keys import ChosenKeysCache
 from .guessed_keys import GuessedKeys, KeptEnds
-from .product_codes import ProductCodes, check_codes
+from .product_codes import MAX_CODE_BITS, ProductCodes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +48,12 @@ class PQCachePolicy(CachePolicy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_codes(self.parts, self.bits, self.rounds)
-        KeptEnds(self.sinks, self.recent)  # refuses what is not allowed
+        for name in ("parts", "rounds"):
+            self.store(**{name: check_count(name, vars(self)[name])})
+        ends = KeptEnds(self.sinks, self.recent)  # refuses what is not allowed
+        self.store(
+            bits=check_count("bits", self.bits, 1, MAX_CODE_BITS), sinks=ends.sinks, recent=ends.recent
+        )
 
     @property
     def label(self) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...checks import check_count
 from ...errors import ArgumentError
 from ...streams import Purpose, Stream
 from .base import HALF_BYTES, LayerPrompt
@@ -78,14 +77,6 @@ class ProductCodes:
     def _split(self, x: Tensor) -> Tensor:
         """Vectors (N, m, E) by parts, (N, parts, m, E / parts)."""
         return x.unflatten(-1, (self.parts, -1)).transpose(1, 2)
-
-
-def check_codes(parts: int, bits: int, rounds: int) -> None:
-    """Refuse settings of product codes that are not allowed."""
-    for name, given in (("parts", parts), ("bits", bits), ("rounds", rounds)):
-        check_count(name, given)
-    if bits > MAX_CODE_BITS:
-        raise ArgumentError(f"bits={bits} is not allowed: a code has at most {MAX_CODE_BITS}.")
 
 
 def _lloyd(points: Tensor, centroids: Tensor, rounds: int) -> tuple[Tensor, Tensor]:

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...checks import check_count
+from ...errors import ArgumentError
 from .base import HALF_BYTES, CachePolicy, LayerCache, LayerPrompt
-from .chosen_keys import ChosenKeysCache, DecodeStep, KeyChoice
+from .chosen_keys import ChosenKeysCache, DecodeStep, KeyChoice, KeyChooser
 from .guessed_keys import GuessedKeys, Guesses
 
 
@@ -34,15 +35,20 @@ class QuestPolicy(CachePolicy):
     draw : bool
         Not the paper's: whether keys are drawn, each by the logit of its page's centre, and weighed by exact
         logits.
+    shared : bool
+        Whether the query heads of a key head draw the same keys.
     """
 
     name: ClassVar[str] = "quest"
     page: int = 16
     draw: bool = False
+    shared: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "page", check_count("page", self.page))
+        self.store(page=check_count("page", self.page))
+        if self.shared and not self.draw:
+            raise ArgumentError("shared=True is not allowed: pages that are not drawn are each head's own.")
 
     @property
     def label(self) -> str:
@@ -52,7 +58,10 @@ class QuestPolicy(CachePolicy):
     def make_cache(self, prompt: LayerPrompt) -> LayerCache:
         """The cache of a layer: see `CachePolicy.make_cache`."""
         pages = PageBounds(self.page)
-        chooser = GuessedKeys(self, _PageCentres(pages), draw=True) if self.draw else _BestPages(self, pages)
+        if self.draw:
+            chooser: KeyChooser = GuessedKeys(self, _PageCentres(pages), draw=True, shared=self.shared)
+        else:
+            chooser = _BestPages(self, pages)
         return ChosenKeysCache(prompt, chooser, self.layer_seed(prompt.layer))
 
 

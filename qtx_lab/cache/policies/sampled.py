@@ -14,7 +14,7 @@ from ..kv_cache import SampledKVCache
 from ..sketches import PROPOSALS
 from .base import CachePolicy, LayerCache, LayerPrompt
 from .chosen_keys import ChosenKeysCache, DecodeStep
-from .guessed_keys import GuessedKeys, Guesses
+from .guessed_keys import GuessedKeys, Guesses, KeptEnds
 
 FITTED_QUERIES = 64
 """A sketch is fitted to so many of the prompt's last queries, which are most like those to come.
@@ -25,7 +25,12 @@ On SmolLM2 at 2,048 tokens they have .8 times the error of all queries with rank
 
 @dataclass(frozen=True, kw_only=True)
 class SampledPolicy(CachePolicy):
-    """Draws keys by a sketch of all keys, and weighs them by their exact logits, as `SampledKVCache` does.
+    """Draws keys by a sketch of all keys, and weighs them by their exact logits.
+
+    With the defaults of the last four settings it is a `SampledKVCache`, as users run it. The others say what
+    more there is to gain, or to lose, by choosing keys otherwise. On SmolLM2 at 2,048 tokens, draws that the
+    query heads of a key head share have .6 times the error of draws of their own, with rank 16 and 12 % of
+    the bytes; with rank 4 and 7 %, a tenth of the budget for the newest tokens leaves .7 times that.
 
     Parameters
     ----------
@@ -38,8 +43,11 @@ class SampledPolicy(CachePolicy):
         How many of the prompt's last queries a sketch is fitted to.
     shared : bool
         Whether the query heads of a key head draw the same keys, by the root mean square of their proposals;
-        each weighs them by its own exact logits. At equal bytes the errors are smaller: on SmolLM2, with rank
-        16 and 12 % of the bytes, .6 times those of draws that each head makes for itself.
+        each weighs them by its own exact logits.
+    sinks : int
+        First tokens that are read in any case; they are part of the budget.
+    recent : float
+        Share of the budget for the newest tokens, which are read in any case.
     draw : bool
         Whether keys are drawn. Otherwise those of largest score by the sketch are read and nothing else, as
         in SparQ and Loki, which is no estimate of the sum over all keys.
@@ -50,6 +58,8 @@ class SampledPolicy(CachePolicy):
     rank: int | None = None
     fitted_queries: int = FITTED_QUERIES
     shared: bool = False
+    sinks: int = 0
+    recent: float = 0.0
     draw: bool = True
 
     def __post_init__(self) -> None:
@@ -57,21 +67,25 @@ class SampledPolicy(CachePolicy):
         if self.proposal not in PROPOSALS:
             raise unknown_name("proposal", self.proposal, PROPOSALS)
         if self.rank is not None:
-            object.__setattr__(self, "rank", check_count("rank", self.rank))
-        object.__setattr__(self, "fitted_queries", check_count("fitted_queries", self.fitted_queries))
+            self.store(rank=check_count("rank", self.rank))
+        self.store(fitted_queries=check_count("fitted_queries", self.fitted_queries))
+        ends = KeptEnds(self.sinks, self.recent)  # refuses what is not allowed
+        self.store(sinks=ends.sinks, recent=ends.recent)
 
     @property
     def label(self) -> str:
         """What it is called in tables and figures."""
         sketch = self.proposal if self.rank is None else f"{self.proposal} {self.rank}"
-        return f"{'sampled' if self.draw else 'top-k'}, {sketch}{', shared' if self.shared else ''}"
+        how = f"{', shared' if self.shared else ''}{', ends' if self.sinks or self.recent else ''}"
+        return f"{'sampled' if self.draw else 'top-k'}, {sketch}{how}"
 
     def make_cache(self, prompt: LayerPrompt) -> LayerCache:
         """The cache of a layer: see `CachePolicy.make_cache`."""
         cache = build_cache(prompt, self.proposal, self.rank, self.fitted_queries)
-        if self.draw and not self.shared:
+        if self.draw and not (self.shared or self.sinks or self.recent):
             return SampledLayerCache(self, prompt, cache)
-        chooser = GuessedKeys(self, SketchGuesser(cache, prompt.batch), self.draw, shared=self.shared)
+        ends, guesser = KeptEnds(self.sinks, self.recent), SketchGuesser(cache, prompt.batch)
+        chooser = GuessedKeys(self, guesser, self.draw, ends, self.shared)
         return ChosenKeysCache(prompt, chooser, self.layer_seed(prompt.layer))
 
 

@@ -41,7 +41,7 @@ class SantaPolicy(CachePolicy):
         if self.rule not in BUDGETS:
             raise unknown_name("rule", self.rule, BUDGETS)
         if self.tile is not None:
-            object.__setattr__(self, "tile", check_count("tile", self.tile))
+            self.store(tile=check_count("tile", self.tile))
 
     @property
     def label(self) -> str:

@@ -31,7 +31,7 @@ class SinkWindowPolicy(CachePolicy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "sinks", check_count("sinks", self.sinks))
+        self.store(sinks=check_count("sinks", self.sinks))
 
     @property
     def label(self) -> str:

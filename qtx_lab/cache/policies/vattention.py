@@ -9,7 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ...errors import ArgumentError, unknown_name
+from ...checks import check_number
+from ...errors import unknown_name
 from .base import CachePolicy, LayerCache, LayerPrompt
 from .chosen_keys import ChosenKeysCache, DecodeStep, KeyChoice
 from .guessed_keys import ExactGuesser, KeptEnds, LogitGuesser
@@ -65,16 +66,15 @@ class VAttentionPolicy(CachePolicy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        KeptEnds(self.sinks, self.recent)  # refuses what is not allowed
-        if isinstance(self.heavy, bool) or not 0 <= self.heavy <= 1 - self.recent:
-            raise ArgumentError(
-                f"heavy={self.heavy!r} is not allowed: with recent={self.recent} it must be from 0 to "
-                f"{1 - self.recent:g}."
-            )
-        if self.epsilon is not None and not self.epsilon > 0:
-            raise ArgumentError(f"epsilon={self.epsilon!r} is not allowed: it must be above 0, or None.")
-        if not 0 < self.delta < 0.5:
-            raise ArgumentError(f"delta={self.delta!r} is not allowed: it must be above 0 and below 1/2.")
+        ends = KeptEnds(self.sinks, self.recent)  # refuses what is not allowed
+        self.store(
+            sinks=ends.sinks,
+            recent=ends.recent,
+            heavy=check_number("heavy", self.heavy, least=0, most=1 - ends.recent),
+            delta=check_number("delta", self.delta, above=0, below=0.5),
+        )
+        if self.epsilon is not None:
+            self.store(epsilon=check_number("epsilon", self.epsilon, above=0))
         if self.heavy_by not in HEAVY_BY:
             raise unknown_name("heavy_by", self.heavy_by, HEAVY_BY)
 

@@ -524,8 +524,8 @@ def train(
 def bench(name: str, quick: bool, json_path: Path | None) -> None:
     """Measure NAME side by side with what a user would choose instead.
 
-    NAME is samplers, estimators, coverage, tolerance, decode, model, circuits, mitigation, sweep, training or
-    kernels.
+    NAME is samplers, estimators, coverage, tolerance, decode, model, llm, tasks, circuits, mitigation,
+    sweep, training or kernels.
     """
     from .bench.base import run_bench
 

@@ -304,6 +304,7 @@ NAMES = (
     "decode",
     "model",
     "llm",
+    "tasks",
     "circuits",
     "mitigation",
     "sweep",

@@ -1,6 +1,7 @@
 """Tasks: prompts of exact length that hold their answers, scores of scripted decoders, honest intervals."""
 
 import re
+from collections import Counter
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -54,7 +55,7 @@ def test_the_scored_part_of_the_target_are_the_answers_and_the_prompt_holds_them
     prompt = make_task(name, MODEL, length=2048, seed=seed)
     text = MODEL.decode(prompt.tokens)
     scored = MODEL.decode(prompt.target[prompt.scored])
-    assert scored.split() == list(prompt.answers)
+    assert "".join(scored.split()) == "".join(prompt.answers)
     assert all(answer in text for answer in prompt.answers)
     assert len(set(prompt.answers)) == len(prompt.answers) > 0
 
@@ -69,6 +70,52 @@ def test_a_prompt_reads_as_it_should():
     assert MODEL.decode(prompt.target) == " " + " and ".join(prompt.answers)
     assert question.startswith("the secret numbers of the ")
     assert before.startswith("<user>The following text hides secret numbers.")
+
+
+def test_counted_words_come_as_often_as_settings_say():
+    prompt = make_task("common-words", MODEL, length=4096, seed=3, words=3, ratio=7)
+    counts = Counter(re.findall(r"[a-z]+", MODEL.decode(prompt.tokens).split("\n")[-2].split("<model>")[0]))
+    most = counts.most_common()
+    assert {word for word, _ in most[:3]} == set(prompt.answers)
+    assert [count for _, count in most[:3]] == [7 * most[3][1]] * 3
+    assert len(counts) > 100
+    prompt = make_task("frequent-words", MODEL, length=4096, seed=3, words=2, exponent=1.5)
+    counts = Counter(re.findall(r"\b[a-z]{6}\b", MODEL.decode(prompt.tokens)))
+    (first, most), (second, fewer), *_ = counts.most_common()
+    assert prompt.answers == (first, second)
+    assert most / fewer == pytest.approx(2**1.5, rel=0.05)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_variables_resolve_to_the_answers(steps):
+    prompt = make_task("variable-tracking", MODEL, length=2048, seed=steps, steps=steps, chains=3)
+    text, question = MODEL.decode(prompt.tokens).rsplit("\n", 1)
+    assigned = dict(re.findall(r"VAR (\w+) = (?:VAR )?(\w+)\.", text))
+    assert len(assigned) == 3 * (steps + 1)
+    variable, path = question.split()[-2], []
+    while variable in assigned:
+        variable = assigned[variable]
+        path.append(variable)
+    assert prompt.answers == tuple(path)
+    assert len(path) == steps + 1
+    sources = [source for source in assigned.values() if source in assigned]
+    order = list(assigned)
+    assert all(
+        order.index(source) < order.index(name) for name, source in assigned.items() if source in sources
+    )
+
+
+def test_copying_and_recall_go_on_as_the_text_did():
+    prompt = make_task("copying", MODEL, length=2048, seed=4)
+    text, question = MODEL.decode(prompt.tokens).split("\nOnce more, l")
+    asked, given = question.split(": ")
+    stood = re.search(rf"L{asked}: ([a-z, ]+)\.", text)[1]
+    assert f"{given}{MODEL.decode(prompt.target)}" in stood
+    prompt = make_task("recall", MODEL, length=2048, seed=4, pairs=20)
+    *lines, key = MODEL.decode(prompt.tokens).split("\n")
+    pairs = dict(line.split(": ") for line in lines[-20:])
+    assert pairs[key] == prompt.answers[0]
+    assert MODEL.decode(prompt.target) == f": {prompt.answers[0]}"
 
 
 def test_needles_are_hidden_anywhere():

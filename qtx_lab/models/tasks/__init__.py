@@ -1,4 +1,4 @@
-"""Tasks that measure a language model, made by code from seeds: needles, lists, copying and long text."""
+"""Tasks that measure a language model, made from seeds: needles, variables, lists, copying, long text."""
 
 from __future__ import annotations
 
@@ -7,11 +7,27 @@ from typing import Any
 
 from ...errors import ArgumentError, unknown_name
 from .base import Task, TaskPrompt, TextModel
+from .copying import Copying
+from .counting import CommonWords, FrequentWords
 from .long_text import LongText
 from .needles import ManyKeys, ManyQueries, ManyValues, SingleNeedle
+from .recall import Recall
+from .variables import VariableTracking
 
 TASKS: dict[str, type[Task]] = {
-    kind.name: kind for kind in (SingleNeedle, ManyKeys, ManyValues, ManyQueries, LongText)
+    kind.name: kind
+    for kind in (
+        SingleNeedle,
+        ManyKeys,
+        ManyValues,
+        ManyQueries,
+        VariableTracking,
+        CommonWords,
+        FrequentWords,
+        Copying,
+        Recall,
+        LongText,
+    )
 }
 """The kinds of task by name."""
 
@@ -39,6 +55,16 @@ def make_task(
     ------
     ArgumentError
         If the task, a setting or the length is not allowed.
+
+    Examples
+    --------
+    >>> from qtx_lab.models.reference import load_reference_model
+    >>> model = load_reference_model()  # its tokens are bytes
+    >>> prompt = make_task("many-keys", model, length=800, keys=3, seed=1)
+    >>> len(prompt.tokens) + prompt.answer_tokens
+    800
+    >>> model.decode(prompt.tokens[-38:]), prompt.answers
+    ('The secret number of the huge chest is', ('1564305',))
     """
     if task not in TASKS:
         raise unknown_name("task", task, TASKS)

@@ -84,7 +84,8 @@ class TaskPrompt:
         The generated text should hold each of them, in any order. Empty where nothing is asked, as for long
         text.
     target : Tensor, int64, (T,)
-        The true answer, as it follows the prompt.
+        The true answer, as it follows the prompt. Its first token hangs on the prompt alone, which every
+        method attends to exactly: methods differ from the second on, where what is asked for begins.
     scored : Tensor, bool, (T,)
         Which tokens of the target are scored. The others separate answers.
     answer_tokens : int
@@ -251,8 +252,11 @@ def fit(name: str, model: TextModel, length: int, request: Request) -> Draft:
     return Draft(torch.cat((head, body, tail)), request.answers, target, torch.cat(scored), answer_tokens)
 
 
-def listed(answers: tuple[str, ...]) -> tuple[tuple[str, bool], ...]:
-    """The pieces of a true answer, "one, two and three", of which the words or numbers are scored."""
-    separators = [""] + [","] * (len(answers) - 2) + [" and"]
+def listed(answers: tuple[str, ...], last: str = " and") -> tuple[tuple[str, bool], ...]:
+    """The pieces of a true answer, "one, two and three", of which the words or numbers are scored.
+
+    `last` stands before the last of them.
+    """
+    separators = [""] + [","] * (len(answers) - 2) + [last]
     pairs = [((before, False), (f" {x}", True)) for before, x in zip(separators, answers, strict=False)]
     return tuple(piece for pair in pairs for piece in pair)[1:]

@@ -163,13 +163,9 @@ def _bootstrap(
     n = len(x)
     if np.ptp(x) == 0:
         return float(x[0]), float(x[0])
-    wider = stats.norm.cdf(np.sqrt(n / (n - 1)) * stats.t.ppf((1 + confidence) / 2, n - 1))
-    interval = stats.bootstrap(
-        (x,),
-        np.mean,
-        n_resamples=RESAMPLES,
-        confidence_level=2 * wider - 1,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
-    return float(interval.low), float(interval.high)
+    upper = stats.norm.cdf(np.sqrt(n / (n - 1)) * stats.t.ppf((1 + confidence) / 2, n - 1))
+    # How often a resample has each different score is multinomial.
+    values, counts = np.unique(x, return_counts=True)
+    resamples = np.random.default_rng(seed).multinomial(n, counts / n, size=RESAMPLES)  # [RESAMPLES, values]
+    low, high = np.quantile(resamples @ values / n, [1 - upper, upper])
+    return float(low), float(high)

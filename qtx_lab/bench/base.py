@@ -310,6 +310,7 @@ NAMES = (
     "sweep",
     "training",
     "kernels",
+    "llm_rows",
 )
 BENCHES = {name: _loaded_on_use(name) for name in NAMES}
 """Benchmarks by name: functions of `quick` and of the copy bandwidth (bytes a second) that return rows."""

@@ -267,8 +267,8 @@ class SampledKVCache:
             R independent repetitions, averaged.
         adaptive : bool
             `num_samples` is the most that a row draws: only keys of a probability of 1 / S or more are drawn
-            surely, so that a row whose probability lies on few keys draws few, and no fewer than 16 of the
-            others. At the same mean number of draws the worst rows err less and the best ones more. The
+            surely, so that a row whose probability lies on few keys draws few, and about 16 of the others at
+            the least. At the same mean number of draws the worst rows err less and the best ones more. The
             columns of `draws` that a row does not use have weight 0.
         share_keys : bool
             The query heads of a key head draw the same S keys at each position, by the mean of their

@@ -660,6 +660,11 @@ up.
 """
 
 
+FEWEST_LIGHT = 16
+"""Draws of keys that are not sure that an adaptive row makes at the least, or a little fewer: the search for
+them is short. See `HeadTailSampler` and `SampledKVCache`."""
+
+
 def row_masses(logits: Tensor) -> Tensor:
     """exp(logits - max) of rows (..., n), padded by zeros to whole blocks; all zero in an all-masked row.
 

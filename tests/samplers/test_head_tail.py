@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 import qtx_lab as qtx
 from qtx_lab.samplers import HeadTailSampler
-from qtx_lab.samplers.head_tail import expected_counts
+from qtx_lab.samplers.head_tail import adaptive_counts, expected_counts
 
 
 def generator(seed=0):
@@ -32,6 +32,46 @@ def test_counts_sum_to_the_draws_and_keep_what_is_heavy(num_samples, scale):
     assert bool((kept >= least).all())  # the head is the heaviest
 
 
+@pytest.mark.parametrize("scale", [0.0, 1.0, 4.0, 30.0])
+def test_adaptive_counts_are_those_of_systematic_sampling_without_repetitions(scale):
+    """min(1, S p), unless fewer than 16 draws would be left to the tail; S at most."""
+    p = (scale * torch.randn(200, 300, generator=generator(), dtype=torch.float64)).softmax(-1)
+    for num_samples in (20, 64, torch.full((200, 1), 64)):
+        m = adaptive_counts(p, num_samples)
+        s = int(torch.as_tensor(num_samples).max())
+        assert bool((m.sum(-1) <= s * (1 + 1e-9)).all())
+        enough = s * torch.where(p < 1 / s, p, 0).sum(-1) >= 16
+        torch.testing.assert_close(m[enough], (s * p).clamp_max(1)[enough])
+        if s == 64 and scale == 4:  # 16 draws of the tail, as nearly as a few steps find them
+            light = torch.where(m < 1, m, 0).sum(-1)[~enough]
+            assert len(light) > 50
+            assert 10 < float(light.quantile(0.1)) < float(light.max()) < 16.5
+    assert torch.equal(adaptive_counts(p, 300), (p > 0).double())
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize("head", ["optimal", "adaptive"])
+def test_intervals_cover_and_adaptive_rows_draw_fewer_where_they_are_peaked(head):
+    """95 % intervals of 400 rows cover 94 % at least, and the mean of many estimates is exact attention."""
+    g = generator(3)
+    q, k, v = (torch.randn(2, n, 16, generator=g) for n in (200, 600, 600))
+    q = q * torch.linspace(0.3, 4, 200)[:, None]
+    est = qtx.sampled_attention(
+        q, k, v, sampler=HeadTailSampler(head), num_samples=64, replicates=4, generator=g
+    )
+    exact = F.scaled_dot_product_attention(q, k, v)
+    low, high = est.confidence_interval(0.95)
+    assert float(((low <= exact) & (exact <= high)).float().mean()) > 0.94
+    drawn = (est.draws.weights > 0).sum(-1) / 4
+    assert float(drawn[:, :20].mean()) > 62
+    assert (float(drawn[:, -20:].mean()) < 40) == (head == "adaptive")
+    many = qtx.sampled_attention(
+        q, k, v, sampler=HeadTailSampler(head), num_samples=64, replicates=64, generator=g
+    )
+    z = (many.output - exact) / many.std_error.clamp_min(1e-6)
+    assert float(z.square().mean()) < 1.5
+
+
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}])
 def test_no_more_keys_than_draws_is_exact(options):
     q, k, v = (torch.randn(2, 3, 20, 8, generator=generator(i)) for i in range(3))
@@ -41,7 +81,7 @@ def test_no_more_keys_than_draws_is_exact(options):
     assert est.diagnostics["effective_sample_size"].isfinite().all()
 
 
-@pytest.mark.parametrize("head", [0, 3, 10, "optimal"])
+@pytest.mark.parametrize("head", [0, 3, 10, "optimal", "adaptive"])
 def test_the_head_is_exact(head):
     g = generator(1)
     logits = 2 * torch.randn(50, 64, generator=g)
@@ -49,7 +89,7 @@ def test_the_head_is_exact(head):
     top = p.topk(3, -1)
     dense = HeadTailSampler(head).draw(logits, 16, generator=g).dense(64)
     kept = (dense.gather(-1, top.indices) - top.values).abs() < 1e-5
-    if head == "optimal":
+    if isinstance(head, str):
         kept = kept | (top.values < 1 / 16)
     assert head == 0 or bool(kept.all())
     assert torch.allclose(dense.sum(-1), torch.ones(50), atol=1e-5)

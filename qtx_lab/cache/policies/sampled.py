@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...checks import check_count
-from ...errors import unknown_name
+from ...errors import ArgumentError, unknown_name
 from ..kv_cache import SampledKVCache
 from ..sketches import PROPOSALS
 from .base import CachePolicy, LayerCache, LayerPrompt
@@ -36,14 +36,14 @@ class SampledPolicy(CachePolicy):
     ----------
     budget, seed
         As in `CachePolicy`; the budget is the number of draws.
-    proposal : {"low-rank", "int4", "exact"}
+    proposal : {"low-rank", "int4", "mixed", "exact"}
     rank : int, optional
-        Of the low-rank sketch; as in `SampledKVCache.build` where None.
+        Of a low-rank or mixed sketch; as in `SampledKVCache.build` where None.
     fitted_queries : int
         How many of the prompt's last queries a sketch is fitted to.
     shared : bool
-        Whether the query heads of a key head draw the same keys, by the root mean square of their proposals;
-        each weighs them by its own exact logits.
+        Whether the query heads of a key head draw the same keys, by the mean of their proposals (by the root
+        mean square where some tokens are read in any case); each weighs them by its own exact logits.
     sinks : int
         First tokens that are read in any case; they are part of the budget.
     recent : float
@@ -51,6 +51,8 @@ class SampledPolicy(CachePolicy):
     draw : bool
         Whether keys are drawn. Otherwise those of largest score by the sketch are read and nothing else, as
         in SparQ and Loki, which is no estimate of the sum over all keys.
+    adaptive : bool
+        Whether the budget is the most that a row draws: see `SampledKVCache.attend`.
     """
 
     name: ClassVar[str] = "sampled"
@@ -61,6 +63,7 @@ class SampledPolicy(CachePolicy):
     sinks: int = 0
     recent: float = 0.0
     draw: bool = True
+    adaptive: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -71,18 +74,21 @@ class SampledPolicy(CachePolicy):
         self.store(fitted_queries=check_count("fitted_queries", self.fitted_queries))
         ends = KeptEnds(self.sinks, self.recent)  # refuses what is not allowed
         self.store(sinks=ends.sinks, recent=ends.recent)
+        if self.adaptive and (not self.draw or self.sinks or self.recent):
+            raise ArgumentError("adaptive=True is not allowed with draw=False, sinks and recent.")
 
     @property
     def label(self) -> str:
         """What it is called in tables and figures."""
         sketch = self.proposal if self.rank is None else f"{self.proposal} {self.rank}"
         how = f"{', shared' if self.shared else ''}{', ends' if self.sinks or self.recent else ''}"
+        how += ", adaptive" if self.adaptive else ""
         return f"{'sampled' if self.draw else 'top-k'}, {sketch}{how}"
 
     def make_cache(self, prompt: LayerPrompt) -> LayerCache:
         """The cache of a layer: see `CachePolicy.make_cache`."""
         cache = build_cache(prompt, self.proposal, self.rank, self.fitted_queries)
-        if self.draw and not (self.shared or self.sinks or self.recent):
+        if self.draw and not (self.sinks or self.recent):
             return SampledLayerCache(self, prompt, cache)
         ends, guesser = KeptEnds(self.sinks, self.recent), SketchGuesser(cache, prompt.batch)
         chooser = GuessedKeys(self, guesser, self.draw, ends, self.shared)
@@ -105,8 +111,15 @@ class SampledLayerCache(LayerCache):
     def attend_to_tokens(self, q: Tensor) -> Tensor:
         """Attention by draws: see `LayerCache.attend_to_tokens`."""
         n, heads = self.length, self.heads
-        draws = self._policy.budget_at(n)
-        estimate = self._cache.attend(q, draws, scale=self._scale, generator=self._generator)
+        policy = self._policy
+        estimate = self._cache.attend(
+            q,
+            policy.budget_at(n),
+            adaptive=policy.adaptive,
+            share_keys=policy.shared,
+            scale=self._scale,
+            generator=self._generator,
+        )
         indices = estimate.draws.indices.reshape(heads, -1)
         drawn = (estimate.draws.weights > 0).view(heads, -1)
         # A place past the last one takes the draws of weight 0, which read nothing.

@@ -8,13 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...samplers.base import invert, row_masses
+from ...samplers.base import FEWEST_LIGHT, invert, row_masses
 
 FIRST_RATE, NEWTON_STEPS = 2.0, 2
 """Where the search for the draws a unit of mass starts, in draws, and its steps: see `sure_mass`."""
-
-FEWEST_LIGHT = 16
-"""Draws of keys that are not sure, on average, that an adaptive row makes at least."""
 
 LEAST_MASS = 1e-30
 """The mass from which a key is sure is not below it."""

@@ -8,6 +8,7 @@ from .backends import HybridPolicy as HybridPolicy
 from .backends import ParametricNoise as ParametricNoise
 from .backends import QiskitQuantumBackend as QiskitQuantumBackend
 from .backends import RowCounts as RowCounts
+from .backends import device_errors as device_errors
 from .backends import fake_devices as fake_devices
 from .backends.ibm.jobs import find_jobs as find_jobs
 from .cache import SampledKVCache as SampledKVCache
@@ -20,6 +21,7 @@ from .circuits import make_loader as make_loader
 from .controls import MultilevelControlVariate as MultilevelControlVariate
 from .errors import ArgumentError as ArgumentError
 from .errors import BackendUnavailable as BackendUnavailable
+from .errors import CalibrationWarning as CalibrationWarning
 from .errors import DtypeError as DtypeError
 from .errors import FallbackWarning as FallbackWarning
 from .errors import JobTimeout as JobTimeout

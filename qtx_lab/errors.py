@@ -65,6 +65,10 @@ class FallbackWarning(UserWarning):
     """Something was done in another way than asked; the result's `fallbacks` say what and why."""
 
 
+class CalibrationWarning(UserWarning):
+    """A device was calibrated anew since it was asked last: circuits and corrections are made again."""
+
+
 def unknown_name(argument: str, given: object, allowed: Iterable[str]) -> ArgumentError:
     """Make the error for an argument that must be one of some names.
 

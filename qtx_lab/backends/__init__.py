@@ -5,20 +5,26 @@ from __future__ import annotations
 from .counts import RowCounts
 from .exact import Noise
 from .hybrid import HybridPolicy, predicted_fidelity
-from .noise import ParametricNoise, SimulatorNoise, fake_devices
+from .noise import MedianErrors, ParametricNoise, SimulatorNoise, device_errors, fake_devices
+from .noise_sources import AerModelNoise, DeviceNoise, ThermalNoise
 from .qiskit import QiskitQuantumBackend
 from .requests import RowRequest
 from .sampler import CircuitSampler
 
 __all__ = [
+    "AerModelNoise",
     "CircuitSampler",
+    "DeviceNoise",
     "HybridPolicy",
+    "MedianErrors",
     "Noise",
     "ParametricNoise",
     "QiskitQuantumBackend",
     "RowCounts",
     "RowRequest",
     "SimulatorNoise",
+    "ThermalNoise",
+    "device_errors",
     "fake_devices",
     "predicted_fidelity",
 ]

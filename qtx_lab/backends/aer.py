@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from functools import lru_cache
-from typing import Any
+from functools import cache
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from qiskit import QuantumCircuit, transpile
 from qiskit.circuit import ControlFlowOp
-from qiskit.transpiler import Target
+from qiskit.exceptions import QiskitError
 from qiskit_aer import AerSimulator
 from qiskit_aer.noise import NoiseModel, ReadoutError
 
@@ -21,16 +21,10 @@ from ..errors import ArgumentError, BackendUnavailable, FallbackWarning, unknown
 from .base import Engine
 from .counts import draw_outcomes
 from .exact import Noise, Step, compile_steps, density_matrices, outcome_probabilities
-from .noise import (
-    SimulatorNoise,
-    best_region,
-    device_noise,
-    fake_device,
-    fake_devices,
-    instruction_errors,
-    reduced_target,
-)
+from .noise import SimulatorNoise, channel_infidelity, fake_devices, instruction_errors
+from .noise_sources import DeviceNoise, NoiseSource, make_noise
 from .requests import Request
+from .waiting import TYPICAL_FEED_FORWARD_LATENCY_S, WaitingCircuit, with_waits
 
 IDEAL = ("aer", "aer_simulator")
 """Names of the simulator that is no device's twin."""
@@ -68,12 +62,19 @@ class AerEngine(Engine):
         None or "aer" for a simulator. Or a name in `fake_devices()` for the twin of that device: circuits run
         with its calibrated errors, on the connected qubits that suit them best. Qubits that a circuit does
         not use are left out, which changes nothing.
-    noise : SimulatorNoise, optional
-        Noise of the simulator, as `ParametricNoise`. Not together with a twin.
+    noise : SimulatorNoise, NoiseModel, path or BackendProperties, optional
+        Noise of the simulator, not together with a twin: `ParametricNoise`, `ThermalNoise` (T1, T2 and gate
+        times) or one of your own; a `NoiseModel` of Aer; a device's calibration of some date, as IBM's client
+        gives it or as a JSON file (see `DeviceNoise.of_properties`).
     noise_scale : float
         Factor >= 0 on all error probabilities, and on 1/T1 and 1/T2; 0 is no noise.
     method : {"auto", "aer"}
         "auto" as described above; "aer" simulates every shot with `AerSimulator`, however long it takes.
+    feed_forward_latency : float or "typical", optional
+        How long it takes from a measurement to a gate that depends on its bit, seconds. Qubits that wait for
+        it, and for measurements, then decohere by T1 and T2. "typical" is `TYPICAL_FEED_FORWARD_LATENCY_S`.
+        Where None, waiting costs nothing, and the diagnostics say so. Needs noise that tells T1, T2 and how
+        long measurements last: a twin, a calibration or `ThermalNoise`.
 
     Raises
     ------
@@ -90,18 +91,15 @@ class AerEngine(Engine):
         self,
         backend_name: str | None = None,
         *,
-        noise: SimulatorNoise | None = None,
+        noise: NoiseSource | None = None,
         noise_scale: float = 1.0,
         method: str = "auto",
+        feed_forward_latency: float | Literal["typical"] | None = None,
     ):
         name = backend_name or "aer"
         if name not in (*IDEAL, *fake_devices()):
             raise unknown_name("backend_name", name, ["aer", *fake_devices()])
         self.name = "aer" if name in IDEAL else name
-        if noise is not None and not isinstance(noise, SimulatorNoise):
-            raise ArgumentError(
-                f"noise={noise!r} is not allowed: it must be a SimulatorNoise, as ParametricNoise, or None."
-            )
         if noise is not None and self.name != "aer":
             raise ArgumentError(
                 f"noise is not allowed with backend_name={name!r}, which has noise of its own."
@@ -109,14 +107,54 @@ class AerEngine(Engine):
         noise_scale = check_number("noise_scale", noise_scale, least=0, most=MAX_NOISE_SCALE)
         if method not in ("auto", "aer"):
             raise unknown_name("method", method, ("auto", "aer"))
-        self.noise, self.noise_scale, self.method = noise, noise_scale, method
+        self.noise = None if noise is None else make_noise(noise)
+        self.noise_scale, self.method = noise_scale, method
+        self.feed_forward_latency = _latency(feed_forward_latency)
+        # A twin's device is made when it is first needed, which takes a while.
+        self._twin: DeviceNoise | None = None
         self._compiled: dict[int, tuple[QuantumCircuit, tuple[Step, ...] | None]] = {}
         self.ideal = (self.name == "aer" and noise is None) or noise_scale == 0
+        if self.feed_forward_latency is not None and self.name == "aer" and self.noise is None:
+            raise ArgumentError(
+                "feed_forward_latency needs noise that tells T1, T2 and how long measurements last: name a "
+                "twin, or give noise= a calibration or ThermalNoise."
+            )
+
+    def scaled(self, level: float) -> AerEngine:
+        """The same simulator with noise `level` times as strong."""
+        name = None if self.name == "aer" else self.name
+        return AerEngine(
+            name,
+            noise=self.noise,
+            noise_scale=self.noise_scale * level,
+            method=self.method,
+            feed_forward_latency=self.feed_forward_latency,
+        )
 
     def identity(self) -> str:
         if self.name == "aer":
             return f"aer {self.noise!r}"
-        return f"{self.name} {_calibration(self.name)}"
+        return f"{self.name} {self._calibration()}"
+
+    def _model(self) -> SimulatorNoise | None:
+        """The noise, of a twin too, at its own strength; None for a simulator without noise."""
+        if self.name == "aer":
+            return self.noise
+        if self._twin is None:
+            self._twin = twin_noise(self.name)
+        return self._twin
+
+    def _calibration(self) -> str | None:
+        """When the device was calibrated, ISO time; None where the noise is no device's."""
+        model = self._model()
+        return model.calibration if isinstance(model, DeviceNoise) else None
+
+    def _noise_of(self, circuit: QuantumCircuit) -> SimulatorNoise:
+        """The noise of the qubits that a transpiled circuit runs on."""
+        model = self._model()
+        assert model is not None
+        region = (circuit.metadata or {}).get("region") or range(circuit.num_qubits)
+        return model.on(region).scaled(self.noise_scale)
 
     def facts(self) -> dict[str, Any]:
         noise: str = "none"
@@ -126,10 +164,10 @@ class AerEngine(Engine):
             noise = repr(self.noise)
         return {
             "device": self.name,
-            "calibration": _calibration(self.name),
+            "calibration": self._calibration(),
             "noise": noise if self.noise_scale else "none",
             "noise_scale": self.noise_scale,
-            "num_qubits": None if self.name == "aer" else fake_device(self.name).num_qubits,
+            "num_qubits": model.num_qubits if (model := self._model()) else None,
         }
 
     def problems(self) -> tuple[str, ...]:
@@ -141,27 +179,31 @@ class AerEngine(Engine):
     def errors(self, circuit: QuantumCircuit) -> list[float]:
         if self.ideal:
             return []
-        if self.name != "aer":
-            return instruction_errors(
-                circuit, _region_target(self.name, tuple(circuit.metadata["region"]), self.noise_scale)
-            )
-        assert self.noise is not None
-        return instruction_errors(circuit, self.noise.scaled(self.noise_scale).target(circuit.num_qubits))
+        errors = instruction_errors(circuit, self._noise_of(circuit).target(circuit.num_qubits))
+        waiting = self._waiting(circuit)
+        if waiting is None:
+            return errors
+        for instruction in waiting.circuit.data:
+            wires = tuple(waiting.circuit.find_bit(q).index for q in instruction.qubits)
+            channel = waiting.errors.get((str(instruction.operation.label), wires))
+            errors += [] if channel is None else [channel_infidelity(channel)]
+        return errors
 
     def transpile(self, circuit: QuantumCircuit, level: int) -> QuantumCircuit:
-        if self.name == "aer" and self.noise is None:
+        model = self._model()
+        if model is None:
             return circuit
-        if self.name == "aer":
-            assert self.noise is not None
-            target, region = self.noise.target(circuit.num_qubits), list(range(circuit.num_qubits))
-        else:
-            device = fake_device(self.name).target
-            region = best_region(device, circuit.num_qubits, resources(circuit).two_qubit_gates)
-            target = _region_target(self.name, tuple(region), 1.0)
+        region = model.best_qubits(circuit.num_qubits, resources(circuit).two_qubit_gates)
+        target = model.on(region).target(circuit.num_qubits)
         conditional = any(isinstance(i.operation, ControlFlowOp) for i in circuit.data)
         if conditional and "if_else" not in target.operation_names:
             raise BackendUnavailable(f"{self.name} has no conditions (if_else), which this circuit needs.")
-        isa = transpile(circuit, target=target, optimization_level=level, seed_transpiler=0)
+        try:
+            isa = transpile(circuit, target=target, optimization_level=level, seed_transpiler=0)
+        except QiskitError as error:
+            raise BackendUnavailable(
+                f"{circuit.name} cannot be transpiled for {self.name}: {error.message}"
+            ) from error
         isa.metadata = {**(isa.metadata or {}), "region": region}
         return isa
 
@@ -217,19 +259,33 @@ class AerEngine(Engine):
         else:
             method = "Aer, shot by shot"
         facts: dict[str, Any] = {"method": method}
-        if self.name != "aer":
+        model = self._model()
+        if model is not None and model.num_qubits is not None:
             facts["physical_qubits"] = tuple(circuit.metadata["region"])
         if any(isinstance(i.operation, ControlFlowOp) for i in circuit.data):
-            facts["not_modelled"] = (FEED_FORWARD,)
+            if self.feed_forward_latency is None:
+                facts["not_modelled"] = (FEED_FORWARD,)
+            else:
+                facts["feed_forward_latency_s"] = self.feed_forward_latency
         return facts
 
     def calibrated(self, circuit: QuantumCircuit) -> tuple[QuantumCircuit, Noise]:
         if self.ideal:
             return circuit, Noise({}, {})
-        if self.name == "aer":
-            assert self.noise is not None
-            return circuit, self.noise.scaled(self.noise_scale).noise(circuit.num_qubits)
-        return circuit, _region_noise(self.name, tuple(circuit.metadata["region"]), self.noise_scale)
+        noise = self._noise_of(circuit).noise(circuit.num_qubits)
+        waiting = self._waiting(circuit)
+        if waiting is None:
+            return circuit, noise
+        return waiting.circuit, Noise({**noise.gates, **waiting.errors}, noise.readout)
+
+    def _waiting(self, circuit: QuantumCircuit) -> WaitingCircuit | None:
+        """The circuit with its waits, where it feeds forward and they are modelled."""
+        if self.feed_forward_latency is None or self.ideal:
+            return None
+        if not any(isinstance(i.operation, ControlFlowOp) for i in circuit.data):
+            return None
+        target = self._noise_of(circuit).target(circuit.num_qubits)
+        return with_waits(circuit, target, self.feed_forward_latency)
 
     def _steps(self, circuit: QuantumCircuit) -> tuple[Step, ...] | None:
         """The circuit for `exact.py`, compiled once; None where `AerSimulator` runs it."""
@@ -284,9 +340,10 @@ class AerEngine(Engine):
                 FallbackWarning,
                 stacklevel=2,
             )
+        circuit, noise = self.calibrated(circuit)
         simulator = AerSimulator(
             method="matrix_product_state" if products else "automatic",
-            noise_model=None if self.ideal else _aer_model(self.calibrated(circuit)[1]),
+            noise_model=None if self.ideal else _aer_model(noise),
             max_parallel_shots=1,  # so that the same seed gives the same outcomes on any number of threads
         )
         result = _run(simulator, circuit, bindings, shots=shots, seed_simulator=seed % 2**31)
@@ -301,23 +358,21 @@ class AerEngine(Engine):
         return out
 
 
-@lru_cache(maxsize=64)
-def _calibration(name: str) -> str | None:
-    """When a twin's device was calibrated, ISO time; None for a simulator."""
-    properties = None if name in IDEAL else fake_device(name).properties()
-    return None if properties is None else properties.last_update_date.isoformat()
+@cache
+def twin_noise(name: str) -> DeviceNoise:
+    """The noise of a twin, made once."""
+    return DeviceNoise.of_twin(name)
 
 
-@lru_cache(maxsize=64)
-def _region_target(name: str, region: tuple[int, ...], scale: float) -> Target:
-    """The part of a twin's device on some of its qubits."""
-    return reduced_target(fake_device(name).target, region, scale)
-
-
-@lru_cache(maxsize=64)
-def _region_noise(name: str, region: tuple[int, ...], scale: float) -> Noise:
-    """The noise of that part of the device."""
-    return device_noise(_region_target(name, region, scale))
+def _latency(given: float | str | None) -> float | None:
+    """The latency in seconds that a caller means."""
+    if given is None:
+        return None
+    if isinstance(given, str):
+        if given != "typical":
+            raise unknown_name("feed_forward_latency", given, ("typical", "a number of seconds"))
+        return TYPICAL_FEED_FORWARD_LATENCY_S
+    return check_number("feed_forward_latency", given, least=0)
 
 
 def _aer_model(noise: Noise) -> NoiseModel:

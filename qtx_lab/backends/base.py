@@ -200,6 +200,24 @@ class Engine(ABC):
             independent.
         """
 
+    def refresh(self, max_age: float = 0.0) -> bool:
+        """Look at the device's calibration again, if it was read longer than `max_age` seconds ago.
+
+        After a new one, `identity`, `facts`, `errors` and `transpile` are those of the new calibration. A
+        simulator has nothing to read again: by default this does nothing.
+
+        Returns
+        -------
+        bool
+            Whether there is a new calibration.
+
+        Raises
+        ------
+        BackendUnavailable
+            If the device cannot be asked.
+        """
+        return False
+
     def how(self, circuit: QuantumCircuit) -> dict[str, Any]:
         """Diagnostics of how `run` treats a transpiled circuit, as `method`; empty by default."""
         return {}

@@ -137,7 +137,9 @@ def _steps(
         elif not isinstance(operation, Gate) or len(qubits) > 2:
             raise _TooGeneral
         else:
-            after = noise.channel(name, qubits)
+            # A wait is an identity gate whose label says how long it lasts.
+            labelled = operation.label is not None and (operation.label, qubits) in noise.gates
+            after = noise.channel(operation.label if labelled else name, qubits)
             angles = [x for x in operation.params if isinstance(x, ParameterExpression)]
             if not angles:
                 gate = _gate(operation)

@@ -71,6 +71,7 @@ class HybridPolicy:
                     return none, (
                         f"{pending} jobs wait for {backend.engine.name}, more than {self.max_pending}.",
                     )
+            backend.engine.refresh()
             return self._by_size(backend, p)
         except BackendUnavailable as error:
             return none, (str(error),)

@@ -16,7 +16,7 @@ from qiskit import QuantumCircuit
 from qiskit.circuit import ControlFlowOp, Gate, Measure, Parameter, Qubit
 from qiskit.circuit.controlflow import IfElseOp
 from qiskit.circuit.library import CZGate, RZGate, SXGate, XGate
-from qiskit.quantum_info import average_gate_fidelity
+from qiskit.quantum_info import SuperOp
 from qiskit.transpiler import InstructionProperties, QubitProperties, Target
 from qiskit_aer.noise import (
     QuantumError,
@@ -73,6 +73,22 @@ class SimulatorNoise(ABC):
     >>> backend.sample_rows(torch.tensor([[0.0, 1.0]]), 10).counts  # key 1 is always read as the masked key 0
     tensor([[0, 0]])
     """
+
+    @property
+    def num_qubits(self) -> int | None:
+        """Number of the device's qubits; None for as many as a circuit needs."""
+        return None
+
+    def best_qubits(self, num_qubits: int, two_qubit_gates: int) -> list[int]:
+        """The qubits, ascending, that a circuit of so many qubits and two-qubit gates runs on.
+
+        By default the first ones: a device of a few numbers has the same noise everywhere.
+        """
+        return list(range(num_qubits))
+
+    def on(self, qubits: Sequence[int]) -> SimulatorNoise:
+        """The noise of some of the qubits, which are then numbered 0, 1, ... in their order."""
+        return self
 
     @abstractmethod
     def scaled(self, factor: float) -> SimulatorNoise:
@@ -135,8 +151,8 @@ class ParametricNoise(SimulatorNoise):
 
     def target(self, num_qubits: int) -> Target:
         target = Target(num_qubits=num_qubits)
-        single = InstructionProperties(error=_infidelity(self._channel(self.one_qubit, 1)))
-        double = InstructionProperties(error=_infidelity(self._channel(self.two_qubit, 2)))
+        single = InstructionProperties(error=channel_infidelity(self._channel(self.one_qubit, 1)))
+        double = InstructionProperties(error=channel_infidelity(self._channel(self.two_qubit, 2)))
         qubits = range(num_qubits)
         for gate, properties in ((SXGate(), single), (XGate(), single), (RZGate(Parameter("a")), None)):
             target.add_instruction(gate, {(q,): properties for q in qubits})
@@ -183,9 +199,13 @@ def _limit(name: str) -> float:
     return MAX_READOUT_ERROR if name == "readout" else 1.0
 
 
-def _infidelity(channel: QuantumError | None) -> float:
-    """Average error of a gate with this channel."""
-    return 0.0 if channel is None else float(1 - average_gate_fidelity(channel))
+def channel_infidelity(channel: object | None) -> float:
+    """Average error of a gate with channel S of dimension d: 1 - (d F + 1) / (d + 1), with F = Tr(S) / d²."""
+    if channel is None:
+        return 0.0
+    superoperator = SuperOp(channel).data  # [d², d²]
+    d = math.isqrt(len(superoperator))
+    return float(1 - (np.trace(superoperator).real / d + 1) / (d + 1))
 
 
 @cache
@@ -208,6 +228,91 @@ def fake_device(name: str) -> Any:
     if name not in fake_devices():
         raise unknown_name("backend_name", name, ["aer", *fake_devices()])
     return getattr(fake_provider, fake_devices()[name])()
+
+
+CURRENT_DEVICES = (
+    "fake_boston",
+    "fake_pittsburgh",
+    "fake_aachen",
+    "fake_kingston",
+    "fake_berlin",
+    "fake_miami",
+)
+"""Twins of Heron and Nighthawk processors, calibrated in April 2026, the least two-qubit error first."""
+
+
+@dataclass(frozen=True)
+class MedianErrors:
+    """Medians of a device's calibrated errors, and what else tells devices apart.
+
+    Parameters
+    ----------
+    qubits : int
+        Number of qubits.
+    two_qubit : float or None
+        Median error of the two-qubit gates that work; None where there are none.
+    readout : float or None
+        Median probability that a bit is read wrongly.
+    feeds_forward : bool
+        Whether gates can depend on measured bits, which the loader `dynamic` needs.
+    calibration : str or None
+        When it was calibrated, ISO time.
+    """
+
+    qubits: int
+    two_qubit: float | None
+    readout: float | None
+    feeds_forward: bool
+    calibration: str | None
+
+
+def median_errors(target: Target, calibration: str | None = None) -> MedianErrors:
+    """The medians of a device's errors; gates and measurements that do not work are left out."""
+    readout = [x.error for x in target["measure"].values() if x is not None and x.error is not None]
+    readout = [error for error in readout if error < BROKEN_ERROR]
+    edges = list(_edges(target).values())
+    return MedianErrors(
+        target.num_qubits,
+        float(np.median(edges)) if edges else None,
+        float(np.median(readout)) if readout else None,
+        "if_else" in target.operation_names,
+        calibration,
+    )
+
+
+def device_errors(names: Sequence[str] | None = None) -> dict[str, MedianErrors]:
+    """Median errors of twins, by which to choose one: the least two-qubit error first.
+
+    Parameters
+    ----------
+    names : sequence of str, optional
+        Names in `fake_devices()`; `CURRENT_DEVICES` where None.
+
+    Returns
+    -------
+    dict
+        From the name of each twin to its `MedianErrors`. Reading all of `fake_devices()` takes half a minute.
+
+    Raises
+    ------
+    ArgumentError
+        If there is no twin of a name.
+
+    Examples
+    --------
+    >>> for name, errors in device_errors(["fake_fez", "fake_boston"]).items():
+    ...     print(name, errors.qubits, f"{errors.two_qubit:.2%}", f"{errors.readout:.2%}")
+    fake_boston 156 0.13% 0.51%
+    fake_fez 156 0.38% 0.76%
+    """
+    found = {}
+    for name in CURRENT_DEVICES if names is None else names:
+        device = fake_device(name)
+        properties = device.properties()
+        time = None if properties is None else properties.last_update_date.isoformat()
+        found[name] = median_errors(device.target, time)
+    best_first = sorted(found.items(), key=lambda x: math.inf if x[1].two_qubit is None else x[1].two_qubit)
+    return dict(best_first)
 
 
 def best_region(target: Target, size: int, two_qubit_gates: int) -> list[int]:

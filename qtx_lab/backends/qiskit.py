@@ -31,7 +31,7 @@ from .aer import AerEngine
 from .base import Engine, JobState, JobStatus, RowJob
 from .counts import MAX_OUTCOME_BYTES, RowCounts, rows_at_once
 from .ibm.engine import Cost, IBMEngine
-from .noise import SimulatorNoise
+from .noise_sources import NoiseSource
 from .requests import RowRequest
 
 if TYPE_CHECKING:
@@ -65,12 +65,15 @@ class QiskitQuantumBackend:
         Optimisation level of the transpiler, 0 to 3.
     loader : str or Loader
         How a row becomes a circuit: a name in `qtx_lab.circuits.LOADERS`, or a loader of your own.
-    noise : SimulatorNoise, optional
-        "aer" only: noise of the simulator, as `ParametricNoise` or a `SimulatorNoise` of your own. Not
-        together with a twin. The `dynamic` loader has no two-qubit gates: only errors of one-qubit gates and
-        readout act on it.
+    noise : SimulatorNoise, NoiseModel, path or BackendProperties, optional
+        "aer" only: noise of the simulator, as `ParametricNoise`, `ThermalNoise`, an Aer `NoiseModel` or a
+        device's calibration; see `AerEngine`. Not together with a twin. The `dynamic` loader has no two-qubit
+        gates: only errors of one-qubit gates and readout act on it.
     noise_scale : float
         "aer" only: factor on all error probabilities, and on 1/T1 and 1/T2; 0 is no noise.
+    feed_forward_latency : float or "typical", optional
+        "aer" only: seconds from a measurement to a gate that depends on its bit; qubits that wait then
+        decohere. Where None, waiting costs nothing, and diagnostics say so; see `AerEngine`.
     method : {"auto", "aer"}
         "aer" only: compute exact probabilities where that fits, or simulate every shot with `AerSimulator`.
     service : QiskitRuntimeService, optional
@@ -123,9 +126,10 @@ class QiskitQuantumBackend:
         optimization_level: int = 3,
         *,
         loader: str | Loader = "dynamic",
-        noise: SimulatorNoise | None = None,
+        noise: NoiseSource | None = None,
         noise_scale: float = 1.0,
         method: Literal["auto", "aer"] = "auto",
+        feed_forward_latency: float | Literal["typical"] | None = None,
         service: QiskitRuntimeService | None = None,
         instance: str | None = None,
         region: str | None = None,
@@ -148,6 +152,7 @@ class QiskitQuantumBackend:
         self.backend_name, self.shots, self.optimization_level = backend_name, shots, optimization_level
         self.loader = make_loader(loader)
         for_aer: dict[str, Any] = {"noise": noise, "noise_scale": noise_scale, "method": method}
+        for_aer["feed_forward_latency"] = feed_forward_latency
         for_ibm: dict[str, Any] = {
             "service": service,
             "instance": instance,
@@ -252,6 +257,7 @@ class QiskitQuantumBackend:
         """
         request = self.request(p, shots, generator)
         if self.engine.queues and bool(request.running.any()):
+            self.engine.refresh()
             circuit = self.transpiled(p.shape[-1])
             request = replace(request, diagnostics=self.diagnostics(circuit, request))
             return self.engine.submit(circuit, request.bindings(), request.shots, request, **options)

@@ -49,8 +49,10 @@ def checked_request(
         As `QiskitQuantumBackend.sample_rows`; shots must be given, because noise levels share them.
     """
     check_backend(backend)
-    shots = check_count("shots", shots)
-    return backend.request(p, shots, generator)
+    request = backend.request(p, check_count("shots", shots), generator)
+    if bool(request.running.any()):
+        backend.engine.refresh()  # so that all circuits and corrections are those of one calibration
+    return request
 
 
 def check_backend(backend: object, argument: str = "backend") -> None:

@@ -63,7 +63,7 @@ def scale_noise(backend: QiskitQuantumBackend, level: float, how: str = "two-qub
 
     Examples
     --------
-    >>> noisy = QiskitQuantumBackend("aer", "fake_fez", loader="tree")
+    >>> noisy = QiskitQuantumBackend("aer", "fake_boston", loader="tree")
     >>> scale_noise(noisy, 2, "model").engine.noise_scale
     2.0
     """
@@ -78,10 +78,7 @@ def scale_noise(backend: QiskitQuantumBackend, level: float, how: str = "two-qub
             "gates instead."
         )
     level = check_number("level", level, least=0)
-    scale = engine.noise_scale * level
-    return backend.with_engine(
-        AerEngine(engine.name, noise=engine.noise, noise_scale=scale, method=engine.method)
-    )
+    return backend.with_engine(engine.scaled(level))
 
 
 class FoldedEngine(Engine):

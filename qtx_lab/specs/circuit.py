@@ -46,7 +46,7 @@ class CircuitSpec(Spec):
     ] = field("aer", "aer: simulators and twins of devices; ibm: IBM's devices.", "name", "device")
     device: str | None = field(
         None,
-        "A twin, as fake_fez (see qtx_lab.fake_devices()), or a device, as ibm_fez; none: a simulator.",
+        "A twin, as fake_boston (see qtx_lab.device_errors()), or a device, as ibm_fez; none: a simulator.",
         "name",
         "device",
         min_length=1,

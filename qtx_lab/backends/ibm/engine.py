@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +19,11 @@ from qiskit_ibm_runtime import QiskitRuntimeService
 from qiskit_ibm_runtime.options_models.sampler import SamplerOptions
 
 from ...checks import check_number
-from ...errors import ArgumentError, BackendUnavailable, unknown_name
+from ...errors import ArgumentError, BackendUnavailable, CalibrationWarning, unknown_name
 from ...storage import runs_home
 from ..base import Engine, JobStatus
 from ..exact import Noise
-from ..noise import instruction_errors, on_used_qubits
+from ..noise import instruction_errors, median_errors, on_used_qubits
 from ..requests import Request
 from .jobs import DeviceJob, find_jobs, post_part, submit_parts
 from .ledger import Block, record_job
@@ -33,6 +34,9 @@ MAX_EXECUTIONS_PER_JOB = 10_000_000
 
 SECONDS_PER_JOB, SECONDS_PER_EXECUTION = 2.0, 0.00035
 """Quantum time of a job without error mitigation. From "Workload usage" in IBM's documentation."""
+
+MAX_CALIBRATION_AGE_S = 3600.0
+"""A device's calibration is read again after this time, and before each submission, seconds."""
 
 Mode = Literal["job", "batch", "session"]
 MODES = ("job", "batch", "session")
@@ -145,14 +149,34 @@ class IBMEngine(Engine):
         self._access = DeviceAccess(name, fractional_gates, mode)
         self._remote = IBMRemote(service, instance=instance, region=region)
         self._device = self._remote.device(self._access)
+        self.recalibrations: tuple[str, ...] = ()
+
+    def refresh(self, max_age: float = 0.0) -> bool:
+        target, calibration = self._device.target, self._device.calibration()
+        if not self._device.refresh(max_age):
+            return False
+        before = median_errors(target, calibration)
+        after = median_errors(self._device.target, self._device.calibration())
+        changed = (
+            f"{self.name} has a new calibration of {after.calibration}, before it was that of "
+            f"{before.calibration}: the median readout error went from {_percent(before.readout)} to "
+            f"{_percent(after.readout)}, that of two-qubit gates from {_percent(before.two_qubit)} to "
+            f"{_percent(after.two_qubit)}. Circuits, readout corrections and predictions are made again."
+        )
+        self.recalibrations = (*self.recalibrations, changed)
+        warnings.warn(changed, CalibrationWarning, stacklevel=2)
+        return True
 
     def identity(self) -> str:
+        self.refresh(MAX_CALIBRATION_AGE_S)
         return f"ibm {self.name} {self._device.calibration()} fractional={self.fractional_gates}"
 
     def facts(self) -> dict[str, Any]:
         return {
             "device": self.name,
             "calibration": self._device.calibration(),
+            "calibration_read": self._device.read_at.isoformat(timespec="seconds"),
+            "recalibrations": self.recalibrations,
             "noise": "device",
             "num_qubits": self._device.num_qubits,
             "fractional_gates": self.fractional_gates,
@@ -320,3 +344,7 @@ class IBMEngine(Engine):
                 f"{self.name}: {cost}, more than max_quantum_seconds={self.max_quantum_seconds:g}: pass "
                 "confirm=True, or a higher limit."
             )
+
+
+def _percent(error: float | None) -> str:
+    return "unknown" if error is None else f"{error:.2%}"

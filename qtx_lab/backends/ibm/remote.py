@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -237,6 +238,7 @@ class IBMDevice:
         self.fractional_gates = access.fractional_gates
         self.mode = access.mode
         self._backend: Any = None
+        self._read_at: datetime | None = None
         self._session: Batch | Session | None = None
 
     def connect(self) -> Any:
@@ -251,6 +253,7 @@ class IBMDevice:
                     self._backend = service.backend(self.name, use_fractional_gates=self.fractional_gates)
                 except QiskitBackendNotFoundError:
                     raise self._not_found(service) from None
+            self._read_at = datetime.now(UTC)
             self.remote.crn = service.active_instance()  # the one that has the device
         return self._backend
 
@@ -290,6 +293,34 @@ class IBMDevice:
         with explained(f"reading the calibration of {self.name}"):
             properties = device.properties()
         return properties.last_update_date.isoformat() if properties else None
+
+    @property
+    def read_at(self) -> datetime:
+        """When the calibration was read last, UTC."""
+        self.connect()
+        assert self._read_at is not None
+        return self._read_at
+
+    def refresh(self, max_age: float) -> bool:
+        """Read the calibration again, if it was read longer than `max_age` seconds ago.
+
+        Returns
+        -------
+        bool
+            Whether there is a new one, by which the target then is.
+        """
+        device = self.connect()
+        if abs((datetime.now(UTC) - self.read_at).total_seconds()) <= max_age:
+            return False
+        before = self.calibration()
+        with explained(f"reading the calibration of {self.name}"):
+            device.properties(refresh=True)
+        new = self.calibration() != before
+        if new:
+            with explained(f"reading the configuration of {self.name}"):
+                device.refresh()
+        self._read_at = datetime.now(UTC)
+        return new
 
     def status(self) -> Any:
         """IBM's status: `operational`, `status_msg` and `pending_jobs`."""

@@ -19,7 +19,7 @@ from .sample import MAX_ROWS, SampleTab
 if TYPE_CHECKING:
     from ...views.circuit import CircuitView
 
-TWIN = CircuitSpec.model_construct(device="fake_fez")
+TWIN = CircuitSpec.model_construct(device="fake_boston")
 """The device at first. It is not checked, because that would load qiskit when a workbench is made."""
 
 ZERO_NOISE = MitigationSpec.model_construct(

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from qiskit_aer.noise import NoiseModel
 
 import qtx_lab as qtx
 from qtx_lab import attention, backends, circuits, controls, mitigation, samplers
@@ -131,6 +132,11 @@ def estimate() -> qtx.AttentionEstimate:
 
 def zero_noise() -> mitigation.ZeroNoiseEstimate:
     return mitigation.ZeroNoiseEstimate(torch.zeros(1), torch.ones(1), torch.ones(1), (), 3.0)
+
+
+def thermal(**options: Any) -> backends.ThermalNoise:
+    given = {"t1": 1.0, "t2": 1.0, "one_qubit_time": 0.0, "two_qubit_time": 0.0, **options}
+    return backends.ThermalNoise(**given)
 
 
 def ibm(**options: Any) -> Any:
@@ -266,6 +272,22 @@ NUMBER_ARGUMENTS: dict[str, tuple[Callable[[Any], Any], float]] = {
     "VAttentionSampler(heavy)": (lambda x: attend(sampler=samplers.VAttentionSampler(heavy=x)), 0.5),
     "VAttentionSampler(local)": (lambda x: attend(sampler=samplers.VAttentionSampler(local=x)), 0.25),
     "VAttentionSampler(sink)": (lambda x: attend(sampler=samplers.VAttentionSampler(sink=x)), 0.25),
+    "AerModelNoise(scale)": (lambda x: backends.AerModelNoise(NoiseModel(), scale=x), 0.5),
+    "AerModelNoise.scaled(factor)": (lambda x: backends.AerModelNoise(NoiseModel()).scaled(x), 0.5),
+    "DeviceNoise.scaled(factor)": (lambda x: backends.DeviceNoise.of_twin("fake_lima").scaled(x), 0.5),
+    "ThermalNoise(one_qubit_time)": (lambda x: thermal(one_qubit_time=x), 0.5),
+    "ThermalNoise(readout)": (lambda x: thermal(readout=x), 0.5),
+    "ThermalNoise(readout_time)": (lambda x: thermal(readout_time=x), 0.5),
+    "ThermalNoise(t1)": (lambda x: thermal(t1=x), 0.5),
+    "ThermalNoise(t2)": (lambda x: thermal(t2=x), 0.5),
+    "ThermalNoise(two_qubit_time)": (lambda x: thermal(two_qubit_time=x), 0.5),
+    "ThermalNoise.scaled(factor)": (lambda x: thermal().scaled(x), 0.5),
+    "QiskitQuantumBackend(feed_forward_latency)": (
+        lambda x: (
+            qtx.QiskitQuantumBackend("aer", "fake_lima", feed_forward_latency=x).engine.feed_forward_latency
+        ),
+        0.5,
+    ),
     "ZeroNoiseEstimate.confidence_interval(level)": (lambda x: zero_noise().confidence_interval(x)[0], 0.5),
     "ZeroNoiseExtrapolation(asymptote)": (lambda x: ZNE([1, 2], "exponential", asymptote=x).asymptote, 0.5),
     "fold(level)": (lambda x: qtx.fold(qtx.TreeLoader().circuit(2), x).count_ops(), 2.5),
@@ -291,7 +313,10 @@ NUMBER_ARGUMENTS: dict[str, tuple[Callable[[Any], Any], float]] = {
 
 ELSEWHERE = {
     "Sampler.draw": "the samplers check by `check_draw_arguments`, of which the table has three",
+    "best_qubits": "called by the lab, with the size of a circuit",
     "circuit": "called by the lab, with the size of checked rows",
+    "noise": "called by the lab, with the size of a circuit",
+    "target": "called by the lab, with the size of a circuit",
     "keys": "called by the lab, with the size of checked rows",
     "prepare": "called by `sampled_attention`, with numbers that it checked",
     "signs": "called by the lab, with the size of checked rows",

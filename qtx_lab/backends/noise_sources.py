@@ -309,6 +309,7 @@ class AerModelNoise(SimulatorNoise):
     errors: _ModelErrors | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "scale", check_number("scale", self.scale, least=0))
         if self.errors is not None:  # a copy
             return
         content = self.model.to_dict()["errors"]

@@ -24,6 +24,7 @@ from torch import Tensor
 from .. import __version__
 from ..checks import check_count, check_generator
 from ..circuits import Loader, check_rows, make_loader
+from ..circuits.base import in_one_register
 from ..circuits.resources import resources
 from ..errors import ArgumentError, BackendUnavailable, DtypeError, JobTimeout, StorageError, unknown_name
 from ..storage import runs_home, write_atomic
@@ -297,7 +298,7 @@ class QiskitQuantumBackend:
             size,
         )
         if key not in self._circuits:
-            original = self.loader.circuit(size)
+            original = in_one_register(self.loader.circuit(size))
             path = self._cache_path(size, original)
             circuit = _read_circuit(path)
             if circuit is None:

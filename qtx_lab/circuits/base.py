@@ -86,7 +86,10 @@ class Loader(ABC):
 
     @abstractmethod
     def circuit(self, size: int) -> QuantumCircuit:
-        """Build the circuit of a size, with the angles as its `parameters`, measured into one register `c`.
+        """Build the circuit of a size, with the angles as its `parameters`, and its measurements.
+
+        Bits are best measured into one register `c`. Those of registers with other names are put into it, in
+        the circuit's order.
 
         Raises
         ------
@@ -141,6 +144,48 @@ class Loader(ABC):
 def blank_circuit(num_qubits: int, name: str) -> QuantumCircuit:
     """Make an empty circuit with a quantum register `q` and a classical register `c` of the same size."""
     return QuantumCircuit(QuantumRegister(num_qubits, "q"), ClassicalRegister(num_qubits, "c"), name=name)
+
+
+def in_one_register(circuit: QuantumCircuit) -> QuantumCircuit:
+    """Return a loader's circuit measured into one register `c`, by whose name devices return bits.
+
+    The bits of registers with other names, and of several, are those of `c` in the circuit's own order, the
+    first register's the lowest. Conditions on bits, and on the only register, are those of `c`.
+
+    Raises
+    ------
+    DtypeError
+        If it is no circuit.
+    ArgumentError
+        If it measures nothing, or tests a register that is a part of its bits.
+
+    Examples
+    --------
+    >>> circuit = QuantumCircuit(2)
+    >>> circuit.measure_all()  # into a register `meas`
+    >>> in_one_register(circuit).cregs
+    [ClassicalRegister(2, 'c')]
+    """
+    if not isinstance(circuit, QuantumCircuit):
+        raise DtypeError(
+            f"The loader's `circuit` gave a {type(circuit).__name__}; it must give a QuantumCircuit."
+        )
+    if "measure" not in circuit.count_ops():
+        raise ArgumentError(
+            f"The loader's circuit {circuit.name} measures nothing: a shot would give no key."
+        )
+    if [(register.name, register.size) for register in circuit.cregs] == [("c", circuit.num_clbits)]:
+        return circuit
+    register = ClassicalRegister(circuit.num_clbits, "c")
+    one = QuantumCircuit(circuit.qubits, *circuit.qregs, register, name=circuit.name)
+    one.metadata = circuit.metadata
+    one.compose(circuit, one.qubits, one.clbits, inplace=True)
+    if one.cregs != [register]:
+        raise ArgumentError(
+            f"The loader's circuit {circuit.name} has conditions on one of {len(circuit.cregs)} registers: "
+            "measure into one register `c`, or test single bits."
+        )
+    return one
 
 
 def check_num_qubits(size: int, max_qubits: int) -> None:

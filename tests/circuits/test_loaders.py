@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from qiskit import ClassicalRegister, QuantumCircuit, QuantumRegister
 from qiskit.quantum_info import Statevector, partial_trace
 from qiskit_aer import AerSimulator
 
@@ -66,6 +67,79 @@ def distribution_by_conditions(loader, p):
                 after[value], after[value | 1 << bit] = mass * np.cos(half) ** 2, mass * np.sin(half) ** 2
             branches = after
     return np.stack([branches[value] for value in sorted(branches)], -1)
+
+
+def own_loader(change, base=DynamicLoader):
+    """A loader whose circuits a user writes in another way."""
+
+    class OwnLoader(base):
+        name = "own"
+
+        def circuit(self, size):
+            return change(size, super().circuit(size))
+
+    return OwnLoader()
+
+
+def renamed(size, circuit):
+    own = QuantumCircuit(QuantumRegister(size, "row"), ClassicalRegister(size, "key"), name="own")
+    return own.compose(circuit, own.qubits, own.clbits)
+
+
+def by_single_bits(size, circuit):
+    """Two registers; conditions are on bits of both."""
+    high = ClassicalRegister(1, "high")
+    own = QuantumCircuit(QuantumRegister(2), ClassicalRegister(1, "low"), high, name="own")
+    angle = sorted(circuit.parameters, key=lambda x: x.index)
+    own.ry(angle[0], 1)
+    own.measure(1, high[0])
+    for bit in (0, 1):
+        with own.if_test((high[0], bit)):
+            own.ry(angle[1 + bit], 0)
+    own.measure(0, 0)
+    return own
+
+
+def measured_at_the_end(size, circuit):
+    own = QuantumCircuit(2, name="own")
+    own.compose(circuit.remove_final_measurements(inplace=False), inplace=True)
+    own.measure_all()
+    return own
+
+
+@pytest.mark.parametrize("change", [renamed, by_single_bits, measured_at_the_end])
+@pytest.mark.parametrize(
+    "options", [{}, {"noise_scale": 0, "backend_name": "fake_boston"}, {"method": "aer"}]
+)
+def test_a_loader_of_ones_own_may_name_its_registers_as_it_likes(change, options):
+    """30,000 shots; the total variation of 4 keys has a mean of .004."""
+    p = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.5, 0.0, 0.0, 0.5]])
+    loader = own_loader(change, TreeLoader if change is measured_at_the_end else DynamicLoader)
+    backend = qtx.QiskitQuantumBackend("aer", loader=loader, optimization_level=1, **options)
+    assert [(x.name, x.size) for x in backend.transpiled(4).cregs] == [("c", 2)]
+    result = backend.sample_rows(p, 30_000, generator=torch.Generator().manual_seed(0))
+    assert (result.probabilities() - p).abs().sum(-1).max() / 2 < 0.015
+
+
+def test_circuits_that_no_device_can_return_bits_of_are_refused():
+    def in_parts(size, circuit):
+        own = QuantumCircuit(2)
+        high, low = ClassicalRegister(1, "high"), ClassicalRegister(1, "low")
+        own.add_register(high, low)
+        own.measure(1, high[0])
+        with own.if_test((high, 1)):
+            own.x(0)
+        own.measure(0, low[0])
+        return own
+
+    for change, error, message in (
+        (in_parts, qtx.ArgumentError, "conditions on one of 2 registers"),
+        (lambda size, circuit: QuantumCircuit(2, 2), qtx.ArgumentError, "measures nothing"),
+        (lambda size, circuit: None, qtx.DtypeError, "NoneType"),
+    ):
+        backend = qtx.QiskitQuantumBackend("aer", loader=own_loader(change))
+        with pytest.raises(error, match=message):
+            backend.sample_rows(torch.full((1, 4), 0.25), 10)
 
 
 @pytest.mark.parametrize("name", LOADERS)

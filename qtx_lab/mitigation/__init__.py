@@ -5,6 +5,7 @@ from __future__ import annotations
 from .circuit import CircuitMitigation
 from .decay import SharedDecay
 from .distillation import TwoCopyLoader
+from .execution import execute_with_zne
 from .inference import ZeroNoiseEstimate, ZeroNoiseInference
 from .pec import ProbabilisticErrorCancellation
 from .planner import MitigationPlanner, Plan
@@ -26,6 +27,7 @@ __all__ = [
     "ZeroNoiseEstimate",
     "ZeroNoiseExtrapolation",
     "ZeroNoiseInference",
+    "execute_with_zne",
     "fold",
     "project_to_simplex",
     "readout_errors",

@@ -22,6 +22,7 @@ from .inference import ZeroNoiseInference
 from .projection import project_to_simplex, sum_by_key
 from .readout import estimate_register, readout_errors
 from .register import MAX_BITS, register_counts, register_keys, register_signs
+from .rehearsal import Expectation, expected_errors
 from .results import MitigatedRows, checked_request, finish_request
 from .scaling import SCALINGS, is_static, scale_noise
 
@@ -44,6 +45,10 @@ _BACKENDS: WeakKeyDictionary[QiskitQuantumBackend, dict[_Variant, QiskitQuantumB
 """Backends with other loaders or more noise, so that their circuits are transpiled and compiled only once."""
 
 
+_EXPECTED: WeakKeyDictionary[QiskitQuantumBackend, tuple[Any, Expectation | None]] = WeakKeyDictionary()
+"""The latest expectation on each backend and what it is for: replicates of rows share it."""
+
+
 @dataclass(frozen=True)
 class CircuitMitigation:
     """One way to measure rows; `CircuitSampler` takes it as its `mitigation`.
@@ -58,8 +63,9 @@ class CircuitMitigation:
         without noise. Its `allocate` spreads the shots. `ZeroNoiseExtrapolation` and `SharedDecay` are such
         inferences.
     readout : bool
-        Whether to undo readout errors. Their calibration takes shots too, once for all rows: these are not
-        part of any budget here. See `readout_errors`.
+        Whether to undo readout errors, which is better than raw counts with any number of shots. Their
+        calibration takes shots too, once for all rows: these are not part of any budget here. See
+        `readout_errors`.
     loader : str or Loader, optional
         Used in place of the backend's; `TwoCopyLoader()` is virtual distillation.
     scaling : str
@@ -76,7 +82,7 @@ class CircuitMitigation:
     --------
     >>> from qtx_lab.backends import QiskitQuantumBackend
     >>> from qtx_lab.mitigation import ZeroNoiseExtrapolation
-    >>> mitigation = CircuitMitigation(ZeroNoiseExtrapolation([1, 3]), readout=True)
+    >>> mitigation = CircuitMitigation(ZeroNoiseExtrapolation([1, 3]))
     >>> mitigation.name
     'readout, richardson 1 3 (local)'
     >>> backend = QiskitQuantumBackend("aer", loader="tree")
@@ -86,7 +92,7 @@ class CircuitMitigation:
     """
 
     zne: ZeroNoiseInference | None = None
-    readout: bool = False
+    readout: bool = True
     loader: str | Loader | None = None
     scaling: str = "local"
 
@@ -196,14 +202,28 @@ class CircuitMitigation:
         shots: int,
         *,
         generator: torch.Generator | None = None,
+        rehearse: bool = True,
     ) -> RowCounts:
         """Measure rows and mitigate them; arguments are those of `Mitigation.sample_rows`.
+
+        Parameters
+        ----------
+        backend : QiskitQuantumBackend
+        p : Tensor, (R, n)
+        shots : int
+            Shots of each row, over all noise levels.
+        generator : torch.Generator, optional
+            The only source of randomness.
+        rehearse : bool
+            Whether to rehearse some of the rows first, by the errors that the device reports, and to warn if
+            raw counts of as many shots are expected to be nearer to the rows.
 
         Returns
         -------
         RowCounts
             `counts` and `discarded` are those of all noise levels together; `estimate` and `std_error` are
-            what is inferred from them.
+            what is inferred from them. Its diagnostics hold `expected_error` and `expected_raw_error` where
+            the rows were rehearsed: total variation from the rows, mean over rows.
 
         Raises
         ------
@@ -224,6 +244,9 @@ class CircuitMitigation:
         running = request.p[request.running]
         n = running.shape[-1]
         self.check(backend, n)
+        expected = self.expect(backend, running, shots) if rehearse else None
+        if expected is not None and expected.warning:
+            warnings.warn(expected.warning, FallbackWarning, stacklevel=2)
         variants = self.construct_backends(backend)
         errors = [readout_errors(v, n, seed=request.seed) for v in variants] if self.readout else None
         attained, batch = self.attained_levels(backend, n), uuid4().hex[:12]
@@ -250,8 +273,30 @@ class CircuitMitigation:
             "shots_by_level": shots_at,
             "attained_levels": tuple(attained),
         }
+        if expected is not None:
+            diagnostics["expected_error"] = expected.mitigated.error
+            diagnostics["expected_raw_error"] = expected.raw.error
         all_counts = sum_by_key(torch.stack(counts).sum(0), register_keys(variants[0], n), running > 0)
         return finish_request(request, all_counts, rows, diagnostics)
+
+    def expect(self, backend: QiskitQuantumBackend, p: Tensor, shots: int) -> Expectation | None:
+        """Rehearse some of the rows on the errors that the device reports; None if they cannot be simulated.
+
+        Parameters
+        ----------
+        backend : QiskitQuantumBackend
+        p : Tensor, float64, (R, n)
+            Rows that `check_rows` returned, each with a key of probability above 0.
+        shots : int
+            Shots of each row, over all noise levels.
+        """
+        raw = CircuitMitigation(readout=False)
+        if self == raw or backend.engine.ideal:
+            return None
+        key = (self, shots, backend.engine, backend.loader, p.shape, p.numpy().tobytes())
+        if _EXPECTED.get(backend, (None, None))[0] != key:
+            _EXPECTED[backend] = key, expected_errors(self, raw, backend, p, shots)
+        return _EXPECTED[backend][1]
 
     def combine_results(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -52,8 +53,8 @@ class SharedDecay(ZeroNoiseInference):
     True
     """
 
-    def __init__(self, noise_levels: Sequence[float] = (1.0, 3.0), *, corrected: bool = False):
-        self._richardson = ZeroNoiseExtrapolation(noise_levels)
+    def __init__(self, noise_levels: Sequence[float] = (1.0, 5.0), *, corrected: bool = False):
+        self._richardson = ZeroNoiseExtrapolation(noise_levels, "richardson")
         self.noise_levels, self.corrected = self._richardson.noise_levels, corrected
         self.method = "corrected decay" if corrected else "shared decay"
 
@@ -61,8 +62,18 @@ class SharedDecay(ZeroNoiseInference):
         return f"SharedDecay({list(self.noise_levels)}, corrected={self.corrected})"
 
     def allocate(self, shots: int, spread: Sequence[float] | None = None) -> list[int]:
-        """Spread `shots` as for Richardson extrapolation; see `ZeroNoiseInference.allocate`."""
-        return self._richardson.allocate(shots, spread)
+        """Spread `shots` as for Richardson extrapolation; see `ZeroNoiseInference.allocate`.
+
+        Without `corrected` only the two lowest levels are used: any other gets a single shot.
+        """
+        if self.corrected or len(self.noise_levels) == 2:
+            return self._richardson.allocate(shots, spread)
+        order = np.argsort(self.noise_levels)
+        each = np.ones(len(order), dtype=int)
+        near_and_far = ZeroNoiseExtrapolation([self.noise_levels[i] for i in order[:2]], "richardson")
+        used_spread = None if spread is None else [spread[i] for i in order[:2]]
+        each[order[:2]] = near_and_far.allocate(shots - len(order) + 2, used_spread)
+        return [int(n) for n in each]
 
     def extrapolate(
         self,

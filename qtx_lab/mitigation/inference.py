@@ -178,15 +178,14 @@ class ZeroNoiseInference(ABC):
         return self.extrapolate(values, std_errors, levels=levels)
 
 
-def check_noise_levels(levels: object, min_distinct: int | None = None) -> tuple[float, ...]:
+def check_noise_levels(levels: object, min_distinct: int = 2) -> tuple[float, ...]:
     """Check noise levels, and return them as a tuple.
 
     Parameters
     ----------
     levels : sequence of float
-    min_distinct : int, optional
-        How many levels must differ; a level may be there more than once, to be measured as often. If None,
-        all must differ, and there must be two.
+    min_distinct : int
+        How many levels must differ. A level may be there more than once, to be measured as often.
 
     Raises
     ------
@@ -206,12 +205,11 @@ def check_noise_levels(levels: object, min_distinct: int | None = None) -> tuple
             checked.append(check_number("a level of noise_levels", level, least=0))
         except NumberError:
             raise DtypeError(f"noise_levels holds {level!r}; it must hold numbers.") from None
-    distinct, needed = len(set(checked)), 2 if min_distinct is None else min_distinct
-    if distinct < len(checked) and (min_distinct is None or distinct < needed):
+    distinct = len(set(checked))
+    if distinct < min_distinct and distinct < len(checked):
         raise ArgumentError(
-            f"noise_levels={checked} holds a level twice; "
-            + ("levels must differ." if min_distinct is None else f"at least {needed} must differ.")
+            f"noise_levels={checked} holds a level twice; at least {min_distinct} must differ."
         )
-    if distinct < needed:
-        raise ArgumentError(f"noise_levels has {distinct} levels; at least {needed} are needed.")
+    if distinct < min_distinct:
+        raise ArgumentError(f"noise_levels has {distinct} levels; at least {min_distinct} are needed.")
     return tuple(checked)

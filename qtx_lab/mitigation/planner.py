@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import inf
-from statistics import fmean, stdev
 
 import numpy as np
 import torch
@@ -17,12 +15,11 @@ from ..checks import check_count
 from ..circuits import TreeLoader, check_rows
 from ..circuits.base import num_bits
 from ..circuits.fidelity import total_variation_distance
-from ..errors import ArgumentError, BackendUnavailable, DtypeError
+from ..errors import ArgumentError, DtypeError
 from .circuit import CircuitMitigation
 from .decay import SharedDecay
 from .distillation import MAX_COPY_QUBITS, TwoCopyLoader
-from .readout import calibrated_readout_errors
-from .register import register_probabilities
+from .rehearsal import Prediction, Rehearsal
 from .results import check_backend
 from .zne import ZeroNoiseExtrapolation
 
@@ -64,39 +61,8 @@ REHEARSALS = 10
 SHORTLIST_RATIO = 1.3
 """An option is shortlisted if its error is at most this many times the least error."""
 
-LIMIT_SHOTS = 1e15
-"""Number of shots whose noise does not matter."""
-
 MIN_GAIN = 0.03
 """Part of the raw error that an option has to save, or nothing is mitigated."""
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What is expected of an option.
-
-    Parameters
-    ----------
-    option : CircuitMitigation
-    error : float
-        Total variation between mitigated and true rows, mean over rows; infinite if the option cannot be
-        used.
-    bias : float
-        The same with infinitely many shots.
-    noise : float
-        Total variation between what the shots give and what infinitely many would, mean over rows.
-    std_error : float
-        Standard error of `error`, because rehearsals are few.
-    problem : str
-        Why the option cannot be used; empty if it can.
-    """
-
-    option: CircuitMitigation
-    error: float
-    bias: float
-    noise: float
-    std_error: float = 0.0
-    problem: str = ""
 
 
 @dataclass(frozen=True)
@@ -225,7 +191,7 @@ class MitigationPlanner:
         some = rng.choice(len(p), min(len(p), REHEARSED_ROWS), replace=False)  # rows may repeat with a period
         rows = p[torch.from_numpy(np.sort(some))]
         options = default_options(backend, p.shape[-1]) if self.options is None else self.options
-        raw = CircuitMitigation()
+        raw = CircuitMitigation(readout=False)
         rehearsal = Rehearsal(self.model or backend, rows)
         predictions = {
             option: rehearsal.predict(option, shots, FIRST_REHEARSALS, rng)
@@ -277,7 +243,8 @@ class MitigationPlanner:
         if plan.choice is plan.raw:
             result = backend.sample_rows(p, shots, generator=generator)
         else:
-            result = plan.choice.option.sample_rows(backend, p, shots, generator=generator)
+            option = plan.choice.option
+            result = option.sample_rows(backend, p, shots, generator=generator, rehearse=False)
         error = total_variation_distance(result.probabilities(), p)[running].mean()
         diagnostics = {
             "mitigation": plan.choice.option.name,
@@ -296,7 +263,7 @@ def default_options(backend: QiskitQuantumBackend, n: int) -> tuple[CircuitMitig
     copies of rows of few keys; and on a simulator the loader without entanglement. On a device that loader is
     left out, because the calibration does not say what feeding forward costs there.
     """
-    options = [CircuitMitigation(), CircuitMitigation(readout=True)]
+    options = [CircuitMitigation(readout=False), CircuitMitigation()]
     if backend.loader.feeds_forward:
         return tuple(options)
     bits = backend.loader.circuit(backend.loader.size(n)).num_clbits
@@ -305,96 +272,16 @@ def default_options(backend: QiskitQuantumBackend, n: int) -> tuple[CircuitMitig
         asymptote = 0.5**bits if method == "exponential" else 0.0
         return ZeroNoiseExtrapolation(levels, method, asymptote=asymptote)
 
-    options += [CircuitMitigation(extrapolation(*x)) for x in RAW_EXTRAPOLATIONS]
-    options += [CircuitMitigation(extrapolation(*x), readout=True) for x in EXTRAPOLATIONS]
+    options += [CircuitMitigation(extrapolation(*x), readout=False) for x in RAW_EXTRAPOLATIONS]
+    options += [CircuitMitigation(extrapolation(*x)) for x in EXTRAPOLATIONS]
     options += [
-        CircuitMitigation(SharedDecay(levels, corrected=corrected), readout=True)
-        for corrected, levels in SHARED_DECAYS
+        CircuitMitigation(SharedDecay(levels, corrected=corrected)) for corrected, levels in SHARED_DECAYS
     ]
     if num_bits(n) <= MAX_COPY_QUBITS and isinstance(backend.loader, TreeLoader):
-        options.append(CircuitMitigation(loader=TwoCopyLoader(), readout=True))
+        options.append(CircuitMitigation(loader=TwoCopyLoader()))
     if isinstance(backend.engine, AerEngine):
         options += [CircuitMitigation(loader="dynamic", readout=readout) for readout in (False, True)]
     return tuple(options)
-
-
-class Rehearsal:
-    """Tries options on rows, by the errors that a device reports; what options share is computed only once.
-
-    Parameters
-    ----------
-    backend : QiskitQuantumBackend
-    p : Tensor, float64, (R, n)
-        Rows that `check_rows` returned, each with a key of probability above 0.
-    readout : callable
-        Returns the readout errors to undo, given the backend and the number of keys:
-        `calibrated_readout_errors`, or `readout_errors` for those that are measured.
-    """
-
-    def __init__(
-        self,
-        backend: QiskitQuantumBackend,
-        p: Tensor,
-        readout: Callable[[QiskitQuantumBackend, int], Tensor] = calibrated_readout_errors,
-    ):
-        self.backend, self.p, self._readout = backend, p, readout
-        self._outcomes: dict[QiskitQuantumBackend, Tensor] = {}
-        self._errors: dict[QiskitQuantumBackend, Tensor] = {}
-
-    def predict(
-        self, option: CircuitMitigation, shots: int, repeats: int, rng: np.random.Generator
-    ) -> Prediction:
-        """Predict what an option gives.
-
-        Parameters
-        ----------
-        option : CircuitMitigation
-        shots : int
-            Shots of each row.
-        repeats : int
-            Number of rehearsals.
-        rng : numpy.random.Generator
-            The only source of randomness.
-        """
-        try:
-            shots_by_level = option.allocate(shots)
-            option.check(self.backend, self.p.shape[-1])
-            outcomes, errors = self.outcomes(option), self.readout_errors(option)
-            limit = option.combine_results(
-                self.backend, self.p, [LIMIT_SHOTS * x for x in outcomes], errors
-            ).p
-        except (ArgumentError, BackendUnavailable, torch.linalg.LinAlgError) as error:
-            return Prediction(option, inf, inf, inf, problem=str(error))
-        misses, noises = [], []
-        for _ in range(repeats):
-            counts = [
-                torch.from_numpy(rng.multinomial(level_shots, x.numpy()))
-                for level_shots, x in zip(shots_by_level, outcomes, strict=True)
-            ]
-            estimate = option.combine_results(self.backend, self.p, counts, errors).p
-            misses.append(float(total_variation_distance(estimate, self.p).mean()))
-            noises.append(float(total_variation_distance(estimate, limit).mean()))
-        bias = float(total_variation_distance(limit, self.p).mean())
-        std_error = stdev(misses) / repeats**0.5 if repeats > 1 else 0.0
-        return Prediction(option, fmean(misses), bias, fmean(noises), std_error)
-
-    def outcomes(self, option: CircuitMitigation) -> list[Tensor]:
-        """Return the probabilities of the register's values at each noise level of an option, (R, 2^bits)."""
-        backends = option.construct_backends(self.backend)
-        for backend in backends:
-            if backend not in self._outcomes:
-                self._outcomes[backend] = register_probabilities(backend, self.p)
-        return [self._outcomes[backend] for backend in backends]
-
-    def readout_errors(self, option: CircuitMitigation) -> list[Tensor] | None:
-        """Return the readout errors at each noise level, (bits, 2, 2), or None if the option undoes none."""
-        if not option.readout:
-            return None
-        backends = option.construct_backends(self.backend)
-        for backend in backends:
-            if backend not in self._errors:
-                self._errors[backend] = self._readout(backend, self.p.shape[-1])
-        return [self._errors[backend] for backend in backends]
 
 
 def _reason(best: Prediction, raw: Prediction, count: int) -> str:

@@ -29,11 +29,14 @@ class MitigatedRows:
         them. NaN where nothing is known of the row.
     fallbacks : tuple of str
         What was done in another way than asked, and why.
+    mass : Tensor, float64, (R,), optional
+        Sum of each row's signed shares before it was divided by it, where shots have signs.
     """
 
     p: Tensor
     std_error: Tensor
     fallbacks: tuple[str, ...] = ()
+    mass: Tensor | None = None
 
 
 def checked_request(

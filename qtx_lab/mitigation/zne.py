@@ -47,7 +47,8 @@ class ZeroNoiseExtrapolation(ZeroNoiseInference):
     """Extrapolates whole tensors, each number by itself, from several noise levels to noise 0.
 
     With values y_l at levels x_l, the estimate is sum_l w_l y_l with fixed weights that sum to 1. It is the
-    value at 0 of a polynomial: for "richardson" the polynomial through all points, whose weights are prod_{k
+    value at 0 of a polynomial: for "richardson" the polynomial through all points (through the means of those
+    at one level), whose weights are prod_{k
     != l} x_k / (x_k - x_l); for "polynomial" the least-squares polynomial of degree `degree`; for "linear"
     that of degree 1. The variance of the estimate is sum_l w_l² var_l: extrapolation takes away bias and pays
     for it with larger error bars.
@@ -68,7 +69,9 @@ class ZeroNoiseExtrapolation(ZeroNoiseInference):
     noise_levels : sequence of float
         Levels, finite and >= 0. Where circuits are folded, 1 is the device's own noise. A level of 0 is the
         answer itself: it is allowed on simulators, with a warning. A level that is there more than once is
-        measured as often; "richardson" needs levels that all differ.
+        measured as often. On the twins of IBM's devices the line through 1 and 5, the default, has the least
+        error of all that extrapolate each number by itself, with 1,000 to 64,000 shots a row; Richardson
+        extrapolation from more levels takes many more shots (`qtx-lab bench mitigation`).
     method : str
         One of `METHODS`.
     degree : int
@@ -94,7 +97,7 @@ class ZeroNoiseExtrapolation(ZeroNoiseInference):
 
     def __init__(
         self,
-        noise_levels: Sequence[float] = (1.0, 2.0, 3.0),
+        noise_levels: Sequence[float] = (1.0, 5.0),
         method: str = "richardson",
         *,
         degree: int = 2,
@@ -103,7 +106,7 @@ class ZeroNoiseExtrapolation(ZeroNoiseInference):
         if method not in METHODS:
             raise unknown_name("method", method, METHODS)
         degree = check_count("degree", degree)
-        levels = check_noise_levels(noise_levels, None if method == "richardson" else 2)
+        levels = check_noise_levels(noise_levels)
         least = degree + 1 if method == "polynomial" else 2
         if len(set(levels)) < least:
             of_degree = f" of degree {degree}" if method == "polynomial" else ""
@@ -150,18 +153,21 @@ class ZeroNoiseExtrapolation(ZeroNoiseInference):
             If there are not as many levels, if they are not allowed for the method, or if they lie so close
             together, or so far apart, that the weights would have no digits.
         """
-        degree = {"richardson": len(self.noise_levels) - 1, "polynomial": self.degree}.get(self.method, 1)
-        levels = check_noise_levels(levels, None if self.method == "richardson" else degree + 1)
+        richardson = len(set(self.noise_levels)) - 1
+        degree = {"richardson": richardson, "polynomial": self.degree}.get(self.method, 1)
+        levels = check_noise_levels(levels, degree + 1)
         if len(levels) != len(self.noise_levels):
             raise ArgumentError(
                 f"levels has {len(levels)} numbers; there are {len(self.noise_levels)} noise levels."
             )
-        if degree == len(set(levels)) - 1 == len(levels) - 1:
-            # The closed form; solving a linear system would lose digits where levels are close.
-            x = np.array(levels)
+        x, place, count = np.unique(levels, return_inverse=True, return_counts=True)
+        if degree == len(x) - 1:
+            # The closed form; solving a linear system would lose digits where levels are close. Replicates of
+            # a level share its weight.
             others = [np.delete(x, i) for i in range(len(x))]
             with np.errstate(all="ignore"):  # what overflows is refused below
                 w = np.array([np.prod(x_k / (x_k - x_l)) for x_k, x_l in zip(others, x, strict=True)])
+                w = (w / count)[place]
         else:
             # Least squares in orthogonal polynomials on [-1, 1], evaluated where level 0 lies. This keeps the
             # digits where levels are close.
@@ -372,21 +378,23 @@ class ZeroNoiseExtrapolation(ZeroNoiseInference):
 
     def mitigate_attention_errors(
         self, noisy_attention_fn: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor
-    ) -> Tensor | ZeroNoiseEstimate:
+    ) -> Any:
         """Estimate attention without noise from attention at each noise level.
 
         Parameters
         ----------
         noisy_attention_fn : callable
-            `fn(q, k, v, noise_level=x)` returns the attention output at level x: a Tensor, or an estimate
-            with `output` and `std_error`, as `AttentionEstimate`.
+            `fn(q, k, v, noise_level=x)` returns the attention output at level x: a Tensor, an array of
+            floating-point numbers, a number, or an estimate with `output` and `std_error`, as
+            `AttentionEstimate`.
         q, k, v : Tensor
             Passed to `noisy_attention_fn` as they are.
 
         Returns
         -------
-        Tensor or ZeroNoiseEstimate
-            A Tensor if the function returns Tensors; an estimate with error bars if it returns estimates.
+        Tensor, ndarray, float or ZeroNoiseEstimate
+            A Tensor if the function returns Tensors, and so on; an estimate with error bars if it returns
+            estimates.
 
         Raises
         ------
@@ -408,14 +416,51 @@ class ZeroNoiseExtrapolation(ZeroNoiseInference):
                 stacklevel=2,
             )
         results = [noisy_attention_fn(q, k, v, noise_level=level) for level in self.noise_levels]
+        return self._combine(results, None)
+
+    def combine_results(self, results: Sequence[Any], *, levels: Sequence[float] | None = None) -> Any:
+        """Infer the result at noise 0 from what an executor of the user's own returned at each level.
+
+        Parameters
+        ----------
+        results : sequence
+            One for each level, in the order of `noise_levels`: a number, an array of floating-point numbers,
+            a Tensor, or an estimate with `output` and `std_error`.
+        levels : sequence of float, optional
+            The levels that were attained; see `weights_at`.
+
+        Returns
+        -------
+        float, ndarray, Tensor or ZeroNoiseEstimate
+            Of the kind of the results.
+
+        Raises
+        ------
+        ShapeError, DtypeError, ArgumentError
+            As `extrapolate`.
+
+        Examples
+        --------
+        >>> ZeroNoiseExtrapolation([1, 3]).combine_results([0.9, 0.7])
+        1.0
+        """
+        return self._combine(results, levels)
+
+    def _combine(self, results: Sequence[Any], levels: Sequence[float] | None) -> Any:
         estimates = [result for result in results if isinstance(result, _EstimateWithError)]
         outputs = [result.output if isinstance(result, _EstimateWithError) else result for result in results]
         errors = [estimate.std_error for estimate in estimates if estimate.std_error is not None]
         known = len(errors) == len(results)
         degrees = [x.degrees_of_freedom if isinstance(x, _EstimateWithDegrees) else math.inf for x in results]
-        estimate = self._extrapolate(outputs, errors if known else None, None, degrees if known else None)
-        _warn_of(estimate.fallbacks)
-        return estimate if estimates else estimate.output
+        estimate = self._extrapolate(outputs, errors if known else None, levels, degrees if known else None)
+        _warn_of(estimate.fallbacks, stacklevel=4)
+        if estimates:
+            return estimate
+        if all(isinstance(x, Tensor) for x in results):
+            return estimate.output
+        if any(isinstance(x, Tensor | np.ndarray) for x in results):
+            return estimate.output.numpy()
+        return float(estimate.output)
 
     def _stack(self, argument: str, values: Sequence[Values] | Tensor | np.ndarray) -> Tensor:
         """Check the values of the levels, and return them as one tensor, float64, (levels, ...)."""
@@ -464,6 +509,6 @@ def _line_through(y: Tensor, sigma: Tensor | None, w: Tensor) -> _Fit:
     return _Fit((w * y).sum(0), None if sigma is None else (w * sigma).square().sum(0).sqrt())
 
 
-def _warn_of(fallbacks: Sequence[str]) -> None:
+def _warn_of(fallbacks: Sequence[str], stacklevel: int = 3) -> None:
     for fallback in fallbacks:
-        warnings.warn(fallback, FallbackWarning, stacklevel=3)
+        warnings.warn(fallback, FallbackWarning, stacklevel=stacklevel)

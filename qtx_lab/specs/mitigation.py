@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, Self
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from ..errors import ArgumentError
 from .base import Spec
-from .fields import Real, Switch, Whole, each_once, field
+from .fields import Real, Switch, Whole, each_once, field, python_number, real_number
 
 if TYPE_CHECKING:
     from ..mitigation import CircuitMitigation, MitigationPlanner, ProbabilisticErrorCancellation
@@ -30,20 +31,22 @@ class MitigationSpec(Spec):
     )
     readout: Switch = field(
         False,
-        "Undo readout errors, by a calibration of their own; the planner decides it by itself.",
+        "Undo readout errors, by a calibration of their own: the default with every method but none and the "
+        "planner, which decides it by itself.",
         "yes or no",
         "method",
     )
     noise_levels: tuple[Real, ...] = field(
         (1.0, 3.0, 5.0),
-        "Noise levels of zne and the decays, in rising order; 1 is the device's own noise.",
+        "Noise levels of zne and the decays, in rising order; 1 is the device's own noise. The decays use "
+        "the lowest and the highest.",
         "times the device's noise",
         "noise levels",
         min_length=1,
         max_length=16,
     )
     extrapolation: Literal["richardson", "linear", "polynomial", "exponential"] = field(
-        "richardson", "The curve that zne fits through the levels.", "name", "noise levels"
+        "linear", "The curve that zne fits through the levels.", "name", "noise levels"
     )
     degree: Whole = field(2, "Degree of zne's polynomial.", "degree", "noise levels", ge=1, le=8)
     scaling: Literal["local", "two-qubit", "global", "model"] = field(
@@ -52,14 +55,30 @@ class MitigationSpec(Spec):
         "name",
         "noise levels",
     )
-    instances: Whole = field(
-        256,
-        "Circuits with random Paulis that pec runs.",
-        "circuits",
-        "cancellation",
-        ge=2,
-        le=65_536,
+    instances: Annotated[int, Field(strict=True, ge=2, le=65_536), BeforeValidator(python_number)] | None = (
+        field(
+            None,
+            "Circuits with random Paulis that pec runs for a row; none: a number that grows with the shots.",
+            "circuits",
+            "cancellation",
+        )
     )
+    precision: (
+        Annotated[float, Field(strict=True, allow_inf_nan=False, gt=0, lt=1), BeforeValidator(real_number)]
+        | None
+    ) = field(
+        None,
+        "Instead of a number of circuits: pec runs as many as keep every standard error below this.",
+        "probability",
+        "cancellation",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _readout_belongs_to_a_method(cls, fields: Any) -> Any:
+        if isinstance(fields, Mapping) and "readout" not in fields:
+            return {**fields, "readout": fields.get("method", "none") not in ("none", "planner")}
+        return fields
 
     @field_validator("noise_levels")
     @classmethod
@@ -73,6 +92,10 @@ class MitigationSpec(Spec):
 
     @model_validator(mode="after")
     def _check_the_levels(self) -> Self:
+        if self.instances is not None and self.precision is not None:
+            raise ValueError(
+                f"instances={self.instances} and precision={self.precision} exclude each other: give one."
+            )
         if self.method in ("zne", "shared-decay", "corrected-decay"):
             try:
                 self.build(num_keys=2)
@@ -105,11 +128,13 @@ class MitigationSpec(Spec):
         )
 
         if self.method == "none":
-            return CircuitMitigation(readout=True) if self.readout else None
+            return CircuitMitigation() if self.readout else None
         if self.method == "planner":
             return MitigationPlanner()
         if self.method == "pec":
-            return ProbabilisticErrorCancellation(self.instances, readout=self.readout)
+            return ProbabilisticErrorCancellation(
+                self.instances, precision=self.precision, readout=self.readout
+            )
         if self.method == "distillation":
             return CircuitMitigation(readout=self.readout, loader=TwoCopyLoader())
         inference: ZeroNoiseExtrapolation | SharedDecay
@@ -125,5 +150,6 @@ class MitigationSpec(Spec):
                 self.noise_levels, self.extrapolation, degree=self.degree, asymptote=asymptote
             )
         else:
-            inference = SharedDecay(self.noise_levels, corrected=self.method == "corrected-decay")
+            ends = sorted({self.noise_levels[0], self.noise_levels[-1]})
+            inference = SharedDecay(ends, corrected=self.method == "corrected-decay")
         return CircuitMitigation(inference, self.readout, scaling=self.scaling)

@@ -13,6 +13,7 @@ from scipy.optimize import minimize
 import qtx_lab as qtx
 from qtx_lab.backends.exact import compile_steps, density_matrices, outcome_probabilities
 from qtx_lab.backends.requests import CalibrationRequest, MitigatedRowRequest
+from qtx_lab.bench.mitigation import synthetic_rows
 from qtx_lab.circuits.base import pack_values
 from qtx_lab.circuits.fidelity import total_variation_distance
 from qtx_lab.mitigation import readout
@@ -23,6 +24,7 @@ from qtx_lab.mitigation.readout import (
     readout_errors,
     undo_readout,
 )
+from qtx_lab.specs import MitigationSpec
 
 ZNE = qtx.ZeroNoiseExtrapolation
 RICHARDSON = qtx.CircuitMitigation(ZNE([1, 3]), readout=True)
@@ -296,7 +298,7 @@ def test_error_bars_of_few_shots_know_that_an_unseen_key_is_possible(loader, rea
     ("option", "likely"),
     [
         (OPTIONS["exponential"], 0.0),
-        (qtx.CircuitMitigation(ZNE([1, 3, 5], "exponential", asymptote=1 / 8)), 0.0),
+        (qtx.CircuitMitigation(ZNE([1, 3, 5], "exponential", asymptote=1 / 8), readout=False), 0.0),
         (qtx.ProbabilisticErrorCancellation(256, readout=True), 0.0),
         (qtx.ProbabilisticErrorCancellation(16), 0.05),
         (qtx.ProbabilisticErrorCancellation(4), 0.0),
@@ -364,6 +366,130 @@ def test_pec_says_nothing_of_rows_whose_signs_cancel(generator):
     assert got.estimate[unknown].eq(0).all()
     assert torch.allclose(got.estimate[~unknown].sum(-1), torch.ones((), dtype=torch.float64))
     assert any("cancel" in fallback for fallback in got.diagnostics["fallbacks"])
+
+
+def test_pec_works_out_how_many_draws_a_precision_needs(generator):
+    """The standard errors keep to it, and fewer shots than it needs are refused before any work."""
+    backend = qtx.QiskitQuantumBackend("aer", noise=qtx.ParametricNoise(two_qubit=0.02), loader="tree")
+    p = rows(3, 8, generator)
+    for precision in (0.05, 0.02):
+        pec = qtx.ProbabilisticErrorCancellation(precision=precision)
+        needed = pec.count_instances(backend, 8, 100_000)
+        assert needed == np.ceil(pec.overhead(backend, 8) / precision**2)
+        got = pec.sample_rows(backend, p, needed, generator=generator)
+        assert got.diagnostics["instances"] == needed
+        assert got.diagnostics["precision"] == precision
+        assert float(got.std_error.max()) <= precision
+        assert got.diagnostics["mass"].tolist() == pytest.approx([1, 1, 1], abs=0.2)
+        with pytest.raises(qtx.ArgumentError, match=rf"precision={precision} needs {needed:,} shots"):
+            pec.sample_rows(backend, p, needed - 1, generator=generator)
+    counted = [
+        qtx.ProbabilisticErrorCancellation().count_instances(backend, 8, n) for n in (64, 4000, 64_000)
+    ]
+    assert counted == [64, 1000, 4000]
+    assert qtx.ProbabilisticErrorCancellation(64).count_instances(backend, 8, 64_000) == 64
+
+
+def test_pec_warns_where_the_overhead_nears_the_shots(generator):
+    noisy = qtx.QiskitQuantumBackend("aer", noise=qtx.ParametricNoise(two_qubit=0.3), loader="tree")
+    p = rows(4, 8, generator)
+    pec = qtx.ProbabilisticErrorCancellation(128)
+    assert pec.overhead(noisy, 8) > 12.8
+    with pytest.warns(qtx.FallbackWarning, match="128 shots a row say as much as"):
+        pec.sample_rows(noisy, p, 128, generator=generator)
+    weak = qtx.QiskitQuantumBackend("aer", noise=qtx.ParametricNoise(two_qubit=0.01), loader="tree")
+    with pytest.warns(
+        qtx.FallbackWarning, match="300 shots a row do not pay for the mitigation 'readout, pec'"
+    ):
+        pec.sample_rows(weak, p, 300, generator=generator)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pec.sample_rows(weak, p, 30_000, generator=generator)
+
+
+def test_pec_flags_rows_that_lost_their_mass():
+    """Signed shots that sum to less than half are counted, though their rows are estimated."""
+    backend = qtx.QiskitQuantumBackend("aer", noise=qtx.ParametricNoise(two_qubit=0.1), loader="tree")
+    pec, p = qtx.ProbabilisticErrorCancellation(1000), torch.full((2, 2), 0.5, dtype=torch.float64)
+    counts = torch.tensor([[5, 5]]).expand(2000, 2)
+    signs = torch.ones(2000, dtype=torch.float64)
+    signs[1000:1400] = -1  # of the second row: its sum is .2
+    got = pec.combine_results(backend, p, counts, signs, None)
+    assert got.mass.tolist() == pytest.approx([1, 0.2])
+    assert len(got.fallbacks) == 1
+    assert "1 of 2 rows sum to less than 0.5" in got.fallbacks[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ({"precision": 0}, "between 0 and 1"),
+        ({"precision": 1.0}, "between 0 and 1"),
+        ({"precision": True}, "precision"),
+        ({"precision": float("nan")}, "precision"),
+        ({"precision": 0.1, "instances": 10}, "exclude each other"),
+        ({"readout": 1}, "readout"),
+    ],
+)
+def test_bad_precisions_are_refused(arguments, error):
+    with pytest.raises(qtx.QtxError, match=error):
+        qtx.ProbabilisticErrorCancellation(**arguments)
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize("device", ["fake_fez", "fake_boston"])
+def test_the_defaults_help_or_warn(device):
+    """With 64,000 shots every default is better than raw counts; with 1,000 it is not worse, or it warns.
+
+    12 rows of 16 keys; errors of 4 repetitions are known to 3 %, and those behind a warning to 5 %. The
+    former default, Richardson extrapolation from three levels without readout correction, is worse at both.
+    """
+    p = synthetic_rows(4)[::2]
+    backend = qtx.QiskitQuantumBackend("aer", device, loader="tree")
+    rehearsal, rng = Rehearsal(backend, p), np.random.default_rng(0)
+    options = [
+        qtx.CircuitMitigation(),
+        qtx.CircuitMitigation(ZNE()),
+        qtx.CircuitMitigation(qtx.SharedDecay()),
+        *(MitigationSpec(method=x).build() for x in ("zne", "shared-decay", "corrected-decay")),
+    ]
+    assert all(option.readout for option in options)
+    former = qtx.CircuitMitigation(ZNE([1, 2, 3]), readout=False)
+    raw = qtx.CircuitMitigation(readout=False)
+    for shots in (64_000, 1_000):
+        of_raw = rehearsal.predict(raw, shots, 4, rng).error
+        errors = {x: rehearsal.predict(x, shots, 4, rng).error for x in (*options, former)}
+        assert errors[former] > 1.1 * of_raw
+        assert former.expect(backend, p, shots).warning
+        for option in options:
+            warning = option.expect(backend, p, shots).warning
+            assert not warning or errors[option] > 0.95 * of_raw
+            if shots == 64_000:
+                assert errors[option] < 0.8 * of_raw
+                assert not warning
+            elif errors[option] > 1.1 * of_raw:
+                assert f"1,000 shots a row do not pay for the mitigation {option.name!r}" in warning
+
+
+def test_a_warning_says_from_how_many_shots_a_mitigation_pays(generator):
+    """At that number it is about as good as raw counts; replicates of the same rows are rehearsed once."""
+    backend, option, p = twin(), qtx.CircuitMitigation(ZNE([1, 2, 3])), synthetic_rows(3)
+    with pytest.warns(qtx.FallbackWarning, match="do not pay for the mitigation 'readout, richardson 1 2 3"):
+        got = option.sample_rows(backend, p, 2000, generator=generator)
+    assert got.diagnostics["expected_error"] > got.diagnostics["expected_raw_error"]
+    expected = option.expect(backend, p, 2000)
+    assert option.expect(backend, p, 2000) is expected
+    enough = int(expected.warning.split("about ")[1].split(" shots")[0].replace(",", ""))
+    rehearsal, rng = Rehearsal(backend, p), np.random.default_rng(0)
+    raw = qtx.CircuitMitigation(readout=False)
+    ratio = [rehearsal.predict(x, enough, 8, rng).error for x in (option, raw)]
+    assert ratio[0] == pytest.approx(ratio[1], rel=0.25)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        option.sample_rows(backend, p[:2], 2000, generator=generator, rehearse=False)
+        raw.sample_rows(backend, p[:2], 10, generator=generator)
+        ideal = qtx.QiskitQuantumBackend("aer", loader="tree")
+        option.sample_rows(ideal, p[:2], 100, generator=generator)
 
 
 def test_two_copies_without_noise_show_the_row(generator):
@@ -504,7 +630,9 @@ def test_a_row_whose_shots_are_all_discarded_is_zero():
     noise = qtx.ParametricNoise(readout=0.45)
     backend = qtx.QiskitQuantumBackend("aer", noise=noise, loader="unary")
     p = torch.full((40, 3), 1 / 3)
-    result = qtx.CircuitMitigation().sample_rows(backend, p, 1, generator=torch.Generator().manual_seed(0))
+    result = qtx.CircuitMitigation(readout=False).sample_rows(
+        backend, p, 1, generator=torch.Generator().manual_seed(0)
+    )
     lost = result.counts.sum(-1) == 0
     assert bool(lost.any())
     assert result.estimate[lost].eq(0).all()

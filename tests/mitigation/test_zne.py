@@ -317,7 +317,7 @@ def test_values_on_both_sides_of_the_asymptote_are_reported(generator):
     ("arguments", "error"),
     [
         ({"noise_levels": [1, 1]}, "twice"),
-        ({"noise_levels": [1, 1, 3], "method": "richardson"}, "twice"),
+        ({"noise_levels": [3, 3, 3], "method": "richardson"}, "twice"),
         ({"noise_levels": [2, 2], "method": "linear"}, "twice"),
         ({"noise_levels": [1, 1, 3], "method": "polynomial"}, "at least 3"),
         ({"noise_levels": np.array(3.0)}, "0 dimensions"),
@@ -411,7 +411,7 @@ def test_numbers_that_are_none_are_refused_as_values():
             zne.extrapolate(values)
 
 
-@pytest.mark.parametrize("method", ["linear", "polynomial", "exponential"])
+@pytest.mark.parametrize("method", METHODS)
 def test_equal_levels_are_replicates(method, generator):
     """A level that was measured twice has the weight of its mean, so that the curve is that of the means."""
     zne = qtx.ZeroNoiseExtrapolation([1, 1, 2, 3, 3], method)
@@ -421,10 +421,11 @@ def test_equal_levels_are_replicates(method, generator):
     assert float(weights.sum()) == pytest.approx(1)
     assert float(weights[0]) == pytest.approx(float(weights[1]))
     got = float(zne.extrapolate(values).output)
-    degree = 2 if method == "polynomial" else 1
+    degree = 2 if method in ("polynomial", "richardson") else 1
+    method = "polynomial" if method == "richardson" else method
     assert got == pytest.approx(by_numpy([1, 1, 2, 3, 3], values, method, degree, 0.0))
     if method == "polynomial":  # it goes through the means
-        assert got == pytest.approx(float(qtx.ZeroNoiseExtrapolation([1, 2, 3]).weights @ means), abs=0.3)
+        assert got == pytest.approx(float(qtx.ZeroNoiseExtrapolation([1, 2, 3]).weights @ means))
     errors = torch.full((5,), 0.01, dtype=torch.float64)
     assert float(zne.extrapolate(values, errors).std_error) > 0
     assert sum(zne.allocate(1000)) == 1000

@@ -283,6 +283,8 @@ def test_each_problem_names_its_field() -> None:
         (MitigationSpec, {"method": "zne", "noise_levels": [0, 1]}, r"noise_levels=\[0.0, 1.0\]"),
         (MitigationSpec, {"method": "zne", "noise_levels": [1]}, "noise_levels has 1"),
         (MitigationSpec, {"noise_levels": [1, 1]}, "named more than once"),
+        (MitigationSpec, {"method": "pec", "instances": 8, "precision": 0.1}, "exclude each other"),
+        (MitigationSpec, {"method": "pec", "precision": 1}, "precision"),
         (MitigationSpec, {"noise_levels": [float("inf")]}, "finite"),
         (ClusterSpec, {"kind": "address"}, "address=None"),
         (ClusterSpec, {"kind": "local", "devices": [0]}, "devices"),
@@ -317,6 +319,10 @@ def test_specs_build_what_they_describe() -> None:
     built = {method: MitigationSpec(method=method).build() for method in ("none", "planner", "zne", "pec")}
     assert built["none"] is None
     assert built["zne"].levels == (1, 3, 5)
+    assert (built["zne"].readout, built["zne"].zne.method, built["pec"].readout) == (True, "linear", True)
+    assert MitigationSpec(readout=True).build().readout
+    assert not MitigationSpec(method="zne", readout=False).build().readout
+    assert MitigationSpec(method="pec", precision=0.01).build().precision == 0.01
     with pytest.raises(ArgumentError, match="num_keys"):
         MitigationSpec(method="zne", extrapolation="exponential").build()
     with open_cluster(**ClusterSpec(kind="local", num_workers=1).arguments()) as cluster:

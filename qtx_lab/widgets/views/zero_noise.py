@@ -131,9 +131,12 @@ class ZeroNoiseFit:
 def fitted_curve(zne: ZeroNoiseExtrapolation, y: np.ndarray, x: np.ndarray) -> Any:
     """The function that `zne` fits through values y at its levels, evaluated at x."""
     levels = np.array(zne.noise_levels)
-    degree = {"richardson": len(levels) - 1, "polynomial": zne.degree}.get(zne.method, 1)
+    degree = {"richardson": len(set(zne.noise_levels)) - 1, "polynomial": zne.degree}.get(zne.method, 1)
     floor = float(zne.asymptote)
     if zne.method == "exponential" and ((y > floor).all() or (y < floor).all()):
-        sign = np.sign(y[0] - floor)
-        return floor + sign * np.exp(np.polyval(np.polyfit(levels, np.log(np.abs(y - floor)), 1), x))
+        sign, above = np.sign(y[0] - floor), np.abs(y - floor)
+        line = np.polyfit(
+            levels, np.log(above), 1, w=np.sqrt(above)
+        )  # the weights of `ZeroNoiseExtrapolation`
+        return floor + sign * np.exp(np.polyval(line, x))
     return np.polyval(np.polyfit(levels, y, degree), x)

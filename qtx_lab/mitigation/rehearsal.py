@@ -1,0 +1,241 @@
+"""`Rehearsal`: what a way to measure rows is expected to give, by the errors that a device reports."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import inf
+from statistics import fmean, stdev
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..backends import QiskitQuantumBackend
+from ..circuits.fidelity import total_variation_distance
+from ..errors import ArgumentError, BackendUnavailable
+from .readout import calibrated_readout_errors
+from .register import register_probabilities
+
+if TYPE_CHECKING:
+    from .circuit import CircuitMitigation
+
+LIMIT_SHOTS = 1e15
+"""Number of shots whose noise does not matter."""
+
+EXPECTED_ROWS, EXPECTED_REPEATS = 8, 4
+"""Rows on which a mitigation is rehearsed before it is used, and how often."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What is expected of an option.
+
+    Parameters
+    ----------
+    option : CircuitMitigation
+    error : float
+        Total variation between mitigated and true rows, mean over rows; infinite if the option cannot be
+        used.
+    bias : float
+        The same with infinitely many shots.
+    noise : float
+        Total variation between what the shots give and what infinitely many would, mean over rows.
+    std_error : float
+        Standard error of `error`, because rehearsals are few.
+    problem : str
+        Why the option cannot be used; empty if it can.
+    """
+
+    option: CircuitMitigation
+    error: float
+    bias: float
+    noise: float
+    std_error: float = 0.0
+    problem: str = ""
+
+
+class Rehearsal:
+    """Tries options on rows, by the errors that a device reports; what options share is computed only once.
+
+    Parameters
+    ----------
+    backend : QiskitQuantumBackend
+    p : Tensor, float64, (R, n)
+        Rows that `check_rows` returned, each with a key of probability above 0.
+    readout : callable
+        Returns the readout errors to undo, given the backend and the number of keys:
+        `calibrated_readout_errors`, or `readout_errors` for those that are measured.
+    """
+
+    def __init__(
+        self,
+        backend: QiskitQuantumBackend,
+        p: Tensor,
+        readout: Callable[[QiskitQuantumBackend, int], Tensor] = calibrated_readout_errors,
+    ):
+        self.backend, self.p, self._readout = backend, p, readout
+        self._outcomes: dict[QiskitQuantumBackend, Tensor] = {}
+        self._errors: dict[QiskitQuantumBackend, Tensor] = {}
+
+    def predict(
+        self, option: CircuitMitigation, shots: int, repeats: int, rng: np.random.Generator
+    ) -> Prediction:
+        """Predict what an option gives.
+
+        Parameters
+        ----------
+        option : CircuitMitigation
+        shots : int
+            Shots of each row.
+        repeats : int
+            Number of rehearsals.
+        rng : numpy.random.Generator
+            The only source of randomness.
+        """
+        try:
+            shots_by_level = option.allocate(shots)
+            option.check(self.backend, self.p.shape[-1])
+            outcomes, errors = self.outcomes(option), self.readout_errors(option)
+            limit = option.combine_results(
+                self.backend, self.p, [LIMIT_SHOTS * x for x in outcomes], errors
+            ).p
+        except (ArgumentError, BackendUnavailable, torch.linalg.LinAlgError) as error:
+            return Prediction(option, inf, inf, inf, problem=str(error))
+        misses, noises = [], []
+        for _ in range(repeats):
+            counts = [
+                torch.from_numpy(rng.multinomial(level_shots, x.numpy()))
+                for level_shots, x in zip(shots_by_level, outcomes, strict=True)
+            ]
+            estimate = option.combine_results(self.backend, self.p, counts, errors).p
+            misses.append(float(total_variation_distance(estimate, self.p).mean()))
+            noises.append(float(total_variation_distance(estimate, limit).mean()))
+        bias = float(total_variation_distance(limit, self.p).mean())
+        std_error = stdev(misses) / repeats**0.5 if repeats > 1 else 0.0
+        return Prediction(option, fmean(misses), bias, fmean(noises), std_error)
+
+    def outcomes(self, option: CircuitMitigation) -> list[Tensor]:
+        """Return the probabilities of the register's values at each noise level of an option, (R, 2^bits)."""
+        backends = option.construct_backends(self.backend)
+        for backend in backends:
+            if backend not in self._outcomes:
+                self._outcomes[backend] = register_probabilities(backend, self.p)
+        return [self._outcomes[backend] for backend in backends]
+
+    def readout_errors(self, option: CircuitMitigation) -> list[Tensor] | None:
+        """Return the readout errors at each noise level, (bits, 2, 2), or None if the option undoes none."""
+        if not option.readout:
+            return None
+        backends = option.construct_backends(self.backend)
+        for backend in backends:
+            if backend not in self._errors:
+                self._errors[backend] = self._readout(backend, self.p.shape[-1])
+        return [self._errors[backend] for backend in backends]
+
+
+def shots_that_pay(mitigated: Prediction, raw: Prediction, shots: int) -> int | None:
+    """From how many shots a mitigation is expected to be better than raw counts; None if from none.
+
+    The squares of bias and noise are added, and that of the noise falls with the shots: N solves bias² +
+    noise² shots / N = raw bias² + raw noise² shots / N.
+
+    Parameters
+    ----------
+    mitigated, raw : Prediction
+        For `shots` shots.
+    shots : int
+
+    Examples
+    --------
+    >>> from qtx_lab.mitigation import CircuitMitigation
+    >>> option = CircuitMitigation()
+    >>> mitigated, raw = Prediction(option, 0.08, 0.0, 0.08), Prediction(option, 0.05, 0.03, 0.04)
+    >>> shots_that_pay(mitigated, raw, 1000)
+    5400
+    """
+    less_bias = raw.bias**2 - mitigated.bias**2
+    more_noise = mitigated.noise**2 - raw.noise**2
+    if not 0 < less_bias < inf:
+        return None
+    exact = shots * max(more_noise, 0) / less_bias
+    digits = 10 ** max(len(str(int(exact))) - 2, 0)  # two digits are more than is known of it
+    return max(int(-(-exact // digits) * digits), 1)
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """What a mitigation and raw counts of as many shots are expected to give.
+
+    Parameters
+    ----------
+    mitigated, raw : Prediction
+        Rehearsed on some of the rows themselves.
+    warning : str
+        Why raw counts are expected to be better, and from how many shots they are not; empty otherwise.
+    """
+
+    mitigated: Prediction
+    raw: Prediction
+    warning: str = ""
+
+
+def expected_errors(
+    option: CircuitMitigation,
+    raw: CircuitMitigation,
+    backend: QiskitQuantumBackend,
+    p: Tensor,
+    shots: int,
+) -> Expectation | None:
+    """Rehearse a mitigation and raw counts on some of the rows; None if they cannot be rehearsed.
+
+    Parameters
+    ----------
+    option, raw : CircuitMitigation
+    backend : QiskitQuantumBackend
+    p : Tensor, float64, (R, n)
+        Rows that `check_rows` returned, each with a key of probability above 0.
+    shots : int
+        Shots of each row, over all noise levels.
+    """
+    rehearsal, repeats, rng = _few_rows(backend, p)
+    mitigated, of_raw = (rehearsal.predict(x, shots, repeats, rng) for x in (option, raw))
+    if mitigated.problem or of_raw.problem:
+        return None
+    doubt = 2 * (mitigated.std_error**2 + of_raw.std_error**2) ** 0.5
+    worse = mitigated.error - doubt > of_raw.error
+    warning = unpaid_warning(option.name, mitigated, of_raw, shots) if worse else ""
+    return Expectation(mitigated, of_raw, warning)
+
+
+def expected_raw_error(
+    raw: CircuitMitigation, backend: QiskitQuantumBackend, p: Tensor, shots: int
+) -> Prediction | None:
+    """Rehearse raw counts alone; arguments and None as for `expected_errors`."""
+    rehearsal, repeats, rng = _few_rows(backend, p)
+    prediction = rehearsal.predict(raw, shots, repeats, rng)
+    return None if prediction.problem else prediction
+
+
+def _few_rows(backend: QiskitQuantumBackend, p: Tensor) -> tuple[Rehearsal, int, np.random.Generator]:
+    """A rehearsal of rows spread over p, how often to repeat it, and its own source of randomness."""
+    some = p[torch.linspace(0, len(p) - 1, min(len(p), EXPECTED_ROWS)).round().long()]
+    repeats = EXPECTED_REPEATS * EXPECTED_ROWS // len(some)
+    return Rehearsal(backend, some), repeats, np.random.default_rng(0)
+
+
+def unpaid_warning(name: str, mitigated: Prediction, raw: Prediction, shots: int) -> str:
+    """The sentence that a mitigation of this name is expected to be worse than raw counts."""
+    enough = shots_that_pay(mitigated, raw, shots)
+    factor = (mitigated.noise / raw.noise) ** 2 if raw.noise else inf
+    if enough is None:
+        pays = "no number of shots pays for it"
+    else:
+        pays = f"about {enough:,} shots pay for it" if enough > shots else "somewhat more shots pay for it"
+    return (
+        f"{shots:,} shots a row do not pay for the mitigation {name!r}, which multiplies the variance by "
+        f"{factor:.1f}: by the device's calibration its error is expected to be {mitigated.error:.4f} (total "
+        f"variation), and that of the raw counts {raw.error:.4f}; {pays}. MitigationPlanner() chooses what "
+        "does."
+    )

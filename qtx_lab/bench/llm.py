@@ -41,13 +41,23 @@ Budget = float | int
 
 METHODS: dict[str, dict[str, Any]] = {
     "head-tail": {"name": "sampler", "sampler": "head-tail"},
-    "systematic": {"name": "sampler", "sampler": "systematic"},
     "cache, int4": {"name": "sampled", "proposal": "int4"},
     "cache, low-rank 16": {"name": "sampled", "proposal": "low-rank", "rank": 16},
+    "cache, mixed": {"name": "sampled", "proposal": "mixed"},
+    "cache, int4, shared": {"name": "sampled", "proposal": "int4", "shared": True},
+    "cache, mixed, shared": {"name": "sampled", "proposal": "mixed", "shared": True},
     "oracle top-k": {"name": "oracle-top-k"},
     "sink + window": {"name": "sink-window"},
     "Quest": {"name": "quest"},
+    "Quest's pages, drawn": {"name": "quest", "draw": True},
+    "PQCache": {"name": "pqcache"},
+    "PQCache's codes, drawn": {"name": "pqcache", "draw": True},
+    "MagicPIG": {"name": "magicpig"},
+    "vAttention": {"name": "vattention"},
     "S²ANTA-Prop": {"name": "santa", "rule": "proportional"},
+    "S²ANTA-Flash": {"name": "santa", "rule": "fixed"},
+    "H2O": {"name": "h2o"},
+    "SnapKV": {"name": "snapkv"},
 }
 """The settings of each method for `make_policy`, by the names that tables have."""
 
@@ -66,6 +76,7 @@ class TaskPlan:
     length: int
     prompts: int
     budgets: tuple[Budget, ...] = (0.05,)
+    methods: tuple[str, ...] = tuple(METHODS)
 
     @property
     def case(self) -> str:
@@ -73,18 +84,19 @@ class TaskPlan:
         return f"{self.task}, {self.length:,} tokens"
 
 
+CACHES = ("cache, int4", "cache, low-rank 16")
+
 QUICK_PLANS = (
-    TaskPlan("single-needle", 768, 3, (DRAWS_OF_NEEDLE,)),
-    TaskPlan("many-keys", 768, 4),
-    TaskPlan("long-text", 768, 2),
+    TaskPlan("single-needle", 768, 3, (DRAWS_OF_NEEDLE,), CACHES),
+    TaskPlan("many-keys", 768, 3),
 )
 
 PLANS = (
-    *(TaskPlan("single-needle", length, 12, (DRAWS_OF_NEEDLE,)) for length in (1024, 2048, 4096)),
-    TaskPlan("many-keys", 2048, 32, (0.02, 0.05, 0.1)),
-    TaskPlan("many-values", 2048, 24),
-    TaskPlan("many-queries", 2048, 24),
-    TaskPlan("long-text", 2048, 12, (0.02, 0.05, 0.1)),
+    TaskPlan("many-keys", 2048, 16, (0.02, 0.05, 0.1)),
+    *(TaskPlan("single-needle", length, 10, (DRAWS_OF_NEEDLE,), CACHES) for length in (1024, 2048, 4096)),
+    TaskPlan("many-values", 2048, 12),
+    TaskPlan("many-queries", 2048, 12),
+    TaskPlan("long-text", 2048, 4),
 )
 
 
@@ -182,8 +194,9 @@ def competitors(plan: TaskPlan, seed: int) -> list[tuple[str, Budget, CachePolic
     """Exact attention, and every method at every budget of a plan."""
     policies: list[tuple[str, Budget, CachePolicy]] = [("exact", 1.0, ExactPolicy())]
     for budget in plan.budgets:
-        for method, settings in METHODS.items():
-            policies.append((method, budget, make_policy(**settings, budget=budget, seed=seed)))
+        for method in plan.methods:
+            policy = make_policy(**METHODS[method], budget=budget, seed=seed)
+            policies.append((method, budget, policy))
     return policies
 
 

@@ -242,7 +242,7 @@ def _control(schema: Mapping[str, Any]) -> dict[str, Any]:
         kind = "whole" if schema["type"] == "integer" else "number"
         exact = kind == "number" or high is None or high <= MAX_EXACT_INTEGER
         return {"kind": kind, "low": low if exact else None, "high": high if exact else None, "arrows": exact}
-    return {"kind": "text"}
+    return {"kind": "text", "suggestions": schema.get("examples", [])}
 
 
 def _bound(schema: Mapping[str, Any], *names: str) -> float | None:

@@ -543,14 +543,14 @@ def test_a_thinned_curve_keeps_its_extremes() -> None:
 
 
 def test_maps_are_the_heads_own() -> None:
-    few = maps.attention_maps(128, 3, 0, "systematic", 16)
-    again = maps.attention_maps.__wrapped__(128, 3, 0, "systematic", 16)
+    few = maps.attention_maps("reference", 128, 3, 0, "systematic", 16)
+    again = maps.attention_maps.__wrapped__("reference", 128, 3, 0, "systematic", 16)
     assert np.array_equal(few.sampled, again.sampled, equal_nan=True)
     lower = np.tril(np.ones((128, 128), bool))
     assert np.isnan(few.exact[~lower]).all()
     for p in (few.exact, few.sampled):
         assert np.allclose(np.nansum(p, 1), 1, atol=1e-5)
-    more = maps.attention_maps(128, 3, 0, "systematic", 512)
+    more = maps.attention_maps("reference", 128, 3, 0, "systematic", 512)
     assert 0 < more.distance < few.distance
     assert 0 < more.error < few.error
     tokens = qtx.encode(qtx.reference_text())[None, :128]

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import qtx_lab as qtx
 from qtx_lab import sampled_attention
 from qtx_lab.errors import ArgumentError, ShapeError
 from qtx_lab.widgets.views.lens import AttentionLens
@@ -218,3 +219,17 @@ def test_in_jupyterlab(
     set_theme(page, "dark")
     shoot(page, "lens-dark")
     assert axe(page, ".qtx-lens") == []
+
+
+def test_a_model_by_name_shows_its_own_layers():
+    lens = qtx.AttentionLens.of_model("reference", "A text of some bytes", num_tokens=12, layer=2)
+    tokens = qtx.encode("A text of some bytes")[None, :12]
+    q, k, v = qtx.load_reference_model().attention_inputs(tokens)[2]
+    same = qtx.AttentionLens(q[0], k[0], v[0], is_causal=True)
+    lens.selected_rows = same.selected_rows = [3, 11]
+    torch.testing.assert_close(lens.rows(), same.rows())
+    assert "".join(lens.tokens) == "A text of so"
+    with pytest.raises(qtx.ArgumentError, match="source='smollm'"):
+        qtx.AttentionLens.of_model("smollm")
+    with pytest.raises(qtx.ArgumentError, match="has no tokens"):
+        qtx.AttentionLens.of_model("reference", "")

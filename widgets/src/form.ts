@@ -11,6 +11,8 @@ export interface Field {
   kind: Kind;
   optional: boolean;
   choices?: string[];
+  /** Values that a text field offers; others can be typed, too. */
+  suggestions?: string[];
   item?: Item;
   low?: number | null;
   high?: number | null;
@@ -38,6 +40,8 @@ interface Model {
 /** One field on the page. */
 interface Control {
   element: HTMLElement;
+  /** What has to stand beside the element. */
+  beside?: HTMLElement;
   /** Shows a value that came from Python. */
   show(value: Typed): void;
   /** Shows what is wrong; "" stands for nothing. */
@@ -128,6 +132,12 @@ function showIn(element: HTMLInputElement | HTMLSelectElement | HTMLTextAreaElem
 function single(field: Field, id: string, type: (value: Typed) => void): Control {
   const element = input(field, field.optional, id);
   element.setAttribute("aria-describedby", `${id}-help ${id}-problem`);
+  let beside: HTMLElement | undefined;
+  if (field.suggestions?.length) {
+    const offered = field.suggestions.map((value) => make("option", { value }));
+    beside = make("datalist", { id: `${id}-suggestions` }, ...offered);
+    element.setAttribute("list", beside.id);
+  }
   let dirty = false;
   const commit = () => {
     dirty = false;
@@ -149,6 +159,7 @@ function single(field: Field, id: string, type: (value: Typed) => void): Control
   });
   return {
     element,
+    beside,
     show: (value) => {
       if (dirty && element.matches(":focus")) return; // not while somebody is typing
       element.dataset["shown"] = String(value);
@@ -294,6 +305,7 @@ function line(field: Field, id: string, type: (value: Typed) => void): Control {
     "data-field": field.name,
   });
   element.append(label, control.element, unit, help, problem);
+  if (control.beside) element.append(control.beside);
   return {
     element,
     show: control.show,

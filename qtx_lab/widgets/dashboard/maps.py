@@ -1,4 +1,4 @@
-"""One head of the reference model, exact and sampled, as maps that follow a slider of draws."""
+"""One head of a language model, exact and sampled, as maps that follow a slider of draws."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from matplotlib.colors import to_hex
 
 from ...attention import sampled_attention
 from ...experiments.attention_maps import attention_panels
-from ...models.reference import load_reference_model
-from ...models.text import encode, reference_text
+from ...models.base import LanguageModel
+from ...models.download import models_home
+from ...models.language_model import REFERENCE, language_models, load_language_model
+from ...models.text import reference_text
 from ...samplers import SAMPLERS
 from .figures import axes
 
@@ -42,21 +44,32 @@ class Maps:
     """‖ô − o‖ / ‖o‖ of the head's output."""
 
 
+def models() -> list[str]:
+    """The language models that this machine has, by name: those of the registry only if they were fetched."""
+    return [name for name in language_models() if name == REFERENCE or (models_home() / name).is_dir()]
+
+
+@lru_cache(maxsize=2)
+def model_called(name: str) -> LanguageModel:
+    """The model of that name."""
+    return load_language_model(name)
+
+
 @lru_cache(maxsize=len(LENGTHS))
-def _layers(length: int) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], ...]:
-    tokens = encode(reference_text())[None, :length]
-    return tuple(load_reference_model().attention_inputs(tokens))
+def _layers(model: str, length: int) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], ...]:
+    tokens = model_called(model).encode(reference_text())[None, :length]
+    return tuple(model_called(model).attention_inputs(tokens))
 
 
 @lru_cache(maxsize=24)
-def _exact(length: int, layer: int, head: int) -> tuple[torch.Tensor, torch.Tensor]:
-    q, k, v = _one_head(length, layer, head)
+def _exact(model: str, length: int, layer: int, head: int) -> tuple[torch.Tensor, torch.Tensor]:
+    q, k, v = _one_head(model, length, layer, head)
     estimate = sampled_attention(q, k, v, sampler="exact", is_causal=True)
     return estimate.output, estimate.attention_weights()
 
 
-def _one_head(length: int, layer: int, head: int) -> tuple[torch.Tensor, ...]:
-    q, k, v = _layers(length)[layer]
+def _one_head(model: str, length: int, layer: int, head: int) -> tuple[torch.Tensor, ...]:
+    q, k, v = _layers(model, length)[layer]
     group = q.shape[1] // k.shape[1]
     return q[0, head], k[0, head // group], v[0, head // group]
 
@@ -67,10 +80,12 @@ def _visible(weights: torch.Tensor) -> np.ndarray:
 
 
 @lru_cache(maxsize=64)
-def attention_maps(length: int, layer: int, head: int, sampler: str, draws: int, seed: int = 0) -> Maps:
+def attention_maps(
+    model: str, length: int, layer: int, head: int, sampler: str, draws: int, seed: int = 0
+) -> Maps:
     """The maps of one head for the beginning of the held-out text; the same arguments give the same draws."""
-    output, exact = _exact(length, layer, head)
-    q, k, v = _one_head(length, layer, head)
+    output, exact = _exact(model, length, layer, head)
+    q, k, v = _one_head(model, length, layer, head)
     g = torch.Generator().manual_seed(seed)
     estimate = sampled_attention(q, k, v, sampler=sampler, num_samples=draws, is_causal=True, generator=g)
     weights = estimate.attention_weights()
@@ -146,4 +161,4 @@ def palette(name: str) -> list[str]:
 
 def warm_up() -> None:
     """Load the model and compile what Datashader needs, before somebody waits for it."""
-    _pixels(attention_maps(512, 3, 0, "systematic", 32).sampled)
+    _pixels(attention_maps(REFERENCE, 512, 3, 0, "systematic", 32).sampled)

@@ -1,4 +1,4 @@
-"""The view Maps: one head of the shipped model, exact and sampled, while a slider moves the draws."""
+"""The view Maps: one head of a language model, exact and sampled, while a slider moves the draws."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from .elements import CONTROL_WIDTH, DRAWING, SLIDER_CSS, DashboardView, html_pa
 from .records import Listing
 from .view_host import ViewHost
 
-Settings = tuple[int, int, int, str, int]
-"""Length of the text in bytes, layer, head, sampler, draws."""
+Settings = tuple[str, int, int, int, str, int]
+"""Model, length of the text in tokens, layer, head, sampler, draws."""
 
 MAX_DRAWS = 512
 
 
 class MapsView(DashboardView):
-    """One head of the shipped model, exact and sampled."""
+    """One head of a language model, exact and sampled."""
 
     uses_run_filters = False
 
@@ -29,21 +29,30 @@ class MapsView(DashboardView):
             stylesheets=[SLIDER_CSS],
         )  # fmt: skip
         self._sampler = select(label="Sampler", options=maps.SAMPLER_NAMES, value="systematic")
+        self._model = select(label="Model", options=maps.models(), value=maps.REFERENCE)
+        self._model.param.watch(self._offer_layers, "value")
         self._layer = select(label="Layer", options=list(range(6)), value=3)
         self._head = select(label="Query head", options=list(range(8)), value=0)
-        self._length = select(label="Window, bytes", options=list(maps.LENGTHS), value=512)
+        self._length = select(label="Window, tokens", options=list(maps.LENGTHS), value=512)
         self._canvas: maps.Canvas | None = None
-        self._shown_head: tuple[int, int, int] | None = None
+        self._shown_head: tuple[str, int, int, int] | None = None
         self._title, self._panes = html_pane(DRAWING), pn.FlexBox(sizing_mode="stretch_width")
-        controls = [self._draws, self._sampler, self._layer, self._head, self._length]
+        controls = [self._draws, self._sampler, self._model, self._layer, self._head, self._length]
         super().__init__(page, [self._title, self._panes], controls)
+
+    def _offer_layers(self, change: object) -> None:
+        """Offer the layers and heads that the chosen model has."""
+        sizes = maps.model_called(self._model.value).config
+        for control, count in ((self._layer, sizes.layers), (self._head, sizes.heads)):
+            value = control.value if control.value < count else 0
+            control.param.update(options=list(range(count)), value=value)
 
     def state(self) -> Settings:
         """The values of the controls."""
-        length, layer, head, sampler = (
-            control.value for control in (self._length, self._layer, self._head, self._sampler)
+        model, length, layer, head, sampler = (
+            control.value for control in (self._model, self._length, self._layer, self._head, self._sampler)
         )
-        return length, layer, head, sampler, int(self._draws.value or 1)
+        return model, length, layer, head, sampler, int(self._draws.value or 1)
 
     def prepare(self, listing: Listing, rows: pd.DataFrame) -> tuple[Settings, maps.Maps]:
         """Draw the head."""
@@ -52,9 +61,9 @@ class MapsView(DashboardView):
 
     def show(self, data: tuple[Settings, maps.Maps]) -> None:
         """Repaint the maps; the exact one only where the head is another one."""
-        (length, layer, head, sampler, draws), drawn = data
-        shown, self._shown_head = self._shown_head, (length, layer, head)
-        if self._canvas is None or shown is None or shown[0] != length:
+        (model, length, layer, head, sampler, draws), drawn = data
+        shown, self._shown_head = self._shown_head, (model, length, layer, head)
+        if self._canvas is None or shown is None or shown[1] != length:
             self._canvas = maps.canvas(drawn, self.page.theme)
             self._panes.objects = [
                 pn.pane.HoloViews(picture, margin=(0, 6, 0, 0)) for picture in self._canvas.pictures
@@ -64,7 +73,7 @@ class MapsView(DashboardView):
         self._title.object = (
             f"<h2>Layer {layer}, head {head}: {draws} {escape(sampler)} draws lie {drawn.distance:.3f} from "
             "the exact row in total variation</h2>"
-            f"<p class='note'>Mean over {length} rows of the shipped model on held-out text, causal, seed 0; "
+            f"<p class='note'>Mean over {length} rows of {escape(model)} on documentation, causal, seed 0; "
             f"the head's output is off by {drawn.error:.1%}. A pixel is the mean of the cells under it: zoom "
             "in for single ones.</p>"
         )

@@ -1,4 +1,4 @@
-/* qtx_lab: made from widgets/src by `npm run build`; sources a556eda61b997fa835c1eb9c7130cf5048b461aa4828b96830a70276ee6b62d1 */
+/* qtx_lab: made from widgets/src by `npm run build`; sources 9f15099c918a3f0d7ee1383e395cdf70992e8a714f3bdf26242b929c2811d35c */
 /* Contains d3-scale, d3-array and the modules of d3 that they need.
 Copyright 2010-2026 Mike Bostock
 

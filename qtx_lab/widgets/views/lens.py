@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import traitlets
@@ -15,6 +15,9 @@ from ...checks import MAX_SEED, check_count
 from ...errors import ArgumentError, ShapeError
 from ...estimates import AttentionEstimate
 from ...experiments.attention_maps import attention_panels, draw_attention_maps
+from ...models.base import LanguageModel
+from ...models.language_model import load_language_model
+from ...models.text import reference_text
 from ...samplers import Sampler, make_sampler
 from .base import View
 from .lens_heads import LensHeads, checked_layers
@@ -88,6 +91,44 @@ class AttentionLens(View):
     selected_rows = traitlets.List(traitlets.Int()).tag(sync=True)
     """Queries that are selected, in rising order."""
     log_scale = traitlets.Bool(True).tag(sync=True)
+
+    @classmethod
+    def of_model(
+        cls, model: str | LanguageModel, text: str | None = None, num_tokens: int = 512, **options: Any
+    ) -> Self:
+        """The attention of a language model's layers over the beginning of a text.
+
+        Parameters
+        ----------
+        model : str or LanguageModel
+            What `load_language_model` takes, or what it gives.
+        text : str, optional
+            The shipped text where None.
+        num_tokens : int
+            Of the text's beginning, at most 4,096.
+        **options
+            `sampler`, `num_samples`, `seed`, `layer` and `head` as above.
+
+        Raises
+        ------
+        ArgumentError, ModelUnavailable
+            As `load_language_model`, or if the text has no tokens.
+
+        Examples
+        --------
+        >>> lens = AttentionLens.of_model("reference", "The import statement", layer=3)
+        >>> lens.layers, lens.heads, lens.num_keys
+        (6, 8, 20)
+        """
+        if isinstance(model, str):
+            model = load_language_model(model)
+        num_tokens = check_count("num_tokens", num_tokens)
+        tokens = model.encode(reference_text() if text is None else text)[:num_tokens]
+        if not len(tokens):
+            raise ArgumentError(f"text={text!r} has no tokens.")
+        q, k, v = zip(*model.attention_inputs(tokens[None]), strict=True)
+        names = [model.decode(token[None]) for token in tokens]
+        return cls(q, k, v, tokens=names, is_causal=True, **options)
 
     def __init__(
         self,

@@ -57,7 +57,7 @@ class Workbench(widgets.VBox):
     q, k, v : Tensor, optional
         Your own inputs, (L, E), (H, L, E) or (layers, H, L, E), in place of a model's.
     model : str or path
-        "reference" for the model that is shipped, or the folder of a Hugging Face model.
+        A name as `language_models` lists them, such as "smollm2-135m", or the folder of a Hugging Face model.
     text : str or path
         "reference" for the text that is shipped, or a UTF-8 file.
     num_tokens : int

@@ -10,6 +10,7 @@ from typing import Any
 import ipywidgets as widgets
 import torch
 
+from ....models.language_model import language_models
 from ....specs import MAX_SEED, ControlSpec, SamplerSpec, Spec, Whole
 from ...comms import hear_while_busy
 from ...forms import SpecForm
@@ -35,8 +36,8 @@ class SourceSpec(Spec):
     head: Whole = form_field(0, "Query head whose attention is shown.", "index", "attention", ge=0, le=4095)
     seed: Whole = form_field(0, "Seed of every random number.", "number", "attention", ge=0, le=MAX_SEED)
     model: str = form_field(
-        "reference", '"reference" for the shipped model, or the folder of a Hugging Face model.', "path",
-        "model and text", min_length=1,
+        "reference", "A model's name, which is fetched when it is first used, or the folder of a Hugging "
+        "Face model.", "path", "model and text", min_length=1, examples=list(language_models()),
     )  # fmt: skip
     text: str = form_field(
         "reference", '"reference" for the shipped text, or the path of a UTF-8 file.', "path",

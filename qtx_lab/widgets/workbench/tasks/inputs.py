@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ....errors import ArgumentError
-from ....models.reference import load_reference_model
-from ....models.text import encode, read_text, reference_text
+from ....models.base import LanguageModel
+from ....models.language_model import language_models, load_language_model
+from ....models.text import read_text, reference_text
 from ....storage import read_tensors
 
 
@@ -64,7 +65,8 @@ def load_inputs(model: str, text: str, num_tokens: int) -> Inputs:
     Parameters
     ----------
     model : str
-        "reference", the folder of a Hugging Face model, or a file of tensors q, k and v.
+        A name that `load_language_model` knows, the folder of a Hugging Face model, or a file of tensors q, k
+        and v.
     text : str
         "reference", or a UTF-8 file.
     num_tokens : int
@@ -79,14 +81,12 @@ def load_inputs(model: str, text: str, num_tokens: int) -> Inputs:
     if path.suffix == ".safetensors":
         return _from_tensors(path)
     words = reference_text() if text == "reference" else read_text(text)
-    if model == "reference":
-        tokens = encode(words)[:num_tokens]
-        layers = load_reference_model().attention_inputs(tokens[None])
-        names = tuple(bytes([int(t)]).decode("latin-1") for t in tokens)
-        return Inputs(tuple((q[0], k[0], v[0]) for q, k, v in layers), names, True)
+    if model in language_models():
+        return _from_language_model(load_language_model(model), words, num_tokens)
     if not (path / "config.json").is_file():
         raise ArgumentError(
-            f"model={model!r} is not allowed: it must be 'reference', or the folder of a Hugging Face model."
+            f"model={model!r} is not allowed: it must be {' or '.join(map(repr, language_models()))}, or the "
+            "folder of a Hugging Face model."
         )
     return _from_huggingface(path, words, num_tokens)
 
@@ -99,6 +99,14 @@ def exact_weights(inputs: Inputs, layer: int, head: int) -> Tensor:
     if inputs.is_causal:
         logits = logits.masked_fill(~torch.ones_like(logits, dtype=torch.bool).tril(), -torch.inf)
     return logits.softmax(-1)
+
+
+def _from_language_model(model: LanguageModel, words: str, num_tokens: int) -> Inputs:
+    # A token has a dozen characters at most, but for a few: not the whole of a long text is encoded.
+    tokens = model.encode(words[: 12 * num_tokens])[:num_tokens]
+    layers = model.attention_inputs(tokens[None])
+    names = tuple(model.decode(token[None]) for token in tokens)
+    return Inputs(tuple((q[0], k[0], v[0]) for q, k, v in layers), names, True)
 
 
 def _from_tensors(path: Path) -> Inputs:

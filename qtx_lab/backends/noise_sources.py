@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -276,11 +276,43 @@ def _read(ask: Any, *which: Any) -> float | None:
         return None
 
 
+@dataclass(frozen=True, eq=False)
+class _GateError:
+    """An error as `NoiseModel.to_dict` has it. Channels are slow to make: only those in use are."""
+
+    content: Mapping[str, Any]
+
+    @cached_property
+    def channel(self) -> QuantumError:
+        return QuantumError.from_dict(self.content)
+
+    @cached_property
+    def num_qubits(self) -> int:
+        return 1 + max(q for term in self.content["instructions"] for i in term for q in i["qubits"])
+
+    @cached_property
+    def infidelity(self) -> float:
+        """As `channel_infidelity`: the mean of those of its terms, which the errors of a device share."""
+        terms = [repr(term) for term in self.content["instructions"]]
+        for key, term in zip(terms, self.content["instructions"], strict=True):
+            if (key, self.num_qubits) not in _TERM_INFIDELITIES:
+                alone = {**self.content, "instructions": [term], "probabilities": [1.0]}
+                identity = [{"name": "id", "qubits": [q]} for q in range(self.num_qubits)]
+                alone["instructions"] = [[*identity, *term]]  # so that a term has all qubits
+                error = channel_infidelity(QuantumError.from_dict(alone))
+                _TERM_INFIDELITIES[key, self.num_qubits] = error
+        errors = [_TERM_INFIDELITIES[key, self.num_qubits] for key in terms]
+        return math.fsum(p * e for p, e in zip(self.content["probabilities"], errors, strict=True))
+
+
+_TERM_INFIDELITIES: dict[tuple[str, int], float] = {}
+
+
 @dataclass(frozen=True)
 class _ModelErrors:
     """Errors of a `NoiseModel`: by gate and qubits, None for all qubits; readout by qubits, () for all."""
 
-    gates: Mapping[tuple[str, tuple[int, ...] | None], QuantumError]
+    gates: Mapping[tuple[str, tuple[int, ...] | None], _GateError]
     readout: Mapping[tuple[int, ...], np.ndarray]
 
 
@@ -355,7 +387,7 @@ class AerModelNoise(SimulatorNoise):
 
 def _read_errors(content: Sequence[Mapping[str, Any]]) -> _ModelErrors:
     """The errors of what `NoiseModel.to_dict` gives."""
-    gates: dict[tuple[str, tuple[int, ...] | None], QuantumError] = {}
+    gates: dict[tuple[str, tuple[int, ...] | None], _GateError] = {}
     readout: dict[tuple[int, ...], np.ndarray] = {}
     for error in content:
         places: list[tuple[int, ...] | None] = [tuple(qubits) for qubits in error.get("gate_qubits", [])]
@@ -363,7 +395,7 @@ def _read_errors(content: Sequence[Mapping[str, Any]]) -> _ModelErrors:
             if error["type"] == "roerror":
                 readout[at or ()] = np.array(error["probabilities"], dtype=float)
             elif not set(error["operations"]) <= set(NEVER_RUN):
-                gates |= dict.fromkeys(((x, at) for x in error["operations"]), QuantumError.from_dict(error))
+                gates |= dict.fromkeys(((x, at) for x in error["operations"]), _GateError(error))
     return _ModelErrors(gates, readout)
 
 
@@ -380,19 +412,17 @@ def _model_noise(noise: AerModelNoise, num_qubits: int) -> Noise:
     gates: dict[tuple[str, tuple[int, ...]], object] = {}
     for (name, at), error in sorted(noise.of.gates.items(), key=lambda x: x[0][1] is not None):
         if at is None:
-            scaled = _power(error, noise.scale)
+            scaled = _power(error.channel, noise.scale)
             gates |= {(name, pair): scaled for pair in _places(len(index), error.num_qubits)}
         elif set(at) <= set(index):
-            gates[name, tuple(index[q] for q in at)] = _power(error, noise.scale)
-    general = noise.of.readout.get((), np.eye(2))
-    readout = {i: _matrix_power(noise.of.readout.get((q,), general), noise.scale) for q, i in index.items()}
-    return Noise(gates, readout)
+            gates[name, tuple(index[q] for q in at)] = _power(error.channel, noise.scale)
+    return Noise(gates, _readout(noise, list(region)))
 
 
 @lru_cache(maxsize=64)
 def _model_target(noise: AerModelNoise, num_qubits: int) -> Target:
-    model, gates = _model_noise(noise, num_qubits), noise.of.gates
-    region = range(num_qubits) if noise.qubits is None else noise.qubits
+    gates = noise.of.gates
+    region = list(range(num_qubits) if noise.qubits is None else noise.qubits)
     index = {q: i for i, q in enumerate(region)}
     target = Target(num_qubits=len(index))
     names = {*noise.model.basis_gates, *(name for name, _ in gates)} - set(NEVER_RUN)
@@ -403,15 +433,30 @@ def _model_target(noise: AerModelNoise, num_qubits: int) -> Target:
             places = [tuple(index[q] for q in at) for at in local if set(at) <= set(index)]
         else:
             places = _places(len(index), gate.num_qubits)
-        errors = {at: channel_infidelity(model.gates.get((name, at))) for at in places}
-        if errors:
-            target.add_instruction(
-                gate, {at: InstructionProperties(error=error) for at, error in errors.items()}
-            )
-    misread = {(q,): float(matrix[0, 1] + matrix[1, 0]) / 2 for q, matrix in model.readout.items()}
+        properties = {}
+        for place in places:
+            error = gates.get((name, tuple(region[i] for i in place)), gates.get((name, None)))
+            properties[place] = InstructionProperties(error=_scaled_infidelity(error, noise.scale))
+        if properties:
+            target.add_instruction(gate, properties)
+    matrices = _readout(noise, region)
+    misread = {(q,): float(matrix[0, 1] + matrix[1, 0]) / 2 for q, matrix in matrices.items()}
     target.add_instruction(Measure(), {at: InstructionProperties(error=e) for at, e in misread.items()})
     target.add_instruction(IfElseOp, name="if_else")
     return target
+
+
+def _scaled_infidelity(error: _GateError | None, scale: float) -> float:
+    if error is None:
+        return 0.0
+    return error.infidelity if scale == 1 else channel_infidelity(_power(error.channel, scale))
+
+
+def _readout(noise: AerModelNoise, region: Sequence[int]) -> dict[int, np.ndarray]:
+    """P(read column | true row) of each qubit of a region."""
+    general = noise.of.readout.get((), np.eye(2))
+    matrices = (noise.of.readout.get((q,), general) for q in region)
+    return {i: _matrix_power(matrix, noise.scale) for i, matrix in enumerate(matrices)}
 
 
 def _places(count: int, size: int) -> list[tuple[int, ...]]:

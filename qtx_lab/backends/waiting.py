@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from qiskit import QuantumCircuit
 from qiskit.circuit import Clbit, ControlFlowOp
-from qiskit.circuit.controlflow import condition_resources
+from qiskit.circuit.controlflow import IfElseOp, condition_resources
 from qiskit.circuit.library import IGate
 from qiskit.transpiler import Target
 from qiskit_aer.noise import QuantumError, thermal_relaxation_error
@@ -57,7 +57,8 @@ def with_waits(circuit: QuantumCircuit, target: Target, latency: float) -> Waiti
     Raises
     ------
     BackendUnavailable
-        If the device does not tell how long a measurement lasts, or T1 and T2.
+        If the device does not tell how long a measurement lasts, or T1 and T2; for loops, and conditions
+        inside of conditions.
     """
     free = dict.fromkeys(range(circuit.num_qubits), 0.0)  # when each qubit's last instruction is over
     touched: set[int] = set()
@@ -71,6 +72,13 @@ def with_waits(circuit: QuantumCircuit, target: Target, latency: float) -> Waiti
         start = max((free[q] for q in wires), default=0.0)
         conditional = isinstance(operation, ControlFlowOp)
         if conditional:
+            if not isinstance(operation, IfElseOp) or any(
+                isinstance(i.operation, ControlFlowOp) for block in operation.blocks if block for i in block
+            ):
+                raise BackendUnavailable(
+                    f"{circuit.name} has loops, or conditions inside of conditions, whose waits are not "
+                    "modelled: leave out feed_forward_latency."
+                )
             bits = condition_resources(operation.condition).clbits
             evaluated = max([last_condition, *(ready.get(bit, 0.0) for bit in bits)]) + latency
             start = max(start, evaluated)

@@ -104,6 +104,10 @@ class FoldedEngine(Engine):
         self._engine, self._level, self._how = engine, check_number("level", level, least=1), how
         self.name, self.ideal, self.queues = engine.name, engine.ideal, engine.queues
 
+    def refresh(self, max_age: float = 0.0) -> bool:
+        """Look at the device's calibration again; see `Engine.refresh`."""
+        return self._engine.refresh(max_age)
+
     def identity(self) -> str:
         """Return what a transpiled circuit depends on, with the folding; see `Engine.identity`."""
         return f"{self._engine.identity()} folded by calibrated errors {self._how} {self._level!r}"

@@ -272,6 +272,28 @@ def test_circuits_that_are_not_of_rows_run_too(cloud: Any) -> None:
         find_jobs()[0].counts()
 
 
+def test_registers_of_other_names_are_put_into_one_before_anything_is_sent(cloud: Any) -> None:
+    from qiskit import ClassicalRegister, QuantumCircuit, QuantumRegister
+
+    from qtx_lab.circuits import TreeLoader
+
+    class MeasuredAll(TreeLoader):
+        def circuit(self, size: int) -> QuantumCircuit:
+            circuit = super().circuit(size).remove_final_measurements(inplace=False)
+            circuit.measure_all()  # into a register `meas`
+            return circuit
+
+    backend = QiskitQuantumBackend("ibm", "ibm_lagos", loader=MeasuredAll(), optimization_level=1)
+    check_draws(backend.sample_rows(rows(), SHOTS).counts, rows())
+    assert cloud.posts() == 1
+
+    circuit = QuantumCircuit(QuantumRegister(1), ClassicalRegister(1, "meas"))
+    circuit.measure(0, 0)
+    with pytest.raises(ArgumentError, match="measures into meas"):
+        backend.engine.run(circuit, np.zeros((1, 0)), 10, seed=0)
+    assert cloud.posts() == 1
+
+
 def test_jobs_of_a_mitigation_say_what_they_measure(cloud: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readout, "CALIBRATION_SHOTS", 200)
     backend = QiskitQuantumBackend("ibm", "ibm_lagos", loader="tree", optimization_level=1)

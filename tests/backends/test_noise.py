@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from qiskit import QuantumCircuit
 from qiskit.quantum_info import average_gate_fidelity
 from qiskit_aer.noise import (
     NoiseModel,
@@ -19,6 +20,7 @@ from qiskit_aer.noise import (
 import qtx_lab as qtx
 from qtx_lab.backends import DeviceNoise, ParametricNoise, ThermalNoise, predicted_fidelity
 from qtx_lab.backends.noise import channel_infidelity, fake_device
+from qtx_lab.backends.waiting import with_waits
 from qtx_lab.circuits.fidelity import total_variation_distance
 from qtx_lab.mitigation.register import register_probabilities
 
@@ -198,6 +200,12 @@ def test_waiting_needs_noise_that_tells_durations():
     backend = qtx.QiskitQuantumBackend("aer", noise=ParametricNoise(readout=0.1), feed_forward_latency=1e-6)
     with pytest.raises(qtx.BackendUnavailable, match="how long measurements last"):
         backend.sample_rows(rows(), 10)
+    nested = QuantumCircuit(2, 2)
+    nested.measure(0, 0)
+    with nested.if_test((nested.clbits[0], 1)), nested.if_test((nested.clbits[0], 1)):
+        nested.x(1)
+    with pytest.raises(qtx.BackendUnavailable, match="conditions inside"):
+        with_waits(nested, THERMAL.target(2), 1e-6)
     tree = qtx.QiskitQuantumBackend("aer", noise=THERMAL, feed_forward_latency=1e-6, loader="tree")
     assert "feed_forward_latency_s" not in tree.sample_rows(rows(), 10).diagnostics
     policy = qtx.HybridPolicy()

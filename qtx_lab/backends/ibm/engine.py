@@ -282,6 +282,11 @@ class IBMEngine(Engine):
                 "twirling and dynamical_decoupling are not for circuits that feed measurements forward, as "
                 "those of the loader 'dynamic': take another loader, or leave them out."
             )
+        if [register.name for register in circuit.cregs] != ["c"]:
+            raise ArgumentError(
+                f"{circuit.name} measures into {', '.join(x.name for x in circuit.cregs) or 'no register'}: "
+                "bits come back by the name of one register `c`; see `in_one_register`."
+            )
         instance = self._device.crn
         if self.fractional_gates:
             self._device.check_fractional(circuit, bindings)

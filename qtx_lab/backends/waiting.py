@@ -17,8 +17,10 @@ from ..errors import BackendUnavailable
 TYPICAL_FEED_FORWARD_LATENCY_S = 0.65e-6
 """From a bit that is read to a gate that depends on it, seconds.
 
-A round number of the order of a microsecond that papers on IBM's dynamic circuits report (Bäumer et al.,
-Efficient long-range entanglement using dynamic circuits, 2023); no device tells its own.
+An assumption of the order of a microsecond, which was not measured here and which no device's calibration
+tells. That qubits idle while others are measured and bits are fed forward is a main source of error of
+dynamic circuits on IBM's devices: Bäumer et al., Efficient long-range entanglement using dynamic circuits
+(2023, arXiv:2308.13065), who count it in their error budget.
 """
 
 

@@ -29,7 +29,8 @@ class RowCounts:
         The baseline: as many independent draws from the rows by pseudo-random numbers.
     diagnostics : mapping
         `device`, `calibration`, `noise`, `loader`, `method`, `depth`, `two_qubit_gates`, `seed`,
-        `not_modelled` and `fallbacks` (tuples of sentences), as far as they apply.
+        `not_modelled` and `fallbacks` (tuples of sentences), as far as they apply; of a device
+        `calibration_read` (when it was asked last) and `recalibrations` (what changed in this session).
     estimate, std_error : Tensor, float64, (R, n), optional
         The probabilities that a mitigation infers from the counts, and their standard errors.
     """

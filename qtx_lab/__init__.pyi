@@ -22,6 +22,7 @@ from .controls import MultilevelControlVariate as MultilevelControlVariate
 from .errors import ArgumentError as ArgumentError
 from .errors import BackendUnavailable as BackendUnavailable
 from .errors import CalibrationWarning as CalibrationWarning
+from .errors import CostError as CostError
 from .errors import DtypeError as DtypeError
 from .errors import FallbackWarning as FallbackWarning
 from .errors import JobTimeout as JobTimeout

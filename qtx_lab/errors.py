@@ -14,6 +14,10 @@ class ArgumentError(QtxError, ValueError):
     """The value of an argument is not allowed, as NaN, zero draws or an unknown name."""
 
 
+class CostError(ArgumentError):
+    """A call would cost more than its limit, or than is left of the budget, and nobody confirmed it."""
+
+
 class ShapeError(ArgumentError):
     """The shapes of tensors do not fit each other."""
 

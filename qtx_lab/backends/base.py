@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Protocol
@@ -11,10 +12,12 @@ from typing import Any, Protocol
 import numpy as np
 from qiskit import QuantumCircuit
 
+from ..circuits.resources import resources
 from ..errors import ArgumentError
+from .costs import Bill, Cost, RowPlan, RunCost
 from .counts import RowCounts
 from .exact import Noise
-from .requests import Request
+from .requests import PlannedRun, Request
 
 
 class JobState(StrEnum):
@@ -57,6 +60,8 @@ class JobStatus:
         Why the job failed, or what is unusual about it.
     pending : int or None
         Number of jobs that wait for the device, where the server tells no place.
+    charged_seconds : float or None
+        Quantum time that was charged for a job that has ended, where the server tells it.
 
     Examples
     --------
@@ -68,6 +73,7 @@ class JobStatus:
     position: int | None = None
     reason: str | None = None
     pending: int | None = None
+    charged_seconds: float | None = None
 
     def __str__(self) -> str:
         place = f", place {self.position}" if self.position is not None else ""
@@ -229,6 +235,58 @@ class Engine(ABC):
     def pending_jobs(self) -> int:
         """Number of jobs in the device's queue; 0 by default."""
         return 0
+
+    def cost(self, runs: Sequence[PlannedRun]) -> Cost:
+        """What it would take to run some circuits; no quantum time by default."""
+        sizes = [(run, resources(run.circuit)) for run in runs]
+        return Cost(
+            tuple(
+                RunCost(run.purpose, run.rows, run.shots, 0, 0.0, x.qubits, x.depth, x.two_qubit_gates)
+                for run, x in sizes
+            ),
+            "nothing: a simulator takes no quantum time",
+        )
+
+    def reserved(self, runs: Sequence[PlannedRun]) -> AbstractContextManager[object]:
+        """Give a call that runs several circuits leave for all of them, or refuse it before the first.
+
+        A call enters this before its first run, and calls `run` inside. By default everything is allowed.
+
+        Parameters
+        ----------
+        runs : sequence of PlannedRun
+            All that the call is known to run; none if it does not know. What it runs beyond this is added up.
+
+        Raises
+        ------
+        CostError
+            If all runs together cost more than is allowed.
+        """
+        return nullcontext()
+
+    def plan(self, runs: Sequence[PlannedRun], shots: int, planned_on: Engine | None = None) -> RowPlan:
+        """What a call that runs these circuits would send and cost; nothing is sent.
+
+        Parameters
+        ----------
+        runs : sequence of PlannedRun
+        shots : int
+            Shots of each row.
+        planned_on : Engine, optional
+            The engine that transpiled the circuits and estimates their cost, where it is another one.
+        """
+        engine = planned_on or self
+        return RowPlan(self.name, engine.name, engine.cost(runs), shots)
+
+    def bill(self, *, ask: bool = True) -> Bill:
+        """What was sent to devices and what it cost; nothing by default.
+
+        Parameters
+        ----------
+        ask : bool
+            Whether the server is asked what it charged for jobs that have ended since.
+        """
+        return Bill()
 
     def submit(
         self,

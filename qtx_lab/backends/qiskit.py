@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import suppress
@@ -12,17 +12,18 @@ from copy import copy
 from dataclasses import replace
 from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 from uuid import UUID, uuid4
 
 import qiskit
 import torch
 from qiskit import QuantumCircuit, qpy
 from qiskit.circuit import Parameter
+from qiskit.transpiler import Target
 from torch import Tensor
 
 from .. import __version__
-from ..checks import check_count, check_generator
+from ..checks import check_count, check_generator, check_number
 from ..circuits import Loader, check_rows, make_loader
 from ..circuits.base import in_one_register
 from ..circuits.resources import resources
@@ -30,10 +31,14 @@ from ..errors import ArgumentError, BackendUnavailable, DtypeError, JobTimeout, 
 from ..storage import runs_home, write_atomic
 from .aer import AerEngine
 from .base import Engine, JobState, JobStatus, RowJob
+from .costs import Bill, RowPlan
 from .counts import MAX_OUTCOME_BYTES, RowCounts, rows_at_once
-from .ibm.engine import Cost, IBMEngine
+from .ibm.budget import Confirm, check_confirm
+from .ibm.engine import IBMEngine
+from .ibm.target import TargetEngine
+from .noise import fake_devices
 from .noise_sources import NoiseSource
-from .requests import RowRequest
+from .requests import PlannedRun, RowRequest
 
 if TYPE_CHECKING:
     from qiskit_ibm_runtime import QiskitRuntimeService
@@ -42,6 +47,15 @@ PROVIDERS = ("aer", "ibm", "ibm-q")
 
 MAX_SHOTS_PER_ROW = 4 * MAX_OUTCOME_BYTES
 """The outcomes of a row, of at least a byte each, are in memory together."""
+
+
+@runtime_checkable
+class PlannedMitigation(Protocol):
+    """A mitigation that can say what it is going to run."""
+
+    def planned_runs(self, backend: QiskitQuantumBackend, p: Tensor, shots: int) -> list[PlannedRun]:
+        """All that `sample_rows` with these rows, of which each has mass, and this budget would run."""
+        ...
 
 
 class QiskitQuantumBackend:
@@ -89,10 +103,22 @@ class QiskitQuantumBackend:
         "ibm" only: transpile to rx and rzz too.
     twirling, dynamical_decoupling : mapping, optional
         "ibm" only: options of IBM's Sampler by these names.
+    account : str, optional
+        "ibm" only: name of a saved account. Where None, the account in the environment, or else the default
+        one on disk.
+    plans_preference, instance_tags : sequence of str, optional
+        "ibm" only: of an instance that is chosen for you: names of plans, as "open", the most preferred
+        first; tags that it must have.
     max_quantum_seconds : float
-        "ibm" only: a submission that is estimated to take longer needs `confirm`.
+        "ibm" only: a call that is estimated to take longer needs `confirm`. All that it sends counts: rows,
+        noise levels, and calibrations of the readout.
+    budget : str or float, optional
+        "ibm" only: quantum time that all jobs recorded in the folder of runs may take, in any process:
+        seconds, or a text as "10 min" or "10 min per 28 days", which is what IBM's Open Plan gives. A call
+        for which too little is left is refused before anything of it is sent.
     confirm : bool or callable
-        "ibm" only: True allows such a submission; a function is called with its `Cost` and decides.
+        "ibm" only: a function is called with the `Cost` of a call that exceeds the limit or the budget, and
+        returns True to send it. True allows calls above `max_quantum_seconds`, but none above the budget.
     run_dir : path, optional
         "ibm" only: folder of the run that gets the jobs' records; where None, the folder of all runs.
     patience : float
@@ -138,8 +164,12 @@ class QiskitQuantumBackend:
         fractional_gates: bool = False,
         twirling: Mapping[str, Any] | None = None,
         dynamical_decoupling: Mapping[str, Any] | None = None,
+        account: str | None = None,
+        plans_preference: Sequence[str] | None = None,
+        instance_tags: Sequence[str] | None = None,
         max_quantum_seconds: float = 60.0,
-        confirm: bool | Callable[[Cost], bool] = False,
+        budget: str | float | None = None,
+        confirm: Confirm = False,
         run_dir: str | Path | None = None,
         patience: float = 600.0,
     ):
@@ -162,7 +192,11 @@ class QiskitQuantumBackend:
             "fractional_gates": fractional_gates,
             "twirling": twirling,
             "dynamical_decoupling": dynamical_decoupling,
+            "account": account,
+            "plans_preference": plans_preference,
+            "instance_tags": instance_tags,
             "max_quantum_seconds": max_quantum_seconds,
+            "budget": budget,
             "confirm": confirm,
             "run_dir": run_dir,
             "patience": patience,
@@ -242,8 +276,8 @@ class QiskitQuantumBackend:
         p, shots, generator
             As for `sample_rows`.
         **options
-            Options of this submission that the engine's `submit` has: `confirm`, `patience` and `progress` on
-            IBM's devices.
+            Options of this submission that the engine's `submit` has: on IBM's devices `confirm`, for which
+            True sends these rows, whatever limit they exceed, `patience` and `progress`.
 
         Returns
         -------
@@ -256,6 +290,8 @@ class QiskitQuantumBackend:
         ArgumentError, ShapeError, DtypeError, BackendUnavailable
             As for `sample_rows`; also if a simulator is given options.
         """
+        if options.get("confirm") is not None:
+            check_confirm(options["confirm"])
         request = self.request(p, shots, generator)
         if self.engine.queues and bool(request.running.any()):
             self.engine.refresh()
@@ -269,6 +305,112 @@ class QiskitQuantumBackend:
         if self._threads is None:
             self._threads = ThreadPoolExecutor(1, "qtx-lab-aer")
         return LocalJob(self._threads.submit(self._run, request))
+
+    def plan_rows(
+        self,
+        p: Tensor,
+        shots: int | None = None,
+        *,
+        mitigation: PlannedMitigation | None = None,
+        target: Target | str | None = None,
+        price_per_second: float | None = None,
+    ) -> RowPlan:
+        """What measuring rows would send and cost. Nothing is sent.
+
+        With one of IBM's devices, the circuits are transpiled for its present target, which needs an account;
+        without one, for the twin of that device, if there is one, and the plan says so. A twin's plan is that
+        of the device.
+
+        Parameters
+        ----------
+        p, shots
+            As for `sample_rows`.
+        mitigation : PlannedMitigation, optional
+            With which the rows would be measured, as `CircuitMitigation`: its noise levels and calibrations
+            are part of the plan.
+        target : Target or str, optional
+            Plan for this target of a device, or for the twin of this name.
+        price_per_second : float, optional
+            Price of a second of quantum time, in any currency.
+
+        Returns
+        -------
+        RowPlan
+            Circuits, shots, depth, two-qubit gates, quantum seconds and how they were estimated, the price,
+            what is left of the budget, and why the call would be refused.
+
+        Raises
+        ------
+        ArgumentError, ShapeError, DtypeError
+            As for `sample_rows`; if there is no such target, or the mitigation cannot say what it runs.
+        BackendUnavailable
+            If the device cannot be reached and has no twin, or cannot run the circuit.
+
+        Examples
+        --------
+        >>> import torch
+        >>> plan = QiskitQuantumBackend("aer", "fake_fez").plan_rows(torch.full((4, 8), 0.125), 1000)
+        >>> plan.circuits, plan.executions, plan.two_qubit_gates
+        (4, 4000, 0)
+        >>> round(plan.quantum_seconds, 1)
+        3.4
+        """
+        shots = self._checked_shots(shots)
+        p = check_rows(p)
+        price = _checked_price(price_per_second)
+        if mitigation is not None and not isinstance(mitigation, PlannedMitigation):
+            raise ArgumentError(
+                f"mitigation={mitigation!r} cannot be planned: it has no `planned_runs`, which says what it "
+                "runs."
+            )
+        running = p[p.sum(-1) > 0]
+        problems: tuple[str, ...] = ()
+        engine = self.engine if target is None else TargetEngine(target)
+        if engine is self.engine and engine.name in fake_devices():
+            engine = TargetEngine(engine.name)
+        try:
+            plan = self._plan_on(engine, running, shots, mitigation)
+        except BackendUnavailable as error:
+            twin = f"fake_{engine.name.removeprefix('ibm_')}"
+            if not engine.queues or twin not in fake_devices():
+                raise
+            problems = (str(error),)
+            plan = self._plan_on(TargetEngine(twin), running, shots, mitigation)
+        return replace(
+            plan,
+            price=None if price is None else plan.quantum_seconds * price,
+            problems=(*problems, *plan.problems),
+        )
+
+    def _plan_on(
+        self, engine: Engine, p: Tensor, shots: int, mitigation: PlannedMitigation | None
+    ) -> RowPlan:
+        """The plan for rows that have mass, as transpiled and priced by an engine."""
+        backend = self if engine is self.engine else self.with_engine(engine)
+        runs: list[PlannedRun] = []
+        if len(p) and mitigation is not None:
+            runs = mitigation.planned_runs(backend, p, shots)
+        elif len(p):
+            runs = [PlannedRun(backend.transpiled(p.shape[-1]), len(p), shots)]
+        return self.engine.plan(runs, shots, None if engine is self.engine else engine)
+
+    def bill(self, *, price_per_second: float | None = None, ask: bool = True) -> Bill:
+        """What was sent to IBM's devices from this folder of runs, and what IBM charged for it.
+
+        Parameters
+        ----------
+        price_per_second : float, optional
+            Price of a second of quantum time, in any currency.
+        ask : bool
+            Whether IBM is asked what it charged for jobs that have ended since; as far as it answers.
+
+        Returns
+        -------
+        Bill
+            Of the jobs on all devices, in any process; empty for a simulator.
+        """
+        price = _checked_price(price_per_second)
+        return replace(self.engine.bill(ask=ask), price_per_second=price)
 
     def jobs(self) -> Sequence[RowJob]:
         """The jobs sent to this device from this machine, in any process, newest first; see `find_jobs`."""
@@ -332,18 +474,22 @@ class QiskitQuantumBackend:
         self, p: Tensor, shots: int | None = None, generator: torch.Generator | None = None
     ) -> RowRequest:
         """The checked request to measure rows; arguments and errors as for `sample_rows`."""
-        shots = self.shots if shots is None else shots
-        shots = check_count("shots", shots)
+        shots = self._checked_shots(shots)
+        check_generator(generator)
+        p = check_rows(p)
+        device = "cpu" if generator is None else generator.device
+        seed = int(torch.randint(2**31 - 1, (), generator=generator, device=device))
+        return RowRequest(p, self.loader, shots, seed)
+
+    def _checked_shots(self, shots: int | None) -> int:
+        """The shots of each row, those of the backend where None."""
+        shots = check_count("shots", self.shots if shots is None else shots)
         if shots > MAX_SHOTS_PER_ROW:
             raise ArgumentError(
                 f"shots={shots} is not allowed: at most {MAX_SHOTS_PER_ROW} a row; measure again and add the "
                 "counts."
             )
-        check_generator(generator)
-        p = check_rows(p)
-        device = "cpu" if generator is None else generator.device
-        seed = int(torch.randint(2**31 - 1, (), generator=generator, device=device))
-        return RowRequest(p, self.loader, int(shots), seed)
+        return shots
 
     def _run(self, request: RowRequest) -> RowCounts:
         """Run a request here, as many rows at a time as fit into memory."""
@@ -425,6 +571,11 @@ class LocalJob:
         """Cancel a job that has not started; BackendUnavailable where it has."""
         if not self._future.cancel():
             raise BackendUnavailable(f"Job {self.tag} cannot be cancelled: it is {self.status()}.")
+
+
+def _checked_price(price: float | None) -> float | None:
+    """A price per second as a number >= 0."""
+    return None if price is None else check_number("price_per_second", price, least=0)
 
 
 def _refuse_options(options: Mapping[str, Any], provider: str, allowed: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from qiskit import QuantumCircuit
 from torch import Tensor
 
 from ..circuits import Loader
@@ -173,3 +174,28 @@ class CalibrationRequest:
 
 
 Request = RowRequest | MitigatedRowRequest | CalibrationRequest
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class PlannedRun:
+    """A circuit that a call is going to run, so that all that the call costs is known before its first run.
+
+    Parameters
+    ----------
+    circuit : QuantumCircuit
+        Transpiled.
+    rows : int
+        Number of bindings.
+    shots : int
+        Shots of each.
+    purpose : str
+        What it is run for: "rows", "readout calibration", "noise level 3".
+    kept : bool
+        Whether the result is kept, so that a repeated call does not run it again.
+    """
+
+    circuit: QuantumCircuit
+    rows: int
+    shots: int
+    purpose: str = "rows"
+    kept: bool = False

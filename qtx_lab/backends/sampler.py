@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -11,13 +12,14 @@ import torch
 from torch import Tensor
 
 from ..circuits import Loader, make_loader
-from ..errors import BackendUnavailable, DtypeError, FallbackWarning
+from ..errors import BackendUnavailable, CostError, DtypeError, FallbackWarning
 from ..estimates import Draws
 from ..samplers import Sampler
 from ..samplers.base import check_draw_arguments, row_masses
 from .counts import RowCounts, draw_counts
 from .hybrid import HybridPolicy
-from .qiskit import QiskitQuantumBackend
+from .qiskit import PlannedMitigation, QiskitQuantumBackend
+from .requests import PlannedRun
 
 
 @runtime_checkable
@@ -64,9 +66,10 @@ class CircuitSampler(Sampler):
         Measures the rows, with `num_samples` shots for each replicate. Each key is drawn as often as its
         mitigated probability times `num_samples` says, rounded up or down at random.
     hybrid_mode : bool or HybridPolicy
-        With a policy, rows that it does not send to the backend, or that the backend cannot run, are drawn by
-        pseudo-random numbers. A FallbackWarning gives each reason once, and `diagnostics` all of them. True
-        is `HybridPolicy()`. With False, a backend that cannot run is an error.
+        With a policy, rows that it does not send to the backend, or that the backend cannot run or not within
+        the limits of its cost, are drawn by pseudo-random numbers. A FallbackWarning gives each reason once,
+        and `diagnostics` all of them. True is `HybridPolicy()`. With False, a backend that cannot run is an
+        error.
 
     Raises
     ------
@@ -140,6 +143,8 @@ class CircuitSampler(Sampler):
         ------
         BackendUnavailable
             If the backend cannot run, and there is no policy.
+        CostError
+            If all replicates together cost more than is allowed, and there is no policy. Nothing is sent.
         """
         num_samples, replicates = check_draw_arguments(logits, num_samples, replicates)
         *rows, n = logits.shape
@@ -150,9 +155,11 @@ class CircuitSampler(Sampler):
             result = self.measure(p, total, generator=generator)
             keys, weights = _deal(result.counts, total, replicates, generator)
         else:  # replicates are mitigated one by one, so that their spread is that of mitigated rows
-            counts = torch.stack(
-                [self._mitigated_counts(p, num_samples, generator) for _ in range(replicates)], dim=1
-            ).flatten(0, 1)
+            with self._reserved(p, num_samples, replicates) as refused:
+                counts = torch.stack(
+                    [self._mitigated_counts(p, num_samples, generator, refused) for _ in range(replicates)],
+                    dim=1,
+                ).flatten(0, 1)
             keys, weights = (x.reshape(len(p), total) for x in _deal(counts, num_samples, 1, generator))
             filled = (weights.view(len(p), replicates, -1).sum(-1) > 0).sum(-1, keepdim=True)
             weights = weights / filled.clamp_min(1)
@@ -185,20 +192,61 @@ class CircuitSampler(Sampler):
         ------
         BackendUnavailable
             If the backend cannot run, and there is no policy.
+        CostError
+            If it would cost more than is allowed, and there is no policy. Nothing is sent.
         """
+        with self._reserved(p, shots, 1) as refused:
+            return self._measure(p, shots, generator, refused)
+
+    @contextmanager
+    def _reserved(self, p: Tensor, shots: int, times: int) -> Iterator[tuple[str, ...]]:
+        """While this lasts, rows may be measured so often; why they may not, where a policy then draws them.
+
+        Measurements that belong together are paid for together, or none of them is sent.
+        """
+        refused: tuple[str, ...] = ()
+        with ExitStack() as stack:
+            try:
+                runs = self._planned_runs(p, shots, times) if times > 1 else []
+                stack.enter_context(self.backend.engine.reserved(runs))
+            except (BackendUnavailable, CostError) as error:
+                if self.policy is None:
+                    raise
+                refused = (str(error),)
+            yield refused
+
+    def _planned_runs(self, p: Tensor, shots: int, times: int) -> list[PlannedRun]:
+        """All that is known to be run where rows are measured so often with the mitigation."""
+        mitigation: object = self.mitigation  # mypy knows no object that keeps both protocols
+        if not self.backend.engine.queues or not isinstance(mitigation, PlannedMitigation):
+            return []
+        running = p.sum(-1) > 0
+        if self.policy is not None:
+            running &= self.policy.decide(self.backend, p)[0]
+        if not bool(running.any()):
+            return []
+        planned = mitigation.planned_runs(self.backend, p[running], shots)
+        return [run for run in planned for _ in range(1 if run.kept else times)]
+
+    def _measure(
+        self, p: Tensor, shots: int, generator: torch.Generator | None, refused: tuple[str, ...]
+    ) -> RowCounts:
+        """`measure` inside what is reserved for it, or refused."""
         quantum = torch.ones(len(p), dtype=torch.bool)
         reasons: tuple[str, ...] = ()
         if self.policy is None:
             result = self._measure_on_backend(p, shots, generator)
         else:
             quantum, reasons = self.policy.decide(self.backend, p)
+            if refused:
+                quantum, reasons = torch.zeros_like(quantum), (*reasons, *refused)
             part = None
             if bool(quantum.any()):
                 used = (p[quantum] > 0).any(0).nonzero()
                 width = int(used.amax()) + 1 if len(used) else 1  # these rows need circuits of no more keys
                 try:
                     part = self._measure_on_backend(p[quantum, :width], shots, generator)
-                except BackendUnavailable as error:
+                except (BackendUnavailable, CostError) as error:
                     reasons, quantum = (*reasons, str(error)), torch.zeros_like(quantum)
             result = _with_classical_rows(part, p, quantum, shots, generator)
         reasons += tuple(result.diagnostics.get("fallbacks", ()))
@@ -223,9 +271,11 @@ class CircuitSampler(Sampler):
             return self.mitigation.sample_rows(self.backend, p, shots, generator=generator)
         return self.backend.sample_rows(p, shots, generator=generator)
 
-    def _mitigated_counts(self, p: Tensor, shots: int, generator: torch.Generator | None) -> Tensor:
+    def _mitigated_counts(
+        self, p: Tensor, shots: int, generator: torch.Generator | None, refused: tuple[str, ...]
+    ) -> Tensor:
         """Counts (R, n) of rows p that are measured and mitigated together."""
-        result = self.measure(p, shots, generator=generator)
+        result = self._measure(p, shots, generator, refused)
         return result.counts if result.estimate is None else _round(result.estimate, shots, generator)
 
     def _warn(self, reasons: tuple[str, ...], classical_rows: int, rows: int) -> None:
@@ -234,7 +284,7 @@ class CircuitSampler(Sampler):
         if new:
             self._warned.update(new)
             drawn = f"{classical_rows} of {rows} rows drawn classically. " if classical_rows else ""
-            warnings.warn(drawn + " ".join(new), FallbackWarning, stacklevel=4)
+            warnings.warn(drawn + " ".join(new), FallbackWarning, stacklevel=5)
 
 
 def _with_classical_rows(

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from ..backends import QiskitQuantumBackend, RowCounts
 from ..backends.base import Engine
-from ..backends.requests import MitigatedRowRequest
+from ..backends.requests import MitigatedRowRequest, PlannedRun
 from ..circuits import Loader, make_loader
 from ..errors import ArgumentError, DtypeError, FallbackWarning, unknown_name
 from .inference import ZeroNoiseInference
 from .projection import project_to_simplex, sum_by_key
-from .readout import estimate_register, readout_errors
-from .register import MAX_BITS, register_counts, register_keys, register_signs
+from .readout import calibration_qubits, estimate_register, planned_calibration, readout_errors
+from .register import MAX_BITS, planned_register_runs, register_counts, register_keys, register_signs
 from .rehearsal import Expectation, expected_errors
 from .results import MitigatedRows, checked_request, finish_request
 from .scaling import SCALINGS, is_static, scale_noise
@@ -195,6 +195,34 @@ class CircuitMitigation:
         metadata = [variant.transpiled(n).metadata or {} for variant in self.construct_backends(backend)]
         return [float(x.get("noise_level", level)) for x, level in zip(metadata, self.levels, strict=True)]
 
+    def planned_runs(self, backend: QiskitQuantumBackend, p: Tensor, shots: int) -> list[PlannedRun]:
+        """List all that `sample_rows` runs: calibrations that are not known yet, and every noise level.
+
+        Parameters
+        ----------
+        backend : QiskitQuantumBackend
+        p : Tensor, (R, n)
+            Rows, each with a key of probability above 0.
+        shots : int
+            Shots of each row, over all noise levels.
+
+        Returns
+        -------
+        list of PlannedRun
+        """
+        n, runs = p.shape[-1], []
+        self.check(backend, n)
+        variants = self.construct_backends(backend)
+        if self.readout:
+            # Noise levels that measure the same qubits share one calibration.
+            by_qubits = {tuple(calibration_qubits(v.transpiled(n))): v for v in variants}
+            runs += [run for variant in by_qubits.values() for run in planned_calibration(variant, n)]
+        attained = self.attained_levels(backend, n)
+        for variant, level, level_shots in zip(variants, attained, self.allocate(shots), strict=True):
+            purpose = f"noise level {level:g}"
+            runs += planned_register_runs(variant.transpiled(n), len(p), level_shots, purpose)
+        return runs
+
     def sample_rows(
         self,
         backend: QiskitQuantumBackend,
@@ -248,21 +276,23 @@ class CircuitMitigation:
         if expected is not None and expected.warning:
             warnings.warn(expected.warning, FallbackWarning, stacklevel=2)
         variants = self.construct_backends(backend)
-        errors = [readout_errors(v, n, seed=request.seed) for v in variants] if self.readout else None
         attained, batch = self.attained_levels(backend, n), uuid4().hex[:12]
         counts = []
-        for i, (variant, level_shots) in enumerate(zip(variants, shots_by_level, strict=True)):
-            rows_of_level = replace(request, p=running, loader=variant.loader)
-            counts.append(
-                register_counts(
-                    variant,
-                    variant.transpiled(n),
-                    variant.loader.angles(running),
-                    level_shots,
-                    request.seed + SEED_STEP * i,
-                    MitigatedRowRequest(rows_of_level, self.settings, attained[i], level_shots, batch),
+        runs = self.planned_runs(backend, running, shots) if backend.engine.queues else []
+        with backend.engine.reserved(runs):
+            errors = [readout_errors(v, n, seed=request.seed) for v in variants] if self.readout else None
+            for i, (variant, level_shots) in enumerate(zip(variants, shots_by_level, strict=True)):
+                rows_of_level = replace(request, p=running, loader=variant.loader)
+                counts.append(
+                    register_counts(
+                        variant,
+                        variant.transpiled(n),
+                        variant.loader.angles(running),
+                        level_shots,
+                        request.seed + SEED_STEP * i,
+                        MitigatedRowRequest(rows_of_level, self.settings, attained[i], level_shots, batch),
+                    )
                 )
-            )
         rows = self.combine_results(backend, running, counts, errors)
         shots_at = dict.fromkeys(self.levels, 0)
         for level, level_shots in zip(self.levels, shots_by_level, strict=True):

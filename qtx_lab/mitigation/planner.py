@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..backends import QiskitQuantumBackend, RowCounts
 from ..backends.aer import AerEngine
+from ..backends.requests import PlannedRun
 from ..checks import check_count
 from ..circuits import TreeLoader, check_rows
 from ..circuits.base import num_bits
@@ -213,6 +214,14 @@ class MitigationPlanner:
             shots,
             _reason(best, predictions[raw], len(predictions)),
         )
+
+    def planned_runs(self, backend: QiskitQuantumBackend, p: Tensor, shots: int) -> list[PlannedRun]:
+        """List what `sample_rows` would run with the option that is chosen by a generator of its own.
+
+        See `CircuitMitigation.planned_runs`. Other rehearsals may choose another option.
+        """
+        option = self.plan(backend, p, shots, generator=torch.Generator().manual_seed(0)).choice.option
+        return option.planned_runs(backend, p, shots)
 
     def sample_rows(
         self,

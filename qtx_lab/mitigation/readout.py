@@ -19,7 +19,7 @@ from qiskit import QuantumCircuit
 from torch import Tensor
 
 from ..backends import QiskitQuantumBackend
-from ..backends.requests import CalibrationRequest
+from ..backends.requests import CalibrationRequest, PlannedRun
 from ..checks import MAX_SEED, check_count
 from ..circuits.base import unpack_values
 from ..errors import ArgumentError, BackendUnavailable, ShapeError, StorageError
@@ -75,10 +75,22 @@ def readout_errors(backend: QiskitQuantumBackend, n: int, *, seed: int = 0) -> T
     path = _cache_path(backend, circuit)
     errors = _read(path, bits)
     if errors is None:
-        errors = _measure(backend, circuit, seed)
+        with backend.engine.reserved(planned_calibration(backend, n)):
+            errors = _measure(backend, circuit, seed)
         _keep(path, errors)
     _check_contrast(errors, backend.engine.name)
     return errors
+
+
+def planned_calibration(backend: QiskitQuantumBackend, n: int) -> list[PlannedRun]:
+    """List what `readout_errors` is going to run: nothing if the errors are known already."""
+    circuit = backend.transpiled(n)
+    if backend.engine.ideal or _read(_cache_path(backend, circuit), circuit.num_clbits) is not None:
+        return []
+    return [
+        PlannedRun(prepared, 1, CALIBRATION_SHOTS, "readout calibration", kept=True)
+        for prepared, _ in _prepared_states(circuit)
+    ]
 
 
 def calibrated_readout_errors(backend: QiskitQuantumBackend, n: int) -> Tensor:
@@ -100,7 +112,7 @@ def calibrated_readout_errors(backend: QiskitQuantumBackend, n: int) -> Tensor:
         If a bit reads the same whatever its qubit is.
     """
     circuit, noise = backend.engine.calibrated(backend.transpiled(n))
-    matrices = [noise.readout.get(qubit, np.eye(2)) for qubit in _measured_qubits(circuit)]
+    matrices = [noise.readout.get(qubit, np.eye(2)) for qubit in calibration_qubits(circuit)]
     errors = torch.from_numpy(np.stack(matrices)).double()
     _check_contrast(errors, backend.engine.name)
     return errors
@@ -263,7 +275,7 @@ def _check_contrast(errors: Tensor, device: str) -> None:
         )
 
 
-def _measured_qubits(circuit: QuantumCircuit) -> list[int]:
+def calibration_qubits(circuit: QuantumCircuit) -> list[int]:
     """Return the qubit that each bit of the register is measured from."""
     qubit = {
         circuit.find_bit(i.clbits[0]).index: circuit.find_bit(i.qubits[0]).index
@@ -279,18 +291,9 @@ def _measured_qubits(circuit: QuantumCircuit) -> list[int]:
 
 def _measure(backend: QiskitQuantumBackend, circuit: QuantumCircuit, seed: int) -> Tensor:
     """Measure the readout errors (bits, 2, 2) of the qubits that a transpiled circuit measures."""
-    qubits = _measured_qubits(circuit)
+    qubits = calibration_qubits(circuit)
     totals = torch.zeros(len(qubits), 2, 2, dtype=torch.float64)
-    for pattern in range(4):
-        prepared = [pattern >> (i % 2) & 1 for i in range(len(qubits))]  # 0000, 1010, 0101, 1111
-        calibration = circuit.copy_empty_like(f"readout-{pattern}")
-        calibration.global_phase = 0
-        for qubit, bit in zip(qubits, prepared, strict=True):
-            if bit:
-                calibration.x(qubit)
-        calibration.barrier()
-        for i, qubit in enumerate(qubits):
-            calibration.measure(qubit, i)
+    for pattern, (calibration, prepared) in enumerate(_prepared_states(circuit)):
         request = CalibrationRequest(tuple(qubits), tuple(prepared), CALIBRATION_SHOTS, seed + pattern)
         outcomes = backend.engine.run(
             calibration, np.empty((1, 0)), CALIBRATION_SHOTS, seed + pattern, request
@@ -302,11 +305,28 @@ def _measure(backend: QiskitQuantumBackend, circuit: QuantumCircuit, seed: int) 
     return totals / totals.sum(-1, keepdim=True)
 
 
+def _prepared_states(circuit: QuantumCircuit) -> list[tuple[QuantumCircuit, list[int]]]:
+    """Build the circuits that calibrate the qubits of a circuit, each with the bits that it prepares."""
+    qubits, states = calibration_qubits(circuit), []
+    for pattern in range(4):
+        prepared = [pattern >> (i % 2) & 1 for i in range(len(qubits))]  # 0000, 1010, 0101, 1111
+        calibration = circuit.copy_empty_like(f"readout-{pattern}")
+        calibration.global_phase = 0
+        for qubit, bit in zip(qubits, prepared, strict=True):
+            if bit:
+                calibration.x(qubit)
+        calibration.barrier()
+        for i, qubit in enumerate(qubits):
+            calibration.measure(qubit, i)
+        states.append((calibration, prepared))
+    return states
+
+
 def _cache_path(backend: QiskitQuantumBackend, circuit: QuantumCircuit) -> Path:
     facts = backend.engine.facts()
     key = (
         # The region is that of the transpiled circuit: the same numbers are other qubits in another region.
-        f"{(circuit.metadata or {}).get('region')} {_measured_qubits(circuit)}",
+        f"{(circuit.metadata or {}).get('region')} {calibration_qubits(circuit)}",
         f"{facts.get('device')} {facts.get('calibration')} {facts.get('noise')} {facts.get('noise_scale')}",
         f"{CALIBRATION_SHOTS}",
     )

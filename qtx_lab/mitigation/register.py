@@ -12,7 +12,7 @@ from torch import Tensor
 from ..backends import QiskitQuantumBackend
 from ..backends.counts import rows_at_once
 from ..backends.exact import compile_steps, outcome_probabilities
-from ..backends.requests import MitigatedRowRequest
+from ..backends.requests import MitigatedRowRequest, PlannedRun
 from ..circuits.base import pack_values, unpack_values
 from ..errors import BackendUnavailable
 
@@ -74,6 +74,12 @@ def register_counts(
         counts = torch.zeros(len(values), 1 << circuit.num_clbits, dtype=torch.int64)
         parts.append(counts.scatter_add_(-1, values, torch.ones_like(values)))
     return torch.cat(parts)
+
+
+def planned_register_runs(circuit: QuantumCircuit, rows: int, shots: int, purpose: str) -> list[PlannedRun]:
+    """List what `register_counts` runs for so many rows."""
+    step = rows_at_once(shots)
+    return [PlannedRun(circuit, min(step, rows - start), shots, purpose) for start in range(0, rows, step)]
 
 
 def register_probabilities(backend: QiskitQuantumBackend, p: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,9 @@ from qiskit.circuit.library import RZGate
 from ..backends import QiskitQuantumBackend
 from ..backends.aer import AerEngine
 from ..backends.base import Engine, RowJob
+from ..backends.costs import Bill, Cost, RowPlan
 from ..backends.exact import Noise
-from ..backends.requests import Request
+from ..backends.requests import PlannedRun, Request
 from ..checks import check_number
 from ..errors import ArgumentError, DtypeError, unknown_name
 
@@ -151,6 +153,22 @@ class FoldedEngine(Engine):
     def pending_jobs(self) -> int:
         """Return the number of jobs in the queue; see `Engine.pending_jobs`."""
         return self._engine.pending_jobs()
+
+    def cost(self, runs: Sequence[PlannedRun]) -> Cost:
+        """Estimate what some runs take; see `Engine.cost`."""
+        return self._engine.cost(runs)
+
+    def reserved(self, runs: Sequence[PlannedRun]) -> AbstractContextManager[object]:
+        """Give a call leave for all that it runs; see `Engine.reserved`."""
+        return self._engine.reserved(runs)
+
+    def plan(self, runs: Sequence[PlannedRun], shots: int, planned_on: Engine | None = None) -> RowPlan:
+        """Plan a call; see `Engine.plan`."""
+        return self._engine.plan(runs, shots, planned_on)
+
+    def bill(self, *, ask: bool = True) -> Bill:
+        """Tell what was sent and what it cost; see `Engine.bill`."""
+        return self._engine.bill(ask=ask)
 
     def submit(
         self,

@@ -15,7 +15,7 @@ from qtx_lab.backends.ibm import jobs
 from qtx_lab.backends.ibm.engine import IBMEngine
 from qtx_lab.backends.requests import RowRequest
 from qtx_lab.circuits import check_rows, make_loader
-from qtx_lab.errors import BackendUnavailable
+from qtx_lab.errors import BackendUnavailable, CostError
 
 SHOTS = 50
 P = torch.tensor([[0.5, 0.25, 0.25, 0.0], [0.0, 0.0, 0.0, 1.0]], dtype=torch.float64)
@@ -28,7 +28,7 @@ def client(action: str, environment: dict[str, str], result: str) -> None:
     jobs.FIRST_RETRY_DELAY_S, jobs.LAST_RETRY_DELAY_S, jobs.NEVER_ARRIVED_S = 0.01, 0.05, 0.5
     Retry._sleep_backoff = lambda retry: None
     TokenManager.paced_request_token = _ask_for_a_token  # IBM's own waits a minute after a failure
-    answer = {"submit": _submit, "recover": _recover}[action]()
+    answer = {"submit": _submit, "recover": _recover, "spend": _spend}[action]()
     Path(result).write_text(json.dumps(answer))
 
 
@@ -50,6 +50,19 @@ def _submit() -> dict[str, Any]:
 
 def _recover() -> dict[str, Any]:
     return {job.tag: _counts(job) for job in jobs.find_jobs()}
+
+
+def _spend() -> int:
+    """Submit rows one after the other, as a loop that was forgotten does, until there is no budget left."""
+    engine, loader = IBMEngine("ibm_lagos", budget="21 s"), make_loader("dynamic")
+    circuit = engine.transpile(loader.circuit(2), 0)
+    request = RowRequest(check_rows(P), loader, SHOTS, seed=1)
+    for sent in range(20):
+        try:
+            engine.submit(circuit, request.bindings(), SHOTS, request)
+        except CostError:
+            return sent
+    return 20
 
 
 def _counts(job: jobs.DeviceJob) -> Any:

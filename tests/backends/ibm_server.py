@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import math
 import os
 import re
 import signal
@@ -12,7 +13,7 @@ import socket
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -117,6 +118,8 @@ class IBMServer:
         A job is refused while this many wait or run, as on IBM's Open Plan.
     deleted : dict
         Jobs that were accepted and then deleted, by id.
+    charge : callable
+        Quantum seconds that a completed job is charged; None while that is not known.
     """
 
     def __init__(self, devices: tuple[str, ...] = ("lagos",), noise: bool = False, seed: int = 7):
@@ -142,6 +145,7 @@ class IBMServer:
         self.hidden_lookups = 0
         self.pending_limit: int | None = None
         self.deleted: dict[str, ServerJob] = {}
+        self.charge: Callable[[ServerJob], float | None] = lambda job: 2.0
         self._ids = itertools.count(1)
 
     def __enter__(self) -> IBMServer:
@@ -339,7 +343,11 @@ class IBMServer:
         if id not in self.jobs:
             return _error(404, "Job not found")
         job = self.jobs[id]
-        usage = {"status": "completed" if job.status == "Completed" else "pending", "quantum_seconds": 2}
+        charge = self.charge(job) if job.status == "Completed" else None
+        usage = {
+            "status": "pending" if charge is None else "completed",
+            "qpu_charge_time_seconds": charge or 0,
+        }
         queued = {"position_in_queue": job.polls_left + 1} if job.status == "Queued" else {}
         return 200, {"timestamps": {"created": job.created}, "usage": usage, **queued}
 
@@ -358,6 +366,12 @@ class IBMServer:
             job.status, job.result = "Completed", self._execute(job)
         except Exception as error:
             job.status, job.reason, job.result = "Failed", str(error), traceback.format_exc()
+
+    def executions(self, job: ServerJob) -> int:
+        """Bound circuits times shots of a job that was accepted."""
+        converter = QUANTUM_PROGRAM_PARAMS_CONVERTERS[job.params["schema_version"]]
+        program, _ = converter.decoder(converter.model.model_validate(job.params))
+        return sum(math.prod(item.shape) for item in program.items) * program.shots
 
     def _execute(self, job: ServerJob) -> str:
         converter = QUANTUM_PROGRAM_PARAMS_CONVERTERS[job.params["schema_version"]]

@@ -1,7 +1,8 @@
-"""The only uses of private attributes of IBM's client, for two things that its public interface cannot do.
+"""The only uses of private attributes of IBM's client, for three things that its public interface cannot do.
 
 A job must be posted a single time, but the client sends a POST again after a server error, and no option
-turns that off. And the client hides why it could list no devices, in every public method that lists them.
+turns that off. The client hides why it could list no devices, in every public method that lists them. And it
+does not tell in which file it looks for accounts, whose content may be anything.
 """
 
 from __future__ import annotations
@@ -9,9 +10,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import requests
+from qiskit_ibm_runtime.accounts import management
 from requests.adapters import HTTPAdapter
 from urllib3.exceptions import ConnectTimeoutError, MaxRetryError, NewConnectionError
 from urllib3.util.retry import Retry
@@ -89,3 +92,8 @@ def posting_by(adapter: SinglePost, service: Any, crn: str) -> Iterator[None]:
 def device_names(service: Any) -> list[str]:
     """Names of the devices of the active instance, read again from the server; raises the client's errors."""
     return sorted(device["name"] for device in service._get_api_client().list_backends())
+
+
+def accounts_file() -> Path:
+    """The file in which the client looks for saved accounts."""
+    return Path(management._DEFAULT_ACCOUNT_CONFIG_JSON_FILE).expanduser()

@@ -5,26 +5,30 @@ from __future__ import annotations
 import math
 import sys
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from pydantic import ValidationError
 from qiskit import QuantumCircuit
-from qiskit.transpiler import generate_preset_pass_manager
+from qiskit.exceptions import QiskitError
+from qiskit.transpiler import Target, generate_preset_pass_manager
 from qiskit.transpiler.exceptions import TranspilerError
 from qiskit_ibm_runtime import QiskitRuntimeService
 from qiskit_ibm_runtime.options_models.sampler import SamplerOptions
 
 from ...checks import check_number
-from ...errors import ArgumentError, BackendUnavailable, CalibrationWarning, unknown_name
+from ...circuits.resources import resources
+from ...errors import ArgumentError, BackendUnavailable, CalibrationWarning, StorageError, unknown_name
 from ...storage import runs_home
 from ..base import Engine, JobStatus
+from ..costs import Bill, Cost, RowPlan, RunCost
 from ..exact import Noise
 from ..noise import instruction_errors, median_errors, on_used_qubits
-from ..requests import Request
+from ..requests import CalibrationRequest, MitigatedRowRequest, PlannedRun, Request
+from .budget import Confirm, CostGuard, billed_job
 from .jobs import DeviceJob, find_jobs, post_part, submit_parts
 from .ledger import Block, record_job
 from .remote import DeviceAccess, IBMRemote, offline_problems
@@ -35,41 +39,14 @@ MAX_EXECUTIONS_PER_JOB = 10_000_000
 SECONDS_PER_JOB, SECONDS_PER_EXECUTION = 2.0, 0.00035
 """Quantum time of a job without error mitigation. From "Workload usage" in IBM's documentation."""
 
+REPETITION_DELAY_S = 0.00025
+"""Wait between two shots on IBM's devices, which the seconds per execution contain."""
+
 MAX_CALIBRATION_AGE_S = 3600.0
 """A device's calibration is read again after this time, and before each submission, seconds."""
 
 Mode = Literal["job", "batch", "session"]
 MODES = ("job", "batch", "session")
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a submission would take.
-
-    Parameters
-    ----------
-    circuits, shots : int
-        Number of rows bound into the circuit, and the shots of each.
-    executions : int
-        Their product.
-    jobs : int
-        Number of jobs that it is split into.
-    quantum_seconds : float
-        Estimated time on the device that IBM would bill, without queueing.
-    """
-
-    circuits: int
-    shots: int
-    executions: int
-    jobs: int
-    quantum_seconds: float
-
-    def __str__(self) -> str:
-        split = f" in {self.jobs} jobs" if self.jobs > 1 else ""
-        return (
-            f"{self.circuits:,} circuits × {self.shots:,} shots = {self.executions:,} executions{split}, "
-            f"about {self.quantum_seconds:.0f} s of quantum time"
-        )
 
 
 class IBMEngine(Engine):
@@ -91,10 +68,19 @@ class IBMEngine(Engine):
     twirling, dynamical_decoupling : mapping, optional
         Options of IBM's Sampler by these names; {"enable": True} is enough for the second. Either is refused
         for circuits that feed measurements forward.
+    account : str, optional
+        Name of a saved account; where None, the account in the environment, or else the default one on disk.
+    plans_preference, instance_tags : sequence of str, optional
+        Of an instance that is chosen for you: names of plans, as "open", the most preferred first; tags that
+        it must have. Not together with `instance`.
     max_quantum_seconds : float
-        A submission that is estimated to take longer needs `confirm`.
+        A call that is estimated to take longer, with all that it sends, needs `confirm`.
+    budget : str or float, optional
+        Quantum time that all jobs recorded in the folder of runs (see `runs_home`) may take, in any process:
+        seconds, or a text as "10 min" or "10 min per 28 days". See `CostGuard`.
     confirm : bool or callable
-        True allows it; a function is called with the `Cost` and decides.
+        A function is called with the `Cost` of a call that exceeds the limit or the budget, and decides. True
+        allows calls above `max_quantum_seconds`, but none above the budget.
     run_dir : path, optional
         Folder of the run whose `jobs` gets the records; where None, that of all runs (see `runs_home`).
     patience : float
@@ -103,8 +89,9 @@ class IBMEngine(Engine):
 
     Raises
     ------
-    ArgumentError
-        If the mode or an option is unknown, the limit is not positive, or the service is a local one.
+    ArgumentError, DtypeError
+        If the mode or an option is unknown; if the limit, the budget or `confirm` is not allowed; if the
+        service is a local one, or is given together with options of an account.
     """
 
     queues = True
@@ -121,14 +108,17 @@ class IBMEngine(Engine):
         fractional_gates: bool = False,
         twirling: Mapping[str, Any] | None = None,
         dynamical_decoupling: Mapping[str, Any] | None = None,
+        account: str | None = None,
+        plans_preference: Sequence[str] | None = None,
+        instance_tags: Sequence[str] | None = None,
         max_quantum_seconds: float = 60.0,
-        confirm: bool | Callable[[Cost], bool] = False,
+        budget: str | float | None = None,
+        confirm: Confirm = False,
         run_dir: str | Path | None = None,
         patience: float = 600.0,
     ):
         if mode not in MODES:
             raise unknown_name("mode", mode, MODES)
-        max_quantum_seconds = check_number("max_quantum_seconds", max_quantum_seconds, above=0)
         self.patience = check_number("patience", patience, least=0)
         self.options = {
             "twirling": dict(twirling or {}),
@@ -143,11 +133,17 @@ class IBMEngine(Engine):
         self.name = name
         self.mode: Mode = mode
         self.fractional_gates = fractional_gates
-        self.max_quantum_seconds = max_quantum_seconds
-        self.confirm = confirm
         self.run_dir = Path(run_dir) if run_dir else None
+        self._guard = CostGuard(name, max_quantum_seconds, budget, confirm, self.run_dir, self._settle)
         self._access = DeviceAccess(name, fractional_gates, mode)
-        self._remote = IBMRemote(service, instance=instance, region=region)
+        self._remote = IBMRemote(
+            service,
+            account=account,
+            instance=instance,
+            region=region,
+            plans_preference=plans_preference,
+            instance_tags=instance_tags,
+        )
         self._device = self._remote.device(self._access)
         self.recalibrations: tuple[str, ...] = ()
 
@@ -183,7 +179,7 @@ class IBMEngine(Engine):
         }
 
     def problems(self) -> tuple[str, ...]:
-        offline = offline_problems(self.name, self._remote.given)
+        offline = offline_problems(self.name, self._remote)
         if offline:
             return offline
         try:
@@ -198,13 +194,7 @@ class IBMEngine(Engine):
         return int(self._device.status().pending_jobs)
 
     def transpile(self, circuit: QuantumCircuit, level: int) -> QuantumCircuit:
-        target = self._device.target
-        try:
-            return generate_preset_pass_manager(level, target=target, seed_transpiler=0).run(circuit)
-        except TranspilerError as error:
-            raise BackendUnavailable(
-                f"{circuit.name} cannot be transpiled for {self.name}: {error}"
-            ) from error
+        return transpile_for(self._device.target, self.name, circuit, level)
 
     def errors(self, circuit: QuantumCircuit) -> list[float]:
         return instruction_errors(circuit, self._device.target)
@@ -222,12 +212,47 @@ class IBMEngine(Engine):
     ) -> np.ndarray:
         return self.submit(circuit, bindings, shots, request).outcomes(patience=self.patience)
 
-    def cost(self, circuits: int, shots: int) -> Cost:
-        """What it would take to run one circuit with so many bindings, and so many shots of each."""
-        jobs = len(self._blocks(circuits, shots))
-        executions = circuits * shots
-        seconds = SECONDS_PER_JOB * jobs + SECONDS_PER_EXECUTION * executions
-        return Cost(circuits, shots, executions, jobs, seconds)
+    def cost(self, runs: Sequence[PlannedRun]) -> Cost:
+        return estimated_cost(runs, self._device.target, self._device.max_shots, self.mode)
+
+    def reserved(self, runs: Sequence[PlannedRun]) -> AbstractContextManager[object]:
+        return self._guard.allow(self.cost(runs) if runs else Cost(()))
+
+    def plan(self, runs: Sequence[PlannedRun], shots: int, planned_on: Engine | None = None) -> RowPlan:
+        if planned_on is None:
+            cost, target = self.cost(runs), f"{self.name}, calibrated {self._device.calibration()}"
+        else:
+            cost, target = planned_on.cost(runs), planned_on.name
+        guard = self._guard
+        return RowPlan(
+            self.name,
+            target,
+            cost,
+            shots,
+            max_quantum_seconds=guard.max_quantum_seconds,
+            budget=str(guard.budget) if guard.budget else None,
+            budget_left=guard.left(),
+            problems=guard.exceeded(cost),
+        )
+
+    def bill(self, *, ask: bool = True) -> Bill:
+        if ask:
+            self._settle()
+        records = (job.record for job in find_jobs(service=self._remote.given))
+        jobs = tuple(billed_job(record) for record in records if record.provider == "ibm")
+        guard = self._guard
+        return Bill(jobs, None, str(guard.budget) if guard.budget else None, guard.left())
+
+    def _settle(self) -> None:
+        """Ask IBM what it charged for recorded jobs, as far as it answers."""
+        for job in find_jobs(service=self._remote.given):
+            try:
+                if job.record.provider == "ibm":
+                    job.settle()
+            except StorageError:
+                continue
+            except BackendUnavailable:
+                return  # each further question would take as long
 
     def submit(  # type: ignore[override]  # its options by name
         self,
@@ -236,7 +261,7 @@ class IBMEngine(Engine):
         shots: int,
         request: Request | None = None,
         *,
-        confirm: bool | Callable[[Cost], bool] | None = None,
+        confirm: Confirm | None = None,
         patience: float | None = None,
         progress: bool | Callable[[JobStatus], None] = True,
     ) -> DeviceJob:
@@ -253,7 +278,7 @@ class IBMEngine(Engine):
         request : Request, optional
             What the circuit is run for. It is kept, so that counts can be made after a restart.
         confirm : bool or callable, optional
-            For this submission, in place of the engine's.
+            For this submission, in place of the engine's: True sends it, whatever limit it exceeds.
         patience : float, optional
             Seconds, in place of the engine's.
         progress : bool or callable
@@ -267,9 +292,12 @@ class IBMEngine(Engine):
 
         Raises
         ------
+        CostError
+            If it is estimated to take longer than `max_quantum_seconds`, or than is left of the budget, and
+            is not confirmed. Nothing is recorded or submitted.
         ArgumentError
-            If it is estimated to take longer than `max_quantum_seconds` and is not confirmed; if the options
-            do not go with the circuit. Nothing is recorded or submitted.
+            If the options do not go with the circuit, or `confirm` is no answer. Nothing is recorded or
+            submitted.
         BackendUnavailable
             If the device is retired or unknown, the account is missing or has no access, or the server
             refused; if it is not known whether the server accepted; if it took no more jobs for longer than
@@ -290,25 +318,28 @@ class IBMEngine(Engine):
         instance = self._device.crn
         if self.fractional_gates:
             self._device.check_fractional(circuit, bindings)
-        cost = self.cost(len(bindings), shots)
-        self._check(cost, self.confirm if confirm is None else confirm)
-        path = record_job(
-            (self.run_dir or runs_home()) / "jobs",
-            request,
-            self._blocks(len(bindings), shots),
-            circuit=circuit,
-            bindings=bindings,
-            provider="ibm",
-            device=self.name,
-            instance=instance,
-            region=self._remote.region,
-            mode=self.mode,
-            circuits=len(bindings),
-            shots=shots,
-            quantum_seconds=cost.quantum_seconds,
-            fractional_gates=self.fractional_gates,
-            options=self.options,
-        )
+        cost = self.cost([PlannedRun(circuit, len(bindings), shots, _purpose(request))])
+        with self._guard.allow(cost, confirm) as leave:
+            path = record_job(
+                (self.run_dir or runs_home()) / "jobs",
+                request,
+                split_into_jobs(len(bindings), shots, self._device.max_shots),
+                circuit=circuit,
+                bindings=bindings,
+                provider="ibm",
+                device=self.name,
+                account=self._remote.account,
+                instance=instance,
+                region=self._remote.region,
+                mode=self.mode,
+                circuits=len(bindings),
+                shots=shots,
+                quantum_seconds=cost.quantum_seconds,
+                **self._guard.facts(),
+                fractional_gates=self.fractional_gates,
+                options=self.options,
+            )
+            leave.take(cost.quantum_seconds)
         print(f"{self.name}: {cost}; job {path.stem}", file=sys.stderr)
         job = DeviceJob(path, lambda: self._remote, request)
         patience = self.patience if patience is None else patience
@@ -329,26 +360,84 @@ class IBMEngine(Engine):
         """End the Batch or Session; what it has queued is still run."""
         self._device.close()
 
-    def _blocks(self, circuits: int, shots: int) -> list[Block]:
-        """Rows and shots of each job: shots are split evenly by the device's limit, then rows by a job's."""
-        pieces = math.ceil(shots / self._device.max_shots)
-        shots_of_piece = [shots // pieces + (i < shots % pieces) for i in range(pieces)]
-        rows = max(1, MAX_EXECUTIONS_PER_JOB // shots_of_piece[0])
-        return [
-            Block(start, min(start + rows, circuits), count)
-            for start in range(0, circuits, rows)
-            for count in shots_of_piece
-        ]
 
-    def _check(self, cost: Cost, confirm: bool | Callable[[Cost], bool]) -> None:
-        """Refuse what takes longer than is allowed."""
-        if cost.quantum_seconds <= self.max_quantum_seconds:
-            return
-        if not (confirm(cost) if callable(confirm) else confirm):
-            raise ArgumentError(
-                f"{self.name}: {cost}, more than max_quantum_seconds={self.max_quantum_seconds:g}: pass "
-                "confirm=True, or a higher limit."
+def split_into_jobs(circuits: int, shots: int, max_shots: int) -> list[Block]:
+    """Rows and shots of each job: shots are split evenly by the device's limit, then rows by a job's."""
+    pieces = math.ceil(shots / max_shots)
+    shots_of_piece = [shots // pieces + (i < shots % pieces) for i in range(pieces)]
+    rows = max(1, MAX_EXECUTIONS_PER_JOB // shots_of_piece[0])
+    return [
+        Block(start, min(start + rows, circuits), count)
+        for start in range(0, circuits, rows)
+        for count in shots_of_piece
+    ]
+
+
+def transpile_for(target: Target, name: str, circuit: QuantumCircuit, level: int) -> QuantumCircuit:
+    """The circuit in the gates of a device's target, as `Engine.transpile`."""
+    try:
+        return generate_preset_pass_manager(level, target=target, seed_transpiler=0).run(circuit)
+    except TranspilerError as error:
+        raise BackendUnavailable(f"{circuit.name} cannot be transpiled for {name}: {error}") from error
+
+
+def estimated_cost(runs: Sequence[PlannedRun], target: Target, max_shots: int, mode: Mode = "job") -> Cost:
+    """What some runs take on a device, by IBM's rule and by the durations of its gates.
+
+    Parameters
+    ----------
+    runs : sequence of PlannedRun
+    target : Target
+        Has the durations of the device's gates.
+    max_shots : int
+        Most shots of a circuit in one job.
+    mode : {"job", "batch", "session"}
+        How jobs are run.
+    """
+    costs, longest = [], SECONDS_PER_EXECUTION
+    for run in runs:
+        blocks = split_into_jobs(run.rows, run.shots, max_shots)
+        # The rule takes circuits to be short. Of long ones the duration is known, if they have no conditions.
+        per_execution = max(SECONDS_PER_EXECUTION, REPETITION_DELAY_S + _duration(run.circuit, target))
+        longest = max(longest, per_execution)
+        seconds = SECONDS_PER_JOB * len(blocks) + per_execution * run.rows * run.shots
+        size = resources(run.circuit)
+        costs.append(
+            RunCost(
+                run.purpose,
+                run.rows,
+                run.shots,
+                len(blocks),
+                seconds,
+                size.qubits,
+                size.depth,
+                size.two_qubit_gates,
             )
+        )
+    how = f"IBM's rule of {SECONDS_PER_JOB:g} s a job and {1e3 * SECONDS_PER_EXECUTION:g} ms an execution"
+    if longest > SECONDS_PER_EXECUTION:
+        how += f", or up to {1e3 * longest:.2g} ms where the circuit takes longer"
+    if mode == "session":
+        how += "; a session is billed from its first job until it is closed, also while it waits"
+    return Cost(tuple(costs), how)
+
+
+def _duration(circuit: QuantumCircuit, target: Target) -> float:
+    """Seconds that a shot takes; 0 where it is not known, as of circuits with conditions."""
+    try:
+        return float(circuit.estimate_duration(target))
+    except QiskitError:
+        return 0.0
+
+
+def _purpose(request: Request | None) -> str:
+    """What a request is for, as a cost names it."""
+    match request:
+        case MitigatedRowRequest():
+            return f"noise level {request.noise_level:g}"
+        case CalibrationRequest():
+            return "readout calibration"
+    return "rows"
 
 
 def _percent(error: float | None) -> str:

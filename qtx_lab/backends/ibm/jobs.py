@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from ...storage import write_frame
 from ..base import JobState, JobStatus
 from ..counts import RowCounts
 from ..requests import Request, RowRequest
+from .budget import Confirm, billed_job, check_confirm, recorded_guard, rest_cost, spent_seconds
 from .ledger import (
     JobRecord,
     MitigatedRowsRecord,
@@ -178,6 +179,7 @@ class DeviceJob:
                 if part.tag in answers and part.state != JobState.DONE:
                     part.id, answer = answers[part.tag]
                     part.state, part.reason = answer.state, answer.reason
+                    part.charged_seconds = answer.charged_seconds
 
         record = update_record(self.path, learn) if answers else self.record
         last = max(
@@ -186,6 +188,37 @@ class DeviceJob:
             default=JobStatus(JobState.DONE),
         )
         return replace(record.status, position=last.position, pending=last.pending)
+
+    def settle(self) -> None:
+        """Ask the server what it charged for the job's parts, and write that into the record.
+
+        A part that the server does not list, `NEVER_ARRIVED_S` after it was posted, costs nothing.
+
+        Raises
+        ------
+        BackendUnavailable
+            If the server cannot be asked.
+        StorageError
+            If the record cannot be read or written.
+        """
+        if billed_job(self.record).settled:
+            return
+        if any(part.may_cost and not (part.id and part.state.ended) for part in self.record.parts):
+            self.status()
+        never_arrived = datetime.now(UTC) - timedelta(seconds=NEVER_ARRIVED_S)
+        charges: dict[str, float | None] = {}
+        for part in self.record.parts:
+            if part.charged_seconds is None and part.id and part.state.ended:
+                charges[part.tag] = self._ask(part.id).charged_seconds
+            elif not part.id and part.attempted and part.attempted < never_arrived:
+                charges[part.tag] = 0.0
+
+        def write(record: JobRecord) -> None:
+            for part in record.parts:
+                if part.charged_seconds is None:
+                    part.charged_seconds = charges.get(part.tag)
+
+        update_record(self.path, write)
 
     def _ask(self, id: str) -> JobStatus:
         """Where one of the server's jobs is."""
@@ -371,6 +404,7 @@ class DeviceJob:
         again: bool = False,
         patience: float = 600.0,
         progress: bool | Callable[[JobStatus], None] = True,
+        confirm: Confirm = False,
     ) -> DeviceJob:
         """Send the parts that the server never got, and no other: each part is looked for by its tag before.
 
@@ -386,6 +420,9 @@ class DeviceJob:
             Seconds to wait at most while the server takes no more jobs.
         progress : bool or callable
             As for `outcomes`.
+        confirm : bool or callable
+            Parts that are run again, or that were refused, cost anew. Within the job's own limit and budget
+            they are sent; beyond them only if this is True, or a function that returns it for their `Cost`.
 
         Returns
         -------
@@ -394,6 +431,8 @@ class DeviceJob:
 
         Raises
         ------
+        CostError
+            If what is to be sent anew exceeds a limit and is not confirmed. Nothing is sent.
         BackendUnavailable
             If another process is sending the job's parts now; if a part was refused, or if it is not known
             whether it was accepted; if the server takes no more jobs for longer than `patience`. Parts before
@@ -401,17 +440,20 @@ class DeviceJob:
         StorageError
             If the circuits were not kept, as for jobs of older versions of qtx_lab, or cannot be read.
         """
+        check_confirm(confirm)
         self.status()
         states = {JobState.FAILED, JobState.CANCELLED, JobState.GONE}
-        if again and any(part.state in states for part in self.record.parts):
-            update_record(self.path, lambda record: _renew(record, states))
-        if any(part.id is None for part in self.record.parts):
-            circuit, bindings = read_program(self.path)
+        record = self.record
+        with recorded_guard(self.path, record).allow(rest_cost(record, states if again else set()), confirm):
+            if again and any(part.state in states for part in record.parts):
+                update_record(self.path, lambda record: _renew(record, states))
+            if any(part.id is None for part in self.record.parts):
+                circuit, bindings = read_program(self.path)
 
-            def post(part: PartRecord) -> str:
-                return post_part(self, part, circuit, bindings)
+                def post(part: PartRecord) -> str:
+                    return post_part(self, part, circuit, bindings)
 
-            submit_parts(self, post, patience=patience, progress=progress)
+                submit_parts(self, post, patience=patience, progress=progress)
         return self
 
     def cancel(self) -> Cancellation:
@@ -723,7 +765,7 @@ def _submit_part(job: DeviceJob, i: int, post: Callable[[PartRecord], str], wait
             return
     reopened = False
     while True:
-        _set(job, i, attempted=datetime.now(UTC), state=JobState.RECORDED, reason=None)
+        _set(job, i, attempted=datetime.now(UTC), state=JobState.RECORDED, reason=None, charged_seconds=None)
         try:
             id = post(part)
         except Exception as error:
@@ -844,6 +886,8 @@ def _renew(record: JobRecord, states: set[JobState]) -> None:
     """Give parts that ended in these states new tags, under which they are sent again."""
     for i, part in enumerate(record.parts):
         if part.state in states and (part.id or part.state == JobState.CANCELLED):
+            part.earlier_seconds = spent_seconds(record, part)
+            part.charged_seconds = None
             part.earlier_ids = [*part.earlier_ids, part.id] if part.id else part.earlier_ids
             part.tag = f"{record.tag}.{i}.{len(part.earlier_ids)}"
             part.id, part.state, part.reason, part.attempted = None, JobState.RECORDED, None, None
@@ -924,9 +968,11 @@ def find_jobs(
     remotes: dict[tuple[str | None, ...], Remote] = {}
 
     def connect(record: JobRecord) -> Remote:
-        account = (record.provider, record.instance, record.region)
+        account = (record.provider, record.account, record.instance, record.region)
         if account not in remotes:
-            remotes[account] = IBMRemote(service, instance=record.instance, region=record.region)
+            remotes[account] = IBMRemote(
+                service, account=record.account, instance=record.instance, region=record.region
+            )
         return remotes[account]
 
     jobs = [

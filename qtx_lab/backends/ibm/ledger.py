@@ -186,8 +186,12 @@ class PartRecord(_Record):
     attempted : datetime or None
         When it was last posted, unless the server certainly refused it; None where it is certain that the
         server has no such job. It is written down before the post.
+    charged_seconds : float or None
+        Quantum time that was charged for it; None before the server tells it.
     earlier_ids : list of str
         Ids of jobs of this part that ended without a result, before it was sent again.
+    earlier_seconds : float
+        Quantum time of those, as charged or else estimated.
     """
 
     tag: str
@@ -198,7 +202,14 @@ class PartRecord(_Record):
     state: JobState
     reason: str | None
     attempted: AwareDatetime | None = None
+    charged_seconds: float | None = Field(None, exclude_if=lambda seconds: seconds is None)
     earlier_ids: list[str] = []
+    earlier_seconds: float = Field(0.0, ge=0, exclude_if=lambda seconds: seconds == 0)
+
+    @property
+    def may_cost(self) -> bool:
+        """Whether the server has a job of this part, or may have one, or is to get one."""
+        return self.id is not None or self.attempted is not None or self.state == JobState.RECORDED
 
     @field_serializer("attempted")
     def _iso(self, attempted: datetime | None) -> str | None:
@@ -218,12 +229,14 @@ class JobRecord(_Record):
         Unique name of the job, also the name of the record's file.
     recorded : datetime
         When the record was made.
-    provider, device, instance, region, mode : str or None
+    provider, device, account, instance, region, mode : str or None
         Where the job is, as `IBMEngine` takes it.
     circuits, shots : int
         Number of bound circuits, and the shots of each.
     quantum_seconds : float or None
         Estimated time on the device.
+    max_quantum_seconds, budget : float and str, or None
+        The limits that the job was submitted within; those of parts that are sent later, too.
     request : RowsRecord or MitigatedRowsRecord or CalibrationRecord or CircuitsRecord
         What the circuits are run for.
     parts : list of PartRecord
@@ -241,12 +254,15 @@ class JobRecord(_Record):
     recorded: AwareDatetime
     provider: str | None = None
     device: str
+    account: str | None = None
     instance: str | None = None
     region: str | None = None
     mode: str | None = None
     circuits: int = Field(ge=1)
     shots: int = Field(ge=1)
     quantum_seconds: float | None = Field(None, ge=0, allow_inf_nan=False)
+    max_quantum_seconds: float | None = None
+    budget: str | None = None
     request: RequestRecord
     parts: list[PartRecord] = Field(min_length=1)
     fractional_gates: bool = False
@@ -272,6 +288,12 @@ class JobRecord(_Record):
 
     def __getitem__(self, name: str) -> Any:
         return self.model_dump()[name]
+
+    def estimated_seconds(self, part: PartRecord) -> float:
+        """The part's share of the estimated time on the device."""
+        executions = [(other.stop - other.start) * other.shots for other in self.parts]
+        share = (part.stop - part.start) * part.shots / sum(executions)
+        return (self.quantum_seconds or 0.0) * share
 
     @field_serializer("recorded")
     def _iso(self, recorded: datetime) -> str:
@@ -326,8 +348,8 @@ def record_job(
     circuit, bindings : QuantumCircuit and ndarray, optional
         What is posted. They are kept, so that parts which were not sent can be sent after a restart.
     **facts
-        Other fields of `JobRecord`: device, circuits, shots, provider, instance, region, mode,
-        quantum_seconds, fractional_gates, options.
+        Other fields of `JobRecord`: device, circuits, shots, provider, account, instance, region, mode,
+        quantum_seconds, max_quantum_seconds, budget, fractional_gates, options.
 
     Returns
     -------

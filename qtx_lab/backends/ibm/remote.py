@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -25,6 +25,7 @@ from qiskit_ibm_runtime.utils import validate_rzz_pubs
 
 from ...errors import ArgumentError, BackendUnavailable
 from ..base import JobState, JobStatus
+from .accounts import account_problem, check_account_options, listed_instances
 from .client_internals import SinglePost, device_names, posting_by
 
 RETIRED = re.compile(r"ibmq_.+|ibmqx\d+|simulator_(statevector|mps|stabilizer|extended_stabilizer)")
@@ -41,11 +42,6 @@ IBM_JOB_STATES = {
 
 HTTP_STATUS = re.compile(r"(\d{3}) (?:Client|Server) Error|too many (\d{3}) error|Status code: (\d{3})")
 """How the messages of requests, urllib3 and IBM's login name an HTTP status."""
-
-NO_ACCOUNT = (
-    "No IBM Quantum account is saved on this machine, and QISKIT_IBM_TOKEN is not set: save one with "
-    "`QiskitRuntimeService.save_account(token=...)` of qiskit_ibm_runtime, or pass service=."
-)
 
 
 class Unreachable(BackendUnavailable):
@@ -119,8 +115,14 @@ class IBMRemote:
     ----------
     given : QiskitRuntimeService, optional
         A service that is logged in; where None, one is made, and the network used, when it is first needed.
+    account : str, optional
+        Name of the saved account that the service is made for; where None, the account in the environment,
+        or else the default one on disk.
     instance, region : str, optional
         Of the service that is made.
+    plans_preference, instance_tags : sequence of str, optional
+        Of an instance that is chosen for you: names of plans, the most preferred first; tags that it must
+        have.
 
     Attributes
     ----------
@@ -129,20 +131,28 @@ class IBMRemote:
 
     Raises
     ------
-    ArgumentError
-        If the service is a local one.
+    ArgumentError, DtypeError
+        If the service is a local one, or is given together with options of an account; if an option is no
+        name, or no names, or would be of no use.
     """
 
     def __init__(
         self,
         given: QiskitRuntimeService | None = None,
         *,
+        account: str | None = None,
         instance: str | None = None,
         region: str | None = None,
+        plans_preference: Sequence[str] | None = None,
+        instance_tags: Sequence[str] | None = None,
     ):
         if given is not None and given.is_local:
             raise ArgumentError("service is a local one, which runs no jobs at IBM: use provider='aer'.")
+        check_account_options(given, account, instance, plans_preference, instance_tags)
         self.given = given
+        self.account = account if given is None else None
+        self.plans_preference = None if plans_preference is None else list(plans_preference)
+        self.instance_tags = None if instance_tags is None else list(instance_tags)
         self.instance = instance
         self.region = region
         self.crn = instance if instance and instance.startswith("crn:") else None
@@ -159,11 +169,37 @@ class IBMRemote:
     def service(self) -> Any:
         """IBM's service, logged in."""
         if self._service is None:
-            if not has_account():
-                raise BackendUnavailable(NO_ACCOUNT)
+            problem = account_problem(self.account)
+            if problem:
+                raise BackendUnavailable(problem)
             with explained("logging in to IBM Quantum"):
-                self._service = QiskitRuntimeService(instance=self.instance, region=self.region)
+                try:
+                    self._service = QiskitRuntimeService(
+                        name=self.account,
+                        instance=self.instance,
+                        region=self.region,
+                        plans_preference=self.plans_preference,
+                        tags=self.instance_tags,
+                    )
+                except IBMInputValueError as error:
+                    raise BackendUnavailable(self._no_instance(error)) from error
+                except (ValueError, TypeError, LookupError, AttributeError) as error:
+                    raise BackendUnavailable(
+                        f"IBM's client cannot log in with this account: {error}"
+                    ) from error
         return self._service
+
+    def _no_instance(self, error: IBMInputValueError) -> str:
+        """Why no instance of the account could be taken, and which there are."""
+        asked = {
+            "instance": self.instance or (None if self.account else os.environ.get("QISKIT_IBM_INSTANCE")),
+            "region": self.region,
+            "plans_preference": self.plans_preference,
+            "instance_tags": self.instance_tags,
+        }
+        given = ", ".join(f"{name}={value!r}" for name, value in asked.items() if value)
+        listed = listed_instances(self.account) or " ".join(str(text) for text in error.args)
+        return f"No instance of this IBM Quantum account fits {given or 'what is saved with it'}. {listed}"
 
     def lookup(self, tag: str) -> list[str]:
         service = self.service()
@@ -180,7 +216,8 @@ class IBMRemote:
                 place = job.metrics().get("position_in_queue")
                 return JobStatus(state, place, pending=None if place else job.backend().status().pending_jobs)
             message = job.error_message() if state == JobState.FAILED else None
-            return JobStatus(state, reason=message and " ".join(message.split()))
+            charged = charged_seconds(job, state) if state.ended else None
+            return JobStatus(state, reason=message and " ".join(message.split()), charged_seconds=charged)
 
     def outcomes(self, id: str) -> np.ndarray:
         with explained(f"fetching the results of job {id}", missing=Gone):
@@ -244,7 +281,7 @@ class IBMDevice:
     def connect(self) -> Any:
         """IBM's object of the device, asked for once."""
         if self._backend is None:
-            problems = offline_problems(self.name, self.remote.given)
+            problems = offline_problems(self.name, self.remote)
             if problems:
                 raise BackendUnavailable(" ".join(problems))
             service = self.remote.service()
@@ -408,39 +445,37 @@ class IBMDevice:
             self._session = None
 
 
-def offline_problems(name: str, service: object | None) -> tuple[str, ...]:
-    """What is known to be wrong without asking anybody: a retired name, no account.
+def charged_seconds(job: Any, state: JobState) -> float | None:
+    """Quantum seconds that IBM charged for its job, which has ended; None where it does not tell them yet."""
+    try:
+        with explained("asking what was charged"):
+            metrics = job.metrics()
+    except BackendUnavailable:
+        return None
+    if not isinstance(metrics, Mapping):
+        return None
+    usage, times = (
+        x if isinstance(x, Mapping) else {} for x in (metrics.get("usage"), metrics.get("timestamps"))
+    )
+    if state == JobState.CANCELLED and not times.get("running"):  # it never reached the device
+        return 0.0
+    seconds = usage.get("qpu_charge_time_seconds", usage.get("quantum_seconds"))
+    known = isinstance(seconds, int | float) and usage.get("status", "completed") != "pending"
+    return float(seconds) if known and seconds >= 0 else None
 
-    >>> for problem in offline_problems("ibmq_qasm_simulator", service=object()):
-    ...     print(problem)
-    'ibmq_qasm_simulator' is retired: IBM no longer runs it. Simulate with provider='aer', or name another
-    device.
-    """
+
+def offline_problems(name: str, remote: IBMRemote) -> tuple[str, ...]:
+    """What is known to be wrong without asking anybody: a retired name, no account or a wrong one."""
     problems = []
     if RETIRED.fullmatch(name):
         problems.append(
             f"{name!r} is retired: IBM no longer runs it. "
             "Simulate with provider='aer', or name another device."
         )
-    if service is None and not has_account():
-        problems.append(NO_ACCOUNT)
+    problem = account_problem(remote.account) if remote.given is None else None
+    if problem:
+        problems.append(problem)
     return tuple(problems)
-
-
-def has_account() -> bool:
-    """Whether IBM's tools find an account, in the environment or on disk.
-
-    Raises
-    ------
-    BackendUnavailable
-        If the file of accounts cannot be read.
-    """
-    if os.environ.get("QISKIT_IBM_TOKEN"):
-        return True
-    try:
-        return bool(QiskitRuntimeService.saved_accounts())
-    except (ValueError, OSError, IBMError) as error:
-        raise BackendUnavailable(f"IBM's file of saved accounts cannot be read: {error}") from error
 
 
 @contextmanager

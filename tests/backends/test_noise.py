@@ -93,18 +93,18 @@ def test_models_that_cannot_act_are_refused():
 
 
 def test_a_calibration_of_some_date_is_the_twins_noise(tmp_path):
-    device = fake_device("fake_fez")
+    device = fake_device("fake_jakarta")
     properties = device.properties()
-    file = tmp_path / "ibm_fez.json"
+    file = tmp_path / "ibm_jakarta.json"
     file.write_text(json.dumps(properties.to_dict(), default=str))
-    twin = probabilities(backend_name="fake_fez", loader="tree")
+    twin = probabilities(backend_name="fake_jakarta", loader="tree")
     for noise in (file, str(file), properties, properties.to_dict()):
         assert probabilities(noise=noise, loader="tree").allclose(twin, atol=1e-9)
     backend = qtx.QiskitQuantumBackend("aer", noise=file)
     facts = backend.engine.facts()
     assert facts["calibration"] == properties.last_update_date.isoformat()
-    assert "ibm_fez" in facts["noise"]
-    assert facts["num_qubits"] == 156
+    assert properties.backend_name in facts["noise"]
+    assert facts["num_qubits"] == 7
     worse = json.loads(file.read_text())
     for qubit in worse["qubits"]:
         for value in qubit:
@@ -118,7 +118,7 @@ def test_a_calibration_of_some_date_is_the_twins_noise(tmp_path):
         with pytest.raises(qtx.ArgumentError, match="as JSON"):
             qtx.QiskitQuantumBackend("aer", noise=file)
     with pytest.raises(qtx.ArgumentError, match="noise of its own"):
-        qtx.QiskitQuantumBackend("aer", "fake_fez", noise=properties)
+        qtx.QiskitQuantumBackend("aer", "fake_jakarta", noise=properties)
 
 
 def test_thermal_noise_relaxes_qubits_while_gates_last():
@@ -179,12 +179,12 @@ def test_waiting_costs_more_the_longer_it_takes(noise):
 
 
 def test_waiting_is_the_same_shot_by_shot():
-    """20,000 shots of Aer: the total variation of two rows of 8 keys has a mean of .01 without any bias."""
+    """6,000 shots of Aer: the total variation of two rows of 8 keys has a mean of .013 without any bias."""
     options = {"noise": THERMAL, "feed_forward_latency": 10e-6}
     expected = probabilities(**options)
     backend = qtx.QiskitQuantumBackend("aer", method="aer", **options)
-    result = backend.sample_rows(rows(), 20_000, generator=torch.Generator().manual_seed(1))
-    assert total_variation_distance(result.probabilities(), expected).max() < 0.02
+    result = backend.sample_rows(rows(), 6_000, generator=torch.Generator().manual_seed(1))
+    assert total_variation_distance(result.probabilities(), expected).max() < 0.03
     assert total_variation_distance(expected, rows()).max() > 0.05
 
 

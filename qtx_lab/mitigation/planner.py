@@ -16,7 +16,7 @@ from ..checks import check_count
 from ..circuits import TreeLoader, check_rows
 from ..circuits.base import num_bits
 from ..circuits.fidelity import total_variation_distance
-from ..errors import ArgumentError, DtypeError
+from ..errors import ArgumentError, DtypeError, ShapeError
 from .circuit import CircuitMitigation
 from .decay import SharedDecay
 from .distillation import MAX_COPY_QUBITS, TwoCopyLoader
@@ -82,6 +82,8 @@ class Plan:
         Shots of each row.
     reason : str
         Why it was chosen, in a sentence.
+    rehearsed_on : str
+        Which rows the options were rehearsed on: what the planner knew when it chose.
     """
 
     choice: Prediction
@@ -89,10 +91,12 @@ class Plan:
     predictions: tuple[Prediction, ...]
     shots: int
     reason: str
+    rehearsed_on: str = ""
 
     def __str__(self) -> str:
         lines = [
             f"{self.shots:,} shots a row. {self.reason}",
+            f"Rehearsed on {self.rehearsed_on}.",
             f"  {'option':<44}{'error':>8}{'bias':>8}{'noise':>8}",
         ]
         for x in self.predictions:
@@ -112,7 +116,9 @@ class MitigationPlanner:
     those are used.
 
     `CircuitSampler` takes the planner as its `mitigation`. The rows are known before they are measured. That
-    is why options can be rehearsed on them, and also why circuits have no advantage here.
+    is why options can be rehearsed on them, and also why circuits have no advantage here. A comparison with
+    other mitigations has to say so: `Plan.rehearsed_on` and the diagnostics tell what the planner knew. With
+    `rows` it is rehearsed on others like them, and does not look at those that it measures.
 
     Parameters
     ----------
@@ -120,11 +126,15 @@ class MitigationPlanner:
         Options to try; `default_options` of the backend if None. The backend's own counts are always tried.
     model : QiskitQuantumBackend, optional
         Backend on which options are rehearsed, in place of the backend's own calibration.
+    rows : Tensor, (R, n), optional
+        Rows of probabilities on which options are rehearsed, in place of those that are measured.
 
     Raises
     ------
     DtypeError
         If options holds something else, or model is not a backend.
+    ShapeError, DtypeError, ArgumentError
+        If rows are not rows of probabilities, or all of their keys are masked.
 
     Examples
     --------
@@ -144,6 +154,7 @@ class MitigationPlanner:
         options: Sequence[CircuitMitigation] | None = None,
         *,
         model: QiskitQuantumBackend | None = None,
+        rows: Tensor | None = None,
     ):
         for option in options or ():
             if not isinstance(option, CircuitMitigation):
@@ -151,6 +162,7 @@ class MitigationPlanner:
         if model is not None:
             check_backend(model, "model")
         self.options, self.model = None if options is None else tuple(options), model
+        self.rows = None if rows is None else _rows_with_keys(rows, "rows")
 
     def plan(
         self,
@@ -179,18 +191,23 @@ class MitigationPlanner:
         Raises
         ------
         ArgumentError, ShapeError, DtypeError
-            As `sample_rows`; also if every key of every row is masked.
+            As `sample_rows`; also if every key of every row is masked, or if the planner's own rows have
+            another number of keys.
         """
         check_backend(backend)
         shots = check_count("shots", shots)
-        p = check_rows(p)
-        p = p[p.sum(-1) > 0]
-        if not len(p):
-            raise ArgumentError("p has no row with a key of probability above 0: there is nothing to plan.")
+        p = _rows_with_keys(p, "p")
+        if self.rows is not None and self.rows.shape[-1] != p.shape[-1]:
+            raise ShapeError(
+                f"The planner's rows have {self.rows.shape[-1]} keys and p has {p.shape[-1]}; they must have "
+                "the same."
+            )
+        known, whose = (p, "rows themselves") if self.rows is None else (self.rows, "other rows")
         device = "cpu" if generator is None else generator.device
         rng = np.random.default_rng(int(torch.randint(2**31 - 1, (), generator=generator, device=device)))
-        some = rng.choice(len(p), min(len(p), REHEARSED_ROWS), replace=False)  # rows may repeat with a period
-        rows = p[torch.from_numpy(np.sort(some))]
+        count = min(len(known), REHEARSED_ROWS)
+        some = rng.choice(len(known), count, replace=False)  # rows may repeat with a period
+        rows = known[torch.from_numpy(np.sort(some))]
         options = default_options(backend, p.shape[-1]) if self.options is None else self.options
         raw = CircuitMitigation(readout=False)
         rehearsal = Rehearsal(self.model or backend, rows)
@@ -213,6 +230,7 @@ class MitigationPlanner:
             tuple(sorted(predictions.values(), key=lambda x: x.error)),
             shots,
             _reason(best, predictions[raw], len(predictions)),
+            f"{count} of the {len(known)} {whose}",
         )
 
     def planned_runs(self, backend: QiskitQuantumBackend, p: Tensor, shots: int) -> list[PlannedRun]:
@@ -236,8 +254,9 @@ class MitigationPlanner:
         Returns
         -------
         RowCounts
-            Its diagnostics hold `plan`, `expected_error` and `error`: the expected and the attained total
-            variation between estimated and true rows, mean over rows.
+            Its diagnostics hold `plan`, `rehearsed_on`, `expected_error` and `error`: the rows that the
+            planner knew, and the expected and the attained total variation between estimated and true rows,
+            mean over rows.
 
         Raises
         ------
@@ -259,10 +278,22 @@ class MitigationPlanner:
             "mitigation": plan.choice.option.name,
             **result.diagnostics,
             "plan": plan,
+            "rehearsed_on": plan.rehearsed_on,
             "expected_error": plan.choice.error,
             "error": float(error),
         }
         return replace(result, diagnostics=diagnostics)
+
+
+def _rows_with_keys(p: Tensor, argument: str) -> Tensor:
+    """Rows that `check_rows` returned and that have a key of probability above 0, or an error."""
+    checked = check_rows(p)
+    checked = checked[checked.sum(-1) > 0]
+    if not len(checked):
+        raise ArgumentError(
+            f"{argument} has no row with a key of probability above 0: there is nothing to plan."
+        )
+    return checked
 
 
 def default_options(backend: QiskitQuantumBackend, n: int) -> tuple[CircuitMitigation, ...]:

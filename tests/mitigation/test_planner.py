@@ -41,6 +41,31 @@ def test_the_plan_says_what_was_picked_and_why(generator):
     assert str(twice[0]) == str(twice[1])
 
 
+def test_the_plan_tells_what_it_knew(generator):
+    """Rehearsed on other rows it does not look at those that it measures, and says so."""
+    backend = qtx.QiskitQuantumBackend("aer", "fake_fez", loader="tree")
+    p, others = bench_mitigation.synthetic_rows(3), bench_mitigation.synthetic_rows(3, seed=1)
+    options = [qtx.CircuitMitigation(), qtx.CircuitMitigation(qtx.SharedDecay())]
+    knowing = qtx.MitigationPlanner(options)
+    unknowing = qtx.MitigationPlanner(options, rows=others)
+    own, blind, blind_too = (
+        planner.plan(backend, rows, 4000, generator=torch.Generator().manual_seed(0))
+        for planner, rows in ((knowing, p), (unknowing, p), (unknowing, p.flip(-1)))
+    )
+    assert own.rehearsed_on == "16 of the 24 rows themselves"
+    assert blind.rehearsed_on == "16 of the 24 other rows"
+    assert blind.rehearsed_on in str(blind)
+    assert str(blind) == str(blind_too)
+    assert blind.raw.error != own.raw.error
+    got = unknowing.sample_rows(backend, p[:2], 4000, generator=generator)
+    assert got.diagnostics["rehearsed_on"] == "16 of the 24 other rows"
+    with pytest.raises(qtx.ShapeError, match="8 keys and p has 4"):
+        unknowing.plan(backend, torch.ones(1, 4) / 4, 10)
+    for rows, error in ((torch.ones(1, 4), "sums to"), (torch.zeros(2, 4), "rows has no row")):
+        with pytest.raises(qtx.ArgumentError, match=error):
+            qtx.MitigationPlanner(rows=rows)
+
+
 def test_few_shots_are_not_spent_on_extrapolation(generator):
     backend = qtx.QiskitQuantumBackend("aer", "fake_fez", loader="tree")
     planner = qtx.MitigationPlanner(tree_options(backend, 64))
@@ -108,6 +133,21 @@ def test_at_256k_shots_on_the_twin_of_fez(m, limit, generator):
         plan = planner.plan(backend, p, 256_000, generator=generator)
         rng = np.random.default_rng(0)
         assert Rehearsal(backend, p).predict(plan.choice.option, 256_000, 3, rng).error <= limit
+
+
+@pytest.mark.statistical
+def test_the_benchmark_compares_what_users_get(capsys):
+    """Whoever turns mitigation on gets rows that are no worse, or is warned; those of before were not."""
+    rows = bench_mitigation.compare_defaults("fake_fez", 1_000)
+    assert all(row.passed for row in rows if not row.method.startswith("Prob")), [row.check for row in rows]
+    ratio = {row.method: row.details["raw ratio"] for row in rows}
+    assert all(ratio[name] > 2 for name in ratio if name.startswith("richardson"))
+    assert sum("rehearsed on" in name for name in ratio) == 2
+    bench_mitigation.print_defaults(rows)
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ratio)
+    assert "16 of the 24 other rows" in printed
+    assert "warned" in printed
 
 
 def test_attention_outputs_come_closer(generator, soak):

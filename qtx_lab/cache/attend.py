@@ -260,8 +260,13 @@ def _estimate(
         make_std_error=make_std_error,
         make_reliability=make_reliability,
         group=call.group,
-        info=replace(
-            _info(store, sketch, call, drawn.effective_sample_size.view(row_shape), kernel, fallbacks),
+        info=_info(
+            store,
+            sketch,
+            call,
+            drawn.effective_sample_size.view(row_shape),
+            kernel,
+            fallbacks,
             log_sum_exp="estimated",
         ),
         make_log_sum_exp=make_log_sum_exp,
@@ -317,6 +322,7 @@ def _info(
     effective: Tensor,
     kernel: KernelUse,
     fallbacks: tuple[str, ...],
+    log_sum_exp: str | None = None,
 ) -> EstimateInfo:
     proposal = "exact" if sketch is None else sketch.proposal
     about: dict[str, Any] = {"proposal": proposal, "tokens": store.length}
@@ -337,6 +343,7 @@ def _info(
         fallbacks=fallbacks,
         kernel=kernel,
         cache=about,
+        log_sum_exp=log_sum_exp,
     )
 
 

@@ -49,6 +49,8 @@ class SampledKVCache:
     - `low-rank`: the `rank` components of a key that matter most to the queries seen so far (all
       directions equally where none was seen), a byte each.
     - `int4`: all components of a key, 4 bits each.
+    - `mixed`: `rank` components, the first third in 4 bits each and the others in 2 (`MixedSketch`): a third
+      of a byte a component. Not in Triton's kernel: on GPUs plain torch takes it, as `info.kernel` says.
 
     The keys that a sketch represents worst, one in 256 and at least 4, have exact scores; attention sinks
     are among them. A sketch is fitted anew whenever the tokens have become a quarter more. Tokens are
@@ -95,9 +97,9 @@ class SampledKVCache:
         k : Tensor, (..., Hkv, n, E), n >= 1
         v : Tensor, (..., Hkv, n, Ev)
             float32, float64, float16 or bfloat16, as k; both are copied.
-        proposal : {"exact", "low-rank", "int4"}
+        proposal : {"exact", "low-rank", "int4", "mixed"}
         rank : int, optional
-            r of the low-rank sketch, 32 where None (or E, if less).
+            r of the low-rank sketch, 32 where None, or of the mixed one, 24 (or E, if less).
         defensive : float
             epsilon, 0 < epsilon < 1, the share of the draws, but for sure ones, that are made from all keys
             alike.
@@ -135,7 +137,7 @@ class SampledKVCache:
 
     @property
     def proposal(self) -> str:
-        """What proposes keys: one of "exact", "low-rank" and "int4"."""
+        """What proposes keys: one of "exact", "low-rank", "int4" and "mixed"."""
         return "exact" if self._sketch is None else self._sketch.proposal
 
     @property
@@ -269,7 +271,7 @@ class SampledKVCache:
             `num_samples` is the most that a row draws: only keys of a probability of 1 / S or more are drawn
             surely, so that a row whose probability lies on few keys draws few, and about 16 of the others at
             the least. At the same mean number of draws the worst rows err less and the best ones more. The
-            columns of `draws` that a row does not use have weight 0.
+            columns of `draws` that a row does not use have weight 0. Not in Triton's kernel, as `mixed`.
         share_keys : bool
             The query heads of a key head draw the same S keys at each position, by the mean of their
             proposals: they read S keys in all, and not S each. On GPUs they always share their keys: S for

@@ -361,6 +361,20 @@ def test_query_heads_may_draw_the_same_keys(generator):
             cache.attend(q, **{name: 1})
 
 
+def test_what_tritons_kernel_does_not_take_says_so(monkeypatch, generator):
+    monkeypatch.setenv("QTX_LAB_KERNELS", "triton")
+    k, v = tokens(generator, n=300)
+    q = torch.randn(4, 2, 16, generator=generator)
+    for proposal, adaptive, reason in (
+        ("int4", True, "adaptive draws are not in the kernel"),
+        ("mixed", False, "sketches of components of 4 and 2 bits are not in the kernel"),
+    ):
+        cache = qtx.SampledKVCache.build(k, v, proposal=proposal)
+        est = cache.attend(q, num_samples=32, adaptive=adaptive, generator=generator)
+        assert (est.info.kernel.path, est.info.kernel.reason) == ("torch", reason)
+        assert float(((est.output - exact(q, k, v)) / est.std_error).square().mean()) < 2
+
+
 def test_logits_too_large_for_half_precision(generator):
     k, v = tokens(generator, n=700)
     q = 1e6 * torch.randn(2, 3, 16, generator=generator)

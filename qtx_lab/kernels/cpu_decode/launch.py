@@ -177,12 +177,11 @@ def _empty_rows(queries: Tensor, draws: int, width: int) -> DrawnRows:
     # faster.
     heads, rows, _ = queries.shape
     empty = queries.new_empty
-    weights, proposed, inclusion = empty(3, heads, rows, draws)
     return DrawnRows(
         indices=empty(heads, rows, draws, dtype=torch.int64),
-        weights=weights,
-        proposed=proposed,
-        inclusion=inclusion,
+        weights=empty(heads, rows, draws),
+        proposed=empty(heads, rows, draws),
+        inclusion=empty(heads, rows, draws),
         rate=empty(heads, rows, 1),
         output=empty(heads, rows, width),
         effective_sample_size=empty(heads, rows),

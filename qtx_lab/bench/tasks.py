@@ -21,7 +21,7 @@ from .base import BenchRow
 MODEL = "smollm2-135m"
 PROMPTS = {1024: 16, 2048: 12, 4096: 8}
 """Prompts of each task, by their length in tokens."""
-QUICK_PROMPTS = {1024: 8}
+QUICK_PROMPTS = {1024: 4}
 
 
 def bench_tasks(quick: bool, copy_bandwidth: float) -> list[BenchRow]:

@@ -89,15 +89,17 @@ def test_counted_words_come_as_often_as_settings_say():
 @pytest.mark.parametrize("steps", [0, 1, 3])
 def test_variables_resolve_to_the_answers(steps):
     prompt = make_task("variable-tracking", MODEL, length=2048, seed=steps, steps=steps, chains=3)
-    text, question = MODEL.decode(prompt.tokens).rsplit("\n", 1)
+    text, example, question = MODEL.decode(prompt.tokens).rsplit("\n", 2)
     assigned = dict(re.findall(r"VAR (\w+) = (?:VAR )?(\w+)\.", text))
-    assert len(assigned) == 3 * (steps + 1)
+    assert len(assigned) == 4 * (steps + 1)
     variable, path = question.split()[-2], []
     while variable in assigned:
         variable = assigned[variable]
         path.append(variable)
     assert prompt.answers == tuple(path)
     assert len(path) == steps + 1
+    assert re.findall(r"VAR (\w+) =", example) == re.findall(r"VAR (\w+)[.:]", example)
+    assert all(assigned[x] == y for x, y in re.findall(r"VAR (\w+) = (?:VAR )?(\w+)\.", example))
     sources = [source for source in assigned.values() if source in assigned]
     order = list(assigned)
     assert all(
@@ -258,6 +260,15 @@ def test_generation_ends_with_the_line_and_with_the_model_s_stop_token():
     a, b = prompt.answers
     for end in ("\n", "\0"):
         assert score_prompt(MODEL, prompt, Starts(reciting(f" {b}{end}{a}"))).matched == 0.5
+
+
+def test_an_answer_goes_on_from_the_tokens_that_are_given():
+    prompt = make_task("common-words", MODEL, length=1024)
+    assert MODEL.decode(prompt.target[: prompt.given_tokens]) == ' "'
+    a, b = prompt.answers
+    for said, share in ((f'??{b}" and "{a}"', 1), (f'??{b}"', 0.5), (f" {b}" + "\n", 0)):
+        assert score_prompt(MODEL, prompt, Starts(reciting(said))).matched == share
+    assert make_task("many-keys", MODEL, length=1024).given_tokens == 0
 
 
 def test_divergence_and_agreement_compare_with_exact_attention():

@@ -87,7 +87,7 @@ class TaskPrompt:
         The true answer, as it follows the prompt. Its first token hangs on the prompt alone, which every
         method attends to exactly: methods differ from the second on, where what is asked for begins.
     scored : Tensor, bool, (T,)
-        Which tokens of the target are scored. The others separate answers.
+        Which tokens of the target are scored. The others separate answers, or begin the answer.
     answer_tokens : int
         The most tokens that are generated: T, and a few more where an answer may be written in several ways.
     """
@@ -101,6 +101,11 @@ class TaskPrompt:
     target: Tensor
     scored: Tensor
     answer_tokens: int
+
+    @property
+    def given_tokens(self) -> int:
+        """The tokens of the target before the first scored one: they are given, and answers go on."""
+        return int(self.scored.long().argmax())
 
     @property
     def digest(self) -> str:

@@ -68,8 +68,8 @@ def score_prompt(
 
     The method first reads the true answer. If the likeliest token is the true one all along, the model says
     the true answer. If it is another, and the answer could still be given in another order or later, the
-    method starts again and generates up to `prompt.answer_tokens` tokens, and stops at a line's end, at the
-    model's stop token, or when the match is decided.
+    method starts again and generates up to `prompt.answer_tokens` tokens, of which the first may be given. It
+    stops at a line's end, at the model's stop token, or when the match is decided.
 
     Parameters
     ----------
@@ -129,7 +129,7 @@ def said_by(model: TextModel, prompt: TaskPrompt, predicted: Tensor) -> Tensor |
 
     None if these do not decide which answers it gives.
     """
-    likeliest = predicted.argmax(-1)
+    likeliest = torch.cat([next_tokens(prompt, i, x[None]) for i, x in enumerate(predicted)])
     agreed = (likeliest == prompt.target).long().cumprod(0).sum()
     said = likeliest[: agreed + 1]
     return said if not prompt.answers or decided(model, prompt, said) else None
@@ -145,10 +145,17 @@ def read_target(decoder: Decoder, target: Tensor) -> Tensor:
 
 def generate_answer(model: TextModel, prompt: TaskPrompt, decoder: Decoder) -> Tensor:
     """The likeliest tokens (L,), up to where it is decided which answers they hold."""
-    said = decoder.logits[0].argmax()[None]
+    said = next_tokens(prompt, 0, decoder.logits)
     while not decided(model, prompt, said.cpu()):
-        said = torch.cat((said, decoder.step(said[-1:])[0].argmax()[None]))
+        said = torch.cat((said, next_tokens(prompt, len(said), decoder.step(said[-1:]))))
     return said.cpu()
+
+
+def next_tokens(prompt: TaskPrompt, place: int, logits: Tensor) -> Tensor:
+    """What methods say (M,) at a place of the answer by their logits (M, V), or the token that is given."""
+    if place < prompt.given_tokens:
+        return prompt.target[place].to(logits.device).expand(len(logits))
+    return logits.argmax(-1)
 
 
 def share_matched(answers: tuple[str, ...], text: str) -> float:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ...cache.policies import CachePolicy, Reads
 from ..generation import Decoding, Prefill
 from .base import TaskPrompt
-from .scoring import TaskScore, decided, make_score, said_by
+from .scoring import TaskScore, decided, make_score, next_tokens, said_by
 
 
 def score_methods(
@@ -55,12 +55,14 @@ def score_methods(
 
 def _generate(state: Decoding, prompt: TaskPrompt) -> list[Tensor]:
     """The likeliest tokens of each sequence, up to where it is decided which answers they hold."""
-    likeliest = state.logits.argmax(-1)
-    said = [[int(token)] for token in likeliest]
+    likeliest = next_tokens(prompt, 0, state.logits)
+    said, place = [[int(token)] for token in likeliest], 0
     while True:
         open_ends = [i for i, x in enumerate(said) if not decided(state.model, prompt, torch.tensor(x))]
         if not open_ends:
             return [torch.tensor(x) for x in said]
-        likeliest = state.step(likeliest).argmax(-1)  # sequences that are decided go on, unseen
+        place += 1
+        logits = state.step(likeliest)  # sequences that are decided go on, unseen
+        likeliest = next_tokens(prompt, place, logits)
         for i in open_ends:
             said[i].append(int(likeliest[i]))

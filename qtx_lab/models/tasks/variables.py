@@ -19,10 +19,12 @@ from .words import NOUNS
 class VariableTracking(Task):
     """Chains such as "VAR lamp = 4821." and "VAR river = VAR lamp."; the steps from `river` are asked for.
 
+    The steps of another chain, which is hidden too, are given as an example.
+
     Parameters
     ----------
     chains : int
-        1 to 16.
+        Beside that of the example, 1 to 16.
     steps : int
         From the variable that is asked for to the one that has a value, 0 to 4.
     digits : int
@@ -41,19 +43,21 @@ class VariableTracking(Task):
 
     def draft(self, model: TextModel, length: int, random: Random) -> Draft:
         """The statements of each chain stand in its order, those of different chains in any."""
-        names = random.sample(NOUNS, self.chains * (self.steps + 1))
-        values = random.sample(range(10 ** (self.digits - 1), 10**self.digits), self.chains)
-        chains = [[str(value), *(names.pop() for _ in range(self.steps + 1))] for value in values]
-        order = [chain for chain in range(self.chains) for _ in range(self.steps + 1)]
+        size = self.steps + 1
+        names = random.sample(NOUNS, (self.chains + 1) * size)
+        values = random.sample(range(10 ** (self.digits - 1), 10**self.digits), self.chains + 1)
+        chains = [[str(value), *(names.pop() for _ in range(size))] for value in values]
+        order = [chain for chain in range(len(chains)) for _ in range(size)]
         random.shuffle(order)
         progress = [iter(assignments(chain)) for chain in chains]
         asked, *path = reversed(chains[0])
         pieces: list[tuple[str, bool]] = []
         for name in path[:-1]:
             pieces += [(" VAR", False), (f" {name}", True), (f". VAR {name} =", False)]
+        example = " ".join(reversed(assignments(chains[-1])))
         request = Request(
             instruction="Variables are given values in the following text.",
-            question=f"The value of VAR {asked}: VAR {asked} =",
+            question=f"The value of VAR {chains[-1][-1]}: {example}\nThe value of VAR {asked}: VAR {asked} =",
             opening="",
             pieces=(*pieces, (f" {path[-1]}", True)),
             answers=tuple(path),

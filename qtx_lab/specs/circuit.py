@@ -17,7 +17,15 @@ if TYPE_CHECKING:
 NOISE_FIELDS = ("one_qubit", "two_qubit", "amplitude_damping", "phase_damping", "readout")
 """The fields that describe the noise of a simulator without a twin; they are those of `ParametricNoise`."""
 
-IBM_FIELDS = ("instance", "region", "mode", "fractional_gates", "max_quantum_seconds")
+IBM_FIELDS = (
+    "account",
+    "instance",
+    "region",
+    "mode",
+    "fractional_gates",
+    "max_quantum_seconds",
+    "budget",
+)
 """The fields that go to the backend of an IBM device as they are."""
 
 
@@ -32,6 +40,13 @@ def _loader_names() -> Iterable[str]:
     from ..circuits import LOADERS
 
     return LOADERS
+
+
+def _budget_text(text: str) -> str:
+    from ..backends.ibm.budget import Budget  # loads qiskit
+
+    Budget.of(text)
+    return text
 
 
 LoaderName = Annotated[str, AfterValidator(_loader_name), AnyOf(_loader_names)]
@@ -134,6 +149,9 @@ class CircuitSpec(Spec):
         ge=0,
         le=0.5,
     )
+    account: str | None = field(
+        None, "Name of a saved IBM account; none: the default one.", "name", "IBM", min_length=1
+    )
     instance: str | None = field(
         None, "IBM instance, by CRN or by name; none: the account's own.", "name", "IBM", min_length=1
     )
@@ -150,11 +168,17 @@ class CircuitSpec(Spec):
     dynamical_decoupling: Switch = field(False, "Keep idle qubits busy with pulses.", "yes or no", "IBM")
     max_quantum_seconds: Real = field(
         60.0,
-        "A submission whose estimate is longer than this is confirmed by you first.",
+        "A call whose estimate, of all that it sends, is longer than this is confirmed by you first.",
         "s",
         "IBM",
         gt=0,
         le=86_400,
+    )
+    budget: Annotated[str, AfterValidator(_budget_text)] | None = field(
+        None,
+        "Quantum time of all jobs in the folder of runs together, as 10 min per 28 days; none: no budget.",
+        "duration",
+        "IBM",
     )
 
     @model_validator(mode="after")

@@ -158,12 +158,20 @@ def test_limits_and_budgets_are_numbers_and_true_is_none() -> None:
             QiskitQuantumBackend("ibm", "ibm_fez", budget=wrong)
     with pytest.raises(ArgumentError, match="budget=60 is not allowed with provider='aer'"):
         QiskitQuantumBackend("aer", budget=60)
-    with pytest.raises(ArgumentError, match=r"run_dir=.*QTX_LAB_HOME"):
-        QiskitQuantumBackend("ibm", "ibm_fez", budget=60, run_dir="elsewhere/run")
     QiskitQuantumBackend("ibm", "ibm_fez", budget=np.float32(60), max_quantum_seconds=float("inf"))
     texts = {"10 min": 600, "10min": 600, "1.5 h": 5400, "90 s": 90, "2 Minutes": 120, np.int64(7): 7}
     assert {given: Budget.of(given).seconds for given in texts} == texts
     assert Budget.of("10 min / 28 d") == Budget.of("10 min per 28 days") == Budget(600, 28)
+
+
+@hardware
+def test_the_budget_is_that_of_the_folder_that_holds_the_run(cloud: Any, make: Any, tmp_path: Path) -> None:
+    first = make(budget=10, run_dir=tmp_path / "a-run")
+    first.submit_rows(P, 150)
+    assert make(budget=10).plan_rows(P).budget_left == 5
+    elsewhere = make(budget=10, run_dir=tmp_path / "other" / "run")
+    assert elsewhere.plan_rows(P).budget_left == 10
+    assert str(tmp_path / "other") in " ".join(elsewhere.plan_rows(P, 500).problems)
 
 
 # --- The budget -------------------------------------------------------------------------------------
@@ -234,6 +242,36 @@ def test_refused_jobs_cost_nothing_and_lost_ones_are_counted(ibm: Any, cloud: An
     lost.path.write_text(json.dumps(record))
     assert backend.bill().budget_left == 10  # long after, the server lists none with its tag
     assert backend.bill().jobs[1].settled
+
+
+@hardware
+def test_parts_that_are_sent_again_cost_anew(ibm: Any, cloud: Any, make: Any) -> None:
+    cloud.job_error = "the fridge is warm"
+    cloud.charge = lambda job: 1.0
+    backend = make(budget=8)
+    job = backend.submit_rows(P, 150)  # 5 s
+    with pytest.raises(BackendUnavailable, match="fridge"):
+        job.counts()
+    cloud.job_error = None
+    (found,) = find_jobs()
+    with pytest.raises(CostError, match=r"the rest|3 s that are left of the budget"):
+        found.send_rest(again=True)
+    with pytest.raises(ArgumentError, match="confirm"):
+        found.send_rest(again=True, confirm="yes")
+    assert cloud.posts() == 1
+    found.send_rest(again=True, confirm=lambda cost: cost.quantum_seconds == 5)
+    assert cloud.posts() == 2
+    assert found.counts().counts.sum() == 300
+    bill = backend.bill()
+    assert bill.budget_left == pytest.approx(2)  # 5 s of the failed job, of which IBM tells nothing, and 1 s
+    cloud.faults = [ibm.Fault("POST /jobs", 403)]
+    with pytest.raises(BackendUnavailable):
+        backend.submit_rows(P[:1], 50, confirm=True)  # 2.5 s, refused by the server: it costs nothing
+    refused = find_jobs()[0]
+    with pytest.raises(CostError, match="left of the budget"):
+        refused.send_rest()
+    refused.send_rest(confirm=True)
+    assert cloud.posts() == 4
 
 
 @hardware

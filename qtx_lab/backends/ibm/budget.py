@@ -226,25 +226,12 @@ class CostGuard:
         self.confirm = confirm
         self._run_dir, self._home = run_dir, home
         self._settle = settle
-        self.ledger()
 
-    def ledger(self) -> Path | None:
-        """The folder of runs whose jobs the budget counts; None without a budget.
-
-        Raises
-        ------
-        ArgumentError
-            If the run whose folder gets the records is elsewhere.
-        """
-        if self.budget is None:
-            return None
-        home = runs_home(self._home)
-        if self._run_dir is not None and self._run_dir.resolve().parent != home.resolve():
-            raise ArgumentError(
-                f"run_dir={str(self._run_dir)!r} is not allowed with a budget: its jobs would not be counted "
-                f"with those in {home}. Set QTX_LAB_HOME to the folder that holds the run."
-            )
-        return home
+    def home(self) -> Path:
+        """The folder of runs whose jobs count: the one that holds the run, or else `runs_home`."""
+        if self._home is None and self._run_dir is not None:
+            return self._run_dir.absolute().parent
+        return runs_home(self._home)
 
     def facts(self) -> dict[str, Any]:
         """What a job's record holds of the limits."""
@@ -298,10 +285,9 @@ class CostGuard:
 
     def left(self) -> float | None:
         """Seconds of the budget that are left, not below 0; None without one."""
-        home = self.ledger()
-        if home is None or self.budget is None:
+        if self.budget is None:
             return None
-        return max(0.0, self.budget.seconds - _committed(home, self.budget))
+        return max(0.0, self.budget.seconds - _committed(self.home(), self.budget))
 
     def _extend(self, hold: Hold, cost: Cost, confirm: Confirm | None) -> None:
         """Give more leave, so that this cost can be sent."""
@@ -332,15 +318,14 @@ class CostGuard:
     def _over_budget(self, seconds: float, left: float | None) -> tuple[str, ...]:
         if left is None or seconds <= left + ROUNDING_S:
             return ()
-        home = runs_home(self._home)
-        return (f"more than the {left:.0f} s that are left of the budget of {self.budget} in {home}",)
+        return (f"more than the {left:.0f} s that are left of the budget of {self.budget} in {self.home()}",)
 
     def _reserve(self, hold: Hold, seconds: float, budget_binds: bool) -> tuple[str, ...]:
         """Give leave, unless the budget binds and has less left; then say so."""
-        home = self.ledger()
-        if home is None:
+        if self.budget is None:
             hold.add(seconds, None)
             return ()
+        home = self.home()
         with _locked(home):
             over = self._over_budget(seconds, self.left()) if budget_binds else ()
             if not over:
@@ -465,7 +450,6 @@ def rest_cost(record: JobRecord, again: Collection[JobState]) -> Cost:
 def recorded_guard(path: Path, record: JobRecord) -> CostGuard:
     """Gives leave to send parts of a recorded job, within the limits that it was submitted in."""
     limit = math.inf if record.max_quantum_seconds is None else record.max_quantum_seconds
-    home = runs_home()
-    if not path.resolve().is_relative_to(home.resolve()):
-        home = path.parent.parent  # the folder of runs, or of the one run, that was listed
+    folder = path.absolute().parent.parent
+    home = folder.parent if (folder / "manifest.json").exists() else folder  # of runs, not of the one run
     return CostGuard(record.device, limit, record.budget, home=home)

@@ -76,8 +76,9 @@ class IBMEngine(Engine):
     max_quantum_seconds : float
         A call that is estimated to take longer, with all that it sends, needs `confirm`.
     budget : str or float, optional
-        Quantum time that all jobs recorded in the folder of runs (see `runs_home`) may take, in any process:
-        seconds, or a text as "10 min" or "10 min per 28 days". See `CostGuard`.
+        Quantum time that all jobs recorded in the folder of runs may take, in any process: seconds, or a text
+        as "10 min" or "10 min per 28 days". The folder is that of `run_dir`, or else `runs_home`. See
+        `CostGuard`.
     confirm : bool or callable
         A function is called with the `Cost` of a call that exceeds the limit or the budget, and decides. True
         allows calls above `max_quantum_seconds`, but none above the budget.
@@ -238,14 +239,14 @@ class IBMEngine(Engine):
     def bill(self, *, ask: bool = True) -> Bill:
         if ask:
             self._settle()
-        records = (job.record for job in find_jobs(service=self._remote.given))
+        records = (job.record for job in find_jobs(self._guard.home(), service=self._remote.given))
         jobs = tuple(billed_job(record) for record in records if record.provider == "ibm")
         guard = self._guard
         return Bill(jobs, None, str(guard.budget) if guard.budget else None, guard.left())
 
     def _settle(self) -> None:
         """Ask IBM what it charged for recorded jobs, as far as it answers."""
-        for job in find_jobs(service=self._remote.given):
+        for job in find_jobs(self._guard.home(), service=self._remote.given):
             try:
                 if job.record.provider == "ibm":
                     job.settle()

@@ -22,7 +22,7 @@ from .circuit import CircuitMitigation
 from .projection import project_to_simplex, sum_by_key
 from .readout import laplace_variance, readout_errors, undo_readout
 from .register import register_counts, register_keys
-from .rehearsal import expected_raw_error, unpaid_warning
+from .rehearsal import expected_errors, unpaid_warning
 from .results import MitigatedRows, checked_request, finish_request
 from .scaling import is_static
 
@@ -40,6 +40,9 @@ and .0071 with 8,000."""
 
 MAX_OVERHEAD_SHARE = 0.1
 """Part of the shots that the overhead may be without a warning."""
+
+MIN_LOSS = 0.02
+"""Part of the expected error of raw counts by which that of a mitigation must be larger for a warning."""
 
 LOW_MASS = 0.5
 """Rows whose signed shares sum to less are reported."""
@@ -293,7 +296,8 @@ class ProbabilisticErrorCancellation:
         self, backend: QiskitQuantumBackend, p: Tensor, shots: int, overhead: float
     ) -> float | None:
         """Warn if shots do not pay for the overhead; return the expected error of raw counts, if known."""
-        raw = expected_raw_error(CircuitMitigation(readout=False), backend, p, shots)
+        without = CircuitMitigation(readout=self.readout)
+        expected = expected_errors(without, CircuitMitigation(readout=False), backend, p, shots)
         if overhead > shots * MAX_OVERHEAD_SHARE:
             warnings.warn(
                 f"Cancelling the errors multiplies the variance by {overhead:.3g} (gamma²): {shots:,} shots "
@@ -302,11 +306,13 @@ class ProbabilisticErrorCancellation:
                 FallbackWarning,
                 stacklevel=3,
             )
-        elif raw is not None and overhead * raw.noise**2 > raw.bias**2 + raw.noise**2:
-            noise = overhead**0.5 * raw.noise
-            cancelled = replace(raw, error=noise, bias=0.0, noise=noise)
-            warnings.warn(unpaid_warning(self.name, cancelled, raw, shots), FallbackWarning, stacklevel=3)
-        return None if raw is None else raw.error
+        elif expected is not None:
+            noise = overhead**0.5 * expected.mitigated.noise
+            cancelled = replace(expected.mitigated, error=noise, bias=0.0, noise=noise)
+            if noise > (1 + MIN_LOSS) * expected.raw.error:
+                warning = unpaid_warning(self.name, cancelled, expected.raw, shots)
+                warnings.warn(warning, FallbackWarning, stacklevel=3)
+        return None if expected is None else expected.raw.error
 
 
 def _all_rows(running: Tensor, x: Tensor | None) -> Tensor:

@@ -199,7 +199,9 @@ def expected_errors(
     shots : int
         Shots of each row, over all noise levels.
     """
-    rehearsal, repeats, rng = _few_rows(backend, p)
+    some = p[torch.linspace(0, len(p) - 1, min(len(p), EXPECTED_ROWS)).round().long()]
+    rehearsal, rng = Rehearsal(backend, some), np.random.default_rng(0)
+    repeats = EXPECTED_REPEATS * EXPECTED_ROWS // len(some)
     mitigated, of_raw = (rehearsal.predict(x, shots, repeats, rng) for x in (option, raw))
     if mitigated.problem or of_raw.problem:
         return None
@@ -207,22 +209,6 @@ def expected_errors(
     worse = mitigated.error - doubt > of_raw.error
     warning = unpaid_warning(option.name, mitigated, of_raw, shots) if worse else ""
     return Expectation(mitigated, of_raw, warning)
-
-
-def expected_raw_error(
-    raw: CircuitMitigation, backend: QiskitQuantumBackend, p: Tensor, shots: int
-) -> Prediction | None:
-    """Rehearse raw counts alone; arguments and None as for `expected_errors`."""
-    rehearsal, repeats, rng = _few_rows(backend, p)
-    prediction = rehearsal.predict(raw, shots, repeats, rng)
-    return None if prediction.problem else prediction
-
-
-def _few_rows(backend: QiskitQuantumBackend, p: Tensor) -> tuple[Rehearsal, int, np.random.Generator]:
-    """A rehearsal of rows spread over p, how often to repeat it, and its own source of randomness."""
-    some = p[torch.linspace(0, len(p) - 1, min(len(p), EXPECTED_ROWS)).round().long()]
-    repeats = EXPECTED_REPEATS * EXPECTED_ROWS // len(some)
-    return Rehearsal(backend, some), repeats, np.random.default_rng(0)
 
 
 def unpaid_warning(name: str, mitigated: Prediction, raw: Prediction, shots: int) -> str:

@@ -136,10 +136,11 @@ def test_at_256k_shots_on_the_twin_of_fez(m, limit, generator):
 
 
 @pytest.mark.statistical
-def test_the_benchmark_compares_what_users_get(capsys):
+def test_the_benchmark_compares_what_users_get(capsys, monkeypatch):
     """Whoever turns mitigation on gets rows that are no worse, or is warned; those of before were not."""
+    monkeypatch.setattr(bench_mitigation, "FEW_REPEATS", 1)
     rows = bench_mitigation.compare_defaults("fake_fez", 1_000)
-    assert all(row.passed for row in rows if not row.method.startswith("Prob")), [row.check for row in rows]
+    assert all(row.passed for row in rows), [row.check for row in rows]
     ratio = {row.method: row.details["raw ratio"] for row in rows}
     assert all(ratio[name] > 2 for name in ratio if name.startswith("richardson"))
     assert sum("rehearsed on" in name for name in ratio) == 2

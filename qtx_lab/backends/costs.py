@@ -21,7 +21,7 @@ class RunCost:
     quantum_seconds : float
         Estimated time on the device that IBM would bill, without queueing.
     qubits, depth, two_qubit_gates : int
-        Those of the transpiled circuit.
+        Those of the transpiled circuit; of qubits only those in use.
     """
 
     purpose: str

@@ -161,6 +161,8 @@ def test_limits_and_budgets_are_numbers_and_true_is_none() -> None:
     QiskitQuantumBackend("ibm", "ibm_fez", budget=np.float32(60), max_quantum_seconds=float("inf"))
     texts = {"10 min": 600, "10min": 600, "1.5 h": 5400, "90 s": 90, "2 Minutes": 120, np.int64(7): 7}
     assert {given: Budget.of(given).seconds for given in texts} == texts
+    for seconds in (0, 1e-7, 45.5, 12345.6789, 6e6, 1e9 + 1):
+        assert Budget.of(str(Budget(seconds, 28))) == Budget(seconds, 28)
     assert Budget.of("10 min / 28 d") == Budget.of("10 min per 28 days") == Budget(600, 28)
 
 
@@ -458,6 +460,7 @@ def test_a_plan_needs_no_account(no_account: None) -> None:
     plan = device.plan_rows(p, 1000)
     assert (plan.device, plan.planned_on) == ("ibm_fez", "fake_fez")
     assert plan.cost == twin.cost
+    assert plan.qubits == 3
     assert "save_account" in plan.problems[0]
     assert "max_quantum_seconds=3" in plan.problems[1]
     saved = device.plan_rows(p, 1000, target=fake_device("fake_torino").target)

@@ -96,10 +96,9 @@ class Budget:
         return cls(check_number("budget", given, least=0))
 
     def __str__(self) -> str:
-        size = (
-            f"{self.seconds / 60:g} min" if self.seconds % 60 == 0 and self.seconds else f"{self.seconds:g} s"
-        )
-        return size if self.days is None else f"{size} per {self.days:g} days"
+        whole_minutes = self.seconds > 0 and self.seconds % 60 == 0
+        size = f"{_decimal(self.seconds / 60)} min" if whole_minutes else f"{_decimal(self.seconds)} s"
+        return size if self.days is None else f"{size} per {_decimal(self.days)} days"
 
     def counts(self, record: JobRecord) -> bool:
         """Whether a job counts: jobs that have not ended do, however old they are."""
@@ -108,6 +107,11 @@ class Budget:
         if self.days is None or not all(part.state.ended for part in record.parts):
             return True
         return datetime.now(UTC) - record.recorded < timedelta(days=self.days)
+
+
+def _decimal(x: float) -> str:
+    """All digits of a number, without an exponent, so that a budget can be read from its text."""
+    return np.format_float_positional(x, trim="-")
 
 
 def check_confirm(given: object) -> None:

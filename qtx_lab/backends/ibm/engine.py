@@ -410,7 +410,7 @@ def estimated_cost(runs: Sequence[PlannedRun], target: Target, max_shots: int, m
                 run.shots,
                 len(blocks),
                 seconds,
-                size.qubits,
+                len({q for i in run.circuit.data if i.operation.name != "barrier" for q in i.qubits}),
                 size.depth,
                 size.two_qubit_gates,
             )

@@ -112,6 +112,17 @@ def test_sampled_reads_its_sketch_and_its_draws(proposal, generator):
     assert both + sketch <= reads.bytes <= both + sketch + (0.02 if sketch else 1e-9)
 
 
+def test_adaptive_and_shared_draws_read_less(generator):
+    # A quarter of the heads' queries look at one key.
+    prompt, new = tokens(generator, n=600), tokens(generator, n=1)
+    new[0][:, ::2] = 40 * prompt[1][:, :, 7:8]
+    read = {}
+    for settings in ({}, {"adaptive": True}, {"shared": True}):
+        policy = make_policy("sampled", budget=80, proposal="int4", **settings)
+        read[policy.label] = decode(policy, prompt, new)[1].reads.keys
+    assert read["sampled, int4, shared"] <= 80 / 601 < read["sampled, int4, adaptive"] < read["sampled, int4"]
+
+
 def test_sampled_errors_fall_with_the_budget_and_layers_draw_differently(generator):
     prompt, new = tokens(generator, n=600), tokens(generator, n=1)
     k, v = (torch.cat(pair, 2) for pair in list(zip(prompt, new, strict=True))[1:])
@@ -151,6 +162,7 @@ def test_reads_of_several_layers():
         ("sampler", {"sampler": "oracle-top-k"}, "oracle-top-k"),
         ("sampler", {"sampler": "sistematic"}, "systematic"),
         ("sampled", {"recent": 2}, "recent=2"),
+        ("sampled", {"adaptive": True, "recent": 0.1}, "adaptive=True"),
         ("quest", {"page": 0}, "page=0"),
         ("quest", {"shared": True}, "shared=True"),
         ("santa", {"rule": "flash"}, "flash"),

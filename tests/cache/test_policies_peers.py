@@ -145,7 +145,7 @@ def test_draws_by_guesses_are_consistent_and_shared_ones_read_less(name, setting
         read.append(reads.keys)
     assert errors[1] < 0.5 * errors[0]
     if shared:
-        assert read == [pytest.approx(round(x * 301) / 301) for x in (0.1, 0.8)]
+        assert all(0.9 * x < y <= round(x * 301) / 301 for x, y in zip((0.1, 0.8), read, strict=True))
     else:
         assert read[0] > 0.12
 

@@ -48,6 +48,7 @@ from .mitigation import ProbabilisticErrorCancellation as ProbabilisticErrorCanc
 from .mitigation import SharedDecay as SharedDecay
 from .mitigation import TwoCopyLoader as TwoCopyLoader
 from .mitigation import ZeroNoiseExtrapolation as ZeroNoiseExtrapolation
+from .mitigation import find_mitigated_calls as find_mitigated_calls
 from .mitigation import fold as fold
 from .mitigation import project_to_simplex as project_to_simplex
 from .models import huggingface as huggingface

@@ -81,6 +81,34 @@ class JobStatus:
         return f"{self.state}{place}" + (f": {self.reason}" if self.reason else "")
 
 
+def combined_status(statuses: Sequence[JobStatus], things: str) -> JobStatus:
+    """Status of what has several parts.
+
+    It is failed, gone or cancelled as soon as one part is, and else what the part furthest behind is. Where
+    parts differ, the reason says how many of them were measured.
+
+    Parameters
+    ----------
+    statuses : sequence of JobStatus
+        Those of the parts, at least one.
+    things : str
+        What the parts are called.
+
+    Examples
+    --------
+    >>> print(combined_status([JobStatus(JobState.DONE), JobStatus(JobState.QUEUED)], "parts"))
+    queued: 1 of 2 parts are measured
+    """
+    states = [status.state for status in statuses]
+    order = (JobState.FAILED, JobState.GONE, JobState.CANCELLED, *JobState)
+    state = next(state for state in order if state in states)
+    reasons = list(dict.fromkeys(status.reason for status in statuses if status.reason))
+    measured = states.count(JobState.DONE)
+    if measured and state != JobState.DONE:
+        reasons.append(f"{measured} of {len(states)} {things} are measured")
+    return JobStatus(state, reason="; ".join(reasons) or None)
+
+
 class RowJob(Protocol):
     """Rows that are being measured: what `submit_rows` returns at once."""
 

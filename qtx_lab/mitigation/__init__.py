@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .calls import MitigatedCall, find_mitigated_calls
 from .circuit import CircuitMitigation
 from .decay import SharedDecay
 from .distillation import TwoCopyLoader
@@ -19,6 +20,7 @@ __all__ = [
     "METHODS",
     "SCALINGS",
     "CircuitMitigation",
+    "MitigatedCall",
     "MitigationPlanner",
     "Plan",
     "ProbabilisticErrorCancellation",
@@ -28,6 +30,7 @@ __all__ = [
     "ZeroNoiseExtrapolation",
     "ZeroNoiseInference",
     "execute_with_zne",
+    "find_mitigated_calls",
     "fold",
     "project_to_simplex",
     "readout_errors",

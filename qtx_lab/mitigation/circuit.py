@@ -6,8 +6,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
-from uuid import uuid4
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -15,16 +14,19 @@ from torch import Tensor
 
 from ..backends import QiskitQuantumBackend, RowCounts
 from ..backends.base import Engine
-from ..backends.requests import MitigatedRowRequest, PlannedRun
+from ..backends.requests import PlannedRun, RowRequest
 from ..circuits import Loader, make_loader
 from ..errors import ArgumentError, DtypeError, FallbackWarning, unknown_name
 from .inference import ZeroNoiseInference
 from .projection import project_to_simplex, sum_by_key
 from .readout import calibration_qubits, estimate_register, planned_calibration, readout_errors
-from .register import MAX_BITS, planned_register_runs, register_counts, register_keys, register_signs
+from .register import MAX_BITS, LoaderRegister, register_counts
 from .rehearsal import Expectation, expected_errors
 from .results import MitigatedRows, checked_request, finish_request
 from .scaling import SCALINGS, is_static, scale_noise
+
+if TYPE_CHECKING:
+    from .calls import MitigatedCall
 
 SEED_STEP = 7919
 """Distance of the seeds of two noise levels: a prime, because blocks of rows add multiples of their size."""
@@ -132,6 +134,8 @@ class CircuitMitigation:
             "method": method,
             "noise_levels": list(self.levels),
             "scaling": self.scaling,
+            "inference": None if self.zne is None else self.zne.settings,
+            "loader": None if self.loader is None else make_loader(self.loader).name,
         }
 
     @property
@@ -219,8 +223,7 @@ class CircuitMitigation:
             runs += [run for variant in by_qubits.values() for run in planned_calibration(variant, n)]
         attained = self.attained_levels(backend, n)
         for variant, level, level_shots in zip(variants, attained, self.allocate(shots), strict=True):
-            purpose = f"noise level {level:g}"
-            runs += planned_register_runs(variant.transpiled(n), len(p), level_shots, purpose)
+            runs.append(PlannedRun(variant.transpiled(n), len(p), level_shots, f"noise level {level:g}"))
         return runs
 
     def sample_rows(
@@ -275,39 +278,68 @@ class CircuitMitigation:
         expected = self.expect(backend, running, shots) if rehearse else None
         if expected is not None and expected.warning:
             warnings.warn(expected.warning, FallbackWarning, stacklevel=2)
+        if backend.engine.queues:
+            from .calls import submit_call
+
+            facts = _expectation_facts(expected)
+            return submit_call(self, backend, request, shots_by_level, facts).counts()
         variants = self.construct_backends(backend)
-        attained, batch = self.attained_levels(backend, n), uuid4().hex[:12]
-        counts = []
-        runs = self.planned_runs(backend, running, shots) if backend.engine.queues else []
-        with backend.engine.reserved(runs):
-            errors = [readout_errors(v, n, seed=request.seed) for v in variants] if self.readout else None
-            for i, (variant, level_shots) in enumerate(zip(variants, shots_by_level, strict=True)):
-                rows_of_level = replace(request, p=running, loader=variant.loader)
-                counts.append(
-                    register_counts(
-                        variant,
-                        variant.transpiled(n),
-                        variant.loader.angles(running),
-                        level_shots,
-                        request.seed + SEED_STEP * i,
-                        MitigatedRowRequest(rows_of_level, self.settings, attained[i], level_shots, batch),
-                    )
-                )
+        errors = [readout_errors(v, n, seed=request.seed) for v in variants] if self.readout else None
+        counts = [
+            register_counts(
+                variant,
+                variant.transpiled(n),
+                variant.loader.angles(running),
+                level_shots,
+                request.seed + SEED_STEP * i,
+            )
+            for i, (variant, level_shots) in enumerate(zip(variants, shots_by_level, strict=True))
+        ]
         rows = self.combine_results(backend, running, counts, errors)
-        shots_at = dict.fromkeys(self.levels, 0)
-        for level, level_shots in zip(self.levels, shots_by_level, strict=True):
-            shots_at[level] += level_shots  # a level may be measured more than once
-        diagnostics = {
-            **variants[0].diagnostics(variants[0].transpiled(n), request),
-            "mitigation": self.name,
-            "shots_by_level": shots_at,
-            "attained_levels": tuple(attained),
-        }
-        if expected is not None:
-            diagnostics["expected_error"] = expected.mitigated.error
-            diagnostics["expected_raw_error"] = expected.raw.error
-        all_counts = sum_by_key(torch.stack(counts).sum(0), register_keys(variants[0], n), running > 0)
-        return finish_request(request, all_counts, rows, diagnostics)
+        attained = self.attained_levels(backend, n)
+        facts = variants[0].diagnostics(variants[0].transpiled(n), request) | _expectation_facts(expected)
+        request, register = replace(request, diagnostics=facts), LoaderRegister.of(variants[0], n)
+        return finish_mitigated(self, request, register, counts, rows, shots_by_level, attained)
+
+    def submit_rows(
+        self,
+        backend: QiskitQuantumBackend,
+        p: Tensor,
+        shots: int,
+        *,
+        generator: torch.Generator | None = None,
+        **options: Any,
+    ) -> MitigatedCall:
+        """Send all that a device measures for mitigated rows, without waiting for it.
+
+        Parameters
+        ----------
+        backend, p, shots, generator
+            As for `sample_rows`.
+        **options
+            `patience` and `progress`, as for `IBMEngine.submit`.
+
+        Returns
+        -------
+        MitigatedCall
+            `counts()` waits for the mitigated result. It outlives this process: see `find_mitigated_calls`.
+
+        Raises
+        ------
+        ArgumentError
+            If the backend queues no jobs, or no row has a key to measure.
+        ArgumentError, ShapeError, DtypeError, BackendUnavailable, StorageError
+            As `sample_rows`.
+        """
+        from .calls import submit_call
+
+        request = checked_request(backend, p, shots, generator)
+        if not backend.engine.queues:
+            raise ArgumentError(f"{backend.engine.name} queues no jobs: call `sample_rows`.")
+        if not bool(request.running.any()):
+            raise ArgumentError("p holds no row with mass: there is nothing to measure.")
+        self.check(backend, request.p.shape[-1])
+        return submit_call(self, backend, request, self.allocate(shots), {}, **options)
 
     def expect(self, backend: QiskitQuantumBackend, p: Tensor, shots: int) -> Expectation | None:
         """Rehearse some of the rows on the errors that the device reports; None if they cannot be simulated.
@@ -352,12 +384,35 @@ class CircuitMitigation:
         -------
         MitigatedRows
         """
-        variants = self.construct_backends(backend)
-        n, support = p.shape[-1], p > 0
-        feeds_forward = variants[0].loader.feeds_forward
+        n = p.shape[-1]
+        register = LoaderRegister.of(self.construct_backends(backend)[0], n)
+        return self.combine_levels(register, p, counts, errors, self.attained_levels(backend, n))
+
+    def combine_levels(
+        self,
+        register: LoaderRegister,
+        p: Tensor,
+        counts: Sequence[Tensor],
+        errors: Sequence[Tensor] | None,
+        attained: Sequence[float],
+    ) -> MitigatedRows:
+        """Estimate rows as `combine_results`, without a backend.
+
+        Parameters
+        ----------
+        register : LoaderRegister
+            How the register's values are read.
+        p, counts, errors
+            As for `combine_results`.
+        attained : sequence of float
+            The noise levels that the circuits really had.
+        """
+        support = p > 0
         levels = [
             estimate_register(
-                level_counts, None if errors is None else errors[i], feeds_forward=feeds_forward
+                level_counts,
+                None if errors is None else errors[i],
+                feeds_forward=register.loader.feeds_forward,
             )
             for i, level_counts in enumerate(counts)
         ]
@@ -367,12 +422,12 @@ class CircuitMitigation:
             extrapolated = self.zne.infer(
                 [level.value for level in levels],
                 [level.variance.sqrt() for level in levels],
-                self.attained_levels(backend, n),
+                attained,
             )
             assert extrapolated.std_error is not None
             value, variance = extrapolated.output, extrapolated.std_error.square()
             fallbacks = extrapolated.fallbacks
-        keys, signs = register_keys(variants[0], n), register_signs(variants[0], n)
+        keys, signs = register.keys, register.signs
         by_key = sum_by_key(value * signs, keys, support)
         variance = sum_by_key(variance, keys, support)
         mass = by_key.sum(-1, keepdim=True)
@@ -391,3 +446,51 @@ class CircuitMitigation:
         mass = mass.where(known, torch.ones_like(mass))
         estimate = project_to_simplex(by_key / mass, support, weights).where(known, 0)
         return MitigatedRows(estimate, (variance.sqrt() / mass).where(known, torch.nan), fallbacks)
+
+
+def finish_mitigated(
+    mitigation: CircuitMitigation,
+    request: RowRequest,
+    register: LoaderRegister,
+    counts: Sequence[Tensor],
+    rows: MitigatedRows,
+    shots_by_level: Sequence[int],
+    attained: Sequence[float],
+) -> RowCounts:
+    """Make the result of mitigated rows.
+
+    Parameters
+    ----------
+    mitigation : CircuitMitigation
+    request : RowRequest
+        All rows, with the diagnostics of the first level.
+    register : LoaderRegister
+        How the register's values are read.
+    counts : sequence of Tensor, (R', 2^bits)
+        Of the rows that were run, at each level.
+    rows : MitigatedRows
+        What was estimated from them.
+    shots_by_level : sequence of int
+        Shots of each row at each level.
+    attained : sequence of float
+        The noise levels that the circuits really had.
+    """
+    shots_at = dict.fromkeys(mitigation.levels, 0)
+    for level, shots in zip(mitigation.levels, shots_by_level, strict=True):
+        shots_at[level] += shots  # a level may be measured more than once
+    diagnostics = {
+        **request.diagnostics,
+        "mitigation": mitigation.name,
+        "shots_by_level": shots_at,
+        "attained_levels": tuple(attained),
+    }
+    running = request.p[request.running]
+    all_counts = sum_by_key(torch.stack(list(counts)).sum(0), register.keys, running > 0)
+    return finish_request(request, all_counts, rows, diagnostics)
+
+
+def _expectation_facts(expected: Expectation | None) -> dict[str, Any]:
+    """Diagnostics that tell which errors were expected."""
+    if expected is None:
+        return {}
+    return {"expected_error": expected.mitigated.error, "expected_raw_error": expected.raw.error}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,6 +61,11 @@ class SharedDecay(ZeroNoiseInference):
 
     def __repr__(self) -> str:
         return f"SharedDecay({list(self.noise_levels)}, corrected={self.corrected})"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The arguments that make it again, and its kind; see `ZeroNoiseInference.settings`."""
+        return {"kind": "shared decay", "noise_levels": list(self.noise_levels), "corrected": self.corrected}
 
     def allocate(self, shots: int, spread: Sequence[float] | None = None) -> list[int]:
         """Spread `shots` as for Richardson extrapolation; see `ZeroNoiseInference.allocate`.

@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -132,6 +133,11 @@ class ZeroNoiseInference(ABC):
     noise_levels: tuple[float, ...]
     method: str
     keeps_total: bool = True
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a device's record holds of it, as JSON; by default nothing from which it can be made again."""
+        return {}
 
     @abstractmethod
     def allocate(self, shots: int, spread: Sequence[float] | None = None) -> list[int]:

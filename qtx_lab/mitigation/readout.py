@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -74,24 +76,49 @@ def readout_errors(backend: QiskitQuantumBackend, n: int, *, seed: int = 0) -> T
     bits = circuit.num_clbits
     if backend.engine.ideal:
         return torch.eye(2, dtype=torch.float64).expand(bits, 2, 2)
-    path = _cache_path(backend, circuit)
-    errors = _read(path, bits)
+    known = known_errors(backend, n)
+    errors = known.errors
     if errors is None:
         with backend.engine.reserved(planned_calibration(backend, n)):
             errors = _measure(backend, circuit, seed)
-        _keep(path, errors)
-    _check_contrast(errors, backend.engine.name)
+        keep_errors(known.path, errors)
+    check_contrast(errors, backend.engine.name)
     return errors
+
+
+@dataclass(frozen=True, eq=False)
+class KnownErrors:
+    """What is known of the readout errors of some qubits, without measuring.
+
+    Parameters
+    ----------
+    path : Path
+        The file that keeps them, or will.
+    qubits : list of int
+        The device's qubit of each bit of the register.
+    errors : Tensor, float64, (bits, 2, 2), or None
+        The errors; None where they have to be measured.
+    """
+
+    path: Path
+    qubits: list[int]
+    errors: Tensor | None
+
+
+def known_errors(backend: QiskitQuantumBackend, n: int) -> KnownErrors:
+    """Look up the readout errors of the register for rows of n keys."""
+    circuit = backend.transpiled(n)
+    path = _cache_path(backend, circuit)
+    return KnownErrors(path, calibration_qubits(circuit), _read(path, circuit.num_clbits))
 
 
 def planned_calibration(backend: QiskitQuantumBackend, n: int) -> list[PlannedRun]:
     """List what `readout_errors` is going to run: nothing if the errors are known already."""
-    circuit = backend.transpiled(n)
-    if backend.engine.ideal or _read(_cache_path(backend, circuit), circuit.num_clbits) is not None:
+    if backend.engine.ideal or known_errors(backend, n).errors is not None:
         return []
     return [
         PlannedRun(prepared, 1, CALIBRATION_SHOTS, "readout calibration", kept=True)
-        for prepared, _ in _prepared_states(circuit)
+        for prepared, _ in prepared_states(backend.transpiled(n), 0)
     ]
 
 
@@ -116,7 +143,7 @@ def calibrated_readout_errors(backend: QiskitQuantumBackend, n: int) -> Tensor:
     circuit, noise = backend.engine.calibrated(backend.transpiled(n))
     matrices = [noise.readout.get(qubit, np.eye(2)) for qubit in calibration_qubits(circuit)]
     errors = torch.from_numpy(np.stack(matrices)).double()
-    _check_contrast(errors, backend.engine.name)
+    check_contrast(errors, backend.engine.name)
     return errors
 
 
@@ -268,7 +295,7 @@ def _checked_errors(errors: Tensor) -> Tensor:
     return errors
 
 
-def _check_contrast(errors: Tensor, device: str) -> None:
+def check_contrast(errors: Tensor, device: str) -> None:
     """Refuse errors (bits, 2, 2) that cannot be undone."""
     if bool((errors[:, 0, 0] + errors[:, 1, 1] - 1 < MIN_CONTRAST).any()):
         raise BackendUnavailable(
@@ -293,22 +320,25 @@ def calibration_qubits(circuit: QuantumCircuit) -> list[int]:
 
 def _measure(backend: QiskitQuantumBackend, circuit: QuantumCircuit, seed: int) -> Tensor:
     """Measure the readout errors (bits, 2, 2) of the qubits that a transpiled circuit measures."""
-    qubits = calibration_qubits(circuit)
-    totals = torch.zeros(len(qubits), 2, 2, dtype=torch.float64)
-    for pattern, (calibration, prepared) in enumerate(_prepared_states(circuit)):
-        request = CalibrationRequest(tuple(qubits), tuple(prepared), CALIBRATION_SHOTS, seed + pattern)
-        outcomes = backend.engine.run(
-            calibration, np.empty((1, 0)), CALIBRATION_SHOTS, seed + pattern, request
+    outcomes, states = [], []
+    for calibration, request in prepared_states(circuit, seed):
+        outcomes.append(
+            backend.engine.run(calibration, np.empty((1, 0)), request.shots, request.seed, request)
         )
-        value = torch.from_numpy(unpack_values(outcomes[0]))
-        for i, bit in enumerate(prepared):
-            ones = (value >> i & 1).double().mean()
-            totals[i, bit] += torch.stack((1 - ones, ones))
-    return totals / totals.sum(-1, keepdim=True)
+        states.append(request.prepared)
+    return errors_of_outcomes(outcomes, states)
 
 
-def _prepared_states(circuit: QuantumCircuit) -> list[tuple[QuantumCircuit, list[int]]]:
-    """Build the circuits that calibrate the qubits of a circuit, each with the bits that it prepares."""
+def prepared_states(circuit: QuantumCircuit, seed: int) -> list[tuple[QuantumCircuit, CalibrationRequest]]:
+    """Build the circuits that calibrate the qubits which a transpiled circuit measures.
+
+    The states are 0...0, 1...1, and the two patterns that alternate.
+
+    Returns
+    -------
+    list of (QuantumCircuit, CalibrationRequest)
+        Each with what it is run for.
+    """
     qubits, states = calibration_qubits(circuit), []
     for pattern in range(4):
         prepared = [pattern >> (i % 2) & 1 for i in range(len(qubits))]  # 0000, 1010, 0101, 1111
@@ -320,8 +350,28 @@ def _prepared_states(circuit: QuantumCircuit) -> list[tuple[QuantumCircuit, list
         calibration.barrier()
         for i, qubit in enumerate(qubits):
             calibration.measure(qubit, i)
-        states.append((calibration, prepared))
+        request = CalibrationRequest(tuple(qubits), tuple(prepared), CALIBRATION_SHOTS, seed + pattern)
+        states.append((calibration, request))
     return states
+
+
+def errors_of_outcomes(outcomes: Sequence[np.ndarray], states: Sequence[Sequence[int]]) -> Tensor:
+    """Compute readout errors, float64 (bits, 2, 2), from what was read in prepared states.
+
+    Parameters
+    ----------
+    outcomes : sequence of ndarray, uint8, (1, S, B)
+        Outcomes in each state.
+    states : sequence of sequence of int
+        The bits that were prepared, lowest first. Each bit has to be 0 in one state and 1 in another.
+    """
+    totals = torch.zeros(len(states[0]), 2, 2, dtype=torch.float64)
+    for read, prepared in zip(outcomes, states, strict=True):
+        value = torch.from_numpy(unpack_values(read[0]))
+        for i, bit in enumerate(prepared):
+            ones = (value >> i & 1).double().mean()
+            totals[i, bit] += torch.stack((1 - ones, ones))
+    return totals / totals.sum(-1, keepdim=True)
 
 
 def _cache_path(backend: QiskitQuantumBackend, circuit: QuantumCircuit) -> Path:
@@ -347,7 +397,7 @@ def _read(path: Path, bits: int) -> Tensor | None:
     return None
 
 
-def _keep(path: Path, errors: Tensor) -> None:
+def keep_errors(path: Path, errors: Tensor) -> None:
     """Keep errors for the next time; if that fails, they will be measured again."""
     with suppress(OSError, StorageError):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,8 @@ from torch import Tensor
 from ..backends import QiskitQuantumBackend
 from ..backends.counts import rows_at_once
 from ..backends.exact import compile_steps, outcome_probabilities
-from ..backends.requests import MitigatedRowRequest, PlannedRun
+from ..backends.requests import MitigatedRowRequest
+from ..circuits import Loader
 from ..circuits.base import pack_values, unpack_values
 from ..errors import BackendUnavailable
 
@@ -70,16 +71,28 @@ def register_counts(
         block = slice(start, start + step)
         block_request = request and replace(request, rows=replace(request.rows, p=request.rows.p[block]))
         outcomes = backend.engine.run(circuit, bindings[block], shots, seed + start, block_request)
-        values = torch.from_numpy(unpack_values(outcomes[:, :shots]))
-        counts = torch.zeros(len(values), 1 << circuit.num_clbits, dtype=torch.int64)
-        parts.append(counts.scatter_add_(-1, values, torch.ones_like(values)))
+        parts.append(count_values(outcomes, shots, circuit.num_clbits))
     return torch.cat(parts)
 
 
-def planned_register_runs(circuit: QuantumCircuit, rows: int, shots: int, purpose: str) -> list[PlannedRun]:
-    """List what `register_counts` runs for so many rows."""
-    step = rows_at_once(shots)
-    return [PlannedRun(circuit, min(step, rows - start), shots, purpose) for start in range(0, rows, step)]
+def count_values(outcomes: np.ndarray, shots: int, bits: int) -> Tensor:
+    """Count how often the register had each value: int64 (R, 2^bits).
+
+    Parameters
+    ----------
+    outcomes : ndarray, uint8, (R, S, B)
+        Packed bits. Shots beyond `shots` are left out: devices may round them up.
+    shots : int
+        Shots of each row.
+    bits : int
+        Bits of the register.
+    """
+    step, parts = rows_at_once(shots), []
+    for start in range(0, len(outcomes), step):
+        values = torch.from_numpy(unpack_values(outcomes[start : start + step, :shots]))
+        counts = torch.zeros(len(values), 1 << bits, dtype=torch.int64)
+        parts.append(counts.scatter_add_(-1, values, torch.ones_like(values)))
+    return torch.cat(parts)
 
 
 def register_probabilities(backend: QiskitQuantumBackend, p: Tensor) -> Tensor:
@@ -111,13 +124,43 @@ def register_probabilities(backend: QiskitQuantumBackend, p: Tensor) -> Tensor:
     return out / out.sum(-1, keepdim=True)
 
 
+@dataclass(frozen=True)
+class LoaderRegister:
+    """The register of a loader's circuit for rows of n keys: how its values are read.
+
+    Parameters
+    ----------
+    loader : Loader
+    bits : int
+        Bits of the register.
+    n : int
+        Number of keys.
+    """
+
+    loader: Loader
+    bits: int
+    n: int
+
+    @classmethod
+    def of(cls, backend: QiskitQuantumBackend, n: int) -> LoaderRegister:
+        """That of the circuit which a backend runs for rows of n keys."""
+        return cls(backend.loader, backend.transpiled(n).num_clbits, n)
+
+    @property
+    def keys(self) -> Tensor:
+        """Key of each value, int64, (2^bits,); -1 for no key."""
+        return torch.from_numpy(self.loader.keys(self._values, self.n))
+
+    @property
+    def signs(self) -> Tensor:
+        """Sign with which a shot of each value is counted, int64, (2^bits,)."""
+        return torch.from_numpy(self.loader.signs(self._values, self.n))
+
+    @property
+    def _values(self) -> np.ndarray:
+        return pack_values(np.arange(1 << self.bits), self.bits)
+
+
 def register_keys(backend: QiskitQuantumBackend, n: int) -> Tensor:
     """Return the key of each value of the register, int64, (2^bits,), for rows of n keys; -1 for no key."""
-    bits = backend.transpiled(n).num_clbits
-    return torch.from_numpy(backend.loader.keys(pack_values(np.arange(1 << bits), bits), n))
-
-
-def register_signs(backend: QiskitQuantumBackend, n: int) -> Tensor:
-    """Return the sign with which a shot of each value of the register is counted, int64, (2^bits,)."""
-    bits = backend.transpiled(n).num_clbits
-    return torch.from_numpy(backend.loader.signs(pack_values(np.arange(1 << bits), bits), n))
+    return LoaderRegister.of(backend, n).keys

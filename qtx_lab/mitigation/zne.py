@@ -126,6 +126,18 @@ class ZeroNoiseExtrapolation(ZeroNoiseInference):
         return f"ZeroNoiseExtrapolation({list(self.noise_levels)}, {self.method!r})"
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """The arguments that make it again, and its kind; see `ZeroNoiseInference.settings`."""
+        asymptote = self.asymptote.tolist() if isinstance(self.asymptote, Tensor) else self.asymptote
+        return {
+            "kind": "extrapolation",
+            "noise_levels": list(self.noise_levels),
+            "method": self.method,
+            "degree": self.degree,
+            "asymptote": asymptote,
+        }
+
+    @property
     def weights(self) -> Tensor:
         """Weight w of each level, float64, (levels,), which sum to 1.
 

@@ -13,6 +13,7 @@ import socket
 import threading
 import time
 import traceback
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -35,7 +36,7 @@ from qiskit_ibm_runtime.fake_provider.executor.run_quantum_program import run_qu
 from qiskit_ibm_runtime.options_models.simulator import SimulatorOptions
 from qiskit_ibm_runtime.quantum_program.converters.converters_2_0 import passthrough_data_to_2_0
 from qiskit_ibm_runtime.quantum_program.params_converters import QUANTUM_PROGRAM_PARAMS_CONVERTERS
-from samplomatic.quantum_program import SamplexItem
+from samplomatic.quantum_program import CircuitItem, SamplexItem
 
 TOKEN = "an-api-key-of-the-loopback-server"
 CRN = "crn:v1:bluemix:public:quantum-computing:us-east:a/0123456789abcdef:loopback::"
@@ -114,6 +115,8 @@ class IBMServer:
         If set, jobs end with this error instead of a result.
     hidden_lookups : int
         How many listings of jobs come back empty, as from a replica that lags behind.
+    listing_lag : float
+        For how many seconds a new job is not listed.
     pending_limit : int or None
         A job is refused while this many wait or run, as on IBM's Open Plan.
     deleted : dict
@@ -130,6 +133,7 @@ class IBMServer:
             properties = json.loads((folder / f"props_{device}.json").read_bytes())
             self.devices[configuration["backend_name"]] = (configuration, properties)
         self.noise = noise
+        self._noisy: dict[str, AerSimulator] = {}
         self.seed = seed
         self._lock = threading.RLock()
         self.reset()
@@ -143,6 +147,7 @@ class IBMServer:
         self.polls_in_queue = 0
         self.job_error: str | None = None
         self.hidden_lookups = 0
+        self.listing_lag = 0.0
         self.pending_limit: int | None = None
         self.deleted: dict[str, ServerJob] = {}
         self.charge: Callable[[ServerJob], float | None] = lambda job: 2.0
@@ -309,6 +314,9 @@ class IBMServer:
     def _list(self, query: dict[str, list[str]]) -> tuple[int, Any]:
         tags = query.get("tags", [])
         jobs = [job for job in self.jobs.values() if set(tags) <= set(job.tags)][::-1]
+        now = datetime.now(UTC)
+        ages = {job.id: (now - datetime.fromisoformat(job.created)).total_seconds() for job in jobs}
+        jobs = [job for job in jobs if ages[job.id] >= self.listing_lag]
         if self.hidden_lookups:
             self.hidden_lookups -= 1
             jobs = []
@@ -379,7 +387,7 @@ class IBMServer:
         for item in program.items:
             if isinstance(item, SamplexItem):
                 item.samplex.finalize()  # as IBM's server does after it read one
-        options = SimulatorOptions(seed_simulator=self.seed + len(self.jobs))
+        options = SimulatorOptions(seed_simulator=self._seed_of(job, program))
         result = run_quantum_program(self._simulator(job.backend), program, options)
         model = QuantumProgramResultModel(
             data=[
@@ -395,11 +403,28 @@ class IBMServer:
         )
         return model.model_dump_json()
 
+    def _seed_of(self, job: ServerJob, program: Any) -> int:
+        """A seed by which a part of a job gives the same outcomes, in whatever order jobs run."""
+        part = (*job.tags[-1].split("."), "")[1]  # the same when it is sent again
+        content = [repr((self.seed, part, program.shots))]
+        for item in program.items:
+            circuit = item.circuit if isinstance(item, CircuitItem) else None
+            if circuit is not None:
+                content += [
+                    f"{x.operation.name} {[circuit.find_bit(qubit).index for qubit in x.qubits]}"
+                    for x in circuit.data
+                ]
+                content.append(repr(item.circuit_arguments.tolist()))
+        return zlib.crc32("\n".join(content).encode()) >> 1
+
     def _simulator(self, name: str) -> AerSimulator:
         if not self.noise:
             return AerSimulator()
+        if name in self._noisy:
+            return self._noisy[name]
         fakes = {b.name: b for b in qiskit_ibm_runtime.fake_provider.FakeProviderForBackendV2().backends()}
-        return AerSimulator.from_backend(fakes[f"fake_{name.partition('_')[2]}"])
+        self._noisy[name] = AerSimulator.from_backend(fakes[f"fake_{name.partition('_')[2]}"])
+        return self._noisy[name]
 
 
 def _error(status: int, message: str) -> tuple[int, Any]:

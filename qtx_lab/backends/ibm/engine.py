@@ -29,7 +29,7 @@ from ..exact import Noise
 from ..noise import instruction_errors, median_errors, on_used_qubits
 from ..requests import CalibrationRequest, MitigatedRowRequest, PlannedRun, Request
 from .budget import Confirm, CostGuard, billed_job
-from .jobs import DeviceJob, find_jobs, post_part, submit_parts
+from .jobs import PATIENCE_S, DeviceJob, find_jobs, post_part, submit_parts
 from .ledger import Block, record_job
 from .remote import DeviceAccess, IBMRemote, offline_problems
 
@@ -116,7 +116,7 @@ class IBMEngine(Engine):
         budget: str | float | None = None,
         confirm: Confirm = False,
         run_dir: str | Path | None = None,
-        patience: float = 600.0,
+        patience: float = PATIENCE_S,
     ):
         if mode not in MODES:
             raise unknown_name("mode", mode, MODES)
@@ -211,7 +211,7 @@ class IBMEngine(Engine):
         seed: int,
         request: Request | None = None,
     ) -> np.ndarray:
-        return self.submit(circuit, bindings, shots, request).outcomes(patience=self.patience)
+        return self.submit(circuit, bindings, shots, request).outcomes()
 
     def cost(self, runs: Sequence[PlannedRun]) -> Cost:
         return estimated_cost(runs, self._device.target, self._device.max_shots, self.mode)
@@ -265,6 +265,7 @@ class IBMEngine(Engine):
         confirm: Confirm | None = None,
         patience: float | None = None,
         progress: bool | Callable[[JobStatus], None] = True,
+        send: bool = True,
     ) -> DeviceJob:
         """Record one circuit with all its bindings, then post it.
 
@@ -285,6 +286,8 @@ class IBMEngine(Engine):
         progress : bool or callable
             Whether to show on stderr that IBM takes no more jobs just now; or a function that is called with
             a `JobStatus`.
+        send : bool
+            False only records the job: its `send_rest` sends it.
 
         Returns
         -------
@@ -342,7 +345,9 @@ class IBMEngine(Engine):
             )
             leave.take(cost.quantum_seconds)
         print(f"{self.name}: {cost}; job {path.stem}", file=sys.stderr)
-        job = DeviceJob(path, lambda: self._remote, request)
+        job = DeviceJob(path, lambda: self._remote, request, self.patience)
+        if not send:
+            return job
         patience = self.patience if patience is None else patience
         return submit_parts(
             job, lambda part: post_part(job, part, circuit, bindings), patience=patience, progress=progress

@@ -21,7 +21,7 @@ from ...errors import ArgumentError, BackendUnavailable, FallbackWarning, JobTim
 from ...storage import write_frame
 from ..base import JobState, JobStatus
 from ..counts import RowCounts
-from ..requests import Request, RowRequest
+from ..requests import MitigatedRowRequest, Request, RowRequest
 from .budget import Confirm, billed_job, check_confirm, recorded_guard, rest_cost, spent_seconds
 from .ledger import (
     JobRecord,
@@ -49,6 +49,9 @@ from .remote import (
     SessionClosed,
     Unreachable,
 )
+
+PATIENCE_S = 600.0
+"""For how long a server that gives no answer, or takes no more jobs, is asked again by default."""
 
 FIRST_POLL_DELAY_S, LAST_POLL_DELAY_S = 1.0, 30.0
 """Between two questions about a waiting job: the delay grows from the first value to the last."""
@@ -130,10 +133,19 @@ class DeviceJob:
         Returns the `Remote`; called when the server is first needed.
     request : Request, optional
         What the job runs, where it is known; read from the record otherwise.
+    patience : float
+        Seconds for which a server that gives no answer, or takes no more jobs, is asked again.
     """
 
-    def __init__(self, path: Path, connect: Callable[[], Remote], request: Request | None = None):
+    def __init__(
+        self,
+        path: Path,
+        connect: Callable[[], Remote],
+        request: Request | None = None,
+        patience: float = PATIENCE_S,
+    ):
         self.path = path
+        self.patience = patience
         self.remote = cache(connect)
         self._request = request
 
@@ -232,7 +244,7 @@ class DeviceJob:
         timeout: float | None = None,
         *,
         progress: bool | Callable[[JobStatus], None] = True,
-        patience: float = 600.0,
+        patience: float | None = None,
     ) -> np.ndarray:
         """Wait for the job and fetch what was measured, once: it is kept beside the record.
 
@@ -243,8 +255,8 @@ class DeviceJob:
         progress : bool or callable
             Whether to show state and place in the queue on stderr; or a function that is called with each
             `JobStatus`.
-        patience : float
-            Seconds for which a server that cannot be reached is asked again.
+        patience : float, optional
+            Seconds for which a server that cannot be reached is asked again; None: the job's own.
 
         Returns
         -------
@@ -311,11 +323,14 @@ class DeviceJob:
         request = self.request()
         if not isinstance(request, RowRequest):
             kind = self.record.request.kind
-            raise ArgumentError(
+            what = (
                 f"Job {self.tag} ran circuits of the kind {kind!r}, not of rows alone: take its `outcomes`."
             )
+            if isinstance(request, MitigatedRowRequest):
+                what += f" `find_mitigated_calls()` finds its call {request.batch}, which makes the result."
+            raise ArgumentError(what)
         if partial:
-            self._wait(timeout, waiting.get("progress", True), waiting.get("patience", 600.0), partial=True)
+            self._wait(timeout, waiting.get("progress", True), waiting.get("patience"), partial=True)
             if self.record.status.state != JobState.DONE:
                 return self._partial_counts(request)
         outcomes = self.outcomes(timeout, **waiting)
@@ -402,7 +417,7 @@ class DeviceJob:
         self,
         *,
         again: bool = False,
-        patience: float = 600.0,
+        patience: float | None = None,
         progress: bool | Callable[[JobStatus], None] = True,
         confirm: Confirm = False,
     ) -> DeviceJob:
@@ -416,8 +431,8 @@ class DeviceJob:
         again : bool
             Whether to run parts again, too, that ended without a result because they failed, were cancelled
             or are gone. What IBM billed for them is billed once more.
-        patience : float
-            Seconds to wait at most while the server takes no more jobs.
+        patience : float, optional
+            Seconds to wait at most while the server takes no more jobs; None: the job's own.
         progress : bool or callable
             As for `outcomes`.
         confirm : bool or callable
@@ -453,6 +468,7 @@ class DeviceJob:
                 def post(part: PartRecord) -> str:
                     return post_part(self, part, circuit, bindings)
 
+                patience = self.patience if patience is None else patience
                 submit_parts(self, post, patience=patience, progress=progress)
         return self
 
@@ -485,7 +501,7 @@ class DeviceJob:
 
         def leave_out(record: JobRecord) -> None:
             for part in record.parts:
-                if part.tag in unsent and part.attempted is None and part.id is None:
+                if part.tag in unsent and _is_unsent(part):
                     part.state, part.reason = JobState.CANCELLED, "cancelled before it was sent"
 
         if unsent:
@@ -526,10 +542,11 @@ class DeviceJob:
         self,
         timeout: float | None,
         progress: bool | Callable[[JobStatus], None],
-        patience: float,
+        patience: float | None,
         partial: bool = False,
     ) -> None:
         """Return when the job is done or, if a part is enough, when no more comes; errors as `outcomes`."""
+        patience = self.patience if patience is None else patience
         start = last_answer = time.monotonic()
         delay = FIRST_POLL_DELAY_S
         with _progress(self, progress) as show:
@@ -704,7 +721,7 @@ def submit_parts(
     job: DeviceJob,
     post: Callable[[PartRecord], str],
     *,
-    patience: float = 600.0,
+    patience: float = PATIENCE_S,
     progress: bool | Callable[[JobStatus], None] = False,
 ) -> DeviceJob:
     """Submit each part of a recorded job that the server does not have, once.
@@ -754,7 +771,7 @@ def _submit_part(job: DeviceJob, i: int, post: Callable[[PartRecord], str], wait
     if part.attempted is not None:
         age = (datetime.now(UTC) - part.attempted).total_seconds()
         id = _listed_id(job.remote, part.tag, 0.0, must_answer=True)
-        if id is None and age < NEVER_ARRIVED_S:
+        if id is None and age < NEVER_ARRIVED_S and part.state != JobState.FAILED:
             raise BackendUnavailable(
                 f"Whether part {i} of job {job.tag} was accepted {age:.0f} s ago is not known: none with its "
                 f"tag is listed. It can be sent {NEVER_ARRIVED_S - age:.0f} s from now, if it is not listed "
@@ -779,8 +796,8 @@ def _submit_part(job: DeviceJob, i: int, post: Callable[[PartRecord], str], wait
                     "for it."
                 ) from error
             if found is None:
-                _set(job, i, attempted=None)
                 if isinstance(error, Busy):
+                    _set(job, i, attempted=None)
                     found = waiting.for_room(i, error)
                 elif isinstance(error, SessionClosed) and not reopened:
                     reopened = True
@@ -879,7 +896,8 @@ def _note(job: DeviceJob, text: str) -> None:
 
 def _is_unsent(part: PartRecord) -> bool:
     """Whether it is certain that the server has no job of this part, and that one may be sent."""
-    return part.id is None and part.attempted is None and part.state in (JobState.RECORDED, JobState.FAILED)
+    refused = part.state == JobState.FAILED
+    return part.id is None and (refused or (part.state == JobState.RECORDED and part.attempted is None))
 
 
 def _renew(record: JobRecord, states: set[JobState]) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from qiskit import QuantumCircuit, qpy
 from ...circuits import Loader, make_loader
 from ...errors import StorageError
 from ...storage import json_bytes, runs_home, storage_error, write_atomic
-from ..base import JobState, JobStatus
+from ..base import JobState, JobStatus, combined_status
 from ..requests import CalibrationRequest, MitigatedRowRequest, Request, RowRequest
 
 SCHEMA_VERSION: Literal[1] = 1
@@ -42,13 +42,22 @@ MAX_RECORD_BYTES = 1 << 26
 # --- What a record holds -------------------------------------------------------------------------
 
 
-class _Record(BaseModel):
+class Record(BaseModel):
     """Keeps fields that it does not know, so that writing a record again loses nothing."""
 
     model_config = ConfigDict(extra="allow", validate_assignment=True)
 
 
-class RowsRecord(_Record):
+class TaggedRecord(Record):
+    """A record whose tag is the name of its file."""
+
+    tag: str
+
+
+T = TypeVar("T", bound=TaggedRecord)
+
+
+class RowsRecord(Record):
     """Rows that are measured. Their probabilities are in `<tag>.rows.npz` beside the record.
 
     Parameters
@@ -99,7 +108,7 @@ class RowsRecord(_Record):
         return RowRequest(p, make_loader(loader or self.loader), self.shots, self.seed, diagnostics)
 
 
-class MitigatedRowsRecord(_Record):
+class MitigatedRowsRecord(Record):
     """One circuit of rows that a mitigation measures with several; see `MitigatedRowRequest`.
 
     Parameters
@@ -129,7 +138,7 @@ class MitigatedRowsRecord(_Record):
         return MitigatedRowRequest(rows, self.mitigation, self.noise_level, self.shots, self.batch)
 
 
-class CalibrationRecord(_Record):
+class CalibrationRecord(Record):
     """A state that is prepared to see how its bits are misread; see `CalibrationRequest`.
 
     Parameters
@@ -155,7 +164,7 @@ class CalibrationRecord(_Record):
         return CalibrationRequest(tuple(self.qubits), tuple(self.prepared), self.shots, self.seed)
 
 
-class CircuitsRecord(_Record):
+class CircuitsRecord(Record):
     """Circuits of another purpose, of which only the outcomes can be had."""
 
     kind: Literal["circuits"] = "circuits"
@@ -166,7 +175,7 @@ RequestRecord = Annotated[
 ]
 
 
-class PartRecord(_Record):
+class PartRecord(Record):
     """One of the server's jobs: a block of rows, with some of their shots.
 
     Parameters
@@ -184,8 +193,8 @@ class PartRecord(_Record):
     reason : str or None
         Why it failed, or why it has not been sent.
     attempted : datetime or None
-        When it was last posted, unless the server certainly refused it; None where it is certain that the
-        server has no such job. It is written down before the post.
+        When it was last posted; None where it was not, or where the server took no more jobs then. It is
+        written down before the post.
     charged_seconds : float or None
         Quantum time that was charged for it; None before the server tells it.
     earlier_ids : list of str
@@ -216,7 +225,7 @@ class PartRecord(_Record):
         return attempted.isoformat(timespec="milliseconds") if attempted else None
 
 
-class JobRecord(_Record):
+class JobRecord(TaggedRecord):
     """What is written down of a job before it is submitted, and what became of it since.
 
     `record["device"]` gives a field as JSON holds it.
@@ -301,18 +310,8 @@ class JobRecord(_Record):
 
     @property
     def status(self) -> JobStatus:
-        """Failed, gone or cancelled as soon as one part is, else the state of the part furthest behind.
-
-        Where parts differ, the reason says how many of them were measured.
-        """
-        states = [part.state for part in self.parts]
-        order = (JobState.FAILED, JobState.GONE, JobState.CANCELLED, *JobState)
-        state = next(state for state in order if state in states)
-        reasons = list(dict.fromkeys(part.reason for part in self.parts if part.reason))
-        measured = states.count(JobState.DONE)
-        if measured and state != JobState.DONE:
-            reasons.append(f"{measured} of {len(states)} parts are measured")
-        return JobStatus(state, reason="; ".join(reasons) or None)
+        """That of all parts together; see `combined_status`."""
+        return combined_status([JobStatus(part.state, reason=part.reason) for part in self.parts], "parts")
 
 
 class Block(NamedTuple):
@@ -375,7 +374,7 @@ def record_job(
     path = folder / f"{tag}.json"
     if isinstance(request, RowRequest | MitigatedRowRequest):
         rows = request if isinstance(request, RowRequest) else request.rows
-        save_array(_rows_path(path), p=rows.p.numpy())
+        save_rows(path, rows.p)
     if circuit is not None and bindings is not None:
         content = io.BytesIO()
         qpy.dump(circuit, content)
@@ -411,7 +410,7 @@ def _request_record(
             )
 
 
-def write_record(path: Path, record: JobRecord) -> None:
+def write_record(path: Path, record: Record) -> None:
     """Write a record whole or not at all.
 
     Raises
@@ -519,28 +518,54 @@ def read_record(path: Path) -> JobRecord:
     StorageError
         If the file cannot be read, or is not the record of the job that has its name. The message says why.
     """
+    return read_model(path, JobRecord, "job", _upgraded)
+
+
+def read_model(
+    path: Path, model: type[T], kind: str, upgraded: Callable[[Any], Any] = lambda content: content
+) -> T:
+    """The record in a file, which may hold anything.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    model : type of TaggedRecord
+        What it should hold.
+    kind : str
+        Of what it is the record, for the message: "job".
+    upgraded : callable
+        Brings content of an older schema into the present one.
+
+    Raises
+    ------
+    StorageError
+        If the file cannot be read, or is not the record that has its name. The message says why.
+    """
     try:
         if not path.is_file() and path.exists():  # reading a pipe would never end
             raise OSError("it is no file")
         if path.stat().st_size > MAX_RECORD_BYTES:
             raise OSError("it is too large to be one")
-        content = _upgraded(json.loads(path.read_bytes()))
+        content = upgraded(json.loads(path.read_bytes()))
         if isinstance(content, Mapping) and content.get("schema_version") != SCHEMA_VERSION:
             version = str(content.get("schema_version"))[:20]
             raise OSError(f"it has schema_version {version}, and this qtx_lab reads {SCHEMA_VERSION}")
-        record = JobRecord.model_validate_json(json.dumps(content), strict=True)
-        cause = None if record.tag == path.stem else f"holds the record of another job, {record.tag[:60]!r}"
+        record = model.model_validate_json(json.dumps(content), strict=True)
+        cause = (
+            None if record.tag == path.stem else f"holds the record of another {kind}, {record.tag[:60]!r}"
+        )
     except OSError as error:
         cause = f"cannot be read: {error.strerror or error}"
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"])) or "its content"
-        cause = f"is not the record of a job: {where} is {str(first['input'])[:60]!r}; {first['msg']}"
-        cause = f"is not the record of a job: {where} is missing" if first["type"] == "missing" else cause
+        cause = f"is not the record of a {kind}: {where} is {str(first['input'])[:60]!r}; {first['msg']}"
+        cause = f"is not the record of a {kind}: {where} is missing" if first["type"] == "missing" else cause
     except (ValueError, RecursionError):  # RecursionError: what is nested deeply, and is not ours
         cause = "is not readable JSON"
     if cause:
-        raise StorageError(f"The job's record {path} {cause}.")
+        raise StorageError(f"The {kind}'s record {path} {cause}.")
     return record
 
 
@@ -597,21 +622,31 @@ def read_rows(path: Path, record: JobRecord) -> torch.Tensor | None:
     """
     match record.request:
         case RowsRecord():
-            rows = record.request
+            p = read_rows_of(path, record.request)
         case MitigatedRowsRecord():
-            rows = record.request.rows
+            p = read_rows_of(path, record.request.rows)
         case _:
             return None
+    if int((p.sum(-1) > 0).sum()) != record.circuits:
+        raise StorageError(
+            f"{_rows_path(path)} does not hold the rows of the job's {record.circuits} circuits."
+        )
+    return p
+
+
+def read_rows_of(path: Path, rows: RowsRecord) -> torch.Tensor:
+    """The probabilities beside a record, float64 (R, n); StorageError where they cannot be read."""
     rows_path = _rows_path(path)
     p = torch.from_numpy(load_array(rows_path, "p"))
     fits = p.shape == (rows.rows, rows.keys) and p.dtype == torch.float64
-    if (
-        not fits
-        or (rows.digest and rows.digest != _digest(p))
-        or int((p.sum(-1) > 0).sum()) != record.circuits
-    ):
+    if not fits or (rows.digest and rows.digest != _digest(p)):
         raise StorageError(f"{rows_path} does not hold the {rows.rows} rows of {rows.keys} keys.")
     return p
+
+
+def save_rows(path: Path, p: torch.Tensor) -> None:
+    """Write the probabilities of rows beside a record; StorageError where they cannot be written."""
+    save_array(_rows_path(path), p=p.numpy())
 
 
 def has_program(path: Path) -> bool:

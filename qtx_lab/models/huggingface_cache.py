@@ -21,8 +21,8 @@ PREFILLS = ("exact", "sampled")
 QUERIES_TO_FIT = 64
 """The last so many queries of a prompt tell its sketch which directions of the keys matter."""
 
-EXACT_STEPS = WeakIdKeyDictionary()
-"""The keys, of layers with a cache of transformers' own, that several new tokens are to attend to exactly."""
+OWN_STEPS = WeakIdKeyDictionary()
+"""Keys that a `SampledCache` gave of layers with transformers' own cache: whether to attend exactly."""
 
 
 class SampledCache(Cache):
@@ -30,17 +30,19 @@ class SampledCache(Cache):
 
     Layers that attend to all tokens before them, and that the settings do not make `exact`, keep their
     tokens in a `SampledKVCache`, which draws for each new token as `config.qtx_sampled` says: `num_samples`,
-    `replicates` and `seed`. All other layers (sliding windows, `exact` ones, recurrent states) have
-    transformers' own. Tokens that the mask hides, as padding at the left does, are left out: a padded
-    sequence attends to its own tokens alone. Beams, assistants, crops, sinks and softcap are as with
-    transformers' caches. Biases, selected keys, gradients, and models that change keys or values after the
-    cache gave them (multi-head latent attention, DiffLlama) are refused.
+    `replicates`, `share_keys` and `seed`, and perhaps `proposal` and `rank`. All other layers (sliding
+    windows, `exact` ones, recurrent states) have transformers' own. Tokens that the mask hides, as padding at
+    the left does, are left out: a padded sequence attends to its own tokens alone. Beams, assistants, crops,
+    sinks and softcap are as with transformers' caches. Biases, selected keys, gradients, and models that
+    change keys or values after the cache gave them (multi-head latent attention, DiffLlama) are refused.
 
     Parameters
     ----------
     config : transformers.PreTrainedConfig
         Of a decoder whose `attn_implementation` is "qtx_sampled".
-    proposal, rank, defensive
+    proposal, rank : str, int, optional
+        As for `SampledKVCache.build`, for layers whose settings name no proposal; low-rank where None.
+    defensive : float
         As for `SampledKVCache.build`.
     prefill : {"exact", "sampled"}
         How several new tokens at once, a prompt for the most part, attend in all layers: exactly, or by
@@ -71,7 +73,7 @@ class SampledCache(Cache):
     def __init__(
         self,
         config: Any,
-        proposal: str = "low-rank",
+        proposal: str | None = None,
         rank: int | None = None,
         *,
         defensive: float = 0.02,
@@ -91,6 +93,7 @@ class SampledCache(Cache):
                 f"config is a {type(config).__name__}, of an encoder-decoder; a SampledCache is for decoders."
             )
         self.prefill = prefill
+        proposal = "low-rank" if proposal is None else proposal
         options = {"proposal": proposal, "rank": rank, "defensive": defensive}
         super().__init__(layers=_layers(config, prefill, options))
 
@@ -99,8 +102,8 @@ class SampledCache(Cache):
     ) -> tuple[Tensor, Tensor]:
         """Append new tokens to a layer; returns what has the shape of all its keys and values."""
         k, v = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        if self.prefill == "exact" and key_states.shape[-2] > 1 and not isinstance(k, CachedTokens):
-            EXACT_STEPS[k] = True
+        if not isinstance(k, CachedTokens):
+            OWN_STEPS[k] = self.prefill == "exact" and key_states.shape[-2] > 1
         return k, v
 
 
@@ -123,16 +126,22 @@ def _layers(config: Any, prefill: str, options: dict[str, Any]) -> list[Any]:
         )
     exact = [settings.get(i, settings[None])["sampler"].exact for i in range(len(own))]
     drawn = [is_full and not is_exact for is_full, is_exact in zip(full, exact, strict=True)]
-    for layer_config, is_full in zip(config.per_layer_config, full, strict=True):
+    by_layer = [{**options, **_proposal(settings.get(i, settings[None]))} for i in range(len(own))]
+    for layer_config, is_full, own_options in zip(config.per_layer_config, full, by_layer, strict=True):
         probe = torch.zeros(1, _features(layer_config))
         if is_full:
-            SampledKVCache.build(probe, probe, **options)  # a mistake in the options is refused now
+            SampledKVCache.build(probe, probe, **own_options)  # a mistake in the options is refused now
     if prefill == "exact":
         _refuse_unused(given, drawn, [not (a or b) for a, b in zip(drawn, exact, strict=True)])
     return [
-        SampledLayer(options, prefill) if is_drawn else layer
-        for layer, is_drawn in zip(own, drawn, strict=True)
+        SampledLayer(own_options, prefill) if is_drawn else layer
+        for layer, is_drawn, own_options in zip(own, drawn, by_layer, strict=True)
     ]
+
+
+def _proposal(settings: dict[str, Any]) -> dict[str, Any]:
+    """The proposal that settings name, with its rank, as arguments of `SampledKVCache.build`."""
+    return {} if settings["proposal"] is None else {name: settings[name] for name in ("proposal", "rank")}
 
 
 def _features(config: Any) -> int:
@@ -213,7 +222,12 @@ def cached_layer(key: Tensor, value: Tensor) -> SampledLayer | None:
 
 def attends_exactly(key: Tensor) -> bool:
     """Whether a `SampledCache` asks that this step attend exactly, in a layer of transformers' own cache."""
-    return key in EXACT_STEPS
+    return bool(OWN_STEPS.get(key))
+
+
+def has_sampled_cache(key: Tensor) -> bool:
+    """Whether keys came from a `SampledCache`, in a layer of transformers' own cache."""
+    return key in OWN_STEPS
 
 
 def arguments_of_a_step(module: nn.Module, asked: Mapping[str, Any]) -> dict[str, Any]:
@@ -370,6 +384,7 @@ class SampledLayer(DynamicLayer):
                 query if len(self.groups) == 1 else query[group.rows],
                 settings["num_samples"],
                 replicates=settings["replicates"],
+                share_keys=settings["share_keys"],
                 scale=scaling,
                 generator=settings["generator"],
                 sequences=group.rows,

@@ -11,13 +11,17 @@ import torch
 from torch import nn
 
 from ..attention.multihead import attention_settings
+from ..cache.sketches import PROPOSALS
 from ..checks import check_count
 from ..errors import ArgumentError, unknown_name
 
 IMPLEMENTATION = "qtx_sampled"
 """The value of `attn_implementation`, and the name of the settings on a model's config."""
 
-LAYER_SETTINGS = ("sampler", "num_samples", "replicates", "control_variate")
+CACHE_SETTINGS = ("proposal", "rank", "share_keys")
+"""What only a `SampledCache` reads: how its layers propose and draw keys."""
+
+LAYER_SETTINGS = ("sampler", "num_samples", "replicates", "control_variate", *CACHE_SETTINGS)
 SETTINGS = (*LAYER_SETTINGS, "seed", "layers")
 
 MAX_SEED = 2**63 - 1
@@ -33,7 +37,7 @@ DRAWING: WeakKeyDictionary[nn.Module, tuple[str, dict[str, Any]]] = WeakKeyDicti
 
 
 def read_settings(given: object, layers: int | None = None) -> dict[int | None, dict[str, Any]]:
-    """What settings mean: arguments of `sampled_attention` and `seed`, by layer.
+    """What settings mean: arguments of `sampled_attention`, `seed`, and those of a cache, by layer.
 
     None stands for all layers without settings of their own.
 
@@ -52,7 +56,7 @@ def read_settings(given: object, layers: int | None = None) -> dict[int | None, 
     top = _mapping(given, "", SETTINGS)
     as_json(given)
     common = {name: x for name, x in top.items() if name != "layers"}
-    by_layer: dict[int | None, dict[str, Any]] = {None: _arguments(common, "")}
+    by_layer: dict[int | None, dict[str, Any]] = {None: _arguments(dict(common), "")}
     changed = {} if top.get("layers") is None else top["layers"]
     for number, changes in _mapping(changed, "['layers']", None).items():
         where = f"['layers'][{number!r}]"
@@ -64,7 +68,10 @@ def read_settings(given: object, layers: int | None = None) -> dict[int | None, 
             )
         if index in by_layer:
             raise ArgumentError(f"config.{IMPLEMENTATION}{where} is there twice.")
-        by_layer[index] = _arguments({**common, **_mapping(changes, where, LAYER_SETTINGS)}, where)
+        changes = _mapping(changes, where, LAYER_SETTINGS)
+        # A rank belongs to the proposal beside it.
+        other = {"rank": None} if "proposal" in changes else {}
+        by_layer[index] = _arguments({**common, **other, **changes}, where)
     return by_layer
 
 
@@ -134,6 +141,40 @@ def refuse_recomputing(settings: dict[str, Any]) -> None:
         )
 
 
+def refuse_cache_settings(settings: dict[str, Any]) -> None:
+    """Refuse to draw without a `SampledCache` by settings that are meant for one.
+
+    Raises
+    ------
+    ArgumentError
+        If the settings name a proposal, or share keys.
+    """
+    given = [name for name in CACHE_SETTINGS if settings[name]]
+    if given:
+        raise ArgumentError(
+            f"config.{IMPLEMENTATION} has {' and '.join(given)}, which only a SampledCache uses: pass "
+            "past_key_values=SampledCache(model.config), or leave it out."
+        )
+
+
+def _cache_settings(proposal: object, rank: object, share_keys: object, where: str) -> dict[str, Any]:
+    """The settings of a cache; it checks itself whether the size of its keys allows the rank."""
+    if proposal is not None and proposal not in PROPOSALS:
+        raise unknown_name(f"config.{IMPLEMENTATION}{where}['proposal']", str(proposal), PROPOSALS)
+    if rank is not None:
+        if proposal is None:
+            raise ArgumentError(
+                f"config.{IMPLEMENTATION}{where}['rank']={rank!r} needs a proposal beside it."
+            )
+        rank = check_count(f"config.{IMPLEMENTATION}{where}['rank']", rank)
+    if share_keys is not None and not isinstance(share_keys, bool):
+        raise ArgumentError(
+            f"config.{IMPLEMENTATION}{where}['share_keys']={share_keys!r} is not allowed: it must be true or "
+            "false."
+        )
+    return {"proposal": proposal, "rank": rank, "share_keys": bool(share_keys)}
+
+
 def _mapping(given: object, where: str, allowed: tuple[str, ...] | None) -> dict[Any, Any]:
     if not isinstance(given, Mapping):
         raise ArgumentError(f"config.{IMPLEMENTATION}{where}={given!r} is not allowed: it must be a mapping.")
@@ -145,11 +186,12 @@ def _mapping(given: object, where: str, allowed: tuple[str, ...] | None) -> dict
 
 def _arguments(given: dict[str, Any], where: str) -> dict[str, Any]:
     """The arguments that settings mean, and `seed`; errors say where in the config the settings are."""
-    seed = given.pop("seed", None)
+    seed, proposal, rank, share_keys = (given.pop(name, None) for name in ("seed", *CACHE_SETTINGS))
     if seed is not None:
         seed = check_count(f"config.{IMPLEMENTATION}{where}['seed']", seed, 0, MAX_SEED)
+    cache = _cache_settings(proposal, rank, share_keys, where)
     try:
-        return {**attention_settings(**given), "seed": seed}
+        return {**attention_settings(**given), **cache, "seed": seed}
     except ValueError as error:
         raise ArgumentError(f"config.{IMPLEMENTATION}{where}: {error}") from error
     except TypeError as error:

@@ -16,7 +16,7 @@ from ..attention.dispatch import attend
 from ..attention.settings import AttentionSettings
 from ..errors import ArgumentError
 from ..problem import AttentionProblem
-from .huggingface_settings import refuse_recomputing, settings_of
+from .huggingface_settings import CACHE_SETTINGS, refuse_cache_settings, refuse_recomputing, settings_of
 
 SOFTMAXES = {F.softmax, torch.softmax, Tensor.softmax}
 """The functions by which models turn logits into weights."""
@@ -40,7 +40,8 @@ class DrawnSoftmax(TorchFunctionMode):
     def __init__(self, settings: dict[str, Any]):
         super().__init__()
         self.generator = settings["generator"]
-        self.settings = AttentionSettings.of(**{k: x for k, x in settings.items() if k != "generator"})
+        others = ("generator", *CACHE_SETTINGS)
+        self.settings = AttentionSettings.of(**{k: x for k, x in settings.items() if k not in others})
         self.has_drawn = False
 
     def __enter__(self) -> DrawnSoftmax:
@@ -135,6 +136,7 @@ def _enter(module: nn.Module, args: Any) -> None:
     state = _STATES[module]
     settings = settings_of(module, state.config, state.number)
     if not settings["sampler"].exact:
+        refuse_cache_settings(settings)
         refuse_recomputing(settings)
         state.calls.append(DrawnSoftmax(settings))
         state.calls[-1].__enter__()

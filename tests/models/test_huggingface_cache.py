@@ -13,6 +13,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 import qtx_lab as qtx
 from qtx_lab.bench.huggingface import make_model
 from qtx_lab.bench.small_models import model_classes
+from qtx_lab.cache import SampledKVCache
 from qtx_lab.models import huggingface
 from qtx_lab.models.huggingface_cache import SampledLayer
 
@@ -135,6 +136,84 @@ def test_a_prompt_attends_exactly_unless_asked_otherwise():
             after = model(PROMPTS[:, :1], past_key_values=cache).logits
         assert torch.allclose(found, wanted, atol=1e-4) == (prefill == "exact")
         assert after.isfinite().all()
+
+
+def test_settings_name_the_proposal_of_a_layer():
+    """A layer's proposal replaces the common one with its rank; the cache's own is for the others."""
+    settings = {**MANY, "proposal": "low-rank", "rank": 3}
+    settings["layers"] = {"0": {"sampler": "exact"}, "1": {"proposal": "int4"}}
+    model, eager = model_of("llama", settings=settings), model_of("llama", "eager")
+    cache = huggingface.SampledCache(model.config)
+    wanted = stepped(eager, PROMPTS, transformers.DynamicCache(config=eager.config))
+    torch.testing.assert_close(stepped(model, PROMPTS, cache), wanted, atol=1e-4, rtol=1e-4)
+    exact, int4, low_rank = cache.layers
+    assert not isinstance(exact, SampledLayer)
+    assert (int4.sampled.proposal, low_rank.sampled.proposal) == ("int4", "low-rank")
+    assert low_rank.options["rank"] == 3
+    model = model_of("llama", settings={**MANY, "layers": {"1": {"proposal": "int4"}}})
+    cache = huggingface.SampledCache(model.config, proposal="exact")
+    stepped(model, PROMPTS, cache)
+    assert [layer.sampled.proposal for layer in cache.layers] == ["exact", "int4", "exact"]
+
+
+def test_layers_of_their_own_keep_what_is_common():
+    common = {"num_samples": 5, "seed": 3, "proposal": "low-rank", "rank": 2, "share_keys": True}
+    settings = huggingface.read_settings({**common, "layers": {"0": {"num_samples": 7}}})
+    assert settings[0]["num_samples"] == 7
+    assert {**settings[0], "num_samples": 5, "sampler": 0} == {**settings[None], "sampler": 0}
+    assert (settings[0]["seed"], settings[0]["rank"], settings[0]["share_keys"]) == (3, 2, True)
+
+
+def test_a_proposal_without_a_sampled_cache_is_refused():
+    """Prompts and steps of models with a cache of transformers' own; windows of a SampledCache draw."""
+    settings = {**MANY, "proposal": "low-rank", "rank": 2}
+    model = model_of("llama", settings=settings)
+    for cache in (None, transformers.DynamicCache(config=model.config)):
+        with torch.no_grad(), pytest.raises(qtx.ArgumentError, match="only a SampledCache uses"):
+            model(PROMPTS, past_key_values=cache)
+    windows = model_of("gemma3", settings={**settings, "sampler": "head-tail"})
+    eager = model_of("gemma3", "eager")
+    found = stepped(windows, PROMPTS, huggingface.SampledCache(windows.config))
+    wanted = stepped(eager, PROMPTS, transformers.DynamicCache(config=eager.config))
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"proposal": "lowrank"}, r"\['proposal'\].*Did you mean 'low-rank'"),
+        ({"rank": 4}, r"\['rank'\]=4 needs a proposal"),
+        ({"share_keys": 1}, r"\['share_keys'\]=1"),
+        ({"proposal": "low-rank", "rank": 0}, r"\['rank'\]=0"),
+        ({"proposal": "low-rank", "layers": {"1": {"rank": True}}}, r"\['layers'\]\['1'\]\['rank'\]=True"),
+        ({"layers": {"2": {"proposal": 3}}}, r"\['layers'\]\['2'\]\['proposal'\]"),
+    ],
+)
+def test_proposals_that_no_cache_has_are_refused_with_the_model(settings, match):
+    with pytest.raises(qtx.ArgumentError, match=match):
+        model_of("llama", settings=settings)
+
+
+@pytest.mark.parametrize(
+    ("proposal", "match"),
+    [("low-rank", "rank=9 is not allowed: it must be at most E=8"), ("int4", "rank=9 is for")],
+)
+def test_a_rank_that_the_keys_do_not_have_is_refused_with_the_cache(proposal, match):
+    model = model_of("llama", settings={"layers": {"2": {"proposal": proposal, "rank": 9}}})
+    with pytest.raises(qtx.ArgumentError, match=match):
+        huggingface.SampledCache(model.config)
+
+
+def test_query_heads_share_their_keys_where_the_settings_say_so(monkeypatch):
+    shared, attend = [], SampledKVCache.attend
+    monkeypatch.setattr(
+        SampledKVCache,
+        "attend",
+        lambda *args, **options: shared.append(options["share_keys"]) or attend(*args, **options),
+    )
+    model = model_of("llama", settings={**MANY, "share_keys": True, "layers": {"1": {"share_keys": False}}})
+    stepped(model, PROMPTS[:, :3], huggingface.SampledCache(model.config), first=2)
+    assert shared == [True, False, True]
 
 
 @pytest.mark.parametrize("padding", [None, LEFT])

@@ -13,7 +13,8 @@ from qtx_lab.models.tasks import make_task
 from qtx_lab.models.tasks.scoring import score_prompt
 from qtx_lab.models.tasks.side_by_side import score_methods
 
-PLAN = llm.TaskPlan("long-text", 256, 2, (0.1,))
+METHODS = ("head-tail", "cache, int4", "Quest")
+PLAN = llm.TaskPlan("long-text", 256, 2, (0.1,), METHODS)
 
 
 @pytest.fixture(scope="module")
@@ -22,10 +23,8 @@ def model():
 
 
 @pytest.fixture(scope="module", autouse=True)
-def few_methods():
+def two_at_a_time():
     with pytest.MonkeyPatch.context() as patch:
-        names = ("head-tail", "cache, int4", "Quest")
-        patch.setattr(llm, "METHODS", {name: llm.METHODS[name] for name in names})
         patch.setattr(llm, "SIDE_BY_SIDE", 2)
         yield
 
@@ -61,7 +60,7 @@ def test_a_batch_of_one_prompt_decodes_as_the_prompt_does(model):
 
 
 def test_every_method_is_measured_on_the_same_prompts(outcomes):
-    by_method = {name: [x for x in outcomes if x.method == name] for name in ("exact", *llm.METHODS)}
+    by_method = {name: [x for x in outcomes if x.method == name] for name in ("exact", *METHODS)}
     assert all(len(x) == PLAN.prompts for x in by_method.values())
     assert len({x.digest for x in outcomes}) == PLAN.prompts
     for exact, *others in zip(*by_method.values(), strict=True):

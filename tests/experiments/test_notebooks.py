@@ -250,6 +250,7 @@ REDUCED = {
         "repeats": 1,
         "workers": 1,
     },
+    "09_real_language_model": {"prompts": 2, "length": 512},
     "08_bring_your_own_model": {
         "model_name": "reference",
         "draw_counts": [16, 64],

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -226,7 +226,7 @@ def calibrate(
     windows: int = 12,
     confidence: float = 0.95,
     seed: int = 0,
-    progress: bool = True,
+    progress: bool | Callable[[float], object] = True,
 ) -> Calibration:
     """Find the draws of each layer that read the fewest bytes within a bound on the model's loss.
 
@@ -261,8 +261,8 @@ def calibrate(
         Of the intervals over windows.
     seed : int
         Of all draws.
-    progress : bool
-        Whether to show a progress bar.
+    progress : bool or callable
+        Whether to show a progress bar; or `progress(share)`, called with the share that is done, 0 to 1.
 
     Returns
     -------
@@ -290,7 +290,7 @@ def calibrate(
     find, verify = _windows(model, texts, held_out, length + scored_tokens + 1, windows)
     total = min(MODELLED_WINDOWS, len(find)) + len(find) * (1 + len(CANDIDATES))
     total += len(verify) * (1 + REPEATS)
-    with tqdm(total=total, desc="calibrating", leave=False, disable=not progress) as bar:
+    with _Progress(total, progress) as bar:
         options, exact_loss = _modelled(model, find[:MODELLED_WINDOWS], scored_tokens, seed, bar)
         largest = max_loss * exact_loss if measure == "loss" else max_loss
         tried = [
@@ -535,8 +535,29 @@ def _bounded(measured: LossIncrease, measure: str) -> MeanOverWindows:
     return measured.loss if measure == "loss" else measured.kl
 
 
+class _Progress:
+    """Steps that are done, of a total: on a bar, or told to a function."""
+
+    def __init__(self, total: int, progress: bool | Callable[[float], object]):
+        self.total, self.progress, self.done = total, progress, 0
+        self.bar = tqdm(total=total, desc="calibrating", leave=False, disable=progress is not True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.close()
+
+    def update(self) -> None:
+        """Count one step."""
+        self.done += 1
+        self.bar.update()
+        if callable(self.progress):
+            self.progress(self.done / self.total)
+
+
 def _modelled(
-    model: LanguageModel, windows: list[Tensor], scored: int, seed: int, bar: tqdm
+    model: LanguageModel, windows: list[Tensor], scored: int, seed: int, bar: _Progress
 ) -> tuple[list[list[Any]], float]:
     """The options of each layer, by means over windows, and the loss of exact attention."""
     policies = sampled_policies(model, seed)
@@ -558,7 +579,7 @@ def _measured(
     windows: list[Tensor],
     scored: int,
     tried: Sequence[tuple[CachePolicy, ...]],
-    bar: tqdm,
+    bar: _Progress,
 ) -> list[TokenLosses]:
     """What each of `tried` costs on windows, of which one at a time is held."""
     exact: list[NDArray[np.float64]] = []

@@ -19,7 +19,7 @@ import psutil
 import pytest
 import torch
 
-from qtx_lab.errors import ArgumentError, DtypeError, JobTimeout, RunFailed, ShapeError, SpecError
+from qtx_lab.errors import ArgumentError, DtypeError, JobTimeout, RunFailed, ShapeError, SpecError, TextError
 from qtx_lab.widgets.throttle import ThrottledCall
 from qtx_lab.widgets.workbench import tasks
 from qtx_lab.widgets.workbench.process import ProcessWorker
@@ -392,6 +392,19 @@ def test_a_sweep_and_a_training_from_code(bench: Workbench, tmp_path: Path) -> N
     assert result["status"] == "done"
     at = result["columns"].index(next(name for name in result["columns"] if "square" in name))
     assert sorted(row[at] for row in result["rows"]) == [4, 9]
+
+
+def test_a_calibration_says_what_it_found_and_whether_it_holds(bench: Workbench) -> None:
+    bench.calibrate.form.change(max_loss=0.3, length=64, windows=4)
+    before = bench.calibrate.state()
+    result = bench.calibrate.start().wait(200)
+    assert {"layers", "num_samples"} <= result["qtx_sampled"].keys()
+    verdict = "verified" if result["verified"] else "NOT verified"
+    assert f"reference: {verdict} on other text" in bench.calibrate._answer.value
+    bench.sample.forms["source"].change(text="/no/such/text")
+    assert bench.calibrate.state() != before  # another text makes the answer stale
+    with pytest.raises(TextError, match="no/such/text"):
+        bench.calibrate.start().wait(200)
 
 
 def test_a_full_disk_is_reported_and_stops_nothing(bench: Workbench) -> None:

@@ -25,7 +25,17 @@ from ..throttle import ThrottledCall
 from .process import ProcessWorker, Work
 from .saved import read_result, write_inputs, write_result
 from .tab import WorkbenchTab
-from .tabs import CircuitTab, HardwareTab, MitigateTab, RunsTab, SampleTab, SourceSpec, SweepTab, TrainTab
+from .tabs import (
+    CalibrateTab,
+    CircuitTab,
+    HardwareTab,
+    MitigateTab,
+    RunsTab,
+    SampleTab,
+    SourceSpec,
+    SweepTab,
+    TrainTab,
+)
 
 CSS = Path(__file__).parent / "workbench.css"
 
@@ -121,11 +131,13 @@ class Workbench(widgets.VBox):
         self.circuit = CircuitTab(self, self.sample)
         self.mitigate = MitigateTab(self, self.circuit)
         self.hardware = HardwareTab(self, self.circuit)
+        self.calibrate = CalibrateTab(self, self.sample)
         self.train = TrainTab(self)
         self.sweep = SweepTab(self)
         self.runs = RunsTab(self)
         tabs: tuple[WorkbenchTab, ...] = (
-            self.sample, self.circuit, self.mitigate, self.hardware, self.train, self.sweep, self.runs
+            self.sample, self.circuit, self.mitigate, self.hardware, self.calibrate, self.train, self.sweep,
+            self.runs,
         )  # fmt: skip
         self.tabs = {tab.name: tab for tab in tabs}
         self.tab_bar = widgets.Tab([tab.widget for tab in tabs], titles=[tab.title for tab in tabs])

@@ -1,7 +1,8 @@
-"""The seven tabs of the workbench, a file each, in the order of the work."""
+"""The eight tabs of the workbench, a file each, in the order of the work."""
 
 from __future__ import annotations
 
+from .calibrate import CalibrateTab
 from .circuit import CircuitTab
 from .hardware import HardwareTab
 from .mitigate import MitigateTab
@@ -11,6 +12,7 @@ from .sweep import SweepTab
 from .train import TrainTab
 
 __all__ = [
+    "CalibrateTab",
     "CircuitTab",
     "HardwareTab",
     "MitigateTab",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .calibration import calibrate
 from .circuits import measure, submit
 from .inputs import Inputs, exact_weights, load_inputs
 from .runs import list_runs, sweep
@@ -10,6 +11,7 @@ from .training import train
 
 __all__ = [
     "Inputs",
+    "calibrate",
     "exact_weights",
     "list_runs",
     "load_inputs",

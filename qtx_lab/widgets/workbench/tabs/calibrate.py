@@ -1,0 +1,88 @@
+"""The tab Calibrate: the cheapest draws of each layer that keep a language model's loss within a bound."""
+
+from __future__ import annotations
+
+import html
+import json
+from typing import Any
+
+import ipywidgets as widgets
+
+from ....specs import Real, Spec, Whole
+from ...forms import SpecForm
+from ..tab import WorkbenchTab
+from ..tab_host import TabHost
+from .html_parts import form_field, head_row, spaced
+from .sample import SampleTab
+
+
+class CalibrationSpec(Spec):
+    """What a calibration is to keep, and on how much text it is measured."""
+
+    max_loss: Real = form_field(
+        0.01, "By how much the model's loss may rise, as a share of exact attention's.", "", "bound",
+        gt=0, le=1,
+    )  # fmt: skip
+    length: Whole = form_field(
+        512, "Length of the prompts that the settings are for.", "tokens", "text", ge=32, le=65_536
+    )
+    windows: Whole = form_field(
+        8, "Stretches of text; a third of them find the settings, the others verify them.", "windows", "text",
+        ge=4, le=64,
+    )  # fmt: skip
+
+
+class CalibrateTab(WorkbenchTab):
+    """The cheapest draws of each layer of the model that the Sample tab names."""
+
+    name, title, button, task = "calibrate", "Calibrate", "Calibrate", "calibrate"
+    first_step = (
+        "Press <b>Calibrate</b> to find the draws of each layer of the Sample tab's model that read least "
+        "and keep its loss within the bound."
+    )
+
+    def __init__(self, bench: TabHost, sample: SampleTab):
+        self._sample, self._answer = sample, widgets.HTML()
+        super().__init__(bench, {"calibration": SpecForm(CalibrationSpec)}, self._answer)
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of the task."""
+        source = self._sample.source
+        chosen = {"model": source.model, "text": source.text, "seed": source.seed}
+        return {**chosen, **self.form.spec.to_parameters()}
+
+    def state(self) -> dict[str, Any]:
+        """The fields of the form, with the model and text: others make the answer stale, too."""
+        source = self._sample.source
+        return {**super().state(), "model and text": {"model": source.model, "text": source.text}}
+
+    def show(self, result: dict[str, Any]) -> None:
+        """Show the answer, what was tried, and the settings to copy."""
+        verified = "verified on other text" if result["verified"] else "NOT verified on other text"
+        rows = "".join(
+            "<tr>" + "".join(f"<td>{cell}</td>" for cell in _cells(candidate)) + "</tr>"
+            for candidate in result["candidates"]
+        )
+        names = ["loss over exact", "95 % interval", "keys read", "values read", "bytes read"]
+        settings = html.escape(json.dumps(result["qtx_sampled"], indent=1))
+        self._answer.value = (
+            f"<p><b>{html.escape(result['model'])}: {verified}</b></p>"
+            f"<p>{html.escape(result['summary'])}</p>"
+            "<p>What was tried, on the text that the settings were found on:</p>"
+            f"<table class='qtx-wb-table'><thead>{head_row(names)}</thead><tbody>{rows}</tbody></table>"
+            "<details><summary>The settings, as <code>config.qtx_sampled</code> takes them</summary>"
+            f"<pre tabindex='0'>{settings}</pre></details>"
+        )
+
+    def cost(self) -> str:
+        """Tokens that the next calibration reads exactly."""
+        spec = self.form.spec
+        assert isinstance(spec, CalibrationSpec)
+        return f"{spec.windows} × {spaced(spec.length)} tokens"
+
+
+def _cells(measured: dict[str, Any]) -> list[str]:
+    """A row of the table: what some settings cost and read."""
+    loss, reads = measured["loss"], measured["reads"]
+    interval = f"{loss['low']:+.2%} to {loss['high']:+.2%}"
+    return [f"{loss['mean']:+.2%}", interval, *(f"{reads[x]:.1%}" for x in ("keys", "values", "bytes"))]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from qtx_lab.backends.requests import RowRequest
 from qtx_lab.circuits import check_rows, make_loader
 from qtx_lab.errors import BackendUnavailable, CostError, JobTimeout
 from qtx_lab.mitigation import CircuitMitigation, ZeroNoiseExtrapolation, find_mitigated_calls, readout
+from qtx_lab.mitigation.calls import MitigatedCall
 
 SHOTS = 50
 BUDGET = "20 s"
@@ -126,7 +128,19 @@ def _sent(what: Any, again: bool, fetch: Any) -> Any:
         what.send_rest(again=again, patience=2, progress=False)
         return fetch()
     except (BackendUnavailable, CostError, JobTimeout) as error:
+        _fetch_what_ran(what.record.job_tags if isinstance(what, MitigatedCall) else [what.tag])
         return str(error)
+
+
+def _fetch_what_ran(tags: list[str]) -> None:
+    """Fetch the parts that ran of jobs that cannot be measured whole."""
+    for job in jobs.find_jobs():
+        if job.tag in tags:
+            with suppress(BackendUnavailable, JobTimeout):
+                if isinstance(job.request(), RowRequest):
+                    job.counts(5.0, partial=True, progress=False)
+                else:
+                    job.outcomes(5.0, progress=False)
 
 
 def _estimate(result: Any) -> dict[str, Any]:

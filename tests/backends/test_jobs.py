@@ -742,6 +742,7 @@ def test_no_schedule_of_faults_loses_a_job_or_makes_two(
                 if tag.startswith("call-") and not isinstance(result, str):
                     calibration = result["calibration"]
                     if calibration not in expected:
+                        cloud.devices = dict(devices)
                         expected[calibration] = _without_faults(cloud, processes, tmp_path, calibration)
                     assert result == expected[calibration], f"schedule {schedule}, {tag}"
                     rebuilt += 1
@@ -797,11 +798,9 @@ def _without_faults(cloud: Any, processes: Any, home: Path, calibration: str) ->
     """The mitigated result of a process that nothing happens to, on the device calibrated at a time."""
     folder = home / f"without faults {calibration}"
     folder.mkdir()
-    devices = dict(cloud.devices)
     if calibration == RECALIBRATED:
         cloud.recalibrate("ibm_lagos", RECALIBRATED)
     code, result = Client(processes, "mitigate", cloud, folder).end()
-    cloud.devices = devices
     assert code == 0
     assert result["calibration"] == calibration
     return result

@@ -389,7 +389,14 @@ def test_a_fault_at_the_submission_neither_loses_a_job_nor_submits_a_second(
 
 @pytest.mark.parametrize("what", [403, 429, 503, "cut", "nonsense"])
 @pytest.mark.parametrize(
-    "request_", ["POST /identity/token", "POST /search.*", "GET /backends", "GET /backends/.*/configuration"]
+    "request_",
+    [
+        "POST /identity/token",
+        "POST /search.*",
+        "GET /backends",
+        "GET /backends/.*/configuration",
+        "GET /backends/.*/properties",
+    ],
 )
 def test_a_fault_before_the_submission_is_a_clear_error(
     ibm: Any, cloud: Any, request_: str, what: Any

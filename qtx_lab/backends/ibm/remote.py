@@ -312,17 +312,23 @@ class IBMDevice:
     @property
     def target(self) -> Target:
         """The device's gates and their errors."""
-        return self.connect().target
+        device = self.connect()
+        with explained(f"reading the gates of {self.name}"):  # asks IBM where it was not asked before
+            return device.target
 
     @property
     def num_qubits(self) -> int:
         """Number of qubits."""
-        return int(self.connect().num_qubits)
+        device = self.connect()
+        with explained(f"reading the configuration of {self.name}"):
+            return int(device.num_qubits)
 
     @property
     def max_shots(self) -> int:
         """Most shots of a circuit in one job."""
-        return int(self.connect().configuration().max_shots)
+        device = self.connect()
+        with explained(f"reading the configuration of {self.name}"):
+            return int(device.configuration().max_shots)
 
     def calibration(self) -> str | None:
         """When the device was calibrated, ISO time; None where it does not tell."""

@@ -599,7 +599,7 @@ def bench(name: str, quick: bool, json_path: Path | None) -> None:
     """Measure NAME side by side with what a user would choose instead.
 
     NAME is samplers, estimators, coverage, tolerance, decode, model, llm, tasks, circuits, mitigation,
-    sweep, training or kernels.
+    sweep, training, kernels or llm_rows.
     """
     from .bench.base import run_bench
 

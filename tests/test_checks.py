@@ -256,7 +256,9 @@ NUMBER_ARGUMENTS: dict[str, tuple[Callable[[Any], Any], float]] = {
     "ParametricNoise.scaled(factor)": (lambda x: qtx.ParametricNoise(0.1).scaled(x), 0.5),
     "QiskitQuantumBackend(max_quantum_seconds)": (
         lambda x: (
-            qtx.QiskitQuantumBackend("ibm", "ibm_fez", max_quantum_seconds=x).engine.max_quantum_seconds
+            qtx.QiskitQuantumBackend(
+                "ibm", "ibm_fez", max_quantum_seconds=x
+            ).engine._guard.max_quantum_seconds
         ),
         0.5,
     ),
@@ -325,6 +327,8 @@ ELSEWHERE = {
     "CircuitSampler.measure": "as `QiskitQuantumBackend.sample_rows`, which checks",
     "LearnedImportanceSampler": "its other methods check by the same lines as `estimate`",
     "MitigationPlanner.sample_rows": "checks as `plan`",
+    "MitigationPlanner.planned_runs": "called by the lab, with shots that it checked",
+    "MitigatedCall.counts": "waits by `DeviceJob.outcomes`, with the same arguments",
     "ProbabilisticErrorCancellation": "its other methods check by `QiskitQuantumBackend.transpiled`",
     "CircuitMitigation": "its other methods check by `QiskitQuantumBackend.sample_rows` and `transpiled`",
     "QiskitQuantumBackend": "its other methods check by the same lines as `sample_rows`",

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -28,9 +28,8 @@ from ..backends.ibm.calls import (
 from ..backends.ibm.jobs import Cancellation, DeviceJob, find_jobs
 from ..backends.requests import CalibrationRequest, MitigatedRowRequest, RowRequest
 from ..circuits import Loader, make_loader
-from ..errors import ArgumentError, BackendUnavailable, StorageError
+from ..errors import BackendUnavailable, StorageError
 from ..storage import write_frame
-from .circuit import CircuitMitigation, finish_mitigated
 from .decay import SharedDecay
 from .distillation import TwoCopyLoader
 from .inference import ZeroNoiseInference
@@ -57,11 +56,14 @@ class MitigatedCall:
         The loader; made by the recorded name where None.
     """
 
+    make_mitigation: ClassVar[Callable[[Mapping[str, Any]], Any]]
+    """Makes a mitigation from its settings; `circuit`, which has the class, puts it here."""
+
     def __init__(
         self,
         path: Path,
         jobs: Mapping[str, DeviceJob],
-        mitigation: CircuitMitigation | None = None,
+        mitigation: Any = None,
         loader: Loader | None = None,
     ):
         self.path = path
@@ -141,7 +143,7 @@ class MitigatedCall:
         self,
         timeout: float | None = None,
         *,
-        mitigation: CircuitMitigation | None = None,
+        mitigation: Any = None,
         loader: Loader | None = None,
         progress: bool | Callable[[JobStatus], None] = True,
         patience: float | None = None,
@@ -173,8 +175,8 @@ class MitigatedCall:
             As for `DeviceJob.outcomes`.
         """
         record, jobs = self.record, self.jobs
-        mitigation = mitigation or self._mitigation or mitigation_of(record.mitigation)
-        loader = loader or self._loader or _loader_of(record.loader)
+        mitigation = mitigation or self._mitigation or MitigatedCall.make_mitigation(record.mitigation)
+        loader = loader or self._loader or loader_of(record.loader)
         end = None if timeout is None else time.monotonic() + timeout
         outcomes: dict[str, np.ndarray] = {}
         for job in jobs:
@@ -194,7 +196,7 @@ class MitigatedCall:
         register = LoaderRegister(loader, record.bits, running.shape[-1])
         rows = mitigation.combine_levels(register, running, counts, errors, attained)
         shots = [level.shots for level in record.levels]
-        result = finish_mitigated(mitigation, request, register, counts, rows, shots, attained)
+        result = mitigation.finish(request, register, counts, rows, shots, attained)
         facts: dict[str, Any] = {"call": self.tag, "jobs": tuple(record.job_tags)}
         notes = tuple(note for job in jobs for note in job.record.submission_notes)
         facts |= {"submission": notes} if notes else {}
@@ -287,7 +289,7 @@ def find_mitigated_calls(
 
 
 def submit_call(
-    mitigation: CircuitMitigation,
+    mitigation: Any,
     backend: QiskitQuantumBackend,
     request: RowRequest,
     shots_by_level: Sequence[int],
@@ -325,7 +327,7 @@ def submit_call(
 
 
 def _record_call(
-    mitigation: CircuitMitigation,
+    mitigation: Any,
     backend: QiskitQuantumBackend,
     request: RowRequest,
     running: Tensor,
@@ -393,26 +395,7 @@ def _record_call(
     return MitigatedCall(path, jobs, mitigation, variants[0].loader)
 
 
-def mitigation_of(settings: Mapping[str, Any]) -> CircuitMitigation:
-    """Make a mitigation again from `CircuitMitigation.settings`, as a record holds them.
-
-    Raises
-    ------
-    ArgumentError
-        If it used an inference that the record cannot hold.
-    """
-    try:
-        inference = _inference_of(settings["inference"])
-        loader = settings["loader"] and _loader_of(settings["loader"])
-        return CircuitMitigation(inference, settings["readout"], loader, settings["scaling"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ArgumentError(
-            f"The mitigation {settings.get('name')!r} cannot be made from its record ({error}): pass "
-            "mitigation=."
-        ) from error
-
-
-def _inference_of(settings: Mapping[str, Any] | None) -> ZeroNoiseInference | None:
+def inference_of(settings: Mapping[str, Any] | None) -> ZeroNoiseInference | None:
     """Make an inference again from `ZeroNoiseInference.settings`."""
     if settings is None:
         return None
@@ -424,6 +407,6 @@ def _inference_of(settings: Mapping[str, Any] | None) -> ZeroNoiseInference | No
     return ZeroNoiseExtrapolation(**arguments)
 
 
-def _loader_of(name: str) -> Loader:
+def loader_of(name: str) -> Loader:
     """The loader of a name in a record."""
     return TwoCopyLoader() if name == TwoCopyLoader.name else make_loader(name)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -17,6 +17,7 @@ from ..backends.base import Engine
 from ..backends.requests import PlannedRun, RowRequest
 from ..circuits import Loader, make_loader
 from ..errors import ArgumentError, DtypeError, FallbackWarning, unknown_name
+from .calls import MitigatedCall, inference_of, loader_of, submit_call
 from .inference import ZeroNoiseInference
 from .projection import project_to_simplex, sum_by_key
 from .readout import calibration_qubits, estimate_register, planned_calibration, readout_errors
@@ -24,9 +25,6 @@ from .register import MAX_BITS, LoaderRegister, register_counts
 from .rehearsal import Expectation, expected_errors
 from .results import MitigatedRows, checked_request, finish_request
 from .scaling import SCALINGS, is_static, scale_noise
-
-if TYPE_CHECKING:
-    from .calls import MitigatedCall
 
 SEED_STEP = 7919
 """Distance of the seeds of two noise levels: a prime, because blocks of rows add multiples of their size."""
@@ -279,8 +277,6 @@ class CircuitMitigation:
         if expected is not None and expected.warning:
             warnings.warn(expected.warning, FallbackWarning, stacklevel=2)
         if backend.engine.queues:
-            from .calls import submit_call
-
             facts = _expectation_facts(expected)
             return submit_call(self, backend, request, shots_by_level, facts).counts()
         variants = self.construct_backends(backend)
@@ -299,7 +295,7 @@ class CircuitMitigation:
         attained = self.attained_levels(backend, n)
         facts = variants[0].diagnostics(variants[0].transpiled(n), request) | _expectation_facts(expected)
         request, register = replace(request, diagnostics=facts), LoaderRegister.of(variants[0], n)
-        return finish_mitigated(self, request, register, counts, rows, shots_by_level, attained)
+        return self.finish(request, register, counts, rows, shots_by_level, attained)
 
     def submit_rows(
         self,
@@ -331,8 +327,6 @@ class CircuitMitigation:
         ArgumentError, ShapeError, DtypeError, BackendUnavailable, StorageError
             As `sample_rows`.
         """
-        from .calls import submit_call
-
         request = checked_request(backend, p, shots, generator)
         if not backend.engine.queues:
             raise ArgumentError(f"{backend.engine.name} queues no jobs: call `sample_rows`.")
@@ -340,6 +334,18 @@ class CircuitMitigation:
             raise ArgumentError("p holds no row with mass: there is nothing to measure.")
         self.check(backend, request.p.shape[-1])
         return submit_call(self, backend, request, self.allocate(shots), {}, **options)
+
+    def finish(
+        self,
+        request: RowRequest,
+        register: LoaderRegister,
+        counts: Sequence[Tensor],
+        rows: MitigatedRows,
+        shots_by_level: Sequence[int],
+        attained: Sequence[float],
+    ) -> RowCounts:
+        """Make the result of mitigated rows: see `finish_mitigated`."""
+        return finish_mitigated(self, request, register, counts, rows, shots_by_level, attained)
 
     def expect(self, backend: QiskitQuantumBackend, p: Tensor, shots: int) -> Expectation | None:
         """Rehearse some of the rows on the errors that the device reports; None if they cannot be simulated.
@@ -446,6 +452,28 @@ class CircuitMitigation:
         mass = mass.where(known, torch.ones_like(mass))
         estimate = project_to_simplex(by_key / mass, support, weights).where(known, 0)
         return MitigatedRows(estimate, (variance.sqrt() / mass).where(known, torch.nan), fallbacks)
+
+
+def mitigation_of(settings: Mapping[str, Any]) -> CircuitMitigation:
+    """Make a mitigation again from `CircuitMitigation.settings`, as a record holds them.
+
+    Raises
+    ------
+    ArgumentError
+        If it used an inference that the record cannot hold.
+    """
+    try:
+        inference = inference_of(settings["inference"])
+        loader = settings["loader"] and loader_of(settings["loader"])
+        return CircuitMitigation(inference, settings["readout"], loader, settings["scaling"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArgumentError(
+            f"The mitigation {settings.get('name')!r} cannot be made from its record ({error}): pass "
+            "mitigation=."
+        ) from error
+
+
+MitigatedCall.make_mitigation = staticmethod(mitigation_of)
 
 
 def finish_mitigated(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf
 from statistics import fmean, stdev
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -17,9 +17,38 @@ from ..circuits.fidelity import total_variation_distance
 from ..errors import ArgumentError, BackendUnavailable
 from .readout import calibrated_readout_errors
 from .register import register_probabilities
+from .results import MitigatedRows
 
-if TYPE_CHECKING:
-    from .circuit import CircuitMitigation
+
+class RehearsedOption(Protocol):
+    """What a rehearsal asks of a `CircuitMitigation`, whose module needs this one."""
+
+    @property
+    def readout(self) -> bool:
+        """Whether it undoes readout errors."""
+
+    @property
+    def name(self) -> str:
+        """What it does, in words."""
+
+    def allocate(self, shots: int) -> list[int]:
+        """Shots of each noise level."""
+
+    def check(self, backend: QiskitQuantumBackend, n: int) -> None:
+        """Refuse what cannot be measured."""
+
+    def construct_backends(self, backend: QiskitQuantumBackend) -> list[QiskitQuantumBackend]:
+        """A backend for each noise level."""
+
+    def combine_results(
+        self,
+        backend: QiskitQuantumBackend,
+        p: Tensor,
+        counts: Sequence[Tensor],
+        errors: Sequence[Tensor] | None,
+    ) -> MitigatedRows:
+        """The mitigated rows."""
+
 
 LIMIT_SHOTS = 1e15
 """Number of shots whose noise does not matter."""
@@ -48,7 +77,7 @@ class Prediction:
         Why the option cannot be used; empty if it can.
     """
 
-    option: CircuitMitigation
+    option: Any
     error: float
     bias: float
     noise: float
@@ -80,7 +109,7 @@ class Rehearsal:
         self._errors: dict[QiskitQuantumBackend, Tensor] = {}
 
     def predict(
-        self, option: CircuitMitigation, shots: int, repeats: int, rng: np.random.Generator
+        self, option: RehearsedOption, shots: int, repeats: int, rng: np.random.Generator
     ) -> Prediction:
         """Predict what an option gives.
 
@@ -116,7 +145,7 @@ class Rehearsal:
         std_error = stdev(misses) / repeats**0.5 if repeats > 1 else 0.0
         return Prediction(option, fmean(misses), bias, fmean(noises), std_error)
 
-    def outcomes(self, option: CircuitMitigation) -> list[Tensor]:
+    def outcomes(self, option: RehearsedOption) -> list[Tensor]:
         """Return the probabilities of the register's values at each noise level of an option, (R, 2^bits)."""
         backends = option.construct_backends(self.backend)
         for backend in backends:
@@ -124,7 +153,7 @@ class Rehearsal:
                 self._outcomes[backend] = register_probabilities(backend, self.p)
         return [self._outcomes[backend] for backend in backends]
 
-    def readout_errors(self, option: CircuitMitigation) -> list[Tensor] | None:
+    def readout_errors(self, option: RehearsedOption) -> list[Tensor] | None:
         """Return the readout errors at each noise level, (bits, 2, 2), or None if the option undoes none."""
         if not option.readout:
             return None
@@ -182,8 +211,8 @@ class Expectation:
 
 
 def expected_errors(
-    option: CircuitMitigation,
-    raw: CircuitMitigation,
+    option: RehearsedOption,
+    raw: RehearsedOption,
     backend: QiskitQuantumBackend,
     p: Tensor,
     shots: int,

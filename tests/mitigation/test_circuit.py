@@ -1,6 +1,5 @@
 """Mitigated rows are nearer to the true rows, their error bars cover, and readout errors are never stale."""
 
-import json
 import warnings
 
 import mthree
@@ -12,7 +11,7 @@ from scipy.optimize import minimize
 
 import qtx_lab as qtx
 from qtx_lab.backends.exact import compile_steps, density_matrices, outcome_probabilities
-from qtx_lab.backends.requests import CalibrationRequest, MitigatedRowRequest
+from qtx_lab.backends.requests import CalibrationRequest
 from qtx_lab.bench.mitigation import synthetic_rows
 from qtx_lab.circuits.base import pack_values
 from qtx_lab.circuits.fidelity import total_variation_distance
@@ -553,8 +552,8 @@ def test_shared_decay_stays_near_where_rows_say_little(generator):
             assert errors["shared"] < 2 * errors["readout"]
 
 
-def test_every_circuit_is_run_for_a_request_that_says_what_it_measures(monkeypatch, tmp_path, generator):
-    """A device keeps the request in the record of its job, so that nothing of it is lost in a crash."""
+def test_calibrations_are_run_for_requests_that_say_what_they_prepare(monkeypatch, tmp_path, generator):
+    """What devices keep of rows and levels in the records of jobs is in tests/backends/test_calls.py."""
     monkeypatch.setenv("QTX_LAB_HOME", str(tmp_path))
     backend, requests = twin(), []
     run = type(backend.engine).run
@@ -563,15 +562,8 @@ def test_every_circuit_is_run_for_a_request_that_says_what_it_measures(monkeypat
     p[1] = 0  # such a row is not run
     RICHARDSON.sample_rows(backend, p, 1000, generator=generator)
     calibrations = [x for x in requests if isinstance(x, CalibrationRequest)]
-    levels = [x for x in requests if isinstance(x, MitigatedRowRequest)]
-    assert len(calibrations) + len(levels) == len(requests) == 4 + 2
+    assert len(calibrations) + 2 == len(requests) == 4 + 2
     assert {x.prepared for x in calibrations} == {(0, 0, 0), (1, 1, 1), (1, 0, 1), (0, 1, 0)}
-    assert [x.noise_level for x in levels] == [1.0, 3.0]
-    assert sum(x.shots for x in levels) == levels[0].rows.shots == 1000
-    assert len({x.batch for x in levels}) == 1
-    assert json.loads(json.dumps(levels[0].mitigation))["noise_levels"] == [1, 3]
-    for x in levels:
-        assert torch.equal(x.rows.p, p[[0, 2]])
 
 
 def test_sampler_draws_from_mitigated_rows(generator):

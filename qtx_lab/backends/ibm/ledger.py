@@ -218,7 +218,8 @@ class PartRecord(Record):
     @property
     def may_cost(self) -> bool:
         """Whether the server has a job of this part, or may have one, or is to get one."""
-        return self.id is not None or self.attempted is not None or self.state == JobState.RECORDED
+        posted = self.attempted is not None and self.state != JobState.FAILED  # a refused one has no job
+        return self.id is not None or posted or self.state == JobState.RECORDED
 
     @field_serializer("attempted")
     def _iso(self, attempted: datetime | None) -> str | None:

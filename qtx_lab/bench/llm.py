@@ -402,6 +402,7 @@ SPEED_METHODS: dict[str, dict[str, Any]] = {
     "exact": {"name": "exact"},
     "cache, low-rank 16": {"name": "sampled", "proposal": "low-rank", "rank": 16, "budget": 128},
     "cache, int4": {"name": "sampled", "proposal": "int4", "budget": 128},
+    "cache, mixed": {"name": "sampled", "proposal": "mixed", "budget": 128},
 }
 TURNS = 7
 

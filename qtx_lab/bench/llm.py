@@ -174,19 +174,19 @@ def measure(
     finished = {(x.task, x.length, x.seed, x.method, x.budget) for x in known}
     progress = tqdm(range(seed, seed + plan.prompts), desc=plan.case, leave=False)
     for number in progress:
-        wanted = [
+        missing = [
             (method, budget, policy)
             for method, budget, policy in competitors(plan, number)
             if (plan.task, plan.length, number, method, budget) not in finished
         ]
-        if not wanted:
+        if not missing:
             continue
         prompt = make_task(plan.task, model, length=plan.length, seed=number)
         prefill = Prefill.of(model, prompt.tokens[None])
         exact, outcome = _measure_group(prefill, prompt, [("exact", 1.0, ExactPolicy())], None)[0]
-        if ("exact", 1.0) in [(method, budget) for method, budget, _ in wanted]:
+        if ("exact", 1.0) in [(method, budget) for method, budget, _ in missing]:
             yield outcome
-        others = [x for x in wanted if x[0] != "exact"]
+        others = [x for x in missing if x[0] != "exact"]
         for first in range(0, len(others), SIDE_BY_SIDE):
             group = others[first : first + SIDE_BY_SIDE]
             for _, outcome in _measure_group(prefill, prompt, group, exact):

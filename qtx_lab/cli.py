@@ -350,17 +350,17 @@ def calibrate(
     from .models.language_model import load_language_model
     from .models.text import read_text
 
-    found = find_settings(
+    calibration = find_settings(
         load_language_model(name),
         [read_text(path) for path in texts],
         held_out=[read_text(path) for path in held_out] or None,
         **options,
     )
     if json_path is not None:
-        found.write_json(json_path)
-    click.echo(found)
-    click.echo(json.dumps(found.settings))
-    if not found.verified:
+        calibration.write_json(json_path)
+    click.echo(calibration)
+    click.echo(json.dumps(calibration.settings))
+    if not calibration.verified:
         sys.exit(1)
 
 

@@ -112,12 +112,12 @@ class GuessedKeys:
     def choose(self, step: DecodeStep) -> KeyChoice:
         """The keys that are read: see `KeyChooser.choose`."""
         budget = self.policy.budget_at(step.length)
-        kept = self.ends.mask(step.length, budget, step.keys.device)
+        ends = self.ends.mask(step.length, budget, step.keys.device)
         guesses = self.guesser.guess(step)
-        left = budget - int(kept.sum())
-        factors = kept.to(guesses.logits.dtype).expand(guesses.logits.shape).clone()
+        left = budget - int(ends.sum())
+        factors = ends.to(guesses.logits.dtype).expand(guesses.logits.shape).clone()
         if left:
-            others = guesses.logits.masked_fill(kept, -torch.inf)
+            others = guesses.logits.masked_fill(ends, -torch.inf)
             factors += (
                 self._drawn(others, left, step) if self._drawer is not None else self._top(others, left)
             )

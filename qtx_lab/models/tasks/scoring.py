@@ -103,19 +103,19 @@ def make_score(
     model: TextModel, prompt: TaskPrompt, predicted: Tensor, said: Tensor, exact: TaskScore | None
 ) -> TaskScore:
     """The score of log-probabilities (T, V) at the places of the target, and of the tokens that were said."""
-    kept = prompt.scored
+    scored = prompt.scored
     likeliest = predicted.argmax(-1)
     true = predicted.gather(1, prompt.target[:, None])[:, 0]
     divergence = agreement = None
     if exact:
-        reference = exact.log_probabilities[kept].double()
-        gap = reference.exp() * (reference - predicted[kept].double())
+        reference = exact.log_probabilities[scored].double()
+        gap = reference.exp() * (reference - predicted[scored].double())
         divergence = gap.sum(-1).mean().item()
-        agreement = (reference.argmax(-1) == likeliest[kept]).double().mean().item()
+        agreement = (reference.argmax(-1) == likeliest[scored]).double().mean().item()
     generated = model.decode(said) if prompt.answers else ""
     return TaskScore(
-        log_probability=true[kept].double().sum().item(),
-        tokens=int(kept.sum()),
+        log_probability=true[scored].double().sum().item(),
+        tokens=int(scored.sum()),
         matched=share_matched(prompt.answers, generated) if prompt.answers else None,
         generated=generated,
         divergence=divergence,

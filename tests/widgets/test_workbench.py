@@ -582,7 +582,7 @@ def test_the_whole_work_in_a_browser(
 
     for theme in ("light", "dark"):
         set_theme(page, theme)
-        for name in ("Sample", "Circuit", "Mitigate", "Hardware", "Train", "Sweep", "Runs"):
+        for name in ("Sample", "Circuit", "Mitigate", "Hardware", "Calibrate", "Train", "Sweep", "Runs"):
             open_tab(page, name)
             page.wait_for_timeout(300)
             assert cut_off(page) == [], name

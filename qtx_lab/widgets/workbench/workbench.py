@@ -89,7 +89,7 @@ class Workbench(widgets.VBox):
     --------
     >>> bench = Workbench()
     >>> list(bench.tabs)
-    ['sample', 'circuit', 'mitigate', 'hardware', 'train', 'sweep', 'runs']
+    ['sample', 'circuit', 'mitigate', 'hardware', 'calibrate', 'train', 'sweep', 'runs']
     >>> bench.sample.form.spec.num_samples
     64
     >>> bench.close()

@@ -10,7 +10,7 @@ const out = process.argv[2] ?? join(here, "..", "qtx_lab", "widgets", "static");
 
 /** A digest of what the bundle is made of, by which a machine without node can see whether it is current. */
 function sources() {
-  const names = readdirSync(join(here, "src")).filter((name) => !name.endsWith(".test.ts"));
+  const names = readdirSync(join(here, "src")).filter((name) => !name.includes(".test."));
   const digest = createHash("sha256");
   for (const name of ["build.mjs", "package-lock.json", ...names.map((name) => `src/${name}`).sort()]) {
     digest.update(`${name}\n`).update(readFileSync(join(here, name)));

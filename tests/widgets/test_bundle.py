@@ -7,6 +7,7 @@ import importlib.util
 import re
 import subprocess
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -16,11 +17,19 @@ STATIC = ROOT / "qtx_lab" / "widgets" / "static"
 BUNDLE = sorted(path.name for path in STATIC.iterdir())
 
 
+def script(name: str) -> ModuleType:
+    """A script of widgets/ as a module."""
+    spec = importlib.util.spec_from_file_location(f"widgets_{name}", SOURCES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def digest() -> str:
     """The digest of the bundle's sources, as build.mjs computes it."""
-    names = sorted(
-        f"src/{path.name}" for path in (SOURCES / "src").iterdir() if not path.name.endswith(".test.ts")
-    )
+    names = sorted(f"src/{path.name}" for path in (SOURCES / "src").iterdir() if ".test." not in path.name)
     total = hashlib.sha256()
     for name in ["build.mjs", "package-lock.json", *names]:
         total.update(f"{name}\n".encode() + (SOURCES / name).read_bytes())
@@ -44,13 +53,13 @@ def test_the_bundle_is_of_these_sources(name: str) -> None:
 
 
 def test_the_tables_are_those_of_the_theme() -> None:
-    spec = importlib.util.spec_from_file_location("widgets_theme", SOURCES / "theme.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     now = (SOURCES / "src" / "theme.ts").read_text(encoding="utf-8")
-    assert now == module.source(), "qtx_lab/theme.py has changed: run widgets/theme.py"
+    assert now == script("theme").source(), "qtx_lab/theme.py has changed: run widgets/theme.py"
+
+
+def test_the_draws_that_typescript_repeats_are_those_of_python() -> None:
+    now = (SOURCES / "src" / "samplers.test.json").read_text(encoding="utf-8")
+    assert now == script("golden").source(), "the samplers have changed: run widgets/golden.py"
 
 
 def test_the_bundle_is_built_anew_to_the_same_bytes(node_modules: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-/* qtx_lab: made from widgets/src by `npm run build`; sources 9f15099c918a3f0d7ee1383e395cdf70992e8a714f3bdf26242b929c2811d35c */
+/* qtx_lab: made from widgets/src by `npm run build`; sources ee9f9bd4ccbd70d484867ecef62ac3a7ac28d72b51884a8f39b8674c97af0194 */
 /* Contains d3-scale, d3-array and the modules of d3 that they need.
 Copyright 2010-2026 Mike Bostock
 

@@ -1,12 +1,14 @@
 """Checkpoints of a training, by torch.distributed.checkpoint: whole or not there, and only the latest few.
 
 A checkpoint is a folder `step-00000100` that appears under this name only when all of it is on disk. It can
-be read by another number of ranks than wrote it.
+be read by another number of ranks than wrote it. Its file `SHA256SUMS` has the hash of every other file, as
+`sha256sum --check` reads it; a checkpoint whose files have other hashes is not loaded.
 """
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -30,6 +32,8 @@ from ..storage import json_bytes, storage_error, sync_folder, write_atomic
 
 ABOUT = "training.json"
 """The file in a checkpoint that describes it."""
+HASHES = "SHA256SUMS"
+"""The file in a checkpoint that has the hash of every other file."""
 ABOUT_TYPES = {"recipe": dict, "text": str, "shards": int, "draws": int, "scaler": dict | None}
 """What a checkpoint must say about itself; "recipe" is what `resumable_settings` gives."""
 RECORDING = ("compile", "parallel", "validate_every", "checkpoint_every", "keep_checkpoints")
@@ -75,6 +79,45 @@ def read_about(folder: Path, step: int) -> dict[str, Any]:
         return about
     except (OSError, ValueError) as error:
         raise StorageError(f"The checkpoint {path.parent} cannot be read: {error}.") from error
+
+
+def write_hashes(checkpoint: Path) -> None:
+    """Write the hash of every file of a checkpoint into `HASHES`, in the format of sha256sum."""
+    lines = [f"{_sha256(path)}  {path.name}\n" for path in sorted(checkpoint.iterdir())]
+    write_atomic(checkpoint / HASHES, "".join(lines).encode())
+
+
+def check_hashes(folder: Path, step: int, part: int = 0, parts: int = 1) -> None:
+    """Compare the files of a checkpoint with their hashes.
+
+    Parameters
+    ----------
+    folder : Path
+        Folder of all checkpoints.
+    step : int
+        The checkpoint after so many steps.
+    part, parts : int
+        Only every `parts`-th file from this one, so that ranks share the work.
+
+    Raises
+    ------
+    StorageError
+        If a file is missing or holds other bytes than were written.
+    """
+    checkpoint = checkpoint_path(folder, step)
+    try:
+        lines = (checkpoint / HASHES).read_text().splitlines()
+        for line in lines[part::parts]:
+            digest, _, name = line.partition("  ")
+            if Path(name).name != name or _sha256(checkpoint / name) != digest:
+                raise ValueError(f"{name!r} holds other bytes than were written: its SHA-256 differs")
+    except (OSError, ValueError) as error:
+        raise StorageError(f"The checkpoint {checkpoint} cannot be read: {error}.") from error
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
@@ -158,6 +201,7 @@ def save_checkpoint(
         if (folder / "attempt").read_text() != attempt:
             raise StorageError(f"{folder} was taken over by another attempt at this training.")
         write_atomic(hidden / ABOUT, json_bytes(about))
+        write_hashes(hidden)
         if path.exists():  # the step was done again after a fault
             shutil.rmtree(path)
         os.rename(hidden, path)
@@ -193,8 +237,9 @@ def load_weights(folder: Path, step: int, module: nn.Module) -> None:
     Raises
     ------
     StorageError
-        If it cannot be read.
+        If it cannot be read, or holds other bytes than were written.
     """
+    check_hashes(folder, step)
     state = get_model_state_dict(module)
     _dcp(dcp.load, {"model": state}, checkpoint_path(folder, step))
     module.load_state_dict(state)

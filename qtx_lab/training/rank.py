@@ -19,7 +19,14 @@ from torch.distributed.fsdp import FSDPModule
 from ..errors import ArgumentError, StorageError
 from ..samplers import Sampler
 from ..specs import TrainSpec
-from .checkpoints import checkpoints, load_checkpoint, read_about, resumable_settings, save_checkpoint
+from .checkpoints import (
+    check_hashes,
+    checkpoints,
+    load_checkpoint,
+    read_about,
+    resumable_settings,
+    save_checkpoint,
+)
 from .data import SequenceOrder, Tokens, held_out_windows, open_tokens, stream_seed
 from .loop import run_steps, squared_sums
 from .sampling import Attention
@@ -233,20 +240,48 @@ class _Rank:
         return RankEnd(how, self.steps_done, notes=tuple(self.notes))
 
     def _resume(self) -> int:
-        """The step to go on from: that of the latest checkpoint that can be read."""
-        for step in reversed(checkpoints(self.job.folder)):
+        """The step to go on from: that of the latest checkpoint that is whole; 0 where there is none at all.
+
+        Raises
+        ------
+        StorageError
+            If there are checkpoints and none of them is whole.
+        """
+        folder, problems = self.job.folder, []
+        for step in reversed(checkpoints(folder)):
             self._note_progress(step, "loading a checkpoint")
             try:
-                about = read_about(self.job.folder, step)
-                load_checkpoint(self.job.folder, step, self.module, self.optimizer)
+                self._check_checkpoint(step)
+                about = read_about(folder, step)
+                load_checkpoint(folder, step, self.module, self.optimizer)
             except StorageError as error:
-                self.notes.append(f"A checkpoint was passed over: {error}")
+                problems.append(str(error))
                 continue
+            self.notes += [f"A checkpoint was passed over: {problem}" for problem in problems]
             self.draws = about["draws"]
             if self.scaler is not None:
                 self.scaler.load_state_dict(about["scaler"])
             return step
+        if problems:
+            raise StorageError(
+                f"folder={str(folder)!r} has no checkpoint that is whole: move it away to begin again. "
+                + " ".join(problems)
+            )
         return 0
+
+    def _check_checkpoint(self, step: int) -> None:
+        """Compare the files of a checkpoint with their hashes, shared among ranks; all raise if one does."""
+        problem = None
+        try:
+            check_hashes(self.job.folder, step, self.rank, self.world)
+        except StorageError as error:
+            problem = str(error)
+        if self.world > 1:
+            problems: list[str | None] = [None] * self.world
+            dist.all_gather_object(problems, problem)
+            problem = next(filter(None, problems), None)
+        if problem is not None:
+            raise StorageError(problem)
 
     # --- A step --------------------------------------------------------------------------------
 

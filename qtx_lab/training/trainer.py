@@ -93,7 +93,7 @@ class QuantumTrainer:
     training goes on by itself, with fewer ranks if a worker stays away. A loss that is not finite is tried
     again once: if it is no accident, the same step fails again. What cannot be mended (a full disk, an error
     of the model) ends training with that error and leaves the last checkpoint whole. `train` with the same
-    `folder` resumes.
+    `folder` resumes, from the latest checkpoint whose files have the hashes that were written with them.
 
     The arguments from `text` and `num_tokens` to `seed` are the fields of `TrainSpec`, with its defaults and
     bounds: `QuantumTrainer(**spec.arguments())` trains as a spec says.

@@ -3,6 +3,7 @@
 import inspect
 import itertools
 import math
+import random
 import re
 import resource
 import subprocess
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 import qtx_lab as qtx
 from qtx_lab.specs import TrainSpec
 from qtx_lab.training import QuantumTrainer
-from qtx_lab.training.checkpoints import checkpoints
+from qtx_lab.training.checkpoints import checkpoints, write_hashes
 from qtx_lab.training.data import SequenceOrder, open_tokens, stream_seed
 from qtx_lab.training.models import MODELS, make_model
 from qtx_lab.training.sampling import Attention, NoisySampler
@@ -425,21 +426,53 @@ def test_a_broken_checkpoint_is_passed_over_and_reported(tmp_path):
     assert torch.equal(weights(resumed), weights(whole))
 
 
-@pytest.mark.parametrize("about", ["", "5", "{}", '{"recipe": 5}'])
-def test_a_checkpoint_without_a_description_is_passed_over(tmp_path, about):
+def test_a_flipped_byte_is_found_and_the_checkpoint_before_it_is_taken(tmp_path, seed):
+    """One byte of any file of a checkpoint: that of a shard, of torch's index, of our own two."""
     whole, _ = trained(folder=tmp_path)
-    (tmp_path / "step-00000008" / "training.json").write_text(about)
+    files = sorted((tmp_path / "step-00000008").iterdir())
+    assert {path.suffix for path in files} == {"", ".json", ".distcp"}
+    choose = random.Random(seed)
+    for path in files:
+        content = bytearray(path.read_bytes())
+        content[choose.randrange(len(content))] ^= 1 << choose.randrange(8)
+        path.write_bytes(content)
+        resumed, result = trained(folder=tmp_path)
+        (note,) = (note for note in result.notes if "passed over" in note)
+        assert "step-00000008" in note
+        assert path.name in note or path.name == "SHA256SUMS"
+        assert [row["step"] for row in result.metrics] == [7, 8]
+        assert torch.equal(weights(resumed), weights(whole))
+
+
+def test_checkpoints_of_which_none_is_whole_are_one_error(tmp_path):
+    trained(folder=tmp_path)
+    for path in tmp_path.glob("step-*/*.distcp"):
+        path.write_bytes(path.read_bytes()[:-1] + b"?")
+    with pytest.raises(qtx.StorageError, match=r"no checkpoint that is whole.*step-00000008.*step-00000006"):
+        trained(folder=tmp_path)
+    assert checkpoints(tmp_path) == [6, 8]  # nothing was removed
+
+
+def test_a_checkpoint_without_a_description_is_passed_over(tmp_path):
+    whole, _ = trained(folder=tmp_path)
     (tmp_path / "step-²").mkdir()
     (tmp_path / "step-²" / "training.json").write_text("not ours")
-    resumed, result = trained(folder=tmp_path)
-    assert any("step-00000008" in note for note in result.notes)
-    assert torch.equal(weights(resumed), weights(whole))
+    last = tmp_path / "step-00000008"
+    for about in ("", "5", "{}", '{"recipe": 5}'):
+        (last / "training.json").write_text(about)
+        (last / "SHA256SUMS").unlink()
+        write_hashes(last)  # as if it had been written so
+        resumed, result = trained(folder=tmp_path)
+        assert any("step-00000008" in note for note in result.notes), about
+        assert torch.equal(weights(resumed), weights(whole))
 
 
 def test_a_broken_checkpoint_does_not_outlive_a_whole_one(tmp_path):
-    trained(folder=tmp_path, keep_checkpoints=1)
-    (tmp_path / "step-00000008" / "training.json").write_text("{}")
-    trainer = QuantumTrainer("small", **{**FAST, "folder": tmp_path, "keep_checkpoints": 1})
+    trained(folder=tmp_path, keep_checkpoints=3, checkpoint_every=2)
+    for step in (6, 8):
+        (tmp_path / f"step-{step:08d}" / "training.json").write_text("{}")
+    recording = {"keep_checkpoints": 1, "checkpoint_every": 1}
+    trainer = QuantumTrainer("small", **{**FAST, "folder": tmp_path, **recording})
     trainer.on_metrics = lambda rows: trainer.cancel()
     result = trainer.train()
     assert result.stopped

@@ -56,9 +56,8 @@ def test_tiles_are_the_means_of_the_maps(length: int, n: int, level: int, genera
     ask(lens, level, tiles)
     (content, buffers) = sent[0]
     exact = torch.softmax(q[1] @ k[1].mT / 8**0.5, -1)
-    g = torch.Generator().manual_seed(1009)
-    est = sampled_attention(q[1], k[1], v[1], num_samples=16, generator=g)
-    for name, whole in (("exact", exact), ("sampled", est.attention_weights())):
+    est = sampled_attention(q, k, v, num_samples=16, generator=torch.Generator().manual_seed(0))
+    for name, whole in (("exact", exact), ("sampled", est.attention_weights()[1])):
         pooled = np.full((-(-length // (1 << level)), -(-n // (1 << level))), np.nan)
         for tile, buffer in zip(content["tiles"], buffers, strict=False):
             if tile["map"] == name:
@@ -73,9 +72,9 @@ def test_tiles_are_the_means_of_the_maps(length: int, n: int, level: int, genera
         x = x.reshape(pooled.shape[0], 1 << level, pooled.shape[1], 1 << level)
         np.testing.assert_allclose(pooled, np.nanmean(x, (1, 3)), rtol=1e-3, atol=1e-6)
     facts = np.frombuffer(buffers[-1], np.float32).reshape(4, length)
-    off = (est.output - exact @ v[1]).norm(dim=-1) / (exact @ v[1]).norm(dim=-1)
+    off = (est.output[1] - exact @ v[1]).norm(dim=-1) / (exact @ v[1]).norm(dim=-1)
     np.testing.assert_allclose(facts[2], off, rtol=1e-4)
-    np.testing.assert_allclose(facts[1], [len(row.unique()) for row in est.draws.indices])
+    np.testing.assert_allclose(facts[1], [len(row.unique()) for row in est.draws.indices[1]])
 
 
 def test_only_the_newest_request_is_answered(generator: torch.Generator) -> None:
@@ -102,13 +101,117 @@ def test_variances_are_those_of_the_heads(generator: torch.Generator) -> None:
     assert variance[0] < 0.05 * variance[1:].min()
 
 
-def test_an_estimate_that_was_handed_in_is_what_is_shown(generator: torch.Generator) -> None:
+def given_maps(lens: AttentionLens, sent: list[tuple[dict[str, Any], list[bytes]]]) -> dict[str, Any]:
+    """The reply to a request for the shown head's maps by the estimate that was given; with its row facts."""
+    lens._receive({
+        "kind": "maps", "view": "a", "seq": 1, "layer": lens.layer, "head": lens.head, "draws": None,
+        "given": lens.given["number"], "drawing": "given", "level": 0, "exact": [], "sampled": [[0, 0]],
+    })  # fmt: skip
+    assert lens._worker.join(60)
+    content, buffers = sent[-1]
+    tile = content["tiles"][0]
+    weights = np.frombuffer(buffers[0], np.float16).reshape(tile["rows"], tile["columns"])
+    facts = np.frombuffer(buffers[-1], np.float32).reshape(4, -1)
+    return {**content, "weights": weights, "facts": facts}
+
+
+@pytest.mark.parametrize(
+    ("options", "effort"),
+    [
+        ({"sampler": "monte-carlo", "num_samples": 8}, "monte-carlo, 8 draws a row"),
+        ({"sampler": "head-tail", "num_samples": 8, "replicates": 4}, "8 draws a row × 4 replicates"),
+        ({"num_samples": 8, "control_variate": "performer", "sampler": "sobol", "replicates": 2}, "by performer"),
+        ({"sampler": "systematic", "tolerance": 0.6}, "draws a row on average, tolerance 0.6"),
+    ],
+)  # fmt: skip
+def test_all_that_is_shown_of_a_head_is_the_estimate_that_was_given(
+    options: dict[str, Any], effort: str, generator: torch.Generator
+) -> None:
+    q, k, v = inputs(20, 200, generator)
+    est = sampled_attention(q, k, v, generator=generator, **options)
+    exact = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    lens = AttentionLens(q, k, v, num_samples=5, estimate=est, head=1)
+    sent = recorded_messages(lens)
+    shown = given_maps(lens, sent)
+    np.testing.assert_allclose(shown["weights"], est.attention_weights()[1], rtol=1e-3, atol=1e-6)
+    error = float((est.output[1] - exact[1]).norm() / exact[1].norm())
+    assert shown["error"] == pytest.approx(error, rel=1e-4, abs=1e-6)
+    assert shown["sampler"] == options["sampler"]
+    assert effort in shown["effort"]
+    if est.std_error is not None:
+        assert shown["std_error"] == pytest.approx(float(est.std_error[1].norm() / exact[1].norm()), rel=1e-4)
+    off = (est.output[1] - exact[1]).norm(dim=-1) / exact[1].norm(dim=-1)
+    np.testing.assert_allclose(shown["facts"][2], off, rtol=1e-3, atol=1e-6)
+    finding = lens.finding()
+    assert (finding.error, finding.effort) == (shown["error"], shown["effort"])
+    assert "of the output's norm" in finding.text
+    frame = lens.frame().pivot(index="query", columns="key", values="sampled").to_numpy()
+    np.testing.assert_array_equal(frame, est.attention_weights()[1])
+    lens._receive({"kind": "thumbnails", "draws": 5, "given": True})
+    assert lens._worker.join(60)
+    variances = (est.output - exact).square().sum((-2, -1)) / exact.square().sum((-2, -1))
+    np.testing.assert_allclose(np.frombuffer(sent[-1][1][0], np.float32), variances, rtol=1e-3, atol=1e-9)
+
+
+def test_the_lens_draws_itself_once_the_slider_moves_and_goes_back(generator: torch.Generator) -> None:
     q, k, v = inputs(20, 30, generator)
-    est = sampled_attention(q, k, v, num_samples=8, sampler="monte-carlo", generator=generator)
-    lens = AttentionLens(q, k, v, num_samples=8, estimate=est, head=1)
-    frame = lens.frame()
-    shown = frame.pivot(index="query", columns="key", values="sampled").to_numpy()
-    np.testing.assert_array_equal(shown, est.attention_weights()[1])
+    first, second = (
+        sampled_attention(q, k, v, num_samples=8, sampler=name, generator=generator)
+        for name in ("monte-carlo", "stratified")
+    )
+    lens = AttentionLens(q, k, v, num_samples=8, estimate=first, head=1)
+    assert not lens.own_draws
+    lens.num_samples = 6
+    assert lens.own_draws
+    assert lens.finding().effort == "systematic, 6 draws a row"
+    same = sampled_attention(q, k, v, num_samples=6, generator=torch.Generator().manual_seed(0))
+    shown = lens.frame().pivot(index="query", columns="key", values="sampled").to_numpy()
+    np.testing.assert_array_equal(shown, same.attention_weights()[1])
+    lens.own_draws = False
+    assert lens.finding().effort == "monte-carlo, 8 draws a row"
+    lens.show_estimate(second)
+    assert (lens.given["number"], lens.num_samples) == (2, 8)
+    assert lens.finding().effort == "stratified, 8 draws a row"
+    one = sampled_attention(q[0], k[0], v[0], num_samples=4, sampler="sobol", generator=generator)
+    lens.show_estimate(one, head=0)
+    assert lens.finding().effort == "systematic, 4 draws a row"  # of head 1, which was not given
+    lens.head = 0
+    assert lens.finding().effort == "sobol, 4 draws a row"
+    lens.sampler = "stratified"
+    assert lens.own_draws
+    assert lens.finding().effort == "stratified, 4 draws a row"
+    sent = recorded_messages(lens)
+    lens._receive({"kind": "maps", "view": "a", "seq": 1, "layer": 0, "head": 0, "draws": None, "given": 2,
+                   "level": 0, "exact": [], "sampled": []})  # fmt: skip
+    assert lens._worker.join(60)
+    assert sent == []  # of an estimate that is no longer there
+
+
+def test_grouped_heads_are_drawn_as_their_whole_layer_is(generator: torch.Generator) -> None:
+    q = torch.randn(4, 20, 8, generator=generator)
+    k, v = (torch.randn(2, 20, 8, generator=generator) for _ in range(2))
+    lens = AttentionLens(q, k, v, head=3, seed=7, num_samples=5, sampler="head-tail", is_causal=True)
+    est = sampled_attention(
+        q, k, v, num_samples=5, sampler="head-tail", is_causal=True, enable_gqa=True,
+        generator=torch.Generator().manual_seed(7),
+    )  # fmt: skip
+    torch.testing.assert_close(lens._heads.draw(0, 3, 5).attention_weights(), est.attention_weights()[3])
+
+
+def test_an_estimate_that_does_not_fit_is_refused(generator: torch.Generator) -> None:
+    q, k, v = inputs(20, 30, generator)
+    lens = AttentionLens(q, k, v)
+    est = sampled_attention(q, k, v)
+    with pytest.raises(ShapeError, match=r"must be of 2 heads × 20 queries"):
+        lens.show_estimate(sampled_attention(q[:, :5], k, v))
+    with pytest.raises(ShapeError, match="over 29 keys; the lens shows 30"):
+        lens.show_estimate(sampled_attention(q, k[:, :29], v[:, :29]))
+    with pytest.raises(ArgumentError, match=r"layer=1 is not allowed"):
+        lens.show_estimate(est, layer=1)
+    with pytest.raises(ArgumentError, match=r"head=1 is not allowed: the estimate is of 2 heads"):
+        lens.show_estimate(est, head=1)
+    assert lens.given == {}
+    assert lens.own_draws
 
 
 @pytest.mark.parametrize("shape", [(20, 8), (1, 4, 20, 8)])

@@ -10,11 +10,12 @@ import {
   type Cell,
   type Geometry,
 } from "./lens_canvas";
-import { cellText, mapPanel, NAMES, panelTitles, readFacts, rowText } from "./lens_panels";
+import { cellText, findingText, mapPanel, NAMES, panelTitles, readFacts, rowText } from "./lens_panels";
 import type { MapName, RowFacts } from "./lens_panels";
+import { connect } from "./lens_requests";
 import { thumbnailGrid } from "./lens_thumbnails";
 import * as maps from "./maps";
-import { digits, whole } from "./scale";
+import { whole } from "./scale";
 
 const VISIBLE_SPACE: Record<string, string> = { " ": "·", "\n": "¶", "\t": "→" };
 /** Tiles that stay in memory, of each of the two maps. */
@@ -32,9 +33,17 @@ const HELP =
 interface Shown {
   layer: number;
   head: number;
-  draws: number;
+  drawing: string;
+  draws: number | null;
   level: number;
   seq: number;
+  error: number;
+  stdError: number | null;
+  sampler: string;
+  effort: string;
+  /** Whether control variates correct the output, which maps of weights cannot show. */
+  corrected: boolean;
+  seed: string;
 }
 
 export function render(model: Model, el: HTMLElement): () => void {
@@ -56,7 +65,6 @@ export function render(model: Model, el: HTMLElement): () => void {
   let draws: number = get("num_samples");
   let shown: Shown | null = null;
   let facts: RowFacts | null = null;
-  let error = NaN;
   const exact = new maps.Tiles(MAX_TILES);
   let sampled = new maps.Tiles(MAX_TILES);
 
@@ -75,11 +83,12 @@ export function render(model: Model, el: HTMLElement): () => void {
     "aria-label": "draws per row",
     input: () => {
       draws = counts[Number(slider.value)];
+      if (!get("own_draws")) frame.set({ own_draws: true });
       showDraws();
       requestMaps(performance.now());
     },
     change: () => {
-      frame.set({ num_samples: draws });
+      frame.set({ num_samples: draws, own_draws: true });
       requestThumbnails();
     },
   });
@@ -102,12 +111,21 @@ export function render(model: Model, el: HTMLElement): () => void {
   const choose = (layer: number, head: number) => frame.set({ layer, head });
   const thumbnails = thumbnailGrid(get("layers"), get("heads"), choose);
 
+  /** The estimate that was given, where it is what is shown of this head. */
+  function given(): { number: number; draws: number | null } | null {
+    const stated = get("given");
+    if (get("own_draws") || stated.layer !== get("layer")) return null;
+    return stated.head === null || stated.head === get("head") ? stated : null;
+  }
+  const drawing = () => (given() ? `given ${given()!.number}` : `${get("sampler")} ${draws}`);
+
   function showDraws(): void {
     const index = counts.findIndex((count) => count >= draws);
     if (document.activeElement !== slider || counts[Number(slider.value)] !== draws)
       slider.value = String(index);
-    drawsText.textContent = whole(draws);
-    slider.setAttribute("aria-valuetext", `${draws} draws`);
+    const byTolerance = given()?.draws === null;
+    drawsText.textContent = byTolerance ? "by tolerance" : whole(draws);
+    slider.setAttribute("aria-valuetext", byTolerance ? "by tolerance" : `${draws} draws`);
   }
 
   // --- layout -----------------------------------------------------------------------------------
@@ -136,6 +154,13 @@ export function render(model: Model, el: HTMLElement): () => void {
   const spoken = h("p", { class: "qtx-hidden", "aria-live": "polite" });
   const status = h("p", { class: "qtx-status", role: "status" });
   const heading = h("h2", {});
+  const effort = h("span", {});
+  const back = h(
+    "button",
+    { type: "button", click: () => frame.set({ own_draws: false }) },
+    "Back to the estimate",
+  );
+  const caption = h("p", { class: "qtx-caption" }, effort, back);
   const controls = h(
     "div",
     { class: "qtx-controls" },
@@ -160,6 +185,7 @@ export function render(model: Model, el: HTMLElement): () => void {
   const boxes = h("div", { class: "qtx-maps" }, ...panels.map((panel) => panel.box));
   frame.root.append(
     h("header", {}, heading, frame.exports()),
+    caption,
     h("div", { class: "qtx-columns" }, controls, h("div", { class: "qtx-picture" }, boxes, readout)),
     frame.error,
     status,
@@ -191,7 +217,8 @@ export function render(model: Model, el: HTMLElement): () => void {
     const visible = maps.tilesOf(view, level);
     const unknown = (tiles: maps.Tiles) =>
       visible.filter(([i, j]) => !tiles.get(tileName(layer, head, level, i, j)));
-    const drawnAnew = !shown || shown.layer !== layer || shown.head !== head || shown.draws !== draws;
+    const name = drawing();
+    const drawnAnew = !shown || shown.layer !== layer || shown.head !== head || shown.drawing !== name;
     const missing = { exact: unknown(exact), sampled: drawnAnew ? visible : unknown(sampled) };
     if (missing.exact.length + missing.sampled.length === 0) {
       if (shown) shown.level = level;
@@ -199,7 +226,9 @@ export function render(model: Model, el: HTMLElement): () => void {
     }
     seq += 1;
     if (since !== null) startTimes.set(seq, since);
-    if (frame.send({ kind: "maps", view: viewId, seq, layer, head, draws, level, ...missing }))
+    const stated = given();
+    const drawn = { draws: stated ? null : draws, given: stated?.number ?? null, drawing: name };
+    if (ask({ kind: "maps", view: viewId, seq, layer, head, level, ...drawn, ...missing }))
       frame.root.toggleAttribute("data-waiting", true);
   }
 
@@ -208,7 +237,8 @@ export function render(model: Model, el: HTMLElement): () => void {
   function requestThumbnails(delay = THUMBNAIL_DELAY_MS): void {
     thumbnails.element.toggleAttribute("data-stale", true);
     clearTimeout(thumbnailTimer);
-    thumbnailTimer = window.setTimeout(() => frame.send({ kind: "thumbnails", draws }), delay);
+    const request = () => ask({ kind: "thumbnails", draws, given: !get("own_draws") });
+    thumbnailTimer = window.setTimeout(request, delay);
   }
   frame.atEnd(() => clearTimeout(thumbnailTimer));
 
@@ -222,7 +252,7 @@ export function render(model: Model, el: HTMLElement): () => void {
   function takeMaps(message: any, buffers: DataView[]): void {
     if (message.view !== viewId || (shown && message.seq < shown.seq)) return;
     const { layer, head, level } = message;
-    if (!shown || shown.layer !== layer || shown.head !== head || shown.draws !== message.draws)
+    if (!shown || shown.layer !== layer || shown.head !== head || shown.drawing !== message.drawing)
       sampled = new maps.Tiles(MAX_TILES);
     message.tiles.forEach((tile: any, i: number) => {
       const { buffer, byteOffset, byteLength } = buffers[i];
@@ -232,14 +262,37 @@ export function render(model: Model, el: HTMLElement): () => void {
       tiles.put(name, { rows: tile.rows, columns: tile.columns, codes });
     });
     facts = readFacts(buffers[message.tiles.length], rows);
-    error = message.error;
-    shown = { layer, head, level, draws: message.draws, seq: message.seq };
+    const {
+      seq: number,
+      draws,
+      drawing,
+      error,
+      std_error: stdError,
+      sampler,
+      effort,
+      corrected,
+      seed,
+    } = message;
+    shown = {
+      layer,
+      head,
+      level,
+      draws,
+      drawing,
+      seq: number,
+      error,
+      stdError,
+      sampler,
+      effort,
+      corrected,
+      seed,
+    };
     frame.fail(message.fallbacks.length ? message.fallbacks.join(" ") : null);
     if (message.seq === seq) frame.root.toggleAttribute("data-waiting", false);
     paint();
   }
 
-  frame.onMessage((message, buffers) => {
+  const ask = connect(frame, (message, buffers) => {
     if (message.kind === "thumbnails") takeThumbnails(message, buffers);
     else if (message.kind === "maps") takeMaps(message, buffers);
   });
@@ -301,7 +354,7 @@ export function render(model: Model, el: HTMLElement): () => void {
     }
     latencies.splice(0, latencies.length - MAX_LATENCIES);
     frame.root.dataset.latencies = JSON.stringify(latencies.map((x) => Math.round(x)));
-    frame.root.dataset.draws = String(shown.draws);
+    frame.root.dataset.draws = String(shown.draws ?? "given");
     frame.root.dataset.level = String(shown.level);
   }
 
@@ -319,10 +372,10 @@ export function render(model: Model, el: HTMLElement): () => void {
   // --- words ------------------------------------------------------------------------------------
 
   function showTitles(): void {
-    const percent = error < 1e-4 ? "less than 0.01" : digits(100 * error, 2);
-    const off = Number.isFinite(error) ? `: the output is off by ${percent} %` : "";
-    heading.textContent = `Layer ${get("layer")}, head ${get("head")}${off}`;
-    const titles = panelTitles(get("sampler"), shown?.draws ?? null);
+    const place = `Layer ${get("layer")}, head ${get("head")}`;
+    heading.textContent = shown ? `${place}: ${findingText(shown.error, shown.stdError)}` : place;
+    showCaption();
+    const titles = panelTitles(shown?.sampler ?? get("sampler"), shown?.draws ?? null);
     for (const panel of panels) {
       panel.title.textContent = titles[panel.name];
       const label = `${titles[panel.name]}, ${rows} queries by ${columns} keys`;
@@ -330,10 +383,26 @@ export function render(model: Model, el: HTMLElement): () => void {
     }
   }
 
+  function showCaption(): void {
+    const stated = get("given");
+    const own = get("own_draws");
+    const exists = stated.number !== undefined;
+    const ofOthers = exists && !own && !given();
+    back.hidden = !exists || !own;
+    if (!shown) return;
+    const drawnHere = `Drawn by the lens: ${shown.effort}, seed ${shown.seed}.`;
+    const others = ofOthers
+      ? ` The estimate is of layer ${stated.layer}${stated.head === null ? "" : `, head ${stated.head}`}.`
+      : "";
+    const uncorrected = shown.corrected ? " The maps show the weights of the draws, uncorrected." : "";
+    effort.textContent =
+      shown.draws === null ? `The estimate: ${shown.effort}.${uncorrected}` : drawnHere + others;
+  }
+
   function showSelection(live: number[]): void {
     const count = live.length === 1 ? "1 row selected" : `${live.length} rows selected`;
     const size = `n = ${whole(columns)} keys, ${whole(rows)} queries`;
-    status.textContent = `${live.length ? count : "no rows selected"} · ${size} · ${get("sampler")}`;
+    status.textContent = `${live.length ? count : "no rows selected"} · ${size}`;
     clear.disabled = live.length === 0;
   }
 
@@ -481,6 +550,12 @@ export function render(model: Model, el: HTMLElement): () => void {
     showDraws();
     requestMaps();
     requestThumbnails();
+  });
+  frame.onChange(["own_draws", "given", "sampler"], () => {
+    showDraws();
+    requestMaps();
+    requestThumbnails();
+    paint();
   });
   frame.onChange(["log_scale"], paint);
   frame.onChange(["selected_rows"], paintOver);

@@ -56,10 +56,23 @@ export function mapPanel(name: MapName, helpId: string, listeners: Listeners): M
   return { name, holder, picture, over, title, box, showScale };
 }
 
-/** Titles of the three maps; `draws` null where nothing was drawn yet. */
+/** Titles of the three maps; `draws` null where they are those of an estimate that was given. */
 export function panelTitles(sampler: string, draws: number | null): Record<MapName, string> {
-  const count = draws === null ? "…" : draws === 1 ? "1 draw" : `${whole(draws)} draws`;
-  return { exact: "exact", sampled: `${sampler}, ${count}`, difference: `${sampler} − exact` };
+  const count = draws === null ? "" : draws === 1 ? ", 1 draw" : `, ${whole(draws)} draws`;
+  return { exact: "exact", sampled: sampler + count, difference: `${sampler} − exact` };
+}
+
+/** A share of 1 as a percentage in two significant digits; as `percent_text` in lens_heads.py. */
+export function percentText(share: number): string {
+  if (share === 0) return "0 %";
+  if (share < 1e-4) return "less than 0.01 %";
+  return share >= 0.1 ? `${Math.round(100 * share)} %` : `${Number((100 * share).toPrecision(2))} %`;
+}
+
+/** How far an output is off, in words; as `HeadFinding` in lens_heads.py. */
+export function findingText(error: number, stdError: number | null): string {
+  const predicted = stdError === null ? "" : ` (standard error ± ${percentText(stdError)})`;
+  return `off by ${percentText(error)} of the output's norm${predicted}`;
 }
 
 /** The weights of a cell in words; `side` is how many positions a cell has on each side. */

@@ -20,7 +20,7 @@ from ...models.language_model import load_language_model
 from ...models.text import reference_text
 from ...samplers import Sampler, make_sampler
 from .base import View
-from .lens_heads import LensHeads, checked_layers
+from .lens_heads import GivenEstimate, HeadFinding, LensHeads, checked_layers, effort_text
 from .lens_maps import exact_tiles, overview_level, pool_draws, pool_map, sampled_tiles
 
 if TYPE_CHECKING:
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 MAX_LABELLED_KEYS = 48
 """Keys of a head up to which a figure names each by its token."""
+
+REQUEST_NAMES = ("view", "seq", "layer", "head", "draws", "drawing", "level")
+"""What the reply to a request for maps repeats of it; `drawing` is the browser's name of these draws."""
 
 FIGURE_CELLS = 512
 """Cells of a side of a map in the figure, at most."""
@@ -40,6 +43,10 @@ class AttentionLens(View):
     The maps share axes, zoom and hover. Moving the slider draws anew, with the same seed; the heads'
     thumbnails are coloured by their relative variance E‖ô − o‖² / ‖o‖². Maps of up to 4,096 × 4,096 are sent
     in tiles, as they are looked at; zoomed out, a cell is the mean of those under it.
+
+    The lens draws what `sampled_attention` draws of the whole layer with a generator of the same seed. Where
+    an `estimate` is given, everything that is shown of its heads is that estimate, with its own draws,
+    sampler and corrections, until the slider moves: then the lens draws itself, and says so.
 
     Parameters
     ----------
@@ -55,11 +62,11 @@ class AttentionLens(View):
     is_causal : bool
     scale : float, optional
     seed : int
-        Of the draws of every head.
+        Of the draws of every layer.
     layer, head : int
         What is shown at first.
     estimate : AttentionEstimate, optional
-        Of the first layer: shown at its own number of draws, in place of new draws.
+        Of the layer that is shown at first, or of its head alone: see `show_estimate`.
 
     Raises
     ------
@@ -82,7 +89,8 @@ class AttentionLens(View):
     num_queries = traitlets.Int(read_only=True).tag(sync=True)
     num_keys = traitlets.Int(read_only=True).tag(sync=True)
     is_causal = traitlets.Bool(read_only=True).tag(sync=True)
-    sampler = traitlets.Unicode(read_only=True).tag(sync=True)
+    sampler = traitlets.Unicode("systematic").tag(sync=True)
+    """The name of the sampler by which the lens draws."""
     draw_counts = traitlets.List(traitlets.Int(), read_only=True).tag(sync=True)
     """The numbers of draws at which the slider stops."""
     layer = traitlets.Int(0).tag(sync=True)
@@ -90,6 +98,11 @@ class AttentionLens(View):
     num_samples = traitlets.Int(64).tag(sync=True)
     selected_rows = traitlets.List(traitlets.Int()).tag(sync=True)
     """Queries that are selected, in rising order."""
+    own_draws = traitlets.Bool(True).tag(sync=True)
+    """Whether the lens shows its own draws, and not the estimate that was given."""
+    given = traitlets.Dict(read_only=True).tag(sync=True)
+    """The estimate that was given, for the browser: its `number`, `layer`, `head` (None: all), and its
+    `draws` a row (None where a tolerance chose them)."""
     log_scale = traitlets.Bool(True).tag(sync=True)
 
     @classmethod
@@ -150,18 +163,12 @@ class AttentionLens(View):
         num_samples = check_count("num_samples", num_samples)
         self._seed = check_count("seed", seed, 0, MAX_SEED)
         self._heads = heads = LensHeads(
-            layers, make_sampler(sampler), is_causal=bool(is_causal), scale=scale, seed=self._seed,
-            estimate=estimate,
+            layers, make_sampler(sampler), is_causal=bool(is_causal), scale=scale, seed=self._seed
         )  # fmt: skip
-        n, size = heads.num_keys, (heads.num_heads, heads.num_queries)
+        n = heads.num_keys
         if tokens is not None and len(tokens) != n:
             raise ShapeError(f"tokens has {len(tokens)} entries; there are {n} keys, and each needs one.")
-        if estimate is not None and tuple(estimate.output.shape[-3:-1]) not in (size, size[1:]):
-            raise ShapeError(
-                f"estimate.output has shape {tuple(estimate.output.shape)}; it must be of {size[0]} heads × "
-                f"{size[1]} queries."
-            )
-        super().__init__("lens", layer=layer, head=head, num_samples=num_samples)
+        super().__init__("lens", layer=layer, head=head, num_samples=num_samples, sampler=heads.sampler.name)
         for name, value in {
             "tokens": list(tokens or ()),
             "layers": len(layers),
@@ -169,21 +176,36 @@ class AttentionLens(View):
             "num_queries": heads.num_queries,
             "num_keys": n,
             "is_causal": heads.is_causal,
-            "sampler": heads.sampler.name,
             "draw_counts": _draw_counts(n, num_samples),
         }.items():
             self.set_trait(name, value)
+        self.observe(self._draw_anew, ["num_samples", "sampler"])
+        if estimate is not None:
+            self.show_estimate(estimate)
 
     @traitlets.validate("layer", "head", "num_samples")
     def _check_counts(self, proposal: Any) -> int:
         name, value = proposal["trait"].name, proposal["value"]
         if name == "num_samples":
             return check_count(name, value)
+        return self._check_index(name, value)
+
+    def _check_index(self, name: str, value: Any) -> int:
         size = len(self._heads.layers) if name == "layer" else self._heads.num_heads
         value = check_count(name, value, 0)
         if value >= size:
             raise ArgumentError(f"{name}={value} is not allowed: it must be in 0..{size - 1}.")
         return value
+
+    @traitlets.validate("sampler")
+    def _check_sampler(self, proposal: Any) -> str:
+        if proposal["value"] != self._heads.sampler.name:
+            self._heads.take_sampler(make_sampler(proposal["value"]))
+        return self._heads.sampler.name
+
+    @traitlets.validate("own_draws")
+    def _check_own_draws(self, proposal: Any) -> bool:
+        return bool(proposal["value"]) or self._heads.given is None
 
     @traitlets.validate("selected_rows")
     def _check_rows(self, proposal: Any) -> list[int]:
@@ -195,6 +217,62 @@ class AttentionLens(View):
             )
         return sorted(set(proposal["value"]))
 
+    def show_estimate(
+        self, estimate: AttentionEstimate, *, layer: int | None = None, head: int | None = None
+    ) -> None:
+        """Show an estimate that was made elsewhere, in place of the lens's own draws and of an earlier one.
+
+        Parameters
+        ----------
+        estimate : AttentionEstimate
+            Of a layer, output (H, L, Ev) or (1, H, L, Ev), or of one head, (L, Ev) or (1, L, Ev).
+        layer, head : int, optional
+            What it is of; the layer that is shown where None, and the head that is shown for an estimate of
+            one head.
+
+        Raises
+        ------
+        ShapeError
+            If it has other heads, queries or keys.
+        ArgumentError
+            If there is no such layer or head, or if `head` is named for an estimate of many heads.
+        """
+        layer = self._check_index("layer", self.layer if layer is None else layer)
+        shape, heads = tuple(estimate.output.shape), self.heads
+        whole = (heads, self.num_queries)
+        one_head = shape[:-1] in (whole[1:], (1, *whole[1:])) and (heads > 1 or head is not None)
+        if not one_head and shape[:-1] not in (whole, (1, *whole), whole[1:]):
+            raise ShapeError(
+                f"estimate.output has shape {shape}; it must be of {heads} heads × {self.num_queries} "
+                "queries, or of one head."
+            )
+        if estimate.num_keys != self.num_keys:
+            raise ShapeError(f"estimate is over {estimate.num_keys} keys; the lens shows {self.num_keys}.")
+        if head is not None and not one_head:
+            raise ArgumentError(f"head={head} is not allowed: the estimate is of {heads} heads.")
+        of_head = self._check_index("head", self.head if head is None else head) if one_head else None
+        number = self.given.get("number", 0) + 1
+        self._heads.given = GivenEstimate(number, estimate, layer, of_head)
+        info = estimate.info
+        with self.hold_sync():
+            if info.num_samples is not None:
+                self.num_samples = info.num_samples
+            self.set_trait("given", {
+                "number": number,
+                "layer": layer,
+                "head": of_head,
+                "draws": info.num_samples,
+            })  # fmt: skip
+            self.own_draws = False
+
+    def finding(self) -> HeadFinding:
+        """How wrong the output of the shown head is, by the estimate that is shown."""
+        estimate = self._shown_estimate()
+        head = self._heads.head(self.layer, self.head)
+        return HeadFinding(
+            self.layer, self.head, head.error(estimate), head.std_error(estimate), effort_text(estimate)
+        )
+
     def rows(self) -> Tensor:
         """The exact attention rows that are selected, of the head that is shown: (R, n), float32."""
         return self._heads.head(self.layer, self.head).p[list(self.selected_rows)]
@@ -204,7 +282,7 @@ class AttentionLens(View):
         import pandas as pd
 
         exact = self._heads.head(self.layer, self.head).p
-        sampled = self._heads.draw(self.layer, self.head, self.num_samples).attention_weights()
+        sampled = self._shown_estimate().attention_weights()
         visible = self._heads.visible().nonzero(as_tuple=True)
         query, key = (x.numpy() for x in visible)
         return pd.DataFrame(
@@ -214,20 +292,22 @@ class AttentionLens(View):
     def figure(self, theme: str = "light") -> Figure:
         """The three maps of the shown head."""
         head = self._heads.head(self.layer, self.head)
-        estimate = self._heads.draw(self.layer, self.head, self.num_samples)
+        estimate = self._shown_estimate()
+        finding = self.finding()
         level = overview_level(self.num_queries, self.num_keys, FIGURE_CELLS)
         exact = head.map_at(level).astype(np.float32)
         sampled = pool_draws(estimate, level, (0, exact.shape[0]), (0, exact.shape[1]), head.p.shape)
         visible = pool_map(self._heads.visible().float().numpy(), level) > 0
         panels = attention_panels(
-            exact, sampled, sampler=self.sampler, visible=visible, log_scale=self.log_scale
+            exact, sampled, sampler=estimate.info.sampler, visible=visible, log_scale=self.log_scale
         )
         named = self.tokens and self.num_keys == self.num_queries <= MAX_LABELLED_KEYS
         return draw_attention_maps(
             panels,
             theme,
-            title=f"Layer {self.layer}, head {self.head}: {self.num_samples} {self.sampler} draws a row are "
-            f"off by {head.error(estimate):.2g} of the output  (n = {self.num_keys}, seed {self._seed})",
+            title=f"{finding.text}\n{finding.effort}  (n = {self.num_keys}"
+            + ("" if self._given_in_view() else f", seed {self._seed}")
+            + ")",
             extent=(-0.5, self.num_keys - 0.5, self.num_queries - 0.5, -0.5),
             tokens=self.tokens if named else None,
         )
@@ -236,7 +316,8 @@ class AttentionLens(View):
         if content["kind"] == "maps":
             self._worker.put(f"maps {content.get('view')}", partial(self._send_maps, dict(content)))
         elif content["kind"] == "thumbnails":
-            self._worker.put("thumbnails", partial(self._send_thumbnails, int(content["draws"]), 0), rank=2)
+            draws, given = int(content["draws"]), bool(content.get("given"))
+            self._worker.put("thumbnails", partial(self._send_thumbnails, draws, given, 0), rank=2)
 
     def _send_maps(self, request: dict[str, Any]) -> None:
         """Send tiles of the exact and the sampled map, and what is known of each row."""
@@ -246,8 +327,11 @@ class AttentionLens(View):
                 f"layer={layer}, head={head_index} is not allowed: there are {self.layers} layers × "
                 f"{self.heads} heads."
             )
+        given = self._heads.given
+        if request["draws"] is None and (given is None or given.number != request["given"]):
+            return  # another was given since, and the browser asks again
         head = self._heads.head(layer, head_index)
-        estimate = self._heads.draw(layer, head_index, int(request["draws"]))
+        estimate = self._heads.shown(layer, head_index, request["draws"])
         exact = head.map_at(level)
         sampled = sampled_tiles(estimate, level, request["sampled"], exact.shape, head.p.shape)
         tiles: list[dict[str, Any]] = []
@@ -257,18 +341,38 @@ class AttentionLens(View):
                 tiles.append({"map": name, "i": i, "j": j, "rows": tile.shape[0], "columns": tile.shape[1]})
                 buffers.append(np.ascontiguousarray(tile, dtype=np.float16).tobytes())
         buffers.append(head.row_facts(estimate).tobytes())
-        reply = {name: request[name] for name in ("view", "seq", "layer", "head", "draws", "level")}
-        known = {"error": head.error(estimate), "fallbacks": list(estimate.info.fallbacks)}
+        reply = {name: request.get(name) for name in REQUEST_NAMES}
+        known = {
+            "error": head.error(estimate),
+            "std_error": head.std_error(estimate),
+            "sampler": estimate.info.sampler,
+            "effort": effort_text(estimate),
+            "corrected": estimate.info.control_variate is not None,
+            "seed": str(self._seed),
+            "fallbacks": list(estimate.info.fallbacks),
+        }
         self.send({"kind": "maps", **reply, "tiles": tiles, **known}, buffers)
 
-    def _send_thumbnails(self, draws: int, layer: int) -> None:
+    def _send_thumbnails(self, draws: int, given: bool, layer: int) -> None:
         """Send a layer's thumbnails and variances; then the next layer's, after whatever is more urgent."""
-        thumbnails = self._heads.thumbnails(layer, draws)
+        thumbnails = self._heads.thumbnails(layer, draws, given=given)
         _, rows, columns = thumbnails.maps.shape
         message = {"kind": "thumbnails", "layer": layer, "draws": draws, "rows": rows, "columns": columns}
         self.send(message, [thumbnails.variances.tobytes(), thumbnails.maps.tobytes()])
         if layer + 1 < self.layers:
-            self._worker.put("thumbnails", partial(self._send_thumbnails, draws, layer + 1), rank=2)
+            self._worker.put("thumbnails", partial(self._send_thumbnails, draws, given, layer + 1), rank=2)
+
+    def _draw_anew(self, change: Any) -> None:
+        self.own_draws = True
+
+    def _given_in_view(self) -> bool:
+        """Whether the shown head is shown by the estimate that was given."""
+        given = self._heads.given
+        return not self.own_draws and given is not None and given.covers(self.layer, self.head)
+
+    def _shown_estimate(self) -> AttentionEstimate:
+        draws = None if self._given_in_view() else self.num_samples
+        return self._heads.shown(self.layer, self.head, draws)
 
 
 def _draw_counts(num_keys: int, num_samples: int) -> list[int]:

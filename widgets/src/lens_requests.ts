@@ -1,0 +1,38 @@
+// What a lens asks of the kernel, and the one place where its questions leave and the answers come in.
+import type { Frame } from "./dom";
+
+/** Asks for tiles of the maps of a head at a level; `exact` and `sampled` name those that are missing. */
+export interface MapsRequest {
+  kind: "maps";
+  view: string;
+  seq: number;
+  layer: number;
+  head: number;
+  /** Draws of a row; null for the estimate that was given, whose number is `given`. */
+  draws: number | null;
+  given: number | null;
+  /** A name of these draws, which the answer repeats. */
+  drawing: string;
+  level: number;
+  exact: [number, number][];
+  sampled: [number, number][];
+}
+
+/** Asks for the thumbnails of all layers, which come layer by layer. */
+export interface ThumbnailsRequest {
+  kind: "thumbnails";
+  draws: number;
+  /** Whether heads of which an estimate was given are shown by that. */
+  given: boolean;
+}
+
+export type LensRequest = MapsRequest | ThumbnailsRequest;
+
+/** Sends a request; false where nothing can answer. */
+export type Ask = (request: LensRequest) => boolean;
+
+/** Connects a lens to the kernel; `answer` takes in what comes back. */
+export function connect(frame: Frame, answer: (message: any, buffers: DataView[]) => void): Ask {
+  frame.onMessage(answer);
+  return (request) => frame.send(request);
+}

@@ -120,7 +120,7 @@ def given_maps(lens: AttentionLens, sent: list[tuple[dict[str, Any], list[bytes]
     [
         ({"sampler": "monte-carlo", "num_samples": 8}, "monte-carlo, 8 draws a row"),
         ({"sampler": "head-tail", "num_samples": 8, "replicates": 4}, "8 draws a row × 4 replicates"),
-        ({"num_samples": 8, "control_variate": "performer", "sampler": "sobol", "replicates": 2}, "performer"),
+        ({"num_samples": 8, "control_variate": "performer", "sampler": "sobol", "replicates": 2}, "by perf"),
         ({"sampler": "systematic", "tolerance": 0.6}, "draws a row on average, tolerance 0.6"),
     ],
 )  # fmt: skip

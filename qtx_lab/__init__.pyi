@@ -55,6 +55,8 @@ from .models import huggingface as huggingface
 from .models.calibration import Calibration as Calibration
 from .models.calibration import calibrate as calibrate
 from .models.generation import generate as generate
+from .models.inputs import AttentionInputs as AttentionInputs
+from .models.inputs import attention_inputs as attention_inputs
 from .models.language_model import language_models as language_models
 from .models.language_model import load_language_model as load_language_model
 from .models.reference import bits_per_byte as bits_per_byte

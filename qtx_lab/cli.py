@@ -320,7 +320,12 @@ def model(name: str | None, wheel: Path | None) -> None:
 @main.command()
 @click.argument("name", metavar="MODEL")
 @click.option(
-    "--text", "texts", metavar="FILE", multiple=True, required=True, help="A UTF-8 text file, or several."
+    "--text",
+    "texts",
+    metavar="FILE",
+    multiple=True,
+    required=True,
+    help='A UTF-8 text file, or several; "reference": the shipped text.',
 )
 @click.option(
     "--held-out", metavar="FILE", multiple=True, help="Texts to verify on [default: a part of --text]."
@@ -348,11 +353,11 @@ def calibrate(
     """
     from .models.calibration import calibrate as find_settings
     from .models.language_model import load_language_model
-    from .models.text import read_text
+    from .models.text import read_text, reference_text
 
     calibration = find_settings(
         load_language_model(name),
-        [read_text(path) for path in texts],
+        [reference_text() if path == "reference" else read_text(path) for path in texts],
         held_out=[read_text(path) for path in held_out] or None,
         **options,
     )

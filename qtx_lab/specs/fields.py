@@ -21,7 +21,17 @@ MAX_SEED = 2**63 - 1
 Value = TypeVar("Value", bound=Hashable)
 
 
-def field(default: Any, text: str, unit: str, group: str, **bounds: Any) -> Any:
+def field(
+    default: Any,
+    text: str,
+    unit: str,
+    group: str,
+    *,
+    label: str = "",
+    instead_of: str = "",
+    start: str = "",
+    **bounds: Any,
+) -> Any:
     """A field of a spec, with all that a form needs to show it.
 
     Parameters
@@ -34,11 +44,18 @@ def field(default: Any, text: str, unit: str, group: str, **bounds: Any) -> Any:
         The unit of the value, or what sort of value it is: "draws", "s", "name", "yes or no".
     group : str
         The heading under which a form shows the field.
+    label : str
+        What a form calls the field; its name with spaces where empty.
+    instead_of : str
+        The field that this one excludes: a form shows a switch between the two.
+    start : str
+        What a form enters when its switch turns to this field.
     **bounds
         Bounds as pydantic's `Field` takes them: `ge`, `gt`, `le`, `lt`, `min_length`, `max_length`,
-        `pattern`.
+        `pattern`; or `examples`, which a form suggests.
     """
-    return Field(default, description=text, json_schema_extra={"unit": unit, "group": group}, **bounds)
+    shown = {"unit": unit, "group": group, "label": label, "instead_of": instead_of, "start": start}
+    return Field(default, description=text, json_schema_extra=shown, **bounds)
 
 
 def each_once(name: str, values: tuple[Value, ...]) -> tuple[Value, ...]:

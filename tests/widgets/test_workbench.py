@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import nbformat
@@ -18,8 +20,13 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from click.testing import CliRunner
 
+import qtx_lab
+from qtx_lab.cli import main
 from qtx_lab.errors import ArgumentError, DtypeError, JobTimeout, RunFailed, ShapeError, SpecError, TextError
+from qtx_lab.experiments.runs import Run
+from qtx_lab.models.text import reference_text
 from qtx_lab.widgets.throttle import ThrottledCall
 from qtx_lab.widgets.workbench import tasks
 from qtx_lab.widgets.workbench.process import ProcessWorker
@@ -166,7 +173,7 @@ def test_from_code_and_restored(bench: Workbench, tmp_path: Path) -> None:
     inputs = tasks.load_inputs(**source.inputs())
     q, k, v = inputs.layers[1]
     torch.testing.assert_close(torch.from_numpy(result["q"][1]), q)
-    p = tasks.exact_weights(inputs, 1, 5)
+    p = inputs.weights(1, 5)
     torch.testing.assert_close(
         (p @ v[1].double()).float(),
         torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[5],
@@ -228,6 +235,26 @@ def test_from_code_and_restored(bench: Workbench, tmp_path: Path) -> None:
     again.close()
 
 
+def run_code(code: str) -> dict[str, Any]:
+    """What is left by code that a tab gave to copy."""
+    space: dict[str, Any] = {}
+    exec(code, space)
+    return space
+
+
+@pytest.mark.parametrize("effort", [{"num_samples": 16, "replicates": 3}, {"tolerance": 0.3}])
+def test_the_code_of_sample_gives_the_numbers_that_are_shown(
+    bench: Workbench, effort: dict[str, Any]
+) -> None:
+    bench.sample.form.change(name="head-tail", **{"num_samples": None, **effort})
+    if "tolerance" not in effort:
+        bench.sample.forms["control variates"].change(names=["topk"])
+    bench.source.change(prompt="To be, or not to be, that is the question", text=None, layer=1, head=3)
+    result = bench.sample.start().wait(120)
+    bench.source.change(head=4)  # the code is that of the picture, not that of the forms
+    assert run_code(bench.sample.python_code())["error"] == result["error"]
+
+
 def test_a_saved_notebook_has_a_picture(bench: Workbench) -> None:
     data = bench._repr_mimebundle_()
     assert "image/png" not in data
@@ -259,6 +286,7 @@ def test_own_inputs_are_saved_with_the_run(tmp_path: Path) -> None:
     bench.sample.forms["source"].change(layer=2)
     with pytest.raises(ArgumentError, match="layer=2 is not allowed: there are 2"):
         bench.sample.start().wait(60)
+    assert run_code(bench.sample.python_code())["error"] == result["error"]
     assert "layer=2 is not allowed" in bench.sample._message.value
     assert "last picture is kept" in bench.sample._message.value
     bench.close()
@@ -323,7 +351,7 @@ def test_a_huggingface_model_by_its_folder(tmp_path: Path) -> None:
     for layer in range(2):
         for head in range(4):
             torch.testing.assert_close(
-                tasks.exact_weights(inputs, layer, head).float(),
+                inputs.weights(layer, head).float(),
                 expected[layer][0, head],
                 atol=1e-5,
                 rtol=1e-4,
@@ -369,7 +397,9 @@ def test_ten_thousand_updates_from_three_threads_end_in_the_files(bench: Workben
 
 
 @pytest.mark.notebooks
-def test_a_sweep_and_a_training_from_code(bench: Workbench, tmp_path: Path) -> None:
+def test_a_sweep_and_a_training_from_code(
+    bench: Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     notebook = nbformat.v4.new_notebook(
         cells=[
             nbformat.v4.new_code_cell("x = 1\nseed = 0\nrun_dir = None", metadata={"tags": ["parameters"]}),
@@ -388,19 +418,56 @@ def test_a_sweep_and_a_training_from_code(bench: Workbench, tmp_path: Path) -> N
     assert [row["step"] for row in trained["rows"]] == [1, 2, 3]
     curves = bench.train.curves.frame()
     assert curves[curves["series"] == "training"]["x"].tolist() == [1, 2, 3]
+    copied = run_code(bench.train.python_code())["result"]
+    assert [row["loss"] for row in copied.metrics] == [row["loss"] for row in trained["rows"]]
+    by_command = CliRunner().invoke(main, [*shlex.split(bench.train.command())[1:], "--home", str(tmp_path)])
+    assert by_command.exit_code == 0, by_command.output
+    saved = Run.open(Path(by_command.output.split()[-1]).parent).manifest["results"]
+    assert saved["loss"] == trained["rows"][-1]["loss"]
     result = swept.wait(200)
     assert result["status"] == "done"
     at = result["columns"].index(next(name for name in result["columns"] if "square" in name))
     assert sorted(row[at] for row in result["rows"]) == [4, 9]
+    monkeypatch.setenv("QTX_LAB_HOME", str(tmp_path))
+    copied = run_code(bench.sweep.python_code())["run"].metrics()
+    assert sorted(copied["square"]) == [4, 9]
+    options = shlex.split(bench.sweep.command())[1:]
+    assert main.make_context("qtx-lab", options, resilient_parsing=True).protected_args == ["sweep"]
+    assert "x=2, 3" in options
 
 
-def test_a_calibration_says_what_it_found_and_whether_it_holds(bench: Workbench) -> None:
+def test_a_calibration_says_what_it_found_and_whether_it_holds(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bench.calibrate.form.change(max_loss=0.3, length=64, windows=4)
     before = bench.calibrate.state()
     result = bench.calibrate.start().wait(200)
     assert {"layers", "num_samples"} <= result["qtx_sampled"].keys()
     verdict = "verified" if result["verified"] else "NOT verified"
     assert f"reference: {verdict} on other text" in bench.calibrate._answer.value
+    # A calibration takes long: it is seen that the copied code asks for the same one.
+    asked: list[dict[str, Any]] = []
+
+    def ask(model: Any, texts: Any, max_loss: float = 0.01, **named: Any) -> Any:
+        texts = [texts] if isinstance(texts, str) else texts
+        named = {name: named[name] for name in ("length", "windows", "seed")}
+        asked.append({"model": model.name, "texts": list(texts), "max_loss": max_loss, **named})
+        return SimpleNamespace(settings={}, verified=True)
+
+    monkeypatch.setattr("qtx_lab.models.calibration.calibrate", ask)
+    monkeypatch.setattr(qtx_lab, "calibrate", ask, raising=False)
+    run_code(bench.calibrate.python_code())
+    CliRunner().invoke(main, shlex.split(bench.calibrate.command())[1:], catch_exceptions=False)
+    assert asked == 2 * [
+        {
+            "model": "reference",
+            "texts": [reference_text()],
+            "max_loss": 0.3,
+            "length": 64,
+            "windows": 4,
+            "seed": 0,
+        }
+    ]
     bench.sample.forms["source"].change(text="/no/such/text")
     assert bench.calibrate.state() != before  # another text makes the answer stale
     with pytest.raises(TextError, match="no/such/text"):

@@ -73,8 +73,8 @@ def read_result(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def write_inputs(
     path: Path, q: Tensor, k: Tensor, v: Tensor, tokens: Sequence[str] | None, is_causal: bool
-) -> None:
-    """Write q, k and v for the workers, as (layers, heads, positions, features).
+) -> int:
+    """Write q, k and v for the workers, as (layers, heads, positions, features); the number of layers.
 
     Raises
     ------
@@ -106,3 +106,4 @@ def write_inputs(
         )
     about = {"tokens": json.dumps(list(tokens or ())), "is_causal": json.dumps(bool(is_causal))}
     write_tensors(path, {"q": q, "k": k, "v": v}, about)
+    return len(q)

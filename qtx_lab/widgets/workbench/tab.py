@@ -15,6 +15,7 @@ from ..forms import FORM_LOCK, SpecForm
 from ..throttle import ThrottledCall
 from ..views.base import View, render_figure
 from .process import Work
+from .status_line import StatusLine
 from .tab_host import TabHost
 
 STATUS_INTERVAL_S = 0.1
@@ -24,7 +25,8 @@ STATUS_INTERVAL_S = 0.1
 class WorkbenchTab:
     """One tab of the workbench. `start()` does what its primary button does.
 
-    A tab overrides what it needs: `arguments` for its `task`, and `show` for the picture.
+    A tab overrides what it needs: `arguments` for its `task`, `show` for the picture, and `python_code` and
+    `command` for what its buttons copy.
 
     Attributes
     ----------
@@ -41,6 +43,8 @@ class WorkbenchTab:
         stale.
     *views : widgets
         The picture; it is shown as soon as there is a result.
+    shared : mapping, optional
+        Forms by name that stand elsewhere in the workbench, and whose fields decide the result, too.
     """
 
     name = title = ""
@@ -50,18 +54,30 @@ class WorkbenchTab:
     """What to do first, shown (as HTML) while there is no picture."""
     task = ""
     """Name of a function of `tasks`."""
+    codes: tuple[str, ...] = ()
+    """Which of "python" (`python_code`) and "command" (`command`) the tab offers to copy."""
 
-    def __init__(self, bench: TabHost, forms: Mapping[str, SpecForm], *views: widgets.Widget):
-        self.bench, self.forms = bench, dict(forms)
+    def __init__(
+        self,
+        bench: TabHost,
+        forms: Mapping[str, SpecForm],
+        *views: widgets.Widget,
+        shared: Mapping[str, SpecForm] | None = None,
+    ):
+        self.bench, self.forms = bench, {**forms, **(shared or {})}
+        self._own_forms = dict(forms)
         self.work: Work | None = None
         self.result: dict[str, Any] | None = None
         self._forms_of_result: dict[str, Any] | None = None
+        self._forms_of_work: dict[str, Any] = {}
         self._lock, self._status_lock = threading.RLock(), threading.RLock()
         self._status_call = ThrottledCall(self._draw_status, STATUS_INTERVAL_S)
 
         self._start_button = widgets.Button(description=self.button, button_style="primary")
         self._cancel_button = widgets.Button(description="Cancel", disabled=True)
-        self._status, self._message = widgets.HTML(), widgets.HTML()
+        codes = {"python": self.python_code, "command": self.command}
+        self._status = StatusLine({kind: codes[kind] for kind in self.codes})
+        self._message = widgets.HTML()
         self.views = widgets.VBox(views).add_class("qtx-wb-views")
         hear_while_busy(self._start_button, self._cancel_button)
         self._start_button.on_click(lambda _: self._start_or_explain())
@@ -69,7 +85,7 @@ class WorkbenchTab:
         for form in self.forms.values():
             form.observe(lambda _: self._form_changed(), "spec")
         buttons = widgets.HBox([self._start_button, self._cancel_button]).add_class("qtx-wb-act")
-        controls = widgets.VBox([buttons, *self.forms.values()]).add_class("qtx-wb-controls")
+        controls = widgets.VBox([buttons, *forms.values()]).add_class("qtx-wb-controls")
         picture = widgets.VBox([self._message, self.views]).add_class("qtx-wb-picture")
         body = widgets.Box([controls, picture]).add_class("qtx-wb-body")
         self.widget = (
@@ -93,8 +109,8 @@ class WorkbenchTab:
         return {title: form.spec.to_parameters() for title, form in self.forms.items()}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Show saved fields; where they do not fit a form of this version, the tab says so."""
-        for title, form in self.forms.items():
+        """Show saved fields of the tab's own forms; where they do not fit this version, the tab says so."""
+        for title, form in self._own_forms.items():
             if title in state:
                 try:
                     form.spec = type(form.spec).from_parameters(state[title])
@@ -117,6 +133,22 @@ class WorkbenchTab:
     def cost(self) -> str:
         """What the work costs, for the status line."""
         return ""
+
+    def python_code(self) -> str:
+        """Python that gives the numbers that are shown, by the public names of `qtx_lab`.
+
+        It follows `shown_state`: the fields that led to the picture, or those of the forms where there is
+        none yet. Its last lines print the numbers.
+        """
+        raise NotImplementedError
+
+    def command(self) -> str:
+        """The line of a shell that does the same as `python_code`."""
+        raise NotImplementedError
+
+    def shown_state(self) -> dict[str, Any]:
+        """The fields of all forms that led to the picture; those of now where there is none."""
+        return self._forms_of_result if self.result and self._forms_of_result else self.state()
 
     def start(self, **changes: Any) -> Work:
         """Start the work, and return it while it runs.
@@ -142,7 +174,7 @@ class WorkbenchTab:
             if self.busy:
                 raise ArgumentError(f"{self.name} is running: cancel it, or wait for its end.")
             self.work = self.bench.start_task(self.task, arguments, self._work_changed, self._show_part)
-            self._forms_of_result = forms
+            self._forms_of_work = forms
             self._show_message()
         self.bench.request_save()
         self.request_status()
@@ -173,7 +205,7 @@ class WorkbenchTab:
 
     def _show_part(self, data: Any) -> None:
         """Show a part of a result that the worker sends."""
-        self.result = data
+        self.result, self._forms_of_result = data, self._forms_of_work
         self.show(data)
         self._show_message()
 
@@ -183,10 +215,10 @@ class WorkbenchTab:
             if work is not self.work:
                 return
         if work.state == "done":
-            self.result = work.result
+            self.result, self._forms_of_result = work.result, self._forms_of_work
             try:
                 self.show(work.result)
-                self.bench.save_result(self.name, work.result, self._forms_of_result or {})
+                self.bench.save_result(self.name, work.result, self._forms_of_work)
             except QtxError as error:
                 self._show_message(str(error))
             else:
@@ -225,15 +257,15 @@ class WorkbenchTab:
             self._start_button.disabled, self._cancel_button.disabled = busy, not busy
             for css_class, active in (("qtx-wb-busy", busy), ("qtx-wb-stale", stale)):
                 self.views.add_class(css_class) if active else self.views.remove_class(css_class)
-            meter = ""
-            if busy and work is not None:
-                label = f"{self.name}: progress"
-                meter = f'<progress max="1" value="{work.fraction:.3f}" aria-label="{label}"></progress>'
-            text = html.escape(_state_text(work, stale))
-            self._status.value = (
-                f'<div class="qtx-wb-bar"><span class="qtx-wb-state" role="status">{text}</span>{meter}'
-                f'<span class="qtx-wb-cost">{self.cost()}</span>'
-                f'<span class="qtx-wb-run">{self.bench.storage_note()}</span></div>'
+            note = self.bench.storage_note()
+            self._status.show(
+                state=_state_text(work, stale),
+                fraction=work.fraction if busy and work is not None else None,
+                label=f"{self.name}: progress",
+                cost=self.cost(),
+                saved=note,
+                place=self.bench.storage_place(),
+                problem=note.startswith("not saved:"),
             )
 
 

@@ -42,7 +42,10 @@ class TabHost(Protocol):
         """The folder in which the tasks make their runs."""
 
     def storage_note(self) -> str:
-        """Where everything is saved, for the status line; HTML."""
+        """In which run everything is saved, for the status line."""
+
+    def storage_place(self) -> str:
+        """The path of that run; empty before there is one."""
 
     def list_jobs(self) -> None:
         """List the jobs and the runs as they are now."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import html
 import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -15,12 +14,12 @@ import ipywidgets as widgets
 from IPython.display import display
 from torch import Tensor
 
-from ...errors import ArgumentError, QtxError, StorageError
+from ...errors import ArgumentError, QtxError, SpecError, StorageError
 from ...experiments import provenance
 from ...experiments.runs import Run, runs
 from ...storage import json_bytes, runs_home, write_atomic
 from ..comms import hear_while_busy
-from ..forms import FORM_LOCK
+from ..forms import FORM_LOCK, SpecForm
 from ..throttle import ThrottledCall
 from .process import ProcessWorker, Work
 from .saved import read_result, write_inputs, write_result
@@ -124,10 +123,11 @@ class Workbench(widgets.VBox):
         self._source = SourceSpec(model=str(model), text=str(text), num_tokens=num_tokens)
         if q is not None and k is not None and v is not None:
             path = self.run.path.resolve() / "inputs.safetensors"
-            write_inputs(path, q, k, v, tokens, is_causal)
-            self._source = SourceSpec(model=str(path))
+            layers = write_inputs(path, q, k, v, tokens, is_causal)
+            self._source = SourceSpec(model=str(path), layer=min(3, layers - 1))
+        self.source = SpecForm(self._source, title="What is looked at")
         self.job_box = widgets.VBox()  # in the Hardware and in the Runs tab
-        self.sample = SampleTab(self, self._source)
+        self.sample = SampleTab(self, self.source)
         self.circuit = CircuitTab(self, self.sample)
         self.mitigate = MitigateTab(self, self.circuit)
         self.hardware = HardwareTab(self, self.circuit)
@@ -143,7 +143,7 @@ class Workbench(widgets.VBox):
         self.tab_bar = widgets.Tab([tab.widget for tab in tabs], titles=[tab.title for tab in tabs])
         hear_while_busy(self.tab_bar)
         style = widgets.HTML(f"<style>{CSS.read_text(encoding='utf-8')}</style>", layout={"display": "none"})
-        super().__init__([style, self.tab_bar])
+        super().__init__([style, self.source, self.tab_bar])
         self.add_class("qtx-workbench")
         self.tab_bar.observe(lambda _: self.request_save(), "selected_index")
         self.restoring = False
@@ -238,10 +238,14 @@ class Workbench(widgets.VBox):
         return str(self.run.path.parent.resolve())
 
     def storage_note(self) -> str:
-        """Where everything is saved, for the status line; HTML."""
+        """In which run everything is saved, for the status line."""
         if self._save_problem:
-            return f'<span class="qtx-wb-trouble">not saved: {html.escape(self._save_problem)}</span>'
-        return "not saved yet" if self._run is None else f"saved in {html.escape(self._run.path.name)}"
+            return f"not saved: {self._save_problem}"
+        return "not saved yet" if self._run is None else f"saved in {self._run.path.name}"
+
+    def storage_place(self) -> str:
+        """The path of that run; empty before there is one."""
+        return "" if self._run is None else str(self._run.path)
 
     def list_jobs(self) -> None:
         """List the jobs and the runs as they are now."""
@@ -312,6 +316,7 @@ class Workbench(widgets.VBox):
             before = self.storage_note()
             state = {
                 "tab": self.open_tab_name,
+                "source": self.source.spec.to_parameters(),
                 "forms": {name: tab.state() for name, tab in self.tabs.items()},
             }
             try:
@@ -328,13 +333,15 @@ class Workbench(widgets.VBox):
         try:
             state = json.loads((run.path / STATE_FILE).read_bytes())
             forms, open_tab = dict(state["forms"]), str(state["tab"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            source = SourceSpec(**state["source"])
+        except (OSError, ValueError, KeyError, TypeError, SpecError) as error:
             raise StorageError(f"{run.path} holds no state of a workbench: {error}.") from error
         with FORM_LOCK, self._lock:
             self.restoring = True  # nothing of this is to be saved
             self._run = run
             _OPEN[run.path.resolve()] = self
             run.update(status="running", process=provenance.this_process())
+            self.source.spec = source
             for name, tab in self.tabs.items():
                 tab.set_state(forms.get(name, {}))
                 path = run.path / "results" / f"{name}.npz"

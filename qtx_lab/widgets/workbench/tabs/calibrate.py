@@ -8,25 +8,27 @@ from typing import Any
 
 import ipywidgets as widgets
 
-from ....specs import Real, Spec, Whole
+from ....errors import ArgumentError
+from ....specs import Real, Spec, Whole, field
 from ...forms import SpecForm
 from ..tab import WorkbenchTab
 from ..tab_host import TabHost
-from .html_parts import form_field, head_row, spaced
+from .code_parts import Code, call, shell
+from .html_parts import head_row, spaced
 from .sample import SampleTab
 
 
 class CalibrationSpec(Spec):
     """What a calibration is to keep, and on how much text it is measured."""
 
-    max_loss: Real = form_field(
+    max_loss: Real = field(
         0.01, "By how much the model's loss may rise, as a share of exact attention's.", "", "bound",
         gt=0, le=1,
     )  # fmt: skip
-    length: Whole = form_field(
+    length: Whole = field(
         512, "Length of the prompts that the settings are for.", "tokens", "text", ge=32, le=65_536
     )
-    windows: Whole = form_field(
+    windows: Whole = field(
         8, "Stretches of text; a third of them find the settings, the others verify them.", "windows", "text",
         ge=4, le=64,
     )  # fmt: skip
@@ -36,6 +38,7 @@ class CalibrateTab(WorkbenchTab):
     """The cheapest draws of each layer of the model that the Sample tab names."""
 
     name, title, button, task = "calibrate", "Calibrate", "Calibrate", "calibrate"
+    codes = ("python", "command")
     first_step = (
         "Press <b>Calibrate</b> to find the draws of each layer of the Sample tab's model that read least "
         "and keep its loss within the bound."
@@ -43,18 +46,45 @@ class CalibrateTab(WorkbenchTab):
 
     def __init__(self, bench: TabHost, sample: SampleTab):
         self._sample, self._answer = sample, widgets.HTML()
-        super().__init__(bench, {"calibration": SpecForm(CalibrationSpec)}, self._answer)
+        forms = {"calibration": SpecForm(CalibrationSpec)}
+        super().__init__(bench, forms, self._answer, shared={"source": sample.forms["source"]})
 
     def arguments(self) -> dict[str, Any]:
         """The arguments of the task."""
-        source = self._sample.source
-        chosen = {"model": source.model, "text": source.text, "seed": source.seed}
-        return {**chosen, **self.form.spec.to_parameters()}
+        state = self.state()
+        if state["source"]["text"] is None:
+            raise ArgumentError("A calibration needs a long text: choose a text in place of the prompt.")
+        return {**state["source"], **state["calibration"]}
 
     def state(self) -> dict[str, Any]:
-        """The fields of the form, with the model and text: others make the answer stale, too."""
-        source = self._sample.source
-        return {**super().state(), "model and text": {"model": source.model, "text": source.text}}
+        """The fields of the form, and of the bar those that matter: a head does not make the answer stale."""
+        state = super().state()
+        return {**state, "source": {name: state["source"][name] for name in ("model", "text", "seed")}}
+
+    def python_code(self) -> str:
+        """Python that finds the same settings."""
+        state = self.shown_state()
+        source, form = state["source"], state["calibration"]
+        text = source["text"]
+        words = Code("qtx.reference_text()" if text == "reference" else call("qtx.read_text", text))
+        best = call(
+            "qtx.calibrate", Code("model"), words, form["max_loss"],
+            length=form["length"], windows=form["windows"], seed=source["seed"],
+        )  # fmt: skip
+        return (
+            f"import qtx_lab as qtx\n\nmodel = {call('qtx.load_language_model', source['model'])}\n"
+            f"best = {best}\nprint(best)\n"
+        )
+
+    def command(self) -> str:
+        """The line of a shell that finds the same settings."""
+        state = self.shown_state()
+        source, form = state["source"], state["calibration"]
+        return shell(
+            "qtx-lab", "calibrate", source["model"], "--text", source["text"],
+            "--max-loss", str(form["max_loss"]), "--length", str(form["length"]),
+            "--windows", str(form["windows"]), "--seed", str(source["seed"]),
+        )  # fmt: skip
 
     def show(self, result: dict[str, Any]) -> None:
         """Show the answer, what was tried, and the settings to copy."""

@@ -63,7 +63,7 @@ class CircuitTab(WorkbenchTab):
         self._table, self.view_box = widgets.HTML(), widgets.VBox()
         self.view: CircuitView | None = None
         self._view_inputs: Any = None
-        super().__init__(bench, forms, self.view_box, self._table)
+        super().__init__(bench, forms, self.view_box, self._table, shared={"source": sample.forms["source"]})
         self.mitigation_form = SpecForm(ZERO_NOISE)
         self.mitigation_form.observe(lambda _: self._fit_follows_form(), "spec")
 

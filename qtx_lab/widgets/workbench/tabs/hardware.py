@@ -28,7 +28,9 @@ class HardwareTab(WorkbenchTab):
         groups = field_groups(CircuitSpec)
         fields = [name for name, group in groups.items() if group not in ("noise", "hybrid")]
         self._table = widgets.HTML()
-        super().__init__(bench, {"device": SpecForm(TWIN, fields)}, self._table, bench.job_box)
+        forms = {"device": SpecForm(TWIN, fields)}
+        shared = {name: circuit.forms[name] for name in ("rows", "source")}
+        super().__init__(bench, forms, self._table, bench.job_box, shared=shared)
 
     def arguments(self) -> dict[str, Any]:
         """The arguments of the task."""

@@ -6,9 +6,9 @@ import html
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from pydantic import Field
+from ....specs import Spec, field
 
-from ....specs import Spec
+form_field = field
 
 NO_ADVANTAGE = (
     "Loading a row that is known into a circuit gives no advantage over drawing from it: the same number of "
@@ -25,11 +25,6 @@ CIRCUIT_FACTS = {
     "mitigation": "mitigation",
 }
 """What is said of a circuit and its device, and how it is called."""
-
-
-def form_field(default: Any, text: str, unit: str, group: str, **bounds: Any) -> Any:
-    """A field of a tab's own spec: its default, help text, unit, heading in the form, and bounds."""
-    return Field(default, description=text, json_schema_extra={"unit": unit, "group": group}, **bounds)
 
 
 def field_groups(kind: type[Spec]) -> dict[str, str]:

@@ -23,15 +23,11 @@ class MitigateTab(WorkbenchTab):
     def __init__(self, bench: TabHost, circuit: CircuitTab):
         self._circuit, self._table = circuit, widgets.HTML()
         forms = {"mitigation": circuit.mitigation_form}
-        super().__init__(bench, forms, self._table, circuit.view_box)
+        super().__init__(bench, forms, self._table, circuit.view_box, shared=circuit.forms)
 
     def arguments(self) -> dict[str, Any]:
         """The arguments of the task."""
         return {**self._circuit.arguments(), "mitigation": self.form.spec.to_parameters()}
-
-    def state(self) -> dict[str, Any]:
-        """The fields of the forms, with those of the Circuit tab: other rows make this picture stale, too."""
-        return {**super().state(), "circuit tab": self._circuit.state()}
 
     def show(self, result: dict[str, Any]) -> None:
         """Show the table of the rows."""

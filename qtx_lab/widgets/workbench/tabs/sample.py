@@ -9,6 +9,7 @@ from typing import Any
 
 import ipywidgets as widgets
 import torch
+from pydantic import model_validator
 
 from ....models.language_model import language_models
 from ....specs import MAX_SEED, ControlSpec, SamplerSpec, Spec, Whole
@@ -17,6 +18,7 @@ from ...forms import SpecForm
 from ...views.lens import AttentionLens
 from ..tab import WorkbenchTab
 from ..tab_host import TabHost
+from .code_parts import IMPORTS, Code, call, inputs_code
 from .html_parts import form_field, notes_list, spaced
 
 MAX_ROWS = 16
@@ -30,35 +32,61 @@ QUICK_DRAW_S = 3.0
 
 
 class SourceSpec(Spec):
-    """Whose attention is looked at."""
+    """Whose attention is looked at; the workbench shows it in the bar at its top."""
 
-    layer: Whole = form_field(3, "Layer whose attention is shown.", "index", "attention", ge=0, le=4095)
-    head: Whole = form_field(0, "Query head whose attention is shown.", "index", "attention", ge=0, le=4095)
-    seed: Whole = form_field(0, "Seed of every random number.", "number", "attention", ge=0, le=MAX_SEED)
     model: str = form_field(
         "reference", "A model's name, which is fetched when it is first used, or the folder of a Hugging "
         "Face model.", "path", "model and text", min_length=1, examples=list(language_models()),
     )  # fmt: skip
-    text: str = form_field(
+    text: str | None = form_field(
         "reference", '"reference" for the shipped text, or the path of a UTF-8 file.', "path",
-        "model and text", min_length=1,
+        "model and text", min_length=1, examples=["reference"],
+    )  # fmt: skip
+    prompt: str | None = form_field(
+        None, "A text of your own, in place of a file.", "text", "model and text",
+        min_length=1, instead_of="text", start="The import statement combines two operations; it searches",
     )  # fmt: skip
     num_tokens: Whole = form_field(
-        512, "Length of the text's beginning that is used.", "tokens", "model and text", ge=2, le=4096
-    )
+        512, "Length of the text's beginning that is used.", "tokens", "model and text",
+        label="tokens", ge=2, le=4096,
+    )  # fmt: skip
+    layer: Whole = form_field(3, "Layer whose attention is shown.", "index", "attention", ge=0, le=4095)
+    head: Whole = form_field(0, "Query head whose attention is shown.", "index", "attention", ge=0, le=4095)
+    seed: Whole = form_field(0, "Seed of every random number.", "number", "attention", ge=0, le=MAX_SEED)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _text_or_prompt(cls, fields: Any) -> Any:
+        """A prompt takes the place of the text; one of the two is needed."""
+        if not isinstance(fields, Mapping):
+            return fields
+        text, prompt = fields.get("text"), fields.get("prompt")
+        if text is not None and prompt is not None:
+            raise ValueError(f"prompt={prompt!r} and text={text!r} exclude each other: give one.")
+        if prompt is not None:
+            return {**fields, "text": None}
+        if "text" in fields and text is None:
+            raise ValueError("text=None is not allowed without a prompt: give one of them.")
+        return fields
 
     def inputs(self) -> dict[str, Any]:
         """What the workers load: the arguments of `load_inputs`."""
-        return {"model": self.model, "text": self.text, "num_tokens": self.num_tokens}
+        return {
+            "model": self.model,
+            "text": self.text,
+            "num_tokens": self.num_tokens,
+            "prompt": self.prompt,
+        }
 
 
 class SampleTab(WorkbenchTab):
     """Sampled attention of one head beside the exact one."""
 
     name, title, button, task = "sample", "Sample", "Draw", "sample"
+    codes = ("python",)
     first_step = "Press <b>Draw</b> to see a head's exact and sampled attention side by side."
 
-    def __init__(self, bench: TabHost, source: SourceSpec):
+    def __init__(self, bench: TabHost, source: SpecForm):
         self.lens: AttentionLens | None = None
         self._lens_inputs: Any = None
         self._redraw_timer: threading.Timer | None = None
@@ -70,9 +98,9 @@ class SampleTab(WorkbenchTab):
         forms = {
             "sampler": SpecForm(SamplerSpec),
             "control variates": SpecForm(ControlSpec),
-            "source": SpecForm(source),
         }
-        super().__init__(bench, forms, self._summary, self._lens_box, widgets.HBox([self._send_button]))
+        views = (self._summary, self._lens_box, widgets.HBox([self._send_button]))
+        super().__init__(bench, forms, *views, shared={"source": source})
 
     @property
     def source(self) -> SourceSpec:
@@ -122,6 +150,37 @@ class SampleTab(WorkbenchTab):
         if self.result is None:
             return ""
         return f"{spaced(self.result['draws'])} draws in {self.result['seconds']:.2g} s"
+
+    def python_code(self) -> str:
+        """Python that draws the same estimate, and computes the same error."""
+        state = self.shown_state()
+        source, sampler = state["source"], SamplerSpec(**state["sampler"])
+        settings: dict[str, Any] = {"sampler": sampler.name}
+        if sampler.tolerance is None:
+            settings["num_samples"] = sampler.num_samples
+        else:
+            settings |= {"tolerance": sampler.tolerance, "confidence": sampler.confidence}
+        if sampler.replicates > 1:
+            settings["replicates"] = sampler.replicates
+        if state["control variates"]["names"]:
+            settings["control_variate"] = list(state["control variates"]["names"])
+        estimate = call(
+            "qtx.sampled_attention", Code("q"), Code("k"), Code("v"), **settings,
+            is_causal=Code("inputs.is_causal"), enable_gqa=Code("q.shape[0] != k.shape[0]"),
+            generator=Code(f"torch.Generator().manual_seed({source['seed']})"),
+        )  # fmt: skip
+        exact = call(
+            "torch.nn.functional.scaled_dot_product_attention",
+            Code("q[None]"), Code("k[None]"), Code("v[None]"),
+            is_causal=Code("inputs.is_causal"), enable_gqa=Code("q.shape[0] != k.shape[0]"),
+        )  # fmt: skip
+        return (
+            f"{IMPORTS}\n{inputs_code(source)}layer, head = {source['layer']}, {source['head']}\n"
+            f"q, k, v = inputs.layers[layer]\nestimate = {estimate}\n"
+            f"exact = {exact}[0, head].double()\n"
+            "error = float((estimate.output[head] - exact).norm() / exact.norm())\n"
+            'print(f"Layer {layer}, head {head}: off by {error:.3%} of the exact output\'s norm.")\n'
+        )
 
     def _summary_html(self, result: Mapping[str, Any], sampler: SamplerSpec, source: SourceSpec) -> str:
         error, std_error = result["error"], result["std_error"]

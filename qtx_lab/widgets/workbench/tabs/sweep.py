@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+import json
 from math import prod
 from typing import Any
 
@@ -13,6 +14,7 @@ from ....specs import ClusterSpec, SweepSpec
 from ...forms import SpecForm
 from ..tab import WorkbenchTab
 from ..tab_host import TabHost
+from .code_parts import Code, call, changed_fields, shell
 from .html_parts import head_row, notes_list, spaced
 
 
@@ -20,6 +22,7 @@ class SweepTab(WorkbenchTab):
     """The same notebook for many values of its parameters."""
 
     name, title, button, task = "sweep", "Sweep", "Sweep", "sweep"
+    codes = ("python", "command")
     first_step = "Press <b>Sweep</b> to run a notebook once for every combination of the grid's values."
 
     def __init__(self, bench: TabHost):
@@ -58,6 +61,32 @@ class SweepTab(WorkbenchTab):
             f"<tbody>{rows}</tbody></table></div>"
             + notes_list([], f"Saved in the run <code>{html.escape(result['run'])}</code>.")
         )
+
+    def python_code(self) -> str:
+        """Python that runs the same notebooks."""
+        state = self.shown_state()
+        plan, cluster = state["plan"], changed_fields(ClusterSpec(**state["cluster"]))
+        run = call(
+            "qtx.sweep", plan["notebook"], plan["grid"], parameters=plan["parameters"],
+            repeats=plan["repeats"], seed=plan["seed"], cluster=Code(call("qtx.ClusterSpec", **cluster)),
+        )  # fmt: skip
+        return f"import qtx_lab as qtx\n\nrun = {run}\nprint(run.metrics())\n"
+
+    def command(self) -> str:
+        """The line of a shell that runs the same notebooks, on this machine."""
+        state = self.shown_state()
+        plan, cluster = state["plan"], state["cluster"]
+        words = ["qtx-lab", "sweep", plan["notebook"]]
+        for name, values in plan["grid"].items():
+            words += ["-g", f"{name}={json.dumps(values)[1:-1]}"]
+        for name, value in plan["parameters"].items():
+            words += ["-p", name, json.dumps(value)]
+        words += ["--repeats", str(plan["repeats"]), "--seed", str(plan["seed"])]
+        if cluster["kind"] == "address":
+            words += ["--cluster", cluster["address"]]
+        elif cluster["num_workers"]:
+            words += ["--workers", str(cluster["num_workers"])]
+        return shell(*words)
 
     def picture(self) -> bytes | None:
         """The figure of the sweep as PNG, where it has one."""

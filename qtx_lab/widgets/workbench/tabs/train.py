@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import html
+import json
 from collections.abc import Mapping
 from typing import Any
 
 import ipywidgets as widgets
 
-from ....specs import ClusterSpec, Spec, Switch, TrainSpec
+from ....specs import ClusterSpec, Spec, Switch, TrainSpec, field
 from ...forms import SpecForm
 from ...views.stream import MetricStream
 from ..process import Work
 from ..tab import WorkbenchTab
 from ..tab_host import TabHost
-from .html_parts import form_field, notes_list, spaced
+from .code_parts import Code, call, changed_fields, shell
+from .html_parts import notes_list, spaced
 
 CURVES = {
     "bits_per_byte": "training",
@@ -37,7 +39,7 @@ LAST_STEP = {
 class WhereSpec(Spec):
     """Where a model is trained."""
 
-    distributed: Switch = form_field(
+    distributed: Switch = field(
         False, "Over the workers of the cluster below; otherwise in one process.", "yes or no", "where"
     )
 
@@ -46,6 +48,7 @@ class TrainTab(WorkbenchTab):
     """Training with sampled attention."""
 
     name, title, button, task = "train", "Train", "Train", "train"
+    codes = ("python", "command")
     first_step = "Press <b>Train</b> to train the reference model with sampled attention."
 
     def __init__(self, bench: TabHost):
@@ -92,6 +95,34 @@ class TrainTab(WorkbenchTab):
             "cluster": state["cluster"],
             **state["where"],
         }
+
+    def python_code(self) -> str:
+        """Python that trains in the same way."""
+        state = self.shown_state()
+        spec = call("qtx.TrainSpec", **changed_fields(TrainSpec(**state["training"])))
+        lines = ["import qtx_lab as qtx", "", f"spec = {spec}"]
+        more: dict[str, Any] = {}
+        if state["where"]["distributed"]:
+            cluster = call("qtx.ClusterSpec", **changed_fields(ClusterSpec(**state["cluster"])))
+            lines.append(f"cluster = qtx.open_cluster(**{cluster}.arguments())")
+            more = {"distributed": True, "cluster": Code("cluster")}
+        trainer = call("qtx.QuantumTrainer", Code("**spec.arguments()"), **more)
+        lines += [f"result = {trainer}.train()", 'print(f"loss {result.loss:.6f} nats a token")', ""]
+        return "\n".join(lines)
+
+    def command(self) -> str:
+        """The line of a shell that trains in the same way."""
+        state = self.shown_state()
+        words = ["qtx-lab", "train"]
+        for name, value in changed_fields(TrainSpec(**state["training"])).items():
+            text = "none" if value is None else value if isinstance(value, str) else json.dumps(value)
+            words += [f"--{name.replace('_', '-')}", text]
+        if state["where"]["distributed"]:
+            cluster = state["cluster"]
+            words += ["--cluster", cluster["kind"]]
+            words += ["--num-workers", str(cluster["num_workers"])] if cluster["num_workers"] else []
+            words += ["--address", cluster["address"]] if cluster["address"] else []
+        return shell(*words)
 
     def show(self, result: dict[str, Any]) -> None:
         """List the metrics of the last step."""

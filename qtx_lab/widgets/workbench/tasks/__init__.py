@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from .calibration import calibrate
 from .circuits import measure, submit
-from .inputs import Inputs, exact_weights, load_inputs
+from .inputs import load_inputs
 from .runs import list_runs, sweep
 from .sampling import sample
 from .training import train
 
 __all__ = [
-    "Inputs",
     "calibrate",
-    "exact_weights",
     "list_runs",
     "load_inputs",
     "measure",

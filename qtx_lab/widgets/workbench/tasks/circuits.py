@@ -11,9 +11,10 @@ from torch import Tensor
 
 from ....errors import ArgumentError
 from ....experiments.runs import Run
+from ....models.inputs import AttentionInputs
 from ....specs import CircuitSpec, MitigationSpec
 from ..process_server import TaskReport
-from .inputs import Inputs, exact_weights, load_inputs
+from .inputs import load_inputs
 
 if TYPE_CHECKING:
     from ....backends import QiskitQuantumBackend
@@ -107,9 +108,9 @@ def _part_result(measurement: Measurement, p: Tensor, facts: Mapping[str, Any]) 
     }
 
 
-def _rows(inputs: Inputs, layer: int, head: int, rows: list[int]) -> Tensor:
+def _rows(inputs: AttentionInputs, layer: int, head: int, rows: list[int]) -> Tensor:
     """Some rows of a head's attention, (R, n), cut to the keys that any of them sees."""
-    p = exact_weights(inputs, layer, head)
+    p = inputs.weights(layer, head)
     bad = [row for row in rows if not 0 <= row < len(p)]
     if bad or not rows:
         raise ArgumentError(f"rows={rows} is not allowed: it must be some of 0 to {len(p) - 1}.")

@@ -25,7 +25,6 @@ from click.testing import CliRunner
 import qtx_lab
 from qtx_lab.cli import main
 from qtx_lab.errors import ArgumentError, DtypeError, JobTimeout, RunFailed, ShapeError, SpecError, TextError
-from qtx_lab.experiments.runs import Run
 from qtx_lab.models.text import reference_text
 from qtx_lab.widgets.throttle import ThrottledCall
 from qtx_lab.widgets.workbench import tasks
@@ -242,6 +241,18 @@ def run_code(code: str) -> dict[str, Any]:
     return space
 
 
+class Recorder:
+    """Stands for a function that takes long, and remembers how it was called."""
+
+    def __init__(self, **result: Any) -> None:
+        self.calls: list[tuple[Any, Any]] = []
+        self._result = result
+
+    def __call__(self, *given: Any, **named: Any) -> Any:
+        self.calls.append((given, named))
+        return SimpleNamespace(**self._result, metrics=lambda: None)
+
+
 @pytest.mark.parametrize("effort", [{"num_samples": 16, "replicates": 3}, {"tolerance": 0.3}])
 def test_the_code_of_sample_gives_the_numbers_that_are_shown(
     bench: Workbench, effort: dict[str, Any]
@@ -420,20 +431,26 @@ def test_a_sweep_and_a_training_from_code(
     assert curves[curves["series"] == "training"]["x"].tolist() == [1, 2, 3]
     copied = run_code(bench.train.python_code())["result"]
     assert [row["loss"] for row in copied.metrics] == [row["loss"] for row in trained["rows"]]
-    by_command = CliRunner().invoke(main, [*shlex.split(bench.train.command())[1:], "--home", str(tmp_path)])
-    assert by_command.exit_code == 0, by_command.output
-    saved = Run.open(Path(by_command.output.split()[-1]).parent).manifest["results"]
-    assert saved["loss"] == trained["rows"][-1]["loss"]
+    asked = Recorder()
+    monkeypatch.setattr("qtx_lab.experiments.training_run.train_run", asked)
+    CliRunner().invoke(main, shlex.split(bench.train.command())[1:])
+    assert asked.calls[0][0] == (bench.train.form.spec,)
     result = swept.wait(200)
     assert result["status"] == "done"
     at = result["columns"].index(next(name for name in result["columns"] if "square" in name))
     assert sorted(row[at] for row in result["rows"]) == [4, 9]
-    monkeypatch.setenv("QTX_LAB_HOME", str(tmp_path))
-    copied = run_code(bench.sweep.python_code())["run"].metrics()
-    assert sorted(copied["square"]) == [4, 9]
-    options = shlex.split(bench.sweep.command())[1:]
-    assert main.make_context("qtx-lab", options, resilient_parsing=True).protected_args == ["sweep"]
-    assert "x=2, 3" in options
+    # A sweep takes long: it is seen that the copied code asks for the same one.
+    asked = Recorder()
+    monkeypatch.setattr("qtx_lab.experiments.sweeps.sweep", asked)
+    monkeypatch.setattr(qtx_lab, "sweep", asked, raising=False)
+    run_code(bench.sweep.python_code())
+    CliRunner().invoke(main, shlex.split(bench.sweep.command())[1:])
+    (by_python, python_options), (by_command, command_options) = asked.calls
+    assert by_python == by_command == (str(tmp_path / "squares.ipynb"), {"x": [2, 3]})
+    assert python_options["cluster"] == bench.sweep.forms["cluster"].spec
+    assert command_options["workers"] == 1
+    for name in ("parameters", "repeats", "seed"):
+        assert python_options[name] == command_options[name]
 
 
 def test_a_calibration_says_what_it_found_and_whether_it_holds(
@@ -446,28 +463,17 @@ def test_a_calibration_says_what_it_found_and_whether_it_holds(
     verdict = "verified" if result["verified"] else "NOT verified"
     assert f"reference: {verdict} on other text" in bench.calibrate._answer.value
     # A calibration takes long: it is seen that the copied code asks for the same one.
-    asked: list[dict[str, Any]] = []
-
-    def ask(model: Any, texts: Any, max_loss: float = 0.01, **named: Any) -> Any:
-        texts = [texts] if isinstance(texts, str) else texts
-        named = {name: named[name] for name in ("length", "windows", "seed")}
-        asked.append({"model": model.name, "texts": list(texts), "max_loss": max_loss, **named})
-        return SimpleNamespace(settings={}, verified=True)
-
-    monkeypatch.setattr("qtx_lab.models.calibration.calibrate", ask)
-    monkeypatch.setattr(qtx_lab, "calibrate", ask, raising=False)
+    asked = Recorder(settings={}, verified=True)
+    monkeypatch.setattr("qtx_lab.models.calibration.calibrate", asked)
+    monkeypatch.setattr(qtx_lab, "calibrate", asked, raising=False)
     run_code(bench.calibrate.python_code())
-    CliRunner().invoke(main, shlex.split(bench.calibrate.command())[1:], catch_exceptions=False)
-    assert asked == 2 * [
-        {
-            "model": "reference",
-            "texts": [reference_text()],
-            "max_loss": 0.3,
-            "length": 64,
-            "windows": 4,
-            "seed": 0,
-        }
-    ]
+    CliRunner().invoke(main, shlex.split(bench.calibrate.command())[1:])
+    (by_python, python_options), (by_command, command_options) = asked.calls
+    assert by_python[1:] == (reference_text(), 0.3)
+    assert by_command[1:] == ([reference_text()],)
+    assert command_options["max_loss"] == 0.3
+    for name, value in {"length": 64, "windows": 4, "seed": 0}.items():
+        assert python_options[name] == command_options[name] == value
     bench.sample.forms["source"].change(text="/no/such/text")
     assert bench.calibrate.state() != before  # another text makes the answer stale
     with pytest.raises(TextError, match="no/such/text"):

@@ -54,7 +54,13 @@ def field(
         Bounds as pydantic's `Field` takes them: `ge`, `gt`, `le`, `lt`, `min_length`, `max_length`,
         `pattern`; or `examples`, which a form suggests.
     """
-    shown = {"unit": unit, "group": group, "label": label, "instead_of": instead_of, "start": start}
+    shown: dict[str, Any] = {
+        "unit": unit,
+        "group": group,
+        "label": label,
+        "instead_of": instead_of,
+        "start": start,
+    }
     return Field(default, description=text, json_schema_extra=shown, **bounds)
 
 

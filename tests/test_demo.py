@@ -1,9 +1,11 @@
 """The quickstart on real text, with the results that a user of `qtx-lab demo` gets."""
 
 import re
+import shutil
 from html.parser import HTMLParser
 
 import pytest
+import torch
 
 import qtx_lab as qtx
 
@@ -56,8 +58,12 @@ def test_the_run_records_everything(run):
 
 def test_the_report_needs_neither_network_nor_javascript(run):
     page = (run.path / "report.html").read_text()
+    assert len(page) < 3_000_000
     tags = Tags(page).tags
-    assert not [tag for tag, _ in tags if tag in ("script", "iframe", "object", "embed")]
+    assert not [tag for tag, _ in tags if tag in ("iframe", "object", "embed")]
+    scripts = [attributes for tag, attributes in tags if tag == "script"]
+    assert [script["type"] for script in scripts] == ["application/json", "module"]  # of the attention maps
+    assert not any("src" in script for script in scripts)
     for _, attributes in tags:
         for name in ("src", "srcset", "href", "poster", "data"):
             target = attributes.get(name) or "data:"
@@ -69,6 +75,72 @@ def test_the_report_needs_neither_network_nor_javascript(run):
     assert all(image["alt"] for image in images)
     for sentence in run.manifest["results"]["summary"]:
         assert sentence.split(";")[0] in page
+
+
+@pytest.mark.ui
+def test_the_report_draws_anew_in_a_browser_without_a_network(run):
+    if (chromium := shutil.which("chromium") or shutil.which("google-chrome")) is None:
+        pytest.skip("No Chromium: `apt-get install chromium` (Debian).")
+    from playwright.sync_api import sync_playwright
+
+    spec = qtx.ExperimentSpec(**SMALL)
+    tokens = qtx.encode(qtx.reference_text())[None, : spec.num_tokens]
+    q, k, v = (x[0] for x in qtx.load_reference_model().attention_inputs(tokens)[spec.layer])
+    report, errors = (run.path / "report.html").as_uri(), []
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        plain = browser.new_context(java_script_enabled=False, offline=True).new_page()
+        plain.goto(report)
+        assert plain.locator("picture").first.is_visible()
+        assert plain.locator(".qtx").count() == 0
+
+        page = browser.new_context(offline=True).new_page()
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+        page.goto(report)
+        view, heading = page.locator(".qtx"), page.locator(".qtx h2")
+        page.wait_for_selector(".qtx[data-draws='16']")
+        assert not page.locator("picture").first.is_visible()
+
+        draw = "([h, s, n]) => {const d = document.querySelector('.qtx-page').page.head(3, h).draw(s, n);"
+        for sampler in qtx.AttentionLens.live_samplers:
+            seen = heading.inner_text()
+            page.get_by_label("Sampler").select_option(sampler)
+            if sampler != spec.sampler:
+                expect_another(page, heading, seen)
+            estimate = qtx.sampled_attention(
+                q, k, v, sampler=sampler, num_samples=24, generator=torch.Generator().manual_seed(0),
+                is_causal=True, enable_gqa=True,
+            )  # fmt: skip
+            drawn = page.evaluate(
+                draw + "return [[...d.indices], [...d.weights], d.error]}", [1, sampler, 24]
+            )
+            indices, weights = (torch.tensor(x).view(spec.num_tokens, 24) for x in drawn[:2])
+            expected = estimate.draws.weights[1]
+            differ = (indices != estimate.draws.indices[1]) & (expected > 0)
+            assert differ.double().mean() < 1e-3  # the page's logits are rounded in another order
+            assert torch.allclose(weights[~differ], expected[~differ], rtol=1e-3)
+
+        for act in (
+            lambda: page.get_by_label("draws per row").press("ArrowRight"),
+            lambda: page.get_by_label("layer 3, head 2", exact=False).click(),
+        ):
+            seen = heading.inner_text()
+            act()
+            expect_another(page, heading, seen)
+        page.locator(".qtx-map").first.focus()
+        for key in ("ArrowDown", "Shift+ArrowDown", "Shift+ArrowDown"):
+            page.keyboard.press(key)
+        page.get_by_text("3 rows selected").wait_for()
+        page.get_by_label("layer 0, head 0", exact=False).click()
+        view.get_by_text(re.compile("does not hold layer 0, head 0|Layer 0, head 0:")).first.wait_for()
+        browser.close()
+    assert errors == []
+
+
+def expect_another(page, heading, text):
+    """Wait until a heading has another text."""
+    page.wait_for_function("([e, t]) => e.innerText !== t", arg=[heading.element_handle(), text])
 
 
 def test_the_same_seed_gives_the_same_numbers(run, tmp_path):

@@ -26,6 +26,7 @@ const notice = `/* Contains d3-scale, d3-array and the modules of d3 that they n
 const bundles = [
   { name: "widgets", source: "src/index.ts", js: `${banner}\n${notice}` },
   { name: "form", source: "src/form.ts", js: banner },
+  { name: "page", source: "src/page.ts", js: `${banner}\n${notice}` },
 ];
 for (const { name, source, js } of bundles) {
   await build({

@@ -1,4 +1,4 @@
-"""`report.html`: a run as one self-contained page, without JavaScript or network."""
+"""`report.html`: a run as one self-contained page that needs no network, and no script either."""
 
 from __future__ import annotations
 
@@ -54,6 +54,7 @@ def write_report(run: Run) -> Path:
     results = manifest.get("results") or {}
     summary, table = results.get("summary") or [], results.get("table")
     spec = _spec_fields(run, manifest)
+    figures = [figure for facts in run.figures() if (figure := _figure(run, facts))]
     page = _template().render(
         title=manifest.get("title") or manifest["name"],
         manifest={"error": None, "command": None, **manifest},
@@ -61,7 +62,8 @@ def write_report(run: Run) -> Path:
         duration=_duration(manifest.get("seconds")),
         summary=[str(x) for x in summary] if isinstance(summary, list) else [str(summary)],
         table=_table([row for row in table if isinstance(row, Mapping)] if isinstance(table, list) else []),
-        figures=[figure for facts in run.figures() if (figure := _figure(run, facts))],
+        figures=figures,
+        is_live=any(figure["live"] for figure in figures),
         spec=spec.fields,
         spec_missing=spec.problem,
         provenance=_provenance(manifest),
@@ -99,7 +101,7 @@ def _figure(run: Run, facts: Mapping[str, Any]) -> dict[str, Any] | None:
     if light is None:
         return None
     caption, title = str(facts.get("caption") or ""), facts.get("title")
-    rows = facts.get("rows")
+    rows, live = facts.get("rows"), _bytes(folder / f"{name}.html")
     return {
         "name": name,
         "title": title,
@@ -110,6 +112,7 @@ def _figure(run: Run, facts: Mapping[str, Any]) -> dict[str, Any] | None:
         "size": _size(light),
         "rows": _text(rows) if isinstance(rows, int) else None,
         "csv": _csv(folder / f"{name}.parquet", rows),
+        "live": live and live.decode(errors="replace"),
     }
 
 

@@ -260,6 +260,7 @@ class Run:
         data: pd.DataFrame,
         caption: str,
         title: str | None = None,
+        live: str | None = None,
     ) -> Image:
         """Draw a figure in both themes and save it with its data and caption.
 
@@ -275,6 +276,9 @@ class Run:
             Everything that is drawn.
         caption, title : str
             Shown with the figure in the report.
+        live : str, optional
+            HTML that the report shows in place of the picture where scripts run, such as that of
+            `AttentionLens.live_html`. It is trusted, and saved as `<name>.html`.
 
         Returns
         -------
@@ -304,6 +308,11 @@ class Run:
                 pictures[theme] = _rendered(figures[theme], "png")
                 write_atomic(folder / f"{name}{suffix}.png", pictures[theme])
             write_atomic(folder / f"{name}.svg", _rendered(figures["light"], "svg"))
+            page = folder / f"{name}.html"
+            if live is None:
+                page.unlink(missing_ok=True)
+            else:
+                write_atomic(page, live.encode())
             facts = {
                 "name": name,
                 "title": title,

@@ -83,3 +83,17 @@ def test_the_page_begins_with_the_error_of_a_run(tmp_path, raised, status) -> No
     assert f"This run {'was ' if status == 'interrupted' else ''}{status}" in text
     assert ("off by &lt;1&gt;" in text) == (status == "failed")
     assert "spec.yaml cannot be read" in text
+
+
+def test_a_figure_is_replaced_by_html_that_redraws_it_where_scripts_run(tmp_path) -> None:
+    data, live = pd.DataFrame({"x": [1]}), '<div class="qtx-page"><script>1 &lt; 2</script></div>'
+    with Run.create(ExperimentSpec(), "trial", tmp_path) as run:
+        run.save_figure("maps", draw, data, "its caption", live=live)
+    text = write_report(run).read_text(encoding="utf-8")
+    assert live in text
+    assert text.index("<img") < text.index(live) < text.index("<figcaption>its caption")
+    assert "runs no script" not in text
+    run.save_figure("maps", draw, data, "its caption")
+    text = write_report(run).read_text(encoding="utf-8")
+    assert live not in text
+    assert "runs no script" in text

@@ -17,18 +17,21 @@ const WORD = 2 ** 32;
 /** The upper 32 bits of the product of two words; the lower ones are `Math.imul`'s. */
 function upper(a: number, b: number): number {
   const [aHigh, aLow, bHigh, bLow] = [a >>> 16, a & 0xffff, b >>> 16, b & 0xffff];
-  const middle = aHigh * bLow + Math.floor((aLow * bLow) / 0x10000); // below 2^33
-  const cross = aLow * bHigh + (middle % 0x10000);
-  return (aHigh * bHigh + Math.floor(middle / 0x10000) + Math.floor(cross / 0x10000)) >>> 0;
+  const middle = (Math.imul(aHigh, bLow) >>> 0) + (Math.imul(aLow, bLow) >>> 16); // fits into a word
+  const cross = (Math.imul(aLow, bHigh) >>> 0) + (middle & 0xffff); // and so does this
+  return (Math.imul(aHigh, bHigh) + (middle >>> 16) + (cross >>> 16)) >>> 0;
 }
 
-/** Four words for a key and a counter of words: Philox 4×32 with 10 rounds. */
-export function philox(
-  key: readonly [number, number],
-  counter: readonly [number, number, number, number],
-): [number, number, number, number] {
-  let [k0, k1] = key;
-  let [c0, c1, c2, c3] = counter;
+/** Writes four words for a key and a counter of words into `out`: Philox 4×32 with 10 rounds. */
+function rounds(
+  k0: number,
+  k1: number,
+  c0: number,
+  c1: number,
+  c2: number,
+  c3: number,
+  out: Uint32Array,
+): void {
   for (let round = 0; round < 10; round++) {
     const [high0, low0] = [upper(0xd2511f53, c0), Math.imul(0xd2511f53, c0)];
     const [high1, low1] = [upper(0xcd9e8d57, c2), Math.imul(0xcd9e8d57, c2)];
@@ -39,7 +42,20 @@ export function philox(
     k0 = (k0 + 0x9e3779b9) >>> 0;
     k1 = (k1 + 0xbb67ae85) >>> 0;
   }
-  return [c0, c1, c2, c3];
+  out[0] = c0;
+  out[1] = c1;
+  out[2] = c2;
+  out[3] = c3;
+}
+
+/** Four words for a key and a counter of words. */
+export function philox(
+  key: readonly [number, number],
+  counter: readonly [number, number, number, number],
+): Uint32Array {
+  const words = new Uint32Array(4);
+  rounds(...key, ...counter, words);
+  return words;
 }
 
 /** A number in [0, 1) of 53 bits from two words. */
@@ -49,8 +65,9 @@ const uniform = (high: number, low: number) => ((high >>> 5) * 2 ** 26 + (low >>
 export function uniforms(stream: RowStream, replicate: number, count: number): Float64Array {
   const out = new Float64Array(count);
   const last = ((replicate << 8) | POINTS) >>> 0;
+  const [position, words] = [stream.position % WORD, new Uint32Array(4)];
   for (let i = 0; i < count; i += 2) {
-    const words = philox(stream.key, [i / 2, stream.position % WORD, stream.group, last]);
+    rounds(stream.key[0], stream.key[1], i / 2, position, stream.group, last, words);
     out[i] = uniform(words[0], words[1]);
     if (i + 1 < count) out[i + 1] = uniform(words[2], words[3]);
   }

@@ -22,7 +22,7 @@ describe("philox", () => {
       "d16cfe09 94fdcceb 5001e420 24126ea1",
     ],
   ] as [[number, number], [number, number, number, number], string][])("of %j, %j", (key, counter, words) => {
-    const hex = philox(key, counter).map((word) => word.toString(16).padStart(8, "0"));
+    const hex = [...philox(key, counter)].map((word) => word.toString(16).padStart(8, "0"));
     expect(hex.join(" ")).toBe(words);
   });
 });

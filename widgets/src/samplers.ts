@@ -30,9 +30,9 @@ export interface Row {
 /** What `head-tail` knows of a row besides. */
 export interface HeadTailRow {
   p: Floats;
-  /** The probabilities, largest first, and their running sums. */
+  /** The sum of the probabilities, and they themselves, largest first. */
+  total: number;
   sorted: Floats;
-  sums: Floats;
   /** Keys that have mass. */
   seen: number;
 }
@@ -67,8 +67,6 @@ function below(x: number, kind: Floats): number {
   return double[0];
 }
 
-const DOUBLE = new Float64Array(0);
-
 /** Masses of logits, all zero where every key is masked by -Infinity. They are rounded to the nearest number,
  * torch's `exp` may be one off. */
 export function masses<F extends Floats>(logits: F): F {
@@ -81,61 +79,55 @@ export function masses<F extends Floats>(logits: F): F {
   return mass;
 }
 
+/** Four levels of partial sums, each of up to 32 numbers. */
+const SINGLES = new Float32Array(4 * 32);
+const DOUBLES = new Float64Array(4 * 16);
+
 /** The sum of x[from … to) in the order of torch's vectorised sum, rounded as x at every step.
  *
- * torch adds up vectors of 32 bytes: four chains of them, each in pieces that are added up in levels.
+ * torch adds up vectors of 32 bytes in four chains, each in pieces that are added up in levels; the chains'
+ * vectors stand side by side, so that all of them together are `step` neighbours.
  * Source: ATen/native/cpu/SumKernel.cpp, `cascade_sum`. */
 export function sum(x: Floats, from = 0, to = x.length): number {
-  const width = x instanceof Float32Array ? 8 : 4;
-  const round = rounding(x);
-  const vectors = Math.floor((to - from) / width);
-  const perChain = Math.floor(vectors / 4);
-  const lanes = like(x, width);
-  for (let lane = 0; lane < width; lane++) {
-    const start = from + lane;
-    const first = chain(x, start, 4 * width, perChain, round);
-    let total = first;
-    for (let i = 4 * perChain; i < vectors; i++) total = round(total + x[start + i * width]);
-    for (let k = 1; k < 4; k++)
-      total = round(total + chain(x, start + k * width, 4 * width, perChain, round));
-    lanes[lane] = total;
-  }
-  let total = 0;
-  for (let i = from + vectors * width; i < to; i++) total = round(total + x[i]);
-  for (let lane = 0; lane < width; lane++) total = round(total + lanes[lane]);
-  return total;
-}
-
-/** The sum of `size` numbers that stand `stride` apart, in four levels. */
-function chain(
-  x: Floats,
-  start: number,
-  stride: number,
-  size: number,
-  round: (value: number) => number,
-): number {
-  const power = Math.max(4, Math.floor((size > 1 ? 32 - Math.clz32(size - 1) : 0) / 4));
-  const step = 1 << power;
-  const levels = [0, 0, 0, 0];
-  let i = 0;
-  while (i + step <= size) {
-    for (let j = 0; j < step; j++, i++) levels[0] = round(levels[0] + x[start + i * stride]);
-    for (let j = 1; j < 4; j++) {
-      levels[j] = round(levels[j] + levels[j - 1]);
-      levels[j - 1] = 0;
-      if ((i & ((step - 1) << (j * power))) !== 0) break;
+  const levels = x instanceof Float32Array ? SINGLES : DOUBLES; // which round as x
+  const [step, width] = [levels.length / 4, levels.length / 16];
+  const steps = Math.floor((to - from) / step);
+  const power = Math.max(4, Math.floor((steps > 1 ? 32 - Math.clz32(steps - 1) : 0) / 4));
+  levels.fill(0);
+  let at = from;
+  for (let i = 0; i < steps;) {
+    const end = Math.min(steps, (i | ((1 << power) - 1)) + 1);
+    for (; i < end; i++, at += step) for (let m = 0; m < step; m++) levels[m] += x[at + m];
+    for (let j = 1; j < 4 && i % (1 << power) === 0; j++) {
+      for (let m = 0; m < step; m++) {
+        levels[j * step + m] += levels[(j - 1) * step + m];
+        levels[(j - 1) * step + m] = 0;
+      }
+      if ((i & (((1 << power) - 1) << (j * power))) !== 0) break;
     }
   }
-  for (; i < size; i++) levels[0] = round(levels[0] + x[start + i * stride]);
-  for (let j = 1; j < 4; j++) levels[0] = round(levels[0] + levels[j]);
-  return levels[0];
+  for (let j = 1; j < 4; j++) for (let m = 0; m < step; m++) levels[m] += levels[j * step + m];
+  for (; at + width <= to; at += width) for (let m = 0; m < width; m++) levels[m] += x[at + m];
+  for (let k = 1; k < 4; k++) for (let m = 0; m < width; m++) levels[m] += levels[k * width + m];
+  levels[width] = 0; // the total
+  for (; at < to; at++) levels[width] += x[at];
+  for (let m = 0; m < width; m++) levels[width] += levels[m];
+  return levels[width];
+}
+
+/** The sum of a block, as `sum` gives it. */
+function blockSum(x: Floats, from: number): number {
+  if (!(x instanceof Float32Array)) return sum(x, from, from + BLOCK);
+  let total = 0;
+  for (let i = from; i < from + 8; i++) total = Math.fround(total + Math.fround(x[i] + x[i + 8]));
+  return total;
 }
 
 /** The running sums of a row's blocks. */
 function blockSums(mass: Floats): Float64Array {
   const cdf = new Float64Array(mass.length / BLOCK);
   let total = 0;
-  for (let b = 0; b < cdf.length; b++) cdf[b] = total += sum(mass, b * BLOCK, (b + 1) * BLOCK);
+  for (let b = 0; b < cdf.length; b++) cdf[b] = total += blockSum(mass, b * BLOCK);
   return cdf;
 }
 
@@ -152,11 +144,7 @@ export function prepareHeadTail({ mass }: Row): HeadTailRow {
     p[i] = mass[i] / total;
     if (p[i] > 0) seen += 1;
   }
-  const sorted = p.slice().sort().reverse() as Floats;
-  const sums = like(mass, mass.length);
-  let running = 0;
-  for (let i = 0; i < sums.length; i++) sums[i] = running += sorted[i];
-  return { p, sorted, sums, seen };
+  return { p, total: sum(p), sorted: p.slice().sort().reverse() as Floats, seen };
 }
 
 /** The keys at some points of the running sums of masses; a point of 1 stands for `scale`. */
@@ -165,28 +153,46 @@ function invert({ mass, cdf }: Row, points: Float64Array, scale: number): Int32A
   const total = cdf[cdf.length - 1];
   if (total === 0) return indices;
   const round = rounding(mass);
-  const last = below(total, DOUBLE);
+  const last = below(total, DOUBLES);
+  let [block, index, before, rest] = [-1, 0, 0, 0]; // `before` is the block's running sum up to the key
   for (let t = 0; t < points.length; t++) {
     const target = Math.min(points[t] * scale, last);
-    let [low, high] = [0, cdf.length]; // the first block whose running sum is above the target
-    while (low < high) {
-      const middle = (low + high) >> 1;
-      if (cdf[middle] > target) high = middle;
-      else low = middle + 1;
-    }
-    const start = low * BLOCK;
-    let whole = 0; // of the block, as the running sum within it ends
-    for (let i = start; i < start + BLOCK; i++) whole += mass[i];
-    const left = round(target - (low > 0 ? cdf[low - 1] : 0));
-    const rest = Math.min(left, below(round(whole), mass));
-    let [running, index] = [0, start];
-    for (let i = start; i < start + BLOCK; i++) {
-      running += mass[i];
-      if (round(running) <= rest) index += 1;
+    const next = blockOf(cdf, target, Math.max(0, block));
+    const left = round(target - (next > 0 ? cdf[next - 1] : 0));
+    if (next !== block || left < rest) [block, index, before] = [next, next * BLOCK, 0];
+    rest = left;
+    const end = (block + 1) * BLOCK;
+    while (index < end && round(before + mass[index]) <= rest) before += mass[index++];
+    if (index === end) {
+      // By rounding the block ends before: the last key with mass is meant.
+      const whole = below(round(before), mass);
+      [index, before] = [block * BLOCK, 0];
+      while (round(before + mass[index]) <= whole) before += mass[index++];
     }
     indices[t] = index;
   }
   return indices;
+}
+
+/** The first block whose running sum is above the target; it is searched for next to `near` first. */
+function blockOf(cdf: Float64Array, target: number, near: number): number {
+  let [low, high] = [0, cdf.length];
+  if (near > 0 && cdf[near - 1] > target) high = near;
+  else {
+    low = near;
+    for (let step = 1; low < high; step *= 2) {
+      const next = Math.min(high, low + step) - 1;
+      if (cdf[next] > target) high = next;
+      else low = next + 1;
+    }
+    return low;
+  }
+  while (low < high) {
+    const middle = (low + high) >> 1;
+    if (cdf[middle] > target) high = middle;
+    else low = middle + 1;
+  }
+  return low;
 }
 
 /** Where a sampler puts its points for each replicate. */
@@ -209,30 +215,34 @@ export function points(
   return out;
 }
 
+let scratch = new Float64Array(0);
+
 /** How often `head-tail` draws each key on average: `expected_counts` in qtx_lab/samplers/head_tail.py. */
 function expectedCounts(row: HeadTailRow, numSamples: number): Floats {
-  const { p, sorted, sums } = row;
+  const { p, sorted } = row;
   const round = rounding(p);
   const counts = like(p, p.length);
   if (row.seen <= numSamples) {
     for (let i = 0; i < p.length; i++) counts[i] = p[i] > 0 ? 1 : 0;
     return counts;
   }
-  const total = sum(p);
-  let size = numSamples - 1;
+  let [size, running] = [numSamples - 1, 0];
   for (let h = 0; h < Math.min(numSamples, sorted.length); h++) {
-    const tail = round(round(total - sums[h]) + sorted[h]);
+    running += sorted[h];
+    const tail = round(round(row.total - round(running)) + sorted[h]);
     if (round(sorted[h] * (numSamples - h)) < tail) {
       size = Math.min(h, numSamples - 1);
       break;
     }
   }
   const least = size === 0 ? Infinity : sorted[Math.min(size, sorted.length) - 1];
-  const tail = new Float64Array(p.length);
+  if (scratch.length !== p.length) scratch = new Float64Array(p.length);
+  const tail = scratch;
   let head = 0;
   for (let i = 0; i < p.length; i++) {
-    if (p[i] >= least) head += 1;
-    else tail[i] = p[i];
+    const inHead = p[i] >= least;
+    tail[i] = inHead ? 0 : p[i];
+    if (inHead) head += 1;
   }
   const left = Math.max(0, numSamples - head);
   const scale = Math.min(largest(p), round(left / Math.max(tiny(p), round(sum(tail)))));

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -19,9 +20,11 @@ from ...models.base import LanguageModel
 from ...models.language_model import load_language_model
 from ...models.text import reference_text
 from ...samplers import Sampler, make_sampler
+from ...storage import write_atomic
 from .base import View
 from .lens_heads import GivenEstimate, HeadFinding, LensHeads, checked_layers, effort_text
 from .lens_maps import exact_tiles, overview_level, pool_draws, pool_map, sampled_tiles
+from .lens_page import SAMPLERS_IN_PAGES, live_html, page_html
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,6 +35,12 @@ MAX_LABELLED_KEYS = 48
 
 REQUEST_NAMES = ("view", "seq", "layer", "head", "draws", "drawing", "level")
 """What the reply to a request for maps repeats of it; `drawing` is the browser's name of these draws."""
+
+MAX_PAGE_BYTES = 3_000_000
+"""Size of a page that redraws a lens without a kernel, at most."""
+
+MAX_LIVE_BYTES = 1_500_000
+"""Size of such a lens in a page that holds other things too, at most."""
 
 FIGURE_CELLS = 512
 """Cells of a side of a map in the figure, at most."""
@@ -104,6 +113,9 @@ class AttentionLens(View):
     """The estimate that was given, for the browser: its `number`, `layer`, `head` (None: all), and its
     `draws` a row (None where a tolerance chose them)."""
     log_scale = traitlets.Bool(True).tag(sync=True)
+
+    live_samplers = SAMPLERS_IN_PAGES
+    """The samplers that pages draw by; see `live_html`."""
 
     @classmethod
     def of_model(
@@ -311,6 +323,43 @@ class AttentionLens(View):
             extent=(-0.5, self.num_keys - 0.5, self.num_queries - 0.5, -0.5),
             tokens=self.tokens if named else None,
         )
+
+    def live_html(self, max_bytes: int = MAX_LIVE_BYTES) -> str:
+        """HTML for `Run.save_figure(live=)` that redraws the lens in a page, without a kernel or a network.
+
+        It holds the shown head, and as many others as `max_bytes` allow, first those of the same layer.
+        Draws in the page are those of the lens: the same from the same logits, which the page computes
+        itself, to about a rounding of float32. It knows the samplers of `live_samplers`, and gives no
+        standard errors.
+
+        Parameters
+        ----------
+        max_bytes : int
+            Of the HTML.
+
+        Raises
+        ------
+        ArgumentError
+            If the lens draws by another sampler, or the shown head does not fit.
+        """
+        names = set(self.trait_names(sync=True)) - set(View.class_trait_names())
+        state = {name: getattr(self, name) for name in ("kind", *sorted(names))}
+        return live_html(self._heads, state, self._seed, check_count("max_bytes", max_bytes))
+
+    def to_html(self, path: str | Path, *, max_bytes: int = MAX_PAGE_BYTES) -> Path:
+        """Write a page that redraws the lens in any browser, and shows its figure where scripts are off.
+
+        See `live_html`, also for the errors.
+
+        Raises
+        ------
+        StorageError
+            If the file cannot be written.
+        """
+        title = f"Attention lens: {self.finding().text}"
+        page = page_html(title, self.figure, self.live_html, check_count("max_bytes", max_bytes))
+        write_atomic(Path(path), page.encode())
+        return Path(path)
 
     def _on_message(self, content: Mapping[str, Any]) -> None:
         if content["kind"] == "maps":

@@ -271,6 +271,11 @@ class LensHeads:
         self._cache: OrderedDict[tuple[int, int], Head] = OrderedDict()
         self._lock = threading.RLock()
 
+    @property
+    def scale(self) -> float:
+        """What products of queries and keys are multiplied by."""
+        return self._scale
+
     def visible(self) -> Tensor:
         """Which keys each query sees, bool (L, n)."""
         ones = torch.ones(self.num_queries, self.num_keys, dtype=torch.bool)

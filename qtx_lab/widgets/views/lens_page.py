@@ -1,0 +1,193 @@
+"""A lens as HTML that redraws without a kernel and without a network."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...errors import ArgumentError
+from ...samplers import HeadTailSampler, Sampler
+from ...samplers.value_order import ValueOrder
+from ...streams import make_seed, sequence_keys
+from ...theme import COLOURS
+from .base import STATIC, render_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from .lens_heads import LensHeads, Thumbnails
+
+SAMPLERS_IN_PAGES = ("monte-carlo", "stratified", "systematic", "head-tail")
+"""The samplers that the page has too, in TypeScript."""
+
+MAX_THUMBNAIL_BYTES = 200_000
+"""The thumbnails of all heads are made coarser until they take no more."""
+
+
+PICTURE_DPI = 80
+"""Pixels an inch of the picture that stands for the lens where no script runs."""
+
+PAGE_BYTES = 2000
+"""What a page takes besides the pictures and the lens, at most."""
+
+
+def live_html(heads: LensHeads, state: Mapping[str, Any], seed: int, max_bytes: int) -> str:
+    """HTML that puts a lens that redraws in the place of the `<picture>` beside it.
+
+    It holds q and k in float32 and v in float16 of the shown head, then of the other heads of its layer and
+    of other layers, as many as `max_bytes` allow. The page computes their logits and exponentials itself,
+    which may differ from torch's in their last bits; from the same masses it draws the same keys with the
+    same weights as Python, to the bit.
+
+    Parameters
+    ----------
+    heads : LensHeads
+    state : mapping
+        The traits of the view.
+    seed : int
+        Of the draws.
+    max_bytes : int
+        Of the HTML, script included.
+
+    Raises
+    ------
+    ArgumentError
+        If the page does not know the sampler, or `max_bytes` do not hold the shown head.
+    """
+    _check_sampler(heads.sampler)
+    style, script = ((STATIC / f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
+    drawn = make_seed(torch.Generator().manual_seed(seed))
+    key = int(sequence_keys(drawn, torch.tensor([0]))) & 0xFFFFFFFFFFFFFFFF
+    data: dict[str, Any] = {
+        "state": {**state, "own_draws": True, "given": {}, "selected_rows": list(state["selected_rows"])},
+        "scale": heads.scale,
+        "seed": str(seed),
+        "key": f"{key:016x}",
+        "thumbnails": list(_thumbnails(heads, state["num_samples"])),
+        "heads": [],
+        "kv": [],
+    }
+    size = len(style) + len(script) + len(json.dumps(data)) + 1000
+    places: dict[tuple[int, int], int] = {}
+    for layer, head in _by_nearness(heads, state["layer"], state["head"]):
+        q, k, v = heads.layers[layer]
+        group = head // (q.shape[0] // k.shape[0])
+        entry = {"layer": layer, "head": head, "group": group, "q": _bytes(q[head].float())}
+        shared = None
+        if (layer, group) not in places:
+            values = v[group].float()
+            order = ValueOrder.fit(values[None]).order(values[None])[0]
+            unit = float(values.abs().amax()) or 1.0
+            shared = {
+                "k": _bytes(k[group].float()),
+                "v": _bytes((values / unit).half()),
+                "order": _bytes(order.to(torch.uint16)),
+                "unit": str(unit),
+            }
+        size += sum(len(text) + 20 for text in (entry["q"], *(shared or {}).values())) + 100
+        if size > max_bytes:
+            if not data["heads"]:
+                raise ArgumentError(
+                    f"max_bytes={max_bytes} is not allowed: layer {layer}, head {head} with the script takes "
+                    f"{size} bytes."
+                )
+            break
+        if shared is not None:
+            places[layer, group] = len(data["kv"])
+            data["kv"].append(shared)
+        data["heads"].append({**entry, "kv": places[layer, group]})
+    held = json.dumps(data).replace("<", "\\u003c")
+    return (
+        f'<div class="qtx-page"><style>{style}</style>'
+        f'<script type="application/json">{held}</script></div>\n<script type="module">{script}</script>'
+    )
+
+
+def page_html(title: str, figure: Callable[[str], Figure], live: Callable[[int], str], max_bytes: int) -> str:
+    """A page of its own: the figure in both themes, which `live(max_bytes)` of `live_html` takes the place
+    of.
+    """
+    pictures = {}
+    for theme in ("light", "dark"):
+        picture = base64.b64encode(render_figure(figure, "png", theme, PICTURE_DPI)).decode()
+        pictures[theme] = f"data:image/png;base64,{picture}"
+    colours = {theme: f"color: {c['text']}; background: {c['background']};" for theme, c in COLOURS.items()}
+    title = html.escape(title)
+    inside = live(max_bytes - sum(map(len, pictures.values())) - PAGE_BYTES)
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{title} · qtx_lab</title>
+<link rel="icon" href="data:,">
+<style>
+body {{ margin: 1rem; font-family: system-ui, sans-serif; {colours["light"]} }}
+@media (prefers-color-scheme: dark) {{ body {{ {colours["dark"]} }} }}
+picture, img {{ display: block; max-width: 100%; height: auto; }}
+[hidden] {{ display: none; }}
+</style>
+</head>
+<body>
+<main>
+<picture>
+<source media="(prefers-color-scheme: dark)" srcset="{pictures["dark"]}">
+<img src="{pictures["light"]}" alt="{title}">
+</picture>
+{inside}
+</main>
+</body>
+</html>
+"""
+
+
+def _check_sampler(sampler: Sampler) -> None:
+    plain = not isinstance(sampler, HeadTailSampler) or sampler.head == "optimal"
+    if sampler.name not in SAMPLERS_IN_PAGES or not plain:
+        options = "" if plain else f"(head={sampler.head!r})"
+        known = ", ".join(SAMPLERS_IN_PAGES)
+        raise ArgumentError(
+            f"sampler={sampler.name!r}{options} is not allowed in a page without a kernel, which draws by "
+            f"{known}."
+        )
+
+
+def _by_nearness(heads: LensHeads, layer: int, head: int) -> Iterator[tuple[int, int]]:
+    """All heads: the shown one, those of its group, of its layer, and those of other layers."""
+    group = heads.num_heads // heads.layers[0][1].shape[0]
+    every = [(i, j) for i in range(len(heads.layers)) for j in range(heads.num_heads)]
+    yield from sorted(
+        every, key=lambda x: (x != (layer, head), abs(x[0] - layer), x[1] // group != head // group)
+    )
+
+
+def _thumbnails(heads: LensHeads, num_samples: int) -> Iterator[dict[str, Any]]:
+    """What the browser takes of each layer's thumbnails."""
+    layers: list[Thumbnails] = [heads.thumbnails(layer, num_samples) for layer in range(len(heads.layers))]
+    step = 1
+    while sum(layer.maps.nbytes for layer in layers) > MAX_THUMBNAIL_BYTES * step**2:
+        step *= 2
+    for layer in layers:
+        _, rows, columns = layer.maps.shape
+        starts = [np.arange(0, size, step) for size in (rows, columns)]
+        coarse = np.maximum.reduceat(np.maximum.reduceat(layer.maps, starts[0], axis=1), starts[1], axis=2)
+        yield {
+            "rows": coarse.shape[1],
+            "columns": coarse.shape[2],
+            "variances": _bytes(torch.from_numpy(layer.variances)),
+            "maps": _bytes(torch.from_numpy(coarse)),
+        }
+
+
+def _bytes(x: Tensor) -> str:
+    """The bytes of a tensor in base64, little-endian."""
+    array = x.contiguous().numpy()
+    return base64.b64encode(array.astype(array.dtype.newbyteorder("<")).tobytes()).decode()

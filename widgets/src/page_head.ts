@@ -1,0 +1,231 @@
+// One head in a page without a kernel: its exact attention, and what is drawn of it.
+import type { RowStream } from "./philox";
+import {
+  masses,
+  place,
+  points,
+  prepare,
+  prepareHeadTail,
+  type HeadTailRow,
+  type Row,
+  type SamplerName,
+} from "./samplers";
+
+/** Queries that see fewer keys take them as they come: `FIRST_VALUES` in qtx_lab/samplers/value_order.py. */
+const FIRST_VALUES = 64;
+
+/** A head as the page holds it; matrices row by row. */
+export interface HeadInputs {
+  queries: Float32Array;
+  keys: Float32Array;
+  values: Float32Array;
+  /** The keys in the order of their values, which `head-tail` lays them out in. */
+  order: Uint16Array;
+  numQueries: number;
+  numKeys: number;
+  scale: number;
+  causal: boolean;
+  stream: Omit<RowStream, "position">;
+}
+
+/** What was drawn of a head: `numSamples` keys of each row. */
+export interface HeadDraws {
+  sampler: SamplerName;
+  numSamples: number;
+  indices: Int32Array;
+  weights: Float32Array;
+  /** ‖ô − o‖ / ‖o‖ over all rows. */
+  error: number;
+  /** Effective keys, distinct keys, relative error and its standard error, unknown here: (4, L). */
+  facts: Float32Array;
+}
+
+interface DrawnRow {
+  row: Row;
+  headTail: HeadTailRow | null;
+  /** The key at each place; null where they stand as they come. */
+  order: Uint16Array | null;
+}
+
+/** The inner product of a query and the key at a place. */
+function product(query: Float64Array, keys: Float32Array, at: number): number {
+  const whole = query.length & ~3;
+  let [a, b, c, d] = [0, 0, 0, 0]; // apart, so that no addition waits for the one before
+  for (let i = 0; i < whole; i += 4) {
+    a += query[i] * keys[at + i];
+    b += query[i + 1] * keys[at + i + 1];
+    c += query[i + 2] * keys[at + i + 2];
+    d += query[i + 3] * keys[at + i + 3];
+  }
+  for (let i = whole; i < query.length; i++) a += query[i] * keys[at + i];
+  return a + b + (c + d);
+}
+
+export class PageHead {
+  private readonly mass: Float32Array[] = [];
+  /** 1 / the mass of each row. */
+  private readonly share: Float64Array;
+  private readonly output: Float32Array;
+  private readonly effectiveKeys: Float32Array;
+  private plain: Row[] | null = null;
+  private inOrder: DrawnRow[] | null = null;
+  private last: HeadDraws | null = null;
+
+  constructor(private readonly inputs: HeadInputs) {
+    const { numQueries, numKeys, queries, keys, values, scale, causal } = inputs;
+    const [features, width] = [queries.length / numQueries, values.length / numKeys];
+    this.share = new Float64Array(numQueries);
+    this.output = new Float32Array(numQueries * width);
+    this.effectiveKeys = new Float32Array(numQueries);
+    const query = new Float64Array(features);
+    const logits = new Float32Array(numKeys);
+    const sums = new Float64Array(width);
+    for (let i = 0; i < numQueries; i++) {
+      for (let c = 0; c < features; c++) query[c] = Math.fround(queries[i * features + c] * scale);
+      const seen = causal ? Math.min(i + 1, numKeys) : numKeys;
+      logits.fill(-Infinity, seen);
+      for (let j = 0; j < seen; j++) {
+        logits[j] = product(query, keys, j * features);
+      }
+      const mass = masses(logits);
+      let [total, entropy] = [0, 0];
+      sums.fill(0);
+      for (let j = 0; j < seen; j++) {
+        const m = mass[j];
+        if (m === 0) continue;
+        total += m;
+        entropy -= m * Math.log(m);
+        for (let c = 0, at = j * width; c < width; c++, at++) sums[c] += m * values[at];
+      }
+      this.mass.push(mass);
+      this.share[i] = 1 / total;
+      this.effectiveKeys[i] = Math.exp(entropy / total + Math.log(total));
+      for (let c = 0; c < width; c++) this.output[i * width + c] = sums[c] / total;
+    }
+  }
+
+  /** Draws of every row; the same arguments give the same draws. */
+  draw(sampler: SamplerName, numSamples: number): HeadDraws {
+    if (this.last?.sampler !== sampler || this.last.numSamples !== numSamples)
+      this.last = this.drawAnew(sampler, numSamples);
+    return this.last;
+  }
+
+  private drawAnew(sampler: SamplerName, numSamples: number): HeadDraws {
+    const { numQueries, numKeys, values, stream } = this.inputs;
+    const width = values.length / numKeys;
+    const indices = new Int32Array(numQueries * numSamples);
+    const weights = new Float32Array(numQueries * numSamples);
+    const facts = new Float32Array(4 * numQueries).fill(NaN);
+    const weightOf = new Float64Array(numKeys);
+    const distinct = new Int32Array(numKeys);
+    const output = new Float64Array(width);
+    let [squares, norm] = [0, 0];
+    for (let i = 0; i < numQueries; i++) {
+      const { row, headTail, order } = this.rowFor(sampler, i);
+      const at = points(sampler, { ...stream, position: i }, numSamples);
+      const drawn = place(row, at, numSamples, headTail);
+      let count = 0;
+      for (let s = 0; s < numSamples; s++) {
+        const key = order === null ? drawn.indices[s] : order[drawn.indices[s]];
+        const weight = drawn.weights[s];
+        indices[i * numSamples + s] = key;
+        weights[i * numSamples + s] = weight;
+        if (weight === 0) continue;
+        if (weightOf[key] === 0) distinct[count++] = key;
+        weightOf[key] += weight;
+      }
+      output.fill(0);
+      for (let k = 0; k < count; k++) {
+        const weight = weightOf[distinct[k]];
+        weightOf[distinct[k]] = 0;
+        for (let c = 0, from = distinct[k] * width; c < width; c++, from++)
+          output[c] += weight * values[from];
+      }
+      let [off, size] = [0, 0];
+      for (let c = 0, from = i * width; c < width; c++, from++) {
+        off += (output[c] - this.output[from]) ** 2;
+        size += this.output[from] ** 2;
+      }
+      facts[i] = this.effectiveKeys[i];
+      facts[numQueries + i] = count;
+      facts[2 * numQueries + i] = Math.sqrt(off / Math.max(size, 2 ** -126));
+      squares += off;
+      norm += size;
+    }
+    const error = Math.sqrt(squares / Math.max(norm, 2 ** -126));
+    return { sampler, numSamples, indices, weights, error, facts };
+  }
+
+  private rowFor(sampler: SamplerName, i: number): DrawnRow {
+    if (sampler !== "head-tail") {
+      this.plain ??= this.mass.map(prepare);
+      return { row: this.plain[i], headTail: null, order: null };
+    }
+    this.inOrder ??= this.mass.map((mass, row) => this.layOut(mass, row));
+    return this.inOrder[i];
+  }
+
+  private layOut(mass: Float32Array, row: number): DrawnRow {
+    const { order, causal, numKeys } = this.inputs;
+    const seen = causal ? Math.min(row + 1, numKeys) : numKeys;
+    const laidOut = seen < FIRST_VALUES ? mass : mass.map((x, j) => (j < order.length ? mass[order[j]] : x));
+    const prepared = prepare(laidOut);
+    return {
+      row: prepared,
+      headTail: prepareHeadTail(prepared),
+      order: seen < FIRST_VALUES ? null : order,
+    };
+  }
+
+  /** The exact weights of a part of a level's cells, each the mean of those under it; see `poolDraws`. */
+  poolExact(level: number, rows: [number, number], columns: [number, number]): Float32Array {
+    const cells = new Float32Array((rows[1] - rows[0]) * (columns[1] - columns[0]));
+    const [last, width] = [Math.min(rows[1] << level, this.inputs.numQueries), columns[1] - columns[0]];
+    const end = Math.min(columns[1] << level, this.inputs.numKeys);
+    for (let i = rows[0] << level; i < last; i++) {
+      const [mass, share] = [this.mass[i], this.share[i]];
+      const start = ((i >> level) - rows[0]) * width - columns[0];
+      for (let j = columns[0] << level; j < end; j++) cells[start + (j >> level)] += mass[j] * share;
+    }
+    return this.means(cells, level, rows, columns);
+  }
+
+  /** The drawn weights of the cells [rows) × [columns) of a level. */
+  poolDraws(
+    draws: HeadDraws,
+    level: number,
+    rows: [number, number],
+    columns: [number, number],
+  ): Float32Array {
+    const { indices, weights, numSamples } = draws;
+    const cells = new Float32Array((rows[1] - rows[0]) * (columns[1] - columns[0]));
+    const [last, width] = [Math.min(rows[1] << level, this.inputs.numQueries), columns[1] - columns[0]];
+    for (let i = rows[0] << level; i < last; i++) {
+      const start = ((i >> level) - rows[0]) * width;
+      for (let s = i * numSamples; s < (i + 1) * numSamples; s++) {
+        const column = (indices[s] >> level) - columns[0];
+        if (column >= 0 && column < width) cells[start + column] += weights[s];
+      }
+    }
+    return this.means(cells, level, rows, columns);
+  }
+
+  /** Divides the sums of cells by how many positions lie under each. */
+  private means(
+    cells: Float32Array,
+    level: number,
+    rows: [number, number],
+    columns: [number, number],
+  ): Float32Array {
+    if (level === 0) return cells;
+    const width = columns[1] - columns[0];
+    const under = (cell: number, count: number) => Math.min(1 << level, count - (cell << level));
+    for (let r = 0; r < rows[1] - rows[0]; r++) {
+      const height = under(rows[0] + r, this.inputs.numQueries);
+      for (let c = 0; c < width; c++)
+        cells[r * width + c] /= height * under(columns[0] + c, this.inputs.numKeys);
+    }
+    return cells;
+  }
+}

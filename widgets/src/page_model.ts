@@ -1,0 +1,190 @@
+// The model of a lens in a page without a kernel: it answers the lens's requests itself.
+import type { Model } from "./dom";
+import { HALF, TILE } from "./maps";
+import { PageHead } from "./page_head";
+import { SAMPLERS, type SamplerName } from "./samplers";
+
+/** What a page holds of a lens; arrays are base64 of little-endian numbers. */
+export interface PageData {
+  /** The view's traits. */
+  state: Record<string, any>;
+  scale: number;
+  seed: string;
+  /** The Philox key of the sequence, 16 hexadecimal digits. */
+  key: string;
+  /** The heads that the page can draw. */
+  heads: { layer: number; head: number; group: number; q: string; kv: number }[];
+  /** Keys, values (half precision, in `unit`s) and their order of each key head. */
+  kv: { k: string; v: string; unit: string; order: string }[];
+  /** Each layer's thumbnails at `state.num_samples` draws. */
+  thumbnails: { rows: number; columns: number; variances: string; maps: string }[];
+}
+
+type Tile = { map: "exact" | "sampled"; i: number; j: number; rows: number; columns: number };
+
+function decoded(base64: string): ArrayBuffer {
+  return Uint8Array.from(atob(base64), (c) => c.charCodeAt(0)).buffer;
+}
+
+const single = new Float32Array(1);
+const bits = new Uint32Array(single.buffer);
+
+/** The half-precision code of a number in [0, 1], rounded to the nearest, ties to even. */
+export function half(x: number): number {
+  single[0] = x;
+  const exponent = (bits[0] >>> 23) - 112;
+  const digits = bits[0] & 0x7fffff;
+  if (exponent < -10) return 0;
+  const shift = exponent > 0 ? 13 : 14 - exponent;
+  const kept = exponent > 0 ? (exponent << 23) | digits : digits | 0x800000;
+  const [code, rest, middle] = [kept >>> shift, kept & ((1 << shift) - 1), 1 << (shift - 1)];
+  return code + Number(rest > middle || (rest === middle && (code & 1) === 1));
+}
+
+/** A model as anywidget gives it to a view, for a page in which no kernel stands behind it. */
+export class PageModel {
+  private readonly state: Record<string, any>;
+  private readonly listeners = new Map<string, Set<(...values: any[]) => void>>();
+  private readonly heads = new Map<string, PageHead>();
+  private readonly pending = new Map<string, any>();
+
+  constructor(private readonly data: PageData) {
+    this.state = { ...data.state };
+  }
+
+  /** As the views' type. */
+  get model(): Model {
+    return this as unknown as Model;
+  }
+
+  get(name: string): any {
+    return this.state[name];
+  }
+
+  set(name: string, value: any): void {
+    if (JSON.stringify(this.state[name]) === JSON.stringify(value)) return;
+    this.state[name] = value;
+    this.tell(`change:${name}`);
+  }
+
+  save_changes(): void {
+    // Nobody else holds these values.
+  }
+
+  on(event: string, listener: (...values: any[]) => void): void {
+    if (!this.listeners.has(event)) this.listeners.set(event, new Set());
+    this.listeners.get(event)!.add(listener);
+  }
+
+  off(event: string, listener: (...values: any[]) => void): void {
+    this.listeners.get(event)?.delete(listener);
+  }
+
+  /** Answers a request after the caller has returned, and of several of a kind only the last. */
+  send(request: any): void {
+    const name = `${request.kind} ${request.view ?? ""}`;
+    if (!this.pending.has(name)) setTimeout(() => this.answer(name), 0);
+    this.pending.set(name, request);
+  }
+
+  /** Whether the page can draw a head. */
+  holds(layer: number, head: number): boolean {
+    return this.data.heads.some((x) => x.layer === layer && x.head === head);
+  }
+
+  /** A head, which is computed when it is first asked for. */
+  head(layer: number, head: number): PageHead {
+    const name = `${layer}/${head}`;
+    if (!this.heads.has(name)) {
+      const { state, scale, key, kv } = this.data;
+      const held = this.data.heads.find((x) => x.layer === layer && x.head === head)!;
+      const unit = Number(kv[held.kv].unit);
+      const computed = new PageHead({
+        queries: new Float32Array(decoded(held.q)),
+        keys: new Float32Array(decoded(kv[held.kv].k)),
+        values: Float32Array.from(new Uint16Array(decoded(kv[held.kv].v)), (code) => HALF[code] * unit),
+        order: new Uint16Array(decoded(kv[held.kv].order)),
+        numQueries: state.num_queries,
+        numKeys: state.num_keys,
+        scale,
+        causal: state.is_causal,
+        stream: { key: [parseInt(key.slice(8), 16), parseInt(key.slice(0, 8), 16)], group: held.group },
+      });
+      this.heads.set(name, computed);
+    }
+    return this.heads.get(name)!;
+  }
+
+  private tell(event: string, ...values: any[]): void {
+    for (const listener of [...(this.listeners.get(event) ?? [])]) listener(...values);
+  }
+
+  private answer(name: string): void {
+    const request = this.pending.get(name);
+    this.pending.delete(name);
+    if (request.kind === "maps") this.answerMaps(request);
+    else if (request.kind === "thumbnails") this.answerThumbnails();
+  }
+
+  private answerMaps(request: any): void {
+    const { layer, head, level } = request;
+    if (!this.holds(layer, head)) {
+      const text = `This page does not hold layer ${layer}, head ${head}. It holds ${this.contents()}.`;
+      this.tell("msg:custom", { kind: "error", text }, []);
+      return;
+    }
+    const sampler: SamplerName = this.state.sampler;
+    const computed = this.head(layer, head);
+    const draws = computed.draw(sampler, request.draws);
+    const tiles: Tile[] = [];
+    const buffers: DataView[] = [];
+    const put = (map: Tile["map"], wanted: [number, number][]) => {
+      for (const [i, j] of wanted) {
+        const rows = this.part(i, this.state.num_queries, level);
+        const columns = this.part(j, this.state.num_keys, level);
+        const cells =
+          map === "exact"
+            ? computed.poolExact(level, rows, columns)
+            : computed.poolDraws(draws, level, rows, columns);
+        tiles.push({ map, i, j, rows: rows[1] - rows[0], columns: columns[1] - columns[0] });
+        const codes = new Uint16Array(cells.length);
+        for (let at = 0; at < cells.length; at++) codes[at] = cells[at] === 0 ? 0 : half(cells[at]);
+        buffers.push(new DataView(codes.buffer));
+      }
+    };
+    put("exact", request.exact);
+    put("sampled", request.sampled);
+    buffers.push(new DataView(draws.facts.buffer));
+    const effort = `${sampler}, ${request.draws} draw${request.draws === 1 ? "" : "s"} a row`;
+    const found = { error: draws.error, std_error: null, sampler, effort, seed: this.data.seed };
+    this.tell("msg:custom", { ...request, tiles, ...found, corrected: false, fallbacks: [] }, buffers);
+  }
+
+  /** The heads that the page holds, in words. */
+  private contents(): string {
+    const layers = new Map<number, number[]>();
+    for (const { layer, head } of this.data.heads) layers.set(layer, [...(layers.get(layer) ?? []), head]);
+    return [...layers]
+      .map(
+        ([layer, heads]) => `head${heads.length > 1 ? "s" : ""} ${heads.sort().join(", ")} of layer ${layer}`,
+      )
+      .join("; ");
+  }
+
+  /** The cells of a tile along one side of a level. */
+  private part(tile: number, positions: number, level: number): [number, number] {
+    return [tile * TILE, Math.min((tile + 1) * TILE, Math.ceil(positions / (1 << level)))];
+  }
+
+  private answerThumbnails(): void {
+    const draws = this.data.state.num_samples;
+    this.data.thumbnails.forEach(({ rows, columns, variances, maps }, layer) =>
+      this.tell("msg:custom", { kind: "thumbnails", layer, draws, rows, columns }, [
+        new DataView(decoded(variances)),
+        new DataView(decoded(maps)),
+      ]),
+    );
+  }
+}
+
+export { SAMPLERS };

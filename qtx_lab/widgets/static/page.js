@@ -1,4 +1,4 @@
-/* qtx_lab: made from widgets/src by `npm run build`; sources 35284c1a4d9bc0b64905ef77b0e8d36ba1a3d283b8b8b4d9738facfc91e85b7d */
+/* qtx_lab: made from widgets/src by `npm run build`; sources 78dc78b407124455b333bd42e3254b2149b4ef3a6977613bc3bf6201d6da895b */
 /* Contains d3-scale, d3-array and the modules of d3 that they need.
 Copyright 2010-2026 Mike Bostock
 

@@ -1,4 +1,4 @@
-/* qtx_lab: made from widgets/src by `npm run build`; sources 7ef5436b162619dccac1a447aeab332d388124409aaae82c693067884e5b9bf4 */
+/* qtx_lab: made from widgets/src by `npm run build`; sources 78dc78b407124455b333bd42e3254b2149b4ef3a6977613bc3bf6201d6da895b */
 /* Contains d3-scale, d3-array and the modules of d3 that they need.
 Copyright 2010-2026 Mike Bostock
 

@@ -79,8 +79,8 @@ def live_html(heads: LensHeads, state: Mapping[str, Any], seed: int, max_bytes: 
     for layer, head in _by_nearness(heads, state["layer"], state["head"]):
         q, k, v = heads.layers[layer]
         group = head // (q.shape[0] // k.shape[0])
-        entry = {"layer": layer, "head": head, "group": group, "q": _bytes(q[head].float())}
-        shared = None
+        entry: dict[str, Any] = {"layer": layer, "head": head, "group": group, "q": _bytes(q[head].float())}
+        shared: dict[str, str] = {}
         if (layer, group) not in places:
             values = v[group].float()
             order = ValueOrder.fit(values[None]).order(values[None])[0]
@@ -91,7 +91,7 @@ def live_html(heads: LensHeads, state: Mapping[str, Any], seed: int, max_bytes: 
                 "order": _bytes(order.to(torch.uint16)),
                 "unit": str(unit),
             }
-        size += sum(len(text) + 20 for text in (entry["q"], *(shared or {}).values())) + 100
+        size += sum(len(text) + 20 for text in (entry["q"], *shared.values())) + 100
         if size > max_bytes:
             if not data["heads"]:
                 raise ArgumentError(
@@ -99,7 +99,7 @@ def live_html(heads: LensHeads, state: Mapping[str, Any], seed: int, max_bytes: 
                     f"{size} bytes."
                 )
             break
-        if shared is not None:
+        if shared:
             places[layer, group] = len(data["kv"])
             data["kv"].append(shared)
         data["heads"].append({**entry, "kv": places[layer, group]})
@@ -150,13 +150,12 @@ picture, img {{ display: block; max-width: 100%; height: auto; }}
 
 
 def _check_sampler(sampler: Sampler) -> None:
-    plain = not isinstance(sampler, HeadTailSampler) or sampler.head == "optimal"
-    if sampler.name not in SAMPLERS_IN_PAGES or not plain:
-        options = "" if plain else f"(head={sampler.head!r})"
-        known = ", ".join(SAMPLERS_IN_PAGES)
+    head = sampler.head if isinstance(sampler, HeadTailSampler) else "optimal"
+    if sampler.name not in SAMPLERS_IN_PAGES or head != "optimal":
+        options = "" if head == "optimal" else f"(head={head!r})"
         raise ArgumentError(
             f"sampler={sampler.name!r}{options} is not allowed in a page without a kernel, which draws by "
-            f"{known}."
+            f"{', '.join(SAMPLERS_IN_PAGES)}."
         )
 
 

@@ -6,11 +6,12 @@ import importlib.util
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
+import threading
 import warnings
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,19 +36,53 @@ def _one_line(error: BaseException) -> str:
 class Commands(click.Group):
     """Commands that report an error in one line and by an exit code.
 
-    The code is 1 if a run failed, 2 if something was not allowed or not possible, and 130 after Ctrl-C.
+    The code is 1 if a run failed, 2 if something was not allowed or not possible, 130 after Ctrl-C, 143 after
+    SIGTERM and 129 after SIGHUP.
     """
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command."""
-        try:
-            return super().invoke(ctx)
-        except QtxError as error:
-            click.echo(f"error: {_one_line(error)}", err=True)
-            ctx.exit(1 if isinstance(error, RunFailed) else 2)
-        except KeyboardInterrupt:
-            click.echo("interrupted", err=True)
-            ctx.exit(130)
+        with EndingSignals() as signals:
+            try:
+                return super().invoke(ctx)
+            except QtxError as error:
+                click.echo(f"error: {_one_line(error)}", err=True)
+                ctx.exit(1 if isinstance(error, RunFailed) else 2)
+            except KeyboardInterrupt:
+                click.echo("interrupted", err=True)
+                ctx.exit(128 + signals.received)
+
+
+class EndingSignals:
+    """SIGTERM and SIGHUP end what runs inside as Ctrl-C does: runs are marked, and processes are ended.
+
+    A signal that is ignored, as SIGHUP under nohup, stays ignored; after the first, others change nothing.
+    """
+
+    def __init__(self) -> None:
+        self.received: int = signal.SIGINT
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> EndingSignals:
+        if threading.current_thread() is threading.main_thread():
+            for name in ("SIGTERM", "SIGHUP"):
+                number = signal.Signals.__members__.get(name)  # Windows has no SIGHUP
+                if number is not None and signal.getsignal(number) == signal.SIG_DFL:
+                    self._before[number] = signal.signal(number, self._end)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _end(self, number: int, frame: Any) -> None:
+        if self.received != signal.SIGINT:
+            return
+        self.received = number
+        on_ctrl_c = signal.getsignal(signal.SIGINT)
+        if not callable(on_ctrl_c):  # a shell's background job ignores Ctrl-C
+            raise KeyboardInterrupt
+        on_ctrl_c(signal.SIGINT, frame)
 
 
 class CommaList(click.ParamType):
@@ -102,34 +137,87 @@ def demo(home: Path | None, **options: Any) -> None:
     _print_run(run.path, run.manifest)
 
 
+def parameter_options(command: Any) -> Any:
+    """The options of a command that gives parameters to a notebook."""
+    for option in (
+        click.option(
+            "-f", "--parameters-file", "files", multiple=True, type=click.Path(path_type=Path),
+            help="A YAML file of parameters; -p and -r override it.",
+        ),
+        click.option(
+            "-r", "--parameter-text", "texts", nargs=2, multiple=True, metavar="NAME TEXT",
+            help="A parameter that is this text, whatever it looks like.",
+        ),
+        click.option(
+            "-p", "--parameter", "parameters", nargs=2, multiple=True, metavar="NAME VALUE",
+            help="VALUE is what the notebook declares: a text as it is typed, else a number, list or mapping "
+            "as YAML.",
+        ),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
 @main.command()
 @click.argument("notebook")
-@click.option(
-    "-p", "--parameter", "parameters", nargs=2, multiple=True, metavar="NAME VALUE", help="VALUE is YAML."
-)
+@parameter_options
 @click.option("--name", help="Name of the run [default: the notebook's].")
+@click.option("--timeout", type=float, metavar="S", help="Seconds that the notebook may take.")
+@click.option("--cell-timeout", type=float, metavar="S", help="Seconds that a cell may take.")
+@click.option(
+    "--max-output",
+    type=float,
+    default=16,
+    show_default=True,
+    metavar="MIB",
+    help="Output of a cell that the executed notebook keeps.",
+)
+@click.option("--keep-going", is_flag=True, help="Go on with the next cell after one that failed.")
 @home_option
-def run(notebook: str, parameters: tuple[tuple[str, str], ...], name: str | None, home: Path | None) -> None:
+def run(
+    notebook: str,
+    parameters: tuple[tuple[str, str], ...],
+    texts: tuple[tuple[str, str], ...],
+    files: tuple[Path, ...],
+    name: str | None,
+    timeout: float | None,
+    cell_timeout: float | None,
+    max_output: float,
+    keep_going: bool,
+    home: Path | None,
+) -> None:
     """Execute NOTEBOOK, a file or a shipped one, in a run folder; the last line is the report's path."""
+    from .experiments.notebook_execution import ExecutionLimits
     from .experiments.notebooks import run_notebook
 
-    finished = run_notebook(notebook, _parameters(parameters), home=home, name=name)
+    limits = ExecutionLimits(cell_timeout, timeout, int(max_output * 2**20), keep_going)
+    given = _parameters(parameters, texts, files)
+    finished = run_notebook(notebook, given, home=home, name=name, limits=limits)
     _print_run(finished.path, finished.manifest)
 
 
-def _parameters(options: tuple[tuple[str, str], ...]) -> dict[str, Any]:
-    """The values of `-p NAME VALUE` options."""
-    from .specs import read_yaml
+def _parameters(
+    words: tuple[tuple[str, str], ...], texts: tuple[tuple[str, str], ...], files: tuple[Path, ...]
+) -> dict[str, Any]:
+    """The values of `-f FILE`, `-p NAME VALUE` and `-r NAME TEXT` options; later kinds override a file."""
+    from .specs import Word, read_words
 
     values: dict[str, Any] = {}
-    for name, text in options:
-        if name in values:
-            raise ArgumentError(f"-p {name} is given more than once.")
+    for path in files:
         try:
-            values[name] = read_yaml(text)
-        except ValueError:
-            raise ArgumentError(f"-p {name} {text!r} is not allowed: the value must be valid YAML.") from None
-    return values
+            content = read_words(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ArgumentError(f"-f {str(path)!r} cannot be read as YAML: {error}.") from None
+        if not isinstance(content, dict):
+            raise ArgumentError(f"-f {str(path)!r} is not allowed: it must hold `name: value` lines.")
+        values |= {str(name): value for name, value in content.items()}
+    typed: dict[str, str] = {}
+    for option, pairs, kind in (("-p", words, Word), ("-r", texts, str)):
+        for name, text in pairs:
+            if name in typed:
+                raise ArgumentError(f"{option} {name} is given more than once.")
+            typed[name] = kind(text)
+    return values | typed
 
 
 def _print_run(path: Path, manifest: dict[str, Any]) -> None:
@@ -144,11 +232,9 @@ def _print_run(path: Path, manifest: dict[str, Any]) -> None:
 @main.command()
 @click.argument("notebook")
 @click.option(
-    "-g", "--grid", "grid", multiple=True, metavar="NAME=A,B", help="Values of a parameter, as YAML."
+    "-g", "--grid", "grid", multiple=True, metavar="NAME=A,B", help="Values of a parameter, as -p takes them."
 )
-@click.option(
-    "-p", "--parameter", "parameters", nargs=2, multiple=True, metavar="NAME VALUE", help="VALUE is YAML."
-)
+@parameter_options
 @click.option("--repeats", type=int, default=1, show_default=True, help="Runs of each combination.")
 @click.option(
     "--seed", type=int, default=0, show_default=True, help="Seed from which the repeats' seeds are derived."
@@ -166,6 +252,8 @@ def sweep(
     notebook: str,
     grid: tuple[str, ...],
     parameters: tuple[tuple[str, str], ...],
+    texts: tuple[tuple[str, str], ...],
+    files: tuple[Path, ...],
     cluster: str | None,
     home: Path | None,
     **options: Any,
@@ -178,7 +266,12 @@ def sweep(
     if cluster is not None and "://" not in cluster:
         place = ClusterSpec.from_yaml(Path(cluster))
     finished = run_sweep(
-        notebook, _grid(grid), parameters=_parameters(parameters), cluster=place, home=home, **options
+        notebook,
+        _grid(grid),
+        parameters=_parameters(parameters, texts, files),
+        cluster=place,
+        home=home,
+        **options,
     )
     _print_run(finished.path, finished.manifest)
     if finished.status != "done":
@@ -187,7 +280,7 @@ def sweep(
 
 def _grid(options: tuple[str, ...]) -> dict[str, Any]:
     """The values of `-g NAME=A,B` options."""
-    from .specs import read_yaml
+    from .specs import split_words
 
     values: dict[str, Any] = {}
     for text in options:
@@ -195,9 +288,9 @@ def _grid(options: tuple[str, ...]) -> dict[str, Any]:
         if not listed or name in values:
             raise ArgumentError(f"-g {text!r} is not allowed: it must be NAME=A,B, each name once.")
         try:
-            values[name] = read_yaml(f"[{listed}]")
-        except ValueError:
-            raise ArgumentError(f"-g {text!r} is not allowed: the values must be valid YAML.") from None
+            values[name] = split_words(listed)
+        except ValueError as error:
+            raise ArgumentError(f"-g {text!r} is not allowed: {error}.") from None
     return values
 
 
@@ -520,19 +613,12 @@ class TrainCommand(click.Command):
 
 
 def _flag(kind: Any, text: str) -> Any:
-    """The value of a flag: the text itself for a field that holds a text, else YAML.
+    """The value of a flag, as the type of its field takes what is typed."""
+    from pydantic import TypeAdapter
 
-    In the latter case `none` means None, and 1e-3, which YAML takes for a text, is a number.
-    """
-    from .specs import read_yaml
+    from .specs import Word, value_of
 
-    if kind is str or text == "none":
-        return text if kind is str else None
-    value: Any = text
-    with suppress(ValueError):
-        value = read_yaml(text)
-        value = float(value) if isinstance(value, str) else value
-    return value
+    return value_of(Word(text), TypeAdapter(kind).json_schema())
 
 
 @main.command(cls=TrainCommand)

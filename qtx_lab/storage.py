@@ -6,13 +6,17 @@ import errno
 import json
 import math
 import os
+import sys
 import tempfile
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from .errors import ArgumentError, StorageError
+
+if sys.platform != "win32":
+    import fcntl
 
 if TYPE_CHECKING:
     import duckdb
@@ -30,8 +34,18 @@ PANDAS_TYPES = {"BOOLEAN": "boolean", "BIGINT": "Int64", "DOUBLE": "Float64", "V
 
 
 def runs_home(home: str | Path | None = None) -> Path:
-    """Return the folder that holds runs: the one given, or else `$QTX_LAB_HOME`, or else `./runs`."""
-    return Path(home or os.environ.get("QTX_LAB_HOME") or "runs")
+    """Return the folder that holds runs: the one given, or else `$QTX_LAB_HOME`, or else `./runs`.
+
+    Raises
+    ------
+    ArgumentError
+        If it begins with `~` and a user that does not exist.
+    """
+    folder = Path(home or os.environ.get("QTX_LAB_HOME") or "runs")
+    try:
+        return folder.expanduser()
+    except RuntimeError as error:
+        raise ArgumentError(f"home={str(folder)!r} is not allowed: {error}") from None
 
 
 def write_atomic(path: Path, content: bytes) -> None:
@@ -57,6 +71,26 @@ def write_atomic(path: Path, content: bytes) -> None:
         sync_folder(path.parent)
     except OSError as error:
         raise storage_error(path, error) from error
+
+
+@contextmanager
+def folder_lock(folder: Path) -> Iterator[None]:
+    """Keep other processes that ask for the same lock out of a folder; nothing is written for it.
+
+    Where the system or the file system has no such locks, nobody is kept out.
+    """
+    descriptor = None
+    with suppress(OSError):  # what is done to the folder next says why
+        if sys.platform != "win32":
+            descriptor = os.open(folder, os.O_RDONLY)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        if descriptor is not None and sys.platform != "win32":
+            with suppress(OSError):  # before the file is closed: a process that was forked has it open too
+                fcntl.flock(descriptor, fcntl.LOCK_UN)
+            os.close(descriptor)
 
 
 def sync_folder(folder: Path) -> None:

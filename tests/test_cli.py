@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 
@@ -10,10 +11,10 @@ import pytest
 from click.testing import CliRunner
 
 import qtx_lab
-from qtx_lab.cli import main
+from qtx_lab.cli import EndingSignals, main
 from qtx_lab.errors import RunFailed
 from qtx_lab.experiments.runs import Run
-from qtx_lab.specs import ExperimentSpec
+from qtx_lab.specs import ExperimentSpec, value_of
 
 
 def call(*arguments: object):
@@ -22,7 +23,7 @@ def call(*arguments: object):
 
 def test_help_and_version_load_nothing_heavy() -> None:
     code = (
-        "import sys\nfrom qtx_lab.cli import main\n"
+        "import sys\nfrom qtx_lab.cli import EndingSignals, main\n"
         "main(['--help'], standalone_mode=False)\n"
         "print(sorted({'torch', 'pandas', 'pydantic', 'papermill'} & set(sys.modules)))"
     )
@@ -114,13 +115,13 @@ def test_demo_prints_the_report_last(calls, tmp_path) -> None:
     assert calls[0][:2] == ("00_quickstart", spec)
 
 
-def test_run_reads_values_as_yaml(calls) -> None:
+def test_run_takes_words_that_the_notebook_explains(calls) -> None:
     result = call(
         "run", "x", "-p", "n", "3", "-p", "words", "[a, b]", "-p", "rate", "0.5", "-p", "name", "it"
     )
     assert result.exit_code == 0
-    assert calls[0][1] == {"n": 3, "words": ["a", "b"], "rate": 0.5, "name": "it"}
-    assert call("run", "x", "-p", "n", "[1").exit_code == 2
+    meant = {name: value_of(word, {}) for name, word in calls[0][1].items()}
+    assert meant == {"n": 3, "words": ["a", "b"], "rate": 0.5, "name": "it"}
     assert call("run", "x", "-p", "n", "1", "-p", "n", "2").exit_code == 2
 
 
@@ -128,6 +129,23 @@ def test_a_failed_run_is_exit_1(calls) -> None:
     result = call("run", "x", "--name", "fails")
     assert result.exit_code == 1
     assert result.stderr == "error: a.ipynb stopped in cell [1] (kept in somewhere)\n"
+
+
+def test_ending_signals_are_ctrl_c_once() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), EndingSignals() as signals:  # noqa: PT012
+        try:
+            signal.raise_signal(signal.SIGHUP)
+        finally:
+            assert signals.received == signal.SIGHUP
+            signal.raise_signal(signal.SIGTERM)  # while runs are being marked: it changes nothing
+    assert signal.getsignal(signal.SIGTERM) == before
+    ignored = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
+    try:
+        with EndingSignals():
+            signal.raise_signal(signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, ignored)
 
 
 def test_runs_are_filtered_and_exported(tmp_path) -> None:
@@ -171,8 +189,10 @@ def test_sweep_passes_on_its_options(monkeypatch, tmp_path) -> None:
     assert result.exit_code == 0, result.output
     assert result.stdout.splitlines()[-1].endswith("report.html")
     notebook, grid, options = calls[0]
-    assert (notebook, grid) == ("x", {"n": [1, 2.5, True], "name": ["a", ["b", "c"]]})
-    assert options["parameters"] == {"rate": 0.5}
+    assert notebook == "x"
+    meant = {name: [value_of(word, {}) for word in words] for name, words in grid.items()}
+    assert meant == {"n": [1, 2.5, True], "name": ["a", ["b", "c"]]}
+    assert value_of(options["parameters"], {}) == {"rate": 0.5}
     assert (options["repeats"], options["cluster"].num_workers) == (3, 3)
     assert call(*words, "--cluster", "tcp://127.0.0.1:8786", "--resume").exit_code == 1
     assert calls[1][2]["cluster"] == "tcp://127.0.0.1:8786"

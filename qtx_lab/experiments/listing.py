@@ -235,9 +235,12 @@ def run_table(listed: Iterable[tuple[Path, Mapping[str, Any]]]) -> RunTable:
         row |= {"run": folder.name, "path": str(folder), "sweep": (manifest.get("sweep") or {}).get("name")}
         rows.append({**row, "spec": spec.get("identity"), "kind": spec.get("kind")})
         fields = spec.get("fields") or {}
-        if spec.get("kind") == "NotebookSpec":  # its parameters are columns of their own
-            fields = {**fields, **(fields.get("parameters") or {})}
-            fields.pop("parameters", None)
+        parameters = fields.get("parameters")
+        if spec.get("kind") == "NotebookSpec" and isinstance(
+            parameters, dict
+        ):  # they are columns of their own
+            fields = {**fields, **parameters}
+            fields.pop("parameters")
         specs.append(fields)
         results = manifest.get("results") or {}  # without tables and summaries, which are for the report
         measured.append({name: x for name, x in results.items() if isinstance(x, str | int | float)})
@@ -265,12 +268,23 @@ def _columns(prefix: str, rows: list[dict[str, Any]], index: pd.Index) -> pd.Dat
             "empty": "object",
         }.get(kind)
         if dtype is None:
-            column = column.map(lambda x: x if isinstance(x, str) else json.dumps(x), na_action="ignore")
+            column = column.map(_as_text, na_action="ignore")
         try:
             columns[f"{prefix}{name}"] = column.astype(dtype or "object")
-        except OverflowError:  # integers of more than 64 bits
-            columns[f"{prefix}{name}"] = column.astype("float64")
+        except (OverflowError, TypeError, ValueError):  # integers of more than 64 bits
+            try:
+                columns[f"{prefix}{name}"] = column.astype("float64")
+            except (OverflowError, TypeError, ValueError):  # or of more than a float holds
+                columns[f"{prefix}{name}"] = column.map(_as_text, na_action="ignore")
     return pd.DataFrame(columns, index=index)
+
+
+def _as_text(value: Any) -> str:
+    """A value as text, and numbers that are too long for Python to write as their size."""
+    try:
+        return value if isinstance(value, str) else json.dumps(value)
+    except ValueError:
+        return f"a number of {value.bit_length():,} bits"
 
 
 def _columns_of(frame: pd.DataFrame, y: str, groups: Mapping[str, str | None]) -> dict[str, str | None]:

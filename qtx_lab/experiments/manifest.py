@@ -23,9 +23,13 @@ TYPES: dict[str, Any] = {
     "devices": dict,
     "sweep": dict,
     "seconds": int | float,
+    "error": str,
     "seed": int,
 }
 """Types of the entries that a manifest may leave out."""
+
+SPEC_TYPES: dict[str, Any] = {"kind": str, "identity": str, "fields": dict}
+"""Types of what the entry `spec` may leave out."""
 
 MAX_SECONDS = 1e15
 """A longer run is a broken manifest."""
@@ -68,6 +72,11 @@ def manifest_problem(manifest: object) -> str | None:
         return f"{MANIFEST} has no start"
     if not isinstance(manifest.get("name"), str):
         return f"{MANIFEST} has no name"
+    spec = manifest.get("spec")
+    if isinstance(spec, dict):
+        for key, kind in SPEC_TYPES.items():
+            if not isinstance(spec.get(key), kind | None):
+                return f"{MANIFEST} has spec.{key}={spec[key]!r}"
     wrong = [key for key, kind in TYPES.items() if not isinstance(manifest.get(key), kind | None)]
     if not wrong and not 0 <= (manifest.get("seed") or 0) < 2**63:
         wrong = ["seed"]

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from ..errors import QtxError, RunFailed
+from ..errors import ArgumentError, QtxError, RunFailed
 from ..storage import storage_error, sync_file
 from .runs import Run
 
@@ -32,6 +35,47 @@ STOP_POLL_S = 0.5
 """Seconds between two calls of `stop`."""
 
 
+MAX_MESSAGE_LENGTH = 500
+"""Characters of the first line of a cell's error that a message quotes."""
+
+
+@dataclass(frozen=True)
+class ExecutionLimits:
+    """What a notebook may take, and what happens when a cell fails.
+
+    Parameters
+    ----------
+    cell_seconds : float, optional
+        How long a cell may take, s; no limit if None.
+    seconds : float, optional
+        How long the notebook may take, s; no limit if None.
+    output_bytes : int
+        Bytes of a cell's output that are kept in the executed notebook; a line says where more was left out.
+    keep_going : bool
+        Go on with the next cell after one that failed. The run is still marked as failed at the end.
+
+    Raises
+    ------
+    ArgumentError
+        If a limit is not above 0.
+    """
+
+    cell_seconds: float | None = None
+    seconds: float | None = None
+    output_bytes: int = 16 << 20
+    keep_going: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("cell_seconds", "seconds", "output_bytes"):
+            value = vars(self)[name]
+            if value is not None and not value > 0:
+                raise ArgumentError(f"{name}={value!r} is not allowed: it must be above 0.")
+
+
+NO_LIMITS = ExecutionLimits()
+"""No limit of time, and 16 MiB of output for each cell."""
+
+
 def execute_notebook(
     path: Path,
     run: Run,
@@ -40,8 +84,12 @@ def execute_notebook(
     progress: bool = True,
     stop: Callable[[], bool] | None = None,
     threads: int | None = None,
-) -> None:
+    limits: ExecutionLimits = NO_LIMITS,
+) -> str | None:
     """Execute a notebook into the folder of a run.
+
+    A cell that is tagged `raises-exception` may raise one. `sys.exit()` in a cell ends the notebook early,
+    and well; any other exit code is a failure.
 
     Parameters
     ----------
@@ -57,38 +105,54 @@ def execute_notebook(
         Called twice a second. Once it returns True, the kernel is killed.
     threads : int, optional
         Number of threads for the kernel's numerical libraries.
+    limits : ExecutionLimits
+        How long cells and the notebook may take, and how much output is kept.
+
+    Returns
+    -------
+    str or None
+        A sentence that says which cell ended the notebook by `sys.exit()`; None if all cells ran.
 
     Raises
     ------
     RunFailed
-        If a cell raised an error, or the kernel died.
+        If a cell raised an error or took too long, or the kernel died.
     StorageError
         If the executed notebook cannot be written.
     KeyboardInterrupt
         Once `stop` returns True.
     """
-    import papermill
-    from nbclient.exceptions import DeadKernelError
-    from papermill.exceptions import PapermillExecutionError
+    from nbclient.exceptions import CellTimeoutError, DeadKernelError
+    from papermill.execute import prepare_notebook_metadata, remove_error_markers
+    from papermill.iorw import load_notebook_node
+    from papermill.parameterize import parameterize_notebook
 
     target = run.path.resolve() / path.with_suffix(".ipynb").name
+    output_path = f"{RunFiles.scheme}{target}"
     _register_run_files()
-    with tempfile.TemporaryFile() as stderr, _stopping(stop) as kernel_pids:
+    logging.getLogger("papermill").setLevel(logging.ERROR)  # it does not know all parameters that we do
+    notebook = load_notebook_node(str(path.resolve()))
+    if parameters:
+        notebook = parameterize_notebook(
+            notebook, dict(parameters), kernel_name="python3", language="python", engine_name=None
+        )
+    notebook = remove_error_markers(prepare_notebook_metadata(notebook, str(path), output_path))
+    with tempfile.TemporaryFile() as stderr, _stopping(stop, limits.seconds, path) as kernel_pids:
+        engine = _engine(limits, _kernel_manager(stderr, kernel_pids, threads))
         try:
-            papermill.execute_notebook(
-                _escape_braces(path.resolve()),
-                f"{RunFiles.scheme}{_escape_braces(target)}",
-                dict(parameters),
-                kernel_name="python3",
-                language="python",
-                kernel_manager_class=_kernel_manager(stderr, kernel_pids, threads),
+            executed = engine.execute_notebook(
+                notebook,
+                "python3",
+                output_path=output_path,
                 progress_bar={"desc": path.stem} if progress else False,
             )
-        except PapermillExecutionError as error:
-            last_line = f"{error.ename}: {error.evalue}".strip().splitlines()[-1]
-            first = next((line.strip() for line in error.source.splitlines() if line.strip()), "")
-            cell = f"cell [{error.exec_count}] ({first[:60]})"
-            raise RunFailed(f"{path.name} stopped in {cell} with {last_line}") from error
+        except CellTimeoutError:
+            running = next((cell for cell in notebook.cells if _papermill(cell).get("too_long")), None)
+            where = "" if running is None else f" in {_cell_name(running)}"
+            raise RunFailed(
+                f"{path.name} stopped{where}: it took longer than the {limits.cell_seconds:g} s that a cell "
+                "may take"
+            ) from None
         except (DeadKernelError, RuntimeError) as error:
             if isinstance(error, QtxError):
                 raise
@@ -97,6 +161,100 @@ def execute_notebook(
         finally:
             with suppress(OSError):  # an error in writing was raised when it happened
                 sync_file(target)
+    return _checked(path, executed, output_path)
+
+
+def _papermill(cell: Any) -> dict[str, Any]:
+    """What papermill notes about a cell."""
+    return dict(cell.metadata.get("papermill", {}))
+
+
+def _cell_name(cell: Any) -> str:
+    """A cell by its number and its first line."""
+    first = next((line.strip() for line in cell.source.splitlines() if line.strip()), "")
+    return f"cell [{cell.execution_count}] ({first[:60]})"
+
+
+def _checked(path: Path, executed: Any, output_path: str) -> str | None:
+    """Raise RunFailed if cells failed; return a sentence if one called `sys.exit()`."""
+    from papermill.exceptions import PapermillExecutionError
+    from papermill.execute import raise_for_execution_errors
+
+    failed = [cell for cell in executed.cells if _papermill(cell).get("exception")]
+    if not failed:
+        return None
+    errors = [_error_line(cell) for cell in failed]
+    if errors == ["sys.exit()"]:
+        return f"{_cell_name(failed[0])} of {path.name} called sys.exit(): the cells after it did not run."
+    with suppress(PapermillExecutionError):  # it marks the cell in the notebook
+        raise_for_execution_errors(executed, output_path)
+    more = f", and {len(failed) - 1} more cell(s) failed" if len(failed) > 1 else ""
+    raise RunFailed(f"{path.name} stopped in {_cell_name(failed[0])} with {errors[0]}{more}")
+
+
+def _error_line(cell: Any) -> str:
+    """The type and the first line of the error that a cell raised."""
+    for output in reversed(cell.get("outputs", ())):
+        if output.output_type == "error":
+            lines = [line for line in str(output.evalue).splitlines() if line.strip()]
+            if output.ename == "SystemExit":
+                code = lines[0] if lines else ""
+                return f"sys.exit({'' if code in ('0', 'None') else code})"
+            first = f"{output.ename}: {lines[0].strip()}" if lines else str(output.ename)
+            return first[:MAX_MESSAGE_LENGTH]
+    return "an error without output"
+
+
+def _engine(limits: ExecutionLimits, kernel_manager: type) -> Any:
+    """papermill's engine, with limits of time and output."""
+    from nbclient.exceptions import CellExecutionError, CellTimeoutError
+    from papermill.clientwrap import PapermillNotebookClient
+    from papermill.engines import Engine
+
+    class LimitedClient(PapermillNotebookClient):
+        """A client that keeps a bounded part of each cell's output."""
+
+        def papermill_execute_cells(self) -> None:
+            self.output_bytes: dict[int, int] = {}
+            for index, cell in enumerate(self.nb.cells):
+                try:
+                    self.nb_man.cell_start(cell, index)
+                    self.execute_cell(cell, index)
+                except CellExecutionError as error:
+                    self.nb_man.cell_exception(self.nb.cells[index], cell_index=index, exception=error)
+                    if not limits.keep_going or "SystemExit" in str(error.ename):
+                        break
+                except CellTimeoutError:
+                    self.nb.cells[index].metadata.papermill["too_long"] = True
+                    raise
+                finally:
+                    self.nb_man.cell_complete(self.nb.cells[index], cell_index=index)
+
+        def output(self, outs: Any, msg: Any, display_id: Any, cell_index: int) -> Any:
+            before = self.output_bytes.get(cell_index, 0)
+            size = 0 if msg["msg_type"] == "error" else len(json.dumps(msg["content"], default=str))
+            self.output_bytes[cell_index] = before + size
+            if size and before + size > limits.output_bytes:
+                if before > limits.output_bytes:
+                    return None
+                kept = f"{limits.output_bytes:,} bytes"
+                text = f"\n[qtx-lab keeps {kept} of a cell's output; the rest was left out.]\n"
+                msg = {**msg, "msg_type": "stream", "content": {"name": "stderr", "text": text}}
+            return super().output(outs, msg, display_id, cell_index)
+
+    class LimitedEngine(Engine):
+        @classmethod
+        def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, **options: Any) -> None:
+            LimitedClient(
+                nb_man,
+                kernel_name=kernel_name,
+                kernel_manager_class=kernel_manager,
+                timeout=limits.cell_seconds,
+                startup_timeout=60,
+                log=logging.getLogger("papermill"),
+            ).execute()
+
+    return LimitedEngine
 
 
 def _last_line(stderr: IO[bytes]) -> str:
@@ -107,38 +265,41 @@ def _last_line(stderr: IO[bytes]) -> str:
 
 
 @contextmanager
-def _stopping(stop: Callable[[], bool] | None) -> Iterator[list[int]]:
-    """Yield a list for the process ids of kernels, which are killed once `stop` returns True.
+def _stopping(stop: Callable[[], bool] | None, seconds: float | None, path: Path) -> Iterator[list[int]]:
+    """Yield a list for the process ids of kernels, which are killed once `stop` returns True or time is up.
 
-    The block then ends in KeyboardInterrupt.
+    The block then ends in KeyboardInterrupt, or in RunFailed.
     """
     kernel_pids: list[int] = []
-    stopped, ended = threading.Event(), threading.Event()
+    stopped, over_time, ended = threading.Event(), threading.Event(), threading.Event()
+    end = None if seconds is None else time.monotonic() + seconds
 
     def watch() -> None:
-        while stop is not None and not ended.wait(STOP_POLL_S):
-            if stopped.is_set() or stop():
+        while not ended.wait(STOP_POLL_S):
+            if stop is not None and (stopped.is_set() or stop()):
                 stopped.set()
+            elif end is not None and time.monotonic() > end:
+                over_time.set()
+            if stopped.is_set() or over_time.is_set():
                 for pid in kernel_pids:
                     with suppress(OSError):
                         os.killpg(pid, signal.SIGKILL)  # the kernel leads a session of its own
 
     watcher = threading.Thread(target=watch, name="qtx-lab-stop", daemon=True)
-    if stop is not None:
+    if stop is not None or seconds is not None:
         watcher.start()
     try:
         yield kernel_pids
     except Exception:  # any error: it came from the kernel being killed
         if stopped.is_set():
             raise KeyboardInterrupt("The notebook was stopped.") from None
+        if over_time.is_set():
+            raise RunFailed(
+                f"{path.name} stopped: it took longer than the {seconds:g} s that it may take"
+            ) from None
         raise
     finally:
         ended.set()
-
-
-def _escape_braces(path: Path) -> str:
-    """A path in which braces stay braces when papermill formats it with the parameters."""
-    return str(path).replace("{", "{{").replace("}", "}}")
 
 
 class RunFiles:

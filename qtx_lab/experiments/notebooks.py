@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import importlib.util
 import json
 import os
@@ -14,12 +13,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..errors import ArgumentError, QtxError, RunFailed, SpecError, TextError
 from ..models.text import read_text
-from ..specs import SPECS, ExperimentSpec, NotebookSpec, Spec, nearest
-from .notebook_execution import execute_notebook
+from ..specs import SPECS, ExperimentSpec, NotebookSpec, Spec, nearest, word_of
+from .notebook_execution import NO_LIMITS, ExecutionLimits, execute_notebook
+from .parameters import UNKNOWN, Parameter, parameters_of
 from .report import write_report
 from .runs import Run
 
@@ -55,8 +53,8 @@ def notebook_path(notebook: str | Path) -> Path:
     ArgumentError
         If there is none. The message names the most similar shipped one.
     """
-    if os.path.isfile(notebook):  # unlike Path.is_file, False for a name that no file can have
-        return Path(notebook)
+    if os.path.isfile(expanded := os.path.expanduser(notebook)):  # unlike Path.is_file, False for no name
+        return Path(expanded)
     name = Path(notebook).name.removesuffix(".ipynb")
     shipped = {path.stem: path for path in sorted(notebooks_folder().glob("*.ipynb"))}
     if str(notebook).removesuffix(".ipynb") in shipped:
@@ -76,6 +74,7 @@ def run_notebook(
     command: str | None = None,
     progress: bool = True,
     stop: Callable[[], bool] | None = None,
+    limits: ExecutionLimits = NO_LIMITS,
 ) -> Run:
     """Execute a notebook in a new run folder, with this very interpreter as its kernel.
 
@@ -89,7 +88,7 @@ def run_notebook(
         See `notebook_path`.
     parameters : mapping or Spec, optional
         Values for the notebook's cell tagged `parameters`, checked as the kind of spec that the notebook's
-        metadata names; see `notebook_kind`.
+        metadata names; see `notebook_kind`. A `Word` is a value as a person typed it; see `value_of`.
     home : path, optional
         Folder of runs; see `runs_home`.
     name : str, optional
@@ -100,6 +99,9 @@ def run_notebook(
         Show a progress bar on stderr, with a step for each cell.
     stop : callable, optional
         Called twice a second. Once it returns True, the kernel is killed and the run ends as `interrupted`.
+    limits : ExecutionLimits
+        How long a cell and the notebook may take, how much output of a cell is kept, and whether cells after
+        a failed one run.
 
     Returns
     -------
@@ -121,8 +123,10 @@ def run_notebook(
     path = notebook_path(notebook)
     declared = declared_parameters(path)
     spec = notebook_spec(path, declared, parameters)
-    run = Run.create(spec, name or run_name(path), home, command=command or _command(notebook, parameters))
-    execute(run, path, spec, progress=progress, stop=stop)
+    given = spec.parameters if isinstance(spec, NotebookSpec) else spec.to_parameters()
+    command = command or _command(notebook, path, declared, {} if parameters is None else given)
+    run = Run.create(spec, name or run_name(path), home, command=command)
+    execute(run, path, spec, progress=progress, stop=stop, limits=limits)
     return run
 
 
@@ -134,6 +138,7 @@ def execute(
     progress: bool = True,
     stop: Callable[[], bool] | None = None,
     threads: int | None = None,
+    limits: ExecutionLimits = NO_LIMITS,
 ) -> None:
     """Execute a notebook in a run that was created for it, and end the run; errors as of `run_notebook`.
 
@@ -145,7 +150,7 @@ def execute(
         The notebook.
     spec : Spec
         Its parameters, from `notebook_spec`.
-    progress, stop
+    progress, stop, limits
         See `run_notebook`.
     threads : int, optional
         Number of threads for the kernel's numerical libraries (`OMP_NUM_THREADS` and similar variables); they
@@ -156,7 +161,13 @@ def execute(
             parameters = spec.parameters if isinstance(spec, NotebookSpec) else spec.to_parameters()
             if "run_dir" in declared_parameters(path):
                 parameters = {**parameters, "run_dir": str(run.path.resolve())}
-            execute_notebook(path, run, parameters, progress=progress, stop=stop, threads=threads)
+            left_early = execute_notebook(
+                path, run, parameters, progress=progress, stop=stop, threads=threads, limits=limits
+            )
+            if left_early is not None:
+                summary = (run.manifest.get("results") or {}).get("summary") or []
+                sentences = summary if isinstance(summary, list) else [summary]
+                run.update(results={"summary": [*sentences, left_early]})
     except BaseException as error:
         with suppress(QtxError):  # the first error is the one to report
             write_report(run)
@@ -171,16 +182,15 @@ def run_name(path: Path) -> str:
     return re.sub("[^A-Za-z0-9]+", "-", path.stem).strip("-")[:60] or "notebook"
 
 
-def declared_parameters(path: Path) -> dict[str, str]:
-    """The names that a notebook's cell tagged `parameters` declares, with the source text of their defaults.
+def declared_parameters(path: Path) -> dict[str, Parameter]:
+    """The parameters that a notebook's first cell tagged `parameters` declares, by name.
 
     Raises
     ------
     ArgumentError
-        If the file cannot be read as a notebook, or is not a Python notebook.
+        If the file cannot be read as a notebook, is not a Python notebook, or that cell is not Python.
     """
     import nbformat
-    import papermill
 
     if importlib.util.find_spec("ipykernel") is None:
         raise ArgumentError("This Python has no ipykernel to run notebooks with: pip install ipykernel.")
@@ -191,16 +201,33 @@ def declared_parameters(path: Path) -> dict[str, str]:
     except (OSError, ValueError, AttributeError, KeyError, nbformat.ValidationError) as error:
         cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ArgumentError(f"notebook={str(path)!r} cannot be read as a notebook: {cause}.") from error
-    metadata = content.metadata
-    language = metadata.get("kernelspec", {}).get("language") or metadata.get("language_info", {}).get("name")
-    kernel = metadata.get("kernelspec", {}).get("name", "python3")
-    language = language or ("python" if "python" in kernel else kernel)
-    if language != "python":
+    language = _language(content.metadata)
+    if language.lower() not in ("python", "ipython", "python3"):
         raise ArgumentError(f"notebook={str(path)!r} is in {language}; only Python notebooks are run.")
-    metadata.kernelspec = {"name": "python3", "language": "python", "display_name": "Python 3"}
-    metadata.setdefault("papermill", {})
-    parameters = papermill.inspect_notebook(content)
-    return {name: facts["default"] for name, facts in parameters.items()}
+    for cell in content.cells:
+        if cell.cell_type == "code" and "parameters" in cell.metadata.get("tags", ()):
+            try:
+                return parameters_of(cell.source)
+            except ArgumentError as error:
+                raise ArgumentError(f"notebook={str(path)!r}: {error}") from None
+    return {}
+
+
+def _language(metadata: Mapping[str, Any]) -> str:
+    """The language of a notebook: as it says, else that of its kernel by the kernel's name."""
+    kernel = metadata.get("kernelspec", {})
+    stated = kernel.get("language") or metadata.get("language_info", {}).get("name")
+    name = str(kernel.get("name") or "python3")
+    if stated:
+        return str(stated)
+    # conda's kernels are named as "conda-env-lab-py", and "conda-env-lab-r" for R.
+    if re.search(r"python|(^|[-_.])py([0-9 ]|$)", f"{name} {kernel.get('display_name', '')}".lower()):
+        return "python"
+    from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
+
+    with suppress(NoSuchKernel):
+        return str(KernelSpecManager().get_kernel_spec(name).language or name)
+    return name
 
 
 def notebook_kind(path: Path) -> type[Spec]:
@@ -226,7 +253,7 @@ def notebook_kind(path: Path) -> type[Spec]:
 
 
 def notebook_spec(
-    path: Path, declared: Mapping[str, str], parameters: Mapping[str, Any] | Spec | None
+    path: Path, declared: Mapping[str, Parameter], parameters: Mapping[str, Any] | Spec | None
 ) -> Spec:
     """The spec of a run of a notebook: parameters that are checked against what the notebook declares.
 
@@ -242,8 +269,8 @@ def notebook_spec(
     Raises
     ------
     SpecError, TextError
-        If the notebook's metadata names an unknown or another kind of spec, a parameter is unknown, a value
-        is not allowed or of another type than the default, or a text cannot be read.
+        If the notebook's metadata names an unknown or another kind of spec, a parameter is unknown or
+        missing, a value is not allowed or of another type than the default, or a text cannot be read.
     """
     kind = notebook_kind(path)
     if isinstance(parameters, Spec) and kind not in (NotebookSpec, type(parameters)):
@@ -253,26 +280,33 @@ def notebook_spec(
         )
     given = parameters.to_parameters() if isinstance(parameters, Spec) else dict(parameters or {})
     known = [name for name in declared if name != "run_dir"]
-    for key in given:
-        if key not in known:
-            raise SpecError(
-                f"{path.name} has no parameter {key!r}.{nearest(str(key), known)} "
-                f"Allowed: {', '.join(known) or 'none'}."
-            )
+    _check_names(path, given, known)
+    missing = [name for name in known if declared[name].required and name not in given]
+    if missing:
+        raise SpecError(f"{path.name} declares {missing[0]!r} without a value: give it one.")
     if isinstance(parameters, Spec):
         spec = parameters
     elif kind is not NotebookSpec:
-        fields = [name for name in known if name in kind.model_fields]
-        spec = kind.from_parameters({**_literals(declared, fields), **given})
-    else:
-        spec = NotebookSpec(notebook=path.stem, parameters=given)
-        defaults = _literals(declared, known)
-        for key, value in spec.parameters.items():
-            expected, given_kind = _kind(defaults.get(key)), _kind(value)
-            if expected and given_kind and expected != given_kind:
+        defaults = {name: declared[name] for name in known if name in kind.model_fields and name not in given}
+        for name, parameter in defaults.items():
+            if parameter.default is UNKNOWN:
                 raise SpecError(
-                    f"{key}={value!r} is not allowed: {path.name} declares {expected}, "
-                    f"{key} = {declared[key]}."
+                    f"{path.name} declares {name} = {parameter.source}, whose value is known only when it "
+                    f"runs; a field of {kind.__name__} must be a plain value, there or in the parameters."
+                )
+        spec = kind.from_parameters(
+            {**{name: parameter.default for name, parameter in defaults.items()}, **kind.read_fields(given)}
+        )
+    else:
+        spec = NotebookSpec(
+            notebook=path.stem, parameters={name: declared[name].taken(x) for name, x in given.items()}
+        )
+        for name, value in spec.parameters.items():
+            expected = declared[name].problem(value)
+            if expected is not None:
+                raise SpecError(
+                    f"{name}={value!r} is not allowed: {path.name} declares {expected}, "
+                    f"{name} = {declared[name].source}."
                 )
     if isinstance(spec, ExperimentSpec) and spec.text != "reference":
         size = len(read_text(spec.text).encode())
@@ -284,33 +318,37 @@ def notebook_spec(
     return spec
 
 
-def _kind(value: object) -> str:
-    """The kind of a parameter's value, in words; "" if any kind is allowed."""
-    if isinstance(value, bool):
-        return "yes or no"
-    kinds = {"a number": int | float, "a text": str, "a list": list | tuple}
-    return next((name for name, kind in kinds.items() if isinstance(value, kind)), "")
+def _check_names(path: Path, given: Mapping[str, Any], known: list[str]) -> None:
+    """Refuse parameters that a notebook does not have, all of them in one error."""
+    unknown = [str(name) for name in given if name not in known]
+    if unknown:
+        named = f"parameter{'s' if len(unknown) > 1 else ''} {', '.join(map(repr, unknown))}"
+        hints = "".join(nearest(name, known) for name in unknown)
+        raise SpecError(f"{path.name} has no {named}.{hints} Allowed: {', '.join(known) or 'none'}.")
 
 
-def _command(notebook: str | Path, parameters: Mapping[str, Any] | Spec | None) -> str:
-    """What to type to run this notebook again."""
-    given = parameters.to_parameters() if isinstance(parameters, Spec) else parameters or {}
-    words = ["qtx-lab", "run", str(notebook)]
+def parameter_words(path: Path, declared: Mapping[str, Parameter], given: Mapping[str, Any]) -> list[str]:
+    """The options of the command line that give a notebook these parameters.
+
+    A text that a word alone would not give is written as `-r NAME TEXT`.
+    """
+    words = []
     for name, value in given.items():
-        words += ["-p", name, as_word(value)]
-    return shlex.join(words)
+        word = word_of(value, parameter_schema(path, declared, name))
+        words += ["-r", name, value] if word is None else ["-p", name, word]
+    return words
 
 
-def as_word(value: Any) -> str:
-    """A value as YAML in one word, which the command line reads back as the same value."""
-    plain = isinstance(value, str) and re.fullmatch(r"[\w./-]+", value) and yaml.safe_load(value) == value
-    return value if plain else json.dumps(value)
+def parameter_schema(path: Path, declared: Mapping[str, Parameter], name: str) -> dict[str, Any]:
+    """The JSON schema of a parameter: of the field, where the notebook is run by a spec, else as declared."""
+    kind = notebook_kind(path)
+    if kind is not NotebookSpec and name in kind.model_fields:
+        return dict(kind.model_json_schema()["properties"][name])
+    return declared[name].schema
 
 
-def _literals(declared: Mapping[str, str], names: list[str]) -> dict[str, Any]:
-    """The values of the defaults that are literals."""
-    values = {}
-    for name in names:
-        with suppress(ValueError, SyntaxError):
-            values[name] = ast.literal_eval(declared[name])
-    return values
+def _command(
+    notebook: str | Path, path: Path, declared: Mapping[str, Parameter], given: Mapping[str, Any]
+) -> str:
+    """What to type to run this notebook again."""
+    return shlex.join(["qtx-lab", "run", str(notebook), *parameter_words(path, declared, given)])

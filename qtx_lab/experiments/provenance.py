@@ -6,6 +6,8 @@ import os
 import platform
 import socket
 import subprocess
+import time
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import cache
 from importlib import metadata
@@ -96,17 +98,29 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 
 def this_process() -> dict[str, Any]:
-    """Host, process id and start time, which tell later whether this very process is still running."""
-    started = psutil.Process().create_time()
-    return {"hostname": socket.gethostname(), "pid": os.getpid(), "process_started": started}
+    """Host, process id and start, which tell later whether this very process is still running.
+
+    On Linux the start is the boot's id and the ticks since that boot, which no change of the clock moves.
+    """
+    facts: dict[str, Any] = {"hostname": socket.gethostname(), "pid": os.getpid()}
+    boot, ticks = _boot_id(), _start_ticks(os.getpid())
+    if boot is None or ticks is None:
+        return {**facts, "process_started": psutil.Process().create_time()}
+    return {**facts, "boot_id": boot, "start_ticks": ticks}
 
 
-def is_gone(process: dict[str, Any]) -> bool:
+def is_gone(process: Mapping[str, Any]) -> bool:
     """Whether a process is known to have ended; False where this host cannot know."""
     if process.get("hostname") != socket.gethostname():
         return False
     try:
-        started = psutil.Process(process["pid"]).create_time()
+        pid = int(process["pid"])
+        if "start_ticks" in process:
+            boot = _boot_id()
+            return boot is not None and (
+                boot != process.get("boot_id") or _start_ticks(pid) != process["start_ticks"]
+            )
+        started = psutil.Process(pid).create_time()
         return (
             abs(started - process["process_started"]) > 2
         )  # seconds; another process has the same id by now
@@ -114,3 +128,45 @@ def is_gone(process: dict[str, Any]) -> bool:
         return True
     except (psutil.Error, KeyError, TypeError, ValueError, OverflowError):
         return False
+
+
+def is_this_process_or_its_parent(process: Mapping[str, Any]) -> bool:
+    """Whether a process is this one, or one that started it, directly or through others."""
+    if process.get("hostname") != socket.gethostname() or is_gone(process):
+        return False
+    try:
+        family = psutil.Process().parents()
+    except psutil.Error:
+        family = []
+    return process.get("pid") in (os.getpid(), *(parent.pid for parent in family))
+
+
+def clock() -> dict[str, Any]:
+    """A clock that nobody sets, to measure from: seconds since some moment of this boot of the machine."""
+    return {"boot_id": _boot_id(), "seconds": time.monotonic()}
+
+
+def seconds_since(start: Any) -> float | None:
+    """Seconds since a time of `clock`; None if that was on another boot of a machine."""
+    if not isinstance(start, dict) or start.get("boot_id") is None or start["boot_id"] != _boot_id():
+        return None
+    passed = time.monotonic() - start["seconds"] if isinstance(start.get("seconds"), int | float) else -1.0
+    return passed if passed >= 0 else None
+
+
+@cache
+def _boot_id() -> str | None:
+    """What tells one boot of this machine from another, on Linux."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return None
+
+
+def _start_ticks(pid: int) -> int | None:
+    """When a process began, in ticks since the boot; None if there is none, or only what is left of one."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else int(fields[19])  # state; starttime, the 22nd field

@@ -233,7 +233,7 @@ def _provenance(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
         "Status": manifest["status"],
         "Seed": str(manifest["seed"]) if manifest.get("seed") is not None else "",
         "Spec": (manifest.get("spec") or {}).get("identity", ""),
-        "Commit": git.get("commit", "") + (", with changes not committed" if git.get("dirty") else ""),
+        "Commit": str(git.get("commit") or "") + (", with changes not committed" if git.get("dirty") else ""),
         "Devices": ", ".join(
             f"{name}, calibrated {time[:16].replace('T', ' ')}" if isinstance(time, str) else str(name)
             for name, time in devices.items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import secrets
@@ -10,7 +11,7 @@ import shutil
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from io import BytesIO
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 from ..errors import ArgumentError, StorageError
 from ..storage import (
     append_rows,
+    folder_lock,
     json_bytes,
     read_frame,
     runs_home,
@@ -64,7 +66,8 @@ class Run:
     """A run folder. The object holds only the path: every call reads and writes the files.
 
     As a context manager it ends the run: as `done`, as `failed` on an exception, as `interrupted` on Ctrl-C.
-    Several threads of a process may use it at once. Only one process at a time may write to a run.
+    Several threads may use it at once, and so may a process and those that it started, such as the kernel of
+    a notebook. While a run is `running`, every other process that writes to it is refused.
 
     Parameters
     ----------
@@ -85,6 +88,7 @@ class Run:
     def __init__(self, path: Path):
         self.path = path
         self._lock = threading.RLock()
+        self._is_locked = self._is_ours = False
 
     @classmethod
     def create(cls, spec: Spec, name: str, home: str | Path | None = None, **facts: Any) -> Self:
@@ -121,13 +125,14 @@ class Run:
             "status": "running",
             "name": name,
             # The fields of spec.yaml again, so that a listing reads one file of each run.
-            "spec": {"kind": type(spec).__name__, "identity": spec.identity, "fields": parameters},
+            "spec": {"kind": type(spec).__name__, "identity": spec.identity, "fields": _storable(parameters)},
             "seed": _seed({**parameters.get("parameters", {}), **parameters}),
             "started": started.isoformat(timespec="milliseconds"),
             "versions": provenance.versions(),
             "machine": provenance.machine(),
             "git": provenance.commit(),
             "process": provenance.this_process(),
+            "clock": provenance.clock(),
             "results": {},
         }
         # Outside of a checkout there is no commit, and some specs have no seed.
@@ -196,7 +201,7 @@ class Run:
         StorageError
             If the manifest cannot be read or written.
         """
-        with self._lock:
+        with self._writing():
             merged = merge(read_manifest(self.path), facts)
             problem = manifest_problem(json.loads(json_bytes(merged)))
             if problem:
@@ -243,7 +248,7 @@ class Run:
         rows : iterable of mappings
             Values by column; see `log`, also for the errors.
         """
-        with self._lock:
+        with self._writing():
             append_rows(self.path / "metrics.parquet", rows)
 
     def metrics(self) -> pd.DataFrame:
@@ -301,6 +306,7 @@ class Run:
         figures: dict[str, Figure] = {}
         pictures: dict[str, bytes] = {}
         with self._lock, mpl.rc_context({"svg.hashsalt": name}):
+            self._check_owner()
             write_frame(folder / f"{name}.parquet", data)
             for theme, suffix in zip(THEMES, ("", "-dark"), strict=True):
                 figures[theme] = draw(data, theme)
@@ -358,9 +364,12 @@ class Run:
         if status not in ended:
             raise ArgumentError(f"status={status!r} is not allowed: it must be one of {', '.join(ended)}.")
         finished = datetime.now(UTC)
-        with self._lock:
-            started = datetime.fromisoformat(read_manifest(self.path)["started"])
-            seconds = (finished - started).total_seconds()
+        with self._writing():
+            manifest = read_manifest(self.path)
+            seconds = provenance.seconds_since(manifest.get("clock"))
+            if seconds is None:  # begun elsewhere, or before a restart: all that is left is the wall's clock
+                started = datetime.fromisoformat(manifest["started"])
+                seconds = max(0.0, (finished - started).total_seconds())
             end = {"status": status, "finished": finished.isoformat(timespec="milliseconds")}
             self.update(**end, seconds=round(seconds, 3), **({"error": error} if error else {}))
 
@@ -382,6 +391,36 @@ class Run:
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r})"
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Keep everybody else from writing at the same time, and for good if the run is another process's."""
+        with self._lock:
+            self._check_owner()
+            if self._is_locked:
+                yield
+                return
+            with folder_lock(self.path):
+                self._is_locked = True
+                try:
+                    yield
+                finally:
+                    self._is_locked = False
+
+    def _check_owner(self) -> None:
+        """Refuse to write to a run that another process, which did not start this one, is running."""
+        if self._is_ours:
+            return
+        manifest = read_manifest(self.path)
+        owner = manifest.get("process") or {}
+        is_running = manifest["status"] == "running"
+        is_ours = "pid" not in owner or provenance.is_this_process_or_its_parent(owner)
+        if is_running and not is_ours and not provenance.is_gone(owner):
+            raise StorageError(
+                f"Cannot write {self.path}: process {owner['pid']} on {owner.get('hostname')} is writing "
+                "this run; wait for its end, or stop it."
+            )
+        self._is_ours = is_running and is_ours  # it stays so, and need not be asked again
 
     def _order(self, name: str) -> int:
         """The place of a figure in the report: its own if it has one, else the last."""
@@ -461,8 +500,8 @@ def find_run(run: str | Path, home: str | Path | None = None) -> Run:
     StorageError
         If its manifest cannot be read.
     """
-    if os.path.isdir(run):  # unlike Path.is_dir, False for a name that no file can have
-        return Run.open(run)
+    if os.path.isdir(expanded := os.path.expanduser(run)):  # unlike Path.is_dir, False for what is no name
+        return Run.open(expanded)
     home, text = runs_home(home), str(run)
     names = [folder.name for folder in _folders(home)]
     matches = [text] if text in names else [name for name in names if text and text in name]
@@ -508,6 +547,15 @@ def _check_name(argument: str, given: str) -> None:
             f"{argument}={given!r} is not allowed: it must be up to 80 letters, digits, '.', '_' and '-', "
             "and begin with a letter or digit."
         )
+
+
+def _storable(value: Any) -> Any:
+    """A value of a spec with texts in place of numbers that are not finite, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _storable(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_storable(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _seed(parameters: Mapping[str, Any]) -> int | None:

@@ -29,10 +29,20 @@ from ..errors import (
     SpecError,
     StorageError,
 )
-from ..specs import ClusterSpec, Spec, SweepSpec
+from ..specs import ClusterSpec, NotebookSpec, Spec, SweepSpec, listed_word, value_of
 from ..storage import runs_home, write_atomic
 from ..training.cluster import Cluster, open_cluster
-from .notebooks import as_word, declared_parameters, execute, notebook_path, notebook_spec, run_name
+from .notebooks import (
+    declared_parameters,
+    execute,
+    notebook_kind,
+    notebook_path,
+    notebook_spec,
+    parameter_schema,
+    parameter_words,
+    run_name,
+)
+from .parameters import Parameter
 from .report import write_report
 from .runs import Run, read_manifests
 from .sweep_results import write_results
@@ -169,7 +179,7 @@ def sweep(
         f"sweep-{run_name(path)}",
         home,
         title=f"A sweep of {path.name}",
-        command=_command(notebook, planned.spec),
+        command=sweep_command(notebook, path, planned.spec),
         results={"notebooks": len(planned.notebooks), "kept": len(earlier)},
     )
     folders = dict(earlier)
@@ -229,17 +239,20 @@ def plan(
     repeats, seed = check_count("repeats", repeats), check_count("seed", seed, 0, MAX_SEED)
     fixed = dict(parameters or {})
     declared = declared_parameters(path)
+    taken: dict[str, list[Any]] = {}
     for name, values in grid.items():
-        _check_values(name, values)
+        taken[name] = _taken(path, declared, name, values)
+        _check_values(name, taken[name])
         if name in fixed:
             raise ArgumentError(f"{name!r} is in the grid and in the parameters: give it once.")
+    fixed = {name: _taken(path, declared, name, [value])[0] for name, value in fixed.items()}
     seeded = "seed" in declared and "seed" not in grid and "seed" not in fixed
     if repeats > 1 and not seeded:
         why = "has no parameter `seed`" if "seed" not in declared else "is given its seed"
         raise ArgumentError(f"repeats={repeats} is not allowed: {path.name} {why}, so all would be the same.")
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     spec = SweepSpec(
-        notebook=path.stem, sha256=digest, grid=dict(grid), parameters=fixed, repeats=repeats, seed=seed
+        notebook=path.stem, sha256=digest, grid=taken, parameters=fixed, repeats=repeats, seed=seed
     )
     notebooks = []
     for repeat in range(
@@ -259,10 +272,20 @@ def plan(
     return SweepPlan(spec, notebooks)
 
 
-def _check_values(name: str, values: object) -> None:
-    """Refuse values of a grid that are no list, empty, or not distinct."""
+def _taken(path: Path, declared: Mapping[str, Parameter], name: str, values: object) -> list[Any]:
+    """The values of a parameter as it takes them; they are checked together with all others later."""
     if isinstance(values, str) or not isinstance(values, Sequence) or not values:
         raise ArgumentError(f"grid[{name!r}]={values!r} is not allowed: it must be a list of values.")
+    if name not in declared:
+        return [value_of(value, {}) for value in values]
+    if notebook_kind(path) is NotebookSpec:
+        return [declared[name].taken(value) for value in values]
+    schema = parameter_schema(path, declared, name)
+    return [value_of(value, schema) for value in values]
+
+
+def _check_values(name: str, values: list[Any]) -> None:
+    """Refuse values of a grid that are not distinct."""
     texts = [json.dumps(value, sort_keys=True, default=str) for value in values]
     for value, text in zip(values, texts, strict=True):
         if texts.count(text) > 1:
@@ -438,13 +461,14 @@ def _ignore_ctrl_c() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _command(notebook: str | Path, spec: SweepSpec) -> str:
+def sweep_command(notebook: str | Path, path: Path, spec: SweepSpec) -> str:
     """What to type to run this sweep again."""
+    declared = declared_parameters(path)
     words = ["qtx-lab", "sweep", str(notebook)]
     for name, values in spec.grid.items():
-        words += ["-g", f"{name}={','.join(map(as_word, values))}"]
-    for name, value in spec.parameters.items():
-        words += ["-p", name, as_word(value)]
+        schema = parameter_schema(path, declared, name)
+        words += ["-g", f"{name}={','.join(listed_word(value, schema) for value in values)}"]
+    words += parameter_words(path, declared, spec.parameters)
     return shlex.join([*words, "--repeats", str(spec.repeats), "--seed", str(spec.seed)])
 
 

@@ -1,6 +1,6 @@
 """Specs say what the rooms below are to do; they travel as YAML, notebook parameters, forms and flags."""
 
-from .base import Spec, read_yaml
+from .base import Spec
 from .circuit import CircuitSpec
 from .cluster import ClusterSpec
 from .control import ControlSpec
@@ -12,6 +12,17 @@ from .problems import nearest
 from .sampler import SamplerSpec
 from .sweep import SweepSpec
 from .training import TrainSpec
+from .words import (
+    Word,
+    fitted,
+    listed_word,
+    read_words,
+    read_yaml,
+    split_words,
+    value_of,
+    word_of,
+    write_yaml,
+)
 
 SPECS: dict[str, type[Spec]] = {
     "experiment": ExperimentSpec,
@@ -46,7 +57,15 @@ __all__ = [
     "Switch",
     "TrainSpec",
     "Whole",
+    "Word",
     "field",
+    "fitted",
+    "listed_word",
     "nearest",
+    "read_words",
     "read_yaml",
+    "split_words",
+    "value_of",
+    "word_of",
+    "write_yaml",
 ]

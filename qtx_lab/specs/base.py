@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, Self
 
-import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..errors import SpecError
 from .problems import problems_of
+from .words import read_words, value_of, write_yaml
 
 
 class Spec(BaseModel):
@@ -80,16 +80,13 @@ class Spec(BaseModel):
 
     def to_yaml(self) -> str:
         """The fields as YAML, in the order in which they are declared."""
-        parameters = self.to_parameters()
-        text = yaml.safe_dump(parameters, sort_keys=False, allow_unicode=True)
-        # PyYAML folds the line breaks that only Unicode has; escaped they come back as they were.
-        if not text.isascii() and yaml.safe_load(text) != parameters:
-            text = yaml.safe_dump(parameters, sort_keys=False)
-        return text
+        return write_yaml(self.to_parameters())
 
     @classmethod
     def from_yaml(cls, source: str | Path) -> Self:
         """The spec that a YAML text describes, or a file: a `Path`, or a name that ends in .yaml or .yml.
+
+        What is written without quotation marks is taken as the field declares it: see `value_of`.
 
         Raises
         ------
@@ -104,44 +101,15 @@ class Spec(BaseModel):
             except (OSError, UnicodeError) as error:
                 raise SpecError(f"{where} cannot be read as a spec: {error}.") from error
         try:
-            content = read_yaml(source)
+            content = read_words(source)
         except ValueError as error:
             raise SpecError(f"{where} is not valid YAML: {error}.") from None
         if not isinstance(content, dict):
             raise SpecError(f"{where} holds a {type(content).__name__}; it must be `field: value` lines.")
-        return cls.from_parameters(content)
+        return cls.from_parameters(cls.read_fields(content))
 
-
-def read_yaml(text: str) -> Any:
-    """The value that a YAML text describes.
-
-    Raises
-    ------
-    ValueError
-        With one line that says what is wrong: the text is not YAML, a key is named twice, or a value does not
-        fit its tag.
-    """
-    try:
-        return yaml.load(text, _UniqueKeys)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ValueError(" ".join(str(error).split())) from None
-    except (TypeError, LookupError, AttributeError):  # as PyYAML fails on `!!int ''` or `!!bool x`
-        raise ValueError("a tag's value does not fit it") from None
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML in which a key that is named twice is an error; PyYAML would silently take the last one."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen = set()
-        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
-            if isinstance(
-                key.value, list
-            ):  # a key that is itself a list or a mapping: PyYAML refuses it below
-                continue
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"{key.value!r} is named twice", key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
+    @classmethod
+    def read_fields(cls, content: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields whose values were typed as Words, as what the spec declares them to be."""
+        fields = cls.model_json_schema()["properties"]
+        return {value_of(name, {}): value_of(value, fields.get(name, {})) for name, value in content.items()}

@@ -10,10 +10,9 @@ from typing import Any
 
 import anywidget
 import traitlets
-import yaml
 
 from ..errors import DtypeError, SpecError, unknown_name
-from ..specs import Spec
+from ..specs import Spec, read_yaml, write_yaml
 from ..storage import write_atomic
 from .comms import hear_while_busy
 from .throttle import ThrottledCall
@@ -256,8 +255,7 @@ def _written(field: Mapping[str, Any], value: Any) -> Any:
     if field["kind"] == "list":
         return [_written(field["item"], item) for item in value]
     if field["kind"] == "mapping":
-        text = yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
-        return text if yaml.safe_load(text) == value else yaml.safe_dump(value, sort_keys=False)
+        return write_yaml(value)
     if field["kind"] == "switch":
         return value
     return "" if value is None else str(value).removesuffix(".0") if isinstance(value, float) else str(value)
@@ -278,7 +276,7 @@ def _read(field: Mapping[str, Any], typed: Any) -> Any:
         if kind == "number":
             return float(typed)
         if kind == "mapping":
-            return yaml.safe_load(typed) if typed.strip() else {}
-    except (yaml.YAMLError, ValueError):
+            return read_yaml(typed) if typed.strip() else {}
+    except ValueError:
         return typed
     return typed

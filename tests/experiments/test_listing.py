@@ -209,4 +209,4 @@ def test_export_to_mlflow_once_a_run(home, tmp_path, monkeypatch) -> None:
     monkeypatch.delenv("MLFLOW_ALLOW_FILE_STORE")
     os.environ.pop("MLFLOW_ALLOW_FILE_STORE", None)
     with pytest.raises(BackendUnavailable, match="cannot be written"):
-        export_to_mlflow(some, "sqlite:///nowhere.db")
+        export_to_mlflow(some, f"sqlite:///{tmp_path}/no/folder.db")

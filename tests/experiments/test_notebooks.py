@@ -10,9 +10,11 @@ import time
 from pathlib import Path
 
 import nbformat
+import psutil
 import pytest
 
 from qtx_lab.errors import ArgumentError, RunFailed, SpecError, TextError
+from qtx_lab.experiments.notebook_execution import ExecutionLimits
 from qtx_lab.experiments.notebooks import (
     declared_parameters,
     notebook_kind,
@@ -164,6 +166,55 @@ def test_a_failing_cell_is_named_and_recorded(tmp_path) -> None:
     assert "This run failed" in (folder / "report.html").read_text(encoding="utf-8")
 
 
+def test_an_error_is_told_by_its_type_and_first_line_and_expected_ones_are_not_told(
+    tmp_path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = notebook(
+        tmp_path / "a.ipynb",
+        "",
+        "1 / 0",
+        "print('x' * 5000)\nprint('y' * 50)\nraise ValueError('the reason\\nand\\ndetails')",
+        "open('went on', 'w').close()",
+        "import sys\nsys.exit(3)",
+    )
+    content = nbformat.read(path, as_version=4)
+    content.cells[1].metadata["tags"] = ["raises-exception"]
+    nbformat.write(content, path)
+    limits = ExecutionLimits(output_bytes=1000, keep_going=True)
+    with pytest.raises(
+        RunFailed,
+        match=r"cell \[\d\] \(print.* with ValueError: the reason, and 1 more cell\(s\) failed",
+    ):
+        run_notebook(path, home=tmp_path / "home", progress=False, limits=limits)
+    executed = next((tmp_path / "home").glob("*/a.ipynb")).read_text(encoding="utf-8")
+    assert "keeps 1,000 bytes of a cell's output" in executed
+    assert "xxxxx" not in executed.replace("'x' * 5000", "")
+    assert "ValueError" in executed
+    assert Path("went on").exists()
+
+
+def test_sys_exit_is_told_and_ends_a_notebook_well(tmp_path) -> None:
+    path = notebook(tmp_path / "a.ipynb", "code = 0", "import sys\nsys.exit(code)", "1 / 0")
+    run = run_notebook(path, home=tmp_path / "home", progress=False)
+    assert run.status == "done"
+    assert "called sys.exit(): the cells after it did not run" in run.manifest["results"]["summary"][0]
+    with pytest.raises(RunFailed, match=r"cell \[\d\] \(import sys\) with sys.exit\(2\)"):
+        run_notebook(path, {"code": 2}, home=tmp_path / "home", progress=False)
+
+
+@pytest.mark.parametrize("limits", [{"cell_seconds": 2}, {"seconds": 4}])
+def test_a_notebook_that_takes_too_long_is_stopped(limits, tmp_path) -> None:
+    path = notebook(tmp_path / "a.ipynb", "", "import time\ntime.sleep(600)")
+    (what, seconds), *_ = limits.items()
+    where = r" in cell \[.*\] \(import time\)" if what == "cell_seconds" else ""
+    with pytest.raises(RunFailed, match=rf"a.ipynb stopped{where}: it took longer than the {seconds} s"):
+        run_notebook(path, home=tmp_path / "home", progress=False, limits=ExecutionLimits(**limits))
+    assert runs(tmp_path / "home")["status"].tolist() == ["failed"]
+    with pytest.raises(ArgumentError, match=f"{what}=0 is not allowed"):
+        ExecutionLimits(**{what: 0})
+
+
 @pytest.mark.chaos
 def test_a_kernel_that_dies_fails_the_run(tmp_path) -> None:
     path = notebook(tmp_path / "a.ipynb", "", "import os\nos._exit(9)")
@@ -185,25 +236,28 @@ def test_a_function_stops_a_notebook(tmp_path) -> None:
 
 
 @pytest.mark.chaos
-def test_ctrl_c_interrupts_a_notebook(tmp_path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_other_ends_interrupt_a_notebook(number, tmp_path) -> None:
     path = notebook(
         tmp_path / "a.ipynb",
         "",
-        f"open({str(tmp_path / 'ready')!r}, 'w').close()\nimport time\ntime.sleep(60)",
+        f"import os, time\nopen({str(tmp_path / 'pid')!r}, 'w').write(f'{{os.getpid()}}.')\ntime.sleep(60)",
     )
     command = [sys.executable, "-m", "qtx_lab.cli", "run", path, "--home", tmp_path / "home"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         end = time.monotonic() + 60
-        while not (tmp_path / "ready").exists() and process.poll() is None and time.monotonic() < end:
+        kernel = tmp_path / "pid"
+        while not (kernel.exists() and kernel.read_text().endswith(".")) and time.monotonic() < end:
+            assert process.poll() is None
             time.sleep(0.05)
-        time.sleep(1)  # the cell has begun; its runner waits for it
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         _, errors = process.communicate(timeout=90)
-    assert process.returncode == 130
+    assert process.returncode == 128 + number
     assert "Traceback" not in errors
     table = runs(tmp_path / "home")
     assert table["status"].tolist() == ["interrupted"]
-    assert (Path(table["path"][0]) / "a.ipynb").exists()
+    assert {"a.ipynb", "report.html"} <= {file.name for file in Path(table["path"][0]).iterdir()}
+    assert not psutil.pid_exists(int(kernel.read_text()[:-1]))
 
 
 def test_shipped_notebooks_are_found_by_name() -> None:

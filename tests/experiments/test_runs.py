@@ -10,17 +10,23 @@ import signal
 import subprocess
 import sys
 from contextlib import suppress
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 
 from qtx_lab.errors import ArgumentError, StorageError
 from qtx_lab.experiments import provenance
+from qtx_lab.experiments.report import write_report
 from qtx_lab.experiments.runs import Run, find_run, runs
 from qtx_lab.specs import ExperimentSpec
 from qtx_lab.storage import read_frame, write_atomic
+
+FILES = ("figures", "manifest.json", "spec.yaml")
+"""What every run has."""
 
 
 @pytest.fixture
@@ -308,3 +314,116 @@ def test_a_killed_process_leaves_a_run_that_reads_as_interrupted(tmp_path) -> No
     manifest["process"] = {**manifest["process"], "pid": os.getpid()}  # the pid was given to another process
     (path / "manifest.json").write_text(json.dumps(manifest))
     assert Run.open(path).status == "interrupted"
+
+
+def test_a_clock_that_steps_back_fails_no_run(tmp_path, spec, monkeypatch) -> None:
+    class Back(datetime):
+        shift = timedelta(0)
+
+        @classmethod
+        def now(cls, tz=None):
+            return datetime.now(tz) + cls.shift
+
+    monkeypatch.setattr("qtx_lab.experiments.runs.datetime", Back)
+    with Run.create(spec, "trial", tmp_path) as run:
+        Back.shift = timedelta(days=-1)
+    assert 0 <= run.manifest["seconds"] < 3600
+    with Run.create(spec, "moved", tmp_path) as run:  # ended on another boot of the machine
+        run.update(clock={"boot_id": "another"})
+        Back.shift = timedelta(days=-2)
+    assert run.manifest["seconds"] == 0
+
+
+def test_a_process_is_known_by_its_boot_and_ticks() -> None:
+    mine = provenance.this_process()
+    assert not provenance.is_gone(mine)
+    assert provenance.is_this_process_or_its_parent(mine)
+    if "start_ticks" in mine:
+        assert "process_started" not in mine  # which moves when the clock is set
+        assert provenance.is_gone({**mine, "boot_id": "the boot before"})
+        assert provenance.is_gone({**mine, "start_ticks": mine["start_ticks"] + 1})
+    assert not provenance.is_gone({**mine, "hostname": "elsewhere"})
+    with subprocess.Popen([sys.executable, "-c", ""]) as child:
+        while psutil.Process(child.pid).status() != psutil.STATUS_ZOMBIE:
+            pass
+        assert provenance.is_gone({**mine, "pid": child.pid})  # it has ended, and nobody asked how
+
+
+ODD = {
+    "fields": {"spec": {"fields": [1]}},
+    "identity": {"spec": {"identity": 5}},
+    "parameters": {"spec": {"kind": "NotebookSpec", "fields": {"parameters": [1]}}},
+    "sweep": {"sweep": {"name": {"a": 1}}},
+    "error": {"error": {"a": 1}},
+    "year 1": {"started": "0001-01-01T00:00:00+14:00"},
+    "huge": {"results": {"n": 10**400}},
+    "huger": {"results": {"n": 10**4000, "table": [{"a": 10**400}, 1]}},
+    "text": {"results": {"n": "x", "N": 3, "": 1, 'a"b': 2}},
+    "process": {"status": "running", "process": {"pid": 10**30, "hostname": "x", "start_ticks": "z"}},
+    "git": {"git": {"commit": 5}, "title": [1], "command": {"a": 1}},
+}
+
+
+@pytest.mark.parametrize("odd", sorted(ODD))
+def test_an_odd_manifest_costs_only_itself(tmp_path, spec, odd) -> None:
+    with Run.create(spec, "good", tmp_path) as run:
+        run.update(results={"n": 1})
+    stored = json.loads((run.path / "manifest.json").read_text())
+    (tmp_path / "odd" / "figures").mkdir(parents=True)
+    (tmp_path / "odd" / "manifest.json").write_text(json.dumps({**stored, **ODD[odd]}))
+    table = runs(tmp_path)
+    assert run.path.name in set(table["run"])
+    assert len(table) + len(table.attrs["skipped"]) == 2
+    assert run.path.name in set(table.select("status = 'done' and layer = 3")["run"])
+    assert table.export("parquet")[:4] == b"PAR1"
+    assert table.to_json(orient="records", date_format="iso")
+    if len(table) == 2:
+        assert write_report(Run(tmp_path / "odd")).exists()
+
+
+def test_a_tilde_is_a_home(tmp_path, spec, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run = Run.create(spec, "trial", "~/mine")
+    assert run.path.parent == tmp_path / "mine"
+    monkeypatch.setenv("QTX_LAB_HOME", "~/mine")
+    assert runs()["run"].tolist() == [run.path.name]
+    assert find_run(f"~/mine/{run.path.name}").path == run.path
+    with pytest.raises(ArgumentError, match="home='~nobody-of-this-name'"):
+        runs("~nobody-of-this-name")
+
+
+HOLD = """
+import sys
+from qtx_lab.experiments.runs import Run
+from qtx_lab.specs import ExperimentSpec
+run = Run.create(ExperimentSpec(), "held", sys.argv[1])
+print(run.path, flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.chaos
+def test_two_writers_to_one_run_are_refused(tmp_path, spec) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        run = Run.open(process.stdout.readline().strip())
+        data = pd.DataFrame({"x": [1]})
+        for write in (
+            lambda: run.log(x=1),
+            lambda: run.update(results={"x": 1}),
+            lambda: run.finish("done"),
+            lambda: run.save_figure("f", draw, data, "caption"),
+        ):
+            with pytest.raises(StorageError, match=f"process {process.pid} on .* is writing this run"):
+                write()
+        assert run.status == "running"
+        assert names(run.path) == set(FILES)
+        process.kill()
+    run.update(results={"x": 1})  # nobody else is writing any more
+    run.finish("interrupted")
+    mine = Run.create(spec, "mine", tmp_path)
+    child = f"from qtx_lab.experiments.runs import Run; Run.open({str(mine.path)!r}).log(x=2)"
+    subprocess.run([sys.executable, "-c", child], check=True)  # as the kernel of a notebook
+    assert mine.metrics()["x"].tolist() == [2]

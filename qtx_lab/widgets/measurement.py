@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from ..backends import RowCounts
-from ..circuits.fidelity import hellinger_fidelity
+from ..circuits.fidelity import hellinger_fidelity, total_variation, total_variation_distance
+from ..mitigation import project_to_simplex
+from .numbers import Distances
 
 BOOTSTRAP_RESAMPLES = 100
-"""Resamples of the bootstrap that gives the standard error of a fidelity."""
+"""Resamples of the bootstrap that gives the standard error of a fidelity or a distance."""
 
 NUM_PARTS = 16
 """Parts in which the shots of a simulator are run, so that they are seen to arrive."""
@@ -41,14 +43,15 @@ class FidelityPoint:
         Shots of each row.
     fidelity, error : tuple of float, (R,)
         Of what was measured, and its standard error.
-    classical : tuple of float, (R,)
-        Of the same number of classical draws.
+    classical, classical_error : tuple of float, (R,)
+        Of the same number of classical draws, and its standard error.
     """
 
     shots: int
     fidelity: tuple[float, ...]
     error: tuple[float, ...]
     classical: tuple[float, ...]
+    classical_error: tuple[float, ...]
 
     def of_row(self, row: int) -> dict[str, float]:
         """The numbers of one row by their names."""
@@ -57,6 +60,7 @@ class FidelityPoint:
             "fidelity": self.fidelity[row],
             "error": self.error[row],
             "classical": self.classical[row],
+            "classical_error": self.classical_error[row],
         }
 
 
@@ -122,10 +126,30 @@ def _fidelity(counts: RowCounts, baseline: RowCounts, p: Tensor, seed: int) -> F
         )
         for x in (counts, baseline)
     )
-    fidelity, error, drawn = (
-        tuple(torch.as_tensor(x).tolist()) for x in (measured.value, measured.std_error, classical.value)
+    numbers = (measured.value, measured.std_error, classical.value, classical.std_error)
+    return FidelityPoint(counts.shots, *(tuple(torch.as_tensor(x).tolist()) for x in numbers))
+
+
+def distances_of_counts(counts: Tensor, p: Tensor, seed: int) -> Distances:
+    """Distances of counts (R, n) from rows p (R, n); the standard error is that of a bootstrap."""
+    distance = total_variation(
+        counts, p, resamples=BOOTSTRAP_RESAMPLES, generator=torch.Generator().manual_seed(seed)
     )
-    return FidelityPoint(counts.shots, fidelity, error, drawn)
+    return Distances(tuple(distance.value.tolist()), tuple(distance.std_error.tolist()))
+
+
+def distances_of_estimate(estimate: Tensor, std_error: Tensor, p: Tensor, seed: int) -> Distances:
+    """Distances of estimated rows (R, n) from rows p (R, n).
+
+    The standard error is that of a parametric bootstrap: the estimate is given errors of the size that
+    `std_error` (R, n) says, independent for each key, and is projected onto the distributions again. It is
+    too large by up to a half where a row is as near as its shots allow, as is that of counts.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    z = torch.randn((BOOTSTRAP_RESAMPLES, *p.shape), generator=generator, dtype=p.dtype)
+    repeated = project_to_simplex(estimate + std_error.nan_to_num(0.0) * z, (p > 0).expand_as(z))
+    spread = total_variation_distance(repeated, p).std(0)
+    return Distances(tuple(total_variation_distance(estimate, p).tolist()), tuple(spread.tolist()))
 
 
 def growing_parts(shots: int, num_parts: int = NUM_PARTS) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import html
 import json
 import shlex
 import signal
@@ -25,6 +26,7 @@ from click.testing import CliRunner
 import qtx_lab
 from qtx_lab.cli import main
 from qtx_lab.errors import ArgumentError, DtypeError, JobTimeout, RunFailed, ShapeError, SpecError, TextError
+from qtx_lab.experiments.runs import Run
 from qtx_lab.models.text import reference_text
 from qtx_lab.widgets.throttle import ThrottledCall
 from qtx_lab.widgets.workbench import tasks
@@ -214,12 +216,38 @@ def test_from_code_and_restored(bench: Workbench, tmp_path: Path) -> None:
     assert bench.mitigate.form.spec.to_parameters()["noise_levels"] == [1, 2, 4]
     bench.mitigate.form.change(noise_levels=[1, 3], extrapolation="linear")
     assert (view.noise_levels, view.method) == ([1, 3], "linear")
+    assert bench.mitigate.form.spec.to_parameters()["method"] == "planner"
+    planned = bench.mitigate.start().wait(120)
+    assert planned["estimate"] is None  # the dynamic loader leaves little to mitigate
+    assert "Nothing was mitigated" in bench.mitigate._verdict.value
+    assert planned["counts"].tolist() == measured["counts"].tolist()  # the Circuit tab's own numbers
+    assert run_code(bench.mitigate.python_code())["raw_error"].tolist() == planned["raw_error"]
+    bench.mitigate.form.change(method="zne")
     mitigated = bench.mitigate.start().wait(120)
     assert mitigated["estimate"].shape == measured["p"].shape
+    assert mitigated["counts"].tolist() == measured["counts"].tolist()
+    copied = run_code(bench.mitigate.python_code())
+    np.testing.assert_allclose(copied["error"], mitigated["error"])
+    assert copied["raw_error"].tolist() == mitigated["raw_error"]
+    assert len(mitigated["warnings"]) == 1
+    assert html.escape(mitigated["warnings"][0]) in bench.mitigate._verdict.value
+    assert bench.mitigate.view.frame().query("kind == 'measured'")["way"].tolist() == [
+        "mitigated", "measured", "classical"
+    ]  # fmt: skip
     submitted = bench.hardware.start().wait(120)
     assert (tmp_path / submitted["run"] / "metrics.parquet").exists()
     listed = bench.runs.start().wait(60)
-    assert {row["name"] for row in listed["runs"]} == {"workbench", "hardware"}
+    assert sorted(row["name"] for row in listed["runs"]) == [
+        *["circuit"] * 2, "hardware", *["mitigate"] * 2, "workbench"
+    ]  # fmt: skip
+    logged = Run.open(tmp_path / submitted["run"]).metrics()
+    assert logged["distance"].tolist() == submitted["raw_error"]
+    for tab in (bench.circuit, bench.hardware):
+        copied = run_code(tab.python_code())
+        assert copied["error"].tolist() == tab.result["raw_error"]
+        assert copied["classical_error"].tolist() == tab.result["classical_error"]
+    assert (logged["half_width"] > 0).all()
+    assert set(logged["device"]) == {"fake_boston"}
 
     state = {name: page.state() for name, page in bench.tabs.items()}
     shown = bench.circuit._table.value
@@ -635,8 +663,13 @@ def test_the_whole_work_in_a_browser(
     levels.get_by_role("button", name="Remove noise levels 2").click()
     page.wait_for_timeout(300)
     assert [x.input_value() for x in levels.locator("input").all()] == ["1", "4"]
+    assert field(page, "method").locator("select").input_value() == "planner"
+    field(page, "method").locator("select").select_option("zne")
     press(page, "Mitigate rows")
     bar(page, "done")
+    verdict = page.locator(".qtx-wb-headline:visible").inner_text()
+    assert verdict.startswith(("Mitigation h", "No difference that these shots can show")), verdict
+    assert page.locator(".qtx-mitigation:visible svg[role=img]").count() == 1
     assert "mitigated" in page.locator(".qtx-wb-table:visible").inner_text()
     open_tab(page, "Runs")
     press(page, "Refresh")

@@ -44,12 +44,33 @@ export function path(points: [number, number][]): string {
   return points.map(([x, y], i) => `${i ? "L" : "M"}${x} ${y}`).join("");
 }
 
-/** Grid, ticks and names of two axes in a picture of some height. */
-export function axes(height: number, xs: Scale, ys: Scale, xName: string, yName: string): Node[] {
+/** Places of labels that want to stand at `wanted`, at least `room` apart, between `top` and `bottom`. */
+export function spread(wanted: number[], room: number, top: number, bottom: number): number[] {
+  const order = wanted.map((_, i) => i).sort((a, b) => wanted[a] - wanted[b]);
+  const places = [...wanted];
+  let last = top - room;
+  for (const i of order) last = places[i] = Math.max(wanted[i], last + room);
+  let next = bottom + room;
+  for (const i of order.reverse()) next = places[i] = Math.min(places[i], next - room);
+  return places;
+}
+
+/** Grid, ticks and names of two axes in a picture of some height; `named` are other ticks of the first axis. */
+export function axes(
+  height: number,
+  xs: Scale,
+  ys: Scale,
+  xName: string,
+  yName: string,
+  named: [number, string][] | null = null,
+): Node[] {
   const nodes: Node[] = [];
-  for (const x of ticks(xs, Math.max(2, (xs.to - xs.from) / 70))) {
+  const round = (): [number, string][] =>
+    ticks(xs, Math.max(2, (xs.to - xs.from) / 70)).map((x) => [x, label(x)]);
+  for (const [x, name] of named ?? round()) {
     nodes.push(line(xs(x), ys.from, xs(x), ys.to, { class: "qtx-grid" }));
-    nodes.push(text(xs(x), ys.from + 13, label(x)));
+    const last = named !== null && name.length > 5; // a long name ends where the axis does
+    nodes.push(text(last ? xs.to : xs(x), ys.from + 13, name, last ? "end" : "middle"));
   }
   for (const y of ticks(ys, 4)) {
     nodes.push(line(xs.from, ys(y), xs.to, ys(y), { class: "qtx-grid" }));

@@ -8,6 +8,7 @@ export interface FidelityPoint {
   fidelity: number;
   error: number;
   classical: number;
+  classical_error: number | null;
 }
 
 export interface Counts {
@@ -17,6 +18,9 @@ export interface Counts {
   /** Of the same number of classical draws. */
   classical: number[];
   curve: FidelityPoint[];
+  /** Total variation from the row and its standard error, of these counts and of the classical draws. */
+  distance: [number, number] | null;
+  classical_distance: [number, number] | null;
   not_modelled: string[];
   fallbacks: string[];
 }
@@ -38,72 +42,146 @@ export interface Fit {
   fallbacks: string[];
 }
 
-const HEIGHT = 190;
+const HEIGHT = 210;
+const STRIP_HEIGHT = 150;
 const BOTTOM = 34;
 const TOP = 8;
 
-/** Draws exact, measured and extrapolated probabilities; `onKey` is called with a key that is clicked. */
+/** Draws exact, measured and extrapolated probabilities of the keys, or of the most likely ones and the rest. */
 export function paintDistribution(
   panel: Panel,
   exact: number[],
   counts: Counts | null,
   fit: Fit | null,
   colour: string,
-  onKey: ((key: number) => void) | null,
+  edit: Editing,
 ): void {
   const width = resize(panel, HEIGHT);
   const total = counts?.counts.reduce((a, b) => a + b, 0) ?? 0;
   const shares = counts && total ? counts.counts.map((x) => x / total) : null;
   const baseline = counts?.shots ? counts.classical.map((x) => x / counts.shots) : null;
-  const keys = exact.map((p, j) => (p > 0 || (shares?.[j] ?? 0) > 0 ? j : -1)).filter((j) => j >= 0);
-  const [first, last] = [keys[0] ?? 0, keys.at(-1) ?? 0];
-  const xs = scale(first - 0.6, last + 0.6, 46, width - 8);
-  const highest = Math.max(...exact, ...(shares ?? []), ...(fit?.p ?? []), 1e-9);
-  const ys = scale(0, highest * 1.08, HEIGHT - BOTTOM, TOP);
-  const each = (xs.to - xs.from) / (last - first + 1.2);
+  const slots = keySlots(edit.original, shares, width - 54);
+  const rest = slots.at(-1)!.keys.length > 1;
+  const sum = (of: number[], keys: number[]) => keys.reduce((all, j) => all + of[j], 0);
+  const low = slots[0].at;
+  const high = slots.at(-1)!.at;
+  const xs = scale(low - 0.6, high + 0.6, 46, width - 8);
+  const top = Math.max(
+    ...slots.flatMap(({ keys }) => [exact, shares, fit?.p].map((of) => (of ? sum(of, keys) : 0))),
+  );
+  const ys = scale(0, edit.top ?? Math.max(top, 1e-9) * 1.08, HEIGHT - BOTTOM, TOP);
+  const each = (xs.to - xs.from) / (high - low + 1.2);
   const radius = Math.min(4, Math.max(1.5, each / 5));
   const aside = fit ? each / 6 : 0;
-  const nodes: Node[] = axes(HEIGHT, xs, ys, "key", "probability");
-  for (const j of keys) {
-    const x = xs(j);
+  const named = rest ? slots.map((slot): [number, string] => [slot.at, slot.name]) : null;
+  const nodes: Node[] = axes(
+    HEIGHT,
+    xs,
+    ys,
+    rest ? "key: the most likely ones, and the rest" : "key",
+    "probability",
+    named,
+  );
+  for (const { at, keys } of slots) {
+    const [x, p] = [xs(at), Math.min(ys.high, sum(exact, keys))];
     const bar = { stroke: "var(--qtx-exact)", "stroke-width": Math.min(3, Math.max(1, each / 6)) };
-    nodes.push(line(x, ys(0), x, ys(exact[j]), bar));
+    nodes.push(line(x, ys(0), x, ys(p), bar));
     if (baseline) {
       const reach = Math.min(9, Math.max(1, each / 3));
       const dash = { stroke: "var(--qtx-baseline)", "stroke-width": 2 };
-      nodes.push(line(x - reach, ys(baseline[j]), x + reach, ys(baseline[j]), dash));
+      const y = ys(Math.min(ys.high, sum(baseline, keys)));
+      nodes.push(line(x - reach, y, x + reach, y, dash));
     }
     if (shares) {
-      const stdError = Math.sqrt((shares[j] * (1 - shares[j])) / total);
-      nodes.push(errorPoint(x - aside, ys, shares[j], stdError, { colour, filled: false, radius }));
+      const share = sum(shares, keys);
+      const stdError = Math.sqrt((share * (1 - share)) / total);
+      nodes.push(errorPoint(x - aside, ys, share, stdError, { colour, filled: false, radius }));
     }
-    if (fit)
-      nodes.push(errorPoint(x + aside, ys, fit.p[j], fit.p_error[j], { colour, filled: true, radius }));
-    if (onKey) nodes.push(clickArea(x, each, ys, j, onKey));
+    if (fit) {
+      const error = Math.hypot(...keys.map((j) => fit.p_error[j]));
+      nodes.push(errorPoint(x + aside, ys, sum(fit.p, keys), error, { colour, filled: true, radius }));
+    }
+    if (keys.length === 1) nodes.push(keyHandle(keys[0], exact[keys[0]], x, each, ys, panel.svg, edit));
   }
   panel.svg.replaceChildren(...nodes);
+  panel.svg.setAttribute("role", edit.onWeight ? "group" : "img"); // its bars are sliders
   const discarded = counts?.discarded ? `, ${whole(counts.discarded)} discarded` : "";
   panel.title.textContent = counts?.shots
     ? `${whole(counts.shots)} shots against the exact row`
     : "The exact row; nothing is measured yet";
   panel.caption.replaceChildren(
-    legendMark("bar", "exact", colour),
+    legendMark("bar", edit.onWeight ? "exact: drag, or arrow keys" : "exact", colour),
     legendMark("dash", "classical draws", colour),
     legendMark("hollow", `measured${discarded}`, colour),
     ...(fit ? [legendMark("filled", "extrapolated", colour)] : []),
     "bars: 95 %",
   );
-  panel.svg.setAttribute("aria-label", `distribution over ${keys.length} keys; ${panel.title.textContent}`);
+  const shown = slots.reduce((all, { keys }) => all + keys.length, 0);
+  panel.svg.setAttribute("aria-label", `distribution over ${shown} keys; ${panel.title.textContent}`);
 }
 
-function clickArea(
+/** Keys that are drawn together: one, or all that are the rest. */
+export interface Slot {
+  at: number;
+  name: string;
+  keys: number[];
+}
+
+/** Pixels of a key at least, where all from the first to the last are drawn, and where only some are. */
+const MIN_KEY_WIDTH = 7;
+const NAMED_KEY_WIDTH = 30;
+
+/** The keys to draw in a width: all in their order, or the most likely ones and the sum of the rest. */
+export function keySlots(exact: number[], shares: number[] | null, width: number): Slot[] {
+  const seen = (j: number) => exact[j] > 0 || (shares?.[j] ?? 0) > 0;
+  const keys = exact.map((_, j) => j).filter(seen);
+  if (!keys.length) return [{ at: 0, name: "0", keys: [0] }];
+  const span = keys.at(-1)! - keys[0] + 1;
+  if (span * MIN_KEY_WIDTH <= width) return keys.map((j) => ({ at: j, name: String(j), keys: [j] }));
+  const room = Math.max(4, Math.floor(width / NAMED_KEY_WIDTH) - 4);
+  if (keys.length <= room) return keys.map((j, at) => ({ at, name: String(j), keys: [j] }));
+  const order = [...keys].sort((a, b) => exact[b] - exact[a] || a - b);
+  const [first, rest] = [order.slice(0, room).sort((a, b) => a - b), order.slice(room)];
+  const slots: Slot[] = first.map((j, at) => ({ at, name: String(j), keys: [j] }));
+  return [...slots, { at: first.length + 2, name: `rest (${rest.length} keys)`, keys: rest }];
+}
+
+/** What can be done with a key in the picture of the distribution. */
+export interface Editing {
+  /** The row before it was edited: it says which keys are drawn. */
+  original: number[];
+  /** The end of the vertical axis while a bar is dragged, so that nothing moves under the pointer. */
+  top: number | null;
+  /** The key that the keyboard changes. */
+  active: number;
+  onKey: ((key: number) => void) | null;
+  onWeight: ((key: number, weight: number, dropped: boolean) => void) | null;
+  onActive: (key: number) => void;
+}
+
+/** Weights with one of them at another share; the others keep their ratios. */
+export function reweighted(weights: number[], key: number, share: number): number[] {
+  const others = weights.reduce((all, w, j) => (j === key ? all : all + w), 0);
+  if (others <= 0) return weights;
+  return weights.map((w, j) => (j === key ? share : (w / others) * (1 - share)));
+}
+
+const MIN_SHARE = 0.0005;
+const MAX_SHARE = 0.9995;
+const DRAG_PIXELS = 3;
+
+/** The place of a key that is clicked, dragged and moved by the arrow keys. */
+function keyHandle(
+  key: number,
+  share: number,
   x: number,
   width: number,
   ys: Scale,
-  key: number,
-  onKey: (key: number) => void,
+  svg: SVGSVGElement,
+  edit: Editing,
 ): SVGElement {
-  return s(
+  const says = `key ${key}: ${digits(100 * share, 3)} %`;
+  const area = s(
     "rect",
     {
       x: x - width / 2,
@@ -111,22 +189,72 @@ function clickArea(
       width: Math.max(1, width),
       height: ys.from - ys.to,
       fill: "transparent",
-      class: "qtx-hit",
-      click: () => onKey(key),
+      class: edit.onWeight ? "qtx-hit qtx-weight" : "qtx-hit",
+      "data-key": key,
     },
-    s("title", {}, `key ${key}: extrapolate its probability`),
+    s("title", {}, edit.onKey ? `${says}; click: extrapolate its probability` : says),
   );
+  const { onWeight } = edit;
+  if (!onWeight) {
+    area.addEventListener("click", () => edit.onKey?.(key));
+    return area;
+  }
+  const clamped = (p: number) => Math.min(MAX_SHARE, Math.max(MIN_SHARE, p));
+  for (const [name, value] of Object.entries({
+    role: "slider",
+    tabindex: key === edit.active ? 0 : -1,
+    "aria-label": `weight of key ${key}`,
+    "aria-orientation": "vertical",
+    "aria-valuemin": 0,
+    "aria-valuemax": 100,
+    "aria-valuenow": Number((100 * share).toFixed(2)),
+    "aria-valuetext": `${digits(100 * share, 3)} %`,
+  }))
+    area.setAttribute(name, String(value));
+  area.addEventListener("keydown", (event) => {
+    const step = { ArrowUp: 0.01, ArrowDown: -0.01, PageUp: 0.05, PageDown: -0.05 }[event.key];
+    const side = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+    if (step === undefined && side === undefined) return;
+    event.preventDefault();
+    if (step !== undefined) onWeight(key, clamped(share + step), true);
+    else {
+      const all = [...svg.querySelectorAll<SVGElement>(".qtx-weight")];
+      const next = all[all.indexOf(area as SVGElement) + side!];
+      if (next) edit.onActive(Number(next.dataset.key));
+    }
+  });
+  area.addEventListener("pointerdown", (event) => {
+    event.preventDefault();
+    const top = svg.getBoundingClientRect().top;
+    let dragged = false;
+    const to = (e: PointerEvent) => clamped(ys.invert(e.clientY - top));
+    const drag = (e: PointerEvent) => {
+      dragged ||= Math.abs(e.clientY - event.clientY) > DRAG_PIXELS;
+      if (dragged) onWeight(key, to(e), false);
+    };
+    const drop = (e: PointerEvent) => {
+      window.removeEventListener("pointermove", drag);
+      if (dragged) onWeight(key, to(e), true);
+      else {
+        edit.onActive(key);
+        edit.onKey?.(key);
+      }
+    };
+    window.addEventListener("pointermove", drag);
+    window.addEventListener("pointerup", drop, { once: true });
+  });
+  return area;
 }
 
 /** Draws the fidelity after each part, on an axis up to `shots`. */
 export function paintFidelity(panel: Panel, curve: FidelityPoint[], shots: number, colour: string): void {
-  const width = resize(panel, HEIGHT);
+  const width = resize(panel, STRIP_HEIGHT);
   const [first, last] = [curve[0], curve.at(-1)];
   const high = Math.max(shots, last?.shots ?? 0, 32);
   const xs = scale(Math.min(16, first?.shots ?? 16), high, 50, width - 16, true);
   const lowest = Math.min(0.9, ...curve.map((x) => Math.min(x.fidelity - Z95 * x.error, x.classical)));
-  const ys = scale(Math.max(0, lowest), 1, HEIGHT - BOTTOM, TOP);
-  const nodes = axes(HEIGHT, xs, ys, "shots", "Hellinger fidelity");
+  const ys = scale(Math.max(0, lowest), 1, STRIP_HEIGHT - BOTTOM, TOP);
+  const nodes = axes(STRIP_HEIGHT, xs, ys, "shots", "Hellinger fidelity");
   nodes.push(
     s("path", {
       d: path(curve.map((x) => [xs(x.shots), ys(x.classical)])),
@@ -139,16 +267,16 @@ export function paintFidelity(panel: Panel, curve: FidelityPoint[], shots: numbe
   for (const x of curve)
     nodes.push(errorPoint(xs(x.shots), ys, x.fidelity, x.error, { colour, filled: false }));
   panel.svg.replaceChildren(...nodes);
-  panel.title.textContent = last
-    ? `Fidelity ${withError(last.fidelity, Z95 * last.error)}`
-    : "Fidelity as shots arrive";
+  panel.title.textContent = "Fidelity as shots arrive";
   panel.caption.replaceChildren(
     legendMark("hollow", "measured, bars: 95 %", colour),
     legendMark("dashed", "as many classical draws", colour),
   );
   panel.svg.setAttribute(
     "aria-label",
-    last ? `${panel.title.textContent}, classical draws ${digits(last.classical, 4)}` : "no shots yet",
+    last
+      ? `fidelity ${withError(last.fidelity, Z95 * last.error)}, classical draws ${digits(last.classical, 4)}`
+      : "no shots yet",
   );
 }
 

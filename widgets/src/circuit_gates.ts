@@ -1,6 +1,7 @@
 // The circuit of a row: columns of gates on the wires of its qubits, folded to the width of the page.
 import { line, resize, text, type Panel } from "./charts";
 import { s } from "./dom";
+import { digits, fixed } from "./scale";
 
 export interface Gate {
   name: string;
@@ -9,6 +10,20 @@ export interface Gate {
   /** How many conditional gates stand in this place. */
   count: number;
   conditional: boolean;
+  /** The numbers of the angles that it rotates by, each with its factor. */
+  angles: [number, number][];
+}
+
+/** What an angle is for; where it splits a range of keys: its first key, that of the second half, its end. */
+export interface Role {
+  text: string;
+  split: [number, number, number] | null;
+}
+
+/** The errors of a device where the qubits of the circuit are placed. */
+export interface GateErrors {
+  wires: { physical: number; one_qubit: number | null; readout: number | null }[];
+  pairs: { a: number; b: number; error: number }[];
 }
 
 export interface Drawing {
@@ -43,6 +58,8 @@ export function paintGates(
   drawing: Drawing & { loader: string; device: string },
   needs: Needs | null,
   all: boolean,
+  chosen: number | null,
+  onGate: (index: number) => void,
 ): void {
   const { qubits, columns, gates } = drawing;
   const width = Math.max(180, panel.box.clientWidth);
@@ -65,13 +82,16 @@ export function paintGates(
       nodes.push(text(30, wireY(i, q) + 4, `q${q}`, "end"));
     }
   }
-  for (const gate of gates.filter((gate) => gate.column < shown)) {
+  for (const [index, gate] of gates.entries()) {
+    if (gate.column >= shown) continue;
     const x = MARGIN + (gate.column % each) * COLUMN_WIDTH + COLUMN_WIDTH / 2;
-    nodes.push(gateNode(gate, x, (qubit) => wireY(Math.floor(gate.column / each), qubit)));
+    const place = (qubit: number) => wireY(Math.floor(gate.column / each), qubit);
+    nodes.push(gateNode(gate, x, place, index, chosen, onGate));
   }
   panel.svg.replaceChildren(...nodes);
   panel.caption.textContent = caption(drawing, needs, shown);
-  panel.svg.setAttribute("aria-label", `circuit of ${qubits} qubits; ${panel.caption.textContent}`);
+  panel.svg.setAttribute("role", "group"); // its gates are buttons
+  panel.svg.setAttribute("aria-label", `circuit of ${qubits} qubits`);
 }
 
 function caption(
@@ -90,7 +110,15 @@ function caption(
   return `${loader} loader; ${cost}${conditional}${rest}`;
 }
 
-function gateNode(gate: Gate, x: number, wireY: (qubit: number) => number): SVGElement {
+function gateNode(
+  gate: Gate,
+  x: number,
+  wireY: (qubit: number) => number,
+  index: number,
+  chosenIndex: number | null,
+  onGate: (index: number) => void,
+): SVGElement {
+  const chosen = index === chosenIndex;
   const [first, last] = [Math.min(...gate.qubits), Math.max(...gate.qubits)];
   const parts: Node[] = [];
   if (first !== last) {
@@ -103,10 +131,92 @@ function gateNode(gate: Gate, x: number, wireY: (qubit: number) => number): SVGE
       parts.push(s("circle", { cx: x, cy: wireY(qubit), r: 4, fill: "var(--qtx-text)" }));
     else parts.push(...targetNodes(x, wireY(qubit)));
   });
-  const title = gate.conditional
-    ? `${gate.count} × ${gate.name} on q${gate.qubits}, each for one value of the measured bits`
+  const title = gateTitle(gate);
+  const around = {
+    x: x - 14,
+    y: wireY(first) - 12,
+    width: 28,
+    height: wireY(last) - wireY(first) + 24,
+    rx: 3,
+  };
+  return s(
+    "g",
+    {
+      class: "qtx-gate",
+      role: "button",
+      tabindex: index === (chosenIndex ?? 0) ? 0 : -1,
+      "data-gate": index,
+      "aria-pressed": String(chosen),
+      "aria-label": title,
+      click: () => onGate(index),
+      keydown: (event: KeyboardEvent) => {
+        const step = { Enter: 0, " ": 0, ArrowRight: 1, ArrowLeft: -1 }[event.key];
+        if (step === undefined) return;
+        event.preventDefault();
+        onGate(index + step);
+      },
+    },
+    s("title", {}, title),
+    s("rect", {
+      ...around,
+      fill: "transparent",
+      stroke: chosen ? "var(--qtx-accent)" : "none",
+      "stroke-width": 2,
+    }),
+    ...parts,
+  );
+}
+
+function gateTitle(gate: Gate): string {
+  if (gate.name === "measure") return `readout of q${gate.qubits[0]}`;
+  return gate.conditional
+    ? `${gate.count} × ${gate.name} on q${gate.qubits}, each for one value of the bits read before`
     : `${gate.name} on q${gate.qubits.join(", q")}`;
-  return s("g", {}, s("title", {}, title), ...parts);
+}
+
+const MAX_ANGLES = 16;
+const percent = (x: number | null, count = 2) => (x === null ? "unknown" : `${digits(100 * x, count)} %`);
+
+/** What a gate is for, its angles, and its error on the device: lines of text. */
+export function gateFacts(
+  gate: Gate,
+  angles: number[],
+  roles: Role[],
+  exact: number[],
+  errors: GateErrors | null,
+  device: string,
+): string[] {
+  const lines = [gateTitle(gate)];
+  const mass = (first: number, end: number) => exact.slice(first, end).reduce((a, b) => a + b, 0);
+  for (const [index, factor] of gate.angles.slice(0, MAX_ANGLES)) {
+    const { text, split } = roles[index];
+    const shares = split
+      ? `: ${percent(mass(split[0], split[1]), 3)} against ${percent(mass(split[1], split[2]), 3)}`
+      : "";
+    lines.push(`angle ${fixed(factor * angles[index], 3)} rad; ${text}${shares}`);
+  }
+  if (gate.angles.length > MAX_ANGLES) lines.push(`and ${gate.angles.length - MAX_ANGLES} more angles`);
+  if (gate.qubits.length === 2)
+    lines.push("entangles the two: what one rotation does depends on the other bit");
+  lines.push(errorText(gate, errors, device));
+  return lines;
+}
+
+function errorText(gate: Gate, errors: GateErrors | null, device: string): string {
+  if (!errors) return `no gate of ${device} has an error of a device`;
+  const wires = gate.qubits.map((qubit) => errors.wires[qubit]);
+  if (gate.name === "measure")
+    return `on ${device}: readout error ${percent(wires[0].readout)}, qubit q${gate.qubits[0]}`;
+  if (gate.qubits.length === 2) {
+    const [a, b] = gate.qubits;
+    const pair = errors.pairs.find((x) => (x.a === a && x.b === b) || (x.a === b && x.b === a));
+    const places = wires.map((wire) => wire.physical).join("–");
+    return pair
+      ? `on ${device}: error ${percent(pair.error)} on the pair ${places}`
+      : `on ${device}: qubits ${places} are not coupled; the gate is routed over others`;
+  }
+  const { physical, one_qubit } = wires[0];
+  return `on ${device}: qubit ${physical}, error ${percent(one_qubit)} of each of its at most two sx gates`;
 }
 
 /** The target of a controlled X. */

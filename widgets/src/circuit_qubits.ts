@@ -11,7 +11,9 @@ export interface Region {
   edges: { a: number; b: number; error: number }[];
 }
 
-const HEIGHT = 180;
+const HEIGHT = 210;
+const BAR_ROOM = 44;
+const BAR_STEPS = 32;
 const MARGIN = 50;
 const MAX_RADIUS = 19;
 /** From this radius on a qubit's error stands below its number. */
@@ -19,33 +21,79 @@ const MIN_TWO_LINES_RADIUS = 15;
 
 const percent = (error: number | null) => (error === null ? "–" : `${digits(100 * error, 2)} %`);
 
+/** Draws the coupling map of the region; colours are errors, and the bar below says which. */
 export function paintQubits(panel: Panel, region: Region | null, device: string): void {
   panel.box.hidden = !region;
   if (!region) return;
   const width = resize(panel, HEIGHT);
+  const room = HEIGHT - BAR_ROOM;
   const depth = Math.max(...region.nodes.map((node) => node.y));
-  const unit = Math.min(width - MARGIN, depth > 0.05 ? (HEIGHT - MARGIN) / depth : Infinity);
-  const [left, top] = [(width - unit) / 2, (HEIGHT - depth * unit) / 2];
+  const unit = Math.min(width - MARGIN, depth > 0.05 ? (room - MARGIN) / depth : Infinity);
+  const [left, top] = [(width - unit) / 2, (room - depth * unit) / 2];
   const spots = region.nodes.map((node): [number, number] => [left + node.x * unit, top + node.y * unit]);
   const distances = spots.flatMap(([x, y], i) => spots.slice(0, i).map(([u, v]) => Math.hypot(x - u, y - v)));
   const radius = Math.min(MAX_RADIUS, 0.46 * Math.min(...distances, MARGIN));
-  const worst = Math.max(...region.nodes.map((node) => node.readout ?? 0), 1e-9);
+  const readouts = region.nodes.map((node) => node.readout ?? 0);
+  const [worst, worstPair] = [readouts, region.edges.map((edge) => edge.error)].map((x) =>
+    Math.max(...x, 1e-9),
+  );
+  const bars = [bar(8, width, "readout", worst)];
+  if (region.edges.length) bars.push(bar(26, width, "two-qubit", worstPair));
   panel.svg.replaceChildren(
-    ...region.edges.flatMap((edge) => pairNodes(spots[edge.a], spots[edge.b], edge.error)),
+    ...region.edges.flatMap((edge) => pairNodes(spots[edge.a], spots[edge.b], edge.error, worstPair)),
     ...region.nodes.map((node, i) => qubitNode(node, spots[i], radius, worst)),
+    s("g", { transform: `translate(0 ${room})` }, ...bars),
   );
-  const pairs = region.edges.length ? ", on each pair its two-qubit error" : "; no pair is needed";
-  const readout = `the brighter, the larger the readout error, ${percent(worst)} at most`;
-  panel.caption.textContent = `Physical qubits of ${device}; ${readout}${pairs}.`;
+  const pairs = region.edges.length
+    ? "lines are coupled pairs"
+    : "no pair of them is coupled, and none is needed";
+  panel.caption.textContent = `Qubits of ${device} that the row runs on; ${pairs}.`;
   const spoken = region.nodes.map(
-    (n) => `${n.qubit}, readout error ${n.readout === null ? "unknown" : digits(n.readout, 2)}`,
+    (n) => `${n.qubit}, readout error ${n.readout === null ? "unknown" : percent(n.readout)}`,
   );
-  panel.svg.setAttribute("aria-label", `qubits ${spoken.join("; ")}`);
+  const pairsSpoken = region.edges.map(
+    (e) => `${region.nodes[e.a].qubit}–${region.nodes[e.b].qubit}, error ${percent(e.error)}`,
+  );
+  panel.svg.setAttribute("aria-label", `qubits ${[...spoken, ...pairsSpoken].join("; ")}`);
 }
 
-function pairNodes([x1, y1]: [number, number], [x2, y2]: [number, number], error: number): Node[] {
+/** A colour bar from 0 to the largest error, at a height. */
+function bar(y: number, width: number, name: string, worst: number): SVGElement {
+  const [from, to] = [72, width - 58];
+  const each = (to - from) / BAR_STEPS;
+  const steps = Array.from({ length: BAR_STEPS }, (_, i) =>
+    s("rect", {
+      x: from + i * each,
+      y,
+      width: each + 0.5,
+      height: 8,
+      fill: css(sequential, i / (BAR_STEPS - 1)),
+    }),
+  );
+  return s(
+    "g",
+    {},
+    text(from - 14, y + 8, name, "end"),
+    text(from - 4, y + 8, "0", "end"),
+    ...steps,
+    text(to + 4, y + 8, percent(worst), "start"),
+  );
+}
+
+function pairNodes(
+  [x1, y1]: [number, number],
+  [x2, y2]: [number, number],
+  error: number,
+  worst: number,
+): Node[] {
+  const colour = css(sequential, error / worst);
   return [
-    line(x1, y1, x2, y2, { stroke: "var(--qtx-muted)", "stroke-width": 3 }),
+    line(x1, y1, x2, y2, { stroke: "var(--qtx-text)", "stroke-width": 7 }),
+    s(
+      "line",
+      { x1, y1, x2, y2, stroke: colour, "stroke-width": 5 },
+      s("title", {}, `two-qubit error ${percent(error)}`),
+    ),
     text((x1 + x2) / 2, (y1 + y2) / 2 + 4, percent(error), "middle", { class: "qtx-halo", "font-size": 10 }),
   ];
 }

@@ -3,6 +3,7 @@ import type { AnyWidget } from "@anywidget/types";
 import { render as circuit } from "./circuit";
 import { render as jobs } from "./jobs";
 import { render as lens } from "./lens";
+import { render as mitigation } from "./mitigation";
 import { render as status } from "./status";
 import * as stream from "./stream";
 import "./style.css";
@@ -23,6 +24,8 @@ const widget: AnyWidget = () => {
           return jobs(model, el);
         case "lens":
           return lens(model, el);
+        case "mitigation":
+          return mitigation(model, el);
         case "status":
           return status(model, el);
         case "stream":

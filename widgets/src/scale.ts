@@ -64,7 +64,13 @@ export function withError(x: number, error: number | null | undefined): string {
       1 - Math.floor(Math.log10(error) + 1e-9) - (error / 10 ** Math.floor(Math.log10(error)) >= 3 ? 1 : 0),
     ),
   );
-  return `${x.toFixed(places)} ± ${error.toFixed(places)}`;
+  return `${fixed(x, places)} ± ${error.toFixed(places)}`;
+}
+
+/** A number with some decimal places; what is rounded to zero has no sign. */
+export function fixed(x: number, places: number): string {
+  const size = Math.abs(x).toFixed(places);
+  return x < 0 && Number(size) > 0 ? `−${size}` : size;
 }
 
 /** A number in `count` significant digits. */

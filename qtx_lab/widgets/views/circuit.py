@@ -9,20 +9,30 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 import traitlets
 from torch import Tensor
 
 from ...backends import QiskitQuantumBackend, RowCounts
 from ...backends.aer import AerEngine
-from ...checks import MAX_SEED, check_count
+from ...checks import MAX_SEED, check_count, check_number
 from ...circuits import check_rows
+from ...circuits.base import num_bits
 from ...circuits.resources import resources
 from ...errors import ArgumentError, DtypeError, ShapeError, unknown_name
 from ...mitigation import ZeroNoiseExtrapolation
 from ...mitigation.zne import METHODS
-from ..measurement import NUM_PARTS, FidelityPoint, Measurement, growing_parts, measure_in_parts
+from ..measurement import (
+    NUM_PARTS,
+    FidelityPoint,
+    Measurement,
+    distances_of_counts,
+    growing_parts,
+    measure_in_parts,
+)
+from ..numbers import Distances
 from .base import View
-from .circuit_drawing import circuit_drawing, device_region
+from .circuit_drawing import angle_roles, circuit_drawing, device_region, gate_errors
 from .thread_worker import ThreadWorker
 from .zero_noise import NoiseLevels, ZeroNoiseFit
 
@@ -38,12 +48,23 @@ NO_ADVANTAGE = (
 )
 
 
+MAX_LIVE_QUBITS = 6
+"""Up to here a row that is edited, or other noise, is measured at once on simulators and twins."""
+
+LIVE_PARTS = 4
+"""Parts in which the shots of such a measurement are run."""
+
+MAX_NOISE_SCALE = 20.0
+"""Largest noise level that can be chosen in the browser."""
+
+
 class CircuitView(View):
     """A row's circuit and its cost, the qubits that it runs on, and what was measured against the exact row.
 
     On simulators and device twins the noise can be scaled: the zero-noise fit is drawn as the levels are
-    moved. Beside every measurement stands a baseline, the same number of classical draws: loading a known row
-    gives no advantage.
+    moved. The row can be edited, by dragging its bars or with `edit`; up to six qubits it is then measured
+    anew at once, as it is when `noise_scale` changes. Beside every measurement stands a baseline, the same
+    number of classical draws: loading a known row gives no advantage.
 
     Parameters
     ----------
@@ -83,6 +104,10 @@ class CircuitView(View):
     shots = traitlets.Int(1024).tag(sync=True)
     noise_levels = traitlets.List(traitlets.Float()).tag(sync=True)
     method = traitlets.Unicode("linear").tag(sync=True)
+    noise_scale = traitlets.Float(1.0).tag(sync=True)
+    """Factor of all errors of a simulator or twin; 1 is the backend's own noise."""
+    edited = traitlets.Bool(False, read_only=True).tag(sync=True)
+    """Whether the shown row is an edited one; `reset_row` shows the original again."""
     methods = traitlets.List(traitlets.Unicode(), list(METHODS), read_only=True).tag(sync=True)
     note = traitlets.Unicode(NO_ADVANTAGE, read_only=True).tag(sync=True)
 
@@ -101,6 +126,8 @@ class CircuitView(View):
             raise DtypeError(f"backend is a {type(backend).__name__}; it must be a QiskitQuantumBackend.")
         self.backend, self._seed = backend, check_count("seed", seed, 0, MAX_SEED)
         self._p: Tensor | None = None
+        self._edited_p: Tensor | None = None  # (1, n), in place of the shown row
+        self._scaled: tuple[float, QiskitQuantumBackend] = (1.0, backend)
         self._lock = threading.RLock()
         self._cancelled = threading.Event()
         self._runner = ThreadWorker(self.fail)
@@ -115,14 +142,22 @@ class CircuitView(View):
         )
         ZeroNoiseExtrapolation(self.noise_levels, self.method)  # refuses what does not fit
         self.observe(lambda _: self._begin_row(), "row")
+        self.observe(lambda _: self._change_noise(), "noise_scale")
         if p is not None:
             self.show_rows(p, row)
 
-    @traitlets.validate("row", "shots", "method")
+    @traitlets.validate("row", "shots", "method", "noise_scale")
     def _check(self, proposal: Any) -> Any:
         name, value = proposal["trait"].name, proposal["value"]
         if name == "shots":
             value = check_count(name, value)
+        elif name == "noise_scale":
+            value = check_number(name, value, least=0, most=MAX_NOISE_SCALE)
+            if value != 1 and not self._can_scale_noise():
+                raise ArgumentError(
+                    f"noise_scale={value:g} is not allowed: the noise of {self.backend.engine.name} cannot "
+                    "be scaled here."
+                )
         elif name == "method" and value not in METHODS:
             raise unknown_name("method", value, METHODS)
         elif name == "row":
@@ -186,6 +221,34 @@ class CircuitView(View):
         show()
         lens.observe(lambda _: show(), "selected_rows")
 
+    def edit(self, weights: Sequence[float] | Tensor) -> None:
+        """Show other weights in place of the shown row, and measure them at once where that is fast.
+
+        Parameters
+        ----------
+        weights : sequence of float or Tensor, (n,)
+            One for each key; they are divided by their sum.
+
+        Raises
+        ------
+        ShapeError
+            If there is not one for each key.
+        ArgumentError
+            If one is negative or not finite, if all are 0, or if no row is shown.
+        """
+        row = self._edited_row(weights)
+        with self._lock:
+            self._edited_p = row
+            self.set_trait("edited", True)
+            self._forget_counts()
+        self._send_exact()
+        self._measure_live()
+
+    def reset_row(self) -> None:
+        """Show the row as it was before it was edited."""
+        if self.edited:
+            self._begin_row()
+
     def run(self, shots: int | None = None) -> None:
         """Measure the shown row in parts; returns at the end, or after `cancel` was called."""
         self._cancelled.clear()
@@ -203,7 +266,8 @@ class CircuitView(View):
         counts : RowCounts, (1, n)
             With its classical baseline.
         curve : sequence of mapping
-            The fidelity as shots arrived: `shots`, `fidelity`, `error` (standard error), `classical`.
+            The fidelity as shots arrived: `shots`, `fidelity`, `error` (standard error), `classical`, and
+            perhaps `classical_error`.
 
         Raises
         ------
@@ -218,7 +282,14 @@ class CircuitView(View):
                 f"counts has shape {tuple(counts.counts.shape)}; it must be {shape}, with a baseline."
             )
         points = tuple(
-            FidelityPoint(int(x["shots"]), (x["fidelity"],), (x["error"],), (x["classical"],)) for x in curve
+            FidelityPoint(
+                int(x["shots"]),
+                (x["fidelity"],),
+                (x["error"],),
+                (x["classical"],),
+                (x.get("classical_error", np.nan),),
+            )
+            for x in curve
         )
         with self._lock:
             self._measurement = Measurement(counts, points)
@@ -282,9 +353,11 @@ class CircuitView(View):
             return empty_figure(theme, "No row is shown")
         measurement, backend = self._shown(), self.backend
         shots = measurement.counts.shots
+        name = self.names[self.row].capitalize() + (", edited," if self.edited else "")
+        noise = "" if self.noise_scale == 1 else f", noise × {self.noise_scale:g}"
         title = (
-            f"{self.names[self.row].capitalize()} on {backend.engine.name}, {backend.loader.name} loader, "
-            f"{shots} shots, seed {self._seed}"
+            f"{name} on {backend.engine.name}{noise}, {backend.loader.name} loader, {shots} shots, seed "
+            f"{self._seed}"
         )
         curve = [point.of_row(0) for point in measurement.curve]
         return circuit_figure(
@@ -292,10 +365,62 @@ class CircuitView(View):
         )
 
     def _row_p(self) -> Tensor:
-        """The shown row, (1, n)."""
+        """The shown row, (1, n), as it was edited."""
         if self._p is None:
             raise ArgumentError("No row is shown: give one with show_rows(p).")
-        return self._p[self.row : self.row + 1]
+        return self._p[self.row : self.row + 1] if self._edited_p is None else self._edited_p
+
+    def _edited_row(self, weights: Sequence[float] | Tensor) -> Tensor:
+        """Checked weights as a row, (1, n)."""
+        w = torch.as_tensor(weights, dtype=torch.float64)
+        n = self._row_p().shape[-1]
+        if tuple(w.shape) != (n,):
+            raise ShapeError(f"weights has shape {tuple(w.shape)}; it must be ({n},), one for each key.")
+        if not bool(w.isfinite().all()) or bool((w < 0).any()) or not float(w.sum()) > 0:
+            raise ArgumentError("weights must be finite numbers >= 0, of which one at least is above 0.")
+        return (w / w.sum())[None]
+
+    def _noisy_backend(self) -> QiskitQuantumBackend:
+        """The backend with its noise scaled by `noise_scale`."""
+        with self._lock:
+            if self._scaled[0] != self.noise_scale:
+                backend, engine = self.backend, self.backend.engine
+                if self.noise_scale != 1:
+                    assert isinstance(engine, AerEngine)
+                    backend = backend.with_engine(engine.scaled(self.noise_scale))
+                self._scaled = self.noise_scale, backend
+            return self._scaled[1]
+
+    def _forget_counts(self) -> None:
+        """Begin the measurement of the shown row anew."""
+        self._cancelled.set()
+        p = self._row_p()
+        self._measurement = Measurement.empty(*p.shape)
+        self._noise, self._fit = NoiseLevels(self._noisy_backend(), p, self._seed), None
+
+    def _change_noise(self) -> None:
+        if self._p is not None:
+            with self._lock:
+                self._forget_counts()
+            self._worker.put("live", self._measure_live)
+
+    def _is_live(self) -> bool:
+        """Whether a change of the row or of the noise is measured at once."""
+        engine = self.backend.engine
+        return isinstance(engine, AerEngine) and num_bits(self._row_p().shape[-1]) <= MAX_LIVE_QUBITS
+
+    def _measure_live(self) -> None:
+        """Measure the shown row anew, in few parts, or show that nothing is measured yet."""
+        if not self._is_live():
+            self._send_counts()
+            return
+        p, before = self._row_p(), self._shown()
+        parts = growing_parts(self.shots, LIVE_PARTS)
+        *_, last = measure_in_parts(self._noisy_backend().sample_rows, p, parts, seed=self._seed)
+        with self._lock:
+            if self._measurement is before:  # otherwise the row has changed again
+                self._measurement = last
+        self._send_counts()
 
     def _shown(self) -> Measurement:
         """What was measured of the shown row."""
@@ -310,11 +435,10 @@ class CircuitView(View):
 
     def _begin_row(self) -> None:
         """Forget what was measured, and show the row that is chosen now."""
-        self._cancelled.set()
         with self._lock:
-            p = self._row_p()
-            self._measurement = Measurement.empty(*p.shape)
-            self._noise, self._fit = NoiseLevels(self.backend, p, self._seed), None
+            self._edited_p = None
+            self.set_trait("edited", False)
+            self._forget_counts()
         self._worker.put("circuit", self._send_circuit)
         self._worker.put("counts", self._send_counts)
 
@@ -325,7 +449,9 @@ class CircuitView(View):
         parts = growing_parts(shots, 1 if self.backend.engine.queues else NUM_PARTS)
         self.send({"kind": "running", "shots": shots})
         try:
-            measurements = measure_in_parts(self.backend.sample_rows, p, parts, seed=self._seed, start=before)
+            measurements = measure_in_parts(
+                self._noisy_backend().sample_rows, p, parts, seed=self._seed, start=before
+            )
             while not self._cancelled.is_set() and (now := next(measurements, None)) is not None:
                 with self._lock:
                     if self._measurement is not before:
@@ -346,6 +472,10 @@ class CircuitView(View):
             self._runner.put("run", partial(self._measure, int(content["shots"])))
         elif kind == "cancel":
             self.cancel()
+        elif kind == "edit":
+            self._worker.put("edit", partial(self.edit, [float(x) for x in content["weights"]]))
+        elif kind == "reset":
+            self._worker.put("edit", self.reset_row)
         elif kind == "zne":
             key = content.get("key")
             levels = [float(level) for level in content["levels"]]
@@ -356,31 +486,44 @@ class CircuitView(View):
         if self._p is None:
             return
         p, backend = self._row_p(), self.backend
-        circuit = backend.loader.circuit(backend.loader.size(p.shape[-1]))
+        n = p.shape[-1]
+        circuit = backend.loader.circuit(backend.loader.size(n))
         self.send(
             {"kind": "circuit", "loader": backend.loader.name, "drawing": circuit_drawing(circuit),
-             "device": backend.engine.name, "noisy": self._can_scale_noise(), "exact": p[0].tolist()}
+             "roles": angle_roles(backend.loader, n), "device": backend.engine.name,
+             "noisy": self._can_scale_noise(), "live": self._is_live(), **self._exact()}
         )  # fmt: skip
         # Transpiling may take seconds; the picture of the circuit does not wait for it.
-        needs = resources(backend.transpiled(p.shape[-1]))
+        needs = resources(backend.transpiled(n))
         self.send(
             {"kind": "device", "depth": needs.depth, "two_qubit_gates": needs.two_qubit_gates,
-             "qubits": needs.qubits, "region": device_region(backend, p.shape[-1])}
+             "qubits": needs.qubits, "region": device_region(backend, n), "errors": gate_errors(backend, n)}
         )  # fmt: skip
+
+    def _exact(self) -> dict[str, Any]:
+        """The shown row and the angles that load it."""
+        p = self._row_p()
+        return {"exact": p[0].tolist(), "angles": self.backend.loader.angles(p)[0].tolist()}
+
+    def _send_exact(self) -> None:
+        self.send({"kind": "exact", **self._exact()})
 
     def _send_counts(self) -> None:
         measurement = self._measurement
-        if measurement is None:
+        if measurement is None or measurement.counts.counts.shape != (p := self._row_p()).shape:
             return
-        counts = measurement.counts
+        counts, baseline = measurement.counts, measurement.baseline
+        measured, classical = (distances_of_counts(x.counts, p, self._seed) for x in (counts, baseline))
         self.send(
             {
                 "kind": "counts",
                 "shots": counts.shots,
                 "discarded": int(counts.discarded.sum()),
                 "counts": counts.counts[0].tolist(),
-                "classical": measurement.baseline.counts[0].tolist(),
-                "curve": [point.of_row(0) for point in measurement.curve],
+                "classical": baseline.counts[0].tolist(),
+                "curve": [_without_nan(point.of_row(0)) for point in measurement.curve],
+                "distance": _number_with_error(measured),
+                "classical_distance": _number_with_error(classical),
                 "not_modelled": list(counts.diagnostics.get("not_modelled", ())),
                 "fallbacks": list(counts.diagnostics.get("fallbacks", ())),
             }
@@ -388,3 +531,14 @@ class CircuitView(View):
 
     def _send_fit(self, levels: Sequence[float], method: str, key: int | None) -> None:
         self.send({"kind": "zne", **asdict(self.extrapolate(levels, method, key))})
+
+
+def _number_with_error(distances: Distances) -> list[float] | None:
+    """A row's distance and its standard error; None where nothing is measured."""
+    value, std_error = distances.value[0], distances.std_error[0]
+    return None if value != value else [value, std_error]
+
+
+def _without_nan(point: Mapping[str, float]) -> dict[str, float | None]:
+    """The same with None in place of NaN, which JSON does not have."""
+    return {name: None if x != x else x for name, x in point.items()}

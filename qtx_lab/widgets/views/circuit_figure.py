@@ -12,10 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ... import theme as look
+from ..numbers import Z95
 from .zero_noise import ZeroNoiseFit
-
-Z95 = 1.96
-"""Standard errors of half a 95 % interval."""
 
 
 def circuit_figure(

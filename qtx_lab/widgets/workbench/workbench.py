@@ -215,7 +215,7 @@ class Workbench(widgets.VBox):
 
     def measure_rows(self, rows: tuple[int, ...]) -> None:
         """Enter these queries in the Circuit tab as the rows to measure, and open that tab."""
-        self.circuit.forms["rows"].change(rows=rows)
+        self.circuit.take_rows(rows)
         self.open_tab("circuit")
 
     def request_save(self) -> None:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import ipywidgets as widgets
 import torch
 from torch import Tensor
 
+from ....errors import ArgumentError
 from ....specs import CircuitSpec, MitigationSpec, Spec, Whole
 from ...forms import FORM_LOCK, SpecForm
 from ..tab import WorkbenchTab
 from ..tab_host import TabHost
+from .circuit_code import measurement_code
 from .html_parts import field_groups, form_field, rows_table, spaced
 from .sample import MAX_ROWS, SampleTab
 
@@ -22,10 +24,10 @@ if TYPE_CHECKING:
 TWIN = CircuitSpec.model_construct(device="fake_boston")
 """The device at first. It is not checked, because that would load qiskit when a workbench is made."""
 
-ZERO_NOISE = MitigationSpec.model_construct(
-    method="zne", readout=True, noise_levels=(1.0, 3.0), scaling="model"
+PLANNER = MitigationSpec.model_construct(
+    method="planner", readout=False, noise_levels=(1.0, 3.0), scaling="model"
 )
-"""The mitigation at first."""
+"""The mitigation at first; its noise levels are those of zero-noise extrapolation, where that is chosen."""
 
 
 class RowsSpec(Spec):
@@ -53,6 +55,7 @@ class CircuitTab(WorkbenchTab):
     """
 
     name, title, button, task = "circuit", "Circuit", "Measure rows", "measure"
+    codes = ("python",)
     first_step = "Press <b>Measure rows</b> to load rows of the head into a circuit and measure it."
 
     def __init__(self, bench: TabHost, sample: SampleTab):
@@ -60,11 +63,14 @@ class CircuitTab(WorkbenchTab):
         groups = field_groups(CircuitSpec)
         fields = [name for name, group in groups.items() if group != "IBM" and name != "provider"]
         forms = {"circuit": SpecForm(TWIN, fields), "rows": SpecForm(RowsSpec)}
-        self._table, self.view_box = widgets.HTML(), widgets.VBox()
+        self._table, self._rows_note, self.view_box = widgets.HTML(), widgets.HTML(), widgets.VBox()
+        self._selected: tuple[int, ...] = ()  # all rows of which those of the form were taken
         self.view: CircuitView | None = None
         self._view_inputs: Any = None
-        super().__init__(bench, forms, self.view_box, self._table, shared={"source": sample.forms["source"]})
-        self.mitigation_form = SpecForm(ZERO_NOISE)
+        views = (self._rows_note, self.view_box, self._table)
+        super().__init__(bench, forms, *views, shared={"source": sample.forms["source"]})
+        self.forms["rows"].observe(lambda _: self._say_which_rows(), "spec")
+        self.mitigation_form = SpecForm(PLANNER)
         self.mitigation_form.observe(lambda _: self._fit_follows_form(), "spec")
 
     @property
@@ -73,6 +79,47 @@ class CircuitTab(WorkbenchTab):
         spec = self.forms["rows"].spec
         assert isinstance(spec, RowsSpec)
         return spec.rows
+
+    def take_rows(self, rows: Sequence[int]) -> tuple[int, ...]:
+        """Enter queries as the rows to measure; of more than `MAX_ROWS`, as many that are spread evenly.
+
+        The tab says which ones were taken, where those are not all.
+
+        Parameters
+        ----------
+        rows : sequence of int
+            Queries, counted from 0; each counts once.
+
+        Returns
+        -------
+        tuple of int
+            Those that were taken, in rising order.
+
+        Raises
+        ------
+        ArgumentError
+            If there are none.
+        """
+        selected = tuple(sorted(set(rows)))
+        if not selected:
+            raise ArgumentError("rows is empty: at least one row is needed.")
+        count = min(MAX_ROWS, len(selected))
+        taken = tuple(selected[i * (len(selected) - 1) // max(1, count - 1)] for i in range(count))
+        self._selected = selected
+        self.forms["rows"].change(rows=taken)
+        self._say_which_rows()
+        return taken
+
+    def _say_which_rows(self) -> None:
+        """Say which rows of a selection are measured, unless those are all, or others were entered."""
+        selected, rows = self._selected, self.rows
+        note = ""
+        if len(selected) > len(rows) and set(rows) <= set(selected):
+            note = f"{len(rows)} of {len(selected)} selected rows are measured: {', '.join(map(str, rows))}."
+        self._rows_note.value = note and f"<p role='status'>{note}</p>"
+        self.first_step = f"{note} {type(self).first_step}".strip()
+        if self.result is None and self.work is None:
+            self._show_message()
 
     @property
     def _mitigation(self) -> MitigationSpec:
@@ -87,6 +134,7 @@ class CircuitTab(WorkbenchTab):
             **{name: sample[name] for name in ("source", "layer", "head", "seed")},
             "rows": list(self.rows),
             "circuit": self.form.spec.to_parameters(),
+            "home": self.bench.runs_folder(),
         }
 
     def show(self, result: dict[str, Any]) -> None:
@@ -107,7 +155,7 @@ class CircuitTab(WorkbenchTab):
         with FORM_LOCK:
             from ...views.circuit import CircuitView
         form, mitigation = self.mitigation_form, self._mitigation
-        levels = mitigation.noise_levels if len(mitigation.noise_levels) > 1 else ZERO_NOISE.noise_levels
+        levels = mitigation.noise_levels if len(mitigation.noise_levels) > 1 else PLANNER.noise_levels
         method = mitigation.extrapolation
         view = CircuitView(spec.build(), shots=spec.shots, noise_levels=levels, method=method, seed=0)
         view.show_rows(p, names=[f"query {i}" for i in queries])
@@ -152,3 +200,8 @@ class CircuitTab(WorkbenchTab):
         spec = self.form.spec
         assert isinstance(spec, CircuitSpec)
         return f"{len(self.rows)} rows × {spaced(spec.shots)} shots"
+
+    def python_code(self) -> str:
+        """Python that measures the same rows by the same circuits."""
+        state = self.shown_state()
+        return measurement_code(state["source"], state["rows"], state["circuit"])

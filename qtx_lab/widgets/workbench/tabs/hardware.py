@@ -12,13 +12,15 @@ from ...forms import SpecForm
 from ..tab import WorkbenchTab
 from ..tab_host import TabHost
 from .circuit import TWIN, CircuitTab
-from .html_parts import field_groups, rows_table, spaced
+from .circuit_code import measurement_code
+from .html_parts import field_groups, measured_headline, rows_table, spaced
 
 
 class HardwareTab(WorkbenchTab):
     """Rows on a device or on its twin, as a job that is recorded before it is submitted."""
 
     name, title, button, task = "hardware", "Hardware", "Submit rows", "submit"
+    codes = ("python",)
     first_step = (
         "Press <b>Submit rows</b> to run the rows of the Circuit tab as a job; a twin needs no account."
     )
@@ -37,7 +39,6 @@ class HardwareTab(WorkbenchTab):
         return {
             **self._circuit.arguments(),
             "circuit": self.form.spec.to_parameters(),
-            "home": self.bench.runs_folder(),
         }
 
     def show(self, result: dict[str, Any]) -> None:
@@ -45,7 +46,7 @@ class HardwareTab(WorkbenchTab):
         saved = (
             f"<p>Saved in the run <code>{html.escape(result['run'])}</code>.</p>" if "run" in result else ""
         )
-        self._table.value = saved + rows_table(result)
+        self._table.value = measured_headline(result) + saved + rows_table(result)
         self.bench.list_jobs()
 
     def cost(self) -> str:
@@ -53,3 +54,8 @@ class HardwareTab(WorkbenchTab):
         spec = self.form.spec
         assert isinstance(spec, CircuitSpec)
         return f"{len(self._circuit.rows)} rows × {spaced(spec.shots)} shots"
+
+    def python_code(self) -> str:
+        """Python that measures the same rows on the same device."""
+        state = self.shown_state()
+        return measurement_code(state["source"], state["rows"], state["device"])

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ....specs import Spec, field
+from ...numbers import Z95, Distances, with_error
 
 form_field = field
 
@@ -59,17 +61,17 @@ def rows_table(result: Mapping[str, Any]) -> str:
     Parameters
     ----------
     result : mapping
-        Of the task `measure`.
+        Of the task `measure`, `mitigate` or `submit`.
     """
-    facts, mitigated = result["facts"], result["estimate"] is not None
-    head = head_row(["row", "keys", *(["mitigated"] if mitigated else []), "measured", "classical"])
+    facts, columns = result["facts"], distance_columns(result)
+    head = head_row(["row", "keys", *columns])
     body = ""
     for i, row in enumerate(result["rows"]):
         keys = int((result["p"][i] > 0).sum())
-        errors = [result["error"][i]] if mitigated else []
-        errors += [result["raw_error"][i], result["classical_error"][i]]
-        cells = "".join(f"<td>{error:.3f}</td>" for error in errors)
-        body += f"<tr><th scope='row'>{row}</th><td>{keys}</td>{cells}</tr>"
+        cells = [with_error(x.value[i], Z95 * x.std_error[i]) for x in columns.values()]
+        body += f"<tr><th scope='row'>{row}</th><td>{keys}</td>{_cells(cells)}</tr>"
+    means = [with_error(mean, Z95 * std_error) for mean, std_error in (x.mean for x in columns.values())]
+    foot = f"<tr><th scope='row'>mean</th><td></td>{_cells(means)}</tr>"
     known = ", ".join(
         f"{label} {html.escape(str(facts[name]))}"
         for name, label in CIRCUIT_FACTS.items()
@@ -77,7 +79,52 @@ def rows_table(result: Mapping[str, Any]) -> str:
     )
     notes = notes_list([*result["fallbacks"], *facts.get("not_modelled", [])], NO_ADVANTAGE)
     return (
-        f"<p><b>Total variation from the exact row after {spaced(result['shots'])} shots</b></p>"
-        f"<table class='qtx-wb-table'><thead>{head}</thead><tbody>{body}</tbody></table>"
+        f"<p><b>Total variation from the exact row after {spaced(result['shots'])} shots</b> "
+        "(± half of the 95 % interval)</p>"
+        f"<table class='qtx-wb-table'><thead>{head}</thead><tbody>{body}</tbody><tfoot>{foot}</tfoot></table>"
         f"<p>{known}; {spaced(int(result['discarded'].sum()))} shots discarded.</p>{notes}"
     )
+
+
+def measured_headline(result: Mapping[str, Any]) -> str:
+    """How far the measured rows are off in the mean, beside the same number of classical draws."""
+    columns, device = distance_columns(result), html.escape(str(result["facts"]["device"]))
+    measured, classical = (
+        with_error(mean, Z95 * std_error)
+        for mean, std_error in (columns[name].mean for name in ("measured", "classical"))
+    )
+    return headline(
+        f"Total variation {measured} on {device}; as many classical draws: {classical}",
+        f"Mean of {len(result['rows'])} rows; ± is half of the 95 % interval.",
+    )
+
+
+def distance_columns(result: Mapping[str, Any]) -> dict[str, Distances]:
+    """How far the rows of a result are off, by what they were estimated from."""
+    names = {"mitigated": "error", "measured": "raw_error", "classical": "classical_error"}
+    return {
+        title: Distances(
+            tuple(result[name]), tuple(result.get(f"{name}_std") or [math.nan] * len(result[name]))
+        )
+        for title, name in names.items()
+        if result.get(name) is not None and (title != "mitigated" or result["estimate"] is not None)
+    }
+
+
+def headline(text: str, detail: str = "") -> str:
+    """The one finding of a picture, and in smaller letters what belongs to it; both are HTML."""
+    more = f"<p class='qtx-wb-detail'>{detail}</p>" if detail else ""
+    return f"<p class='qtx-wb-headline' role='heading' aria-level='3'>{text}</p>{more}"
+
+
+def opened(title: str, notes: Sequence[str]) -> str:
+    """A list of notes that is opened by its title; empty where there are none."""
+    if not notes:
+        return ""
+    return (
+        f"<details class='qtx-wb-opened'><summary>{html.escape(title)}</summary>{notes_list(notes)}</details>"
+    )
+
+
+def _cells(texts: Iterable[str]) -> str:
+    return "".join(f"<td>{html.escape(text)}</td>" for text in texts)

@@ -1,38 +1,99 @@
-"""The tab Mitigate: what can be done about the noise of a device."""
+"""The tab Mitigate: what can be done about the noise of a device, and whether it helps."""
 
 from __future__ import annotations
 
+import html
+from collections.abc import Mapping
 from typing import Any
 
 import ipywidgets as widgets
 
+from ....specs import MitigationSpec
+from ...numbers import Z95, with_error
+from ...views.mitigation import MitigationView
 from ..tab import WorkbenchTab
 from ..tab_host import TabHost
 from .circuit import CircuitTab
-from .html_parts import rows_table
+from .circuit_code import mitigation_code
+from .html_parts import distance_columns, headline, opened, rows_table, spaced
 
 
 class MitigateTab(WorkbenchTab):
     """What can be done about the noise of a device, for the rows and the circuit of the Circuit tab."""
 
-    name, title, button, task = "mitigate", "Mitigate", "Mitigate rows", "measure"
+    name, title, button, task = "mitigate", "Mitigate", "Mitigate rows", "mitigate"
+    codes = ("python",)
     first_step = (
-        "Press <b>Mitigate rows</b> to measure the rows of the Circuit tab again, with their noise reduced."
+        "Press <b>Mitigate rows</b> to measure the rows of the Circuit tab with and without mitigation, with "
+        "the same number of shots."
     )
 
     def __init__(self, bench: TabHost, circuit: CircuitTab):
-        self._circuit, self._table = circuit, widgets.HTML()
+        self._circuit = circuit
+        self._verdict, self._table, self.view = widgets.HTML(), widgets.HTML(), MitigationView()
+        self._fit_box = widgets.VBox([circuit.view_box])
         forms = {"mitigation": circuit.mitigation_form}
-        super().__init__(bench, forms, self._table, circuit.view_box, shared=circuit.forms)
+        views = (self._verdict, self._table, widgets.VBox([self.view]), self._fit_box)
+        super().__init__(bench, forms, *views, shared=circuit.forms)
 
     def arguments(self) -> dict[str, Any]:
         """The arguments of the task."""
         return {**self._circuit.arguments(), "mitigation": self.form.spec.to_parameters()}
 
     def show(self, result: dict[str, Any]) -> None:
-        """Show the table of the rows."""
+        """Show the verdict, the table of the rows, and the expected error against shots."""
+        spec = MitigationSpec(**self.shown_state()["mitigation"])
+        text, detail = verdict(result)
+        warnings = result.get("warnings", [])
+        title = f"{len(warnings)} warning{'s' * (len(warnings) != 1)}"
+        self._verdict.value = headline(text, detail) + opened(title, warnings)
         self._table.value = rows_table(result)
+        self._fit_box.layout.display = None if spec.method == "zne" else "none"
+        columns = distance_columns(result)
+        means = {name: columns[name].mean for name in columns}
+        self.view.show(result.get("ways", []), result["shots"], means, result["facts"]["device_label"])
 
     def cost(self) -> str:
         """Rows and shots of the next measurement."""
-        return self._circuit.cost()
+        return f"{self._circuit.cost()}, with and without mitigation"
+
+    def python_code(self) -> str:
+        """Python that measures the same rows with and without mitigation."""
+        state = self.shown_state()
+        forms = (state[name] for name in ("source", "rows", "circuit", "mitigation"))
+        return mitigation_code(*forms)
+
+
+def verdict(result: Mapping[str, Any]) -> tuple[str, str]:
+    """Whether mitigation helped, with intervals, and what was done; HTML.
+
+    Parameters
+    ----------
+    result : mapping
+        Of the task `mitigate`.
+    """
+    columns, plan = distance_columns(result), result.get("plan")
+    raw, raw_error = columns["measured"].mean
+    classical = with_error(*_half_width(columns["classical"].mean))
+    against = f"raw counts {with_error(raw, Z95 * raw_error)}"
+    reason = html.escape(plan["reason"]) if plan else ""
+    done = html.escape(str(result["facts"].get("mitigation", "")))
+    size = f"mean of {len(result['rows'])} rows, {spaced(result['shots'])} shots a row for each"
+    what = f"Total variation from the exact row, {size}; ± is half of the 95 % interval."
+    baseline = f"As many classical draws: {classical}."
+    if "mitigated" not in columns:
+        text = f"Nothing was mitigated: {against}" if plan else "No row could be mitigated"
+        return text, f"{reason} {what} {baseline}"
+    mitigated, error = columns["mitigated"].mean
+    difference, half_width = mitigated - raw, Z95 * (error**2 + raw_error**2) ** 0.5
+    if abs(difference) <= half_width:
+        text = "No difference that these shots can show"
+    else:
+        text = "Mitigation hurt" if difference > 0 else "Mitigation helped"
+    numbers = f"{with_error(mitigated, Z95 * error)} against {with_error(raw, Z95 * raw_error)}"
+    change = f"Difference {with_error(difference, half_width)}."
+    return f"{text}: {numbers}", f"{done}. {what} {change} {baseline} {reason}"
+
+
+def _half_width(mean: tuple[float, float]) -> tuple[float, float]:
+    return mean[0], Z95 * mean[1]

@@ -124,7 +124,7 @@ class SampleTab(WorkbenchTab):
     def send_rows(self) -> None:
         """Let the Circuit tab measure the rows that are selected in the lens, and open it."""
         if self.lens is not None and self.lens.selected_rows:
-            self.bench.measure_rows(tuple(self.lens.selected_rows[:MAX_ROWS]))
+            self.bench.measure_rows(tuple(self.lens.selected_rows))
 
     def show(self, result: dict[str, Any]) -> None:
         """Show the inputs in a lens, and how far the head is off."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .calibration import calibrate
-from .circuits import measure, submit
+from .circuits import measure, mitigate, submit
 from .inputs import load_inputs
 from .runs import list_runs, sweep
 from .sampling import sample
@@ -14,6 +14,7 @@ __all__ = [
     "list_runs",
     "load_inputs",
     "measure",
+    "mitigate",
     "sample",
     "submit",
     "sweep",

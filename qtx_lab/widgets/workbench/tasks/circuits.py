@@ -1,27 +1,44 @@
-"""The tasks `measure` and `submit`: rows of a head's attention as circuits."""
+"""The tasks `measure`, `mitigate` and `submit`: rows of a head's attention as circuits."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from ....errors import ArgumentError
+from ....errors import ArgumentError, FallbackWarning
 from ....experiments.runs import Run
 from ....models.inputs import AttentionInputs
-from ....specs import CircuitSpec, MitigationSpec
+from ....specs import CircuitSpec, MitigationSpec, Spec
+from ....specs.circuit import NOISE_FIELDS
+from ...numbers import Z95
 from ..process_server import TaskReport
 from .inputs import load_inputs
 
 if TYPE_CHECKING:
-    from ....backends import QiskitQuantumBackend
+    from ....backends import CircuitSampler, QiskitQuantumBackend, RowCounts
+    from ....mitigation import Plan
     from ...measurement import Measurement
 
 DEVICE_FACTS = ("calibration", "noise", "not_modelled", "classical_rows", "shots_by_level")
 """Diagnostics of a measurement that are shown."""
+
+SHOTS_FACTORS = (1 / 16, 1 / 4, 1, 4, 16, 64)
+"""Shots for which ways to measure rows are rehearsed, as multiples of those that are measured."""
+
+REHEARSED_ROWS = 8
+"""Rows on which they are rehearsed, at most."""
+
+REHEARSALS = 32
+"""Rehearsals of each row and way, over all rows: the fewer rows, the more rehearsals of each."""
+
+SHOWN_WAYS = 6
+"""Ways to measure rows whose expected errors are shown, at most, beside the raw counts."""
 
 
 def measure(
@@ -32,44 +49,231 @@ def measure(
     seed: int,
     rows: list[int],
     circuit: Mapping[str, Any],
-    mitigation: Mapping[str, Any] | None = None,
+    home: str | None = None,
     run_dir: str | None = None,
 ) -> dict[str, Any]:
     """Measure rows of a head's attention by circuits, part by part; `report.send` sends the result so far.
 
+    Parameters
+    ----------
+    home : str, optional
+        Folder of runs: the measurement is saved in a run of its own.
+    run_dir : str, optional
+        Folder of the run that gets the records of jobs on IBM's devices.
+
     Returns
     -------
     dict
-        `rows` (R,), `p` (R, n) exact, `counts`, `classical` (R, n) of as many pseudo-random draws, `estimate`
-        and `std_error` (R, n) where mitigated, `shots` so far, total variation from p of each row `error`,
-        `classical_error` and `raw_error`; the Hellinger `fidelity` of each row with its `error`, and that of
-        the `classical` draws, after each part, as `curve`; `facts` of the circuit and the device; `discarded`
-        shots (R,); `fallbacks`.
+        `rows` (R,), `p` (R, n) exact, `counts`, `classical` (R, n) of as many pseudo-random draws, `shots` so
+        far, total variation from p of each row `raw_error` and `classical_error` with the standard errors
+        `raw_error_std` and `classical_error_std`; the Hellinger `fidelity` of each row with its `error`, and
+        that of the `classical` draws, after each part, as `curve`; `facts` of the circuit and the device;
+        `discarded` shots (R,); `fallbacks`.
     """
     from ....backends import CircuitSampler
-    from ...measurement import NUM_PARTS, growing_parts, measure_in_parts
 
     report(0.01, "loading the model and text")
-    inputs = load_inputs(**source)
     spec = CircuitSpec(**circuit)
-    p = _rows(inputs, layer, head, rows)
+    p = _rows(load_inputs(**source), layer, head, rows)
     report(0.03, "transpiling the circuit")
     options = {"run_dir": run_dir} if spec.provider == "ibm" else {}
     backend = spec.build(**options)
-    mitigate: Any = None if mitigation is None else MitigationSpec(**mitigation).build(num_keys=p.shape[-1])
-    sampler = CircuitSampler(backend, mitigation=mitigate, hybrid_mode=spec.policy())
-    facts = _circuit_facts(backend, p.shape[-1])
-    facts["mitigation"] = None if mitigate is None else mitigate.name
-    in_one_part = mitigate is not None or spec.provider == "ibm"
-    report(0.1, f"0 of {spec.shots:,} shots a row")
-    parts = growing_parts(spec.shots, 1 if in_one_part else NUM_PARTS)
+    sampler = CircuitSampler(backend, hybrid_mode=spec.policy())
+    result = _measure_in_parts(report, sampler, p, rows, spec, seed, (0.1, 1.0))
+    if home is not None:
+        _save_run(home, "circuit", spec, result)
+    return result
+
+
+def mitigate(
+    report: TaskReport,
+    source: Mapping[str, Any],
+    layer: int,
+    head: int,
+    seed: int,
+    rows: list[int],
+    circuit: Mapping[str, Any],
+    mitigation: Mapping[str, Any],
+    home: str | None = None,
+) -> dict[str, Any]:
+    """Measure rows of a head's attention with and without mitigation, with the same number of shots.
+
+    Returns
+    -------
+    dict
+        That of `measure`, of the raw counts, with the mitigated `estimate` and `std_error` (R, n), their
+        total variation from p `error` with its standard error `error_std`; `warnings` of the mitigation;
+        `plan`: the `choice` of the planner and its `reason`; `ways`: the expected error of some ways to
+        measure the rows against shots; see `MitigationView.show`. The estimate is None where the planner
+        takes the raw counts.
+    """
+    from ....backends import CircuitSampler
+
+    report(0.01, "loading the model and text")
+    spec, mitigation_spec = CircuitSpec(**circuit), MitigationSpec(**mitigation)
+    p = _rows(load_inputs(**source), layer, head, rows)
+    report(0.03, "transpiling the circuit")
+    backend = spec.build()
+    chosen: Any = mitigation_spec.build(num_keys=p.shape[-1])
+    if chosen is None:
+        raise ArgumentError(
+            "method='none' is not allowed here without readout: there is nothing to mitigate."
+        )
+    report(0.1, "measuring with mitigation")
+    sampler = CircuitSampler(backend, mitigation=chosen, hybrid_mode=spec.policy())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", FallbackWarning)
+        mitigated = sampler.measure(p, spec.shots, generator=torch.Generator().manual_seed(seed))
+    for warning in caught:  # so that the status line counts them, too
+        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    plan: Plan | None = mitigated.diagnostics.get("plan")
+    said = {
+        "warnings": list(dict.fromkeys(str(x.message) for x in caught)),
+        "plan": None if plan is None else {"choice": plan.choice.option.name, "reason": plan.reason},
+        **_mitigated_result(mitigated, p, seed),
+    }
+    raw = CircuitSampler(backend, hybrid_mode=spec.policy())
+    result = _measure_in_parts(report, raw, p, rows, spec, seed, (0.3, 0.7), said)
+    result["facts"]["mitigation"] = mitigated.diagnostics.get("mitigation", chosen.name)
+    report(0.7, "rehearsing other numbers of shots")
+    option = chosen if plan is None else plan.choice.option
+    result["ways"] = _expected_errors(backend, p, spec.shots, option, seed)
+    if home is not None:
+        _save_run(home, "mitigate", spec, result)
+    return result
+
+
+def _measure_in_parts(
+    report: TaskReport,
+    sampler: CircuitSampler,
+    p: Tensor,
+    rows: list[int],
+    spec: CircuitSpec,
+    seed: int,
+    progress: tuple[float, float],
+    more: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Measure rows p (R, n) part by part, and send the result so far after each, together with `more`."""
+    from ...measurement import NUM_PARTS, growing_parts, measure_in_parts
+
+    backend, (start, end) = sampler.backend, progress
+    facts = {**_circuit_facts(backend, p.shape[-1]), "device_label": device_label(spec)}
+    parts = growing_parts(spec.shots, 1 if spec.provider == "ibm" else NUM_PARTS)
+    report(start, f"0 of {spec.shots:,} shots a row")
     result: dict[str, Any] = {}
     for measurement in measure_in_parts(sampler.measure, p, parts, seed=seed):
-        result = {"rows": np.array(rows), **_part_result(measurement, p, facts)}
+        result = {"rows": np.array(rows), **_part_result(measurement, p, facts, seed), **(more or {})}
         report.send(result)
         shots = measurement.counts.shots
-        report(0.1 + 0.9 * shots / spec.shots, f"{shots:,} of {spec.shots:,} shots a row")
+        report(start + (end - start) * shots / spec.shots, f"{shots:,} of {spec.shots:,} shots a row")
     return result
+
+
+def _mitigated_result(counts: RowCounts, p: Tensor, seed: int) -> dict[str, Any]:
+    """The mitigated rows and how far they are off; without an estimate nothing was mitigated."""
+    from ...measurement import distances_of_estimate
+
+    if counts.estimate is None or counts.std_error is None:
+        return {"estimate": None, "std_error": None, "error": None, "error_std": None}
+    distance = distances_of_estimate(counts.estimate, counts.std_error, p, seed)
+    return {
+        "estimate": counts.estimate.numpy(),
+        "std_error": counts.std_error.numpy(),
+        "error": list(distance.value),
+        "error_std": list(distance.std_error),
+    }
+
+
+def _expected_errors(
+    backend: QiskitQuantumBackend, p: Tensor, shots: int, chosen: object, seed: int
+) -> list[dict[str, Any]]:
+    """The expected error of ways to measure rows against the shots: the chosen one, raw counts, the best."""
+    from ....mitigation import CircuitMitigation
+    from ....mitigation.planner import default_options
+    from ....mitigation.rehearsal import Rehearsal
+
+    some = p[torch.linspace(0, len(p) - 1, min(len(p), REHEARSED_ROWS)).round().long()]
+    raw, rng = CircuitMitigation(readout=False), np.random.default_rng(seed)
+    options: list[CircuitMitigation] = [raw, *default_options(backend, p.shape[-1])]
+    if isinstance(chosen, CircuitMitigation):
+        options.append(chosen)
+    rehearsal, repeats = Rehearsal(backend, some), max(2, REHEARSALS // len(some))
+    grid = [max(1, round(factor * shots)) for factor in SHOTS_FACTORS]
+    ways: list[dict[str, Any]] = []
+    for option in dict.fromkeys(options):
+        predictions = [rehearsal.predict(option, count, repeats, rng) for count in grid]
+        usable = [(n, x) for n, x in zip(grid, predictions, strict=True) if not x.problem]
+        if usable:
+            kind = "raw" if option == raw else "chosen" if option == chosen else "other"
+            numbers = {"error": [x.error for _, x in usable], "std_error": [x.std_error for _, x in usable]}
+            ways.append({"name": option.name, "kind": kind, "shots": [n for n, _ in usable], **numbers})
+    first = [way for way in ways if way["kind"] != "other"]
+    others = sorted((way for way in ways if way["kind"] == "other"), key=lambda way: min(way["error"]))
+    return [_classical_errors(some, grid, repeats, rng), *first, *others[: SHOWN_WAYS - len(first)]]
+
+
+def _classical_errors(p: Tensor, grid: list[int], repeats: int, rng: np.random.Generator) -> dict[str, Any]:
+    """The error of as many independent classical draws from rows p (R, n)."""
+    rows = p.numpy() / p.numpy().sum(-1, keepdims=True)
+    means, errors = [], []
+    for shots in grid:
+        share = rng.multinomial(shots, rows, size=(repeats, len(rows))) / shots
+        distance = 0.5 * np.abs(share - rows).sum(-1).mean(-1)
+        means.append(float(distance.mean()))
+        errors.append(float(distance.std(ddof=1) / repeats**0.5))
+    return {
+        "name": "classical draws",
+        "kind": "classical",
+        "shots": grid,
+        "error": means,
+        "std_error": errors,
+    }
+
+
+def device_label(spec: CircuitSpec) -> str:
+    """The device or simulator, and how its noise was changed: what tells measurements apart.
+
+    >>> device_label(CircuitSpec(two_qubit=0.01)), device_label(CircuitSpec(noise_scale=0))
+    ('aer, two_qubit 0.01', 'aer')
+    """
+    name = spec.device or "aer"
+    fields = dict(spec)
+    noise = [f"{field} {fields[field]:g}" for field in NOISE_FIELDS if fields[field]]
+    if (spec.device or noise) and spec.noise_scale != 1:
+        noise.append(f"noise × {spec.noise_scale:g}")
+    return ", ".join([name, *noise])
+
+
+def _save_run(home: str, name: str, spec: Spec, result: Mapping[str, Any]) -> Run:
+    """Save a measurement as a run; the dashboard shows its metrics on the page Devices."""
+    with Run.create(spec, name, home) as run:
+        _log_rows(run, result)
+    return run
+
+
+def _log_rows(run: Run, result: Mapping[str, Any]) -> None:
+    """Log how far each row is off, with half of its 95 % interval, and what is known of the circuit."""
+    facts = result["facts"]
+    common = {"device": facts["device_label"], "loader": facts["loader"], "shots": result["shots"]}
+    lines: list[dict[str, Any]] = []
+    for i, row in enumerate(result["rows"]):
+        line = {
+            "row": int(row),
+            "distance": result["raw_error"][i],
+            "half_width": Z95 * result["raw_error_std"][i],
+            "classical": result["classical_error"][i],
+            "classical_half_width": Z95 * result["classical_error_std"][i],
+            **common,
+        }
+        if result.get("error") is not None:
+            line |= {
+                "mitigated": result["error"][i],
+                "mitigated_half_width": Z95 * result["error_std"][i],
+                "mitigation": facts["mitigation"],
+            }
+        lines.append(line)
+    run.log_many(lines)
+    run.update(results={"facts": dict(facts), "discarded": int(result["discarded"].sum())})
 
 
 def _circuit_facts(backend: QiskitQuantumBackend, num_keys: int) -> dict[str, Any]:
@@ -86,10 +290,12 @@ def _circuit_facts(backend: QiskitQuantumBackend, num_keys: int) -> dict[str, An
     }
 
 
-def _part_result(measurement: Measurement, p: Tensor, facts: Mapping[str, Any]) -> dict[str, Any]:
+def _part_result(measurement: Measurement, p: Tensor, facts: Mapping[str, Any], seed: int) -> dict[str, Any]:
     """What is known after a part, as arrays and plain values."""
+    from ...measurement import distances_of_counts
+
     counts, baseline = measurement.counts, measurement.baseline
-    raw_error = _total_variation(_shares(counts.counts), p)
+    raw, classical = (distances_of_counts(x.counts, p, seed) for x in (counts, baseline))
     device = {name: counts.diagnostics[name] for name in DEVICE_FACTS if name in counts.diagnostics}
     return {
         "p": p.numpy(),
@@ -97,12 +303,11 @@ def _part_result(measurement: Measurement, p: Tensor, facts: Mapping[str, Any]) 
         "discarded": counts.discarded.numpy(),
         "counts": counts.counts.numpy(),
         "classical": baseline.counts.numpy(),
-        "estimate": None if counts.estimate is None else counts.estimate.numpy(),
-        "std_error": None if counts.std_error is None else counts.std_error.numpy(),
         "fallbacks": list(counts.diagnostics["fallbacks"]),
-        "classical_error": _total_variation(_shares(baseline.counts), p),
-        "raw_error": raw_error,
-        "error": raw_error if counts.estimate is None else _total_variation(counts.estimate, p),
+        "raw_error": list(raw.value),
+        "raw_error_std": list(raw.std_error),
+        "classical_error": list(classical.value),
+        "classical_error_std": list(classical.std_error),
         "facts": {name: _plain(value) for name, value in {**facts, **device}.items()},
         "curve": [_plain(asdict(point)) for point in measurement.curve],
     }
@@ -118,15 +323,6 @@ def _rows(inputs: AttentionInputs, layer: int, head: int, rows: list[int]) -> Te
     return p[:, : int(p.sum(0).nonzero().amax()) + 1]
 
 
-def _shares(counts: Tensor) -> Tensor:
-    return counts / counts.sum(-1, keepdim=True).clamp_min(1).double()
-
-
-def _total_variation(shares: Tensor, p: Tensor) -> list[float]:
-    """Total variation of each row from the exact one."""
-    return (0.5 * (shares - p).abs().sum(-1)).tolist()
-
-
 def _plain(value: Any) -> Any:
     """The same as JSON types; what has none as text."""
     if isinstance(value, Mapping):
@@ -140,11 +336,5 @@ def submit(report: TaskReport, home: str, **arguments: Any) -> dict[str, Any]:
     """Do as `measure` in a run of its own; a job on IBM's devices is recorded there before it is sent."""
     with Run.create(CircuitSpec(**arguments["circuit"]), "hardware", home) as run:
         result = measure(report, run_dir=str(run.path), **arguments)
-        run.log_many(
-            {"row": int(row), "shots": result["shots"], "error": a, "raw_error": b, "classical_error": c}
-            for row, a, b, c in zip(
-                result["rows"], result["error"], result["raw_error"], result["classical_error"], strict=True
-            )
-        )
-        run.update(results={"facts": result["facts"], "discarded": int(result["discarded"].sum())})
+        _log_rows(run, result)
     return {**result, "run": run.path.name}

@@ -11,15 +11,21 @@ import {
   type Geometry,
 } from "./lens_canvas";
 import { cellText, findingText, mapPanel, NAMES, panelTitles, readFacts, rowText } from "./lens_panels";
-import type { MapName, RowFacts } from "./lens_panels";
+import type { MapName, MapPanel, RowFacts } from "./lens_panels";
 import { connect } from "./lens_requests";
+import { samplerColour, strip } from "./lens_strip";
 import { thumbnailGrid } from "./lens_thumbnails";
+import { tokensPart } from "./lens_tokens";
 import * as maps from "./maps";
 import { whole } from "./scale";
 
-const VISIBLE_SPACE: Record<string, string> = { " ": "·", "\n": "¶", "\t": "→" };
+const VISIBLE_SPACE: Record<string, string> = { " ": "·", "\n": "⏎", "\t": "→" };
 /** Tiles that stay in memory, of each of the two maps. */
 const MAX_TILES = 96;
+/** Milliseconds without a gesture after which a large map is computed sharply. */
+const REFINE_DELAY_MS = 120;
+/** Share of the window's height that a map alone fills at most. */
+const MAX_HEIGHT_SHARE = 0.85;
 /** Milliseconds without a change of the slider after which the thumbnails are drawn anew. */
 const THUMBNAIL_DELAY_MS = 600;
 /** Repaints whose duration is remembered, for the tests. */
@@ -27,7 +33,7 @@ const MAX_LATENCIES = 200;
 
 const HELP =
   "Arrows move the cross; Shift with up and down selects rows; plus and minus zoom, 0 shows the whole map, " +
-  "Escape clears the rows.";
+  "Enter shows this map alone, Escape all three again, or clears the rows.";
 
 /** What is on the screen. */
 interface Shown {
@@ -35,8 +41,10 @@ interface Shown {
   head: number;
   drawing: string;
   draws: number | null;
-  level: number;
+  level: maps.Level;
   seq: number;
+  /** Rows on which the error is measured. */
+  measuredRows: number;
   error: number;
   stdError: number | null;
   sampler: string;
@@ -46,6 +54,9 @@ interface Shown {
   seed: string;
 }
 
+const floats = ({ buffer, byteOffset, byteLength }: DataView): Float32Array =>
+  new Float32Array(buffer.slice(byteOffset, byteOffset + byteLength) as ArrayBuffer);
+
 export function render(model: Model, el: HTMLElement): () => void {
   const get = (name: string) => model.get(name);
   const rows: number = get("num_queries");
@@ -53,7 +64,10 @@ export function render(model: Model, el: HTMLElement): () => void {
   const tokens = (get("tokens") as string[]).map((token) => VISIBLE_SPACE[token] ?? token);
   const counts: number[] = get("draw_counts");
   const causal: boolean = get("is_causal");
-  const coarsest = Math.max(0, Math.ceil(Math.log2(Math.max(rows, columns) / maps.TILE)));
+  const coarsest = maps.overviewLevel(rows, columns, maps.TILE);
+  const large = rows * columns > maps.MAX_WHOLE_CELLS;
+  const overview = maps.overviewLevel(rows, columns, maps.OVERVIEW);
+  const floor = maps.floorFor(columns);
   const viewId = unique("lens");
   const wholeMap = (): maps.Viewport => ({ r0: 0, r1: rows, c0: 0, c1: columns });
 
@@ -64,7 +78,9 @@ export function render(model: Model, el: HTMLElement): () => void {
   let anchor: number | null = null; // the row from which Shift with an arrow selects
   let draws: number = get("num_samples");
   let shown: Shown | null = null;
-  let facts: RowFacts | null = null;
+  let facts = new Map<number, RowFacts>();
+  let main: MapName = "sampled"; // the largest of the three where there is no room for three as large
+  let alone = false; // whether only that one is shown
   const exact = new maps.Tiles(MAX_TILES);
   let sampled = new maps.Tiles(MAX_TILES);
 
@@ -109,7 +125,7 @@ export function render(model: Model, el: HTMLElement): () => void {
   const reset = h("button", { type: "button", click: () => show(wholeMap()) }, "Whole map");
   const clear = h("button", { type: "button", click: () => select([]) }, "Clear rows");
   const choose = (layer: number, head: number) => frame.set({ layer, head });
-  const thumbnails = thumbnailGrid(get("layers"), get("heads"), choose);
+  const thumbnails = thumbnailGrid(get("layers"), get("heads"), causal, choose);
 
   /** The estimate that was given, where it is what is shown of this head. */
   function given(): { number: number; draws: number | null } | null {
@@ -128,26 +144,42 @@ export function render(model: Model, el: HTMLElement): () => void {
     slider.setAttribute("aria-valuetext", byTolerance ? "by tolerance" : `${draws} draws`);
   }
 
+  const text: string[] = get("tokens");
+  const square = rows === columns;
+  const tokenView = text.length === columns ? tokensPart(text, causal, square ? pointAtToken : null) : null;
+  const curves = strip();
+  const curvesPlace = h("div", { class: "qtx-strip-place" }, curves.element);
+
+  function pointAtToken(row: number): void {
+    cursor = [row, cursor?.[1] ?? row];
+    paintOver();
+  }
+
   // --- layout -----------------------------------------------------------------------------------
 
   const helpId = unique("help");
   const panels = NAMES.map((name) =>
-    mapPanel(name, helpId, {
-      pointermove: (event: PointerEvent) => point(name, event),
-      pointerleave: () => {
-        if (!brush) cursor = null;
-        paintOver();
+    mapPanel(
+      name,
+      helpId,
+      {
+        pointermove: (event: PointerEvent) => point(name, event),
+        pointerleave: () => {
+          if (!brush) cursor = null;
+          paintOver();
+        },
+        pointerdown: (event: PointerEvent) => press(name, event),
+        pointerup: () => release(),
+        pointercancel: () => {
+          brush = null;
+          paintOver();
+        },
+        dblclick: () => reset.click(),
+        wheel: (event: WheelEvent) => turnWheel(name, event),
+        keydown: (event: KeyboardEvent) => pressKey(name, event),
       },
-      pointerdown: (event: PointerEvent) => press(name, event),
-      pointerup: () => release(),
-      pointercancel: () => {
-        brush = null;
-        paintOver();
-      },
-      dblclick: () => reset.click(),
-      wheel: (event: WheelEvent) => turnWheel(name, event),
-      keydown: (event: KeyboardEvent) => pressKey(event),
-    }),
+      () => enlarge(name),
+    ),
   );
   const holder = (name: MapName) => panels.find((panel) => panel.name === name)!.holder;
   const readout = h("p", { class: "qtx-readout" });
@@ -163,15 +195,8 @@ export function render(model: Model, el: HTMLElement): () => void {
   const caption = h("p", { class: "qtx-caption" }, effort, back);
   const controls = h(
     "div",
-    { class: "qtx-controls" },
-    h("div", { class: "qtx-field" }, h("span", {}, "Draws per row, S"), drawsText, slider),
-    h(
-      "div",
-      { class: "qtx-field" },
-      h("span", {}, "Layers down, heads across"),
-      thumbnails.element,
-      thumbnails.note,
-    ),
+    { class: "qtx-toolbar" },
+    h("div", { class: "qtx-field qtx-draws" }, h("span", {}, "Draws per row, S"), drawsText, slider),
     h("label", { class: "qtx-check" }, logBox, "logarithmic colours"),
     h(
       "div",
@@ -186,18 +211,46 @@ export function render(model: Model, el: HTMLElement): () => void {
   frame.root.append(
     h("header", {}, heading, frame.exports()),
     caption,
-    h("div", { class: "qtx-columns" }, controls, h("div", { class: "qtx-picture" }, boxes, readout)),
+    controls,
+    boxes,
+    readout,
     frame.error,
+    curvesPlace,
+    thumbnails.element,
+    tokenView?.element ?? "",
     status,
     spoken,
     h("p", { class: "qtx-hidden", id: helpId }, HELP),
   );
 
-  function geometry(): Geometry {
-    const width = Math.max(80, panels[0].holder.clientWidth - LEFT - 2);
-    const height = Math.round(Math.min(width, Math.max(width * 0.6, (width * rows) / columns)));
-    return { view, width, height, rows, columns };
+  function geometry(panel: MapPanel): Geometry {
+    const width = Math.max(80, panel.holder.clientWidth - LEFT - 2);
+    const square = Math.min(width, Math.max(width * 0.6, (width * rows) / columns));
+    const most = alone ? Math.max(380, MAX_HEIGHT_SHARE * window.innerHeight) : Infinity;
+    return { view, width, height: Math.round(Math.min(square, most)), rows, columns };
   }
+  const visiblePanels = () => panels.filter((panel) => panel.holder.clientWidth > 0);
+  const largest = () => geometry(panels.find((panel) => panel.name === main)!);
+
+  /** Shows a map alone, over the whole width, or all three again. */
+  function enlarge(name: MapName): void {
+    const focused = document.activeElement === holder(main);
+    alone = !(alone && main === name);
+    main = name;
+    showLayout();
+    if (focused) holder(main).focus({ preventScroll: true });
+    requestMaps();
+    paint();
+  }
+
+  function showLayout(): void {
+    boxes.toggleAttribute("data-alone", alone);
+    for (const panel of panels) {
+      panel.box.toggleAttribute("data-main", panel.name === main);
+      panel.showEnlarged(alone);
+    }
+  }
+  showLayout();
 
   // --- requests to the kernel -------------------------------------------------------------------
 
@@ -205,37 +258,118 @@ export function render(model: Model, el: HTMLElement): () => void {
   const startTimes = new Map<number, number>();
   const latencies: number[] = [];
 
-  const tileName = (layer: number, head: number, level: number, i: number, j: number) =>
-    `${layer}/${head}/${level}/${i}/${j}`;
+  const tileName = (layer: number, head: number, level: maps.Level, i: number, j: number) =>
+    `${layer}/${head}/${level.rows}/${level.columns}/${i}/${j}`;
 
-  /** Asks for the tiles that are missing; `since` is the time of the movement that this follows. */
+  let refineTimer = 0;
+  frame.atEnd(() => clearTimeout(refineTimer));
+
+  /** Asks for the tiles that are missing; `since` is the time of the movement that this follows.
+   *
+   * Of a large map the overview comes first, and what is in view becomes sharp when the gesture rests.
+   */
   function requestMaps(since: number | null = null): void {
+    if (!large) return requestTiles(sharpLevel(), view, since);
+    clearTimeout(refineTimer);
+    requestTiles(overview, wholeMap(), since);
+    refineTimer = window.setTimeout(() => requestTiles(sharpLevel(), view, null), REFINE_DELAY_MS);
+  }
+
+  function sharpLevel(): maps.Level {
+    const { width, height } = largest();
+    // A cell of a large map, which is dear to compute, may have up to two pixels a side.
+    const ratio = large ? 0.5 : window.devicePixelRatio || 1;
+    return maps.levelFor(view, width * ratio, height * ratio, coarsest);
+  }
+
+  function requestTiles(level: maps.Level, part: maps.Viewport, since: number | null): void {
     const [layer, head]: [number, number] = [get("layer"), get("head")];
-    const { width, height } = geometry();
-    const ratio = window.devicePixelRatio || 1;
-    const level = maps.levelFor(view, width * ratio, height * ratio, coarsest);
-    const visible = maps.tilesOf(view, level);
+    const visible = maps.tilesOf(part, level);
     const unknown = (tiles: maps.Tiles) =>
       visible.filter(([i, j]) => !tiles.get(tileName(layer, head, level, i, j)));
     const name = drawing();
     const drawnAnew = !shown || shown.layer !== layer || shown.head !== head || shown.drawing !== name;
     const missing = { exact: unknown(exact), sampled: drawnAnew ? visible : unknown(sampled) };
     if (missing.exact.length + missing.sampled.length === 0) {
-      if (shown) shown.level = level;
+      if (shown && shown.level !== level) {
+        shown.level = level;
+        paint();
+      }
       return;
     }
     seq += 1;
     if (since !== null) startTimes.set(seq, since);
     const stated = given();
     const drawn = { draws: stated ? null : draws, given: stated?.number ?? null, drawing: name };
-    if (ask({ kind: "maps", view: viewId, seq, layer, head, level, ...drawn, ...missing }))
+    const place = { layer, head, level: level.columns, row_level: level.rows };
+    if (ask({ kind: "maps", view: viewId, seq, ...place, ...drawn, ...missing }))
       frame.root.toggleAttribute("data-waiting", true);
   }
+
+  /** The query whose row is shown as text, and a name of what was asked for last. */
+  let textRow = rows - 1;
+  let askedRow = "";
+  function requestRow(): void {
+    if (!tokenView || !shown) return;
+    if (cursor) textRow = cursor[0];
+    const [layer, head]: [number, number] = [get("layer"), get("head")];
+    const name = `${layer} ${head} ${drawing()} ${textRow}`;
+    if (name === askedRow) return;
+    askedRow = name;
+    const [first, end] = tokenView.window(textRow);
+    const stated = given();
+    const drawn = { draws: stated ? null : draws, given: stated?.number ?? null, drawing: drawing() };
+    ask({ kind: "row", view: viewId, layer, head, ...drawn, row: textRow, first, end });
+  }
+
+  function takeRow(message: any, buffers: DataView[]): void {
+    if (message.view !== viewId || !tokenView) return;
+    const [exact, sampled, norms] = buffers.map(floats);
+    const { row, first, sampler } = message;
+    tokenView.show({ row, first, exact, sampled, norms }, sampler, samplerColour(sampler));
+  }
+
+  /** What is being measured for the strip: asked for once it is in sight, and when the head changes. */
+  let inSight = false;
+  let stripSeq = 0;
+  let measuredHead = "";
+  let stripState = { left: 0, note: "" };
+  const sight = new IntersectionObserver((entries) => {
+    inSight = entries.some((entry) => entry.isIntersecting);
+    requestStrip();
+  });
+  sight.observe(curvesPlace);
+  frame.atEnd(() => sight.disconnect());
+
+  function requestStrip(): void {
+    const [layer, head]: [number, number] = [get("layer"), get("head")];
+    const name = `${layer} ${head}`;
+    if (!inSight || !shown || name === measuredHead) return;
+    measuredHead = name;
+    stripSeq += 1;
+    ask({ kind: "strip", view: viewId, seq: stripSeq, layer, head, sampler: shown.sampler });
+  }
+
+  let stripOf = 0;
+  function takeStrip(message: any): void {
+    if (message.view !== viewId || message.seq !== stripSeq) return;
+    if (stripOf !== message.seq) curves.clear();
+    stripOf = message.seq;
+    curves.add(message.points);
+    const on = message.rows < rows ? `${whole(message.rows)} of ${whole(rows)} queries` : "all queries";
+    const note = `Layer ${message.layer}, head ${message.head}: ${message.repetitions} repetitions on ${on}.`;
+    stripState = { left: message.left, note };
+    paintStrip();
+  }
+
+  const paintStrip = onFrame(() => {
+    if (frame.hasRoom() && shown) curves.paint({ draws: shown.draws, sampler: shown.sampler, ...stripState });
+  });
 
   let thumbnailTimer = 0;
   /** Asks for thumbnails once the slider rests, because they take the kernel longer than a picture. */
   function requestThumbnails(delay = THUMBNAIL_DELAY_MS): void {
-    thumbnails.element.toggleAttribute("data-stale", true);
+    thumbnails.markStale(true);
     clearTimeout(thumbnailTimer);
     const request = () => ask({ kind: "thumbnails", draws, given: !get("own_draws") });
     thumbnailTimer = window.setTimeout(request, delay);
@@ -244,16 +378,18 @@ export function render(model: Model, el: HTMLElement): () => void {
 
   function takeThumbnails(message: any, buffers: DataView[]): void {
     thumbnails.take(message, buffers);
-    if (message.layer === get("layers") - 1 && message.draws === draws)
-      thumbnails.element.toggleAttribute("data-stale", false);
+    if (message.layer === get("layers") - 1 && message.draws === draws) thumbnails.markStale(false);
     thumbnails.mark(get("layer"), get("head"));
   }
 
   function takeMaps(message: any, buffers: DataView[]): void {
     if (message.view !== viewId || (shown && message.seq < shown.seq)) return;
-    const { layer, head, level } = message;
-    if (!shown || shown.layer !== layer || shown.head !== head || shown.drawing !== message.drawing)
+    const { layer, head } = message;
+    const level: maps.Level = { rows: message.row_level, columns: message.level };
+    if (!shown || shown.layer !== layer || shown.head !== head || shown.drawing !== message.drawing) {
       sampled = new maps.Tiles(MAX_TILES);
+      facts = new Map();
+    }
     message.tiles.forEach((tile: any, i: number) => {
       const { buffer, byteOffset, byteLength } = buffers[i];
       const codes = new Uint16Array(buffer.slice(byteOffset, byteOffset + byteLength) as ArrayBuffer);
@@ -261,32 +397,12 @@ export function render(model: Model, el: HTMLElement): () => void {
       const name = tileName(layer, head, level, tile.i, tile.j);
       tiles.put(name, { rows: tile.rows, columns: tile.columns, codes });
     });
-    facts = readFacts(buffers[message.tiles.length], rows);
-    const {
-      seq: number,
-      draws,
-      drawing,
-      error,
-      std_error: stdError,
-      sampler,
-      effort,
-      corrected,
-      seed,
-    } = message;
-    shown = {
-      layer,
-      head,
-      level,
-      draws,
-      drawing,
-      seq: number,
-      error,
-      stdError,
-      sampler,
-      effort,
-      corrected,
-      seed,
-    };
+    const [rowBuffer, factBuffer] = buffers.slice(message.tiles.length);
+    for (const [row, fact] of readFacts(rowBuffer, factBuffer)) facts.set(row, fact);
+    const { seq: number, draws, drawing, error, sampler, effort, corrected, seed } = message;
+    const [stdError, measuredRows] = [message.std_error, message.measured_rows];
+    const known = { error, stdError, measuredRows, sampler, effort, corrected, seed };
+    shown = { layer, head, level, draws, drawing, seq: number, ...known };
     frame.fail(message.fallbacks.length ? message.fallbacks.join(" ") : null);
     if (message.seq === seq) frame.root.toggleAttribute("data-waiting", false);
     paint();
@@ -295,6 +411,8 @@ export function render(model: Model, el: HTMLElement): () => void {
   const ask = connect(frame, (message, buffers) => {
     if (message.kind === "thumbnails") takeThumbnails(message, buffers);
     else if (message.kind === "maps") takeMaps(message, buffers);
+    else if (message.kind === "row") takeRow(message, buffers);
+    else if (message.kind === "strip") takeStrip(message);
   });
 
   // --- painting ---------------------------------------------------------------------------------
@@ -302,7 +420,7 @@ export function render(model: Model, el: HTMLElement): () => void {
   let palette: { log: boolean; top: number; colours: Uint32Array } | null = null;
   function paletteFor(log: boolean, top: number): Uint32Array {
     if (!palette || palette.log !== log || (!log && palette.top !== top))
-      palette = { log, top, colours: maps.paletteOf(log, top) };
+      palette = { log, top, colours: maps.paletteOf(log, top, floor) };
     return palette.colours;
   }
 
@@ -313,35 +431,37 @@ export function render(model: Model, el: HTMLElement): () => void {
     if (shown) {
       paintMaps(shown);
       noteLatencies(shown);
+      requestStrip();
     }
+    paintStrip();
     paintOver();
     showTitles();
   });
 
-  function paintMaps({ layer, head, level }: Shown): void {
-    const g = geometry();
-    const side = 1 << level;
-    const [row, column] = [Math.floor(view.r0 / side), Math.floor(view.c0 / side)];
+  function paintMaps({ layer, head }: Shown): void {
+    const level = large ? sharpLevel() : shown!.level;
+    const [row, column] = [Math.floor(view.r0) >> level.rows, Math.floor(view.c0) >> level.columns];
     const size = {
-      rows: Math.min(Math.ceil(rows / side), Math.ceil(view.r1 / side)) - row,
-      columns: Math.min(Math.ceil(columns / side), Math.ceil(view.c1 / side)) - column,
+      rows: Math.ceil(Math.min(rows, view.r1) / (1 << level.rows)) - row,
+      columns: Math.ceil(Math.min(columns, view.c1) / (1 << level.columns)) - column,
     };
-    const codes = (tiles: maps.Tiles) =>
-      maps.region(
-        (i, j) => tiles.get(tileName(layer, head, level, i, j)),
-        row,
-        column,
-        size.rows,
-        size.columns,
-      );
+    const up = { rows: overview.rows - level.rows, columns: overview.columns - level.columns };
+    const codes = (tiles: maps.Tiles) => {
+      const at = (i: number, j: number) => tiles.get(tileName(layer, head, level, i, j));
+      const known = maps.region(at, row, column, size.rows, size.columns);
+      const coarse = large ? tiles.get(tileName(layer, head, overview, 0, 0)) : undefined;
+      if (coarse)
+        maps.fillFrom(known, row, column, size.columns, up, (r, c) => coarse.codes[r * coarse.columns + c]);
+      return known;
+    };
     const cells = { exact: codes(exact), sampled: codes(sampled), row, column, level, ...size };
     const { top, limit } = extremes(cells);
     const log: boolean = get("log_scale");
     const colours = paletteFor(log, top || 1);
-    for (const panel of panels) {
+    for (const panel of visiblePanels()) {
       const image = cellImage(panel.name, cells, colours, limit, causal, rows);
-      paintMap(panel.picture, image, cells, g, tokens, frame.colours);
-      panel.showScale(log, top, limit);
+      paintMap(panel.picture, image, cells, geometry(panel), tokens, frame.colours);
+      panel.showScale(log, floor, top, limit);
     }
   }
 
@@ -355,7 +475,7 @@ export function render(model: Model, el: HTMLElement): () => void {
     latencies.splice(0, latencies.length - MAX_LATENCIES);
     frame.root.dataset.latencies = JSON.stringify(latencies.map((x) => Math.round(x)));
     frame.root.dataset.draws = String(shown.draws ?? "given");
-    frame.root.dataset.level = String(shown.level);
+    frame.root.dataset.level = `${shown.level.rows} ${shown.level.columns}`;
   }
 
   const paintOver = onFrame(() => {
@@ -363,10 +483,11 @@ export function render(model: Model, el: HTMLElement): () => void {
     const selected: number[] = get("selected_rows");
     const live = brush && dragging === "rows" ? maps.brushed(brush.from[0], brush.to[0], rows) : selected;
     const zoom: [Cell, Cell] | null = brush && dragging === "zoom" ? [brush.from, brush.to] : null;
-    const g = geometry();
-    for (const panel of panels) paintOverlay(panel.over, g, { rows: live, zoom, cursor }, frame.colours);
+    for (const panel of visiblePanels())
+      paintOverlay(panel.over, geometry(panel), { rows: live, zoom, cursor }, frame.colours);
     showSelection(live);
     showReadout();
+    requestRow();
   });
 
   // --- words ------------------------------------------------------------------------------------
@@ -390,13 +511,15 @@ export function render(model: Model, el: HTMLElement): () => void {
     const ofOthers = exists && !own && !given();
     back.hidden = !exists || !own;
     if (!shown) return;
-    const drawnHere = `Drawn by the lens: ${shown.effort}, seed ${shown.seed}.`;
+    const some = `Measured on ${whole(shown.measuredRows)} of ${whole(rows)} queries, evenly spaced.`;
+    const measured = shown.measuredRows < rows ? ` ${some}` : "";
+    const drawnHere = `Drawn by the lens: ${shown.effort}, seed ${shown.seed}.${measured}`;
     const others = ofOthers
       ? ` The estimate is of layer ${stated.layer}${stated.head === null ? "" : `, head ${stated.head}`}.`
       : "";
     const uncorrected = shown.corrected ? " The maps show the weights of the draws, uncorrected." : "";
     effort.textContent =
-      shown.draws === null ? `The estimate: ${shown.effort}.${uncorrected}` : drawnHere + others;
+      shown.draws === null ? `The estimate: ${shown.effort}.${uncorrected}${measured}` : drawnHere + others;
   }
 
   function showSelection(live: number[]): void {
@@ -411,28 +534,43 @@ export function render(model: Model, el: HTMLElement): () => void {
     return token === undefined ? String(position) : `${position} “${token}”`;
   };
 
-  function weightsAt(row: number, column: number): [number, number] | null {
+  /** The exact and the sampled weight of a cell, and what that is a mean of. */
+  function weightsAt(row: number, column: number): { weights: [number, number]; cell: string } | null {
     if (!shown) return null;
-    const { layer, head, level } = shown;
-    const [r, c] = [row >> level, column >> level];
-    const name = tileName(layer, head, level, Math.floor(r / maps.TILE), Math.floor(c / maps.TILE));
-    const [a, b] = [exact.get(name), sampled.get(name)];
-    if (!a || !b) return null;
-    const index = (r % maps.TILE) * a.columns + (c % maps.TILE);
-    return [maps.HALF[a.codes[index]], maps.HALF[b.codes[index]]];
+    const { layer, head } = shown;
+    for (const level of large ? [sharpLevel(), overview] : [shown.level]) {
+      const [r, c] = [row >> level.rows, column >> level.columns];
+      const name = tileName(layer, head, level, Math.floor(r / maps.TILE), Math.floor(c / maps.TILE));
+      const [a, b] = [exact.get(name), sampled.get(name)];
+      if (!a || !b) continue;
+      const index = (r % maps.TILE) * a.columns + (c % maps.TILE);
+      const [tall, wide] = [1 << level.rows, 1 << level.columns];
+      const mean = large ? `mean of ${whole(wide)} keys` : `mean of ${tall} × ${wide} cells`;
+      const cell = (large ? wide : tall * wide) > 1 ? mean : "";
+      return { weights: [maps.HALF[a.codes[index]], maps.HALF[b.codes[index]]], cell };
+    }
+    return null;
+  }
+
+  /** The query that stands for those about a row: of a large map, the one that was computed. */
+  function standIn(row: number): number {
+    if (!large || facts.has(row)) return row;
+    const level = sharpLevel().rows;
+    return Math.min(rows - 1, ((row >> level) << level) + ((1 << level) >> 1));
   }
 
   function showReadout(): void {
-    if (!cursor || !facts) {
+    if (!cursor || !shown) {
       readout.replaceChildren("Point at a cell for its numbers.");
       return;
     }
-    const [row, column] = cursor;
-    const weights = weightsAt(row, column);
+    const [row, column] = [standIn(cursor[0]), cursor[1]];
+    const at = weightsAt(row, column);
     const place = `query ${positionText(row, rows === columns)} → key ${positionText(column, true)}: `;
     const masked = causal && column > row;
-    const values = masked ? "masked" : weights ? cellText(weights, 1 << shown!.level) : "";
-    readout.replaceChildren(h("span", {}, place, values), h("span", {}, rowText(facts, row)));
+    const values = masked ? "masked" : at ? cellText(at.weights, at.cell) : "";
+    const known = facts.get(row);
+    readout.replaceChildren(h("span", {}, place, values), h("span", {}, known ? rowText(known) : ""));
   }
 
   // --- pointer ----------------------------------------------------------------------------------
@@ -441,7 +579,7 @@ export function render(model: Model, el: HTMLElement): () => void {
 
   function cellAt(name: MapName, event: MouseEvent): Cell | null {
     const box = holder(name).getBoundingClientRect();
-    const { width, height } = geometry();
+    const { width, height } = geometry(panels.find((panel) => panel.name === name)!);
     const row = view.r0 + ((event.clientY - box.top - TOP) / height) * (view.r1 - view.r0);
     const column = view.c0 + ((event.clientX - box.left - LEFT) / width) * (view.c1 - view.c0);
     if (!brush && (row < view.r0 || row >= view.r1 || column >= view.c1)) return null;
@@ -494,7 +632,7 @@ export function render(model: Model, el: HTMLElement): () => void {
 
   // --- keyboard ---------------------------------------------------------------------------------
 
-  function pressKey(event: KeyboardEvent): void {
+  function pressKey(name: MapName, event: KeyboardEvent): void {
     const middle: Cell = [Math.floor((view.r0 + view.r1) / 2), Math.floor((view.c0 + view.c1) / 2)];
     const cell = cursor ?? middle;
     const step = event.altKey ? 16 : 1;
@@ -505,6 +643,8 @@ export function render(model: Model, el: HTMLElement): () => void {
     else if (event.key === "+" || event.key === "=") zoom(cell, 0.5);
     else if (event.key === "-") zoom(cell, 2);
     else if (event.key === "0") reset.click();
+    else if (event.key === "Enter") enlarge(name);
+    else if (event.key === "Escape" && alone) enlarge(name);
     else if (event.key === "Escape") select([]);
     else return;
     event.preventDefault();

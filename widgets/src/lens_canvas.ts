@@ -44,7 +44,7 @@ export interface Cells {
   column: number;
   rows: number;
   columns: number;
-  level: number;
+  level: maps.Level;
 }
 
 /** The largest weight, and the largest difference, among cells that are known. */
@@ -70,14 +70,14 @@ export function cellImage(
   numRows: number,
 ): ImageData {
   const { exact, sampled, rows, columns } = cells;
-  const side = 1 << cells.level;
+  const [tall, wide] = [1 << cells.level.rows, 1 << cells.level.columns];
   const image = new ImageData(columns, rows);
   const pixels = new Uint32Array(image.data.buffer);
   for (let r = 0; r < rows; r++) {
-    const lastRow = Math.min(numRows, (cells.row + r + 1) * side) - 1;
+    const lastRow = Math.min(numRows, (cells.row + r + 1) * tall) - 1;
     for (let c = 0; c < columns; c++) {
       const i = r * columns + c;
-      if (causal && (cells.column + c) * side > lastRow) continue;
+      if (causal && (cells.column + c) * wide > lastRow) continue;
       if (exact[i] === maps.UNKNOWN || (name !== "exact" && sampled[i] === maps.UNKNOWN)) continue;
       if (name === "exact") pixels[i] = palette[exact[i]];
       else if (name === "sampled") pixels[i] = palette[sampled[i]];
@@ -102,17 +102,18 @@ export function paintMap(
   const context = cleared(canvas, g);
   const picture = new OffscreenCanvas(image.width, image.height);
   picture.getContext("2d")!.putImageData(image, 0, 0);
-  const side = 1 << cells.level;
-  const [x, y] = [columnX(g, cells.column * side), rowY(g, cells.row * side)];
+  const [tall, wide] = [(1 << cells.level.rows) * perRow(g), (1 << cells.level.columns) * perColumn(g)];
+  const [x, y] = [columnX(g, cells.column << cells.level.columns), rowY(g, cells.row << cells.level.rows)];
   context.save();
   context.beginPath();
   context.rect(LEFT, TOP, g.width, g.height);
   context.clip();
   context.fillStyle = colours.panel;
   context.fillRect(LEFT, TOP, g.width, g.height);
-  context.imageSmoothingEnabled = false;
-  const [wide, tall] = [image.width * side * perColumn(g), image.height * side * perRow(g)];
-  context.drawImage(picture, x, y, wide, tall);
+  // Cells smaller than a pixel are averaged, so that single bright ones are not lost.
+  context.imageSmoothingEnabled = Math.min(wide, tall) * (window.devicePixelRatio || 1) < 0.99;
+  context.imageSmoothingQuality = "high";
+  context.drawImage(picture, x, y, image.width * wide, image.height * tall);
   context.restore();
   context.strokeStyle = colours.muted;
   context.lineWidth = 1;

@@ -8,11 +8,11 @@ export type MapName = (typeof NAMES)[number];
 
 /** What is known of the rows of a head. */
 export interface RowFacts {
-  effectiveKeys: Float32Array;
-  distinctKeys: Float32Array;
-  error: Float32Array;
+  effectiveKeys: number;
+  distinctKeys: number;
+  error: number;
   /** NaN where it is unknown. */
-  stdError: Float32Array;
+  stdError: number;
 }
 
 export interface MapPanel {
@@ -22,17 +22,19 @@ export interface MapPanel {
   over: HTMLCanvasElement;
   title: HTMLElement;
   box: HTMLElement;
+  showEnlarged(alone: boolean): void;
   /** Shows the colour scale: `top` is the largest weight, `limit` the largest difference. */
-  showScale(log: boolean, top: number, limit: number): void;
+  showScale(log: boolean, floor: number, top: number, limit: number): void;
 }
 
 type Listeners = Record<string, (event: any) => void>;
 
-/** `helpId` is the id of the text that says which keys do what. */
-export function mapPanel(name: MapName, helpId: string, listeners: Listeners): MapPanel {
+/** `helpId` is the id of the text that says which keys do what; `enlarge` is called to show it alone, or not. */
+export function mapPanel(name: MapName, helpId: string, listeners: Listeners, enlarge: () => void): MapPanel {
   const picture = h("canvas", { "aria-hidden": "true" });
   const over = h("canvas", { class: "qtx-over", "aria-hidden": "true" });
-  const title = h("h3", {});
+  const title = h("span", {});
+  const button = h("button", { type: "button", class: "qtx-enlarge", click: enlarge }, title);
   const attributes = {
     class: "qtx-map",
     tabindex: 0,
@@ -44,16 +46,30 @@ export function mapPanel(name: MapName, helpId: string, listeners: Listeners): M
   const [low, high] = [h("span", {}), h("span", {})];
   const bar = h("div", { class: "qtx-bar", "aria-hidden": "true" });
   const unit = h("span", { class: "qtx-unit" });
-  const box = h("figure", {}, title, holder, h("div", { class: "qtx-bar-row" }, low, bar, high), unit);
+  const heading = h("h3", {}, button);
+  const box = h(
+    "figure",
+    { "data-map": name },
+    heading,
+    holder,
+    h("div", { class: "qtx-bar-row" }, low, bar, high),
+    unit,
+  );
 
-  function showScale(log: boolean, top: number, limit: number): void {
+  function showScale(log: boolean, floor: number, top: number, limit: number): void {
     const signed = name === "difference";
     bar.style.backgroundImage = maps.gradient(signed ? maps.diverging : maps.sequential);
-    low.textContent = signed ? `−${digits(limit, 2)}` : log ? `≤ ${label(maps.FLOOR)}` : "0";
+    low.textContent = signed ? `−${digits(limit, 2)}` : log ? `≤ ${label(floor)}` : "0";
     high.textContent = signed ? `+${digits(limit, 2)}` : log ? "1" : digits(top, 2);
     unit.textContent = signed ? "difference of weights" : `attention weight${log ? ", log scale" : ""}`;
   }
-  return { name, holder, picture, over, title, box, showScale };
+  /** Says what the button in the title does. */
+  function showEnlarged(alone: boolean): void {
+    button.title = alone ? "Show the three maps again (Escape)" : "Show this map alone (Enter)";
+    button.setAttribute("aria-pressed", String(alone));
+  }
+  showEnlarged(false);
+  return { name, holder, picture, over, title, box, showScale, showEnlarged };
 }
 
 /** Titles of the three maps; `draws` null where they are those of an estimate that was given. */
@@ -75,29 +91,36 @@ export function findingText(error: number, stdError: number | null): string {
   return `off by ${percentText(error)} of the output's norm${predicted}`;
 }
 
-/** The weights of a cell in words; `side` is how many positions a cell has on each side. */
-export function cellText(weights: [number, number], side: number): string {
+/** The weights of a cell in words; `cell` says what it is a mean of, if it is. */
+export function cellText(weights: [number, number], cell: string): string {
   const [exact, sampled] = weights;
-  const mean = side > 1 ? ` (mean of ${side} × ${side} cells)` : "";
+  const mean = cell ? ` (${cell})` : "";
   const difference = digits(sampled - exact, 2);
   return `exact ${digits(exact, 3)}, sampled ${digits(sampled, 3)}, difference ${difference}${mean}`;
 }
 
 /** What is known of a row, in words. */
-export function rowText(facts: RowFacts, row: number): string {
-  const stdError = facts.stdError[row];
-  const predicted = Number.isFinite(stdError) ? `, predicted ${digits(stdError, 2)}` : "";
-  const [effective, distinct] = [digits(facts.effectiveKeys[row], 3), whole(facts.distinctKeys[row])];
-  const error = `error ${digits(facts.error[row], 2)} of the output${predicted}`;
+export function rowText(facts: RowFacts): string {
+  const predicted = Number.isFinite(facts.stdError)
+    ? ` (standard error ± ${percentText(facts.stdError)})`
+    : "";
+  const [effective, distinct] = [digits(facts.effectiveKeys, 3), whole(facts.distinctKeys)];
+  const error = `off by ${percentText(facts.error)} of its norm${predicted}`;
   return `row: ${effective} effective keys, ${distinct} distinct drawn, ${error}`;
 }
 
-/** The row facts of a message, four numbers a row. */
-export function readFacts(buffer: DataView, rows: number): RowFacts {
-  const { buffer: bytes, byteOffset, byteLength } = buffer;
-  const table = new Float32Array(bytes.slice(byteOffset, byteOffset + byteLength) as ArrayBuffer);
-  const [effectiveKeys, distinctKeys, error, stdError] = [0, 1, 2, 3].map((i) =>
-    table.subarray(i * rows, (i + 1) * rows),
-  );
-  return { effectiveKeys, distinctKeys, error, stdError };
+/** The facts of the rows of a message, by row: four numbers for each. */
+export function readFacts(rowBuffer: DataView, factBuffer: DataView): Map<number, RowFacts> {
+  const count = rowBuffer.byteLength / 4;
+  const fact = (which: number, i: number) => factBuffer.getFloat32(4 * (which * count + i), true);
+  const facts = new Map<number, RowFacts>();
+  for (let i = 0; i < count; i++) {
+    facts.set(rowBuffer.getInt32(4 * i, true), {
+      effectiveKeys: fact(0, i),
+      distinctKeys: fact(1, i),
+      error: fact(2, i),
+      stdError: fact(3, i),
+    });
+  }
+  return facts;
 }

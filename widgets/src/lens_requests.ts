@@ -13,7 +13,9 @@ export interface MapsRequest {
   given: number | null;
   /** A name of these draws, which the answer repeats. */
   drawing: string;
+  /** log2 of how many keys, and queries, a cell has. */
   level: number;
+  row_level: number;
   exact: [number, number][];
   sampled: [number, number][];
 }
@@ -26,7 +28,33 @@ export interface ThumbnailsRequest {
   given: boolean;
 }
 
-export type LensRequest = MapsRequest | ThumbnailsRequest;
+/** Asks for the weights of a query over the keys from `first` to before `end`, and for the lengths of their
+ * value vectors. */
+export interface RowRequest {
+  kind: "row";
+  view: string;
+  layer: number;
+  head: number;
+  draws: number | null;
+  given: number | null;
+  drawing: string;
+  row: number;
+  first: number;
+  end: number;
+}
+
+/** Asks for error and variance against draws of all samplers; points come until another head is asked for. */
+export interface StripRequest {
+  kind: "strip";
+  view: string;
+  seq: number;
+  layer: number;
+  head: number;
+  /** The sampler that is measured first. */
+  sampler: string;
+}
+
+export type LensRequest = MapsRequest | ThumbnailsRequest | RowRequest | StripRequest;
 
 /** Sends a request; false where nothing can answer. */
 export type Ask = (request: LensRequest) => boolean;

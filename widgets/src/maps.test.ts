@@ -1,4 +1,5 @@
 import { describe, expect, it } from "vitest";
+import { byVariance, thumbnailPixels } from "./lens_thumbnails";
 import * as maps from "./maps";
 
 describe("half precision", () => {
@@ -30,6 +31,7 @@ describe("colours", () => {
       }
     }
     expect(maps.paletteOf(true, 1)[0x3c00]).toBe(maps.sequential[255]);
+    expect([512, 4096, 65536].map(maps.floorFor)).toEqual([1e-4, 1e-5, 1e-6]);
   });
 
   it("of differences are centred on zero", () => {
@@ -44,14 +46,22 @@ describe("the part that is looked at", () => {
   const whole = { r0: 0, r1: 4096, c0: 0, c1: 4096 };
 
   it("has the coarsest level that still fills the pixels", () => {
-    expect(maps.levelFor(whole, 300, 300, 4)).toBe(3);
-    expect(maps.levelFor({ r0: 0, r1: 100, c0: 0, c1: 100 }, 300, 300, 4)).toBe(0);
-    expect(maps.levelFor(whole, 100, 100, 4)).toBe(4);
+    const coarsest = { rows: 4, columns: 4 };
+    expect(maps.levelFor(whole, 300, 300, coarsest)).toEqual({ rows: 3, columns: 3 });
+    expect(maps.levelFor({ r0: 0, r1: 100, c0: 0, c1: 100 }, 300, 300, coarsest)).toEqual({
+      rows: 0,
+      columns: 0,
+    });
+    expect(maps.levelFor(whole, 100, 100, coarsest)).toEqual({ rows: 4, columns: 4 });
+    const few = { r0: 0, r1: 16, c0: 0, c1: 65536 };
+    expect(maps.levelFor(few, 400, 240, { rows: 0, columns: 8 })).toEqual({ rows: 0, columns: 7 });
+    expect(maps.overviewLevel(65536, 16, 64)).toEqual({ rows: 10, columns: 0 });
   });
 
   it("touches few tiles at its level, and covers itself", () => {
-    expect(maps.tilesOf(whole, 4)).toEqual([[0, 0]]);
-    expect(maps.tilesOf({ r0: 200, r1: 300, c0: 0, c1: 10 }, 0)).toEqual([
+    expect(maps.tilesOf(whole, { rows: 4, columns: 4 })).toEqual([[0, 0]]);
+    expect(maps.tilesOf({ r0: 0, r1: 16, c0: 0, c1: 65536 }, { rows: 0, columns: 8 })).toEqual([[0, 0]]);
+    expect(maps.tilesOf({ r0: 200, r1: 300, c0: 0, c1: 10 }, { rows: 0, columns: 0 })).toEqual([
       [0, 0],
       [1, 0],
     ]);
@@ -99,6 +109,12 @@ describe("tiles", () => {
     }
   });
 
+  it("that are missing are filled from a coarser level", () => {
+    const codes = Uint16Array.from([7, maps.UNKNOWN, maps.UNKNOWN, maps.UNKNOWN]);
+    maps.fillFrom(codes, 2, 3, 2, { rows: 1, columns: 2 }, (row, column) => 10 * row + column);
+    expect([...codes]).toEqual([7, 11, 10, 11]);
+  });
+
   it("are forgotten when there are too many, the least used first", () => {
     const tiles = new maps.Tiles(2);
     const tile = { rows: 1, columns: 1, codes: new Uint16Array(1) };
@@ -120,5 +136,21 @@ describe("rows", () => {
       [7, 7],
       [9, 10],
     ]);
+  });
+});
+
+describe("thumbnails", () => {
+  it("are sorted by falling variance, the unknown ones last", () => {
+    expect(byVariance([0.1, null, 0.3, 0.3, null, 0])).toEqual([2, 3, 0, 5, 1, 4]);
+  });
+
+  it("look like maps however small their weights are", () => {
+    // NaN (masked), 0, the smallest half-precision number, a hundred of it
+    const [masked, zero, small, top] = thumbnailPixels(Uint16Array.from([0x7e00, 0, 1, 100]));
+    expect(masked).toBe(0);
+    expect(zero).toBe(maps.sequential[0]);
+    expect(top).toBe(maps.sequential[255]);
+    expect(maps.sequential.indexOf(small)).toBeGreaterThan(64);
+    expect(thumbnailPixels(new Uint16Array(2))[0]).toBe(maps.sequential[0]);
   });
 });

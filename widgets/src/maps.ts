@@ -2,7 +2,16 @@
 import { DIVERGING, SEQUENTIAL } from "./theme";
 
 export const TILE = 256;
+/** Cells of a side, at most, of the overview by which a large map is shown first. */
+export const OVERVIEW = 64;
+/** Cells up to which a map is computed whole; as `MAX_WHOLE_CELLS` in lens_heads.py. */
+export const MAX_WHOLE_CELLS = 1 << 24;
+/** The least weight that a logarithmic scale tells from 0, for up to 1,000 keys. */
 export const FLOOR = 1e-4;
+
+/** The least weight that a logarithmic scale tells from 0: a tenth of a uniform row's weights, if that is less. */
+export const floorFor = (keys: number): number =>
+  Math.min(FLOOR, Number(`1e${Math.floor(Math.log10(0.1 / keys))}`));
 /** Stands for a cell that is not there yet; no map has this code, which is one of half precision's NaNs. */
 export const UNKNOWN = 0xffff;
 
@@ -48,16 +57,16 @@ export const gradient = (colours: Uint32Array): string =>
   `linear-gradient(to right, ${Array.from({ length: 17 }, (_, i) => css(colours, i / 16)).join(", ")})`;
 
 /** Where a probability lies on the colour map, 0 to 1. */
-export function share(p: number, log: boolean, top: number): number {
+export function share(p: number, log: boolean, top: number, floor = FLOOR): number {
   if (!log) return Math.min(1, Math.max(0, p / top));
-  return p <= FLOOR ? 0 : Math.min(1, 1 + Math.log(p) / -Math.log(FLOOR));
+  return p <= floor ? 0 : Math.min(1, 1 + Math.log(p) / -Math.log(floor));
 }
 
 /** The colour of every half-precision code, so that painting a cell is one look-up. */
-export function paletteOf(log: boolean, top: number): Uint32Array {
+export function paletteOf(log: boolean, top: number, floor = FLOOR): Uint32Array {
   const palette = new Uint32Array(65536);
   for (let code = 0; code < 65536; code++) {
-    palette[code] = sequential[Math.round(255 * (share(HALF[code], log, top) || 0))];
+    palette[code] = sequential[Math.round(255 * (share(HALF[code], log, top, floor) || 0))];
   }
   return palette;
 }
@@ -70,10 +79,26 @@ export interface Viewport {
   c1: number;
 }
 
+/** How coarse a map is: a cell is the mean of 2^rows × 2^columns cells of level 0. */
+export interface Level {
+  rows: number;
+  columns: number;
+}
+
+/** The finest level at which a map has at most `cells` cells a side. */
+export function overviewLevel(rows: number, columns: number, cells: number): Level {
+  const needed = (size: number) => Math.max(0, Math.ceil(Math.log2(size / cells)));
+  return { rows: needed(rows), columns: needed(columns) };
+}
+
 /** The coarsest level, at most `coarsest`, that still has a cell for every pixel. */
-export function levelFor(view: Viewport, width: number, height: number, coarsest: number): number {
-  const cells = Math.min((view.r1 - view.r0) / height, (view.c1 - view.c0) / width);
-  return Math.max(0, Math.min(coarsest, Math.floor(Math.log2(Math.max(1, cells)))));
+export function levelFor(view: Viewport, width: number, height: number, coarsest: Level): Level {
+  const needed = (cells: number, most: number) =>
+    Math.max(0, Math.min(most, Math.floor(Math.log2(Math.max(1, cells)))));
+  return {
+    rows: needed((view.r1 - view.r0) / height, coarsest.rows),
+    columns: needed((view.c1 - view.c0) / width, coarsest.columns),
+  };
 }
 
 /** A viewport about a point, `factor` times as large, inside the map and with at least 4 cells a side. */
@@ -97,11 +122,11 @@ export function zoomed(
 }
 
 /** Tiles [i, j] that a viewport touches at a level. */
-export function tilesOf(view: Viewport, level: number): [number, number][] {
-  const side = TILE << level;
+export function tilesOf(view: Viewport, level: Level): [number, number][] {
+  const [tall, wide] = [TILE << level.rows, TILE << level.columns];
   const out: [number, number][] = [];
-  for (let i = Math.floor(view.r0 / side); i < Math.ceil(view.r1 / side); i++) {
-    for (let j = Math.floor(view.c0 / side); j < Math.ceil(view.c1 / side); j++) out.push([i, j]);
+  for (let i = Math.floor(view.r0 / tall); i < Math.ceil(view.r1 / tall); i++) {
+    for (let j = Math.floor(view.c0 / wide); j < Math.ceil(view.c1 / wide); j++) out.push([i, j]);
   }
   return out;
 }
@@ -163,6 +188,23 @@ export function region(
     }
   }
   return out;
+}
+
+/** Fills the cells of a region that are unknown from a coarser level, of which `code` gives cells by row and
+ * column; `up` is how much coarser it is. */
+export function fillFrom(
+  codes: Uint16Array,
+  row: number,
+  column: number,
+  columns: number,
+  up: Level,
+  code: (row: number, column: number) => number,
+): void {
+  for (let at = 0; at < codes.length; at++) {
+    if (codes[at] !== UNKNOWN) continue;
+    const r = Math.floor(at / columns);
+    codes[at] = code((row + r) >> up.rows, (column + at - r * columns) >> up.columns);
+  }
 }
 
 /** The part of a map between two of its cells, both included. */

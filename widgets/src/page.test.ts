@@ -34,7 +34,7 @@ describe.each([true, false])("a head, causal: %s", (causal) => {
   it("has exact rows that sum to one, at every level", () => {
     for (const level of [0, 3]) {
       const cells = Math.ceil(90 / 2 ** level);
-      const map = head.poolExact(level, [0, cells], [0, cells]);
+      const map = head.poolExact({ rows: level, columns: level }, [0, cells], [0, cells]);
       const total = map.reduce((sum, mean, at) => {
         const under = (cell: number) => Math.min(2 ** level, 90 - cell * 2 ** level);
         return sum + mean * under(Math.floor(at / cells)) * under(at % cells);
@@ -47,9 +47,10 @@ describe.each([true, false])("a head, causal: %s", (causal) => {
     for (const numSamples of [1, 16, 200]) {
       const draws = head.draw(sampler, numSamples);
       expect(head.draw(sampler, numSamples)).toBe(draws);
-      const map = head.poolDraws(draws, 0, [0, 90], [0, 90]);
+      const map = head.poolDraws(draws, { rows: 0, columns: 0 }, [0, 90], [0, 90]);
       for (let i = 0; i < 90; i++) {
         const row = map.subarray(i * 90, (i + 1) * 90);
+        expect(head.row(draws, i, 20, 50).sampled).toEqual(row.slice(20, 50));
         expect(row.reduce((sum, x) => sum + x, 0)).toBeGreaterThan(0.5);
         if (causal) expect(row.subarray(i + 1).every((x) => x === 0)).toBe(true);
       }

@@ -25,7 +25,7 @@ function show(element: PageElement): void {
   const place = h("div", {});
   element.append(place);
   render(page.model, place);
-  place.querySelector(".qtx-controls")!.prepend(samplerField(page));
+  place.querySelector(".qtx-toolbar")!.prepend(samplerField(page));
   const picture = element.parentElement!.querySelector("picture");
   if (picture) picture.hidden = true;
   element.page = page;

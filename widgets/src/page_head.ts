@@ -1,4 +1,5 @@
 // One head in a page without a kernel: its exact attention, and what is drawn of it.
+import type { Level } from "./maps";
 import type { RowStream } from "./philox";
 import {
   masses,
@@ -179,52 +180,69 @@ export class PageHead {
   }
 
   /** The exact weights of a part of a level's cells, each the mean of those under it; see `poolDraws`. */
-  poolExact(level: number, rows: [number, number], columns: [number, number]): Float32Array {
+  poolExact(level: Level, rows: [number, number], columns: [number, number]): Float32Array {
     const cells = new Float32Array((rows[1] - rows[0]) * (columns[1] - columns[0]));
-    const [last, width] = [Math.min(rows[1] << level, this.inputs.numQueries), columns[1] - columns[0]];
-    const end = Math.min(columns[1] << level, this.inputs.numKeys);
-    for (let i = rows[0] << level; i < last; i++) {
+    const [last, width] = [Math.min(rows[1] << level.rows, this.inputs.numQueries), columns[1] - columns[0]];
+    const end = Math.min(columns[1] << level.columns, this.inputs.numKeys);
+    for (let i = rows[0] << level.rows; i < last; i++) {
       const [mass, share] = [this.mass[i], this.share[i]];
-      const start = ((i >> level) - rows[0]) * width - columns[0];
-      for (let j = columns[0] << level; j < end; j++) cells[start + (j >> level)] += mass[j] * share;
+      const start = ((i >> level.rows) - rows[0]) * width - columns[0];
+      for (let j = columns[0] << level.columns; j < end; j++)
+        cells[start + (j >> level.columns)] += mass[j] * share;
     }
     return this.means(cells, level, rows, columns);
   }
 
   /** The drawn weights of the cells [rows) × [columns) of a level. */
-  poolDraws(
-    draws: HeadDraws,
-    level: number,
-    rows: [number, number],
-    columns: [number, number],
-  ): Float32Array {
+  poolDraws(draws: HeadDraws, level: Level, rows: [number, number], columns: [number, number]): Float32Array {
     const { indices, weights, numSamples } = draws;
     const cells = new Float32Array((rows[1] - rows[0]) * (columns[1] - columns[0]));
-    const [last, width] = [Math.min(rows[1] << level, this.inputs.numQueries), columns[1] - columns[0]];
-    for (let i = rows[0] << level; i < last; i++) {
-      const start = ((i >> level) - rows[0]) * width;
+    const [last, width] = [Math.min(rows[1] << level.rows, this.inputs.numQueries), columns[1] - columns[0]];
+    for (let i = rows[0] << level.rows; i < last; i++) {
+      const start = ((i >> level.rows) - rows[0]) * width;
       for (let s = i * numSamples; s < (i + 1) * numSamples; s++) {
-        const column = (indices[s] >> level) - columns[0];
+        const column = (indices[s] >> level.columns) - columns[0];
         if (column >= 0 && column < width) cells[start + column] += weights[s];
       }
     }
     return this.means(cells, level, rows, columns);
   }
 
+  /** The exact and the drawn weights of a row at the keys from `first` to before `end`, and the lengths of their
+   * values. */
+  row(
+    draws: HeadDraws,
+    row: number,
+    first: number,
+    end: number,
+  ): { exact: Float32Array; sampled: Float32Array; norms: Float32Array } {
+    const { numKeys, values } = this.inputs;
+    const width = values.length / numKeys;
+    const sampled = new Float32Array(numKeys);
+    for (let s = row * draws.numSamples; s < (row + 1) * draws.numSamples; s++)
+      sampled[draws.indices[s]] += draws.weights[s];
+    const norm = (key: number) => Math.hypot(...values.subarray(key * width, (key + 1) * width));
+    return {
+      exact: this.mass[row].slice(first, end).map((mass) => mass * this.share[row]),
+      sampled: sampled.slice(first, end),
+      norms: Float32Array.from({ length: end - first }, (_, i) => norm(first + i)),
+    };
+  }
+
   /** Divides the sums of cells by how many positions lie under each. */
   private means(
     cells: Float32Array,
-    level: number,
+    level: Level,
     rows: [number, number],
     columns: [number, number],
   ): Float32Array {
-    if (level === 0) return cells;
+    if (level.rows === 0 && level.columns === 0) return cells;
     const width = columns[1] - columns[0];
-    const under = (cell: number, count: number) => Math.min(1 << level, count - (cell << level));
+    const under = (cell: number, by: number, count: number) => Math.min(1 << by, count - (cell << by));
     for (let r = 0; r < rows[1] - rows[0]; r++) {
-      const height = under(rows[0] + r, this.inputs.numQueries);
+      const height = under(rows[0] + r, level.rows, this.inputs.numQueries);
       for (let c = 0; c < width; c++)
-        cells[r * width + c] /= height * under(columns[0] + c, this.inputs.numKeys);
+        cells[r * width + c] /= height * under(columns[0] + c, level.columns, this.inputs.numKeys);
     }
     return cells;
   }

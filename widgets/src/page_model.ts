@@ -1,6 +1,6 @@
 // The model of a lens in a page without a kernel: it answers the lens's requests itself.
 import type { Model } from "./dom";
-import { HALF, TILE } from "./maps";
+import { HALF, TILE, type Level } from "./maps";
 import { PageHead } from "./page_head";
 import { SAMPLERS, type SamplerName } from "./samplers";
 
@@ -124,10 +124,12 @@ export class PageModel {
     this.pending.delete(name);
     if (request.kind === "maps") this.answerMaps(request);
     else if (request.kind === "thumbnails") this.answerThumbnails();
+    else if (request.kind === "row") this.answerRow(request);
   }
 
   private answerMaps(request: any): void {
-    const { layer, head, level } = request;
+    const { layer, head } = request;
+    const level: Level = { rows: request.row_level, columns: request.level };
     if (!this.holds(layer, head)) {
       const text = `This page does not hold layer ${layer}, head ${head}. It holds ${this.contents()}.`;
       this.tell("msg:custom", { kind: "error", text }, []);
@@ -140,8 +142,8 @@ export class PageModel {
     const buffers: DataView[] = [];
     const put = (map: Tile["map"], wanted: [number, number][]) => {
       for (const [i, j] of wanted) {
-        const rows = this.part(i, this.state.num_queries, level);
-        const columns = this.part(j, this.state.num_keys, level);
+        const rows = this.part(i, this.state.num_queries, level.rows);
+        const columns = this.part(j, this.state.num_keys, level.columns);
         const cells =
           map === "exact"
             ? computed.poolExact(level, rows, columns)
@@ -154,10 +156,22 @@ export class PageModel {
     };
     put("exact", request.exact);
     put("sampled", request.sampled);
-    buffers.push(new DataView(draws.facts.buffer));
+    const everyRow = Int32Array.from({ length: this.state.num_queries }, (_, i) => i);
+    buffers.push(new DataView(everyRow.buffer), new DataView(draws.facts.buffer));
     const effort = `${sampler}, ${request.draws} draw${request.draws === 1 ? "" : "s"} a row`;
-    const found = { error: draws.error, std_error: null, sampler, effort, seed: this.data.seed };
+    const measured = { measured_rows: this.state.num_queries, seed: this.data.seed };
+    const found = { error: draws.error, std_error: null, sampler, effort, ...measured };
     this.tell("msg:custom", { ...request, tiles, ...found, corrected: false, fallbacks: [] }, buffers);
+  }
+
+  private answerRow(request: any): void {
+    const { layer, head, row, first, end } = request;
+    if (!this.holds(layer, head)) return;
+    const sampler: SamplerName = this.state.sampler;
+    const computed = this.head(layer, head);
+    const found = computed.row(computed.draw(sampler, request.draws), row, first, end);
+    const buffers = [found.exact, found.sampled, found.norms].map((x) => new DataView(x.buffer));
+    this.tell("msg:custom", { ...request, sampler }, buffers);
   }
 
   /** The heads that the page holds, in words. */

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
+import torch
 import traitlets
 from torch import Tensor
 
@@ -22,9 +25,12 @@ from ...models.text import reference_text
 from ...samplers import Sampler, make_sampler
 from ...storage import write_atomic
 from .base import View
-from .lens_heads import GivenEstimate, HeadFinding, LensHeads, checked_layers, effort_text
-from .lens_maps import exact_tiles, overview_level, pool_draws, pool_map, sampled_tiles
+from .lens_estimates import GivenEstimate, HeadFinding, estimate_of_rows
+from .lens_heads import HeadRows, LensHeads, checked_layers
+from .lens_maps import MapLevel, exact_tiles, overview_level, pool_draws, pool_map, sampled_tiles
 from .lens_page import SAMPLERS_IN_PAGES, live_html, page_html
+from .lens_strip import REPETITIONS, StripStep, strip_rows, strip_steps
+from .lens_tokens import readable_tokens
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,7 +39,7 @@ if TYPE_CHECKING:
 MAX_LABELLED_KEYS = 48
 """Keys of a head up to which a figure names each by its token."""
 
-REQUEST_NAMES = ("view", "seq", "layer", "head", "draws", "drawing", "level")
+REQUEST_NAMES = ("view", "seq", "layer", "head", "draws", "drawing", "level", "row_level")
 """What the reply to a request for maps repeats of it; `drawing` is the browser's name of these draws."""
 
 MAX_PAGE_BYTES = 3_000_000
@@ -41,6 +47,13 @@ MAX_PAGE_BYTES = 3_000_000
 
 MAX_LIVE_BYTES = 1_500_000
 """Size of such a lens in a page that holds other things too, at most."""
+MAX_SLIDER_DRAWS = 1 << 14
+"""Draws a row, at most, at the slider's end."""
+
+Tiles = Sequence[tuple[int, int]]
+
+STRIP_STEP_S = 0.05
+"""Seconds of measuring for the strip after which waiting requests get their turn."""
 
 FIGURE_CELLS = 512
 """Cells of a side of a map in the figure, at most."""
@@ -50,8 +63,10 @@ class AttentionLens(View):
     """Exact, sampled and difference maps of each head side by side, with rows that can be selected.
 
     The maps share axes, zoom and hover. Moving the slider draws anew, with the same seed; the heads'
-    thumbnails are coloured by their relative variance E‖ô − o‖² / ‖o‖². Maps of up to 4,096 × 4,096 are sent
-    in tiles, as they are looked at; zoomed out, a cell is the mean of those under it.
+    thumbnails are coloured by their relative variance E‖ô − o‖² / ‖o‖². Maps are sent in tiles, as they are
+    looked at; zoomed out, a cell is the mean of those under it. Maps larger than 4,096 × 4,096 are never
+    formed: only the tiles in view are computed. Zoomed out, a cell is then the mean over its keys of its
+    middle query, and errors are measured on 64 queries.
 
     The lens draws what `sampled_attention` draws of the whole layer with a generator of the same seed. Where
     an `estimate` is given, everything that is shown of its heads is that estimate, with its own draws,
@@ -61,9 +76,10 @@ class AttentionLens(View):
     ----------
     q, k, v : Tensor, or a sequence of Tensors, one a layer
         (L, E), (H, L, E) or (1, H, L, E), shaped as for `sampled_attention`; k and v may have fewer heads, of
-        which H is a multiple (grouped queries). At most 4,096 queries and keys.
+        which H is a multiple (grouped queries). Up to 1,048,576 queries and keys.
     tokens : str or sequence of str, optional
-        What stands at each key, shown on the axes: one character or one string a key.
+        What stands at each key, shown on the axes and as text: one character or one string a key, as text or
+        as its vocabulary writes it (`readable_tokens`).
     sampler : str or Sampler
         As for `sampled_attention`.
     num_samples : int
@@ -173,6 +189,7 @@ class AttentionLens(View):
     ):
         layers = checked_layers(q, k, v, is_causal, scale)
         num_samples = check_count("num_samples", num_samples)
+        self._strips: dict[str, Iterator[StripStep]] = {}  # by view: what is being measured for it
         self._seed = check_count("seed", seed, 0, MAX_SEED)
         self._heads = heads = LensHeads(
             layers, make_sampler(sampler), is_causal=bool(is_causal), scale=scale, seed=self._seed
@@ -182,7 +199,7 @@ class AttentionLens(View):
             raise ShapeError(f"tokens has {len(tokens)} entries; there are {n} keys, and each needs one.")
         super().__init__("lens", layer=layer, head=head, num_samples=num_samples, sampler=heads.sampler.name)
         for name, value in {
-            "tokens": list(tokens or ()),
+            "tokens": readable_tokens(tokens or ()),
             "layers": len(layers),
             "heads": heads.num_heads,
             "num_queries": heads.num_queries,
@@ -279,47 +296,54 @@ class AttentionLens(View):
 
     def finding(self) -> HeadFinding:
         """How wrong the output of the shown head is, by the estimate that is shown."""
-        estimate = self._shown_estimate()
-        head = self._heads.head(self.layer, self.head)
-        return HeadFinding(
-            self.layer, self.head, head.error(estimate), head.std_error(estimate), effort_text(estimate)
-        )
+        return self._heads.finding(self.layer, self.head, self._shown_draws())
 
     def rows(self) -> Tensor:
         """The exact attention rows that are selected, of the head that is shown: (R, n), float32."""
-        return self._heads.head(self.layer, self.head).p[list(self.selected_rows)]
+        return self._heads.some_rows(self.layer, self.head, self.selected_rows).p
 
     def frame(self) -> pd.DataFrame:
-        """Every visible cell of the shown head: `query`, `key`, `exact`, `sampled`."""
+        """Every visible cell of the shown head: `query`, `key`, `exact`, `sampled`.
+
+        Of a map too large to be computed whole, the cells of the rows on which its error is measured.
+        """
         import pandas as pd
 
-        exact = self._heads.head(self.layer, self.head).p
-        sampled = self._shown_estimate().attention_weights()
-        visible = self._heads.visible().nonzero(as_tuple=True)
-        query, key = (x.numpy() for x in visible)
+        part = self._heads.measured(self.layer, self.head)
+        sampled = self._heads.shown(self.layer, self.head, part, self._shown_draws()).attention_weights()
+        visible = self._heads.visible(part.rows).nonzero(as_tuple=True)
+        row, key = visible
         return pd.DataFrame(
-            {"query": query, "key": key, "exact": exact[visible].numpy(), "sampled": sampled[visible].numpy()}
+            {
+                "query": part.rows[row].numpy(),
+                "key": key.numpy(),
+                "exact": part.p[visible].numpy(),
+                "sampled": sampled[visible].numpy(),
+            }
         )
 
     def figure(self, theme: str = "light") -> Figure:
         """The three maps of the shown head."""
-        head = self._heads.head(self.layer, self.head)
-        estimate = self._shown_estimate()
-        finding = self.finding()
-        level = overview_level(self.num_queries, self.num_keys, FIGURE_CELLS)
-        exact = head.map_at(level).astype(np.float32)
-        sampled = pool_draws(estimate, level, (0, exact.shape[0]), (0, exact.shape[1]), head.p.shape)
-        visible = pool_map(self._heads.visible().float().numpy(), level) > 0
+        finding, draws = self.finding(), self._shown_draws()
+        part = self._heads.measured(self.layer, self.head)
+        estimate = self._heads.shown(self.layer, self.head, part, draws)
+        level = overview_level(len(part.rows), self.num_keys, FIGURE_CELLS)
+        exact = pool_map(part.p.numpy(), level)
+        sampled = pool_draws(estimate, level, (0, exact.shape[0]), (0, exact.shape[1]), part.p.shape)
+        visible = pool_map(self._heads.visible(part.rows).float().numpy(), level) > 0
         panels = attention_panels(
             exact, sampled, sampler=estimate.info.sampler, visible=visible, log_scale=self.log_scale
         )
         named = self.tokens and self.num_keys == self.num_queries <= MAX_LABELLED_KEYS
+        where = [f"n = {self.num_keys}"]
+        if draws is not None:
+            where.append(f"seed {self._seed}")
+        if finding.measured_rows < self.num_queries:
+            where.append(f"{finding.measured_rows} of {self.num_queries} rows")
         return draw_attention_maps(
             panels,
             theme,
-            title=f"{finding.text}\n{finding.effort}  (n = {self.num_keys}"
-            + ("" if self._given_in_view() else f", seed {self._seed}")
-            + ")",
+            title=f"{finding.text}\n{finding.effort}  ({', '.join(where)})",
             extent=(-0.5, self.num_keys - 0.5, self.num_queries - 0.5, -0.5),
             tokens=self.tokens if named else None,
         )
@@ -367,40 +391,127 @@ class AttentionLens(View):
         elif content["kind"] == "thumbnails":
             draws, given = int(content["draws"]), bool(content.get("given"))
             self._worker.put("thumbnails", partial(self._send_thumbnails, draws, given, 0), rank=2)
+        elif content["kind"] == "row":
+            self._worker.put(f"row {content.get('view')}", partial(self._send_row, dict(content)))
+        elif content["kind"] == "strip":
+            place = int(content["layer"]), int(content["head"])
+            self._strips[str(content.get("view"))] = steps = strip_steps(
+                self._heads, *place, str(content["sampler"])
+            )
+            self._put_strip(dict(content), steps)
 
     def _send_maps(self, request: dict[str, Any]) -> None:
         """Send tiles of the exact and the sampled map, and what is known of each row."""
-        layer, head_index, level = (int(request[name]) for name in ("layer", "head", "level"))
-        if not (0 <= layer < self.layers and 0 <= head_index < self.heads):
+        layer, head = int(request["layer"]), int(request["head"])
+        if not (0 <= layer < self.layers and 0 <= head < self.heads):
             raise ArgumentError(
-                f"layer={layer}, head={head_index} is not allowed: there are {self.layers} layers × "
+                f"layer={layer}, head={head} is not allowed: there are {self.layers} layers × "
                 f"{self.heads} heads."
             )
-        given = self._heads.given
-        if request["draws"] is None and (given is None or given.number != request["given"]):
+        given, draws = self._heads.given, request["draws"]
+        if draws is None and (given is None or given.number != request["given"]):
             return  # another was given since, and the browser asks again
-        head = self._heads.head(layer, head_index)
-        estimate = self._heads.shown(layer, head_index, request["draws"])
-        exact = head.map_at(level)
-        sampled = sampled_tiles(estimate, level, request["sampled"], exact.shape, head.p.shape)
         tiles: list[dict[str, Any]] = []
         buffers: list[bytes] = []
-        for name, parts in (("exact", exact_tiles(exact, request["exact"])), ("sampled", sampled)):
-            for i, j, tile in parts:
-                tiles.append({"map": name, "i": i, "j": j, "rows": tile.shape[0], "columns": tile.shape[1]})
-                buffers.append(np.ascontiguousarray(tile, dtype=np.float16).tobytes())
-        buffers.append(head.row_facts(estimate).tobytes())
+        rows, facts = [], []
+        for part, level, first_tile, exact_names, sampled_names in self._parts(request):
+            estimate = self._heads.shown(layer, head, part, draws)
+            exact = exact_tiles(part.p.numpy(), level, exact_names)
+            sampled = sampled_tiles(estimate, level, sampled_names, part.p.shape)
+            for name, made in (("exact", exact), ("sampled", sampled)):
+                for i, j, tile in made:
+                    size = {"rows": tile.shape[0], "columns": tile.shape[1]}
+                    tiles.append({"map": name, "i": i + first_tile, "j": j, **size})
+                    buffers.append(np.ascontiguousarray(tile, dtype=np.float16).tobytes())
+            rows.append(part.rows.numpy().astype(np.int32))
+            facts.append(part.row_facts(estimate))
+        finding = self._heads.finding(layer, head, draws)
+        measured = self._heads.measured(layer, head)
+        info = self._heads.shown(layer, head, measured, draws).info
+        buffers.append(np.concatenate(rows or [np.zeros(0, np.int32)]).tobytes())
+        buffers.append(np.concatenate(facts or [np.zeros((4, 0), np.float32)], axis=1).tobytes())
         reply = {name: request.get(name) for name in REQUEST_NAMES}
         known = {
-            "error": head.error(estimate),
-            "std_error": head.std_error(estimate),
-            "sampler": estimate.info.sampler,
-            "effort": effort_text(estimate),
-            "corrected": estimate.info.control_variate is not None,
+            "error": finding.error,
+            "std_error": finding.std_error,
+            "effort": finding.effort,
+            "measured_rows": finding.measured_rows,
+            "sampler": info.sampler,
+            "corrected": info.control_variate is not None,
             "seed": str(self._seed),
-            "fallbacks": list(estimate.info.fallbacks),
+            "fallbacks": list(info.fallbacks),
         }
         self.send({"kind": "maps", **reply, "tiles": tiles, **known}, buffers)
+
+    def _parts(self, request: Mapping[str, Any]) -> Iterator[tuple[HeadRows, MapLevel, int, Tiles, Tiles]]:
+        """The computed parts of a head that a request for tiles needs, and the tiles that are in each.
+
+        Yields
+        ------
+        part, level : HeadRows, MapLevel
+            What the tiles are means of.
+        first_tile : int
+            Of the part, counted in rows of tiles.
+        exact, sampled : list of (int, int)
+            The tiles, rows counted within the part.
+        """
+        layer, head = int(request["layer"]), int(request["head"])
+        column_level = int(request["level"])
+        row_level = int(request.get("row_level", column_level))
+        if not self._heads.is_large:
+            whole = self._heads.measured(layer, head)
+            yield whole, MapLevel(row_level, column_level), 0, request["exact"], request["sampled"]
+            return
+        for band in sorted({i for i, _ in (*request["exact"], *request["sampled"])}):
+            part = self._heads.band(layer, head, row_level, band)
+            exact, sampled = (
+                [(0, j) for i, j in request[name] if i == band] for name in ("exact", "sampled")
+            )
+            yield part, MapLevel(0, column_level), band, exact, sampled
+
+    def _send_row(self, request: Mapping[str, Any]) -> None:
+        """Send the weights of a query over some keys, and the lengths of their value vectors."""
+        layer, head, row = (int(request[name]) for name in ("layer", "head", "row"))
+        given, draws = self._heads.given, request["draws"]
+        if draws is None and (given is None or given.number != request["given"]):
+            return
+        part = self._heads.some_rows(layer, head, [row])
+        if not self._heads.is_large:
+            part = self._heads.measured(layer, head)
+        at = row if len(part.rows) > 1 else 0
+        estimate = self._heads.shown(layer, head, part, draws)
+        drawn = estimate_of_rows(estimate, torch.tensor([at])).attention_weights()[0]
+        keys = slice(int(request["first"]), int(request["end"]))
+        norms = part.v[keys].float().norm(dim=-1)
+        reply = {name: request.get(name) for name in (*REQUEST_NAMES, "row", "first", "end")}
+        buffers = [x.float().numpy().tobytes() for x in (part.p[at, keys], drawn[keys], norms)]
+        self.send({"kind": "row", **reply, "sampler": estimate.info.sampler}, buffers)
+
+    def _put_strip(self, request: dict[str, Any], steps: Iterator[StripStep]) -> None:
+        task = partial(self._send_strip, request, steps)
+        self._worker.put(f"strip {request.get('view')} {request['seq']}", task, rank=3)
+
+    def _send_strip(self, request: dict[str, Any], steps: Iterator[StripStep]) -> None:
+        """Send the next points of the strip; then the ones after them, after whatever is more urgent."""
+        points, left = [], 0
+        end = time.monotonic() + STRIP_STEP_S
+        for step in steps:
+            left = step.left
+            if step.point is not None:
+                points.append(asdict(step.point))
+            if time.monotonic() > end:
+                break
+        else:
+            left = 0
+        if self._strips.get(str(request.get("view"))) is not steps:
+            return  # another head is looked at
+        reply = {name: request[name] for name in ("view", "seq", "layer", "head")}
+        rows = len(strip_rows(self.num_queries, self.num_keys))
+        known = {"rows": rows, "repetitions": REPETITIONS, "left": left}
+        if points or not left:
+            self.send({"kind": "strip", **reply, **known, "points": points})
+        if left:
+            self._put_strip(request, steps)
 
     def _send_thumbnails(self, draws: int, given: bool, layer: int) -> None:
         """Send a layer's thumbnails and variances; then the next layer's, after whatever is more urgent."""
@@ -419,13 +530,13 @@ class AttentionLens(View):
         given = self._heads.given
         return not self.own_draws and given is not None and given.covers(self.layer, self.head)
 
-    def _shown_estimate(self) -> AttentionEstimate:
-        draws = None if self._given_in_view() else self.num_samples
-        return self._heads.shown(self.layer, self.head, draws)
+    def _shown_draws(self) -> int | None:
+        """The draws a row that the lens makes for what is shown; None where that is the given estimate."""
+        return None if self._given_in_view() else self.num_samples
 
 
 def _draw_counts(num_keys: int, num_samples: int) -> list[int]:
     """Stops of a slider of draws: four in every doubling, and the number at first."""
-    top = max(2 * num_keys, num_samples, 16)
+    top = max(min(2 * num_keys, MAX_SLIDER_DRAWS), num_samples, 16)
     counts = {round(2 ** (i / 4)) for i in range(4 * math.ceil(math.log2(top)) + 1)} | {num_samples}
     return sorted(count for count in counts if count <= top)

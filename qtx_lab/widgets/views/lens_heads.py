@@ -6,7 +6,7 @@ import math
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -21,19 +21,29 @@ from ...problem import AttentionProblem
 from ...samplers import Sampler
 from ...samplers.base import Budget
 from ...streams import Stream, make_seed, sequence_keys
-from .lens_maps import pool_map
+from .lens_estimates import GivenEstimate, HeadFinding, effort_text, estimate_of_head, estimate_of_rows
+from .lens_maps import TILE, overview_level
 
-MAX_POSITIONS = 4096
+MAX_POSITIONS = 1 << 20
 """Queries or keys of a head, at most."""
 
-MAX_CACHED_HEADS = 4
-"""Heads whose maps are cached."""
+MAX_WHOLE_CELLS = 1 << 24
+"""Queries × keys of a head up to which its whole map is computed; of larger ones only rows are."""
+
+OVERVIEW_ROWS = 64
+"""Rows, at most, by which a head too large to be computed whole is measured."""
+
+MAX_CACHED_PARTS = 5
+"""Heads, or parts of large heads, whose maps are cached."""
 
 THUMBNAIL_CELLS = 32
 """Cells of a side of a head's thumbnail."""
 
 MAX_VARIANCE_ROWS = 256
 """Rows of a head on which its variance is measured, at most."""
+
+MAX_VARIANCE_CELLS = 1 << 20
+"""Rows × keys of a head on which its variance is measured, at most, but for 16 rows."""
 
 TINY = torch.finfo(torch.float32).tiny
 
@@ -42,38 +52,38 @@ Layer = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass
-class Head:
-    """A head's inputs and exact attention, and what was drawn of it last.
+class HeadRows:
+    """Some rows of a head, all where they fit: its inputs and exact attention, and what was drawn of it last.
 
     Parameters
     ----------
-    q, k, v : Tensor, (L, E), (n, E), (n, Ev)
-    p : Tensor, float32, (L, n)
+    rows : Tensor, int64, (R,)
+        Which queries they are.
+    q, k, v : Tensor, (R, E), (n, E), (n, Ev)
+    p : Tensor, float32, (R, n)
         Its exact attention.
-    output : Tensor, (L, Ev)
+    output : Tensor, (R, Ev)
         Exact.
-    effective_keys : Tensor, (L,)
+    effective_keys : Tensor, (R,)
         exp of the entropy of each row.
     """
 
+    rows: Tensor
     q: Tensor
     k: Tensor
     v: Tensor
     p: Tensor
     output: Tensor
     effective_keys: Tensor
-    levels: dict[int, np.ndarray] = field(default_factory=dict)
-    """The exact map at coarser levels, float16."""
     draws: int = 0
     """The number of draws a row of `estimate`."""
     estimate: AttentionEstimate | None = None
-    """What the lens drew of this head last."""
+    """What the lens drew of it last."""
 
-    def map_at(self, level: int) -> np.ndarray:
-        """The exact map at a level, float16; see `pool_map`."""
-        if level not in self.levels:
-            self.levels[level] = pool_map(self.p.numpy(), level).astype(np.float16)
-        return self.levels[level]
+    @property
+    def norm(self) -> Tensor:
+        """‖o‖ of the exact output, over all rows and features."""
+        return self.output.float().norm().clamp_min(TINY)
 
     def error(self, estimate: AttentionEstimate) -> float:
         """‖ô − o‖ / ‖o‖ of an estimate's output."""
@@ -84,13 +94,8 @@ class Head:
         sigma = estimate.std_error
         return None if sigma is None else float(sigma.float().norm() / self.norm)
 
-    @property
-    def norm(self) -> Tensor:
-        """‖o‖ of the exact output, over all rows and features."""
-        return self.output.float().norm().clamp_min(TINY)
-
     def row_facts(self, estimate: AttentionEstimate) -> np.ndarray:
-        """What is known of each row, float32 (4, L).
+        """What is known of each row, float32 (4, R).
 
         Effective keys exp(entropy), distinct keys drawn, ‖ô − o‖ / ‖o‖, and its standard error ‖σ‖ / ‖o‖,
         which is NaN where it is unknown.
@@ -110,129 +115,13 @@ class Thumbnails:
     Parameters
     ----------
     maps : ndarray, float16, (H, rows, columns)
-        Exact attention, the largest weight of each cell.
+        Exact attention, the largest weight of each cell; NaN where all its keys are masked.
     variances : ndarray, float32, (H,)
         E‖ô − o‖² / ‖o‖² of each head.
     """
 
     maps: np.ndarray
     variances: np.ndarray
-
-
-@dataclass(frozen=True)
-class GivenEstimate:
-    """An estimate that was made elsewhere, and the heads that it is of.
-
-    Parameters
-    ----------
-    number : int
-        Which of those that were given it is, counted from 1.
-    estimate : AttentionEstimate
-        Its output is (H, L, Ev) or (1, H, L, Ev), or (L, Ev) of a single head.
-    layer : int
-    head : int, optional
-        The head that it is of; all heads of the layer where None.
-    """
-
-    number: int
-    estimate: AttentionEstimate
-    layer: int
-    head: int | None
-
-    def covers(self, layer: int, head: int) -> bool:
-        """Whether it is of this head."""
-        return layer == self.layer and self.head in (None, head)
-
-    def of_head(self, layer: int, head: int) -> AttentionEstimate | None:
-        """The part of the estimate that is of one head, (L, Ev); None where it is of other heads."""
-        if not self.covers(layer, head):
-            return None
-        estimate = self.estimate
-        leading = estimate.output.shape[:-2]
-        index = head if leading and leading[-1] > 1 else 0
-        return estimate_of_head(estimate, (*(0,) * (len(leading) - 1), index) if leading else ())
-
-
-@dataclass(frozen=True)
-class HeadFinding:
-    """How wrong the output of a head is.
-
-    Parameters
-    ----------
-    layer, head : int
-    error : float
-        ‖ô − o‖ / ‖o‖, over all rows and features.
-    std_error : float, optional
-        ‖σ‖ / ‖o‖ of the standard errors σ: the size of the error that the draws predict. None where unknown.
-    effort : str
-        How the estimate was made, in words.
-    """
-
-    layer: int
-    head: int
-    error: float
-    std_error: float | None
-    effort: str
-
-    @property
-    def text(self) -> str:
-        """The finding in words.
-
-        >>> HeadFinding(3, 2, 0.0283, 0.0291, "systematic, 64 draws a row").text
-        "Layer 3, head 2: off by 2.8 % of the output's norm (standard error ± 2.9 %)"
-        """
-        predicted = "" if self.std_error is None else f" (standard error ± {percent_text(self.std_error)})"
-        error = f"off by {percent_text(self.error)} of the output's norm"
-        return f"Layer {self.layer}, head {self.head}: {error}{predicted}"
-
-
-def estimate_of_head(estimate: AttentionEstimate, head: tuple[int, ...]) -> AttentionEstimate:
-    """The part of an estimate that is of the head at an index of its leading dimensions, output (L, Ev)."""
-    if not head:
-        return estimate
-    parts, rows = tuple(slice(i, i + 1) for i in head), tuple(estimate.output.shape[-2:-1])
-    sigma, per_row = estimate.std_error, estimate.info.draws_per_row
-    info = replace(estimate.info, draws_per_row=per_row[head] if isinstance(per_row, Tensor) else per_row)
-    return AttentionEstimate(
-        estimate.output[head], estimate.num_keys, estimate.degrees_of_freedom,
-        lambda: estimate.draws[parts].view(rows), None if sigma is None else lambda: sigma[head], info,
-    )  # fmt: skip
-
-
-def percent_text(share: float) -> str:
-    """A share of 1 as a percentage in two significant digits.
-
-    >>> percent_text(0.02834), percent_text(1.234), percent_text(3e-6), percent_text(0.0)
-    ('2.8 %', '123 %', 'less than 0.01 %', '0 %')
-    """
-    if share == 0:
-        return "0 %"
-    if share < 1e-4:
-        return "less than 0.01 %"
-    return f"{100 * share:.0f} %" if share >= 0.1 else f"{100 * share:.2g} %"
-
-
-def effort_text(estimate: AttentionEstimate) -> str:
-    """How an estimate of a head was made, in words: its sampler, its draws, and what corrects it.
-
-    >>> q, k, v = torch.randn(3, 16, 8, generator=torch.Generator().manual_seed(0))
-    >>> effort_text(sampled_attention(q, k, v, num_samples=8, replicates=2))
-    'systematic, 8 draws a row × 2 replicates'
-    """
-    info = estimate.info
-    per_row = info.draws_per_row
-    mean = float(per_row.double().mean()) if isinstance(per_row, Tensor) else per_row
-    if info.num_samples is not None:
-        draws = f"{info.num_samples} draw{'s' * (info.num_samples != 1)} a row"
-        draws += f" × {info.replicates} replicates" * (info.replicates > 1)
-    else:
-        draws = "draws by tolerance" if mean is None else f"{mean:.0f} draws a row on average"
-    words = [info.sampler, draws]
-    if info.tolerance is not None:
-        words.append(f"tolerance {info.tolerance:g} at confidence {info.confidence:g}")
-    if info.control_variate is not None:
-        words.append(f"corrected by {', '.join(info.control_variate.costs)}")
-    return ", ".join(words)
 
 
 class LensHeads:
@@ -268,7 +157,8 @@ class LensHeads:
         self._scale = 1 / math.sqrt(width) if scale is None else scale
         self._seed = seed
         self.given: GivenEstimate | None = None
-        self._cache: OrderedDict[tuple[int, int], Head] = OrderedDict()
+        self.is_large = self.num_queries * self.num_keys > MAX_WHOLE_CELLS
+        self._cache: OrderedDict[tuple[int, ...], HeadRows] = OrderedDict()
         self._lock = threading.RLock()
 
     @property
@@ -276,36 +166,32 @@ class LensHeads:
         """What products of queries and keys are multiplied by."""
         return self._scale
 
-    def visible(self) -> Tensor:
-        """Which keys each query sees, bool (L, n)."""
-        ones = torch.ones(self.num_queries, self.num_keys, dtype=torch.bool)
-        return ones.tril() if self.is_causal else ones
+    def visible(self, rows: Tensor) -> Tensor:
+        """Which keys each of some queries (R,) sees, bool (R, n)."""
+        if not self.is_causal:
+            return torch.ones(len(rows), self.num_keys, dtype=torch.bool)
+        return torch.arange(self.num_keys) <= rows[:, None]
 
-    def head(self, layer: int, head: int) -> Head:
-        """One head with its exact attention; the last few are cached."""
-        with self._lock:
-            if (layer, head) not in self._cache:
-                self._cache[layer, head] = self._compute_head(layer, head)
-                while len(self._cache) > MAX_CACHED_HEADS:
-                    self._cache.popitem(last=False)
-            return self._cache[layer, head]
+    def measured(self, layer: int, head: int) -> HeadRows:
+        """The rows of a head on which its error is measured: all, or evenly spaced ones of a large map."""
+        if not self.is_large:
+            return self._cached((layer, head), torch.arange(self.num_queries))
+        row_level = overview_level(self.num_queries, self.num_keys, OVERVIEW_ROWS).rows
+        return self.band(layer, head, row_level, 0)
 
-    def draw(self, layer: int, head: int, num_samples: int) -> AttentionEstimate:
-        """One head with `num_samples` draws a row; the same arguments give the same draws."""
-        drawn = self.head(layer, head)
-        with self._lock:
-            if drawn.estimate is None or drawn.draws != num_samples:
-                problem = AttentionProblem.of(
-                    drawn.q[None], drawn.k[None], drawn.v[None], is_causal=self.is_causal, scale=self._scale
-                )
-                stream = self._stream(head, torch.arange(self.num_queries))
-                sampled = self.sampler.estimate_rows(problem, Budget(num_samples), stream)
-                estimate = with_error_bars(sampled, problem).to_estimate(problem)
-                drawn.draws, drawn.estimate = num_samples, estimate_of_head(estimate, (0,))
-            return drawn.estimate
+    def band(self, layer: int, head: int, row_level: int, tile_row: int) -> HeadRows:
+        """The rows that stand for the cells of a row of tiles of a large map: the middle one of each cell."""
+        first, cells = tile_row * TILE, -(-self.num_queries >> row_level)
+        cell = torch.arange(first, min(first + TILE, cells))
+        middle = ((cell << row_level) + ((1 << row_level) >> 1)).clamp_max(self.num_queries - 1)
+        return self._cached((layer, head, row_level, tile_row), middle)
 
-    def shown(self, layer: int, head: int, num_samples: int | None) -> AttentionEstimate:
-        """The estimate of a head: the one that was given where `num_samples` is None, else new draws.
+    def some_rows(self, layer: int, head: int, rows: Sequence[int]) -> HeadRows:
+        """The rows of a head that are named."""
+        return self._compute(layer, head, torch.tensor(list(rows), dtype=torch.int64))
+
+    def shown(self, layer: int, head: int, part: HeadRows, num_samples: int | None) -> AttentionEstimate:
+        """The estimate of rows of a head: the one that was given where `num_samples` is None, else new draws.
 
         Raises
         ------
@@ -313,20 +199,37 @@ class LensHeads:
             If none was given of this head.
         """
         if num_samples is not None:
-            return self.draw(layer, head, num_samples)
+            return self._draw(head, part, num_samples)
         estimate = None if self.given is None else self.given.of_head(layer, head)
         if estimate is None:
             raise ArgumentError(f"No estimate of layer {layer}, head {head} was given.")
-        return estimate
+        return estimate if len(part.rows) == self.num_queries else estimate_of_rows(estimate, part.rows)
+
+    def finding(self, layer: int, head: int, num_samples: int | None) -> HeadFinding:
+        """How wrong the output of a head is, by the estimate of it that is shown."""
+        part = self.measured(layer, head)
+        estimate = self.shown(layer, head, part, num_samples)
+        return HeadFinding(
+            layer, head, part.error(estimate), part.std_error(estimate), effort_text(estimate), len(part.rows)
+        )
 
     def take_sampler(self, sampler: Sampler) -> None:
         """Draw by another sampler from now on."""
         with self._lock:
             self.sampler = sampler
-            for head in self._cache.values():
-                head.draws, head.estimate = 0, None
+            for part in self._cache.values():
+                part.draws, part.estimate = 0, None
 
-    def _stream(self, head: int, positions: Tensor) -> Stream:
+    def problem_of(self, part: HeadRows) -> AttentionProblem:
+        """The attention of some rows of a head by itself, which then has one head."""
+        whole = len(part.rows) == self.num_queries
+        mask = self.visible(part.rows) if self.is_causal and not whole else None
+        return AttentionProblem.of(
+            part.q[None], part.k[None], part.v[None], attn_mask=mask,
+            is_causal=self.is_causal and whole, scale=self._scale,
+        )  # fmt: skip
+
+    def stream(self, head: int, positions: Tensor) -> Stream:
         """The random numbers of a head's queries, as `sampled_attention` of its whole layer uses them."""
         seed = make_seed(torch.Generator().manual_seed(self._seed))
         group = head // (self.num_heads // self.layers[0][1].shape[0])
@@ -340,8 +243,9 @@ class LensHeads:
         q, k, v = self.layers[layer]
         group = q.shape[0] // k.shape[0]
         k, v = (x.repeat_interleave(group, 0) for x in (k, v))
-        rows = torch.arange(0, self.num_queries, max(1, -(-self.num_queries // MAX_VARIANCE_ROWS)))
-        mask = self.visible()[rows] if self.is_causal else None
+        most = min(MAX_VARIANCE_ROWS, max(16, MAX_VARIANCE_CELLS // self.num_keys))
+        rows = torch.arange(0, self.num_queries, max(1, -(-self.num_queries // most)))
+        mask = self.visible(rows) if self.is_causal else None
         q = q[:, rows]
         exact = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self._scale)
         estimate = sampled_attention(
@@ -362,17 +266,48 @@ class LensHeads:
         width = -(-self.num_keys // THUMBNAIL_CELLS)  # keys under a cell
         padded = F.pad(logits.softmax(-1), (0, width * -(-self.num_keys // width) - self.num_keys))
         maps = padded.unflatten(-1, (-1, width)).amax(-1)
+        if self.is_causal:
+            first_key = torch.arange(maps.shape[-1]) * width
+            maps.masked_fill_(first_key > rows[shown][:, None], torch.nan)
         return Thumbnails(maps.numpy().astype(np.float16), variances.numpy())
 
-    def _compute_head(self, layer: int, head: int) -> Head:
+    def _cached(self, key: tuple[int, ...], rows: Tensor) -> HeadRows:
+        """Rows (R,) of the head whose layer and number `key` begins with; the last few parts are cached."""
+        with self._lock:
+            part = self._cache.get(key)
+            if part is None:
+                part = self._compute(key[0], key[1], rows)
+                self._cache[key] = part
+                while len(self._cache) > MAX_CACHED_PARTS:
+                    self._cache.popitem(last=False)
+            else:
+                self._cache.move_to_end(key)
+            return part
+
+    def _compute(self, layer: int, head: int, rows: Tensor) -> HeadRows:
         q, k, v = self.layers[layer]
         group = q.shape[0] // k.shape[0]
         q, k, v = q[head], k[head // group], v[head // group]
-        logits = (q.float() * self._scale) @ k.float().mT  # [L, n]
-        if self.is_causal:
-            logits.masked_fill_(~self.visible(), -torch.inf)
+        if len(rows) < self.num_queries:
+            q = q[rows]
+        logits = (q.float() * self._scale) @ k.float().mT  # [R, n]
+        if self.is_causal:  # not by -inf, so that p · logits is finite
+            logits.masked_fill_(~self.visible(rows), torch.finfo(logits.dtype).min)
         p = logits.softmax(-1)
-        return Head(q, k, v, p, p @ v.float(), torch.special.entr(p).sum(-1).exp())
+        likeliest, key = p.max(-1, keepdim=True)
+        log_sum_exp = (logits.gather(-1, key) - likeliest.log()).squeeze(-1)
+        entropy = log_sum_exp - torch.linalg.vecdot(p, logits)
+        return HeadRows(rows, q, k, v, p, p @ v.float(), entropy.exp())
+
+    def _draw(self, head: int, part: HeadRows, num_samples: int) -> AttentionEstimate:
+        """`num_samples` draws a row of some rows; the same arguments give the same draws."""
+        with self._lock:
+            if part.estimate is None or part.draws != num_samples:
+                problem, stream = self.problem_of(part), self.stream(head, part.rows)
+                sampled = self.sampler.estimate_rows(problem, Budget(num_samples), stream)
+                estimate = with_error_bars(sampled, problem).to_estimate(problem)
+                part.draws, part.estimate = num_samples, estimate_of_head(estimate, (0,))
+            return part.estimate
 
 
 def checked_layers(

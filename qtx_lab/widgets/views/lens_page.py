@@ -177,7 +177,7 @@ def _thumbnails(heads: LensHeads, num_samples: int) -> Iterator[dict[str, Any]]:
     for layer in layers:
         _, rows, columns = layer.maps.shape
         starts = [np.arange(0, size, step) for size in (rows, columns)]
-        coarse = np.maximum.reduceat(np.maximum.reduceat(layer.maps, starts[0], axis=1), starts[1], axis=2)
+        coarse = np.fmax.reduceat(np.fmax.reduceat(layer.maps, starts[0], axis=1), starts[1], axis=2)
         yield {
             "rows": coarse.shape[1],
             "columns": coarse.shape[2],

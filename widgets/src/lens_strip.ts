@@ -1,0 +1,164 @@
+// The strip under the maps: error and variance against draws, of all samplers, for the head in view.
+import { axes, line, makePanel, path, resize, text, type Panel } from "./charts";
+import { h, s } from "./dom";
+import { scale, whole, type Scale } from "./scale";
+import { SAMPLER_COLOURS } from "./theme";
+
+const HEIGHT = 210;
+const MARGIN = { left: 52, right: 86, top: 8, bottom: 32 };
+/** Pixels between the names at the ends of the curves, at least. */
+const NAME_HEIGHT = 12;
+
+/** Orders of magnitude that are drawn; what is smaller, as where all keys are drawn, lies on the axis. */
+const MAX_DECADES = 4;
+
+/** What was measured of a sampler at a number of draws. */
+export interface StripPoint {
+  sampler: string;
+  draws: number;
+  /** Root mean square of ‖ô − o‖ / ‖o‖ over repetitions. */
+  error: number;
+  /** Σ Var(ô) / ‖o‖². */
+  variance: number;
+}
+
+/** Positions near those that are wanted, in the same order, at least `gap` apart and from `low` to `high`. */
+export function spread(wanted: number[], gap: number, low: number, high: number): number[] {
+  const order = wanted.map((_, i) => i).sort((a, b) => wanted[a] - wanted[b]);
+  const at = order.map((i) => Math.min(high, Math.max(low, wanted[i])));
+  for (let i = 1; i < at.length; i++) at[i] = Math.max(at[i], at[i - 1] + gap);
+  for (let i = at.length - 1, most = high; i >= 0; i--, most -= gap) at[i] = Math.min(at[i], most);
+  const out = Array<number>(wanted.length);
+  order.forEach((index, i) => (out[index] = at[i]));
+  return out;
+}
+
+/** The colour of a sampler in every figure. */
+export const samplerColour = (name: string): string =>
+  (SAMPLER_COLOURS as Record<string, string>)[name] ??
+  (name === "monte-carlo" ? "var(--qtx-baseline)" : "var(--qtx-accent)");
+
+export interface Strip {
+  element: HTMLElement;
+  /** Begins anew, for another head. */
+  clear(): void;
+  add(points: StripPoint[]): void;
+  /** Says how far it is, and paints; `draws` is the number that the maps show, of `sampler`. */
+  paint(state: { draws: number | null; sampler: string; left: number; note: string }): void;
+}
+
+export function strip(): Strip {
+  let points: StripPoint[] = [];
+  const error = makePanel("Error of the output against draws", "");
+  const variance = makePanel("Variance of the output against draws", "");
+  const caption = h("p", { class: "qtx-note" });
+  const element = h("div", { class: "qtx-strip" }, h("div", {}, error.box, variance.box), caption);
+
+  function paintPanel(
+    panel: Panel,
+    measure: "error" | "variance",
+    name: string,
+    slope: { power: number; label: string },
+    draws: number | null,
+    sampler: string,
+  ): void {
+    const width = resize(panel, HEIGHT);
+    const known = points.filter((point) => point[measure] > 0);
+    const values = known.map((point) => point[measure]);
+    const counts = points.map((point) => point.draws);
+    const xs = scale(Math.min(...counts), Math.max(...counts), MARGIN.left, width - MARGIN.right, true);
+    const high = 1.3 * Math.max(...values);
+    const low = Math.max(Math.min(...values) / 1.3, high / 10 ** MAX_DECADES);
+    const ys = scale(low, high, HEIGHT - MARGIN.bottom, MARGIN.top, true);
+    panel.svg.replaceChildren(
+      ...axes(HEIGHT, xs, ys, "draws per row", name),
+      ...reference(xs, ys, slope),
+      ...(draws !== null && draws >= xs.low && draws <= xs.high
+        ? [
+            line(xs(draws), ys.from, xs(draws), ys.to, {
+              stroke: "var(--qtx-muted)",
+              "stroke-dasharray": "2 3",
+            }),
+          ]
+        : []),
+      ...curves(known, measure, xs, ys, sampler),
+    );
+    panel.svg.setAttribute("aria-label", spoken(known, measure, name));
+  }
+
+  function curves(
+    known: StripPoint[],
+    measure: "error" | "variance",
+    xs: Scale,
+    ys: Scale,
+    shown: string,
+  ): SVGElement[] {
+    const names = [...new Set(known.map((point) => point.sampler))];
+    const series = names.map((name) =>
+      known
+        .filter((point) => point.sampler === name)
+        .sort((a, b) => a.draws - b.draws)
+        .map((point): [number, number] => [xs(point.draws), ys(Math.max(ys.low, point[measure]))]),
+    );
+    const ends = series.map((curve) => curve[curve.length - 1]);
+    const places = spread(
+      ends.map(([, y]) => y),
+      NAME_HEIGHT,
+      ys.to + 4,
+      ys.from - 2,
+    );
+    return names.flatMap((name, i) => {
+      const stroke = samplerColour(name);
+      const dash = name === "monte-carlo" ? { "stroke-dasharray": "5 3" } : {};
+      const bold = name === shown ? { "font-weight": 700 } : {};
+      return [
+        s("path", { d: path(series[i]), stroke, "stroke-width": name === shown ? 2.6 : 1.6, ...dash }),
+        ...series[i].map(([x, y]) => s("circle", { cx: x, cy: y, r: 2, fill: stroke })),
+        s("path", {
+          d: `M${ends[i][0] + 3} ${ends[i][1]}L${xs.to + 12} ${places[i]}`,
+          stroke,
+          "stroke-width": 0.7,
+        }),
+        text(xs.to + 14, places[i] + 4, name, "start", bold),
+      ];
+    });
+  }
+
+  function paint({ draws, sampler, left, note }: Parameters<Strip["paint"]>[0]): void {
+    element.hidden = points.length === 0;
+    if (element.hidden) return;
+    paintPanel(error, "error", "‖ô − o‖ / ‖o‖", { power: -0.5, label: "∝ 1/√S" }, draws, sampler);
+    paintPanel(variance, "variance", "Var ô / ‖o‖²", { power: -1, label: "∝ 1/S" }, draws, sampler);
+    caption.textContent = `${note}${left ? ` Still to come: ${whole(left)} points.` : ""}`;
+  }
+
+  return {
+    element,
+    clear: () => (points = []),
+    add: (more) => points.push(...more),
+    paint,
+  };
+}
+
+/** A line of a slope, through the upper left of the picture. */
+function reference(xs: Scale, ys: Scale, slope: { power: number; label: string }): SVGElement[] {
+  const y = (x: number) => (ys.high / 1.15) * (x / xs.low) ** slope.power;
+  const end = Math.min(xs.high, xs.low * (ys.low / (ys.high / 1.15)) ** (1 / slope.power));
+  const stroke = { stroke: "var(--qtx-muted)", "stroke-width": 1, "stroke-dasharray": "1 3" };
+  const middle = Math.sqrt(xs.low * end);
+  return [
+    line(xs(xs.low), ys(y(xs.low)), xs(end), ys(y(end)), stroke),
+    text(xs(middle) + 6, ys(y(middle)) - 4, slope.label, "start", { class: "qtx-halo" }),
+  ];
+}
+
+/** The ends of the curves in words, for those who do not see them. */
+function spoken(known: StripPoint[], measure: "error" | "variance", name: string): string {
+  const last = new Map<string, StripPoint>();
+  for (const point of known)
+    if (point.draws >= (last.get(point.sampler)?.draws ?? 0)) last.set(point.sampler, point);
+  const ends = [...last.values()].map(
+    (point) => `${point.sampler} ${point[measure].toPrecision(2)} at ${point.draws} draws`,
+  );
+  return `${name} against the number of draws: ${ends.join(", ")}`;
+}

@@ -39,6 +39,8 @@ from .estimates import AttentionEstimate as AttentionEstimate
 from .estimates import Draws as Draws
 from .experiments.notebooks import run_notebook as run_notebook
 from .experiments.report import write_report as write_report
+from .experiments.run_comparison import RunComparison as RunComparison
+from .experiments.run_comparison import compare_runs as compare_runs
 from .experiments.runs import Run as Run
 from .experiments.runs import runs as runs
 from .experiments.sweeps import sweep as sweep

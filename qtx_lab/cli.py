@@ -365,6 +365,24 @@ def list_runs(
 
 
 @main.command()
+@click.argument("a")
+@click.argument("b")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@home_option
+def diff(a: str, b: str, as_json: bool, home: Path | None) -> None:
+    """Show where two runs differ: spec, code, environment, inputs and metrics.
+
+    A and B are folders, or parts of their names.
+    """
+    from dataclasses import asdict
+
+    from .experiments.run_comparison import compare_runs
+
+    comparison = compare_runs(a, b, home)
+    click.echo(json.dumps(asdict(comparison), indent=2) if as_json else comparison)
+
+
+@main.command()
 @click.argument("kind")
 def spec(kind: str) -> None:
     """Print the JSON schema of a KIND of spec: its fields, bounds, units and help.

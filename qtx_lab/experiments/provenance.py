@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import socket
 import subprocess
+import tempfile
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib import metadata
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import psutil
@@ -50,6 +53,82 @@ def _versions() -> dict[str, str]:
     return installed
 
 
+@cache
+def distributions() -> Mapping[str, str]:
+    """Versions of all distributions that this Python has installed, by name."""
+    installed = {"python": platform.python_version()}
+    for distribution in metadata.distributions():  # the first one of a name is the one that is imported
+        if distribution.name:
+            installed.setdefault(distribution.name.lower().replace("_", "-"), distribution.version)
+    return MappingProxyType(dict(sorted(installed.items())))
+
+
+def requirements() -> bytes:
+    """All installed distributions as the lines of a file that `pip install -r` reads."""
+    lines = [f"{name}=={version}" for name, version in distributions().items() if name != "python"]
+    return "\n".join([f"# python=={platform.python_version()}", *lines, ""]).encode()
+
+
+@cache
+def source_hash() -> str:
+    """SHA-256 of all Python files of this package, by their names and contents."""
+    package = Path(__file__).parent.parent
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(f"{path.relative_to(package)}\0".encode())
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def uncommitted() -> bytes | None:
+    """The patch from the commit to this package's files, new ones among them; None without a checkout."""
+    package = Path(__file__).parent.parent
+    with _scratch_index(package) as environment:
+        if _git(package, "read-tree", "HEAD", environment=environment) is None:
+            return None
+        if _git(package, "add", "--all", "--", ".", environment=environment) is None:
+            return None
+        patch = _git(package, "diff", "--cached", "--binary", "HEAD", "--", ".", environment=environment)
+    return None if patch is None else f"{patch}\n".encode(errors="surrogateescape")
+
+
+def code_difference(first: tuple[str, bytes], second: tuple[str, bytes]) -> str | None:
+    """What differs between two states of this package, each a commit and a patch, as a unified diff.
+
+    None where this checkout does not have both commits.
+    """
+    package = Path(__file__).parent.parent
+    trees = []
+    with _scratch_index(package) as environment:
+        root = _git(package, "rev-parse", "--show-toplevel")
+        for commit_id, patch in (first, second):
+            read = _git(package, "read-tree", commit_id, environment=environment)
+            if root is None or read is None:
+                return None
+            if patch.strip():
+                applied = _git(
+                    Path(root), "apply", "--cached", "--binary", "-", environment=environment, given=patch
+                )
+                if applied is None:
+                    return None
+            trees.append(_git(package, "write-tree", environment=environment) or "")
+        return _git(package, "diff", "--unified=0", *trees, "--", ".", environment=environment)
+
+
+@contextmanager
+def _scratch_index(package: Path) -> Iterator[dict[str, str]]:
+    """An environment in which git writes its index and objects to a folder that is then removed."""
+    objects = _git(package, "rev-parse", "--path-format=absolute", "--git-path", "objects")
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "objects").mkdir()
+        yield {
+            **os.environ,
+            "GIT_INDEX_FILE": f"{folder}/index",
+            "GIT_OBJECT_DIRECTORY": f"{folder}/objects",
+            "GIT_ALTERNATE_OBJECT_DIRECTORIES": objects or "",
+        }
+
+
 def machine() -> dict[str, Any]:
     """The platform, the processor, the number of cores that this process may use, and the memory in GiB."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -86,15 +165,18 @@ def commit() -> dict[str, Any] | None:
     return {"commit": heads[0], "dirty": any(not line.startswith("#") for line in lines)}
 
 
-def _git(folder: Path, *arguments: str) -> str | None:
+def _git(
+    folder: Path, *arguments: str, environment: Mapping[str, str] | None = None, given: bytes | None = None
+) -> str | None:
     """What git prints, without white space at the ends; None if it fails or is not installed."""
+    command = ["git", "-C", str(folder), *arguments]
     try:
         process = subprocess.run(
-            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=True
+            command, capture_output=True, timeout=10, check=True, env=environment, input=given
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    return process.stdout.strip()
+    return process.stdout.decode(errors="surrogateescape").strip()
 
 
 def this_process() -> dict[str, Any]:

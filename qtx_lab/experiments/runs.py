@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -44,6 +45,10 @@ if TYPE_CHECKING:
 
 MIN_FREE_BYTES = 64 << 20
 """Free space that a run needs to start. A run of the demo with its figures takes about a tenth of it."""
+REQUIREMENTS = "requirements.txt"
+"""The file of a run that holds all distributions that were installed, as pip reads them."""
+PATCH = "code.patch"
+"""The file of a run that holds what its package's code had that its commit has not."""
 THEMES = ("light", "dark")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
 
@@ -119,7 +124,7 @@ class Run:
         """
         _check_name("name", name)
         home = _prepared(runs_home(home))
-        started = datetime.now(UTC)
+        started, commit = datetime.now(UTC), provenance.commit()
         parameters = spec.to_parameters()
         manifest = {
             "status": "running",
@@ -130,7 +135,9 @@ class Run:
             "started": started.isoformat(timespec="milliseconds"),
             "versions": provenance.versions(),
             "machine": provenance.machine(),
-            "git": provenance.commit(),
+            "git": commit,
+            "code": {"package": provenance.source_hash()},
+            "inputs": input_hashes(parameters),
             "process": provenance.this_process(),
             "clock": provenance.clock(),
             "results": {},
@@ -144,6 +151,10 @@ class Run:
             hidden.mkdir()
             (hidden / "figures").mkdir()
             write_atomic(hidden / "spec.yaml", spec.to_yaml().encode())
+            write_atomic(hidden / REQUIREMENTS, provenance.requirements())
+            patch = provenance.uncommitted() if (commit or {}).get("dirty") else None
+            if patch is not None:
+                write_atomic(hidden / PATCH, patch)
             write_atomic(hidden / MANIFEST, json_bytes(manifest))
             hidden.rename(path)
             sync_folder(home)
@@ -207,6 +218,38 @@ class Run:
             if problem:
                 raise ArgumentError(f"The run cannot be updated: {problem} would not be readable.")
             write_atomic(self.path / MANIFEST, json_bytes(merged))
+
+    def declare(
+        self,
+        name: str,
+        *,
+        unit: str = "",
+        half_width: str | None = None,
+        timing: bool = False,
+        main: bool = False,
+    ) -> None:
+        """Say what a number in the metrics or results means to those who compare runs.
+
+        Parameters
+        ----------
+        name : str
+            The number's column in the metrics, or its name in the results.
+        unit : str
+            Its unit, as "bits".
+        half_width : str, optional
+            The column or result that is half of its 95 % interval.
+        timing : bool
+            Whether it tells time or speed, so that another run is not expected to repeat it.
+        main : bool
+            Whether it is what the run is about, which a sweep's figure then shows.
+
+        Raises
+        ------
+        StorageError
+            If the manifest cannot be read or written.
+        """
+        facts = {"unit": unit, "half_width": half_width, "timing": timing, "main": main}
+        self.update(measures={name: facts})
 
     def used(self, backend: QiskitQuantumBackend) -> None:
         """Record a device's name and the time of its calibration, or None if that is not known.
@@ -547,6 +590,17 @@ def _check_name(argument: str, given: str) -> None:
             f"{argument}={given!r} is not allowed: it must be up to 80 letters, digits, '.', '_' and '-', "
             "and begin with a letter or digit."
         )
+
+
+def input_hashes(parameters: Any) -> dict[str, str]:
+    """SHA-256 of each file that a parameter names, by the parameter's text."""
+    if isinstance(parameters, dict | list):
+        inner = parameters.values() if isinstance(parameters, dict) else parameters
+        return {name: digest for value in inner for name, digest in input_hashes(value).items()}
+    if isinstance(parameters, str) and os.path.isfile(os.path.expanduser(parameters)):
+        with suppress(OSError), open(os.path.expanduser(parameters), "rb") as file:
+            return {parameters: hashlib.file_digest(file, "sha256").hexdigest()}
+    return {}
 
 
 def _storable(value: Any) -> Any:

@@ -25,7 +25,7 @@ from qtx_lab.experiments.runs import Run, find_run, runs
 from qtx_lab.specs import ExperimentSpec
 from qtx_lab.storage import read_frame, write_atomic
 
-FILES = ("figures", "manifest.json", "spec.yaml")
+FILES = ("figures", "manifest.json", "requirements.txt", "spec.yaml")
 """What every run has."""
 
 
@@ -259,7 +259,7 @@ def test_a_limit_of_file_size_fails_the_run(tmp_path) -> None:
     assert "StorageError" in table["error"][0]
     run = find_run(table["path"][0])
     assert run.metrics()["x"].tolist() == [1]
-    assert names(run.path) == {"figures", "manifest.json", "metrics.parquet", "spec.yaml"}
+    assert names(run.path) - {"code.patch"} == {*FILES, "metrics.parquet"}
 
 
 @pytest.mark.chaos
@@ -419,7 +419,7 @@ def test_two_writers_to_one_run_are_refused(tmp_path, spec) -> None:
             with pytest.raises(StorageError, match=f"process {process.pid} on .* is writing this run"):
                 write()
         assert run.status == "running"
-        assert names(run.path) == set(FILES)
+        assert names(run.path) - {"code.patch"} == set(FILES)
         process.kill()
     run.update(results={"x": 1})  # nobody else is writing any more
     run.finish("interrupted")

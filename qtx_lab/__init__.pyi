@@ -32,6 +32,7 @@ from .errors import QtxError as QtxError
 from .errors import RunFailed as RunFailed
 from .errors import ShapeError as ShapeError
 from .errors import SpecError as SpecError
+from .errors import StoppedBySignal as StoppedBySignal
 from .errors import StorageError as StorageError
 from .errors import TextError as TextError
 from .errors import TransformError as TransformError

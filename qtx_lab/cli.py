@@ -18,7 +18,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import __version__
-from .errors import ArgumentError, BackendUnavailable, ModelUnavailable, QtxError, RunFailed, StorageError
+from .errors import (
+    ArgumentError,
+    BackendUnavailable,
+    ModelUnavailable,
+    QtxError,
+    RunFailed,
+    StoppedBySignal,
+    StorageError,
+)
 from .storage import runs_home
 
 if TYPE_CHECKING:
@@ -36,8 +44,8 @@ def _one_line(error: BaseException) -> str:
 class Commands(click.Group):
     """Commands that report an error in one line and by an exit code.
 
-    The code is 1 if a run failed, 2 if something was not allowed or not possible, 130 after Ctrl-C, 143 after
-    SIGTERM and 129 after SIGHUP.
+    The code is 1 if a run failed, 2 if something was not allowed or not possible, 130 after Ctrl-C, and 128
+    plus its number after another signal: 143 after SIGTERM, 129 after SIGHUP, 138 after a training's SIGUSR1.
     """
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -48,6 +56,9 @@ class Commands(click.Group):
             except QtxError as error:
                 click.echo(f"error: {_one_line(error)}", err=True)
                 ctx.exit(1 if isinstance(error, RunFailed) else 2)
+            except StoppedBySignal as error:
+                click.echo(f"interrupted: {_one_line(error)}", err=True)
+                ctx.exit(error.exit_code)
             except KeyboardInterrupt:
                 click.echo("interrupted", err=True)
                 ctx.exit(128 + signals.received)
@@ -246,6 +257,16 @@ def _print_run(path: Path, manifest: dict[str, Any]) -> None:
     help="A Dask cluster to use instead: a YAML file, or a scheduler's address.",
 )
 @click.option("--measure", metavar="NAME", help="The result that the figure shows [default: the first].")
+@click.option(
+    "--search",
+    "space",
+    multiple=True,
+    metavar="NAME=LOW..HIGH[:log]|A,B",
+    help="Search for the best value in a range or a list, by Optuna, instead of running a grid.",
+)
+@click.option("--objective", metavar="NAME", help="With --search: the result that is to be small.")
+@click.option("--maximize", is_flag=True, help="With --search: the objective is to be large.")
+@click.option("--trials", type=int, help="With --search: combinations that are tried [default: 40].")
 @click.option("--resume", is_flag=True, help="Run only the notebooks that no earlier sweep has done.")
 @home_option
 def sweep(
@@ -256,26 +277,59 @@ def sweep(
     files: tuple[Path, ...],
     cluster: str | None,
     home: Path | None,
+    measure: str | None,
+    space: tuple[str, ...],
+    objective: str | None,
+    maximize: bool,
+    trials: int | None,
     **options: Any,
 ) -> None:
-    """Run NOTEBOOK for every combination of values; the last line is the report's path."""
+    """Run NOTEBOOK for every combination of values; the last line is the report's path.
+
+    With --search, combinations are proposed one after the other, and with --repeats of 2 or more each is
+    stopped as soon as its 95 % interval excludes the best one.
+    """
     from .experiments.sweeps import sweep as run_sweep
     from .specs import ClusterSpec
 
     place: ClusterSpec | str | None = cluster
     if cluster is not None and "://" not in cluster:
         place = ClusterSpec.from_yaml(Path(cluster))
-    finished = run_sweep(
-        notebook,
-        _grid(grid),
-        parameters=_parameters(parameters, texts, files),
-        cluster=place,
-        home=home,
-        **options,
-    )
+    options |= {"parameters": _parameters(parameters, texts, files), "cluster": place, "home": home}
+    if space:
+        from .experiments.search import search
+
+        if grid or measure is not None or objective is None:
+            raise ArgumentError("--search needs --objective, and excludes -g and --measure.")
+        finished = search(
+            notebook,
+            _space(space),
+            objective,
+            maximize=maximize,
+            trials=40 if trials is None else trials,
+            **options,
+        )
+    elif objective is not None or maximize or trials is not None:
+        raise ArgumentError("--objective, --maximize and --trials belong to --search.")
+    else:
+        finished = run_sweep(notebook, _grid(grid), measure=measure, **options)
     _print_run(finished.path, finished.manifest)
     if finished.status != "done":
         sys.exit(1)
+
+
+def _space(options: tuple[str, ...]) -> dict[str, str]:
+    """The ranges and lists of `--search NAME=...` options, as texts."""
+    space: dict[str, str] = {}
+    for text in options:
+        name, _, given = text.partition("=")
+        if not given or name in space:
+            raise ArgumentError(
+                f"--search {text!r} is not allowed: it must be NAME=LOW..HIGH, NAME=LOW..HIGH:log or "
+                "NAME=A,B, each name once."
+            )
+        space[name] = given
+    return space
 
 
 def _grid(options: tuple[str, ...]) -> dict[str, Any]:
@@ -387,7 +441,7 @@ def diff(a: str, b: str, as_json: bool, home: Path | None) -> None:
 def spec(kind: str) -> None:
     """Print the JSON schema of a KIND of spec: its fields, bounds, units and help.
 
-    KIND is experiment, sampler, control, circuit, mitigation, train, cluster, notebook or sweep.
+    KIND is experiment, sampler, control, circuit, mitigation, train, cluster, notebook, sweep or search.
     """
     from .errors import unknown_name
     from .specs import SPECS
@@ -651,6 +705,12 @@ def _flag(kind: Any, text: str) -> Any:
 @click.option("--num-workers", type=int, help="Number of the cluster's workers, each with one rank.")
 @click.option("--address", help="Address of the scheduler, with --cluster address.")
 @click.option("--resume", metavar="RUN", help="Continue a training that was stopped.")
+@click.option(
+    "--continue",
+    "continue_stopped",
+    is_flag=True,
+    help="Continue the latest run of this name and spec, if it was stopped; else begin a new one.",
+)
 @click.option("--name", default="train", show_default=True, help="Name of the run.")
 @home_option
 def train(
@@ -661,6 +721,7 @@ def train(
     num_workers: int | None,
     address: str | None,
     resume: str | None,
+    continue_stopped: bool,
     name: str,
     home: Path | None,
     **flags: str | None,
@@ -668,13 +729,22 @@ def train(
     """Train a model by SPEC.yaml and the flags, in a run folder; the last line is the report's path.
 
     A flag sets a field of the spec and overrides SPEC.yaml. Without --cluster, training uses one process.
+
+    SIGINT, SIGTERM, SIGHUP and SIGUSR1 let the step end, write a checkpoint, and exit with 130, 143, 129 and
+    138. The same command with --continue then goes on from the checkpoint. A job of SLURM that is stopped for
+    another one, or runs out of time, asks for the signal and is queued again:
+
+    \b
+        #SBATCH --requeue --signal=USR1@120
+        srun qtx-lab train spec.yaml --name job-$SLURM_JOB_ID --continue
+        if [ $? -eq 138 ]; then scontrol requeue $SLURM_JOB_ID; fi
     """
     from .specs import ClusterSpec, TrainSpec
 
     kinds = {name: field.annotation for name, field in TrainSpec.model_fields.items()}
     given = {name: _flag(kinds[name], text) for name, text in flags.items() if text is not None}
     if preset is not None or out is not None:
-        others = (spec_file, cluster, num_workers, address, resume, home)
+        others = (spec_file, cluster, num_workers, address, resume, home, continue_stopped or None)
         if preset is None or out is None or given or any(x is not None for x in others):
             raise ArgumentError("--preset and --out go together, and with nothing else.")
         from .training.reference_training import train_reference
@@ -687,13 +757,17 @@ def train(
         raise ArgumentError("--num-workers and --address belong to --cluster.")
     where = None if cluster is None else ClusterSpec(kind=cluster, num_workers=num_workers, address=address)
     if resume is not None:
-        if given or spec_file:
+        if given or spec_file or continue_stopped:
             raise ArgumentError("--resume continues with the run's own spec: leave the other options out.")
         finished = train_run(cluster=where, home=home, resume=resume)
     else:
         base = {} if spec_file is None else TrainSpec.from_yaml(spec_file).to_parameters()
         finished = train_run(
-            TrainSpec.from_parameters({**base, **given}), cluster=where, home=home, name=name
+            TrainSpec.from_parameters({**base, **given}),
+            cluster=where,
+            home=home,
+            name=name,
+            continue_stopped=continue_stopped,
         )
     _print_run(finished.path, finished.manifest)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import signal
 from collections.abc import Iterable
 
 
@@ -63,6 +64,23 @@ class ModelUnavailable(QtxError, OSError):
 
 class JobTimeout(QtxError, TimeoutError):
     """A device job did not end within the time given. The job goes on."""
+
+
+class StoppedBySignal(KeyboardInterrupt):
+    """SIGTERM, SIGHUP or SIGUSR1 stopped a training in order, after its step and with a checkpoint.
+
+    Parameters
+    ----------
+    number : signal.Signals
+        The signal; `exit_code` is 128 plus its number, as a shell reports it.
+    message : str
+        What was done, and where the checkpoint is.
+    """
+
+    def __init__(self, number: signal.Signals, message: str):
+        super().__init__(message)
+        self.number = number
+        self.exit_code = 128 + number
 
 
 class FallbackWarning(UserWarning):

@@ -13,11 +13,11 @@ import numpy as np
 from .. import theme as look
 from ..errors import ArgumentError, QtxError, RunFailed
 from ..specs import ClusterSpec, TrainSpec
-from ..storage import write_tensors
+from ..storage import runs_home, write_tensors
 from . import provenance
 from .figures import themed_figure
 from .report import write_report
-from .runs import Run, find_run
+from .runs import Run, find_run, read_manifests
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -36,6 +36,7 @@ def train_run(
     home: str | Path | None = None,
     name: str = "train",
     resume: str | Path | None = None,
+    continue_stopped: bool = False,
     progress: bool = True,
 ) -> Run:
     """Train as a spec says, in a new run, or resume the training of a run that was interrupted or failed.
@@ -55,6 +56,9 @@ def train_run(
         Name of the new run.
     resume : str or path, optional
         A run, by its folder or a part of its name.
+    continue_stopped : bool
+        Go on with the latest run of this name and spec if it was interrupted or failed: so the same call
+        again resumes, as a job does that a batch system has queued again.
     progress : bool
         Show a bar with the time left.
 
@@ -70,6 +74,9 @@ def train_run(
     """
     from ..training.checkpoints import locked
 
+    if resume is None and continue_stopped:
+        resume = _stopped_run(spec or TrainSpec(), name, home)
+        spec = spec if resume is None else None
     if resume is None:
         spec = spec or TrainSpec()
         return _train_in(Run.create(spec, name, home, title="A training"), spec, cluster, progress)
@@ -87,6 +94,16 @@ def train_run(
         spec = TrainSpec.from_yaml(run.path / "spec.yaml")
         run.update(status="running", error=None, process=provenance.this_process())
         return _train_in(run, spec, cluster, progress)
+
+
+def _stopped_run(spec: TrainSpec, name: str, home: str | Path | None) -> Path | None:
+    """The latest run of this name and spec, if it stopped early."""
+    latest = None
+    for folder, manifest in read_manifests(runs_home(home)):
+        same = manifest.get("name") == name and (manifest.get("spec") or {}).get("identity") == spec.identity
+        if same and (latest is None or manifest["started"] > latest[1]["started"]):
+            latest = folder, manifest
+    return latest[0] if latest is not None and latest[1]["status"] in ("interrupted", "failed") else None
 
 
 def _train_in(run: Run, spec: TrainSpec, cluster: ClusterSpec | None, progress: bool) -> Run:

@@ -10,7 +10,7 @@ from .mitigation import MitigationSpec
 from .notebook import NotebookSpec
 from .problems import nearest
 from .sampler import SamplerSpec
-from .sweep import SweepSpec
+from .sweep import SearchSpec, SweepSpec
 from .training import TrainSpec
 from .words import (
     Word,
@@ -34,6 +34,7 @@ SPECS: dict[str, type[Spec]] = {
     "cluster": ClusterSpec,
     "notebook": NotebookSpec,
     "sweep": SweepSpec,
+    "search": SearchSpec,
 }
 """Every kind of spec by its name, as `qtx-lab spec NAME` and a notebook's metadata use it."""
 
@@ -52,6 +53,7 @@ __all__ = [
     "Real",
     "SamplerName",
     "SamplerSpec",
+    "SearchSpec",
     "Spec",
     "SweepSpec",
     "Switch",

@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from ..errors import ArgumentError, BackendUnavailable
 from ..specs import ClusterSpec
 
 if TYPE_CHECKING:
-    from distributed import Client
+    from distributed import Client, LocalCluster
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,19 @@ class Cluster:
         if self.client.scheduler is None:
             raise ConnectionError("the client has lost its scheduler")
         return tuple(sorted(self.client.nthreads()))
+
+    @property
+    def ready_workers(self) -> tuple[str, ...]:
+        """Addresses of the workers that take new tasks, sorted: those that are leaving are not among them.
+
+        Raises
+        ------
+        OSError
+            If the scheduler does not answer.
+        """
+        if self.client.scheduler is None:
+            raise ConnectionError("the client has lost its scheduler")
+        return tuple(sorted(self.client.sync(self.client.scheduler.ncores_running)))
 
 
 @contextmanager
@@ -232,26 +245,38 @@ def _start(stack: ExitStack, spec: ClusterSpec, kind: str, num_workers: int) -> 
         cluster = LocalCluster(
             n_workers=count, threads_per_worker=spec.threads_per_worker, memory_limit=0, **options
         )
-    stack.callback(cluster.close, timeout=60)
+    stack.callback(_close, cluster)
     client = Client(cluster, timeout=spec.timeout)
     stack.callback(client.close)
-    client.register_worker_callbacks(_leave_ctrl_c_to_the_caller)
+    client.register_worker_callbacks(_leave_signals_to_the_caller)
     # A Ctrl-C that comes during garbage collection would be raised in Dask's callback after it, and lost.
     disable_gc_diagnosis(force=True)
     return client
+
+
+def _close(cluster: LocalCluster) -> None:
+    """Close a cluster of this machine.
+
+    On a busy machine Dask gives up waiting for a worker less than a second after it has killed it.
+    """
+    with suppress(TimeoutError):
+        cluster.close(timeout=60)
 
 
 def _usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
-def _leave_ctrl_c_to_the_caller() -> None:
-    """Let a worker ignore Ctrl-C, which a terminal sends to workers too: the caller ends them in order.
+def _leave_signals_to_the_caller() -> None:
+    """Let a worker ignore the signals that end a training: the caller ends it in order, after its step.
 
-    A handler that does nothing, and not SIG_IGN, which the programs that a worker starts would inherit.
+    A terminal and a batch system send them to the workers too. A handler that does nothing, and not SIG_IGN,
+    which the programs that a worker starts would inherit.
     """
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, lambda number, frame: None)
+        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+            if name in signal.Signals.__members__:
+                signal.signal(signal.Signals[name], lambda number, frame: None)
 
 
 @contextmanager

@@ -199,6 +199,7 @@ class _Rank:
         self.draws = attention.draws
         self.noise_statistics: dict[str, float | None] = {}
         self.rows: list[dict[str, Any]] = []
+        self.last_rows: list[dict[str, Any]] = []
         self.step_started = self.reported = time.monotonic()
 
     def _wrapped_model(self) -> nn.Module:
@@ -422,6 +423,7 @@ class _Rank:
             "shards": self.job.shards,
             "draws": self.draws,
             "ranks": self.world,
+            "rows": self.last_rows,  # a worker that is leaving may not have been able to send them
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
         }
         save_checkpoint(
@@ -460,9 +462,10 @@ class _Rank:
         return {f"held_out_{name}_{way}": mean for way, mean in zip(draws_of, means, strict=True)}
 
     def _send_rows(self) -> None:
-        if self.rank == 0 and self.rows:
-            self.report(self.rows)
-            self.rows, self.reported = [], time.monotonic()
+        if self.rows:
+            if self.rank == 0:
+                self.report(self.rows)
+            self.last_rows, self.rows, self.reported = self.rows, [], time.monotonic()
 
     def _note_progress(self, step: int, activity: str) -> None:
         _PROGRESS[self.attempt] = RankProgress(step, activity)

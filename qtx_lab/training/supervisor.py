@@ -1,11 +1,15 @@
-"""Brings a training to its end: starts the ranks, watches them, and begins again after a fault."""
+"""Brings a training to its end: starts the ranks, watches them, and goes on after faults and changes.
+
+An attempt is a number of ranks that train together. It ends with the training, by a fault, or because
+workers left or came: then the ranks stop after their step, with a checkpoint, from which the next one begins.
+"""
 
 from __future__ import annotations
 
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -15,7 +19,7 @@ from tqdm.auto import tqdm
 
 from ..errors import ArgumentError, RunFailed, StorageError
 from ..storage import write_atomic
-from .checkpoints import checkpoints, claim
+from .checkpoints import checkpoints, claim, read_about
 from .cluster import Cluster
 from .loop import NotFinite
 from .rank import RankEnd, RankJob, progress_of, train_rank
@@ -36,6 +40,8 @@ RESTART_TIMEOUT_S = 10.0
 """How long a worker that is restarted may take to end."""
 ANSWER_TIMEOUT_S = 3.0
 """How long a worker may take to answer a question."""
+LEAVE_TIMEOUT_S = 10.0
+"""How long the last worker of a training that leaves in order may take to write its checkpoint."""
 
 
 class Supervisor:
@@ -61,6 +67,8 @@ class Supervisor:
         Metrics by step.
     faults : list of str
         What went wrong and was overcome.
+    notes : list of str
+        What the ranks chose, and how their number changed.
     world : int
         Ranks of the last attempt.
     """
@@ -79,7 +87,13 @@ class Supervisor:
         self.cancelled, self.on_metrics = cancelled, on_metrics
         self.rows: dict[int, dict[str, Any]] = {}
         self.faults: list[str] = []
+        self.notes: list[str] = []
         self.world = 1
+        self._facts: dict[str, Any] = {}
+        self._asked: set[str] = set()
+        self._ready: set[str] = set()
+        self._refused: set[str] = set()
+        self._leaving_since: float | None = None
         self.attempt = 0
         self.last_report, self.started = time.monotonic(), False
         self._new_rows: list[dict[str, Any]] = []
@@ -108,8 +122,15 @@ class Supervisor:
                 claim(self.job.folder, name)
                 end = self._run_alone(name) if self.cluster is None else self._run_over_cluster(name, world)
                 self._pass_on_rows()
-                if end.ended_well:
+                self._add_notes(*end.notes)
+                if end.how == "stopped":
+                    self._add_rows_of(end.step)
+                if end.how == "done" or (end.how == "stopped" and self.cancelled.is_set()):
                     return end
+                self.attempt += 1
+                if end.how == "stopped":
+                    world = self._changed_world(end.step)
+                    continue
                 if isinstance(end.error, NotFinite) and end.step not in not_finite_at:
                     not_finite_at.add(end.step)
                 elif end.how == "failed":
@@ -123,9 +144,29 @@ class Supervisor:
                         f"between them: {' '.join(self.faults[-faults_in_a_row:])}"
                     ) from end.error
                 if self.cancelled.is_set():
-                    raise RunFailed(f"Cancelled while recovering: {self.faults[-1]}") from end.error
-                self.attempt += 1
+                    return self._stopped_while_recovering(end)
                 self.bar.write(f"Training goes on from step {self._last_checkpoint()}: {end.error}")
+
+    def _stopped_while_recovering(self, end: RankEnd) -> RankEnd:
+        """The end of a training that was cancelled after a fault: at the last checkpoint, if there is one."""
+        if not self._last_checkpoint():
+            raise RunFailed(f"Cancelled while recovering: {self.faults[-1]}") from end.error
+        return RankEnd("stopped", self._last_checkpoint())
+
+    def _changed_world(self, step: int) -> int:
+        """How many ranks go on after workers left or came, for which the others stopped at a step."""
+        assert self.cluster is not None
+        count = 0
+        with suppress(OSError, ValueError):
+            count = self._usable_count(self._candidates())
+        if count != self.world:
+            self._add_notes(
+                f"After step {step} training went on with {max(1, count)} rank(s) instead of {self.world}."
+            )
+        return max(1, count)
+
+    def _add_notes(self, *notes: str) -> None:
+        self.notes += [note for note in notes if note not in self.notes]
 
     def _final_error(self, end: RankEnd) -> Exception:
         """The error that ends training."""
@@ -184,9 +225,11 @@ class Supervisor:
         while True:
             workers: tuple[str, ...] = ()
             with suppress(OSError, ValueError):  # the scheduler may be on its way back
-                workers = self.cluster.workers
+                workers = self._candidates()
             if len(workers) >= world:
                 break
+            if self.cancelled.is_set():
+                raise TimeoutError("Cancelled while waiting for workers.")
             if time.monotonic() > until + (0 if workers else START_TIMEOUT_S):
                 if not workers:
                     raise RunFailed(
@@ -198,9 +241,12 @@ class Supervisor:
                 )
                 break
             time.sleep(POLL_INTERVAL_S)
-        count = min(len(workers), world, self.job.shards)
-        if self.job.spec.parallel == "fsdp":  # its ranks go in step, so each needs as many shards
-            count = max(n for n in range(1, count + 1) if self.job.shards % n == 0)
+        count = self._usable_count(workers)
+        if count < len(workers):
+            self._add_notes(
+                f"{len(workers)} workers are there and {count} train: a batch has {self.job.shards} parts "
+                "since training began, ranks times accumulation."
+            )
         workers = workers[:count]
         answers = self._ask(workers, worker_facts, timeout=START_TIMEOUT_S)
         kinds = {tuple(sorted(facts.items())) for facts in answers.values()}
@@ -208,7 +254,45 @@ class Supervisor:
             raise ArgumentError(
                 f"cluster: its workers differ, and ranks need the same: {[dict(kind) for kind in kinds]}."
             )
+        self._facts = dict(*kinds)
         return workers
+
+    def _candidates(self) -> tuple[str, ...]:
+        """The workers that can begin to train now; OSError where the scheduler does not answer."""
+        assert self.cluster is not None
+        return tuple(worker for worker in self.cluster.ready_workers if worker not in self._refused)
+
+    def _usable_count(self, workers: Sequence[str]) -> int:
+        """How many of these workers can be ranks."""
+        count = min(len(workers), self.job.shards)
+        if self.job.spec.parallel == "fsdp":  # its ranks go in step, so each needs as many shards
+            count = max((n for n in range(1, count + 1) if self.job.shards % n == 0), default=0)
+        return count
+
+    def _more_workers(self, workers: Sequence[str]) -> bool:
+        """Whether a next attempt could have more ranks than these workers."""
+        try:
+            there = self._candidates()
+        except (OSError, ValueError):
+            return False
+        if self._usable_count(there) <= len(workers):
+            return False
+        for worker in set(there) - set(workers) - self._asked:
+            # Beside the training: a new process takes seconds to import torch before it answers.
+            self._asked.add(worker)
+            threading.Thread(target=self._ask_facts, args=(worker,), daemon=True).start()
+        return self._usable_count([w for w in there if w in workers or w in self._ready]) > len(workers)
+
+    def _ask_facts(self, worker: str) -> None:
+        """Find out whether a worker that came can be a rank."""
+        facts = self._ask([worker], worker_facts, timeout=START_TIMEOUT_S).get(worker)
+        if facts == self._facts:
+            self._ready.add(worker)
+        elif facts is None:
+            self._asked.discard(worker)  # it is asked again, if it is still there
+        else:
+            self._refused.add(worker)
+            self._add_notes(f"The worker {worker} does not train: it has {facts}, the others {self._facts}.")
 
     def _start_ranks(self, name: str, workers: Sequence[str]) -> list[Future]:
         """A rank in each worker."""
@@ -244,7 +328,7 @@ class Supervisor:
 
     def _watch(self, name: str, workers: Sequence[str], futures: Sequence[Future]) -> RankEnd:
         """How the attempt ends: as its ranks say, or as it looks from outside."""
-        self.started, stop_sent = False, False
+        self.started, stop_sent, self._leaving_since = False, False, None
         self.last_report = looked = time.monotonic()
         while True:
             self._pass_on_rows()
@@ -257,6 +341,9 @@ class Supervisor:
                 end = self._end_of_attempt(workers, futures)
                 if end is not None:
                     return end
+                if self.started and not stop_sent and self._more_workers(workers):
+                    self._ask(workers, ask_to_stop, name)
+                    stop_sent = True
             if self.started:
                 patience = self.job.timeout * (10 if self.job.spec.compile else 1)
             else:
@@ -268,6 +355,7 @@ class Supervisor:
 
     def _end_of_attempt(self, workers: Sequence[str], futures: Sequence[Future]) -> RankEnd | None:
         """How the attempt ended; None while it goes on."""
+        assert self.cluster is not None
         ends = [_end_of_rank(future) for future in futures if future.done()]
         if len(ends) == len(futures) and all(end.ended_well for end in ends):
             return ends[0]
@@ -276,24 +364,51 @@ class Supervisor:
             time.sleep(WORKERS_POLL_INTERVAL_S)
             ends = [_end_of_rank(future) for future in futures if future.done()]
         step = max([self._last_step(), *(end.step for end in ends)])
-        gone = self._gone_workers(workers)
+        try:
+            there = self.cluster.workers
+        except (OSError, ValueError) as error:
+            return RankEnd("lost", step, RuntimeError(f"The scheduler does not answer ({error})."))
+        gone = [worker for worker in workers if worker not in there]
+        if gone and self._left_in_order(gone):
+            return self._end_without(gone, workers, futures)
         if gone:
-            return RankEnd("lost", step, RuntimeError(f"{gone}."))
+            names = ", ".join(f"rank {workers.index(worker)} at {worker}" for worker in gone)
+            return RankEnd("lost", step, RuntimeError(f"The worker of {names} is gone."))
         for how in ("failed", "lost"):
             for end in ends:
                 if end.how == how:
                     return end
         return None
 
-    def _gone_workers(self, workers: Sequence[str]) -> str:
-        """Which ranks' workers are gone, in words; "" if none is."""
+    def _left_in_order(self, gone: Sequence[str]) -> bool:
+        """Whether all workers that are gone were closed or retired, and did not die."""
         assert self.cluster is not None
-        try:
-            there = self.cluster.workers
-        except (OSError, ValueError) as error:
-            return f"The scheduler does not answer ({error})"
-        gone = [f"rank {i} at {worker}" for i, worker in enumerate(workers) if worker not in there]
-        return f"The worker of {', '.join(gone)} is gone" if gone else ""
+        with suppress(Exception):
+            events = {worker: self.cluster.client.get_events(worker) for worker in gone}
+            return all(any(_is_leaving(message) for _, message in events[worker]) for worker in gone)
+        return False
+
+    def _end_without(
+        self, gone: Sequence[str], workers: Sequence[str], futures: Sequence[Future]
+    ) -> RankEnd | None:
+        """How the attempt ends after workers left in order; None while the other ranks have not ended.
+
+        A worker that is closing lets all ranks stop after their step. It cannot send the end of its own rank:
+        that of another one, or the checkpoint, says how far they came.
+        """
+        if self._leaving_since is None:
+            self._leaving_since = time.monotonic()
+        left = [f for worker, f in zip(workers, futures, strict=True) if worker not in gone]
+        ends = [_end_of_rank(future) for future in left if future.done()]
+        bad = next((end for end in ends if not end.ended_well), None)
+        if bad is not None:
+            return bad
+        if left and len(ends) == len(left):
+            return ends[0]
+        waited = time.monotonic() - self._leaving_since
+        if not left and (self._last_checkpoint() > self._last_step() - 1 or waited > LEAVE_TIMEOUT_S):
+            return RankEnd("stopped", self._last_checkpoint())
+        return None
 
     def _progress_in_words(self, name: str, workers: Sequence[str]) -> str:
         """What each rank says that it is doing; a process that is stopped does not answer."""
@@ -334,13 +449,16 @@ class Supervisor:
         client = self.cluster.client
         with suppress(Exception):
             client.unsubscribe_topic(name)
-        ended_well = [f.status == "finished" and _end_of_rank(f).ended_well for f in futures]
+        ended_well = {
+            worker: future.status == "finished" and _end_of_rank(future).ended_well
+            for worker, future in zip(workers, futures, strict=True)
+        }
         with suppress(Exception):
             client.cancel(list(futures), force=True)
-        if all(ended_well):
-            return
         with suppress(Exception):
             left = set(workers) & set(self.cluster.workers)
+            if all(ended_well[worker] for worker in left):
+                return
             client.restart_workers(sorted(left), timeout=RESTART_TIMEOUT_S, raise_for_error=False)
             until = time.monotonic() + START_TIMEOUT_S
             while left & set(self.cluster.workers) and time.monotonic() < until:
@@ -353,6 +471,15 @@ class Supervisor:
         with self._lock:
             self.last_report, self.started = time.monotonic(), True
             self._new_rows += [{**row, "attempt": self.attempt} for row in rows if "loss" in row]
+
+    def _add_rows_of(self, step: int) -> None:
+        """Add the last rows before a checkpoint, if rank 0 was gone before it could send them."""
+        if self._last_step() >= step:
+            return
+        with suppress(StorageError):
+            rows = read_about(self.job.folder, step).get("rows") or []
+            self._take_rows([row for row in rows if row["step"] > self._last_step()])
+            self._pass_on_rows()
 
     def _last_step(self) -> int:
         return max(self.rows, default=0)
@@ -369,6 +496,14 @@ class Supervisor:
         shown = {k: f"{new[-1][k]:.4g}" for k in ("loss", "draws", "tokens_per_second") if k in new[-1]}
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update(new[-1]["step"] - self.bar.n)
+
+
+def _is_leaving(message: Any) -> bool:
+    """Whether an event of a worker's own says that it is closed, or that the scheduler let it go."""
+    if not isinstance(message, Mapping):
+        return False
+    action = message.get("action")
+    return action == "closing-worker" or (action == "remove-worker" and bool(message.get("expected")))
 
 
 def _end_of_rank(future: Future) -> RankEnd:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_count
-from ..errors import ArgumentError, DtypeError, FallbackWarning, ShapeError, StorageError
+from ..errors import ArgumentError, DtypeError, FallbackWarning, ShapeError, StoppedBySignal, StorageError
 from ..models.reference import ReferenceModel
 from ..samplers import ExactSampler, Sampler, make_sampler
 from ..specs import TrainSpec
@@ -33,6 +33,12 @@ from .rank import RankEnd, RankJob
 from .sampling import Attention
 from .supervisor import OnMetrics, Supervisor
 
+STOP_SIGNALS = tuple(
+    signal.Signals[name]
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+    if name in signal.Signals.__members__  # Windows has only the first two
+)
+"""The signals after which a training finishes its step, writes a checkpoint and ends."""
 ALONE_TIMEOUT_S = 60.0
 """The timeout of a training without a cluster, in which no rank waits for another."""
 
@@ -291,10 +297,14 @@ class QuantumTrainer:
         """Train to the end, or until cancelled, and leave the weights in `model`.
 
         Ctrl-C, as in a notebook's Interrupt, cancels: the step is finished and a checkpoint written, then
-        KeyboardInterrupt is raised. A second Ctrl-C does not wait for that.
+        KeyboardInterrupt is raised. A second Ctrl-C does not wait for that. SIGTERM, SIGHUP and SIGUSR1, as a
+        batch system sends them before it ends a job, do the same and raise StoppedBySignal, which is a
+        KeyboardInterrupt; they are handled only where `train` runs in the main thread.
 
         Raises
         ------
+        KeyboardInterrupt
+            After Ctrl-C or one of these signals.
         RunFailed
             If faults keep coming, or the loss is not finite again; a model's own errors as they are.
         StorageError
@@ -311,12 +321,15 @@ class QuantumTrainer:
             with (
                 locked(folder),
                 self._open_cluster() as (cluster, notes),
-                self._cancelling_on_ctrl_c() as hit,
+                self._cancelling_on_signals() as received,
             ):
                 supervisor, end = self._run(folder, digest, cluster)
-                if hit.is_set():
-                    raise KeyboardInterrupt(
-                        f"Stopped after step {end.step}; checkpoint: {checkpoint_path(folder, end.step)}"
+                if received:
+                    where = f"after step {end.step}; checkpoint: {checkpoint_path(folder, end.step)}"
+                    raise (
+                        KeyboardInterrupt(f"Stopped {where}")
+                        if received[0] == signal.SIGINT
+                        else StoppedBySignal(received[0], f"Stopped by {received[0].name} {where}")
                     )
         except BaseException as error:
             if checkpoints(folder):
@@ -333,7 +346,7 @@ class QuantumTrainer:
             metrics=tuple(supervisor.rows[step] for step in sorted(supervisor.rows)),
             ranks=supervisor.world,
             faults=tuple(supervisor.faults),
-            notes=(*notes, *end.notes),
+            notes=(*notes, *supervisor.notes),
             folder=None if temporary and not stopped else folder,
             dashboard_link=cluster.dashboard_link if cluster else None,
             seconds=time.monotonic() - started,
@@ -341,7 +354,9 @@ class QuantumTrainer:
 
     def _run(self, folder: Path, digest: str, cluster: Cluster | None) -> tuple[Supervisor, RankEnd]:
         """Train in a folder, and load the weights from there if other processes trained them."""
-        world = max(1, min(cluster.num_workers, self.spec.batch_size)) if cluster else 1
+        world = 1
+        if cluster:
+            world = max(1, min(max(cluster.num_workers, len(cluster.workers)), self.spec.batch_size))
         job = RankJob(
             model=self.model,
             text=self.text,
@@ -467,25 +482,31 @@ class QuantumTrainer:
             yield cluster, [*notes, cluster.chosen]
 
     @contextmanager
-    def _cancelling_on_ctrl_c(self) -> Iterator[threading.Event]:
-        """Let Ctrl-C cancel the training inside the block; the event is set once it came."""
-        hit = threading.Event()
+    def _cancelling_on_signals(self) -> Iterator[list[signal.Signals]]:
+        """Let the signals in `STOP_SIGNALS` cancel the training inside the block; the list has those of them.
+
+        What a program ignores, as one under nohup does SIGHUP, stays ignored.
+        """
+        received: list[signal.Signals] = []
         if threading.current_thread() is not threading.main_thread():
-            yield hit
+            yield received
             return
-        before = signal.getsignal(signal.SIGINT)
 
         def handle(number: int, frame: Any) -> None:
-            if hit.is_set():
+            if received and number == signal.SIGINT:
                 raise KeyboardInterrupt
-            hit.set()
+            received.append(signal.Signals(number))
             self.cancel()
 
-        signal.signal(signal.SIGINT, handle)
+        handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+        handled = [number for number in STOP_SIGNALS if handlers[number] != signal.SIG_IGN]
+        for number in handled:
+            signal.signal(number, handle)
         try:
-            yield hit
+            yield received
         finally:
-            signal.signal(signal.SIGINT, before)
+            for number in handled:
+                signal.signal(number, handlers[number])
 
 
 def _check_ranks(distributed: bool, num_gpus: int | None, cluster: Cluster | None) -> None:

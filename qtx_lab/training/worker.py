@@ -30,6 +30,9 @@ LOST_RANK_WORDS = (
 )
 """How torch's RuntimeErrors say that another rank does not answer; they have no type of their own."""
 
+LEAVING_STATUSES = ("closing", "closing_gracefully", "closed", "failed")
+"""Dask's words for a worker that is on its way out."""
+
 _STOPPING: set[str] = set()
 """Names of the attempts that are to stop."""
 _STORES: dict[str, dist.TCPStore] = {}
@@ -94,9 +97,8 @@ def run_in_worker(
             )
 
         def must_stop() -> bool:
-            if worker.status.name != "running":  # its scheduler is gone: another attempt may be under way
-                raise _LostRanks(f"The worker {worker.address} is {worker.status.name}.")
-            return attempt in _STOPPING
+            # A worker that is told to leave, or has lost its scheduler, waits a few seconds for its rank.
+            return attempt in _STOPPING or worker.status.name in LEAVING_STATUSES
 
         end = train_rank(job, attempt, rank, world, device, partial(worker.log_event, attempt), must_stop)
         leave_group()
@@ -125,10 +127,6 @@ def leave_group() -> None:
         timer.start()
 
 
-class _LostRanks(RuntimeError):
-    """This rank has lost the others."""
-
-
 def _device() -> torch.device:
     """The worker's own GPU, which dask-cuda makes its first one, or the CPU."""
     if not torch.cuda.is_available():
@@ -141,7 +139,7 @@ def _device() -> torch.device:
 def _how_it_ended(error: BaseException | None) -> str:
     """ "lost" if the error, or one that caused it, means that other ranks did not answer; else "failed"."""
     while error is not None:
-        if isinstance(error, _LostRanks | dist.DistError | ConnectionError):
+        if isinstance(error, dist.DistError | ConnectionError):
             return "lost"
         of_torch = isinstance(error, RuntimeError) and not isinstance(error, RunFailed)
         if of_torch and any(words in str(error) for words in LOST_RANK_WORDS):

@@ -17,6 +17,7 @@ import torch
 
 import qtx_lab as qtx
 from qtx_lab.specs import ClusterSpec
+from qtx_lab.storage import write_atomic
 from qtx_lab.training import QuantumTrainer
 from qtx_lab.training.checkpoints import checkpoints
 from qtx_lab.training.cluster import find_gpus, open_cluster
@@ -28,7 +29,8 @@ FAST |= {"validate_every": 0, "checkpoint_every": 3, "progress": False}
 
 @pytest.fixture(scope="module")
 def cluster():
-    with open_cluster("local", num_workers=2, timeout=30) as opened:
+    kind = "local" if find_gpus()[0] else "auto"  # which then takes "local"
+    with open_cluster(kind, num_workers=2, timeout=30) as opened:
         yield opened
 
 
@@ -65,7 +67,7 @@ def test_no_callback_of_dasks_swallows_a_ctrl_c(cluster):
     assert not [f for f in gc.callbacks if f.__module__.startswith("distributed")]
 
 
-def test_without_a_gpu():
+def test_without_a_gpu(cluster):
     _, why = find_gpus()
     assert "NVML" in why
     for num_workers in (None, 2):
@@ -74,9 +76,8 @@ def test_without_a_gpu():
             open_cluster("cuda", num_workers=num_workers, rmm_pool_bytes=1 << 30, devices=[0, 1]),
         ):
             pass
-    with open_cluster("auto", num_workers=1) as opened:
-        assert opened.kind == "local"
-        assert "auto took 'local': NVML finds no GPU" in opened.chosen
+    assert cluster.kind == "local"
+    assert "auto took 'local': NVML finds no GPU" in cluster.chosen
 
 
 def test_with_gpus_that_nvml_reports(monkeypatch):
@@ -264,7 +265,7 @@ def hitting(cluster, how, when, which=1):
 def test_killed_workers_change_nothing_but_the_time(cluster, whole, seed, soak, monkeypatch):
     """A random rank is killed at a random step; twenty times in a soak."""
     choose = random.Random(seed)
-    for _ in range(20 if soak else 2):
+    for _ in range(20 if soak else 1):
         when, which = choose.randrange(1, 12), choose.randrange(2)
         on_metrics, hit = hitting(cluster, signal.SIGKILL, when, which)
         trainer, result = over(cluster, slowed(), on_metrics=on_metrics)
@@ -274,14 +275,17 @@ def test_killed_workers_change_nothing_but_the_time(cluster, whole, seed, soak, 
         assert (weights(trainer) - whole[0]).abs().max() < 1e-5, (when, which)
 
 
-def slowed():
-    """The small model with forward passes 50 ms longer, so that a signal comes before the end."""
+def slowed(pace=None):
+    """The small model with forward passes 50 ms longer, or as much as a file says, seconds.
+
+    So a signal comes before the end.
+    """
     model = make_model("small", FAST["seed"])
 
     def wait(module, inputs):
         import time
 
-        time.sleep(0.05)
+        time.sleep(0.05 if pace is None else float(pace.read_text()))
 
     model.register_forward_pre_hook(wait)
     return model
@@ -300,10 +304,12 @@ def test_a_hung_rank_is_reported_and_replaced(cluster, whole):
 
 @pytest.mark.chaos
 def test_training_goes_on_without_a_worker_that_stays_away(cluster, whole):
+    """It is killed, and not replaced."""
     local = cluster.client.cluster
 
     def on_metrics(rows):
         if rows[-1]["step"] >= 4 and len(local.workers) == 2:
+            os.kill(local.workers[list(local.worker_spec)[-1]].pid, signal.SIGKILL)
             local.scale(1)
 
     try:
@@ -314,6 +320,82 @@ def test_training_goes_on_without_a_worker_that_stays_away(cluster, whole):
     assert result.ranks == 1
     assert any("stayed away" in fault for fault in result.faults)
     assert (weights(trainer) - whole[0]).abs().max() < 1e-5
+
+
+class Schedule:
+    """An `on_metrics` that lets workers leave, come or die at steps of a schedule."""
+
+    def __init__(self, cluster, events, choose, pace):
+        self.local, self.choose, self.pace = cluster.client.cluster, choose, pace
+        self.due = [(choose.randrange(1, 6) + 6 * i, event) for i, event in enumerate(events)]
+        self.done = []
+
+    def __call__(self, rows):
+        step, ranks = rows[-1]["step"], rows[-1]["ranks"]
+        # Slow while a rank is missing: the process that comes back needs seconds to start.
+        write_atomic(self.pace, b"0.02" if ranks == 2 else b"0.4")
+        if not self.due or step < self.due[0][0] or (self.due[0][1] == "leave" and ranks < 2):
+            return
+        event = self.due.pop(0)[1]
+        self.done.append((step, event))
+        if event == "kill":
+            os.kill(self.local.workers[self.choose.choice(list(self.local.worker_spec))].pid, signal.SIGKILL)
+        else:
+            self.local.scale(1 if event == "leave" else 2)
+
+
+@pytest.mark.chaos
+def test_ranks_leave_and_come_back(cluster, seed, soak, tmp_path):
+    """One schedule (2, 1, 2 ranks); thirty random ones more in a soak, in which workers also die.
+
+    No step is lost, and every loss is that of an uninterrupted training to 1e-6.
+    """
+    choose, pace = random.Random(seed), tmp_path / "pace"
+    settings = {"steps": 90, "checkpoint_every": 0}
+    whole = QuantumTrainer("small", accumulation=2, **{**FAST, **settings}).train()
+    schedules = [["leave", "come"]]
+    for _ in range(30 if soak else 0):
+        schedules.append(
+            choose.choices(["leave", "come", "kill"], weights=[2, 2, 1], k=choose.randrange(1, 5))
+        )
+    for events in schedules:
+        pace.write_text("0.02")
+        schedule = Schedule(cluster, events, choose, pace)
+        try:
+            _, result = over(cluster, slowed(pace), on_metrics=schedule, **settings)
+        finally:
+            cluster.client.cluster.scale(2)
+            cluster.client.wait_for_workers(2, timeout=60)
+        assert [row["step"] for row in result.metrics] == list(range(1, 91)), schedule.done
+        off = [abs(a["loss"] - b["loss"]) for a, b in zip(result.metrics, whole.metrics, strict=True)]
+        assert max(off) <= 1e-6, schedule.done
+        assert len(result.faults) <= 2 * events.count("kill"), (schedule.done, result.faults)
+        if events == schedules[0]:
+            ranks = [row["ranks"] for row in result.metrics]
+            assert [ranks[0], min(ranks), ranks[-1]] == [2, 1, 2]
+            assert any("with 1 rank(s) instead of 2" in note for note in result.notes)
+
+
+@pytest.mark.chaos
+def test_a_batch_system_stops_all_processes_in_order(cluster, tmp_path):
+    """It signals the caller and its workers alike: the ranks finish their step, and the workers live on."""
+    pids = cluster.client.run(os.getpid)
+    before = signal.getsignal(signal.SIGTERM)
+
+    def on_metrics(rows):
+        if rows[-1]["step"] >= 4:
+            for pid in pids.values():
+                os.kill(pid, signal.SIGUSR1)
+                os.kill(pid, signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(qtx.StoppedBySignal, match=r"SIGTERM after step \d+; checkpoint") as caught:
+        over(cluster, slowed(), on_metrics=on_metrics, folder=tmp_path, checkpoint_every=0)
+    assert caught.value.exit_code == 143
+    (step,) = checkpoints(tmp_path)
+    assert 4 <= step < FAST["steps"]
+    assert cluster.client.run(os.getpid) == pids
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 @pytest.mark.chaos

@@ -142,6 +142,34 @@ def test_a_killed_training_is_resumed(tmp_path):
         train_run(home=tmp_path, resume=run.path)
 
 
+@pytest.mark.chaos
+def test_the_same_command_again_continues_what_a_signal_stopped(tmp_path, monkeypatch):
+    log_many, sent = qtx.Run.log_many, []
+
+    def stop_once(run, rows):
+        log_many(run, rows)
+        if not sent:
+            sent.append(1)
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    monkeypatch.setattr(qtx.Run, "log_many", stop_once)
+    settings = {**FAST, "checkpoint_every": 1}
+    command = ["train", *flags(**settings), "--home", str(tmp_path), "--name", "job-1", "--continue"]
+    stopped = CliRunner().invoke(main, command)
+    assert stopped.exit_code == 128 + signal.SIGUSR1
+    assert "interrupted: Stopped by SIGUSR1 after step" in stopped.output
+    (folder,) = tmp_path.iterdir()
+    run = qtx.Run.open(folder)
+    assert run.status == "interrupted"
+    other = CliRunner().invoke(main, [*command, "--steps", "3"])  # another spec is another run
+    assert other.exit_code == 0, other.output
+    again = CliRunner().invoke(main, command)
+    assert again.exit_code == 0, again.output
+    assert len(list(tmp_path.iterdir())) == 2
+    assert run.status == "done"
+    assert run.metrics()["step"].tolist() == list(range(1, 10))
+
+
 HOLD = """
 import sys
 from pathlib import Path

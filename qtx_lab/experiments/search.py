@@ -541,5 +541,9 @@ def _write_best(run: Run, tried: Sequence[SearchedCombination], spec: SearchSpec
     interval = "" if math.isnan(best.half_width) else f" ± {best.half_width:.2g} (95 % t-interval)"
     way = "largest" if spec.maximize else "least"
     sentence = f"The {way} {spec.objective} is {best.mean:.4g}{interval}, at {words}."
-    found = {**best.combination, spec.objective: best.mean, "half_width": best.half_width}
+    found: dict[str, Any] = {
+        **best.combination,
+        str(spec.objective): best.mean,
+        "half_width": best.half_width,
+    }
     run.update(results={"summary": [sentence, *summary], "best": found})

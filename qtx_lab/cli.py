@@ -12,6 +12,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -663,11 +664,24 @@ def lab(arguments: tuple[str, ...]) -> None:
 @click.option("--prefix", metavar="PATH", help="Path under which a reverse proxy serves it.")
 @click.option("--socket", type=click.Path(path_type=Path), help="Unix socket to listen at instead of a port.")
 def dashboard(home: Path | None, **options: Any) -> None:
-    """Serve the dashboard of all runs, live and read only, until Ctrl-C; prints its address."""
-    from .widgets.dashboard import serve
+    """Serve the dashboard of all runs, live, until Ctrl-C; prints its address.
+
+    It writes nothing but tags and notes of runs, and those only behind a token or in JupyterLab.
+    """
+    from .widgets.dashboard.starting import starting_page
 
     given = {name: value for name, value in options.items() if value is not None}
-    serve(home, started=click.echo, **given)
+    with ExitStack() as stack:
+        served = stack.enter_context(starting_page(given["socket"])) if "socket" in given else None
+
+        def started(address: str) -> None:
+            if served is not None:
+                served.set()
+            click.echo(address)
+
+        from .widgets.dashboard.server import serve
+
+        serve(home, started=started, **given)
 
 
 class TrainCommand(click.Command):

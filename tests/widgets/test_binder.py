@@ -178,8 +178,10 @@ def test_the_start_step_gives_jupyterlab_and_the_dashboard(page: Any, tmp_path: 
         )
         assert home == str(repository / "runs")
         page.evaluate("() => window.jupyterapp.commands.execute('launcher:create')")
+        card = page.locator(".jp-LauncherCard", has_text="qtx_lab dashboard")
+        card.locator("img").wait_for()  # its icon
         with page.expect_popup() as opened:
-            page.locator(".jp-LauncherCard", has_text="qtx_lab dashboard").click()
+            card.click()
         dashboard = opened.value
         page.watch.attach(dashboard)
         dashboard.get_by_text("No runs yet").wait_for(timeout=90_000)

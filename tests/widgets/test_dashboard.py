@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import urllib.error
@@ -24,13 +25,21 @@ from scipy import stats
 import qtx_lab as qtx
 from qtx_lab import cli
 from qtx_lab.errors import ArgumentError, StorageError
+from qtx_lab.experiments.annotations import read_annotations
 from qtx_lab.specs import ExperimentSpec, NotebookSpec, SweepSpec
 from qtx_lab.widgets.dashboard import figures, frames, maps, serve
+from qtx_lab.widgets.dashboard.cells import read_cells
+from qtx_lab.widgets.dashboard.devices_view import raw_and_mitigated
+from qtx_lab.widgets.dashboard.importance import importance
+from qtx_lab.widgets.dashboard.live_view import LiveRun
 from qtx_lab.widgets.dashboard.page import DashboardPage
 from qtx_lab.widgets.dashboard.records import Records
-from qtx_lab.widgets.dashboard.server import is_loopback, read_report
+from qtx_lab.widgets.dashboard.run_files import find_notebook, read_report
+from qtx_lab.widgets.dashboard.server import is_loopback
+from qtx_lab.widgets.dashboard.settings import differing, facets, half_width, passes
+from qtx_lab.widgets.dashboard.starting import starting_page
 
-VIEWS = ("Runs", "Live", "Error", "Heads", "Devices", "Maps", "Jobs")
+VIEWS = ("Runs", "Sweeps", "Live", "Error", "Heads", "Devices", "Maps", "Jobs")
 TOKEN = "a token of twenty-six chars"
 
 
@@ -81,9 +90,34 @@ def fill(home: Path) -> None:
         run.log(sampler="systematic", num_samples=8, error=0.1)
     metrics = run.path / "metrics.parquet"
     metrics.write_bytes(metrics.read_bytes()[:100])
+    sweep_of(home, run)
     (home / "foreign").mkdir()
     (home / "foreign" / "manifest.json").write_text("{nope")
     (home / "notes.txt").write_text("not a run")
+
+
+def sweep_of(home: Path, run: qtx.Run, draws: tuple[int, ...] = (8, 32), seeds: int = 3) -> str:
+    """A sweep of samplers, draws and seeds, copied from the manifest of a run; gives its name."""
+    manifest = json.loads((run.path / "manifest.json").read_text())
+    rng = np.random.default_rng(0)
+    cells = [(s, n, i) for s in ("systematic", "head-tail") for n in draws for i in range(seeds)]
+    for number, (sampler, n, seed) in enumerate([("", 0, 0), *cells]):
+        folder = home / f"20261120T000000Z-{'grid' if number else 'sweep-grid'}-{number:03}"
+        folder.mkdir()
+        parameters = {"sampler": sampler, "num_samples": n, "seed": seed}
+        spec = {"kind": "NotebookSpec", "fields": {"notebook": "grid", "parameters": parameters}}
+        error = (0.45 if sampler == "head-tail" else 0.6) * max(n, 1) ** -0.5 * rng.lognormal(0, 0.02)
+        own = {
+            "spec": spec,
+            "sweep": {"name": "20261120T000000Z-sweep-grid-000"},
+            "results": {"error": error},
+        }
+        if not number:
+            own = {"spec": {"kind": "SweepSpec", "fields": {}}, "results": {"notebooks": len(cells)}}
+        new = {**manifest, "name": "grid" if number else "sweep-grid", "seed": seed, **own}
+        new["started"] = f"2026-11-20T00:{number // 60:02}:{number % 60:02}.000+00:00"
+        (folder / "manifest.json").write_text(json.dumps(new))
+    return "20261120T000000Z-sweep-grid-000"
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +197,7 @@ def test_every_view_opens_in_both_themes(page: Any, served: str, shoot: Any, the
     visit(page, served, theme=theme)
     expected = {
         "Runs": "2 skipped: not readable",
+        "Sweeps": re.compile("num_samples explains .* of the variance; smallest error 0.0"),
         "Live": "Nothing is running",
         "Error": re.compile(r"With 128 draws a row head-tail is best: 0\.03\d+ ± 0\.0"),
         "Heads": "Layer 5, head 7 is the hardest",
@@ -173,7 +208,7 @@ def test_every_view_opens_in_both_themes(page: Any, served: str, shoot: Any, the
     for view in VIEWS:
         page.get_by_role("button", name=view, exact=True).click()
         page.get_by_text(expected[view]).first.wait_for()
-        if view in ("Error", "Heads", "Devices", "Maps"):
+        if view in ("Sweeps", "Error", "Heads", "Devices", "Maps"):
             page.locator("#picture canvas:visible").first.wait_for()
         page.wait_for_timeout(400)
         width = page.evaluate("() => [document.documentElement.scrollWidth, innerWidth]")
@@ -187,7 +222,7 @@ def test_filters_and_reports(page: Any, served: str, home: Path) -> None:
     visit(page, served)
     rows = page.locator("#picture tbody tr:visible")
     page.get_by_text("boom").wait_for()
-    assert rows.count() == 7
+    assert rows.count() == 8  # a sweep is folded into a row
     assert page.get_by_text("<b>boom</b> it fell").count() == 1  # as text
     page.get_by_label("Run contains").press_sequentially("CIRC")
     page.get_by_text("boom").wait_for(state="hidden")
@@ -196,7 +231,7 @@ def test_filters_and_reports(page: Any, served: str, home: Path) -> None:
     page.get_by_text("boom").wait_for()
     page.get_by_label("failed").uncheck()
     page.get_by_text("boom").wait_for(state="hidden")
-    assert rows.count() == 6
+    assert rows.count() == 7
     page.get_by_label("Run contains").fill("no such run")
     page.get_by_text("No run passes the filters").wait_for()
     page.get_by_label("Run contains").fill("")
@@ -205,6 +240,37 @@ def test_filters_and_reports(page: Any, served: str, home: Path) -> None:
     report = opened.value
     report.get_by_text("One sentence.").wait_for()
     assert "/report/" in report.url
+
+
+@pytest.mark.ui
+def test_an_address_brings_a_colleague_to_the_same_view(page: Any, served: str) -> None:
+    visit(page, served)
+    page.get_by_text("boom").wait_for()
+    page.get_by_label("Rows", exact=True).select_option("seeds averaged")
+    page.get_by_label("Run contains").fill("num_samples=32")
+    page.get_by_text("boom").wait_for(state="hidden")
+    page.get_by_role("link", name="error", exact=True).click()
+    page.wait_for_url(re.compile("sort=results.error"))
+    rows = page.locator("#picture tbody tr:visible")
+    rows.nth(0).get_by_text("head-tail").wait_for()
+    assert rows.count() == 2
+    assert rows.nth(0).get_by_text(re.compile(r"0\.0[78]\d* ± 0\.00")).count() == 1  # the mean over three seeds
+    page.wait_for_url(re.compile("contains=num_samples"))
+    page.get_by_role("link", name="Dark theme").click()  # loads the page anew, at the same view
+    page.wait_for_url(re.compile("theme=dark"))
+    rows.nth(0).get_by_text("head-tail").wait_for()
+    assert rows.count() == 2
+    assert page.get_by_label("Run contains").input_value() == "num_samples=32"
+    for i in (0, 1):
+        rows.nth(i).get_by_role("checkbox").check()
+        page.get_by_text(("tick one more", "Compare the two ticked runs")[i]).wait_for()
+    page.get_by_text("Compare the two ticked runs").click()
+    page.get_by_role("heading", name="These runs differ in sampler").wait_for()
+    page.get_by_role("link", name=re.compile("grid-")).first.click()
+    page.get_by_role("heading", name="Environment").wait_for()
+    assert "num_samples=32" in urllib.parse.unquote(page.url)
+    page.go_back()
+    page.get_by_role("heading", name="These runs differ in sampler").wait_for()
 
 
 @pytest.mark.ui
@@ -347,11 +413,24 @@ def test_a_token_lets_in(page: Any, browser: Any, home: Path, start: Callable[..
     page.get_by_role("button", name="Enter").click()
     page.get_by_text("This is not the token.").wait_for()
     page.watch.errors.clear()  # the browser reports the 403
+    page.goto(f"{url}?view=Run&run={run}&theme=light")  # a colleague's address: it is shown after the login
+    page.watch.errors.clear()
     page.get_by_label("Token").fill(TOKEN)
     page.get_by_role("button", name="Enter").click()
-    page.get_by_role("button", name="Runs", exact=True).wait_for()
+    page.get_by_role("heading", name="Environment").wait_for()
     assert TOKEN not in page.url
-    page.get_by_text("boom").wait_for()
+    page.get_by_label("Tags").fill("paper, " + "x" * 41)
+    page.get_by_role("button", name="Save").click()
+    page.get_by_text("is not allowed: a tag has").wait_for()
+    page.get_by_label("Tags").fill("paper, figure 2")
+    page.get_by_label("Note").fill("<b>Seeds</b> agree.")
+    page.get_by_role("button", name="Save").click()
+    page.get_by_text("Saved.").wait_for()
+    assert read_annotations(home / run).tags == ("paper", "figure 2")
+    page.get_by_role("link", name="All runs").click()
+    page.get_by_text("figure 2").wait_for()
+    assert page.get_by_text("<b>Seeds</b> agree.").count() == 1  # as text
+    (home / run / "annotations.json").unlink()
     other = browser.new_context().new_page()
     other.goto(link)  # the printed link
     other.get_by_role("button", name="Runs", exact=True).wait_for()
@@ -362,7 +441,12 @@ def test_a_token_lets_in(page: Any, browser: Any, home: Path, start: Callable[..
 @pytest.mark.ui
 def test_nothing_serious_for_axe(page: Any, served: str, axe: Any, soak: bool) -> None:
     violations = {}
-    for theme, views in (("light", ("Runs", "Error", "Maps")), ("dark", ("Runs", "Live", "Devices"))):
+    for theme, views in (("light", ("Runs", "Error", "Maps")), ("dark", ("Sweeps", "Live", "Devices"))):
+        a, b = "20261120T000000Z-grid-001", "20261120T000000Z-grid-009"
+        for query in (f"view=Run&run={a}", f"view=Compare&ticked={a}/{b}"):
+            page.goto(f"{served}?theme={theme}&{query}")
+            page.get_by_text("All runs").wait_for()
+            violations[query, theme] = axe(page, "body")
         visit(page, served, theme=theme)
         for view in VIEWS if soak else views:
             page.get_by_role("button", name=view, exact=True).click()
@@ -399,6 +483,13 @@ def test_reports_are_all_that_is_served(served: str, home: Path, tmp_path: Path)
     assert read_report(home, run.name) is not None
     for name in ("", "..", ".hidden", "a/b", "a\\b", "a\0b", "/etc", "x" * 5000):
         assert read_report(home, name) is None
+        assert find_notebook(home, name) is None
+    (run / "done.ipynb").write_text("{}")
+    status, body, headers = fetch(f"{served}notebook/{run.name}")
+    assert (status, body) == (200, "{}")
+    assert headers["Content-Disposition"].startswith("attachment")
+    (run / "done.ipynb").unlink()
+    assert fetch(f"{served}notebook/{run.name}")[0] == 404
     for method in ("POST", "PUT", "DELETE", "PATCH"):
         assert fetch(f"{served}report/{run.name}", method)[0] == 405
 
@@ -599,7 +690,7 @@ def test_anybodys_metrics_are_drawn_or_left_out(kind: str, tmp_path: Path) -> No
     (run.path / "spec.yaml").write_text("- a list\n")
     page = DashboardPage(Records(tmp_path), "light")
     for name, view in page.views.items():
-        page.nav.value = name
+        page.open(name)
         listing = page.records.listing
         view.show(view.prepare(listing, page.filtered(listing)))
         for pane in view.body.select(lambda x: type(x).__name__ == "HoloViews"):
@@ -607,6 +698,179 @@ def test_anybodys_metrics_are_drawn_or_left_out(kind: str, tmp_path: Path) -> No
         for pane in view.body.select(lambda x: type(x).__name__ == "HTML"):
             assert "<img" not in pane.object
     run.finish("done")
+
+
+def listing_of(*rows: dict[str, Any]) -> pd.DataFrame:
+    """A listing of runs r0, r1, … with these columns."""
+    frame = pd.DataFrame([{"run": f"r{i}", "kind": "NotebookSpec", **row} for i, row in enumerate(rows)])
+    return frame.assign(tags=[()] * len(rows), note="")
+
+
+def test_columns_are_those_in_which_runs_differ() -> None:
+    table = listing_of(
+        {"spec.sampler": "sobol", "spec.n": 8, "spec.layer": 3, "spec.seed": 0, "spec.text": "a"},
+        {"spec.sampler": "halton", "spec.n": 8, "spec.layer": 3, "spec.seed": 1},
+        {"spec.sampler": "halton", "spec.n": 16, "spec.layer": 3, "spec.seed": 2},
+    )
+    assert differing(table) == ["spec.sampler", "spec.n"]
+    assert half_width({"results.error_half_width": 0.5}, "results.error") == 0.5
+    assert half_width({"results.error_std_error": 1.0}, "results.error") == pytest.approx(1.96, abs=1e-3)
+    assert np.isnan(half_width({"results.other": 1.0}, "results.error"))
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("", "r0 r1 r2"), ("R1", "r1"), ("sampler=halton", "r1 r2"), ("sampler=halton n>=16", "r2"),
+        ("n<16", "r0 r1"), ("n!=8", "r2"), ("error<0.1", "r0"), ("unknown=3", ""), ("paper", "r2"),
+        ("note='two words'", "r1"), ("'two w", ""), ("sampler=", ""), ("error=nan", ""),
+    ],
+)  # fmt: skip
+def test_a_filter_compares_parameters_and_metrics(text: str, found: str) -> None:
+    table = listing_of(
+        {"spec.sampler": "sobol", "spec.n": 8, "results.error": 0.05},
+        {"spec.sampler": "halton", "spec.n": 8, "results.error": 0.2},
+        {"spec.sampler": "halton", "spec.n": 16},
+    )
+    table["note"] = ["", "two words", ""]
+    table.at[2, "tags"] = ("Paper",)
+    assert " ".join(table["run"][passes(table, text)]) == found
+
+
+def test_only_runs_that_differ_in_the_seed_are_averaged() -> None:
+    rows = [
+        {"spec.sampler": s, "spec.num_tokens": n, "spec.seed": i, "code": "1"}
+        for s in ("sobol", "halton") for n in (128, 512) for i in (0, 1)
+    ]  # fmt: skip
+    table = listing_of(*rows)
+    measured = pd.DataFrame({"run": table["run"], "sampler": table["spec.sampler"], "error": 0.1})
+    names = facets(table, measured, ("sampler", "num_samples"))  # samplers are lines of one figure
+    assert set(names.values()) == {"num_tokens = 128", "num_tokens = 512"}
+    measured["sampler"] = "both"  # the metrics do not tell the runs' samplers apart
+    assert len(set(facets(table, measured, ("sampler",)).values())) == 4
+    other = table.assign(code=["1", "2"] * 4)
+    assert len(set(facets(other, measured, ("sampler",)).values())) == 8
+
+
+def test_importance_is_the_share_of_variance() -> None:
+    rng = np.random.default_rng(3)
+    grid = [(a, b, s) for a in range(4) for b in range(5) for s in range(6)]
+    frame = pd.DataFrame(grid, columns=["spec.a", "spec.b", "seed"])
+    frame["spec.none"] = rng.integers(0, 3, len(frame))
+    # Variances: 4 of a (-3, -1, 1, 3 times √.8), 1 of the seed; b and `none` have no effect.
+    frame["y"] = (2 * frame["spec.a"] - 3) * 0.8**0.5 + rng.normal(size=len(frame))
+    found = importance(frame, ["spec.b", "spec.a"], "y")
+    assert found is not None
+    assert found.balanced
+    assert not found.log
+    shares = found.table.set_index("name")
+    assert list(shares.index) == ["spec.a", "spec.b", "interactions", "seed"]
+    assert shares.loc["spec.a", "share"] == pytest.approx(0.8, abs=0.06)
+    assert shares.loc["spec.b", "share"] < 0.03
+    assert shares.loc["seed", "share"] == pytest.approx(0.2, abs=0.06)
+    assert abs(shares.loc["spec.a", "share"] - 0.8) < shares.loc["spec.a", "half_width"] < 0.2
+    assert importance(frame[:2], ["spec.a"], "y") is None
+    assert importance(frame.assign(y=1.0), ["spec.a"], "y") is None
+    single = importance(frame[frame["seed"] == 0], ["spec.a", "spec.b"], "y")
+    assert single is not None
+    assert single.table["name"].iloc[-1] == "interactions and seed"
+    assert single.table["half_width"].isna().all()
+    log = importance(frame.assign(y=10 ** frame["y"]), ["spec.a"], "y")
+    assert log is not None
+    assert log.log
+    assert not log.balanced or len(frame) % 4 == 0
+
+
+def test_live_shows_cells_and_results_and_no_settings(tmp_path: Path) -> None:
+    spec = NotebookSpec(notebook="x", parameters={"num_samples": 32, "layer": 3})
+    run = qtx.Run.create(spec, "x", tmp_path)
+    run.log_many(
+        {"num_samples": 32, "layer": 3, "sampler": s, "step": i, "error": e, "error_half_width": 0.1}
+        for s, e in (("sobol", 0.25), ("halton", 0.75)) for i in range(2)
+    )  # fmt: skip
+    cells = [
+        {"cell_type": "code", "source": "# why\nfit(model)", "metadata": {"papermill": facts}}
+        for facts in ({"status": "completed", "duration": 2.0}, {"status": "running", "start_time": "?"}, {})
+    ]
+    (run.path / "x.ipynb").write_text(json.dumps({"cells": [*cells, {"cell_type": "markdown"}]}))
+    page = DashboardPage(Records(tmp_path), "light", search="?view=Live")
+    view = page.views["Live"]
+    view.state()
+    view.show(view.prepare(page.records.listing, page.records.listing.table))
+    html = view.body[0].object
+    assert "1 of 3 cells" in html
+    assert "fit(model)" in html
+    assert "step 1, error 0.75" in html
+    assert "num_samples" not in html
+    data = view.prepare(page.records.listing, page.records.listing.table)
+    assert isinstance(data.runs[run.path.name], LiveRun)
+    assert len(view.body[1].objects) == 1  # of the errors; and samplers are not averaged:
+    assert {label.partition("/")[2] for label in view._pipes["error", "step"].data} == {"sobol", "halton"}
+    for text in ("", "[]", '{"cells": [3]}', '{"cells": 3}'):
+        (tmp_path / "broken.ipynb").write_text(text)
+        assert read_cells(tmp_path / "broken.ipynb") is None
+    run.finish("done")
+
+
+def test_devices_show_mitigated_rows_and_the_age_of_the_calibration(tmp_path: Path) -> None:
+    with qtx.Run.create(NotebookSpec(notebook="x"), "mitigate", tmp_path) as run:
+        run.log(
+            row=3, device="fake_fez, noise × 2", loader="tree", shots=1024, distance=0.2, half_width=0.01,
+            classical=0.03, mitigated=0.1, mitigated_half_width=0.02, mitigation="zne",
+        )  # fmt: skip
+        started = pd.Timestamp(run.manifest["started"])
+        calibrated = (started - pd.Timedelta(hours=30)).isoformat()
+        run.update(results={"facts": {"device": "fake_fez", "calibration": calibrated}})
+    page = DashboardPage(Records(tmp_path), "light", search="?view=Devices")
+    view = page.view
+    view.show(view.prepare(page.records.listing, page.filtered(page.records.listing)))
+    assert "tree on fake_fez, noise × 2 with zne, total variation 0.10 ± 0.02" in view.body[0].object
+    caption = view.body[2].object
+    assert "raw counts" in caption
+    assert "1\N{NARROW NO-BREAK SPACE}024" in caption
+    assert "30 h" in caption
+    assert len(raw_and_mitigated(pd.DataFrame({"distance": [1.0], "mitigated": [None]}))) == 1
+
+
+@pytest.mark.parametrize(
+    "search",
+    [
+        "?view=No", "?view=Run", "?view=Run&run=../..", "?view=Compare&ticked=a/b/c", "?from=-3&sort=%00",
+        "?view=Maps&draws=99999999999&layer=99&sampler=no&length=7", "?view=Error&samplers=%3Cb%3E/x",
+        "?view=Sweeps&sweep=none&result=none", "?status=none&started=x", "?rows=x&columns=y&opened=z",
+    ],
+)  # fmt: skip
+def test_any_address_opens_a_page(search: str, home: Path) -> None:
+    page = DashboardPage(Records(home), "light", search=search)
+    assert "could not be drawn" not in page.foot.object
+    if page.open_name != "Maps":
+        listing = page.records.listing
+        page.view.show(page.view.prepare(listing, page.filtered(listing)))
+    again = DashboardPage(page.records, "light", search=page.link())
+    assert again.open_name == page.open_name
+    assert again.query() == page.query()
+
+
+def test_a_page_says_starting_until_the_dashboard_answers(tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+
+    def ask() -> bytes:
+        with socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(30)
+            client.connect(str(path))
+            client.sendall(b"GET /user/me/qtx-lab/ HTTP/1.0\r\n\r\n")
+            return b"".join(iter(lambda: client.recv(4096), b""))
+
+    with starting_page(path) as served:
+        assert b"The dashboard is starting" in ask()
+        path.unlink()
+        with socket.socket(socket.AF_UNIX) as other:  # the dashboard takes its place
+            other.bind(str(path))
+            served.set()
+    assert path.exists()
+    with starting_page(path):
+        assert b"http-equiv=refresh" in ask()
+    assert not path.exists()
 
 
 def test_ten_thousand_runs_are_paged(tmp_path: Path) -> None:
@@ -624,8 +888,8 @@ def test_ten_thousand_runs_are_paged(tmp_path: Path) -> None:
     listing = type(page.records.listing)(9, table, (), pd.DataFrame())
     view = page.views["Runs"]
     view.show(view.prepare(listing, table))
-    assert view.body[0].object.count("<tr>") == 21
-    assert "1–20 of 10000" in view.body[1][2].object
+    assert view.body[1].object.count("<tr>") == 21
+    assert "1–20 of 10000" in view.body[2][2].object
 
 
 def test_the_proxy_starts_what_the_command_line_has(tmp_path: Path) -> None:

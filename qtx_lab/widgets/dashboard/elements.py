@@ -29,7 +29,8 @@ h2 { font-size: 16px; margin: 0 0 4px; } p { margin: 0 0 8px; } .note { color: v
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th { text-align: left; font-weight: 600; color: var(--house-muted); }
 th, td { padding: 5px 10px 5px 0; border-bottom: 1px solid var(--house-line); vertical-align: top; }
-td.number, th.number { text-align: right; } td.folder { overflow-wrap: anywhere; }
+td.number, th.number { text-align: right; }
+td.number, td.time { white-space: nowrap; } td.time { width: 1%; } td.folder { overflow-wrap: anywhere; }
 .status::before { content: "●"; margin-right: 6px; color: var(--mark); }
 .done { --mark: #009E73; } .running { --mark: var(--house-accent); } .failed { --mark: #D55E00; }
 .interrupted { --mark: #E69F00; }
@@ -39,6 +40,17 @@ a { color: var(--house-accent); }
 a:focus-visible, summary:focus-visible { outline: 2px solid var(--house-accent); }
 .empty { padding: 28px 0; max-width: 62ch; }
 .warning { border-left: 4px solid #E69F00; padding: 6px 12px; }
+.wide { overflow-x: auto; } .wide td, .wide th { max-width: 24ch; overflow: hidden; text-overflow: ellipsis; }
+th a { color: inherit; text-decoration: none; white-space: nowrap; }
+th a:hover { text-decoration: underline; }
+tr.member td { background: var(--house-panel); }
+.tag { background: var(--house-panel); border: 1px solid var(--house-line); border-radius: 9px;
+  padding: 0 7px;  margin-right: 3px; white-space: nowrap; }
+h3 { font-size: 14px; margin: 18px 0 4px; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 14px;
+  margin: 0; } dt { color: var(--house-muted); } dd { margin: 0; overflow-wrap: anywhere; }
+figure { margin: 8px 0 16px; } figure img { max-width: min(100%, 720px); height: auto; display: block; }
+td.differs { font-weight: 600; } pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; }
 """
 """Style of the HTML panes, which live in shadow roots; the variables come from the page."""
 
@@ -55,6 +67,9 @@ SLIDER_CSS = """
 .noUi-handle:focus-visible { outline: 2px solid var(--house-accent); outline-offset: 2px; }
 """
 
+LATE_OPTIONS = "options come with the data"
+"""The tag of a select whose options are known once the data are read."""
+
 DRAWING = "<p class='note' role='status'>Reading and drawing …</p>"
 """Shown before the first picture."""
 
@@ -67,18 +82,35 @@ class DashboardView:
     page : ViewHost
     body : list
         What stands on the right, from top to bottom.
-    controls : list
-        What stands in the left column, below the filters of runs.
+    controls : mapping
+        What stands in the left column, below the filters of runs, by names that the page's address has.
     """
 
     uses_run_filters = True
     """Whether the filters of runs are shown above the controls."""
 
-    def __init__(self, page: ViewHost, body: Sequence[Any], controls: Sequence[Any] = ()):
-        self.page, self.controls = page, list(controls)
+    parent = ""
+    """The view that one comes from and goes back to; "" for a view that the navigation offers."""
+
+    def __init__(self, page: ViewHost, body: Sequence[Any], controls: Mapping[str, Any] | None = None):
+        self.page, self.controls = page, dict(controls or {})
         self.body = pn.Column(*body, sizing_mode="stretch_width")
-        for control in self.controls:
+        self.side: list[Any] = []
+        """What stands below the controls."""
+        self._defaults = {name: control.value for name, control in self.controls.items()}
+        for control in self.controls.values():
             control.param.watch(page.on_change, "value")
+
+    def query(self) -> dict[str, str]:
+        """What the page's address says of this view: the controls that are not as they were at first."""
+        values = {name: control.value for name, control in self.controls.items()}
+        changed = {name: x for name, x in values.items() if x is not None and x != self._defaults[name]}
+        return {name: "/".join(map(str, x)) if isinstance(x, list) else str(x) for name, x in changed.items()}
+
+    def apply(self, query: Mapping[str, str]) -> None:
+        """Set the view to what an address says; what is not allowed is left at its default."""
+        for name, control in self.controls.items():
+            set_control(control, query.get(name), self._defaults[name])
 
     def prepare(self, listing: Listing, rows: pd.DataFrame) -> Any:
         """Read what is shown, in a thread, so that a slow disk stops nobody.
@@ -98,7 +130,32 @@ class DashboardView:
 
     def state(self) -> Any:
         """What `prepare` depends on besides folder and filters: it is called again when this changes."""
-        return tuple(control.value for control in self.controls)
+        return tuple(
+            tuple(control.value) if isinstance(control.value, list) else control.value
+            for control in self.controls.values()
+        )
+
+
+def set_control(control: Any, text: str | None, default: Any) -> None:
+    """Give a control the value that an address names, or its default where the address names none.
+
+    A choice that is not offered yet is added: `offer` takes it away again if the data do not have it.
+    """
+    value: Any = default
+    if text is not None and isinstance(control, pn.widgets.MultiSelect):
+        value = [word for word in text.split("/") if word]
+        control.options = [*control.options, *(word for word in value if word not in control.options)]
+    elif text is not None and isinstance(control, pn.widgets.Select):
+        options = control.options
+        values = list(options.values()) if isinstance(options, Mapping) else list(options)
+        value = next((x for x in values if str(x) == text), default)
+        if value is default and control.tags == [LATE_OPTIONS]:
+            control.options = {**dict(options), text: text}
+            value = text
+    elif text is not None and text.isdecimal():
+        value = min(max(int(text[:9]), control.start), control.end)
+    if control.value != value:
+        control.value = value
 
 
 def html_pane(text: str = "") -> Any:
@@ -111,11 +168,20 @@ def select(**options: Any) -> Any:
     return pn.widgets.Select(width=CONTROL_WIDTH, stylesheets=[SELECT_CSS], **options)
 
 
-def multi_select(name: str) -> Any:
-    """A control that chooses any number of several; none stands for all."""
+def multi_select(name: str, none: str = "all") -> Any:
+    """A control that chooses any number of several; `none` says what it means to choose none."""
     return pn.widgets.MultiSelect(
-        label=f"{name} (none chosen: all)", options=[], size=5, width=CONTROL_WIDTH, stylesheets=[SELECT_CSS]
+        label=f"{name} (none chosen: {none})",
+        options=[],
+        size=5,
+        width=CONTROL_WIDTH,
+        stylesheets=[SELECT_CSS],
     )
+
+
+def late_select(label: str) -> Any:
+    """A control that chooses one of several, which `offer` gives once the data are read."""
+    return select(label=label, options={}, tags=[LATE_OPTIONS])
 
 
 def offer(control: Any, options: Mapping[str, str]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from html import escape
 from typing import Any
@@ -17,6 +17,7 @@ from .elements import (
     DashboardView,
     empty_note,
     html_pane,
+    late_select,
     multi_select,
     offer,
     plus_minus,
@@ -41,12 +42,15 @@ class Finding:
         HoloViews elements; none where there is nothing to draw.
     skipped : tuple of (run, reason)
         Metrics that could not be read.
+    wide : int
+        How many of the first pictures have a line of their own.
     """
 
     title: str
     note: str
     pictures: Sequence[Any]
     skipped: Skipped
+    wide: int = 0
 
 
 class FigureView(DashboardView):
@@ -55,7 +59,7 @@ class FigureView(DashboardView):
     Parameters
     ----------
     page : ViewHost
-    controls : list
+    controls : mapping
     gather : callable
         From the filtered runs to the data; called in a thread.
     draw : callable
@@ -67,7 +71,7 @@ class FigureView(DashboardView):
     def __init__(
         self,
         page: ViewHost,
-        controls: Sequence[Any],
+        controls: Mapping[str, Any],
         gather: Callable[[pd.DataFrame], Any],
         draw: Callable[[Any], Finding],
         empty: str,
@@ -81,13 +85,6 @@ class FigureView(DashboardView):
         """Read the metrics of the filtered runs."""
         return self._gather(rows)
 
-    def state(self) -> Any:
-        """The values of the controls."""
-        return tuple(
-            tuple(control.value) if isinstance(control.value, list) else control.value
-            for control in self.controls
-        )
-
     def show(self, data: Any) -> None:
         """Show the finding, or what to do where there is none."""
         finding = self._draw(data)
@@ -98,18 +95,32 @@ class FigureView(DashboardView):
         self._title.object = f"<h2>{escape(finding.title)}</h2>"
         self._plots.objects = [
             pn.pane.HoloViews(
-                picture, height=figures.HEIGHT, min_width=420, sizing_mode="stretch_width", linked_axes=False
+                picture,
+                height=figures.HEIGHT,
+                min_width=620 if i < finding.wide else 420,
+                sizing_mode="stretch_width",
+                linked_axes=False,
             )
-            for picture in finding.pictures
+            for i, picture in enumerate(finding.pictures)
         ]
         self._caption.object = f"<p class='note'>{finding.note}</p>{skipped}"
 
 
-def _drawn_runs(rows: Rows) -> str:
+def drawn_runs(rows: Rows) -> str:
     """How many runs a figure shows, and how many it leaves out."""
     count = rows.frame["run"].nunique()
     left_out = f" {rows.left_out} older runs are not drawn: narrow the filters." if rows.left_out else ""
     return f"{count} run{'s' if count != 1 else ''}.{left_out}"
+
+
+MAX_FACETS = 6
+"""Figures for runs that differ in more than the seed."""
+
+
+def facets_left_out(facets: int) -> str:
+    """What is said where not all settings are drawn."""
+    hidden = facets - MAX_FACETS
+    return f" {hidden} more settings are not drawn: narrow the filters." if hidden > 0 else ""
 
 
 # --- Error --------------------------------------------------------------------------------------------
@@ -138,14 +149,22 @@ def error_view(page: ViewHost) -> FigureView:
         frame = frames.positive(frame, "num_samples", measured)
         if frame.empty:
             return Finding("", "", [], rows.skipped)
+        parts = dict(list(frame.groupby("facet", sort=False)))
+        pictures = [
+            figures.error_against_draws(part, measured, page.theme, name)
+            for name, part in list(parts.items())[:MAX_FACETS]
+        ]
         note = (
-            f"Mean of {_drawn_runs(replace(rows, frame=frame))} Bars: 95 % intervals, over runs where there "
-            "are several, else the run's own."
+            f"Mean of {drawn_runs(replace(rows, frame=frame))} A figure has runs that differ in nothing but "
+            "the seed. Bars: 95 % intervals, over runs where there are several, else the run's own."
+            f"{facets_left_out(len(parts))}"
         )
-        picture = figures.error_against_draws(frame, measured, page.theme)
-        return Finding(_best_sampler(frame, measured), note, [picture], rows.skipped)
+        title = _best_sampler(next(iter(parts.values())), measured)
+        if len(parts) > 1:
+            title += f" (first of {len(parts)} settings)"
+        return Finding(title, note, pictures, rows.skipped)
 
-    return FigureView(page, [metric, samplers], gather, draw, NO_ERRORS)
+    return FigureView(page, {"measured": metric, "samplers": samplers}, gather, draw, NO_ERRORS)
 
 
 def _best_sampler(frame: pd.DataFrame, metric: str) -> str:
@@ -169,8 +188,8 @@ NO_VARIANCES = empty_note(
 
 def heads_view(page: ViewHost) -> FigureView:
     """Which head is the hardest to sample."""
-    run = select(label="Run", options=[])
-    setting = select(label="Sampler and draws", options=[])
+    run = late_select("Run")
+    setting = late_select("Sampler and draws")
 
     def gather(table: pd.DataFrame) -> Rows:
         return page.records.rows(table, "layer", "head", "variance")
@@ -198,7 +217,7 @@ def heads_view(page: ViewHost) -> FigureView:
         note = f"Run {escape(str(run.value))}{chosen}{step}. {len(frame)} heads."
         return Finding(title, note, [figures.variance_by_head(frame, page.theme)], rows.skipped)
 
-    return FigureView(page, [run, setting], gather, draw, NO_VARIANCES)
+    return FigureView(page, {"of": run, "setting": setting}, gather, draw, NO_VARIANCES)
 
 
 def _settings(frame: pd.DataFrame) -> list[str]:
@@ -210,62 +229,3 @@ def _settings(frame: pd.DataFrame) -> list[str]:
         known = "" if pd.isna(sampler) else str(sampler)
         names.append(" ".join(filter(None, (known, f"S = {count:g}" if count == count else ""))))
     return names
-
-
-# --- Devices ------------------------------------------------------------------------------------------
-
-NO_CIRCUITS = empty_note(
-    "No circuits measured yet",
-    "Runs that measure them log <code>loader</code>, <code>shots</code> and <code>distance</code>: "
-    "start with <code>qtx-lab run 02_circuits</code>.",
-)
-
-
-def devices_view(page: ViewHost) -> FigureView:
-    """Which loader on which device comes nearest to the row."""
-    device = multi_select("Devices")
-    loader = multi_select("Loaders")
-
-    def gather(table: pd.DataFrame) -> tuple[Rows, Rows]:
-        distances = page.records.rows(table, "loader", "shots", "distance")
-        return distances, page.records.rows(table, "loader", "m", "fidelity")
-
-    def chosen(frame: pd.DataFrame) -> pd.DataFrame:
-        known = frame["device"] if "device" in frame else pd.Series(np.nan, frame.index)
-        frame = frame.assign(
-            device=known.astype(object).where(known.notna(), "device not recorded").astype(str),
-            loader=frame["loader"].astype(str),
-        )
-        for control, column in ((device, "device"), (loader, "loader")):
-            control.options = sorted(set(control.options) | set(frame[column]))
-            if control.value:
-                frame = frame[frame[column].isin(control.value)]
-        return frame
-
-    def draw(data: tuple[Rows, Rows]) -> Finding:
-        distances = frames.positive(chosen(data[0].frame), "shots", "distance")
-        states = frames.positive(chosen(data[1].frame), "m", "fidelity")
-        pictures = []
-        title = "State fidelity by device and loader"
-        if len(distances):
-            title = _closest_device(distances)
-            pictures.append(figures.distance_against_shots(distances, page.theme))
-        if len(states):
-            pictures.append(figures.fidelity_against_qubits(states, page.theme))
-        note = (
-            f"{_drawn_runs(data[0])} Hollow points: raw counts; bars: 95 % intervals, over runs where there "
-            "are several. Dashed: the same number of pseudo-random draws, over which loading a known row has "
-            "no advantage."
-        )
-        return Finding(title, note, pictures, data[0].skipped)
-
-    return FigureView(page, [device, loader], gather, draw, NO_CIRCUITS)
-
-
-def _closest_device(frame: pd.DataFrame) -> str:
-    mean = frames.over_runs(frame, ("device", "loader", "shots"), "distance")
-    best = mean.sort_values("distance").iloc[0]
-    return (
-        f"Closest to the row: {best['loader']} on {best['device']}, total variation "
-        f"{plus_minus(best['distance'], best['half_width'])} with {best['shots']:,.0f} shots"
-    )

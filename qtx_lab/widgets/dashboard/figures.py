@@ -100,7 +100,7 @@ def axes(theme: str, **options: Any) -> dict[str, Any]:
     return {**common, "active_tools": [], "hooks": [_dressed(theme)], **options}
 
 
-def _names_at_ends(
+def names_at_ends(
     ends: Mapping[str, tuple[float, float, str]], low: float, high: float, log: bool = True
 ) -> hv.Labels:
     """Names behind the last points of lines, {name: (x, y, colour)}, apart on an axis from low to high."""
@@ -126,7 +126,7 @@ def _bars(part: pd.DataFrame, x: str, y: str, colour: str) -> hv.ErrorBars:
     )
 
 
-def _log_ticks(low: float, high: float) -> list[tuple[float, str]]:
+def log_ticks(low: float, high: float) -> list[tuple[float, str]]:
     """Ticks at 1, 2 and 5 of every decade between two numbers; only at 1 from three decades on."""
     decades = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
     factors = (1, 2, 5) if high / low < 1000 else (1,)
@@ -139,7 +139,7 @@ def _limits(values: pd.Series, spread: float = 1.35) -> tuple[float, float]:
     return (values.min() / spread, values.max() * spread) if len(values) else (1e-3, 1.0)
 
 
-def error_against_draws(frame: pd.DataFrame, metric: str, theme: str) -> hv.Overlay:
+def error_against_draws(frame: pd.DataFrame, metric: str, theme: str, title: str = "") -> hv.Overlay:
     """A metric against draws, one line a sampler: means over runs with their 95 % intervals.
 
     Single runs are faint dots.
@@ -189,11 +189,12 @@ def error_against_draws(frame: pd.DataFrame, metric: str, theme: str) -> hv.Over
             )
         )
         high = max(high, guide.max() * 1.1)
-    layers.append(_names_at_ends(ends, low, high, log=True))
+    layers.append(names_at_ends(ends, low, high, log=True))
     right = counts.max() * (counts.max() / counts.min()) ** 0.25 * 1.3
     return hv.Overlay(layers).opts(
         **axes(
             theme,
+            title=title,
             logx=True,
             logy=True,
             xlim=(counts.min() / 1.15, right),
@@ -201,21 +202,21 @@ def error_against_draws(frame: pd.DataFrame, metric: str, theme: str) -> hv.Over
             xlabel=label("num_samples"),
             ylabel=label(metric),
             xticks=[(c, f"{c:g}") for c in counts],
-            yticks=_log_ticks(low, high),
+            yticks=log_ticks(low, high),
         )
     )
 
 
-def distance_against_shots(frame: pd.DataFrame, theme: str) -> hv.Overlay:
-    """Total variation against shots by device and loader.
+def distance_against_shots(frame: pd.DataFrame, theme: str, title: str = "") -> hv.Overlay:
+    """Total variation against shots by device, loader and mitigation.
 
-    Hollow points are raw counts; the dashed line is the same number of classical draws.
+    Hollow points are raw counts, filled ones mitigated; the dashed line is as many classical draws.
 
-    frame: columns `run`, `device`, `loader`, `shots`, `distance`, and `half_width` and `classical` where
-    there are.
+    frame: columns `run`, `device`, `loader`, `mitigation` ("" for raw counts), `shots`, `distance`, and
+    `half_width` and `classical` where there are.
     """
     c = look.colours_of(theme)
-    mean = frames.over_runs(frame, ("device", "loader", "shots"), "distance")
+    mean = frames.over_runs(frame, ("device", "loader", "mitigation", "shots"), "distance")
     low, high = _limits(mean["distance"])
     layers: list[Any] = []
     ends: dict[str, tuple[float, float, str]] = {}
@@ -230,13 +231,13 @@ def distance_against_shots(frame: pd.DataFrame, theme: str) -> hv.Overlay:
             low = min(low, base["classical"].min() / 1.3)
             ends["classical draw"] = (base["shots"].iloc[-1], base["classical"].iloc[-1], c["baseline"])
     layers += _points(mean, "shots", "distance", theme, ends)
-    layers.append(_names_at_ends(ends, low, high))
+    layers.append(names_at_ends(ends, low, high))
     shots = np.sort(mean["shots"].unique())
     right = shots.max() * (shots.max() / shots.min()) ** 0.45 * 1.6
     return hv.Overlay(layers).opts(
         **axes(
             theme, logx=True, logy=True, xlim=(shots.min() / 1.3, right), ylim=(low, high),
-            xlabel=label("shots"), ylabel=label("distance"), yticks=_log_ticks(low, high),
+            title=title, xlabel=label("shots"), ylabel=label("distance"), yticks=log_ticks(low, high),
             xticks=[(s, f"{s:,.0f}".replace(",", " ")) for s in shots],
         )
     )  # fmt: skip
@@ -245,26 +246,27 @@ def distance_against_shots(frame: pd.DataFrame, theme: str) -> hv.Overlay:
 def _points(
     mean: pd.DataFrame, x: str, y: str, theme: str, ends: dict[str, tuple[float, float, str]]
 ) -> list[Any]:
-    """Hollow points with bars, a colour for each loader, a marker for each device; fills `ends`."""
+    """Points with bars, a colour for each loader, a marker for each device; adds names to `ends`."""
     devices = sorted(mean["device"].unique())
     loaders = list(dict.fromkeys([*LOADERS, *sorted(mean["loader"].unique())]))
     colours = dict(zip(loaders, curve_colours(theme, len(loaders)), strict=True))
     marks = ("circle", "square", "diamond", "triangle", "inverted_triangle", "star")
     layers = []
-    for (device, loader), part in mean.groupby(["device", "loader"]):
+    for (device, loader, mitigation), part in mean.groupby(["device", "loader", "mitigation"]):
         part, colour = part.sort_values(x), colours[loader]
         layers.append(_bars(part, x, y, colour))
         layers.append(
-            hv.Scatter(part, x, [y, "half_width", "runs", "device", "loader"]).opts(
+            hv.Scatter(part, x, [y, "half_width", "runs", "device", "loader", "mitigation"]).opts(
                 line_color=colour,
-                fill_color=look.colours_of(theme)["background"],
+                fill_color=colour if mitigation else look.colours_of(theme)["background"],
                 line_width=2,
                 marker=marks[devices.index(device) % len(marks)],
                 size=9,
                 tools=["hover"],
             )
         )
-        ends[f"{loader}, {device}"] = (part[x].iloc[-1], part[y].iloc[-1], colour)
+        name = ", ".join(filter(None, (str(loader), str(device), str(mitigation))))
+        ends[name] = (part[x].iloc[-1], part[y].iloc[-1], colour)
     return layers
 
 
@@ -273,11 +275,11 @@ def fidelity_against_qubits(frame: pd.DataFrame, theme: str) -> hv.Overlay:
 
     frame: columns `run`, `device`, `loader`, `m`, `fidelity`.
     """
-    mean = frames.over_runs(frame, ("device", "loader", "m"), "fidelity")
+    mean = frames.over_runs(frame.assign(mitigation=""), ("device", "loader", "mitigation", "m"), "fidelity")
     ends: dict[str, tuple[float, float, str]] = {}
     layers = _points(mean, "m", "fidelity", theme, ends)
     low = min(0.9, mean["fidelity"].min()) - 0.03
-    layers.append(_names_at_ends(ends, low, 1.02, log=False))
+    layers.append(names_at_ends(ends, low, 1.02, log=False))
     qubits = np.sort(mean["m"].unique())
     return hv.Overlay(layers).opts(
         **axes(
@@ -328,8 +330,9 @@ def live_curves(
     metric: str,
     theme: str,
 ) -> hv.Overlay:
-    """A metric of runs that are being written: {run: (x, y)}, one line a run."""
+    """A metric of runs that are being written: {"run" or "run/words": (x, y)}; words stand at line ends."""
     lines: list[Any] = []
+    ends = []
     for run, (across, up) in curves.items():
         colour = colours[run]
         across, up = frames.thinned(np.asarray(across, float), np.asarray(up, float))
@@ -339,6 +342,15 @@ def live_curves(
             )
         )
         lines.append(hv.Scatter((across[-1:], up[-1:]), x, metric).opts(color=colour, size=7, framewise=True))
+        ends.append((across[-1], up[-1], "  " + run.partition("/")[2][:24], colour))
+    if any("/" in run for run in curves):
+        names = hv.Labels(ends, [x, metric], ["words", "colour"])
+        lines.append(
+            names.opts(
+                text_color="colour", text_align="right", text_baseline="bottom", text_font_size="11px",
+                text_font=value(FONT), framewise=True,
+            )
+        )  # fmt: skip
     return hv.Overlay(lines).opts(
         **axes(
             theme,

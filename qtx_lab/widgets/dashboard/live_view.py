@@ -1,4 +1,4 @@
-"""The view Live: curves of the runs that are being written, and how far sweeps are."""
+"""The view Live: how far runs and sweeps are, and curves of what they have measured so far."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ import panel as pn
 from ...errors import QtxError
 from ...experiments.manifest import STATUSES
 from . import figures, frames
+from .cells import Cell, seconds_since
 from .elements import DashboardView, empty_note, html_pane, html_table, status_mark
 from .records import Listing
+from .settings import RESULT, SPEC, metric_columns, short_name
 from .view_host import ViewHost
 
 MAX_FOLLOWED = 8
@@ -31,7 +33,10 @@ X_COLUMNS = ("step", "epoch", "shots", "num_samples")
 
 NOT_DRAWN = {*X_COLUMNS, "layer", "head", "seed", "half_width", "row", "run", "name", "time"}
 
-COLUMNS = {"status": "", "name": "", "seconds": "number", "measured": "", "folder": ""}
+MAX_LABELS = 8
+"""Lines of one run in a chart: one for each sampler, loader or other word that its rows have."""
+
+COLUMNS = {"status": "", "name": "", "seconds": "number", "progress": "", "measured": ""}
 
 NOTHING_RUNS = empty_note(
     "Nothing is running",
@@ -49,6 +54,9 @@ class LiveRun:
 
     row: Any
     metrics: pd.DataFrame | QtxError
+    cells: tuple[Cell, ...] = ()
+    settings: frozenset[str] = frozenset()
+    """Names of the fields of its spec: they are no results."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +84,8 @@ class LiveView(DashboardView):
             return ()
         self._followed |= dict.fromkeys(table["run"][table["status"] == "running"])
         followed = [run for run in table["run"] if run in self._followed][:MAX_FOLLOWED]
-        return tuple((run, self.page.records.mark(run)) for run in followed)
+        records = self.page.records
+        return tuple((run, records.mark(run), records.notebook_mark(run)) for run in followed)
 
     def prepare(self, listing: Listing, rows: pd.DataFrame) -> LiveData:
         """Read the metrics of the followed runs."""
@@ -85,10 +94,16 @@ class LiveView(DashboardView):
         followed: dict[str, LiveRun] = {}
         for row in rows.itertuples():
             if row.run in self._followed and len(followed) < MAX_FOLLOWED:
+                metrics: pd.DataFrame | QtxError
                 try:
-                    followed[row.run] = LiveRun(row, self.page.records.metrics(row.run))
+                    metrics = self.page.records.metrics(row.run)
                 except QtxError as error:
-                    followed[row.run] = LiveRun(row, error)
+                    metrics = error
+                own = rows.loc[row.Index]
+                fields = [c for c in rows.columns if c.startswith(SPEC)]
+                settings = frozenset(short_name(c) for c in fields if pd.notna(own[c]))
+                cells = self.page.records.cells(row.run) or ()
+                followed[row.run] = LiveRun(own, metrics, cells, settings)
         return LiveData(sweeps, followed)
 
     def show(self, data: LiveData) -> None:
@@ -98,7 +113,7 @@ class LiveView(DashboardView):
             return
         palette = figures.curve_colours(self.page.theme, len(data.runs))
         colours = dict(zip(data.runs, palette, strict=True))
-        lines = [_line(name, run, colours[name]) for name, run in data.runs.items()]
+        lines = [self._line(name, run, colours[name]) for name, run in data.runs.items()]
         self._table.object = data.sweeps + html_table(COLUMNS, lines)
         curves = _curves(data.runs)
         layout = (tuple(data.runs), {chart: tuple(lines) for chart, lines in curves.items()})
@@ -108,12 +123,29 @@ class LiveView(DashboardView):
             return
         self._layout = layout
         self._pipes = {chart: hv.streams.Pipe(data=points) for chart, points in curves.items()}
-        self._charts.objects = [self._chart(*chart, colours) for chart in curves]
+        self._charts.objects = [self._chart(*chart, colours, list(curves[chart])) for chart in curves]
 
-    def _chart(self, metric: str, x: str, colours: dict[str, str]) -> Any:
+    def _chart(self, metric: str, x: str, of_runs: dict[str, str], labels: list[str]) -> Any:
+        colours = {label: of_runs[label.split("/")[0]] for label in labels}
+        if len(of_runs) == 1:  # then colours tell the lines of the run apart
+            shades = figures.curve_colours(self.page.theme, len(labels))
+            colours = dict(zip(labels, shades, strict=True))
         draw = partial(figures.live_curves, colours=colours, x=x, metric=metric, theme=self.page.theme)
         picture = hv.DynamicMap(lambda data: draw(data), streams=[self._pipes[metric, x]])
         return pn.pane.HoloViews(picture, margin=(6, 12, 6, 0), linked_axes=False)
+
+    def _line(self, name: str, run: LiveRun, colour: str) -> str:
+        """A line of the table of followed runs."""
+        row, now = run.row, datetime.now(UTC)
+        running = row["status"] == "running"
+        seconds = (now - row["started"].to_pydatetime()).total_seconds() if running else row["seconds"]
+        link = escape(self.page.link(view="Run", run=name))
+        return (
+            f"<tr><td>{status_mark(row['status'])}</td><td><b style='color:{colour}'>━</b> "
+            f"<a href='{link}' title='{escape(name)}'>{escape(row['name'])}</a></td>"
+            f"<td class='number'>{seconds:.0f}</td><td>{_progress(run.cells, now)}</td>"
+            f"<td>{_measured(run)}</td></tr>"
+        )
 
 
 def _sweep_progress(table: pd.DataFrame, followed: list[str]) -> str:
@@ -143,7 +175,10 @@ def _sweep_progress(table: pd.DataFrame, followed: list[str]) -> str:
 
 
 def _curves(runs: dict[str, LiveRun]) -> Curves:
-    """The curves of at most `MAX_CHARTS` metrics; rows with the same x are averaged."""
+    """The curves of at most `MAX_CHARTS` results; a line is named "run/words" where rows have words.
+
+    Rows of a line with the same x, such as those of several heads, are averaged.
+    """
     curves: Curves = {}
     for name, run in runs.items():
         if not isinstance(run.metrics, pd.DataFrame):
@@ -151,38 +186,72 @@ def _curves(runs: dict[str, LiveRun]) -> Curves:
         frame = run.metrics
         x = next((x for x in X_COLUMNS if x in frame and len(frames.numbers(frame, x))), "row")
         frame = frame.assign(row=np.arange(len(frame))) if x == "row" else frame
-        for metric in frame.columns:
-            types = pd.api.types
-            numeric = types.is_numeric_dtype(frame[metric]) and not types.is_bool_dtype(frame[metric])
-            if metric in NOT_DRAWN or not numeric:
-                continue
-            mean = frames.numbers(frame[[x, metric]], x, metric).groupby(x)[metric].mean()
-            if len(mean) and ((metric, x) in curves or len(curves) < MAX_CHARTS):
-                curves.setdefault((metric, x), {})[name] = (mean.index.to_numpy(), mean.to_numpy())
+        labels = _labels(frame, name)
+        for metric in _results(frame, run.settings):
+            points = frames.numbers(frame[[x, metric]].assign(label=labels), x, metric)
+            for label, part in list(points.groupby("label", sort=False))[:MAX_LABELS]:
+                mean = part.groupby(x)[metric].mean()
+                if (metric, x) in curves or len(curves) < MAX_CHARTS:
+                    line = (mean.index.to_numpy(), mean.to_numpy())
+                    curves.setdefault((metric, x), {})[str(label)] = line
     return curves
 
 
-def _line(name: str, run: LiveRun, colour: str) -> str:
-    """A line of the table of followed runs."""
-    row = run.row
-    seconds = row.seconds
-    if row.status == "running":
-        seconds = (datetime.now(UTC) - row.started.to_pydatetime()).total_seconds()
+def _results(frame: pd.DataFrame, settings: frozenset[str]) -> list[str]:
+    """The columns of metrics that are numbers and were measured, not set."""
+    types = pd.api.types
+    return [
+        column
+        for column in frame.columns
+        if column not in NOT_DRAWN
+        and column not in settings
+        and not column.endswith(("half_width", "std_error"))
+        and types.is_numeric_dtype(frame[column])
+        and not types.is_bool_dtype(frame[column])
+    ]
+
+
+def _labels(frame: pd.DataFrame, run: str) -> pd.Series:
+    """The line that each row belongs to: the run, and the words in which its rows differ."""
+    words = [
+        column
+        for column in frame.columns
+        if not pd.api.types.is_numeric_dtype(frame[column]) and frame[column].astype(str).nunique() > 1
+    ]
+    if not words:
+        return pd.Series(run, frame.index)
+    return f"{run}/" + frame[words].fillna("").astype(str).agg(", ".join, axis=1)
+
+
+def _progress(cells: tuple[Cell, ...], now: datetime) -> str:
+    """How many cells of the notebook have ended, and which one runs for how long."""
+    if not cells:
+        return ""
+    ended = sum(cell.status in ("completed", "failed") for cell in cells)
+    running = next((cell for cell in cells if cell.status == "running"), None)
+    at = ""
+    if running is not None:
+        seconds = seconds_since(running.started, now)
+        duration = f"for {seconds:.0f} s" if seconds == seconds else ""
+        at = f"<span class='why'>cell {running.number} {duration}: {escape(running.first_line)}</span>"
     return (
-        f"<tr><td>{status_mark(row.status)}</td><td><b style='color:{colour}'>━</b> {escape(row.name)}</td>"
-        f"<td class='number'>{seconds:.0f}</td><td>{_last_metrics(run.metrics)}</td>"
-        f"<td class='folder note'>{escape(name)}</td></tr>"
+        f"<progress max='{len(cells)}' value='{ended}' aria-label='Cells that have ended'></progress> "
+        f"{ended} of {len(cells)} cells{at}"
     )
 
 
-def _last_metrics(metrics: pd.DataFrame | QtxError) -> str:
-    """The last row of the metrics in words."""
+def _measured(run: LiveRun) -> str:
+    """The results so far, and the last row of the metrics without what was set, in words."""
+    metrics = run.metrics
     if isinstance(metrics, QtxError):
         return f"<span class='why'>metrics cannot be read: {escape(str(metrics))}</span>"
+    columns = metric_columns(run.row.to_frame().T.infer_objects())
+    results = [f"{c.removeprefix(RESULT)} {run.row[c]:.4g}" for c in columns if c != "results.kept"]
+    found = f"<b>{escape(', '.join(results[:6]))}</b> " if results else ""
     if metrics.empty:
-        return "nothing measured yet"
+        return found or "nothing measured yet"
     last = metrics.iloc[-1].dropna()
-    numbers = [
-        f"{key} {value:.4g}" for key, value in last.items() if isinstance(value, int | float | np.number)
-    ]
-    return f"{len(metrics)} rows; last: {escape(', '.join(numbers[:6]))}"
+    shown = [c for c in X_COLUMNS if c in last.index and c not in run.settings]
+    shown += [c for c in last.index if c in _results(metrics, run.settings)]
+    numbers = [f"{key} {last[key]:.4g}" for key in shown if isinstance(last[key], int | float | np.number)]
+    return f"{found}{len(metrics)} rows; last: {escape(', '.join(numbers[:6]))}"

@@ -37,7 +37,10 @@ class MapsView(DashboardView):
         self._canvas: maps.Canvas | None = None
         self._shown_head: tuple[str, int, int, int] | None = None
         self._title, self._panes = html_pane(DRAWING), pn.FlexBox(sizing_mode="stretch_width")
-        controls = [self._draws, self._sampler, self._model, self._layer, self._head, self._length]
+        controls = {
+            "draws": self._draws, "sampler": self._sampler, "model": self._model, "layer": self._layer,
+            "head": self._head, "length": self._length,
+        }  # fmt: skip
         super().__init__(page, [self._title, self._panes], controls)
 
     def _offer_layers(self, change: object) -> None:

@@ -1,4 +1,4 @@
-"""The dashboard's page: one for each session, with a view for each question; it reads and never writes."""
+"""The dashboard's page: one for each session, with views, filters and an address that says which."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import parse_qsl, quote, urlencode
 
 import pandas as pd
 import panel as pn
@@ -17,13 +17,18 @@ import panel as pn
 from ... import theme as look
 from ...experiments.manifest import STATUSES
 from . import figures
+from .compare_view import CompareView
+from .devices_view import devices_view
 from .elements import CONTROL_WIDTH, DashboardView, html_pane, select
-from .figure_views import devices_view, error_view, heads_view
+from .figure_views import FigureView, error_view, heads_view
 from .jobs_view import JobsView
 from .live_view import LiveView
 from .maps_view import MapsView
 from .records import RUNNING_POLL_S, Listing, Records
+from .run_view import RunView
 from .runs_view import RunsView
+from .settings import passes
+from .sweep_view import sweep_view
 
 DIMMING_DELAY_S = 0.3
 """Seconds after which the last picture is dimmed while the next one is prepared."""
@@ -65,25 +70,40 @@ class DashboardPage:
         "light" or "dark".
     prefix : str
         Path under which the server is seen, without a slash at its end.
+    writable : bool
+        Whether tags and notes of runs can be written.
+    search : str
+        The query of the address at first, such as "?view=Run&run=…".
     """
 
     records: Records
     theme: str
     prefix: str = ""
+    writable: bool = False
+    search: str = ""
 
     def __post_init__(self) -> None:
         self.views: dict[str, DashboardView] = {
             "Runs": RunsView(self),
+            "Sweeps": sweep_view(self),
             "Live": LiveView(self),
             "Error": error_view(self),
             "Heads": heads_view(self),
             "Devices": devices_view(self),
             "Maps": MapsView(self),
             "Jobs": JobsView(self),
+            "Run": RunView(self),
+            "Compare": CompareView(self),
         }
-        self.nav = pn.widgets.RadioButtonGroup(options=list(self.views), value="Runs", stylesheets=[NAV_CSS])
+        self.open_name = "Runs"
+        offered = [name for name, view in self.views.items() if not view.parent]
+        self.nav = pn.widgets.RadioButtonGroup(options=offered, value="Runs", stylesheets=[NAV_CSS])
         self.text = pn.widgets.TextInput(
-            label="Run contains", placeholder="part of its name", width=CONTROL_WIDTH
+            label="Run contains",
+            placeholder="name, tag, sampler=sobol",
+            description="Words that the run's name, tags or note contain, and conditions such as "
+            "num_samples>=64, error<0.1 or sweep=NAME.",
+            width=CONTROL_WIDTH,
         )
         self.status = pn.widgets.CheckBoxGroup(options=list(STATUSES), value=list(STATUSES))
         self.since = select(label="Started", options=list(WINDOWS_S))
@@ -91,27 +111,41 @@ class DashboardPage:
         # All are there from the beginning, and shown or hidden, because what Panel puts back after taking it
         # away has lost its style.
         self._filters = pn.Column(self.text, status_label, self.status, self.since, margin=0)
-        self._boxes = {name: pn.Column(*view.controls, margin=0) for name, view in self.views.items()}
+        self._boxes = {
+            name: pn.Column(*view.controls.values(), *view.side, margin=0)
+            for name, view in self.views.items()
+        }
         self.controls = pn.Column(self._filters, *self._boxes.values(), width=CONTROL_WIDTH + 4)
         self.picture = pn.Column(*(view.body for view in self.views.values()), sizing_mode="stretch_width")
         self.foot = html_pane()
         self._shown_state: Any = None
-        self._refreshing = False
+        self._refreshing = self._applying = False
+        self._address = ""  # the query as the browser shows it
+        self._latest_query: dict[str, str] = {}
+        self._search_theme: dict[str, str] = {}
         for widget in (self.nav, self.status, self.since):
             widget.param.watch(self.on_change, "value")
         self.text.param.watch(self.on_change, "value_input")
-        self._show_open_view()
+        self.apply(self.search)
         self._first_picture()
 
     @property
     def view(self) -> DashboardView:
         """The view that is open."""
-        return self.views[self.nav.value]
+        return self.views[self.open_name]
+
+    def open(self, name: str) -> None:
+        """Open a view."""
+        self.open_name = name
+        self.nav.value = self.view.parent or name
+        self._show_open_view()
 
     async def on_change(self, event: Any) -> None:
         """Follow a control that was changed."""
+        if self._applying:
+            return
         if event.obj is self.nav:
-            self._show_open_view()
+            self.open(self.nav.value)
         await self.refresh()
 
     def filtered(self, listing: Listing) -> pd.DataFrame:
@@ -119,12 +153,66 @@ class DashboardPage:
         table = listing.table
         if table.empty:
             return table
-        text = (self.text.value_input or "").strip().lower()
-        passes = table["status"].isin(self.status.value)
-        passes &= table["run"].str.lower().str.contains(text, regex=False)
+        passing = table["status"].isin(self.status.value) & passes(table, self.text.value_input or "")
         if (window_s := WINDOWS_S[self.since.value]) is not None:
-            passes &= (pd.Timestamp.now(tz="UTC") - table["started"]).dt.total_seconds() <= window_s
-        return table[passes]
+            passing &= (pd.Timestamp.now(tz="UTC") - table["started"]).dt.total_seconds() <= window_s
+        return table[passing]
+
+    # --- The address ----------------------------------------------------------------------------------
+
+    def query(self, **changes: str | None) -> dict[str, str]:
+        """What the address says: theme, open view, filters and the view's own state, with changes to it."""
+        view = self.view
+        given: dict[str, str | None] = {**self._search_theme}
+        given["view"] = self.open_name if self.open_name != "Runs" else None
+        given["contains"] = (self.text.value_input or "").strip() or None
+        if self.status.value != list(STATUSES):
+            given["status"] = "/".join(self.status.value) or "none"
+        given["started"] = self.since.value if WINDOWS_S[self.since.value] else None
+        if view.parent:
+            given |= self.views[view.parent].query()
+        given |= view.query() | changes
+        return {name: value for name, value in given.items() if value is not None}
+
+    def link(self, **changes: str | None) -> str:
+        """The address of this view with changes to its query; None takes a part of it away."""
+        return "?" + urlencode(self.query(**changes))
+
+    def apply(self, search: str) -> None:
+        """Show what an address says; parts of it that are not allowed are ignored."""
+        query = dict(parse_qsl(search.removeprefix("?")))
+        self._search_theme = {"theme": query["theme"]} if "theme" in query else {}
+        self._applying = True
+        try:
+            text = query.get("contains", "")
+            self.text.param.update(value=text, value_input=text)
+            statuses = query.get("status", "/".join(STATUSES)).split("/")
+            self.status.value = [name for name in STATUSES if name in statuses]
+            since = query.get("started", "")
+            self.since.value = since if since in WINDOWS_S else next(iter(WINDOWS_S))
+            name = query.get("view", "Runs")
+            self.open(name if name in self.views else "Runs")
+            for part in filter(None, (self.view.parent, self.open_name)):
+                self.views[part].apply(query)
+        finally:
+            self._applying = False
+        self._address, self._latest_query = search, self.query()
+
+    async def follow_address(self, event: Any) -> None:
+        """Show what the address in the browser says now."""
+        if event.new != self._address:
+            self.apply(event.new)
+            await self.refresh()
+
+    async def tick(self) -> None:
+        """Renew the view, and give the browser an address of it once nobody changes controls any more."""
+        await self.refresh()
+        query = self.query()
+        settled, self._latest_query = query == self._latest_query, query
+        location = pn.state.location
+        if settled and location is not None and query != dict(parse_qsl(self._address.removeprefix("?"))):
+            self._address = "?" + urlencode(query) if query else ""
+            location.search = self._address
 
     async def refresh(self) -> None:
         """Prepare and show the open view anew, if anything that it depends on has changed."""
@@ -157,24 +245,34 @@ class DashboardPage:
         """Where the server shows a run's report."""
         return f"{self.prefix}/report/{quote(run, safe='')}"
 
+    def notebook_link(self, run: str) -> str:
+        """Where the server gives a run's executed notebook."""
+        return f"{self.prefix}/notebook/{quote(run, safe='')}"
+
     def _first_picture(self) -> None:
-        """Draw the open view before the page is sent."""
-        state, view, listing = self._state(), self.view, self.records.listing
-        view.show(view.prepare(listing, self.filtered(listing)))
-        self._show_foot(listing)
+        """Draw the open view before the page is sent, if it is quickly drawn; `tick` draws the others."""
+        if isinstance(self.view, FigureView | MapsView):
+            return
+        state, view, listing, problem = self._state(), self.view, self.records.listing, ""
+        try:
+            view.show(view.prepare(listing, self.filtered(listing)))
+        except Exception as error:  # a run folder may hold anything: the page opens
+            logging.getLogger(__name__).exception("A view could not be drawn")
+            problem = f"This view could not be drawn: {type(error).__name__}: {error}."
+        self._show_foot(listing, problem)
         self._shown_state = state
 
     def _show_open_view(self) -> None:
         self._filters.visible = self.view.uses_run_filters
         for name, view in self.views.items():
-            self._boxes[name].visible = view.body.visible = name == self.nav.value
+            self._boxes[name].visible = view.body.visible = name == self.open_name
 
     def _state(self) -> tuple[Any, ...]:
         """Everything that the open view depends on."""
         listing = self.records.listing
         now = int(time.time() / WINDOW_STEP_S) if WINDOWS_S[self.since.value] else None
         filters = (self.text.value_input, tuple(self.status.value), self.since.value, now)
-        return (self.nav.value, listing.number, filters, self.view.state())
+        return (self.open_name, listing.number, filters, self.view.state())
 
     def _show_foot(self, listing: Listing, problem: str = "") -> None:
         table = listing.table
@@ -183,7 +281,7 @@ class DashboardPage:
             f"<code>{escape(str(self.records.home))}</code>",
             f"{len(table)} runs, {running} running",
             f"{len(listing.skipped)} skipped" if listing.skipped else "",
-            "read only",
+            "only tags and notes can be written" if self.writable else "read only",
         ]
         if listing.trouble:
             problem = f"{listing.trouble} Shown is what was read before."
@@ -191,10 +289,13 @@ class DashboardPage:
         self.foot.object = warning + " · ".join(filter(None, parts))
 
 
-def make_page(records: Records, prefix: str = "") -> Any:
+def make_page(records: Records, prefix: str = "", writable: bool = False) -> Any:
     """The page of a new session: what `panel.serve` calls."""
     theme = _requested_theme()
-    session = DashboardPage(records, theme, prefix)
+    search = "" if pn.state.location is None else pn.state.location.search
+    session = DashboardPage(records, theme, prefix, writable, search)
+    if pn.state.location is not None:
+        pn.state.location.param.watch(session.follow_address, "search")
     colours = look.colours_of(theme)
     variables = {f"--house-{name}": colour for name, colour in colours.items()}
     variables["--house-font"] = figures.FONT
@@ -212,9 +313,9 @@ def make_page(records: Records, prefix: str = "") -> Any:
     template.add_variable("variables", " ".join(f"{name}: {value};" for name, value in variables.items()))
     template.add_variable("theme_word", theme)
     template.add_variable("other_theme", other.capitalize())
-    template.add_variable("other_theme_url", f"?theme={other}")
+    template.add_variable("other_theme_word", other)
     pn.state.add_periodic_callback(
-        session.refresh,  # type: ignore[arg-type]  # it may be a coroutine function
+        session.tick,  # type: ignore[arg-type]  # it may be a coroutine function
         period=int(1000 * RUNNING_POLL_S),
     )
     return template

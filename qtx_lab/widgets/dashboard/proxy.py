@@ -27,6 +27,6 @@ def dashboard() -> dict[str, Any]:
         "launcher_entry": {
             "title": "qtx_lab dashboard",
             "icon_path": str(Path(__file__).with_name("icon.svg")),
-            "category": "Other",
+            "category": "Notebook",  # JupyterLab shows icons of their own only there and under "Console"
         },
     }

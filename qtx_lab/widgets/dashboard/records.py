@@ -1,7 +1,8 @@
-"""What the dashboard knows of a folder of runs: a fresh listing, and metrics that are read on request."""
+"""What the dashboard knows of a folder of runs: a fresh listing, and files that are read on request."""
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 import warnings
@@ -16,9 +17,13 @@ import pandas as pd
 import yaml
 
 from ...errors import QtxError, StorageError
-from ...experiments.listing import COLUMNS
-from ...experiments.runs import runs
+from ...experiments.annotations import Annotations, read_annotations
+from ...experiments.listing import COLUMNS, run_table
+from ...experiments.runs import SkippedFolder, read_manifests
 from ...storage import database, runs_home
+from .cells import Cell, read_cells
+from .run_files import find_notebook
+from .settings import calibrations_of, code_of, facets, settings_of
 
 RUNNING_POLL_S = 0.5
 """Seconds between two looks at what is running, however many people watch."""
@@ -36,6 +41,11 @@ PARAMETER_COLUMNS = ("sampler", "num_samples", "device", "loader", "shots")
 """Parameters of a run that are used in place of a column that its metrics lack."""
 
 
+OWN_COLUMNS = ("report", "title", "code", "settings", "calibrations", "tags", "note")
+"""Columns of the listing beside those of `qtx_lab.runs`: whether the run has a report; its title; version and
+commit of its code; spec and code without the seed, as one text; the times of its devices' calibrations, as
+JSON; its tags, as a tuple; its note."""
+
 YAML_LOADER = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader
 
 Skipped = tuple[tuple[str, str], ...]
@@ -49,18 +59,22 @@ class Listing:
     number: int
     """Number of the listing; it grows by one with every change."""
     table: pd.DataFrame
-    """The columns of `qtx_lab.runs`, and `report`: whether the run has a report."""
+    """The columns of `qtx_lab.runs` and those of `OWN_COLUMNS`."""
     skipped: Skipped
     """Folders that are no readable runs."""
     jobs: pd.DataFrame
-    """Columns tag, run, device, state, rows, shots, recorded. States are those last known."""
+    """Columns tag, run, device, state, rows, shots, recorded, and quantum seconds charged or else estimated.
+    States are those last known."""
     trouble: str = ""
     """Why the folder cannot be listed; empty if it can."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Metrics of several runs, one below the other, with the columns `run` and `name`."""
+    """Metrics of several runs, one below the other, with the columns `run`, `name` and `facet`.
+
+    Runs of the same facet differ in nothing but the seed and what their own metrics tell apart.
+    """
 
     frame: pd.DataFrame
     skipped: Skipped = ()
@@ -91,7 +105,7 @@ class Records:
             "SET enable_external_file_cache = false"
         )  # files change while they are watched
         self.home = runs_home(self.home).resolve()
-        self.listing = Listing(0, pd.DataFrame(columns=[*COLUMNS, "report"]), (), pd.DataFrame())
+        self.listing = Listing(0, pd.DataFrame(columns=[*COLUMNS, *OWN_COLUMNS]), (), pd.DataFrame())
         self.look()
 
     def watch(self) -> None:
@@ -108,9 +122,7 @@ class Records:
     def look(self) -> None:
         """List the folder now; `listing` is replaced if anything differs."""
         try:
-            listed = runs(self.home)
-            table, skipped = pd.DataFrame(listed), tuple(listed.attrs["skipped"])
-            table["report"] = [Path(path, "report.html").is_file() for path in table["path"]]
+            table, skipped = self._runs()
             jobs, trouble = self._jobs(), ""
         except Exception as error:  # whatever a folder holds, the thread that looks goes on
             table, skipped, jobs, trouble = self.listing.table, (), self.listing.jobs, str(error)
@@ -123,10 +135,44 @@ class Records:
         if not same or old.number == 0:
             self.listing = Listing(old.number + 1, table, skipped, jobs, trouble)
 
+    def _runs(self) -> tuple[pd.DataFrame, Skipped]:
+        """The runs, newest first, and the folders that are none."""
+        skipped: list[SkippedFolder] = []
+        listed = list(read_manifests(self.home, skipped))
+        table = pd.DataFrame(run_table(listed))
+        own = {folder.name: self._own_columns(folder, manifest) for folder, manifest in listed}
+        columns = pd.DataFrame(
+            [own[run] for run in table["run"]], table.index, [*OWN_COLUMNS], dtype="object"
+        )
+        return pd.concat([table, columns.astype({"report": bool})], axis=1), tuple(skipped)
+
+    def _own_columns(self, folder: Path, manifest: dict[str, Any]) -> list[Any]:
+        try:
+            annotations = self.annotations(folder.name)
+        except StorageError:  # the run's page says why
+            annotations = Annotations()
+        code = code_of(manifest)
+        return [
+            (folder / "report.html").is_file(), str(manifest.get("title") or ""), code,
+            settings_of(manifest, code), json.dumps(calibrations_of(manifest)), annotations.tags,
+            annotations.note,
+        ]  # fmt: skip
+
+    def annotations(self, run: str | Path) -> Annotations:
+        """The tags and the note of a run.
+
+        Raises
+        ------
+        StorageError
+            If they cannot be read.
+        """
+        return read_annotations(self.home / Path(run).name)
+
     def _jobs(self) -> pd.DataFrame:
-        columns = ["tag", "run", "device", "state", "rows", "shots", "recorded"]
+        columns = ["tag", "run", "device", "state", "rows", "shots", "recorded", "seconds"]
         if not (self.home / "jobs").is_dir() and not any(self.home.glob("*/jobs")):
             return pd.DataFrame(columns=columns)  # and the room of backends is not loaded
+        from ...backends.ibm.budget import billed_job
         from ...backends.ibm.jobs import find_jobs
 
         rows = []
@@ -137,7 +183,9 @@ class Records:
                     run = "" if folder == self.home else folder.name
                     size = (record.circuits, record.shots)
                     recorded = record.recorded.isoformat()
-                    rows.append([job.tag, run, record.device, str(record.status), *size, recorded])
+                    bill = billed_job(record)
+                    seconds = bill.charged_seconds + bill.open_seconds
+                    rows.append([job.tag, run, record.device, str(record.status), *size, recorded, seconds])
         return pd.DataFrame(rows, columns=columns)
 
     def metrics(self, run: str | Path) -> pd.DataFrame:
@@ -164,6 +212,16 @@ class Records:
     def mark(self, run: str) -> tuple[int, int] | None:
         """Changes whenever the metrics of a run do."""
         return _mark(self.home / run / "metrics.parquet")
+
+    def cells(self, run: str | Path) -> tuple[Cell, ...] | None:
+        """The cells of a run's executed notebook; None where it has none that can be read."""
+        path = find_notebook(self.home, Path(run).name)
+        return None if path is None else self._cached(path, read_cells)
+
+    def notebook_mark(self, run: str | Path) -> tuple[int, int] | None:
+        """Changes whenever the executed notebook of a run does."""
+        path = find_notebook(self.home, Path(run).name)
+        return None if path is None else _mark(path)
 
     def parameters(self, run: str | Path) -> dict[str, Any]:
         """The fields of a run's spec, or the parameters of its notebook."""
@@ -197,7 +255,10 @@ class Records:
                 frame = frame.dropna(subset=list(needed))
                 if len(frame):
                     frames.append(frame)
-        together = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=[*needed, "run"])
+        empty = pd.DataFrame(columns=[*needed, "run", "facet"])
+        together = pd.concat(frames, ignore_index=True) if frames else empty
+        if frames:
+            together["facet"] = together["run"].map(facets(table, together, PARAMETER_COLUMNS))
         return Rows(together, tuple(skipped), max(0, len(table) - MAX_RUNS))
 
     def _cached(self, path: Path, read: Any) -> Any:

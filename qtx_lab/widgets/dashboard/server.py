@@ -12,7 +12,7 @@ from collections.abc import Callable
 from html import escape
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, unquote
+from urllib.parse import quote, unquote, urlsplit
 
 import panel as pn
 from bokeh.server.auth_provider import AuthProvider
@@ -25,6 +25,7 @@ from ...storage import runs_home
 from . import maps
 from .page import make_page
 from .records import Records
+from .run_files import find_notebook, read_report
 
 DEFAULT_PORT = 5006
 MIN_TOKEN_LENGTH = 16
@@ -32,7 +33,7 @@ MIN_TOKEN_LENGTH = 16
 WRONG_TOKEN_DELAY_S = 1.0
 """Seconds that the answer to a wrong token takes."""
 
-REDEFAULT_PORT_POLICY = (
+REPORT_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; img-src data:; sandbox allow-downloads allow-popups"
 )
 """What a report may do. A run folder may be anybody's, and its report is shown under our address."""
@@ -108,7 +109,8 @@ class LoginHandler(RequestHandler):
             return
         home = f"{self.application.prefix}/"  # type: ignore[attr-defined]
         self.set_cookie(auth.cookie, auth.pass_, path=home, httponly=True, samesite="Lax")
-        self.redirect(home)
+        view = urlsplit(self.get_argument("next", "")).query  # of this page: never another address
+        self.redirect(f"{home}?{view}" if view else home)
 
     def _ask(self, said: str) -> None:
         colours = {
@@ -127,6 +129,7 @@ class LoginHandler(RequestHandler):
             "max-width:26em;margin:18vh auto;padding:0 1em}"
             "input,button{font:inherit;padding:.4em .7em;margin:.3em .3em .3em 0}"
             "a{color:var(--accent)}</style><main><h1>qtx_lab dashboard</h1><form method=post>"
+            f"<input type=hidden name=next value='{escape(self.get_argument('next', ''))}'>"
             "<label for=token>Token, as printed where the dashboard was started</label><br>"
             "<input id=token name=token type=password autocomplete=current-password autofocus required>"
             f"<button>Enter</button></form><p role=alert>{escape(said)}</p></main>"
@@ -134,7 +137,7 @@ class LoginHandler(RequestHandler):
 
 
 class ReportHandler(AuthRequestHandler):
-    """Serves the report of a run by the name of its folder, and nothing else of the disk."""
+    """Serves the report of a run by the name of its folder."""
 
     def initialize(self, home: Path) -> None:
         self.home = home
@@ -144,21 +147,26 @@ class ReportHandler(AuthRequestHandler):
         content = await asyncio.to_thread(read_report, self.home, unquote(name))
         if content is None:
             raise HTTPError(404, reason="No such report")
-        self.set_header("Content-Security-Policy", REDEFAULT_PORT_POLICY)
+        self.set_header("Content-Security-Policy", REPORT_POLICY)
         self.set_header("X-Content-Type-Options", "nosniff")
         self.set_header("Cache-Control", "no-cache")
         self.finish(content)
 
 
-def read_report(home: Path, name: str) -> bytes | None:
-    """The report of the run in the folder `name` of `home`; None where there is none inside `home`."""
-    if not name or name.startswith(".") or set(name) & set("/\\\0"):
-        return None
-    path = home / name / "report.html"
-    try:
-        return path.read_bytes() if path.resolve().is_relative_to(home.resolve()) else None
-    except (OSError, ValueError):
-        return None
+class NotebookHandler(ReportHandler):
+    """Gives the executed notebook of a run, as a file to save. Nothing else of the disk is served."""
+
+    @authenticated
+    async def get(self, name: str) -> None:
+        notebook = await asyncio.to_thread(find_notebook, self.home, unquote(name))
+        if notebook is None:
+            raise HTTPError(404, reason="No such notebook")
+        self.set_header("Content-Type", "application/x-ipynb+json")
+        self.set_header(
+            "Content-Disposition", f"attachment; filename*=UTF-8''{quote(notebook.name, safe='')}"
+        )
+        self.set_header("X-Content-Type-Options", "nosniff")
+        self.finish(await asyncio.to_thread(notebook.read_bytes))
 
 
 def is_loopback(host: str) -> bool:
@@ -179,7 +187,9 @@ def serve(
     socket: str | Path | None = None,
     started: Callable[[str], None] = print,
 ) -> None:
-    """Serve the dashboard until it is interrupted. It reads the folder of runs and never writes.
+    """Serve the dashboard until it is interrupted. It reads the folder of runs.
+
+    Only tags and notes of runs are written, and only by visitors who gave the token or came by the socket.
 
     Parameters
     ----------
@@ -215,12 +225,13 @@ def serve(
         _check_token(address, token)
     prefix = "/" + prefix.strip("/") if prefix.strip("/") else ""
     records = Records(runs_home(home))
+    writable = token is not None or socket is not None  # else whoever is on this machine could write
     for name in ("tornado.access", "bokeh.server.util"):  # every request; that any origin may ask, see below
         logging.getLogger(name).setLevel(logging.ERROR)
     where: dict[str, Any] = {"unix_socket": str(socket)} if socket else {"port": port, "address": address}
     try:
         server = pn.io.server.get_server(
-            {"/": lambda: make_page(records, prefix)},  # a partial would not be called
+            {"/": lambda: make_page(records, prefix, writable)},  # a partial would not be called
             title={"/": "qtx_lab dashboard"},
             prefix=prefix,
             # Who may connect is decided by the cookie and by signed sessions, which no other site's page has.
@@ -228,7 +239,10 @@ def serve(
             secret_key=secrets.token_urlsafe(32),
             sign_sessions=True,
             auth_provider=TokenAuth(token, f"qtx-lab-{secrets.token_hex(4)}", any_host=socket is not None),
-            extra_patterns=[(r"/report/([^/]+)", ReportHandler, {"home": records.home})],
+            extra_patterns=[
+                (r"/report/([^/]+)", ReportHandler, {"home": records.home}),
+                (r"/notebook/([^/]+)", NotebookHandler, {"home": records.home}),
+            ],
             **where,
         )
     except OSError as error:

@@ -1,0 +1,159 @@
+"""The view Compare: two runs side by side, with what differs in spec, code, environment and metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+import pandas as pd
+
+from ...errors import QtxError
+from ...experiments.manifest import read_manifest
+from .elements import DashboardView, empty_note, html_pane, html_table, plus_minus, status_mark
+from .records import Listing
+from .run_files import is_folder_name
+from .settings import RESULT, SPEC, half_width, metric_columns, value_text
+from .view_host import ViewHost
+
+TWO_NEEDED = empty_note("Tick two runs", "Tick two runs in the table of runs to see them side by side.")
+
+
+@dataclass(frozen=True)
+class ComparedRun:
+    """One of two runs: its row of the listing, and its manifest, empty where it cannot be read."""
+
+    row: Any
+    manifest: Mapping[str, Any]
+
+
+class CompareView(DashboardView):
+    """Two runs side by side."""
+
+    uses_run_filters = False
+    parent = "Runs"
+
+    def __init__(self, page: ViewHost):
+        self._runs: list[str] = []
+        self._text = html_pane()
+        super().__init__(page, [self._text])
+
+    def state(self) -> tuple[str, ...]:
+        """The runs that are compared."""
+        return tuple(self._runs)
+
+    def apply(self, query: Mapping[str, str]) -> None:
+        """Take the runs from an address: those that are ticked."""
+        self._runs = [run for run in query.get("ticked", "").split("/") if is_folder_name(run)]
+
+    def prepare(self, listing: Listing, rows: pd.DataFrame) -> list[ComparedRun]:
+        """Read the manifests of the runs that are still there."""
+        compared = []
+        for run in self._runs[:2]:
+            found = listing.table[listing.table["run"] == run]
+            if len(found):
+                try:
+                    manifest: Mapping[str, Any] = read_manifest(self.page.records.home / run)
+                except QtxError:
+                    manifest = {}
+                compared.append(ComparedRun(found.iloc[0], manifest))
+        return compared
+
+    def show(self, data: list[ComparedRun]) -> None:
+        """Show the two runs, what differs first."""
+        back = f"<p><a href='{escape(self.page.link(view=None))}'>← All runs</a></p>"
+        if len(data) != 2:
+            self._text.object = back + TWO_NEEDED
+            return
+        a, b = data
+        columns = {"": "", **{self._heading(x, mark): "" for x, mark in ((a, "A"), (b, "B"))}}
+        sections = {
+            "Spec": _pairs(_spec(a), _spec(b)),
+            "Code and environment": _pairs(_environment(a), _environment(b)),
+        }
+        html = back + "<h2>" + escape(_finding(sections)) + "</h2>"
+        metrics = _metric_lines(a, b)
+        if metrics:
+            html += "<h3>Metrics</h3>" + html_table({**columns, "B − A": "number"}, metrics)
+            html += "<p class='note'>± is half of a 95 % interval, where the run has recorded one.</p>"
+        for name, pairs in sections.items():
+            differing = [_line(key, x, y) for key, x, y in pairs if x != y]
+            same = [_line(key, x, y) for key, x, y in pairs if x == y]
+            html += f"<h3>{name}: {len(differing) or 'nothing'} differs</h3>".replace(
+                "1 differs", "one differs"
+            )
+            html += html_table(columns, differing) if differing else ""
+            if same:
+                html += (
+                    f"<details><summary>{len(same)} the same</summary>{html_table(columns, same)}</details>"
+                )
+        self._text.object = html
+
+    def _heading(self, run: ComparedRun, mark: str) -> str:
+        link = self.page.link(view="Run", run=str(run.row["run"]))
+        return (
+            f"{mark}: <a href='{escape(link)}'>{escape(str(run.row['run']))}</a> "
+            f"{status_mark(run.row['status'])}"
+        )
+
+
+def _spec(run: ComparedRun) -> dict[str, str]:
+    names = [name for name in run.row.index if str(name).startswith(SPEC)]
+    fields = {name.removeprefix(SPEC): value_text(run.row[name]) for name in names}
+    return {"kind": value_text(run.row.get("kind")), **fields}
+
+
+def _environment(run: ComparedRun) -> dict[str, str]:
+    versions, machine, devices = (run.manifest.get(key) or {} for key in ("versions", "machine", "devices"))
+    return {
+        "code": str(run.row.get("code") or ""),
+        **{f"machine: {name}": str(value) for name, value in machine.items()},
+        **{f"{name}, calibrated": str(time or "") for name, time in devices.items()},
+        **{str(name): str(version) for name, version in versions.items()},
+    }
+
+
+def _pairs(a: Mapping[str, str], b: Mapping[str, str]) -> list[tuple[str, str, str]]:
+    """The values of both by name, without what neither has."""
+    pairs = ((name, a.get(name, ""), b.get(name, "")) for name in dict.fromkeys([*a, *b]))
+    return [(name, x, y) for name, x, y in pairs if x or y]
+
+
+def _finding(sections: Mapping[str, list[tuple[str, str, str]]]) -> str:
+    """What differs, in a sentence."""
+    differing = [name for pairs in sections.values() for name, x, y in pairs if x != y]
+    if not differing:
+        return "Both runs have the same spec, code and environment"
+    if differing == ["seed"]:
+        return "These runs differ in nothing but the seed"
+    more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
+    return f"These runs differ in {', '.join(differing[:4])}{more}"
+
+
+def _line(name: str, x: str, y: str) -> str:
+    css_class = " class='differs'" if x != y else ""
+    none = "<span class='note'>–</span>"
+    cells = "".join(f"<td{css_class}>{escape(text) or none}</td>" for text in (x, y))
+    return f"<tr><td>{escape(name)}</td>{cells}</tr>"
+
+
+def _metric_lines(a: ComparedRun, b: ComparedRun) -> list[str]:
+    """A line for each result that one of the runs has, with the difference and its interval."""
+    columns = metric_columns(pd.DataFrame([a.row, b.row]).infer_objects())
+    lines = []
+    for column in columns:
+        values = [float(pd.to_numeric(run.row.get(column), errors="coerce")) for run in (a, b)]
+        widths = [half_width(run.row, column) for run in (a, b)]
+        texts = [
+            "<span class='note'>–</span>" if x != x else plus_minus(x, w) if w > 0 else f"{x:.5g}"
+            for x, w in zip(values, widths, strict=True)
+        ]
+        difference, width = values[1] - values[0], (widths[0] ** 2 + widths[1] ** 2) ** 0.5
+        apart = "" if difference != difference else (
+            plus_minus(difference, width) if width > 0 else f"{difference:.3g}"
+        )  # fmt: skip
+        cells = "".join(f"<td>{text}</td>" for text in texts)
+        name = escape(column.removeprefix(RESULT))
+        lines.append(f"<tr><td>{name}</td>{cells}<td class='number'>{apart}</td></tr>")
+    return lines

@@ -1,0 +1,215 @@
+"""What runs were set to, in which they differ, and which of them differ in nothing but the seed."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+SPEC, RESULT = "spec.", "results."
+"""What columns of the listing begin with: fields of specs, and numbers that were measured."""
+
+HALF_WIDTHS = ("_half_width",)
+STD_ERRORS = ("_std_error", "_error_bar")
+"""Endings of results that are the half width of a 95 % interval, or a standard error, of another result."""
+
+Z = 1.959964
+"""Half of a normal 95 % interval in standard errors."""
+
+
+def code_of(manifest: Mapping[str, Any]) -> str:
+    """The version of qtx_lab and the commit that a run was made with."""
+    git, version = manifest.get("git") or {}, (manifest.get("versions") or {}).get("qtx_lab", "")
+    commit = str(git.get("commit") or "")[:10] + (", changed" if git.get("dirty") else "")
+    return " ".join(filter(None, (str(version), commit)))
+
+
+def settings_of(manifest: Mapping[str, Any], code: str) -> str:
+    """Kind, fields and code of a run without its seed: equal for runs that differ in nothing but the seed."""
+    spec = manifest.get("spec") or {}
+    fields = dict(spec.get("fields") or {})
+    parameters = fields.pop("parameters", None)
+    if isinstance(parameters, Mapping):
+        fields["parameters"] = {name: x for name, x in parameters.items() if name != "seed"}
+    fields.pop("seed", None)
+    return json.dumps([spec.get("kind"), fields, code], sort_keys=True, default=str)
+
+
+def short_name(column: str) -> str:
+    """A column's name on the page: without `spec.` or `results.`.
+
+    >>> short_name("spec.num_samples")
+    'num_samples'
+    """
+    return column.removeprefix(SPEC).removeprefix(RESULT)
+
+
+def differing(table: pd.DataFrame, columns: Iterable[str] | None = None) -> list[str]:
+    """The fields of specs that differ between runs of a table, those that most runs have first.
+
+    A run that lacks a field does not differ in it: runs of several kinds have other fields.
+    """
+    candidates = [c for c in table.columns if c.startswith(SPEC)] if columns is None else columns
+    found: list[tuple[int, int, str]] = []
+    for column in candidates:
+        values = table[column].dropna()
+        if column not in (f"{SPEC}seed", f"{SPEC}sha256") and values.astype(str).nunique() > 1:
+            found.append((-len(values), len(found), column))
+    return [column for *_, column in sorted(found)]
+
+
+def metric_columns(table: pd.DataFrame) -> list[str]:
+    """The results that are numbers, those that most runs have first; half widths belong to their numbers."""
+    found: list[tuple[int, int, str]] = []
+    for column in table.columns:
+        numeric = pd.api.types.is_numeric_dtype(table[column])
+        if not column.startswith(RESULT) or not numeric or pd.api.types.is_bool_dtype(table[column]):
+            continue
+        if column.endswith((*HALF_WIDTHS, *STD_ERRORS)) and _owner(column) in table.columns:
+            continue
+        count = int(table[column].notna().sum())
+        if count:
+            found.append((-count, len(found), column))
+    return [column for *_, column in sorted(found)]
+
+
+def _owner(column: str) -> str:
+    """The result whose half width or standard error a column is."""
+    for ending in (*HALF_WIDTHS, *STD_ERRORS):
+        column = column.removesuffix(ending)
+    return column
+
+
+def half_width(row: Mapping[str, Any] | pd.Series, column: str) -> float:
+    """Half of the 95 % interval of a run's own result; NaN where the run has recorded none."""
+    for endings, factor in ((HALF_WIDTHS, 1.0), (STD_ERRORS, Z)):
+        for ending in endings:
+            value = pd.to_numeric(row.get(f"{column}{ending}"), errors="coerce")
+            if value == value and value is not None:
+                return factor * float(value)
+    return float("nan")
+
+
+def value_text(value: Any) -> str:
+    """A value of a spec as the page shows it; "" where there is none.
+
+    >>> value_text(0.30000000000000004), value_text("[8, 16]"), value_text(None)
+    ('0.3', '[8, 16]', '')
+    """
+    if value is None or value is pd.NA or (isinstance(value, float) and value != value):
+        return ""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def calibrations_of(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """The time of the calibration of each device that a run has used, where it is known."""
+    results = manifest.get("results") or {}
+    facts = results.get("facts")
+    named = dict(manifest.get("devices") or {})
+    if isinstance(facts, Mapping) and facts.get("device"):
+        named.setdefault(str(facts["device"]), facts.get("calibration"))
+    return {str(name): str(time) for name, time in named.items() if time}
+
+
+def facets(table: pd.DataFrame, metrics: pd.DataFrame, axes: Sequence[str]) -> dict[str, str]:
+    """A name for each run, equal for runs whose metrics may be averaged.
+
+    Those are runs that differ in nothing but the seed and in columns of the metrics that the figure tells
+    apart: a sweep over samplers is one figure, with a line for each.
+
+    Parameters
+    ----------
+    table : DataFrame
+        The listing.
+    metrics : DataFrame
+        Metrics of some of its runs, with the column `run`.
+    axes : sequence of str
+        Columns that a figure tells apart.
+
+    Returns
+    -------
+    dict
+        By run, the settings in which the runs differ, in words; "" where there is one kind only.
+    """
+    runs = table[table["run"].isin(metrics["run"].unique())].drop_duplicates("run").set_index("run")
+    fields = [c for c in runs.columns if c.startswith(SPEC) and short_name(c) not in ("seed", *axes)]
+    fields += [
+        f"{SPEC}{x}" for x in axes if f"{SPEC}{x}" in runs and not _is_axis(runs[f"{SPEC}{x}"], metrics, x)
+    ]
+    columns = [*(c for c in ("kind", "code") if c in runs), *fields]
+    texts = runs[columns].map(value_text)
+    keys = dict(zip(runs.index, map(tuple, texts.to_numpy()), strict=True))
+    several = [c for c in columns if runs[c].dropna().astype(str).nunique() > 1]
+    names: dict[tuple[str, ...], str] = {}
+    for run, key in keys.items():
+        if key not in names:
+            words = [f"{short_name(c)} = {texts.loc[run, c]}" for c in several if texts.loc[run, c]]
+            name = ", ".join(words[:4])
+            taken = sum(name == other.partition(" (")[0] for other in names.values())
+            names[key] = f"{name} ({taken + 1})" if taken else name
+    return {run: names[key] for run, key in keys.items()}
+
+
+def _is_axis(values: pd.Series, metrics: pd.DataFrame, axis: str) -> bool:
+    """Whether the metrics of each run hold the value of its parameter, and no other."""
+    if axis not in metrics:
+        return False
+    found = metrics.groupby("run")[axis].agg(lambda x: set(x.dropna().map(value_text)))
+    known = values.dropna().map(value_text)
+    return all(found.get(run, set()) <= {value} for run, value in known.items())
+
+
+# --- The filter ---------------------------------------------------------------------------------------
+
+CONDITION = re.compile(r"([\w. -]+?)\s*(<=|>=|!=|=|<|>)\s*(.+)")
+
+
+def passes(table: pd.DataFrame, text: str) -> pd.Series:
+    """Which runs a filter lets pass: those that have all its words.
+
+    A word is a part of the run's name, of a tag or of the note; or a condition on a parameter, a metric or a
+    column of the listing, such as `sampler=head-tail`, `num_samples>=64` or `sweep=NAME`.
+    """
+    try:
+        words = shlex.split(text)
+    except ValueError:  # a quotation mark that is not closed yet
+        words = text.split()
+    result = pd.Series(True, table.index)
+    for word in words:
+        match = CONDITION.fullmatch(word)
+        column = match and _column(table, match[1])
+        result &= _holds(table[column], match[2], match[3]) if match and column else _contains(table, word)
+    return result
+
+
+def _column(table: pd.DataFrame, name: str) -> str | None:
+    """The column that a name means."""
+    return next((c for c in (name, f"{SPEC}{name}", f"{RESULT}{name}") if c in table.columns), None)
+
+
+def _contains(table: pd.DataFrame, word: str) -> pd.Series:
+    found = table["run"].str.lower().str.contains(word.lower(), regex=False)
+    if "tags" in table:
+        texts = table["tags"].map(" ".join) + " " + table["note"]
+        found |= texts.str.lower().str.contains(word.lower(), regex=False)
+    return found
+
+
+def _holds(column: pd.Series, operator: str, text: str) -> pd.Series:
+    compare = {"=": np.equal, "!=": np.not_equal, "<": np.less, ">": np.greater, "<=": np.less_equal}.get(
+        operator, np.greater_equal
+    )
+    numbers = pd.to_numeric(column, errors="coerce").astype("Float64").to_numpy("float64", na_value=np.nan)
+    try:
+        value = float(text)
+    except ValueError:
+        words = column.map(lambda x: " ".join(x) if isinstance(x, tuple) else value_text(x)).str.lower()
+        equal = words == text.lower()
+        found = equal if operator == "=" else ~equal if operator == "!=" else pd.Series(False, column.index)
+        return found & column.notna()
+    return pd.Series(compare(numbers, value) & ~np.isnan(numbers), column.index)

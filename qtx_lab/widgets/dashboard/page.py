@@ -303,6 +303,7 @@ def make_page(records: Records, prefix: str = "", writable: bool = False) -> Any
     template = pn.Template(
         Path(__file__).with_name("page.html.j2").read_text(encoding="utf-8"),
         theme=pn.theme.DarkTheme if theme == "dark" else pn.theme.DefaultTheme,
+        location=True,
     )
     template.add_panel("nav", session.nav)
     template.add_panel("controls", session.controls)

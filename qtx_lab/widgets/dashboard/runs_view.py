@@ -26,7 +26,7 @@ from .elements import (
     status_mark,
 )
 from .records import Listing
-from .settings import RESULT, differing, half_width, metric_columns, short_name, value_text
+from .settings import RESULT, SPEC, differing, half_width, metric_columns, short_name, value_text
 from .view_host import ViewHost
 
 NO_RUNS = """<div class="empty"><h2>No runs yet in <code>{home}</code></h2>
@@ -119,7 +119,8 @@ class RunsView(DashboardView):
         settings, metrics = differing(rows), metric_columns(rows)
         offered = {short_name(c): c for c in [*metrics, *settings]}
         chosen = [c for c in self._columns.value if c in offered.values()]
-        columns = chosen or [*settings[:MAX_SETTINGS], *metrics[:MAX_METRICS]]
+        automatic = [c for c in settings if c != f"{SPEC}notebook"]  # the run's name says it
+        columns = chosen or [*automatic[:MAX_SETTINGS], *metrics[:MAX_METRICS]]
         if rows.empty:
             return RunsPage(listing, 0, 0, [], columns, offered)
         keys = _group_keys(rows, self._group.value)

@@ -18,6 +18,9 @@ from .settings import short_name, value_text
 MAX_TICKS = 12
 """Values of a parameter that are written on its axis."""
 
+SHADES = {"light": (-0.1, 1.3), "dark": (-0.5, 1.05)}
+"""Ends of the colour map, of which the results take 0 to 1, so that no line is lost on the background."""
+
 MAX_LINES = 8
 """Lines of a figure."""
 
@@ -51,7 +54,7 @@ def parallel_coordinates(frame: pd.DataFrame, columns: Sequence[str], metric: st
         "shade": np.repeat(last[order], steps), "run": np.repeat(frame["run"].iloc[order], steps), **facts,
     }  # fmt: skip
     lines = hv.Segments(segments, ["x0", "y0", "x1", "y1"], ["shade", "run", *names]).opts(
-        color="shade", cmap=look.SEQUENTIAL, clim=(-0.1, 1.1), line_width=1.6, alpha=0.75, tools=["hover"],
+        color="shade", cmap=look.SEQUENTIAL, clim=SHADES[theme], line_width=1.6, alpha=0.75, tools=["hover"],
     )  # fmt: skip
     rulers = hv.Segments([(i, 0, i, 1) for i in range(len(names))], ["x0", "y0", "x1", "y1"]).opts(
         color=c["muted"], line_width=1

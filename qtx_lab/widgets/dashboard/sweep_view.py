@@ -74,7 +74,7 @@ def _sweeps(table: pd.DataFrame) -> dict[str, str]:
     """The sweeps that runs of a table belong to, by their labels."""
     counts = table["sweep"].dropna().value_counts(sort=False) if "sweep" in table else pd.Series(dtype=int)
     names = list(dict.fromkeys(table["sweep"].dropna())) if len(counts) else []
-    return {f"{name} ({counts[name]} runs)": name for name in names[:MAX_SWEEPS]}
+    return {f"{name.partition('-')[2] or name} ({counts[name]} runs)": name for name in names[:MAX_SWEEPS]}
 
 
 def _sweep_data(runs: pd.DataFrame, metric: str) -> SweepData | None:

@@ -109,10 +109,17 @@ class LoginHandler(RequestHandler):
             return
         home = f"{self.application.prefix}/"  # type: ignore[attr-defined]
         self.set_cookie(auth.cookie, auth.pass_, path=home, httponly=True, samesite="Lax")
-        view = urlsplit(self.get_argument("next", "")).query  # of this page: never another address
+        view = self._view()
         self.redirect(f"{home}?{view}" if view else home)
 
+    def _view(self) -> str:
+        """The query of the dashboard's page that was asked for; "" where it was another address."""
+        asked = urlsplit(self.get_argument("next", ""))
+        home = f"{self.application.prefix}/"  # type: ignore[attr-defined]
+        return "" if asked.scheme or asked.netloc or asked.path != home else asked.query
+
     def _ask(self, said: str) -> None:
+        home = f"{self.application.prefix}/"  # type: ignore[attr-defined]
         colours = {
             name: ";".join(f"--{key}:{value}" for key, value in table.items())
             for name, table in look.COLOURS.items()
@@ -129,7 +136,7 @@ class LoginHandler(RequestHandler):
             "max-width:26em;margin:18vh auto;padding:0 1em}"
             "input,button{font:inherit;padding:.4em .7em;margin:.3em .3em .3em 0}"
             "a{color:var(--accent)}</style><main><h1>qtx_lab dashboard</h1><form method=post>"
-            f"<input type=hidden name=next value='{escape(self.get_argument('next', ''))}'>"
+            f"<input type=hidden name=next value='{escape(f'{home}?{self._view()}')}'>"
             "<label for=token>Token, as printed where the dashboard was started</label><br>"
             "<input id=token name=token type=password autocomplete=current-password autofocus required>"
             f"<button>Enter</button></form><p role=alert>{escape(said)}</p></main>"

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from ..errors import unknown_name
 from .base import Spec
-from .fields import AnyOf, Real, Switch, Whole, field, python_number
+from .fields import AnyOf, Real, Suggested, Switch, Whole, field, python_number
 
 if TYPE_CHECKING:
     from ..backends import HybridPolicy, QiskitQuantumBackend
@@ -42,6 +44,15 @@ def _loader_names() -> Iterable[str]:
     return LOADERS
 
 
+def _device_names() -> Iterable[str]:
+    """The twins that ship with qiskit-ibm-runtime; their folders tell, so that qiskit need not be loaded."""
+    package = importlib.util.find_spec("qiskit_ibm_runtime")
+    if package is None or package.origin is None:
+        return []
+    folders = (Path(package.origin).parent / "fake_provider" / "backends").glob("*/__init__.py")
+    return sorted(f"fake_{path.parent.name}" for path in folders)
+
+
 def _budget_text(text: str) -> str:
     from ..backends.ibm.budget import Budget  # loads qiskit
 
@@ -59,7 +70,7 @@ class CircuitSpec(Spec):
     provider: Annotated[
         Literal["aer", "ibm"], BeforeValidator(lambda name: "ibm" if name == "ibm-q" else name)
     ] = field("aer", "aer: simulators and twins of devices; ibm: IBM's devices.", "name", "device")
-    device: str | None = field(
+    device: Annotated[str, Suggested(_device_names)] | None = field(
         None,
         "A twin, as fake_boston (see qtx_lab.device_errors()), or a device, as ibm_fez; none: a simulator.",
         "name",
@@ -69,7 +80,13 @@ class CircuitSpec(Spec):
     loader: LoaderName = field("dynamic", "How a row becomes a circuit.", "name", "circuit")
     shots: Whole = field(1024, "Measurements of each row.", "shots", "circuit", ge=1, le=16_777_216)
     optimization_level: Whole = field(
-        3, "How hard the transpiler tries to shorten circuits.", "level", "circuit", ge=0, le=3
+        3,
+        "How hard the transpiler tries to shorten circuits.",
+        "level",
+        "circuit",
+        label="optimization",
+        ge=0,
+        le=3,
     )
     hybrid_mode: Switch = field(
         False,

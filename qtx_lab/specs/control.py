@@ -16,7 +16,8 @@ class ControlSpec(Spec):
         (),
         "Surrogates whose sums are known, each named once; without any, the estimate stays as it is.",
         "name",
-        "controls",
+        "control variates",
+        label="corrected by",
     )
 
     @field_validator("names")

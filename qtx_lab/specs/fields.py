@@ -113,6 +113,16 @@ class AnyOf:
         return {**handler(core), "enum": list(self.names())}
 
 
+@dataclass(frozen=True)
+class Suggested:
+    """Writes values that a form suggests into a field's JSON schema; others can be typed, too."""
+
+    names: Callable[[], Iterable[str]]
+
+    def __get_pydantic_json_schema__(self, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {**handler(core), "examples": list(self.names())}
+
+
 def _sampler_name(value: str, info: ValidationInfo) -> str:
     names = [*SAMPLERS, *BASELINES]
     if value not in names and value != "circuit":  # of which make_sampler says what it needs

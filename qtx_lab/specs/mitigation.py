@@ -61,6 +61,7 @@ class MitigationSpec(Spec):
             "Circuits with random Paulis that pec runs for a row; none: a number that grows with the shots.",
             "circuits",
             "cancellation",
+            label="random circuits",
         )
     )
     precision: (
@@ -71,6 +72,8 @@ class MitigationSpec(Spec):
         "Instead of a number of circuits: pec runs as many as keep every standard error below this.",
         "probability",
         "cancellation",
+        instead_of="instances",
+        start="0.01",
     )
 
     @model_validator(mode="before")

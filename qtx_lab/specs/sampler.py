@@ -22,10 +22,14 @@ class SamplerSpec(Spec):
     """
 
     name: SamplerName = field(
-        "systematic", "The method that turns a row of logits into draws.", "name", "sampler"
+        "systematic", "The method that turns a row of logits into draws.", "name", "sampler", label="sampler"
     )
     num_samples: Count | None = field(
-        64, "Draws of each row in each repetition; none where a tolerance is given instead.", "draws", "draws"
+        64,
+        "Draws of each row in each repetition; none where a tolerance is given instead.",
+        "draws",
+        "sampler",
+        label="draws per row",
     )
     tolerance: (
         Annotated[float, Field(strict=True, allow_inf_nan=False, gt=0, le=10), BeforeValidator(real_number)]
@@ -34,16 +38,18 @@ class SamplerSpec(Spec):
         None,
         "Instead of a count: each row gets as many draws as keep its output's relative error below this.",
         "relative error",
-        "draws",
+        "sampler",
+        instead_of="num_samples",
+        start="0.1",
     )
     confidence: Real = field(
-        0.95, "Probability with which the tolerance is kept.", "probability", "draws", ge=0.5, lt=1
+        0.95, "Probability with which the tolerance is kept.", "", "sampler", ge=0.5, lt=1
     )
     replicates: Whole = field(
         1,
         "Independent repetitions; with 2 or more every sampler has error bars.",
-        "repetitions",
-        "draws",
+        "",
+        "sampler",
         ge=1,
         le=1024,
     )

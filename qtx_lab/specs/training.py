@@ -40,7 +40,9 @@ class TrainSpec(Spec):
         "model and text",
         min_length=1,
     )
-    num_tokens: Whole = field(256, "Length of a sequence.", "tokens", "model and text", ge=1, le=1_048_576)
+    num_tokens: Whole = field(
+        256, "Length of a sequence.", "tokens", "model and text", label="sequence", ge=1, le=1_048_576
+    )
     sampler: SamplerName | None = field(
         None,
         'Sampler of the attention rows; none: the model\'s own, else systematic; "exact" draws nothing.',
@@ -48,7 +50,11 @@ class TrainSpec(Spec):
         "attention",
     )
     num_samples: Count | None = field(
-        None, "Draws of each row at the start; none: the model's own number, else 64.", "draws", "attention"
+        None,
+        "Draws of each row at the start; none: the model's own number, else 64.",
+        "draws",
+        "attention",
+        label="draws per row",
     )
     control_variate: ControlName | None = field(
         None, "Control variate that corrects the attention; none: no correction.", "name", "attention"
@@ -64,6 +70,7 @@ class TrainSpec(Spec):
         "Draws of each row at the end, or the limit of signal-to-noise; none: as at the start, or 16 times.",
         "draws",
         "attention",
+        label="draws at the end",
     )
     noise: Real = field(
         0.0,

@@ -12,7 +12,7 @@ import anywidget
 import traitlets
 
 from ..errors import DtypeError, SpecError, unknown_name
-from ..specs import Spec, read_yaml, write_yaml
+from ..specs import Spec, Word, listed_word, split_words, value_of
 from ..storage import write_atomic
 from .comms import hear_while_busy
 from .throttle import ThrottledCall
@@ -29,6 +29,10 @@ observes a form must not wait for another thread.
 WHOLE_NUMBER = re.compile(r"\s*[+-]?\d+\s*")
 MAX_EXACT_INTEGER = 2**53
 """Larger whole numbers are not exact in JavaScript."""
+
+
+ARRANGEMENTS = ("page", "column", "bar")
+"""How the fields of a form can lie on the page; see `SpecForm.arrange`."""
 
 
 class _Spec(traitlets.Instance):
@@ -86,6 +90,7 @@ class SpecForm(anywidget.AnyWidget):
     enabled = traitlets.Bool(True).tag(sync=True)
     _title = traitlets.Unicode().tag(sync=True)
     _fields: Any = traitlets.List().tag(sync=True)
+    _arrangement = traitlets.Dict({"kind": "page", "accordion": "", "open": ""}).tag(sync=True)
     # The only trait that the browser sets: field -> [number of its edits, what was typed]. It never shrinks,
     # so that no edit is lost where messages are merged.
     _edits = traitlets.Dict().tag(sync=True, echo_update=False)
@@ -110,6 +115,43 @@ class SpecForm(anywidget.AnyWidget):
         shown = [described[name] for name in fields or described]
         super().__init__(_title=title or self._kind.__name__, _fields=shown, spec=spec)
         hear_while_busy(self)
+
+    def arrange(self, kind: str, *, accordion: str = "", open_first: bool = False) -> None:
+        """Say how the fields lie on the page.
+
+        Parameters
+        ----------
+        kind : {"page", "column", "bar"}
+            - "page": one under the other, with their help;
+            - "column": narrow, with help as tooltips; groups are folded to a line of their values;
+            - "bar": side by side, with help as tooltips.
+        accordion : str
+            Of a column: of all forms with the same name one group is open at a time.
+        open_first : bool
+            Of a column: whether its first group is open at first.
+
+        Raises
+        ------
+        ArgumentError
+            If there is no such kind.
+        """
+        if kind not in ARRANGEMENTS:
+            raise unknown_name("kind", kind, ARRANGEMENTS)
+        opened = self._fields[0]["group"] if open_first else ""
+        self._arrangement = {"kind": kind, "accordion": accordion, "open": opened}
+
+    def show_fields(self, *names: str) -> None:
+        """Show these fields only, in this order; the others keep their values."""
+        for name in names:
+            if name not in self._described:
+                raise unknown_name("names", name, self._described)
+        self._fields = [self._described[name] for name in names]
+
+    def suggest(self, field: str, values: Sequence[str]) -> None:
+        """Offer values in a field where any text can be typed; of a mapping, names for its entries."""
+        described = {**self._described[field], "suggestions": list(values)}
+        self._described = {**self._described, field: described}
+        self._fields = [described if shown["name"] == field else shown for shown in self._fields]
 
     def change(self, **fields: Any) -> None:
         """Set some fields, and leave the others as they are.
@@ -207,13 +249,18 @@ def described_fields(kind: type[Spec]) -> dict[str, dict[str, Any]]:
         plain = next((x for x in schema.get("anyOf", ()) if x.get("type") != "null"), schema)
         described[name] = {
             "name": name,
-            "label": name.replace("_", " "),
+            "label": schema.get("label") or name.replace("_", " "),
             "help": schema.get("description", ""),
             "unit": _unit(schema.get("unit", "")),
             "group": schema.get("group", ""),
             "optional": optional,
+            "instead_of": schema.get("instead_of", ""),
+            "start": schema.get("start", ""),
             **_control(plain),
         }
+        if schema.get("examples"):
+            described[name]["suggestions"] = schema["examples"]
+        described[name]["default"] = _written(described[name], schema.get("default"))
     return described
 
 
@@ -233,7 +280,8 @@ def _control(schema: Mapping[str, Any]) -> dict[str, Any]:
             "min_items": schema.get("minItems", 0),
         }
     if schema.get("type") == "object":
-        return {"kind": "mapping"}
+        listed = schema.get("additionalProperties", {}).get("type") == "array"
+        return {"kind": "pairs", "listed": listed, "suggestions": []}
     if schema.get("type") == "boolean":
         return {"kind": "switch"}
     if schema.get("type") in ("integer", "number"):
@@ -253,9 +301,10 @@ def _bound(schema: Mapping[str, Any], *names: str) -> float | None:
 def _written(field: Mapping[str, Any], value: Any) -> Any:
     """A field's value as the form shows it."""
     if field["kind"] == "list":
-        return [_written(field["item"], item) for item in value]
-    if field["kind"] == "mapping":
-        return write_yaml(value)
+        return [_written(field["item"], item) for item in value or ()]
+    if field["kind"] == "pairs":
+        texts = {name: x if field["listed"] else [x] for name, x in (value or {}).items()}
+        return [[name, ", ".join(listed_word(item, {}) for item in x)] for name, x in texts.items()]
     if field["kind"] == "switch":
         return value
     return "" if value is None else str(value).removesuffix(".0") if isinstance(value, float) else str(value)
@@ -266,7 +315,9 @@ def _read(field: Mapping[str, Any], typed: Any) -> Any:
     kind = field["kind"]
     if kind == "list" and isinstance(typed, list):
         return [_read(field["item"], item) for item in typed]
-    if not isinstance(typed, str) or kind in ("switch", "list"):
+    if kind == "pairs" and isinstance(typed, list):
+        return _read_pairs(typed, field["listed"])
+    if not isinstance(typed, str) or kind in ("switch", "list", "pairs"):
         return typed
     if typed == "" and field.get("optional"):
         return None
@@ -275,8 +326,22 @@ def _read(field: Mapping[str, Any], typed: Any) -> Any:
             return int(typed)
         if kind == "number":
             return float(typed)
-        if kind == "mapping":
-            return read_yaml(typed) if typed.strip() else {}
     except ValueError:
         return typed
     return typed
+
+
+def _read_pairs(typed: list[Any], listed: bool) -> Any:
+    """The mapping that pairs of a name and its values or value stand for; as typed where they are none."""
+    mapping: dict[str, Any] = {}
+    try:
+        for name, text in typed:
+            if not name and not text.strip():
+                continue  # a line that was added, and is still empty
+            if not name or name in mapping:
+                return typed
+            values = [value_of(part, {}) for part in split_words(text)] if text.strip() else []
+            mapping[name] = values if listed else values[0] if len(values) == 1 else value_of(Word(text), {})
+    except (ValueError, TypeError, AttributeError):
+        return typed
+    return mapping

@@ -12,7 +12,6 @@ import nbformat
 import papermill.parameterize
 import pytest
 import traitlets
-import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -37,10 +36,10 @@ def typed(field: dict[str, Any]) -> st.SearchStrategy[Any]:
         given = st.floats(low or 0, 1000 if high is None else high, allow_nan=False).map(repr)
     elif kind == "list":
         given = st.lists(typed(field["item"]), min_size=field["min_items"], max_size=5, unique=True)
-    elif kind == "mapping":
-        given = st.dictionaries(
-            texts, st.integers() | texts | st.booleans() | st.none() | st.lists(texts), max_size=3
-        ).map(yaml.safe_dump)
+    elif kind == "pairs":
+        value = st.integers() | texts | st.booleans() | st.none() | st.lists(texts)
+        values = st.lists(value, max_size=3) if field["listed"] else value
+        given = st.dictionaries(texts, values, max_size=3).map(lambda x: _written(field, x))
     else:
         given = texts
     return given | st.just("") if field.get("optional") else given
@@ -190,6 +189,22 @@ def test_yaml_files(tmp_path: Any) -> None:
     say(other, yaml="shots: 5")
     assert other.spec == CircuitSpec(shots=5)
     assert other.valid
+
+
+def test_names_and_values_are_read_as_yaml_and_wrong_ones_refused() -> None:
+    form = SpecForm(SweepSpec(notebook="00_quickstart", sha256="0" * 64))
+    form.enter(grid=[["x", "1, 2.5, [3, 4]"], ["", ""]], parameters=[["name", "a, b"], ["on", "true"]])
+    assert form.valid
+    values = form.spec.to_parameters()
+    assert values["grid"] == {"x": [1, 2.5, [3, 4]]}  # a line that is still empty is none
+    assert values["parameters"] == {"name": "a, b", "on": True}
+    for wrong in ([["x", "[1"]], [["x", "1"], ["x", "2"]], [["", "1"]]):
+        form.enter(grid=wrong)
+        assert "grid=" in form.problems["grid"]
+    form.suggest("grid", ["x", "y"])
+    assert next(f for f in form._fields if f["name"] == "grid")["suggestions"] == ["x", "y"]
+    with pytest.raises(ArgumentError, match="kind"):
+        form.arrange("row")
 
 
 def test_a_form_shows_chosen_fields_and_leaves_the_others() -> None:

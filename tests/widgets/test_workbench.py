@@ -188,6 +188,9 @@ def test_from_code_and_restored(bench: Workbench, tmp_path: Path) -> None:
     assert bench.sample.form.spec.to_parameters()["num_samples"] == 16
     assert bench.sample.source.head == 2
 
+    lens.selected_rows = list(range(20, 40))
+    assert set(bench.circuit.rows) <= set(range(20, 40))  # without the button, too
+    assert "Circuit measures 16 of the 20 selected rows: 20" in bench.sample._sent.value
     lens.selected_rows = [3, 7]
     bench.sample.send_rows()
     bench.circuit.form.change(shots=200)
@@ -290,8 +293,19 @@ def test_the_code_of_sample_gives_the_numbers_that_are_shown(
         bench.sample.forms["control variates"].change(names=["topk"])
     bench.source.change(prompt="To be, or not to be, that is the question", text=None, layer=1, head=3)
     result = bench.sample.start().wait(120)
+    lens = bench.sample.lens
+    assert lens is not None
+    assert lens.finding().error == pytest.approx(result["error"], rel=1e-5)
+    assert lens.finding().std_error is not None
+    assert not lens.own_draws
+    bench.sample._redraw_timer = SimpleNamespace(cancel=lambda: None)
     bench.source.change(head=4)  # the code is that of the picture, not that of the forms
-    assert run_code(bench.sample.python_code())["error"] == result["error"]
+    copied = run_code(bench.sample.python_code())
+    assert copied["error"] == result["error"]
+    shown = lens.frame()  # the maps are of this estimate, too
+    drawn = copied["estimate"].attention_weights()[3]
+    expected = drawn[shown["query"].to_numpy(), shown["key"].to_numpy()].numpy()
+    np.testing.assert_allclose(shown["sampled"], expected, rtol=1e-5, atol=1e-7)
 
 
 def test_a_saved_notebook_has_a_picture(bench: Workbench) -> None:
@@ -548,6 +562,13 @@ def field(page: Any, name: str) -> Any:
     return page.locator(f".qtx-wb-page:visible [data-field={name}]")
 
 
+def unfold(page: Any, name: str) -> None:
+    """Open the group of fields that a field stands in."""
+    group = page.locator(".qtx-wb-page:visible details").filter(has=page.locator(f"[data-field={name}]"))
+    if group.get_attribute("open") is None:
+        group.locator("summary").click()
+
+
 def cut_off(page: Any) -> list[str]:
     """What of the workbench needs scrolling sideways, or lies over something else."""
     return page.evaluate("""() => {
@@ -605,7 +626,7 @@ def test_the_whole_work_in_a_browser(
     value = field(page, "num_samples").locator("input")
     page.wait_for_function("(e) => e.value !== '64'", arg=value.element_handle())
     page.wait_for_function(  # the summary follows
-        "(e) => document.querySelector('.qtx-wb-views').innerText.includes(`(${e.value} draws a row`)",
+        "(e) => document.querySelector('.qtx-wb-views').innerText.includes(`${e.value} draws a row`)",
         arg=value.element_handle(),
     )
 
@@ -631,6 +652,7 @@ def test_the_whole_work_in_a_browser(
     sent = [int(x.input_value()) for x in field(page, "rows").locator("input").all()]
     assert len(sent) >= 2
     assert sent == list(range(sent[0], sent[0] + len(sent)))
+    unfold(page, "rows")
     # A list's items are moved by the keyboard, and by dragging.
     rows = field(page, "rows")
     swapped = [str(x) for x in (sent[1], sent[0], *sent[2:])]
@@ -654,6 +676,7 @@ def test_the_whole_work_in_a_browser(
 
     # A noise level is added, changed and removed.
     open_tab(page, "Mitigate")
+    unfold(page, "noise_levels")
     levels = field(page, "noise_levels")
     levels.get_by_role("button", name="Add").click()
     page.wait_for_timeout(300)
@@ -677,10 +700,10 @@ def test_the_whole_work_in_a_browser(
 
     # A small model is trained for a moment.
     open_tab(page, "Train")
+    unfold(page, "model")
     field(page, "model").locator("select").select_option("small")
     for name, number in (("num_tokens", "64"), ("num_samples", "8"), ("steps", "40")):
-        heading = page.locator("details:visible").filter(has=page.locator(f"[data-field={name}]"))
-        heading.evaluate("(details) => { details.open = true; }")
+        unfold(page, name)
         field(page, name).locator("input").fill(number)
         field(page, name).locator("input").press("Tab")
     press(page, "Train")
@@ -704,8 +727,10 @@ def test_the_whole_work_in_a_browser(
     page.keyboard.press("Enter")
     page.locator(".qtx-wb-page:visible").get_by_role("button", name="Measure rows").wait_for()
     reached = []
-    for _ in range(12):
+    for _ in range(14):
         page.keyboard.press("Tab")
+        if page.evaluate("() => document.activeElement.innerText.startsWith('circuit')"):
+            page.keyboard.press("Enter")  # unfolds the group
         reached.append(
             page.evaluate(
                 "() => { const e = document.activeElement;"
@@ -761,6 +786,7 @@ def test_cancel_restart_and_ten_thousand_updates_in_a_browser(
 
     # The main thread, another thread and a subshell at once.
     open_tab(page, "Circuit")
+    unfold(page, "shots")
     run_python(
         page,
         "import threading\n"

@@ -1,5 +1,5 @@
 import { describe, expect, it } from "vitest";
-import { fresh, moved } from "./form";
+import { fresh, moved, summary, type Field } from "./form";
 
 describe("a list's items", () => {
   it("move to any place, and no further than the ends", () => {
@@ -27,5 +27,28 @@ describe("a list's items", () => {
     expect(fresh(number, [])).toBe("0");
     expect(fresh({ kind: "whole" }, ["12", "14", "x"])).toBe("16");
     expect(fresh({ kind: "text" }, ["a"])).toBe("");
+  });
+});
+
+describe("a group that is folded", () => {
+  const field = (name: string, kind: Field["kind"], more: Partial<Field> = {}): Field => ({
+    name, label: name, help: "", unit: "", group: "g", kind, optional: false, ...more,
+  }); // prettier-ignore
+  it("shows its first two values, and those that are not at their defaults", () => {
+    const fields = [
+      field("sampler", "choice", { default: "systematic" }),
+      field("draws", "whole", { default: "64", unit: "draws" }),
+      field("tolerance", "number", { default: "" }),
+      field("replicates", "whole", { default: "1" }),
+      field("twirl", "switch", { default: false }),
+      field("names", "list", { default: [] }),
+      field("grid", "pairs", { default: [] }),
+    ];
+    const values = { sampler: "systematic", draws: "64", tolerance: "", replicates: "1", twirl: false };
+    expect(summary(fields, values)).toBe("systematic · 64 draws");
+    const changed = { ...values, replicates: "4", twirl: true, names: ["a", "b"], grid: [["x", "1, 2"]] };
+    expect(summary(fields, changed as never)).toBe(
+      "systematic · 64 draws · replicates 4 · twirl · a, b · x: 1, 2",
+    );
   });
 });

@@ -19,10 +19,17 @@ export interface Field {
   arrows?: boolean;
   max_items?: number | null;
   min_items?: number;
+  /** What the field holds at its default, as the form shows it. */
+  default?: Typed;
+  /** The field that this one excludes: a switch chooses between the two. */
+  instead_of?: string;
+  /** What is entered when the switch turns to this field. */
+  start?: string;
 }
-type Kind = "choice" | "switch" | "whole" | "number" | "text" | "list" | "mapping";
+type Kind = "choice" | "switch" | "whole" | "number" | "text" | "list" | "pairs";
 type Item = Pick<Field, "kind" | "choices" | "low" | "high" | "arrows">;
-export type Typed = string | boolean | string[];
+type Pair = [string, string];
+export type Typed = string | boolean | string[] | Pair[];
 interface Shown {
   values: Record<string, Typed>;
   problems: Record<string, string>;
@@ -35,6 +42,7 @@ interface Model {
   _fields: Field[];
   _edits: Record<string, [number, Typed]>;
   _shown: Shown;
+  _arrangement: { kind: "page" | "column" | "bar"; accordion: string; open: string };
   enabled: boolean;
 }
 /** One field on the page. */
@@ -89,18 +97,13 @@ function make<K extends keyof HTMLElementTagNameMap>(
 }
 
 /** The element in which one value is typed or chosen. */
-function input(
-  item: Item,
-  optional: boolean,
-  id: string,
-): HTMLInputElement | HTMLSelectElement | HTMLTextAreaElement {
+function input(item: Item, optional: boolean, id: string): HTMLInputElement | HTMLSelectElement {
   if (item.kind === "choice") {
     const select = make("select", { id });
     if (optional) select.append(make("option", { value: "" }, "none"));
     for (const choice of item.choices ?? []) select.append(make("option", { value: choice }, choice));
     return select;
   }
-  if (item.kind === "mapping") return make("textarea", { id, rows: "5", spellcheck: "false" });
   const element = make("input", { id, autocomplete: "off", spellcheck: "false" });
   if (item.kind === "switch") {
     element.type = "checkbox";
@@ -117,7 +120,7 @@ function input(
   return element;
 }
 
-function showIn(element: HTMLInputElement | HTMLSelectElement | HTMLTextAreaElement, value: Typed): void {
+function showIn(element: HTMLInputElement | HTMLSelectElement, value: Typed): void {
   if (element instanceof HTMLInputElement && element.type === "checkbox") {
     element.checked = value === true;
     return;
@@ -150,7 +153,7 @@ function single(field: Field, id: string, type: (value: Typed) => void): Control
   element.addEventListener("keydown", (event) => {
     const key = (event as KeyboardEvent).key;
     // Browsers differ on whether Enter is a change.
-    if (key === "Enter" && dirty && field.kind !== "mapping") commit();
+    if (key === "Enter" && dirty) commit();
     if (key === "Escape" && dirty) {
       dirty = false;
       element.value = element.dataset["shown"] ?? element.value;
@@ -278,7 +281,7 @@ function list(field: Field, id: string, type: (value: Typed) => void): Control {
   return {
     element,
     show: (value) => {
-      const next = Array.isArray(value) ? value : [];
+      const next = Array.isArray(value) ? (value as string[]) : [];
       if (dragged >= 0 || JSON.stringify(next) === JSON.stringify(items)) return;
       const active = element.contains(document.activeElement) ? document.activeElement : null;
       const at = active
@@ -291,15 +294,136 @@ function list(field: Field, id: string, type: (value: Typed) => void): Control {
   };
 }
 
+/** Names with their values: a line each, of which the name can be chosen from those that are suggested. */
+function pairs(field: Field, id: string, type: (value: Typed) => void): Control {
+  const rows = make("ol", { class: "qtx-form-list", "aria-labelledby": `${id}-label` });
+  const add = make("button", { type: "button", class: "qtx-form-add" }, "+ add");
+  add.setAttribute("aria-label", `Add to ${field.label}`);
+  const names = (field.suggestions ?? []).map((value) => make("option", { value }));
+  const offered = make("datalist", { id: `${id}-suggestions` }, ...names);
+  const element = make("div", { id, role: "group", "aria-labelledby": `${id}-label` }, rows, add, offered);
+  element.setAttribute("aria-describedby", `${id}-help ${id}-problem`);
+  let items: Pair[] = [];
+
+  const inputs = () => [...rows.querySelectorAll("input")];
+  function draw(next: Pair[]): void {
+    items = next;
+    rows.replaceChildren(...items.map(row));
+  }
+  function row(pair: Pair, at: number): HTMLLIElement {
+    const cell = (part: 0 | 1, label: string, placeholder: string) => {
+      const typed = make("input", { type: "text", autocomplete: "off", spellcheck: "false", placeholder });
+      typed.setAttribute("aria-label", `${field.label} ${at + 1}: ${label}`);
+      if (part === 0) typed.setAttribute("list", offered.id);
+      typed.value = pair[part];
+      const commit = () => {
+        if (items[at]?.[part] === typed.value) return;
+        items = items.map((old, i) =>
+          i !== at ? old : part === 0 ? [typed.value, old[1]] : [old[0], typed.value],
+        );
+        type(items);
+      };
+      typed.addEventListener("change", commit);
+      typed.addEventListener("keydown", (event) => {
+        if (event.key === "Enter") commit();
+        if (event.key !== "Tab") event.stopPropagation();
+      });
+      return typed;
+    };
+    const values = field.unit || "values";
+    const remove = make("button", { type: "button", class: "qtx-form-remove", title: "Remove" }, "×");
+    remove.setAttribute("aria-label", `Remove ${field.label} ${at + 1}`);
+    remove.addEventListener("click", () => {
+      draw(items.filter((_, i) => i !== at));
+      (inputs()[2 * Math.min(at, items.length - 1)] ?? add).focus();
+      type(items);
+    });
+    return make("li", {}, cell(0, "name", "name"), cell(1, values, "a, b, c"), remove);
+  }
+  add.addEventListener("click", () => {
+    draw([...items, ["", ""]]);
+    inputs().at(-2)?.focus();
+  });
+  return {
+    element,
+    show: (value) => {
+      const next = Array.isArray(value) ? (value as Pair[]) : [];
+      const complete = items.filter(([name, text]) => name !== "" || text !== "");
+      if (JSON.stringify(next) === JSON.stringify(complete)) return;
+      const at = inputs().indexOf(document.activeElement as HTMLInputElement);
+      draw(next);
+      if (at >= 0) inputs()[at]?.focus();
+    },
+    showProblem: (problem) => element.setAttribute("aria-invalid", String(problem !== "")),
+  };
+}
+
+/** A switch between two fields that exclude each other; only the chosen one is on the page. */
+function either(
+  fields: [Field, Field],
+  lines: [HTMLElement, HTMLElement],
+  id: string,
+  type: (values: Record<string, Typed>) => void,
+): { element: HTMLElement; show(values: Record<string, Typed>): void } {
+  let chosen = 0;
+  const radios = fields.map((field, i) => {
+    const radio = make("input", { type: "radio", name: id, value: field.name });
+    radio.addEventListener("change", () => {
+      if (chosen === i) return;
+      choose(i);
+      const start = field.start || (typeof field.default === "string" ? field.default : "");
+      type({ [fields[1 - i]!.name]: "", [field.name]: start });
+      lines[i]?.querySelector<HTMLElement>("input, select")?.focus();
+    });
+    return radio;
+  });
+  const choose = (i: number) => {
+    chosen = i;
+    radios.forEach((radio, j) => (radio.checked = j === i));
+    lines.forEach((line, j) => (line.hidden = j !== i));
+  };
+  const labels = fields.map((field, i) => make("label", {}, radios[i]!, make("span", {}, field.label)));
+  const text = `${fields[0].label} or ${fields[1].label}`;
+  const element = make(
+    "div",
+    { class: "qtx-form-either", role: "radiogroup", "aria-label": text },
+    ...labels,
+  );
+  choose(0);
+  return {
+    element,
+    show: (values) => {
+      const given = fields.findIndex((field) => (values[field.name] ?? "") !== "");
+      if (given >= 0) choose(given);
+    },
+  };
+}
+
+/** The values of a group in a line: the first two fields, and whatever is not at its default. */
+export function summary(fields: readonly Field[], values: Record<string, Typed>): string {
+  const parts = fields.map((field, i) => {
+    const value = values[field.name] ?? "";
+    if (i > 1 && JSON.stringify(value) === JSON.stringify(field.default)) return "";
+    if (Array.isArray(value))
+      return value.map((item) => (Array.isArray(item) ? `${item[0]}: ${item[1]}` : item)).join(", ");
+    if (typeof value === "boolean") return value ? field.label : "";
+    if (value === "" || field.kind === "choice" || field.kind === "text") return value;
+    return field.unit ? `${value} ${field.unit}` : `${field.label} ${value}`;
+  });
+  return parts.filter((part) => part !== "").join(" · ");
+}
+
 /** Everything of one field: label, control, unit, help, and what is wrong. */
 function line(field: Field, id: string, type: (value: Typed) => void): Control {
-  const many = field.kind === "list";
-  const control = (many ? list : single)(field, id, type);
+  const many = field.kind === "list" || field.kind === "pairs";
+  const kinds = { list, pairs } as Partial<Record<Kind, typeof single>>;
+  const control = (kinds[field.kind] ?? single)(field, id, type);
   const label = make(many ? "span" : "label", { id: `${id}-label`, class: "qtx-form-label" }, field.label);
   if (label instanceof HTMLLabelElement) label.htmlFor = id;
-  const help = make("div", { id: `${id}-help`, class: "qtx-form-help" }, field.help);
+  const help = make("div", { id: `${id}-help`, class: "qtx-form-help", role: "tooltip" }, field.help);
   const problem = make("div", { id: `${id}-problem`, class: "qtx-form-problem", role: "alert" });
-  const unit = make("span", { class: "qtx-form-unit" }, field.unit);
+  const said = field.label.split(" ").includes(field.unit); // "draws per row" needs no unit "draws"
+  const unit = make("span", { class: "qtx-form-unit" }, said ? "" : field.unit);
   const element = make("div", {
     class: `qtx-form-field qtx-form-kind-${field.kind}`,
     "data-field": field.name,
@@ -318,32 +442,74 @@ function line(field: Field, id: string, type: (value: Typed) => void): Control {
 }
 
 function render({ model, el }: { model: AnyModel<Model>; el: HTMLElement }): () => void {
+  let end = draw(model, el);
+  const drawAnew = () => {
+    end();
+    end = draw(model, el);
+  };
+  model.on("change:_fields", drawAnew);
+  model.on("change:_arrangement", drawAnew);
+  return () => {
+    model.off("change:_fields", drawAnew);
+    model.off("change:_arrangement", drawAnew);
+    end();
+  };
+}
+
+/** The form itself, as its fields and their arrangement are now. */
+function draw(model: AnyModel<Model>, el: HTMLElement): () => void {
   // Each widget loads this file anew, so that a counter would give the same id to two forms.
   const form = `qtx-form-${Math.random().toString(36).slice(2)}`;
   const fields = model.get("_fields");
   const title = model.get("_title");
-  const root = make("form", { class: "qtx-form", "aria-label": title, novalidate: "" });
+  const arrangement = model.get("_arrangement");
+  const look = `qtx-form qtx-form-as-${arrangement.kind}`;
+  const root = make("form", { class: look, "aria-label": title, novalidate: "" });
   root.addEventListener("submit", (event) => event.preventDefault());
+  root.addEventListener("keydown", (event) => {
+    if (event.key === "Escape") root.classList.add("qtx-form-quiet"); // takes a tooltip away
+  });
+  for (const kind of ["pointermove", "focusin"])
+    root.addEventListener(kind, () => root.classList.remove("qtx-form-quiet"));
 
-  const type = (name: string, value: Typed) => {
-    const edits = model.get("_edits");
-    model.set("_edits", { ...edits, [name]: [(edits[name]?.[0] ?? 0) + 1, value] });
+  const typeAll = (values: Record<string, Typed>) => {
+    const edits = { ...model.get("_edits") };
+    for (const [name, value] of Object.entries(values)) edits[name] = [(edits[name]?.[0] ?? 0) + 1, value];
+    model.set("_edits", edits);
     model.save_changes();
   };
+  const type = (name: string, value: Typed) => typeAll({ [name]: value });
   const controls = new Map<string, Control>();
-  const groups = new Map<string, { box: HTMLElement; names: string[] }>();
+  const switches: ReturnType<typeof either>[] = [];
+  const groups = new Map<string, { box: HTMLElement; values: HTMLElement; fields: Field[] }>();
   const names = [...new Set(fields.map((field) => field.group))];
   for (const group of names) {
     const inside = fields.filter((field) => field.group === group);
-    const box = group ? make("details", {}, make("summary", {}, group)) : make("div");
-    if (box instanceof HTMLDetailsElement)
-      box.open = names.length <= OPEN_GROUPS + 1 || names.indexOf(group) < OPEN_GROUPS;
+    const values = make("span", { class: "qtx-form-values" });
+    const heading = make("summary", {}, make("span", { class: "qtx-form-group" }, group), values);
+    const box = group && arrangement.kind !== "bar" ? make("details", {}, heading) : make("div");
+    if (box instanceof HTMLDetailsElement) {
+      if (arrangement.kind === "column") {
+        box.name = arrangement.accordion;
+        box.open = arrangement.open === group;
+      } else box.open = names.length <= OPEN_GROUPS + 1 || names.indexOf(group) < OPEN_GROUPS;
+    }
     for (const field of inside) {
       const control = line(field, `${form}-${field.name}`, (value) => type(field.name, value));
       controls.set(field.name, control);
       box.append(control.element);
     }
-    groups.set(group, { box, names: inside.map((field) => field.name) });
+    for (const field of inside) {
+      const other = inside.find(({ name }) => name === field.instead_of);
+      if (other === undefined) continue;
+      const [first, second] = [controls.get(other.name)!.element, controls.get(field.name)!.element];
+      const change = either([other, field], [first, second], `${form}-${field.name}-switch`, typeAll);
+      first.before(change.element);
+      first.after(second);
+      for (const element of [first, second]) element.classList.add("qtx-form-switched");
+      switches.push(change);
+    }
+    groups.set(group, { box, values, fields: inside });
     root.append(box);
   }
 
@@ -383,8 +549,12 @@ function render({ model, el }: { model: AnyModel<Model>; el: HTMLElement }): () 
       if (value !== undefined) control.show(value);
       control.showProblem(shown.problems[name] ?? "");
     }
-    for (const { box, names } of groups.values()) {
-      if (box instanceof HTMLDetailsElement && names.some((name) => shown.problems[name])) box.open = true;
+    const answered = ({ name }: Field) => (edits[name]?.[0] ?? 0) <= (shown.known_edits?.[name] ?? 0);
+    if (fields.every(answered)) for (const change of switches) change.show(shown.values);
+    for (const { box, values, fields } of groups.values()) {
+      if (box instanceof HTMLDetailsElement && fields.some(({ name }) => shown.problems[name]))
+        box.open = true;
+      values.textContent = summary(fields, shown.values);
     }
     const text = elsewhere.map(([, problem]) => problem).join(" ");
     if (whole.textContent !== text) whole.textContent = text;
@@ -402,6 +572,7 @@ function render({ model, el }: { model: AnyModel<Model>; el: HTMLElement }): () 
   return () => {
     model.off("change:_shown", show);
     model.off("change:enabled", enable);
+    root.remove();
   };
 }
 

@@ -84,6 +84,8 @@ class WorkbenchTab:
         self._cancel_button.on_click(lambda _: self.cancel())
         for form in self.forms.values():
             form.observe(lambda _: self._form_changed(), "spec")
+        for i, form in enumerate(forms.values()):
+            form.arrange("column", accordion=f"qtx-wb-{self.name}", open_first=i == 0)
         buttons = widgets.HBox([self._start_button, self._cancel_button]).add_class("qtx-wb-act")
         controls = widgets.VBox([buttons, *forms.values()]).add_class("qtx-wb-controls")
         picture = widgets.VBox([self._message, self.views]).add_class("qtx-wb-picture")

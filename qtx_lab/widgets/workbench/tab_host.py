@@ -52,3 +52,9 @@ class TabHost(Protocol):
 
     def measure_rows(self, rows: tuple[int, ...]) -> None:
         """Enter these queries in the Circuit tab as the rows to measure, and open that tab."""
+
+    def choose_rows(self, rows: tuple[int, ...]) -> tuple[int, ...]:
+        """Enter these queries in the Circuit tab as the rows to measure; those that it takes."""
+
+    def fit_rows(self, num_queries: int) -> None:
+        """Leave out of the rows to measure those that there are not."""

@@ -44,6 +44,12 @@ RUN_NAME = "workbench"
 STATE_FILE = "workbench.json"
 """In the run's folder: the fields of all forms, and which tab is open."""
 
+INPUTS_FILE = "inputs.safetensors"
+"""In the run's folder: the user's own q, k and v."""
+
+OWN_FIELDS = ("layer", "head", "seed")
+"""What can be chosen where q, k and v are the user's own."""
+
 SAVE_INTERVAL_S = 0.2
 """Seconds between two savings of the state, at least."""
 
@@ -122,10 +128,13 @@ class Workbench(widgets.VBox):
         self._display_handle = None
         self._source = SourceSpec(model=str(model), text=str(text), num_tokens=num_tokens)
         if q is not None and k is not None and v is not None:
-            path = self.run.path.resolve() / "inputs.safetensors"
+            path = self.run.path.resolve() / INPUTS_FILE
             layers = write_inputs(path, q, k, v, tokens, is_causal)
             self._source = SourceSpec(model=str(path), layer=min(3, layers - 1))
+            num_tokens = q.shape[-2]
         self.source = SpecForm(self._source, title="What is looked at")
+        self.source.add_class("qtx-wb-source")
+        self._arrange_source()
         self.job_box = widgets.VBox()  # in the Hardware and in the Runs tab
         self.sample = SampleTab(self, self.source)
         self.circuit = CircuitTab(self, self.sample)
@@ -140,6 +149,7 @@ class Workbench(widgets.VBox):
             self.runs,
         )  # fmt: skip
         self.tabs = {tab.name: tab for tab in tabs}
+        self.fit_rows(num_tokens)
         self.tab_bar = widgets.Tab([tab.widget for tab in tabs], titles=[tab.title for tab in tabs])
         hear_while_busy(self.tab_bar)
         style = widgets.HTML(f"<style>{CSS.read_text(encoding='utf-8')}</style>", layout={"display": "none"})
@@ -215,8 +225,19 @@ class Workbench(widgets.VBox):
 
     def measure_rows(self, rows: tuple[int, ...]) -> None:
         """Enter these queries in the Circuit tab as the rows to measure, and open that tab."""
-        self.circuit.take_rows(rows)
+        self.choose_rows(rows)
         self.open_tab("circuit")
+
+    def choose_rows(self, rows: tuple[int, ...]) -> tuple[int, ...]:
+        """Enter these queries in the Circuit tab as the rows to measure; those that it takes."""
+        with FORM_LOCK:
+            return self.circuit.take_rows(rows)
+
+    def fit_rows(self, num_queries: int) -> None:
+        """Leave out of the rows to measure those that there are not; the last one takes their place."""
+        rows = self.circuit.rows
+        if any(row >= num_queries for row in rows):
+            self.choose_rows(tuple(row for row in rows if row < num_queries) or (num_queries - 1,))
 
     def request_save(self) -> None:
         """Save the state of all forms soon."""
@@ -295,6 +316,7 @@ class Workbench(widgets.VBox):
 
     def _ipython_display_(self, **kwargs: Any) -> None:
         self._display_handle = display(self._repr_mimebundle_(), raw=True, display_id=True)
+        self.sample.draw_first()
 
     def _idle_worker(self) -> ProcessWorker:
         """A worker that has nothing to do; a new one if there is none. Spare ones are closed."""
@@ -310,6 +332,12 @@ class Workbench(widgets.VBox):
                 self._workers += idle
             idle[0].start_process()
             return idle[0]
+
+    def _arrange_source(self) -> None:
+        """Show in the bar what can be chosen: of a user's own q, k and v only the layer and the head."""
+        own = self.source.spec.to_parameters()["model"].endswith(INPUTS_FILE)
+        self.source.show_fields(*(OWN_FIELDS if own else SourceSpec.model_fields))
+        self.source.arrange("bar")
 
     def _save_state(self) -> None:
         with FORM_LOCK:
@@ -342,6 +370,7 @@ class Workbench(widgets.VBox):
             _OPEN[run.path.resolve()] = self
             run.update(status="running", process=provenance.this_process())
             self.source.spec = source
+            self._arrange_source()
             for name, tab in self.tabs.items():
                 tab.set_state(forms.get(name, {}))
                 path = run.path / "results" / f"{name}.npz"

@@ -44,6 +44,21 @@ def spaced(number: int) -> str:
     return f"{number:,}".replace(",", "\u2009")
 
 
+def ranges_text(numbers: Iterable[int]) -> str:
+    """Rising whole numbers in words, neighbours as a range.
+
+    >>> ranges_text([3, 4, 5, 9])
+    '3–5, 9'
+    """
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(f"{a}–{b}" if a < b else str(a) for a, b in runs)
+
+
 def notes_list(notes: Iterable[str], *fragments: str) -> str:
     """A list of notes; `notes` are escaped, `fragments` are HTML already."""
     items = [html.escape(note) for note in notes] + list(fragments)

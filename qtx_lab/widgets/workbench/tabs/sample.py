@@ -11,15 +11,19 @@ import ipywidgets as widgets
 import torch
 from pydantic import model_validator
 
+from ....errors import JobTimeout, QtxError
 from ....models.language_model import language_models
 from ....specs import MAX_SEED, ControlSpec, SamplerSpec, Spec, Whole
 from ...comms import hear_while_busy
 from ...forms import SpecForm
 from ...views.lens import AttentionLens
+from ...views.lens_heads import percent_text
+from ..process import Work
 from ..tab import WorkbenchTab
 from ..tab_host import TabHost
+from ..tasks.sampling import head_estimate
 from .code_parts import IMPORTS, Code, call, inputs_code
-from .html_parts import form_field, notes_list, spaced
+from .html_parts import form_field, ranges_text, spaced
 
 MAX_ROWS = 16
 """Rows that are sent to the Circuit tab at a time."""
@@ -89,9 +93,11 @@ class SampleTab(WorkbenchTab):
     def __init__(self, bench: TabHost, source: SpecForm):
         self.lens: AttentionLens | None = None
         self._lens_inputs: Any = None
+        self._giving = self._automatic = False
         self._redraw_timer: threading.Timer | None = None
         self._summary = widgets.HTML()
         self._send_button = widgets.Button(description="Send rows to Circuit", disabled=True)
+        self._sent = widgets.HTML()
         hear_while_busy(self._send_button)
         self._send_button.on_click(lambda _: self.send_rows())
         self._lens_box = widgets.VBox()
@@ -99,7 +105,8 @@ class SampleTab(WorkbenchTab):
             "sampler": SpecForm(SamplerSpec),
             "control variates": SpecForm(ControlSpec),
         }
-        views = (self._summary, self._lens_box, widgets.HBox([self._send_button]))
+        send = widgets.HBox([self._send_button, self._sent])
+        views = (self._lens_box, self._summary, send)
         super().__init__(bench, forms, *views, shared={"source": source})
 
     @property
@@ -121,29 +128,66 @@ class SampleTab(WorkbenchTab):
             "control": self.forms["control variates"].spec.to_parameters(),
         }
 
+    def start(self, **changes: Any) -> Work:
+        """Draw, and return the work while it runs; see `WorkbenchTab.start`.
+
+        What draws by itself, as after a change of a setting, does not stand in the way of this.
+        """
+        if self._automatic and self.busy and self.work is not None:
+            try:
+                self.work.wait(QUICK_DRAW_S)
+            except JobTimeout:
+                self.cancel()
+            except QtxError:
+                pass
+        self._automatic = False
+        return super().start(**changes)
+
+    def draw_first(self) -> None:
+        """Draw the first picture, before anybody asks for it, where that takes a moment."""
+        model = self.source.model
+        if self.result is None and not self.busy and (model == "reference" or model.endswith(".safetensors")):
+            self._start_or_explain()
+            self._automatic = True
+
     def send_rows(self) -> None:
-        """Let the Circuit tab measure the rows that are selected in the lens, and open it."""
+        """Open the Circuit tab, which measures the rows that are selected in the lens."""
         if self.lens is not None and self.lens.selected_rows:
             self.bench.measure_rows(tuple(self.lens.selected_rows))
 
     def show(self, result: dict[str, Any]) -> None:
-        """Show the inputs in a lens, and how far the head is off."""
+        """Show the estimate that was asked for: maps, thumbnails and numbers in the lens are of this one."""
         forms = self._forms_of_result or self.state()
         sampler, source = SamplerSpec(**forms["sampler"]), SourceSpec(**forms["source"])
+        self.bench.fit_rows(result["q"].shape[-2])
         layer = result["layers"].index(source.layer)
-        inputs = (sampler.name, source.inputs(), source.seed, tuple(result["layers"]), result["q"].shape)
+        inputs = (source.inputs(), source.seed, tuple(result["layers"]), result["q"].shape)
         if self.lens is None or inputs != self._lens_inputs:
             q, k, v = (list(torch.from_numpy(result[name])) for name in "qkv")
-            self.lens = AttentionLens(
+            lens = AttentionLens(
                 q, k, v,
                 tokens=result["tokens"] or None, sampler=sampler.name, num_samples=sampler.num_samples or 64,
-                is_causal=result["is_causal"], seed=source.seed % 2**31, layer=layer, head=source.head,
+                is_causal=result["is_causal"], seed=source.seed, layer=layer, head=source.head,
             )  # fmt: skip
-            self._lens_inputs = inputs
-            self.lens.observe(lambda _: self._form_follows_lens(), ["num_samples", "layer", "head"])
-            self.lens.observe(self._rows_selected, "selected_rows")
-            self._lens_box.children = (self.lens,)
-        self._summary.value = self._summary_html(result, sampler, source)
+            lens.show_estimate(head_estimate(result), layer=layer, head=source.head)
+            self.lens, self._lens_inputs = lens, inputs
+            lens.observe(lambda _: self._form_follows_lens(), ["num_samples", "layer", "head"])
+            lens.observe(self._rows_selected, "selected_rows")
+            self._lens_box.children = (lens,)
+        elif forms == self.state() or not self.redraws:
+            self._give_estimate(result, layer, source.head, sampler.name)
+        self._summary.value = self._summary_html(result)
+
+    def _give_estimate(self, result: Mapping[str, Any], layer: int, head: int, sampler: str) -> None:
+        """Show a new estimate in the lens that is there."""
+        assert self.lens is not None
+        self._giving = True  # the forms have led to this estimate, so that they need not follow it
+        try:
+            self.lens.sampler = sampler
+            self.lens.layer, self.lens.head = layer, head
+            self.lens.show_estimate(head_estimate(result), layer=layer, head=head)
+        finally:
+            self._giving = False
 
     def cost(self) -> str:
         """Draws and seconds of the last result."""
@@ -182,38 +226,29 @@ class SampleTab(WorkbenchTab):
             'print(f"Layer {layer}, head {head}: off by {error:.3%} of the exact output\'s norm.")\n'
         )
 
-    def _summary_html(self, result: Mapping[str, Any], sampler: SamplerSpec, source: SourceSpec) -> str:
-        error, std_error = result["error"], result["std_error"]
-        measured = f"{error:.2g}" if std_error is None else f"{error:.2g} (standard error {std_error:.2g})"
-        if sampler.tolerance is None:
-            effort = f"{sampler.num_samples} draws a row"
-        else:
-            effort = f"tolerance {sampler.tolerance:g}"
-        controls = self.forms["control variates"].spec.to_parameters()["names"]
-        if controls:
-            effort += f", corrected by {', '.join(controls)}; {result['plain_error']:.2g} without"
-        return (
-            f"<p><b>Layer {source.layer}, head {source.head}: {html.escape(sampler.name)} is off by "
-            f"{measured} of the output</b> ({effort}).</p>"
-            + (notes_list(result["fallbacks"]) if result["fallbacks"] else "")
-        )
+    def _summary_html(self, result: Mapping[str, Any]) -> str:
+        """What the lens does not say: the error without the controls."""
+        if not result["control_costs"]:
+            return ""
+        without = percent_text(result["plain_error"])
+        return f"<p>Without {html.escape(', '.join(result['control_costs']))} it is off by {without}.</p>"
 
     def _form_follows_lens(self) -> None:
         lens, result = self.lens, self.result
-        if lens is None or result is None:
+        if lens is None or result is None or self._giving:
             return
         sampler, source = self.form.spec, self.source
         assert isinstance(sampler, SamplerSpec)
-        if sampler.tolerance is None and sampler.num_samples != lens.num_samples:
-            self.form.change(num_samples=lens.num_samples)
+        if sampler.num_samples != lens.num_samples and (lens.own_draws or sampler.tolerance is None):
+            self.form.change(num_samples=lens.num_samples, tolerance=None)
         layer = result["layers"][lens.layer]
         if (source.layer, source.head) != (layer, lens.head):
             self.forms["source"].change(layer=layer, head=lens.head)
 
     def _lens_follows_form(self) -> None:
-        """Show the form's draws, layer and head in the lens at once, if it has these inputs."""
+        """Show the form's draws, sampler, layer and head in the lens at once, if it has these inputs."""
         lens, result = self.lens, self.result
-        if lens is None or result is None:
+        if lens is None or result is None or self.bench.restoring:
             return
         sampler, source = self.form.spec, self.source
         assert isinstance(sampler, SamplerSpec)
@@ -223,16 +258,23 @@ class SampleTab(WorkbenchTab):
             lens.layer, lens.head = result["layers"].index(source.layer), source.head
 
     def _rows_selected(self, change: Any) -> None:
-        self._send_button.disabled = not change.new
-        count = min(len(change.new), MAX_ROWS)
-        self._send_button.description = (
-            f"Send {count} row{'s' * (count != 1)} to Circuit" if count else "Send rows to Circuit"
-        )
+        rows = tuple(change.new)
+        taken = self.bench.choose_rows(rows) if rows else ()
+        many = "s" * (len(taken) != 1)
+        self._send_button.disabled = not rows
+        self._send_button.description = f"Send {len(taken) or ''} row{many} to Circuit".replace("  ", " ")
+        of = f"{len(taken)} of the {len(rows)} selected rows" if len(taken) < len(rows) else f"row{many}"
+        self._sent.value = f"Circuit measures {of}: {ranges_text(taken)}." if rows else ""
+
+    @property
+    def redraws(self) -> bool:
+        """Whether a change of a setting draws again by itself, because that takes a moment."""
+        return self.result is not None and self.result["seconds"] < QUICK_DRAW_S
 
     def _form_changed(self) -> None:
         super()._form_changed()
         self._lens_follows_form()
-        if self.result is not None and self.result["seconds"] < QUICK_DRAW_S and not self.bench.restoring:
+        if self.redraws and not self.bench.restoring:
             if self._redraw_timer is not None:
                 self._redraw_timer.cancel()
             self._redraw_timer = threading.Timer(REDRAW_DELAY_S, self._redraw)
@@ -244,3 +286,4 @@ class SampleTab(WorkbenchTab):
             self._form_changed()
         elif self._is_stale() and all(form.valid for form in self.forms.values()):
             self._start_or_explain()
+            self._automatic = True

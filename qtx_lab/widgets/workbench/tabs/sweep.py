@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import ast
 import base64
 import html
 import json
+from contextlib import suppress
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import ipywidgets as widgets
 
+from ....errors import QtxError
+from ....experiments.notebooks import notebook_path, notebooks_folder
 from ....specs import ClusterSpec, SweepSpec
 from ...forms import SpecForm
 from ..tab import WorkbenchTab
@@ -33,9 +38,26 @@ class SweepTab(WorkbenchTab):
             parameters={"num_tokens": 128, "num_windows": 1, "sample_counts": [8, 32]},
         )
         fields = [name for name in SweepSpec.model_fields if name != "sha256"]
-        forms = {"plan": SpecForm(plan, fields), "cluster": SpecForm(ClusterSpec(kind="local"))}
+        form = SpecForm(plan, fields)
+        form.suggest("notebook", sorted(path.stem for path in notebooks_folder().glob("*.ipynb")))
+        self._parameters_of = ""
+        form.observe(lambda _: self._suggest_parameters(), "spec")
+        forms = {"plan": form, "cluster": SpecForm(ClusterSpec(kind="local"))}
         self._table = widgets.HTML()
         super().__init__(bench, forms, self._table)
+        self._suggest_parameters()
+
+    def _suggest_parameters(self) -> None:
+        """Offer the names of the notebook's parameters for the grid."""
+        notebook = self.form.spec.to_parameters()["notebook"]
+        if notebook != self._parameters_of:
+            self._parameters_of = notebook
+            names: list[str] = []
+            # What cannot be read is refused when the sweep is started.
+            with suppress(QtxError, OSError, ValueError, LookupError, TypeError):
+                names = _parameter_names(notebook_path(notebook))
+            self.form.suggest("grid", names)
+            self.form.suggest("parameters", names)
 
     def arguments(self) -> dict[str, Any]:
         """The arguments of the task."""
@@ -98,6 +120,16 @@ class SweepTab(WorkbenchTab):
         assert isinstance(spec, SweepSpec)
         combinations = prod(len(values) for values in spec.grid.values()) if spec.grid else 0
         return f"{spaced(combinations * spec.repeats)} notebooks"
+
+
+def _parameter_names(path: Path) -> list[str]:
+    """The names that the parameters cell of a notebook assigns; `declared_parameters` knows more, later."""
+    cells = json.loads(path.read_bytes())["cells"]
+    sources = ["".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", ())]
+    statements = [node for source in sources[:1] for node in ast.parse(source).body]
+    targets: list[ast.expr] = [node.target for node in statements if isinstance(node, ast.AnnAssign)]
+    targets += [target for node in statements if isinstance(node, ast.Assign) for target in node.targets]
+    return [target.id for target in targets if isinstance(target, ast.Name)]
 
 
 def _short(value: Any) -> str:

@@ -6,12 +6,15 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ....attention import sampled_attention
+from ....estimates import AttentionEstimate, ControlReport, Draws, EstimateInfo
 from ....specs import ControlSpec, SamplerSpec
+from ...views.lens_heads import estimate_of_head
 from ..process_server import TaskReport
 from .inputs import load_inputs
 
@@ -34,9 +37,9 @@ def sample(
     -------
     dict
         `q`, `k`, `v` (layers, heads, positions, features), float32: of all layers, or of this one where those
-        are large; `layers`, the numbers of those; `tokens`, `is_causal`; `error` and `std_error` of the
-        head's output, relative to it, the latter None where unknown; `plain_error` without the controls;
-        `draws` of the head; `fallbacks`; `seconds`.
+        are large; `layers`, the numbers of those; `tokens`, `is_causal`; the estimate of the head, as
+        `head_estimate` reads it; `error` of the head's output relative to the exact one, and `plain_error`
+        without the controls; `draws` of the head; `seconds`.
     """
     report(0.05, "loading the model and text")
     inputs = load_inputs(**source)
@@ -55,21 +58,59 @@ def sample(
         )  # fmt: skip
         seconds = time.perf_counter() - started
         errors.append(float((estimate.output[head] - exact).norm() / exact.norm()))
-    std_error = estimate.std_error
     draws = estimate.diagnostics["draws_per_row"]
     layers = range(len(inputs.layers)) if inputs.nbytes <= MAX_INPUT_BYTES else [layer]
     stacked = [torch.stack([inputs.layers[i][part] for i in layers]).float().numpy() for part in range(3)]
     return {
         **dict(zip("qkv", stacked, strict=True)),
+        **_estimate_parts(estimate_of_head(estimate, (head,))),
         "layers": list(layers),
         "tokens": list(inputs.tokens),
         "is_causal": inputs.is_causal,
         "error": errors[-1],
         "plain_error": errors[0],
-        "std_error": None if std_error is None else float(std_error[head].double().norm() / exact.norm()),
         "draws": int(draws[head].sum()) if isinstance(draws, Tensor) else int(draws) * q.shape[1],
-        "fallbacks": list(estimate.diagnostics["fallbacks"]),
         "seconds": seconds,
+    }
+
+
+def head_estimate(result: Mapping[str, Any]) -> AttentionEstimate:
+    """The estimate of the head in a result of `sample`, output (L, Ev), as the worker made it."""
+    draws = Draws(
+        torch.from_numpy(result["draw_indices"]).long(), torch.from_numpy(result["draw_weights"]), None,
+        result["info"]["replicates"],
+    )  # fmt: skip
+    sigma = result["std_error"]
+    info, costs = dict(result["info"]), result["control_costs"]
+    info["fallbacks"] = tuple(info["fallbacks"])
+    if costs:
+        info["control_variate"] = ControlReport({}, costs, result["exact_cost"], None, None)
+    if isinstance(result["draws_per_row"], np.ndarray):
+        info["draws_per_row"] = torch.from_numpy(result["draws_per_row"])
+    else:
+        info["draws_per_row"] = result["draws_per_row"]
+    return AttentionEstimate(
+        torch.from_numpy(result["output"]), result["k"].shape[-2], result["degrees_of_freedom"],
+        lambda: draws, None if sigma is None else lambda: torch.from_numpy(sigma), EstimateInfo(**info),
+    )  # fmt: skip
+
+
+def _estimate_parts(estimate: AttentionEstimate) -> dict[str, Any]:
+    """The estimate of a head as arrays and plain values; see `head_estimate`."""
+    info, draws, sigma = estimate.info, estimate.draws, estimate.std_error
+    per_row, control = info.draws_per_row, info.control_variate
+    named = ("sampler", "unbiased", "num_samples", "replicates", "fallbacks", "tolerance", "confidence")
+    stated = info.as_dict()
+    return {
+        "output": estimate.output.float().numpy(),
+        "std_error": None if sigma is None else sigma.float().numpy(),
+        "degrees_of_freedom": float(estimate.degrees_of_freedom),
+        "draw_indices": draws.indices.int().numpy(),
+        "draw_weights": draws.weights.numpy(),
+        "draws_per_row": per_row.numpy() if isinstance(per_row, Tensor) else per_row,
+        "info": {name: stated[name] for name in named if name in stated},
+        "control_costs": {} if control is None else dict(control.costs),
+        "exact_cost": 0.0 if control is None else control.exact_cost,
     }
 
 

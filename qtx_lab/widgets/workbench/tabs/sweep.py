@@ -15,7 +15,7 @@ import ipywidgets as widgets
 
 from ....errors import QtxError
 from ....experiments.notebooks import notebook_path, notebooks_folder
-from ....specs import ClusterSpec, SweepSpec
+from ....specs import ClusterSpec, SweepSpec, listed_word
 from ...forms import SpecForm
 from ..tab import WorkbenchTab
 from ..tab_host import TabHost
@@ -100,9 +100,9 @@ class SweepTab(WorkbenchTab):
         plan, cluster = state["plan"], state["cluster"]
         words = ["qtx-lab", "sweep", plan["notebook"]]
         for name, values in plan["grid"].items():
-            words += ["-g", f"{name}={json.dumps(values)[1:-1]}"]
+            words += ["-g", f"{name}={','.join(listed_word(value, {}) for value in values)}"]
         for name, value in plan["parameters"].items():
-            words += ["-p", name, json.dumps(value)]
+            words += ["-p", name, listed_word(value, {})]
         words += ["--repeats", str(plan["repeats"]), "--seed", str(plan["seed"])]
         if cluster["kind"] == "address":
             words += ["--cluster", cluster["address"]]

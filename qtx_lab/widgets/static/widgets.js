@@ -1,4 +1,4 @@
-/* qtx_lab: made from widgets/src by `npm run build`; sources ec9382c24a1d330498ad197fa1d1b6579e8937f59591ba9fbee20c692a8d6a38 */
+/* qtx_lab: made from widgets/src by `npm run build`; sources 1bd2fecac70cd038f81c4e8ac374c7b6d187dac8b3221e5e4ad3542fd4024afb */
 /* Contains d3-scale, d3-array and the modules of d3 that they need.
 Copyright 2010-2026 Mike Bostock
 

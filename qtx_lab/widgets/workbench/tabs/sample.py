@@ -17,7 +17,7 @@ from ....specs import MAX_SEED, ControlSpec, SamplerSpec, Spec, Whole
 from ...comms import hear_while_busy
 from ...forms import SpecForm
 from ...views.lens import AttentionLens
-from ...views.lens_heads import percent_text
+from ...views.lens_estimates import percent_text
 from ..process import Work
 from ..tab import WorkbenchTab
 from ..tab_host import TabHost

@@ -14,7 +14,7 @@ from torch import Tensor
 from ....attention import sampled_attention
 from ....estimates import AttentionEstimate, ControlReport, Draws, EstimateInfo
 from ....specs import ControlSpec, SamplerSpec
-from ...views.lens_heads import estimate_of_head
+from ...views.lens_estimates import estimate_of_head
 from ..process_server import TaskReport
 from .inputs import load_inputs
 

@@ -11,7 +11,7 @@ from typing import Any
 from ..errors import StorageError
 
 MANIFEST = "manifest.json"
-STATUSES = ("running", "done", "failed", "interrupted")
+STATUSES = ("running", "done", "failed", "interrupted", "cancelled")
 
 TYPES: dict[str, Any] = {
     "spec": dict,

@@ -21,7 +21,7 @@ TAG = "qtx_lab.run"
 
 ARTIFACTS = ("report.html", "spec.yaml", "manifest.json", "metrics.parquet")
 
-STATES = {"done": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
+STATES = {"done": "FINISHED", "failed": "FAILED", "interrupted": "KILLED", "cancelled": "KILLED"}
 
 MAX_VALUE_LENGTH = 5000
 """Characters of a parameter's or tag's value that every MLflow server accepts."""

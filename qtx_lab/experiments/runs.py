@@ -193,7 +193,7 @@ class Run:
 
     @property
     def status(self) -> str:
-        """ "running", "done", "failed" or "interrupted"."""
+        """ "running", "done", "failed", "interrupted" or "cancelled"."""
         return str(self.manifest["status"])
 
     def update(self, **facts: Any) -> None:
@@ -392,7 +392,7 @@ class Run:
         Parameters
         ----------
         status : str
-            "done", "failed" or "interrupted".
+            "done", "failed", "interrupted", or "cancelled" by whoever started it.
         error : str, optional
             Text of the error that ended it.
 

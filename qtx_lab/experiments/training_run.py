@@ -103,7 +103,11 @@ def _stopped_run(spec: TrainSpec, name: str, home: str | Path | None) -> Path | 
         same = manifest.get("name") == name and (manifest.get("spec") or {}).get("identity") == spec.identity
         if same and (latest is None or manifest["started"] > latest[1]["started"]):
             latest = folder, manifest
-    return latest[0] if latest is not None and latest[1]["status"] in ("interrupted", "failed") else None
+    return (
+        latest[0]
+        if latest is not None and latest[1]["status"] in ("interrupted", "cancelled", "failed")
+        else None
+    )
 
 
 def _train_in(run: Run, spec: TrainSpec, cluster: ClusterSpec | None, progress: bool) -> Run:

@@ -478,6 +478,17 @@ def test_a_sweep_and_a_training_from_code(
     monkeypatch.setattr("qtx_lab.experiments.training_run.train_run", asked)
     CliRunner().invoke(main, shlex.split(bench.train.command())[1:])
     assert asked.calls[0][0] == (bench.train.form.spec,)
+    bench.train.form.change(steps=100_000)
+    rows = threading.Event()
+    bench.train._summary.observe(lambda _: rows.set(), "value")
+    bench.train.start()
+    assert rows.wait(60)
+    name = bench.train.result["run"]
+    bench.train.cancel()
+    end = time.monotonic() + 20
+    while Run.open(tmp_path / name).status != "cancelled" and time.monotonic() < end:
+        time.sleep(0.05)
+    assert Run.open(tmp_path / name).status == "cancelled"  # not interrupted, as after a crash
     result = swept.wait(200)
     assert result["status"] == "done"
     at = result["columns"].index(next(name for name in result["columns"] if "square" in name))

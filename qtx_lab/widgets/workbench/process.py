@@ -37,6 +37,8 @@ class Work:
     result : object
         What the task returned.
     error : Exception or None
+    process_id : int
+        Of the process that does it.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class Work:
         self.warnings: list[str] = []
         self.result: Any = None
         self.error: Exception | None = None
+        self.process_id = 0
         self.started = time.monotonic()
         self.ended: float | None = None
         self._worker, self._on_change, self._on_data = worker, on_change, on_data
@@ -221,6 +224,7 @@ class ProcessWorker:
             assert self._process is not None
             assert self._process.stdin is not None
             work = self._work = Work(self, on_change, on_data)
+            work.process_id = self._process.pid
             # Where the process has died, the thread that reads its messages says why.
             with suppress(OSError):
                 pickle.dump((task, arguments), self._process.stdin)

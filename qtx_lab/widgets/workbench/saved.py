@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import io
 import json
+import time
 import zipfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from ...errors import StorageError
+from ...errors import QtxError, StorageError
+from ...experiments.manifest import read_manifest
+from ...experiments.provenance import is_gone
+from ...experiments.runs import Run
 from ...storage import storage_error, write_atomic, write_tensors
+
+MAX_MARKED_RUNS = 256
+"""The newest runs among which those of a cancelled task are looked for."""
+
+KILL_TIMEOUT_S = 10.0
+"""Seconds to wait for the end of a process that was killed."""
 
 MAX_RESULT_BYTES = 256 << 20
 """Bytes of a result that is saved in the run, at most."""
@@ -69,6 +80,28 @@ def read_result(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         return {**content["result"], **arrays}, content["made_by"]
     except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
         raise StorageError(f"Cannot read {path}: {error}.") from error
+
+
+def mark_cancelled(home: Path, process_id: int) -> None:
+    """Record as cancelled the runs of a process that was killed, and those of the sweep that it ran.
+
+    Without this, they would read as `interrupted`, as after a crash. Waits until the process is gone.
+    """
+    of_sweeps: set[str] = set()
+    for _ in range(2):  # a sweep's notebooks, which are newer, have processes of their own
+        for folder in sorted(home.glob("*/"), reverse=True)[:MAX_MARKED_RUNS]:
+            with suppress(QtxError, OSError):
+                manifest = read_manifest(folder)
+                process, sweep = manifest.get("process") or {}, (manifest.get("sweep") or {}).get("name")
+                if manifest["status"] != "running" or not (
+                    process.get("pid") == process_id or sweep in of_sweeps
+                ):
+                    continue
+                end = time.monotonic() + KILL_TIMEOUT_S
+                while not is_gone(process) and time.monotonic() < end:
+                    time.sleep(0.05)
+                Run.open(folder).finish("cancelled")
+                of_sweeps.add(folder.name)
 
 
 def write_inputs(

@@ -228,6 +228,7 @@ class WorkbenchTab:
         elif work.state == "failed":
             self._show_message(f"{work.error}{' The last picture is kept.' if self.result else ''}")
         elif work.state == "cancelled":
+            self.bench.mark_cancelled(work)
             self._show_message()
         if work.state == "running":
             self.request_status()

@@ -32,6 +32,9 @@ class TabHost(Protocol):
     ) -> Work:
         """Start a function of `tasks` in a worker that has nothing to do; see `ProcessWorker.start`."""
 
+    def mark_cancelled(self, work: Work) -> None:
+        """Record soon that the runs of this work were cancelled."""
+
     def request_save(self) -> None:
         """Save the state of all forms soon."""
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import base64
 import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -22,7 +25,7 @@ from ..comms import hear_while_busy
 from ..forms import FORM_LOCK, SpecForm
 from ..throttle import ThrottledCall
 from .process import ProcessWorker, Work
-from .saved import read_result, write_inputs, write_result
+from .saved import mark_cancelled, read_result, write_inputs, write_result
 from .tab import WorkbenchTab
 from .tabs import (
     CalibrateTab,
@@ -219,6 +222,11 @@ class Workbench(widgets.VBox):
         with self._lock:
             return self._idle_worker().start(task, on_change=on_change, on_data=on_data, **arguments)
 
+    def mark_cancelled(self, work: Work) -> None:
+        """Record soon that the runs of this work were cancelled."""
+        mark = partial(mark_cancelled, self.home, work.process_id)
+        threading.Thread(target=mark, daemon=True).start()
+
     def open_tab(self, name: str) -> None:
         """Show the tab with this name."""
         self.tab_bar.selected_index = list(self.tabs).index(name)
@@ -378,6 +386,14 @@ class Workbench(widgets.VBox):
                     tab.show_saved(*read_result(path))
             self.open_tab(open_tab if open_tab in self.tabs else "sample")
             self.restoring = False
+
+
+@atexit.register
+def _close_all() -> None:
+    """End the runs of the workbenches that are open when their kernel ends: those are not interrupted."""
+    for bench in list(_OPEN.values()):
+        with suppress(Exception):
+            bench.close()
 
 
 def _newest(home: str | Path | None) -> Run:

@@ -701,6 +701,7 @@ def test_the_whole_work_in_a_browser(
     page.wait_for_timeout(300)
     assert [x.input_value() for x in levels.locator("input").all()] == ["1", "4"]
     assert field(page, "method").locator("select").input_value() == "planner"
+    unfold(page, "method")
     field(page, "method").locator("select").select_option("zne")
     press(page, "Mitigate rows")
     bar(page, "done")

@@ -472,11 +472,15 @@ def test_a_sweep_and_a_training_from_code(
     assert [row["step"] for row in trained["rows"]] == [1, 2, 3]
     curves = bench.train.curves.frame()
     assert curves[curves["series"] == "training"]["x"].tolist() == [1, 2, 3]
-    copied = run_code(bench.train.python_code())["result"]
-    assert [row["loss"] for row in copied.metrics] == [row["loss"] for row in trained["rows"]]
+    assert curves[curves["series"] == "training, exact attention"]["x"].tolist() == [1, 2, 3]
+    assert "sampled attention needs" in bench.train._headline.value
+    copied = run_code(bench.train.python_code())
+    for name, rows in (("result", "rows"), ("exact", "exact_rows")):
+        assert [row["loss"] for row in copied[name].metrics] == [row["loss"] for row in trained[rows]]
     asked = Recorder()
     monkeypatch.setattr("qtx_lab.experiments.training_run.train_run", asked)
-    CliRunner().invoke(main, shlex.split(bench.train.command())[1:])
+    CliRunner().invoke(main, shlex.split(bench.train.command().splitlines()[-1])[1:])
+    assert "sampler exact" in bench.train.command().splitlines()[0]
     assert asked.calls[0][0] == (bench.train.form.spec,)
     bench.train.form.change(steps=100_000)
     rows = threading.Event()

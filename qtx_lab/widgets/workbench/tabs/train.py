@@ -15,8 +15,18 @@ from ...views.stream import MetricStream
 from ..process import Work
 from ..tab import WorkbenchTab
 from ..tab_host import TabHost
+from ..tasks.training import exact_twin
 from .code_parts import Code, call, changed_fields, shell
 from .html_parts import notes_list, spaced
+
+FIRST = TrainSpec(
+    model="small", num_tokens=128, sampler="systematic", num_samples=8, steps=100, learning_rate=1e-2,
+    warmup_steps=10, validate_every=50,
+)  # fmt: skip
+"""The training at first: from scratch, so that in a minute one sees what drawing costs."""
+
+EXACT_CURVE = "training, exact attention"
+"""The curve of the same training with exact attention."""
 
 CURVES = {
     "bits_per_byte": "training",
@@ -37,8 +47,12 @@ LAST_STEP = {
 
 
 class WhereSpec(Spec):
-    """Where a model is trained."""
+    """Where a model is trained, and beside what."""
 
+    compare: Switch = field(
+        True, "Train the same model with exact attention, too, and show both curves.", "yes or no",
+        "comparison", label="beside exact",
+    )  # fmt: skip
     distributed: Switch = field(
         False, "Over the workers of the cluster below; otherwise in one process.", "yes or no", "where"
     )
@@ -49,21 +63,25 @@ class TrainTab(WorkbenchTab):
 
     name, title, button, task = "train", "Train", "Train", "train"
     codes = ("python", "command")
-    first_step = "Press <b>Train</b> to train the reference model with sampled attention."
+    first_step = (
+        "Press <b>Train</b> to train a small model from scratch, by exact and by sampled attention: what "
+        "does drawing cost?"
+    )
 
     def __init__(self, bench: TabHost):
         forms = {
-            "training": SpecForm(TrainSpec(steps=100)),
+            "training": SpecForm(FIRST),
             "where": SpecForm(WhereSpec),
             "cluster": SpecForm(ClusterSpec),
         }
-        self._summary, self._curve_box = widgets.HTML(), widgets.VBox()
+        self._headline, self._summary, self._curve_box = widgets.HTML(), widgets.HTML(), widgets.VBox()
         self._work_of_curves: Work | None = None
-        super().__init__(bench, forms, self._curve_box, self._summary)
+        super().__init__(bench, forms, self._headline, self._curve_box, self._summary)
 
     def show_saved(self, result: dict[str, Any], forms: Mapping[str, Any] | None = None) -> None:
         """Show a training that was saved."""
         self._new_curves()
+        self._push(result.get("exact_rows", []), is_exact=True)
         self._push(result["rows"])
         super().show_saved(result, forms)
 
@@ -77,11 +95,11 @@ class TrainTab(WorkbenchTab):
         if work is not self._work_of_curves:
             self._new_curves()
             self._work_of_curves = work
-        self._push(data["rows"])
+        self._push(data["rows"], data["is_exact"])
         super()._show_part(data)
 
-    def _push(self, rows: list[dict[str, Any]]) -> None:
-        for metric, curve in CURVES.items():
+    def _push(self, rows: list[dict[str, Any]], is_exact: bool = False) -> None:
+        for metric, curve in ({"bits_per_byte": EXACT_CURVE} if is_exact else CURVES).items():
             measured = [row for row in rows if row.get(metric) is not None]
             if measured:
                 self.curves.push(curve, [row["step"] for row in measured], [row[metric] for row in measured])
@@ -107,14 +125,24 @@ class TrainTab(WorkbenchTab):
             lines.append(f"cluster = qtx.open_cluster(**{cluster}.arguments())")
             more = {"distributed": True, "cluster": Code("cluster")}
         trainer = call("qtx.QuantumTrainer", Code("**spec.arguments()"), **more)
-        lines += [f"result = {trainer}.train()", 'print(f"loss {result.loss:.6f} nats a token")', ""]
-        return "\n".join(lines)
+        lines += [f"result = {trainer}.train()", 'print(f"loss {result.loss:.6f} nats a token")']
+        if state["where"]["compare"]:
+            twin = call("qtx.TrainSpec", **changed_fields(exact_twin(TrainSpec(**state["training"]))))
+            trainer = call("qtx.QuantumTrainer", Code(f"**{twin}.arguments()"), **more)
+            lines.append(f"exact = {trainer}.train()")
+            lines.append('print(f"with exact attention {exact.loss:.6f} nats a token")')
+        return "\n".join([*lines, ""])
 
     def command(self) -> str:
-        """The line of a shell that trains in the same way."""
+        """The line of a shell that trains in the same way, and one before for exact attention."""
         state = self.shown_state()
+        spec = TrainSpec(**state["training"])
+        specs = [exact_twin(spec), spec] if state["where"]["compare"] else [spec]
+        return "\n".join(self._command_of(each, state) for each in specs)
+
+    def _command_of(self, spec: TrainSpec, state: Mapping[str, Any]) -> str:
         words = ["qtx-lab", "train"]
-        for name, value in changed_fields(TrainSpec(**state["training"])).items():
+        for name, value in changed_fields(spec).items():
             text = "none" if value is None else value if isinstance(value, str) else json.dumps(value)
             words += [f"--{name.replace('_', '-')}", text]
         if state["where"]["distributed"]:
@@ -134,6 +162,7 @@ class TrainTab(WorkbenchTab):
         )
         saved = f"Saved in the run <code>{html.escape(result['run'])}</code>."
         notes = notes_list([*result.get("faults", []), *result.get("notes", [])], saved)
+        self._headline.value = _verdict(result)
         self._summary.value = f"<table class='qtx-wb-table'><tbody>{cells}</tbody></table>{notes}"
 
     def cost(self) -> str:
@@ -141,3 +170,19 @@ class TrainTab(WorkbenchTab):
         spec = self.form.spec
         assert isinstance(spec, TrainSpec)
         return f"{spaced(spec.steps)} steps × {spaced(spec.batch_size * spec.num_tokens)} tokens"
+
+
+def _verdict(result: Mapping[str, Any]) -> str:
+    """What drawing has cost, as a headline; empty before both trainings have ended."""
+    exact_rows = result.get("exact_rows")
+    if not exact_rows:
+        return ""
+    exact = exact_rows[-1].get("held_out_bits_per_byte_exact")
+    drawn = result["rows"][-1].get("held_out_bits_per_byte_sampled")
+    if exact is None or drawn is None:
+        return ""
+    cost = f"{abs(drawn - exact):.2f} bits per byte {'more' if drawn > exact else 'less'}"
+    return (
+        f"<h3 class='qtx-wb-headline'>After {result['rows'][-1]['step']} steps, sampled attention needs "
+        f"{cost} than exact attention on held-out text ({drawn:.2f} against {exact:.2f}; one seed)</h3>"
+    )

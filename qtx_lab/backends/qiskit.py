@@ -231,9 +231,9 @@ class QiskitQuantumBackend:
         return self._with(engine=engine)
 
     def _with(self, **parts: Any) -> QiskitQuantumBackend:
-        """A copy with other attributes, and no transpiled circuits."""
+        """A copy with other attributes, and the circuits, whose keys say what they were transpiled for."""
         other = copy(self)
-        vars(other).update(parts, _circuits={})
+        vars(other).update(parts, _circuits=dict(self._circuits))
         return other
 
     def sample_rows(

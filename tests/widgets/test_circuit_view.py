@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -16,7 +17,8 @@ from qtx_lab.errors import ArgumentError, DtypeError, ShapeError
 from qtx_lab.mitigation import ZeroNoiseExtrapolation
 from qtx_lab.mitigation.zne import METHODS
 from qtx_lab.widgets.views.circuit import NO_ADVANTAGE, CircuitView
-from qtx_lab.widgets.views.circuit_drawing import circuit_drawing, device_region
+from qtx_lab.widgets.views.circuit_drawing import angle_roles, circuit_drawing, device_region, gate_errors
+from qtx_lab.widgets.views.circuit_figure import top_keys
 from qtx_lab.widgets.views.lens import AttentionLens
 from qtx_lab.widgets.views.zero_noise import fitted_curve
 
@@ -157,6 +159,70 @@ def test_what_was_measured_elsewhere_fills_the_view() -> None:
         view.fill(backend.sample_rows(P[:1, :4], 10))
 
 
+@pytest.mark.parametrize("loader", ["tree", "dynamic"])
+def test_an_edited_row_is_measured_at_once(loader: str) -> None:
+    view = CircuitView(QiskitQuantumBackend("aer", "fake_fez", loader=loader), P, shots=4000)
+    assert view._worker.join(30)
+    sent = recorded_messages(view)
+    view.edit([0, 0, 6, 2, 0, 0, 0, 0])
+    exact, counts = (next(m for m in sent if m["kind"] == kind) for kind in ("exact", "counts"))
+    assert exact["exact"] == [0, 0, 0.75, 0.25, 0, 0, 0, 0]
+    row = torch.tensor([exact["exact"]], dtype=torch.float64)
+    assert exact["angles"] == view.backend.loader.angles(row)[0].tolist()
+    assert (counts["shots"], sum(counts["classical"])) == (4000, 4000)
+    assert abs(counts["counts"][2] / sum(counts["counts"]) - 0.75) < 0.05
+    assert view.frame()["exact"].tolist() == exact["exact"]
+    assert view.edited
+    assert view._worker.join(30)
+    sent.clear()
+    view.noise_scale = 8.0
+    assert view._worker.join(30)
+    noisier = next(m for m in sent if m["kind"] == "counts")
+    assert noisier["discarded"] > counts["discarded"]  # more shots on keys that are masked
+    assert "edited, on fake_fez, noise × 8" in view.figure().get_suptitle()
+    view.reset_row()
+    assert not view.edited
+    assert view.frame()["exact"].tolist() == pytest.approx(P[0].tolist())
+    for wrong, says in (([1.0], "one for each key"), ([-1.0] * 8, "at least is above 0")):
+        with pytest.raises((ShapeError, ArgumentError), match=says):
+            view.edit(wrong)
+    with pytest.raises(ArgumentError, match="cannot be scaled"):
+        CircuitView(QiskitQuantumBackend("aer"), P).noise_scale = 2.0
+
+
+@pytest.mark.parametrize("loader", ["tree", "dynamic", "unary", "mps"])
+def test_every_gate_says_what_it_is_for(loader: str) -> None:
+    backend = QiskitQuantumBackend("aer", "fake_fez", loader=loader)
+    circuit = backend.loader.circuit(backend.loader.size(11))
+    roles = angle_roles(backend.loader, 11)
+    assert len(roles) == circuit.num_parameters
+    used = [index for gate in circuit_drawing(circuit)["gates"] for index, _ in gate["angles"]]
+    assert set(used) == set(range(circuit.num_parameters))
+    p = torch.rand(1, 11, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    angles = backend.loader.angles(p / p.sum())[0]
+    for angle, role in zip(angles, roles, strict=True):
+        if role["split"]:  # the share of the second half is sin² of half the angle
+            first, middle, end = role["split"]
+            share = float(p[0, middle:end].sum() / p[0, first:end].sum())
+            assert np.sin(angle / 2) ** 2 == pytest.approx(share)
+    errors = gate_errors(backend, 11)
+    assert errors is not None
+    region = device_region(backend, 11)
+    assert region is not None
+    assert sorted(w["physical"] for w in errors["wires"]) == sorted(n["qubit"] for n in region["nodes"])
+    assert sorted(x["error"] for x in errors["pairs"]) == sorted(e["error"] for e in region["edges"])
+    assert gate_errors(QiskitQuantumBackend("aer"), 11) is None
+
+
+def test_of_many_keys_the_likeliest_are_drawn_and_the_rest_as_one() -> None:
+    frame = pd.DataFrame({"key": range(200), "exact": np.arange(200) / 19900, "count": 1, "classical": 2})
+    top = top_keys(frame, 10)
+    assert top["key"].tolist() == [*range(190, 200), -1]
+    assert top["count"].tolist() == [1] * 10 + [190]
+    assert top["exact"].sum() == pytest.approx(1)
+    assert not top_keys(frame.head(20), 10)["rest"].any()
+
+
 def test_what_cannot_be_shown_is_refused() -> None:
     backend = QiskitQuantumBackend("aer")
     with pytest.raises(DtypeError, match="QiskitQuantumBackend"):
@@ -265,6 +331,31 @@ def test_in_jupyterlab(
     run_python(
         page, "assert len(view.noise_levels) == 3 and view.noise_levels[:2] == [2, 3.2], view.noise_levels"
     )
+    # A bar is dragged, and moved by the keyboard; the row is measured anew. A gate says what it is for.
+    bar = view.locator(".qtx-weight").first
+    bar.scroll_into_view_if_needed()
+    before = float(bar.get_attribute("aria-valuenow"))
+    box = bar.bounding_box()
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] - 20)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2, steps=4)
+    page.mouse.up()
+    page.wait_for_function(
+        "(old) => Math.abs(document.querySelector('.qtx-weight').ariaValueNow - old) > 1"
+        " && document.querySelector('.qtx-circuit').dataset.shots === '4096'", arg=before,
+    )  # fmt: skip
+    bar.focus()
+    dragged = float(bar.get_attribute("aria-valuenow"))
+    page.keyboard.press("ArrowUp")
+    page.wait_for_function(
+        "(old) => document.querySelector('.qtx-weight').ariaValueNow > old + 0.5", arg=dragged
+    )
+    run_python(page, "assert view.edited and abs(float(view.frame()['exact'].sum()) - 1) < 1e-9")
+    gate = view.locator(".qtx-gate").first
+    gate.click()
+    view.locator(".qtx-gate-facts").get_by_text("splits the keys in two by bit").wait_for()
+    view.get_by_role("button", name="Reset the row").click()
+    page.wait_for_function("(old) => document.querySelector('.qtx-weight').ariaValueNow == old", arg=before)
     set_theme(page, "dark")
     view.evaluate("(e) => e.scrollIntoView()")
     shoot(page, "circuit-dark")

@@ -51,11 +51,14 @@ NO_ADVANTAGE = (
 MAX_LIVE_QUBITS = 6
 """Up to here a row that is edited, or other noise, is measured at once on simulators and twins."""
 
-LIVE_PARTS = 4
+LIVE_PARTS = 3
 """Parts in which the shots of such a measurement are run."""
 
 MAX_NOISE_SCALE = 20.0
-"""Largest noise level that can be chosen in the browser."""
+"""Largest noise level that can be chosen."""
+
+MAX_NOISE_LEVELS = 32
+"""Noise levels whose compiled circuits are kept, so that a level is compiled once."""
 
 
 class CircuitView(View):
@@ -127,7 +130,7 @@ class CircuitView(View):
         self.backend, self._seed = backend, check_count("seed", seed, 0, MAX_SEED)
         self._p: Tensor | None = None
         self._edited_p: Tensor | None = None  # (1, n), in place of the shown row
-        self._scaled: tuple[float, QiskitQuantumBackend] = (1.0, backend)
+        self._scaled = {1.0: backend}
         self._lock = threading.RLock()
         self._cancelled = threading.Event()
         self._runner = ThreadWorker(self.fail)
@@ -383,13 +386,13 @@ class CircuitView(View):
     def _noisy_backend(self) -> QiskitQuantumBackend:
         """The backend with its noise scaled by `noise_scale`."""
         with self._lock:
-            if self._scaled[0] != self.noise_scale:
-                backend, engine = self.backend, self.backend.engine
-                if self.noise_scale != 1:
-                    assert isinstance(engine, AerEngine)
-                    backend = backend.with_engine(engine.scaled(self.noise_scale))
-                self._scaled = self.noise_scale, backend
-            return self._scaled[1]
+            scale, engine = self.noise_scale, self.backend.engine
+            if scale not in self._scaled:
+                assert isinstance(engine, AerEngine)
+                if len(self._scaled) >= MAX_NOISE_LEVELS:
+                    self._scaled = {1.0: self.backend}
+                self._scaled[scale] = self.backend.with_engine(engine.scaled(scale))
+            return self._scaled[scale]
 
     def _forget_counts(self) -> None:
         """Begin the measurement of the shown row anew."""

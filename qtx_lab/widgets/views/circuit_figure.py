@@ -15,6 +15,9 @@ from ... import theme as look
 from ..numbers import Z95
 from .zero_noise import ZeroNoiseFit
 
+MAX_KEYS = 24
+"""Keys that are drawn by themselves, where there are more than twice as many."""
+
 
 def circuit_figure(
     frame: pd.DataFrame,
@@ -73,27 +76,57 @@ def _draw_distribution(
     ax: Axes, frame: pd.DataFrame, fit: ZeroNoiseFit | None, theme: str, shots: int
 ) -> None:
     colours, measured = look.colours_of(theme), _measured_colour(theme)
-    visible = frame[(frame["exact"] > 0) | (frame["count"] > 0)]
-    keys = visible["key"]
-    ax.stem(keys, visible["exact"], linefmt=colours["exact"], markerfmt=" ", basefmt=" ", label="exact")
+    visible = top_keys(frame[(frame["exact"] > 0) | (frame["count"] > 0)])
+    at = np.arange(len(visible)) if visible["rest"].any() else visible["key"].to_numpy()
+    ax.stem(at, visible["exact"], linefmt=colours["exact"], markerfmt=" ", basefmt=" ", label="exact")
     drawn = visible["classical"] / max(1, shots)
-    ax.plot(keys, drawn, "_", color=colours["baseline"], markersize=9, label=f"{shots} classical draws")
+    ax.plot(at, drawn, "_", color=colours["baseline"], markersize=9, label=f"{shots} classical draws")
     total = max(1, frame["count"].sum())
     share = visible["count"] / total
     half_width = Z95 * np.sqrt(share * (1 - share) / total)
     ax.errorbar(
-        keys, share, half_width, fmt="o", mfc="none", color=measured, markersize=5, capsize=2,
+        at, share, half_width, fmt="o", mfc="none", color=measured, markersize=5, capsize=2,
         label="measured (bars: 95 %)",
     )  # fmt: skip
     if fit:
         ax.errorbar(
-            keys + 0.2, visible["mitigated"], Z95 * visible["mitigated_error"], fmt="o", color=measured,
+            at + 0.2, visible["mitigated"], Z95 * visible["mitigated_error"], fmt="o", color=measured,
             markersize=5, capsize=2, label="extrapolated to no noise",
         )  # fmt: skip
+    if visible["rest"].any():
+        rest = len(frame[(frame["exact"] > 0) | (frame["count"] > 0)]) - len(visible) + 1
+        names = [*visible["key"][:-1].astype(str), f"rest\n({rest} keys)"]
+        ax.set_xticks(at, names, fontsize=7)
     ax.set_xlabel("key")
     ax.set_ylabel("probability")
     ax.set_ylim(bottom=0)
     ax.legend(fontsize=9)
+
+
+def top_keys(frame: pd.DataFrame, count: int = MAX_KEYS) -> pd.DataFrame:
+    """All keys if they are few, else the most likely ones in their order, and the sum of the rest.
+
+    Parameters
+    ----------
+    frame : DataFrame
+        As for `circuit_figure`.
+    count : int
+        Keys that are shown by themselves, where there are more than twice as many.
+
+    Returns
+    -------
+    DataFrame
+        With the column `rest`, True in the line that is a sum; its `mitigated_error` is that of the sum.
+    """
+    if len(frame) <= 2 * count:
+        return frame.assign(rest=False)
+    first = frame.nlargest(count, "exact").sort_values("key")
+    others = frame.drop(first.index)
+    line = others.sum(numeric_only=True)
+    if "mitigated_error" in frame:
+        line["mitigated_error"] = float(np.hypot.reduce(others["mitigated_error"].to_numpy()))
+    rest = pd.DataFrame([line]).assign(key=-1, rest=True)
+    return pd.concat([first.assign(rest=False), rest], ignore_index=True).astype({"key": int})
 
 
 def _draw_fidelity(ax: Axes, curve: Sequence[dict[str, float]], theme: str) -> None:

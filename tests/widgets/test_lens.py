@@ -334,6 +334,18 @@ def test_it_is_saved_as_picture_and_data(tmp_path: Path, generator: torch.Genera
     assert len(lens.frame()) == 21
 
 
+def test_heads_are_picked_to_be_drawn(generator: torch.Generator) -> None:
+    q, k, v = inputs(4, 4, generator)
+    lens = AttentionLens([q, q], [k, k], [v, v])
+    assert lens.drawn_heads is None
+    lens.drawn_heads = [[1, 0], [0, 1], [1, 0]]
+    assert lens.drawn_heads == [[0, 1], [1, 0]]
+    for wrong in ([[2, 0]], [[0, 2]], [[0]], [[0, -1]]):
+        with pytest.raises(ArgumentError):
+            lens.drawn_heads = wrong
+    assert lens.drawn_heads == [[0, 1], [1, 0]]
+
+
 @pytest.mark.ui
 def test_in_jupyterlab(
     page: Any, open_notebook: Callable[..., Any], run_all: Callable[..., None],
@@ -367,6 +379,10 @@ def test_in_jupyterlab(
     page.wait_for_function(
         "() => document.querySelector('.qtx-lens h2').textContent.startsWith('Layer 4, head 2')"
     )
+    lens.get_by_label("pick those to draw").check()
+    lens.get_by_role("radio", name="layer 0, head 0").click()
+    lens.get_by_text("47 of 48 heads drawn, the others exact").wait_for()
+    lens.get_by_label("pick those to draw").uncheck()
     grip = lens.get_by_role("application").first
     grip.focus()
     for key in ("ArrowDown", "Shift+ArrowDown", "Shift+ArrowDown"):
@@ -395,10 +411,16 @@ def test_in_jupyterlab(
         assert Path(download.value.path()).read_bytes().startswith(start)
     page.evaluate("() => window.jupyterapp.commands.execute('docmanager:save')")
     output = json.loads(path.read_text())["cells"][0]["outputs"][0]["data"]
-    assert output["image/png"].startswith("iVBOR")
+    assert output["image/png"].startswith("iVBOR")  # an output of its own: JupyterLab shows it without kernel
+    assert "application/vnd.jupyter.widget-view+json" not in output
+    picture = page.locator(".jp-RenderedImage")
+    assert not picture.is_visible()
     set_theme(page, "dark")
     shoot(page, "lens-dark")
     assert axe(page, ".qtx-lens") == []
+    run_python(page, "lens.close()")
+    page.get_by_text("This view was closed.").wait_for()
+    assert picture.is_visible()
 
 
 def test_a_model_by_name_shows_its_own_layers():

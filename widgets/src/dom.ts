@@ -64,6 +64,32 @@ export function post(model: Model, message: object): boolean {
   }
 }
 
+const GONE = "The kernel behind this view is gone: run its cell again. The picture is the last one.";
+const CLOSED = "This view was closed. Run its cell again to see it.";
+
+/** Hides the picture that a saved notebook shows in place of a view; returns what shows it again. */
+function hideSavedPicture(model: Model, el: HTMLElement): () => void {
+  const hide = () => {
+    if (!model.get("has_picture")) return;
+    const output = el.closest(".jp-OutputArea-child");
+    const before = output?.previousElementSibling;
+    // Only of a view that is an output itself: one inside another widget has no picture of its own.
+    const own = output && el.parentElement?.closest(".jupyter-widgets") === null;
+    if (own && before instanceof HTMLElement && before.querySelector(".jp-RenderedImage")) picture = before;
+    if (picture) picture.style.display = "none";
+  };
+  let picture: HTMLElement | null = null;
+  const frame = requestAnimationFrame(hide); // JupyterLab puts the view into its place after it is rendered
+  const later = setTimeout(hide, 500);
+  model.on("change:has_picture", hide);
+  return () => {
+    cancelAnimationFrame(frame);
+    clearTimeout(later);
+    model.off("change:has_picture", hide);
+    if (picture) picture.style.display = "";
+  };
+}
+
 /** The frame of a view: its root element, the theme, and what has to be undone at its end. */
 export class Frame {
   readonly root: HTMLElement;
@@ -105,10 +131,29 @@ export class Frame {
       () => system.removeEventListener("change", follow),
       () => size.disconnect(),
     );
+    this.undo.push(hideSavedPicture(model, el), this.sayWhenGone(el));
     this.onMessage((message, buffers) => {
       if (message.kind === "file") download(message.name, message.type, buffers[0]);
       if (message.kind === "error") this.fail(message.text);
     });
+  }
+
+  /** Says in the view when its kernel is gone, and in its place when it is closed; returns how to stop. */
+  private sayWhenGone(el: HTMLElement): () => void {
+    const lost = () => {
+      if (el.closest(".jupyter-widgets-disconnected")) this.fail(GONE);
+    };
+    const closed = () => {
+      const note = h("p", { class: "qtx-closed", role: "status" }, CLOSED);
+      (el.closest(".jp-OutputArea-output") ?? el.parentElement)?.append(note);
+    };
+    this.model.on("comm_live_update", lost);
+    this.model.on("destroy", closed);
+    return () => {
+      this.model.off("comm_live_update", lost);
+      // A closed model removes its views a moment after it has said so.
+      this.model.off("destroy", closed);
+    };
   }
 
   get colours(): (typeof COLOURS)[Theme] {
@@ -160,8 +205,7 @@ export class Frame {
   /** Sends a message to the kernel. If there is none any more, the view says so and keeps its picture. */
   send(message: object): boolean {
     const sent = post(this.model, message);
-    if (!sent)
-      this.fail("The kernel behind this view is gone: run its cell again. The picture is the last one.");
+    if (!sent) this.fail(GONE);
     return sent;
   }
 

@@ -125,7 +125,10 @@ export function render(model: Model, el: HTMLElement): () => void {
   const reset = h("button", { type: "button", click: () => show(wholeMap()) }, "Whole map");
   const clear = h("button", { type: "button", click: () => select([]) }, "Clear rows");
   const choose = (layer: number, head: number) => frame.set({ layer, head });
-  const thumbnails = thumbnailGrid(get("layers"), get("heads"), causal, choose);
+  const thumbnails = thumbnailGrid(get("layers"), get("heads"), causal, choose, (drawn) =>
+    frame.set({ drawn_heads: drawn }),
+  );
+  const showDrawn = () => thumbnails.showDrawn(get("drawn_heads") ?? null);
 
   /** The estimate that was given, where it is what is shown of this head. */
   function given(): { number: number; draws: number | null } | null {
@@ -245,6 +248,7 @@ export function render(model: Model, el: HTMLElement): () => void {
 
   function showLayout(): void {
     boxes.toggleAttribute("data-alone", alone);
+    boxes.dataset.main = main;
     for (const panel of panels) {
       panel.box.toggleAttribute("data-main", panel.name === main);
       panel.showEnlarged(alone);
@@ -261,6 +265,8 @@ export function render(model: Model, el: HTMLElement): () => void {
   const tileName = (layer: number, head: number, level: maps.Level, i: number, j: number) =>
     `${layer}/${head}/${level.rows}/${level.columns}/${i}/${j}`;
 
+  /** The last request, until it is answered. */
+  let unanswered = "";
   let refineTimer = 0;
   frame.atEnd(() => clearTimeout(refineTimer));
 
@@ -297,11 +303,14 @@ export function render(model: Model, el: HTMLElement): () => void {
       }
       return;
     }
-    seq += 1;
-    if (since !== null) startTimes.set(seq, since);
     const stated = given();
     const drawn = { draws: stated ? null : draws, given: stated?.number ?? null, drawing: name };
     const place = { layer, head, level: level.columns, row_level: level.rows };
+    const wanted = JSON.stringify([place, drawn, missing]);
+    if (wanted === unanswered) return;
+    unanswered = wanted;
+    seq += 1;
+    if (since !== null) startTimes.set(seq, since);
     if (ask({ kind: "maps", view: viewId, seq, ...place, ...drawn, ...missing }))
       frame.root.toggleAttribute("data-waiting", true);
   }
@@ -404,12 +413,16 @@ export function render(model: Model, el: HTMLElement): () => void {
     const known = { error, stdError, measuredRows, sampler, effort, corrected, seed };
     shown = { layer, head, level, draws, drawing, seq: number, ...known };
     frame.fail(message.fallbacks.length ? message.fallbacks.join(" ") : null);
-    if (message.seq === seq) frame.root.toggleAttribute("data-waiting", false);
+    if (message.seq === seq) {
+      unanswered = "";
+      frame.root.toggleAttribute("data-waiting", false);
+    }
     paint();
   }
 
   const ask = connect(frame, (message, buffers) => {
-    if (message.kind === "thumbnails") takeThumbnails(message, buffers);
+    if (message.kind === "error") unanswered = "";
+    else if (message.kind === "thumbnails") takeThumbnails(message, buffers);
     else if (message.kind === "maps") takeMaps(message, buffers);
     else if (message.kind === "row") takeRow(message, buffers);
     else if (message.kind === "strip") takeStrip(message);
@@ -455,7 +468,7 @@ export function render(model: Model, el: HTMLElement): () => void {
       return known;
     };
     const cells = { exact: codes(exact), sampled: codes(sampled), row, column, level, ...size };
-    const { top, limit } = extremes(cells);
+    const { top, limit } = extremes(cells, floor);
     const log: boolean = get("log_scale");
     const colours = paletteFor(log, top || 1);
     for (const panel of visiblePanels()) {
@@ -698,8 +711,10 @@ export function render(model: Model, el: HTMLElement): () => void {
     paint();
   });
   frame.onChange(["log_scale"], paint);
+  frame.onChange(["drawn_heads"], showDrawn);
   frame.onChange(["selected_rows"], paintOver);
   thumbnails.mark(get("layer"), get("head"));
+  showDrawn();
   showDraws();
   showTitles();
   requestAnimationFrame(() => {

@@ -47,10 +47,10 @@ export interface Cells {
   level: maps.Level;
 }
 
-/** The largest weight, and the largest difference, among cells that are known. */
-export function extremes({ exact, sampled }: Cells): { top: number; limit: number } {
+/** The largest weight, and the largest difference, at least `floor`, among cells that are known. */
+export function extremes({ exact, sampled }: Cells, floor: number): { top: number; limit: number } {
   let top = 0;
-  let limit = maps.FLOOR;
+  let limit = floor;
   for (let i = 0; i < exact.length; i++) {
     if (exact[i] === maps.UNKNOWN || sampled[i] === maps.UNKNOWN) continue;
     const [x, y] = [maps.HALF[exact[i]], maps.HALF[sampled[i]]];

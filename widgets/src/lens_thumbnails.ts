@@ -10,14 +10,37 @@ const ZOOMS = [40, 64, 104];
 /** Columns up to which each has its number. */
 const MAX_NUMBERED = 48;
 
+/** A layer and a head. */
+export type HeadPlace = [layer: number, head: number];
+
 export interface ThumbnailGrid {
   element: HTMLElement;
+  /** Shows which heads are to be drawn: all where null. */
+  showDrawn(drawn: HeadPlace[] | null): void;
   /** Marks the head that is shown. */
   mark(layer: number, head: number): void;
   /** Marks thumbnails of other draws than those that are shown. */
   markStale(stale: boolean): void;
   /** Takes in a layer's thumbnails. */
   take(message: any, buffers: DataView[]): void;
+}
+
+/** The ends of the scale of some variances; the low end leaves out the lowest twentieth, which may be far off. */
+export function varianceRange(known: number[]): [number, number] {
+  const sorted = [...known].sort((a, b) => a - b);
+  return [sorted[Math.floor(sorted.length / 20)], sorted[sorted.length - 1]];
+}
+
+/** Heads after one was clicked at; null stands for all of them, in the order of layers and heads. */
+export function toggled(
+  drawn: HeadPlace[] | null,
+  all: HeadPlace[],
+  [layer, head]: HeadPlace,
+): HeadPlace[] | null {
+  const held = new Set((drawn ?? all).map(String));
+  const name = String([layer, head]);
+  if (!held.delete(name)) held.add(name);
+  return held.size === all.length ? null : all.filter((place) => held.has(String(place)));
 }
 
 /** Indices of heads by falling variance; those that are not known yet come last, in their own order. */
@@ -43,6 +66,7 @@ export function thumbnailGrid(
   heads: number,
   causal: boolean,
   choose: (layer: number, head: number) => void,
+  draw: (drawn: HeadPlace[] | null) => void,
 ): ThumbnailGrid {
   const count = layers * heads;
   const variances: (number | null)[] = Array(count).fill(null);
@@ -55,7 +79,10 @@ export function thumbnailGrid(
 
   const box = h("div", { class: "qtx-heads", role: "radiogroup", "aria-label": "layer and head" });
   const scale = h("div", { class: "qtx-heads-scale" });
-  const place = (index: number): [number, number] => [Math.floor(index / heads), index % heads];
+  const place = (index: number): HeadPlace => [Math.floor(index / heads), index % heads];
+  const all = variances.map((_, index) => place(index));
+  let drawn: HeadPlace[] | null = null;
+  const isDrawn = (index: number) => drawn === null || drawn.some((x) => String(x) === String(all[index]));
   const buttons = variances.map((_, index) => {
     const canvas = h("canvas", { width: 1, height: 1, "aria-hidden": "true" });
     const [layer, head] = place(index);
@@ -66,7 +93,7 @@ export function thumbnailGrid(
       {
         type: "button",
         role: "radio",
-        click: () => choose(layer, head),
+        click: () => (picking.checked ? draw(toggled(drawn, all, [layer, head])) : choose(layer, head)),
         keydown: (event: KeyboardEvent) => move(event, index),
       },
       canvas,
@@ -97,13 +124,20 @@ export function thumbnailGrid(
   const larger = h("button", { type: "button", title: "Larger heads", click: () => zoomBy(1) }, "+");
   smaller.setAttribute("aria-label", smaller.title);
   larger.setAttribute("aria-label", larger.title);
+  const counted = h("span", {});
+  const picking = h("input", { type: "checkbox", change: () => showDrawn(drawn) });
+  const everyHead = h("button", { type: "button", click: () => draw(null) }, "All");
+  const noHead = h("button", { type: "button", click: () => draw([]) }, "None");
   const element = h(
     "div",
     { class: "qtx-heads-part" },
     h(
       "div",
       { class: "qtx-heads-bar" },
-      h("span", {}, `${count} heads`),
+      counted,
+      h("label", { class: "qtx-check" }, picking, "pick those to draw"),
+      everyHead,
+      noHead,
       h("label", { for: sortId }, "sorted", sort),
       h("div", { class: "qtx-buttons", role: "group", "aria-label": "size of the heads" }, smaller, larger),
       scale,
@@ -173,16 +207,27 @@ export function thumbnailGrid(
 
   // --- what is known of them --------------------------------------------------------------------
 
+  function showDrawn(heads: HeadPlace[] | null): void {
+    drawn = heads;
+    counted.textContent = drawn
+      ? `${drawn.length} of ${count} heads drawn, the others exact`
+      : `${count} heads`;
+    everyHead.hidden = noHead.hidden = !picking.checked;
+    box.toggleAttribute("data-picking", picking.checked);
+    buttons.forEach((button, index) => button.toggleAttribute("data-exact", !isDrawn(index)));
+    mark(...place(shown));
+  }
+
   function mark(layer: number, head: number): void {
     shown = layer * heads + head;
     const known = variances.filter((x): x is number => x !== null && x > 0);
-    const [low, high] = [Math.min(...known), Math.max(...known)];
+    const [low, high] = varianceRange(known);
     buttons.forEach((button, index) => {
       const variance = variances[index];
       const [ofLayer, ofHead] = place(index);
       button.setAttribute("aria-checked", String(index === shown));
       button.tabIndex = index === shown ? 0 : -1;
-      const name = `layer ${ofLayer}, head ${ofHead}`;
+      const name = `layer ${ofLayer}, head ${ofHead}${isDrawn(index) ? "" : ", not drawn"}`;
       button.title = variance === null ? name : `${name}, relative variance ${digits(variance, 2)}`;
       button.setAttribute("aria-label", button.title);
       if (variance === null) return;
@@ -212,7 +257,8 @@ export function thumbnailGrid(
   }
 
   arrange();
-  return { element, mark, take, markStale: (stale) => box.toggleAttribute("data-stale", stale) };
+  showDrawn(null);
+  return { element, showDrawn, mark, take, markStale: (stale) => box.toggleAttribute("data-stale", stale) };
 }
 
 /** Stands for a head that is not computed yet: hatching over the cells that its map will have. */
@@ -233,7 +279,7 @@ function paintPlaceholder(canvas: HTMLCanvasElement, causal: boolean): void {
 function varianceScale(low: number, high: number): HTMLElement[] {
   const bar = h("div", { class: "qtx-bar", "aria-hidden": "true" });
   bar.style.backgroundImage = maps.gradient(maps.sequential);
-  const ends = [h("span", {}, digits(low, 2)), bar, h("span", {}, digits(high, 2))];
+  const ends = [h("span", {}, `≤ ${digits(low, 2)}`), bar, h("span", {}, digits(high, 2))];
   return [
     h("span", { class: "qtx-unit" }, "border: relative variance (log)"),
     h("div", { class: "qtx-bar-row" }, ...ends),

@@ -1,5 +1,5 @@
 import { describe, expect, it } from "vitest";
-import { byVariance, thumbnailPixels } from "./lens_thumbnails";
+import { byVariance, thumbnailPixels, toggled, varianceRange, type HeadPlace } from "./lens_thumbnails";
 import * as maps from "./maps";
 
 describe("half precision", () => {
@@ -142,6 +142,23 @@ describe("rows", () => {
 describe("thumbnails", () => {
   it("are sorted by falling variance, the unknown ones last", () => {
     expect(byVariance([0.1, null, 0.3, 0.3, null, 0])).toEqual([2, 3, 0, 5, 1, 4]);
+  });
+
+  it("are picked one by one, and all of them are null", () => {
+    const all: HeadPlace[] = [
+      [0, 0],
+      [0, 1],
+      [1, 0],
+    ];
+    expect(toggled(null, all, [0, 1])).toEqual([all[0], all[2]]);
+    expect(toggled([], all, [1, 0])).toEqual([all[2]]);
+    expect(toggled([all[2]], all, [0, 0])).toEqual([all[0], all[2]]);
+    expect(toggled([all[0], all[2]], all, [0, 1])).toBeNull();
+  });
+
+  it("are coloured by a scale without the lowest ones", () => {
+    expect(varianceRange([...Array(39).keys(), 1e9].map((x) => x + 1))).toEqual([3, 1e9 + 1]);
+    expect(varianceRange([5])).toEqual([5, 5]);
   });
 
   it("look like maps however small their weights are", () => {

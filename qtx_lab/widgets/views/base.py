@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 import threading
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -38,6 +39,9 @@ EXPORTS = {
 PICTURE_DPI = 110
 """Pixels an inch of the picture in a saved notebook."""
 
+ONE_OUTPUT_HOSTS = ("VSCODE_PID", "VSCODE_CWD", "COLAB_RELEASE_TAG")
+"""Variables of the environments whose notebooks show the picture of an output when its view is missing."""
+
 _DRAWING_LOCK = threading.RLock()
 """matplotlib's style is global, so that only one thread may draw at a time."""
 
@@ -60,6 +64,8 @@ class View(anywidget.AnyWidget):
     _css = STATIC / "widgets.css"
     kind = traitlets.Unicode(read_only=True).tag(sync=True)
     """Which view of the bundle this is."""
+    has_picture = traitlets.Bool(False, read_only=True).tag(sync=True)
+    """Whether a picture stands before the view as an output of its own, which the live view hides."""
 
     def __init__(self, kind: str, **traits: Any):
         self._worker = ThreadWorker(self.fail)
@@ -96,9 +102,13 @@ class View(anywidget.AnyWidget):
 
     def refresh_picture(self) -> None:
         """Renew the picture that a saved notebook shows in place of the view."""
-        if self._display_handle is not None:
-            data, metadata = self._repr_mimebundle_()
-            self._display_handle.update(data, metadata=metadata, raw=True)
+        if self._display_handle is None:
+            return
+        if self.has_picture:
+            self._display_handle.update(self._picture(), raw=True)
+            return
+        data, metadata = self._repr_mimebundle_()
+        self._display_handle.update(data, metadata=metadata, raw=True)
 
     def fail(self, error: BaseException) -> None:
         """Show an error in the view."""
@@ -107,12 +117,23 @@ class View(anywidget.AnyWidget):
 
     def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         data, metadata = super()._repr_mimebundle_(**kwargs) or ({}, {})
-        data["image/png"] = base64.b64encode(render_figure(self.figure)).decode()
-        return data, metadata
+        return {**data, **self._picture()}, metadata
+
+    def _picture(self) -> dict[str, str]:
+        """The output that stands for the view where there is no kernel."""
+        picture = base64.b64encode(render_figure(self.figure)).decode()
+        return {"image/png": picture, "text/plain": repr(self)}
 
     def _ipython_display_(self, **kwargs: Any) -> None:
-        data, metadata = self._repr_mimebundle_()
-        self._display_handle = display(data, metadata=metadata, raw=True, display_id=True)
+        if any(name in os.environ for name in ONE_OUTPUT_HOSTS):
+            data, metadata = self._repr_mimebundle_()
+            self._display_handle = display(data, metadata=metadata, raw=True, display_id=True)
+            return
+        # Of an output with both, JupyterLab without a kernel shows "model not found", and not the picture.
+        self._display_handle = display(self._picture(), raw=True, display_id=True)
+        self.set_trait("has_picture", True)
+        data, metadata = super()._repr_mimebundle_(**kwargs) or ({}, {})
+        display(data, metadata=metadata, raw=True)
 
     def _content(self, kind: str, theme: str) -> bytes:
         if kind in ("png", "svg"):

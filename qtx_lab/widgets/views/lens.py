@@ -123,6 +123,9 @@ class AttentionLens(View):
     num_samples = traitlets.Int(64).tag(sync=True)
     selected_rows = traitlets.List(traitlets.Int()).tag(sync=True)
     """Queries that are selected, in rising order."""
+    drawn_heads = traitlets.List(traitlets.List(traitlets.Int()), None, allow_none=True).tag(sync=True)
+    """The heads that were picked to be drawn, as [layer, head] in rising order; None: all. What draws a whole
+    model may keep the others exact."""
     own_draws = traitlets.Bool(True).tag(sync=True)
     """Whether the lens shows its own draws, and not the estimate that was given."""
     given = traitlets.Dict(read_only=True).tag(sync=True)
@@ -235,6 +238,20 @@ class AttentionLens(View):
     @traitlets.validate("own_draws")
     def _check_own_draws(self, proposal: Any) -> bool:
         return bool(proposal["value"]) or self._heads.given is None
+
+    @traitlets.validate("drawn_heads")
+    def _check_drawn_heads(self, proposal: Any) -> list[list[int]] | None:
+        places = proposal["value"]
+        if places is None:
+            return None
+        for place in places:
+            if len(place) != 2 or not (0 <= place[0] < len(self._heads.layers)):
+                raise ArgumentError(
+                    f"drawn_heads holds {place}, which is not allowed: each is [layer, head], of layers "
+                    f"0..{len(self._heads.layers) - 1}."
+                )
+            self._check_index("head", place[1])
+        return [list(place) for place in sorted({(layer, head) for layer, head in places})]
 
     @traitlets.validate("selected_rows")
     def _check_rows(self, proposal: Any) -> list[int]:

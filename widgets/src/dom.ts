@@ -145,7 +145,8 @@ export class Frame {
     };
     const closed = () => {
       const note = h("p", { class: "qtx-closed", role: "status" }, CLOSED);
-      (el.closest(".jp-OutputArea-output") ?? el.parentElement)?.append(note);
+      // JupyterLab hides the output itself.
+      (el.closest(".jp-OutputArea-child") ?? el.parentElement)?.append(note);
     };
     this.model.on("comm_live_update", lost);
     this.model.on("destroy", closed);

@@ -36,6 +36,10 @@ SETTINGS: dict[str, Any] = {
     "precision": "fp32",
     "warmup_steps": 5,
 }
+CHECKPOINT_EVERY = 10
+"""Steps between the checkpoints of the case "checkpoints"."""
+ALLOWED_STALL = 0.01
+"""How long a training may wait for a checkpoint, as a fraction of the time between two checkpoints."""
 WARM_UP = 5
 """Steps at the start whose time is not counted."""
 ALLOWED_OVERHEAD = 0.05
@@ -73,6 +77,10 @@ def bench_training(quick: bool, copy_bandwidth: float) -> list[BenchRow]:
 
     A method also fails if its last loss differs from the baseline's by more than 1e-4 of it. The ranks need
     two cores for themselves: other processes on the machine change the result.
+    - "checkpoints": the trainer in this process with a checkpoint after every 10 steps, which a thread
+      writes, beside the same without. The seconds are means over all steps and contain the wait for
+      checkpoints; the detail `stall` is that wait as a fraction of one step. Checkpoints pass if the wait is
+      at most 1 % of the time between two of them.
 
     Where NVML finds a GPU, `bench_large` runs instead.
     """
@@ -90,7 +98,9 @@ def bench_training(quick: bool, copy_bandwidth: float) -> list[BenchRow]:
             results["bare DDP loop"].append(bare_loop(two, spec))
             results["trainer, 2 ranks"].append(trainer_loop(two, spec))
             results["trainer, 1 rank"].append(trainer_loop(one, spec))
-    timings = {name: Timing.of([median(x.seconds) for x in results[name]]) for name in results}
+    timings: dict[str, Timing] = {
+        name: Timing.of([median(x.seconds) for x in results[name]]) for name in results
+    }
     losses = {name: results[name][-1].loss for name in results}
     rows: list[BenchRow] = []
     for case, method, baseline, least in (
@@ -119,16 +129,63 @@ def bench_training(quick: bool, copy_bandwidth: float) -> list[BenchRow]:
                     details={"tokens_per_second": spec.batch_size * spec.num_tokens / timing.median},
                 )
             )
+    rows += bench_checkpoints(spec, 2 if quick else 5)
     print(
-        f"{'case':<10}{'method':<18}{'ms/step':>9}{'(low–high)':>18}{'tokens/s':>10}{'ratio':>8}"
+        f"{'case':<12}{'method':<18}{'ms/step':>9}{'(low–high)':>18}{'tokens/s':>10}{'ratio':>8}"
         f"{'loss off by':>13}  check"
     )
     for row in rows:
         print(
-            f"{row.case:<10}{row.method:<18}{1e3 * row.seconds:>9.1f}{span(row, 1e3):>18}"
+            f"{row.case:<12}{row.method:<18}{1e3 * row.seconds:>9.1f}{span(row, 1e3):>18}"
             f"{row.details['tokens_per_second']:>10,.0f}{shown(row.ratio):>8}{row.error:>13.1g}  {row.check}"
         )
     return rows
+
+
+def bench_checkpoints(spec: TrainSpec, turns: int) -> list[BenchRow]:
+    """The rows of the case "checkpoints", see `bench_training`."""
+    specs = {
+        "no checkpoints": spec,
+        "every 10 steps": TrainSpec(**{**dict(spec), "checkpoint_every": CHECKPOINT_EVERY}),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in specs}
+    losses: dict[str, float] = {}
+    stalls: list[float] = []
+    for _ in range(turns):
+        for name, its in specs.items():
+            result = QuantumTrainer(**its.arguments(), progress=False).train()
+            rows = result.metrics[WARM_UP:]
+            steps = [spec.batch_size * spec.num_tokens / row["tokens_per_second"] for row in rows]
+            waits = [row["checkpoint_seconds"] for row in rows if "checkpoint_seconds" in row]
+            seconds[name].append((sum(steps) + sum(waits)) / len(steps))
+            losses[name] = result.loss
+            stalls += [wait / median(steps) for wait in waits]
+    timings = {name: Timing.of(values) for name, values in seconds.items()}
+    baseline, stall = "no checkpoints", median(stalls)
+    error = abs(losses["every 10 steps"] / losses[baseline] - 1)
+    check = "pass"
+    if error > ALLOWED_LOSS_ERROR:
+        check = f"losses are {error:.2g} apart"
+    elif stall / CHECKPOINT_EVERY > ALLOWED_STALL:
+        check = f"a checkpoint stalls training for {stall:.2g} of a step"
+    return [
+        BenchRow(
+            case="checkpoints",
+            method=name,
+            seconds=timing.median,
+            baseline=baseline,
+            ratio=timings[baseline].median / timing.median,
+            error=0.0 if name == baseline else error,
+            check="pass" if name == baseline else check,
+            low=timing.low,
+            high=timing.high,
+            details={
+                "tokens_per_second": spec.batch_size * spec.num_tokens / timing.median,
+                "stall": 0.0 if name == baseline else stall,
+            },
+        )
+        for name, timing in timings.items()
+    ]
 
 
 def trainer_loop(cluster: Cluster, spec: TrainSpec) -> LoopResult:

@@ -14,16 +14,19 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from filelock import FileLock, Timeout
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_state_dict, set_state_dict
+from torch.distributed.fsdp import FSDPModule
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..errors import StorageError
 from ..samplers import Sampler
@@ -160,62 +163,134 @@ def claim(folder: Path, attempt: str) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def save_checkpoint(
-    folder: Path,
-    step: int,
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    about: Mapping[str, Any],
-    attempt: str,
-    keep: int,
-) -> None:
-    """Write the checkpoint after `step` steps; every rank of the process group calls it.
+class CheckpointWriter:
+    """Writes the checkpoints of a training, where possible beside it; used as a `with` block around it.
+
+    Where every rank holds the whole state, rank 0 copies it and a thread writes the copy while training goes
+    on. At most one checkpoint is being written: the next `save` waits for it. An error of the write is raised
+    by the next `check` or `save`, or at the end of the block. Of a sharded module all ranks write their parts
+    at once, and training waits.
 
     Parameters
     ----------
     folder : Path
         Folder of all checkpoints.
-    step : int
     module, optimizer
-        What is saved; of a sharded module each rank saves its part.
-    about : mapping
-        What the checkpoint says about itself, see `ABOUT_TYPES`.
+        What is saved.
     attempt : str
         Name of this attempt, from `claim`.
     keep : int
         How many of the latest checkpoints are kept.
-
-    Raises
-    ------
-    StorageError
-        If it cannot be written: nothing is left of it, and earlier checkpoints are untouched.
     """
-    path = checkpoint_path(folder, step)
-    hidden = folder / f".{path.name}.{attempt}.tmp"
-    model, optimizer_state = get_state_dict(module, optimizer)
-    lead = not dist.is_initialized() or dist.get_rank() == 0
-    try:
-        _dcp(dcp.save, {"model": model, "optimizer": optimizer_state}, hidden)
-        if not lead:
-            return
-        if (folder / "attempt").read_text() != attempt:
-            raise StorageError(f"{folder} was taken over by another attempt at this training.")
-        write_atomic(hidden / ABOUT, json_bytes(about))
-        write_hashes(hidden)
-        if path.exists():  # the step was done again after a fault
-            shutil.rmtree(path)
-        os.rename(hidden, path)
-        sync_folder(folder)
-    except BaseException as error:
-        if lead:
-            shutil.rmtree(hidden, ignore_errors=True)
-        if isinstance(error, OSError) and not isinstance(error, StorageError):
-            raise storage_error(path, error) from error
-        raise
-    # Checkpoints of later steps are broken: otherwise training would have gone on from one of them.
-    steps = checkpoints(folder)
-    for old in set(steps) - set([x for x in steps if x <= step][-keep:]):
-        shutil.rmtree(checkpoint_path(folder, old), ignore_errors=True)
+
+    def __init__(
+        self, folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, attempt: str, keep: int
+    ):
+        self.folder, self.module, self.optimizer = folder, module, optimizer
+        self.attempt, self.keep = attempt, keep
+        self.sharded = isinstance(module, FSDPModule)
+        self._writing: Future[None] | None = None
+        self._pool = ThreadPoolExecutor(1, "checkpoint")
+        self._warnings = warnings.catch_warnings()
+        self._pointers: list[int] = []
+        self._sources: list[Tensor] = []
+        self._copies: list[Tensor] = []
+        self._staged: dict[str, Any] = {}
+
+    def __enter__(self) -> Self:
+        # Here and not in the thread: filters of warnings belong to the whole process.
+        self._warnings.__enter__()
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        self._pool.shutdown(wait=True)
+        self._warnings.__exit__(None, None, None)
+        if kind is None:
+            self._finish()
+
+    def save(self, step: int, about: Mapping[str, Any]) -> None:
+        """Write the checkpoint after `step` steps; every rank calls it.
+
+        Parameters
+        ----------
+        step : int
+        about : mapping
+            What the checkpoint says about itself, see `ABOUT_TYPES`.
+
+        Raises
+        ------
+        StorageError
+            If this or the one before cannot be written: nothing is left of it, and earlier checkpoints are
+            untouched.
+        """
+        self._finish()
+        if self.sharded:
+            model, optimizer_state = get_state_dict(self.module, self.optimizer)
+            self._write(step, {"model": model, "optimizer": optimizer_state}, about)
+        elif not dist.is_initialized() or dist.get_rank() == 0:
+            self._writing = self._pool.submit(self._write, step, self._copied_state(), about)
+
+    def check(self) -> None:
+        """Raise the error of a write that has failed."""
+        if self._writing is not None and self._writing.done():
+            self._finish()
+
+    def _finish(self) -> None:
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def _copied_state(self) -> dict[str, Any]:
+        """A copy of the state in main memory, whose tensors are used again for the next checkpoint."""
+        states = [
+            x for state in self.optimizer.state.values() for x in state.values() if isinstance(x, Tensor)
+        ]
+        pointers = [x.data_ptr() for x in (*self.module.parameters(), *self.module.buffers(), *states)]
+        if pointers == self._pointers:
+            with torch.no_grad():
+                for copy, source in zip(self._copies, self._sources, strict=True):
+                    copy.copy_(source)
+            groups = self._staged["optimizer"]["param_groups"]
+            for group, now in zip(groups, self.optimizer.param_groups, strict=True):
+                group |= {name: now[name] for name in group if name != "params"}
+            return self._staged
+        model, optimizer_state = get_state_dict(self.module, self.optimizer)
+        leaves, structure = tree_flatten({"model": model, "optimizer": optimizer_state})
+        copied = [x.detach().to("cpu", copy=True) if isinstance(x, Tensor) else x for x in leaves]
+        self._staged = tree_unflatten(copied, structure)
+        self._sources = [x.detach() for x in leaves if isinstance(x, Tensor)]
+        self._copies = [x for x in copied if isinstance(x, Tensor)]
+        # Copied tensors are used again only if all of them are those of the module and its optimizer.
+        self._pointers = pointers if {x.data_ptr() for x in self._sources} <= set(pointers) else []
+        return self._staged
+
+    def _write(self, step: int, state: dict[str, Any], about: Mapping[str, Any]) -> None:
+        folder, path = self.folder, checkpoint_path(self.folder, step)
+        hidden = folder / f".{path.name}.{self.attempt}.tmp"
+        lead = not self.sharded or not dist.is_initialized() or dist.get_rank() == 0
+        try:
+            _dcp(dcp.save, state, hidden, alone=not self.sharded)
+            if not lead:
+                return
+            if (folder / "attempt").read_text() != self.attempt:
+                raise StorageError(f"{folder} was taken over by another attempt at this training.")
+            write_atomic(hidden / ABOUT, json_bytes(about))
+            write_hashes(hidden)
+            if path.exists():  # the step was done again after a fault
+                shutil.rmtree(path)
+            os.rename(hidden, path)
+            sync_folder(folder)
+        except BaseException as error:
+            if lead:
+                shutil.rmtree(hidden, ignore_errors=True)
+            if isinstance(error, OSError) and not isinstance(error, StorageError):
+                raise storage_error(path, error) from error
+            raise
+        # Checkpoints of later steps are broken: otherwise training would have gone on from one of them.
+        steps = checkpoints(folder)
+        for old in set(steps) - set([x for x in steps if x <= step][-self.keep :]):
+            shutil.rmtree(checkpoint_path(folder, old), ignore_errors=True)
 
 
 def load_checkpoint(folder: Path, step: int, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -227,7 +302,7 @@ def load_checkpoint(folder: Path, step: int, module: nn.Module, optimizer: torch
         If it cannot be read.
     """
     model, optimizer_state = get_state_dict(module, optimizer)
-    _dcp(dcp.load, {"model": model, "optimizer": optimizer_state}, checkpoint_path(folder, step))
+    _load({"model": model, "optimizer": optimizer_state}, checkpoint_path(folder, step))
     set_state_dict(module, optimizer, model_state_dict=model, optim_state_dict=optimizer_state)
 
 
@@ -241,17 +316,20 @@ def load_weights(folder: Path, step: int, module: nn.Module) -> None:
     """
     check_hashes(folder, step)
     state = get_model_state_dict(module)
-    _dcp(dcp.load, {"model": state}, checkpoint_path(folder, step))
+    _load({"model": state}, checkpoint_path(folder, step))
     module.load_state_dict(state)
 
 
-def _dcp(function: Any, state: dict[str, Any], path: Path) -> None:
+def _load(state: dict[str, Any], path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        _dcp(dcp.load, state, path, alone=not dist.is_initialized())
+
+
+def _dcp(function: Any, state: dict[str, Any], path: Path, *, alone: bool) -> None:
     """Save or load a state; a StorageError where the disk refused it, on whatever rank."""
-    alone = not dist.is_initialized()
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            function(state, checkpoint_id=path, no_dist=alone)
+        function(state, checkpoint_id=path, no_dist=alone)
     except dcp.api.CheckpointException as error:
         if function is dcp.load:
             reasons = "; ".join(repr(cause) for cause, _ in error.failures.values())

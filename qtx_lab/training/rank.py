@@ -20,12 +20,12 @@ from ..errors import ArgumentError, StorageError
 from ..samplers import Sampler
 from ..specs import TrainSpec
 from .checkpoints import (
+    CheckpointWriter,
     check_hashes,
     checkpoints,
     load_checkpoint,
     read_about,
     resumable_settings,
-    save_checkpoint,
 )
 from .data import SequenceOrder, Tokens, held_out_windows, open_tokens, stream_seed
 from .loop import run_steps, squared_sums
@@ -197,6 +197,7 @@ class _Rank:
         self.scaler = torch.amp.GradScaler(device.type) if self.dtype == torch.float16 else None
         self.generator = torch.Generator(device)
         self.draws = attention.draws
+        self.checkpoint_seconds: float | None = None
         self.noise_statistics: dict[str, float | None] = {}
         self.rows: list[dict[str, Any]] = []
         self.last_rows: list[dict[str, Any]] = []
@@ -226,16 +227,19 @@ class _Rank:
         self.steps_done = start
         self.report([{"phase": "started", "step": start}])
         self.step_started = time.monotonic()
-        run_steps(
-            range(start, self.spec.steps),
-            self._gradient,
-            self.parameters,
-            [self.optimizer],
-            rate=lambda step: learning_rate_share(self.spec, step),
-            clip_norm=self.spec.clip_norm,
-            after=self._after,
-            scaler=self.scaler,
-        )
+        with CheckpointWriter(
+            self.job.folder, self.module, self.optimizer, self.attempt, self.spec.keep_checkpoints
+        ) as self.writer:
+            run_steps(
+                range(start, self.spec.steps),
+                self._gradient,
+                self.parameters,
+                [self.optimizer],
+                rate=lambda step: learning_rate_share(self.spec, step),
+                clip_norm=self.spec.clip_norm,
+                after=self._after,
+                scaler=self.scaler,
+            )
         self._send_rows()
         how = "done" if self.steps_done == self.spec.steps else "stopped"
         return RankEnd(how, self.steps_done, notes=tuple(self.notes))
@@ -300,20 +304,24 @@ class _Rank:
             self._accumulate(step, REPEATED_DRAWS)
             repeated = [p.grad.clone() for p in self.parameters if p.grad is not None]
             self.optimizer.zero_grad()
-            loss = self._accumulate(step, DRAWS)
+            losses = self._accumulate(step, DRAWS)
             self._measure_noise(repeated)
         else:
-            loss = self._accumulate(step, DRAWS)
+            losses = self._accumulate(step, DRAWS)
         self._note_progress(step, "waiting for the other ranks' losses")
-        sums = torch.stack((loss, torch.tensor(float(self.must_stop()), device=loss.device)))
+        table = torch.cat((losses, torch.tensor([float(self.must_stop())], device=losses.device)))
         if self.world > 1:
-            dist.all_reduce(sums)
-        self.stopping = sums[1].item() > 0
-        return sums[0].item()
+            dist.all_reduce(table)
+        self.stopping = table[-1].item() > 0
+        return table[:-1].sum().item()  # in the order of the parts, however many ranks there are
 
     def _accumulate(self, step: int, stream: int) -> Tensor:
-        """This rank's share of the batch's mean loss; the parameters get its gradient over all ranks."""
-        spec, shards, total = self.spec, self.job.shards, torch.zeros((), device=self.device)
+        """The shares of this rank's parts in the batch's mean loss, (shards,), 0 for those of other ranks.
+
+        The parameters get the gradient over all ranks.
+        """
+        spec, shards = self.spec, self.job.shards
+        losses = torch.zeros(shards, device=self.device)
         mine = range(self.rank, shards, self.world)
         for shard in mine:
             first, last = (spec.batch_size * i // shards for i in (shard, shard + 1))
@@ -330,8 +338,8 @@ class _Rank:
                 torch.autograd.backward(
                     loss_of_rank if self.scaler is None else self.scaler.scale(loss_of_rank)
                 )
-            total += loss.detach()
-        return total
+            losses[shard] = loss.detach()
+        return losses
 
     def _exchange_gradients(self, exchange: bool) -> None:
         """Whether the next backward pass exchanges gradients between ranks: once in a step is enough."""
@@ -373,6 +381,7 @@ class _Rank:
     def _after(self, step: int, loss: float, norm: float) -> bool:
         """Keep the records of a step; whether training stops after it."""
         spec = self.spec
+        self.writer.check()
         self.steps_done = step + 1
         now = time.monotonic()
         seconds, self.step_started = now - self.step_started, now
@@ -405,6 +414,8 @@ class _Rank:
             "memory_bytes": _memory_bytes(self.device),
             "ranks": self.world,
         }
+        if self.checkpoint_seconds is not None:
+            row["checkpoint_seconds"], self.checkpoint_seconds = self.checkpoint_seconds, None
         if self.tokens.bytes:
             row["bits_per_byte"] = loss / math.log(2)
         if self.attention.draws:
@@ -426,39 +437,33 @@ class _Rank:
             "rows": self.last_rows,  # a worker that is leaving may not have been able to send them
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
         }
-        save_checkpoint(
-            self.job.folder,
-            self.steps_done,
-            self.module,
-            self.optimizer,
-            about,
-            self.attempt,
-            self.spec.keep_checkpoints,
-        )
+        started = time.monotonic()
+        self.writer.save(self.steps_done, about)
+        self.checkpoint_seconds = time.monotonic() - started
 
     def _validate(self, step: int) -> dict[str, float]:
         """Held-out loss over all ranks, with exact attention, and with draws as in training."""
-        share = -(-len(self.held_out) // self.world)  # the same on every rank: fsdp's ranks go in step
-        mine = torch.arange(self.rank * share, (self.rank + 1) * share)
-        counted = (mine < len(self.held_out)).to(self.device)
-        windows = self.held_out[mine.clamp_max(len(self.held_out) - 1)].to(self.device)
+        count = len(self.held_out)
+        share = -(-count // self.world)  # the same on every rank: fsdp's ranks go in step
+        mine = range(self.rank * share, (self.rank + 1) * share)
         draws_of = {"exact": 0} | ({"sampled": self.draws} if self.attention.draws else {})
-        sums = []
+        table = torch.zeros(len(draws_of), count, device=self.device)
         self.model.eval()
         with torch.no_grad():
-            for draws in draws_of.values():
-                self.generator.manual_seed(stream_seed(self.spec.seed, VALIDATION, self.rank))
+            for row, draws in enumerate(draws_of.values()):
                 noise = scheduled_noise(self.spec, step) if draws else 0.0
-                with self.attention.drawing(draws, noise, self.generator):
-                    # One window at a time: validation must not need more memory than training.
-                    losses = torch.stack([self._losses(window[None]).mean() for window in windows])
-                sums.append((losses * counted).sum())
+                for i in mine:  # one window at a time: validation must not need more memory than training
+                    window = self.held_out[min(i, count - 1)].to(self.device)
+                    self.generator.manual_seed(stream_seed(self.spec.seed, VALIDATION, i))
+                    with self.attention.drawing(draws, noise, self.generator):
+                        loss = self._losses(window[None]).mean()
+                    if i < count:
+                        table[row, i] = loss
         self.model.train()
-        total = torch.stack(sums)
         if self.world > 1:
-            dist.all_reduce(total)
+            dist.all_reduce(table)
         unit, name = (math.log(2), "bits_per_byte") if self.tokens.bytes else (1.0, "loss")
-        means = (total / len(self.held_out) / unit).tolist()
+        means = (table.sum(1) / count / unit).tolist()
         return {f"held_out_{name}_{way}": mean for way, mean in zip(draws_of, means, strict=True)}
 
     def _send_rows(self) -> None:

@@ -95,6 +95,12 @@ class QuantumTrainer:
     one that lost a rank draws as if it had not. Ranks are processes of torch.distributed in the workers of a
     Dask cluster: NCCL on GPUs, gloo on CPUs.
 
+    Training is elastic: when a worker leaves in order, as Dask retires it, or one comes, the ranks stop after
+    their step and go on from a checkpoint with the workers that are there, up to as many as a batch has
+    parts: ranks at the start times `accumulation`. With two ranks of one part each, losses stay the same to
+    the bit; otherwise sums of gradients are rounded in another order. Checkpoints are written by a thread
+    while training goes on ("fsdp" waits for them).
+
     A rank that is killed, hangs, or loses its scheduler costs the steps since the last checkpoint. From there
     training goes on by itself, with fewer ranks if a worker stays away. A loss that is not finite is tried
     again once: if it is no accident, the same step fails again. What cannot be mended (a full disk, an error
@@ -132,7 +138,7 @@ class QuantumTrainer:
         `memory_bytes`, `ranks`, `attempt`, `draws`, `noise`; where measured `sampling_variance` (of the
         step's gradient, summed over parameters), `noise_to_signal` (that over the gradient's squared length)
         and `sampling_variance LAYER`; where validated `held_out_bits_per_byte_exact` and
-        `held_out_bits_per_byte_sampled`.
+        `held_out_bits_per_byte_sampled`; after a checkpoint `checkpoint_seconds`, for which training waited.
     progress : bool
         Show a bar with the time left.
     retries : int

@@ -6,6 +6,7 @@ import math
 import random
 import re
 import resource
+import shutil
 import subprocess
 import sys
 import threading
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 import qtx_lab as qtx
 from qtx_lab.specs import TrainSpec
 from qtx_lab.training import QuantumTrainer
-from qtx_lab.training.checkpoints import checkpoints, write_hashes
+from qtx_lab.training.checkpoints import CheckpointWriter, checkpoints, write_hashes
 from qtx_lab.training.data import SequenceOrder, open_tokens, stream_seed
 from qtx_lab.training.models import MODELS, make_model
 from qtx_lab.training.sampling import Attention, NoisySampler
@@ -444,6 +445,35 @@ def test_a_flipped_byte_is_found_and_the_checkpoint_before_it_is_taken(tmp_path,
         assert torch.equal(weights(resumed), weights(whole))
 
 
+def test_a_checkpoint_is_written_beside_the_training(tmp_path, monkeypatch):
+    """The write after step 3 waits for step 5; what it writes is the state after step 3."""
+    whole, _ = trained(validate_every=0)
+    write, seen = CheckpointWriter._write, threading.Event()
+
+    def late(writer, step, state, about):
+        if step == 3:
+            assert seen.wait(60)
+        write(writer, step, state, about)
+
+    def on_metrics(rows):
+        if rows[-1]["step"] >= 5:
+            assert checkpoints(tmp_path) == []
+            seen.set()
+
+    monkeypatch.setattr(CheckpointWriter, "_write", late)
+    monkeypatch.setattr("qtx_lab.training.rank.REPORT_INTERVAL_S", 0)
+    steps = {"validate_every": 0, "keep_checkpoints": 5}
+    trained(folder=tmp_path, on_metrics=lambda rows: None if seen.is_set() else on_metrics(rows), **steps)
+    assert checkpoints(tmp_path) == [3, 6, 8]
+    for after in (6, 3):  # also what a later checkpoint was copied to is its own state
+        for later in (8, 6):
+            if later > after:
+                shutil.rmtree(tmp_path / f"step-{later:08d}", ignore_errors=True)
+        resumed, result = trained(folder=tmp_path, **steps)
+        assert result.metrics[0]["step"] == after + 1
+        assert torch.equal(weights(resumed), weights(whole))
+
+
 def test_checkpoints_of_which_none_is_whole_are_one_error(tmp_path):
     trained(folder=tmp_path)
     for path in tmp_path.glob("step-*/*.distcp"):
@@ -516,12 +546,16 @@ def test_a_loss_that_is_not_finite_again_ends_training(tmp_path):
 def test_a_full_disk_ends_training_with_the_last_checkpoint_whole(tmp_path):
     """A file may not be larger than 100 kB from step 4 on; the checkpoint at 6 is."""
     code = f"""
-import resource, sys
+import resource, sys, time
+from pathlib import Path
 from qtx_lab import QuantumTrainer, StorageError
 from qtx_lab.training import rank
+from qtx_lab.training.checkpoints import checkpoints
 rank.REPORT_INTERVAL_S = 0
 def full(rows):
     if rows[-1]["step"] >= 4:
+        while not checkpoints(Path({str(tmp_path)!r})):  # it is written beside the training
+            time.sleep(0.01)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:
     QuantumTrainer("small", on_metrics=full, folder={str(tmp_path)!r}, **{FAST!r}).train()

@@ -42,6 +42,22 @@ def _one_line(error: BaseException) -> str:
     return " ".join(text.split())
 
 
+def _interruption(error: KeyboardInterrupt, command: str | None) -> str:
+    """What Ctrl-C left behind, in one sentence: the error's message, or else its first note."""
+    kept = next((text for text in (str(error), *getattr(error, "__notes__", [])) if text), "")
+    if not kept and command in ("demo", "run", "sweep", "train", "bench"):
+        kept = "Nothing had been written yet."
+    return " ".join(f"interrupted. {kept}".split()) if kept else "interrupted"
+
+
+def _announce(text: str) -> None:
+    """Say what a command does and how long it may take, before the imports that take longer than a second.
+
+    It goes to stderr, as progress bars do, because scripts read results from stdout.
+    """
+    click.echo(text, err=True)
+
+
 class Commands(click.Group):
     """Commands that report an error in one line and by an exit code.
 
@@ -60,8 +76,8 @@ class Commands(click.Group):
             except StoppedBySignal as error:
                 click.echo(f"interrupted: {_one_line(error)}", err=True)
                 ctx.exit(error.exit_code)
-            except KeyboardInterrupt:
-                click.echo("interrupted", err=True)
+            except KeyboardInterrupt as error:
+                click.echo(_interruption(error, ctx.invoked_subcommand), err=True)
                 ctx.exit(128 + signals.received)
 
 
@@ -141,6 +157,8 @@ def demo(home: Path | None, **options: Any) -> None:
 
     It takes less than a minute on two cores. A text must be at least one byte longer than a window.
     """
+    text = options["text"] or "the shipped text"
+    _announce(f"Runs the quickstart on {text}: about a minute on two cores. The bar shows the time left.")
     from .experiments.notebooks import run_notebook
     from .specs import ExperimentSpec
 
@@ -290,6 +308,11 @@ def sweep(
     With --search, combinations are proposed one after the other, and with --repeats of 2 or more each is
     stopped as soon as its 95 % interval excludes the best one.
     """
+    values = " × ".join((*grid, *space)) or "no values"
+    _announce(
+        f"Runs {notebook} for {values}, repeats: {options['repeats']}, several at once. After the first has "
+        "ended the bar shows the time left."
+    )
     from .experiments.sweeps import sweep as run_sweep
     from .specs import ClusterSpec
 
@@ -753,6 +776,13 @@ def train(
         srun qtx-lab train spec.yaml --name job-$SLURM_JOB_ID --continue
         if [ $? -eq 138 ]; then scontrol requeue $SLURM_JOB_ID; fi
     """
+    what = spec_file or (f"run {resume}, where it stopped," if resume else "the default settings")
+    if preset is None:
+        _announce(
+            f"Trains a model by {what}. After some steps the bar shows the time left; Ctrl-C keeps them."
+        )
+    else:
+        _announce(f"Trains the {preset} model again, as the one that is shipped: hours on two cores.")
     from .specs import ClusterSpec, TrainSpec
 
     kinds = {name: field.annotation for name, field in TrainSpec.model_fields.items()}
@@ -798,9 +828,15 @@ def bench(name: str, quick: bool, json_path: Path | None) -> None:
     NAME is samplers, estimators, coverage, tolerance, decode, model, llm, tasks, circuits, mitigation,
     sweep, training, kernels or llm_rows.
     """
+    times = "up to three minutes" if quick else "minutes, for llm hours; --quick takes up to three minutes"
+    _announce(f"Measures {name} on this machine: {times}. Each case is printed when it is done.")
     from .bench.base import run_bench
 
-    run_bench(name, quick=quick, json_path=json_path)
+    try:
+        run_bench(name, quick=quick, json_path=json_path)
+    except KeyboardInterrupt as error:
+        error.add_note("The tables above are complete; nothing else is kept.")
+        raise
 
 
 if __name__ == "__main__":

@@ -427,6 +427,8 @@ class Run:
             return
         last_line = "".join(traceback.format_exception_only(error)).strip()
         status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        if status == "interrupted":
+            error.add_note(f"What was written until then is kept in {self.path}.")
         try:
             self.finish(status, None if status == "interrupted" else last_line)
         except StorageError as second:  # the first error is the one to report

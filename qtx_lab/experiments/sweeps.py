@@ -203,6 +203,9 @@ def sweep(
         problem = _write_results(run, planned, folders, measure)
         run.finish("failed" if problem else "done", problem)
     except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            done = f"{len(folders)} of {len(planned.notebooks)} notebooks"
+            error.add_note(f"{done} have ended and are kept in {home}; --resume runs the others.")
         with suppress(QtxError):  # the first error is the one to report
             _mark_ended(run, error)
             _write_results(run, planned, {**_mark_interrupted(run), **folders}, measure)

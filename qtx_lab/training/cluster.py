@@ -220,7 +220,6 @@ def _start(stack: ExitStack, spec: ClusterSpec, kind: str, num_workers: int) -> 
     import logging
 
     import dask
-    from distributed import Client, LocalCluster
     from distributed.gc import disable_gc_diagnosis
 
     options: dict[str, Any] = {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0"}
@@ -230,6 +229,19 @@ def _start(stack: ExitStack, spec: ClusterSpec, kind: str, num_workers: int) -> 
     # second fault would then cost a worker. Nannies replace lost workers; none is closed before the cluster
     # is.
     stack.enter_context(dask.config.set({"distributed.deploy.lost-worker-timeout": "365 days"}))
+    with _ctrl_c_waits():
+        client = _started(stack, spec, kind, num_workers, options)
+    # A Ctrl-C that comes during garbage collection would be raised in Dask's callback after it, and lost.
+    disable_gc_diagnosis(force=True)
+    return client
+
+
+def _started(
+    stack: ExitStack, spec: ClusterSpec, kind: str, num_workers: int, options: dict[str, Any]
+) -> Client:
+    """The cluster with its client, whose workers leave Ctrl-C to the caller."""
+    from distributed import Client, LocalCluster
+
     if kind == "cuda":
         from dask_cuda import LocalCUDACluster
 
@@ -249,8 +261,6 @@ def _start(stack: ExitStack, spec: ClusterSpec, kind: str, num_workers: int) -> 
     client = Client(cluster, timeout=spec.timeout)
     stack.callback(client.close)
     client.register_worker_callbacks(_leave_signals_to_the_caller)
-    # A Ctrl-C that comes during garbage collection would be raised in Dask's callback after it, and lost.
-    disable_gc_diagnosis(force=True)
     return client
 
 
@@ -277,6 +287,32 @@ def _leave_signals_to_the_caller() -> None:
         for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
             if name in signal.Signals.__members__:
                 signal.signal(signal.Signals[name], lambda number, frame: None)
+        if sys.platform != "win32":
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+@contextmanager
+def _ctrl_c_waits() -> Iterator[None]:
+    """Raise a Ctrl-C at the end of the block only.
+
+    Processes that are started here begin with the signal blocked, as their first thread inherits it: one that
+    a terminal sends to all of them would otherwise end each of them with a traceback.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pressed = threading.Event()
+    before = signal.signal(signal.SIGINT, lambda number, frame: pressed.set())
+    if sys.platform != "win32":
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        if sys.platform != "win32":
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        signal.signal(signal.SIGINT, before)
+    if pressed.is_set():
+        raise KeyboardInterrupt
 
 
 @contextmanager

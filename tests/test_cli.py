@@ -72,9 +72,10 @@ def test_report_by_part_of_the_name(tmp_path) -> None:
 def test_an_error_is_one_line_and_exit_2(tmp_path, arguments, says) -> None:
     result = call(*arguments, "--home", tmp_path / "home")
     assert result.exit_code == 2
-    assert result.stderr.startswith("error: ")
-    assert result.stderr.count("\n") == 1
-    assert says in result.stderr
+    *announced, error = result.stderr.splitlines()
+    assert len(announced) == (arguments[0] == "demo")
+    assert error.startswith("error: ")
+    assert says in error
     assert not (tmp_path / "home").exists()
 
 
@@ -83,7 +84,7 @@ def test_demo_refuses_text_before_any_run(tmp_path, name) -> None:
     (tmp_path / "empty").write_bytes(b"")
     (tmp_path / "binary").write_bytes(bytes(range(256)))
     result = call("demo", "--text", tmp_path / name, "--home", tmp_path / "home")
-    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 2)  # what it does, and the error
     assert not (tmp_path / "home").exists()
 
 
@@ -148,6 +149,48 @@ def test_ending_signals_are_ctrl_c_once() -> None:
         signal.signal(signal.SIGHUP, ignored)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "module", "says"),
+    [
+        (["demo"], "experiments.notebooks", "about a minute"),
+        (["sweep", "tiny", "-g", "n=1,2"], "experiments.sweeps", "tiny for n=1,2"),
+        (
+            ["train", "--preset", "reference", "--out", "x"],
+            "training.reference_training",
+            "hours on two cores",
+        ),
+        (["bench", "samplers", "--quick"], "bench.base", "up to three minutes"),
+    ],
+)
+def test_long_commands_say_first_what_they_do(monkeypatch, arguments, module, says) -> None:
+    monkeypatch.setitem(sys.modules, f"qtx_lab.{module}", None)  # to import it fails
+    result = CliRunner().invoke(main, arguments)
+    assert isinstance(result.exception, ImportError)
+    assert says in result.stderr
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (
+            KeyboardInterrupt("Stopped after step 3; checkpoint: c"),
+            "interrupted. Stopped after step 3; checkpoint: c\n",
+        ),
+        (KeyboardInterrupt(), "interrupted. The tables above are complete; nothing else is kept.\n"),
+    ],
+)
+def test_ctrl_c_leaves_one_sentence(monkeypatch, error, says) -> None:
+    def run_bench(*arguments: object, **options: object) -> None:
+        raise error
+
+    monkeypatch.setattr("qtx_lab.bench.base.run_bench", run_bench)
+    result = CliRunner().invoke(main, ["bench", "samplers"])
+    assert result.exit_code == 130
+    assert result.stderr.endswith(says)
+    assert result.stderr.count("\n") == 2
+
+
 def test_runs_are_filtered_and_exported(tmp_path) -> None:
     for seed in (1, 2, 3):
         with Run.create(ExperimentSpec(seed=seed), "trial", tmp_path) as run:
@@ -204,7 +247,7 @@ def test_sweep_passes_on_its_options(monkeypatch, tmp_path) -> None:
         ["--cluster", "nowhere.yaml"],
     ):
         refused = call("sweep", "x", *bad)
-        assert (refused.exit_code, refused.stderr.count("\n")) == (2, 1), bad
+        assert (refused.exit_code, refused.stderr.count("\n")) == (2, 2), bad  # what it does, and the error
 
 
 def test_all_notebooks_run_even_if_one_fails(monkeypatch, tmp_path) -> None:

@@ -345,7 +345,7 @@ def _print_tasks(plan: TaskPlan, rows: Sequence[BenchRow]) -> None:
     for row in rows:
         d = row.details
         interval = f"({d['score low']:.3f}–{d['score high']:.3f})"
-        difference = f"({d['difference low']:+.3f}–{d['difference high']:+.3f})"
+        difference = f"({d['difference low']:+z.3f}–{d['difference high']:+z.3f})"
         print(
             f"  {row.method:<34}{d['score']:>8.3f}{interval:>16}{d['difference']:>+12.3f}{difference:>18}"
             f"{shown(d['KL'], '.4f'):>9}{d['keys']:>7.1%}{d['bytes']:>7.1%}{'  *' if d['front'] else ''}"

@@ -50,23 +50,47 @@ def themed_figure(theme: str, size: tuple[float, float] = WIDE) -> Iterator[Figu
 
 
 def _label_lines(figure: Figure, ax: Axes, ends: list[LineEnd]) -> None:
-    """Write each line's name at its right end; names that would overlap are moved up."""
+    """Write each line's name at its right end; names that would overlap are moved apart, up and down alike.
+
+    A thin line leads from the end of a line to a name that was moved.
+    """
     figure.draw_without_rendering()  # fixes the layout and the scales
-    least_distance = LABEL_HEIGHT_PT * figure.dpi / 72  # pixels
-    highest = -np.inf
-    for end in sorted(ends, key=lambda end: end.y):
-        across, up = ax.transData.transform((end.x, end.y))
-        highest = max(up, highest + least_distance)
-        x, y = ax.transData.inverted().transform((across, highest))
+    pixel = figure.dpi / 72
+    ends = sorted(ends, key=lambda end: end.y)
+    places = [ax.transData.transform((end.x, end.y))[1] for end in ends]
+    muted = mpl.rcParams["axes.edgecolor"]
+    spread = _spread(places, LABEL_HEIGHT_PT * pixel)
+    shifts = [(moved - place) / pixel for place, moved in zip(places, spread, strict=True)]
+    leads = any(abs(shift) > LABEL_HEIGHT_PT / 3 for shift in shifts)
+    for end, shift in zip(ends, shifts, strict=True):
         ax.annotate(
             end.name,
-            (float(x), float(y)),
-            (8, 0),
+            (float(end.x), float(end.y)),
+            (20 if leads else 8, shift),
             textcoords="offset points",
             va="center",
             fontsize=9.5,
             annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": muted, "linewidth": 0.6, "shrinkA": 1, "shrinkB": 4}
+            if leads
+            else None,
         )
+
+
+def _spread(places: list[float], distance: float) -> list[float]:
+    """Rising places moved apart to a distance of at least `distance`, with the least sum of squared moves.
+
+    >>> _spread([0.0, 1.0, 10.0], 4.0)
+    [-1.5, 2.5, 10.0]
+    """
+    groups: list[list[float]] = []  # of places that touch, each less its rank times the distance
+    for rank, place in enumerate(places):
+        groups.append([place - rank * distance])
+        while len(groups) > 1 and np.mean(groups[-2]) >= np.mean(groups[-1]):
+            last = groups.pop()
+            groups[-1] += last
+    means = [float(np.mean(group)) for group in groups for _ in group]
+    return [mean + rank * distance for rank, mean in enumerate(means)]
 
 
 def _draws_axis(ax: Axes, counts: np.ndarray) -> None:
@@ -223,7 +247,9 @@ def bits_against_draws(data: pd.DataFrame, theme: str, *, title: str, exact: flo
 
 
 def time_per_token(data: pd.DataFrame, theme: str, *, title: str) -> Figure:
-    """Milliseconds per token of the whole model, with a bar for each method.
+    """Milliseconds per token of the whole model, with a point for each method: a log axis has no zero on
+    which bars could stand.
+
 
     Parameters
     ----------
@@ -241,25 +267,23 @@ def time_per_token(data: pd.DataFrame, theme: str, *, title: str) -> Figure:
         colours = [look.sampler_style(s, theme)["color"] for s in data["sampler"]]
         spread = np.stack((data["milliseconds"] - data["low"], data["high"] - data["milliseconds"]))
         ax.set_xscale("log")
-        left = 0.5 * data["low"].min()
-        ax.barh(y, data["milliseconds"] - left, left=left, color=colours, height=0.62)
-        muted = look.colours_of(theme)["muted"]
-        ax.errorbar(
-            data["milliseconds"], y, xerr=spread, fmt="none", capsize=2.5, ecolor=muted, elinewidth=1.2
-        )
+        for position, colour, (_, row), low_high in zip(y, colours, data.iterrows(), spread.T, strict=True):
+            error = low_high[:, None]
+            style = {"fmt": "o", "markersize": 8, "capsize": 2.5, "elinewidth": 1.2}
+            ax.errorbar(row["milliseconds"], position, xerr=error, color=colour, **style)
         for position, value, high in zip(y, data["milliseconds"], data["high"], strict=True):
             ax.annotate(
                 f"{value:.3g}",
                 (high, position),
-                xytext=(6, 0),
+                xytext=(10, 0),
                 textcoords="offset points",
                 va="center",
                 fontsize=9.5,
             )
         ax.set_yticks(y, data["method"])
         ax.set_xlabel("milliseconds per token, whole model, log scale (median; whiskers: fastest to slowest)")
-        ax.grid(False, axis="y")
-        ax.set_xlim(left, 1.8 * data["high"].max())
+        ax.set_xlim(0.7 * data["low"].min(), 1.8 * data["high"].max())
+        ax.set_ylim(-0.6, len(data) - 0.4)
         plain_log_labels(ax.xaxis)
         ax.set_title(textwrap.fill(title, 72))
     return figure

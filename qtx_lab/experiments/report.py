@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -20,13 +19,12 @@ from ..specs import SPECS, NotebookSpec, Spec, read_yaml
 from ..storage import read_frame, write_atomic
 from ..theme import COLOURS
 from .runs import Run
+from .saved_figure import png_size
 
 MAX_CSV_BYTES = 256 << 10
 """Size up to which a figure's data is put into the page."""
 MIN_ROW_BYTES = 4
 """A row of a CSV file takes at least this much."""
-PIXEL_RATIO = 1.5
-"""Pixels of a picture for each CSS pixel: it has 144 dpi, a page 96."""
 THIN_SPACE = "\N{NARROW NO-BREAK SPACE}"
 
 
@@ -109,7 +107,7 @@ def _figure(run: Run, facts: Mapping[str, Any]) -> dict[str, Any] | None:
         "alt": f"{title}. {caption}" if title else caption or name,
         "light": _data_uri("image/png", light),
         "dark": dark and _data_uri("image/png", dark),
-        "size": _size(light),
+        "size": png_size(light),
         "rows": _text(rows) if isinstance(rows, int) else None,
         "csv": _csv(folder / f"{name}.parquet", rows),
         "live": live and live.decode(errors="replace"),
@@ -125,14 +123,6 @@ def _csv(path: Path, rows: object) -> str | None:
     except StorageError:
         return None
     return _data_uri("text/csv", content) if len(content) <= MAX_CSV_BYTES else None
-
-
-def _size(png: bytes) -> tuple[int, int] | None:
-    """Width and height of a PNG in CSS pixels, with which the page does not jump while it loads."""
-    if len(png) < 24 or not png.startswith(b"\x89PNG"):
-        return None
-    width, height = struct.unpack(">II", png[16:24])
-    return round(width / PIXEL_RATIO), round(height / PIXEL_RATIO)
 
 
 def _bytes(path: Path) -> bytes | None:

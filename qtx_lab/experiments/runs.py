@@ -33,10 +33,10 @@ from ..storage import (
 )
 from . import provenance
 from .manifest import MANIFEST, STATUSES, manifest_problem, merge, read_manifest
+from .saved_figure import SavedFigure, with_palette
 
 if TYPE_CHECKING:
     import pandas as pd
-    from IPython.display import Image
     from matplotlib.figure import Figure
 
     from ..backends import QiskitQuantumBackend
@@ -309,7 +309,7 @@ class Run:
         caption: str,
         title: str | None = None,
         live: str | None = None,
-    ) -> Image:
+    ) -> SavedFigure:
         """Draw a figure in both themes and save it with its data and caption.
 
         Parameters
@@ -330,8 +330,8 @@ class Run:
 
         Returns
         -------
-        IPython.display.Image
-            The light picture. As the last expression of a cell it is shown, and stays in the saved notebook.
+        SavedFigure
+            As the last expression of a cell it is shown in the notebook's theme, with its caption.
 
         Raises
         ------
@@ -342,7 +342,6 @@ class Run:
         """
         import matplotlib as mpl
         import matplotlib.pyplot as plt
-        from IPython.display import Image
 
         _check_name("name", name)
         folder = self.path / "figures"
@@ -370,7 +369,7 @@ class Run:
                 "order": self._order(name),
             }
             write_atomic(folder / f"{name}.json", json_bytes(facts))
-        return Image(pictures["light"], retina=True, alt=caption)
+        return SavedFigure(*(with_palette(pictures[theme]) for theme in THEMES), caption)
 
     def figures(self) -> list[dict[str, Any]]:
         """The `name`, `title`, `caption`, `rows` and `order` of each figure, in the order of saving."""

@@ -284,6 +284,7 @@ def test_ctrl_c_ends_a_sweep_in_order(notebook, tmp_path) -> None:
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 130, output.decode()
     assert b"Traceback" not in output
+    assert b"--resume runs the others" in output.splitlines()[-1]
     statuses = [
         json.loads((folder / "manifest.json").read_text())["status"]
         for folder, _ in read_manifests(tmp_path / "home")

@@ -19,6 +19,7 @@ import qtx_lab as qtx
 from qtx_lab.specs import ClusterSpec
 from qtx_lab.storage import write_atomic
 from qtx_lab.training import QuantumTrainer
+from qtx_lab.training import cluster as clusters
 from qtx_lab.training.checkpoints import checkpoints
 from qtx_lab.training.cluster import find_gpus, open_cluster
 from qtx_lab.training.models import make_model
@@ -32,6 +33,31 @@ def cluster():
     kind = "local" if find_gpus()[0] else "auto"  # which then takes "local"
     with open_cluster(kind, num_workers=2, timeout=30) as opened:
         yield opened
+
+
+def press_ctrl_c_while_it_waits(steps):
+    """A Ctrl-C, as a terminal sends it, while a process is started; the process, which goes on."""
+    command = [sys.executable, "-c", "print(1, flush=True); input()"]
+    with clusters._ctrl_c_waits():
+        child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        steps.append(child)
+        assert child.stdout.readline() == b"1\n"
+        for process in (child.pid, os.getpid()):
+            os.kill(process, signal.SIGINT)
+        time.sleep(0.1)
+        steps.append("the block has ended")
+    steps.append("not reached")
+
+
+def test_ctrl_c_waits_until_the_workers_leave_it_to_the_caller() -> None:
+    steps: list = []
+    with pytest.raises(KeyboardInterrupt):
+        press_ctrl_c_while_it_waits(steps)
+    child, *rest = steps
+    assert rest == ["the block has ended"]
+    child.communicate(b"\n")
+    assert child.returncode == 0
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.fixture(scope="module")

@@ -56,6 +56,9 @@ describe.each([true, false])("a head, causal: %s", (causal) => {
       }
       if (sampler === "head-tail" && numSamples === 200) expect(draws.error).toBeLessThan(1e-6);
     }
+    const rows = Array.from({ length: 90 }, (_, i) => i);
+    const [error, variance] = head.measure(sampler, 16, rows, 32);
+    expect(error ** 2).toBeCloseTo(variance, 1); // the rest is bias
     expect(head.draw(sampler, 200).error).toBeLessThan(head.draw(sampler, 1).error);
   });
 });

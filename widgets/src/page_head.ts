@@ -7,6 +7,7 @@ import {
   points,
   prepare,
   prepareHeadTail,
+  type Draws,
   type HeadTailRow,
   type Row,
   type SamplerName,
@@ -71,10 +72,18 @@ export class PageHead {
   private plain: Row[] | null = null;
   private inOrder: DrawnRow[] | null = null;
   private last: HeadDraws | null = null;
+  /** Features of a value. */
+  private readonly width: number;
+  /** Of `average`: the weight of each key, 0 between calls, and the keys that were drawn. */
+  private readonly weightOf: Float64Array;
+  private readonly distinct: Int32Array;
 
   constructor(private readonly inputs: HeadInputs) {
     const { numQueries, numKeys, queries, keys, values, scale, causal } = inputs;
     const [features, width] = [queries.length / numQueries, values.length / numKeys];
+    this.width = width;
+    this.weightOf = new Float64Array(numKeys);
+    this.distinct = new Int32Array(numKeys);
     this.share = new Float64Array(numQueries);
     this.output = new Float32Array(numQueries * width);
     this.effectiveKeys = new Float32Array(numQueries);
@@ -113,36 +122,18 @@ export class PageHead {
   }
 
   private drawAnew(sampler: SamplerName, numSamples: number): HeadDraws {
-    const { numQueries, numKeys, values, stream } = this.inputs;
-    const width = values.length / numKeys;
+    const { numQueries } = this.inputs;
+    const width = this.width;
     const indices = new Int32Array(numQueries * numSamples);
     const weights = new Float32Array(numQueries * numSamples);
     const facts = new Float32Array(4 * numQueries).fill(NaN);
-    const weightOf = new Float64Array(numKeys);
-    const distinct = new Int32Array(numKeys);
     const output = new Float64Array(width);
     let [squares, norm] = [0, 0];
     for (let i = 0; i < numQueries; i++) {
-      const { row, headTail, order } = this.rowFor(sampler, i);
-      const at = points(sampler, { ...stream, position: i }, numSamples);
-      const drawn = place(row, at, numSamples, headTail);
-      let count = 0;
-      for (let s = 0; s < numSamples; s++) {
-        const key = order === null ? drawn.indices[s] : order[drawn.indices[s]];
-        const weight = drawn.weights[s];
-        indices[i * numSamples + s] = key;
-        weights[i * numSamples + s] = weight;
-        if (weight === 0) continue;
-        if (weightOf[key] === 0) distinct[count++] = key;
-        weightOf[key] += weight;
-      }
-      output.fill(0);
-      for (let k = 0; k < count; k++) {
-        const weight = weightOf[distinct[k]];
-        weightOf[distinct[k]] = 0;
-        for (let c = 0, from = distinct[k] * width; c < width; c++, from++)
-          output[c] += weight * values[from];
-      }
+      const drawn = this.drawRow(sampler, i, numSamples, 0);
+      indices.set(drawn.indices, i * numSamples);
+      weights.set(drawn.weights, i * numSamples);
+      const count = this.average(drawn, output);
       let [off, size] = [0, 0];
       for (let c = 0, from = i * width; c < width; c++, from++) {
         off += (output[c] - this.output[from]) ** 2;
@@ -156,6 +147,58 @@ export class PageHead {
     }
     const error = Math.sqrt(squares / Math.max(norm, 2 ** -126));
     return { sampler, numSamples, indices, weights, error, facts };
+  }
+
+  /** The draws of a row, which name keys. */
+  private drawRow(sampler: SamplerName, i: number, numSamples: number, repetition: number): Draws {
+    const { row, headTail, order } = this.rowFor(sampler, i);
+    const at = points(sampler, { ...this.inputs.stream, position: i }, numSamples, 1, repetition);
+    const drawn = place(row, at, numSamples, headTail);
+    if (order !== null) drawn.indices.forEach((place, s) => (drawn.indices[s] = order[place]));
+    return drawn;
+  }
+
+  /** Writes the average of the values at some draws into `output`, and gives the number of distinct keys. */
+  private average({ indices, weights }: Draws, output: Float64Array): number {
+    const { values } = this.inputs;
+    const [weightOf, distinct, width] = [this.weightOf, this.distinct, this.width];
+    let count = 0;
+    for (let s = 0; s < indices.length; s++) {
+      if (weights[s] === 0) continue;
+      if (weightOf[indices[s]] === 0) distinct[count++] = indices[s];
+      weightOf[indices[s]] += weights[s];
+    }
+    output.fill(0);
+    for (let k = 0; k < count; k++) {
+      const weight = weightOf[distinct[k]];
+      weightOf[distinct[k]] = 0;
+      for (let c = 0, from = distinct[k] * width; c < width; c++, from++) output[c] += weight * values[from];
+    }
+    return count;
+  }
+
+  /** Error and variance of some rows over repetitions: see `StripPoint` in lens_strip.ts. */
+  measure(sampler: SamplerName, numSamples: number, rows: number[], repetitions: number): [number, number] {
+    const output = new Float64Array(this.width);
+    let [norm, squares, spread] = [0, 0, 0];
+    for (const i of rows) {
+      const [sums, sumsOfSquares] = [new Float64Array(this.width), new Float64Array(this.width)];
+      for (let repetition = 0; repetition < repetitions; repetition++) {
+        this.average(this.drawRow(sampler, i, numSamples, repetition), output);
+        for (let c = 0; c < this.width; c++) {
+          const off = output[c] - this.output[i * this.width + c];
+          sums[c] += off;
+          sumsOfSquares[c] += off * off;
+        }
+      }
+      for (let c = 0; c < this.width; c++) {
+        norm += this.output[i * this.width + c] ** 2;
+        squares += sumsOfSquares[c] / repetitions;
+        spread += (sumsOfSquares[c] - sums[c] ** 2 / repetitions) / (repetitions - 1);
+      }
+    }
+    norm = Math.max(norm, 2 ** -126);
+    return [Math.sqrt(squares / norm), Math.max(0, spread / norm)];
   }
 
   private rowFor(sampler: SamplerName, i: number): DrawnRow {

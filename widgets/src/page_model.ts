@@ -20,6 +20,12 @@ export interface PageData {
   thumbnails: { rows: number; columns: number; variances: string; maps: string }[];
 }
 
+/** On what the strip is measured: as in qtx_lab/widgets/views/lens_strip.py. */
+const STRIP_REPETITIONS = 8;
+const MAX_STRIP_ROWS = 64;
+const MAX_STRIP_CELLS = 1 << 18;
+const MAX_STRIP_DRAWS = 1 << 10;
+
 type Tile = { map: "exact" | "sampled"; i: number; j: number; rows: number; columns: number };
 
 function decoded(base64: string): ArrayBuffer {
@@ -47,6 +53,8 @@ export class PageModel {
   private readonly listeners = new Map<string, Set<(...values: any[]) => void>>();
   private readonly heads = new Map<string, PageHead>();
   private readonly pending = new Map<string, any>();
+  /** The strip that is being measured. */
+  private strip: any = null;
 
   constructor(private readonly data: PageData) {
     this.state = { ...data.state };
@@ -125,6 +133,7 @@ export class PageModel {
     if (request.kind === "maps") this.answerMaps(request);
     else if (request.kind === "thumbnails") this.answerThumbnails();
     else if (request.kind === "row") this.answerRow(request);
+    else if (request.kind === "strip") this.answerStrip(request);
   }
 
   private answerMaps(request: any): void {
@@ -188,6 +197,31 @@ export class PageModel {
   /** The cells of a tile along one side of a level. */
   private part(tile: number, positions: number, level: number): [number, number] {
     return [tile * TILE, Math.min((tile + 1) * TILE, Math.ceil(positions / (1 << level)))];
+  }
+
+  /** Sends error and variance against draws point by point, until another head is asked for. */
+  private answerStrip(request: any): void {
+    const { layer, head, view, seq } = request;
+    if (!this.holds(layer, head)) return;
+    const { num_queries: numQueries, num_keys: numKeys } = this.state;
+    const count = Math.min(numQueries, MAX_STRIP_ROWS, Math.max(4, Math.floor(MAX_STRIP_CELLS / numKeys)));
+    const rows = Array.from({ length: count }, (_, i) => Math.floor(((i + 0.5) * numQueries) / count));
+    const counts = [4];
+    while (2 * counts[counts.length - 1] <= Math.min(numKeys, MAX_STRIP_DRAWS))
+      counts.push(2 * counts[counts.length - 1]);
+    const plan = counts.flatMap((draws) => SAMPLERS.map((sampler) => ({ sampler, draws })));
+    const computed = this.head(layer, head);
+    const step = () => {
+      const next = plan.shift();
+      if (next === undefined || this.strip !== request) return;
+      const [error, variance] = computed.measure(next.sampler, next.draws, rows, STRIP_REPETITIONS);
+      const known = { rows: count, repetitions: STRIP_REPETITIONS, left: plan.length };
+      const points = [{ ...next, error, variance }];
+      this.tell("msg:custom", { kind: "strip", view, seq, layer, head, ...known, points }, []);
+      setTimeout(step, 0);
+    };
+    this.strip = request;
+    setTimeout(step, 0);
   }
 
   private answerThumbnails(): void {

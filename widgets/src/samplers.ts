@@ -195,17 +195,18 @@ function blockOf(cdf: Float64Array, target: number, near: number): number {
   return low;
 }
 
-/** Where a sampler puts its points for each replicate. */
+/** Where a sampler puts its points for each replicate, from the first one on. */
 export function points(
   sampler: SamplerName,
   stream: RowStream,
   numSamples: number,
   replicates = 1,
+  first = 0,
 ): Float64Array {
   const out = new Float64Array(replicates * numSamples);
   const comb = sampler === "systematic" || sampler === "head-tail";
   for (let r = 0; r < replicates; r++) {
-    const u = uniforms(stream, r, comb ? 1 : numSamples);
+    const u = uniforms(stream, first + r, comb ? 1 : numSamples);
     for (let s = 0; s < numSamples; s++) {
       const at = r * numSamples + s;
       if (sampler === "monte-carlo") out[at] = u[s];

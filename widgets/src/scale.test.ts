@@ -62,6 +62,7 @@ describe("numbers", () => {
     expect(withError(12.34, 3.3)).toBe("12 ± 3");
     expect(withError(0.5, null)).toBe("0.5");
     expect(withError(NaN, 1)).toBe("–");
+    expect(withError(-0.00012, 0.004)).toBe("0.000 ± 0.004");
   });
 
   it("are short", () => {

@@ -15,7 +15,6 @@ from torch import Tensor
 from ...errors import ArgumentError
 from ...samplers import HeadTailSampler, Sampler
 from ...samplers.value_order import ValueOrder
-from ...streams import make_seed, sequence_keys
 from ...theme import COLOURS
 from .base import STATIC, render_figure
 
@@ -63,8 +62,7 @@ def live_html(heads: LensHeads, state: Mapping[str, Any], seed: int, max_bytes: 
     """
     _check_sampler(heads.sampler)
     style, script = ((STATIC / f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
-    drawn = make_seed(torch.Generator().manual_seed(seed))
-    key = int(sequence_keys(drawn, torch.tensor([0]))) & 0xFFFFFFFFFFFFFFFF
+    key = int(heads.stream(0, torch.arange(1)).keys) & 0xFFFFFFFFFFFFFFFF
     data: dict[str, Any] = {
         "state": {**state, "own_draws": True, "given": {}, "selected_rows": list(state["selected_rows"])},
         "scale": heads.scale,

@@ -114,5 +114,5 @@ class CalibrateTab(WorkbenchTab):
 def _cells(measured: dict[str, Any]) -> list[str]:
     """A row of the table: what some settings cost and read."""
     loss, reads = measured["loss"], measured["reads"]
-    interval = f"{loss['low']:+.2%} to {loss['high']:+.2%}"
-    return [f"{loss['mean']:+.2%}", interval, *(f"{reads[x]:.1%}" for x in ("keys", "values", "bytes"))]
+    interval = f"{loss['low']:+z.2%} to {loss['high']:+z.2%}"
+    return [f"{loss['mean']:+z.2%}", interval, *(f"{reads[x]:.1%}" for x in ("keys", "values", "bytes"))]

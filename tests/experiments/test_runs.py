@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -427,3 +428,16 @@ def test_two_writers_to_one_run_are_refused(tmp_path, spec) -> None:
     child = f"from qtx_lab.experiments.runs import Run; Run.open({str(mine.path)!r}).log(x=2)"
     subprocess.run([sys.executable, "-c", child], check=True)  # as the kernel of a notebook
     assert mine.metrics()["x"].tolist() == [2]
+
+
+def test_a_saved_figure_shows_both_themes_and_its_caption(tmp_path, spec) -> None:
+    with Run.create(spec, "trial", tmp_path) as run:
+        shown = run.save_figure("both", draw, pd.DataFrame({"x": [1.0, 2.0]}), 'A "caption" & more')
+    data, metadata = shown._repr_mimebundle_()
+    page = data["text/html"]
+    light, dark = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
+    assert light == data["image/png"] != dark  # viewers without HTML show the light one
+    assert metadata["image/png"] == {"width": 192, "height": 96}
+    assert 'class="qtx-dark" style="display: none"' in page
+    assert "<p>A &quot;caption&quot; &amp; more</p>" in page
+    assert 'data-jp-theme-light="false"' in page

@@ -148,5 +148,5 @@ def draw_attention_maps(
         figure.colorbar(images[1], ax=axes[:2], label=panels[1].label, location="bottom", aspect=45)
         figure.colorbar(images[2], ax=axes[2], label=panels[2].label, location="bottom", aspect=22)
         axes[0].set_ylabel("query")
-        figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=12)
+        figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=12, wrap=True)
     return figure

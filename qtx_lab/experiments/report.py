@@ -192,7 +192,7 @@ def _text(value: object) -> str:
     if isinstance(value, int):
         return f"{value:,}".replace(",", THIN_SPACE) if abs(value) >= 10_000 else str(value)
     if isinstance(value, float):
-        return f"{value:.4g}"
+        return f"{value:z.4g}"  # never -0
     if isinstance(value, list | tuple):
         return ", ".join(_text(item) for item in value)
     return str(value)

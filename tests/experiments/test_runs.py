@@ -23,6 +23,7 @@ from qtx_lab.errors import ArgumentError, StorageError
 from qtx_lab.experiments import provenance
 from qtx_lab.experiments.report import write_report
 from qtx_lab.experiments.runs import Run, find_run, runs
+from qtx_lab.experiments.saved_figure import with_palette
 from qtx_lab.specs import ExperimentSpec
 from qtx_lab.storage import read_frame, write_atomic
 
@@ -127,7 +128,7 @@ def test_figures_are_saved_in_both_themes_with_data(tmp_path, spec) -> None:
     for name in ("second", "first", "second"):
         picture = run.save_figure(name, draw, data, f"caption of {name}", title="a title")
     assert plt.get_fignums() == before
-    assert picture.data == (run.path / "figures" / "second.png").read_bytes()
+    assert picture.light == with_palette((run.path / "figures" / "second.png").read_bytes())
     assert names(run.path / "figures") == {
         f"{name}{end}"
         for name in ("first", "second")

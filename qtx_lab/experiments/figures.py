@@ -269,7 +269,7 @@ def time_per_token(data: pd.DataFrame, theme: str, *, title: str) -> Figure:
         ax.set_xscale("log")
         for position, colour, (_, row), low_high in zip(y, colours, data.iterrows(), spread.T, strict=True):
             error = low_high[:, None]
-            style = {"fmt": "o", "markersize": 8, "capsize": 2.5, "elinewidth": 1.2}
+            style: dict[str, Any] = {"fmt": "o", "markersize": 8, "capsize": 2.5, "elinewidth": 1.2}
             ax.errorbar(row["milliseconds"], position, xerr=error, color=colour, **style)
         for position, value, high in zip(y, data["milliseconds"], data["high"], strict=True):
             ax.annotate(

@@ -369,7 +369,7 @@ class Run:
                 "order": self._order(name),
             }
             write_atomic(folder / f"{name}.json", json_bytes(facts))
-        return SavedFigure(*(with_palette(pictures[theme]) for theme in THEMES), caption)
+        return SavedFigure(with_palette(pictures["light"]), with_palette(pictures["dark"]), caption)
 
     def figures(self) -> list[dict[str, Any]]:
         """The `name`, `title`, `caption`, `rows` and `order` of each figure, in the order of saving."""

@@ -6,7 +6,7 @@ import base64
 import html
 import io
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 PIXEL_RATIO = 1.5
@@ -37,8 +37,8 @@ class SavedFigure:
     caption : str
     """
 
-    light: bytes
-    dark: bytes
+    light: bytes = field(repr=False)  # a notebook keeps the repr too
+    dark: bytes = field(repr=False)
     caption: str
 
     def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict[str, str], dict[str, dict[str, int]]]:

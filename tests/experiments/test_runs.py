@@ -434,6 +434,7 @@ def test_two_writers_to_one_run_are_refused(tmp_path, spec) -> None:
 def test_a_saved_figure_shows_both_themes_and_its_caption(tmp_path, spec) -> None:
     with Run.create(spec, "trial", tmp_path) as run:
         shown = run.save_figure("both", draw, pd.DataFrame({"x": [1.0, 2.0]}), 'A "caption" & more')
+    assert len(repr(shown)) < 100
     data, metadata = shown._repr_mimebundle_()
     page = data["text/html"]
     light, dark = re.findall(r'src="data:image/png;base64,([^"]+)"', page)

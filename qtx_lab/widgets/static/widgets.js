@@ -1,4 +1,4 @@
-/* qtx_lab: made from widgets/src by `npm run build`; sources a290e2fba9eb99987b0f79808695a717d7a6e5dfb4cd491196b253a0ce5dc4f8 */
+/* qtx_lab: made from widgets/src by `npm run build`; sources 68501fce3eada61219eee6709be83a17ce19888c70afcc4e5984e18a361cd34e */
 /* Contains d3-scale, d3-array and the modules of d3 that they need.
 Copyright 2010-2026 Mike Bostock
 

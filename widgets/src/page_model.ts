@@ -25,6 +25,8 @@ const STRIP_REPETITIONS = 8;
 const MAX_STRIP_ROWS = 64;
 const MAX_STRIP_CELLS = 1 << 18;
 const MAX_STRIP_DRAWS = 1 << 10;
+/** Milliseconds after a request for maps for which the strip waits, so that the slider moves freely. */
+const STRIP_PAUSE_MS = 300;
 
 type Tile = { map: "exact" | "sampled"; i: number; j: number; rows: number; columns: number };
 
@@ -53,6 +55,7 @@ export class PageModel {
   private readonly listeners = new Map<string, Set<(...values: any[]) => void>>();
   private readonly heads = new Map<string, PageHead>();
   private readonly pending = new Map<string, any>();
+  private lastMaps = -Infinity;
   /** The strip that is being measured. */
   private strip: any = null;
 
@@ -90,6 +93,7 @@ export class PageModel {
 
   /** Answers a request after the caller has returned, and of several of a kind only the last. */
   send(request: any): void {
+    if (request.kind === "maps") this.lastMaps = performance.now();
     const name = `${request.kind} ${request.view ?? ""}`;
     if (!this.pending.has(name)) setTimeout(() => this.answer(name), 0);
     this.pending.set(name, request);
@@ -212,8 +216,10 @@ export class PageModel {
     const plan = counts.flatMap((draws) => SAMPLERS.map((sampler) => ({ sampler, draws })));
     const computed = this.head(layer, head);
     const step = () => {
+      if (this.strip !== request) return;
+      if (performance.now() - this.lastMaps < STRIP_PAUSE_MS) return void setTimeout(step, STRIP_PAUSE_MS);
       const next = plan.shift();
-      if (next === undefined || this.strip !== request) return;
+      if (next === undefined) return;
       const [error, variance] = computed.measure(next.sampler, next.draws, rows, STRIP_REPETITIONS);
       const known = { rows: count, repetitions: STRIP_REPETITIONS, left: plan.length };
       const points = [{ ...next, error, variance }];

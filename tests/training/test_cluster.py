@@ -298,7 +298,7 @@ def test_killed_workers_change_nothing_but_the_time(cluster, whole, seed, soak, 
         trainer, result = over(cluster, slowed(), on_metrics=on_metrics)
         assert len(hit) == 1, (when, which)
         assert "gone" in result.faults[0] or "went" in result.faults[0]
-        assert result.ranks == 2
+        assert result.ranks == 2, result.faults
         assert (weights(trainer) - whole[0]).abs().max() < 1e-5, (when, which)
 
 

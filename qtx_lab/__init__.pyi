@@ -39,6 +39,7 @@ from .errors import TransformError as TransformError
 from .estimates import AttentionEstimate as AttentionEstimate
 from .estimates import Draws as Draws
 from .experiments.notebooks import run_notebook as run_notebook
+from .experiments.replays import replay as replay
 from .experiments.report import write_report as write_report
 from .experiments.run_comparison import RunComparison as RunComparison
 from .experiments.run_comparison import compare_runs as compare_runs

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -163,8 +164,13 @@ def demo(home: Path | None, **options: Any) -> None:
     from .specs import ExperimentSpec
 
     spec = ExperimentSpec(**{name: value for name, value in options.items() if value is not None})
-    run = run_notebook("00_quickstart", spec, home=home, name="demo")
+    run = run_notebook("00_quickstart", spec, home=home, name="demo", fresh=True)
     _print_run(run.path, run.manifest)
+
+
+fresh_option = click.option(
+    "--fresh", is_flag=True, help="Run it even if a result of the same spec, code and inputs is there."
+)
 
 
 def parameter_options(command: Any) -> Any:
@@ -203,6 +209,7 @@ def parameter_options(command: Any) -> Any:
     help="Output of a cell that the executed notebook keeps.",
 )
 @click.option("--keep-going", is_flag=True, help="Go on with the next cell after one that failed.")
+@fresh_option
 @home_option
 def run(
     notebook: str,
@@ -214,6 +221,7 @@ def run(
     cell_timeout: float | None,
     max_output: float,
     keep_going: bool,
+    fresh: bool,
     home: Path | None,
 ) -> None:
     """Execute NOTEBOOK, a file or a shipped one, in a run folder; the last line is the report's path."""
@@ -222,7 +230,7 @@ def run(
 
     limits = ExecutionLimits(cell_timeout, timeout, int(max_output * 2**20), keep_going)
     given = _parameters(parameters, texts, files)
-    finished = run_notebook(notebook, given, home=home, name=name, limits=limits)
+    finished = run_notebook(notebook, given, home=home, name=name, limits=limits, fresh=fresh)
     _print_run(finished.path, finished.manifest)
 
 
@@ -275,7 +283,7 @@ def _print_run(path: Path, manifest: dict[str, Any]) -> None:
     metavar="SPEC|ADDRESS",
     help="A Dask cluster to use instead: a YAML file, or a scheduler's address.",
 )
-@click.option("--measure", metavar="NAME", help="The result that the figure shows [default: the first].")
+@click.option("--measure", metavar="NAME", help="The result that the figure shows [default: the main one].")
 @click.option(
     "--search",
     "space",
@@ -287,6 +295,7 @@ def _print_run(path: Path, manifest: dict[str, Any]) -> None:
 @click.option("--maximize", is_flag=True, help="With --search: the objective is to be large.")
 @click.option("--trials", type=int, help="With --search: combinations that are tried [default: 40].")
 @click.option("--resume", is_flag=True, help="Run only the notebooks that no earlier sweep has done.")
+@fresh_option
 @home_option
 def sweep(
     notebook: str,
@@ -318,13 +327,14 @@ def sweep(
 
     place: ClusterSpec | str | None = cluster
     if cluster is not None and "://" not in cluster:
-        place = ClusterSpec.from_yaml(Path(cluster))
+        is_address = not os.path.exists(cluster) and re.fullmatch(r"[^/\s]+:\d+", cluster)
+        place = f"tcp://{cluster}" if is_address else ClusterSpec.from_yaml(Path(cluster))
     options |= {"parameters": _parameters(parameters, texts, files), "cluster": place, "home": home}
     if space:
         from .experiments.search import search
 
-        if grid or measure is not None or objective is None:
-            raise ArgumentError("--search needs --objective, and excludes -g and --measure.")
+        if grid or measure is not None or objective is None or options.pop("fresh"):
+            raise ArgumentError("--search needs --objective, and excludes -g, --measure and --fresh.")
         finished = search(
             notebook,
             _space(space),
@@ -385,7 +395,7 @@ def notebooks(full: bool, home: Path | None) -> None:
             click.echo(path)
             continue
         try:
-            finished = run_notebook(path, home=home)
+            finished = run_notebook(path, home=home, fresh=True)
             seconds = finished.manifest["seconds"]
             click.echo(f"{path.stem}: done in {seconds:.1f} s; {finished.path / 'report.html'}")
         except RunFailed as error:
@@ -440,6 +450,38 @@ def list_runs(
         _print_columns(list(columns.columns), columns.astype(str).to_numpy().tolist())
     for folder, reason in skipped:
         click.echo(f"skipped {folder}: {reason}", err=True)
+
+
+@main.command()
+@click.argument("run")
+@click.option("--install", is_flag=True, help="Install the versions of then into a new environment, by pip.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@home_option
+def replay(run: str, install: bool, as_json: bool, home: Path | None) -> None:
+    """Run RUN (a folder, or part of its name) again and compare every metric that does not tell time.
+
+    The exit code is 1 if a metric is neither equal bit for bit nor within its interval.
+    """
+    from dataclasses import asdict
+
+    from .experiments.replays import environment_differences
+    from .experiments.replays import replay as run_again
+    from .experiments.runs import find_run
+
+    original = find_run(run, home)
+    differing = environment_differences(original)
+    if differing and not as_json:
+        click.echo(f"{len(differing)} of the versions of then differ from those of now:")
+        for difference in differing:
+            click.echo(f"  {difference}")
+    comparison = run_again(original, install=install, progress=not as_json)
+    if as_json:
+        click.echo(json.dumps(asdict(comparison), indent=2))
+    else:
+        click.echo(comparison)
+        click.echo("reproduced" if comparison.reproduced else "not reproduced")
+    if not comparison.reproduced:
+        sys.exit(1)
 
 
 @main.command()

@@ -239,6 +239,8 @@ def test_sweep_passes_on_its_options(monkeypatch, tmp_path) -> None:
     assert (options["repeats"], options["cluster"].num_workers) == (3, 3)
     assert call(*words, "--cluster", "tcp://127.0.0.1:8786", "--resume").exit_code == 1
     assert calls[1][2]["cluster"] == "tcp://127.0.0.1:8786"
+    call(*words, "--cluster", "localhost:8786")
+    assert calls[2][2]["cluster"] == "tcp://localhost:8786"
     for bad in (
         ["-g", "n"],
         ["-g", "n="],

@@ -142,7 +142,7 @@ def bench_notebooks(case: str, path: Path, folder: Path, turns: int, count: int)
 
         def in_a_run(out: str) -> None:
             for x in range(count):
-                run_notebook(path, {"x": x, "out": out}, home=folder / "runs", progress=False)
+                run_notebook(path, {"x": x, "out": out}, home=folder / "runs", progress=False, fresh=True)
 
         def swept(out: str) -> None:
             sweep(
@@ -152,6 +152,7 @@ def bench_notebooks(case: str, path: Path, folder: Path, turns: int, count: int)
                 cluster=cluster.client,
                 home=folder / "runs",
                 progress=False,
+                fresh=True,
             )
 
         methods: dict[str, Callable[[str], None]] = {

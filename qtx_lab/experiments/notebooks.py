@@ -7,19 +7,23 @@ import json
 import os
 import re
 import shlex
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from tqdm.auto import tqdm
+
 from ..errors import ArgumentError, QtxError, RunFailed, SpecError, TextError
 from ..models.text import read_text
 from ..specs import SPECS, ExperimentSpec, NotebookSpec, Spec, nearest, word_of
+from .notebook_code import local_modules, result_key
 from .notebook_execution import NO_LIMITS, ExecutionLimits, execute_notebook
 from .parameters import UNKNOWN, Parameter, parameters_of
 from .report import write_report
-from .runs import Run
+from .runs import Run, input_hashes, read_manifests
 
 PACKAGE = Path(__file__).parent.parent
 
@@ -75,12 +79,17 @@ def run_notebook(
     progress: bool = True,
     stop: Callable[[], bool] | None = None,
     limits: ExecutionLimits = NO_LIMITS,
+    fresh: bool = False,
+    threads: int | None = None,
 ) -> Run:
     """Execute a notebook in a new run folder, with this very interpreter as its kernel.
 
     The kernel's working directory is the current one. The executed notebook is saved to the folder after
     every cell, and `report.html` is written at the end. A notebook that declares the parameter `run_dir`
     receives the folder in it, and writes figures and metrics there through `Run.open(run_dir)`.
+
+    If `home` has a run of this name that is done with the same spec, code, distributions and input files,
+    that run is returned, and a line on stderr says so.
 
     Parameters
     ----------
@@ -102,6 +111,10 @@ def run_notebook(
     limits : ExecutionLimits
         How long a cell and the notebook may take, how much output of a cell is kept, and whether cells after
         a failed one run.
+    fresh : bool
+        Execute it even if `home` has the result already.
+    threads : int, optional
+        Number of threads for the kernel's numerical libraries; they choose it themselves if None.
 
     Returns
     -------
@@ -125,9 +138,36 @@ def run_notebook(
     spec = notebook_spec(path, declared, parameters)
     given = spec.parameters if isinstance(spec, NotebookSpec) else spec.to_parameters()
     command = command or _command(notebook, path, declared, {} if parameters is None else given)
-    run = Run.create(spec, name or run_name(path), home, command=command)
-    execute(run, path, spec, progress=progress, stop=stop, limits=limits)
+    name, facts = name or run_name(path), result_facts(path, spec)
+    earlier = None if fresh else find_result(home, facts["code"]["result"], name)
+    if earlier is not None:
+        tqdm.write(
+            f"Taken from {earlier.path.name}, with the same spec, code and inputs; fresh=True or --fresh "
+            "runs it again.",
+            file=sys.stderr,
+        )
+        return earlier
+    run = Run.create(spec, name, home, command=command, **facts)
+    execute(run, path, spec, progress=progress, stop=stop, limits=limits, threads=threads)
     return run
+
+
+def result_facts(path: Path, spec: Spec) -> dict[str, Any]:
+    """What a run of a notebook records so that its result is found again: `code` and `inputs`."""
+    inputs = {**input_hashes(spec.to_parameters()), **local_modules(path, Path.cwd())}
+    return {"code": {"result": result_key(path, spec, inputs)}, "inputs": inputs}
+
+
+def find_result(home: str | Path | None, key: str, name: str | None = None) -> Run | None:
+    """The newest run in `home` that is done with a result of this key, and has this name."""
+    fitting = [
+        (manifest["started"], folder)
+        for folder, manifest in read_manifests(home)
+        if manifest["status"] == "done"
+        and (manifest.get("code") or {}).get("result") == key
+        and name in (None, manifest["name"])
+    ]
+    return Run(max(fitting)[1]) if fitting else None
 
 
 def execute(
@@ -158,6 +198,8 @@ def execute(
     """
     try:
         with run:
+            if threads is not None:
+                run.update(threads=threads)
             parameters = spec.parameters if isinstance(spec, NotebookSpec) else spec.to_parameters()
             if "run_dir" in declared_parameters(path):
                 parameters = {**parameters, "run_dir": str(run.path.resolve())}
@@ -278,6 +320,8 @@ def notebook_spec(
             f"{path.name} is run by a {kind.__name__}, as its metadata says; given was a "
             f"{type(parameters).__name__}."
         )
+    if isinstance(parameters, NotebookSpec):
+        parameters = parameters.parameters
     given = parameters.to_parameters() if isinstance(parameters, Spec) else dict(parameters or {})
     known = [name for name in declared if name != "run_dir"]
     _check_names(path, given, known)

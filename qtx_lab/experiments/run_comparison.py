@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,15 +11,12 @@ from typing import Any
 
 import pandas as pd
 
-from ..errors import StorageError
 from . import provenance
+from .notebook_code import code_cells
 from .runs import PATCH, REQUIREMENTS, Run, find_run
 
 MAX_SHOWN = 20
 """Lines of each part that the text of a comparison shows."""
-
-NOT_CODE = {"injected-parameters", "papermill-error-cell-tag"}
-"""Tags of cells that papermill adds."""
 
 
 @dataclass(frozen=True)
@@ -210,19 +206,6 @@ def environment_of(run: Run) -> dict[str, str]:
 def notebook_of(run: Run) -> Path | None:
     """The executed notebook in a run's folder."""
     return next(iter(sorted(run.path.glob("*.ipynb"))), None)
-
-
-def code_cells(path: Path) -> list[dict[str, Any]]:
-    """Sources and tags of a notebook's code cells, without those that papermill adds."""
-    try:
-        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-        return [
-            {"source": "".join(cell["source"]), "tags": sorted(cell.get("metadata", {}).get("tags", ()))}
-            for cell in cells
-            if cell["cell_type"] == "code" and not NOT_CODE & set(cell.get("metadata", {}).get("tags", ()))
-        ]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StorageError(f"{path} cannot be read as a notebook: {error}.") from error
 
 
 def _spec_of(manifest: Mapping[str, Any]) -> dict[str, Any]:

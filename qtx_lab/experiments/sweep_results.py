@@ -20,7 +20,11 @@ MAX_ERRORS = 20
 
 
 def write_results(
-    run: Run, spec: SweepSpec, notebooks: Sequence[tuple[Path, Mapping[str, Any]]], measure: str | None
+    run: Run,
+    spec: SweepSpec,
+    notebooks: Sequence[tuple[Path, Mapping[str, Any]]],
+    measure: str | None,
+    taken: int = 0,
 ) -> str | None:
     """Write the table of all notebooks, the figure and the summary into the sweep's run.
 
@@ -33,7 +37,10 @@ def write_results(
     notebooks : sequence of (path, mapping)
         The folder and the manifest of each notebook's run.
     measure : str or None
-        The number in the runs' results that the figure shows; the first one if None.
+        The number in the runs' results that the figure shows; if None, the main one of the notebooks (see
+        `Run.declare`), else the first one.
+    taken : int
+        How many of the notebooks are taken from earlier runs.
 
     Returns
     -------
@@ -41,6 +48,9 @@ def write_results(
         How many notebooks are not done, in words; None if all are done.
     """
     table = run_table(notebooks)
+    place = {str(folder): i for i, (folder, _) in enumerate(notebooks)}  # as planned, whichever ended first
+    table = RunTable(table.sort_values("path", key=lambda paths: paths.map(place), ignore_index=True))
+    run.declare("seconds", unit="s", timing=True)
     # Written as text, which every reader of parquet knows.
     started = table["started"].dt.strftime("%Y-%m-%dT%H:%M:%SZ")
     columns = table.drop(columns=["spec", "kind"]).assign(started=started).dropna(axis=1, how="all")
@@ -49,9 +59,11 @@ def write_results(
     by_status = ", ".join(f"{count} {status}" for status, count in counts.items())
     failed = table[table["status"] == "failed"]
     summary = [f"{len(notebooks)} notebooks: {by_status}."]
+    if taken:
+        summary.append(f"{taken} of them are taken from earlier runs with the same spec and code.")
     summary += [f"{row.run}: {row.error}" for row in failed.itertuples()][:MAX_ERRORS]
     rows: list[dict[str, Any]] = []
-    y = measure or _first_number(notebooks)
+    y = measure or _main_measure(notebooks) or _first_number(notebooks)
     if y is not None:
         done = table[table["status"] == "done"]
         try:
@@ -61,6 +73,15 @@ def write_results(
     run.update(results={**dict(counts), "summary": summary, "table": rows})
     others = ", ".join(f"{count} {status}" for status, count in counts.items() if status != "done")
     return f"Of {len(notebooks)} notebooks not all are done: {others}." if others else None
+
+
+def _main_measure(notebooks: Sequence[tuple[Path, Mapping[str, Any]]]) -> str | None:
+    """The number that a notebook that is done declares as its main one."""
+    for _, manifest in notebooks:
+        for name, facts in (manifest.get("measures") or {}).items():
+            if manifest["status"] == "done" and isinstance(facts, dict) and facts.get("main"):
+                return str(name)
+    return None
 
 
 def _first_number(notebooks: Sequence[tuple[Path, Mapping[str, Any]]]) -> str | None:

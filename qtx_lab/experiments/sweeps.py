@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
+import logging
 import os
 import shlex
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import chdir, contextmanager, suppress
 from dataclasses import dataclass
@@ -32,6 +32,7 @@ from ..errors import (
 from ..specs import ClusterSpec, NotebookSpec, Spec, SweepSpec, listed_word, value_of
 from ..storage import runs_home, write_atomic
 from ..training.cluster import Cluster, open_cluster
+from .notebook_code import canonical, cell_key, code_hash
 from .notebooks import (
     declared_parameters,
     execute,
@@ -40,6 +41,7 @@ from .notebooks import (
     notebook_spec,
     parameter_schema,
     parameter_words,
+    result_facts,
     run_name,
 )
 from .parameters import Parameter
@@ -49,6 +51,11 @@ from .sweep_results import write_results
 
 if TYPE_CHECKING:
     from distributed import Client, Future
+
+NO_WORKERS_TIMEOUT_S = 60.0
+"""Seconds without any worker after which a sweep gives up."""
+
+LOST_CLUSTER = "The scheduler of the cluster went away; --resume runs what is missing."
 
 STOP_TIMEOUT_S = 20.0
 """Seconds that running notebooks get to end after the sweep was stopped."""
@@ -68,7 +75,7 @@ class PlannedNotebook:
     repeat : int
         The number of the repeat, from 0.
     key : str
-        A hash of the notebook's file and its parameters, equal in all sweeps.
+        A hash of the notebook's code cells, their tags and its parameters, equal in all sweeps.
     """
 
     spec: Spec
@@ -103,6 +110,7 @@ def sweep(
     cluster: ClusterSpec | Cluster | str | Client | None = None,
     home: str | Path | None = None,
     resume: bool = False,
+    fresh: bool = False,
     measure: str | None = None,
     stop: Callable[[], bool] | None = None,
     progress: bool = True,
@@ -136,10 +144,14 @@ def sweep(
     home : path, optional
         Folder of runs; see `runs_home`.
     resume : bool
-        Take from `home` the notebooks of the same file and parameters that an earlier sweep has done, or that
-        another sweep is running now, and run only the others.
+        Take from `home` the notebooks of the same code cells, tags and parameters that an earlier sweep has
+        done, or that another sweep is running now, and run only the others.
+    fresh : bool
+        Run all notebooks. Otherwise those that are done in `home` with the same spec, code, distributions and
+        input files are taken from there, and the summary says so.
     measure : str, optional
-        The number in the runs' results that the figure shows; the first one if None.
+        The number in the runs' results that the figure shows. If None, it is the one that the notebook
+        declares as its main one (see `Run.declare`), else the first one.
     stop : callable, optional
         Called twice a second. Once it returns True, running notebooks are stopped and marked as interrupted.
     progress : bool
@@ -172,7 +184,11 @@ def sweep(
                 f"workers={workers} and a cluster exclude each other: the cluster has its own."
             )
     home = runs_home(home).resolve()
-    earlier = find_done(home, {notebook.key for notebook in planned.notebooks}) if resume else {}
+    if resume and fresh:
+        raise ArgumentError("resume=True and fresh=True exclude each other.")
+    earlier = {} if fresh else find_results(home, path, planned)
+    if resume:
+        earlier = find_done(home, {notebook.key for notebook in planned.notebooks})
     missing = [notebook for notebook in planned.notebooks if notebook.key not in earlier]
     run = Run.create(
         planned.spec,
@@ -253,7 +269,7 @@ def plan(
     if repeats > 1 and not seeded:
         why = "has no parameter `seed`" if "seed" not in declared else "is given its seed"
         raise ArgumentError(f"repeats={repeats} is not allowed: {path.name} {why}, so all would be the same.")
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = code_hash(path)
     spec = SweepSpec(
         notebook=path.stem, sha256=digest, grid=taken, parameters=fixed, repeats=repeats, seed=seed
     )
@@ -270,7 +286,7 @@ def plan(
             except SpecError as error:
                 shown = ", ".join(f"{name}={value!r}" for name, value in given.items() if name in spec.grid)
                 raise SpecError(f"{error} (at {shown or 'the only combination'})") from None
-            key = hashlib.sha256(f"{digest} {of_notebook.identity}".encode()).hexdigest()
+            key = cell_key(path, of_notebook)
             notebooks.append(PlannedNotebook(of_notebook, repeat, key))
     return SweepPlan(spec, notebooks)
 
@@ -289,7 +305,7 @@ def _taken(path: Path, declared: Mapping[str, Parameter], name: str, values: obj
 
 def _check_values(name: str, values: list[Any]) -> None:
     """Refuse values of a grid that are not distinct."""
-    texts = [json.dumps(value, sort_keys=True, default=str) for value in values]
+    texts = [canonical(value) for value in values]
     for value, text in zip(values, texts, strict=True):
         if texts.count(text) > 1:
             raise ArgumentError(
@@ -305,6 +321,21 @@ def repeat_seed(seed: int, repeat: int) -> int:
     """
     word = np.random.SeedSequence(seed, spawn_key=(repeat,)).generate_state(1, np.uint64)[0]
     return int(word >> np.uint64(12))
+
+
+def find_results(home: Path, path: Path, planned: SweepPlan) -> dict[str, Path]:
+    """The run folders, by key, of notebooks that are done with the same spec, code and inputs."""
+    done = {
+        (manifest.get("code") or {}).get("result"): folder
+        for folder, manifest in read_manifests(home)
+        if manifest["status"] == "done" and (manifest.get("sweep") or {}).get("cell")
+    }
+    if not done:
+        return {}
+    keys = {
+        notebook.key: result_facts(path, notebook.spec)["code"]["result"] for notebook in planned.notebooks
+    }
+    return {key: done[result] for key, result in keys.items() if result in done}
 
 
 def find_done(home: Path, keys: set[str]) -> dict[str, Path]:
@@ -332,10 +363,13 @@ def _run_notebooks(
     bar: tqdm,
 ) -> None:
     """Run the notebooks, and add the folder of each to `folders` as soon as it ends."""
+    logging.getLogger("distributed.client").setLevel(logging.CRITICAL)  # what is lost is told in a sentence
     from distributed import wait
+    from distributed.client import FuturesCancelledError
 
     futures: dict[Future, PlannedNotebook] = {}
     num_failed = 0
+    last_seen = time.monotonic()  # of a worker
     try:
         for notebook in notebooks:
             future = client.submit(run_planned, str(path), notebook, str(run.path), os.getcwd(), pure=False)
@@ -348,7 +382,16 @@ def _run_notebooks(
             except TimeoutError:
                 if sys.stderr.isatty():
                     bar.refresh()  # so that the time left counts down
+                last_seen = time.monotonic() if _has_workers(client) else last_seen
+                if time.monotonic() - last_seen > NO_WORKERS_TIMEOUT_S:
+                    raise BackendUnavailable(
+                        f"The scheduler at {client.scheduler.address} has had no workers for "
+                        f"{NO_WORKERS_TIMEOUT_S:.0f} s: start some, as `dask worker ADDRESS`; --resume runs "
+                        "what is missing."
+                    ) from None
                 continue
+            except FuturesCancelledError:
+                raise BackendUnavailable(LOST_CLUSTER) from None
             for future in ended:
                 notebook = futures.pop(future)
                 end = _end_of(future)
@@ -362,10 +405,18 @@ def _run_notebooks(
             # Running notebooks see the sweep's status and stop, and those that wait for a worker do not
             # begin.
             _mark_ended(run, error)
-        with suppress(TimeoutError):
+        with suppress(TimeoutError, FuturesCancelledError):
             wait(list(futures), timeout=STOP_TIMEOUT_S)
         client.cancel(list(futures))
         raise
+
+
+def _has_workers(client: Client) -> bool:
+    """Whether the scheduler has workers; True while it does not answer, which is another problem."""
+    try:
+        return bool(client.nthreads())
+    except (OSError, TimeoutError, ValueError):
+        return True
 
 
 def _end_of(future: Future) -> NotebookEnd | None:
@@ -373,7 +424,7 @@ def _end_of(future: Future) -> NotebookEnd | None:
     if future.status == "finished":
         return future.result()
     if future.status == "cancelled":
-        raise BackendUnavailable("The cluster went away; --resume runs what is missing.")
+        raise BackendUnavailable(LOST_CLUSTER)
     error = future.exception()
     if isinstance(error, QtxError):  # such as no room for a run: the other notebooks would fail too
         raise error
@@ -403,7 +454,8 @@ def run_planned(path: str, notebook: PlannedNotebook, sweep_folder: str, folder:
                 if manifest["status"] == "done" and same_sweep:
                     return NotebookEnd(str(earlier), "done")
         of_sweep = {"name": sweep_run.path.name, "cell": notebook.key, "repeat": notebook.repeat}
-        run = Run.create(notebook.spec, name, sweep_run.path.parent, sweep=of_sweep)
+        facts = result_facts(file, notebook.spec)
+        run = Run.create(notebook.spec, name, sweep_run.path.parent, sweep=of_sweep, **facts)
         with suppress(QtxError, KeyboardInterrupt):  # the run's manifest records them
             execute(run, file, notebook.spec, progress=False, stop=sweep_ended, threads=1)
         return NotebookEnd(str(run.path), run.status)
@@ -440,7 +492,8 @@ def _write_results(
             fields = {"kind": type(notebook.spec).__name__, "fields": notebook.spec.to_parameters()}
             name = run_name(Path(planned.spec.notebook))
             listed.append((Path(), {"name": name, "status": "missing", "spec": fields}))
-    return write_results(run, planned.spec, listed, measure)
+    taken = run.manifest["results"].get("kept", 0)
+    return write_results(run, planned.spec, listed, measure, taken)
 
 
 @contextmanager

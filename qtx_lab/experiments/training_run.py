@@ -165,6 +165,8 @@ def report_training(run: Run, spec: TrainSpec, result: TrainingResult) -> None:
     if HELD_OUT_EXACT in held_out:
         sentences.append(f"Held-out text with exact attention: {held_out[HELD_OUT_EXACT]:.3f} bits per byte.")
     sentences += [*(f"Overcome: {fault}" for fault in result.faults), *result.notes]
+    run.declare("tokens_per_second", unit="tokens/s", timing=True)
+    run.declare("loss", unit="nats", main=True)
     run.update(
         results={
             "summary": sentences,

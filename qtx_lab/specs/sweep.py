@@ -16,7 +16,7 @@ class SweepSpec(Spec):
     )
     sha256: str = field(
         ...,
-        "Hash of the notebook's file: another content is another sweep.",
+        "Hash of the notebook's code cells and their tags: other code is another sweep.",
         "hash",
         "notebook",
         pattern="[0-9a-f]{64}",

@@ -203,6 +203,12 @@ def _connect(stack: ExitStack, spec: ClusterSpec) -> Client:
         raise BackendUnavailable(
             f"address={spec.address!r}: no Dask scheduler answers in {spec.timeout:g} s ({error})."
         ) from error
+    except TypeError as error:
+        raise BackendUnavailable(
+            f"address={spec.address!r}: a scheduler behind TLS needs certificates; name them in Dask's "
+            "configuration (distributed.comm.tls.ca-file and distributed.comm.tls.client), or give a "
+            "distributed.Client that has them."
+        ) from error
     stack.callback(client.close)
     if spec.num_workers is not None:
         try:

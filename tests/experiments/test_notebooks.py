@@ -289,7 +289,7 @@ def test_the_same_spec_and_seed_give_the_same_metrics_bit_for_bit(tmp_path, monk
     metrics = {}
     for name, seed, threads in (("one", 1, "1"), ("two", 1, "2"), ("other", 2, "1")):
         monkeypatch.setenv("OMP_NUM_THREADS", threads)
-        run = run_notebook(path, {"seed": seed}, home=tmp_path / "home", progress=False)
+        run = run_notebook(path, {"seed": seed}, home=tmp_path / "home", progress=False, fresh=True)
         metrics[name] = (run.path / "metrics.parquet").read_bytes()
     assert metrics["one"] == metrics["two"] != metrics["other"]
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import nbformat
 import psutil
 import pytest
+from distributed import LocalCluster
 
 from qtx_lab.errors import ArgumentError, BackendUnavailable, DtypeError, SpecError, StorageError
 from qtx_lab.experiments.runs import Run, read_manifests, runs
@@ -37,7 +38,8 @@ if n == 13 and sampler == "b":
     raise ValueError("unlucky")
 path = pathlib.Path(run_dir, "manifest.json")
 manifest = json.loads(path.read_text())
-manifest["results"] = {"error": 1 / n + seed % 97 / 1e4, "threads": os.environ["OMP_NUM_THREADS"]}
+manifest["measures"] = {"error": {"main": True}}
+manifest["results"] = {"aside": 1, "error": 1 / n + seed % 97 / 1e4, "threads": os.environ["OMP_NUM_THREADS"]}
 path.with_suffix(".new").write_text(json.dumps(manifest))
 os.replace(path.with_suffix(".new"), path)
 """
@@ -144,6 +146,15 @@ def test_a_sweep_is_resumed(notebook, cluster, tmp_path, capsys) -> None:
     assert more.manifest["results"]["kept"] == 4
     assert len(more.metrics()) == 12
     assert {path: (path / "manifest.json").read_bytes() for path in done_before} == done_before
+    content = nbformat.read(notebook, as_version=4)
+    content.cells.append(nbformat.v4.new_markdown_cell("A note changes no result."))
+    nbformat.write(content, notebook)
+    same = sweep(notebook, {"n": [4.0]}, cluster=cluster, home=home, resume=True, progress=False)
+    assert same.manifest["results"]["kept"] == 0  # without a sampler it is another combination
+    assert plan(notebook, {"n": [4.0]}) == plan(notebook, {"n": [4]})
+    taken = sweep(notebook, {"n": [4]}, cluster=cluster, home=home, progress=False)
+    assert taken.manifest["results"]["kept"] == 1
+    assert "1 of them are taken from earlier runs" in taken.manifest["results"]["summary"][1]
     write(notebook, PARAMETERS, MEASURE, "'changed'")
     assert plan(notebook, grid).notebooks[0].key != plan(notebook, grid, seed=1).notebooks[0].key
     again = sweep(notebook, {"n": [4]}, cluster=cluster, home=home, resume=True, progress=False)
@@ -343,6 +354,32 @@ def test_no_more_processes_than_notebooks(notebook, tmp_path, monkeypatch) -> No
     with pytest.raises(BackendUnavailable):
         sweep(notebook, {"n": [1, 2]}, workers=10**6, home=tmp_path, progress=False)
     assert num_workers == [2]
+
+
+@pytest.mark.chaos
+def test_a_scheduler_that_dies_or_has_no_workers_is_told_in_a_sentence(
+    notebook, tmp_path, monkeypatch
+) -> None:
+    with LocalCluster(n_workers=0, host="127.0.0.1", dashboard_address=None) as empty:
+        address = empty.scheduler_address
+        monkeypatch.setattr("qtx_lab.experiments.sweeps.NO_WORKERS_TIMEOUT_S", 1.0)
+        with pytest.raises(BackendUnavailable, match=f"{address} has had no workers for 1 s.*--resume"):
+            sweep(notebook, {"n": [1]}, cluster=address, home=tmp_path / "home", progress=False)
+        monkeypatch.setattr("qtx_lab.experiments.sweeps.NO_WORKERS_TIMEOUT_S", 600.0)
+
+        def close_soon() -> bool:
+            """Called twice a second while the sweep waits for its notebook."""
+            if empty.status.name == "running":
+                empty.close()
+            return False
+
+        with pytest.raises(BackendUnavailable, match="scheduler of the cluster went away; --resume"):
+            sweep(
+                notebook, {"n": [1]}, cluster=address, home=tmp_path / "home", stop=close_soon, progress=False
+            )
+    assert runs(tmp_path / "home")["status"].tolist() == ["failed", "failed"]
+    with pytest.raises(BackendUnavailable, match=r"tls://127.0.0.1:1.* needs certificates"):
+        sweep(notebook, {"n": [1]}, cluster="tls://127.0.0.1:1", home=tmp_path / "home")
 
 
 def test_an_address_without_a_scheduler(notebook, tmp_path) -> None:

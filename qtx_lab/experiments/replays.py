@@ -1,0 +1,160 @@
+"""A run again: by what it kept of itself, with every metric compared."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..errors import ArgumentError, BackendUnavailable, RunFailed
+from ..specs import SPECS, Spec, SweepSpec, TrainSpec
+from . import provenance
+from .notebook_code import without_outputs
+from .notebooks import run_notebook
+from .run_comparison import Difference, RunComparison, compare_runs, environment_of, notebook_of
+from .runs import Run, find_run
+from .sweeps import sweep
+from .training_run import train_run
+
+
+def replay(
+    run: Run | str | Path,
+    *,
+    home: str | Path | None = None,
+    install: bool = False,
+    progress: bool = True,
+    stop: Callable[[], bool] | None = None,
+) -> RunComparison:
+    """Run again what a run did, in a new run, and compare every metric.
+
+    The notebook is the one that the run's folder holds, so that its code is that of then; the code of this
+    package and its environment are those of now, and the comparison says where they differ. A training
+    is repeated in this process, a sweep on this machine.
+
+    Parameters
+    ----------
+    run : Run, str or path
+        The run, by its folder or a part of its name.
+    home : path, optional
+        Folder of runs, also for the new one; see `runs_home`.
+    install : bool
+        Run in a new virtual environment, in which the distributions that differ have the versions of then.
+        pip fetches them from the index that it is configured for.
+    progress : bool
+        Show a progress bar on stderr.
+    stop : callable, optional
+        See `run_notebook`.
+
+    Returns
+    -------
+    RunComparison
+        Of the run (a) and the new one (b). Its `reproduced` says whether all metrics are equal bit for bit,
+        or within their intervals.
+
+    Raises
+    ------
+    ArgumentError
+        If no run fits, or it is of a kind that cannot be run again.
+    BackendUnavailable
+        If `install` is asked for and pip cannot install a distribution.
+    RunFailed
+        If the new run failed.
+    """
+    original = run if isinstance(run, Run) else find_run(run, home)
+    where = original.path.parent
+    spec = spec_of(original)
+    if install and (differing := environment_differences(original)):
+        return _replay_elsewhere(original, differing)
+    name = f"{original.manifest['name'][:72]}-replay"
+    command = f"qtx-lab replay {original.path.name}"
+    if isinstance(spec, TrainSpec):
+        again = train_run(spec, home=where, name=name, progress=progress)
+    else:
+        source = notebook_of(original)
+        if source is None:
+            raise ArgumentError(
+                f"{original.path.name} holds no notebook: only notebooks, sweeps and trainings run again."
+            )
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / source.name
+            path.write_bytes(without_outputs(source))
+            if isinstance(spec, SweepSpec):
+                again = sweep(
+                    path, spec.grid, parameters=spec.parameters, repeats=spec.repeats, seed=spec.seed,
+                    home=where, fresh=True, progress=progress, stop=stop,
+                )  # fmt: skip
+            else:
+                again = run_notebook(
+                    path, spec, home=where, name=name, command=command, progress=progress, stop=stop,
+                    fresh=True, threads=original.manifest.get("threads"),
+                )  # fmt: skip
+    again.update(replay_of=original.path.name)
+    return compare_runs(original, again)
+
+
+def spec_of(run: Run) -> Spec:
+    """The spec of a run, from its `spec.yaml`.
+
+    Raises
+    ------
+    ArgumentError
+        If there is no such kind of spec any more.
+    SpecError
+        If it cannot be read.
+    """
+    name = (run.manifest.get("spec") or {}).get("kind")
+    kind = next((kind for kind in SPECS.values() if kind.__name__ == name), None)
+    if kind is None:
+        raise ArgumentError(f"{run.path.name} was made by a spec of the kind {name!r}, which does not exist.")
+    return kind.from_yaml(run.path / "spec.yaml")
+
+
+def environment_differences(run: Run) -> tuple[Difference, ...]:
+    """The distributions, and Python, whose versions differ between a run and this process."""
+    then, now = environment_of(run), dict(provenance.distributions())
+    names = sorted({*then, *now}) if len(then) > len(run.manifest.get("versions") or {}) else sorted(then)
+    return tuple(
+        Difference(name, then.get(name), now.get(name)) for name in names if then.get(name) != now.get(name)
+    )
+
+
+def _replay_elsewhere(original: Run, differing: tuple[Difference, ...]) -> RunComparison:
+    """Replay in a new virtual environment that takes all but the differing distributions from this one."""
+    wanted = [
+        f"{difference.name}=={difference.a}"
+        for difference in differing
+        if difference.a is not None and difference.name not in ("python", "qtx-lab")
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        python = Path(folder) / ("Scripts" if sys.platform == "win32" else "bin") / "python"
+        _call([sys.executable, "-m", "venv", folder], "A virtual environment cannot be made")
+        shown = json.dumps([path for path in sys.path if path and Path(path).is_dir()])
+        code = "import json, site, sys; print(site.getsitepackages()[0])"
+        site = _call([str(python), "-c", code], "The virtual environment does not start").strip()
+        line = f"import sys, site; [site.addsitedir(path) for path in {shown}]\n"
+        Path(site, "of-this-environment.pth").write_text(line)
+        _call(
+            [str(python), "-m", "pip", "install", "--quiet", "--no-deps", *wanted],
+            f"pip cannot install {', '.join(wanted)}",
+        )
+        command = ["-m", "qtx_lab.cli", "replay", str(original.path), "--json"]
+        process = subprocess.run([str(python), *command], capture_output=True, text=True, check=False)
+        try:
+            new = json.loads(process.stdout)["b"]
+        except (ValueError, KeyError):
+            lines = process.stderr.strip().splitlines() or ["it printed nothing"]
+            raise RunFailed(f"The replay in a new environment failed: {lines[-1]}") from None
+    return compare_runs(original, find_run(original.path.parent / new))
+
+
+def _call(command: list[str], problem: str) -> str:
+    """What a program prints; its failure is a BackendUnavailable with the last line of its errors."""
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    if process.returncode:
+        lines: list[Any] = process.stderr.strip().splitlines() or [f"exit code {process.returncode}"]
+        raise BackendUnavailable(f"{problem}: {lines[-1]}")
+    return process.stdout

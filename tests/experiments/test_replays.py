@@ -1,0 +1,133 @@
+"""Runs are run again with the same numbers, and a finished result is taken where nothing has changed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nbformat
+import pytest
+from click.testing import CliRunner
+
+from qtx_lab.cli import main
+from qtx_lab.errors import ArgumentError, BackendUnavailable
+from qtx_lab.experiments import provenance, replays
+from qtx_lab.experiments.notebook_code import code_hash, local_modules, without_outputs
+from qtx_lab.experiments.notebooks import declared_parameters, notebook_spec, result_facts, run_notebook
+from qtx_lab.experiments.replays import environment_differences, replay
+from qtx_lab.experiments.runs import Run, runs
+from qtx_lab.specs import SamplerSpec
+
+# It writes what `Run.update` would write: a kernel that imports little starts in under a second.
+MEASURE = """
+import json, os, pathlib, time
+import beside
+path = pathlib.Path(run_dir, "manifest.json")
+manifest = json.loads(path.read_text())
+x = seed + 0.5 + beside.shift + float(os.environ.get("PLANTED", 0))
+manifest["results"] = {"x": x, "speed": time.time()}
+manifest["measures"] = {"speed": {"timing": True}}
+path.with_suffix(".new").write_text(json.dumps(manifest))
+os.replace(path.with_suffix(".new"), path)
+"""
+
+
+def write(path: Path, *cells: str, note: str = "A note.") -> Path:
+    new = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(note)])
+    new.cells += [nbformat.v4.new_code_cell(cell) for cell in ("seed = 0\nrun_dir = None", *cells)]
+    new.cells[1].metadata["tags"] = ["parameters"]
+    nbformat.write(new, path)
+    return path
+
+
+@pytest.mark.notebooks
+def test_a_replay_compares_every_metric_but_those_that_tell_time(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("beside.py").write_text("shift = 0")
+    path, home = write(tmp_path / "a.ipynb", MEASURE), tmp_path / "home"
+    run = run_notebook(path, {"seed": 3}, home=home, progress=False, threads=1)
+    write(path, MEASURE, note="Another note.")
+    assert run_notebook(path, {"seed": 3}, home=home, progress=False).path == run.path
+    assert f"Taken from {run.path.name}" in capsys.readouterr().err
+    comparison = replay(run.path.name, home=home, progress=False)
+    assert comparison.reproduced
+    assert comparison.same_setup
+    assert (comparison.metrics, comparison.compared, comparison.not_compared) == ((), 1, ("speed",))
+    again = Run(home / comparison.b)
+    assert again.manifest["replay_of"] == run.path.name
+    assert again.manifest["threads"] == 1
+    assert len(runs(home)) == 2
+    monkeypatch.setenv("PLANTED", "1")
+    said = CliRunner().invoke(main, ["replay", run.path.name, "--home", str(home)])
+    assert said.exit_code == 1
+    assert "results.x: 3.5 → 4.5, differs" in said.output
+    assert said.stdout.splitlines()[-1] == "not reproduced"
+
+
+def test_a_result_is_of_its_spec_code_and_inputs(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("beside.py").write_text("from part.inner import shift")
+    Path("part").mkdir()
+    Path("part/__init__.py").write_text("")
+    Path("part/inner.py").write_text("from . import other\nshift = 0")
+    Path("part/other.py").write_text("")
+    path = write(tmp_path / "a.ipynb", MEASURE)
+    assert set(local_modules(path, tmp_path)) == {
+        "beside.py", "part/__init__.py", "part/inner.py", "part/other.py",
+    }  # fmt: skip
+
+    def key(**given: object) -> str:
+        spec = notebook_spec(path, declared_parameters(path), given)
+        return str(result_facts(path, spec)["code"]["result"])
+
+    first = key(seed=1)
+    assert first == key(seed=1.0) != key(seed=2)
+    write(path, MEASURE, note="Another note.")
+    assert key(seed=1) == first
+    Path("part/other.py").write_text("# a change")
+    changed = key(seed=1)
+    assert changed != first
+    write(path, MEASURE, "1 + 1")
+    assert key(seed=1) != changed
+    versions = {**provenance.distributions(), "numpy": "0.9"}
+    before = key(seed=1)
+    monkeypatch.setattr(provenance, "distributions", lambda: versions)
+    assert key(seed=1) != before
+
+
+def test_an_executed_notebook_is_the_one_that_was_executed(tmp_path) -> None:
+    path = write(tmp_path / "a.ipynb", "1 + 1")
+    executed = nbformat.read(path, as_version=4)
+    executed.cells.insert(
+        2, nbformat.v4.new_code_cell("seed = 3", metadata={"tags": ["injected-parameters"]})
+    )
+    executed.cells[-1].outputs = [nbformat.v4.new_output("stream", text="2")]
+    executed.cells[-1].metadata["papermill"] = {"duration": 3}
+    nbformat.write(executed, tmp_path / "b.ipynb")
+    assert code_hash(tmp_path / "b.ipynb") == code_hash(path)
+    (tmp_path / "c.ipynb").write_bytes(without_outputs(tmp_path / "b.ipynb"))
+    cells = [[c.source for c in nbformat.read(tmp_path / f"{name}.ipynb", 4).cells] for name in "ac"]
+    assert cells[0] == cells[1]
+    assert "duration" not in (tmp_path / "c.ipynb").read_text()
+
+
+def test_what_cannot_be_replayed_is_refused_and_what_differs_is_named(tmp_path, monkeypatch) -> None:
+    with Run.create(SamplerSpec(), "hand", tmp_path) as run:
+        pass
+    with pytest.raises(ArgumentError, match="holds no notebook"):
+        replay(run)
+    assert environment_differences(run) == ()
+    file = run.path / "requirements.txt"
+    file.write_text(file.read_text().replace("numpy==", "numpy==0.") + "gone==1.0\n")
+    assert [difference.name for difference in environment_differences(run)] == ["gone", "numpy"]
+    commands: list[list[str]] = []
+
+    def call(command: list[str], problem: str) -> str:
+        commands.append(command)
+        if "install" in command:
+            raise BackendUnavailable(problem)
+        return str(tmp_path)
+
+    monkeypatch.setattr(replays, "_call", call)
+    with pytest.raises(BackendUnavailable, match=r"pip cannot install gone==1.0, numpy==0\."):
+        replay(run, install=True)
+    assert "--no-deps" in commands[-1]

@@ -14,6 +14,8 @@ export interface Region {
 const HEIGHT = 210;
 const BAR_ROOM = 44;
 const BAR_STEPS = 32;
+/** Pixels between two qubits from which on the error of the pair stands there; else its colour and its title say it. */
+const MIN_LABEL_ROOM = 40;
 const MARGIN = 50;
 const MAX_RADIUS = 19;
 /** From this radius on a qubit's error stands below its number. */
@@ -40,7 +42,7 @@ export function paintQubits(panel: Panel, region: Region | null, device: string)
   const bars = [bar(8, width, "readout", worst)];
   if (region.edges.length) bars.push(bar(26, width, "two-qubit", worstPair));
   panel.svg.replaceChildren(
-    ...region.edges.flatMap((edge) => pairNodes(spots[edge.a], spots[edge.b], edge.error, worstPair)),
+    ...region.edges.flatMap((edge) => pairNodes(spots[edge.a], spots[edge.b], edge.error, worstPair, radius)),
     ...region.nodes.map((node, i) => qubitNode(node, spots[i], radius, worst)),
     s("g", { transform: `translate(0 ${room})` }, ...bars),
   );
@@ -85,7 +87,9 @@ function pairNodes(
   [x2, y2]: [number, number],
   error: number,
   worst: number,
+  radius: number,
 ): Node[] {
+  const room = Math.hypot(x1 - x2, y1 - y2) - 2 * radius; // between the two circles
   const colour = css(sequential, error / worst);
   return [
     line(x1, y1, x2, y2, { stroke: "var(--qtx-text)", "stroke-width": 7 }),
@@ -94,7 +98,14 @@ function pairNodes(
       { x1, y1, x2, y2, stroke: colour, "stroke-width": 5 },
       s("title", {}, `two-qubit error ${percent(error)}`),
     ),
-    text((x1 + x2) / 2, (y1 + y2) / 2 + 4, percent(error), "middle", { class: "qtx-halo", "font-size": 10 }),
+    ...(room > MIN_LABEL_ROOM
+      ? [
+          text((x1 + x2) / 2, (y1 + y2) / 2 + 4, percent(error), "middle", {
+            class: "qtx-halo",
+            "font-size": 10,
+          }),
+        ]
+      : []),
   ];
 }
 

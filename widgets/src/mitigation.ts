@@ -131,7 +131,7 @@ function labelNodes(ways: Way[], xs: Scale, ys: Scale): Node[] {
   return ways.map((way, i) => {
     const bold = way.kind === "chosen" ? { "font-weight": 600 } : {};
     const name = way.kind === "classical" ? "classical draws, slope −½" : way.name;
-    return text(xs.to + 6, places[i] + 4, name.slice(0, 36), "start", bold);
+    return text(xs.to + 6, places[i] + 4, name.length > 33 ? `${name.slice(0, 32)}…` : name, "start", bold);
   });
 }
 

@@ -1,4 +1,4 @@
-/* qtx_lab: made from widgets/src by `npm run build`; sources 88f660ed78b1b2a747c12234567e3e8f8a2b9db9eb043729ba7b20bfb10753f0 */
+/* qtx_lab: made from widgets/src by `npm run build`; sources e6a21623735162292acbb2da0b5f2d440250a6a0fb96c7300909e133f530f4e9 */
 /* Contains d3-scale, d3-array and the modules of d3 that they need.
 Copyright 2010-2026 Mike Bostock
 

@@ -36,7 +36,7 @@ from qtx_lab.widgets.dashboard.page import DashboardPage
 from qtx_lab.widgets.dashboard.records import Records
 from qtx_lab.widgets.dashboard.run_files import find_notebook, read_report
 from qtx_lab.widgets.dashboard.server import is_loopback
-from qtx_lab.widgets.dashboard.settings import differing, facets, half_width, passes
+from qtx_lab.widgets.dashboard.settings import differing, facets, half_width, metric_columns, passes
 from qtx_lab.widgets.dashboard.starting import starting_page
 
 VIEWS = ("Runs", "Sweeps", "Live", "Error", "Heads", "Devices", "Maps", "Jobs")
@@ -718,6 +718,9 @@ def test_columns_are_those_in_which_runs_differ() -> None:
     assert half_width({"results.error_half_width": 0.5}, "results.error") == 0.5
     assert half_width({"results.error_std_error": 1.0}, "results.error") == pytest.approx(1.96, abs=1e-3)
     assert np.isnan(half_width({"results.other": 1.0}, "results.error"))
+    declared = {"results.error": 1.0, "results.ci": 0.25, "half_widths": '{"error": "ci"}'}
+    assert half_width(declared, "results.error") == 0.25
+    assert metric_columns(pd.DataFrame([declared])) == ["results.error"]
 
 
 @pytest.mark.parametrize(
@@ -812,6 +815,29 @@ def test_live_shows_cells_and_results_and_no_settings(tmp_path: Path) -> None:
         (tmp_path / "broken.ipynb").write_text(text)
         assert read_cells(tmp_path / "broken.ipynb") is None
     run.finish("done")
+
+
+def test_two_runs_are_compared_line_by_line(tmp_path: Path) -> None:
+    names = []
+    for seed in (1, 2):
+        with qtx.Run.create(ExperimentSpec(seed=seed), "x", tmp_path) as run:
+            run.update(results={"error": 0.25 * seed, "error_half_width": 0.01, "same": 3})
+            source = [f"draw({seed})", "plot()"]
+            cells = [{"cell_type": "code", "source": "\n".join(source), "metadata": {}}]
+            (run.path / "x.ipynb").write_text(json.dumps({"cells": cells}))
+        names.append(run.path.name)
+    page = DashboardPage(Records(tmp_path), "light", search=f"?view=Compare&ticked={'/'.join(names)}")
+    view = page.view
+    view.show(view.prepare(page.records.listing, page.records.listing.table))
+    html = view.body[0].object
+    assert "These runs differ in seed, the code of x.ipynb" in html
+    assert "-draw(1)\n+draw(2)" in html
+    assert "plot()" not in html
+    assert "0.25 ± 0.01" in html
+    assert "0.50 ± 0.01" in html
+    assert "Environment: nothing differs" in html
+    again = view.prepare(page.records.listing, page.records.listing.table)
+    assert again is view.prepare(page.records.listing, page.records.listing.table)  # git is not asked again
 
 
 def test_devices_show_mitigated_rows_and_the_age_of_the_calibration(tmp_path: Path) -> None:

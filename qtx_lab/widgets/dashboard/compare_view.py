@@ -11,6 +11,7 @@ import pandas as pd
 
 from ...errors import QtxError
 from ...experiments.manifest import read_manifest
+from ...experiments.run_comparison import RunComparison, compare_runs
 from .elements import DashboardView, empty_note, html_pane, html_table, plus_minus, status_mark
 from .records import Listing
 from .run_files import is_folder_name
@@ -18,6 +19,10 @@ from .settings import RESULT, SPEC, half_width, metric_columns, value_text
 from .view_host import ViewHost
 
 TWO_NEEDED = empty_note("Tick two runs", "Tick two runs in the table of runs to see them side by side.")
+
+
+MAX_CODE_LINES = 60
+"""Lines of code that differ and are shown, of each file."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,15 @@ class ComparedRun:
     manifest: Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class ComparedPair:
+    """What the view shows: two runs, or fewer where they are not there; why they cannot be compared."""
+
+    runs: list[ComparedRun]
+    comparison: RunComparison | None = None
+    problem: str = ""
+
+
 class CompareView(DashboardView):
     """Two runs side by side."""
 
@@ -36,6 +50,7 @@ class CompareView(DashboardView):
 
     def __init__(self, page: ViewHost):
         self._runs: list[str] = []
+        self._known: tuple[Any, ComparedPair] | None = None
         self._text = html_pane()
         super().__init__(page, [self._text])
 
@@ -47,43 +62,65 @@ class CompareView(DashboardView):
         """Take the runs from an address: those that are ticked."""
         self._runs = [run for run in query.get("ticked", "").split("/") if is_folder_name(run)]
 
-    def prepare(self, listing: Listing, rows: pd.DataFrame) -> list[ComparedRun]:
-        """Read the manifests of the runs that are still there."""
-        compared = []
+    def prepare(self, listing: Listing, rows: pd.DataFrame) -> ComparedPair:
+        """Compare the runs that are still there, anew only if one of them has changed."""
+        records, compared = self.page.records, []
         for run in self._runs[:2]:
             found = listing.table[listing.table["run"] == run]
             if len(found):
                 try:
-                    manifest: Mapping[str, Any] = read_manifest(self.page.records.home / run)
+                    manifest: Mapping[str, Any] = read_manifest(records.home / run)
                 except QtxError:
                     manifest = {}
                 compared.append(ComparedRun(found.iloc[0], manifest))
-        return compared
+        if len(compared) < 2:
+            return ComparedPair(compared)
+        key = [(x.row["run"], dict(x.manifest), records.mark(x.row["run"])) for x in compared]
+        if self._known is None or self._known[0] != key:
+            try:
+                a, b = (records.home / x.row["run"] for x in compared)
+                pair = ComparedPair(compared, compare_runs(a, b))
+            except QtxError as error:
+                pair = ComparedPair(compared, None, str(error))
+            self._known = (key, pair)
+        return self._known[1]
 
-    def show(self, data: list[ComparedRun]) -> None:
+    def show(self, data: ComparedPair) -> None:
         """Show the two runs, what differs first."""
         back = f"<p><a href='{escape(self.page.link(view=None))}'>← All runs</a></p>"
-        if len(data) != 2:
+        if len(data.runs) != 2:
             self._text.object = back + TWO_NEEDED
             return
-        a, b = data
+        a, b = data.runs
         columns = {"": "", **{self._heading(x, mark): "" for x, mark in ((a, "A"), (b, "B"))}}
+        found = data.comparison
         sections = {
             "Spec": _pairs(_spec(a), _spec(b)),
-            "Code and environment": _pairs(_environment(a), _environment(b)),
+            "Code": _pairs({"version, commit": _code(a)}, {"version, commit": _code(b)}),
+            "Environment": _pairs(_environment(a), _environment(b)),
         }
-        html = back + "<h2>" + escape(_finding(sections)) + "</h2>"
+        if found is not None:
+            known = {name for name, *_ in sections["Environment"]}
+            more = [
+                (d.name, value_text(d.a), value_text(d.b)) for d in found.environment if d.name not in known
+            ]
+            sections["Environment"] += more
+            sections["Inputs"] = [(d.name, value_text(d.a), value_text(d.b)) for d in found.inputs]
+        html = back + f"<h2>{escape(_finding(sections, found))}</h2>"
+        if data.problem:
+            html += f"<p class='warning' role='alert'>Not compared line by line: {escape(data.problem)}</p>"
         metrics = _metric_lines(a, b)
         if metrics:
             html += "<h3>Metrics</h3>" + html_table({**columns, "B − A": "number"}, metrics)
             html += "<p class='note'>± is half of a 95 % interval, where the run has recorded one.</p>"
+        html += _numbers(found)
         for name, pairs in sections.items():
             differing = [_line(key, x, y) for key, x, y in pairs if x != y]
             same = [_line(key, x, y) for key, x, y in pairs if x == y]
-            html += f"<h3>{name}: {len(differing) or 'nothing'} differs</h3>".replace(
-                "1 differs", "one differs"
-            )
-            html += html_table(columns, differing) if differing else ""
+            lines = _code_lines(found) if name == "Code" else ""
+            count = "differs" if lines and not differing else f"{_count(len(differing))} differs"
+            html += f"<h3>{name}: {count}</h3>"
+            html += (html_table(columns, differing) if differing else "") + lines
             if same:
                 html += (
                     f"<details><summary>{len(same)} the same</summary>{html_table(columns, same)}</details>"
@@ -107,11 +144,47 @@ def _spec(run: ComparedRun) -> dict[str, str]:
 def _environment(run: ComparedRun) -> dict[str, str]:
     versions, machine, devices = (run.manifest.get(key) or {} for key in ("versions", "machine", "devices"))
     return {
-        "code": str(run.row.get("code") or ""),
         **{f"machine: {name}": str(value) for name, value in machine.items()},
         **{f"{name}, calibrated": str(time or "") for name, time in devices.items()},
         **{str(name): str(version) for name, version in versions.items()},
     }
+
+
+def _code(run: ComparedRun) -> str:
+    return str(run.row.get("code") or "")
+
+
+def _count(number: int) -> str:
+    return {0: "nothing", 1: "one"}.get(number, str(number))
+
+
+def _code_lines(found: RunComparison | None) -> str:
+    """The lines of code that differ, file by file, as HTML."""
+    parts = []
+    for part in found.code if found else ():
+        lines = "\n".join(part.lines[:MAX_CODE_LINES])
+        more = len(part.lines) - MAX_CODE_LINES
+        rest = f"\n… and {more} more lines" if more > 0 else ""
+        parts.append(f"<p><code>{escape(part.file)}</code></p><pre>{escape(lines + rest)}</pre>")
+    return "".join(parts)
+
+
+def _numbers(found: RunComparison | None) -> str:
+    """How the numbers of the metrics compare, bit for bit and within their intervals, in a sentence."""
+    if found is None or not found.compared:
+        return ""
+    timing = (
+        f" Left out, because they tell time: {', '.join(found.not_compared)}." if found.not_compared else ""
+    )
+    if not found.metrics:
+        return f"<p>All {found.compared:,} numbers are the same, bit for bit.{escape(timing)}</p>"
+    lines = "".join(f"<li>{escape(str(difference))}</li>" for difference in found.metrics)
+    within = sum(difference.within for difference in found.metrics)
+    summary = (
+        f"{len(found.metrics)} metrics differ in some of {found.compared:,} numbers, {within} of them within "
+        f"their intervals.{timing}"
+    )
+    return f"<details><summary>{escape(summary)}</summary><ul>{lines}</ul></details>"
 
 
 def _pairs(a: Mapping[str, str], b: Mapping[str, str]) -> list[tuple[str, str, str]]:
@@ -120,9 +193,10 @@ def _pairs(a: Mapping[str, str], b: Mapping[str, str]) -> list[tuple[str, str, s
     return [(name, x, y) for name, x, y in pairs if x or y]
 
 
-def _finding(sections: Mapping[str, list[tuple[str, str, str]]]) -> str:
+def _finding(sections: Mapping[str, list[tuple[str, str, str]]], found: RunComparison | None) -> str:
     """What differs, in a sentence."""
     differing = [name for pairs in sections.values() for name, x, y in pairs if x != y]
+    differing += [f"the code of {part.file}" for part in (found.code if found else ())]
     if not differing:
         return "Both runs have the same spec, code and environment"
     if differing == ["seed"]:

@@ -183,11 +183,11 @@ def _curves(runs: dict[str, LiveRun]) -> Curves:
     for name, run in runs.items():
         if not isinstance(run.metrics, pd.DataFrame):
             continue
-        frame = run.metrics
-        x = next((x for x in X_COLUMNS if x in frame and len(frames.numbers(frame, x))), "row")
-        frame = frame.assign(row=np.arange(len(frame))) if x == "row" else frame
+        frame = run.metrics.assign(row=np.arange(len(run.metrics)))
         labels = _labels(frame, name)
+        known = [x for x in X_COLUMNS if x in frame]
         for metric in _results(frame, run.settings):
+            x = next((x for x in known if len(frames.numbers(frame[[x, metric]], x, metric))), "row")
             points = frames.numbers(frame[[x, metric]].assign(label=labels), x, metric)
             for label, part in list(points.groupby("label", sort=False))[:MAX_LABELS]:
                 mean = part.groupby(x)[metric].mean()

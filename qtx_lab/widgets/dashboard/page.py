@@ -251,7 +251,7 @@ class DashboardPage:
 
     def _first_picture(self) -> None:
         """Draw the open view before the page is sent, if it is quickly drawn; `tick` draws the others."""
-        if isinstance(self.view, FigureView | MapsView):
+        if isinstance(self.view, FigureView | MapsView | CompareView):
             return
         state, view, listing, problem = self._state(), self.view, self.records.listing, ""
         try:

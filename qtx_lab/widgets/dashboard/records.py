@@ -23,7 +23,7 @@ from ...experiments.runs import SkippedFolder, read_manifests
 from ...storage import database, runs_home
 from .cells import Cell, read_cells
 from .run_files import find_notebook
-from .settings import calibrations_of, code_of, facets, settings_of
+from .settings import calibrations_of, code_of, declared_half_widths, facets, settings_of
 
 RUNNING_POLL_S = 0.5
 """Seconds between two looks at what is running, however many people watch."""
@@ -41,10 +41,10 @@ PARAMETER_COLUMNS = ("sampler", "num_samples", "device", "loader", "shots")
 """Parameters of a run that are used in place of a column that its metrics lack."""
 
 
-OWN_COLUMNS = ("report", "title", "code", "settings", "calibrations", "tags", "note")
+OWN_COLUMNS = ("report", "title", "code", "settings", "calibrations", "half_widths", "tags", "note")
 """Columns of the listing beside those of `qtx_lab.runs`: whether the run has a report; its title; version and
 commit of its code; spec and code without the seed, as one text; the times of its devices' calibrations, as
-JSON; its tags, as a tuple; its note."""
+JSON; the names of the half widths that it declares of numbers, as JSON; its tags, as a tuple; its note."""
 
 YAML_LOADER = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader
 
@@ -154,7 +154,8 @@ class Records:
         code = code_of(manifest)
         return [
             (folder / "report.html").is_file(), str(manifest.get("title") or ""), code,
-            settings_of(manifest, code), json.dumps(calibrations_of(manifest)), annotations.tags,
+            settings_of(manifest, code), json.dumps(calibrations_of(manifest)),
+            json.dumps(declared_half_widths(manifest)), annotations.tags,
             annotations.note,
         ]  # fmt: skip
 

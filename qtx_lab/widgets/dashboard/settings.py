@@ -25,8 +25,26 @@ Z = 1.959964
 def code_of(manifest: Mapping[str, Any]) -> str:
     """The version of qtx_lab and the commit that a run was made with."""
     git, version = manifest.get("git") or {}, (manifest.get("versions") or {}).get("qtx_lab", "")
-    commit = str(git.get("commit") or "")[:10] + (", changed" if git.get("dirty") else "")
+    commit = str(git.get("commit") or "")[:10]
+    if git.get("dirty"):  # the hash of the files tells one state of a changed checkout from another
+        package = (manifest.get("code") or {}).get("package") or ""
+        commit += f", changed {str(package)[:8]}".rstrip()
     return " ".join(filter(None, (str(version), commit)))
+
+
+def declared_half_widths(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """The numbers of which a run has declared the half width of their interval, and the half width's name."""
+    measures = manifest.get("measures") or {}
+    return {
+        str(name): str(facts["half_width"])
+        for name, facts in measures.items()
+        if isinstance(facts, Mapping) and facts.get("half_width")
+    }
+
+
+def _unique(table: pd.DataFrame, column: str) -> list[str]:
+    """The distinct texts of a column; none where the table lacks it."""
+    return list(table[column].dropna().unique()) if column in table else []
 
 
 def settings_of(manifest: Mapping[str, Any], code: str) -> str:
@@ -66,7 +84,10 @@ def differing(table: pd.DataFrame, columns: Iterable[str] | None = None) -> list
 def metric_columns(table: pd.DataFrame) -> list[str]:
     """The results that are numbers, those that most runs have first; half widths belong to their numbers."""
     found: list[tuple[int, int, str]] = []
+    declared = {x for text in _unique(table, "half_widths") for x in json.loads(text).values()}
     for column in table.columns:
+        if short_name(column) in declared:
+            continue
         numeric = pd.api.types.is_numeric_dtype(table[column])
         if not column.startswith(RESULT) or not numeric or pd.api.types.is_bool_dtype(table[column]):
             continue
@@ -87,6 +108,11 @@ def _owner(column: str) -> str:
 
 def half_width(row: Mapping[str, Any] | pd.Series, column: str) -> float:
     """Half of the 95 % interval of a run's own result; NaN where the run has recorded none."""
+    declared = row.get("half_widths")
+    name = json.loads(declared).get(short_name(column)) if isinstance(declared, str) else None
+    declared_value = pd.to_numeric(row.get(f"{RESULT}{name}"), errors="coerce") if name else None
+    if declared_value is not None and not pd.isna(declared_value):
+        return float(declared_value)
     for endings, factor in ((HALF_WIDTHS, 1.0), (STD_ERRORS, Z)):
         for ending in endings:
             value = pd.to_numeric(row.get(f"{column}{ending}"), errors="coerce")

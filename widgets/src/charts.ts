@@ -55,7 +55,7 @@ export function spread(wanted: number[], room: number, top: number, bottom: numb
   return places;
 }
 
-/** Grid, ticks and names of two axes in a picture of some height; `named` are other ticks of the first axis. */
+/** Grid, ticks and names of two axes; `named` are other ticks of the first one. */
 export function axes(
   height: number,
   xs: Scale,

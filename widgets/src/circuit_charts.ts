@@ -47,7 +47,7 @@ const STRIP_HEIGHT = 150;
 const BOTTOM = 34;
 const TOP = 8;
 
-/** Draws exact, measured and extrapolated probabilities of the keys, or of the most likely ones and the rest. */
+/** Draws exact, measured and extrapolated probabilities of the likeliest keys, and of the rest. */
 export function paintDistribution(
   panel: Panel,
   exact: number[],

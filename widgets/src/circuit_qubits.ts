@@ -14,7 +14,7 @@ export interface Region {
 const HEIGHT = 210;
 const BAR_ROOM = 44;
 const BAR_STEPS = 32;
-/** Pixels between two qubits from which on the error of the pair stands there; else its colour and its title say it. */
+/** Pixels between two qubits from which on the error of the pair stands there. */
 const MIN_LABEL_ROOM = 40;
 const MARGIN = 50;
 const MAX_RADIUS = 19;

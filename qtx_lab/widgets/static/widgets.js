@@ -1,4 +1,4 @@
-/* qtx_lab: made from widgets/src by `npm run build`; sources e6a21623735162292acbb2da0b5f2d440250a6a0fb96c7300909e133f530f4e9 */
+/* qtx_lab: made from widgets/src by `npm run build`; sources 30c0c48764fcd83d886e4f7b9b1029ae47b5f3b6a314f17040e92a1f1336abaa */
 /* Contains d3-scale, d3-array and the modules of d3 that they need.
 Copyright 2010-2026 Mike Bostock
 

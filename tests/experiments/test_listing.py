@@ -208,5 +208,6 @@ def test_export_to_mlflow_once_a_run(home, tmp_path, monkeypatch) -> None:
     assert export_to_mlflow(some, uri) == 1
     monkeypatch.delenv("MLFLOW_ALLOW_FILE_STORE")
     os.environ.pop("MLFLOW_ALLOW_FILE_STORE", None)
+    (tmp_path / "file").write_bytes(b"")
     with pytest.raises(BackendUnavailable, match="cannot be written"):
-        export_to_mlflow(some, f"sqlite:///{tmp_path}/no/folder.db")
+        export_to_mlflow(some, f"sqlite:///{tmp_path}/file/runs.db")

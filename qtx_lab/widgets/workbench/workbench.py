@@ -299,6 +299,12 @@ class Workbench(widgets.VBox):
 
     def close(self) -> None:
         """Stop all work, write the state down, and end the run."""
+        if not self._closed:
+            self.end_work()
+            super().close()
+
+    def end_work(self) -> None:
+        """Do as `close`, but leave the widgets to the browser, as at the end of the kernel."""
         if self._closed:
             return
         self.flush()
@@ -310,7 +316,6 @@ class Workbench(widgets.VBox):
         if self._run is not None:
             _OPEN.pop(self._run.path.resolve(), None)
             self._run.finish("done")
-        super().close()
 
     def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
         data: dict[str, Any] = super()._repr_mimebundle_(**kwargs) or {}
@@ -393,7 +398,7 @@ def _close_all() -> None:
     """End the runs of the workbenches that are open when their kernel ends: those are not interrupted."""
     for bench in list(_OPEN.values()):
         with suppress(Exception):
-            bench.close()
+            bench.end_work()
 
 
 def _newest(home: str | Path | None) -> Run:

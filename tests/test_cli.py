@@ -134,19 +134,20 @@ def test_a_failed_run_is_exit_1(calls) -> None:
 
 def test_ending_signals_are_ctrl_c_once() -> None:
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(KeyboardInterrupt), EndingSignals() as signals:  # noqa: PT012
-        try:
-            signal.raise_signal(signal.SIGHUP)
-        finally:
-            assert signals.received == signal.SIGHUP
-            signal.raise_signal(signal.SIGTERM)  # while runs are being marked: it changes nothing
-    assert signal.getsignal(signal.SIGTERM) == before
-    ignored = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
+    outside = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
     try:
+        with pytest.raises(KeyboardInterrupt), EndingSignals() as signals:  # noqa: PT012
+            try:
+                signal.raise_signal(signal.SIGHUP)
+            finally:
+                assert signals.received == signal.SIGHUP
+                signal.raise_signal(signal.SIGTERM)  # while runs are being marked: it changes nothing
+        assert signal.getsignal(signal.SIGTERM) == before
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
         with EndingSignals():
             signal.raise_signal(signal.SIGHUP)
     finally:
-        signal.signal(signal.SIGHUP, ignored)
+        signal.signal(signal.SIGHUP, outside)
 
 
 @pytest.mark.parametrize(

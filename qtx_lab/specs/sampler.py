@@ -43,12 +43,12 @@ class SamplerSpec(Spec):
         start="0.1",
     )
     confidence: Real = field(
-        0.95, "Probability with which the tolerance is kept.", "", "sampler", ge=0.5, lt=1
+        0.95, "Probability with which the tolerance is kept.", "probability", "sampler", ge=0.5, lt=1
     )
     replicates: Whole = field(
         1,
         "Independent repetitions; with 2 or more every sampler has error bars.",
-        "",
+        "repetitions",
         "sampler",
         ge=1,
         le=1024,

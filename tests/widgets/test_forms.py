@@ -80,8 +80,8 @@ def written(kind: type[Spec], spec: Spec, name: str) -> Any:
 
 
 def start(kind: type[Spec]) -> Spec:
-    if kind is SweepSpec:
-        return SweepSpec(notebook="00_quickstart", sha256="0" * 64)
+    if issubclass(kind, SweepSpec):
+        return kind(notebook="00_quickstart", sha256="0" * 64)
     return NotebookSpec(notebook="00_quickstart") if kind is NotebookSpec else kind()
 
 

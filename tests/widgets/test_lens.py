@@ -405,7 +405,8 @@ def test_in_jupyterlab(
     assert not maps.nth(1).is_visible()
     grip.press("Escape")
     assert all(figure.is_visible() for figure in maps.all())
-    for name, start in {"PNG": b"\x89PNG", "SVG": b"<?xml", "Data": b"PAR1", "CSV": b"query,"}.items():
+    starts = {"PNG": b"\x89PNG", "SVG": b"<?xml", "Data": b"PAR1", "CSV": b"query,", "Page": b"<!doctype"}
+    for name, start in starts.items():
         with page.expect_download() as download:
             lens.get_by_role("button", name=name, exact=True).click()
         assert Path(download.value.path()).read_bytes().startswith(start)

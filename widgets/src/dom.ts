@@ -226,8 +226,8 @@ export class Frame {
     this.root.remove();
   }
 
-  /** Buttons that request the figure or the data as a file. */
-  exports(): HTMLElement {
+  /** Buttons that request the figure or the data as a file, and other buttons after them. */
+  exports(...more: HTMLElement[]): HTMLElement {
     const request = (as: string) => () => this.send({ kind: "export", as });
     const button = (as: string, name: string, title: string) =>
       h("button", { type: "button", title, click: request(as) }, name);
@@ -238,6 +238,7 @@ export class Frame {
       button("svg", "SVG", "Save the figure as SVG"),
       button("parquet", "Data", "Save the data as Parquet"),
       button("csv", "CSV", "Save the data as CSV"),
+      ...more,
     );
   }
 }

@@ -211,8 +211,17 @@ export function render(model: Model, el: HTMLElement): () => void {
     h("div", { class: "qtx-buttons" }, reset, clear),
   );
   const boxes = h("div", { class: "qtx-maps" }, ...panels.map((panel) => panel.box));
+  const savePage = h(
+    "button",
+    {
+      type: "button",
+      title: "Save a page that draws anew without a kernel",
+      click: () => frame.send({ kind: "page" }),
+    },
+    "Page",
+  );
   frame.root.append(
-    h("header", {}, heading, frame.exports()),
+    h("header", {}, heading, frame.exports(savePage)),
     caption,
     controls,
     boxes,

@@ -397,14 +397,22 @@ class AttentionLens(View):
         StorageError
             If the file cannot be written.
         """
-        title = f"Attention lens: {self.finding().text}"
-        page = page_html(title, self.figure, self.live_html, check_count("max_bytes", max_bytes))
-        write_atomic(Path(path), page.encode())
+        write_atomic(Path(path), self._page(check_count("max_bytes", max_bytes)))
         return Path(path)
+
+    def _page(self, max_bytes: int) -> bytes:
+        title = f"Attention lens: {self.finding().text}"
+        return page_html(title, self.figure, self.live_html, max_bytes).encode()
+
+    def _export_page(self) -> None:
+        message = {"kind": "file", "name": "attentionlens.html", "type": "text/html"}
+        self.send(message, [self._page(MAX_PAGE_BYTES)])
 
     def _on_message(self, content: Mapping[str, Any]) -> None:
         if content["kind"] == "maps":
             self._worker.put(f"maps {content.get('view')}", partial(self._send_maps, dict(content)))
+        elif content["kind"] == "page":
+            self._worker.put("export", self._export_page, rank=1)
         elif content["kind"] == "thumbnails":
             draws, given = int(content["draws"]), bool(content.get("given"))
             self._worker.put("thumbnails", partial(self._send_thumbnails, draws, given, 0), rank=2)

@@ -19,9 +19,10 @@ from ...forms import SpecForm
 from ...views.lens import AttentionLens
 from ...views.lens_estimates import percent_text
 from ..process import Work
+from ..process_server import TaskReport
 from ..tab import WorkbenchTab
 from ..tab_host import TabHost
-from ..tasks.sampling import head_estimate
+from ..tasks.sampling import head_estimate, sample
 from .code_parts import IMPORTS, Code, call, inputs_code
 from .html_parts import form_field, ranges_text, spaced
 
@@ -144,11 +145,25 @@ class SampleTab(WorkbenchTab):
         return super().start(**changes)
 
     def draw_first(self) -> None:
-        """Draw the first picture, before anybody asks for it, where that takes a moment."""
+        """Draw the first picture, before anybody asks for it, where that takes a moment.
+
+        It is drawn in this process, because the imports of a worker take longer than the drawing.
+        """
         model = self.source.model
-        if self.result is None and not self.busy and (model == "reference" or model.endswith(".safetensors")):
-            self._start_or_explain()
-            self._automatic = True
+        quick = model == "reference" or model.endswith(".safetensors")
+        if quick and self.result is None and self.work is None:
+            threading.Thread(target=self._draw_here, daemon=True).start()
+
+    def _draw_here(self) -> None:
+        """Draw in this thread; what somebody has started in the meantime takes precedence."""
+        forms = self.state()
+        try:
+            result = sample(TaskReport(lambda kind, content: None), **self.arguments())
+        except QtxError as error:
+            self._show_message(str(error))
+            return
+        if self.work is None and self.result is None:
+            self.show_saved(result, forms)
 
     def send_rows(self) -> None:
         """Open the Circuit tab, which measures the rows that are selected in the lens."""

@@ -228,7 +228,9 @@ def run(
     from .experiments.notebook_execution import ExecutionLimits
     from .experiments.notebooks import run_notebook
 
-    limits = ExecutionLimits(cell_timeout, timeout, int(max_output * 2**20), keep_going)
+    if not 0 < max_output < math.inf:
+        raise ArgumentError(f"--max-output {max_output:g} is not allowed: it must be above 0 and finite.")
+    limits = ExecutionLimits(cell_timeout, timeout, math.ceil(max_output * 2**20), keep_going)
     given = _parameters(parameters, texts, files)
     finished = run_notebook(notebook, given, home=home, name=name, limits=limits, fresh=fresh)
     _print_run(finished.path, finished.manifest)

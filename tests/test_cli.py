@@ -67,6 +67,9 @@ def test_report_by_part_of_the_name(tmp_path) -> None:
         (["demo", "--text", "no such file"], "no such file"),
         (["run", "no such notebook"], "no such notebook"),
         (["report", "nothing"], "none of the 0 runs"),
+        (["run", "00_quickstart", "--max-output", "nan"], "--max-output nan is not allowed"),
+        (["run", "00_quickstart", "--max-output", "inf"], "--max-output inf is not allowed"),
+        (["run", "00_quickstart", "--timeout", "inf"], "seconds=inf is not allowed"),
     ],
 )
 def test_an_error_is_one_line_and_exit_2(tmp_path, arguments, says) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import signal
 import sys
@@ -57,7 +58,7 @@ class ExecutionLimits:
     Raises
     ------
     ArgumentError
-        If a limit is not above 0.
+        If a limit is not above 0 and finite.
     """
 
     cell_seconds: float | None = None
@@ -68,8 +69,8 @@ class ExecutionLimits:
     def __post_init__(self) -> None:
         for name in ("cell_seconds", "seconds", "output_bytes"):
             value = vars(self)[name]
-            if value is not None and not value > 0:
-                raise ArgumentError(f"{name}={value!r} is not allowed: it must be above 0.")
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise ArgumentError(f"{name}={value!r} is not allowed: it must be above 0 and finite.")
 
 
 NO_LIMITS = ExecutionLimits()
@@ -210,9 +211,12 @@ def _engine(limits: ExecutionLimits, kernel_manager: type) -> Any:
     from nbclient.exceptions import CellExecutionError, CellTimeoutError
     from papermill.clientwrap import PapermillNotebookClient
     from papermill.engines import Engine
+    from traitlets import Float
 
     class LimitedClient(PapermillNotebookClient):
-        """A client that keeps a bounded part of each cell's output."""
+        """A client that keeps a bounded part of each cell's output, and takes parts of seconds."""
+
+        timeout = Float(None, allow_none=True)
 
         def papermill_execute_cells(self) -> None:
             self.output_bytes: dict[int, int] = {}

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ArgumentError, BackendUnavailable, RunFailed
-from ..specs import SPECS, Spec, SweepSpec, TrainSpec
+from ..specs import SPECS, SearchSpec, Spec, SweepSpec, TrainSpec
 from . import provenance
 from .notebook_code import without_outputs
 from .notebooks import run_notebook
 from .run_comparison import Difference, RunComparison, compare_runs, environment_of, notebook_of
 from .runs import Run, find_run
+from .search import search
 from .sweeps import sweep
 from .training_run import train_run
 
@@ -33,7 +34,7 @@ def replay(
 
     The notebook is the one that the run's folder holds, so that its code is that of then; the code of this
     package and its environment are those of now, and the comparison says where they differ. A training
-    is repeated in this process, a sweep on this machine.
+    is repeated in this process, a sweep or a search on this machine.
 
     Parameters
     ----------
@@ -82,7 +83,13 @@ def replay(
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / source.name
             path.write_bytes(without_outputs(source))
-            if isinstance(spec, SweepSpec):
+            if isinstance(spec, SearchSpec):
+                again = search(
+                    path, _space_of(spec), str(spec.objective), maximize=spec.maximize, trials=spec.trials,
+                    repeats=spec.repeats, parameters=spec.parameters, seed=spec.seed, home=where,
+                    progress=progress, stop=stop,
+                )  # fmt: skip
+            elif isinstance(spec, SweepSpec):
                 again = sweep(
                     path, spec.grid, parameters=spec.parameters, repeats=spec.repeats, seed=spec.seed,
                     home=where, fresh=True, progress=progress, stop=stop,
@@ -94,6 +101,11 @@ def replay(
                 )  # fmt: skip
     again.update(replay_of=original.path.name)
     return compare_runs(original, again)
+
+
+def _space_of(spec: SearchSpec) -> dict[str, str | list[Any]]:
+    """What each parameter of a search may be, as `search` takes it."""
+    return {name: given if isinstance(given, str) else list(given) for name, given in spec.space.items()}  # type: ignore[arg-type]  # a list
 
 
 def spec_of(run: Run) -> Spec:

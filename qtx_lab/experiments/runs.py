@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 
 MIN_FREE_BYTES = 64 << 20
 """Free space that a run needs to start. A run of the demo with its figures takes about a tenth of it."""
+MAX_FILES = 10_000
+"""Files of a folder by which it is known as an input of a run."""
 REQUIREMENTS = "requirements.txt"
 """The file of a run that holds all distributions that were installed, as pip reads them."""
 PATCH = "code.patch"
@@ -118,7 +120,7 @@ class Run:
         Raises
         ------
         ArgumentError
-            If the name cannot be part of a folder's name.
+            If the name cannot be part of a folder's name, or a text is not valid Unicode.
         StorageError
             If home cannot be written or has less than 64 MiB free. Nothing is left behind then.
         """
@@ -162,6 +164,9 @@ class Run:
             shutil.rmtree(hidden, ignore_errors=True)
             if isinstance(error, OSError) and not isinstance(error, StorageError):
                 raise storage_error(path, error) from error
+            if isinstance(error, UnicodeEncodeError):  # as bytes on a command line that are not UTF-8
+                given = error.object[error.start : error.end]
+                raise ArgumentError(f"A text with {given!r} is not allowed: it is not Unicode.") from None
             raise
         return cls(path)
 
@@ -594,14 +599,36 @@ def _check_name(argument: str, given: str) -> None:
 
 
 def input_hashes(parameters: Any) -> dict[str, str]:
-    """SHA-256 of each file that a parameter names, by the parameter's text."""
+    """SHA-256 of each file or folder that a parameter names, by the parameter's text.
+
+    A folder is known by the names, sizes and times of change of its files, which are quick to read.
+    """
     if isinstance(parameters, dict | list):
         inner = parameters.values() if isinstance(parameters, dict) else parameters
         return {name: digest for value in inner for name, digest in input_hashes(value).items()}
     if isinstance(parameters, str) and os.path.isfile(os.path.expanduser(parameters)):
         with suppress(OSError), open(os.path.expanduser(parameters), "rb") as file:
             return {parameters: hashlib.file_digest(file, "sha256").hexdigest()}
+    if isinstance(parameters, str) and os.path.isdir(os.path.expanduser(parameters)):
+        return {parameters: _folder_digest(Path(parameters).expanduser())}
     return {}
+
+
+def _folder_digest(folder: Path) -> str:
+    """SHA-256 of the names, sizes and times of change of the first `MAX_FILES` files in a folder."""
+    digest, left = hashlib.sha256(), MAX_FILES
+    for place, folders, names in os.walk(folder):
+        folders.sort()
+        for name in sorted(names)[:left]:
+            path = os.path.join(place, name)
+            with suppress(OSError):
+                facts = os.stat(path)
+                text = f"{os.path.relpath(path, folder)}\0{facts.st_size}\0{facts.st_mtime_ns}\0"
+                digest.update(text.encode(errors="surrogateescape"))
+        left -= min(left, len(names))
+        if not left:
+            break
+    return digest.hexdigest()
 
 
 def _storable(value: Any) -> Any:

@@ -14,8 +14,8 @@ from qtx_lab.experiments import provenance, replays
 from qtx_lab.experiments.notebook_code import code_hash, local_modules, without_outputs
 from qtx_lab.experiments.notebooks import declared_parameters, notebook_spec, result_facts, run_notebook
 from qtx_lab.experiments.replays import environment_differences, replay
-from qtx_lab.experiments.runs import Run, runs
-from qtx_lab.specs import SamplerSpec
+from qtx_lab.experiments.runs import Run, input_hashes, runs
+from qtx_lab.specs import SamplerSpec, SearchSpec
 
 # It writes what `Run.update` would write: a kernel that imports little starts in under a second.
 MEASURE = """
@@ -92,6 +92,12 @@ def test_a_result_is_of_its_spec_code_and_inputs(tmp_path, monkeypatch) -> None:
     before = key(seed=1)
     monkeypatch.setattr(provenance, "distributions", lambda: versions)
     assert key(seed=1) != before
+    Path("model/shards").mkdir(parents=True)
+    Path("model/shards/weights").write_text("1")
+    folder = input_hashes({"model": ["model"]})
+    assert folder == input_hashes({"model": ["model"]}) != {}
+    Path("model/shards/weights").write_text("10")
+    assert folder != input_hashes({"model": ["model"]})
 
 
 def test_an_executed_notebook_is_the_one_that_was_executed(tmp_path) -> None:
@@ -131,3 +137,23 @@ def test_what_cannot_be_replayed_is_refused_and_what_differs_is_named(tmp_path, 
     with pytest.raises(BackendUnavailable, match=r"pip cannot install gone==1.0, numpy==0\."):
         replay(run, install=True)
     assert "--no-deps" in commands[-1]
+
+
+def test_a_search_is_replayed_as_a_search(tmp_path, monkeypatch) -> None:
+    given = {"notebook": "a", "sha256": "0" * 64, "repeats": 2, "seed": 3, "objective": "x", "trials": 5}
+    spec = SearchSpec(**given, space={"n": "1..8", "m": [1, 2]}, parameters={"k": 1}, maximize=True)
+    with Run.create(spec, "search-a", tmp_path) as run:
+        write(run.path / "a.ipynb", MEASURE)
+    asked: dict[str, object] = {}
+
+    def search(path: Path, space: object, objective: str, **options: object) -> Run:
+        asked.update(options, space=space, objective=objective, cells=code_hash(path))
+        with Run.create(spec, "search-a", tmp_path) as again:
+            return again
+
+    monkeypatch.setattr(replays, "search", search)
+    replay(run)
+    expected = {name: given[name] for name in ("repeats", "seed", "objective", "trials")}
+    expected |= {"maximize": True, "space": {"n": "1..8", "m": [1, 2]}, "parameters": {"k": 1}}
+    assert expected.items() <= asked.items()
+    assert asked["cells"] == code_hash(run.path / "a.ipynb")

@@ -78,6 +78,12 @@ def test_names_that_cannot_be_a_folder_are_refused(tmp_path, spec, name) -> None
     assert not (tmp_path / "home").exists()
 
 
+def test_bytes_that_are_no_text_are_refused_and_leave_nothing(tmp_path, spec) -> None:
+    with pytest.raises(ArgumentError, match=r"'\\udcff\\udcfe' is not allowed: it is not Unicode"):
+        Run.create(spec, "trial", tmp_path, command=b"-p c \xff\xfe".decode(errors="surrogateescape"))
+    assert names(tmp_path) == set()
+
+
 def test_metrics_append_and_grow_columns(tmp_path, spec) -> None:
     run = Run.create(spec, "trial", tmp_path)
     assert run.metrics().empty

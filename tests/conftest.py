@@ -13,12 +13,15 @@ from typing import Any
 import matplotlib
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 SEED = int(os.environ.get("QTX_LAB_SEED", "20261123"))
 SOAK = os.environ.get("QTX_LAB_SOAK", "0") not in ("", "0")
 
-settings.register_profile("house", derandomize=True, deadline=None)
+# No test asserts on seconds, which `too_slow` would on a busy machine.
+settings.register_profile(
+    "house", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.register_profile("soak", parent=settings.get_profile("house"), max_examples=2000)
 
 # Hooks instead of fixtures, so that they also apply to the examples in qtx_lab's docstrings.

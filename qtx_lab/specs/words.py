@@ -111,7 +111,10 @@ def split_words(text: str) -> list[Any]:
         if closing[-1:] in ("'", '"'):  # inside of quotation marks
             escaped = closing[-1] == '"' and text[:i].endswith("\\") and not text[:i].endswith("\\\\")
             closing = closing[:-1] if mark == closing[-1] and not escaped else closing
-        elif mark in "'\"" and (closing or not text[start:i].strip()):
+        elif mark in "'\"" and text[start:i].rstrip()[-1:] in (
+            "",
+            *"[{,:",
+        ):  # inside of a word it is a letter
             closing += mark
         elif mark in "[{":
             closing += "]" if mark == "[" else "}"

@@ -297,7 +297,7 @@ def test_the_same_spec_and_seed_give_the_same_metrics_bit_for_bit(tmp_path, monk
 
 
 REDUCED = {
-    "01_estimators": {"num_tokens": 256, "sample_counts": [8, 32], "repeats": 2, "tolerances": [0.4, 0.2]},
+    "01_estimators": {"num_tokens": 128, "sample_counts": [8, 32], "repeats": 2, "tolerances": [0.4, 0.2]},
     "02_circuits": {"most_qubits": 3, "shot_counts": [256, 1024]},
     "04_mitigation": {"qubits": 3, "shot_counts": [1000, 16_000], "devices": ["fake_fez"], "repeats": 2},
     "07_batch_sweep": {
@@ -306,7 +306,7 @@ REDUCED = {
         "repeats": 1,
         "workers": 1,
     },
-    "09_real_language_model": {"prompts": 2, "length": 512},
+    "09_real_language_model": {"prompts": 2, "length": 256},
     "08_bring_your_own_model": {
         "model_name": "reference",
         "draw_counts": [16, 64],

@@ -99,7 +99,7 @@ class SearchedCombination:
     stopped : bool
         Whether it was stopped because its interval excludes the best combination.
     failed : bool
-        Whether one of its runs failed.
+        Whether one of its runs failed, or measured no finite number.
     """
 
     combination: Combination
@@ -420,6 +420,8 @@ def search(
             )
         problem = work.write()
         _write_best(run, tried, spec)
+        if best_of(tried, maximize) is None:
+            problem = problem or f"No notebook measured a finite {objective}."
         run.finish("failed" if problem else "done", problem)
     except BaseException as error:
         with suppress(QtxError):  # the first error is the one to report
@@ -490,6 +492,8 @@ class _SearchRuns:
             return None
         results = manifest.get("results") or {}
         value = results.get(self.objective)
+        if self.objective in results and value is None:  # NaN or infinite, which JSON does not have
+            return None
         if isinstance(value, bool) or not isinstance(value, int | float):
             numbers = [
                 n for n, x in results.items() if isinstance(x, int | float) and not isinstance(x, bool)

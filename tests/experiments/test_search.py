@@ -167,6 +167,22 @@ def test_a_search_is_a_run_that_repeats_and_resumes(notebook, executed, tmp_path
     assert resumed.manifest["results"]["best"] == best
 
 
+def test_combinations_that_measure_no_finite_number_lose(notebook, executed, tmp_path, monkeypatch) -> None:
+    def measure(self, combination, repeat) -> float:
+        return math.inf if combination["sampler"] == "a" else 1 / combination["draws"]
+
+    monkeypatch.setattr(Noisy, "measure", measure)
+    monkeypatch.setattr(searches, "write_report", lambda run: None)
+    options = {"progress": False, "home": tmp_path}
+    run = search(notebook, SPACE, "error", trials=3, **options)
+    assert run.status == "done"
+    assert run.manifest["results"]["best"]["sampler"] == "b"
+    monkeypatch.setattr(Noisy, "measure", lambda *_: math.nan)
+    run = search(notebook, SPACE, "error", trials=1, **options)
+    assert (run.status, run.manifest["error"]) == ("failed", "No notebook measured a finite error.")
+    assert "best" not in run.manifest["results"]
+
+
 def test_the_command(notebook, executed, tmp_path) -> None:
     command = ["sweep", str(notebook), "--home", str(tmp_path / "home")]
     space = [part for name, given in SPACE.items() for part in ("--search", f"{name}={given}")]

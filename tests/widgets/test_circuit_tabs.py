@@ -39,7 +39,11 @@ def result_of(mitigated: list[float] | None, raw: list[float], std_error: float)
     [
         ([0.14, 0.16], [0.07, 0.09], "Mitigation hurt: 0.150 ± 0.014 against 0.080 ± 0.014"),
         ([0.04, 0.02], [0.11, 0.13], "Mitigation helped: 0.030 ± 0.014 against 0.120 ± 0.014"),
-        ([0.08, 0.09], [0.09, 0.09], "No difference that these shots can show: 0.085 ± 0.014 against 0.090"),
+        (
+            [0.08, 0.09],
+            [0.09, 0.09],
+            "No difference that these shots can show: mitigated 0.085 ± 0.014, raw 0.090",
+        ),
         (None, [0.07, 0.09], "No row could be mitigated"),
     ],
 )

@@ -86,13 +86,13 @@ def verdict(result: Mapping[str, Any]) -> tuple[str, str]:
         return text, f"{reason} {what} {baseline}"
     mitigated, error = columns["mitigated"].mean
     difference, half_width = mitigated - raw, Z95 * (error**2 + raw_error**2) ** 0.5
+    with_mitigation, without = with_error(mitigated, Z95 * error), with_error(raw, Z95 * raw_error)
     if abs(difference) <= half_width:
-        text = "No difference that these shots can show"
+        text = f"No difference that these shots can show: mitigated {with_mitigation}, raw {without}"
     else:
-        text = "Mitigation hurt" if difference > 0 else "Mitigation helped"
-    numbers = f"{with_error(mitigated, Z95 * error)} against {with_error(raw, Z95 * raw_error)}"
+        text = f"Mitigation {'hurt' if difference > 0 else 'helped'}: {with_mitigation} against {without}"
     change = f"Difference {with_error(difference, half_width)}."
-    return f"{text}: {numbers}", f"{done}. {what} {change} {baseline} {reason}"
+    return text, f"{done}. {what} {change} {baseline} {reason}"
 
 
 def _half_width(mean: tuple[float, float]) -> tuple[float, float]:

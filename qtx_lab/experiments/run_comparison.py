@@ -128,7 +128,7 @@ class RunComparison:
         parts = {"spec": self.spec, "code": self.code, "environment": self.environment, "inputs": self.inputs}
         for title, differences in parts.items():
             lines += [title, *_listed(differences)] if differences else [f"{title}: the same"]
-        what = f"metrics ({self.compared} numbers compared"
+        what = f"metrics ({self.compared} numbers compared, but no texts and lists"
         what += f"; {', '.join(self.not_compared)} tell time)" if self.not_compared else ")"
         lines += [what, *_listed(self.metrics)] if self.metrics else [f"{what}: the same, bit for bit"]
         return "\n".join(lines)
@@ -139,7 +139,7 @@ def compare_runs(a: Run | str | Path, b: Run | str | Path, home: str | Path | No
 
     Metrics are compared bit for bit. Where the runs declare half of a 95 % interval of a number (see
     `Run.declare`), a difference of two independent runs is within it up to √(half width of a² + half width of
-    b²). Numbers that they declare to tell time are not compared.
+    b²). Numbers that they declare to tell time are not compared, nor are texts, lists and tables.
 
     Parameters
     ----------

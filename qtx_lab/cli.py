@@ -45,10 +45,10 @@ def _one_line(error: BaseException) -> str:
 
 def _interruption(error: KeyboardInterrupt, command: str | None) -> str:
     """What Ctrl-C left behind, in one sentence: the error's message, or else its first note."""
-    kept = next((text for text in (str(error), *getattr(error, "__notes__", [])) if text), "")
-    if not kept and command in ("demo", "run", "sweep", "train", "bench"):
-        kept = "Nothing had been written yet."
-    return " ".join(f"interrupted. {kept}".split()) if kept else "interrupted"
+    note = next((text for text in (str(error), *getattr(error, "__notes__", [])) if text), "")
+    if not note and command in ("demo", "run", "sweep", "train", "bench"):
+        note = "Nothing had been written yet."
+    return " ".join(f"interrupted. {note}".split()) if note else "interrupted"
 
 
 def _announce(text: str) -> None:

@@ -66,13 +66,13 @@ class CompareView(DashboardView):
         """Compare the runs that are still there, anew only if one of them has changed."""
         records, compared = self.page.records, []
         for run in self._runs[:2]:
-            found = listing.table[listing.table["run"] == run]
-            if len(found):
+            listed = listing.table[listing.table["run"] == run]
+            if len(listed):
                 try:
                     manifest: Mapping[str, Any] = read_manifest(records.home / run)
                 except QtxError:
                     manifest = {}
-                compared.append(ComparedRun(found.iloc[0], manifest))
+                compared.append(ComparedRun(listed.iloc[0], manifest))
         if len(compared) < 2:
             return ComparedPair(compared)
         key = [(x.row["run"], dict(x.manifest), records.mark(x.row["run"])) for x in compared]
@@ -93,31 +93,33 @@ class CompareView(DashboardView):
             return
         a, b = data.runs
         columns = {"": "", **{self._heading(x, mark): "" for x, mark in ((a, "A"), (b, "B"))}}
-        found = data.comparison
+        comparison = data.comparison
         sections = {
             "Spec": _pairs(_spec(a), _spec(b)),
             "Code": _pairs({"version, commit": _code(a)}, {"version, commit": _code(b)}),
             "Environment": _pairs(_environment(a), _environment(b)),
         }
-        if found is not None:
+        if comparison is not None:
             known = {name for name, *_ in sections["Environment"]}
             more = [
-                (d.name, value_text(d.a), value_text(d.b)) for d in found.environment if d.name not in known
+                (d.name, value_text(d.a), value_text(d.b))
+                for d in comparison.environment
+                if d.name not in known
             ]
             sections["Environment"] += more
-            sections["Inputs"] = [(d.name, value_text(d.a), value_text(d.b)) for d in found.inputs]
-        html = back + f"<h2>{escape(_finding(sections, found))}</h2>"
+            sections["Inputs"] = [(d.name, value_text(d.a), value_text(d.b)) for d in comparison.inputs]
+        html = back + f"<h2>{escape(_finding(sections, comparison))}</h2>"
         if data.problem:
             html += f"<p class='warning' role='alert'>Not compared line by line: {escape(data.problem)}</p>"
         metrics = _metric_lines(a, b)
         if metrics:
             html += "<h3>Metrics</h3>" + html_table({**columns, "B − A": "number"}, metrics)
             html += "<p class='note'>± is half of a 95 % interval, where the run has recorded one.</p>"
-        html += _numbers(found)
+        html += _numbers(comparison)
         for name, pairs in sections.items():
             differing = [_line(key, x, y) for key, x, y in pairs if x != y]
             same = [_line(key, x, y) for key, x, y in pairs if x == y]
-            lines = _code_lines(found) if name == "Code" else ""
+            lines = _code_lines(comparison) if name == "Code" else ""
             count = "differs" if lines and not differing else f"{_count(len(differing))} differs"
             html += f"<h3>{name}: {count}</h3>"
             html += (html_table(columns, differing) if differing else "") + lines
@@ -158,10 +160,10 @@ def _count(number: int) -> str:
     return {0: "nothing", 1: "one"}.get(number, str(number))
 
 
-def _code_lines(found: RunComparison | None) -> str:
+def _code_lines(comparison: RunComparison | None) -> str:
     """The lines of code that differ, file by file, as HTML."""
     parts = []
-    for part in found.code if found else ():
+    for part in comparison.code if comparison else ():
         lines = "\n".join(part.lines[:MAX_CODE_LINES])
         more = len(part.lines) - MAX_CODE_LINES
         rest = f"\n… and {more} more lines" if more > 0 else ""
@@ -169,20 +171,22 @@ def _code_lines(found: RunComparison | None) -> str:
     return "".join(parts)
 
 
-def _numbers(found: RunComparison | None) -> str:
+def _numbers(comparison: RunComparison | None) -> str:
     """How the numbers of the metrics compare, bit for bit and within their intervals, in a sentence."""
-    if found is None or not found.compared:
+    if comparison is None or not comparison.compared:
         return ""
     timing = (
-        f" Left out, because they tell time: {', '.join(found.not_compared)}." if found.not_compared else ""
+        f" Left out, because they tell time: {', '.join(comparison.not_compared)}."
+        if comparison.not_compared
+        else ""
     )
-    if not found.metrics:
-        return f"<p>All {found.compared:,} numbers are the same, bit for bit.{escape(timing)}</p>"
-    lines = "".join(f"<li>{escape(str(difference))}</li>" for difference in found.metrics)
-    within = sum(difference.within for difference in found.metrics)
+    if not comparison.metrics:
+        return f"<p>All {comparison.compared:,} numbers are the same, bit for bit.{escape(timing)}</p>"
+    lines = "".join(f"<li>{escape(str(difference))}</li>" for difference in comparison.metrics)
+    within = sum(difference.within for difference in comparison.metrics)
     summary = (
-        f"{len(found.metrics)} metrics differ in some of {found.compared:,} numbers, {within} of them within "
-        f"their intervals.{timing}"
+        f"{len(comparison.metrics)} metrics differ in some of {comparison.compared:,} numbers, {within} of "
+        f"them within their intervals.{timing}"
     )
     return f"<details><summary>{escape(summary)}</summary><ul>{lines}</ul></details>"
 
@@ -193,10 +197,10 @@ def _pairs(a: Mapping[str, str], b: Mapping[str, str]) -> list[tuple[str, str, s
     return [(name, x, y) for name, x, y in pairs if x or y]
 
 
-def _finding(sections: Mapping[str, list[tuple[str, str, str]]], found: RunComparison | None) -> str:
+def _finding(sections: Mapping[str, list[tuple[str, str, str]]], comparison: RunComparison | None) -> str:
     """What differs, in a sentence."""
     differing = [name for pairs in sections.values() for name, x, y in pairs if x != y]
-    differing += [f"the code of {part.file}" for part in (found.code if found else ())]
+    differing += [f"the code of {part.file}" for part in (comparison.code if comparison else ())]
     if not differing:
         return "Both runs have the same spec, code and environment"
     if differing == ["seed"]:

@@ -89,8 +89,8 @@ class RunView(DashboardView):
 
     def prepare(self, listing: Listing, rows: pd.DataFrame) -> RunData | None:
         """Read the run; None where there is none of that name."""
-        found = listing.table[listing.table["run"] == self._run]
-        if found.empty:
+        listed = listing.table[listing.table["run"] == self._run]
+        if listed.empty:
             return None
         records, problems = self.page.records, []
         folder = records.home / self._run
@@ -111,7 +111,7 @@ class RunView(DashboardView):
         cells = records.cells(self._run)
         jobs = listing.jobs[listing.jobs["run"] == self._run] if len(listing.jobs) else listing.jobs
         return RunData(
-            found.iloc[0], manifest, metrics, _figures(folder, self.page.theme), cells or (),
+            listed.iloc[0], manifest, metrics, _figures(folder, self.page.theme), cells or (),
             cells is not None, annotations, jobs, problems,
         )  # fmt: skip
 
@@ -212,17 +212,17 @@ def _texts(annotations: Annotations) -> tuple[str, str]:
 
 def _figures(folder: Path, theme: str) -> list[tuple[Mapping[str, Any], bytes]]:
     """What is said about the figures, and their pictures in a theme; those that are broken are left out."""
-    found: list[tuple[Mapping[str, Any], bytes]] = []
+    figures: list[tuple[Mapping[str, Any], bytes]] = []
     for facts in Run(folder).figures()[:MAX_FIGURES]:
         for suffix in ("-dark", "") if theme == "dark" else ("",):
             path = folder / "figures" / f"{facts['name']}{suffix}.png"
             try:
                 if path.stat().st_size <= MAX_FIGURE_BYTES:
-                    found.append((facts, path.read_bytes()))
+                    figures.append((facts, path.read_bytes()))
                     break
             except OSError:
                 continue
-    return found
+    return figures
 
 
 # --- HTML ---------------------------------------------------------------------------------------------

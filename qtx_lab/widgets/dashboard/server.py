@@ -113,10 +113,10 @@ class LoginHandler(RequestHandler):
         self.redirect(f"{home}?{view}" if view else home)
 
     def _view(self) -> str:
-        """The query of the dashboard's page that was asked for; "" where it was another address."""
-        asked = urlsplit(self.get_argument("next", ""))
+        """The query of the dashboard's page that was address for; "" where it was another address."""
+        address = urlsplit(self.get_argument("next", ""))
         home = f"{self.application.prefix}/"  # type: ignore[attr-defined]
-        return "" if asked.scheme or asked.netloc or asked.path != home else asked.query
+        return "" if address.scheme or address.netloc or address.path != home else address.query
 
     def _ask(self, said: str) -> None:
         home = f"{self.application.prefix}/"  # type: ignore[attr-defined]

@@ -73,17 +73,17 @@ def differing(table: pd.DataFrame, columns: Iterable[str] | None = None) -> list
     A run that lacks a field does not differ in it: runs of several kinds have other fields.
     """
     candidates = [c for c in table.columns if c.startswith(SPEC)] if columns is None else columns
-    found: list[tuple[int, int, str]] = []
+    ranked: list[tuple[int, int, str]] = []
     for column in candidates:
         values = table[column].dropna()
         if column not in (f"{SPEC}seed", f"{SPEC}sha256") and values.astype(str).nunique() > 1:
-            found.append((-len(values), len(found), column))
-    return [column for *_, column in sorted(found)]
+            ranked.append((-len(values), len(ranked), column))
+    return [column for *_, column in sorted(ranked)]
 
 
 def metric_columns(table: pd.DataFrame) -> list[str]:
     """The results that are numbers, those that most runs have first; half widths belong to their numbers."""
-    found: list[tuple[int, int, str]] = []
+    ranked: list[tuple[int, int, str]] = []
     declared = {x for text in _unique(table, "half_widths") for x in json.loads(text).values()}
     for column in table.columns:
         if short_name(column) in declared:
@@ -95,8 +95,8 @@ def metric_columns(table: pd.DataFrame) -> list[str]:
             continue
         count = int(table[column].notna().sum())
         if count:
-            found.append((-count, len(found), column))
-    return [column for *_, column in sorted(found)]
+            ranked.append((-count, len(ranked), column))
+    return [column for *_, column in sorted(ranked)]
 
 
 def _owner(column: str) -> str:
@@ -185,9 +185,9 @@ def _is_axis(values: pd.Series, metrics: pd.DataFrame, axis: str) -> bool:
     """Whether the metrics of each run hold the value of its parameter, and no other."""
     if axis not in metrics:
         return False
-    found = metrics.groupby("run")[axis].agg(lambda x: set(x.dropna().map(value_text)))
+    values_by_run = metrics.groupby("run")[axis].agg(lambda x: set(x.dropna().map(value_text)))
     known = values.dropna().map(value_text)
-    return all(found.get(run, set()) <= {value} for run, value in known.items())
+    return all(values_by_run.get(run, set()) <= {value} for run, value in known.items())
 
 
 # --- The filter ---------------------------------------------------------------------------------------
@@ -219,11 +219,11 @@ def _column(table: pd.DataFrame, name: str) -> str | None:
 
 
 def _contains(table: pd.DataFrame, word: str) -> pd.Series:
-    found = table["run"].str.lower().str.contains(word.lower(), regex=False)
+    matches = table["run"].str.lower().str.contains(word.lower(), regex=False)
     if "tags" in table:
         texts = table["tags"].map(" ".join) + " " + table["note"]
-        found |= texts.str.lower().str.contains(word.lower(), regex=False)
-    return found
+        matches |= texts.str.lower().str.contains(word.lower(), regex=False)
+    return matches
 
 
 def _holds(column: pd.Series, operator: str, text: str) -> pd.Series:
@@ -236,6 +236,6 @@ def _holds(column: pd.Series, operator: str, text: str) -> pd.Series:
     except ValueError:
         words = column.map(lambda x: " ".join(x) if isinstance(x, tuple) else value_text(x)).str.lower()
         equal = words == text.lower()
-        found = equal if operator == "=" else ~equal if operator == "!=" else pd.Series(False, column.index)
-        return found & column.notna()
+        matches = equal if operator == "=" else ~equal if operator == "!=" else pd.Series(False, column.index)
+        return matches & column.notna()
     return pd.Series(compare(numbers, value) & ~np.isnan(numbers), column.index)

@@ -8,6 +8,7 @@ from .backends import HybridPolicy as HybridPolicy
 from .backends import ParametricNoise as ParametricNoise
 from .backends import QiskitQuantumBackend as QiskitQuantumBackend
 from .backends import RowCounts as RowCounts
+from .backends import SoftmaxCircuitSampler as SoftmaxCircuitSampler
 from .backends import device_errors as device_errors
 from .backends import fake_devices as fake_devices
 from .backends.ibm.jobs import find_jobs as find_jobs
@@ -15,6 +16,7 @@ from .cache import SampledKVCache as SampledKVCache
 from .circuits import DynamicLoader as DynamicLoader
 from .circuits import Loader as Loader
 from .circuits import MpsLoader as MpsLoader
+from .circuits import SoftmaxLoader as SoftmaxLoader
 from .circuits import TreeLoader as TreeLoader
 from .circuits import UnaryLoader as UnaryLoader
 from .circuits import make_loader as make_loader

@@ -10,6 +10,7 @@ from .noise_sources import AerModelNoise, DeviceNoise, ThermalNoise
 from .qiskit import QiskitQuantumBackend
 from .requests import RowRequest
 from .sampler import CircuitSampler
+from .softmax import SoftmaxCircuitSampler
 
 __all__ = [
     "AerModelNoise",
@@ -23,6 +24,7 @@ __all__ = [
     "RowCounts",
     "RowRequest",
     "SimulatorNoise",
+    "SoftmaxCircuitSampler",
     "ThermalNoise",
     "device_errors",
     "fake_devices",

@@ -153,14 +153,14 @@ class CircuitSampler(Sampler):
         total = num_samples * replicates
         if self.mitigation is None:
             result = self.measure(p, total, generator=generator)
-            keys, weights = _deal(result.counts, total, replicates, generator)
+            keys, weights = deal(result.counts, total, replicates, generator)
         else:  # replicates are mitigated one by one, so that their spread is that of mitigated rows
             with self._reserved(p, num_samples, replicates) as refused:
                 counts = torch.stack(
                     [self._mitigated_counts(p, num_samples, generator, refused) for _ in range(replicates)],
                     dim=1,
                 ).flatten(0, 1)
-            keys, weights = (x.reshape(len(p), total) for x in _deal(counts, num_samples, 1, generator))
+            keys, weights = (x.reshape(len(p), total) for x in deal(counts, num_samples, 1, generator))
             filled = (weights.view(len(p), replicates, -1).sum(-1) > 0).sum(-1, keepdim=True)
             weights = weights / filled.clamp_min(1)
         probabilities = p.gather(-1, keys).view(*rows, total).to(logits) if self.unbiased else None
@@ -336,7 +336,7 @@ def _round(p: Tensor, total: int, generator: torch.Generator | None) -> Tensor:
     return torch.diff(ends, prepend=torch.zeros_like(start)).long()
 
 
-def _deal(
+def deal(
     counts: Tensor, total: int, replicates: int, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor]:
     """Keys and weights (R, total) of counts (R, n), dealt in random order to replicates, as cards are.

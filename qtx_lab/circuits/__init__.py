@@ -8,6 +8,7 @@ from ..errors import DtypeError, unknown_name
 from .base import Loader, check_rows
 from .dynamic import DynamicLoader
 from .mps import MpsLoader
+from .softmax import SoftmaxExpectation, SoftmaxLoader
 from .tree import TreeLoader
 from .unary import UnaryLoader
 
@@ -56,6 +57,8 @@ __all__ = [
     "DynamicLoader",
     "Loader",
     "MpsLoader",
+    "SoftmaxExpectation",
+    "SoftmaxLoader",
     "TreeLoader",
     "UnaryLoader",
     "check_rows",

@@ -14,7 +14,7 @@ import torch
 import qtx_lab as qtx
 from qtx_lab import sampled_attention
 from qtx_lab.errors import ArgumentError, ShapeError
-from qtx_lab.samplers import SAMPLERS
+from qtx_lab.samplers import SAMPLERS, HeadTailSampler
 from qtx_lab.widgets.views.lens import AttentionLens
 from qtx_lab.widgets.views.lens_maps import TILE
 
@@ -26,6 +26,51 @@ layers = qtx.load_reference_model().attention_inputs(qtx.encode(text)[None, :512
 lens = AttentionLens(*zip(*layers), tokens=text, is_causal=True, layer=3, head=2)
 lens
 """
+
+LARGE_CELL = """
+import torch
+q, k, v = torch.randn(3, 65536, 64, generator=torch.Generator().manual_seed(0))
+large = AttentionLens(1.5 * q, k, v, is_causal=True)
+large
+"""
+
+MAX_GESTURE_BYTES = 2_000_000
+"""Bytes that the kernel may send for a movement of the slider."""
+
+
+class Traffic:
+    """Messages and bytes that came through the websockets of a page."""
+
+    def __init__(self, page: Any):
+        self.messages = self.received = 0
+        page.on("websocket", lambda socket: socket.on("framereceived", self._take))
+
+    def _take(self, frame: Any) -> None:
+        content = frame if isinstance(frame, str | bytes) else frame.body
+        self.messages += 1
+        self.received += len(content)
+
+
+def move_slider(page: Any, lens: Any, steps: int, traffic: Traffic, what: str) -> None:
+    """Move the slider of a lens to the left, and print how long repaints took and what was sent."""
+    slider = lens.get_by_role("slider", name="draws per row")
+    slider.focus()
+    messages, received = traffic.messages, traffic.received
+    for _ in range(steps):
+        slider.press("ArrowLeft")
+        page.wait_for_timeout(150)
+    page.wait_for_function(
+        "([lens, draws]) => lens.dataset.draws === draws && lens.hasAttribute('data-confirmed')",
+        arg=[lens.element_handle(), slider.get_attribute("aria-valuetext").removesuffix(" draws")],
+    )
+    waits = json.loads(lens.get_attribute("data-latencies"))
+    p50, p95 = np.quantile(waits, [0.5, 0.95])
+    messages, received = (traffic.messages - messages) / steps, (traffic.received - received) / steps
+    print(
+        f"slider to repaint, {what}: {len(waits)} steps, p50 {p50:.0f} ms, p95 {p95:.0f} ms; "
+        f"{messages:.1f} messages and {received / 1000:.0f} kB a step"
+    )
+    assert received < MAX_GESTURE_BYTES
 
 
 def recorded_messages(lens: AttentionLens) -> list[tuple[dict[str, Any], list[bytes]]]:
@@ -259,6 +304,31 @@ def test_a_row_is_sent_with_the_lengths_of_its_values(generator: torch.Generator
     torch.testing.assert_close(norms, v[1, 5:25].norm(dim=-1))
 
 
+def test_a_browser_gets_what_it_draws_a_small_head_from(generator: torch.Generator) -> None:
+    q, k, v = torch.randn(4, 20, 8, generator=generator), *torch.randn(2, 2, 70, 8, generator=generator)
+    lens = AttentionLens(q, k, v, sampler=HeadTailSampler(head=2), seed=7)
+    sent = recorded_messages(lens)
+    request = {"kind": "inputs", "view": "a", "layer": 0, "head": 3}
+    lens._receive(request)
+    assert lens._worker.join(60)
+    content, buffers = sent[-1]
+    assert content["group"] == 1
+    assert content["seed"] == "7"
+    assert content["samplers"] == ("monte-carlo", "stratified", "systematic")  # not with these options
+    for buffer, x in zip(buffers, (q[3], k[1], v[1]), strict=False):
+        torch.testing.assert_close(torch.frombuffer(bytearray(buffer), dtype=torch.float32), x.flatten())
+    assert sorted(np.frombuffer(buffers[3], "<u2")) == list(range(70))
+    lens.sampler = "systematic"
+    lens._receive(request)
+    assert lens._worker.join(60)
+    assert "head-tail" in sent[-1][0]["samplers"]
+    lens = AttentionLens(torch.zeros(1025, 1), *torch.zeros(2, 1025, 1))
+    sent = recorded_messages(lens)
+    lens._receive({**request, "head": 0})
+    assert lens._worker.join(60)
+    assert sent == [({"kind": "inputs", "view": "a", "layer": 0, "head": 0}, [])]
+
+
 def test_the_strip_measures_all_samplers_until_another_head_is_looked_at(generator: torch.Generator) -> None:
     q, k, v = inputs(16, 64, generator)
     lens = AttentionLens(q, k, v)
@@ -352,27 +422,22 @@ def test_in_jupyterlab(
     run_python: Callable[..., None], set_theme: Callable[..., None], shoot: Callable[..., Any],
     axe: Callable[..., list[str]],
 ) -> None:  # fmt: skip
-    path = open_notebook(page, [CELL])
+    traffic = Traffic(page)
+    path = open_notebook(page, [CELL, LARGE_CELL])
     run_all(page)
-    lens = page.locator(".qtx-lens")
-    lens.wait_for()
+    lens, large = page.locator(".qtx-lens").first, page.locator(".qtx-lens").last
+    page.wait_for_function("() => document.querySelectorAll('.qtx-lens[data-confirmed]').length === 2")
     page.wait_for_function("() => document.querySelector('.qtx-lens')?.dataset.draws === '64'")
     page.wait_for_selector(".qtx-heads:not([data-stale])")
     shoot(page, "lens-light")
-    slider = lens.get_by_role("slider", name="draws per row")
     sampled = lens.locator(".qtx-map canvas:first-child").nth(1)
     before = sampled.evaluate("(canvas) => canvas.toDataURL()")
-    slider.focus()
-    for _ in range(40):
-        slider.press("ArrowLeft")
-        page.wait_for_timeout(150)
+    move_slider(page, lens, 30, traffic, "512 keys, 48 heads")
     page.wait_for_function("() => document.querySelector('.qtx-lens').dataset.draws === '1'")
     page.wait_for_function(
         "([canvas, old]) => canvas.toDataURL() !== old", arg=[sampled.element_handle(), before]
     )
-    waits = json.loads(lens.get_attribute("data-latencies"))
-    p50, p95 = np.quantile(waits, [0.5, 0.95])
-    print(f"slider to repaint, n = 512, 8 heads, {len(waits)} steps: p50 {p50:.0f} ms, p95 {p95:.0f} ms")
+    move_slider(page, large, 10, traffic, "65,536 keys")
     run_python(page, "assert lens.num_samples == 1")
     # By keyboard: a head, the cross, rows, and out of the view again.
     lens.get_by_role("radio", name="layer 3, head 2").press("ArrowDown")
@@ -414,7 +479,7 @@ def test_in_jupyterlab(
     output = json.loads(path.read_text())["cells"][0]["outputs"][0]["data"]
     assert output["image/png"].startswith("iVBOR")  # an output of its own: JupyterLab shows it without kernel
     assert "application/vnd.jupyter.widget-view+json" not in output
-    picture = page.locator(".jp-RenderedImage")
+    picture = page.locator(".jp-RenderedImage").first
     assert not picture.is_visible()
     set_theme(page, "dark")
     shoot(page, "lens-dark")

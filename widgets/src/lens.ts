@@ -11,8 +11,9 @@ import {
   type Geometry,
 } from "./lens_canvas";
 import { cellText, findingText, mapPanel, NAMES, panelTitles, readFacts, rowText } from "./lens_panels";
+import { LocalHeads } from "./lens_local";
 import type { MapName, MapPanel, RowFacts } from "./lens_panels";
-import { connect } from "./lens_requests";
+import { connect, type MapsRequest, type RowRequest } from "./lens_requests";
 import { samplerColour, strip } from "./lens_strip";
 import { thumbnailGrid } from "./lens_thumbnails";
 import { tokensPart } from "./lens_tokens";
@@ -24,6 +25,8 @@ const VISIBLE_SPACE: Record<string, string> = { " ": "·", "\n": "⏎", "\t": "�
 const MAX_TILES = 96;
 /** Milliseconds without a gesture after which a large map is computed sharply. */
 const REFINE_DELAY_MS = 120;
+/** Milliseconds without a gesture after which the kernel draws anew what the browser has drawn. */
+const CONFIRM_DELAY_MS = 250;
 /** Share of the window's height that a map alone fills at most. */
 const MAX_HEIGHT_SHARE = 0.85;
 /** Milliseconds without a change of the slider after which the thumbnails are drawn anew. */
@@ -297,14 +300,20 @@ export function render(model: Model, el: HTMLElement): () => void {
     return maps.levelFor(view, width * ratio, height * ratio, coarsest);
   }
 
-  function requestTiles(level: maps.Level, part: maps.Viewport, since: number | null): void {
+  /** `confirming`: asks the kernel for what the browser has drawn, because only that knows standard errors. */
+  function requestTiles(
+    level: maps.Level,
+    part: maps.Viewport,
+    since: number | null,
+    confirming = false,
+  ): void {
     const [layer, head]: [number, number] = [get("layer"), get("head")];
     const visible = maps.tilesOf(part, level);
     const unknown = (tiles: maps.Tiles) =>
       visible.filter(([i, j]) => !tiles.get(tileName(layer, head, level, i, j)));
     const name = drawing();
     const drawnAnew = !shown || shown.layer !== layer || shown.head !== head || shown.drawing !== name;
-    const missing = { exact: unknown(exact), sampled: drawnAnew ? visible : unknown(sampled) };
+    const missing = { exact: unknown(exact), sampled: drawnAnew || confirming ? visible : unknown(sampled) };
     if (missing.exact.length + missing.sampled.length === 0) {
       if (shown && shown.level !== level) {
         shown.level = level;
@@ -320,8 +329,37 @@ export function render(model: Model, el: HTMLElement): () => void {
     unanswered = wanted;
     seq += 1;
     if (since !== null) startTimes.set(seq, since);
-    if (ask({ kind: "maps", view: viewId, seq, ...place, ...drawn, ...missing }))
-      frame.root.toggleAttribute("data-waiting", true);
+    const request: MapsRequest = { kind: "maps", view: viewId, seq, ...place, ...drawn, ...missing };
+    if (confirming) ask(request);
+    else if (answerHere(request)) confirmSoon();
+    else if (ask(request)) frame.root.toggleAttribute("data-waiting", true);
+  }
+
+  /** Heads of small maps, which the browser draws itself. */
+  const locals = new LocalHeads(rows, columns, causal);
+  let confirmTimer = 0;
+  frame.atEnd(() => clearTimeout(confirmTimer));
+
+  /** Answers a request in the browser, if that has the head and its sampler; whether it has. */
+  function answerHere(request: MapsRequest | RowRequest): boolean {
+    const answer = locals.answer(request, get("sampler"));
+    if (answer === null) return false;
+    if (request.kind === "maps") takeMaps(...answer, false);
+    else takeRow(...answer);
+    return true;
+  }
+
+  function confirmSoon(): void {
+    clearTimeout(confirmTimer);
+    const confirm = () => requestTiles(sharpLevel(), view, null, true);
+    confirmTimer = window.setTimeout(confirm, CONFIRM_DELAY_MS);
+  }
+
+  /** Asks for what the browser needs to draw the shown head itself. */
+  function requestInputs(layer: number, head: number): void {
+    if (large || !locals.lacks(layer, head)) return;
+    locals.expect(layer, head);
+    ask({ kind: "inputs", view: viewId, layer, head });
   }
 
   /** The query whose row is shown as text, and a name of what was asked for last. */
@@ -337,7 +375,8 @@ export function render(model: Model, el: HTMLElement): () => void {
     const [first, end] = tokenView.window(textRow);
     const stated = given();
     const drawn = { draws: stated ? null : draws, given: stated?.number ?? null, drawing: drawing() };
-    ask({ kind: "row", view: viewId, layer, head, ...drawn, row: textRow, first, end });
+    const row = { kind: "row", view: viewId, layer, head, ...drawn, row: textRow, first, end } as const;
+    if (!answerHere(row)) ask(row);
   }
 
   function takeRow(message: any, buffers: DataView[]): void {
@@ -400,7 +439,8 @@ export function render(model: Model, el: HTMLElement): () => void {
     thumbnails.mark(get("layer"), get("head"));
   }
 
-  function takeMaps(message: any, buffers: DataView[]): void {
+  /** `confirmed`: whether the maps are the kernel's. */
+  function takeMaps(message: any, buffers: DataView[], confirmed = true): void {
     if (message.view !== viewId || (shown && message.seq < shown.seq)) return;
     const { layer, head } = message;
     const level: maps.Level = { rows: message.row_level, columns: message.level };
@@ -426,6 +466,8 @@ export function render(model: Model, el: HTMLElement): () => void {
       unanswered = "";
       frame.root.toggleAttribute("data-waiting", false);
     }
+    frame.root.toggleAttribute("data-confirmed", confirmed);
+    if (confirmed) requestInputs(layer, head);
     paint();
   }
 
@@ -435,6 +477,7 @@ export function render(model: Model, el: HTMLElement): () => void {
     else if (message.kind === "maps") takeMaps(message, buffers);
     else if (message.kind === "row") takeRow(message, buffers);
     else if (message.kind === "strip") takeStrip(message);
+    else if (message.kind === "inputs" && message.view === viewId) locals.take(message, buffers);
   });
 
   // --- painting ---------------------------------------------------------------------------------

@@ -54,7 +54,15 @@ export interface StripRequest {
   sampler: string;
 }
 
-export type LensRequest = MapsRequest | ThumbnailsRequest | RowRequest | StripRequest;
+/** Asks for what the browser needs to draw a head itself, while the slider moves. */
+export interface InputsRequest {
+  kind: "inputs";
+  view: string;
+  layer: number;
+  head: number;
+}
+
+export type LensRequest = MapsRequest | ThumbnailsRequest | RowRequest | StripRequest | InputsRequest;
 
 /** Sends a request; false where nothing can answer. */
 export type Ask = (request: LensRequest) => boolean;

@@ -34,6 +34,21 @@ export const HALF = (() => {
   return table;
 })();
 
+const single = new Float32Array(1);
+const bits = new Uint32Array(single.buffer);
+
+/** The half-precision code of a number in [0, 1], rounded to the nearest, ties to even. */
+export function half(x: number): number {
+  single[0] = x;
+  const exponent = (bits[0] >>> 23) - 112;
+  const digits = bits[0] & 0x7fffff;
+  if (exponent < -10) return 0;
+  const shift = exponent > 0 ? 13 : 14 - exponent;
+  const kept = exponent > 0 ? (exponent << 23) | digits : digits | 0x800000;
+  const [code, rest, middle] = [kept >>> shift, kept & ((1 << shift) - 1), 1 << (shift - 1)];
+  return code + Number(rest > middle || (rest === middle && (code & 1) === 1));
+}
+
 function unpack(base64: string): Uint32Array {
   const bytes = Uint8Array.from(atob(base64), (c) => c.charCodeAt(0));
   const colours = new Uint32Array(256);

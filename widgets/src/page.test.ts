@@ -1,7 +1,6 @@
 import { describe, expect, it } from "vitest";
-import { HALF } from "./maps";
-import { PageHead, type HeadInputs } from "./page_head";
-import { half } from "./page_model";
+import { LocalHead, type HeadInputs } from "./local_head";
+import { HALF, half } from "./maps";
 import { SAMPLERS } from "./samplers";
 
 /** Numbers that look random and are the same everywhere. */
@@ -29,7 +28,7 @@ it("writes half precision as it is read", () => {
 });
 
 describe.each([true, false])("a head, causal: %s", (causal) => {
-  const head = new PageHead(inputs(90, 90, causal));
+  const head = new LocalHead(inputs(90, 90, causal));
 
   it("has exact rows that sum to one, at every level", () => {
     for (const level of [0, 3]) {

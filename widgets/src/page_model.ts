@@ -1,8 +1,8 @@
 // The model of a lens in a page without a kernel: it answers the lens's requests itself.
 import type { Model } from "./dom";
-import { HALF, TILE, type Level } from "./maps";
-import { PageHead } from "./page_head";
-import { SAMPLERS, type SamplerName } from "./samplers";
+import { LocalHead, mapsOf, rowOf } from "./local_head";
+import { HALF } from "./maps";
+import { SAMPLERS } from "./samplers";
 
 /** What a page holds of a lens; arrays are base64 of little-endian numbers. */
 export interface PageData {
@@ -28,32 +28,15 @@ const MAX_STRIP_DRAWS = 1 << 10;
 /** Milliseconds after a request for maps for which the strip waits, so that the slider moves freely. */
 const STRIP_PAUSE_MS = 300;
 
-type Tile = { map: "exact" | "sampled"; i: number; j: number; rows: number; columns: number };
-
 function decoded(base64: string): ArrayBuffer {
   return Uint8Array.from(atob(base64), (c) => c.charCodeAt(0)).buffer;
-}
-
-const single = new Float32Array(1);
-const bits = new Uint32Array(single.buffer);
-
-/** The half-precision code of a number in [0, 1], rounded to the nearest, ties to even. */
-export function half(x: number): number {
-  single[0] = x;
-  const exponent = (bits[0] >>> 23) - 112;
-  const digits = bits[0] & 0x7fffff;
-  if (exponent < -10) return 0;
-  const shift = exponent > 0 ? 13 : 14 - exponent;
-  const kept = exponent > 0 ? (exponent << 23) | digits : digits | 0x800000;
-  const [code, rest, middle] = [kept >>> shift, kept & ((1 << shift) - 1), 1 << (shift - 1)];
-  return code + Number(rest > middle || (rest === middle && (code & 1) === 1));
 }
 
 /** A model as anywidget gives it to a view, for a page in which no kernel stands behind it. */
 export class PageModel {
   private readonly state: Record<string, any>;
   private readonly listeners = new Map<string, Set<(...values: any[]) => void>>();
-  private readonly heads = new Map<string, PageHead>();
+  private readonly heads = new Map<string, LocalHead>();
   private readonly pending = new Map<string, any>();
   private lastMaps = -Infinity;
   /** The strip that is being measured. */
@@ -105,13 +88,13 @@ export class PageModel {
   }
 
   /** A head, which is computed when it is first asked for. */
-  head(layer: number, head: number): PageHead {
+  head(layer: number, head: number): LocalHead {
     const name = `${layer}/${head}`;
     if (!this.heads.has(name)) {
       const { state, scale, key, kv } = this.data;
       const held = this.data.heads.find((x) => x.layer === layer && x.head === head)!;
       const unit = Number(kv[held.kv].unit);
-      const computed = new PageHead({
+      const computed = new LocalHead({
         queries: new Float32Array(decoded(held.q)),
         keys: new Float32Array(decoded(kv[held.kv].k)),
         values: Float32Array.from(new Uint16Array(decoded(kv[held.kv].v)), (code) => HALF[code] * unit),
@@ -142,49 +125,19 @@ export class PageModel {
 
   private answerMaps(request: any): void {
     const { layer, head } = request;
-    const level: Level = { rows: request.row_level, columns: request.level };
     if (!this.holds(layer, head)) {
       const text = `This page does not hold layer ${layer}, head ${head}. It holds ${this.contents()}.`;
       this.tell("msg:custom", { kind: "error", text }, []);
       return;
     }
-    const sampler: SamplerName = this.state.sampler;
-    const computed = this.head(layer, head);
-    const draws = computed.draw(sampler, request.draws);
-    const tiles: Tile[] = [];
-    const buffers: DataView[] = [];
-    const put = (map: Tile["map"], wanted: [number, number][]) => {
-      for (const [i, j] of wanted) {
-        const rows = this.part(i, this.state.num_queries, level.rows);
-        const columns = this.part(j, this.state.num_keys, level.columns);
-        const cells =
-          map === "exact"
-            ? computed.poolExact(level, rows, columns)
-            : computed.poolDraws(draws, level, rows, columns);
-        tiles.push({ map, i, j, rows: rows[1] - rows[0], columns: columns[1] - columns[0] });
-        const codes = new Uint16Array(cells.length);
-        for (let at = 0; at < cells.length; at++) codes[at] = cells[at] === 0 ? 0 : half(cells[at]);
-        buffers.push(new DataView(codes.buffer));
-      }
-    };
-    put("exact", request.exact);
-    put("sampled", request.sampled);
-    const everyRow = Int32Array.from({ length: this.state.num_queries }, (_, i) => i);
-    buffers.push(new DataView(everyRow.buffer), new DataView(draws.facts.buffer));
-    const effort = `${sampler}, ${request.draws} draw${request.draws === 1 ? "" : "s"} a row`;
-    const measured = { measured_rows: this.state.num_queries, seed: this.data.seed };
-    const found = { error: draws.error, std_error: null, sampler, effort, ...measured };
-    this.tell("msg:custom", { ...request, tiles, ...found, corrected: false, fallbacks: [] }, buffers);
+    const { sampler } = this.state;
+    this.tell("msg:custom", ...mapsOf(this.head(layer, head), request, sampler, this.data.seed));
   }
 
   private answerRow(request: any): void {
-    const { layer, head, row, first, end } = request;
-    if (!this.holds(layer, head)) return;
-    const sampler: SamplerName = this.state.sampler;
-    const computed = this.head(layer, head);
-    const found = computed.row(computed.draw(sampler, request.draws), row, first, end);
-    const buffers = [found.exact, found.sampled, found.norms].map((x) => new DataView(x.buffer));
-    this.tell("msg:custom", { ...request, sampler }, buffers);
+    const { layer, head } = request;
+    if (this.holds(layer, head))
+      this.tell("msg:custom", ...rowOf(this.head(layer, head), request, this.state.sampler));
   }
 
   /** The heads that the page holds, in words. */
@@ -196,11 +149,6 @@ export class PageModel {
         ([layer, heads]) => `head${heads.length > 1 ? "s" : ""} ${heads.sort().join(", ")} of layer ${layer}`,
       )
       .join("; ");
-  }
-
-  /** The cells of a tile along one side of a level. */
-  private part(tile: number, positions: number, level: number): [number, number] {
-    return [tile * TILE, Math.min((tile + 1) * TILE, Math.ceil(positions / (1 << level)))];
   }
 
   /** Sends error and variance against draws point by point, until another head is asked for. */

@@ -28,7 +28,15 @@ from .base import View
 from .lens_estimates import GivenEstimate, HeadFinding, estimate_of_rows
 from .lens_heads import HeadRows, LensHeads, checked_layers
 from .lens_maps import MapLevel, exact_tiles, overview_level, pool_draws, pool_map, sampled_tiles
-from .lens_page import SAMPLERS_IN_PAGES, live_html, page_html
+from .lens_page import (
+    MAX_LOCAL_CELLS,
+    SAMPLERS_IN_PAGES,
+    inputs_for_browser,
+    live_html,
+    page_html,
+    samplers_in_browser,
+    stream_key,
+)
 from .lens_strip import REPETITIONS, StripStep, strip_rows, strip_steps
 from .lens_tokens import readable_tokens
 
@@ -418,6 +426,10 @@ class AttentionLens(View):
             self._worker.put("thumbnails", partial(self._send_thumbnails, draws, given, 0), rank=2)
         elif content["kind"] == "row":
             self._worker.put(f"row {content.get('view')}", partial(self._send_row, dict(content)))
+        elif content["kind"] == "inputs":
+            self._worker.put(
+                f"inputs {content.get('view')}", partial(self._send_inputs, dict(content)), rank=1
+            )
         elif content["kind"] == "strip":
             place = int(content["layer"]), int(content["head"])
             self._strips[str(content.get("view"))] = steps = strip_steps(
@@ -511,6 +523,23 @@ class AttentionLens(View):
         reply = {name: request.get(name) for name in (*REQUEST_NAMES, "row", "first", "end")}
         buffers = [x.float().numpy().tobytes() for x in (part.p[at, keys], drawn[keys], norms)]
         self.send({"kind": "row", **reply, "sampler": estimate.info.sampler}, buffers)
+
+    def _send_inputs(self, request: dict[str, Any]) -> None:
+        """Send what the browser needs to draw a head itself; nothing of a head that is too large for that."""
+        layer, head = int(request["layer"]), int(request["head"])
+        reply = {name: request.get(name) for name in ("view", "layer", "head")}
+        if self.num_queries * self.num_keys > MAX_LOCAL_CELLS:
+            self.send({"kind": "inputs", **reply})
+            return
+        inputs = inputs_for_browser(self._heads, layer, head)
+        known = {
+            "samplers": samplers_in_browser(self._heads.sampler),
+            "scale": self._heads.scale,
+            "group": inputs.group,
+            "key": stream_key(self._heads),
+            "seed": str(self._seed),
+        }
+        self.send({"kind": "inputs", **reply, **known}, inputs.buffers())
 
     def _put_strip(self, request: dict[str, Any], steps: Iterator[StripStep]) -> None:
         task = partial(self._send_strip, request, steps)

@@ -6,6 +6,7 @@ import base64
 import html
 import json
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,9 +27,11 @@ if TYPE_CHECKING:
 SAMPLERS_IN_PAGES = ("monte-carlo", "stratified", "systematic", "head-tail")
 """The samplers that the page has too, in TypeScript."""
 
+MAX_LOCAL_CELLS = 1 << 20
+"""Queries × keys of a head up to which a browser with a kernel draws it too, while the slider moves."""
+
 MAX_THUMBNAIL_BYTES = 200_000
 """The thumbnails of all heads are made coarser until they take no more."""
-
 
 PICTURE_DPI = 80
 """Pixels an inch of the picture that stands for the lens where no script runs."""
@@ -60,14 +63,14 @@ def live_html(heads: LensHeads, state: Mapping[str, Any], seed: int, max_bytes: 
     ArgumentError
         If the page does not know the sampler, or `max_bytes` do not hold the shown head.
     """
-    _check_sampler(heads.sampler)
+    if heads.sampler.name not in samplers_in_browser(heads.sampler):
+        raise ArgumentError(_refusal(heads.sampler))
     style, script = ((STATIC / f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
-    key = int(heads.stream(0, torch.arange(1)).keys) & 0xFFFFFFFFFFFFFFFF
     data: dict[str, Any] = {
         "state": {**state, "own_draws": True, "given": {}, "selected_rows": list(state["selected_rows"])},
         "scale": heads.scale,
         "seed": str(seed),
-        "key": f"{key:016x}",
+        "key": stream_key(heads),
         "thumbnails": list(_thumbnails(heads, state["num_samples"])),
         "heads": [],
         "kv": [],
@@ -75,18 +78,16 @@ def live_html(heads: LensHeads, state: Mapping[str, Any], seed: int, max_bytes: 
     size = len(style) + len(script) + len(json.dumps(data)) + 1000
     places: dict[tuple[int, int], int] = {}
     for layer, head in _by_nearness(heads, state["layer"], state["head"]):
-        q, k, v = heads.layers[layer]
-        group = head // (q.shape[0] // k.shape[0])
-        entry: dict[str, Any] = {"layer": layer, "head": head, "group": group, "q": _bytes(q[head].float())}
+        x = inputs_for_browser(heads, layer, head)
+        group = x.group
+        entry: dict[str, Any] = {"layer": layer, "head": head, "group": group, "q": _text(x.q)}
         shared: dict[str, str] = {}
         if (layer, group) not in places:
-            values = v[group].float()
-            order = ValueOrder.fit(values[None]).order(values[None])[0]
-            unit = float(values.abs().amax()) or 1.0
+            unit = float(x.v.abs().amax()) or 1.0
             shared = {
-                "k": _bytes(k[group].float()),
-                "v": _bytes((values / unit).half()),
-                "order": _bytes(order.to(torch.uint16)),
+                "k": _text(x.k),
+                "v": _text((x.v / unit).half()),
+                "order": _text(x.order),
                 "unit": str(unit),
             }
         size += sum(len(text) + 20 for text in (entry["q"], *shared.values())) + 100
@@ -147,14 +148,56 @@ picture, img {{ display: block; max-width: 100%; height: auto; }}
 """
 
 
-def _check_sampler(sampler: Sampler) -> None:
-    head = sampler.head if isinstance(sampler, HeadTailSampler) else "optimal"
-    if sampler.name not in SAMPLERS_IN_PAGES or head != "optimal":
-        options = "" if head == "optimal" else f"(head={head!r})"
-        raise ArgumentError(
-            f"sampler={sampler.name!r}{options} is not allowed in a page without a kernel, which draws by "
-            f"{', '.join(SAMPLERS_IN_PAGES)}."
-        )
+@dataclass(frozen=True)
+class BrowserInputs:
+    """What a browser needs of a head to draw it itself.
+
+    Parameters
+    ----------
+    group : int
+        Its key head.
+    q, k, v : Tensor, float32, (L, E), (n, E), (n, Ev)
+    order : Tensor, uint16, (n,)
+        The keys in the order of their values.
+    """
+
+    group: int
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    order: Tensor
+
+    def buffers(self) -> list[bytes]:
+        """q, k, v and the order, little-endian."""
+        return [little_endian(x) for x in (self.q, self.k, self.v, self.order)]
+
+
+def inputs_for_browser(heads: LensHeads, layer: int, head: int) -> BrowserInputs:
+    """What a browser needs of a head to draw it itself."""
+    q, k, v = heads.layers[layer]
+    group = head // (q.shape[0] // k.shape[0])
+    values = v[group].float()
+    order = ValueOrder.fit(values[None]).order(values[None])[0].to(torch.uint16)
+    return BrowserInputs(group, q[head].float(), k[group].float(), values, order)
+
+
+def samplers_in_browser(current: Sampler) -> tuple[str, ...]:
+    """The samplers by which a browser draws as the lens does; `current` may have options of its own."""
+    plain = not isinstance(current, HeadTailSampler) or current.head == "optimal"
+    return tuple(name for name in SAMPLERS_IN_PAGES if plain or name != current.name)
+
+
+def stream_key(heads: LensHeads) -> str:
+    """The Philox key of the sequence, 16 hexadecimal digits."""
+    return f"{int(heads.stream(0, torch.arange(1)).keys) & 0xFFFFFFFFFFFFFFFF:016x}"
+
+
+def _refusal(sampler: Sampler) -> str:
+    options = f"(head={sampler.head!r})" if isinstance(sampler, HeadTailSampler) else ""
+    return (
+        f"sampler={sampler.name!r}{options} is not allowed in a page without a kernel, which draws by "
+        f"{', '.join(SAMPLERS_IN_PAGES)}."
+    )
 
 
 def _by_nearness(heads: LensHeads, layer: int, head: int) -> Iterator[tuple[int, int]]:
@@ -179,12 +222,17 @@ def _thumbnails(heads: LensHeads, num_samples: int) -> Iterator[dict[str, Any]]:
         yield {
             "rows": coarse.shape[1],
             "columns": coarse.shape[2],
-            "variances": _bytes(torch.from_numpy(layer.variances)),
-            "maps": _bytes(torch.from_numpy(coarse)),
+            "variances": _text(torch.from_numpy(layer.variances)),
+            "maps": _text(torch.from_numpy(coarse)),
         }
 
 
-def _bytes(x: Tensor) -> str:
-    """The bytes of a tensor in base64, little-endian."""
+def little_endian(x: Tensor) -> bytes:
+    """The numbers of a tensor, one after the other."""
     array = x.contiguous().numpy()
-    return base64.b64encode(array.astype(array.dtype.newbyteorder("<")).tobytes()).decode()
+    return array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
+
+
+def _text(x: Tensor) -> str:
+    """The bytes of a tensor in base64."""
+    return base64.b64encode(little_endian(x)).decode()

@@ -1,5 +1,6 @@
-// One head in a page without a kernel: its exact attention, and what is drawn of it.
-import type { Level } from "./maps";
+// One head that the browser draws itself, without a kernel: its exact attention, and what is drawn of it.
+import type { MapsRequest, RowRequest } from "./lens_requests";
+import { half, TILE, type Level } from "./maps";
 import type { RowStream } from "./philox";
 import {
   masses,
@@ -16,7 +17,7 @@ import {
 /** Queries that see fewer keys take them as they come: `FIRST_VALUES` in qtx_lab/samplers/value_order.py. */
 const FIRST_VALUES = 64;
 
-/** A head as the page holds it; matrices row by row. */
+/** A head as the browser holds it; matrices row by row. */
 export interface HeadInputs {
   queries: Float32Array;
   keys: Float32Array;
@@ -63,7 +64,7 @@ function product(query: Float64Array, keys: Float32Array, at: number): number {
   return a + b + (c + d);
 }
 
-export class PageHead {
+export class LocalHead {
   private readonly mass: Float32Array[] = [];
   /** 1 / the mass of each row. */
   private readonly share: Float64Array;
@@ -78,7 +79,7 @@ export class PageHead {
   private readonly weightOf: Float64Array;
   private readonly distinct: Int32Array;
 
-  constructor(private readonly inputs: HeadInputs) {
+  constructor(readonly inputs: HeadInputs) {
     const { numQueries, numKeys, queries, keys, values, scale, causal } = inputs;
     const [features, width] = [queries.length / numQueries, values.length / numKeys];
     this.width = width;
@@ -290,3 +291,47 @@ export class PageHead {
     return cells;
   }
 }
+
+/** An answer to a request of a lens, as the kernel would send it. */
+export type Answer = [message: any, buffers: DataView[]];
+
+/** The maps that were asked for. Standard errors are the kernel's alone. */
+export function mapsOf(head: LocalHead, request: MapsRequest, sampler: SamplerName, seed: string): Answer {
+  const { numQueries, numKeys } = head.inputs;
+  const level: Level = { rows: request.row_level, columns: request.level };
+  const draws = head.draw(sampler, request.draws!);
+  const tiles: { map: "exact" | "sampled"; i: number; j: number; rows: number; columns: number }[] = [];
+  const buffers: DataView[] = [];
+  for (const map of ["exact", "sampled"] as const) {
+    for (const [i, j] of request[map]) {
+      const rows = tileCells(i, numQueries, level.rows);
+      const columns = tileCells(j, numKeys, level.columns);
+      const cells =
+        map === "exact" ? head.poolExact(level, rows, columns) : head.poolDraws(draws, level, rows, columns);
+      const codes = new Uint16Array(cells.length);
+      for (let at = 0; at < cells.length; at++) codes[at] = cells[at] === 0 ? 0 : half(cells[at]);
+      tiles.push({ map, i, j, rows: rows[1] - rows[0], columns: columns[1] - columns[0] });
+      buffers.push(new DataView(codes.buffer));
+    }
+  }
+  const everyRow = Int32Array.from({ length: numQueries }, (_, i) => i);
+  buffers.push(new DataView(everyRow.buffer), new DataView(draws.facts.buffer));
+  const effort = `${sampler}, ${request.draws} draw${request.draws === 1 ? "" : "s"} a row`;
+  const measured = { error: draws.error, std_error: null, measured_rows: numQueries };
+  const known = { sampler, effort, seed, corrected: false, fallbacks: [] };
+  return [{ ...request, tiles, ...measured, ...known }, buffers];
+}
+
+/** The weights of the query that was asked for, and the lengths of the values. */
+export function rowOf(head: LocalHead, request: RowRequest, sampler: SamplerName): Answer {
+  const { row, first, end } = request;
+  const found = head.row(head.draw(sampler, request.draws!), row, first, end);
+  const buffers = [found.exact, found.sampled, found.norms].map((x) => new DataView(x.buffer));
+  return [{ ...request, sampler }, buffers];
+}
+
+/** The cells of a tile along one side of a level: the first, and the one after the last. */
+const tileCells = (tile: number, positions: number, level: number): [number, number] => [
+  tile * TILE,
+  Math.min((tile + 1) * TILE, Math.ceil(positions / (1 << level))),
+];

@@ -23,9 +23,14 @@ from ..estimates import AttentionEstimate
 from ..kernels.cpu_decode.reference import DrawRule
 from ..streams import make_seed
 from .attend import Call, attend, plain_mode, scores_by_place
+from .guarantee import Promise, attend_within
 from .saving import CacheParts, read_cache, write_cache
-from .sketches import PROPOSALS, ComponentSketch, QueryMoment, make_sketch
+from .sketches import PROPOSALS, ComponentSketch, Int8Sketch, QueryMoment, make_sketch
 from .store import TokenStore
+from .value_sketch import ValueSketch
+
+DEFAULT_DRAWS = 64
+"""Draws of a row where neither a number nor a tolerance is given."""
 
 
 class SampledKVCache:
@@ -49,6 +54,8 @@ class SampledKVCache:
     - `low-rank`: the `rank` components of a key that matter most to the queries seen so far (all
       directions equally where none was seen), a byte each.
     - `int4`: all components of a key, 4 bits each.
+    - `int8`: all components of a key, a byte each, with bounds of what they leave out, and the values in a
+      byte a feature. It is the one that can keep a tolerance (`tolerance` of `attend`).
     - `mixed`: `rank` components, the first third in 4 bits each and the others in 2 (`MixedSketch`): a third
       of a byte a component. Not in Triton's kernel: on GPUs plain torch takes it, as `info.kernel` says.
 
@@ -76,6 +83,9 @@ class SampledKVCache:
         self._lead = parts.lead  # the leading dimensions of k and v, the last of them the key heads
         self._store, self._sketch, self._queries = parts.store, parts.sketch, parts.queries
         self._sequences = torch.arange(self._lead[:-1].numel(), device=parts.store.table.device)
+        values = parts.store.values().to(parts.store.dtype)
+        bounded = parts.sketch is not None and parts.sketch.bounded
+        self._value_sketch = ValueSketch.of(values) if bounded else None
         self.defensive = parts.defensive
         """epsilon, the share of the draws, but for sure ones, that are made from all keys alike."""
 
@@ -97,7 +107,7 @@ class SampledKVCache:
         k : Tensor, (..., Hkv, n, E), n >= 1
         v : Tensor, (..., Hkv, n, Ev)
             float32, float64, float16 or bfloat16, as k; both are copied.
-        proposal : {"exact", "low-rank", "int4", "mixed"}
+        proposal : {"exact", "low-rank", "int8", "int4", "mixed"}
         rank : int, optional
             r of the low-rank sketch, 32 where None, or of the mixed one, 24 (or E, if less).
         defensive : float
@@ -137,14 +147,14 @@ class SampledKVCache:
 
     @property
     def proposal(self) -> str:
-        """What proposes keys: one of "exact", "low-rank", "int4" and "mixed"."""
+        """What proposes keys: one of "exact", "low-rank", "int8", "int4" and "mixed"."""
         return "exact" if self._sketch is None else self._sketch.proposal
 
     @property
     def nbytes(self) -> int:
         """Bytes held: keys, values, sketch, order and queries seen, and room to grow."""
-        sketch = 0 if self._sketch is None else self._sketch.nbytes
-        return self._store.nbytes + sketch + self._queries.nbytes
+        sketches = [x.nbytes for x in (self._sketch, self._value_sketch) if x is not None]
+        return self._store.nbytes + sum(sketches) + self._queries.nbytes
 
     def sketch_nbytes(self) -> int:
         """Bytes of it that one query of each key head reads in full."""
@@ -176,6 +186,8 @@ class SampledKVCache:
         with plain_mode(k.device):
             k, v = (x.detach().reshape(store.heads, *x.shape[-2:]) for x in (k, v))
             store.append(k, v)
+            if self._value_sketch is not None:
+                self._value_sketch.extend(v.to(store.dtype))
             sketch = self._sketch
             if sketch is not None and sketch.needs_fit(store.length):
                 self._fit(sketch)
@@ -210,6 +222,8 @@ class SampledKVCache:
             return
         with plain_mode(store.table.device):
             index = store.crop(length)
+            if self._value_sketch is not None:
+                self._value_sketch.crop(length)
             if sketch is not None and not sketch.crop(index):
                 self._fit(sketch)
 
@@ -239,14 +253,18 @@ class SampledKVCache:
             heads = (index[:, None] * lead[1] + torch.arange(lead[1], device=index.device)).flatten()
             self._store, self._queries = self._store.select(heads), self._queries.select(heads)
             self._sketch = None if self._sketch is None else self._sketch.select(heads)
+            values = self._value_sketch
+            self._value_sketch = None if values is None else values.select(heads)
             self._lead = torch.Size((len(index), lead[1]))
             self._sequences = torch.arange(len(index), device=index.device)
 
     def attend(
         self,
         q: Tensor,
-        num_samples: int = 64,
+        num_samples: int | None = None,
         *,
+        tolerance: float | None = None,
+        confidence: float = 0.95,
         replicates: int = 1,
         adaptive: bool = False,
         share_keys: bool = False,
@@ -263,8 +281,16 @@ class SampledKVCache:
         q : Tensor, (..., H, L, E)
             H a multiple of Hkv; query head h uses key head h // (H / Hkv). The heads of a group share
             their random numbers. Sketches remember its second moment for when they are fitted next.
-        num_samples : int
-            S, the draws of a row and replicate.
+        num_samples : int, optional
+            S, the draws of a row and replicate; 64 where neither it nor a tolerance is given.
+        tolerance : float, optional
+            In place of a number of draws, for proposal="int8": each row reads as many keys as it takes for
+            P(|o_hat - o| > tolerance |o|) <= 1 - confidence, a promise that holds for finite samples and for
+            any keys, values and queries (`qtx_lab.cache.guarantee` has the theorem). First the heaviest
+            keys are read, then others are drawn; many rows need no draws and are right for sure. A row that
+            would read as many keys as there are is computed exactly, which `info.fallbacks` says.
+        confidence : float
+            Of the tolerance: from 1/2 to below 1.
         replicates : int
             R independent repetitions, averaged.
         adaptive : bool
@@ -291,6 +317,10 @@ class SampledKVCache:
         Returns
         -------
         AttentionEstimate
+            Of a tolerance: `info.draws_per_row` is how many keys each row read, and
+            `info.predicted_relative_error` the bound that was kept; `draws` are the keys read with their
+            estimated probabilities, beside which the sketches count for the others; no `std_error`.
+            Otherwise:
             `std_error` by the delta method, as for `LearnedImportanceSampler`; an estimated `log_sum_exp`
             where Triton did not run; indices count tokens as they came. Draws that found no key of their
             own have weight 0. float32 and bfloat16 on the CPU are attended to by a pass that numba
@@ -302,7 +332,8 @@ class SampledKVCache:
         ShapeError, DtypeError, ArgumentError
             Before any work.
         """
-        num_samples = check_count("num_samples", num_samples)
+        promise = self._promise(tolerance, confidence, num_samples, replicates, adaptive, share_keys)
+        num_samples = check_count("num_samples", DEFAULT_DRAWS if num_samples is None else num_samples)
         replicates = check_count("replicates", replicates)
         for name, x in (("adaptive", adaptive), ("share_keys", share_keys)):
             if not isinstance(x, bool):
@@ -329,10 +360,51 @@ class SampledKVCache:
                 sinks=sinks,
                 softcap=None if softcap is None else float(softcap),
             )
-            estimate = attend(store, self._sketch, call)
+            if promise is None:
+                estimate = attend(store, self._sketch, call)
+            else:
+                assert isinstance(self._sketch, Int8Sketch)
+                assert self._value_sketch is not None
+                check_finite("q", q)
+                estimate = attend_within(store, self._sketch, self._value_sketch, call, promise)
             if self._sketch is not None:
                 self._queries.add(rows)
         return estimate
+
+    def _promise(
+        self,
+        tolerance: float | None,
+        confidence: float,
+        num_samples: int | None,
+        replicates: int,
+        adaptive: bool,
+        share_keys: bool,
+    ) -> Promise | None:
+        """What a tolerance promises; None where none is given."""
+        confidence = check_number("confidence", confidence, least=0.5, below=1)
+        if tolerance is None:
+            return None
+        least = torch.finfo(self._store.table.dtype).eps
+        tolerance = check_number("tolerance", tolerance, above=least, below=1)
+        if num_samples is not None:
+            raise ArgumentError(
+                f"num_samples={num_samples} and tolerance={tolerance} exclude each other: give one of them."
+            )
+        for name, given, default in (
+            ("replicates", replicates, 1),
+            ("adaptive", adaptive, False),
+            ("share_keys", share_keys, False),
+        ):
+            if given != default:
+                raise ArgumentError(
+                    f"{name}={given!r} is not allowed with a tolerance, which chooses the draws itself."
+                )
+        if self._value_sketch is None:
+            raise ArgumentError(
+                f"tolerance={tolerance} needs a cache built with proposal='int8', whose sketches know how "
+                f"far they may be from keys and values; proposal={self.proposal!r} promises nothing."
+            )
+        return Promise(tolerance, 1 - confidence)
 
     def scores(self, q: Tensor, scale: float | None = None) -> Tensor:
         """The logits of queries q (..., H, L, E) that keys are proposed by, up to a shift of each row.

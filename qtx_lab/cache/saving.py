@@ -20,8 +20,6 @@ from .store import TokenStore
 METADATA_KEY = "sampled_kv_cache"
 """Under which the file's metadata holds what is not a tensor, as JSON."""
 
-SKETCH_TENSORS = ("centre", "weight", "key_map", "exact_keys")
-
 
 @dataclass(frozen=True)
 class CacheParts:
@@ -76,7 +74,7 @@ def write_cache(path: str | Path, parts: CacheParts) -> None:
         "proposal": "exact",
     }
     if sketch is not None:
-        tensors |= {name: vars(sketch)[name] for name in SKETCH_TENSORS} | {"lines": sketch.lines}
+        tensors |= {name: vars(sketch)[name] for name in sketch.saved_tensors} | {"lines": sketch.lines}
         about |= {"proposal": sketch.proposal, "rank": sketch.rank, "fitted_length": sketch.fitted_length}
     tensors = {name: x.contiguous() for name, x in tensors.items()}
     write_tensors(path, tensors, {METADATA_KEY: json.dumps(about)})
@@ -114,10 +112,10 @@ def _parts(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> CachePart
     queries.total, queries.count = tensors["queries"], about["queries_seen"]
     sketch = None
     if about["proposal"] != "exact":
-        rank = None if about["proposal"] == "int4" else about["rank"]
+        rank = None if about["proposal"] in ("int4", "int8") else about["rank"]
         sketch = make_sketch(about["proposal"], rank, store.features)
         assert sketch is not None
         sketch.restore(
-            {name: tensors[name] for name in SKETCH_TENSORS}, tensors["lines"], about["fitted_length"]
+            {name: tensors[name] for name in sketch.saved_tensors}, tensors["lines"], about["fitted_length"]
         )
     return CacheParts(torch.Size(about["lead"]), store, sketch, queries, about["defensive"])

@@ -16,7 +16,7 @@ from ..checks import check_count
 from ..errors import ArgumentError
 from ..kernels.sketch_decode.reference import SketchTable
 from ..samplers.learned_proposal import best_low_rank
-from .store import ROOM
+from .store import ROOM, grown
 
 FITTED_KEYS = 8192
 """A sketch is fitted to no more keys than that, evenly spread."""
@@ -136,6 +136,10 @@ class ComponentSketch(ABC):
     """The share of a component's numbers that are cut off, so that the steps of the others are smaller."""
     mixed: ClassVar[bool] = False
     """Whether components have 4 and 2 bits, which the Triton kernel does not scan."""
+    bounded: ClassVar[bool] = False
+    """Whether it knows how far each guessed logit may be from the exact one: see `Int8Sketch`."""
+    saved_tensors: ClassVar[tuple[str, ...]] = ("centre", "weight", "key_map", "exact_keys")
+    """What has to be saved beside the lines."""
     headroom: ClassVar[float] = 1.0
     """How many times as large the numbers of later keys may be: those of slow rotary components drift."""
 
@@ -337,6 +341,98 @@ class LowRankSketch(ComponentSketch):
         return lines
 
 
+class Int8Sketch(LowRankSketch):
+    """All components of a key, a byte each, and how far each key is from what is stored of it.
+
+    With y = W^T x the query in components and e_j what rounding took from the components of key j, beside
+    r_j = k_j - centre - W (components of k_j), which is 0 but for rounding where the maps have full rank,
+
+        |x . k_j - score_j| <= |y|_1 max_i |e_ji| + |x| |r_j|,
+
+    up to a shift of the row. Both numbers are stored, rounded up, in half precision: 4 bytes a key. The bound
+    holds for every query and every key, also for a later key that is cut off.
+    """
+
+    proposal = "int8"
+    bounded = True
+    headroom = 1.0
+    saved_tensors = (*LowRankSketch.saved_tensors, "slack")
+
+    def __init__(self, rank: int):
+        super().__init__(rank)
+        self.slack = torch.empty(0, dtype=torch.float16)
+        """max_i |e_ji| and |r_j| of the key at each place, (N, n or more, 2)."""
+
+    def fit(self, keys: Tensor, queries: Tensor) -> Tensor:
+        """Fit to keys and queries: see `ComponentSketch.fit`."""
+        worst = super().fit(keys, queries)
+        self.slack = self._slack(keys - self.centre, self.lines)
+        return worst
+
+    def restore(self, tensors: Mapping[str, Tensor], lines: Tensor, fitted_length: int) -> None:
+        """Be the sketch that was saved: see `ComponentSketch.restore`."""
+        super().restore(tensors, lines, fitted_length)
+        self.slack = tensors["slack"]
+
+    def extend(self, keys: Tensor) -> None:
+        """Sketch more keys: see `ComponentSketch.extend`."""
+        start = self.length
+        super().extend(keys)
+        self.slack = grown(self.slack, start, self.length)
+        self.slack[:, start : self.length] = self._slack(keys - self.centre, self.lines[:, start:])
+
+    def reorder(self, index: Tensor) -> None:
+        """Move what is stored of the keys: see `ComponentSketch.reorder`."""
+        super().reorder(index)
+        self.slack[:, : self.length] = self.slack.gather(1, index[..., None].expand(-1, -1, 2))
+
+    def crop(self, index: Tensor) -> bool:
+        """Keep some of the keys: see `ComponentSketch.crop`."""
+        self.slack = self.slack.gather(1, index[..., None].expand(-1, -1, 2))
+        return super().crop(index)
+
+    def select(self, heads: Tensor) -> Self:
+        """A sketch with some of the heads: see `ComponentSketch.select`."""
+        chosen = super().select(heads)
+        chosen.slack = self.slack[heads]
+        return chosen
+
+    def score_bounds(self, x: Tensor, heads: slice = slice(None)) -> Tensor:
+        """The most by which `score` of scaled queries (heads, M, E) may be wrong: (heads, M, n).
+
+        In the order of the places, for the shift x . centre of each row.
+        """
+        slack = self.slack[heads, : self.length].to(x.dtype)
+        size = torch.bmm(x, self.weight[heads]).abs().sum(-1, keepdim=True)
+        # Sums of `rank` products of whole numbers up to `levels` are rounded, too.
+        rounding = 8 * torch.finfo(x.dtype).eps * self.levels
+        rest = x.norm(dim=-1, keepdim=True) * slack[:, None, :, 1]
+        bounds = size * (slack[:, None, :, 0] + rounding) + rest
+        bounds[..., : self.exact_keys.shape[1]] = 0
+        return bounds
+
+    def _slack(self, centred: Tensor, lines: Tensor) -> Tensor:
+        components = centred @ self.key_map
+        rounded = (components - lines.to(components.dtype)).abs().amax(-1)
+        rest = (centred - components @ self.weight.mT).norm(dim=-1)
+        return rounded_up(torch.stack((rounded, rest), -1))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, with the room to grow."""
+        return super().nbytes + self.slack.nbytes
+
+    @property
+    def scanned_nbytes(self) -> int:
+        """Bytes that a query of each key head reads in full."""
+        return super().scanned_nbytes + self.slack[:, : self.length].nbytes
+
+
+def rounded_up(x: Tensor) -> Tensor:
+    """Numbers that are not negative, in half precision and not below what they were."""
+    return (x * (1 + 2**-10) + 2**-23).to(torch.float16)
+
+
 class Int4Sketch(ComponentSketch):
     """All components, 4 bits each: component i and component ceil(r / 2) + i share a byte.
 
@@ -444,7 +540,9 @@ def _exact_count(n: int) -> int:
     return min(n, max(FEWEST_EXACT, round(EXACT_SHARE * n)))
 
 
-SKETCHES: dict[str, type[ComponentSketch]] = {x.proposal: x for x in (LowRankSketch, Int4Sketch, MixedSketch)}
+SKETCHES: dict[str, type[ComponentSketch]] = {
+    x.proposal: x for x in (LowRankSketch, Int8Sketch, Int4Sketch, MixedSketch)
+}
 PROPOSALS = ("exact", *SKETCHES)
 """`exact` proposes keys by their exact logits, without a sketch."""
 
@@ -469,6 +567,8 @@ def make_sketch(proposal: str, rank: int | None, features: int) -> ComponentSket
         return None
     if proposal == "int4":
         return Int4Sketch(features)
+    if proposal == "int8":
+        return Int8Sketch(features)
     if proposal == "mixed":
         return MixedSketch(int(rank) if rank is not None else min(DEFAULT_MIXED_RANK, features))
     return LowRankSketch(int(rank) if rank is not None else min(DEFAULT_RANK, features))

@@ -306,6 +306,7 @@ NAMES = (
     "llm",
     "tasks",
     "circuits",
+    "softmax_circuit",
     "mitigation",
     "sweep",
     "training",

@@ -26,6 +26,7 @@ from .settings import AttentionSettings
 
 if TYPE_CHECKING:
     from ..backends import HybridPolicy, QiskitQuantumBackend
+    from .quantum_layers import AttentionKind
 
 
 class QuantumMultiheadAttention(nn.MultiheadAttention):
@@ -60,6 +61,13 @@ class QuantumMultiheadAttention(nn.MultiheadAttention):
     hybrid_mode : bool or HybridPolicy
         Draws by pseudo-random numbers what the backend cannot do, with a FallbackWarning: see
         `CircuitSampler`.
+    kind : str or AttentionKind
+        What makes queries, keys and values of heads: "softmax", torch's linear projections; "orthogonal",
+        orthogonal layers on unary states; "quantum-kernel", states whose fidelity is the logit; or an object
+        of `qtx_lab.attention.quantum_layers` with other settings. Their classical controls with as many
+        parameters are "orthogonal-control" and "quantum-kernel-control": train one beside. Kinds other than
+        "softmax" have parameters `heads.*` in place of `in_proj_*`, and take kdim = vdim = embed_dim and
+        neither add_bias_kv nor add_zero_attn. The draws, masks and outputs are the same for every kind.
     generator : torch.Generator, optional
         The source of the draws and of dropout; torch's default generator where None. Copies of the module
         share it: each forward of any of them takes the next seed, so that the layers of a
@@ -68,6 +76,8 @@ class QuantumMultiheadAttention(nn.MultiheadAttention):
 
     Attributes
     ----------
+    heads : torch.nn.Module or None
+        The layer of a kind other than "softmax".
     last_estimate : AttentionEstimate or None
         Of the latest forward, all heads (N, num_heads, L, head_dim) before the output projection, without a
         gradient; not kept in copies and files, nor under `torch.func`, whose tensors end with the transform.
@@ -87,6 +97,8 @@ class QuantumMultiheadAttention(nn.MultiheadAttention):
     >>> output.shape, weights.shape, attn.last_estimate.std_error.shape
     (torch.Size([2, 10, 16]), torch.Size([2, 10, 10]), torch.Size([2, 4, 10, 4]))
     """
+
+    heads: nn.Module | None
 
     def __init__(
         self,
@@ -108,6 +120,7 @@ class QuantumMultiheadAttention(nn.MultiheadAttention):
         control_variate: ControlVariate | None = None,
         quantum_backend: QiskitQuantumBackend | None = None,
         hybrid_mode: bool | HybridPolicy = False,
+        kind: str | AttentionKind = "softmax",
         generator: torch.Generator | None = None,
     ):
         settings = attention_settings(
@@ -124,10 +137,31 @@ class QuantumMultiheadAttention(nn.MultiheadAttention):
             device, dtype,
         )  # fmt: skip
         self._adopt(settings)
+        if kind != "softmax":
+            self._replace_projections(kind)
+
+    def _replace_projections(self, kind: str | AttentionKind) -> None:
+        """Give the module the layer of another kind in place of torch's projections."""
+        from .quantum_layers import make_kind
+
+        chosen = make_kind(kind)
+        given = {"kdim": self.kdim, "vdim": self.vdim}
+        for name, size in given.items():
+            if size != self.embed_dim:
+                raise ArgumentError(
+                    f"{name}={size} is not allowed with kind={chosen.name!r}; it must be embed_dim."
+                )
+        if self.bias_k is not None or self.add_zero_attn:
+            raise ArgumentError(f"add_bias_kv and add_zero_attn are not allowed with kind={chosen.name!r}.")
+        weight = self.out_proj.weight
+        for name in ("in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
+            self.register_parameter(name, None)
+        self.heads = chosen.build(self.embed_dim, self.num_heads).to(weight)
 
     def _adopt(self, settings: dict[str, Any]) -> None:
         self.settings = settings
         self.last_estimate: AttentionEstimate | None = None
+        self.heads = None
         # torch's fused layers ask for it, and would read the weights and bypass forward.
         self._qkv_same_embed_dim = False
 
@@ -138,6 +172,11 @@ class QuantumMultiheadAttention(nn.MultiheadAttention):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "last_estimate": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "heads" not in state["_modules"]:  # files of earlier versions do not have it
+            state = {"heads": None, **state}
+        super().__setstate__(state)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantumMultiheadAttention:
         generator = self.settings["generator"]
@@ -189,18 +228,9 @@ class QuantumMultiheadAttention(nn.MultiheadAttention):
         hint = is_causal and key_padding_mask is None and not need_weights  # as torch does
         mask = None if hint else self._merge(key_padding_mask, attn_mask, shape, dtype)
 
-        q, k, v = self._project(query, key, value)
-        if self.bias_k is not None and self.bias_v is not None:
-            k, v = (
-                torch.cat((x, b.to(x.dtype).expand(len(x), 1, -1)), 1)
-                for x, b in ((k, self.bias_k), (v, self.bias_v))
-            )
-        if self.add_zero_attn:
-            k, v = (F.pad(x, (0, 0, 0, 1)) for x in (k, v))
+        q, k, v = self._heads(query, key, value)
         if mask is not None:  # what was added is not masked
-            added = k.shape[1] - shape[2]
-            mask = F.pad(mask, (0, added), value=mask.dtype == torch.bool)
-        q, k, v = (x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for x in (q, k, v))
+            mask = F.pad(mask, (0, k.shape[-2] - shape[2]), value=mask.dtype == torch.bool)
         if self.training:
             v = drop_keys(v, self.dropout, self.settings["generator"])
         estimate = estimate_heads(q, k, v, mask, hint, self.settings)
@@ -259,6 +289,22 @@ class QuantumMultiheadAttention(nn.MultiheadAttention):
             for x in parts
         ]
         return sum(parts[1:], parts[0])
+
+    def _heads(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of all heads, (N, num_heads, length, features)."""
+        if self.heads is not None:
+            heads: tuple[Tensor, Tensor, Tensor] = self.heads(query, key, value)
+            return heads
+        q, k, v = self._project(query, key, value)
+        if self.bias_k is not None and self.bias_v is not None:
+            k, v = (
+                torch.cat((x, b.to(x.dtype).expand(len(x), 1, -1)), 1)
+                for x, b in ((k, self.bias_k), (v, self.bias_v))
+            )
+        if self.add_zero_attn:
+            k, v = (F.pad(x, (0, 0, 0, 1)) for x in (k, v))
+        q, k, v = (x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for x in (q, k, v))
+        return q, k, v
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
         packed = cast(Tensor | None, self.in_proj_weight)
@@ -427,6 +473,6 @@ def replace_attention(model: nn.Module, **settings: Any) -> ReplacedAttention:
             if type(layer) is QuantumMultiheadAttention:
                 layer.__class__ = nn.MultiheadAttention  # type: ignore[assignment]
                 layer._qkv_same_embed_dim = layer.in_proj_weight is not None
-                del layer.settings, layer.last_estimate
+                del layer.settings, layer.last_estimate, layer.heads
 
     return ReplacedAttention(layers, restore)  # type: ignore[arg-type]

@@ -870,7 +870,7 @@ def bench(name: str, quick: bool, json_path: Path | None) -> None:
     """Measure NAME side by side with what a user would choose instead.
 
     NAME is samplers, estimators, coverage, tolerance, decode, model, llm, tasks, circuits, mitigation,
-    softmax_circuit, sweep, training, kernels or llm_rows.
+    softmax_circuit, orthogonal, sweep, training, kernels or llm_rows.
     """
     times = "up to three minutes" if quick else "minutes, for llm hours; --quick takes up to three minutes"
     _announce(f"Measures {name} on this machine: {times}. Each case is printed when it is done.")

@@ -183,7 +183,8 @@ class OrthogonalHeads(nn.Module):
         if self.kind.control:
             return F.linear(x, cyclic_matrix(angles, x.shape[-1]))
         if not self.kind.shifts:
-            return rotate(x, angles, self.kind.layout)
+            basis = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+            return x @ rotate(basis, angles, self.kind.layout)  # the layer's matrix, made once for all rows
         fixed = x.detach()
         turned = by_shifts(lambda a: rotate(fixed, a, self.kind.layout), angles, TWO_TERMS)
         through = rotate(x, angles.detach(), self.kind.layout)  # the gradient of x: the layer transposed

@@ -307,6 +307,7 @@ NAMES = (
     "tasks",
     "circuits",
     "softmax_circuit",
+    "orthogonal",
     "mitigation",
     "sweep",
     "training",

@@ -147,7 +147,7 @@ def train(task: LearningTask, kind: AttentionKind, seed: int, steps: int) -> Tra
         batch = task.sequences(BATCH, generator)
         loss = F.cross_entropy(model(batch.tokens), batch.target)
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
     held_out = task.sequences(TEST_SEQUENCES, torch.Generator().manual_seed(10_000 + seed), test=True)
     with torch.no_grad():

@@ -231,21 +231,21 @@ def _estimate(
             )
 
     @functools.cache
-    def errors() -> RowErrors:
+    def errors(with_hidden: bool) -> RowErrors:
         refuse_cropped("std_error")
         with plain_mode(output.device):
-            moments = _value_moments(store, length, sums)
+            moments = _value_moments(store, length, sums, with_radius=with_hidden)
             return row_errors(table, store.features, drawn, moments, call.rule.replicates)
 
     def make_std_error() -> Tensor:
         with plain_mode(output.device):
             size = (sums[1] / length).sqrt().to(drawn.output.dtype)
             rounding = rounding_variance(drawn.output, size, call.draws, store.table.dtype)
-            return (errors().variance + rounding).sqrt().to(store.dtype).view(output.shape)
+            return (errors(False).variance + rounding).sqrt().to(store.dtype).view(output.shape)
 
     def make_reliability() -> Tensor:
         with plain_mode(output.device):
-            return errors().reliability().to(store.dtype).view(row_shape)
+            return errors(True).reliability().to(store.dtype).view(row_shape)
 
     def make_log_sum_exp() -> Tensor:
         refuse_cropped("log_sum_exp")
@@ -347,9 +347,11 @@ def _info(
     )
 
 
-def _value_moments(store: TokenStore, length: int, sums: Tensor) -> ValueMoments:
-    """Of the first `length` tokens, whose values have these sums."""
+def _value_moments(store: TokenStore, length: int, sums: Tensor, *, with_radius: bool) -> ValueMoments:
+    """Of the first `length` tokens, whose values have these sums; the radius alone needs all values."""
     mean, square = sums / length  # [N, 1, d]
+    if not with_radius:
+        return ValueMoments(mean, square)
     values = store.table[:, :length, store.features :]
     distance = torch.stack(
         [(v.double() - m).norm(dim=-1).amax(-1) for v, m in zip(values, mean, strict=True)]

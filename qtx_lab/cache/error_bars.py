@@ -33,13 +33,14 @@ class ValueMoments:
     ----------
     mean, square : Tensor, float64, (N, 1, d)
         Of the values, and of their squares.
-    radius : Tensor, float64, (N, 1)
-        The largest distance of a value from the mean.
+    radius : Tensor, float64, (N, 1), optional
+        The largest distance of a value from the mean, for which all values are read. Without it nothing is
+        known of what is hidden.
     """
 
     mean: Tensor
     square: Tensor
-    radius: Tensor
+    radius: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ class RowErrors:
     variance : Tensor, float64, (N, M, d)
         Of each coordinate, without rounding.
     hidden : Tensor, float64, (N, M)
-        The error, as a length, that keys may make that were not drawn and of which the draws tell nothing.
+        The error, as a length, that keys may make that were not drawn and of which the draws tell nothing;
+        NaN where the radius of the values is not known.
     """
 
     variance: Tensor
@@ -158,6 +160,8 @@ def _block(
     # Where all draws are sure, and not all keys drawn, nothing else is known.
     away = (moments.mean[heads] - o).square() + all_values
     variance = torch.where(everywhere > 0, variance, unseen.square()[..., None] * away)
+    if moments.radius is None:
+        return variance, torch.full_like(unseen, torch.nan)
     radius = moments.radius[heads] + (moments.mean[heads] - o).norm(dim=-1)
     usual, mean_weight = away.sum(-1).sqrt(), mean_weight[..., 0]
     farther = mean_weight + EXTRAPOLATED * (w.amax((-2, -1)) - mean_weight)

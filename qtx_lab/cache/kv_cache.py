@@ -23,6 +23,7 @@ from ..estimates import AttentionEstimate
 from ..kernels.cpu_decode.reference import DrawRule
 from ..streams import make_seed
 from .attend import Call, attend, plain_mode, scores_by_place
+from .exact_pass import attend_exactly
 from .guarantee import Promise, attend_within
 from .saving import CacheParts, read_cache, write_cache
 from .sketches import PROPOSALS, ComponentSketch, Int8Sketch, QueryMoment, make_sketch
@@ -224,7 +225,9 @@ class SampledKVCache:
             index = store.crop(length)
             if self._value_sketch is not None:
                 self._value_sketch.crop(length)
-            if sketch is not None and not sketch.crop(index):
+            if sketch is None:
+                return
+            if not (sketch.shorten(length) if index is None else sketch.crop(index)):
                 self._fit(sketch)
 
     def select_sequences(self, index: Tensor) -> None:
@@ -405,6 +408,47 @@ class SampledKVCache:
                 f"far they may be from keys and values; proposal={self.proposal!r} promises nothing."
             )
         return Promise(tolerance, 1 - confidence)
+
+    def attend_exactly(self, q: Tensor, *, scale: float | None = None) -> Tensor:
+        """Exact causal attention of the newest tokens, which reads every key and value once for all of them.
+
+        It is how drafted tokens are verified: their keys and values are appended, and their queries attend
+        together.
+
+        Parameters
+        ----------
+        q : Tensor, (..., H, L, E)
+            Queries of the newest L tokens, L from 1 to n: the first does not see the L - 1 tokens after it.
+        scale : float, optional
+            1 / sqrt(E) where None.
+
+        Returns
+        -------
+        Tensor, (..., H, L, Ev)
+            In the dtype of the cache.
+
+        Raises
+        ------
+        ShapeError, DtypeError, ArgumentError
+            If queries do not fit, are not finite, or are of more tokens than are held.
+
+        Examples
+        --------
+        >>> import torch
+        >>> k, v, q = (torch.randn(2, 100, 16) for _ in range(3))
+        >>> cache = SampledKVCache.build(k, v)
+        >>> exact = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)[:, -5:]
+        >>> torch.allclose(cache.attend_exactly(q[:, -5:]), exact, atol=1e-5)
+        True
+        """
+        rows, store, scale = self._rows("q", q), self._store, check_scale(scale)
+        check_finite("q", q)
+        positions = q.shape[-2]
+        if not 1 <= positions <= store.length:
+            raise ShapeError(f"q has {positions} positions; there must be 1 to {store.length}.")
+        with plain_mode(q.device):
+            scale = 1 / math.sqrt(store.features) if scale is None else float(scale)
+            return attend_exactly(store, rows, positions, scale).view(*q.shape[:-1], store.width)
 
     def scores(self, q: Tensor, scale: float | None = None) -> Tensor:
         """The logits of queries q (..., H, L, E) that keys are proposed by, up to a shift of each row.

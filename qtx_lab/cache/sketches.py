@@ -242,6 +242,11 @@ class ComponentSketch(ABC):
         columns = self.lines.mT  # by components
         columns.copy_(columns.gather(2, index[:, None].expand(-1, columns.shape[1], -1)))
 
+    def shorten(self, length: int) -> bool:
+        """Keep the lines at the first `length` places alone; returns whether the sketch is still good."""
+        self.length, self.fitted_length = length, min(self.fitted_length, length)
+        return self.exact_keys.shape[1] <= length
+
     def crop(self, index: Tensor) -> bool:
         """Keep the lines at places index (N, m) alone, in that order.
 
@@ -249,12 +254,11 @@ class ComponentSketch(ABC):
         has to be fitted anew.
         """
         lines = self.lines.gather(1, index[..., None].expand(-1, -1, self.lines.shape[-1]))
-        self.length = index.shape[1]
-        self.fitted_length = min(self.fitted_length, self.length)
+        holds = self.shorten(index.shape[1])
         self.lines.copy_(lines)
         exact = self.exact_keys.shape[1]
         first = torch.arange(exact, device=index.device)
-        return exact <= self.length and bool((index[:, :exact] == first).all())
+        return holds and bool((index[:, :exact] == first).all())
 
     def select(self, heads: Tensor) -> Self:
         """A sketch with some of the heads, int64, (N',), with repetitions; its memory is its own."""

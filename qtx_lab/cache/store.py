@@ -149,14 +149,17 @@ class TokenStore:
         self._sort()
         return self.places()
 
-    def crop(self, length: int) -> Tensor:
+    def crop(self, length: int) -> Tensor | None:
         """Forget all but the first `length` tokens.
 
-        Returns the former place of what is at each place now, int64, (N, length).
+        Returns the former place of what is at each place now, int64, (N, length); None where all stay, as
+        the tokens that are forgotten were at the last places.
         """
-        stays = (self.places() < length).nonzero()[:, 1].view(self.heads, length)
-        for x in (self.order, self.order_keys):
-            x[:, :length] = x[:, : self.length].gather(1, stays)
+        stays = None
+        if self.value_order is None or length < self.sorted_length:
+            stays = (self.places() < length).nonzero()[:, 1].view(self.heads, length)
+            for x in (self.order, self.order_keys):
+                x[:, :length] = x[:, : self.length].gather(1, stays)
         gone = self.values()[:, length:].to(torch.float64)
         self.value_sums = self.value_sums - torch.stack((gone, gone.square())).sum(2, keepdim=True)
         self.length, self.sorted_length = length, min(self.sorted_length, length)

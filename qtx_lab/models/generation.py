@@ -2,29 +2,127 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..cache.policies import CachePolicy, ExactPolicy, LayerCache, Reads, SampledPolicy
 from ..checks import check_count, check_generator, check_number
-from ..errors import ArgumentError, DtypeError
+from ..errors import ArgumentError, DtypeError, unknown_name
 from .base import LanguageModel, causal_sdpa
+from .speculative import (
+    MAX_DRAFTS,
+    DraftLength,
+    LosslessReport,
+    PassCounts,
+    SampledDrafter,
+    speculate,
+    token_probabilities,
+)
 
 
-def generate(
-    model: LanguageModel,
-    prompt: str | Tensor,
-    max_new_tokens: int = 256,
-    *,
-    temperature: float = 0.0,
-    proposal: str | None = "low-rank",
-    rank: int | None = None,
-    num_samples: int = 64,
-    generator: torch.Generator | None = None,
-) -> str:
+@dataclass(frozen=True, kw_only=True)
+class GenerationSettings:
+    """How a text is continued: the keyword arguments of `generate`, `stream` and `model.generate`.
+
+    Parameters
+    ----------
+    temperature : float
+        0: always the likeliest token. Otherwise the logits are divided by it before a token is drawn.
+    proposal, rank : str or None, int
+        As for `SampledKVCache.build`. None is exact attention to all tokens.
+    num_samples : int
+        Draws of each row.
+    lossless : bool
+        Whether sampled attention only drafts tokens, which exact passes over the cache accept or replace, so
+        that the text has exactly the distribution that it has by exact attention, and at temperature 0 is
+        the same text: see `qtx_lab.models.speculative`. The query heads of a key head then share their draws.
+    max_drafts : int, optional
+        For `lossless` only: the tokens that are drafted at most before an exact pass; 12 where None.
+    generator : torch.Generator, optional
+        Of tokens and keys. Without `lossless` the tokens' random numbers are the same whatever the proposal.
+
+    Raises
+    ------
+    ArgumentError, DtypeError
+        If a setting is not allowed.
+    """
+
+    temperature: float = 0.0
+    proposal: str | None = "low-rank"
+    rank: int | None = None
+    num_samples: int = 64
+    lossless: bool = False
+    max_drafts: int | None = None
+    generator: torch.Generator | None = None
+
+    def __post_init__(self) -> None:
+        check_generator(self.generator)
+        check_number("temperature", self.temperature, least=0)
+        decoding_policy(self.proposal, self.rank, self.num_samples, 0)
+        if not isinstance(self.lossless, bool):
+            raise ArgumentError(f"lossless={self.lossless!r} is not allowed: it must be True or False.")
+        if self.max_drafts is not None:
+            check_count("max_drafts", self.max_drafts)
+        if self.lossless and self.proposal is None:
+            raise ArgumentError(
+                "lossless=True is not allowed with proposal=None, which is exact already: name a proposal "
+                "that drafts."
+            )
+        if self.max_drafts is not None and not self.lossless:
+            raise ArgumentError(f"max_drafts={self.max_drafts} is for lossless=True only; given False.")
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> GenerationSettings:
+        """The settings of keyword arguments.
+
+        Raises
+        ------
+        ArgumentError, DtypeError
+            If a name is unknown, or a setting is not allowed.
+        """
+        names = [x.name for x in fields(cls)]
+        for name in given:
+            if name not in names:
+                raise unknown_name("keyword argument", name, names)
+        return cls(**given)
+
+
+class TextStream(Iterator[bytes]):
+    """A text in UTF-8, piece by piece as it comes; of a lossless one there is a report at any time.
+
+    Parameters
+    ----------
+    pieces : iterator of bytes
+    counts : PassCounts, optional
+        Of lossless generation.
+    """
+
+    def __init__(self, pieces: Iterator[bytes], counts: PassCounts | None = None):
+        self._pieces, self._counts = pieces, counts
+
+    def __next__(self) -> bytes:
+        return next(self._pieces)
+
+    @property
+    def report(self) -> LosslessReport:
+        """What lossless generation took so far: acceptance by position, bytes read, time.
+
+        Raises
+        ------
+        ArgumentError
+            If the text is not generated with `lossless=True`.
+        """
+        if self._counts is None:
+            raise ArgumentError("report is known for texts that are generated with lossless=True only.")
+        return self._counts.report()
+
+
+def generate(model: LanguageModel, prompt: str | Tensor, max_new_tokens: int = 256, **settings: Any) -> str:
     """Continue a text; each layer of the model decodes with a `SampledKVCache`.
 
     Parameters
@@ -35,19 +133,15 @@ def generate(
         Attended to exactly. With the new tokens it must fit in the context.
     max_new_tokens : int
         The text is shorter where the model ends it.
-    temperature : float
-        0: always the likeliest token. Otherwise the logits are divided by it before a token is drawn.
-    proposal, rank : str or None, int
-        As for `SampledKVCache.build`. None is exact attention to all tokens.
-    num_samples : int
-        Draws of each row.
-    generator : torch.Generator, optional
-        Of tokens and keys. The tokens' random numbers are the same whatever the proposal.
+    **settings
+        `temperature`, `proposal`, `rank`, `num_samples`, `lossless`, `max_drafts` and `generator`: see
+        `GenerationSettings`. With `lossless=True` the text has exactly the distribution of exact attention,
+        and at temperature 0 it is the same text.
 
     Returns
     -------
     str
-        The new text alone. `model.generate` yields it as it comes.
+        The new text alone. `model.generate` yields it as it comes, and has the report of a lossless one.
 
     Raises
     ------
@@ -60,41 +154,48 @@ def generate(
     >>> model = qtx.load_language_model("reference")
     >>> generate(model, "The import statement", 12)[:5]
     ' is a'
+    >>> pieces = model.generate("The import statement", 12, lossless=True)
+    >>> b"".join(pieces).decode() == generate(model, "The import statement", 12, proposal=None)
+    True
+    >>> pieces.report.tokens, pieces.report.passes < 11
+    (11, True)
     """
-    pieces = stream(
-        model,
-        prompt,
-        max_new_tokens,
-        temperature=temperature,
-        proposal=proposal,
-        rank=rank,
-        num_samples=num_samples,
-        generator=generator,
-    )
-    return b"".join(pieces).decode(errors="replace")
+    return b"".join(stream(model, prompt, max_new_tokens, **settings)).decode(errors="replace")
 
 
 def stream(
-    model: LanguageModel,
-    prompt: str | Tensor,
-    max_new_tokens: int = 256,
-    *,
-    temperature: float = 0.0,
-    proposal: str | None = "low-rank",
-    rank: int | None = None,
-    num_samples: int = 64,
-    generator: torch.Generator | None = None,
-) -> Iterator[bytes]:
+    model: LanguageModel, prompt: str | Tensor, max_new_tokens: int = 256, **settings: Any
+) -> TextStream:
     """The text that `generate` gives, in UTF-8, piece by piece as it comes; refusals come on the call."""
+    how = GenerationSettings.of(settings)
     tokens = model.encode(prompt) if isinstance(prompt, str) else prompt
     max_new_tokens = check_count("max_new_tokens", max_new_tokens)
-    check_generator(generator)
     _check_prompt(model, tokens, max_new_tokens)
-    temperature = check_number("temperature", temperature, least=0)
     # Keys have a seed of their own, so that the tokens' numbers are the same whatever the proposal.
-    seed = int(torch.randint(1 << 62, (), generator=generator))
-    state = Decoding(model, tokens[None], decoding_policy(proposal, rank, num_samples, seed))
-    return model.pieces(_tokens(state, max_new_tokens, temperature, generator))
+    seed = int(torch.randint(1 << 62, (), generator=how.generator))
+    if how.lossless:
+        counts = PassCounts()
+        return TextStream(
+            model.pieces(_lossless_tokens(model, tokens, max_new_tokens, how, seed, counts)), counts
+        )
+    policy = decoding_policy(how.proposal, how.rank, how.num_samples, seed)
+    state = Decoding(model, tokens[None], policy)
+    return TextStream(model.pieces(_tokens(state, max_new_tokens, how.temperature, how.generator)))
+
+
+def _lossless_tokens(
+    model: LanguageModel, tokens: Tensor, count: int, how: GenerationSettings, seed: int, counts: PassCounts
+) -> Iterator[int]:
+    """The new tokens of a text, up to `count`, drafted and verified, without the one that ends it."""
+    assert how.proposal is not None
+    drafter = SampledDrafter(model, tokens, how.proposal, how.rank, how.num_samples, seed)  # refuses a rank
+    length = DraftLength(MAX_DRAFTS if how.max_drafts is None else how.max_drafts, how.temperature)
+
+    def probabilities(text: Sequence[int], logits: Tensor) -> Tensor:
+        return token_probabilities(logits, how.temperature)
+
+    new = speculate(drafter, count, probabilities, length, counts, generator=how.generator)
+    return itertools.takewhile(lambda token: token not in model.stop_tokens, new)
 
 
 def decoding_policy(proposal: str | None, rank: int | None, num_samples: int, seed: int) -> CachePolicy:

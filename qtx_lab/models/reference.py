@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ from ..checks import check_count
 from ..errors import ArgumentError
 from ..storage import read_tensors
 from .base import AttentionFn, causal_sdpa, record_inputs
-from .generation import stream
+from .generation import TextStream, stream
 from .text import ASSETS, encode
 
 
@@ -146,17 +147,7 @@ class ReferenceModel(nn.Module):
         """The message itself: the model only continues texts."""
         return message
 
-    def generate(
-        self,
-        prompt: str | Tensor,
-        max_new_tokens: int = 256,
-        *,
-        temperature: float = 0.0,
-        proposal: str | None = "low-rank",
-        rank: int | None = None,
-        num_samples: int = 64,
-        generator: torch.Generator | None = None,
-    ) -> Iterator[bytes]:
+    def generate(self, prompt: str | Tensor, max_new_tokens: int = 256, **settings: Any) -> TextStream:
         """Continue a text, yielding bytes as they come; each layer decodes with a `SampledKVCache`.
 
         Parameters
@@ -164,14 +155,8 @@ class ReferenceModel(nn.Module):
         prompt : str or Tensor, int64, (L,)
             Attended to exactly. With the new bytes it must fit in the context.
         max_new_tokens : int
-        temperature : float
-            0: always the likeliest byte. Otherwise the logits are divided by it before a byte is drawn.
-        proposal, rank : str or None, int
-            As for `SampledKVCache.build`. None is exact attention to all tokens.
-        num_samples : int
-            Draws of each row.
-        generator : torch.Generator, optional
-            Of bytes and keys. The bytes' random numbers are the same whatever the proposal.
+        **settings
+            Those of `GenerationSettings`.
 
         Yields
         ------
@@ -189,16 +174,7 @@ class ReferenceModel(nn.Module):
         >>> b"".join(model.generate("The import statement", 12)).decode()[:5]
         ' is a'
         """
-        return stream(
-            self,
-            prompt,
-            max_new_tokens,
-            temperature=temperature,
-            proposal=proposal,
-            rank=rank,
-            num_samples=num_samples,
-            generator=generator,
-        )
+        return stream(self, prompt, max_new_tokens, **settings)
 
 
 def load_reference_model(path: str | Path | None = None) -> ReferenceModel:

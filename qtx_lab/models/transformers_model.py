@@ -22,7 +22,7 @@ from transformers import (
 
 from ..errors import ArgumentError, ModelUnavailable
 from .base import AttentionFn, causal_sdpa, record_inputs
-from .generation import stream
+from .generation import TextStream, stream
 from .huggingface import HARMLESS
 
 IMPLEMENTATION = "qtx_function"
@@ -169,9 +169,9 @@ class TransformersModel(nn.Module):
         if text[sent:]:
             yield text[sent:].encode()
 
-    def generate(self, prompt: str | Tensor, max_new_tokens: int = 256, **options: Any) -> Iterator[bytes]:
-        """Continue a text, as `ReferenceModel.generate`, whose options it has."""
-        return stream(self, prompt, max_new_tokens, **options)
+    def generate(self, prompt: str | Tensor, max_new_tokens: int = 256, **settings: Any) -> TextStream:
+        """Continue a text, as `ReferenceModel.generate`, in whole characters."""
+        return stream(self, prompt, max_new_tokens, **settings)
 
 
 def _register() -> None:

@@ -250,6 +250,41 @@ def test_cropped_tokens_are_forgotten(proposal, length, generator):
     torch.testing.assert_close(est.output, exact(q, *left), atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("length", [40, 700])
+@pytest.mark.parametrize("proposal", PROPOSALS)
+def test_tokens_that_come_and_go_leave_no_trace(proposal, length, generator):
+    """As drafted tokens do: draws, and those of tokens that follow, are as if they had never been there."""
+    k, v = tokens(generator, n=length)
+    q = torch.randn(4, 1, 16, generator=generator)
+    cache = qtx.SampledKVCache.build(k, v, proposal=proposal)
+    other = copy.deepcopy(cache)
+    for i in range(5):
+        cache.append(k[:, i : i + 1], v[:, i : i + 1])
+    cache.crop(length)
+    for c in (cache, other):
+        c.append(k[:, :2], v[:, :2])
+    found, wanted = (c.attend(q, 16, generator=torch.Generator().manual_seed(0)) for c in (cache, other))
+    assert torch.equal(found.output, wanted.output)
+    torch.testing.assert_close(found.std_error, wanted.std_error)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_newest_tokens_attend_exactly(dtype, generator):
+    k, v = (x.unflatten(0, (2, 2)).to(dtype) for x in tokens(generator, heads=4, n=100))
+    q = torch.randn(2, 6, 100, 16, generator=generator, dtype=torch.float64).to(dtype)
+    cache = qtx.SampledKVCache.build(k[:, :, :90], v[:, :, :90], proposal="mixed", rank=8)
+    cache.append(k[:, :, 90:], v[:, :, 90:])
+    wide = [x.double() for x in (q, k, v)]
+    expected = F.scaled_dot_product_attention(*wide, is_causal=True, scale=0.3, enable_gqa=True)
+    for positions in (1, 2, 10, 100):
+        found = cache.attend_exactly(q[:, :, -positions:], scale=0.3)
+        assert found.dtype == dtype
+        limit = {"atol": 2e-2, "rtol": 2e-2} if dtype == torch.bfloat16 else {"atol": 1e-5, "rtol": 1e-5}
+        torch.testing.assert_close(found.double(), expected[:, :, -positions:], **limit)
+    with pytest.raises(qtx.ShapeError, match="q has 0 positions; there must be 1 to 100"):
+        cache.attend_exactly(q[:, :, :0])
+
+
 def test_an_estimate_of_cropped_tokens_has_no_error_bars_any_more(generator):
     """They are made from the values drawn, of which some may be other tokens' by then."""
     k, v = tokens(generator)

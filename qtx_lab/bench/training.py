@@ -1,4 +1,4 @@
-"""`qtx-lab bench training`: the trainer beside a bare DDP loop, and two ranks beside one.
+"""`qtx-lab bench training`: the trainer beside a bare DDP loop, two ranks beside one, and local updates.
 
 On a GPU it measures instead what drawing attention costs a model of 104 M parameters.
 """
@@ -22,6 +22,7 @@ from ..training.cluster import Cluster, find_gpus
 from ..training.data import SequenceOrder, open_tokens, stream_seed
 from ..training.models import make_model
 from ..training.rank import ORDER
+from ..training.scaling import bytes_per_step
 from ..training.schedules import learning_rate_share
 from ..training.worker import leave_group, open_store
 from .base import BenchRow, Timing, shown, span
@@ -52,6 +53,22 @@ LARGE = ReferenceConfig(context=1024, layers=12, width=768, heads=12, kv_heads=4
 """A model of 104 M parameters, for a GPU."""
 ALLOWED_GAP = 0.1
 """Relative difference between the last losses of exact and of sampled training on the same batches."""
+LOCAL_SETTINGS: dict[str, Any] = {
+    "model": "small",
+    "num_tokens": 128,
+    "batch_size": 8,
+    "accumulation": 4,
+    "sampler": "systematic",
+    "num_samples": 16,
+    "learning_rate": 3e-3,
+    "warmup_steps": 20,
+    "validate_every": 0,
+    "checkpoint_every": 0,
+    "precision": "fp32",
+}
+"""The training of the case "local updates"."""
+LOCAL_STEPS = (1, 5, 20)
+"""Steps between two exchanges, in that case."""
 
 
 @dataclass(frozen=True)
@@ -75,12 +92,18 @@ def bench_training(quick: bool, copy_bandwidth: float) -> list[BenchRow]:
     - "ranks": the trainer on two ranks beside one, each of one thread, with the same global batch. Two ranks
       pass if they are at least 1.5 times as fast.
 
-    A method also fails if its last loss differs from the baseline's by more than 1e-4 of it. The ranks need
-    two cores for themselves: other processes on the machine change the result.
     - "checkpoints": the trainer in this process with a checkpoint after every 10 steps, which a thread
       writes, beside the same without. The seconds are means over all steps and contain the wait for
       checkpoints; the detail `stall` is that wait as a fraction of one step. Checkpoints pass if the wait is
-      at most 1 % of the time between two of them.
+      at most 1 % of the time between two of them;
+    - "local updates": four replicas of a small model whose attention draws 16 keys a row, in this process,
+      that exchange their weights after 1 (gradients, as DDP does), 5 and 20 steps, see
+      `qtx_lab.training.local_updates`. The detail `bytes_sent` is what each of four ranks would send in the
+      training, by `bytes_per_step`. The error is of held-out text, bits per byte, over that of the baseline,
+      above 0 where local updates are worse. They pass if it is at most a tenth.
+
+    Elsewhere a method also fails if its last loss differs from the baseline's by more than 1e-4 of it. The
+    ranks need two cores for themselves: other processes on the machine change the result.
 
     Where NVML finds a GPU, `bench_large` runs instead.
     """
@@ -130,13 +153,14 @@ def bench_training(quick: bool, copy_bandwidth: float) -> list[BenchRow]:
                 )
             )
     rows += bench_checkpoints(spec, 2 if quick else 5)
+    rows += bench_local_updates(160 if quick else 640)
     print(
-        f"{'case':<12}{'method':<18}{'ms/step':>9}{'(low–high)':>18}{'tokens/s':>10}{'ratio':>8}"
+        f"{'case':<14}{'method':<18}{'ms/step':>9}{'(low–high)':>18}{'tokens/s':>10}{'ratio':>8}"
         f"{'loss off by':>13}  check"
     )
     for row in rows:
         print(
-            f"{row.case:<12}{row.method:<18}{1e3 * row.seconds:>9.1f}{span(row, 1e3):>18}"
+            f"{row.case:<14}{row.method:<18}{1e3 * row.seconds:>9.1f}{span(row, 1e3):>18}"
             f"{row.details['tokens_per_second']:>10,.0f}{shown(row.ratio):>8}{row.error:>13.1g}  {row.check}"
         )
     return rows
@@ -186,6 +210,41 @@ def bench_checkpoints(spec: TrainSpec, turns: int) -> list[BenchRow]:
         )
         for name, timing in timings.items()
     ]
+
+
+def bench_local_updates(steps: int) -> list[BenchRow]:
+    """The rows of the case "local updates", see `bench_training`."""
+    rows: list[BenchRow] = []
+    for local_steps in LOCAL_STEPS:
+        spec = TrainSpec(**{"steps": steps, **LOCAL_SETTINGS, "local_steps": local_steps})
+        trainer = QuantumTrainer(**spec.arguments(), progress=False)
+        result = trainer.train()
+        tokens = spec.batch_size * spec.num_tokens
+        timing = Timing.of([tokens / row["tokens_per_second"] for row in result.metrics[WARM_UP:]])
+        held_out = result.metrics[-1]["held_out_bits_per_byte_exact"]
+        baseline = rows[0].details["held_out_bits_per_byte"] if rows else held_out
+        error = held_out / baseline - 1
+        parameters = sum(p.numel() for p in trainer.model.parameters())
+        sent = spec.steps * bytes_per_step(parameters, spec.accumulation, local_steps=local_steps)
+        rows.append(
+            BenchRow(
+                case="local updates",
+                method="every step" if local_steps == 1 else f"every {local_steps} steps",
+                seconds=timing.median,
+                baseline="every step",
+                ratio=(rows[0].seconds if rows else timing.median) / timing.median,
+                error=error,
+                check="pass" if error <= ALLOWED_GAP else f"held-out text is {error:.0%} worse",
+                low=timing.low,
+                high=timing.high,
+                details={
+                    "tokens_per_second": tokens / timing.median,
+                    "bytes_sent": sent,
+                    "held_out_bits_per_byte": held_out,
+                },
+            )
+        )
+    return rows
 
 
 def trainer_loop(cluster: Cluster, spec: TrainSpec) -> LoopResult:

@@ -95,6 +95,15 @@ class TrainSpec(Spec):
         ge=1,
         le=65_536,
     )
+    local_steps: Whole = field(
+        1,
+        "Steps that each part of a batch trains a replica alone between exchanges of weights (DiLoCo); 1: "
+        "every step exchanges gradients.",
+        "steps",
+        "optimizer",
+        ge=1,
+        le=100_000,
+    )
     learning_rate: Real = field(
         1e-3, "Learning rate of AdamW at its peak.", "a step", "optimizer", gt=0, le=10
     )
@@ -150,7 +159,27 @@ class TrainSpec(Spec):
                 "precision='fp16' is not allowed with parallel='fsdp', whose ranks would each scale the loss "
                 "by another factor: use bf16, or parallel='ddp'."
             )
+        if self.local_steps > 1:
+            self._check_local_steps()
         return self
+
+    def _check_local_steps(self) -> None:
+        with_it = f"is not allowed with local_steps={self.local_steps}"
+        if self.parallel == "fsdp":
+            raise ValueError(f"parallel='fsdp' {with_it}: each rank holds a whole replica.")
+        if self.precision == "fp16":
+            raise ValueError(f"precision='fp16' {with_it}: replicas would each scale the loss: use bf16.")
+        if self.draws_schedule == "signal-to-noise":
+            raise ValueError(
+                f"draws_schedule='signal-to-noise' {with_it}: no step has the gradient of the whole batch."
+            )
+        intervals = {"validate_every": self.validate_every, "checkpoint_every": self.checkpoint_every}
+        for name, every in intervals.items():
+            if every % self.local_steps:
+                raise ValueError(
+                    f"{name}={every} {with_it}: the weights are common only after an exchange, so it must be "
+                    "0 or a multiple."
+                )
 
     def arguments(self) -> dict[str, Any]:
         """The arguments of `QuantumTrainer` that this spec decides."""

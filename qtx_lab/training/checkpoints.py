@@ -209,7 +209,7 @@ class CheckpointWriter:
         if kind is None:
             self._finish()
 
-    def save(self, step: int, about: Mapping[str, Any]) -> None:
+    def save(self, step: int, about: Mapping[str, Any], replicas: Mapping[str, Tensor] | None = None) -> None:
         """Write the checkpoint after `step` steps; every rank calls it.
 
         Parameters
@@ -217,6 +217,8 @@ class CheckpointWriter:
         step : int
         about : mapping
             What the checkpoint says about itself, see `ABOUT_TYPES`.
+        replicas : mapping, optional
+            The state of all replicas of a training with local updates, as a copy; on rank 0.
 
         Raises
         ------
@@ -229,7 +231,8 @@ class CheckpointWriter:
             model, optimizer_state = get_state_dict(self.module, self.optimizer)
             self._write(step, {"model": model, "optimizer": optimizer_state}, about)
         elif not dist.is_initialized() or dist.get_rank() == 0:
-            self._writing = self._pool.submit(self._write, step, self._copied_state(), about)
+            state = self._copied_state() | ({} if replicas is None else {"replicas": replicas})
+            self._writing = self._pool.submit(self._write, step, state, about)
 
     def check(self) -> None:
         """Raise the error of a write that has failed."""
@@ -293,8 +296,16 @@ class CheckpointWriter:
             shutil.rmtree(checkpoint_path(folder, old), ignore_errors=True)
 
 
-def load_checkpoint(folder: Path, step: int, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def load_checkpoint(
+    folder: Path,
+    step: int,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    replicas: Mapping[str, Tensor] | None = None,
+) -> None:
     """Read the checkpoint after `step` steps into a model, wrapped or not, and its optimizer, on every rank.
+
+    With local updates, the states of the replicas' optimizers are read into the tensors `replicas`.
 
     Raises
     ------
@@ -302,7 +313,8 @@ def load_checkpoint(folder: Path, step: int, module: nn.Module, optimizer: torch
         If it cannot be read.
     """
     model, optimizer_state = get_state_dict(module, optimizer)
-    _load({"model": model, "optimizer": optimizer_state}, checkpoint_path(folder, step))
+    state = {"model": model, "optimizer": optimizer_state}
+    _load(state if replicas is None else state | {"replicas": replicas}, checkpoint_path(folder, step))
     set_state_dict(module, optimizer, model_state_dict=model, optim_state_dict=optimizer_state)
 
 

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from .checkpoints import (
     resumable_settings,
 )
 from .data import SequenceOrder, Tokens, held_out_windows, open_tokens, stream_seed
+from .local_updates import LocalUpdates
 from .loop import run_steps, squared_sums
 from .sampling import Attention
 from .schedules import learning_rate_share, needed_draws, scheduled_draws, scheduled_noise
@@ -191,13 +193,22 @@ class _Rank:
         self.module = self._wrapped_model()
         named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
         self.names, self.parameters = [n for n, _ in named], [p for _, p in named]
-        self.optimizer = _adamw(self.parameters, spec)
+        self.optimizer: torch.optim.Optimizer = _adamw(self.parameters, spec)
         self.optimizer.zero_grad()  # gradients of the caller, or of a failed attempt
         self.dtype, self.notes = _precision(spec.precision, device)
+        self.parts = range(rank, job.shards, world)
+        self.local: LocalUpdates | None = None
+        if spec.local_steps > 1:
+            if self.dtype == torch.float16:
+                raise ArgumentError(f"local_steps={spec.local_steps} needs bf16 or fp32, not fp16.")
+            adamw = partial(_adamw, self.parameters, spec)
+            self.local = LocalUpdates(self.names, self.parameters, adamw, self.parts, job.shards)
+            self.optimizer = self.local.outer
         self.scaler = torch.amp.GradScaler(device.type) if self.dtype == torch.float16 else None
         self.generator = torch.Generator(device)
         self.draws = attention.draws
         self.checkpoint_seconds: float | None = None
+        self.passed_over: list[str] = []
         self.noise_statistics: dict[str, float | None] = {}
         self.rows: list[dict[str, Any]] = []
         self.last_rows: list[dict[str, Any]] = []
@@ -216,7 +227,7 @@ class _Rank:
                 for block in blocks:
                     fully_shard(block, mesh=mesh)
             fully_shard(self.model, mesh=mesh)
-        elif self.world > 1:
+        elif self.world > 1 and self.spec.local_steps == 1:
             return nn.parallel.DistributedDataParallel(self.model)
         return self.model
 
@@ -225,21 +236,24 @@ class _Rank:
         start = self._resume()
         self.report, self.must_stop, self.stopping = report, must_stop, False
         self.steps_done = start
-        self.report([{"phase": "started", "step": start}])
+        self.report([{"phase": "started", "step": start, "notes": self.passed_over}])
         self.step_started = time.monotonic()
         with CheckpointWriter(
             self.job.folder, self.module, self.optimizer, self.attempt, self.spec.keep_checkpoints
         ) as self.writer:
-            run_steps(
-                range(start, self.spec.steps),
-                self._gradient,
-                self.parameters,
-                [self.optimizer],
-                rate=lambda step: learning_rate_share(self.spec, step),
-                clip_norm=self.spec.clip_norm,
-                after=self._after,
-                scaler=self.scaler,
-            )
+            if self.local is not None:
+                self._train_locally(self.local)
+            else:
+                run_steps(
+                    range(start, self.spec.steps),
+                    self._gradient,
+                    self.parameters,
+                    [self.optimizer],
+                    rate=lambda step: learning_rate_share(self.spec, step),
+                    clip_norm=self.spec.clip_norm,
+                    after=self._after,
+                    scaler=self.scaler,
+                )
         self._send_rows()
         how = "done" if self.steps_done == self.spec.steps else "stopped"
         return RankEnd(how, self.steps_done, notes=tuple(self.notes))
@@ -258,14 +272,18 @@ class _Rank:
             try:
                 self._check_checkpoint(step)
                 about = read_about(folder, step)
-                load_checkpoint(folder, step, self.module, self.optimizer)
+                replicas = None if self.local is None else self.local.state()
+                load_checkpoint(folder, step, self.module, self.optimizer, replicas)
             except StorageError as error:
                 problems.append(str(error))
                 continue
-            self.notes += [f"A checkpoint was passed over: {problem}" for problem in problems]
+            self.passed_over = [f"A checkpoint was passed over: {problem}" for problem in problems]
+            self.notes += self.passed_over
             self.draws = about["draws"]
             if self.scaler is not None:
                 self.scaler.load_state_dict(about["scaler"])
+            if self.local is not None:
+                self.local.restart()
             return step
         if problems:
             raise StorageError(
@@ -320,26 +338,31 @@ class _Rank:
 
         The parameters get the gradient over all ranks.
         """
-        spec, shards = self.spec, self.job.shards
-        losses = torch.zeros(shards, device=self.device)
-        mine = range(self.rank, shards, self.world)
-        for shard in mine:
-            first, last = (spec.batch_size * i // shards for i in (shard, shard + 1))
-            base = step * spec.batch_size
-            batch = self.order.sequences(range(base + first, base + last)).to(self.device)
-            share = len(batch) / spec.batch_size
-            self.generator.manual_seed(stream_seed(spec.seed, stream, step, shard))
-            torch.manual_seed(stream_seed(spec.seed, DROPOUT, stream, step, shard))
-            self._exchange_gradients(shard == mine[-1])
-            with self.attention.drawing(self.draws, scheduled_noise(spec, step), self.generator):
-                loss = self._losses(batch).mean() * share
-                # Ranks' gradients are averaged: times the number of ranks, that is the sum over shards.
-                loss_of_rank = loss * self.world
-                torch.autograd.backward(
-                    loss_of_rank if self.scaler is None else self.scaler.scale(loss_of_rank)
-                )
-            losses[shard] = loss.detach()
+        losses = torch.zeros(self.job.shards, device=self.device)
+        for shard in self.parts:
+            self._exchange_gradients(shard == self.parts[-1])
+            share = len(self._sequences(step, shard)) / self.spec.batch_size
+            # Ranks' gradients are averaged: times the number of ranks, that is the sum over shards.
+            losses[shard] = share * self._backward(step, stream, shard, share * self.world)
         return losses
+
+    def _sequences(self, step: int, shard: int) -> range:
+        """The numbers of the sequences of a part."""
+        first, last = (self.spec.batch_size * i // self.job.shards for i in (shard, shard + 1))
+        base = step * self.spec.batch_size
+        return range(base + first, base + last)
+
+    def _backward(self, step: int, stream: int, shard: int, factor: float = 1.0) -> Tensor:
+        """Add `factor` times the gradient of a part's mean loss to the parameters' gradients; that loss."""
+        spec = self.spec
+        batch = self.order.sequences(self._sequences(step, shard)).to(self.device)
+        self.generator.manual_seed(stream_seed(spec.seed, stream, step, shard))
+        torch.manual_seed(stream_seed(spec.seed, DROPOUT, stream, step, shard))
+        with self.attention.drawing(self.draws, scheduled_noise(spec, step), self.generator):
+            loss = self._losses(batch).mean()
+            scaled = factor * loss
+            torch.autograd.backward(scaled if self.scaler is None else self.scaler.scale(scaled))
+        return loss.detach()
 
     def _exchange_gradients(self, exchange: bool) -> None:
         """Whether the next backward pass exchanges gradients between ranks: once in a step is enough."""
@@ -376,6 +399,63 @@ class _Rank:
         for layer, (variance, _) in zip(sums, table.tolist(), strict=True):
             self.noise_statistics[f"sampling_variance {layer}"] = variance
 
+    # --- Local updates -------------------------------------------------------------------------
+
+    def _train_locally(self, local: LocalUpdates) -> None:
+        """Let this rank's replicas train alone between exchanges, to the end or until asked to stop."""
+        every = self.spec.local_steps
+        while self.steps_done < self.spec.steps and not self.stopping:
+            stop = (self.steps_done // every + 1) * every
+            stretch = range(self.steps_done, min(stop, self.spec.steps))
+            started = time.monotonic()
+            table = torch.zeros(len(stretch) + 1, 2, device=self.device)  # loss and gradient norm; stop
+            for shard in self.parts:
+                with local.training(shard) as optimizer:
+                    self._train_replica(shard, stretch, optimizer, table)
+            self._note_progress(stretch.stop, "waiting for the other ranks' weights")
+            table[-1] = float(self.must_stop())
+            if self.world > 1:
+                dist.all_reduce(table)
+            local.exchange()
+            self.stopping = table[-1, 0].item() > 0
+            seconds = (time.monotonic() - started) / len(stretch)
+            for step, (loss, norm) in zip(stretch, table[:-1].tolist(), strict=True):
+                self.steps_done = step + 1
+                if self.steps_done < stretch.stop:
+                    self.rows.append(self._metrics(step, loss, norm, seconds))
+            self.step_started = time.monotonic() - seconds
+            self._after(step, loss, norm)
+
+    def _train_replica(
+        self, shard: int, stretch: range, optimizer: torch.optim.Optimizer, table: Tensor
+    ) -> None:
+        """Take the steps of one replica, and add its share of each loss and norm to the table."""
+
+        def gradient(step: int) -> float:
+            self._note_progress(step, f"training replica {shard} alone")
+            if self.attention.draws:
+                self.draws = scheduled_draws(self.spec, step, self.attention.draws, self.draws)
+            return self._backward(step, DRAWS, shard).item()
+
+        def after(step: int, loss: float, norm: float) -> bool:
+            share = len(self._sequences(step, shard)) / self.spec.batch_size
+            row = torch.tensor([share * loss, norm / self.job.shards], device=table.device)
+            table[step - stretch.start] += row
+            if self.rank == 0 and time.monotonic() - self.reported >= REPORT_INTERVAL_S:
+                self.report([{"phase": "alone", "step": step}])  # that it goes on
+                self.reported = time.monotonic()
+            return False
+
+        run_steps(
+            stretch,
+            gradient,
+            self.parameters,
+            [optimizer],
+            rate=lambda step: learning_rate_share(self.spec, step),
+            clip_norm=self.spec.clip_norm,
+            after=after,
+        )
+
     # --- After a step --------------------------------------------------------------------------
 
     def _after(self, step: int, loss: float, norm: float) -> bool:
@@ -408,7 +488,7 @@ class _Rank:
         row: dict[str, Any] = {
             "step": self.steps_done,
             "loss": loss,
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "learning_rate": self.spec.learning_rate * learning_rate_share(self.spec, step),
             "gradient_norm": norm,
             "tokens_per_second": spec.batch_size * spec.num_tokens / max(seconds, 1e-9),
             "memory_bytes": _memory_bytes(self.device),
@@ -438,7 +518,7 @@ class _Rank:
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
         }
         started = time.monotonic()
-        self.writer.save(self.steps_done, about)
+        self.writer.save(self.steps_done, about, None if self.local is None else self.local.gathered_state())
         self.checkpoint_seconds = time.monotonic() - started
 
     def _validate(self, step: int) -> dict[str, float]:

@@ -6,6 +6,7 @@ workers left or came: then the ranks stop after their step, with a checkpoint, f
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 import uuid
@@ -19,7 +20,7 @@ from tqdm.auto import tqdm
 
 from ..errors import ArgumentError, RunFailed, StorageError
 from ..storage import write_atomic
-from .checkpoints import checkpoints, claim, read_about
+from .checkpoints import checkpoint_path, checkpoints, claim, read_about
 from .cluster import Cluster
 from .loop import NotFinite
 from .rank import RankEnd, RankJob, progress_of, train_rank
@@ -53,7 +54,7 @@ class Supervisor:
     cluster : Cluster or None
         Where the ranks run; in this process, as one rank, where None.
     retries : int
-        Faults in a row, without a new checkpoint between them, after which training begins again.
+        Faults in a row, without a later step or a new checkpoint between them, after which training goes on.
     cancelled : threading.Event
         Once it is set, training stops after its step.
     on_metrics : callable, optional
@@ -97,6 +98,7 @@ class Supervisor:
         self.attempt = 0
         self.last_report, self.started = time.monotonic(), False
         self._new_rows: list[dict[str, Any]] = []
+        self._messages: list[str] = []
         self._lock = threading.Lock()
         self.bar = tqdm(
             total=job.spec.steps,
@@ -117,7 +119,7 @@ class Supervisor:
         with self.bar:
             faults_in_a_row, not_finite_at = 0, set()
             while True:
-                before = set(checkpoints(self.job.folder))
+                before, reached = set(checkpoints(self.job.folder)), self._last_step()
                 name = f"{uuid.uuid4().hex[:12]}-{self.attempt}"
                 claim(self.job.folder, name)
                 end = self._run_alone(name) if self.cluster is None else self._run_over_cluster(name, world)
@@ -135,17 +137,18 @@ class Supervisor:
                     not_finite_at.add(end.step)
                 elif end.how == "failed":
                     raise self._final_error(end)
-                progressed = bool(set(checkpoints(self.job.folder)) - before)
+                progressed = bool(set(checkpoints(self.job.folder)) - before) or self._last_step() > reached
                 faults_in_a_row = 1 if progressed else faults_in_a_row + 1
                 self.faults.append(f"step {end.step}: {end.error}")
                 if faults_in_a_row > self.retries:
                     raise RunFailed(
-                        f"Training was given up after {faults_in_a_row} fault(s) without a new checkpoint "
-                        f"between them: {' '.join(self.faults[-faults_in_a_row:])}"
+                        f"Training was given up after {faults_in_a_row} fault(s) without a later step or "
+                        f"checkpoint between them: {' '.join(self.faults[-faults_in_a_row:])}"
                     ) from end.error
                 if self.cancelled.is_set():
                     return self._stopped_while_recovering(end)
-                self.bar.write(f"Training goes on from step {self._last_checkpoint()}: {end.error}")
+                text = f"Training goes on from step {self._last_checkpoint()}: {end.error}"
+                tqdm.write(text, file=sys.stderr)
 
     def _stopped_while_recovering(self, end: RankEnd) -> RankEnd:
         """The end of a training that was cancelled after a fault: at the last checkpoint, if there is one."""
@@ -471,6 +474,10 @@ class Supervisor:
         with self._lock:
             self.last_report, self.started = time.monotonic(), True
             self._new_rows += [{**row, "attempt": self.attempt} for row in rows if "loss" in row]
+            for row in rows:
+                if row.get("phase") == "started" and row["step"]:
+                    taken = checkpoint_path(self.job.folder, row["step"])
+                    self._messages += [*row["notes"], f"Training goes on from the checkpoint {taken}."]
 
     def _add_rows_of(self, step: int) -> None:
         """Add the last rows before a checkpoint, if rank 0 was gone before it could send them."""
@@ -488,6 +495,9 @@ class Supervisor:
         """Record the rows that came, and pass them on, in this thread."""
         with self._lock:
             new, self._new_rows = self._new_rows, []
+            messages, self._messages = self._messages, []
+        for message in messages:
+            tqdm.write(message, file=sys.stderr)
         if not new:
             return
         self.rows |= {row["step"]: row for row in new}

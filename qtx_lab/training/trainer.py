@@ -142,7 +142,7 @@ class QuantumTrainer:
     progress : bool
         Show a bar with the time left.
     retries : int
-        Faults in a row, without a new checkpoint between them, after which training begins again.
+        Faults in a row, without a later step or a new checkpoint between them, after which training goes on.
     num_tokens : int
         Length of a sequence, tokens.
     sampler : str or Sampler, optional
@@ -170,6 +170,11 @@ class QuantumTrainer:
         Sequences of a step, over all ranks.
     accumulation : int
         Parts into which each rank divides its share of a batch, to need less memory.
+    local_steps : int
+        Above 1: local updates (DiLoCo, arXiv 2311.08105). Each part of a batch trains a replica of the model
+        alone for so many steps; then the replicas exchange their weights, by an outer optimizer, see
+        `qtx_lab.training.local_updates`. Ranks send that many times fewer bytes. Rows come, and training
+        stops, only after an exchange; `gradient_norm` is the mean over replicas.
     learning_rate : float
         Learning rate of AdamW at its peak, after `warmup_steps`; then it falls as a cosine to 0.
     warmup_steps : int
@@ -237,6 +242,7 @@ class QuantumTrainer:
         steps: int = 200,
         batch_size: int = 8,
         accumulation: int = 1,
+        local_steps: int = 1,
         learning_rate: float = 1e-3,
         warmup_steps: int = 50,
         weight_decay: float = 0.1,
@@ -270,6 +276,7 @@ class QuantumTrainer:
             steps=steps,
             batch_size=batch_size,
             accumulation=accumulation,
+            local_steps=local_steps,
             learning_rate=learning_rate,
             warmup_steps=warmup_steps,
             weight_decay=weight_decay,
@@ -442,7 +449,9 @@ class QuantumTrainer:
             with suppress(StorageError):  # when training begins, a note says that a broken one is passed over
                 about = read_about(folder, step)
                 settings = {**resumable_settings(self.spec, self.sampler), "text": digest}
-                there = {**about["recipe"], "text": about["text"]}
+                defaults = {name: x.default for name, x in TrainSpec.model_fields.items()}
+                # A setting that came later than the checkpoint has its default there.
+                there = {**defaults, **about["recipe"], "text": about["text"]}
                 differences = [
                     f"{name}={value!r} (there {there.get(name)!r})"
                     for name, value in settings.items()

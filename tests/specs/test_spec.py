@@ -109,6 +109,8 @@ def specs(draw) -> Spec:
             drawn.pop("extrapolation", None)
         if cls is CircuitSpec and "device" in fields and drawn.get("provider") == "ibm":
             drawn["device"] = "ibm_fez"
+        if cls is TrainSpec and wrong:  # intervals that are no multiple of it, and other fields
+            drawn.pop("local_steps", None)
         for name in ("notebook", "sha256"):
             if name in wrong:
                 drawn[name] = draw(fields[name])

@@ -427,7 +427,7 @@ def test_a_broken_checkpoint_is_passed_over_and_reported(tmp_path):
     assert torch.equal(weights(resumed), weights(whole))
 
 
-def test_a_flipped_byte_is_found_and_the_checkpoint_before_it_is_taken(tmp_path, seed):
+def test_a_flipped_byte_is_found_and_the_checkpoint_before_it_is_taken(tmp_path, seed, capsys):
     """One byte of any file of a checkpoint: that of a shard, of torch's index, of our own two."""
     whole, _ = trained(folder=tmp_path)
     files = sorted((tmp_path / "step-00000008").iterdir())
@@ -441,6 +441,9 @@ def test_a_flipped_byte_is_found_and_the_checkpoint_before_it_is_taken(tmp_path,
         (note,) = (note for note in result.notes if "passed over" in note)
         assert "step-00000008" in note
         assert path.name in note or path.name == "SHA256SUMS"
+        refused, taken = capsys.readouterr().err.splitlines()[-2:]
+        assert refused == note
+        assert taken == f"Training goes on from the checkpoint {tmp_path / 'step-00000006'}."
         assert [row["step"] for row in result.metrics] == [7, 8]
         assert torch.equal(weights(resumed), weights(whole))
 
@@ -603,3 +606,82 @@ def test_nothing_is_left_without_a_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("QTX_LAB_HOME", str(tmp_path))
     assert trained()[1].folder is None
     assert list(tmp_path.iterdir()) == []
+
+
+# --- Local updates --------------------------------------------------------------------------------------
+
+LOCAL = {"accumulation": 2, "local_steps": 3, "checkpoint_every": 3, "validate_every": 0}
+
+
+def test_local_updates_are_those_of_a_plain_loop():
+    """An independent DiLoCo of two replicas with exact attention; the last round has two of three steps."""
+    trainer, result = trained(sampler="exact", clip_norm=0, **LOCAL)
+    tokens = open_tokens("reference", 32)
+    order = SequenceOrder(tokens.training, 32, stream_seed(FAST["seed"], 0))
+    common = make_model("small", FAST["seed"])
+    replicas = [make_model("small", FAST["seed"]) for _ in range(2)]
+    inner = [
+        torch.optim.AdamW(
+            [
+                {"params": [p for p in r.parameters() if p.ndim > 1], "weight_decay": 0.1},
+                {"params": [p for p in r.parameters() if p.ndim == 1], "weight_decay": 0.0},
+            ],
+            betas=(0.9, 0.95),
+        )
+        for r in replicas
+    ]
+    momentum = [torch.zeros_like(p) for p in common.parameters()]
+    losses = []
+    for step in range(8):
+        batch = order.sequences(range(4 * step, 4 * step + 4))
+        loss_of_step = 0.0
+        for model, optimizer, part in zip(replicas, inner, batch.split(2), strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = 1e-3 * learning_rate_share(trainer.spec, step)
+            loss = F.cross_entropy(model(part[:, :-1]).flatten(0, 1), part[:, 1:].flatten())
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            loss_of_step += loss.item() / 2
+        losses.append(loss_of_step)
+        if step in (2, 5, 7):
+            with torch.no_grad():
+                for p, m, *ps in zip(
+                    common.parameters(), momentum, *(r.parameters() for r in replicas), strict=True
+                ):
+                    change = p - sum(ps) / 2
+                    m.mul_(0.9).add_(change)
+                    p -= 0.7 * (change + 0.9 * m)
+                    for x in ps:
+                        x.copy_(p)
+    expected = torch.cat([p.detach().flatten() for p in common.parameters()])
+    assert torch.allclose(weights(trainer), expected, atol=2e-6)
+    assert [row["loss"] for row in result.metrics] == pytest.approx(losses, abs=1e-5)
+
+
+def test_local_updates_draw_and_are_resumed_after_an_exchange(tmp_path):
+    whole, result = trained(**LOCAL)
+    assert [row["draws"] for row in result.metrics] == [4] * 8
+    trainer = QuantumTrainer("small", **{**FAST, **LOCAL}, folder=tmp_path)
+    trainer.on_metrics = lambda rows: trainer.cancel()
+    stopped = trainer.train()
+    assert stopped.stopped
+    assert stopped.steps in (3, 6)
+    resumed, _ = trained(folder=tmp_path, **LOCAL)
+    assert torch.equal(weights(resumed), weights(whole))
+    assert not torch.allclose(weights(resumed), weights(trained(accumulation=2)[0]), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"parallel": "fsdp"}, "parallel='fsdp' is not allowed with local_steps=3"),
+        ({"draws_schedule": "signal-to-noise"}, "draws_schedule='signal-to-noise' is not allowed"),
+        ({"precision": "fp16"}, "precision='fp16' is not allowed"),
+        ({"validate_every": 4}, "validate_every=4 .* must be 0 or a multiple"),
+        ({"checkpoint_every": 100}, "checkpoint_every=100 .* must be 0 or a multiple"),
+    ],
+)
+def test_what_local_updates_cannot_do_is_refused(settings, match):
+    with pytest.raises(qtx.SpecError, match=match):
+        trained(**{**LOCAL, **settings})

@@ -212,6 +212,10 @@ def test_the_cost_model():
         assert efficiencies == sorted(efficiencies, reverse=True)
     more = [scaling.simulate(10**8, tokens, 512)["efficiency"] for tokens in (1024, 8192, 65_536)]
     assert more == sorted(more)
+    # Local updates send as many times fewer bytes, and wait less.
+    alone = [scaling.simulate(10**9, 4096, 64, local_steps=count) for count in (1, 10, 100)]
+    assert [alone[0]["bytes"] / row["bytes"] for row in alone] == pytest.approx([1, 10, 100], rel=1e-4)
+    assert [row["efficiency"] for row in alone] == sorted(row["efficiency"] for row in alone)
     # A step is never shorter than its exchange alone, or than computing alone.
     one = scaling.simulate(10**9, 64, 512, quiet)
     assert one["seconds"] >= scaling.exchange_seconds(4 * 10**9, 512, quiet)

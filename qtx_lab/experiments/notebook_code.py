@@ -110,10 +110,10 @@ def _without_magics(source: str) -> str:
 
 
 def canonical(value: Any) -> str:
-    """A value as JSON in which 1 and 1.0 are the same.
+    """A value as JSON in which 1 and 1.0 are the same, and 0 and -0.0, whose quotients differ, are not.
 
-    >>> canonical({"b": 1.0, "a": [True, 0.5]})
-    '{"a": [true, 0.5], "b": 1}'
+    >>> canonical({"b": 1.0, "a": [True, 0.5, -0.0]})
+    '{"a": [true, 0.5, -0.0], "b": 1}'
     """
 
     def same(item: Any) -> Any:
@@ -121,7 +121,9 @@ def canonical(value: Any) -> str:
             return {key: same(inner) for key, inner in item.items()}
         if isinstance(item, list | tuple):
             return [same(inner) for inner in item]
-        return int(item) if isinstance(item, float) and item.is_integer() else item
+        if isinstance(item, float) and item.is_integer() and str(item) != "-0.0":
+            return int(item)
+        return item
 
     return json.dumps(same(value), sort_keys=True, default=str)
 

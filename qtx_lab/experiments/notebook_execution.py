@@ -36,6 +36,9 @@ STOP_POLL_S = 0.5
 """Seconds between two calls of `stop`."""
 
 
+LANGUAGE = "qtx-lab-python"
+"""The name under which papermill knows how we write parameters as Python."""
+
 MAX_MESSAGE_LENGTH = 500
 """Characters of the first line of a cell's error that a message quotes."""
 
@@ -134,8 +137,9 @@ def execute_notebook(
     logging.getLogger("papermill").setLevel(logging.ERROR)  # it does not know all parameters that we do
     notebook = load_notebook_node(str(path.resolve()))
     if parameters:
+        _register_translator()
         notebook = parameterize_notebook(
-            notebook, dict(parameters), kernel_name="python3", language="python", engine_name=None
+            notebook, dict(parameters), kernel_name="python3", language=LANGUAGE, engine_name=None
         )
     notebook = remove_error_markers(prepare_notebook_metadata(notebook, str(path), output_path))
     with tempfile.TemporaryFile() as stderr, _stopping(stop, limits.seconds, path) as kernel_pids:
@@ -163,6 +167,24 @@ def execute_notebook(
             with suppress(OSError):  # an error in writing was raised when it happened
                 sync_file(target)
     return _checked(path, executed, output_path)
+
+
+def _register_translator() -> None:
+    """Make known to papermill how tuples and sets are written; its own translator writes them as texts."""
+    from papermill.translators import PythonTranslator, papermill_translators
+
+    class Translator(PythonTranslator):
+        """papermill's Python, with tuples and sets."""
+
+        @classmethod
+        def translate(cls, val: Any) -> str:
+            if isinstance(val, tuple):
+                return f"({''.join(f'{cls.translate(x)}, ' for x in val).strip()})"
+            if isinstance(val, set | frozenset):  # in an order that does not change from run to run
+                return f"{type(val).__name__}({cls.translate(sorted(val, key=repr))})"
+            return str(super().translate(val))
+
+    papermill_translators.register(LANGUAGE, Translator)
 
 
 def _papermill(cell: Any) -> dict[str, Any]:

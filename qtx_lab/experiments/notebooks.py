@@ -201,7 +201,12 @@ def execute(
             if threads is not None:
                 run.update(threads=threads)
             parameters = spec.parameters if isinstance(spec, NotebookSpec) else spec.to_parameters()
-            if "run_dir" in declared_parameters(path):
+            declared = declared_parameters(path)
+            parameters = {
+                name: declared[name].injected(value) if name in declared else value
+                for name, value in parameters.items()
+            }
+            if "run_dir" in declared:
                 parameters = {**parameters, "run_dir": str(run.path.resolve())}
             left_early = execute_notebook(
                 path, run, parameters, progress=progress, stop=stop, threads=threads, limits=limits

@@ -40,12 +40,12 @@ KINDS: dict[type, dict[str, Any]] = {
     float: {"type": "number"},
     str: {"type": "string"},
     list: {"type": "array"},
-    tuple: {"type": "array"},
-    set: {"type": "array"},
-    frozenset: {"type": "array"},
+    tuple: {"type": "array", "python": "tuple"},
+    set: {"type": "array", "python": "set"},
+    frozenset: {"type": "array", "python": "frozenset"},
     dict: {"type": "object"},
 }
-"""The JSON schema of what a default of each type declares."""
+"""The JSON schema of what a default of each type declares; `python` is the type that its cell is given."""
 
 ANNOTATIONS: dict[str, dict[str, Any]] = {
     "bool": {"type": "boolean"},
@@ -55,7 +55,10 @@ ANNOTATIONS: dict[str, dict[str, Any]] = {
     "Path": {"type": "string"},
     "None": {"type": "null"},
     **{name: {"type": "array"} for name in ("list", "List", "Sequence", "Iterable", "Collection")},
-    **{name: {"type": "array"} for name in ("tuple", "Tuple", "set", "Set", "frozenset", "FrozenSet")},
+    **{
+        name: {"type": "array", "python": name.lower()}
+        for name in ("tuple", "Tuple", "set", "Set", "frozenset", "FrozenSet")
+    },
     **{name: {"type": "object"} for name in ("dict", "Dict", "Mapping", "MutableMapping")},
 }
 """The JSON schema of what a type hint declares; other hints declare nothing."""
@@ -67,6 +70,15 @@ IN_WORDS = {
     "string": "a text",
     "array": "a list",
     "object": "a mapping",
+    "null": "None",
+}
+IN_PLURAL = {
+    "boolean": "truth values",
+    "integer": "whole numbers",
+    "number": "numbers",
+    "string": "texts",
+    "array": "lists",
+    "object": "mappings",
     "null": "None",
 }
 
@@ -113,14 +125,68 @@ class Parameter:
 
     def problem(self, value: Any) -> str | None:
         """What is declared, in words, where a value is of another kind; None where it fits."""
-        kinds = self.kinds
-        if not kinds or (value is None and not (self.hinted and "null" not in kinds)):
-            return None
-        given = next((kind for kind, types in _PYTHON_TYPES.items() if isinstance(value, types)), "")
-        if not given or given in kinds or (given == "integer" and "number" in kinds):
-            return None
-        named = [IN_WORDS[kind] for kind in kinds if not (kind == "integer" and "number" in kinds)]
-        return " or ".join(named)
+        return None if _fits(value, self.schema, self.hinted) else _in_words(self.schema, IN_WORDS)
+
+    def injected(self, value: Any) -> Any:
+        """A value as the notebook is given it: a list is a tuple or a set where the cell declares one."""
+        return _as_python(value, self.schema)
+
+
+def _fits(value: Any, schema: Mapping[str, Any], hinted: bool) -> bool:
+    """Whether a value, and what is in it, is of the kinds that a schema declares.
+
+    None fits everything but a type hint that does not name it.
+    """
+    options = [dict(option) for option in schema.get("anyOf", [schema])]
+    kinds = [option.get("type") for option in options]
+    if None in kinds or (value is None and not hinted):
+        return True
+    given = next((kind for kind, types in _PYTHON_TYPES.items() if isinstance(value, types)), None)
+    if given is None:  # a type that JSON does not know is refused elsewhere
+        return True
+    fitting = [
+        option for option in options if option["type"] in (given, "number" if given == "integer" else given)
+    ]
+    inner = {"array": "items", "object": "additionalProperties"}.get(given)
+    if inner is None:
+        return bool(fitting)
+    items = list(value.values() if isinstance(value, Mapping) else value)
+    return any(all(_fits(item, option.get(inner, {}), hinted) for item in items) for option in fitting)
+
+
+def _in_words(schema: Mapping[str, Any], words: Mapping[str, str]) -> str:
+    """What a schema declares, such as "a list of numbers"; the words are `IN_WORDS` or `IN_PLURAL`."""
+    options = [dict(option) for option in schema.get("anyOf", [schema])]
+    kinds = [option["type"] for option in options]
+    named = []
+    for option in options:
+        kind = option["type"]
+        if kind == "integer" and "number" in kinds:
+            continue
+        inner = option.get("items" if kind == "array" else "additionalProperties") or {}
+        if "type" in inner or "anyOf" in inner:
+            link = " of " if kind == "array" else " whose values are "
+            named.append(words[kind] + link + _in_words(inner, IN_PLURAL))
+        else:
+            named.append(words[kind])
+    return " or ".join(dict.fromkeys(named))
+
+
+def _as_python(value: Any, schema: Mapping[str, Any]) -> Any:
+    """A value whose lists are of the types that a schema declares."""
+    options = [dict(option) for option in schema.get("anyOf", [schema])]
+    if isinstance(value, Mapping):
+        of_values: dict[str, Any] = next((option.get("additionalProperties", {}) for option in options), {})
+        return {key: _as_python(item, of_values) for key, item in value.items()}
+    option = next((option for option in options if option.get("type") == "array"), None)
+    if option is None or not isinstance(value, list | tuple):
+        return value
+    items = [_as_python(item, option.get("items", {})) for item in value]
+    make: Any = {"tuple": tuple, "set": set, "frozenset": frozenset}.get(option.get("python", ""), list)
+    try:
+        return make(items)
+    except TypeError:  # a set cannot hold lists
+        return items
 
 
 def _taken(value: Any, schema: Mapping[str, Any]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Hashable, Mapping
 from contextlib import suppress
@@ -158,6 +159,8 @@ def fitted(number: int | float, kinds: list[str]) -> int | float:
     """
     for kind in kinds:
         exact = abs(number) <= MAX_EXACT_WHOLE and number == int(number) if number == number else False
+        if isinstance(number, float) and number == 0 and math.copysign(1, number) < 0:
+            exact = False  # a whole number has no -0
         if kind == "integer" and (isinstance(number, int) or exact):
             return int(number)
         if kind == "number":
@@ -181,7 +184,8 @@ def _guess(text: str) -> Any:
     if TRUE.fullmatch(text) or FALSE.fullmatch(text):
         return bool(TRUE.fullmatch(text))
     is_number = any(pattern.fullmatch(text) for pattern in (WHOLE, REAL, NOT_FINITE))
-    return _number(text) if is_number else text
+    number = _number(text) if is_number else None
+    return text if number is None else number
 
 
 def _number(text: str) -> int | float | None:
@@ -190,9 +194,14 @@ def _number(text: str) -> int | float | None:
     readers: tuple[Callable[[str], int | float], ...] = (int, lambda word: int(word, 0), float)
     for read in readers:
         try:
-            return read(plain)
+            number = read(plain)
         except ValueError:
-            pass
+            continue
+        # 1e400 is a number that no float holds, and not infinity.
+        too_large = (
+            isinstance(number, float) and math.isinf(number) and not NOT_FINITE.fullmatch(text.strip())
+        )
+        return None if too_large else number
     return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import math
 import os
 import shlex
@@ -13,9 +14,11 @@ import nbformat
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from papermill.translators import papermill_translators
 
 from qtx_lab.cli import _grid, _parameters
 from qtx_lab.errors import ArgumentError, SpecError
+from qtx_lab.experiments.notebook_execution import LANGUAGE, _register_translator
 from qtx_lab.experiments.notebooks import (
     declared_parameters,
     notebook_spec,
@@ -139,6 +142,9 @@ words = ["a"]; rates = (0.1, 0.2)
 maybe: float | None = None
 name: str | None = None
 table: dict[str, float] = {}
+nested: dict[str, list[float]] = {}
+pairs: list[tuple[int, str]] = []
+whole: set[int] | None = None
 """
 
 
@@ -175,6 +181,9 @@ table: dict[str, float] = {}
         ("none_yet", "true", True),
         ("none_yet", "[1, a, 'no']", [1, "a", "no"]),
         ("none_yet", "{a: 2}", {"a": 2}),
+        ("none_yet", "1e400", "1e400"),  # no float holds it
+        ("nested", "{a: [1, 2]}", {"a": [1.0, 2.0]}),
+        ("maybe", "-0.0", -0.0),
     ],
 )
 def test_words_are_what_the_cell_declares(name: str, typed: str, value: object) -> None:
@@ -182,6 +191,26 @@ def test_words_are_what_the_cell_declares(name: str, typed: str, value: object) 
     assert taken == value
     assert type(taken) is type(value)
     assert not isinstance(taken, Word)
+
+
+@pytest.mark.parametrize(
+    ("name", "typed", "given"),
+    [
+        ("rates", "[1, 2]", "(1.0, 2.0,)"),
+        ("rates", "[]", "()"),
+        ("pairs", "[[1, a], [2, b]]", "[(1, 'a'), (2, 'b')]"),
+        ("whole", "[2, 1]", "{1, 2}"),
+        ("words", "[a]", "['a']"),
+    ],
+)
+def test_tuples_and_sets_are_given_as_such(name: str, typed: str, given: str) -> None:
+    declared = parameters_of(CELL)[name]
+    value = declared.taken(Word(typed))
+    assert isinstance(value, list)  # as a spec records it
+    assert repr(declared.injected(value)) == repr(ast.literal_eval(given))
+    _register_translator()
+    text = papermill_translators.find_translator("", LANGUAGE).translate(declared.injected(value))
+    assert repr(eval(text)) == repr(ast.literal_eval(given))
 
 
 def test_nan_is_a_number() -> None:
@@ -212,7 +241,17 @@ def write(path: Path, cell: str, spec: str | None = None) -> Path:
         ({"flag": Word("3")}, "flag='3' .* declares yes or no"),
         ({"maybe": Word("x")}, "maybe='x' .* declares a number or None"),
         ({"text": 3}, "text=3 .* declares a text"),
-        ({"table": Word("3")}, "table='3' .* declares a mapping"),
+        ({"table": Word("3")}, "table='3' .* declares a mapping whose values are numbers, table = {}"),
+        ({"table": Word("{a: x}")}, "table={'a': 'x'} .* declares a mapping whose values are numbers"),
+        (
+            {"nested": Word("{a: 1}")},
+            r"nested={'a': '1'} .* declares a mapping whose values are lists of numbers",
+        ),
+        ({"nested": {"a": [1, None]}}, r"nested={'a': \[1.0, None\]} .* whose values are lists of numbers"),
+        ({"words": [1]}, r"words=\[1\] .* declares a list of texts, words = \['a'\]"),
+        ({"rates": Word("[1, x]")}, r"rates=\[1.0, 'x'\] .* declares a list of numbers"),
+        ({"whole": Word("[1, 0.5]")}, r"whole=\[1, 0.5\] .* a list of whole numbers or None"),
+        ({"lr": Word("1e400")}, "lr='1e400' .* declares a number"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(given, says, tmp_path) -> None:

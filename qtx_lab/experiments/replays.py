@@ -143,14 +143,26 @@ def _replay_elsewhere(original: Run, differing: tuple[Difference, ...]) -> RunCo
     ]
     with tempfile.TemporaryDirectory() as folder:
         python = Path(folder) / ("Scripts" if sys.platform == "win32" else "bin") / "python"
-        _call([sys.executable, "-m", "venv", folder], "A virtual environment cannot be made")
-        shown = json.dumps([path for path in sys.path if path and Path(path).is_dir()])
+        # Without pip, with which setuptools would come too, in another version than then or here.
+        _call([sys.executable, "-m", "venv", "--without-pip", folder], "A virtual environment cannot be made")
+        shown = [path for path in sys.path if path and Path(path).is_dir()]
         code = "import json, site, sys; print(site.getsitepackages()[0])"
         site = _call([str(python), "-c", code], "The virtual environment does not start").strip()
-        line = f"import sys, site; [site.addsitedir(path) for path in {shown}]\n"
-        Path(site, "of-this-environment.pth").write_text(line)
+        # A line for each: `site` runs them in a function, where the scope of a comprehension has no names.
+        pth = "".join(f"import site; site.addsitedir({path!r})\n" for path in shown)
+        Path(site, "of-this-environment.pth").write_text(pth, encoding="utf-8")
         _call(
-            [str(python), "-m", "pip", "install", "--quiet", "--no-deps", *wanted],
+            [
+                sys.executable,
+                "-m",
+                "pip",
+                "--python",
+                str(python),
+                "install",
+                "--quiet",
+                "--no-deps",
+                *wanted,
+            ],
             f"pip cannot install {', '.join(wanted)}",
         )
         command = ["-m", "qtx_lab.cli", "replay", str(original.path), "--json"]

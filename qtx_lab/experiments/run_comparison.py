@@ -15,6 +15,9 @@ from . import provenance
 from .notebook_code import code_cells
 from .runs import PATCH, REQUIREMENTS, Run, find_run
 
+SUMMARY = "summary"
+"""The result that tells the others in sentences, with the seconds that they took."""
+
 MAX_SHOWN = 20
 """Lines of each part that the text of a comparison shows."""
 
@@ -98,7 +101,7 @@ class RunComparison:
     metrics : tuple of MetricDifference
         Results and metrics that are not equal bit for bit; those that tell time are left out.
     compared : int
-        How many numbers were compared.
+        How many values were compared: numbers, texts and lists.
     not_compared : tuple of str
         Numbers that the runs declare to tell time.
     """
@@ -128,7 +131,7 @@ class RunComparison:
         parts = {"spec": self.spec, "code": self.code, "environment": self.environment, "inputs": self.inputs}
         for title, differences in parts.items():
             lines += [title, *_listed(differences)] if differences else [f"{title}: the same"]
-        what = f"metrics ({self.compared} numbers compared, but no texts and lists"
+        what = f"metrics ({self.compared} values compared"
         what += f"; {', '.join(self.not_compared)} tell time)" if self.not_compared else ")"
         lines += [what, *_listed(self.metrics)] if self.metrics else [f"{what}: the same, bit for bit"]
         return "\n".join(lines)
@@ -139,7 +142,9 @@ def compare_runs(a: Run | str | Path, b: Run | str | Path, home: str | Path | No
 
     Metrics are compared bit for bit. Where the runs declare half of a 95 % interval of a number (see
     `Run.declare`), a difference of two independent runs is within it up to √(half width of a² + half width of
-    b²). Numbers that they declare to tell time are not compared, nor are texts, lists and tables.
+    b²). Texts and lists are compared too; a table in the results is compared by its columns. Not compared are
+    the numbers that the runs declare to tell time, the sentences of the summary, and what names a run in a
+    sweep's table.
 
     Parameters
     ----------
@@ -176,10 +181,10 @@ def compare_runs(a: Run | str | Path, b: Run | str | Path, home: str | Path | No
     manifests = first.manifest, second.manifest
     declared = {**(manifests[0].get("measures") or {}), **(manifests[1].get("measures") or {})}
     measures = {name: facts for name, facts in declared.items() if isinstance(facts, dict)}
-    numbers = _numbers(first, manifests[0]), _numbers(second, manifests[1])
+    numbers = _values(first, manifests[0]), _values(second, manifests[1])
     timing = tuple(name for name, facts in measures.items() if facts.get("timing"))
     metrics = _metric_differences(*numbers, measures)
-    compared = [name for name in {**numbers[0], **numbers[1]} if name.removeprefix("results.") not in timing]
+    compared = [name for name in {**numbers[0], **numbers[1]} if not _facts(name, measures).get("timing")]
     return RunComparison(
         first.path.name,
         second.path.name,
@@ -269,33 +274,49 @@ def _package_differences(a: Run, b: Run) -> Iterator[CodeDifference]:
             lines.append(line)
 
 
-def _numbers(run: Run, manifest: Mapping[str, Any]) -> dict[str, list[float]]:
-    """All numbers that a run measured: of each column of the metrics, and one of each result."""
-    numbers = {f"results.{name}": [value] for name, value in _flat(manifest.get("results") or {})}
+def _values(run: Run, manifest: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """All that a run measured: each column of the metrics, and a list of one value for each result."""
+    results = {name: x for name, x in (manifest.get("results") or {}).items() if name != SUMMARY}
+    values = {f"results.{name}": value for name, value in _flat(results)}
     frame = run.metrics()
-    for name in frame.columns:
-        if pd.api.types.is_numeric_dtype(frame[name]):
-            numbers[str(name)] = frame[name].astype("float64").tolist()
-    return numbers
+    of_sweep = (manifest.get("spec") or {}).get("kind") in ("SweepSpec", "SearchSpec")
+    for name in map(str, frame.columns):
+        # Folders and times name the runs of a sweep; what they measured has a prefix.
+        measured = name.startswith(("spec.", "results.")) or name == "status"
+        if of_sweep and not measured and not pd.api.types.is_numeric_dtype(frame[name]):
+            continue
+        column = frame[name].tolist()  # whole numbers as they are: a float has 53 bits
+        if not pd.api.types.is_float_dtype(frame[name]):  # of a float NaN is a value, else what is missing
+            column = [None if pd.api.types.is_scalar(x) and pd.isna(x) else x for x in column]
+        values[name] = column
+    return values
 
 
-def _flat(results: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """The numbers in nested results, by their names with dots between them."""
+def _flat(results: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, list[Any]]]:
+    """The values in nested results, by their names with dots between them; of a table its columns."""
     for name, value in results.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{name}.")
-        elif isinstance(value, int | float):
-            yield f"{prefix}{name}", value
+        elif isinstance(value, list) and value and all(isinstance(row, Mapping) for row in value):
+            for column in dict.fromkeys(column for row in value for column in row):
+                yield f"{prefix}{name}.{column}", [row.get(column) for row in value]
+        else:
+            yield f"{prefix}{name}", [value]
+
+
+def _facts(name: str, measures: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
+    """What is declared about a metric, or about the column of a table that it is."""
+    plain = name.removeprefix("results.")
+    return measures.get(plain) or measures.get(plain.rpartition(".")[2]) or {}
 
 
 def _metric_differences(
-    a: Mapping[str, list[float]], b: Mapping[str, list[float]], measures: Mapping[str, Mapping[str, Any]]
+    a: Mapping[str, list[Any]], b: Mapping[str, list[Any]], measures: Mapping[str, Mapping[str, Any]]
 ) -> tuple[MetricDifference, ...]:
     """The metrics that are not equal bit for bit."""
     differences = []
     for name in [*a, *(name for name in b if name not in a)]:
-        plain = name.removeprefix("results.")
-        facts = measures.get(plain, {})
+        facts = _facts(name, measures)
         if facts.get("timing"):
             continue
         first, second = a.get(name, []), b.get(name, [])
@@ -304,31 +325,47 @@ def _metric_differences(
             count = abs(len(first) - len(second))
             differences.append(MetricDifference(name, None, lengths[0], lengths[1], count, None, False))
             continue
-        half_name = f"{name[: -len(plain)]}{facts.get('half_width')}"
+        prefix = "results." if name.startswith("results.") else ""
+        half_name = f"{prefix}{facts.get('half_width')}"
         unequal = [i for i, pair in enumerate(zip(first, second, strict=True)) if not _equal(*pair)]
         if unequal:
             bounds = [_bound(a.get(half_name), b.get(half_name), i) for i in unequal]
             within = [
-                bound is not None and abs(first[i] - second[i]) <= bound
+                bound is not None
+                and _is_number(first[i])
+                and _is_number(second[i])
+                and abs(first[i] - second[i]) <= bound
                 for i, bound in zip(unequal, bounds, strict=True)
             ]
             at = next((k for k, inside in enumerate(within) if not inside), 0)
             i = unequal[at]
-            row = None if name.startswith("results.") else i
+            row = None if name.startswith("results.") and len(first) == 1 else i
             differences.append(
                 MetricDifference(name, row, first[i], second[i], len(unequal), bounds[at], all(within))
             )
     return tuple(differences)
 
 
-def _equal(a: float, b: float) -> bool:
-    """Whether two numbers are the same, bit for bit; NaN is NaN."""
-    return a == b or (math.isnan(a) and math.isnan(b))
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _bound(a: list[float] | None, b: list[float] | None, i: int) -> float | None:
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two values are the same: numbers bit for bit, where NaN is NaN, and lists item by item."""
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
+    if isinstance(a, float) and isinstance(b, float):
+        return (math.isnan(a) and math.isnan(b)) or (a == b and math.copysign(1, a) == math.copysign(1, b))
+    return bool(a == b)
+
+
+def _bound(a: list[Any] | None, b: list[Any] | None, i: int) -> float | None:
     """Half of the interval of the difference of two independent numbers; None where none is known."""
-    if a is None or b is None or i >= min(len(a), len(b)) or math.isnan(a[i] + b[i]):
+    if a is None or b is None or i >= min(len(a), len(b)):
+        return None
+    if not (_is_number(a[i]) and _is_number(b[i])) or math.isnan(a[i] + b[i]):
         return None
     return math.hypot(a[i], b[i])
 

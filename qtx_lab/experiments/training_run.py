@@ -166,6 +166,8 @@ def report_training(run: Run, spec: TrainSpec, result: TrainingResult) -> None:
         sentences.append(f"Held-out text with exact attention: {held_out[HELD_OUT_EXACT]:.3f} bits per byte.")
     sentences += [*(f"Overcome: {fault}" for fault in result.faults), *result.notes]
     run.declare("tokens_per_second", unit="tokens/s", timing=True)
+    run.declare("checkpoint_seconds", unit="s", timing=True)
+    run.declare("memory_bytes", unit="bytes", timing=True)  # no more than time does another run repeat it
     run.declare("loss", unit="nats", main=True)
     run.update(
         results={

@@ -15,7 +15,8 @@ from qtx_lab.experiments.notebook_code import code_hash, local_modules, without_
 from qtx_lab.experiments.notebooks import declared_parameters, notebook_spec, result_facts, run_notebook
 from qtx_lab.experiments.replays import environment_differences, replay
 from qtx_lab.experiments.runs import Run, input_hashes, runs
-from qtx_lab.specs import SamplerSpec, SearchSpec
+from qtx_lab.experiments.training_run import train_run
+from qtx_lab.specs import SamplerSpec, SearchSpec, TrainSpec
 
 # It writes what `Run.update` would write: a kernel that imports little starts in under a second.
 MEASURE = """
@@ -98,6 +99,21 @@ def test_a_result_is_of_its_spec_code_and_inputs(tmp_path, monkeypatch) -> None:
     assert folder == input_hashes({"model": ["model"]}) != {}
     Path("model/shards/weights").write_text("10")
     assert folder != input_hashes({"model": ["model"]})
+
+
+def test_a_training_is_replayed(tmp_path) -> None:
+    """In another process, or after another checkpoint, it would be the same: it is a function of its spec."""
+    spec = TrainSpec(model="small", num_tokens=32, steps=4, batch_size=2, num_samples=4, checkpoint_every=2)
+    run = train_run(spec, home=tmp_path, progress=False)
+    comparison = replay(run, progress=False)
+    assert comparison.reproduced
+    assert (comparison.metrics, comparison.spec, comparison.code) == ((), (), ())
+    assert {"loss", "gradient_norm", "sampling_variance"} <= set(run.metrics().columns)
+    assert comparison.compared > 4 * 10
+    assert set(comparison.not_compared) == {"tokens_per_second", "checkpoint_seconds", "memory_bytes"}
+    again = Run(tmp_path / comparison.b)
+    assert again.manifest["replay_of"] == run.path.name
+    assert (again.path / "model.safetensors").read_bytes() == (run.path / "model.safetensors").read_bytes()
 
 
 def test_an_executed_notebook_is_the_one_that_was_executed(tmp_path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from pathlib import Path
 
 import nbformat
@@ -120,6 +121,41 @@ def test_metrics_are_compared_by_what_they_are_declared_to_be(tmp_path) -> None:
     two.log(step=3)
     (step,) = [difference for difference in compare_runs(one, two).metrics if difference.name == "step"]
     assert (step.a, step.b) == ("3 values", "4 values")
+
+
+def test_texts_lists_tables_and_long_integers_are_compared(tmp_path) -> None:
+    one, two = finished(tmp_path, "c = 3"), finished(tmp_path, "c = 3")
+    same = {"list": [1, math.nan, "x"], "whole": 2**60, "nothing": None, "zero": 0.0}
+    same["table"] = [{"sampler": "a", "error": 0.1, "speed": 1.0}, {"sampler": "b", "error": 0.2}]
+    for run, long in ((one, 2**53 + 1), (two, 2**53 + 1)):
+        run.update(results={**same, "pick": "head-tail"})
+        (run.path / "metrics.parquet").unlink()
+        run.log_many([{"count": long, "name": "x", "good": True}, {"count": 1, "name": None, "good": False}])
+    comparison = compare_runs(one, two)
+    assert comparison.metrics == ()
+    assert "the same, bit for bit" in str(comparison)
+    two.update(results={"list": [1, math.nan, "y"], "whole": 2**60 + 1, "pick": "sobol", "zero": -0.0})
+    two.update(
+        results={"table": [{"sampler": "a", "error": 0.1, "speed": 9.0}, {"sampler": "c", "error": 0.2}]}
+    )
+    two.update(results={"summary": ["In 4 s."]})
+    two.declare("speed", timing=True)
+    (two.path / "metrics.parquet").unlink()
+    two.log_many([{"count": 2**53, "name": "x", "good": True}, {"count": 1, "name": "y", "good": False}])
+    found = {
+        difference.name: (difference.row, difference.a, difference.b)
+        for difference in compare_runs(one, two).metrics
+    }
+    assert found.pop("results.list")[0] is None
+    assert found == {
+        "results.whole": (None, 2**60, 2**60 + 1),
+        "results.pick": (None, "head-tail", "sobol"),
+        "results.zero": (None, 0.0, -0.0),
+        "results.table.sampler": (1, "b", "c"),
+        "count": (0, 2**53 + 1, 2**53),
+        "name": (1, None, "y"),
+    }
+    assert not compare_runs(one, two).reproduced
 
 
 def test_inputs_are_compared_by_their_contents(tmp_path, monkeypatch) -> None:

@@ -172,7 +172,7 @@ def _code_lines(comparison: RunComparison | None) -> str:
 
 
 def _numbers(comparison: RunComparison | None) -> str:
-    """How the numbers of the metrics compare, bit for bit and within their intervals, in a sentence."""
+    """How the values of the metrics compare, bit for bit and within their intervals, in a sentence."""
     if comparison is None or not comparison.compared:
         return ""
     timing = (
@@ -181,11 +181,11 @@ def _numbers(comparison: RunComparison | None) -> str:
         else ""
     )
     if not comparison.metrics:
-        return f"<p>All {comparison.compared:,} numbers are the same, bit for bit.{escape(timing)}</p>"
+        return f"<p>All {comparison.compared:,} values are the same, bit for bit.{escape(timing)}</p>"
     lines = "".join(f"<li>{escape(str(difference))}</li>" for difference in comparison.metrics)
     within = sum(difference.within for difference in comparison.metrics)
     summary = (
-        f"{len(comparison.metrics)} metrics differ in some of {comparison.compared:,} numbers, {within} of "
+        f"{len(comparison.metrics)} metrics differ in some of {comparison.compared:,} values, {within} of "
         f"them within their intervals.{timing}"
     )
     return f"<details><summary>{escape(summary)}</summary><ul>{lines}</ul></details>"

@@ -296,7 +296,9 @@ def _print_run(path: Path, manifest: dict[str, Any]) -> None:
 @click.option("--objective", metavar="NAME", help="With --search: the result that is to be small.")
 @click.option("--maximize", is_flag=True, help="With --search: the objective is to be large.")
 @click.option("--trials", type=int, help="With --search: combinations that are tried [default: 40].")
-@click.option("--resume", is_flag=True, help="Run only the notebooks that no earlier sweep has done.")
+@click.option(
+    "--resume", is_flag=True, help="Run only what no earlier sweep has done, by whatever code of qtx_lab."
+)
 @fresh_option
 @home_option
 def sweep(
@@ -415,14 +417,29 @@ def notebooks(full: bool, home: Path | None) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--export", type=click.Choice(["csv", "parquet"]), help="Write all columns to standard output.")
 @click.option("--mlflow", metavar="URI", help="Copy the runs to an MLflow server, each once.")
+@click.option(
+    "--ro-crate",
+    metavar="FOLDER",
+    type=click.Path(path_type=Path),
+    help="Write each run that has ended as an RO-Crate, a zip file, into FOLDER.",
+)
+@click.option("--license", metavar="URL", help="With --ro-crate: the licence of the runs.")
 def list_runs(
-    home: Path | None, where: str | None, as_json: bool, export: str | None, mlflow: str | None
+    home: Path | None,
+    where: str | None,
+    as_json: bool,
+    export: str | None,
+    mlflow: str | None,
+    ro_crate: Path | None,
+    license: str | None,
 ) -> None:
     """List the runs, newest first."""
     from .experiments.runs import runs
 
-    if sum((as_json, export is not None, mlflow is not None)) > 1:
-        raise ArgumentError("--json, --export and --mlflow are not allowed together.")
+    if sum((as_json, export is not None, mlflow is not None, ro_crate is not None)) > 1:
+        raise ArgumentError("--json, --export, --mlflow and --ro-crate are not allowed together.")
+    if license is not None and ro_crate is None:
+        raise ArgumentError("--license belongs to --ro-crate.")
     if export == "parquet" and sys.stdout.isatty():
         raise ArgumentError("--export parquet is not for a terminal: redirect it, as `> runs.parquet`.")
     table = runs(home, where=where)
@@ -437,7 +454,21 @@ def list_runs(
     elif mlflow is not None:
         from .experiments.mlflow_export import export_to_mlflow
 
-        click.echo(f"{export_to_mlflow(table, mlflow)} of {len(table)} runs copied to {mlflow}.")
+        exported = export_to_mlflow(table, mlflow)
+        for name, reason in exported.problems.items():
+            click.echo(f"not copied: {name}: {reason}", err=True)
+        click.echo(f"Of {len(table)} runs {exported} ({mlflow}).")
+        if exported.problems:
+            sys.exit(1)
+    elif ro_crate is not None:
+        from .experiments.ro_crate_export import export_to_ro_crate
+        from .experiments.runs import Run
+
+        for row in table.itertuples():
+            if row.status == "running":
+                click.echo(f"not exported: {row.run}: it is still running", err=True)
+            else:
+                click.echo(export_to_ro_crate(Run(Path(row.path)), ro_crate, license=license))
     elif table.empty:
         if where:
             click.echo(f"No run fits in {runs_home(home)}.")

@@ -5,14 +5,16 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from ..errors import ArgumentError, BackendUnavailable, StorageError
+from ..errors import ArgumentError, BackendUnavailable
 from .listing import RunTable
 from .runs import Run
 
@@ -30,11 +32,44 @@ MAX_PARAMETERS, MAX_METRICS = 100, 1000
 """How many a server accepts in one batch."""
 
 
-def export_to_mlflow(table: RunTable, uri: str, *, experiment: str = "qtx_lab") -> int:
+@dataclass(frozen=True)
+class MlflowExport:
+    """What an export to MLflow did.
+
+    Parameters
+    ----------
+    copied : int
+        Runs that were copied.
+    already_there : int
+        Runs that an earlier export had copied.
+    running : int
+        Runs that have not ended.
+    problems : mapping
+        Why a run was not copied, by its name; nothing of it is left in MLflow.
+    """
+
+    copied: int
+    already_there: int
+    running: int
+    problems: Mapping[str, str]
+
+    def __str__(self) -> str:
+        parts = {
+            "copied": self.copied,
+            "there already": self.already_there,
+            "still running": self.running,
+            "not copied": len(self.problems),
+        }
+        return ", ".join(f"{count} {what}" for what, count in parts.items() if count or what == "copied")
+
+
+def export_to_mlflow(table: RunTable, uri: str, *, experiment: str = "qtx_lab") -> MlflowExport:
     """Copy the runs that have ended to an MLflow tracking server or folder, unless they are there already.
 
     The spec's fields become parameters. The metrics' numbers become metrics, with a step for each row, and
-    the numbers in the results become metrics named `results.NAME`. The run's files become artifacts.
+    the numbers in the results become metrics named `results.NAME`. The run's files become artifacts. Names
+    are cleaned by `clean_names`. A run that cannot be read, or that MLflow refuses, does not keep the others
+    from being copied.
 
     Parameters
     ----------
@@ -48,15 +83,15 @@ def export_to_mlflow(table: RunTable, uri: str, *, experiment: str = "qtx_lab") 
 
     Returns
     -------
-    int
-        The number of runs that were copied.
+    MlflowExport
+        How many runs were copied, and why others were not.
 
     Raises
     ------
     ArgumentError
         If MLflow is not installed.
     BackendUnavailable
-        If MLflow cannot be reached or refuses a run.
+        If MLflow cannot be reached.
     """
     if importlib.util.find_spec("mlflow") is None:
         raise ArgumentError("This Python has no mlflow: pip install 'qtx-lab[mlflow]'.")
@@ -68,43 +103,71 @@ def export_to_mlflow(table: RunTable, uri: str, *, experiment: str = "qtx_lab") 
         client = MlflowClient(tracking_uri=uri)
         known = client.get_experiment_by_name(experiment)
         experiment_id = known.experiment_id if known else client.create_experiment(experiment)
-        num_copied = 0
-        for path in table["path"]:
-            run = Run(Path(path))
-            filter_string = f"tags.`{TAG}` = '{run.path.name}'"
-            copies = client.search_runs([experiment_id], filter_string, max_results=1)
-            if run.status != "running" and not (copies and copies[0].info.status != "RUNNING"):
-                for unfinished in copies:  # left by an export that was interrupted
-                    client.delete_run(unfinished.info.run_id)
-                _copy(client, experiment_id, run)
-                num_copied += 1
     except (MlflowException, OSError) as error:
-        if isinstance(error, StorageError):
-            raise
         raise BackendUnavailable(f"MLflow at {uri!r} cannot be written: {error}") from error
-    return num_copied
+    counts = dict.fromkeys(("copied", "already_there", "running"), 0)
+    problems: dict[str, str] = {}
+    for path in table["path"]:
+        run = Run(Path(path))
+        try:
+            counts[_export(client, experiment_id, run)] += 1
+        except (MlflowException, OSError, ValueError) as error:  # StorageError is an OSError
+            problems[run.path.name] = " ".join(str(error).split())
+            try:  # it is the run's fault only if MLflow still answers
+                client.get_experiment(experiment_id)
+            except (MlflowException, OSError):
+                raise BackendUnavailable(
+                    f"MLflow at {uri!r} does not answer any more, after {counts['copied']} of {len(table)} "
+                    f"runs were copied: {error}"
+                ) from error
+    return MlflowExport(**counts, problems=problems)
 
 
-def _copy(client: Any, experiment_id: str, run: Run) -> None:
-    """Copy one run."""
+def _export(client: Any, experiment_id: str, run: Run) -> str:
+    """Copy one run if need be; what was done, as a field of `MlflowExport`."""
     manifest = run.manifest
+    if manifest["status"] == "running":
+        return "running"
+    filter_string = f"tags.`{TAG}` = '{run.path.name}'"
+    for copy in client.search_runs([experiment_id], filter_string, max_results=1):
+        if copy.info.status != "RUNNING":
+            return "already_there"
+        client.delete_run(copy.info.run_id)  # left by an export that was interrupted
+    parameters, metrics = _parameters(manifest), _metrics(run, manifest)
+    _copy(client, experiment_id, run, manifest, parameters, metrics)
+    return "copied"
+
+
+def _copy(
+    client: Any,
+    experiment_id: str,
+    run: Run,
+    manifest: Mapping[str, Any],
+    parameters: list[Any],
+    metrics: list[Any],
+) -> None:
+    """Copy one run, whole or not at all."""
     started = _milliseconds(manifest["started"])
     ended = _milliseconds(manifest.get("finished") or manifest["started"])
     mlflow_run = client.create_run(
         experiment_id, start_time=started, tags=_tags(run.path.name, manifest), run_name=run.path.name
     )
     run_id = mlflow_run.info.run_id
-    parameters, metrics = _parameters(manifest), _metrics(run, manifest, ended)
-    for start in range(0, len(parameters), MAX_PARAMETERS):
-        client.log_batch(run_id, params=parameters[start : start + MAX_PARAMETERS])
-    for start in range(0, len(metrics), MAX_METRICS):
-        client.log_batch(run_id, metrics=metrics[start : start + MAX_METRICS])
-    for path in sorted(run.path.iterdir()):
-        if path.name in ARTIFACTS or path.suffix == ".ipynb":
-            client.log_artifact(run_id, str(path))
-    if any((run.path / "figures").iterdir()):
-        client.log_artifacts(run_id, str(run.path / "figures"), "figures")
-    client.set_terminated(run_id, STATES[manifest["status"]], end_time=ended)
+    try:
+        for start in range(0, len(parameters), MAX_PARAMETERS):
+            client.log_batch(run_id, params=parameters[start : start + MAX_PARAMETERS])
+        for start in range(0, len(metrics), MAX_METRICS):
+            client.log_batch(run_id, metrics=metrics[start : start + MAX_METRICS])
+        for path in sorted(run.path.iterdir()):
+            if path.name in ARTIFACTS or path.suffix == ".ipynb":
+                client.log_artifact(run_id, str(path))
+        if (run.path / "figures").is_dir() and any((run.path / "figures").iterdir()):
+            client.log_artifacts(run_id, str(run.path / "figures"), "figures")
+        client.set_terminated(run_id, STATES[manifest["status"]], end_time=ended)
+    except BaseException:
+        with suppress(Exception):  # the first error is the one to report
+            client.delete_run(run_id)
+        raise
 
 
 def _tags(name: str, manifest: Mapping[str, Any]) -> dict[str, str]:
@@ -129,28 +192,32 @@ def _parameters(manifest: Mapping[str, Any]) -> list[Any]:
     fields = (manifest.get("spec") or {}).get("fields") or {}
     fields = {**fields, **(fields.get("parameters") or {})}
     fields.pop("parameters", None)
-    return [Param(_key(name), str(value)[:MAX_VALUE_LENGTH]) for name, value in fields.items()]
+    keys = clean_names(fields)
+    return [Param(keys[str(name)], str(value)[:MAX_VALUE_LENGTH]) for name, value in fields.items()]
 
 
-def _metrics(run: Run, manifest: Mapping[str, Any], time: int) -> list[Any]:
-    """The finite numbers of the results and of the metrics, all of them at one time, in milliseconds."""
+def _metrics(run: Run, manifest: Mapping[str, Any]) -> list[Any]:
+    """The finite numbers of the results and of the metrics, all of them at the time of the run's end."""
     from mlflow.entities import Metric
 
-    metrics = [
-        Metric(_key(f"results.{name}"), float(value), time, 0)
-        for name, value in (manifest.get("results") or {}).items()
-        if isinstance(value, int | float) and math.isfinite(value)
-    ]
+    time = _milliseconds(manifest.get("finished") or manifest["started"])
     rows = run.metrics()
+    series: dict[str, list[tuple[int, float]]] = {
+        f"results.{name}": [(0, float(value))]
+        for name, value in (manifest.get("results") or {}).items()
+        if isinstance(value, int | float)
+    }
     for name in rows.columns:
         if pd.api.types.is_numeric_dtype(rows[name]):
-            values = rows[name].dropna().astype("float64")
-            metrics += [
-                Metric(_key(name), value, time, step)
-                for step, value in values.items()
-                if math.isfinite(value)
-            ]
-    return metrics
+            numbers = rows[name].dropna().astype("float64")
+            series[str(name)] = list(zip(map(int, numbers.index), numbers, strict=True))
+    keys = clean_names(series)
+    return [
+        Metric(keys[name], value, time, step)
+        for name, values in series.items()
+        for step, value in values
+        if math.isfinite(value)
+    ]
 
 
 def _milliseconds(time: str) -> int:
@@ -158,6 +225,23 @@ def _milliseconds(time: str) -> int:
     return round(1000 * datetime.fromisoformat(time).timestamp())
 
 
-def _key(name: str) -> str:
-    """A name without the characters that MLflow does not allow in keys."""
-    return "".join(c if c.isalnum() or c in "_-. /" else "_" for c in str(name))[:MAX_KEY_LENGTH]
+def clean_names(names: Iterable[str]) -> dict[str, str]:
+    """A key that MLflow allows for each name; different names have different keys.
+
+    MLflow allows letters, digits and `_-. /` in keys, takes them for paths, and refuses those that are not in
+    their shortest form, such as `a//b` or `../a`.
+
+    >>> clean_names(["loss", "p50 %", "p50 $", "../a//b", ""])
+    {'loss': 'loss', 'p50 %': 'p50 _', 'p50 $': 'p50 _-2', '../a//b': 'a/b', '': '_'}
+    """
+    keys: dict[str, str] = {}
+    for name in map(str, names):
+        letters = "".join(c if c.isalnum() or c in "_-. /" else "_" for c in name)
+        parts = [part.strip() for part in letters.split("/")]
+        clean = "/".join(part for part in parts if part.strip(".")) or "_"
+        key, count = clean[:MAX_KEY_LENGTH].rstrip("/ "), 1
+        while key in keys.values():
+            count += 1
+            key = f"{clean[: MAX_KEY_LENGTH - 9].rstrip('/ ')}-{count}"
+        keys[name] = key
+    return keys

@@ -313,6 +313,7 @@ NAMES = (
     "training",
     "kernels",
     "llm_rows",
+    "lossless",
 )
 BENCHES = {name: _loaded_on_use(name) for name in NAMES}
 """Benchmarks by name: functions of `quick` and of the copy bandwidth (bytes a second) that return rows."""

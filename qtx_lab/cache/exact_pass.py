@@ -8,12 +8,15 @@ from torch import Tensor
 
 from .store import TokenStore
 
+TILE_ROWS = 32
+"""Queries of a key head that torch's attention on CPUs takes at once: for more it reads the keys again."""
+
 
 def attend_exactly(store: TokenStore, rows: Tensor, positions: int, scale: float) -> Tensor:
     """Exact causal attention of the newest tokens of a store.
 
     All rows of a key head, the query heads of its group at all positions, are one tile of queries, so that
-    each key and value is read once for all of them.
+    each key and value is read once for all of them, up to `TILE_ROWS`.
 
     Parameters
     ----------

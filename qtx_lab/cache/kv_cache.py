@@ -147,6 +147,11 @@ class SampledKVCache:
         return f"SampledKVCache({len(self)} tokens, {heads} heads, {self.proposal!r}, {self.nbytes:,} bytes)"
 
     @property
+    def features(self) -> tuple[int, int]:
+        """E and Ev, the sizes of a key and of a value."""
+        return self._store.features, self._store.width
+
+    @property
     def proposal(self) -> str:
         """What proposes keys: one of "exact", "low-rank", "int8", "int4" and "mixed"."""
         return "exact" if self._sketch is None else self._sketch.proposal

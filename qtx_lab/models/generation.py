@@ -15,11 +15,11 @@ from ..checks import check_count, check_generator, check_number
 from ..errors import ArgumentError, DtypeError, unknown_name
 from .base import LanguageModel, causal_sdpa
 from .speculative import (
-    MAX_DRAFTS,
     DraftLength,
     LosslessReport,
     PassCounts,
     SampledDrafter,
+    most_drafts,
     speculate,
     token_probabilities,
 )
@@ -42,7 +42,9 @@ class GenerationSettings:
         that the text has exactly the distribution that it has by exact attention, and at temperature 0 is
         the same text: see `qtx_lab.models.speculative`. The query heads of a key head then share their draws.
     max_drafts : int, optional
-        For `lossless` only: the tokens that are drafted at most before an exact pass; 12 where None.
+        For `lossless` only: the tokens that are drafted at most before an exact pass. Where None, as many as
+        one pass can verify with keys and values read once, for which the query heads of a key head, at all
+        drafts and one more position, may be 32 rows; more are not allowed.
     generator : torch.Generator, optional
         Of tokens and keys. Without `lossless` the tokens' random numbers are the same whatever the proposal.
 
@@ -188,8 +190,14 @@ def _lossless_tokens(
 ) -> Iterator[int]:
     """The new tokens of a text, up to `count`, drafted and verified, without the one that ends it."""
     assert how.proposal is not None
-    drafter = SampledDrafter(model, tokens, how.proposal, how.rank, how.num_samples, seed)  # refuses a rank
-    length = DraftLength(MAX_DRAFTS if how.max_drafts is None else how.max_drafts, how.temperature)
+    most = most_drafts(model.config.heads // model.config.kv_heads)
+    if how.max_drafts is not None and how.max_drafts > most:
+        raise ArgumentError(
+            f"max_drafts={how.max_drafts} is not allowed: an exact pass of {model.name} verifies up to "
+            f"{most} drafts with keys and values read once."
+        )
+    drafter = SampledDrafter.after(model, tokens, how.proposal, how.rank, how.num_samples, seed)
+    length = DraftLength(most if how.max_drafts is None else how.max_drafts, how.temperature)
 
     def probabilities(text: Sequence[int], logits: Tensor) -> Tensor:
         return token_probabilities(logits, how.temperature)

@@ -27,6 +27,7 @@ from .huggingface_cache import (
     cached_layer,
     has_sampled_cache,
 )
+from .huggingface_lossless import LosslessGeneration
 from .huggingface_masks import (
     Visibility,
     as_bias,
@@ -50,6 +51,7 @@ from .huggingface_softmax import draw_by_softmax
 
 __all__ = [
     "IMPLEMENTATION",
+    "LosslessGeneration",
     "SampledCache",
     "SampledLayer",
     "attention_forward",
@@ -211,9 +213,13 @@ def attention_forward(
     if not exact and layer is None and not has_sampled_cache(key):
         refuse_cache_settings(settings)
     beside = {} if layer is None or exact else arguments_of_a_step(module, requested)
-    if layer is not None and (exact or query.shape[2] > 1):
-        key, value = layer.tokens(query)
-        exact, layer = exact or layer.prefill == "exact", None
+    if layer is not None and layer.verifies and layer.groups and not exact and not requested:
+        visible = read_mask(attention_mask, is_causal, True, query.shape[2], key.shape[2])
+        if visible.mask is None and visible.num_keys == key.shape[2]:
+            return layer.attend_exactly(query, scaling), None
+    if layer is not None and (exact or layer.verifies or query.shape[2] > 1):
+        exact = exact or layer.verifies or layer.prefill == "exact"
+        (key, value), layer = layer.tokens(query), None
     if not exact:
         refuse_recomputing(settings)
     if layer is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, get_laye
 
 from ..cache import SampledKVCache
 from ..errors import ArgumentError, ShapeError, unknown_name
+from ..estimates import AttentionEstimate
 from .huggingface_settings import IMPLEMENTATION, given_settings, read_settings
 
 PREFILLS = ("exact", "sampled")
@@ -292,6 +293,10 @@ class SampledLayer(DynamicLayer):
     def __init__(self, options: dict[str, Any], prefill: str = "exact"):
         super().__init__()
         self.options, self.prefill = options, prefill
+        self.verifies = False
+        """Whether new tokens, also single ones, attend exactly, to verify what was drafted."""
+        self.observer: Callable[[SampledKVCache, AttentionEstimate], None] | None = None
+        """Is called with each estimate of new tokens, and the cache that it is of."""
         self.groups: list[SequenceGroup] = []
         self._sorted_in = 0  # tokens in `groups` and `_hidden`, of each sequence
         self._visible: Tensor | None = None  # bool, (B, n): which of these are seen; None: all
@@ -391,11 +396,19 @@ class SampledLayer(DynamicLayer):
                 sinks=sinks,
                 softcap=softcap,
             )
+            if self.observer is not None:
+                self.observer(group.cache, estimate)
             outputs.append(estimate.output.transpose(1, 2))
             if output_attentions:
                 weights.append(self._by_column(group.rows, estimate.attention_weights()).to(query.dtype))
         place = torch.cat([group.rows for group in self.groups]).argsort()
         return torch.cat(outputs)[place], torch.cat(weights)[place] if output_attentions else None
+
+    def attend_exactly(self, query: Tensor, scaling: float | None) -> Tensor:
+        """The exact output (B, L, H, Ev) for new tokens, query (B, H, L, E), in one pass over all tokens."""
+        _refuse_gradients(query)
+        self._sort_in(None)
+        return self.groups[0].cache.attend_exactly(query, scale=scaling).transpose(1, 2).contiguous()
 
     def _by_column(self, rows: Tensor, weights: Tensor) -> Tensor:
         """Weights (b, H, 1, seen) of what some sequences see, as (b, H, 1, n) of all tokens."""

@@ -12,15 +12,13 @@ import torch
 from torch import Tensor
 
 from ..cache import SampledKVCache
+from ..cache.exact_pass import TILE_ROWS
 from ..cache.policies.base import HALF_BYTES
 from ..cache.policies.sampled import FITTED_QUERIES
 from ..checks import MAX_SEED
 from ..estimates import AttentionEstimate
 from ..streams import sequence_keys
 from .base import LanguageModel, causal_sdpa
-
-MAX_DRAFTS = 12
-"""The most tokens that are drafted before an exact pass, where nothing else is asked for."""
 
 LAYERS_WITH_ERROR_BARS = 4
 """Layers, evenly spread, whose error bars tell how sure a drafted token is; each costs a millisecond."""
@@ -317,6 +315,14 @@ def _drawn(p: Tensor, generator: torch.Generator | None) -> int:
 # --- How many tokens are drafted ----------------------------------------------------------------
 
 
+def most_drafts(group: int) -> int:
+    """The most tokens that an exact pass can verify with keys and values read once.
+
+    `group` is the number of query heads of a key head.
+    """
+    return max(1, TILE_ROWS // group - 1)
+
+
 class DraftLength:
     """Decides after each drafted token whether one more is worth what it reads.
 
@@ -347,7 +353,7 @@ class DraftLength:
         What logits are divided by before tokens are drawn; 0 where the likeliest is taken.
     """
 
-    def __init__(self, most: int = MAX_DRAFTS, temperature: float = 0.0):
+    def __init__(self, most: int, temperature: float = 0.0):
         self.most, self.temperature = most, temperature
         self._cost = 0.1  # c, what a draft reads
         self._accepted, self._judged = FIRST_ACCEPTANCE, 1.0  # faded sums
@@ -408,49 +414,58 @@ class DraftLength:
 class SampledDrafter:
     """A `LanguageModel` after a prompt, each layer of which has a `SampledKVCache`.
 
-    The prompt is attended to exactly. What is kept in the caches is always from exact passes: keys and values
-    that drafts have computed are taken out before a pass.
+    What is kept in the caches is always from exact passes: keys and values that drafts have computed are
+    taken out before a pass. The query heads of a key head share their draws.
 
     Parameters
     ----------
     model : LanguageModel
-    tokens : Tensor, int64, (L,)
-        The prompt.
-    proposal : str
-    rank : int, optional
-        As for `SampledKVCache.build`.
+    logits : Tensor, (V,)
+        Of the token after the prompt.
+    caches : sequence of SampledKVCache
+        Of each layer, with the prompt's tokens.
     num_samples : int
-        Draws of each row. The query heads of a key head share their keys.
+        Draws of each row.
     seed : int
     """
 
     def __init__(
         self,
         model: LanguageModel,
+        logits: Tensor,
+        caches: Sequence[SampledKVCache],
+        num_samples: int,
+        seed: int,
+    ):
+        self.model, self.logits, self.caches = model, logits, caches
+        self.length = len(caches[0])
+        """Tokens that are there for good."""
+        self._num_samples = num_samples
+        self._generators = [torch.Generator().manual_seed(layer_seed(seed, i)) for i in range(len(caches))]
+        self._with_bars = layers_with_error_bars(len(caches))
+        self._errors: list[float] = []  # squared, of the layers of a draft
+        self._reads, self._verified = 0.0, 0
+
+    @classmethod
+    def after(
+        cls,
+        model: LanguageModel,
         tokens: Tensor,
         proposal: str,
         rank: int | None,
         num_samples: int,
         seed: int,
-    ):
-        self.model, self.length = model, len(tokens)
-        self._num_samples, self._device = num_samples, tokens.device
-        layers = model.config.layers
-        self._generators = [torch.Generator().manual_seed(layer_seed(seed, i)) for i in range(layers)]
-        self._with_bars = layers_with_error_bars(layers)
-        self._errors: list[float] = []  # squared, of the layers of a draft
-        self._reads, self._verified = 0.0, 0
-        self.caches: list[SampledKVCache] = []
-        """Of each layer."""
+    ) -> SampledDrafter:
+        """After a prompt, tokens (L,), which is attended to exactly; the others as for `SampledKVCache`."""
+        caches = []
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            queries = q[:, :, -FITTED_QUERIES:]
-            self.caches.append(SampledKVCache.build(k, v, proposal, rank, queries=queries))
+            caches.append(SampledKVCache.build(k, v, proposal, rank, queries=q[:, :, -FITTED_QUERIES:]))
             return causal_sdpa(layer, q, k, v)
 
         with torch.no_grad():
-            self.logits = model(tokens[None], attend, logits_to_keep=1)[0, -1]
-        """Of the token after the prompt, (V,)."""
+            logits = model(tokens[None], attend, logits_to_keep=1)[0, -1]
+        return cls(model, logits, caches, num_samples, seed)
 
     @property
     def draft_reads(self) -> float:
@@ -480,7 +495,7 @@ class SampledDrafter:
         self, tokens: Sequence[int], position: int, attend: Callable[[int, Tensor, Tensor, Tensor], Tensor]
     ) -> Tensor:
         with torch.no_grad():
-            return self.model(torch.tensor([tokens], device=self._device), attend, position)[0]
+            return self.model(torch.tensor([tokens], device=self.logits.device), attend, position)[0]
 
     def _attend_exactly(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         self.caches[layer].append(k, v)

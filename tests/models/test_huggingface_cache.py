@@ -455,3 +455,55 @@ def test_settings_are_used_or_refused(settings, match):
         assert not isinstance(huggingface.SampledCache(windows.config).layers[0], SampledLayer)
     exact = model_of("llama", settings={"layers": {"1": {"sampler": "exact"}}})
     assert type(huggingface.SampledCache(exact.config).layers[1]) is DynamicLayer
+
+
+# --- Lossless generation ------------------------------------------------------------------------
+
+
+def tiny_llama(settings):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**SMALL)
+    config.qtx_sampled = settings
+    return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="qtx_sampled").eval()
+
+
+def lossless(model, prompt, cache=None, generation=None, **options):
+    generation = huggingface.LosslessGeneration() if generation is None else generation
+    cache = huggingface.SampledCache(model.config, proposal="low-rank", rank=2) if cache is None else cache
+    options = {"max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False, **options}
+    return model.generate(prompt, past_key_values=cache, custom_generate=generation, **options)
+
+
+@pytest.mark.parametrize("settings", [{}, {"layers": {"0": {"sampler": "exact"}}}])
+def test_lossless_generation_gives_the_tokens_of_exact_attention(settings):
+    model = tiny_llama({"num_samples": 4, "seed": 0, **settings})
+    for length in (1, 30):
+        prompt = torch.arange(length)[None] % 40
+        generation = huggingface.LosslessGeneration()
+        cache = huggingface.SampledCache(model.config, proposal="low-rank", rank=2)
+        found = lossless(model, prompt, cache, generation, repetition_penalty=1.3)
+        model.set_attn_implementation("sdpa")
+        exact = model.generate(
+            prompt, max_new_tokens=20, min_new_tokens=20, do_sample=False, repetition_penalty=1.3
+        )
+        model.set_attn_implementation("qtx_sampled")
+        assert torch.equal(found, exact)
+        assert generation.report.tokens == 19
+        assert cache.get_seq_length() == length + 19
+        assert not any(x.verifies for x in cache.layers if isinstance(x, huggingface.SampledLayer))
+
+
+def test_lossless_generation_draws_tokens_and_refuses_what_it_does_not_do():
+    model = tiny_llama({"num_samples": 4, "seed": 0})
+    prompt = torch.arange(30)[None] % 40
+    assert lossless(model, prompt, do_sample=True, top_k=5).shape == (1, 50)
+    with pytest.raises(qtx.ArgumentError, match="drafts with a SampledCache"):
+        lossless(model, prompt, transformers.DynamicCache(config=model.config))
+    with pytest.raises(qtx.ArgumentError, match="single sequence"):
+        lossless(model, prompt.repeat(2, 1))
+    with pytest.raises(qtx.ArgumentError, match="padding"):
+        lossless(model, prompt, attention_mask=(torch.arange(30) > 2)[None].long())
+    with pytest.raises(qtx.ArgumentError, match="prompt must attend exactly"):
+        lossless(model, prompt, huggingface.SampledCache(model.config, rank=2, prefill="sampled"))
+    with pytest.raises(qtx.ArgumentError, match="max_drafts=99"):
+        lossless(model, prompt, generation=huggingface.LosslessGeneration(99))

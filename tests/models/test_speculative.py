@@ -40,7 +40,7 @@ def test_greedily_it_is_the_text_of_exact_attention(model, options):
     assert report.tokens == 39 == report.passes + sum(report.accepted)
     assert report.drafted[0] <= report.passes
     assert all(a >= b for a, b in zip(report.accepted, report.drafted[1:], strict=False))
-    assert len(report.drafted) <= options.get("max_drafts", 12)
+    assert len(report.drafted) <= options.get("max_drafts", 7)
     assert report.tokens_per_pass > 1
     assert report.attention_bytes > report.passes / 39
 
@@ -55,7 +55,7 @@ def test_the_same_seed_gives_the_same_text_and_another_seed_another(model):
 
 def test_what_a_cache_keeps_is_from_exact_passes_alone(model):
     tokens = qtx.encode(TEXT)
-    drafter = speculative.SampledDrafter(model, tokens[:300], "low-rank", 8, 4, 0)
+    drafter = speculative.SampledDrafter.after(model, tokens[:300], "low-rank", 8, 4, 0)
     for i in range(300, 303):
         drafter.draft(int(tokens[i]) ^ 1)
     logits = drafter.verify(tokens[300:305].tolist())
@@ -212,6 +212,7 @@ BAD = [
     ({"lossless": True, "proposal": None}, "exact already"),
     ({"max_drafts": 3}, "max_drafts=3 is for lossless=True only"),
     ({"lossless": True, "max_drafts": 0}, "max_drafts=0"),
+    ({"lossless": True, "max_drafts": 8}, "max_drafts=8 is not allowed.*up to 7 drafts"),
     ({"lossless": True, "rank": 33}, "rank=33"),
 ]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from scipy import stats
+from scipy import special
 from torch import Tensor
 
 from .checks import check_number
@@ -172,7 +172,7 @@ def reliability(std_error: Tensor, hidden: Tensor, degrees_of_freedom: float) ->
     degrees_of_freedom : float
         Of the standard errors.
     """
-    half = float(stats.t.ppf(0.975, degrees_of_freedom)) * std_error.norm(dim=-1)
+    half = float(special.stdtrit(degrees_of_freedom, 0.975)) * std_error.norm(dim=-1)
     tiny = torch.finfo(half.dtype).tiny
     return torch.where(hidden > 0, half / hidden.clamp_min(tiny), math.inf)
 
@@ -552,6 +552,6 @@ class AttentionEstimate:
                     "range of the values, which method='bernstein' needs: use method='t'."
                 )
             return self.make_bounds(level)
-        t = float(stats.t.ppf((1 + level) / 2, self.degrees_of_freedom))
+        t = float(special.stdtrit(self.degrees_of_freedom, (1 + level) / 2))
         centre = self.output.to(self.std_error.dtype)
         return centre - t * self.std_error, centre + t * self.std_error

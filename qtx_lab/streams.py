@@ -282,5 +282,4 @@ class Stream:
             replicate << 8 | purpose,
         )
         numbers = torch.stack((uniform(*words[:2]), uniform(*words[2:])), -1)
-        shape = torch.broadcast_shapes(positions.shape, (len(self.keys), 1))
-        return numbers.flatten(-2)[..., :count].expand(*shape, replicates, count)
+        return numbers.flatten(-2)[..., :count].expand(-1, -1, replicates, count)

@@ -8,7 +8,7 @@ from functools import cache
 
 import numpy as np
 import torch
-from scipy import special, stats
+from scipy import special
 from torch import Tensor
 
 from ..problem import AttentionProblem
@@ -272,7 +272,7 @@ class ErrorModel:
 def _quantiles(confidence: float) -> Tensor:
     """Quantiles of chi^2_f / f for 1 / f = 0, 1/64, ..., 1."""
     shared = np.linspace(0, 1, 65)[1:]
-    return torch.from_numpy(np.append(1.0, stats.chi2.ppf(confidence, 1 / shared) * shared))
+    return torch.from_numpy(np.append(1.0, 2 * special.gammaincinv(0.5 / shared, confidence) * shared))
 
 
 @cache
@@ -285,7 +285,7 @@ def jump_factor(confidence: float) -> float:
     >>> round(jump_factor(0.95), 3)
     0.505
     """
-    z = float(stats.norm.isf((1 - confidence) / 2))
+    z = float(-special.ndtri((1 - confidence) / 2))
     k = torch.arange(1, 33, dtype=torch.float64)
     m = torch.from_numpy(special.gammaincinv(k.numpy(), 1 - confidence))
     return max(0.0, float((k - m - z * m.sqrt()).max()))
@@ -297,4 +297,4 @@ def student_factor(confidence: float) -> float:
     Of Student's t with nu degrees of freedom t^2 = z^2 (1 + (z^2 + 1) / (2 nu) + ...), and the estimated
     variance has the relative variance 2 / nu.
     """
-    return float(stats.norm.isf((1 - confidence) / 2)) ** 2 + 1
+    return float(-special.ndtri((1 - confidence) / 2)) ** 2 + 1

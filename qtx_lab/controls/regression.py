@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from scipy import stats
+from scipy import special
 from torch import Tensor
 
 from ..errors import ShapeError
@@ -278,7 +278,11 @@ def regress(
     gamma, std_errors, mix, units = (torch.stack(x, 1) for x in zip(*fits, strict=True))
     freedom = units - len(noise)
     std_errors = torch.where(freedom >= 1, std_errors, torch.inf)
-    kappa = torch.as_tensor(stats.t.ppf(CONFIDENCE, freedom.clamp_min(1).cpu().numpy())).to(gamma).square()
+    kappa = (
+        torch.as_tensor(special.stdtrit(freedom.clamp_min(1).double().cpu().numpy(), CONFIDENCE))
+        .to(gamma)
+        .square()
+    )
     t = gamma / std_errors  # 0 where std_errors is inf
     shrink = torch.where(gamma == 0, 0, (1 - kappa / t.square()).clamp_min(0))
     beta = _within(gamma * shrink, mix, largest)  # [N, F, C]

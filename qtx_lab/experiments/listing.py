@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+from scipy import special
 
 from ..errors import ArgumentError, StorageError, unknown_name
 from ..storage import database, parquet_bytes, read_frame
@@ -188,7 +188,7 @@ class RunTable(pd.DataFrame):
             raise ArgumentError(f"y={y!r}: none of the {len(self)} runs has it.")
         grouped = data.groupby(list(keys), sort=True)["y"] if keys else data.assign(x="").groupby("x")["y"]
         table = grouped.agg(["mean", "std", "count"]).reset_index()
-        t = stats.t.ppf(0.975, np.maximum(table["count"] - 1, 1))
+        t = special.stdtrit(np.maximum(table["count"] - 1, 1), 0.975)
         half_width = t * table.pop("std") / np.sqrt(table["count"])
         return table.rename(columns={"count": "runs"}).assign(half_width=half_width)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy import stats
+from scipy import special
 from tqdm.auto import tqdm
 
 from ..checks import check_count
@@ -122,7 +122,7 @@ def _half_width(values: Sequence[float]) -> float:
     count = len(values)
     if count < 2:
         return math.nan
-    quantile = stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)
+    quantile = special.stdtrit(count - 1, (1 + CONFIDENCE) / 2)
     return float(quantile * np.std(values, ddof=1) / math.sqrt(count))
 
 

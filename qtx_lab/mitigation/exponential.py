@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy import stats
+from scipy import special
 from torch import Tensor
 
 from ..errors import ArgumentError
@@ -141,7 +141,7 @@ def _fit(y: Tensor, s: Tensor, x: Tensor) -> ExponentialFit:
         low = torch.minimum(low, (profile.amplitude - arm).where(inside, amplitude).amin(0))
     std_error = torch.maximum(high - amplitude, amplitude - low) / QUANTILE
     degrees = max(count - 2, 1)
-    fits = least <= float(stats.chi2.isf(MISFIT_LEVEL, degrees))
+    fits = least <= float(special.chdtri(degrees, MISFIT_LEVEL))
     return ExponentialFit(amplitude, torch.where(fits, 1, (least / degrees).sqrt()) * std_error, fits)
 
 

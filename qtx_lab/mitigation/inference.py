@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import stats
+from scipy import special
 from torch import Tensor
 
 from ..checks import check_number
@@ -68,7 +68,7 @@ class ZeroNoiseEstimate:
             raise ArgumentError(
                 "There are no standard errors: give extrapolate the std_errors of its values."
             )
-        t = torch.as_tensor(stats.t.ppf((1 + level) / 2, self.degrees_of_freedom)).to(self.std_error)
+        t = torch.as_tensor(special.stdtrit(self.degrees_of_freedom, (1 + level) / 2)).to(self.std_error)
         return self.output - t * self.std_error, self.output + t * self.std_error
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from qiskit import QuantumCircuit
 from qiskit.circuit import ParameterVector
-from scipy import stats
+from scipy import special
 from torch import Tensor
 
 from ..backends import QiskitQuantumBackend, RowCounts
@@ -283,7 +283,7 @@ class ProbabilisticErrorCancellation:
         shots = counts.view(rows, instances, -1).sum((1, 2))[:, None].double()
         unseen = gamma.square() * laplace_variance(shots * estimate.clamp(0, 1), shots)
         # Student's t for few instances: 1.96 standard errors are a 95 % interval.
-        few = float(stats.t.ppf(0.975, instances - 1) / stats.norm.ppf(0.975))
+        few = float(special.stdtrit(instances - 1, 0.975) / special.ndtri(0.975))
         std_error = few * torch.maximum(variance, unseen).sqrt() / mass
         return MitigatedRows(
             project_to_simplex(estimate, support).where(known, 0),

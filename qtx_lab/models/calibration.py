@@ -12,7 +12,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import special
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -72,7 +72,7 @@ class MeanOverWindows:
     def of(cls, values: NDArray[np.float64], confidence: float) -> MeanOverWindows:
         """Of values (windows,), two or more."""
         mean = float(values.mean())
-        t = float(stats.t.ppf((1 + confidence) / 2, len(values) - 1))
+        t = float(special.stdtrit(len(values) - 1, (1 + confidence) / 2))
         half_width = t * float(values.std(ddof=1)) / math.sqrt(len(values))
         return cls(mean, mean - half_width, mean + half_width, confidence)
 
@@ -523,7 +523,7 @@ class TokenLosses:
         It is lower than that with the chance `CHANCE`. The expected increase of the loss is the KL, which has
         far less noise, if the model's probabilities are those of the text.
         """
-        errors = float(stats.t.ppf((1 + confidence) / 2, windows - 1) + stats.norm.ppf(CHANCE))
+        errors = float(special.stdtrit(windows - 1, (1 + confidence) / 2) + special.ndtri(CHANCE))
         if measure == "kl":
             return float(self.kl.mean() + errors * self.kl.mean(1).std(ddof=1) / math.sqrt(windows))
         noise = (self.loss - self.exact_loss).std() / math.sqrt(windows * self.kl.shape[1] * REPEATS)

@@ -106,7 +106,7 @@ def _output_by_sdpa(problem: AttentionProblem) -> Tensor:
     """softmax(q k^T scale + mask) v by SDPA, (N, M, d), in v's dtype."""
     q, k, v, mask = problem.q, problem.k, problem.v, problem.mask
     if mask is not None:  # SDPA takes masks of two dimensions or more, in q's dtype
-        mask = in_dtype(mask.expand(*torch.broadcast_shapes(mask.shape, (1, 1))), q.dtype)
+        mask = in_dtype(torch.atleast_2d(mask), q.dtype)
     is_causal = problem.is_causal and problem.first_position == 0
     if problem.is_causal and not is_causal:  # SDPA knows the upper left corner only
         position = problem.positions(slice(0, problem.length))

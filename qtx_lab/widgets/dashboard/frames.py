@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+from scipy import special
 
 MAX_POINTS = 2000
 """Points from which on a curve is thinned for the screen, to the extremes of every stretch."""
@@ -44,7 +44,7 @@ def over_runs(frame: pd.DataFrame, by: Sequence[str], metric: str) -> pd.DataFra
     for key, part in single.groupby(list(by)):
         n = len(part)
         width = (
-            stats.t.ppf(0.975, n - 1) * part[metric].std() / np.sqrt(n)
+            special.stdtrit(n - 1, 0.975) * part[metric].std() / np.sqrt(n)
             if n > 1
             else part["half_width"].iloc[0]
         )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+from scipy import special
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def _half_widths(
         return np.full(len(codes) + 2, np.nan)
     left = np.array([_shares(y, codes, cells, np.flatnonzero(places != i)) for i in range(r)])
     std_error = np.sqrt((r - 1) / r * ((left - left.mean(0)) ** 2).sum(0))
-    return stats.t.ppf(0.975, r - 1) * std_error
+    return special.stdtrit(r - 1, 0.975) * std_error
 
 
 def _shares(

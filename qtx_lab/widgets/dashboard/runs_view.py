@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import panel as pn
-from scipy import stats
+from scipy import special
 
 from .elements import (
     TABLE_ROWS,
@@ -308,7 +308,7 @@ def _number_cell(group: RunGroup, column: str, several: bool, form: str) -> str:
         text = plus_minus(values.iloc[0], width) if width > 0 else form.format(values.iloc[0])
         return f"<td class='number'>{text}</td>"
     if "settings" in group.members and group.members["settings"].nunique() == 1:
-        width = stats.t.ppf(0.975, len(values) - 1) * values.std() / np.sqrt(len(values))
+        width = special.stdtrit(len(values) - 1, 0.975) * values.std() / np.sqrt(len(values))
         title = f"Mean of {len(values)} runs that differ in nothing but the seed, with its 95 % interval"
         return f"<td class='number' title='{title}'>{plus_minus(values.mean(), width)}</td>"
     low, high = form.format(values.min()), form.format(values.max())

@@ -21,8 +21,9 @@ lab: .venv/.base ## JupyterLab on notebooks/
 bench: .venv/.base ## side-by-side benchmark (NAME=samplers ARGS=--quick)
 	@.venv/bin/qtx-lab bench $(or $(NAME),samplers) $(ARGS)
 
-test: .venv/.test ## all tests that this machine can run, two files at a time (ARGS="-k wheel -n 0")
-	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
+# Three files at a time keep two cores busy while one of them waits for a browser or a kernel.
+test: .venv/.test ## all tests that this machine can run, three files at a time (ARGS="-k wheel -n 0")
+	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 soak: .venv/.test ## all tests with long schedules
 	@QTX_LAB_SOAK=1 .venv/bin/python -m pytest --timeout=7200 $(ARGS)

@@ -17,6 +17,8 @@ from hypothesis import HealthCheck, settings
 
 SEED = int(os.environ.get("QTX_LAB_SEED", "20261123"))
 SOAK = os.environ.get("QTX_LAB_SOAK", "0") not in ("", "0")
+LONG_MARKS = ("notebooks", "ui", "chaos", "slow")
+"""Marks of tests that start kernels, browsers or processes."""
 
 # No test asserts on seconds, which `too_slow` would on a busy machine.
 settings.register_profile(
@@ -78,6 +80,9 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Files with long tests first, so that no process is left alone with one at the end.
+    long = {item.path for item in items if any(map(item.get_closest_marker, LONG_MARKS))}
+    items.sort(key=lambda item: item.path not in long)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

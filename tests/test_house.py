@@ -78,6 +78,7 @@ def test_format() -> None:
     run(sys.executable, "-m", "ruff", "format", "--check", "--quiet", "--diff", ".")
 
 
+@pytest.mark.slow
 def test_types() -> None:
     run(sys.executable, "-m", "mypy")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 
+@pytest.mark.slow
 def test_the_kernels_in_the_interpreter():
     """Something else in this process has loaded triton to compile, after which no interpreter can be had."""
     room = Path(__file__).parent

@@ -6,7 +6,7 @@ INSTALL := $(PIP) install --quiet -c .ci/constraints.txt
 PINS := pyproject.toml .ci/constraints.txt
 TORCH := 2.13.0
 
-.PHONY: help demo test soak lab bench lint format constraints clean
+.PHONY: help demo test soak lab bench lint format constraints release clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -41,8 +41,8 @@ constraints: .venv/.made ## choose new pins: the newest that pyproject.toml allo
 	@t=$$(mktemp -d) && trap 'rm -rf "$$t"' EXIT && .venv/bin/python -m venv "$$t/venv" \
 	&& "$$t/venv/bin/python" -m pip install --quiet --disable-pip-version-check --upgrade pip \
 	&& "$$t/venv/bin/python" -m pip install --quiet --dry-run --ignore-installed --report "$$t/report.json" \
-	   $(ARGS) ".[test,gpu,hf,llm,mlflow]" "torch===$(TORCH)" \
-	&& printf '%s\n' '# The versions that are tested: everything that .[test,gpu,hf,llm,mlflow] needs. Made by `make constraints`' \
+	   $(ARGS) ".[test,gpu,hf,llm,mlflow,release]" "torch===$(TORCH)" \
+	&& printf '%s\n' '# The versions that are tested: everything that .[test,gpu,hf,llm,mlflow,release] needs. Made by `make constraints`' \
 	   '# on Linux; not edited by hand.' > "$$t/pins" \
 	&& .venv/bin/python -c 'import json, re, sys; \
 	   found = {re.sub(r"[-_.]+", "-", m["name"]).lower(): m["version"].partition("+")[0] \
@@ -50,6 +50,10 @@ constraints: .venv/.made ## choose new pins: the newest that pyproject.toml allo
 	   print(*(f"{n}=={v}" for n, v in sorted(found.items()) if n not in {"qtx-lab", "pip", "setuptools"}), sep="\n")' \
 	   "$$t/report.json" >> "$$t/pins" \
 	&& cp "$$t/pins" .ci/constraints.txt
+
+release: .venv/.base ## show, build and check a release; ARGS=--commit commits and tags it (VERSION=0.2.0)
+	@$(INSTALL) -e '.[release]'
+	@PATH="$$PWD/.venv/bin:$$PATH" .venv/bin/python .ci/release.py "$(VERSION)" $(ARGS)
 
 clean: ## remove what make and the tests made, .venv too; runs/ stays
 	rm -rf .venv dist build .ruff_cache .mypy_cache .pytest_cache .hypothesis .import_linter_cache

@@ -16,11 +16,12 @@ from pathlib import Path
 import grimp
 import nbformat
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 TOP = {"pyproject.toml", "README.md", "qtx_lab", "notebooks", "widgets", "tests", "binder"}
-TOP |= {"Makefile", "LICENSE", "CHANGELOG.md"}
+TOP |= {"Makefile", "LICENSE", "CHANGELOG.md", "CITATION.cff"}
 
 OPTIONAL_ATTRIBUTES = {
     "'__notes__'": "Python sets it only on exceptions to which a note was added.",
@@ -180,6 +181,19 @@ def test_import_is_light() -> None:
 def test_top_level_holds_nothing_else() -> None:
     top = {name.partition("/")[0] for name in house_files()}
     assert {name for name in top if not name.startswith(".")} <= TOP
+
+
+def test_a_release_is_shown_and_changes_nothing() -> None:
+    before = house_files()
+    release = [sys.executable, ROOT / ".ci" / "release.py", "--no-build"]
+    shown = subprocess.run([*release, "99.0.0"], capture_output=True, text=True, check=True).stdout
+    for line in ('+version = "99.0.0"', "+version: 99.0.0", "+## [99.0.0] - 20"):
+        assert line in shown
+    assert house_files() == before
+    refused = subprocess.run([*release, "next"], capture_output=True, text=True)
+    assert "VERSION=next is not allowed" in refused.stderr
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == version
 
 
 def test_no_file_names_this_machine_or_a_registry() -> None:

@@ -96,7 +96,7 @@ def main() -> None:
     run("git", "tag", "--annotate", f"v{given.version}", "--message", f"Version {given.version}", cwd=ROOT)
     build(ROOT, ROOT / "dist" / given.version)
     print(
-        f"Tagged v{given.version}. Publish: git push --follow-tags, then upload dist/{given.version} with twine."
+        f"Tagged v{given.version}. Publish: git push --follow-tags, then twine upload dist/{given.version}/*."
     )
 
 

@@ -70,7 +70,7 @@ clean: ## remove what make and the tests made, .venv too; runs/ stays
 
 .venv/.base: $(PINS) | .venv/.made
 	@echo "Installing qtx_lab into .venv (the first time about two minutes) ..." >&2
-	@$(INSTALL) -e . && touch $@
+	@$(INSTALL) -e '.[lab]' && touch $@
 
 .venv/.test: $(PINS) | .venv/.made
 	@echo "Installing qtx_lab and what its tests need into .venv (the first time about two minutes) ..." >&2

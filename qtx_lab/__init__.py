@@ -6,10 +6,20 @@ itself therefore costs almost nothing, and a notebook that draws no circuit neve
 """
 
 from importlib import metadata
+from typing import Any
 
 import lazy_loader
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+from .errors import naming_the_extra
+
+_load, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, which is loaded now; one whose packages are not installed says which extra has them."""
+    with naming_the_extra(f"qtx_lab.{name}"):
+        return _load(name)
+
 
 # pyproject.toml is the only place that holds the version.
 __version__ = metadata.version("qtx-lab")

@@ -28,6 +28,7 @@ from .errors import CostError as CostError
 from .errors import DtypeError as DtypeError
 from .errors import FallbackWarning as FallbackWarning
 from .errors import JobTimeout as JobTimeout
+from .errors import MissingPackage as MissingPackage
 from .errors import ModelUnavailable as ModelUnavailable
 from .errors import NumberError as NumberError
 from .errors import QtxError as QtxError

@@ -28,6 +28,7 @@ from .errors import (
     RunFailed,
     StoppedBySignal,
     StorageError,
+    naming_the_extra,
 )
 from .storage import runs_home
 
@@ -70,7 +71,8 @@ class Commands(click.Group):
         """Run a command."""
         with EndingSignals() as signals:
             try:
-                return super().invoke(ctx)
+                with naming_the_extra("this command"):
+                    return super().invoke(ctx)
             except QtxError as error:
                 click.echo(f"error: {_one_line(error)}", err=True)
                 ctx.exit(1 if isinstance(error, RunFailed) else 2)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import re
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from importlib import metadata
 
 
 class QtxError(Exception):
@@ -49,6 +52,10 @@ class StorageError(QtxError, OSError):
 
 class RunFailed(QtxError, RuntimeError):
     """A notebook stopped with an error; the run folder keeps what was done until then."""
+
+
+class MissingPackage(QtxError, ModuleNotFoundError):
+    """A package of an extra of qtx_lab is not installed; the message has the command that installs it."""
 
 
 class BackendUnavailable(QtxError, RuntimeError):
@@ -112,3 +119,40 @@ def unknown_name(argument: str, given: object, allowed: Iterable[str]) -> Argume
     similar = difflib.get_close_matches(str(given), allowed, n=1)
     hint = f" Did you mean {similar[0]!r}?" if similar else ""
     return ArgumentError(f"{argument}={given!r} is unknown.{hint} Allowed: {', '.join(allowed)}.")
+
+
+@contextmanager
+def naming_the_extra(what: str) -> Iterator[None]:
+    """Inside, a missing package that an extra of qtx_lab holds is an error with the command that installs it.
+
+    Parameters
+    ----------
+    what : str
+        What needs the package.
+
+    Raises
+    ------
+    MissingPackage
+
+    Examples
+    --------
+    >>> with naming_the_extra("qtx_lab.TreeLoader"):
+    ...     raise ModuleNotFoundError("No module named 'qiskit'", name="qiskit")
+    Traceback (most recent call last):
+    qtx_lab.errors.MissingPackage: qtx_lab.TreeLoader needs qiskit: pip install 'qtx-lab[quantum]'.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        module = (error.name or "").partition(".")[0]
+        package = {"PIL": "pillow", "pynvml": "nvidia-ml-py"}.get(module, module.lower().replace("_", "-"))
+        extras: dict[str, list[str]] = {}
+        for requirement in metadata.requires("qtx-lab") or ():
+            if extra := re.search(r"extra == ['\"]([\w-]+)", requirement):
+                extras.setdefault(extra[1], []).append(re.split(r"[^\w.-]", requirement)[0])
+        holders = [extra for extra, packages in extras.items() if package in packages]
+        if not holders:
+            raise
+        smallest = min(holders, key=lambda extra: len(extras[extra]))
+        command = f"pip install 'qtx-lab[{smallest}]'"
+        raise MissingPackage(f"{what} needs {package}: {command}.", name=error.name) from error

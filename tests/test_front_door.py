@@ -66,13 +66,60 @@ def test_every_top_level_name_is_there_and_documented() -> None:
         assert getattr(qtx_lab, name).__doc__, name
 
 
-def test_a_first_call_loads_little_and_the_hugging_face_adapter_is_loaded_when_it_is_first_used() -> None:
+WITHOUT_EXTRAS = """\
+import sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in EXTRAS:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Missing())
+import torch
+import qtx_lab as qtx
+
+q, k, v = torch.zeros(3, 1, 4, 8, 2)
+qtx.sampled_attention(q, k, v, replicates=2, is_causal=True)
+slow = {"scipy.stats", "sympy", "numba"} & set(sys.modules)
+assert not slow, f"a first call loads {slow}"
+qtx.SampledKVCache.build(k, v).attend(q[..., -1:, :], num_samples=4)
+qtx.load_reference_model()
+qtx.QuantumTrainer, qtx.calibrate, qtx.ExperimentSpec
+for name in ("TreeLoader", "Workbench", "run_notebook", "huggingface"):
+    try:
+        getattr(qtx, name)
+    except qtx.MissingPackage as error:
+        print(error)
+from click.testing import CliRunner
+from qtx_lab.cli import main
+result = CliRunner().invoke(main, ["runs"])
+print(result.exit_code, result.output.strip())
+"""
+
+
+def test_drawing_needs_no_extra_and_a_missing_one_is_named() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    packages = {
+        re.split(r"[^\w.-]", x)[0] for name in ("lab", "quantum", "cluster", "hf") for x in extras[name]
+    }
+    modules = {name.replace("-", "_") for name in packages - {"qtx-lab", "jinja2"}}  # torch needs jinja2
+    code = f"EXTRAS = {modules}\n{WITHOUT_EXTRAS}"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.splitlines() == [
+        "qtx_lab.TreeLoader needs qiskit: pip install 'qtx-lab[quantum]'.",
+        "qtx_lab.Workbench needs ipywidgets: pip install 'qtx-lab[lab]'.",
+        "qtx_lab.run_notebook needs duckdb: pip install 'qtx-lab[lab]'.",
+        "qtx_lab.huggingface needs transformers: pip install 'qtx-lab[hf]'.",
+        "2 error: this command needs duckdb: pip install 'qtx-lab[lab]'.",
+    ]
+
+
+def test_the_hugging_face_adapter_is_loaded_when_it_is_first_used() -> None:
     code = (
-        "import sys, torch, qtx_lab as qtx\n"
-        "qtx.sampled_attention(*torch.zeros(3, 4, 8, 2), replicates=2, is_causal=True)\n"
+        "import sys, qtx_lab as qtx\n"
         "from qtx_lab.models import reference\n"
-        "loaded = {'scipy.stats', 'sympy', 'pandas', 'numba', 'transformers'} & set(sys.modules)\n"
-        "assert not loaded, loaded  # the first two take a second each\n"
+        "assert 'transformers' not in sys.modules\n"
         "qtx.huggingface.register()\n"
         "assert 'transformers' in sys.modules"
     )

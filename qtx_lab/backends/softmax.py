@@ -68,7 +68,7 @@ class SoftmaxCircuitSampler(Sampler):
         self,
         backend: QiskitQuantumBackend,
         *,
-        degree: int = 6,
+        degree: int = 12,
         rounds: int = 0,
         max_logit: float | None = None,
         tolerance: float = 0.01,

@@ -17,6 +17,7 @@ LOADERS: dict[str, Callable[[], Loader]] = {
     "dynamic": DynamicLoader,
     "unary": UnaryLoader,
     "mps": MpsLoader,
+    "softmax": SoftmaxLoader,
 }
 """Every loader that can be chosen by its name. `Loader` says how to add one."""
 

@@ -145,7 +145,7 @@ class SoftmaxLoader(Loader):
     exact = False
 
     features: int = 1
-    degree: int = 6
+    degree: int = 12
     rounds: int = 0
     max_logit: float | None = None
     tolerance: float = 0.01
@@ -353,7 +353,8 @@ def row_vectors(logits: Tensor) -> tuple[Tensor, Tensor]:
     masked = logits == -torch.inf
     high = logits.amax(-1, keepdim=True)
     low = logits.masked_fill(masked, torch.inf).amin(-1, keepdim=True)
-    shifted = (logits - (high + low) / 2).masked_fill(masked, 0)
+    middle = ((high + low) / 2).masked_fill(high == -torch.inf, 0)
+    shifted = (logits - middle).masked_fill(masked, 0)
     return torch.ones_like(logits[:, :1]), shifted[..., None]
 
 

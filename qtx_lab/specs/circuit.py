@@ -77,7 +77,9 @@ class CircuitSpec(Spec):
         "device",
         min_length=1,
     )
-    loader: LoaderName = field("dynamic", "How a row becomes a circuit.", "name", "circuit")
+    loader: LoaderName = field(
+        "dynamic", "How a row becomes a circuit; softmax computes it from its logits.", "name", "circuit"
+    )
     shots: Whole = field(1024, "Measurements of each row.", "shots", "circuit", ge=1, le=16_777_216)
     optimization_level: Whole = field(
         3,

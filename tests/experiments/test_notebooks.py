@@ -316,6 +316,13 @@ REDUCED = {
         "prompt_tokens": 400,
         "new_tokens": 20,
     },
+    "11_beyond_loading": {
+        "key_counts": [4],
+        "degrees": [4, 8],
+        "shots": 4000,
+        "seeds": 2,
+        "steps": 10,
+    },
 }
 """Parameters with which a notebook checks its claims in seconds; `make demo` runs the quickstart."""
 

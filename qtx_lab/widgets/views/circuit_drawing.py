@@ -13,7 +13,7 @@ from qiskit.transpiler import Target
 from ...backends import QiskitQuantumBackend
 from ...backends.aer import AerEngine
 from ...backends.noise import fake_device, reduced_target
-from ...circuits import DynamicLoader, Loader, MpsLoader, TreeLoader, UnaryLoader
+from ...circuits import DynamicLoader, Loader, MpsLoader, SoftmaxLoader, TreeLoader, UnaryLoader
 from ...circuits.base import num_bits
 
 MAX_COLUMNS = 240
@@ -87,6 +87,15 @@ def _angles(
     ]
 
 
+SOFTMAX_ROLES = {
+    "k": "one of the rotations that load and unload all logits, as keys",
+    "phase": "a phase of the polynomial of the exponential",
+    "q": "one of the rotations that load the query",
+    "weight": "weighs the even part of the polynomial against the odd one",
+}
+"""What the angles of a softmax circuit are for, by the names of its parameters."""
+
+
 def angle_roles(loader: Loader, n: int) -> list[dict[str, Any]]:
     """What each angle of a loader's circuit for rows of n keys is for, in the order of its parameters.
 
@@ -115,6 +124,11 @@ def angle_roles(loader: Loader, n: int) -> list[dict[str, Any]]:
              "split": None}
             for layer, low in pairs
         ]  # fmt: skip
+    if isinstance(loader, SoftmaxLoader):
+        return [
+            {"text": SOFTMAX_ROLES[parameter.name.partition("[")[0]], "split": None}
+            for parameter in loader.circuit(size).parameters
+        ]
     count = loader.circuit(size).num_parameters
     return [{"text": f"angle {i + 1} of {count}", "split": None} for i in range(count)]
 

@@ -228,12 +228,13 @@ def find_best(
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    sampler = optuna.samplers.TPESampler(
-        seed=seed, n_startup_trials=max(BATCH, min(10, trials // 3)), constant_liar=True
-    )
+    num_startup = max(BATCH, min(10, trials // 3))
+    sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=num_startup, constant_liar=True)
     study = optuna.create_study(direction="maximize" if maximize else "minimize", sampler=sampler)
     sign = -1.0 if maximize else 1.0
     distributions = {name: _distribution(given) for name, given in dimensions.items()}
+    for first in _spread(distributions, num_startup, seed):
+        study.enqueue_trial(first)
     tried: dict[str, SearchedCombination] = {}
     while len(tried) < trials:
         asked: dict[str, Trial] = {}
@@ -262,6 +263,37 @@ def find_best(
         for key, trial in asked.items():
             _tell(study, trial, tried[key])
     return list(tried.values())
+
+
+def _spread(distributions: Mapping[str, Any], count: int, seed: int) -> list[Combination]:
+    """Combinations that share out the values of each parameter evenly: a Latin hypercube.
+
+    Independent draws would leave out some of a handful of names.
+    """
+    from scipy.stats import qmc
+
+    points = qmc.LatinHypercube(len(distributions), rng=np.random.default_rng(seed)).random(count)
+    return [
+        {name: _at(given, u) for u, (name, given) in zip(row, distributions.items(), strict=True)}
+        for row in points
+    ]
+
+
+def _at(distribution: Any, u: float) -> Any:
+    """The value of a distribution at a quantile u in [0, 1)."""
+    from optuna.distributions import CategoricalDistribution, IntDistribution
+
+    if isinstance(distribution, CategoricalDistribution):
+        return distribution.choices[int(u * len(distribution.choices))]
+    low, high = distribution.low, distribution.high
+    if isinstance(distribution, IntDistribution):
+        low, high = low - 0.5, high + 0.5
+    x = low * (high / low) ** u if distribution.log else low + (high - low) * u
+    return (
+        min(max(round(x), distribution.low), distribution.high)
+        if isinstance(distribution, IntDistribution)
+        else x
+    )
 
 
 def _tell(study: Study, trial: Trial, one: SearchedCombination) -> None:

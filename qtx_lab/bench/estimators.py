@@ -26,6 +26,7 @@ from ..models.text import encode, reference_text
 from ..samplers import BASELINES, SAMPLERS, LearnedImportanceSampler, make_sampler
 from .base import BenchRow, Timing, shown
 from .control_sets import bench_control_sets
+from .coreset_controls import bench_coreset_controls
 
 BASELINE = "monte-carlo"
 DIFFUSE = 1 / 8
@@ -126,7 +127,8 @@ def bench_estimators(quick: bool, copy_bandwidth: float) -> list[BenchRow]:
     - `bias share`: the share of the squared error, over all heads, that is bias;
     - `microseconds a row`.
 
-    The tables of `bench_control_sets` follow: what sets of control variates leave of the error.
+    The tables of `bench_control_sets` follow: what sets of control variates leave of the error. The last one
+    is of `bench_coreset_controls`.
 
     A method fails its check if its error is not finite, or if it is unbiased and has more than 1.1 times the
     error of i.i.d. draws. It then gets none of these ratios.
@@ -145,7 +147,7 @@ def bench_estimators(quick: bool, copy_bandwidth: float) -> list[BenchRow]:
             case.options
         ):  # only learned attention: synthetic rows have no heads to average over, and no low rank
             print_targets(case, errors, fitted)
-    return rows + bench_control_sets(quick)
+    return rows + bench_control_sets(quick) + bench_coreset_controls(quick)
 
 
 # --- What is estimated ----------------------------------------------------------------------------

@@ -249,6 +249,10 @@ class DraftedPass:
         """With as many drafts as a report says."""
         options = PROPOSALS[name]
         caches = [SampledKVCache.build(x.k, x.v, queries=x.earlier_queries, **options) for x in layers]
+        for x, cache in zip(layers, caches, strict=True):  # it has room for more tokens from now on
+            n = len(cache)
+            cache.append(x.k[:, :1], x.v[:, :1])
+            cache.crop(n)
         return cls(layers, caches, max(1, round(report.drafts_per_pass)))
 
     @property

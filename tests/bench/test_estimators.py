@@ -7,7 +7,7 @@ import torch
 
 import qtx_lab as qtx
 from qtx_lab.bench import base as bench
-from qtx_lab.bench import control_sets
+from qtx_lab.bench import control_sets, coreset_controls
 from qtx_lab.bench import estimators as bench_estimators
 from qtx_lab.samplers import BASELINES, SAMPLERS
 
@@ -32,6 +32,7 @@ def measured(label, square, unbiased=True):
 def test_everything_is_compared(case, monkeypatch, capsys):
     monkeypatch.setattr(bench_estimators, "cases", lambda quick: [case])
     monkeypatch.setattr(bench_estimators, "bench_control_sets", lambda quick: [])
+    monkeypatch.setattr(bench_estimators, "bench_coreset_controls", lambda quick: [])
     rows = bench_estimators.bench_estimators(True, 1e9)
     rows = [row for row in rows if row.case == "tiny, 12 draws"]
     assert {*SAMPLERS, *BASELINES} <= {row.method for row in rows}
@@ -124,3 +125,21 @@ def test_sets_of_controls_are_compared_with_the_best_single_one(monkeypatch, cap
     assert "times that of its best control" in rows["linformer + performer"].check
     assert rows["linformer + performer"].ratio is None
     assert "times that of its best control" in capsys.readouterr().out
+
+
+def test_coresets_are_measured_beside_the_controls(capsys):
+    rows = {row.method: row for row in coreset_controls.bench_coreset_controls(True)}
+    assert rows["no control"].error == pytest.approx(1)
+    assert 0 < rows["topk"].error < 1
+    coresets = [row for name, row in rows.items() if name.startswith("coreset")]
+    assert len(coresets) == 6
+    assert all(row.passed == (row.details["heads within target"] >= 0.5) for row in coresets)
+    assert "keys touched" in capsys.readouterr().out
+
+
+def test_pivots_of_a_kernel_of_low_rank_span_it(generator):
+    """Of keys that are few different ones, randomly pivoted Cholesky chooses each once."""
+    few = torch.randn(5, 8, generator=generator, dtype=torch.float64)
+    which = torch.arange(200) % 5
+    chosen = coreset_controls.pivots(few[which], 5, 0.3, generator)
+    assert sorted(which[chosen].tolist()) == [0, 1, 2, 3, 4]

@@ -1,0 +1,156 @@
+"""Whether coresets of keys would be good control variates: the last table of `bench estimators`.
+
+A coreset is a few keys, chosen by randomly pivoted Cholesky (Chen and others, 2207.06503) of the kernel
+exp(q . k), as in WildCat (2602.10056). Its surrogate weights of all keys are Nystroem's,
+
+    p_hat proportional to exp(q . K_S) K_SS^-1 K_S,
+
+whose full sums with the values are known from r sums that are made once. It is measured here and is no
+control of the lab's, because of what the table shows.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+
+import torch
+from torch import Tensor
+
+from ..controls import TopKControl, make_control
+from ..controls.base import dense_weights
+from ..models.language_model import load_language_model
+from ..models.text import reference_text
+from .base import BenchRow
+
+KEYS_TOUCHED = 128
+"""Values that an estimate reads for a row: draws, and what its control reads beside them."""
+
+CORESET_KEYS = (32, 64)
+KERNEL_SCALES = (0.1, 0.3, 1.0)
+"""Keys are scaled by the root of this before their kernel is taken, and queries by its inverse."""
+
+TARGET = 0.7
+"""Of the variance that the best control leaves, which a coreset would have to reach on half of the heads."""
+
+ROWS = 48
+"""The last positions of the text, whose queries attend."""
+
+RIDGE = 1e-9
+
+
+def bench_coreset_controls(quick: bool) -> list[BenchRow]:
+    """Coresets as controls beside those of the lab, on a model's heads, at equal keys touched.
+
+    `error` is the variance that a control leaves of i.i.d. draws over that without a control, as the
+    geometric mean over rows and heads, with the best coefficient for each row; a control that reads r values
+    leaves `KEYS_TOUCHED` - r draws. Nothing is sampled: variances are computed from all keys. A coreset
+    passes if it leaves at most `TARGET` of what the best control of the lab leaves on half of the heads, that
+    best one being chosen for each head; `heads within target` is their share.
+    """
+    model = load_language_model("reference" if quick else "smollm2-135m")
+    layers, n = ((1, 4), 192) if quick else ((0, 3, 8, 15, 22, 29), 1024)
+    inputs = model.attention_inputs(model.encode(reference_text())[None, :n], layers)
+    generator = torch.Generator().manual_seed(0)
+    seconds: dict[str, float] = {}
+    heads: list[dict[str, Tensor]] = []
+    for q, k, v in inputs:
+        group = q.shape[1] // k.shape[1]
+        for head in range(q.shape[1]):
+            rows_q, keys, values = q[0, head, -ROWS:], k[0, head // group], v[0, head // group]
+            heads.append(_variances(rows_q.double(), keys.double(), values.double(), generator, seconds))
+    case = f"coresets as controls, {model.name}, {len(heads)} heads, n={n}, {KEYS_TOUCHED} keys touched"
+    print(f"\n{case}\n  {'control':<40}{'variance':>9}{'heads within target':>21}  check")
+    rows = []
+    for name in heads[0]:
+        is_coreset = name.startswith("coreset")
+        best = [min(x for other, x in head.items() if not other.startswith("coreset")) for head in heads]
+        within = sum(float(head[name] / x) <= TARGET for head, x in zip(heads, best, strict=True)) / len(
+            heads
+        )
+        error = math.exp(sum(float((head[name] / head["no control"]).log()) for head in heads) / len(heads))
+        check = "pass" if not is_coreset or within >= 0.5 else f"within {TARGET} on {within:.0%} of the heads"
+        details = {"heads within target": within} if is_coreset else {}
+        rows.append(
+            BenchRow(case, name, seconds.get(name, 0.0), "no control", None, error, check, details=details)
+        )
+        print(f"  {name:<40}{error:>9.3f}{format(within, '.0%') if is_coreset else '':>21}  {check}")
+    return rows
+
+
+def _variances(
+    q: Tensor, k: Tensor, v: Tensor, generator: torch.Generator, seconds: dict[str, float]
+) -> dict[str, Tensor]:
+    """What controls leave for the rows of one head, a geometric mean: q (M, E), k (n, E), v (n, d)."""
+    n, scale = len(k), q.shape[-1] ** -0.5
+    visible = torch.ones(len(q), n, dtype=torch.bool).tril(n - len(q))
+    p = (q @ k.mT * scale).masked_fill(~visible, -torch.inf).softmax(-1)
+    result = {"no control": _variance(p, torch.zeros_like(p), v, 0)}
+    positions = torch.arange(n - len(q), n)
+    for name in ("topk-8", "topk", "linformer", "performer"):
+        control = TopKControl(8) if name == "topk-8" else make_control(name)
+        read = control.keys if isinstance(control, TopKControl) else 0
+        start = time.perf_counter()
+        prepared = control.prepare(
+            k[None], v[None], scale=scale, causal=False, q=q[None], generator=generator
+        )
+        surrogate = dense_weights(prepared, q[None], positions, n)[0] * visible
+        seconds[name] = time.perf_counter() - start
+        result[name] = _variance(p, surrogate, v, read)
+    for size in CORESET_KEYS:
+        for kernel_scale in KERNEL_SCALES:
+            name = f"coreset of {size}, kernel scale {kernel_scale:g}"
+            start = time.perf_counter()
+            surrogate = _nystroem(q * scale, k, size, kernel_scale, generator) * visible
+            seconds[name] = time.perf_counter() - start
+            result[name] = _variance(p, surrogate, v, size)
+    return result
+
+
+def _variance(p: Tensor, surrogate: Tensor, v: Tensor, read: int) -> Tensor:
+    """The variance of an estimate of p v by draws from p, with the best multiple of a control, over rows.
+
+    It is the least over beta of the variance of v_j (1 - beta p_hat_j / p_j) for one draw, over the draws
+    that are left.
+    """
+    size = v.square().sum(-1)
+    output, of_surrogate = p @ v, surrogate @ v
+    ratio = surrogate / p.clamp_min(torch.finfo(p.dtype).tiny)
+    plain = p @ size - output.square().sum(-1)
+    both = surrogate @ size - (output * of_surrogate).sum(-1)
+    own = (surrogate * ratio) @ size - of_surrogate.square().sum(-1)
+    left = plain - both.square() / own.clamp_min(torch.finfo(p.dtype).tiny)
+    floor = 1e-9 * plain.clamp_min(torch.finfo(p.dtype).tiny)
+    return (torch.maximum(left, floor) / (KEYS_TOUCHED - read)).log().mean().exp()
+
+
+def _nystroem(x: Tensor, k: Tensor, size: int, kernel_scale: float, generator: torch.Generator) -> Tensor:
+    """Surrogate weights (M, n) of keys k (n, E) for scaled queries x (M, E), by a coreset."""
+    keys = k - k.mean(0)  # which changes no row's probabilities
+    balance = kernel_scale * float(x.norm(dim=-1).mean() / keys.norm(dim=-1).mean())
+    coreset = keys[pivots(keys, size, balance, generator)]
+    among = torch.exp(balance * coreset @ coreset.mT)
+    ridge = RIDGE * among.diagonal().mean() * torch.eye(len(coreset), dtype=k.dtype)
+    to_all = torch.linalg.solve(among + ridge, torch.exp(balance * coreset @ keys.mT))
+    weights = (x @ coreset.mT).softmax(-1) @ to_all
+    return weights.clamp_min(0)
+
+
+def pivots(k: Tensor, size: int, scale: float, generator: torch.Generator) -> Tensor:
+    """Keys of k (n, E) that randomly pivoted Cholesky of exp(scale k_i . k_j) chooses, at most `size`.
+
+    Source: Chen, Epperly, Tropp and Webber (2207.06503), algorithm 1.
+    """
+    top = scale * k.square().sum(-1)
+    diagonal = torch.exp(top - top.max())
+    factor, chosen = k.new_zeros(len(k), size), []
+    for i in range(size):
+        if diagonal.sum() <= 0:
+            break
+        pivot = int(diagonal.multinomial(1, generator=generator))
+        column = torch.exp(scale * (k @ k[pivot]) - top.max()) - factor[:, :i] @ factor[pivot, :i]
+        chosen.append(pivot)
+        factor[:, i] = column / column[pivot].clamp_min(torch.finfo(k.dtype).tiny).sqrt()
+        diagonal = (diagonal - factor[:, i].square()).clamp_min(0)
+        diagonal[chosen] = 0
+    return torch.tensor(chosen)

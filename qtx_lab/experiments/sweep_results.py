@@ -61,6 +61,8 @@ def write_results(
     summary = [f"{len(notebooks)} notebooks: {by_status}."]
     if taken:
         summary.append(f"{taken} of them are taken from earlier runs with the same spec and code.")
+    note = run.manifest["results"].get("note")
+    summary += [note] if note else []
     summary += [f"{row.run}: {row.error}" for row in failed.itertuples()][:MAX_ERRORS]
     rows: list[dict[str, Any]] = []
     y = measure or _main_measure(notebooks) or _first_number(notebooks)

@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import chdir, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +32,7 @@ from ..errors import (
 from ..specs import ClusterSpec, NotebookSpec, Spec, SweepSpec, listed_word, value_of
 from ..storage import runs_home, write_atomic
 from ..training.cluster import Cluster, open_cluster
+from . import provenance
 from .notebook_code import canonical, cell_key, code_hash
 from .notebooks import (
     declared_parameters,
@@ -145,10 +146,12 @@ def sweep(
         Folder of runs; see `runs_home`.
     resume : bool
         Take from `home` the notebooks of the same code cells, tags and parameters that an earlier sweep has
-        done, or that another sweep is running now, and run only the others.
+        done, or that another sweep is running now, and run only the others. They may have been done by
+        another version of qtx_lab; how many were is said on stderr and in the summary.
     fresh : bool
         Run all notebooks. Otherwise those that are done in `home` with the same spec, code, distributions and
-        input files are taken from there, and the summary says so.
+        input files are taken from there, and the summary says so. 1 and 1.0 are the same there, 0 and -0.0
+        are not.
     measure : str, optional
         The number in the runs' results that the figure shows. If None, it is the one that the notebook
         declares as its main one (see `Run.declare`), else the first one.
@@ -187,8 +190,12 @@ def sweep(
     if resume and fresh:
         raise ArgumentError("resume=True and fresh=True exclude each other.")
     earlier = {} if fresh else find_results(home, path, planned)
+    older = ""
     if resume:
         earlier = find_done(home, {notebook.key for notebook in planned.notebooks})
+        older = _of_other_code(earlier.values())
+    if older:
+        tqdm.write(older, file=sys.stderr)
     missing = [notebook for notebook in planned.notebooks if notebook.key not in earlier]
     run = Run.create(
         planned.spec,
@@ -196,7 +203,11 @@ def sweep(
         home,
         title=f"A sweep of {path.name}",
         command=sweep_command(notebook, path, planned.spec),
-        results={"notebooks": len(planned.notebooks), "kept": len(earlier)},
+        results={
+            "notebooks": len(planned.notebooks),
+            "kept": len(earlier),
+            **({"note": older} if older else {}),
+        },
     )
     folders = dict(earlier)
     try:
@@ -336,6 +347,21 @@ def find_results(home: Path, path: Path, planned: SweepPlan) -> dict[str, Path]:
         notebook.key: result_facts(path, notebook.spec)["code"]["result"] for notebook in planned.notebooks
     }
     return {key: done[result] for key, result in keys.items() if result in done}
+
+
+def _of_other_code(folders: Iterable[Path]) -> str:
+    """How many of these runs were done by other code of this package, in a sentence; "" if none was."""
+    count = 0
+    for folder in folders:
+        with suppress(StorageError):
+            code = (Run(folder).manifest.get("code") or {}).get("package")
+            count += code != provenance.source_hash()
+    return (
+        f"{count} of the notebooks that --resume takes were done by other code of qtx_lab than this; --fresh "
+        "runs them again."
+        if count
+        else ""
+    )
 
 
 def find_done(home: Path, keys: set[str]) -> dict[str, Path]:

@@ -164,17 +164,20 @@ def train(task: LearningTask, kind: AttentionKind, seed: int, steps: int) -> Tra
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over seeds, with its 95 % interval by Student's t."""
+    """A mean over seeds, with its interval by Student's t."""
 
     mean: float
     low: float
     high: float
 
     @classmethod
-    def of(cls, values: list[float]) -> Interval:
+    def of(cls, values: list[float], level: float = 0.95) -> Interval:
         """The interval of independent values, at least two."""
         x = torch.tensor(values, dtype=torch.float64)
-        mean, half = float(x.mean()), float(x.std() / math.sqrt(len(x)) * student.ppf(0.975, len(x) - 1))
+        mean, half = (
+            float(x.mean()),
+            float(x.std() / math.sqrt(len(x)) * student.ppf((1 + level) / 2, len(x) - 1)),
+        )
         return cls(mean, mean - half, mean + half)
 
     def __str__(self) -> str:
@@ -191,7 +194,7 @@ def bench_orthogonal(quick: bool, copy_bandwidth: float) -> list[BenchRow]:
     Details: `seeds`, `parameters` (of the layer that makes queries, keys and values; of both the same),
     `loss_low`, `loss_high`, `accuracy`, `accuracy_low`, `accuracy_high`: 95 % intervals over seeds; of a
     quantum kind `difference`, `difference_low`, `difference_high`: its loss less that of its control on the
-    same seed, and `verdict`.
+    same seed, with an interval that allows for the six comparisons (Bonferroni), and `verdict`.
     """
     rows = []
     for task in TASKS[:1] if quick else TASKS:
@@ -203,14 +206,21 @@ def bench_orthogonal(quick: bool, copy_bandwidth: float) -> list[BenchRow]:
     return rows
 
 
-def compare_with_control(task: LearningTask, kind: AttentionKind, seeds: int, steps: int) -> list[BenchRow]:
-    """Train a kind and its control from the same seeds, in turns: two rows."""
+def compare_with_control(
+    task: LearningTask, kind: AttentionKind, seeds: int, steps: int, comparisons: int = 6
+) -> list[BenchRow]:
+    """Train a kind and its control from the same seeds, in turns: two rows.
+
+    The interval of their difference has the level 1 - .05 / `comparisons`: of so many comparisons of equal
+    methods, one says that they differ with a probability of at most 5 %.
+    """
     results: tuple[list[Trained], list[Trained]] = ([], [])
     for seed in range(seeds):
         for trained, which in zip(results, (kind, kind.classical), strict=True):
             trained.append(train(task, which, seed, steps))
     pairs = zip(*results, strict=True)
-    difference = Interval.of([quantum.loss - control.loss for quantum, control in pairs])
+    losses = [quantum.loss - control.loss for quantum, control in pairs]
+    difference = Interval.of(losses, level=1 - 0.05 / comparisons)
     verdict = "tie"
     if difference.high < 0:
         verdict = "better than its control"
@@ -262,4 +272,7 @@ def print_table(task: LearningTask, rows: list[BenchRow]) -> None:
         if "verdict" in x:
             difference = Interval(x["difference"], x["difference_low"], x["difference_high"])
             print(f"    loss less that of its control: {difference}: {x['verdict']}")
-    print(f"  Guessing: {math.log(task.classes):.3f} nats. Intervals: 95 % over seeds, by Student's t.")
+    print(
+        f"  Guessing: {math.log(task.classes):.3f} nats. Intervals: 95 % over seeds, by Student's t; those "
+        "of differences hold for six comparisons together."
+    )

@@ -318,10 +318,11 @@ REDUCED = {
     },
     "11_beyond_loading": {
         "key_counts": [4],
-        "degrees": [4, 8],
+        "components": [1],
+        "degrees": [8],
         "shots": 4000,
         "seeds": 2,
-        "steps": 10,
+        "steps": 2,
     },
 }
 """Parameters with which a notebook checks its claims in seconds; `make demo` runs the quickstart."""

@@ -3,6 +3,8 @@ from .attention import gpu_quantum_attention as gpu_quantum_attention
 from .attention import replace_attention as replace_attention
 from .attention import same_draws as same_draws
 from .attention import sampled_attention as sampled_attention
+from .backends import AmplitudeEstimate as AmplitudeEstimate
+from .backends import AmplitudeEstimator as AmplitudeEstimator
 from .backends import CircuitSampler as CircuitSampler
 from .backends import HybridPolicy as HybridPolicy
 from .backends import ParametricNoise as ParametricNoise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .amplitude import AmplitudeEstimate, AmplitudeEstimator
 from .counts import RowCounts
 from .exact import Noise
 from .hybrid import HybridPolicy, predicted_fidelity
@@ -14,6 +15,8 @@ from .softmax import SoftmaxCircuitSampler
 
 __all__ = [
     "AerModelNoise",
+    "AmplitudeEstimate",
+    "AmplitudeEstimator",
     "CircuitSampler",
     "DeviceNoise",
     "HybridPolicy",

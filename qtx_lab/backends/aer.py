@@ -17,7 +17,7 @@ from qiskit_aer.noise import NoiseModel, ReadoutError
 from ..checks import check_number
 from ..circuits.base import pack_values
 from ..circuits.resources import resources
-from ..errors import ArgumentError, BackendUnavailable, FallbackWarning, unknown_name
+from ..errors import ArgumentError, BackendUnavailable, DtypeError, FallbackWarning, unknown_name
 from .base import Engine
 from .counts import draw_outcomes
 from .exact import Noise, Step, compile_steps, density_matrices, outcome_probabilities
@@ -75,6 +75,9 @@ class AerEngine(Engine):
         it, and for measurements, then decohere by T1 and T2. "typical" is `TYPICAL_FEED_FORWARD_LATENCY_S`.
         Where None, waiting costs nothing, and the diagnostics say so. Needs noise that tells T1, T2 and how
         long measurements last: a twin, a calibration or `ThermalNoise`.
+    idling : bool
+        Whether qubits that wait for the gates of others decohere by T1 and T2, also in circuits that feed
+        nothing forward. Gates' own errors have the decoherence of their duration already. Needs the same.
 
     Raises
     ------
@@ -95,6 +98,7 @@ class AerEngine(Engine):
         noise_scale: float = 1.0,
         method: str = "auto",
         feed_forward_latency: float | Literal["typical"] | None = None,
+        idling: bool = False,
     ):
         name = backend_name or "aer"
         if name not in (*IDEAL, *fake_devices()):
@@ -110,13 +114,18 @@ class AerEngine(Engine):
         self.noise = None if noise is None else make_noise(noise)
         self.noise_scale, self.method = noise_scale, method
         self.feed_forward_latency = _latency(feed_forward_latency)
+        if not isinstance(idling, bool):
+            raise DtypeError(f"idling={idling!r} is not allowed: it must be True or False.")
+        self.idling = idling
         # A twin's device is made when it is first needed, which takes a while.
         self._twin: DeviceNoise | None = None
         self._compiled: dict[int, tuple[QuantumCircuit, tuple[Step, ...] | None]] = {}
         self.ideal = (self.name == "aer" and noise is None) or noise_scale == 0
-        if self.feed_forward_latency is not None and self.name == "aer" and self.noise is None:
+        waits = self.feed_forward_latency is not None or self.idling
+        if waits and self.name == "aer" and self.noise is None:
+            option = "idling" if self.idling else "feed_forward_latency"
             raise ArgumentError(
-                "feed_forward_latency needs noise that tells T1, T2 and how long measurements last: name a "
+                f"{option} needs noise that tells T1, T2 and how long measurements last: name a "
                 "twin, or give noise= a calibration or ThermalNoise."
             )
 
@@ -129,6 +138,7 @@ class AerEngine(Engine):
             noise_scale=self.noise_scale * level,
             method=self.method,
             feed_forward_latency=self.feed_forward_latency,
+            idling=self.idling,
         )
 
     def identity(self) -> str:
@@ -193,7 +203,11 @@ class AerEngine(Engine):
         model = self._model()
         if model is None:
             return circuit
-        region = model.best_qubits(circuit.num_qubits, resources(circuit).two_qubit_gates)
+        line = _gates_along_line(circuit)
+        if line is not None:
+            region = model.best_line(line)
+        else:
+            region = model.best_qubits(circuit.num_qubits, resources(circuit).two_qubit_gates)
         target = model.on(region).target(circuit.num_qubits)
         conditional = any(isinstance(i.operation, ControlFlowOp) for i in circuit.data)
         if conditional and "if_else" not in target.operation_names:
@@ -280,12 +294,44 @@ class AerEngine(Engine):
 
     def _waiting(self, circuit: QuantumCircuit) -> WaitingCircuit | None:
         """The circuit with its waits, where it feeds forward and they are modelled."""
-        if self.feed_forward_latency is None or self.ideal:
+        latency = self.feed_forward_latency
+        if self.ideal or (latency is None and not self.idling):
             return None
-        if not any(isinstance(i.operation, ControlFlowOp) for i in circuit.data):
+        if not self.idling and not any(isinstance(i.operation, ControlFlowOp) for i in circuit.data):
             return None
         target = self._noise_of(circuit).target(circuit.num_qubits)
-        return with_waits(circuit, target, self.feed_forward_latency)
+        return with_waits(circuit, target, latency or 0.0)
+
+    def probabilities(self, circuit: QuantumCircuit, bindings: np.ndarray) -> torch.Tensor:
+        """Probabilities of the values of the register `c`, from which `run` draws shots.
+
+        Parameters
+        ----------
+        circuit : QuantumCircuit
+            As `transpile` returns it.
+        bindings : ndarray, float64, (R, P)
+            Values of `circuit.parameters`.
+
+        Returns
+        -------
+        Tensor, float64, (R, 2^bits)
+
+        Raises
+        ------
+        BackendUnavailable
+            If the circuit is too large for exact probabilities, and `run` simulates its shots.
+        """
+        steps = self._steps(circuit)
+        if steps is not None:
+            p, values = outcome_probabilities(steps, bindings)
+            full = torch.zeros(len(p), 1 << circuit.num_clbits, dtype=p.dtype)
+            full[:, values] = p
+            return full
+        if self._is_static(circuit):
+            return self._statevector(circuit, bindings)
+        raise BackendUnavailable(
+            f"{circuit.name} is simulated shot by shot: it has no exact probabilities here."
+        )
 
     def _steps(self, circuit: QuantumCircuit) -> tuple[Step, ...] | None:
         """The circuit for `exact.py`, compiled once; None where `AerSimulator` runs it."""
@@ -362,6 +408,21 @@ class AerEngine(Engine):
 def twin_noise(name: str) -> DeviceNoise:
     """The noise of a twin, made once."""
     return DeviceNoise.of_twin(name)
+
+
+def _gates_along_line(circuit: QuantumCircuit) -> list[int] | None:
+    """Number of gates between each two neighbours, where all gates of two qubits are between neighbours."""
+    gates = [0] * (circuit.num_qubits - 1)
+    for instruction in circuit.data:
+        if isinstance(instruction.operation, ControlFlowOp):
+            return None
+        if len(instruction.qubits) > 1 and instruction.operation.name != "barrier":
+            at = sorted(circuit.find_bit(q).index for q in instruction.qubits)
+            low = at[0]
+            if at != [low, low + 1]:
+                return None
+            gates[low] += 1
+    return gates if gates and all(gates) else None
 
 
 def _latency(given: float | str | None) -> float | None:

@@ -86,6 +86,13 @@ class SimulatorNoise(ABC):
         """
         return list(range(num_qubits))
 
+    def best_line(self, two_qubit_gates: Sequence[int]) -> list[int]:
+        """The qubits, in their order along a line, that a circuit runs on whose gates are between neighbours.
+
+        By default the first ones. `two_qubit_gates` are the numbers of gates between each two neighbours.
+        """
+        return list(range(len(two_qubit_gates) + 1))
+
     def on(self, qubits: Sequence[int]) -> SimulatorNoise:
         """The noise of some of the qubits, which are then numbered 0, 1, ... in their order."""
         return self
@@ -376,6 +383,54 @@ def best_region(target: Target, size: int, two_qubit_gates: int) -> list[int]:
             f"{size} {connected}qubits are needed; the device of {count} has no such region."
         )
     return sorted(best)
+
+
+def best_line(target: Target, two_qubit_gates: Sequence[int]) -> list[int]:
+    """The qubits, in their order along a line, on which a circuit is expected to have the least error.
+
+    Parameters
+    ----------
+    target : Target
+        The device.
+    two_qubit_gates : sequence of int
+        Number of gates between each two neighbours of the circuit's own line of qubits.
+
+    Raises
+    ------
+    BackendUnavailable
+        If the device has no such line.
+    """
+    edges = _edges(target)
+    readout = {
+        q: properties.error
+        for (q,), properties in target["measure"].items()
+        if properties is not None and properties.error is not None and properties.error < BROKEN_ERROR
+    }
+    neighbours: dict[int, list[int]] = {q: [] for q in readout}
+    for a, b in edges:
+        if a in readout and b in readout:
+            neighbours[a].append(b)
+            neighbours[b].append(a)
+    best, best_cost = None, math.inf
+    partial = [(readout[q], [q]) for q in neighbours]
+    while partial:
+        cost, line = partial.pop()
+        if cost >= best_cost:
+            continue
+        if len(line) == len(two_qubit_gates) + 1:
+            best, best_cost = line, cost
+            continue
+        for q in neighbours[line[-1]]:
+            if q not in line:
+                pair = (min(q, line[-1]), max(q, line[-1]))
+                step = readout[q] + two_qubit_gates[len(line) - 1] * edges[pair]
+                partial.append((cost + step, [*line, q]))
+    if best is None:
+        raise BackendUnavailable(
+            f"{len(two_qubit_gates) + 1} qubits in a line are needed; the device of {target.num_qubits} "
+            "has no such line."
+        )
+    return best
 
 
 def _edges(target: Target) -> dict[tuple[int, int], float]:

@@ -29,6 +29,7 @@ from .exact import Noise
 from .noise import (
     MAX_READOUT_ERROR,
     SimulatorNoise,
+    best_line,
     best_region,
     channel_infidelity,
     device_noise,
@@ -213,6 +214,9 @@ class DeviceNoise(SimulatorNoise):
     def best_qubits(self, num_qubits: int, two_qubit_gates: int) -> list[int]:
         return best_region(self.whole, num_qubits, two_qubit_gates)
 
+    def best_line(self, two_qubit_gates: Sequence[int]) -> list[int]:
+        return best_line(self.whole, two_qubit_gates)
+
     def on(self, qubits: Sequence[int]) -> DeviceNoise:
         return replace(self, qubits=tuple(qubits))
 
@@ -374,6 +378,11 @@ class AerModelNoise(SimulatorNoise):
         if self.num_qubits is None:
             return list(range(num_qubits))
         return best_region(replace(self, qubits=None).target(self.num_qubits), num_qubits, two_qubit_gates)
+
+    def best_line(self, two_qubit_gates: Sequence[int]) -> list[int]:
+        if self.num_qubits is None:
+            return list(range(len(two_qubit_gates) + 1))
+        return best_line(replace(self, qubits=None).target(self.num_qubits), two_qubit_gates)
 
     def on(self, qubits: Sequence[int]) -> AerModelNoise:
         return replace(self, qubits=tuple(qubits))

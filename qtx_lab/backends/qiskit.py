@@ -89,6 +89,8 @@ class QiskitQuantumBackend:
     feed_forward_latency : float or "typical", optional
         "aer" only: seconds from a measurement to a gate that depends on its bit; qubits that wait then
         decohere. Where None, waiting costs nothing, and diagnostics say so; see `AerEngine`.
+    idling : bool
+        "aer" only: whether qubits that wait for the gates of others decohere, in all circuits.
     method : {"auto", "aer"}
         "aer" only: compute exact probabilities where that fits, or simulate every shot with `AerSimulator`.
     service : QiskitRuntimeService, optional
@@ -157,6 +159,7 @@ class QiskitQuantumBackend:
         noise_scale: float = 1.0,
         method: Literal["auto", "aer"] = "auto",
         feed_forward_latency: float | Literal["typical"] | None = None,
+        idling: bool = False,
         service: QiskitRuntimeService | None = None,
         instance: str | None = None,
         region: str | None = None,
@@ -183,7 +186,7 @@ class QiskitQuantumBackend:
         self.backend_name, self.shots, self.optimization_level = backend_name, shots, optimization_level
         self.loader = make_loader(loader)
         for_aer: dict[str, Any] = {"noise": noise, "noise_scale": noise_scale, "method": method}
-        for_aer["feed_forward_latency"] = feed_forward_latency
+        for_aer |= {"feed_forward_latency": feed_forward_latency, "idling": idling}
         for_ibm: dict[str, Any] = {
             "service": service,
             "instance": instance,

@@ -308,6 +308,7 @@ NAMES = (
     "circuits",
     "softmax_circuit",
     "orthogonal",
+    "amplitude",
     "mitigation",
     "sweep",
     "training",

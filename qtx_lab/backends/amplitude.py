@@ -1,0 +1,646 @@
+"""`AmplitudeEstimator`: coordinates of attention outputs by amplitude estimation, with intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from qiskit import QuantumCircuit
+from torch import Tensor
+
+from ..checks import check_count, check_generator, check_number
+from ..circuits import check_rows
+from ..circuits.amplitude import MAX_QUBITS, amplitude_angles, amplitude_circuit, load_angles, sign_planes
+from ..circuits.base import num_bits, unpack_values
+from ..circuits.resources import resources
+from ..errors import ArgumentError, BackendUnavailable, DtypeError, ShapeError, unknown_name
+from .aer import AerEngine
+from .amplitude_fit import (
+    FittedDecay,
+    Hits,
+    candidates,
+    expected_information,
+    fit_angles,
+    schedule,
+    second_stage,
+    sum_of_estimates,
+)
+from .counts import draw_counts, rows_at_once
+from .ibm.target import TargetEngine
+from .noise import fake_devices
+from .qiskit import QiskitQuantumBackend
+from .requests import PlannedRun
+
+MAX_ITERATES = 1024
+"""Most Grover iterates of a circuit that is run."""
+
+LEAST_LOADS = 16
+"""Fewest loads of the row that are spent on a plane of signs."""
+
+RESIDUAL_PARTS = (0.05, 0.1, 0.2, 0.3, 0.45, 0.6)
+"""Parts of the loads of an output that the residual may get."""
+
+PLANE_VARIANCE = 0.8
+"""Variance of a plane's difference of probabilities, times the information that its schedule promises."""
+
+PROBED_ITERATES = 4
+"""Iterates of the circuit whose errors, less those of the circuit without iterates, predict the decay."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Measured:
+    """What the shots of an `AmplitudePlan` gave. Leading dimensions are repetitions.
+
+    Parameters
+    ----------
+    hits : Tensor, float64, (..., I, K)
+        How often the shots of each plane gave a key of sign -1.
+    shots : Tensor, int64, (..., I, K)
+        Shots of both stages.
+    counts : Tensor, float64, (..., R, d, 2^m)
+        How often each value of the register was measured by the shots for the residual.
+    """
+
+    hits: Tensor
+    shots: Tensor
+    counts: Tensor
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class AmplitudeProbabilities:
+    """What the shots of an `AmplitudePlan` are drawn from.
+
+    Parameters
+    ----------
+    hits : Tensor, float64, (I, K)
+        Probability of a hit, a key of sign -1, of each plane after each number of iterates.
+    keys : Tensor, float64, (R, 2^m)
+        Probabilities of the register's values for each row, without iterates.
+    """
+
+    hits: Tensor
+    keys: Tensor
+
+    def draw(self, plan: AmplitudePlan, repetitions: int, generator: torch.Generator) -> Measured:
+        """Repeat all shots of a plan, with repetitions as the first dimension.
+
+        Hits are binomial and counts multinomial: repetitions that are drawn so have the distribution of
+        those that are simulated shot by shot.
+        """
+        chance = self.hits.expand(repetitions, *self.hits.shape).contiguous()
+        shots = plan.shots.double().expand_as(chance).contiguous()
+        hits = torch.binomial(shots, chance, generator=generator)
+        second = plan.second_shots(hits).double()
+        hits += torch.binomial(second, chance, generator=generator)
+        rows, d = plan.residual_shots.shape
+        left = plan.residual_shots.double().expand(repetitions, rows, d).clone()
+        share = (self.keys / self.keys.sum(-1, keepdim=True).clamp_min(1e-300))[:, None].expand(rows, d, -1)
+        counts, rest = [], torch.ones(rows, d, dtype=torch.float64)
+        for i in range(share.shape[-1]):  # each binomial of what the values before it left
+            chance = (share[..., i] / rest.clamp_min(1e-15)).clamp(0, 1)
+            counts.append(torch.binomial(left, chance.expand_as(left).contiguous(), generator=generator))
+            left, rest = left - counts[-1], rest - share[..., i]
+        return Measured(hits, (shots + second).long(), torch.stack(counts, -1))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class AmplitudePlan:
+    """What an amplitude estimation measures: I planes of signs, each with a schedule of iterates.
+
+    Parameters
+    ----------
+    p, signs : Tensor, (I, n)
+        The row of each plane, and its signs.
+    output : Tensor, int64, (I,)
+        Which of the R × d outputs the plane belongs to.
+    weights : Tensor, float64, (I,)
+        With which the plane's difference of probabilities is added to the output.
+    iterates : tuple of int
+        Numbers of Grover iterates, (K,), ascending.
+    shots : Tensor, int64, (I, K)
+        Shots of each plane after each number of iterates, in the first stage.
+    left, most : Tensor, int64, (I,)
+        Loads of each plane for the second stage, and its largest number of iterates.
+    rows : Tensor, float64, (R, n)
+        The rows.
+    centre, scale : Tensor, float64, (R, d)
+        Middle and half width of the range of the planes' sums.
+    residual : Tensor, float64, (R, d, n)
+        What the planes leave of the values. Its mean is estimated from shots without iterates.
+    residual_shots : Tensor, int64, (R, d)
+        Their number.
+    expected : FittedDecay or None
+        The decay that the device's calibration predicts; None where there is no noise.
+    """
+
+    p: Tensor
+    signs: Tensor
+    output: Tensor
+    weights: Tensor
+    iterates: tuple[int, ...]
+    shots: Tensor
+    left: Tensor
+    most: Tensor
+    rows: Tensor
+    centre: Tensor
+    scale: Tensor
+    residual: Tensor
+    residual_shots: Tensor
+    expected: FittedDecay | None
+
+    @property
+    def mixed(self) -> Tensor:
+        """Probability of a hit in the mixture of all states of the register, float64 (I,)."""
+        return (self.signs < 0).sum(-1) / float(1 << num_bits(self.rows.shape[-1]))
+
+    def second_shots(self, hits: Tensor) -> Tensor:
+        """Shots of the second stage, int64 (..., I, K), which the hits of the first (..., I, K) suggest."""
+        if not len(self.p):
+            return torch.zeros(hits.shape, dtype=torch.int64)
+        data = Hits(self.iterates, hits, self.shots.double().expand_as(hits), self.mixed)
+        return second_stage(data, self.expected, self.left, self.most)
+
+    def loads(self, shots: Tensor) -> Tensor:
+        """Uses of each row's loader or its inverse: int64 (R, d).
+
+        A shot after k iterates uses them 2k + 1 times. `shots`, int64 (I, K), are those of both stages.
+        """
+        each = (shots * (2 * torch.tensor(self.iterates, dtype=torch.int64) + 1)).sum(-1)
+        return self.residual_shots.flatten().index_add(0, self.output, each).view_as(self.centre)
+
+    def ideal_probabilities(self) -> AmplitudeProbabilities:
+        """What an ideal device gives: a hit after k iterates has the probability sin²((2k + 1) theta)."""
+        theta = (self.p * (self.signs < 0)).sum(-1).clamp(0, 1).sqrt().asin()
+        hits = (theta[:, None] * (2 * torch.tensor(self.iterates) + 1)).sin().square()
+        states = 1 << num_bits(self.rows.shape[-1])
+        return AmplitudeProbabilities(hits, F.pad(self.rows, (0, states - self.rows.shape[-1])))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class AmplitudeEstimate:
+    """Outputs o = p v by amplitude estimation, beside what a classical computer makes of them.
+
+    Parameters
+    ----------
+    values, lower, upper : Tensor, float64, (R,) or (R, d)
+        Estimates, and the ends of their intervals.
+    confidence : float
+        Of the intervals.
+    exact, classical : Tensor
+        The exact outputs, and means of `loads` independent draws of each row by pseudo-random numbers.
+    loads : Tensor, int64
+        How often the row's loader or its inverse was used for each output.
+    scale : Tensor, float64
+        Half width of the range of the values: an amplitude of 1 stands for so much.
+    schedule : mapping
+        From the number of Grover iterates to the shots of all planes together.
+    decay : FittedDecay
+        What noise does to the amplitudes.
+    two_qubit_gates : mapping
+        From the number of iterates to the two-qubit gates of the circuit.
+    seconds : float or None
+        Estimated quantum time that the shots take on the device, as IBM bills it; None on an ideal simulator.
+    diagnostics : mapping
+        `device`, `calibration`, `noise`, `planes` (circuits' bindings), `qubits`, `method`.
+    """
+
+    values: Tensor
+    lower: Tensor
+    upper: Tensor
+    confidence: float
+    exact: Tensor
+    classical: Tensor
+    loads: Tensor
+    scale: Tensor
+    schedule: Mapping[int, int]
+    decay: FittedDecay
+    two_qubit_gates: Mapping[int, int]
+    seconds: float | None
+    diagnostics: Mapping[str, Any]
+
+    def __repr__(self) -> str:
+        most, gates = max(self.schedule, default=0), max(self.two_qubit_gates.values(), default=0)
+        return (
+            f"AmplitudeEstimate({tuple(self.values.shape)}, loads <= {int(self.loads.max())}, "
+            f"at most {most} iterates with {gates} two-qubit gates, {self.diagnostics.get('device')})"
+        )
+
+
+class AmplitudeEstimator:
+    """Estimates outputs o = sum_j p_j v_j by amplitude estimation: errors fall as 1 / loads without noise.
+
+    The error of a mean of draws falls as 1 / sqrt(draws). An output is a sum over planes of signs; see
+    `qtx_lab.circuits.amplitude`. Each plane is one amplitude, of circuits that load the row, apply Grover
+    iterates and measure. Iterates are chosen for the decay of the contrast that the device's calibration
+    predicts, and the decay is fitted to the measured hits.
+
+    Loads are counted honestly: a shot after k iterates takes 2k + 1 uses of the loader or its inverse.
+    The row is known here, so that a classical computer has the exact output for n multiplications, which
+    every result tells.
+
+    Parameters
+    ----------
+    backend : QiskitQuantumBackend
+        Where circuits run. Its loader is not used.
+    method : {"bayes", "mle"}
+        Posterior means and intervals of equal tails, or maximum likelihood and likelihood-ratio intervals.
+
+    Raises
+    ------
+    DtypeError, ArgumentError
+        If backend is no backend; if method is unknown.
+
+    Examples
+    --------
+    >>> p, v = torch.tensor([[0.1, 0.2, 0.3, 0.4]]), torch.tensor([1.0, 0.0, -1.0, 2.0])
+    >>> estimator = AmplitudeEstimator(QiskitQuantumBackend("aer"))
+    >>> result = estimator.estimate(p, v, loads=4096, generator=torch.Generator().manual_seed(0))
+    >>> abs(result.values - result.exact) < 0.01
+    tensor([True])
+    """
+
+    def __init__(self, backend: QiskitQuantumBackend, *, method: Literal["bayes", "mle"] = "bayes"):
+        if not isinstance(backend, QiskitQuantumBackend):
+            raise DtypeError(f"backend is a {type(backend).__name__}; it must be a QiskitQuantumBackend.")
+        if method not in ("bayes", "mle"):
+            raise unknown_name("method", method, ("bayes", "mle"))
+        self.backend, self.method = backend, method
+        self._circuits: dict[tuple[object, ...], QuantumCircuit] = {}
+
+    def estimate(
+        self,
+        p: Tensor,
+        v: Tensor,
+        loads: int = 4096,
+        *,
+        confidence: float = 0.95,
+        generator: torch.Generator | None = None,
+    ) -> AmplitudeEstimate:
+        """Estimate o = p v, and wait for the result.
+
+        Parameters
+        ----------
+        p : Tensor, (R, n)
+            Rows of probabilities of 1 to 16 keys. The output of a row of all zeros is 0.
+        v : Tensor, (n,), (n, d) or (R, n, d)
+            Values; without d, there is one coordinate.
+        loads : int
+            Most uses of the row's loader and its inverse for each output, that is for a row and a coordinate.
+        confidence : float
+            Of the intervals, between 0 and 1.
+        generator : torch.Generator, optional
+            The only source of randomness.
+
+        Raises
+        ------
+        ArgumentError, ShapeError, DtypeError
+            Before any work: if p holds no rows of probabilities (see `check_rows`), if v does not fit to
+            it or is not finite, if there are more than 16 keys, or if loads are fewer than 16 for each
+            plane.
+        BackendUnavailable
+            If the device cannot be reached, or cannot run the circuits.
+        """
+        confidence = check_number("confidence", confidence, above=0, below=1)
+        check_generator(generator)
+        plan = self.plan(p, v, loads)
+        p, v3, shape = _checked(p, v)
+        seed = int(torch.randint(2**31 - 1, (), generator=generator))
+        engine, n = self.backend.engine, p.shape[-1]
+        with engine.reserved(self._runs(plan, plan.shots, plan.left)):
+            measured = self._measured(plan, seed)
+        values, lower, upper, decay = self.fit(plan, measured, confidence=confidence)
+        runs = self._runs(plan, measured.shots)
+        used = [(i, k) for i, k in enumerate(plan.iterates) if int(measured.shots[:, i].sum())]
+        running = p.sum(-1) > 0
+        drawn = torch.zeros_like(p)
+        random = torch.Generator().manual_seed(seed ^ 0x5EED)
+        drawn[running] = draw_counts(p[running], loads, random).double() / loads
+        return AmplitudeEstimate(
+            values=values.view(shape),
+            lower=lower.view(shape),
+            upper=upper.view(shape),
+            confidence=confidence,
+            exact=torch.einsum("rn,rnd->rd", p, v3).view(shape),
+            classical=torch.einsum("rn,rnd->rd", drawn, v3).view(shape),
+            loads=plan.loads(measured.shots).view(shape),
+            scale=plan.scale.view(shape),
+            schedule={k: int(measured.shots[:, i].sum()) for i, k in used},
+            decay=decay,
+            two_qubit_gates={k: resources(self.circuit(n, k)).two_qubit_gates for _, k in used},
+            seconds=self._seconds(runs),
+            diagnostics={
+                **engine.facts(),
+                "planes": len(plan.p),
+                "qubits": num_bits(n),
+                "method": self.method,
+            },
+        )
+
+    def plan(
+        self, p: Tensor, v: Tensor, loads: int = 4096, *, most_iterates: int = MAX_ITERATES
+    ) -> AmplitudePlan:
+        """What `estimate` would measure; nothing is run. Arguments and errors are those of `estimate`.
+
+        `most_iterates` bounds the Grover iterates of a circuit.
+
+        The number of planes is the one that promises the least error: each further plane makes the residual
+        smaller, but leaves fewer loads to the others.
+        """
+        loads = check_count("loads", loads)
+        p, v3, _ = _checked(p, v)
+        rows, n, coordinates = v3.shape
+        attended = p > 0
+        first = attended.double().argmax(-1)[:, None, None].expand(rows, coordinates, 1)
+        # a masked key takes the value of one that is not, so that it widens no range
+        values = torch.where(attended[:, None], v3.mT, v3.mT.gather(-1, first)).reshape(-1, n)
+        running = attended.any(-1).repeat_interleave(coordinates)
+        values = torch.where(running[:, None], values, 0.0)
+        if n == 1:
+            values = values.expand(-1, 2)
+        expected = None if self.backend.engine.ideal else self.expected_decay(n)
+        shares = _best_shares(values, loads, 0.0 if expected is None else expected.per_iterate)
+        output, plane = (shares.loads > 0).nonzero(as_tuple=True)
+        known = {
+            x: schedule(x, shares.decay, most_iterates) for x in set(shares.loads[output, plane].tolist())
+        }
+        schedules = [known[x] for x in shares.loads[output, plane].tolist()]
+        iterates = candidates(max((x.most for x in schedules), default=0))
+        shots = torch.tensor([[x.ladder.get(k, 0) for k in iterates] for x in schedules], dtype=torch.int64)
+        return AmplitudePlan(
+            p[output // coordinates],
+            shares.signs[output, plane, :n],
+            output,
+            shares.weights[output, plane],
+            iterates,
+            shots.view(len(output), len(iterates)),
+            torch.tensor([x.left for x in schedules], dtype=torch.int64),
+            torch.tensor([x.most for x in schedules], dtype=torch.int64),
+            p,
+            shares.centre.view(rows, coordinates),
+            shares.weights.sum(-1).view(rows, coordinates),
+            shares.residual[:, :n].reshape(rows, coordinates, n),
+            shares.residual_loads.view(rows, coordinates),
+            expected,
+        )
+
+    def fit(
+        self, plan: AmplitudePlan, measured: Measured, *, confidence: float = 0.95
+    ) -> tuple[Tensor, Tensor, Tensor, FittedDecay]:
+        """Estimate the outputs from what was measured; repetitions are estimated independently of each other.
+
+        Returns
+        -------
+        values, lower, upper : Tensor, float64, (..., R, d)
+        decay : FittedDecay
+            Means over repetitions.
+        """
+        hits, counts = measured.hits, measured.counts
+        rows, d = plan.centre.shape
+        batch = hits.shape[:-2]
+        if not len(plan.p):
+            centre = plan.centre.expand(*batch, rows, d).clone()
+            return centre, centre.clone(), centre.clone(), FittedDecay()
+        data = Hits(plan.iterates, hits, measured.shots.double(), plan.mixed)
+        fitted = fit_angles(data, expected=plan.expected, confidence=confidence, method=self.method)
+        rest, spread = _residual(plan, counts, fitted.decay[..., 0], confidence)
+        starts = torch.cat([torch.ones(1, dtype=torch.bool), plan.output.diff() > 0]).nonzero()[:, 0]
+        lengths = torch.diff(starts, append=torch.tensor([len(plan.output)]))
+        place = torch.arange(len(plan.output)) - starts.repeat_interleave(lengths)
+        # a table of outputs × planes, and the residual in its last column
+        table = hits.new_zeros(4, *batch, rows * d, int(place.max()) + 2)
+        for i, x in enumerate((fitted.value, fitted.lower, fitted.upper, plan.weights)):
+            table[i][..., plan.output, place] = x.expand_as(fitted.value)
+        for i, x in enumerate((rest, rest - spread, rest + spread, torch.ones_like(rest))):
+            table[i][..., -1] = x.flatten(-2)
+        parts = sum_of_estimates(*table)
+        values, lower, upper = (plan.centre + x.view(*batch, rows, d) for x in parts)
+        contrast, per_iterate, shift = fitted.decay.reshape(-1, 3).mean(0).tolist()
+        a, b, c = fitted.decay_std_error.reshape(-1, 3).mean(0).tolist()
+        return values, lower, upper, FittedDecay(contrast, per_iterate, shift, (a, b, c))
+
+    def circuit(self, n: int, iterates: int) -> QuantumCircuit:
+        """The circuit for n keys in the device's gates, transpiled once."""
+        size = num_bits(n)
+        key = (self.backend.engine.identity(), self.backend.optimization_level, size, iterates)
+        if key not in self._circuits:
+            original = amplitude_circuit(size, iterates)
+            self._circuits[key] = self.backend.engine.transpile(original, self.backend.optimization_level)
+        return self._circuits[key]
+
+    def expected_decay(self, n: int) -> FittedDecay:
+        """The decay that the calibrated errors of the gates predict for n keys."""
+        errors = [sum(self.backend.engine.errors(self.circuit(n, k))) for k in (0, PROBED_ITERATES)]
+        return FittedDecay(max(0.5, 1 - errors[0]), max(1e-6, (errors[1] - errors[0]) / PROBED_ITERATES))
+
+    def probabilities(self, plan: AmplitudePlan) -> AmplitudeProbabilities:
+        """What the shots of a plan are drawn from, with the simulator's noise.
+
+        Raises
+        ------
+        BackendUnavailable
+            If the backend is no simulator with exact probabilities.
+        """
+        engine, n = self.backend.engine, plan.rows.shape[-1]
+        if not isinstance(engine, AerEngine):
+            raise BackendUnavailable(f"{engine.name} has no exact probabilities: only simulators have.")
+        angles, minus = amplitude_angles(plan.p, plan.signs), _minus(plan)
+        hits = torch.zeros(plan.shots.shape, dtype=torch.float64)
+        for i, k in enumerate(plan.iterates):
+            circuit = self.circuit(n, k)
+            probabilities = engine.probabilities(circuit, angles[:, : circuit.num_parameters])
+            hits[:, i] = (probabilities * minus).sum(-1)
+        keys = engine.probabilities(self.circuit(n, 0), load_angles(plan.rows).numpy())
+        return AmplitudeProbabilities(hits.clamp(0, 1), keys)
+
+    def _measured(self, plan: AmplitudePlan, seed: int) -> Measured:
+        """Run both stages and the shots for the residual."""
+        first = self._hits(plan, plan.shots, seed)
+        second = _in_units(plan.second_shots(first))
+        hits = first + self._hits(plan, second, seed + len(plan.iterates))
+        shots = plan.residual_shots
+        angles = load_angles(plan.rows).repeat_interleave(shots.shape[1], 0).numpy()
+        circuit = self.circuit(plan.rows.shape[-1], 0)
+        counts = self._counts(circuit, angles, shots.flatten(), seed + 2 * len(plan.iterates))
+        return Measured(hits, plan.shots + second, counts.view(*shots.shape, -1))
+
+    def _hits(self, plan: AmplitudePlan, shots: Tensor, seed: int) -> Tensor:
+        """How often each plane's shots (I, K) hit, float64 (I, K)."""
+        minus, angles = _minus(plan), amplitude_angles(plan.p, plan.signs)
+        hits = torch.zeros(shots.shape, dtype=torch.float64)
+        for i, k in enumerate(plan.iterates):
+            if bool(shots[:, i].any()):
+                circuit = self.circuit(plan.rows.shape[-1], k)
+                counts = self._counts(circuit, angles[:, : circuit.num_parameters], shots[:, i], seed + i)
+                hits[:, i] = (counts * minus).sum(-1)
+        return hits
+
+    def _counts(self, circuit: QuantumCircuit, angles: np.ndarray, shots: Tensor, seed: int) -> Tensor:
+        """How often each value of the register is measured with each binding: float64 (I, 2^m)."""
+        states = 1 << circuit.num_clbits
+        counts = torch.zeros(len(shots), states, dtype=torch.float64)
+        unit = int(np.gcd.reduce(shots.numpy())) if len(shots) else 0
+        if not unit:
+            return counts
+        which = torch.repeat_interleave(torch.arange(len(shots)), shots // unit)
+        step = rows_at_once(unit)
+        for start in range(0, len(which), step):
+            part = which[start : start + step]
+            outcomes = self.backend.engine.run(circuit, angles[part.numpy()], unit, seed + start)[:, :unit]
+            values = torch.from_numpy(unpack_values(outcomes))
+            counts.index_add_(0, part, F.one_hot(values, states).sum(1).double())
+        return counts
+
+    def _runs(self, plan: AmplitudePlan, shots: Tensor, left: Tensor | None = None) -> list[PlannedRun]:
+        """The circuits that these shots (I, K) take, with those of the second stage if its loads are given.
+
+        They are planned at the number of iterates that takes the longest circuits.
+        """
+        n = plan.rows.shape[-1]
+        runs = [
+            PlannedRun(self.circuit(n, k), int(x.sum()), 1, f"{k} iterates")
+            for k, x in zip(plan.iterates, shots.mT, strict=True)
+            if int(x.sum())
+        ]
+        if left is not None and int(left.sum()):
+            k = plan.iterates[-1]
+            runs.append(PlannedRun(self.circuit(n, k), int(left.sum()) // (2 * k + 1) + 1, 1, "second stage"))
+        if int(plan.residual_shots.sum()):
+            runs.append(PlannedRun(self.circuit(n, 0), int(plan.residual_shots.sum()), 1, "residual"))
+        return runs
+
+    def _seconds(self, runs: list[PlannedRun]) -> float | None:
+        engine = self.backend.engine
+        if engine.name in fake_devices():
+            return TargetEngine(engine.name).cost(runs).quantum_seconds
+        return engine.cost(runs).quantum_seconds if engine.queues else None
+
+
+def _checked(p: Tensor, v: Tensor) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+    """Rows (R, n) and values (R, n, d), both float64, and the shape of the outputs."""
+    p = check_rows(p)
+    rows, n = p.shape
+    if num_bits(n) > MAX_QUBITS:
+        raise ArgumentError(f"p has {n} keys; amplitude estimation takes at most {1 << MAX_QUBITS}.")
+    if not isinstance(v, Tensor) or not v.is_floating_point():
+        given = v.dtype if isinstance(v, Tensor) else type(v).__name__
+        raise DtypeError(f"v is {given}; it must be a floating-point tensor.")
+    v = v.detach().to("cpu", torch.float64)
+    fits = (v.ndim in (1, 2) and v.shape[0] == n) or (v.ndim == 3 and v.shape[:2] == (rows, n))
+    if not fits or v.shape[-1] == 0:
+        raise ShapeError(
+            f"v has shape {tuple(v.shape)}; with p {tuple(p.shape)} it must be ({n},), ({n}, d) or "
+            f"({rows}, {n}, d)."
+        )
+    if not bool(v.isfinite().all()):
+        raise ArgumentError("v holds NaN or infinity; values must be finite.")
+    v3 = v.view(n, -1).expand(rows, n, -1) if v.ndim < 3 else v
+    return p, v3, (rows,) if v.ndim == 1 else (rows, v3.shape[-1])
+
+
+def _minus(plan: AmplitudePlan) -> Tensor:
+    """1 at the register's values that are keys of sign -1: float64 (I, 2^m)."""
+    n = plan.p.shape[-1]
+    return F.pad((plan.signs < 0).double(), (0, (1 << num_bits(n)) - n))
+
+
+def _in_units(shots: Tensor) -> Tensor:
+    """Shots (I, K) rounded down to multiples of a number for each column.
+
+    All bindings of a run have as many shots, and those with more shots occur several times.
+    """
+    least = (
+        torch.where(shots > 0, shots, shots.amax(0)).amin(0)
+        if len(shots)
+        else shots.new_ones(shots.shape[1:])
+    )
+    unit = (least // 8).clamp_min(1)
+    return shots // unit * unit
+
+
+@dataclass(frozen=True, eq=False)
+class _Shares:
+    """Planes (O, T) of O outputs, with the loads of each, and the loads of the residual (O,)."""
+
+    centre: Tensor
+    weights: Tensor
+    signs: Tensor
+    residual: Tensor
+    loads: Tensor
+    residual_loads: Tensor
+    decay: float
+
+
+def _best_shares(values: Tensor, loads: int, decay: float) -> _Shares:
+    """Choose the planes of each output, values (O, n), and share its loads among them and the residual."""
+    count, n = values.shape
+    best = torch.full((count,), torch.inf, dtype=torch.float64)
+    shares = _Shares(
+        values[:, 0].clone(),
+        values.new_zeros(count, n - 1),
+        torch.ones(count, n - 1, n, dtype=torch.int8),
+        torch.zeros_like(values),
+        torch.zeros(count, n - 1, dtype=torch.int64),
+        torch.zeros(count, dtype=torch.int64),
+        decay,
+    )
+    for number in range(1, n):
+        planes = sign_planes(values, number)
+        used = planes.weights > 0
+        spread = planes.residual.square().mean(-1).sqrt()
+        powers = planes.weights.pow(2 / 3)
+        for part in RESIDUAL_PARTS:
+            residual_loads = torch.where(spread > 0, math.floor(part * loads), 0)
+            share = powers / powers.sum(-1, keepdim=True).clamp_min(1e-300)
+            each = (share * (loads - residual_loads)[:, None]).floor().long()
+            # few distinct numbers of loads, so that few schedules are made
+            each = torch.tensor([_two_digits(x) for x in each.flatten().tolist()]).view(each.shape)
+            allowed = (~used | (each >= LEAST_LOADS)).all(-1) & used.any(-1)
+            information = torch.tensor([expected_information(x, decay) for x in each.flatten().tolist()])
+            variance = (planes.weights.square() / information.view(each.shape).clamp_min(1e-9)).sum(-1)
+            variance = PLANE_VARIANCE * variance + spread.square() / residual_loads.clamp_min(1)
+            better = allowed & (variance < best)
+            best = torch.where(better, variance, best)
+            new = (planes.weights, planes.signs, torch.where(used, each, 0))
+            for old, x in zip((shares.weights, shares.signs, shares.loads), new, strict=True):
+                old[better, :number] = x[better].to(old.dtype)
+            shares.centre[better] = planes.centre[better, 0]
+            shares.residual[better] = planes.residual[better]
+            shares.residual_loads[better] = residual_loads[better]
+    lacking = best.isinf() & (values != values[:, :1]).any(-1)
+    if bool(lacking.any()):
+        raise ArgumentError(f"loads={loads} is not allowed: at least {2 * LEAST_LOADS} are needed.")
+    return shares
+
+
+def _two_digits(x: int) -> int:
+    """Round down to 1/64 of the number's size.
+
+    >>> _two_digits(1000), _two_digits(50)
+    (992, 50)
+    """
+    shift = max(0, x.bit_length() - 6)
+    return x >> shift << shift
+
+
+def _residual(
+    plan: AmplitudePlan, counts: Tensor, contrast: Tensor, confidence: float
+) -> tuple[Tensor, Tensor]:
+    """Mean of the residual over a row, without the states that noise mixes in, and half of its interval."""
+    states = counts.shape[-1]
+    value = F.pad(plan.residual, (0, states - plan.residual.shape[-1]))
+    shots = counts.sum(-1)
+    mean = (counts * value).sum(-1) / shots.clamp_min(1)
+    square = (counts * value.square()).sum(-1) / shots.clamp_min(1)
+    fade = contrast[..., None, None]
+    variance = (square - mean.square()).clamp_min(0) / shots.clamp_min(1) / fade.square()
+    quantile = torch.distributions.Normal(0.0, 1.0).icdf(
+        torch.tensor((1 + confidence) / 2, dtype=torch.float64)
+    )
+    corrected = (mean - (1 - fade) * value.mean(-1)) / fade
+    measured = shots > 0
+    return torch.where(measured, corrected, 0.0), torch.where(measured, quantile * variance.sqrt(), 0.0)

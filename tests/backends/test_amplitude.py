@@ -1,0 +1,121 @@
+"""Amplitude estimation: errors fall as 1 / loads, intervals cover, loads are counted, noise is fitted."""
+
+import math
+
+import pytest
+import torch
+
+import qtx_lab as qtx
+from qtx_lab.backends import ParametricNoise
+from qtx_lab.backends.amplitude import AmplitudeEstimator
+from qtx_lab.errors import ArgumentError, DtypeError, ShapeError
+
+IDEAL = AmplitudeEstimator(qtx.QiskitQuantumBackend("aer"))
+
+
+def rows(n, generator, count=4):
+    p = torch.randn(count, n, generator=generator, dtype=torch.float64).softmax(-1)
+    return p, torch.randn(count, n, 1, generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.statistical
+def test_errors_fall_as_one_over_loads_without_noise(generator):
+    """The slope over four decades, of 60 repetitions of two rows, has a standard error of about .02."""
+    p, v = rows(4, generator, 2)
+    exact, budgets = torch.einsum("rn,rnd->rd", p, v), (300, 30_000, 3_000_000)
+    errors = []
+    for loads in budgets:
+        plan = IDEAL.plan(p, v, loads, most_iterates=loads)
+        measured = plan.ideal_probabilities().draw(plan, 60, generator)
+        errors.append((IDEAL.fit(plan, measured)[0] - exact).square().mean().sqrt())
+        assert all((plan.loads(shots) <= loads).all() for shots in measured.shots)
+    slope = math.log(errors[-1] / errors[0]) / math.log(budgets[-1] / budgets[0])
+    assert slope <= -0.9
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize("method", ["bayes", "mle"])
+def test_noise_is_fitted_and_intervals_cover(method, generator):
+    """95 % intervals of two rows in 80 calls: below 90 % or above 99 % by chance in 1 of 300 runs."""
+    noise = ParametricNoise(one_qubit=2e-4, two_qubit=2e-3, readout=0.01)
+    estimator = AmplitudeEstimator(qtx.QiskitQuantumBackend("aer", noise=noise), method=method)
+    p, v = rows(4, generator, 2)
+    exact = torch.einsum("rn,rnd->rd", p, v)
+    plan = estimator.plan(p, v, 2048)
+    measured = estimator.probabilities(plan).draw(plan, 80, generator)
+    values, lower, upper, decay = estimator.fit(plan, measured)
+    covered = ((lower <= exact) & (exact <= upper)).double().mean()
+    assert 0.9 < covered < 0.99
+    assert 0.003 < decay.per_iterate < 0.03
+    assert decay.contrast < 0.995
+    shots = ((v.amax(1) - exact) * (exact - v.amin(1)) / 2048).mean().sqrt()
+    assert (values - exact).square().mean().sqrt() < 0.5 * shots
+
+
+def test_what_is_run_has_the_probabilities_that_repetitions_are_drawn_from(generator):
+    noise = ParametricNoise(two_qubit=0.01, readout=0.02)
+    estimator = AmplitudeEstimator(qtx.QiskitQuantumBackend("aer", noise=noise))
+    p, v = rows(4, generator, 2)
+    plan = estimator.plan(p, v, 4096)
+    p_hit, n = estimator.probabilities(plan).hits, 4000
+    shots = torch.full_like(plan.shots, n)
+    hits = estimator._hits(plan, shots, 0) / n
+    assert ((hits - p_hit).abs() < 5 * (p_hit * (1 - p_hit) / n).sqrt() + 1e-3).all()
+
+
+def test_one_call_estimates_many_rows_and_coordinates(generator):
+    p, _ = rows(4, generator, 3)
+    p[1] = 0  # attends to nothing
+    p[2] = torch.tensor([0.5, 0.5, 0.0, 0.0])
+    v = torch.randn(4, 2, generator=generator, dtype=torch.float64)
+    v[2:] *= 100  # masked in the last row
+    result = IDEAL.estimate(p, v, loads=2000, generator=generator)
+    assert result.values.shape == (3, 2)
+    assert (result.values[1] == 0).all()
+    assert (result.loads <= 2000).all()
+    assert (result.loads[1] == 0).all()
+    torch.testing.assert_close(result.exact, p.double() @ v)
+    assert ((result.values - result.exact).abs() < 0.1 * result.scale + 1e-12).all()
+    assert (result.scale[2] < 10).all()
+    assert ((result.lower <= result.values) & (result.values <= result.upper)).all()
+    assert result.schedule.keys() == result.two_qubit_gates.keys()
+    again = IDEAL.estimate(p, v, loads=2000, generator=torch.Generator().manual_seed(5))
+    same = IDEAL.estimate(p, v, loads=2000, generator=torch.Generator().manual_seed(5))
+    assert torch.equal(again.values, same.values)
+
+
+def test_equal_values_take_no_loads(generator):
+    result = IDEAL.estimate(torch.tensor([[0.3, 0.7]]), torch.tensor([2.0, 2.0]), generator=generator)
+    assert result.values.tolist() == [2.0]
+    assert result.loads.tolist() == [0]
+
+
+def test_bad_input_is_refused():
+    p, v = torch.tensor([[0.25, 0.75]]), torch.tensor([1.0, 2.0])
+    with pytest.raises(ShapeError, match=r"v has shape \(3,\)"):
+        IDEAL.estimate(p, torch.ones(3))
+    with pytest.raises(ArgumentError, match="NaN"):
+        IDEAL.estimate(p, torch.tensor([1.0, math.nan]))
+    with pytest.raises(ArgumentError, match="17 keys"):
+        IDEAL.estimate(torch.full((1, 17), 1 / 17), torch.ones(17))
+    with pytest.raises(ArgumentError, match="loads=3"):
+        IDEAL.estimate(p, v, loads=3)
+    with pytest.raises(ArgumentError, match="confidence"):
+        IDEAL.estimate(p, v, confidence=1.0)
+    with pytest.raises(ArgumentError, match="method"):
+        AmplitudeEstimator(IDEAL.backend, method="map")
+    with pytest.raises(DtypeError, match="backend"):
+        AmplitudeEstimator("aer")
+
+
+def test_qubits_that_wait_decohere():
+    errors = {}
+    for idling in (False, True):
+        backend = qtx.QiskitQuantumBackend("aer", "fake_boston", idling=idling)
+        estimator = AmplitudeEstimator(backend)
+        errors[idling] = sum(backend.engine.errors(estimator.circuit(8, 1)))
+        line = estimator.circuit(8, 1).count_ops()["cz"]
+        assert line == 25  # no swaps: the qubits are in a line
+    assert errors[True] > errors[False] * 1.01
+    with pytest.raises(ArgumentError, match="idling"):
+        qtx.QiskitQuantumBackend("aer", idling=True)

@@ -317,6 +317,10 @@ REDUCED = {
         "new_tokens": 20,
     },
     "11_beyond_loading": {
+        "estimated_keys": [4],
+        "load_counts": [1024, 4096],
+        "estimated_rows": 2,
+        "repetitions": 20,
         "key_counts": [4],
         "components": [1],
         "degrees": [8],

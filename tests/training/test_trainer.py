@@ -23,6 +23,7 @@ from qtx_lab.training import QuantumTrainer
 from qtx_lab.training.checkpoints import CheckpointWriter, checkpoints, write_hashes
 from qtx_lab.training.data import SequenceOrder, open_tokens, stream_seed
 from qtx_lab.training.models import MODELS, make_model
+from qtx_lab.training.rank import RankEnd, RankJob
 from qtx_lab.training.sampling import Attention, NoisySampler
 from qtx_lab.training.schedules import (
     NOISE_TO_SIGNAL,
@@ -31,6 +32,7 @@ from qtx_lab.training.schedules import (
     scheduled_draws,
     scheduled_noise,
 )
+from qtx_lab.training.supervisor import Supervisor
 
 FAST = {"num_tokens": 32, "steps": 8, "batch_size": 4, "warmup_steps": 2, "num_samples": 4, "seed": 3}
 FAST |= {"validate_every": 4, "checkpoint_every": 3, "progress": False}
@@ -685,3 +687,20 @@ def test_local_updates_draw_and_are_resumed_after_an_exchange(tmp_path):
 def test_what_local_updates_cannot_do_is_refused(settings, match):
     with pytest.raises(qtx.SpecError, match=match):
         trained(**{**LOCAL, **settings})
+
+
+def test_faults_between_which_training_came_further_do_not_end_it(tmp_path, monkeypatch):
+    """Without checkpoints every fault begins at step 0 again: what counts is how far the attempts came."""
+    reached = iter([5, 9, 14, 20, 20])
+
+    def attempt(self, name, world):
+        step = next(reached)
+        self._take_rows([{"step": step, "loss": 1.0}])
+        return RankEnd("lost", step, RuntimeError("gone"))
+
+    monkeypatch.setattr(Supervisor, "_run_over_cluster", attempt)
+    job = RankJob(None, None, "", TrainSpec(), None, 2, tmp_path, 1.0)
+    supervisor = Supervisor(job, object(), retries=1, cancelled=threading.Event(), progress=False)
+    with pytest.raises(qtx.RunFailed, match=r"given up after 2 fault\(s\) without a later step"):
+        supervisor.run(2)
+    assert len(supervisor.faults) == 5

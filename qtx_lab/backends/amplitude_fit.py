@@ -133,7 +133,7 @@ def schedule(loads: int, decay: float, most: int) -> Schedule:
     Examples
     --------
     >>> schedule(1000, decay=0.01, most=100)
-    Schedule(ladder={0: 48, 1: 41, 2: 34, 4: 27}, left=436, most=9)
+    Schedule(ladder={0: 48, 1: 41, 2: 34, 4: 26}, left=425, most=9)
     """
     most = best_depth(decay, most)
     rungs = [0, *(1 << i for i in range(most.bit_length()))]

@@ -301,6 +301,7 @@ NAMES = (
     "estimators",
     "coverage",
     "tolerance",
+    "guarantee",
     "decode",
     "model",
     "llm",

@@ -98,6 +98,9 @@ RATIO_DRAWS = 8
 RATES = torch.linspace(0.1, 0.95, 18, dtype=torch.float64)
 """The lambda_i that are tried."""
 
+FEWEST_SORTED, SORTED_SHARE = 64, 8
+"""So many keys, and a share of one in so many, are sorted by their bounds before all are."""
+
 FEWEST_MORE = 4
 """Draws that are made at a time at least."""
 
@@ -277,7 +280,7 @@ class _Block:
         self.logits = self._capped(torch.empty_like(scores).scatter_(-1, places, scores) + centre)
         self.slack = torch.empty_like(scores).scatter_(-1, places, slack)  # b; 0 once a key was read
         self.known = torch.zeros_like(scores, dtype=torch.bool)  # H
-        self.read = torch.zeros_like(self.known)  # H and what was drawn
+        self.read = torch.zeros_like(self.known, dtype=torch.int8)  # 1 for H and what was drawn
         self.read_indices: list[Tensor] = []
         self.read_valid: list[Tensor] = []
 
@@ -296,8 +299,9 @@ class _Block:
         # A key that was drawn twice, or read before, is read once.
         ordered, place = indices.masked_fill(~valid, -1).sort(dim=-1, stable=True)
         first = F.pad(ordered[..., 1:] != ordered[..., :-1], (1, 0), value=True)
-        fresh = valid & torch.empty_like(valid).scatter_(-1, place, first) & ~self.read.gather(-1, indices)
-        self.read.scatter_(-1, indices, fresh | self.read.gather(-1, indices))
+        first = torch.empty_like(valid).scatter_(-1, place, first)
+        fresh = valid & first & (self.read.gather(-1, indices) == 0)
+        self.read.scatter_add_(-1, indices, fresh.to(self.read.dtype))
         self.read_indices.append(indices)
         self.read_valid.append(fresh)
         return logits, values
@@ -360,17 +364,27 @@ class _Block:
     def plan(self, centre: _Centre) -> _Plan:
         """The fewest reads, (h, r): of keys with the largest bounds, and draws from the others."""
         n = self.logits.shape[-1]
-        ladder = {min(n, round(CANDIDATES**i)) for i in range(math.ceil(math.log(n, CANDIDATES)) + 1)}
+        few = min(n, max(FEWEST_SORTED, n // SORTED_SHARE))
+        plan, more = self._plan_among(centre, few)
+        return self._plan_among(centre, n)[0] if bool(more.any()) else plan
+
+    def _plan_among(self, centre: _Centre, most: int) -> tuple[_Plan, Tensor]:
+        """The plan with at most so many reads for sure, and the rows that might do better with more."""
+        n = self.logits.shape[-1]
+        ladder = {min(most, round(CANDIDATES**i)) for i in range(math.ceil(math.log(most, CANDIDATES)) + 1)}
         counts = torch.tensor([0, *sorted(ladder)], device=self.x.device)
-        ordered = F.pad(centre.bounds.sort(-1, descending=True).values, (0, 1))
-        left = ordered.flip(-1).cumsum(-1).flip(-1)[..., counts]  # G after so many reads, [h, r, C]
+        heaviest = F.pad(centre.bounds.topk(most, -1).values, (1, 0)).cumsum(-1)[..., counts]
+        left = (centre.bounds.sum(-1, keepdim=True) - heaviest).clamp_min(0)  # G after so many reads
+        if most == n:
+            left[..., -1] = 0
         share = self.allowed(centre)[..., None] / left.clamp_min(torch.finfo(left.dtype).tiny)
         draws, _ = planned_draws(share, self.promise.risk, USUAL_RATIO**2)
         draws = torch.where(share >= 1, 0, draws.ceil())
         cost, place = (counts + draws).min(-1)
         chosen = draws.gather(-1, place[..., None])[..., 0]
         exact = ~(cost < n - self.known.sum(-1))
-        return _Plan(counts[place].masked_fill(exact, 0), chosen.masked_fill(exact, 0).long(), exact)
+        plan = _Plan(counts[place].masked_fill(exact, 0), chosen.masked_fill(exact, 0).long(), exact)
+        return plan, (cost >= most) & (most < n)
 
     def read_heaviest(self) -> tuple[_Centre, _Plan]:
         """Read the keys of which the sketches may leave out most, until the rest is for draws or nothing."""

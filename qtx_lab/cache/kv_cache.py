@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -23,12 +24,15 @@ from ..estimates import AttentionEstimate
 from ..kernels.cpu_decode.reference import DrawRule
 from ..streams import make_seed
 from .attend import Call, attend, plain_mode, scores_by_place
+from .debiased import attend_debiased
 from .exact_pass import attend_exactly
 from .guarantee import Promise, attend_within
 from .saving import CacheParts, read_cache, write_cache
 from .sketches import PROPOSALS, ComponentSketch, Int8Sketch, QueryMoment, make_sketch
 from .store import TokenStore
 from .value_sketch import ValueSketch
+
+ESTIMATORS = ("self-normalised", "debiased")
 
 DEFAULT_DRAWS = 64
 """Draws of a row where neither a number nor a tolerance is given."""
@@ -273,6 +277,7 @@ class SampledKVCache:
         *,
         tolerance: float | None = None,
         confidence: float = 0.95,
+        estimator: str = "self-normalised",
         replicates: int = 1,
         adaptive: bool = False,
         share_keys: bool = False,
@@ -299,6 +304,9 @@ class SampledKVCache:
             would read as many keys as there are is computed exactly, which `info.fallbacks` says.
         confidence : float
             Of the tolerance: from 1/2 to below 1.
+        estimator : {"self-normalised", "debiased"}
+            `debiased` has the exact output as its mean, for a random number of draws, 2.2 S in the mean, that
+            are independent: see `qtx_lab.cache.debiased`. Standard errors need two replicates.
         replicates : int
             R independent repetitions, averaged.
         adaptive : bool
@@ -340,7 +348,19 @@ class SampledKVCache:
         ShapeError, DtypeError, ArgumentError
             Before any work.
         """
-        promise = self._promise(tolerance, confidence, num_samples, replicates, adaptive, share_keys)
+        if estimator not in ESTIMATORS:
+            raise unknown_name("estimator", estimator, ESTIMATORS)
+        chosen = {
+            "estimator": estimator != ESTIMATORS[0] and estimator,
+            "adaptive": adaptive,
+            "share_keys": share_keys,
+            "replicates": replicates != 1 and replicates,
+        }
+        promise = self._promise(tolerance, confidence, num_samples, chosen)
+        debiased = estimator == "debiased"
+        if debiased and (adaptive or share_keys):
+            name = "adaptive" if adaptive else "share_keys"
+            raise ArgumentError(f"{name}=True is not allowed with estimator='debiased'.")
         num_samples = check_count("num_samples", DEFAULT_DRAWS if num_samples is None else num_samples)
         replicates = check_count("replicates", replicates)
         for name, x in (("adaptive", adaptive), ("share_keys", share_keys)):
@@ -368,7 +388,10 @@ class SampledKVCache:
                 sinks=sinks,
                 softcap=None if softcap is None else float(softcap),
             )
-            if promise is None:
+            if debiased:
+                check_finite("q", q)
+                estimate = attend_debiased(store, self._sketch, call)
+            elif promise is None:
                 estimate = attend(store, self._sketch, call)
             else:
                 assert isinstance(self._sketch, Int8Sketch)
@@ -384,11 +407,9 @@ class SampledKVCache:
         tolerance: float | None,
         confidence: float,
         num_samples: int | None,
-        replicates: int,
-        adaptive: bool,
-        share_keys: bool,
+        chosen: Mapping[str, object],
     ) -> Promise | None:
-        """What a tolerance promises; None where none is given."""
+        """What a tolerance promises; None where none is given. `chosen` holds what is not at its default."""
         confidence = check_number("confidence", confidence, least=0.5, below=1)
         if tolerance is None:
             return None
@@ -398,12 +419,8 @@ class SampledKVCache:
             raise ArgumentError(
                 f"num_samples={num_samples} and tolerance={tolerance} exclude each other: give one of them."
             )
-        for name, given, default in (
-            ("replicates", replicates, 1),
-            ("adaptive", adaptive, False),
-            ("share_keys", share_keys, False),
-        ):
-            if given != default:
+        for name, given in chosen.items():
+            if given is not False:
                 raise ArgumentError(
                     f"{name}={given!r} is not allowed with a tolerance, which chooses the draws itself."
                 )

@@ -307,6 +307,7 @@ REDUCED = {
         "workers": 1,
     },
     "09_real_language_model": {"prompts": 2, "length": 256},
+    "10_guarantees": {"repeats": 1, "trials": 500, "replicates": 400},
     "08_bring_your_own_model": {
         "model_name": "reference",
         "draw_counts": [16, 64],

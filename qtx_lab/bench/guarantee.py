@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 import torch
 from scipy import stats
@@ -394,7 +395,7 @@ def _row(
         if stats.binom.sf(x.misses - 1, x.rows, risk) < FALSE_ALARM
     ]
     ratio = None if peer is None or broken else median(peer.keys_of_heads) / median(heads)
-    details = {
+    details: dict[str, Any] = {
         "tolerance": tolerance,
         "risk": risk,
         "rows": rows,

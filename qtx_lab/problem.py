@@ -450,6 +450,23 @@ class AttentionProblem:
         first, last = self._band(rows)
         return (last.clamp_max(self.num_keys - 1) + 1 - first.clamp_min(0)).clamp_min(0)
 
+    def first_whole_blocks(self, blocks_of: Callable[[Tensor], Tensor]) -> Tensor:
+        """The first block of neighbouring keys that each row sees whole by the mask and causality, -1 where
+        there is none: int64, (N, M).
+
+        Parameters
+        ----------
+        blocks_of : callable
+            Gives them of rows (..., n), bool: `samplers.value_order.first_whole_blocks`.
+        """
+        assert self.mask is not None
+        seen = self.mask if self.mask.dtype == torch.bool else self.mask > -torch.inf
+        seen = seen.expand(*seen.shape[:-1], self.num_keys)
+        if self.is_causal:
+            key = torch.arange(self.num_keys, device=seen.device)
+            seen = seen & (key <= self.positions(slice(0, self.length))[:, None])
+        return blocks_of(seen).expand(self.row_shape).reshape(self.shape)
+
     def reach(self, rows: slice) -> int:
         """How many of the first keys some row of a block may see by causality."""
         if not self.is_causal or rows.start >= rows.stop:

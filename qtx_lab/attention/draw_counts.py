@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from torch import Tensor
 from ..estimates import Draws
 from ..problem import AttentionProblem
 from ..samplers import InversionSampler
-from ..samplers.value_order import ValueOrder
+from ..samplers.value_order import FIRST_VALUES, ValueOrder, first_whole_blocks
 from ..streams import Purpose, Stream
 from .predicted_error import ErrorModel, OutputSize, Scale, ValueTable, rest_square, student_factor
 
@@ -52,39 +52,62 @@ class KeyOrder:
     ----------
     random : Tensor, int64, (N, n)
         The key at each place of a random order, in which rows stand that see few keys.
-    ordered : Tensor, int64, (N, n), or None
-        For samplers in value order: the place in the random order of each key along the curve.
+    values : Tensor, (N, n, Ev), or None
+        For samplers in value order: what the order along the curve is fitted to, as `RowOrders` does.
+    masked : bool
+        Whether a mask decides which keys a row sees.
     """
 
     random: Tensor
-    ordered: Tensor | None
+    values: Tensor | None
+    masked: bool = False
+    along: dict[int, Tensor] = field(default_factory=dict, repr=False)
+    """The place in the random order of each key along the curve, (N, n), by the block it is fitted to."""
 
     @classmethod
     def of(cls, problem: AttentionProblem, sampler: InversionSampler, stream: Stream) -> KeyOrder:
         """The random order is a function of the seed and the keys' indices: no later key changes it."""
         number = stream.of_purpose(Purpose.TIES).uniform_of_heads(1, problem.num_keys)[:, 0, 0]
-        random = number.argsort(-1)
-        if not sampler.ordered:
-            return cls(random, None)
-        # The order knows no window: it would change from row to row.
-        visible, values = None if problem.mask is None else problem.visible_keys(), problem.values
-        if visible is not None:
-            values = torch.where(visible[..., None], values, 0)
-        along = ValueOrder.fit(values, visible).keys(values, ORDER_BITS).gather(-1, random)
-        return cls(random, along.argsort(dim=-1, stable=True))
+        # The order along the curve knows no window: it would change from row to row.
+        masked = problem.mask is not None
+        return cls(number.argsort(-1), problem.values if sampler.ordered else None, masked)
 
     def place(self, sampler: InversionSampler, logits: Tensor, heads: slice, points: Tensor) -> Draws:
         """Draws at points of rows (heads, B, keys), whose keys stand as they come."""
-        random, ordered = self.random[heads], None if self.ordered is None else self.ordered[heads]
-        order = random if ordered is None else random.gather(-1, ordered)
-        logits = F.pad(logits, (0, order.shape[-1] - logits.shape[-1]), value=-torch.inf)
-        in_order = logits.gather(-1, order[:, None].expand_as(logits))
-        if ordered is None:
-            draws = sampler.place(in_order, points)
+        random = self.random[heads, None]  # [heads, 1, n]
+        logits = F.pad(logits, (0, random.shape[-1] - logits.shape[-1]), value=-torch.inf)
+        if self.values is None:
+            draws = sampler.place(logits.gather(-1, random.expand_as(logits)), points)
         else:
-            draws = sampler.place_in_order(in_order, ordered, points, (logits > -torch.inf).sum(-1))
-        keys = random[:, None].expand(*draws.indices.shape[:2], -1)
+            seen = logits > -torch.inf
+            blocks = first_whole_blocks(seen) if self.masked else seen.new_zeros(seen.shape[:2]).long()
+            ordered = self._along(blocks, heads)
+            order = random.expand(*ordered.shape[:2], -1).gather(-1, ordered)
+            in_order = logits.gather(-1, order.expand_as(logits))
+            number = torch.where(blocks < 0, 0, seen.sum(-1))
+            draws = sampler.place_in_order(in_order, ordered, points, number)
+        keys = random.expand(*draws.indices.shape[:2], -1)
         return replace(draws, indices=keys.gather(-1, draws.indices))
+
+    def _along(self, blocks: Tensor, heads: slice) -> Tensor:
+        """The places along the curve for rows whose orders are fitted to these blocks (heads, B): int64,
+        (heads, B or 1, n).
+        """
+        assert self.values is not None
+        used = blocks[blocks >= 0].unique().tolist() or [0]
+        for block in used:
+            if block not in self.along:
+                first = block * FIRST_VALUES
+                fit = ValueOrder.fit(self.values[:, first : first + FIRST_VALUES])
+                along = fit.keys(self.values, ORDER_BITS).gather(-1, self.random)
+                self.along[block] = along.argsort(dim=-1, stable=True)
+        if len(used) == 1:
+            return self.along[used[0]][heads, None]
+        orders = torch.stack([self.along[block][heads] for block in used])  # [blocks, heads, n]
+        which = torch.searchsorted(
+            torch.tensor(used, device=blocks.device), blocks.clamp_min(used[0]).contiguous()
+        )
+        return orders[which, torch.arange(orders.shape[1], device=which.device)[:, None]]
 
 
 @dataclass(frozen=True)

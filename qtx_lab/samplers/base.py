@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from ..errors import ArgumentError, DtypeError, ShapeError
 from ..estimates import AttentionEstimate, Draws, EstimateInfo
 from ..problem import AttentionProblem, Block, KeyLayout, log_sum_exp
 from ..streams import Stream, make_seed
-from .value_order import FIRST_VALUES, ValueOrder, cached_order
+from .value_order import FIRST_VALUES, RowOrders, cached_order, first_whole_blocks
 
 
 @dataclass(frozen=True)
@@ -476,6 +477,44 @@ class StreamSampler(Sampler):
         return self.draw_from(stream, flat, num_samples, values=values, replicates=replicates).view(rows)
 
 
+@dataclass(frozen=True)
+class RowLayout:
+    """How the rows of a problem lay out their keys.
+
+    Parameters
+    ----------
+    keys : KeyLayout, optional
+        In the order that the rows of a head share; None where they have several.
+    rows : RowOrders, optional
+        Where a mask decides on them.
+    """
+
+    keys: KeyLayout | None
+    rows: RowOrders | None
+
+    @classmethod
+    def of(cls, problem: AttentionProblem) -> RowLayout:
+        """The layout of a problem's keys in value order, which knows no window: it would change from row to
+        row.
+        """
+        shape = problem.keys.shape[:2]
+        if problem.mask is None:
+            return cls(problem.lay_out(cached_order(problem.v).view(shape)), None)
+        values = problem.v.detach().to(problem.dtype).reshape(*shape, problem.width)
+        blocks = problem.first_whole_blocks(first_whole_blocks)
+        rows = RowOrders.of(values, blocks, lambda: cached_order(problem.v).view(shape))
+        return cls(problem.lay_out(rows.orders[0]) if rows.shared else None, rows)
+
+
+_LAYOUTS: WeakKeyDictionary[AttentionProblem, RowLayout | None] = WeakKeyDictionary()
+"""The problems that `remember_layout` was called for, while they are alive, and their layouts."""
+
+
+def remember_layout(problem: AttentionProblem) -> None:
+    """Lay out the keys of a problem only once, because it is drawn from again and again."""
+    _LAYOUTS.setdefault(problem, None)
+
+
 class InversionSampler(StreamSampler):
     """Base of the samplers that invert each row's cumulative distribution at points of [0, 1).
 
@@ -565,13 +604,14 @@ class InversionSampler(StreamSampler):
         return Draws(indices, weights, probabilities, points.shape[-2])
 
     def place_in_order(self, logits: Tensor, order: Tensor, points: Tensor, seen: Tensor | int) -> Draws:
-        """Draws at given points (h, m, R, S) of rows (h, m, n), whose keys stand in an order (h, n).
+        """Draws at given points (h, m, R, S) of rows (h, m, n), whose keys stand in an order (h, n), or
+        (h, m, n) where each row has its own.
 
         The draws name keys, not places. A row that sees fewer than `FIRST_VALUES` keys takes them as they
         come: it may not see those that the order was fitted to. `seen` says how many keys rows see, and
         broadcasts to (h, m).
         """
-        order = order[:, None].expand(logits.shape)
+        order = order.view(len(order), -1, order.shape[-1]).expand(logits.shape)
         draws = self.place(logits, points)
         indices = order.gather(-1, draws.indices)
         early = torch.as_tensor(seen, device=logits.device) < FIRST_VALUES
@@ -603,9 +643,12 @@ class InversionSampler(StreamSampler):
         points = self.checked_points(stream, num_samples, replicates)  # [N, P, R, S]
         if not self.ordered or values is None:
             return self.place(logits, points)
-        order = ValueOrder.fit(values).order(values)
-        in_order = logits.gather(-1, order[:, None].expand_as(logits))
-        return self.place_in_order(in_order, order, points, (logits > -torch.inf).sum(-1))
+        seen = logits > -torch.inf
+        rows = RowOrders.of(values, first_whole_blocks(seen))
+        every = slice(0, None)
+        order = rows.orders[0][:, None].expand_as(logits) if rows.shared else rows.of_rows(every, every)
+        number = torch.where(rows.which < 0, 0, seen.sum(-1))
+        return self.place_in_order(logits.gather(-1, order), order, points, number)
 
     def estimate_rows(self, problem: AttentionProblem, budget: Budget, stream: Stream) -> SampledRows:
         """An estimate of the rows of a problem: see `Sampler.estimate_rows`."""
@@ -627,25 +670,32 @@ class InversionSampler(StreamSampler):
         in_order = self.ordered and self.ascending
         return replace(sampled, design=Design(False, self.count_variance, variance_weights, in_order))
 
-    def layout(self, problem: AttentionProblem) -> KeyLayout | None:
+    def layout(self, problem: AttentionProblem) -> RowLayout | None:
         """The keys of a problem in the order of their values, if this sampler is `ordered`."""
         if not self.ordered:
             return None
-        # The order knows no window: it would change from row to row.
-        visible = None if problem.mask is None else problem.visible_keys()
-        if visible is None:
-            return problem.lay_out(cached_order(problem.v).view(problem.keys.shape[:2]))
-        values = torch.where(visible[..., None], problem.values, 0)
-        return problem.lay_out(ValueOrder.fit(values, visible).order(values))
+        layout = _LAYOUTS.get(problem) or RowLayout.of(problem)
+        if problem in _LAYOUTS:
+            _LAYOUTS[problem] = layout
+        return layout
 
     def place_block(
-        self, problem: AttentionProblem, block: Block, layout: KeyLayout | None, points: Tensor
+        self, problem: AttentionProblem, block: Block, layout: RowLayout | None, points: Tensor
     ) -> Draws:
         """Draws of a block of rows at points (heads, rows, R, S), in the caller's order of keys."""
-        logits = problem.logits(*block, layout)
         if layout is None:
-            return self.place(logits, points)
-        return self.place_in_order(logits, layout.order[block[0]], points, problem.keys_seen(*block))
+            return self.place(problem.logits(*block), points)
+        seen = problem.keys_seen(*block)
+        if layout.rows is not None:
+            seen = torch.where(layout.rows.which[block] < 0, 0, seen)
+        if layout.keys is not None:
+            logits = problem.logits(*block, layout.keys)
+            return self.place_in_order(logits, layout.keys.order[block[0]], points, seen)
+        assert layout.rows is not None
+        order = layout.rows.of_rows(*block)
+        logits = problem.logits(*block)
+        logits = F.pad(logits, (0, problem.num_keys - logits.shape[-1]), value=-torch.inf)
+        return self.place_in_order(logits.gather(-1, order), order, points, seen)
 
     def sample_attention_weights(
         self, logits: Tensor, num_samples: int, *, generator: torch.Generator | None = None

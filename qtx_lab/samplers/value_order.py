@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -58,33 +59,20 @@ class ValueOrder:
     axes: Tensor
 
     @classmethod
-    def fit(cls, values: Tensor, visible: Tensor | None = None) -> ValueOrder:
-        """The order that the first `FIRST_VALUES` values of each head determine.
-
-        Parameters
-        ----------
-        values : Tensor, (N, n, d), float32 or float64
-        visible : Tensor, bool, (N, n), optional
-            Values that count; those that nobody attends to may be anything.
-        """
-        if visible is None:
-            x = values[:, :FIRST_VALUES]
-            share = torch.ones_like(x[..., :1])
-        else:
-            first = visible & (visible.cumsum(-1) <= FIRST_VALUES)
-            x, share = values, first[..., None].to(values.dtype)
+    def fit(cls, values: Tensor) -> ValueOrder:
+        """The order that the first `FIRST_VALUES` of the values (N, n, d), float32 or float64, determine."""
+        x = values[:, :FIRST_VALUES]
+        x = torch.where(x.isfinite(), x, 0)  # a key that no row sees may hold anything
         if not x.numel():
             components = min(COMPONENTS, x.shape[-1])
             return cls(x.new_zeros(len(x), 1, x.shape[-1]), x.new_zeros(len(x), x.shape[-1], components))
-        count = share.sum(1, keepdim=True).clamp_min(1)
-        x = torch.where(share > 0, x, 0)
-        centre = x.sum(1, keepdim=True) / count
-        x = (x - centre) * share
+        centre = x.sum(1, keepdim=True) / x.shape[1]
+        x = x - centre
         size = (
             x.abs().amax((1, 2), keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
         )  # so that squares are numbers
         x = (x / size).double()
-        variance, axes = torch.linalg.eigh(x.mT @ x / count)  # narrowest first
+        variance, axes = torch.linalg.eigh(x.mT @ x / x.shape[1])  # narrowest first
         components = min(COMPONENTS, x.shape[-1])
         variance, axes = variance[..., -components:].flip(-1), axes[..., -components:].flip(-1)
         varies = variance > 1e-10 * variance[..., :1]
@@ -106,6 +94,90 @@ class ValueOrder:
     def order(self, values: Tensor) -> Tensor:
         """The keys of each head along the curve, those of equal order key as they come: int64, (N, n)."""
         return self.keys(values).argsort(dim=-1, stable=True)
+
+
+@dataclass(frozen=True)
+class RowOrders:
+    """The orders in which rows under a mask lay out their keys.
+
+    A row's order is fitted to the first whole block of `FIRST_VALUES` neighbouring keys, counted from key 0,
+    that it sees: a function of this row alone, so that its draws do not depend on the rows beside it.
+    Without a mask that is the first block. A row that sees no block whole takes its keys as they come.
+
+    Parameters
+    ----------
+    orders : Tensor, int64, (B, N, n)
+        The keys of each of N heads in B orders; a head has its own where B is 1.
+    which : Tensor, int64, (N, M)
+        The order of each of M rows; -1 where it takes its keys as they come.
+
+    Examples
+    --------
+    >>> import torch
+    >>> values = torch.randn(1, 200, 4, generator=torch.Generator().manual_seed(0))
+    >>> seen = torch.arange(200) >= torch.tensor([[[0], [64], [65], [140]]])
+    >>> orders = RowOrders.of(values, first_whole_blocks(seen))
+    >>> orders.which
+    tensor([[ 0,  1,  2, -1]])
+    >>> torch.equal(orders.orders[1, 0], ValueOrder.fit(values[:, 64:128]).order(values)[0])
+    True
+    """
+
+    orders: Tensor
+    which: Tensor
+
+    @classmethod
+    def of(cls, values: Tensor, blocks: Tensor, first_order: Callable[[], Tensor] | None = None) -> RowOrders:
+        """The orders of rows whose first whole blocks are known.
+
+        Parameters
+        ----------
+        values : Tensor, (N, n, d), float32 or float64
+        blocks : Tensor, int64, (N, M)
+            As `first_whole_blocks` gives them.
+        first_order : callable, optional
+            Gives the order (N, n) that is fitted to the first block, if that is known already.
+        """
+        of_head = blocks.amax(-1) if blocks.numel() else blocks.new_zeros(len(blocks))
+        if bool(((blocks == of_head[:, None]) | (blocks < 0)).all()):  # one for a head
+            if first_order is not None and not bool((of_head > 0).any()):
+                order = first_order()
+            else:
+                key = of_head.clamp_min(0)[:, None] * FIRST_VALUES + torch.arange(
+                    min(FIRST_VALUES, values.shape[1]), device=values.device
+                )
+                fitted_to = values.gather(1, key[..., None].expand(*key.shape, values.shape[-1]))
+                order = ValueOrder.fit(fitted_to).order(values)
+            return cls(order[None], blocks.clamp_max(0))
+        used = blocks[blocks >= 0].unique()
+        starts = [int(block) * FIRST_VALUES for block in used]
+        fits = [ValueOrder.fit(values[:, start : start + FIRST_VALUES]) for start in starts]
+        orders = torch.stack([fit.order(values) for fit in fits])
+        return cls(orders, torch.where(blocks < 0, -1, torch.searchsorted(used, blocks.contiguous())))
+
+    @property
+    def shared(self) -> bool:
+        """Whether the rows of a head that have an order have the same."""
+        return len(self.orders) == 1
+
+    def of_rows(self, heads: slice, rows: slice) -> Tensor:
+        """The order of each row of a block, (heads, rows, n); any where a row takes its keys as they come."""
+        which = self.which[heads, rows].clamp_min(0)
+        head = torch.arange(self.orders.shape[1], device=which.device)[heads]
+        return self.orders[which, head[:, None]]
+
+
+def first_whole_blocks(seen: Tensor) -> Tensor:
+    """The first block of `FIRST_VALUES` neighbouring keys that a row sees whole, -1 where there is none.
+
+    >>> first_whole_blocks(torch.arange(200) >= torch.tensor([[0], [10], [140]]))
+    tensor([ 0,  1, -1])
+    """
+    count = seen.shape[-1] // FIRST_VALUES
+    if not count:
+        return torch.full(seen.shape[:-1], -1, device=seen.device)
+    whole = seen[..., : count * FIRST_VALUES].unflatten(-1, (count, FIRST_VALUES)).all(-1)
+    return torch.where(whole.any(-1), whole.int().argmax(-1), -1)
 
 
 def hilbert_index(cell: Tensor, bits: int) -> Tensor:

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 import qtx_lab as qtx
-from qtx_lab.samplers import SAMPLERS, SystematicSampler
+from qtx_lab.problem import AttentionProblem
+from qtx_lab.samplers import SAMPLERS, Budget, SystematicSampler
+from qtx_lab.streams import Stream
 
 NAMES = sorted(SAMPLERS)
 
@@ -118,6 +120,51 @@ def test_docstrings_state_bias_variance_and_source(sampler):
     text = type(sampler).__doc__.lower()
     assert "variance" in text
     assert sampler.name == "exact" or "unbiased" in text
+
+
+def masks(n, L, kind):
+    """The options of a problem whose queries see keys in one way or another."""
+    rows, keys = torch.arange(n - L, n)[:, None], torch.arange(n)
+    return {
+        "all": {},
+        "causal": {"is_causal": True, "first_position": n - L},
+        "causal as a mask": {"attn_mask": keys <= rows},
+        "padded": {"attn_mask": keys >= 70},
+        "window": {"attn_mask": (keys <= rows) & (keys > rows - 130)},
+        "any": {"attn_mask": torch.rand(L, n, generator=seeded(5)) < 0.99},
+    }[kind]
+
+
+@pytest.mark.parametrize("kind", ["all", "causal", "causal as a mask", "padded", "window", "any"])
+@pytest.mark.parametrize("n", [50, 333])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("exact", "learned")])
+def test_a_row_draws_alike_however_it_is_asked_for(name, n, kind, monkeypatch):
+    """By `draw_from`, by `estimate_rows` in one block and in many, and alone.
+
+    Learned proposals of logits are others than those of queries and keys.
+    """
+    sampler = qtx.make_sampler(name)
+    L, S = 9, 12
+    q, k, v = (torch.randn(2, size, 8, generator=seeded(size)) for size in (L, n, n))
+    options = masks(n, L, kind)
+    problem = AttentionProblem.of(q, k, v, **options)
+    stream = Stream.of(3, 1, 2, L, options.get("first_position", 0))
+    logits = problem.logits(slice(0, 2), slice(0, L))
+    whole = sampler.estimate_rows(problem, Budget(S, 2), stream).make_draws()
+    drawn = sampler.draw_from(stream, logits, S, values=problem.values, replicates=2)
+    assert torch.equal(drawn.indices, whole.indices)
+    assert torch.equal(drawn.weights, whole.weights)
+    row, mask = 4, options.get("attn_mask")
+    alone = {"attn_mask": mask if mask is None or mask.ndim == 1 else mask[row : row + 1]}
+    if kind == "causal":
+        alone = {"is_causal": True, "first_position": n - L + row}
+    single = AttentionProblem.of(q[:, row : row + 1], k, v, **alone)
+    of_row = sampler.estimate_rows(single, Budget(S, 2), stream[0:2, row : row + 1]).make_draws()
+    assert torch.equal(of_row.indices[:, 0], whole.indices[:, row])
+    monkeypatch.setattr("qtx_lab.problem.BLOCK_ELEMENTS", 3 * max(n, 16 * 2 * S))
+    assert len(list(problem.blocks(16 * 2 * S))) > 2
+    in_blocks = sampler.estimate_rows(problem, Budget(S, 2), stream).make_draws()
+    assert torch.equal(in_blocks.indices, whole.indices)
 
 
 def test_a_class_that_draws_in_another_way_has_no_kernel():

@@ -7,7 +7,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qtx_lab.samplers.value_order import FIRST_VALUES, ValueOrder, cached_order, hilbert_index
+from qtx_lab.samplers.value_order import (
+    FIRST_VALUES,
+    RowOrders,
+    ValueOrder,
+    cached_order,
+    first_whole_blocks,
+    hilbert_index,
+)
 
 
 def test_neighbours_on_the_curve_share_a_face() -> None:
@@ -50,10 +57,12 @@ def test_values_of_any_size_and_kind_have_an_order() -> None:
 
 def test_hidden_values_do_not_count(generator: torch.Generator) -> None:
     values = torch.randn(1, 300, 4, generator=generator)
-    visible = torch.ones(1, 300, dtype=torch.bool)
-    visible[:, :100] = False
-    seen = ValueOrder.fit(values, visible)
-    assert torch.allclose(seen.centre, values[:, 100 : 100 + FIRST_VALUES].mean(1, keepdim=True), atol=1e-6)
+    values[:, :128] = torch.nan
+    seen = torch.arange(300) >= torch.tensor([[[100], [128], [200]]])
+    rows = RowOrders.of(values, first_whole_blocks(seen))
+    assert torch.equal(rows.which, torch.tensor([[0, 0, -1]]))  # the last one sees 192 … 255 only in part
+    expected = ValueOrder.fit(values[:, 128:192]).order(values)
+    assert torch.equal(rows.orders[0], expected)
 
 
 @pytest.mark.parametrize("shape", [(1, 3), (2, 5), (7, 1), (3, 4, 100, 6), (0, 4, 2), (1000, 2)])

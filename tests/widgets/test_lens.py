@@ -14,7 +14,7 @@ import torch
 import qtx_lab as qtx
 from qtx_lab import sampled_attention
 from qtx_lab.errors import ArgumentError, ShapeError
-from qtx_lab.samplers import SAMPLERS, HeadTailSampler
+from qtx_lab.samplers import SAMPLERS, HeadTailSampler, SystematicSampler
 from qtx_lab.widgets.views.lens import AttentionLens
 from qtx_lab.widgets.views.lens_maps import TILE
 
@@ -145,6 +145,17 @@ def test_of_large_maps_only_the_rows_in_view_are_computed(
         tile = np.frombuffer(buffer, np.float16).reshape(cells, -1)
         means = torch.stack([part.mean(-1) for part in weights.split(1 << level, -1)], -1)
         np.testing.assert_allclose(tile, means, rtol=0.01, atol=1e-7)
+    # The browser draws the overview by itself: which cells the points of a row lie in.
+    lens._receive({"kind": "inputs", "view": "a", "layer": 0, "head": 0})
+    assert lens._worker.join(60)
+    about, (row_bytes, shares) = sent[-1]
+    at = np.frombuffer(row_bytes, "<i4")
+    ends = np.frombuffer(shares, "<f4").reshape(len(at), -1)
+    points = SystematicSampler().points(lens._heads.stream(0, torch.tensor(at)), 16, 1)[0, :, 0]
+    drawn = est.draws.indices[at.astype(int)].numpy() >> about["level"]
+    cells = [np.searchsorted(row, u, side="right") for row, u in zip(ends, points.numpy(), strict=True)]
+    np.testing.assert_array_equal(cells, drawn)
+    assert "head-tail" not in about["samplers"]
     error = float((est.output[picked] - exact @ v).norm() / (exact @ v).norm())
     assert lens.finding().error == content["error"] == pytest.approx(error, rel=1e-3)
     lens.selected_rows = [2, 1]
@@ -314,7 +325,7 @@ def test_a_browser_gets_what_it_draws_a_small_head_from(generator: torch.Generat
     content, buffers = sent[-1]
     assert content["group"] == 1
     assert content["seed"] == "7"
-    assert content["samplers"] == ("monte-carlo", "stratified", "systematic")  # not with these options
+    assert content["samplers"] == ["monte-carlo", "stratified", "systematic"]  # not with these options
     for buffer, x in zip(buffers, (q[3], k[1], v[1]), strict=False):
         torch.testing.assert_close(torch.frombuffer(bytearray(buffer), dtype=torch.float32), x.flatten())
     assert sorted(np.frombuffer(buffers[3], "<u2")) == list(range(70))

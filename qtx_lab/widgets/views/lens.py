@@ -18,7 +18,6 @@ from torch import Tensor
 from ...checks import MAX_SEED, check_count
 from ...errors import ArgumentError, ShapeError
 from ...estimates import AttentionEstimate
-from ...experiments.attention_maps import attention_panels, draw_attention_maps
 from ...models.base import LanguageModel
 from ...models.language_model import load_language_model
 from ...models.text import reference_text
@@ -26,12 +25,22 @@ from ...samplers import Sampler, make_sampler
 from ...storage import write_atomic
 from .base import View
 from .lens_estimates import GivenEstimate, HeadFinding, estimate_of_rows
-from .lens_heads import HeadRows, LensHeads, checked_layers
-from .lens_maps import MapLevel, exact_tiles, overview_level, pool_draws, pool_map, sampled_tiles
+from .lens_heads import OVERVIEW_ROWS, HeadRows, LensHeads, checked_layers
+from .lens_maps import (
+    MapLevel,
+    cumulative_cells,
+    exact_tiles,
+    overview_level,
+    pool_draws,
+    pool_map,
+    sampled_tiles,
+)
 from .lens_page import (
     MAX_LOCAL_CELLS,
+    MAX_LOCAL_KEYS,
     SAMPLERS_IN_PAGES,
     inputs_for_browser,
+    little_endian,
     live_html,
     page_html,
     samplers_in_browser,
@@ -349,6 +358,9 @@ class AttentionLens(View):
 
     def figure(self, theme: str = "light") -> Figure:
         """The three maps of the shown head."""
+        # matplotlib's import is a seventh of the workbench's, and the first picture does without it.
+        from ...experiments.attention_maps import attention_panels, draw_attention_maps
+
         finding, draws = self.finding(), self._shown_draws()
         part = self._heads.measured(self.layer, self.head)
         estimate = self._heads.shown(self.layer, self.head, part, draws)
@@ -525,21 +537,32 @@ class AttentionLens(View):
         self.send({"kind": "row", **reply, "sampler": estimate.info.sampler}, buffers)
 
     def _send_inputs(self, request: dict[str, Any]) -> None:
-        """Send what the browser needs to draw a head itself; nothing of a head that is too large for that."""
+        """Send what the browser needs to draw a small head itself, or the overview of a large one; nothing of
+        those between, which it would draw no faster than the kernel.
+        """
         layer, head = int(request["layer"]), int(request["head"])
         reply = {name: request.get(name) for name in ("view", "layer", "head")}
-        if self.num_queries * self.num_keys > MAX_LOCAL_CELLS:
-            self.send({"kind": "inputs", **reply})
-            return
-        inputs = inputs_for_browser(self._heads, layer, head)
         known = {
-            "samplers": samplers_in_browser(self._heads.sampler),
             "scale": self._heads.scale,
-            "group": inputs.group,
+            "group": self._heads.group_of(head),
             "key": stream_key(self._heads),
             "seed": str(self._seed),
         }
-        self.send({"kind": "inputs", **reply, **known}, inputs.buffers())
+        if self._heads.is_large:
+            part, level = (
+                self._heads.measured(layer, head),
+                overview_level(self.num_queries, self.num_keys, OVERVIEW_ROWS),
+            )
+            at = {"overview": True, "level": level.columns, "row_level": level.rows}
+            samplers = [name for name in SAMPLERS_IN_PAGES if not make_sampler(name).ordered]
+            buffers = [little_endian(part.rows.int()), little_endian(cumulative_cells(part.p, level))]
+            self.send({"kind": "inputs", **reply, **known, **at, "samplers": samplers}, buffers)
+        elif self.num_queries * self.num_keys > MAX_LOCAL_CELLS or self.num_keys > MAX_LOCAL_KEYS:
+            self.send({"kind": "inputs", **reply})
+        else:
+            samplers = list(samplers_in_browser(self._heads.sampler))
+            buffers = inputs_for_browser(self._heads, layer, head).buffers()
+            self.send({"kind": "inputs", **reply, **known, "samplers": samplers}, buffers)
 
     def _put_strip(self, request: dict[str, Any], steps: Iterator[StripStep]) -> None:
         task = partial(self._send_strip, request, steps)

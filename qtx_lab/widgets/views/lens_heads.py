@@ -19,7 +19,7 @@ from ...errors import ArgumentError, ShapeError
 from ...estimates import AttentionEstimate
 from ...problem import AttentionProblem
 from ...samplers import Sampler
-from ...samplers.base import Budget
+from ...samplers.base import Budget, remember_layout
 from ...streams import Stream, make_seed, sequence_keys
 from .lens_estimates import GivenEstimate, HeadFinding, effort_text, estimate_of_head, estimate_of_rows
 from .lens_maps import TILE, overview_level
@@ -79,6 +79,8 @@ class HeadRows:
     """The number of draws a row of `estimate`."""
     estimate: AttentionEstimate | None = None
     """What the lens drew of it last."""
+    problem: AttentionProblem | None = None
+    """It as a problem, whose keys are laid out once for all draws."""
 
     @property
     def norm(self) -> Tensor:
@@ -166,6 +168,10 @@ class LensHeads:
         """What products of queries and keys are multiplied by."""
         return self._scale
 
+    def group_of(self, head: int) -> int:
+        """The key head that a query head attends to."""
+        return head // (self.num_heads // self.layers[0][1].shape[0])
+
     def visible(self, rows: Tensor) -> Tensor:
         """Which keys each of some queries (R,) sees, bool (R, n)."""
         if not self.is_causal:
@@ -232,8 +238,8 @@ class LensHeads:
     def stream(self, head: int, positions: Tensor) -> Stream:
         """The random numbers of a head's queries, as `sampled_attention` of its whole layer uses them."""
         seed = make_seed(torch.Generator().manual_seed(self._seed))
-        group = head // (self.num_heads // self.layers[0][1].shape[0])
-        return Stream(sequence_keys(seed, torch.tensor([0])), torch.tensor([group]), positions)
+        group = torch.tensor([self.group_of(head)])
+        return Stream(sequence_keys(seed, torch.tensor([0])), group, positions)
 
     def thumbnails(self, layer: int, num_samples: int, *, given: bool = False) -> Thumbnails:
         """The heads of a layer at a glance; variances are measured on some of the rows.
@@ -303,7 +309,10 @@ class LensHeads:
         """`num_samples` draws a row of some rows; the same arguments give the same draws."""
         with self._lock:
             if part.estimate is None or part.draws != num_samples:
-                problem, stream = self.problem_of(part), self.stream(head, part.rows)
+                if part.problem is None:
+                    part.problem = self.problem_of(part)
+                    remember_layout(part.problem)
+                problem, stream = part.problem, self.stream(head, part.rows)
                 sampled = self.sampler.estimate_rows(problem, Budget(num_samples), stream)
                 estimate = with_error_bars(sampled, problem).to_estimate(problem)
                 part.draws, part.estimate = num_samples, estimate_of_head(estimate, (0,))

@@ -7,6 +7,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from ...estimates import AttentionEstimate
 
@@ -75,6 +78,18 @@ def pool_draws(
     heights = positions_per_cell(shape[0], level.rows)[first_row:end_row]
     widths = positions_per_cell(shape[1], level.columns)[first_column:end_column]
     return sums / np.outer(heights, widths)
+
+
+def cumulative_cells(p: Tensor, level: MapLevel) -> Tensor:
+    """The share of the weight of each row of p (R, n) up to the end of each of a level's cells: float32, (R,
+    cells).
+
+    >>> cumulative_cells(torch.tensor([[0.5, 0.0, 0.25, 0.125, 0.125]]), MapLevel(0, 1))
+    tensor([[0.5000, 0.8750, 1.0000]])
+    """
+    width = 1 << level.columns
+    cells = F.pad(p, (0, -p.shape[-1] % width)).unflatten(-1, (-1, width)).sum(-1, dtype=torch.float64)
+    return (cells.cumsum(-1) / cells.sum(-1, keepdim=True)).float()
 
 
 def exact_tiles(

@@ -30,6 +30,9 @@ SAMPLERS_IN_PAGES = ("monte-carlo", "stratified", "systematic", "head-tail")
 MAX_LOCAL_CELLS = 1 << 20
 """Queries × keys of a head up to which a browser with a kernel draws it too, while the slider moves."""
 
+MAX_LOCAL_KEYS = 1 << 16
+"""Keys that the browser's numbers for the order of values tell apart."""
+
 MAX_THUMBNAIL_BYTES = 200_000
 """The thumbnails of all heads are made coarser until they take no more."""
 
@@ -175,7 +178,7 @@ class BrowserInputs:
 def inputs_for_browser(heads: LensHeads, layer: int, head: int) -> BrowserInputs:
     """What a browser needs of a head to draw it itself."""
     q, k, v = heads.layers[layer]
-    group = head // (q.shape[0] // k.shape[0])
+    group = heads.group_of(head)
     values = v[group].float()
     order = ValueOrder.fit(values[None]).order(values[None])[0].to(torch.uint16)
     return BrowserInputs(group, q[head].float(), k[group].float(), values, order)

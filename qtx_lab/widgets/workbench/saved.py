@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ...errors import QtxError, StorageError
@@ -30,13 +32,17 @@ MAX_RESULT_BYTES = 256 << 20
 """Bytes of a result that is saved in the run, at most."""
 
 
+INPUTS = ("q", "k", "v")
+"""Arrays of a result that the next one mostly has too; they have a file of their own, named by a digest."""
+
+
 def write_result(path: Path, result: Mapping[str, Any], forms: Mapping[str, Any]) -> None:
     """Write a result, whole or not at all.
 
     Parameters
     ----------
     path : Path
-        Of the `.npz` file; its folder is made.
+        Of the `.npz` file; its folder is made. Inputs that the last result had too are not written again.
     result : mapping
         Arrays, and values that JSON knows.
     forms : mapping
@@ -54,15 +60,31 @@ def write_result(path: Path, result: Mapping[str, Any], forms: Mapping[str, Any]
             f"{MAX_RESULT_BYTES >> 20} MiB."
         )
     values = {name: value for name, value in result.items() if name not in arrays}
-    text = json.dumps({"result": values, "made_by": forms}, allow_nan=True).encode()
-    content = io.BytesIO()
-    arrays["json"] = np.frombuffer(text, np.uint8)
-    np.savez(content, allow_pickle=False, **arrays)
+    about: dict[str, Any] = {"result": values, "made_by": forms}
     try:
         path.parent.mkdir(exist_ok=True)
     except OSError as error:
         raise storage_error(path.parent, error) from error
-    write_atomic(path, content.getvalue())
+    inputs = {name: arrays.pop(name) for name in INPUTS if name in arrays}
+    if inputs:
+        digest = hashlib.blake2b(digest_size=8)
+        for name, array in inputs.items():
+            digest.update(f"{name} {array.dtype} {array.shape}".encode())
+            digest.update(np.ascontiguousarray(array).data)
+        about["inputs"] = f"{path.stem}-inputs-{digest.hexdigest()}.npz"
+        if not (path.parent / about["inputs"]).exists():
+            write_atomic(path.parent / about["inputs"], _npz(inputs))
+    text = json.dumps(about, allow_nan=True).encode()
+    write_atomic(path, _npz({**arrays, "json": np.frombuffer(text, np.uint8)}))
+    for old in path.parent.glob(f"{path.stem}-inputs-*.npz"):
+        if old.name != about.get("inputs"):
+            old.unlink(missing_ok=True)
+
+
+def _npz(arrays: Mapping[str, NDArray[Any]]) -> bytes:
+    content = io.BytesIO()
+    np.savez(content, allow_pickle=False, **arrays)
+    return content.getvalue()
 
 
 def read_result(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -77,6 +99,9 @@ def read_result(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         content = json.loads(arrays.pop("json").tobytes())
+        if "inputs" in content:
+            with np.load(path.parent / content["inputs"], allow_pickle=False) as file:
+                arrays |= {name: file[name] for name in file.files}
         return {**content["result"], **arrays}, content["made_by"]
     except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
         raise StorageError(f"Cannot read {path}: {error}.") from error

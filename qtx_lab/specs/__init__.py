@@ -6,6 +6,7 @@ from .cluster import ClusterSpec
 from .control import ControlSpec
 from .experiment import ExperimentSpec
 from .fields import MAX_SEED, ControlName, Count, DrawingName, Real, SamplerName, Switch, Whole, field
+from .heads import DrawnHeads, heads_text, places_of, read_heads
 from .mitigation import MitigationSpec
 from .notebook import NotebookSpec
 from .problems import nearest
@@ -47,6 +48,7 @@ __all__ = [
     "ControlSpec",
     "Count",
     "DrawingName",
+    "DrawnHeads",
     "ExperimentSpec",
     "MitigationSpec",
     "NotebookSpec",
@@ -62,8 +64,11 @@ __all__ = [
     "Word",
     "field",
     "fitted",
+    "heads_text",
     "listed_word",
     "nearest",
+    "places_of",
+    "read_heads",
     "read_words",
     "read_yaml",
     "split_words",

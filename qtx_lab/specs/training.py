@@ -8,6 +8,7 @@ from pydantic import model_validator
 
 from .base import Spec
 from .fields import MAX_SEED, ControlName, Count, Real, SamplerName, Switch, Whole, field
+from .heads import DrawnHeads
 
 ModelName = Literal["reference", "reference-untrained", "small", "100m"]
 DrawsSchedule = Literal["constant", "linear", "cosine", "signal-to-noise"]
@@ -58,6 +59,14 @@ class TrainSpec(Spec):
     )
     control_variate: ControlName | None = field(
         None, "Control variate that corrects the attention; none: no correction.", "name", "attention"
+    )
+    drawn_heads: DrawnHeads | None = field(
+        None,
+        "Layers and heads that draw, as 0-2, 3:0, 3:5; the rest is exact. None: all draw.",
+        "layers and heads",
+        "attention",
+        label="drawn heads",
+        min_length=1,
     )
     draws_schedule: DrawsSchedule = field(
         "constant",

@@ -162,7 +162,10 @@ def train_rank(
             f"text={job.text!r} holds other tokens on rank {rank} than where training was started."
         )
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        attention = Attention(job.model, job.sampler, job.spec.num_samples, job.spec.control_variate)
+        spec = job.spec
+        attention = Attention(
+            job.model, job.sampler, spec.num_samples, spec.control_variate, spec.drawn_heads
+        )
         was_training = job.model.training
         try:
             return _Rank(job, attempt, rank, world, device, tokens, attention).train(report, must_stop)

@@ -16,6 +16,7 @@ from ..errors import ArgumentError
 from ..estimates import Draws
 from ..models.reference import causal_sdpa
 from ..samplers import ExactSampler, Sampler, StreamSampler, make_sampler
+from ..specs import read_heads
 from ..streams import Stream
 
 DEFAULT_NUM_SAMPLES = 64
@@ -72,6 +73,9 @@ class Attention:
         Draws of a row; where None, those of the model's own modules, else `DEFAULT_NUM_SAMPLES`.
     control_variate : str, optional
         As for `sampled_attention`.
+    drawn_heads : str, optional
+        Layers and heads that draw, as `qtx_lab.specs.read_heads` takes them; the rest attends exactly. All
+        where None.
 
     Attributes
     ----------
@@ -83,7 +87,8 @@ class Attention:
     Raises
     ------
     ArgumentError
-        If a sampler that draws is given and the model has no attention that could draw.
+        If a sampler that draws is given and the model has no attention that could draw; if it has no such
+        layers, or its modules are to draw some of their heads only.
     """
 
     def __init__(
@@ -92,7 +97,10 @@ class Attention:
         sampler: Sampler | None = None,
         num_samples: int | None = None,
         control_variate: str | None = None,
+        drawn_heads: str | None = None,
     ):
+        self.drawn_heads = None if drawn_heads is None else read_heads(drawn_heads)
+        self._num_layers = 0  # that forward passes have had
         self.takes_attention = "attention" in inspect.signature(model.forward).parameters
         self.settings: dict[str, Any] = {}
         """Arguments of `sampled_attention`, where the model's forward takes `attention=`."""
@@ -124,6 +132,9 @@ class Attention:
                     "sampler out."
                 )
             exact, self.how = True, "the model attends in its own way"
+        if drawn_heads is not None and not exact:
+            self._check_heads(drawn_heads)
+            self.how += f", in {drawn_heads} only"
         self.draws = 0 if exact else num_samples or DEFAULT_NUM_SAMPLES
 
     def _replace_settings(
@@ -146,13 +157,51 @@ class Attention:
         names = dict.fromkeys(settings["sampler"].name for settings in self.layer_settings)
         self.how = f"{len(self.layers)} attention modules draw by {', '.join(names)}"
 
+    def _check_heads(self, text: str) -> None:
+        """Refuse heads that modules cannot draw by themselves; the model's forward refuses others."""
+        assert self.drawn_heads is not None
+        if self.takes_attention:
+            return
+        parts = [layer for layer, heads in self.drawn_heads.items() if heads is not None]
+        if parts or max(self.drawn_heads) >= len(self.layers):
+            raise ArgumentError(
+                f"drawn_heads={text!r} is not allowed: this model has the layers 0 to "
+                f"{len(self.layers) - 1}, modules of which each draws all of its heads or none."
+            )
+
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if not self.settings.get("num_samples"):
+        heads = None if self.drawn_heads is None else self.drawn_heads.get(layer, frozenset())
+        self._num_layers = max(self._num_layers, layer + 1)
+        if heads and max(heads) >= q.shape[-3]:
+            raise ArgumentError(
+                f"drawn_heads names head {max(heads)} of layer {layer}, which has the heads 0 to "
+                f"{q.shape[-3] - 1}."
+            )
+        if not self.settings.get("num_samples") or (heads is not None and not heads):
             return causal_sdpa(layer, q, k, v)
         device = q.device.type
         if torch.is_autocast_enabled(device):  # as autocast does for SDPA: rotated q and k are float32 there
             q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
-        return sampled_attention(q, k, v, is_causal=True, enable_gqa=True, **self.settings).output
+        drawn = sampled_attention(q, k, v, is_causal=True, enable_gqa=True, **self.settings).output
+        if heads is None:
+            return drawn
+        is_drawn = torch.zeros(q.shape[-3], dtype=torch.bool, device=q.device)  # (H,)
+        is_drawn[sorted(heads)] = True
+        return torch.where(is_drawn[:, None, None], drawn, causal_sdpa(layer, q, k, v))
+
+    def check_layers(self) -> None:
+        """Refuse heads to be drawn of layers that no forward pass has had so far.
+
+        Raises
+        ------
+        ArgumentError
+            If there are some.
+        """
+        last = max(self.drawn_heads or (0,))
+        if self.takes_attention and last >= self._num_layers > 0:
+            raise ArgumentError(
+                f"drawn_heads names layer {last}; the model has the layers 0 to {self._num_layers - 1}."
+            )
 
     def undo(self) -> None:
         """Give the model's modules back what they had."""
@@ -174,8 +223,8 @@ class Attention:
         if self.takes_attention and self.sampler is not None:
             sampler = NoisySampler(self.sampler, noise) if noise and draws else self.sampler
             self.settings |= {"sampler": sampler, "num_samples": draws, "generator": generator}
-        for layer, settings in zip(self.layers, self.layer_settings, strict=True):
-            if draws == 0:
+        for i, (layer, settings) in enumerate(zip(self.layers, self.layer_settings, strict=True)):
+            if draws == 0 or (self.drawn_heads is not None and i not in self.drawn_heads):
                 exactly = {"sampler": ExactSampler(), "num_samples": 1, "control_variate": None}
                 layer.settings = {**settings, **exactly}
             else:

@@ -152,6 +152,9 @@ class QuantumTrainer:
         Draws of a row at the start; where None, those of the model's own modules, else 64.
     control_variate : str, optional
         As for `sampled_attention`.
+    drawn_heads : str, optional
+        Layers and heads that draw, as "0-2, 3:0, 3:5" (see `qtx_lab.specs.read_heads`); the rest attends
+        exactly. All where None. Of a model that holds attention modules, whole layers only.
     draws_schedule : str
         How the draws go from `num_samples` to `final_num_samples`: "constant", "linear", "cosine", or
         "signal-to-noise". The last one measures the sampling variance of the gradient where it validates, and
@@ -236,6 +239,7 @@ class QuantumTrainer:
         sampler: str | Sampler | None = None,
         num_samples: int | None = None,
         control_variate: str | None = None,
+        drawn_heads: str | None = None,
         draws_schedule: DrawsSchedule = "constant",
         final_num_samples: int | None = None,
         noise: float = 0.0,
@@ -270,6 +274,7 @@ class QuantumTrainer:
             num_tokens=num_tokens,
             num_samples=num_samples,
             control_variate=control_variate,
+            drawn_heads=drawn_heads,
             draws_schedule=draws_schedule,
             final_num_samples=final_num_samples,
             noise=noise,
@@ -407,11 +412,12 @@ class QuantumTrainer:
             raise ArgumentError("model has no parameters to train.")
         first = np.asarray(tokens.training[: spec.num_tokens], dtype=np.int64)
         batch = torch.as_tensor(first, device=next(model.parameters()).device)[None]
-        attention = Attention(model, self.sampler, spec.num_samples, spec.control_variate)
+        attention = Attention(model, self.sampler, spec.num_samples, spec.control_variate, spec.drawn_heads)
         was_training = model.training
         try:
             with torch.no_grad(), attention.drawing(0):
                 logits = attention.forward(model.eval(), batch)
+            attention.check_layers()
         except IndexError as error:
             raise ShapeError(
                 f"model fails on the text's tokens ({error}): has it embedded all {tokens.vocab_size}?"

@@ -189,6 +189,10 @@ def test_a_trainer_of_a_specs_arguments_has_that_spec():
         ({"retries": -1}, "retries=-1"),
         ({"control_variate": "top"}, "control_variate='top'.*Did you mean 'topk'"),
         ({"compile": "yes"}, "compile='yes'"),
+        ({"drawn_heads": "0:x"}, "'0:x' names no heads"),
+        ({"drawn_heads": "3-1"}, "3-1 is no range"),
+        ({"drawn_heads": "0, 9:0"}, "names layer 9; the model has the layers 0 to"),
+        ({"drawn_heads": "0:0-99"}, "names head 99 of layer 0, which has the heads 0 to"),
     ],
 )
 def test_bad_settings_are_refused_before_work(settings, match):
@@ -244,6 +248,28 @@ def test_models_with_attention_of_torch_draw_while_training_and_are_restored_aft
     assert "draws" not in exact.metrics[0]
     assert exact.loss == pytest.approx(result.loss, rel=0.05)
     assert exact.loss != result.loss
+
+
+def test_only_the_heads_that_are_picked_draw(generator):
+    model = make_model("small", 0)
+    exact, every = (Attention(model, num_samples=4) for _ in range(2))
+    picked = Attention(model, num_samples=4, drawn_heads="1:0, 2")
+    q, k, v = (torch.randn(2, heads, 9, 8, generator=generator) for heads in (4, 2, 2))
+    for layer, drawn in ((0, []), (1, [0]), (2, [0, 1, 2, 3])):
+        outputs = []
+        for attention, draws in ((exact, 0), (every, 4), (picked, 4)):
+            with attention.drawing(draws, generator=torch.Generator().manual_seed(layer)):
+                outputs.append(attention(layer, q, k, v))
+        expected = outputs[0].clone()
+        expected[:, drawn] = outputs[1][:, drawn]
+        assert torch.equal(outputs[2], expected)
+    losses = [
+        trained(**kind)[1].metrics[0]["loss"] for kind in ({"sampler": "exact"}, {"drawn_heads": "0:0"}, {})
+    ]
+    assert len(set(losses)) == 3
+    with pytest.raises(qtx.ArgumentError, match="each draws all of its heads or none"):
+        trained(encoder(), drawn_heads="0:1")
+    assert trained(encoder(), drawn_heads="0")[1].loss == trained(encoder())[1].loss
 
 
 def test_modules_that_draw_already_keep_their_settings():

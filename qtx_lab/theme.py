@@ -1,10 +1,11 @@
-"""The visual language of the lab: what a colour, a marker and a line mean in every figure.
+"""The visual language of the lab: what a colour, a marker and a line mean, and how numbers are written.
 
-These are plain tables, so that matplotlib figures, widgets and reports can all use them.
+These are plain tables and functions, so that matplotlib figures, widgets and reports can all use them.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from .errors import unknown_name
@@ -59,6 +60,9 @@ SAMPLER_MARKERS: dict[str, str] = {
     "learned": "*",
 }
 """Markers of samplers, by matplotlib's names."""
+
+MAX_PLACES = 8
+"""Decimal places of a number with an interval, at most."""
 
 SEQUENTIAL = "cividis"
 """Colour map for probabilities and other positive numbers."""
@@ -156,3 +160,37 @@ def matplotlib_style(theme: str) -> dict[str, Any]:
         "svg.hashsalt": "qtx_lab",
         "figure.constrained_layout.use": True,
     }
+
+
+def fixed(value: float, places: int) -> str:
+    """A number with some decimal places; what is rounded to zero has no sign.
+
+    >>> fixed(-0.0004, 3), fixed(-0.0006, 3)
+    ('0.000', '−0.001')
+    """
+    text = f"{abs(value):.{places}f}"
+    return f"−{text}" if value < 0 and float(text) > 0 else text
+
+
+def with_error(value: float, half_width: float | None) -> str:
+    """A number and half of its interval, with as many digits as that allows; `withError` of the browser.
+
+    Parameters
+    ----------
+    value : float
+    half_width : float or None
+        Half of the 95 % interval; without one the number has three significant digits.
+
+    Examples
+    --------
+    >>> with_error(0.08312, 0.0041), with_error(0.1504, 0.0213), with_error(0.1504, None)
+    ('0.083 ± 0.004', '0.150 ± 0.021', '0.15')
+    """
+    if not math.isfinite(value):
+        return "–"
+    if half_width is None or not math.isfinite(half_width) or half_width <= 0:
+        return f"{value:.3g}".replace("-", "−") if value else "0"
+    exponent = math.floor(math.log10(half_width) + 1e-9)
+    one_digit = half_width / 10**exponent >= 3
+    places = min(MAX_PLACES, max(0, 1 - exponent - one_digit))
+    return f"{fixed(value, places)} ± {half_width:.{places}f}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -13,6 +12,7 @@ from ..specs import SweepSpec
 from ..storage import write_frame
 from .figures import comparison
 from .listing import RunTable, run_table
+from .measured_table import MeasuredTable, measured_table
 from .runs import Run
 
 MAX_ERRORS = 20
@@ -64,75 +64,33 @@ def write_results(
     note = run.manifest["results"].get("note")
     summary += [note] if note else []
     summary += [f"{row.run}: {row.error}" for row in failed.itertuples()][:MAX_ERRORS]
-    rows: list[dict[str, Any]] = []
-    y = measure or _main_measure(notebooks) or _first_number(notebooks)
-    if y is not None:
-        done = table[table["status"] == "done"]
-        try:
-            rows = _draw(run, spec, done, y, len(notebooks))
-        except ArgumentError as error:  # there is no such number, or no notebook that is done has it
-            summary.append(str(error))
+    try:
+        measured = measured_table(notebooks, measure)
+        rows = measured.texts()
+        if measured.measures:
+            summary += [f"{finding}."] if (finding := measured.finding()) else []
+            _draw(run, spec, measured, int(counts.get("done", 0)), len(notebooks))
+        elif measure is not None:
+            table[table["status"] == "done"].summary(measure)  # says which numbers there are
+    except ArgumentError as error:  # there is no such number, or no notebook that is done has it
+        rows = []
+        summary.append(str(error))
     run.update(results={**dict(counts), "summary": summary, "table": rows})
     others = ", ".join(f"{count} {status}" for status, count in counts.items() if status != "done")
     return f"Of {len(notebooks)} notebooks not all are done: {others}." if others else None
 
 
-def _main_measure(notebooks: Sequence[tuple[Path, Mapping[str, Any]]]) -> str | None:
-    """The number that a notebook that is done declares as its main one."""
-    for _, manifest in notebooks:
-        for name, facts in (manifest.get("measures") or {}).items():
-            if manifest["status"] == "done" and isinstance(facts, dict) and facts.get("main"):
-                return str(name)
-    return None
-
-
-def _first_number(notebooks: Sequence[tuple[Path, Mapping[str, Any]]]) -> str | None:
-    """The name of the first number in the results of a notebook that is done."""
-    for _, manifest in notebooks:
-        if manifest["status"] == "done":
-            for name, value in (manifest.get("results") or {}).items():
-                if isinstance(value, int | float) and not isinstance(value, bool):
-                    return str(name)
-    return None
-
-
-def _draw(run: Run, spec: SweepSpec, done: RunTable, y: str, total: int) -> list[dict[str, Any]]:
-    """Draw what the notebooks measured against the grid; return the rows that are drawn."""
-    varying = [name for name, values in spec.grid.items() if len(values) > 1]
-    numeric = [name for name in varying if all(_is_number(value) for value in spec.grid[name])]
-    x = max(numeric, key=lambda name: len(spec.grid[name]), default=None)
-    others = [name for name in varying if name != x]
-    by = ", ".join(others) or None
-    if len(others) > 1:
-        joined = [", ".join(str(row[f"spec.{name}"]) for name in others) for _, row in done.iterrows()]
-        done = done.assign(**{str(by): joined})
-    data = done.summary(y, x, by)
+def _draw(run: Run, spec: SweepSpec, measured: MeasuredTable, num_done: int, total: int) -> None:
+    """Draw the main number of the notebooks against what they differ in."""
+    y = next(iter(measured.measures))
+    data, x, by = measured.of_figure(y)
     run.save_figure(
         "results",
         partial(comparison, y=y, x=x, by=by),
         data,
         caption=(
-            f"Means over the {len(done)} of {total} runs of {spec.notebook} that are done, {spec.repeats} of "
-            "each combination; bars: 95 % t-intervals over repeats; seeds derived from "
-            f"{spec.seed}, the same for each combination."
+            f"Means over the {num_done} of {total} runs of {spec.notebook} that are done, {spec.repeats} of "
+            "each combination; bars: 95 % intervals, over repeats where there are several; seeds derived "
+            f"from {spec.seed}, the same for each combination."
         ),
     )
-    intervals = zip(data.pop("mean"), data.pop("half_width"), strict=True)
-    data[y] = [_plus_minus(mean, half_width) for mean, half_width in intervals]
-    return data.rename(columns={"by": by or "", "x": x or ""}).to_dict("records")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _plus_minus(mean: float, half_width: float) -> str:
-    """A mean with as many digits as its 95 % interval allows.
-
-    >>> _plus_minus(0.12345, 0.0021)
-    '0.1235 ± 0.0021'
-    """
-    if not half_width > 0:  # NaN for a single run
-        return f"{mean:.4g}"
-    digits = max(0, 1 - math.floor(math.log10(half_width)))
-    return f"{mean:.{digits}f} ± {half_width:.{digits}f}"

@@ -29,7 +29,7 @@ from ..errors import (
     SpecError,
     StorageError,
 )
-from ..specs import ClusterSpec, NotebookSpec, Spec, SweepSpec, listed_word, value_of
+from ..specs import ClusterSpec, NotebookSpec, Spec, SweepSpec, Word, listed_word, value_of
 from ..storage import runs_home, write_atomic
 from ..training.cluster import Cluster, open_cluster
 from . import provenance
@@ -129,7 +129,9 @@ def sweep(
     notebook : str or path
         See `notebook_path`.
     grid : mapping
-        A list of values for each parameter that varies.
+        A list of values for each parameter that varies. Of a parameter that is a list itself, as the sample
+        counts of the quickstart, a value that is no list stands for a list with this value: [16, 64] runs the
+        notebook with [16] and with [64].
     parameters : mapping, optional
         Parameters that are the same in all notebooks.
     repeats : int
@@ -308,10 +310,19 @@ def _taken(path: Path, declared: Mapping[str, Parameter], name: str, values: obj
         raise ArgumentError(f"grid[{name!r}]={values!r} is not allowed: it must be a list of values.")
     if name not in declared:
         return [value_of(value, {}) for value in values]
+    schema = parameter_schema(path, declared, name)
+    if all(option.get("type") == "array" for option in schema.get("anyOf", [schema])):
+        values = [value if _is_list(value) else [value] for value in values]
     if notebook_kind(path) is NotebookSpec:
         return [declared[name].taken(value) for value in values]
-    schema = parameter_schema(path, declared, name)
     return [value_of(value, schema) for value in values]
+
+
+def _is_list(value: object) -> bool:
+    """Whether a value, or the word that was typed for it, is a list."""
+    if isinstance(value, str):
+        return isinstance(value, Word) and value.strip().startswith(("[", "!", "-"))
+    return isinstance(value, Sequence)
 
 
 def _check_values(name: str, values: list[Any]) -> None:

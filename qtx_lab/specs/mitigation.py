@@ -31,8 +31,8 @@ class MitigationSpec(Spec):
     )
     readout: Switch = field(
         False,
-        "Undo readout errors, by a calibration of their own: the default with every method but none and the "
-        "planner, which decides it by itself.",
+        "Undo readout errors, by a calibration of their own. The planner decides that by itself; every other "
+        "method but none begins with yes.",
         "yes or no",
         "method",
     )

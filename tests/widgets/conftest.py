@@ -103,6 +103,22 @@ def browser() -> Iterator[Any]:
         browser.close()
 
 
+@pytest.fixture(scope="module")
+def module_page(browser: Any) -> Iterator[Any]:
+    """A page of 1280 × 800 that the tests of a module share, because to load one may take longer than a test.
+
+    `module_page.watch` knows its errors and its requests that left this machine.
+    """
+    context = browser.new_context(viewport={"width": 1280, "height": 800}, accept_downloads=True)
+    page, watch = context.new_page(), Watch()
+    page.set_default_timeout(60_000)
+    watch.attach(page)
+    page.watch = watch
+    yield page
+    context.close()
+    watch.check()
+
+
 @pytest.fixture
 def page(browser: Any, request: pytest.FixtureRequest) -> Iterator[Any]:
     """An empty page of 1280 × 800; fails at the end if it had an error, or a request left this machine.

@@ -14,8 +14,8 @@ from qtx_lab.backends import CircuitSampler, QiskitQuantumBackend
 from qtx_lab.errors import ArgumentError
 from qtx_lab.mitigation import CircuitMitigation, ZeroNoiseExtrapolation
 from qtx_lab.specs import CircuitSpec, MitigationSpec
+from qtx_lab.theme import fixed, with_error
 from qtx_lab.widgets.measurement import distances_of_counts, distances_of_estimate
-from qtx_lab.widgets.numbers import fixed, with_error
 from qtx_lab.widgets.workbench import tasks
 from qtx_lab.widgets.workbench.tabs.html_parts import rows_table
 from qtx_lab.widgets.workbench.tabs.mitigate import verdict

@@ -12,7 +12,8 @@ import pandas as pd
 from ...errors import QtxError
 from ...experiments.manifest import read_manifest
 from ...experiments.run_comparison import RunComparison, compare_runs
-from .elements import DashboardView, empty_note, html_pane, html_table, plus_minus, status_mark
+from ...theme import with_error
+from .elements import DashboardView, empty_note, html_pane, html_table, status_mark
 from .records import Listing
 from .run_files import is_folder_name
 from .settings import RESULT, SPEC, half_width, metric_columns, value_text
@@ -224,12 +225,12 @@ def _metric_lines(a: ComparedRun, b: ComparedRun) -> list[str]:
         values = [float(pd.to_numeric(run.row.get(column), errors="coerce")) for run in (a, b)]
         widths = [half_width(run.row, column) for run in (a, b)]
         texts = [
-            "<span class='note'>–</span>" if x != x else plus_minus(x, w) if w > 0 else f"{x:.5g}"
+            "<span class='note'>–</span>" if x != x else with_error(x, w) if w > 0 else f"{x:.5g}"
             for x, w in zip(values, widths, strict=True)
         ]
         difference, width = values[1] - values[0], (widths[0] ** 2 + widths[1] ** 2) ** 0.5
         apart = "" if difference != difference else (
-            plus_minus(difference, width) if width > 0 else f"{difference:.3g}"
+            with_error(difference, width) if width > 0 else f"{difference:.3g}"
         )  # fmt: skip
         cells = "".join(f"<td>{text}</td>" for text in texts)
         name = escape(column.removeprefix(RESULT))

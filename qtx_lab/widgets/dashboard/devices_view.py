@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ...theme import with_error
 from . import figures, frames
-from .elements import empty_note, html_table, multi_select, plus_minus
+from .elements import empty_note, html_table, multi_select
 from .figure_views import MAX_FACETS, FigureView, Finding, drawn_runs, facets_left_out
 from .records import Rows
 from .view_host import ViewHost
@@ -111,7 +112,7 @@ def _closest_device(frame: pd.DataFrame) -> str:
     mitigation = f" with {best['mitigation']}" if best["mitigation"] else ""
     return (
         f"Closest to the row: {best['loader']} on {best['device']}{mitigation}, total variation "
-        f"{plus_minus(best['distance'], best['half_width'])} with {best['shots']:,.0f} shots"
+        f"{with_error(best['distance'], best['half_width'])} with {best['shots']:,.0f} shots"
     )
 
 
@@ -133,7 +134,7 @@ def _measurements(frame: pd.DataFrame, table: pd.DataFrame) -> str:
         cells = [
             escape(str(row.device)), escape(str(row.loader)), escape(str(row.mitigation)) or "raw counts",
             f"{row.shots:,.0f}".replace(",", "\N{NARROW NO-BREAK SPACE}"),
-            plus_minus(row.distance, row.half_width), "" if base != base else f"{base:.3g}",
+            with_error(row.distance, row.half_width), "" if base != base else f"{base:.3g}",
             str(row.runs), escape(calibrated) or "not recorded", age,
         ]  # fmt: skip
         classes = COLUMNS.values()

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import panel as pn
 
@@ -220,15 +219,3 @@ def skipped_list(skipped: Skipped) -> str:
     )
     summary = f"{len(skipped)} skipped: not readable"
     return f"<details class='note'><summary>{summary}</summary><ul>{lines}</ul></details>"
-
-
-def plus_minus(value: float, half_width: float) -> str:
-    """A number and half of its 95 % interval, with as many digits as the interval allows.
-
-    >>> plus_minus(0.08312, 0.0041)
-    '0.083 ± 0.004'
-    """
-    if not half_width > 0:
-        return f"{value:.3g}"
-    digits = max(0, int(np.ceil(-np.log10(half_width))))
-    return f"{value:.{digits}f} ± {half_width:.{digits}f}"

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import panel as pn
 
+from ...theme import with_error
 from . import figures, frames
 from .elements import (
     DRAWING,
@@ -20,7 +21,6 @@ from .elements import (
     late_select,
     multi_select,
     offer,
-    plus_minus,
     select,
     skipped_list,
 )
@@ -44,6 +44,8 @@ class Finding:
         Metrics that could not be read.
     wide : int
         How many of the first pictures have a line of their own.
+    table : str
+        What stands below the pictures; HTML.
     """
 
     title: str
@@ -51,6 +53,7 @@ class Finding:
     pictures: Sequence[Any]
     skipped: Skipped
     wide: int = 0
+    table: str = ""
 
 
 class FigureView(DashboardView):
@@ -103,7 +106,7 @@ class FigureView(DashboardView):
             )
             for i, picture in enumerate(finding.pictures)
         ]
-        self._caption.object = f"<p class='note'>{finding.note}</p>{skipped}"
+        self._caption.object = f"{finding.table}<p class='note'>{finding.note}</p>{skipped}"
 
 
 def drawn_runs(rows: Rows) -> str:
@@ -173,7 +176,7 @@ def _best_sampler(frame: pd.DataFrame, metric: str) -> str:
     num_samplers = mean.groupby("num_samples")["sampler"].nunique()
     draws = num_samplers[num_samplers == num_samplers.max()].index.max()
     best = mean[mean["num_samples"] == draws].sort_values(metric).iloc[0]
-    value = plus_minus(best[metric], best["half_width"])
+    value = with_error(best[metric], best["half_width"])
     return f"With {draws:g} draws a row {best['sampler']} is best: {value}"
 
 

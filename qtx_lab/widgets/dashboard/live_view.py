@@ -151,10 +151,15 @@ class LiveView(DashboardView):
 def _sweep_progress(table: pd.DataFrame, followed: list[str]) -> str:
     """How far the sweeps among the followed runs are, as HTML."""
     lines = []
-    for _, row in table[table["run"].isin(followed) & (table["kind"] == "SweepSpec")].iterrows():
-        planned, earlier = (
-            pd.to_numeric(row.get(f"results.{name}"), errors="coerce") for name in ("notebooks", "kept")
+    kinds = ("SweepSpec", "SearchSpec")
+    for _, row in table[table["run"].isin(followed) & table["kind"].isin(kinds)].iterrows():
+        planned, earlier, trials, repeats = (
+            pd.to_numeric(row.get(name), errors="coerce")
+            for name in ("results.notebooks", "results.kept", "spec.trials", "spec.repeats")
         )
+        at_most = ""
+        if row["kind"] == "SearchSpec":  # which leaves out repeats of what cannot be the best
+            planned, at_most = trials * repeats, "at most "
         if not planned > 0:  # the sweep has not said yet, or what it says is no number
             continue
         earlier = 0 if pd.isna(earlier) else int(earlier)
@@ -166,9 +171,10 @@ def _sweep_progress(table: pd.DataFrame, followed: list[str]) -> str:
         if row["status"] == "running" and ended:
             seconds = (datetime.now(UTC) - row["started"]).total_seconds()
             left = f"; about {seconds / ended * (planned - earlier - ended):.0f} s left"
+        so_far = earlier + ended
         lines.append(
-            f"<p><b>{escape(str(row['name']))}</b>: {earlier + ended:.0f} of {planned:.0f} notebooks have "
-            f"ended ({escape(details)}){left} <progress max='{planned:.0f}' value='{earlier + ended:.0f}' "
+            f"<p><b>{escape(str(row['name']))}</b>: {so_far:.0f} of {at_most}{planned:.0f} notebooks have "
+            f"ended ({escape(details)}){left} <progress max='{planned:.0f}' value='{so_far:.0f}' "
             f"aria-label='Progress of {escape(row['run'])}'></progress></p>"
         )
     return "".join(lines)

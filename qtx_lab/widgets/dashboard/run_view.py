@@ -19,8 +19,9 @@ from ...errors import QtxError
 from ...experiments.annotations import Annotations, write_annotations
 from ...experiments.manifest import read_manifest
 from ...experiments.runs import Run
+from ...theme import with_error
 from .cells import Cell
-from .elements import CONTROL_WIDTH, DashboardView, empty_note, html_pane, html_table, plus_minus, status_mark
+from .elements import CONTROL_WIDTH, DashboardView, empty_note, html_pane, html_table, status_mark
 from .figures import UNITS
 from .records import Listing
 from .run_files import is_folder_name
@@ -268,7 +269,7 @@ def _metrics(data: RunData) -> str:
     lines = []
     for column in names:
         value, width = float(row[column]), half_width(row, column)
-        text = plus_minus(value, width) if width > 0 else f"{value:.6g}"
+        text = with_error(value, width) if width > 0 else f"{value:.6g}"
         lines.append(f"<tr><td>{escape(column.removeprefix(RESULT))}</td><td class='number'>{text}</td></tr>")
     html = html_table({"result": "", "value, 95 % interval": "number"}, lines) if lines else ""
     table = (data.manifest.get("results") or {}).get("table")
@@ -306,7 +307,7 @@ def _with_intervals(frame: pd.DataFrame) -> pd.DataFrame:
             values = pd.to_numeric(frame[metric], errors="coerce").to_numpy("float64", na_value=np.nan)
             widths = pd.to_numeric(frame[width], errors="coerce").to_numpy("float64", na_value=np.nan)
             frame[metric] = [
-                "" if value != value else plus_minus(value, half)
+                "" if value != value else with_error(value, half)
                 for value, half in zip(values, widths, strict=True)
             ]
             frame = frame.drop(columns=width)

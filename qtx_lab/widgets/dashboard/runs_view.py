@@ -13,6 +13,7 @@ import pandas as pd
 import panel as pn
 from scipy import special
 
+from ...theme import with_error
 from .elements import (
     TABLE_ROWS,
     DashboardView,
@@ -20,7 +21,6 @@ from .elements import (
     html_pane,
     html_table,
     multi_select,
-    plus_minus,
     select,
     skipped_list,
     status_mark,
@@ -305,11 +305,11 @@ def _number_cell(group: RunGroup, column: str, several: bool, form: str) -> str:
         return "<td class='number'></td>"
     if not several or len(values) == 1:
         width = half_width(group.members.iloc[0], column) if len(values) == 1 else np.nan
-        text = plus_minus(values.iloc[0], width) if width > 0 else form.format(values.iloc[0])
+        text = with_error(values.iloc[0], width) if width > 0 else form.format(values.iloc[0])
         return f"<td class='number'>{text}</td>"
     if "settings" in group.members and group.members["settings"].nunique() == 1:
         width = special.stdtrit(len(values) - 1, 0.975) * values.std() / np.sqrt(len(values))
         title = f"Mean of {len(values)} runs that differ in nothing but the seed, with its 95 % interval"
-        return f"<td class='number' title='{title}'>{plus_minus(values.mean(), width)}</td>"
+        return f"<td class='number' title='{title}'>{with_error(values.mean(), width)}</td>"
     low, high = form.format(values.min()), form.format(values.max())
     return f"<td class='number' title='Smallest and largest of {len(values)} runs'>{low} – {high}</td>"

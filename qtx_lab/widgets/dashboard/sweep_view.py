@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
+from html import escape
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from ...errors import QtxError
+from ...experiments.manifest import read_manifest
+from ...experiments.measured_table import MeasuredTable, measured_rows, measured_table
+from ...theme import with_error
 from . import frames
-from .elements import empty_note, late_select, offer, plus_minus
+from .elements import empty_note, html_table, late_select, offer
 from .figure_views import FigureView, Finding
 from .importance import Importance, importance
-from .settings import differing, metric_columns, short_name, value_text
+from .records import Records
+from .settings import SPEC, differing, metric_columns, short_name, value_text
 from .sweep_figures import MAX_LINES, importance_bars, means_against, parallel_coordinates
 from .view_host import ViewHost
 
@@ -20,6 +28,9 @@ MAX_SWEEPS = 50
 
 MAX_FACETS = 6
 """Figures of means, one for each combination of the parameters that have no axis."""
+
+MAX_ROWS = 200
+"""Rows of the table of what was measured."""
 
 MAX_AXES = 7
 """Parameters that have an axis among the parallel coordinates: the most important."""
@@ -34,12 +45,25 @@ NO_SWEEPS = empty_note(
 
 @dataclass(frozen=True)
 class SweepData:
-    """The runs of a sweep that have the metric, and the parameters in which they differ."""
+    """What the runs of a sweep measured, and the parameters in which they differ.
+
+    Parameters
+    ----------
+    frame : DataFrame
+        A row for each value of the metric: `run`, the parameters, the metric and its own `half_width`.
+    parameters : list of str
+        Columns that tell the rows apart: of the specs, and of the metrics, as a sampler.
+    metric : str
+    importance : Importance or None
+    table : MeasuredTable
+        The means over runs that differ in nothing but the seed.
+    """
 
     frame: pd.DataFrame
     parameters: list[str]
     metric: str
     importance: Importance | None
+    table: MeasuredTable
 
 
 def sweep_view(page: ViewHost) -> FigureView:
@@ -47,14 +71,21 @@ def sweep_view(page: ViewHost) -> FigureView:
     sweep, metric = late_select("Sweep"), late_select("Result")
 
     def gather(table: pd.DataFrame) -> Any:
-        return table, _sweeps(table)
+        members = _members(page.records, table)
+        chosen = sweep.value if sweep.value in members else next(iter(members), "")
+        runs = table[table["run"].isin(members.get(chosen, set()))]
+        sweeps = {
+            f"{name.partition('-')[2] or name} ({len(runs)} runs)": name for name, runs in members.items()
+        }
+        return sweeps, runs, _manifests(runs)
 
     def draw(data: Any) -> Finding:
-        table, sweeps = data
+        sweeps, runs, manifests = data
         offer(sweep, sweeps)
-        runs = table[table["sweep"] == sweep.value] if sweep.value else table[:0]
-        offer(metric, {short_name(c): c for c in metric_columns(runs)})
-        shown = _sweep_data(runs, metric.value) if metric.value else None
+        names = list(measured_rows(manifests))
+        others = [short_name(c) for c in metric_columns(runs)]
+        offer(metric, {name: name for name in dict.fromkeys([*names, *others])})
+        shown = _sweep_data(manifests, runs, metric.value) if metric.value else None
         if shown is None:
             return Finding("", "", [], ())
         pictures: list[Any] = []
@@ -64,26 +95,74 @@ def sweep_view(page: ViewHost) -> FigureView:
         if shown.importance is not None:
             pictures.append(importance_bars(shown.importance.table, page.theme))
         facets, left_out = _facets(shown, page.theme)
-        return Finding(_title(shown), _note(shown, left_out), [*pictures, *facets], (), wide=1)
+        pictures += facets
+        return Finding(
+            _title(shown), _note(shown, left_out), pictures, (), wide=1, table=_measured_table(shown.table)
+        )
 
     controls = {"sweep": sweep, "result": metric}
     return FigureView(page, controls, gather, draw, NO_SWEEPS)
 
 
-def _sweeps(table: pd.DataFrame) -> dict[str, str]:
-    """The sweeps that runs of a table belong to, by their labels."""
-    counts = table["sweep"].dropna().value_counts(sort=False) if "sweep" in table else pd.Series(dtype=int)
-    names = list(dict.fromkeys(table["sweep"].dropna())) if len(counts) else []
-    return {f"{name.partition('-')[2] or name} ({counts[name]} runs)": name for name in names[:MAX_SWEEPS]}
+def _members(records: Records, table: pd.DataFrame) -> dict[str, set[str]]:
+    """The runs of each sweep, its own and those that it has taken over; the newest sweep first."""
+    if "sweep" not in table or table.empty:
+        return {}
+    own = table["sweep"].dropna()
+    members = {name: set(table.loc[part.index, "run"]) for name, part in own.groupby(own, sort=False)}
+    listed = set(table["run"])
+    for name in table["run"][table["kind"].isin(("SweepSpec", "SearchSpec"))]:
+        with suppress(QtxError):
+            metrics = records.metrics(name)
+            runs = set(metrics["run"]) & listed if "run" in metrics else set()
+            if runs:
+                members[name] = members.get(name, set()) | runs
+    return {name: members[name] for name in sorted(members, reverse=True)[:MAX_SWEEPS]}
 
 
-def _sweep_data(runs: pd.DataFrame, metric: str) -> SweepData | None:
-    """The runs that have the metric; None where none has."""
-    frame = frames.numbers(runs, metric)
-    if frame.empty:
+def _manifests(runs: pd.DataFrame) -> list[tuple[Path, dict[str, Any]]]:
+    """The folders of runs and their manifests, as far as they can be read."""
+    listed = []
+    for path in map(Path, runs["path"]):
+        with suppress(QtxError):
+            listed.append((path, read_manifest(path)))
+    return listed
+
+
+def _sweep_data(
+    manifests: list[tuple[Path, dict[str, Any]]], runs: pd.DataFrame, metric: str
+) -> SweepData | None:
+    """What the runs measured of a metric; None where none has it."""
+    measured = measured_rows(manifests, metric).get(metric)
+    if measured is None:
         return None
-    parameters = [c for c in differing(frame) if frame[c].notna().all()]
-    return SweepData(frame, parameters, metric, importance(frame, parameters, metric))
+    names = {key: f"{SPEC}{key}" for key in measured.keys}
+    values = measured.frame[["run", "value", "half_width", *measured.keys]]
+    values = values.rename(columns={**names, "value": metric})
+    of_runs = runs[[c for c in ("run", "kind", "code", "seed") if c in runs]]
+    frame = frames.numbers(values.merge(of_runs, on="run"), metric)
+    parameters = differing(frame, names.values())
+    table = measured_table(manifests, metric)
+    return SweepData(frame, parameters, metric, importance(frame, parameters, metric), table)
+
+
+def _measured_table(table: MeasuredTable) -> str:
+    """What was measured by each combination, as HTML."""
+    rows = table.texts()
+    if not rows:
+        return ""
+    columns = {escape(name): "" if name in table.keys else "number" for name in rows[0]}
+    lines = [
+        "<tr>"
+        + "".join(
+            f"<td class='{css}'>{escape(text)}</td>"
+            for css, text in zip(columns.values(), row.values(), strict=True)
+        )
+        + "</tr>"
+        for row in rows[:MAX_ROWS]
+    ]
+    more = f"<p class='note'>{len(rows) - MAX_ROWS} more rows: the run of the sweep has all.</p>"
+    return html_table(columns, lines) + (more if len(rows) > MAX_ROWS else "")
 
 
 def _by_importance(data: SweepData) -> list[str]:
@@ -98,8 +177,8 @@ def _title(data: SweepData) -> str:
     name = short_name(data.metric)
     best, width, row, count = _smallest(data)
     setting = ", ".join(f"{short_name(c)} = {value_text(row[c])}" for c in data.parameters[:4])
-    seeds = f" over {count} seeds" if count > 1 else ""
-    smallest = f"smallest {name} {plus_minus(best, width)}{seeds}" + (f" at {setting}" if setting else "")
+    seeds = f" over {count} runs" if count > 1 else ""
+    smallest = f"smallest {name} {with_error(best, width)}{seeds}" + (f" at {setting}" if setting else "")
     if data.importance is None:
         return smallest[0].upper() + smallest[1:]
     first = data.importance.table.iloc[0]
@@ -112,19 +191,19 @@ def _smallest(data: SweepData) -> tuple[float, float, Any, int]:
     codes = pd.factorize(pd.MultiIndex.from_frame(data.frame[keys].map(value_text)))[0]
     means = data.frame[data.metric].groupby(codes).mean()
     part = data.frame[codes == means.idxmin()]
-    table = frames.over_runs(
-        part.assign(all="x").drop(columns="half_width", errors="ignore"), ("all",), data.metric
-    )
+    table = frames.over_runs(part.assign(all="x"), ("all",), data.metric)
     return float(table[data.metric][0]), float(table["half_width"][0]), part.iloc[0], len(part)
 
 
 def _note(data: SweepData, left_out: int) -> str:
-    parts = [f"{len(data.frame)} runs. A line is a run, and its colour the result at the right."]
+    runs, rows = data.frame["run"].nunique(), len(data.frame)
+    line = "a run" if rows == runs else "a value that a run measured"
+    parts = [f"{runs} runs. A line is {line}, and its colour the result at the right."]
     found = data.importance
     if found is not None:
         scale = f"log {short_name(data.metric)}" if found.log else short_name(data.metric)
         parts.append(
-            f"Shares are of the variance of {scale} over the sweep: main effects "
+            f"Shares are of the variance of {escape(scale)} over the sweep: main effects "
             "Σ n<sub>v</sub>(ȳ<sub>v</sub> − ȳ)² / Σ(y − ȳ)², less what chance gives (ε²). Bars: 95 % "
             "intervals by the jackknife over seeds, for three seeds or more."
         )
@@ -158,8 +237,6 @@ def _facets(data: SweepData, theme: str) -> tuple[list[Any], int]:
         ", ".join(f"{short_name(c)} = {value_text(frame.loc[(names == key).idxmax(), c])}" for c in faceted)
         for key in keys[:MAX_FACETS]
     ]
-    # A run's own `half_width` is of another quantity than the spread over seeds.
-    frame = frame.drop(columns="half_width", errors="ignore")
     pictures = [
         means_against(frame[names == key], x, by, data.metric, title, theme)
         for key, title in zip(keys[:MAX_FACETS], words, strict=True)

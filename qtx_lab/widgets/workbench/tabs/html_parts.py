@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ....specs import Spec, field
-from ...numbers import Z95, Distances, with_error
+from ....theme import with_error
+from ...numbers import Z95, Distances
 
 form_field = field
 

@@ -9,7 +9,8 @@ from typing import Any
 import ipywidgets as widgets
 
 from ....specs import MitigationSpec
-from ...numbers import Z95, with_error
+from ....theme import with_error
+from ...numbers import Z95
 from ...views.mitigation import MitigationView
 from ..tab import WorkbenchTab
 from ..tab_host import TabHost
@@ -35,6 +36,13 @@ class MitigateTab(WorkbenchTab):
         forms = {"mitigation": circuit.mitigation_form}
         views = (self._verdict, self._table, widgets.VBox([self.view]), self._fit_box)
         super().__init__(bench, forms, *views, shared=circuit.forms)
+        self.form.observe(self._readout_follows_method, "spec")
+
+    def _readout_follows_method(self, change: Any) -> None:
+        """Tick "readout" with a method that begins with it, and untick it with one that does without."""
+        before, now = (MitigationSpec(method=spec.method).readout for spec in (change.old, change.new))
+        if before != now and change.new.readout == before and not self.bench.restoring:
+            self.form.change(readout=now)
 
     def arguments(self) -> dict[str, Any]:
         """The arguments of the task."""

@@ -74,6 +74,38 @@ def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ProcessW
     worker.close()
 
 
+class SharedWorker(ProcessWorker):
+    """A worker that outlives the workbench that has it, because its process has imported much by then."""
+
+    lent = True
+
+    def close(self) -> None:
+        """Give the worker back; its work, if any, is cancelled."""
+        if self.busy:
+            super().close()
+        self.lent = False
+
+
+@pytest.fixture(scope="module", autouse=True)
+def worker_pool() -> Iterator[None]:
+    """The workbenches of this module have their workers from one pool, one after the other."""
+    pool: list[SharedWorker] = []
+
+    def lend() -> SharedWorker:
+        worker = next((worker for worker in pool if not worker.lent), None)
+        if worker is None:
+            worker = SharedWorker()
+            pool.append(worker)
+        worker.lent = True
+        return worker
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qtx_lab.widgets.workbench.workbench.ProcessWorker", lend)
+        yield
+    for worker in pool:
+        ProcessWorker.close(worker)
+
+
 @pytest.fixture
 def bench(tmp_path: Path) -> Iterator[Workbench]:
     bench = Workbench(home=tmp_path, num_tokens=64)
@@ -253,6 +285,9 @@ def test_from_code_and_restored(bench: Workbench, tmp_path: Path) -> None:
     assert (logged["half_width"] > 0).all()
     assert set(logged["device"]) == {"fake_boston"}
 
+    lens.selected_rows = list(range(20, 40))  # after the measurement of two others
+    lens.drawn_heads = [[1, 5], [1, 2]]
+    bench.circuit.forms["rows"].change(rows=[20, 22, 39])
     state = {name: page.state() for name, page in bench.tabs.items()}
     shown = bench.circuit._table.value
     bench.close()
@@ -261,6 +296,10 @@ def test_from_code_and_restored(bench: Workbench, tmp_path: Path) -> None:
     assert {name: page.state() for name, page in again.tabs.items()} == state
     assert again.circuit._table.value == shown
     assert again.sample.lens is not None
+    assert again.sample.lens.selected_rows == list(range(20, 40))
+    assert again.sample.lens.drawn_heads == [[1, 2], [1, 5]]
+    assert again.circuit.rows == (20, 22, 39)
+    assert "3 of 20 selected rows are measured: 20, 22, 39." in again.circuit._rows_note.value
     assert again.open_tab_name == "circuit"
     assert Workbench.restore(home=tmp_path) is again
     again.close()
@@ -300,6 +339,18 @@ def test_the_code_of_sample_gives_the_numbers_that_are_shown(
     assert (lens.finding().std_error is None) == ("tolerance" in effort)
     assert not lens.own_draws
     shown = lens.frame()
+    assert bench.sample.forms["heads"].spec.drawn_heads is None
+    lens.drawn_heads = [[1, 3], [1, 4], [0, 0]]  # picked in the lens
+    assert bench.sample.forms["heads"].spec.drawn_heads == "0:0, 1:3-4"
+    assert bench.sample.start().wait(120)["error"] == result["error"]
+    bench.sample.forms["heads"].change(drawn_heads="0, 2:1")  # or typed
+    assert lens.drawn_heads == [[0, head] for head in range(8)] + [[2, 1]]
+    assert bench.sample.start().wait(120)["error"] < 1e-6
+    assert "This head is exact: of layers and heads, only 0, 2:1 draw." in bench.sample._summary.value
+    assert run_code(bench.sample.python_code())["error"] < 1e-6
+    bench.sample.forms["heads"].change(drawn_heads=None)
+    assert lens.drawn_heads is None
+    bench.sample.start().wait(120)
     bench.source.change(head=4)  # the code is that of the picture, not that of the forms
     copied = run_code(bench.sample.python_code())
     assert copied["error"] == result["error"]
@@ -495,8 +546,9 @@ def test_a_sweep_and_a_training_from_code(
     assert Run.open(tmp_path / name).status == "cancelled"  # not interrupted, as after a crash
     result = swept.wait(200)
     assert result["status"] == "done"
-    at = result["columns"].index(next(name for name in result["columns"] if "square" in name))
-    assert sorted(row[at] for row in result["rows"]) == [4, 9]
+    assert result["measured"] == [{"x": "2", "square": "4"}, {"x": "3", "square": "9"}]
+    assert "Square is smallest at x 2: 4" in bench.sweep._table.value
+    assert bench.sweep.report() == tmp_path / result["run"] / "report.html"
     # A sweep takes long: it is seen that the copied code asks for the same one.
     asked = Recorder()
     monkeypatch.setattr("qtx_lab.experiments.sweeps.sweep", asked)
@@ -511,6 +563,20 @@ def test_a_sweep_and_a_training_from_code(
     assert command_options["workers"] == 1
     for name in ("parameters", "repeats", "seed"):
         assert python_options[name] == command_options[name]
+    again = bench.sweep.start().wait(200)  # nothing of it is run again, and the tab says so
+    assert (again["taken"], again["measured"]) == (2, result["measured"])
+    assert "2 of them had been run before" in bench.sweep._table.value
+    bench.sweep.form.change(grid={"x": [2, 3, 60]})
+    seen: list[str] = []
+    bench.sweep._table.observe(lambda change: seen.append(change.new), "value")
+    bench.sweep.start()
+    end = time.monotonic() + 200
+    while not any("<td>60</td><td>running" in text for text in seen) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert "2 of 3 notebooks are done" in seen[-1]
+    bench.sweep.cancel()
+    assert "2 of 3 notebooks are done and kept" in bench.sweep._message.value
+    assert "<td>60</td><td>cancelled" in bench.sweep._table.value
 
 
 def test_a_calibration_says_what_it_found_and_whether_it_holds(

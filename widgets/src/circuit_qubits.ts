@@ -27,9 +27,12 @@ const percent = (error: number | null) => (error === null ? "–" : `${digits(10
 export function paintQubits(panel: Panel, region: Region | null, device: string): void {
   panel.box.hidden = !region;
   if (!region) return;
-  const width = resize(panel, HEIGHT);
-  const room = HEIGHT - BAR_ROOM;
   const depth = Math.max(...region.nodes.map((node) => node.y));
+  const full = panel.box.clientWidth || 640;
+  // A chain of qubits needs a line of the picture only, and no band of empty room above and below it.
+  const height = Math.min(HEIGHT, BAR_ROOM + MARGIN + depth * (full - MARGIN));
+  const width = resize(panel, height);
+  const room = height - BAR_ROOM;
   const unit = Math.min(width - MARGIN, depth > 0.05 ? (room - MARGIN) / depth : Infinity);
   const [left, top] = [(width - unit) / 2, (room - depth * unit) / 2];
   const spots = region.nodes.map((node): [number, number] => [left + node.x * unit, top + node.y * unit]);

@@ -243,7 +243,8 @@ export class Frame {
   }
 }
 
-function download(name: string, type: string, content: DataView): void {
+/** Saves a file, as a browser does with what it downloads. */
+export function download(name: string, type: string, content: DataView): void {
   const bytes = new Uint8Array(content.buffer, content.byteOffset, content.byteLength);
   const url = URL.createObjectURL(new Blob([bytes.slice()], { type }));
   const link = h("a", { href: url, download: name });

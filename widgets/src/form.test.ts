@@ -51,4 +51,12 @@ describe("a group that is folded", () => {
       "systematic · 64 draws · replicates 4 · twirl · a, b · x: 1, 2",
     );
   });
+  it("names a number whose unit does not say what it is of", () => {
+    const fields = [
+      field("noise scale", "number", { default: "1", unit: "factor" }),
+      field("readout", "number", { default: "0", unit: "probability" }),
+    ];
+    expect(summary(fields, { "noise scale": "1", readout: "0" })).toBe("noise scale 1");
+    expect(summary(fields, { "noise scale": "1", readout: "0.1" })).toBe("noise scale 1 · readout 0.1");
+  });
 });

@@ -296,7 +296,7 @@ function list(field: Field, id: string, type: (value: Typed) => void): Control {
 
 /** Names with their values: a line each, of which the name can be chosen from those that are suggested. */
 function pairs(field: Field, id: string, type: (value: Typed) => void): Control {
-  const rows = make("ol", { class: "qtx-form-list", "aria-labelledby": `${id}-label` });
+  const rows = make("ol", { class: "qtx-form-list qtx-form-pairs", "aria-labelledby": `${id}-label` });
   const add = make("button", { type: "button", class: "qtx-form-add" }, "+ add");
   add.setAttribute("aria-label", `Add to ${field.label}`);
   const names = (field.suggestions ?? []).map((value) => make("option", { value }));
@@ -399,16 +399,20 @@ function either(
   };
 }
 
+/** Units that do not say what a number is of, so that a line of values names the field instead. */
+const BARE_UNITS = ["factor", "probability", "degree"];
+
 /** The values of a group in a line: the first two fields, and whatever is not at its default. */
 export function summary(fields: readonly Field[], values: Record<string, Typed>): string {
   const parts = fields.map((field, i) => {
     const value = values[field.name] ?? "";
-    if (i > 1 && JSON.stringify(value) === JSON.stringify(field.default)) return "";
+    const bare = BARE_UNITS.includes(field.unit);
+    if (i > (bare ? 0 : 1) && JSON.stringify(value) === JSON.stringify(field.default)) return "";
     if (Array.isArray(value))
       return value.map((item) => (Array.isArray(item) ? `${item[0]}: ${item[1]}` : item)).join(", ");
     if (typeof value === "boolean") return value ? field.label : "";
     if (value === "" || field.kind === "choice" || field.kind === "text") return value;
-    return field.unit ? `${value} ${field.unit}` : `${field.label} ${value}`;
+    return field.unit && !bare ? `${value} ${field.unit}` : `${field.label} ${value}`;
   });
   return parts.filter((part) => part !== "").join(" · ");
 }

@@ -1,5 +1,5 @@
 // The line at the bottom of a tab of the workbench: state, progress, cost, where it is saved, and its code.
-import { h, post, unique, type Model } from "./dom";
+import { download, h, post, unique, type Model } from "./dom";
 
 /** What the line says; see `StatusLine` in Python. */
 interface Line {
@@ -8,8 +8,28 @@ interface Line {
   label: string;
   cost: string;
   saved: string;
+  /** The name of the run that holds what is shown; "" where there is none. */
+  run: string;
   place: string;
   problem: boolean;
+  /** Whether there is something to report. */
+  report: boolean;
+}
+interface Message {
+  kind: string;
+  as: string;
+  name: string;
+  type: string;
+  text: string;
+}
+/** The path of the dashboard under JupyterLab's address; see `NAME` of proxy.py. */
+const DASHBOARD = "qtx-lab";
+
+/** The page of a run in the dashboard that JupyterLab offers; null elsewhere. */
+function runPage(run: string): string | null {
+  const config = document.getElementById("jupyter-config-data")?.textContent;
+  const base = config ? (JSON.parse(config) as { baseUrl?: string }).baseUrl : undefined;
+  return base === undefined ? null : `${base}${DASHBOARD}/?view=Run&run=${encodeURIComponent(run)}`;
 }
 const NAMES: Record<string, string> = { python: "Copy as Python", command: "Copy as command" };
 /** Milliseconds for which a button says that the code was copied. */
@@ -20,6 +40,11 @@ export function render(model: Model, el: HTMLElement): () => void {
   const meter = h("progress", { max: 1 });
   const cost = h("span", { class: "qtx-wb-cost" });
   const saved = h("span", { class: "qtx-wb-run" });
+  const report = h(
+    "button",
+    { type: "button", title: "A page that needs no kernel and no network" },
+    "Report",
+  );
   const buttons = h("span", { class: "qtx-wb-copy" });
   const codeId = unique("code");
   const title = h("span", { class: "qtx-wb-code-title" });
@@ -43,7 +68,11 @@ export function render(model: Model, el: HTMLElement): () => void {
     meter.value = line.fraction ?? 0;
     meter.setAttribute("aria-label", line.label);
     cost.textContent = line.cost;
-    saved.textContent = line.saved;
+    const page = line.run ? runPage(line.run) : null;
+    const run = page ? h("a", { href: page, target: "_blank", rel: "noopener" }, line.run) : line.run;
+    if (saved.dataset.shown !== `${line.saved} ${line.run}`) saved.replaceChildren(`${line.saved} `, run);
+    saved.dataset.shown = `${line.saved} ${line.run}`;
+    report.disabled = !line.report;
     saved.title = line.place;
     saved.classList.toggle("qtx-wb-trouble", line.problem);
   }
@@ -57,9 +86,26 @@ export function render(model: Model, el: HTMLElement): () => void {
       });
       return button;
     });
-    buttons.replaceChildren(...made);
+    buttons.replaceChildren(...(model.get("reports") ? [report] : []), ...made);
   }
-  async function take(message: { kind: string; as: string; text: string }): Promise<void> {
+  let waiting = false;
+  report.addEventListener("click", () => {
+    waiting = true;
+    report.textContent = "Writing…";
+    post(model, { kind: "report" });
+  });
+  function takeReport(message: Message, buffers: DataView[]): void {
+    if (!waiting) return; // another view of this line has asked
+    waiting = false;
+    report.textContent = "Report";
+    if (message.kind === "file") download(message.name, message.type, buffers[0]!);
+    title.textContent = message.kind === "file" ? "Downloaded, and saved at" : "There is no report:";
+    code.value = message.text;
+    code.rows = 2;
+    panel.hidden = false;
+  }
+  async function take(message: Message, buffers: DataView[]): Promise<void> {
+    if (message.kind === "file" || message.kind === "problem") takeReport(message, buffers);
     if (message.kind !== "code" || asked === null) return; // another view of this line has asked
     const button = asked;
     asked = null;

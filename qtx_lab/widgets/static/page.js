@@ -1,4 +1,4 @@
-/* qtx_lab: made from widgets/src by `npm run build`; sources 7258aeb9ce3f874cdf2561bdab6ab26a7fa48216a1911add88754ef1846737ab */
+/* qtx_lab: made from widgets/src by `npm run build`; sources c03ff3ec8bc1caca743187bd2e6d0c22388a2e1aa3c5bf754ebcd04923a64a63 */
 /* Contains d3-scale, d3-array and the modules of d3 that they need.
 Copyright 2010-2026 Mike Bostock
 

@@ -42,7 +42,7 @@ PICTURE_DPI = 110
 ONE_OUTPUT_HOSTS = ("VSCODE_PID", "VSCODE_CWD", "COLAB_RELEASE_TAG")
 """Variables of the environments whose notebooks show the picture of an output when its view is missing."""
 
-_DRAWING_LOCK = threading.RLock()
+DRAWING_LOCK = threading.RLock()
 """matplotlib's style is global, so that only one thread may draw at a time."""
 
 
@@ -166,7 +166,7 @@ def render_figure(
     """Draw `figure(theme)` as a PNG or SVG file; `dpi` None is that of the figure."""
     style: Any = look.matplotlib_style(theme)
     content = io.BytesIO()
-    with _DRAWING_LOCK, mpl.rc_context(style):
+    with DRAWING_LOCK, mpl.rc_context(style):
         metadata = {"Date": None} if kind == "svg" else {"Software": None}
         figure(theme).savefig(content, format=kind, dpi=dpi or "figure", metadata=metadata)
     return content.getvalue()

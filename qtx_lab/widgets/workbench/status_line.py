@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,15 @@ STATIC = Path(__file__).parents[1] / "static"
 
 
 class StatusLine(anywidget.AnyWidget):
-    """State, progress, time left, cost and the run, with buttons that copy code.
+    """State, progress, time left, cost and the run, with buttons that copy code and that make a report.
 
     Parameters
     ----------
     codes : mapping of str to callable
         The code to copy by its kind, "python" or "command"; asked for when its button is pressed.
+    report : callable, optional
+        Makes a report, and returns its path; called by a thread when its button is pressed. There is no such
+        button if None.
     """
 
     _esm = STATIC / "widgets.js"
@@ -29,16 +33,18 @@ class StatusLine(anywidget.AnyWidget):
     kind = traitlets.Unicode("status", read_only=True).tag(sync=True)
     line = traitlets.Dict().tag(sync=True)
     codes = traitlets.List(traitlets.Unicode(), read_only=True).tag(sync=True)
+    reports = traitlets.Bool(read_only=True).tag(sync=True)
 
-    def __init__(self, codes: Mapping[str, Callable[[], str]]):
-        self._codes = dict(codes)
+    def __init__(self, codes: Mapping[str, Callable[[], str]], report: Callable[[], Path] | None = None):
+        self._codes, self._report = dict(codes), report
         super().__init__(line=_line())
         self.set_trait("codes", list(self._codes))
+        self.set_trait("reports", report is not None)
         hear_while_busy(self)
         self.on_msg(lambda _, content, buffers: self._receive(content))
 
     def show(self, **parts: Any) -> None:
-        """Draw the line: `state`, `fraction`, `label`, `cost`, `saved`, `place` and `problem`."""
+        """Draw the line: `state`, `fraction`, `label`, `cost`, `saved`, `run`, `place` and the others."""
         self.line = _line(**parts)
 
     def _receive(self, content: Mapping[str, Any]) -> None:
@@ -49,6 +55,18 @@ class StatusLine(anywidget.AnyWidget):
             except QtxError as error:
                 text = f"# {error}"
             self.send({"kind": "code", "as": content["as"], "text": text})
+        elif content.get("kind") == "report" and self._report is not None:
+            threading.Thread(target=self._send_report, args=(self._report,), daemon=True).start()
+
+    def _send_report(self, make: Callable[[], Path]) -> None:
+        try:
+            path = make()
+            page = path.read_bytes()
+        except (QtxError, OSError) as error:
+            self.send({"kind": "problem", "text": str(error)})
+        else:
+            name = f"{path.parent.name}.html"
+            self.send({"kind": "file", "name": name, "type": "text/html", "text": str(path)}, [page])
 
 
 def _line(
@@ -57,8 +75,10 @@ def _line(
     label: str = "",
     cost: str = "",
     saved: str = "",
+    run: str = "",
     place: str = "",
     problem: bool = False,
+    report: bool = False,
 ) -> dict[str, Any]:
     """What the browser draws."""
     return {
@@ -67,6 +87,8 @@ def _line(
         "label": label,
         "cost": cost,
         "saved": saved,
+        "run": run,
         "place": place,
         "problem": problem,
+        "report": report,
     }

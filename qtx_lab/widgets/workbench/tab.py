@@ -5,18 +5,25 @@ from __future__ import annotations
 import html
 import threading
 from collections.abc import Mapping
-from typing import Any
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import ipywidgets as widgets
 
 from ...errors import ArgumentError, QtxError, SpecError
+from ...experiments.report import write_report
+from ...experiments.runs import Run
 from ..comms import hear_while_busy
 from ..forms import FORM_LOCK, SpecForm
 from ..throttle import ThrottledCall
-from ..views.base import View, render_figure
+from ..views.base import DRAWING_LOCK, View, render_figure
 from .process import Work
 from .status_line import StatusLine
 from .tab_host import TabHost
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 STATUS_INTERVAL_S = 0.1
 """Seconds between two drawings of the status line, at least."""
@@ -54,6 +61,8 @@ class WorkbenchTab:
     """What to do first, shown (as HTML) while there is no picture."""
     task = ""
     """Name of a function of `tasks`."""
+    reports = True
+    """Whether a report of what is shown can be made."""
     codes: tuple[str, ...] = ()
     """Which of "python" (`python_code`) and "command" (`command`) the tab offers to copy."""
 
@@ -76,7 +85,9 @@ class WorkbenchTab:
         self._start_button = widgets.Button(description=self.button, button_style="primary")
         self._cancel_button = widgets.Button(description="Cancel", disabled=True)
         codes = {"python": self.python_code, "command": self.command}
-        self._status = StatusLine({kind: codes[kind] for kind in self.codes})
+        self._status = StatusLine(
+            {kind: codes[kind] for kind in self.codes}, self.report if self.reports else None
+        )
         self._message = widgets.HTML()
         self.views = widgets.VBox(views).add_class("qtx-wb-views")
         hear_while_busy(self._start_button, self._cancel_button)
@@ -106,6 +117,9 @@ class WorkbenchTab:
         """Whether its work is running."""
         return self.work is not None and self.work.state == "running"
 
+    def opened(self) -> None:
+        """Do what has to be done when somebody opens the tab."""
+
     def state(self) -> dict[str, Any]:
         """The fields of all forms."""
         return {title: form.spec.to_parameters() for title, form in self.forms.items()}
@@ -128,9 +142,55 @@ class WorkbenchTab:
 
     def picture(self) -> bytes | None:
         """What is shown, as PNG; None where there is nothing to show."""
-        boxes = [box for box in self.views.children if isinstance(box, widgets.Box)]
-        views = [view for box in boxes for view in box.children if isinstance(view, View)]
+        views = self.shown_views()
         return render_figure(views[0].figure) if views and self.result is not None else None
+
+    def shown_views(self) -> list[View]:
+        """The views of the picture."""
+        boxes = [box for box in self.views.children if isinstance(box, widgets.Box)]
+        return [view for box in boxes for view in box.children if isinstance(view, View)]
+
+    def shown_run(self) -> Path | None:
+        """The folder of the run that holds what is shown; None where there is none yet."""
+        name = (self.result or {}).get("run")
+        place = self.bench.storage_place()
+        return Path(self.bench.runs_folder(), name) if name else Path(place) if place else None
+
+    def report(self) -> Path:
+        """Write the report of what is shown, a page that needs no kernel and no network; its path.
+
+        Raises
+        ------
+        ArgumentError
+            If nothing is shown yet.
+        StorageError
+            If it cannot be written.
+        """
+        if self.result is None:
+            raise ArgumentError(f"There is nothing to report yet: press {self.button} first.")
+        self.bench.runs_folder()  # makes the workbench's own run, where there is none yet
+        folder = self.shown_run()
+        assert folder is not None
+        run = Run.open(folder)
+        self.fill_report(run)
+        path = write_report(run)
+        self.request_status()
+        return path
+
+    def fill_report(self, run: Run) -> None:
+        """Save in the run what the report shows beside the run's own results: the picture of the tab."""
+        for view in self.shown_views()[:1]:
+            self.save_picture(run, view, f"{self.title}: the picture of the workbench.")
+
+    def save_picture(self, run: Run, view: View, caption: str, live: str | None = None) -> None:
+        """Save a view's picture and data as a figure of the run; see `Run.save_figure`."""
+        with DRAWING_LOCK:
+            run.save_figure(self.name, partial(_figure_of, view), view.frame(), caption, live=live)
+
+    def cancelled_note(self) -> str:
+        """What is said after the work was cancelled: what is kept, and how to go on; HTML."""
+        kept = "What is shown had come in until then." if self.result else "Nothing had come in yet."
+        return f"Cancelled. {kept} Press <b>{self.button}</b> to start again."
 
     def cost(self) -> str:
         """What the work costs, for the status line."""
@@ -230,6 +290,8 @@ class WorkbenchTab:
         elif work.state == "cancelled":
             self.bench.mark_cancelled(work)
             self._show_message()
+            kind = "note" if self.result else "empty"
+            self._message.value = f'<div class="qtx-wb-{kind}" role="status">{self.cancelled_note()}</div>'
         if work.state == "running":
             self.request_status()
         else:
@@ -247,7 +309,7 @@ class WorkbenchTab:
         if problem:
             self._message.value = f'<div class="qtx-wb-error" role="alert">{html.escape(problem)}</div>'
         elif self.result is None:
-            text = "The first picture comes here." if self.busy else self.first_step
+            text = "The first result comes here in a moment." if self.busy else self.first_step
             self._message.value = f'<div class="qtx-wb-empty">{text}</div>'
         else:
             self._message.value = ""
@@ -260,16 +322,25 @@ class WorkbenchTab:
             self._start_button.disabled, self._cancel_button.disabled = busy, not busy
             for css_class, active in (("qtx-wb-busy", busy), ("qtx-wb-stale", stale)):
                 self.views.add_class(css_class) if active else self.views.remove_class(css_class)
-            note = self.bench.storage_note()
+            note, folder = self.bench.storage_note(), self.shown_run()
+            problem = note.startswith("not saved:")
+            linked = folder is not None and not problem
             self._status.show(
                 state=_state_text(work, stale),
                 fraction=work.fraction if busy and work is not None else None,
                 label=f"{self.name}: progress",
                 cost=self.cost(),
-                saved=note,
-                place=self.bench.storage_place(),
-                problem=note.startswith("not saved:"),
+                saved="saved in" if linked else note,
+                run=folder.name if folder is not None and linked else "",
+                place=str(folder or ""),
+                problem=problem,
+                report=self.result is not None and not busy and self.reports,
             )
+
+
+def _figure_of(view: View, data: Any, theme: str) -> Figure:
+    """The figure of a view, whose data are those that it shows."""
+    return view.figure(theme)
 
 
 def _state_text(work: Work | None, stale: bool) -> str:

@@ -158,7 +158,7 @@ class Workbench(widgets.VBox):
         style = widgets.HTML(f"<style>{CSS.read_text(encoding='utf-8')}</style>", layout={"display": "none"})
         super().__init__([style, self.source, self.tab_bar])
         self.add_class("qtx-workbench")
-        self.tab_bar.observe(lambda _: self.request_save(), "selected_index")
+        self.tab_bar.observe(lambda _: self._tab_opened(), "selected_index")
         self.restoring = False
         self._idle_worker()  # its imports take seconds: they are over when the first button is pressed
 
@@ -230,6 +230,10 @@ class Workbench(widgets.VBox):
     def open_tab(self, name: str) -> None:
         """Show the tab with this name."""
         self.tab_bar.selected_index = list(self.tabs).index(name)
+
+    def _tab_opened(self) -> None:
+        self.request_save()
+        self.tabs[self.open_tab_name].opened()
 
     def measure_rows(self, rows: tuple[int, ...]) -> None:
         """Enter these queries in the Circuit tab as the rows to measure, and open that tab."""
@@ -359,9 +363,11 @@ class Workbench(widgets.VBox):
                 "tab": self.open_tab_name,
                 "source": self.source.spec.to_parameters(),
                 "forms": {name: tab.state() for name, tab in self.tabs.items()},
+                "lens": self.sample.lens_state(),
             }
             try:
                 write_atomic(self.run.path / STATE_FILE, json_bytes(state))
+                self.sample.save_first_picture()
                 self._save_problem = ""
             except QtxError as error:  # shown in the status line of every tab
                 self._save_problem = str(error)
@@ -389,8 +395,12 @@ class Workbench(widgets.VBox):
                 path = run.path / "results" / f"{name}.npz"
                 if path.exists():
                     tab.show_saved(*read_result(path))
+                if tab is self.sample:  # before the rows of Circuit, which may be others than those selected
+                    self.sample.set_lens_state(state.get("lens") or {})
             self.open_tab(open_tab if open_tab in self.tabs else "sample")
             self.restoring = False
+            for tab in self.tabs.values():
+                tab.request_status()  # says where all is saved
 
 
 @atexit.register

@@ -9,12 +9,13 @@ from typing import Any
 import ipywidgets as widgets
 
 from ....errors import ArgumentError
+from ....experiments.runs import Run
 from ....specs import Real, Spec, Whole, field
 from ...forms import SpecForm
 from ..tab import WorkbenchTab
 from ..tab_host import TabHost
 from .code_parts import Code, call, shell
-from .html_parts import head_row, spaced
+from .html_parts import head_row, headline, spaced
 from .sample import SampleTab
 
 
@@ -96,13 +97,21 @@ class CalibrateTab(WorkbenchTab):
         names = ["loss over exact", "95 % interval", "keys read", "values read", "bytes read"]
         settings = html.escape(json.dumps(result["qtx_sampled"], indent=1))
         self._answer.value = (
-            f"<p><b>{html.escape(result['model'])}: {verified}</b></p>"
-            f"<p>{html.escape(result['summary'])}</p>"
-            "<p>What was tried, on the text that the settings were found on:</p>"
+            headline(f"{html.escape(result['model'])}: {verified}", html.escape(result["summary"]))
+            + "<p>What was tried, on the text that the settings were found on:</p>"
             f"<table class='qtx-wb-table'><thead>{head_row(names)}</thead><tbody>{rows}</tbody></table>"
             "<details><summary>The settings, as <code>config.qtx_sampled</code> takes them</summary>"
             f"<pre tabindex='0'>{settings}</pre></details>"
         )
+
+    def fill_report(self, run: Run) -> None:
+        """Save the answer, and what was tried."""
+        result = self.result
+        if result is not None:
+            names = ("loss over exact", "95 % interval", "keys read", "values read", "bytes read")
+            table = [dict(zip(names, _cells(x), strict=True)) for x in result["candidates"]]
+            title = f"Calibration of {result['model']}"
+            run.update(title=title, results={"summary": [result["summary"]], "table": table})
 
     def cost(self) -> str:
         """Tokens that the next calibration reads exactly."""

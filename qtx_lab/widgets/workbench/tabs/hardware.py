@@ -7,6 +7,7 @@ from typing import Any
 
 import ipywidgets as widgets
 
+from ....experiments.runs import Run
 from ....specs import CircuitSpec
 from ...forms import SpecForm
 from ..tab import WorkbenchTab
@@ -40,6 +41,9 @@ class HardwareTab(WorkbenchTab):
             **self._circuit.arguments(),
             "circuit": self.form.spec.to_parameters(),
         }
+
+    def fill_report(self, run: Run) -> None:
+        """Nothing beside the run's own results: the table of jobs is of all runs."""
 
     def show(self, result: dict[str, Any]) -> None:
         """Show the table of the rows, and the jobs."""

@@ -16,11 +16,17 @@ class RunsTab(WorkbenchTab):
     """All runs and jobs, newest first."""
 
     name, title, button, task = "runs", "Runs", "Refresh", "list_runs"
+    reports = False
     first_step = "Press <b>Refresh</b> to list the runs."
 
     def __init__(self, bench: TabHost):
         self._heading = widgets.HTML()
         super().__init__(bench, {}, self._heading, bench.job_box)
+
+    def opened(self) -> None:
+        """List the runs that there are now."""
+        if not self.busy and not self.bench.restoring:
+            self._start_or_explain()
 
     def arguments(self) -> dict[str, Any]:
         """The arguments of the task."""

@@ -5,15 +5,28 @@ from __future__ import annotations
 import html
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import ipywidgets as widgets
 import torch
 from pydantic import model_validator
+from traitlets import TraitError
 
-from ....errors import JobTimeout, QtxError
+from ....errors import ArgumentError, JobTimeout, QtxError
+from ....experiments.runs import Run
 from ....models.language_model import language_models
-from ....specs import MAX_SEED, ControlSpec, SamplerSpec, Spec, Whole
+from ....specs import (
+    MAX_SEED,
+    ControlSpec,
+    DrawnHeads,
+    SamplerSpec,
+    Spec,
+    Whole,
+    heads_text,
+    places_of,
+    read_heads,
+)
 from ...comms import hear_while_busy
 from ...forms import SpecForm
 from ...views.lens import AttentionLens
@@ -84,6 +97,15 @@ class SourceSpec(Spec):
         }
 
 
+class HeadsSpec(Spec):
+    """Which layers and heads draw; they can be picked in the lens, too."""
+
+    drawn_heads: DrawnHeads | None = form_field(
+        None, "Layers and heads that draw, as 0-2, 3:0, 3:5; the rest is exact. None: all draw.",
+        "layers and heads", "heads", label="drawn heads", min_length=1,
+    )  # fmt: skip
+
+
 class SampleTab(WorkbenchTab):
     """Sampled attention of one head beside the exact one."""
 
@@ -95,6 +117,7 @@ class SampleTab(WorkbenchTab):
         self.lens: AttentionLens | None = None
         self._lens_inputs: Any = None
         self._giving = self._automatic = False
+        self._first_forms: dict[str, Any] | None = None  # of the first picture, while it is not saved
         self._redraw_timer: threading.Timer | None = None
         self._summary = widgets.HTML()
         self._send_button = widgets.Button(description="Send rows to Circuit", disabled=True)
@@ -105,6 +128,7 @@ class SampleTab(WorkbenchTab):
         forms = {
             "sampler": SpecForm(SamplerSpec),
             "control variates": SpecForm(ControlSpec),
+            "heads": SpecForm(HeadsSpec),
         }
         send = widgets.HBox([self._send_button, self._sent])
         views = (self._lens_box, self._summary, send)
@@ -127,6 +151,7 @@ class SampleTab(WorkbenchTab):
             "seed": source.seed,
             "sampler": self.form.spec.to_parameters(),
             "control": self.forms["control variates"].spec.to_parameters(),
+            **self.forms["heads"].spec.to_parameters(),
         }
 
     def start(self, **changes: Any) -> Work:
@@ -164,6 +189,13 @@ class SampleTab(WorkbenchTab):
             return
         if self.work is None and self.result is None:
             self.show_saved(result, forms)
+            self._first_forms = forms
+
+    def save_first_picture(self) -> None:
+        """Save the first picture, which nobody asked for, once the workbench has a run."""
+        forms, self._first_forms = self._first_forms, None
+        if forms is not None and self.work is None and self.result is not None:
+            self.bench.save_result(self.name, self.result, forms)
 
     def send_rows(self) -> None:
         """Open the Circuit tab, which measures the rows that are selected in the lens."""
@@ -188,6 +220,8 @@ class SampleTab(WorkbenchTab):
             self.lens, self._lens_inputs = lens, inputs
             lens.observe(lambda _: self._form_follows_lens(), ["num_samples", "layer", "head"])
             lens.observe(self._rows_selected, "selected_rows")
+            self._pick_heads()
+            lens.observe(lambda _: self._heads_picked(), "drawn_heads")
             self._lens_box.children = (lens,)
         elif forms == self.state() or not self.redraws:
             self._give_estimate(result, layer, source.head, sampler.name)
@@ -204,6 +238,18 @@ class SampleTab(WorkbenchTab):
         finally:
             self._giving = False
 
+    def fill_report(self, run: Run) -> None:
+        """Save the lens, which redraws in the report where the browser can draw by its sampler."""
+        lens = self.lens
+        if lens is None:
+            return
+        finding = lens.finding().text
+        run.update(title=f"Attention lens: {finding}", results={"summary": [f"{finding}."]})
+        live = None
+        with suppress(ArgumentError):  # the maps are too large, or the sampler draws with Python only
+            live = lens.live_html()
+        self.save_picture(run, lens, "The estimate of the workbench. Maps that redraw show all heads.", live)
+
     def cost(self) -> str:
         """Draws and seconds of the last result."""
         if self.result is None:
@@ -215,14 +261,17 @@ class SampleTab(WorkbenchTab):
         state = self.shown_state()
         source, sampler = state["source"], SamplerSpec(**state["sampler"])
         settings: dict[str, Any] = {"sampler": sampler.name}
-        if sampler.tolerance is None:
-            settings["num_samples"] = sampler.num_samples
+        if not _draws(state):
+            settings["sampler"] = "exact"
         else:
-            settings |= {"tolerance": sampler.tolerance, "confidence": sampler.confidence}
-        if sampler.replicates > 1:
-            settings["replicates"] = sampler.replicates
-        if state["control variates"]["names"]:
-            settings["control_variate"] = list(state["control variates"]["names"])
+            if sampler.tolerance is None:
+                settings["num_samples"] = sampler.num_samples
+            else:
+                settings |= {"tolerance": sampler.tolerance, "confidence": sampler.confidence}
+            if sampler.replicates > 1:
+                settings["replicates"] = sampler.replicates
+            if state["control variates"]["names"]:
+                settings["control_variate"] = list(state["control variates"]["names"])
         estimate = call(
             "qtx.sampled_attention", Code("q"), Code("k"), Code("v"), **settings,
             is_causal=Code("inputs.is_causal"), enable_gqa=Code("q.shape[0] != k.shape[0]"),
@@ -242,7 +291,11 @@ class SampleTab(WorkbenchTab):
         )
 
     def _summary_html(self, result: Mapping[str, Any]) -> str:
-        """What the lens does not say: the error without the controls."""
+        """What the lens does not say: that the head does not draw, or the error without the controls."""
+        state = self.shown_state()
+        if not _draws(state):
+            drawn = html.escape(state["heads"]["drawn_heads"])
+            return f"<p>This head is exact: of layers and heads, only {drawn} draw.</p>"
         if not result["control_costs"]:
             return ""
         without = percent_text(result["plain_error"])
@@ -267,12 +320,62 @@ class SampleTab(WorkbenchTab):
             return
         sampler, source = self.form.spec, self.source
         assert isinstance(sampler, SamplerSpec)
+        self._pick_heads()
         if sampler.num_samples is not None and lens.num_samples != sampler.num_samples:
             lens.num_samples = sampler.num_samples
         if source.layer in result["layers"] and source.head < lens.heads:
             lens.layer, lens.head = result["layers"].index(source.layer), source.head
 
+    def lens_state(self) -> dict[str, Any]:
+        """What is marked in the lens: the selected rows."""
+        return {} if self.lens is None else {"selected_rows": list(self.lens.selected_rows)}
+
+    def set_lens_state(self, state: Mapping[str, Any]) -> None:
+        """Mark in the lens what was marked when `lens_state` gave this."""
+        lens = self.lens
+        if lens is None:
+            return
+        with suppress(ArgumentError, TraitError):  # of a file that somebody has changed
+            lens.set_trait("selected_rows", state.get("selected_rows", []))
+
+    def _heads_picked(self) -> None:
+        """Enter in the form the heads that were picked in the lens."""
+        lens, result = self.lens, self.result
+        if lens is None or result is None or self._giving:
+            return
+        picked, text = lens.drawn_heads, None
+        if picked is not None:
+            text = heads_text((result["layers"][layer], head) for layer, head in picked)
+            if not text:  # none is picked, and a form cannot say so: the last change is undone
+                self._pick_heads()
+                return
+        if self._drawn_places() != picked:
+            self.forms["heads"].change(drawn_heads=text)
+
+    def _drawn_places(self) -> list[list[int]] | None:
+        """The heads that the form names, as the lens counts them; None for all, and where it lacks some."""
+        lens, result = self.lens, self.result
+        text = self.forms["heads"].spec.to_parameters()["drawn_heads"]
+        if lens is None or result is None or text is None:
+            return None
+        numbers = {layer: i for i, layer in enumerate(result["layers"])}
+        try:
+            places = places_of(text, max(numbers) + 1, lens.heads)
+        except ArgumentError:  # the next draw says so
+            return None
+        return [[numbers[layer], head] for layer, head in places if layer in numbers]
+
+    def _pick_heads(self) -> None:
+        """Mark in the lens the heads that the form names."""
+        if self.lens is not None and self.lens.drawn_heads != self._drawn_places():
+            self._giving = True
+            try:
+                self.lens.set_trait("drawn_heads", self._drawn_places())
+            finally:
+                self._giving = False
+
     def _rows_selected(self, change: Any) -> None:
+        self.bench.request_save()
         rows = tuple(change.new)
         taken = self.bench.choose_rows(rows) if rows else ()
         many = "s" * (len(taken) != 1)
@@ -302,3 +405,12 @@ class SampleTab(WorkbenchTab):
         elif self._is_stale() and all(form.valid for form in self.forms.values()):
             self._start_or_explain()
             self._automatic = True
+
+
+def _draws(state: Mapping[str, Any]) -> bool:
+    """Whether the head that these forms show is among those that draw."""
+    text, source = state.get("heads", {}).get("drawn_heads"), state["source"]
+    if text is None:
+        return True
+    heads = read_heads(text).get(source["layer"], frozenset())
+    return heads is None or source["head"] in heads

@@ -6,6 +6,7 @@ import ast
 import base64
 import html
 import json
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from math import prod
 from pathlib import Path
@@ -17,10 +18,11 @@ from ....errors import QtxError
 from ....experiments.notebooks import notebook_path, notebooks_folder
 from ....specs import ClusterSpec, SweepSpec, listed_word
 from ...forms import SpecForm
+from ..process import Work
 from ..tab import WorkbenchTab
 from ..tab_host import TabHost
 from .code_parts import Code, call, changed_fields, shell
-from .html_parts import head_row, notes_list, spaced
+from .html_parts import head_row, headline, notes_list, spaced
 
 
 class SweepTab(WorkbenchTab):
@@ -34,8 +36,8 @@ class SweepTab(WorkbenchTab):
         plan = SweepSpec(
             notebook="00_quickstart",
             sha256="0" * 64,  # of no file: the sweep that is started has the right one
-            grid={"num_tokens": [64, 128]},
-            parameters={"num_windows": 1, "sample_counts": [8, 32]},
+            grid={"samplers": ["systematic", "head-tail"], "sample_counts": [16, 64]},
+            parameters={"num_tokens": 128, "num_windows": 2},
         )
         fields = [name for name in SweepSpec.model_fields if name != "sha256"]
         form = SpecForm(plan, fields)
@@ -64,24 +66,42 @@ class SweepTab(WorkbenchTab):
         return {"home": self.bench.runs_folder(), **self.state()}
 
     def show(self, result: dict[str, Any]) -> None:
-        """Show the figure and the table of the sweep."""
+        """Show what was measured so far, the figure, and how far each notebook is."""
         pictures = "".join(
             f"<img class='qtx-wb-{theme}' alt='{html.escape(result['caption'])}' "
             f"src='data:image/png;base64,{base64.b64encode(result[theme].tobytes()).decode()}'>"
             for theme in ("light", "dark")
             if theme in result
         )
-        rows = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(_short(value))}</td>" for value in row) + "</tr>"
-            for row in result["rows"]
-        )
-        count, status = len(result["rows"]), html.escape(result["status"])
+        finding = html.escape(result["finding"])
+        run = result["run"]
+        saved = notes_list([], f"Saved in the run <code>{html.escape(run)}</code>.") if run else ""
         self._table.value = (
-            f"<p><b>{count} notebooks; the sweep is {status}</b></p>{pictures}"
-            "<div class='qtx-wb-wide' tabindex='0' role='region' aria-label='Table of the sweep'>"
-            f"<table class='qtx-wb-table'><thead>{head_row(result['columns'])}</thead>"
-            f"<tbody>{rows}</tbody></table></div>"
-            + notes_list([], f"Saved in the run <code>{html.escape(result['run'])}</code>.")
+            headline(finding[:1].upper() + finding[1:] if finding else _how_far(result), _detail(result))
+            + _wide_table("What was measured", result["measured"])
+            + pictures
+            + _wide_table("Notebooks", result["rows"])
+            + saved
+        )
+
+    def _work_changed(self, work: Work) -> None:
+        super()._work_changed(work)
+        if work is self.work and work.state == "cancelled" and self.result is not None:
+            rows = [
+                {**row, "status": "cancelled"} if row["status"] in ("running", "waiting") else row
+                for row in self.result["rows"]
+            ]
+            self.result = {**self.result, "status": "cancelled", "rows": rows}
+            self.show(self.result)
+
+    def cancelled_note(self) -> str:
+        """What of the sweep is kept, and how to go on."""
+        if self.result is None:
+            return super().cancelled_note()
+        done, total = self.result["done"], self.result["notebooks"]
+        return (
+            f"Cancelled. {done} of {total} notebooks are done and kept. Press <b>Sweep</b> again to run the "
+            "others only."
         )
 
     def python_code(self) -> str:
@@ -132,5 +152,35 @@ def _parameter_names(path: Path) -> list[str]:
     return [target.id for target in targets if isinstance(target, ast.Name)]
 
 
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
+def _how_far(result: Mapping[str, Any]) -> str:
+    """How many notebooks have ended, as a headline."""
+    return f"{result['done']} of {result['notebooks']} notebooks are done"
+
+
+def _detail(result: Mapping[str, Any]) -> str:
+    """How the sweep stands, and what of it was not run again; HTML."""
+    status = result["status"]
+    how_far = f"{_how_far(result)}; the" if result["finding"] else "The"
+    parts = [f"{how_far} sweep is {html.escape(status)}."]
+    if result["taken"]:
+        parts.append(
+            f"{result['taken']} of them had been run before with the same parameters, code and inputs: their "
+            "results are taken from there."
+        )
+    if result["measured"]:
+        parts.append("± is half of the 95 % interval.")
+    return " ".join(parts)
+
+
+def _wide_table(name: str, rows: Sequence[Mapping[str, str]]) -> str:
+    """A table that scrolls sideways where it is too wide; empty where there are no rows."""
+    if not rows:
+        return ""
+    lines = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in row.values()) + "</tr>" for row in rows
+    )
+    return (
+        f"<div class='qtx-wb-wide' tabindex='0' role='region' aria-label='{name}'>"
+        f"<table class='qtx-wb-table'><caption>{name}</caption>"
+        f"<thead>{head_row(rows[0])}</thead><tbody>{lines}</tbody></table></div>"
+    )

@@ -81,7 +81,7 @@ def measure(
     sampler = CircuitSampler(backend, hybrid_mode=spec.policy())
     result = _measure_in_parts(report, sampler, p, rows, spec, seed, (0.1, 1.0))
     if home is not None:
-        _save_run(home, "circuit", spec, result)
+        result["run"] = _save_run(home, "circuit", spec, result).path.name
     return result
 
 
@@ -139,7 +139,7 @@ def mitigate(
     option = chosen if plan is None else plan.choice.option
     result["ways"] = _expected_errors(backend, p, spec.shots, option, seed)
     if home is not None:
-        _save_run(home, "mitigate", spec, result)
+        result["run"] = _save_run(home, "mitigate", spec, result).path.name
     return result
 
 

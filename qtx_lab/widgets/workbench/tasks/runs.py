@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
-from ....experiments.listing import COLUMNS
+from ....experiments.manifest import read_manifest
+from ....experiments.measured_table import differing_parameters, measured_table
 from ....experiments.notebooks import notebook_path
-from ....experiments.runs import Run, runs
+from ....experiments.runs import Run, read_manifests, runs
 from ....specs import ClusterSpec
 from ..process_server import TaskReport
+
+if TYPE_CHECKING:
+    from ....experiments.sweeps import PlannedNotebook
 
 MAX_LISTED_RUNS = 200
 """Runs that are listed: the newest."""
@@ -36,61 +40,133 @@ def list_runs(report: TaskReport, home: str) -> dict[str, Any]:
 def sweep(
     report: TaskReport, home: str, plan: Mapping[str, Any], cluster: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Run a notebook for every combination of values, each a run.
+    """Run a notebook for every combination of values, each a run; what has come in so far is sent.
 
     Returns
     -------
     dict
-        `run` of the sweep, its `status`, `columns` and `rows` of its table, those that differ, and its figure
-        as PNG, `light` and `dark`, uint8, with a `caption`, where it has one.
+        `run` of the sweep, its `status`; `notebooks`, how many there are, and how many of them were `taken`
+        from earlier runs and are `done`; `finding`, a sentence; `measured`, a row of texts for each
+        combination; `rows`, one for each notebook; and its figure as PNG, `light` and `dark`, uint8, with a
+        `caption`, where it has one.
     """
+    from ....experiments.sweeps import find_results
     from ....experiments.sweeps import plan as plan_sweep
     from ....experiments.sweeps import sweep as run_sweep
 
     settings = {name: plan[name] for name in ("parameters", "repeats", "seed")}
-    notebooks = plan_sweep(notebook_path(plan["notebook"]), plan["grid"], **settings).notebooks
-    report(0.0, f"starting the workers for {len(notebooks)} notebooks")
-    with _reported_progress(report, home, len(notebooks)):
+    path = notebook_path(plan["notebook"]).resolve()
+    planned = plan_sweep(path, plan["grid"], **settings)
+    progress = SweepProgress(report, Path(home).resolve(), planned.notebooks)
+    progress.taken = find_results(progress.home, path, planned)
+    with progress.followed():
         run = run_sweep(
             plan["notebook"], plan["grid"], **settings, cluster=ClusterSpec(**cluster), home=home,
             progress=False,
         )  # fmt: skip
-    return _sweep_result(run)
+    return {**progress.result(), **_figure_of(run), "run": run.path.name, "status": run.status}
 
 
-@contextmanager
-def _reported_progress(report: TaskReport, home: str, count: int) -> Iterator[None]:
-    """Report how many notebooks of the sweep inside have ended."""
-    started, over = pd.Timestamp.now("UTC"), threading.Event()
+class SweepProgress:
+    """How far a sweep is, and what its notebooks have measured so far.
 
-    def watch() -> None:
-        while not over.wait(PROGRESS_POLL_S):
-            table = runs(home)
-            of_sweep = table[table["sweep"].notna() & (table["started"] >= started)]
-            ended = int(of_sweep["status"].isin(["done", "failed"]).sum())
-            report(ended / count, f"{ended} of {count} notebooks")
+    Parameters
+    ----------
+    report : TaskReport
+    home : Path
+        The folder of runs.
+    notebooks : sequence of PlannedNotebook
+    """
 
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        yield
-    finally:
-        over.set()
-        watcher.join()
+    def __init__(self, report: TaskReport, home: Path, notebooks: Sequence[PlannedNotebook]):
+        self.report, self.home, self.notebooks = report, home, notebooks
+        self.taken: dict[str, Path] = {}
+        self._started = pd.Timestamp.now("UTC")
+
+    @contextmanager
+    def followed(self) -> Iterator[None]:
+        """Report and send, while the sweep inside runs, what there is."""
+        over = threading.Event()
+
+        def watch() -> None:
+            sent = None
+            while not over.is_set():
+                result = self.result()
+                ended, total, taken = result["ended"], result["notebooks"], result["taken"]
+                earlier = f", {taken} of them taken from earlier runs" if taken else ""
+                self.report(ended / total, f"{ended} of {total} notebooks have ended{earlier}")
+                if result != sent:
+                    self.report.send(result)
+                    sent = result
+                over.wait(PROGRESS_POLL_S)
+
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            over.set()
+            watcher.join()
+
+    def result(self) -> dict[str, Any]:
+        """What `sweep` returns, as far as it is known, without the figure."""
+        runs_of_sweep = self._runs()
+        taken = {key: (folder, read_manifest(folder)) for key, folder in self.taken.items()}
+        by_key = {**runs_of_sweep, **taken}
+        listed = [by_key[notebook.key] for notebook in self.notebooks if notebook.key in by_key]
+        measured = measured_table(listed)
+        statuses = [manifest["status"] for _, manifest in listed]
+        return {
+            "run": "",
+            "status": "running",
+            "notebooks": len(self.notebooks),
+            "taken": len(taken),
+            "done": statuses.count("done"),
+            "ended": sum(status != "running" for status in statuses),
+            "finding": measured.finding(),
+            "measured": measured.texts()[:MAX_LISTED_RUNS],
+            "rows": [self._row(*each, by_key) for each in self._described()][:MAX_LISTED_RUNS],
+        }
+
+    def _described(self) -> list[tuple[PlannedNotebook, dict[str, Any]]]:
+        """The notebooks, and the parameters in which they differ."""
+        parameters = differing_parameters([notebook.spec.to_parameters() for notebook in self.notebooks])
+        if any(notebook.repeat for notebook in self.notebooks):
+            repeats = [notebook.repeat + 1 for notebook in self.notebooks]
+            parameters = [{**x, "repeat": repeat} for x, repeat in zip(parameters, repeats, strict=True)]
+        return list(zip(self.notebooks, parameters, strict=True))
+
+    def _row(
+        self,
+        notebook: PlannedNotebook,
+        parameters: Mapping[str, Any],
+        by_key: Mapping[str, tuple[Path, Mapping[str, Any]]],
+    ) -> dict[str, str]:
+        """A notebook of the sweep: its parameters, how far it is, its seconds and the run that holds it."""
+        folder, manifest = by_key.get(notebook.key, (Path(), {"status": "waiting"}))
+        status = "taken from an earlier run" if notebook.key in self.taken else manifest["status"]
+        seconds = manifest.get("seconds")
+        return {
+            **{name: str(value) for name, value in parameters.items()},
+            "status": status,
+            "seconds": "" if seconds is None else f"{seconds:.1f}",
+            "run": folder.name,
+        }
+
+    def _runs(self) -> dict[str, tuple[Path, Mapping[str, Any]]]:
+        """The runs of this sweep so far, by the keys of their notebooks."""
+        keys = {notebook.key for notebook in self.notebooks}
+        found: dict[str, tuple[Path, Mapping[str, Any]]] = {}
+        for folder, manifest in read_manifests(self.home):
+            key = (manifest.get("sweep") or {}).get("cell")
+            if key in keys and pd.Timestamp(manifest["started"]) >= self._started:
+                found[key] = folder, manifest
+        return found
 
 
-def _sweep_result(run: Run) -> dict[str, Any]:
-    """The table of a sweep, without the columns that are the same everywhere, and its figure."""
-    table = run.metrics()
-    first = ("run", "status", "seconds")
-    others = [name for name in table.columns if name not in (*first, *COLUMNS)]
-    table = table[[*first, *(name for name in others if table[name].astype(str).nunique() > 1)]]
-    result: dict[str, Any] = {
-        "run": run.path.name,
-        "status": run.status,
-        "columns": list(table.columns),
-        "rows": json.loads(table.head(MAX_LISTED_RUNS).to_json(orient="values")),
-    }
+def _figure_of(run: Run) -> dict[str, Any]:
+    """The figure of a sweep, where it has one."""
+    result: dict[str, Any] = {}
     for figure in run.figures()[:1]:
         for theme, suffix in (("light", ""), ("dark", "-dark")):
             content = (run.path / "figures" / f"{figure['name']}{suffix}.png").read_bytes()

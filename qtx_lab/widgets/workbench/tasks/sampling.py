@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ....attention import sampled_attention
 from ....estimates import AttentionEstimate, ControlReport, Draws, EstimateInfo
-from ....specs import ControlSpec, SamplerSpec
+from ....specs import ControlSpec, SamplerSpec, places_of
 from ...views.lens_estimates import estimate_of_head
 from ..process_server import TaskReport
 from .inputs import load_inputs
@@ -30,8 +30,11 @@ def sample(
     seed: int,
     sampler: Mapping[str, Any],
     control: Mapping[str, Any],
+    drawn_heads: str | None = None,
 ) -> dict[str, Any]:
     """Draw one layer's attention, and say how wrong a head is; with the inputs, for a picture of them.
+
+    Of `drawn_heads`, as `places_of` takes them, a head that is not named is exact.
 
     Returns
     -------
@@ -46,6 +49,8 @@ def sample(
     settings = SamplerSpec(**sampler).arguments()
     controls = ControlSpec(**control).build()
     q, k, v = inputs.layer_of(layer, head)
+    if drawn_heads is not None and (layer, head) not in places_of(drawn_heads, len(inputs.layers), len(q)):
+        settings, controls = {"sampler": "exact"}, None
     report(0.5, f"drawing layer {layer}")
     exact = _exact_output(q, k, v, inputs.is_causal)[head].double()
     errors = []

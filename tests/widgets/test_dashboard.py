@@ -19,7 +19,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from bokeh.document import Document
+from bokeh.models import ImportedStyleSheet
 from click.testing import CliRunner
+from panel.io.state import set_curdoc
 from scipy import stats
 
 import qtx_lab as qtx
@@ -32,7 +35,7 @@ from qtx_lab.widgets.dashboard.cells import read_cells
 from qtx_lab.widgets.dashboard.devices_view import raw_and_mitigated
 from qtx_lab.widgets.dashboard.importance import importance
 from qtx_lab.widgets.dashboard.live_view import LiveRun
-from qtx_lab.widgets.dashboard.page import DashboardPage
+from qtx_lab.widgets.dashboard.page import DashboardPage, make_page
 from qtx_lab.widgets.dashboard.records import Records
 from qtx_lab.widgets.dashboard.run_files import find_notebook, read_report
 from qtx_lab.widgets.dashboard.server import is_loopback
@@ -533,6 +536,15 @@ def test_other_names_for_this_machine_are_refused(served: str) -> None:
     assert [is_loopback(host) for host in hosts] == [
         True, True, True, True, False, False, False,
     ]  # fmt: skip
+
+
+def test_a_session_without_a_rendered_page_asks_nobody_outside_for_style_sheets(home: Path) -> None:
+    document = Document()
+    with set_curdoc(document):
+        make_page(Records(home)).server_doc(document)
+    sheets = {sheet.url for sheet in document.select({"type": ImportedStyleSheet})}
+    assert sheets
+    assert [url for url in sheets if "//" in url] == []
 
 
 def test_a_public_address_needs_a_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from urllib.parse import parse_qsl, quote, urlencode
 
 import pandas as pd
 import panel as pn
+from panel.io.resources import LOCAL_DIST
 
 from ... import theme as look
 from ...experiments.manifest import STATUSES
@@ -291,6 +292,11 @@ class DashboardPage:
 
 def make_page(records: Records, prefix: str = "", writable: bool = False) -> Any:
     """The page of a new session: what `panel.serve` calls."""
+    document = pn.state.curdoc
+    if document is not None:
+        # Panel sets this when it renders the page. A browser whose session has expired while it loaded comes
+        # back without a page, and would be sent to Panel's servers for the style sheets.
+        document.template_variables.setdefault("dist_url", LOCAL_DIST)
     theme = _requested_theme()
     search = "" if pn.state.location is None else pn.state.location.search
     session = DashboardPage(records, theme, prefix, writable, search)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import anywidget
 import matplotlib as mpl
 import traitlets
-from IPython.display import display
+from IPython.display import DisplayHandle, display
 
 from ... import theme as look
 from ...errors import QtxError, unknown_name
@@ -41,6 +41,20 @@ PICTURE_DPI = 110
 
 ONE_OUTPUT_HOSTS = ("VSCODE_PID", "VSCODE_CWD", "COLAB_RELEASE_TAG")
 """Variables of the environments whose notebooks show the picture of an output when its view is missing."""
+
+_CHILD = ".jp-OutputArea-child"
+_FIRST = f"{_CHILD}:has(style.qtx-saved)"
+SAVED_STYLE = (
+    f"<style class='qtx-saved'>{_FIRST}, "
+    f"{_FIRST} + {_CHILD}:has(+ {_CHILD} > .jp-OutputArea-output *), "
+    f"{_FIRST} + {_CHILD} + {_CHILD}:not(:has(> .jp-OutputArea-output *, .qtx-closed))"
+    " {display: none}</style>"
+)
+"""An output before a picture and its widget: JupyterLab shows the widget where it is live, else the picture.
+
+Without a kernel it would show "model not found" below the picture. In a notebook that is not trusted,
+JupyterLab leaves the style out, and the two stand there together.
+"""
 
 DRAWING_LOCK = threading.RLock()
 """matplotlib's style is global, so that only one thread may draw at a time."""
@@ -129,11 +143,9 @@ class View(anywidget.AnyWidget):
             data, metadata = self._repr_mimebundle_()
             self._display_handle = display(data, metadata=metadata, raw=True, display_id=True)
             return
-        # Of an output with both, JupyterLab without a kernel shows "model not found", and not the picture.
-        self._display_handle = display(self._picture(), raw=True, display_id=True)
-        self.set_trait("has_picture", True)
         data, metadata = super()._repr_mimebundle_(**kwargs) or ({}, {})
-        display(data, metadata=metadata, raw=True)
+        self._display_handle = display_with_picture(self._picture(), data, metadata)
+        self.set_trait("has_picture", True)
 
     def _content(self, kind: str, theme: str) -> bytes:
         if kind in ("png", "svg"):
@@ -158,6 +170,26 @@ class View(anywidget.AnyWidget):
     def _export(self, kind: str) -> None:
         name = f"{type(self).__name__.lower()}.{kind}"
         self.send({"kind": "file", "name": name, "type": EXPORTS[kind]}, [self._content(kind, "light")])
+
+
+def display_with_picture(
+    picture: Mapping[str, str], widget: Mapping[str, Any], metadata: Mapping[str, Any] | None = None
+) -> DisplayHandle:
+    """Display a widget after the picture that stands for it without a kernel; the handle renews the picture.
+
+    Of one output with both, JupyterLab without a kernel shows "model not found", and not the picture.
+
+    Parameters
+    ----------
+    picture, widget : mapping of str to object
+        The outputs by media type.
+    metadata : mapping, optional
+        Of the widget's output.
+    """
+    display({"text/html": SAVED_STYLE, "text/plain": ""}, raw=True)
+    handle = display(dict(picture), raw=True, display_id=True)
+    display(dict(widget), metadata=dict(metadata or {}), raw=True)
+    return handle
 
 
 def render_figure(

@@ -41,6 +41,9 @@ class TabHost(Protocol):
     def save_result(self, name: str, result: Mapping[str, Any], forms: Mapping[str, Any]) -> None:
         """Save what came of a tab's work, and the forms that led to it, in the run."""
 
+    def request_picture(self) -> None:
+        """Renew soon the picture that a saved notebook shows in place of the workbench."""
+
     def runs_folder(self) -> str:
         """The folder in which the tasks make their runs."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import base64
 import json
+import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -24,6 +25,7 @@ from ...storage import json_bytes, runs_home, write_atomic
 from ..comms import hear_while_busy
 from ..forms import FORM_LOCK, SpecForm
 from ..throttle import ThrottledCall
+from ..views.base import ONE_OUTPUT_HOSTS, display_with_picture
 from .process import ProcessWorker, Work
 from .saved import mark_cancelled, read_result, write_inputs, write_result
 from .tab import WorkbenchTab
@@ -52,6 +54,9 @@ INPUTS_FILE = "inputs.safetensors"
 
 OWN_FIELDS = ("layer", "head", "seed")
 """What can be chosen where q, k and v are the user's own."""
+
+PICTURE_INTERVAL_S = 2.0
+"""Seconds between two pictures for a saved notebook, at least."""
 
 SAVE_INTERVAL_S = 0.2
 """Seconds between two savings of the state, at least."""
@@ -128,6 +133,7 @@ class Workbench(widgets.VBox):
         self._closed, self._save_problem = False, ""
         self.restoring = True  # nothing is saved before all is there
         self._save_call = ThrottledCall(self._save_state, SAVE_INTERVAL_S)
+        self._picture_call = ThrottledCall(self._draw_picture, PICTURE_INTERVAL_S)
         self._display_handle = None
         self._source = SourceSpec(model=str(model), text=str(text), num_tokens=num_tokens)
         if q is not None and k is not None and v is not None:
@@ -233,7 +239,10 @@ class Workbench(widgets.VBox):
 
     def _tab_opened(self) -> None:
         self.request_save()
-        self.tabs[self.open_tab_name].opened()
+        tab = self.tabs[self.open_tab_name]
+        tab.opened()
+        if tab.result is not None:
+            self.request_picture()
 
     def measure_rows(self, rows: tuple[int, ...]) -> None:
         """Enter these queries in the Circuit tab as the rows to measure, and open that tab."""
@@ -265,6 +274,7 @@ class Workbench(widgets.VBox):
             If it is too large, or cannot be written.
         """
         write_result(self.run.path / "results" / f"{name}.npz", result, forms)
+        self.request_picture()
 
     def runs_folder(self) -> str:
         """The folder in which the tasks make their runs: that of the workbench's own run."""
@@ -292,10 +302,17 @@ class Workbench(widgets.VBox):
         # In a thread, because it may wait for a server.
         threading.Thread(target=self.job_box.children[0].refresh, daemon=True).start()
 
+    def request_picture(self) -> None:
+        """Renew soon the picture that a saved notebook shows in place of the workbench."""
+        if not self._closed:
+            self._picture_call.request()
+
     def refresh_picture(self) -> None:
         """Renew the picture of the open tab that a saved notebook shows in place of the workbench."""
         if self._display_handle is not None:
-            self._display_handle.update(self._repr_mimebundle_(), raw=True)
+            in_one = any(name in os.environ for name in ONE_OUTPUT_HOSTS)
+            data = self._repr_mimebundle_() if in_one else self._saved_picture()
+            self._display_handle.update(data, raw=True)
 
     def flush(self) -> None:
         """Write down now what is still to be written."""
@@ -323,6 +340,15 @@ class Workbench(widgets.VBox):
 
     def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
         data: dict[str, Any] = super()._repr_mimebundle_(**kwargs) or {}
+        return {**data, **self._saved_picture()}
+
+    def _draw_picture(self) -> None:
+        """Renew the picture in a thread, for which nobody waits."""
+        threading.Thread(target=self.refresh_picture, daemon=True).start()
+
+    def _saved_picture(self) -> dict[str, str]:
+        """The output that stands for the workbench where there is no kernel."""
+        data: dict[str, str] = {}
         tab = self.tabs[self.open_tab_name]
         picture = tab.picture()
         if picture is not None:
@@ -332,7 +358,11 @@ class Workbench(widgets.VBox):
         return data
 
     def _ipython_display_(self, **kwargs: Any) -> None:
-        self._display_handle = display(self._repr_mimebundle_(), raw=True, display_id=True)
+        if any(name in os.environ for name in ONE_OUTPUT_HOSTS):
+            self._display_handle = display(self._repr_mimebundle_(), raw=True, display_id=True)
+        else:
+            widget = super()._repr_mimebundle_(**kwargs) or {}
+            self._display_handle = display_with_picture(self._saved_picture(), widget)
         self.sample.draw_first()
 
     def _idle_worker(self) -> ProcessWorker:

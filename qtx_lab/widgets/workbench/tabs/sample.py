@@ -190,6 +190,7 @@ class SampleTab(WorkbenchTab):
         if self.work is None and self.result is None:
             self.show_saved(result, forms)
             self._first_forms = forms
+            self.bench.request_picture()
 
     def save_first_picture(self) -> None:
         """Save the first picture, which nobody asked for, once the workbench has a run."""

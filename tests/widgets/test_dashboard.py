@@ -662,6 +662,14 @@ def test_over_runs_is_students_interval_of_the_mean() -> None:
     assert (row["half_width"], row["runs"]) == (9.0, 1)  # the run's own
 
 
+def test_an_axis_has_a_tick_however_short_it_is() -> None:
+    assert figures.log_ticks(0.015, 0.3) == [(0.02, "0.02"), (0.05, "0.05"), (0.1, "0.1"), (0.2, "0.2")]
+    for low, high in ((0.053, 0.096), (0.21, 0.22), (3.0, 4.0)):
+        ((tick, text),) = figures.log_ticks(low, high)
+        assert low <= tick <= high
+        assert float(text) == tick
+
+
 def test_a_thinned_curve_keeps_its_extremes() -> None:
     rng = np.random.default_rng(2)
     for size in (10, frames.MAX_POINTS + 1, 100_003):

@@ -675,6 +675,8 @@ def cut_off(page: Any) -> list[str]:
       for (const [e, a] of boxes) for (const [f, b] of boxes) {
         if (e === f || e.contains(f) || f.contains(e)) continue;
         if (e.closest(".qtx-wb-act") || f.closest(".qtx-wb-act")) continue;
+        // The status line stays in view, over what has to be scrolled to.
+        if (e.closest(".qtx-wb-bar") !== f.closest(".qtx-wb-bar")) continue;
         const over = Math.min(a.right, b.right) - Math.max(a.left, b.left);
         const up = Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top);
         if (over > 2 && up > 2) problems.push(`over each other: ${named(e)} | ${named(f)}`);

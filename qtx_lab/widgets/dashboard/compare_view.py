@@ -133,7 +133,7 @@ class CompareView(DashboardView):
     def _heading(self, run: ComparedRun, mark: str) -> str:
         link = self.page.link(view="Run", run=str(run.row["run"]))
         return (
-            f"{mark}: <a href='{escape(link)}'>{escape(str(run.row['run']))}</a> "
+            f"{mark}: <a class='run' href='{escape(link)}'>{escape(str(run.row['run']))}</a> "
             f"{status_mark(run.row['status'])}"
         )
 

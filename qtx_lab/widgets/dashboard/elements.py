@@ -33,7 +33,7 @@ td.number, td.time { white-space: nowrap; } td.time { width: 1%; } td.folder { o
 .status::before { content: "●"; margin-right: 6px; color: var(--mark); }
 .done { --mark: #009E73; } .running { --mark: var(--house-accent); } .failed { --mark: #D55E00; }
 .interrupted { --mark: #E69F00; }
-.why { display: block; color: var(--house-muted); font-size: 13px; overflow-wrap: anywhere; }
+.why { display: block; min-width: 16ch; color: var(--house-muted); font-size: 13px; overflow-wrap: anywhere; }
 code { background: var(--house-panel); padding: 2px 6px; border-radius: 4px; overflow-wrap: anywhere; }
 a { color: var(--house-accent); }
 a:focus-visible, summary:focus-visible { outline: 2px solid var(--house-accent); }
@@ -41,6 +41,7 @@ a:focus-visible, summary:focus-visible { outline: 2px solid var(--house-accent);
 .warning { border-left: 4px solid #E69F00; padding: 6px 12px; }
 .wide { overflow-x: auto; } .wide td, .wide th { max-width: 24ch; overflow: hidden; text-overflow: ellipsis; }
 th a { color: inherit; text-decoration: none; white-space: nowrap; }
+th a.run { white-space: normal; overflow-wrap: anywhere; }
 th a:hover { text-decoration: underline; }
 tr.member td { background: var(--house-panel); }
 .tag { background: var(--house-panel); border: 1px solid var(--house-line); border-radius: 9px;

@@ -127,11 +127,15 @@ def _bars(part: pd.DataFrame, x: str, y: str, colour: str) -> hv.ErrorBars:
 
 
 def log_ticks(low: float, high: float) -> list[tuple[float, str]]:
-    """Ticks at 1, 2 and 5 of every decade between two numbers; only at 1 from three decades on."""
+    """Ticks at 1, 2 and 5 of every decade between two numbers; only at 1 from three decades on.
+
+    Where there is none of these, there is one in the middle.
+    """
     decades = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
     factors = (1, 2, 5) if high / low < 1000 else (1,)
     ticks = [m * 10.0**e for e in decades for m in factors]
-    return [(t, f"{t:g}") for t in ticks if low <= t <= high]
+    middle = float(f"{(low * high) ** 0.5:.3g}")
+    return [(t, f"{t:g}") for t in ticks if low <= t <= high] or [(middle, f"{middle:g}")]
 
 
 def _limits(values: pd.Series, spread: float = 1.35) -> tuple[float, float]:

@@ -55,8 +55,8 @@ INPUTS_FILE = "inputs.safetensors"
 OWN_FIELDS = ("layer", "head", "seed")
 """What can be chosen where q, k and v are the user's own."""
 
-PICTURE_INTERVAL_S = 2.0
-"""Seconds between two pictures for a saved notebook, at least."""
+PICTURE_DELAY_S = 3.0
+"""Seconds without a new result after which the picture of a saved notebook is renewed."""
 
 SAVE_INTERVAL_S = 0.2
 """Seconds between two savings of the state, at least."""
@@ -133,7 +133,7 @@ class Workbench(widgets.VBox):
         self._closed, self._save_problem = False, ""
         self.restoring = True  # nothing is saved before all is there
         self._save_call = ThrottledCall(self._save_state, SAVE_INTERVAL_S)
-        self._picture_call = ThrottledCall(self._draw_picture, PICTURE_INTERVAL_S)
+        self._picture_timer: threading.Timer | None = None
         self._display_handle = None
         self._source = SourceSpec(model=str(model), text=str(text), num_tokens=num_tokens)
         if q is not None and k is not None and v is not None:
@@ -304,8 +304,13 @@ class Workbench(widgets.VBox):
 
     def request_picture(self) -> None:
         """Renew soon the picture that a saved notebook shows in place of the workbench."""
-        if not self._closed:
-            self._picture_call.request()
+        with self._lock:
+            if self._picture_timer is not None:
+                self._picture_timer.cancel()
+            if self._display_handle is not None and not self._closed:
+                self._picture_timer = threading.Timer(PICTURE_DELAY_S, self.refresh_picture)
+                self._picture_timer.daemon = True
+                self._picture_timer.start()
 
     def refresh_picture(self) -> None:
         """Renew the picture of the open tab that a saved notebook shows in place of the workbench."""
@@ -331,6 +336,8 @@ class Workbench(widgets.VBox):
         self.flush()
         self._closed = True
         with self._lock:
+            if self._picture_timer is not None:
+                self._picture_timer.cancel()
             workers, self._workers = self._workers, []
         for worker in workers:
             worker.close()
@@ -341,10 +348,6 @@ class Workbench(widgets.VBox):
     def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
         data: dict[str, Any] = super()._repr_mimebundle_(**kwargs) or {}
         return {**data, **self._saved_picture()}
-
-    def _draw_picture(self) -> None:
-        """Renew the picture in a thread, for which nobody waits."""
-        threading.Thread(target=self.refresh_picture, daemon=True).start()
 
     def _saved_picture(self) -> dict[str, str]:
         """The output that stands for the workbench where there is no kernel."""

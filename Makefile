@@ -6,7 +6,7 @@ INSTALL := $(PIP) install --quiet -c .ci/constraints.txt
 PINS := pyproject.toml .ci/constraints.txt
 TORCH := 2.13.0
 
-.PHONY: help demo test soak lab bench lint format constraints release clean
+.PHONY: help demo test soak lab docs bench lint format constraints release clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -17,6 +17,11 @@ demo: .venv/.base ## run the main job; the last line printed is the report's pat
 
 lab: .venv/.base ## JupyterLab on notebooks/
 	@.venv/bin/qtx-lab lab $(ARGS)
+
+docs: .venv/.docs ## the documentation, in build/docs; notebooks are executed once (ARGS="-D nb_execution_mode=off")
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} .venv/bin/python -m sphinx -q -W --keep-going -b html -d build/docs-doctrees $(ARGS) \
+	  notebooks build/docs
+	@echo "build/docs/index.html"
 
 bench: .venv/.base ## side-by-side benchmark (NAME=samplers ARGS=--quick)
 	@.venv/bin/qtx-lab bench $(or $(NAME),samplers) $(ARGS)
@@ -41,8 +46,8 @@ constraints: .venv/.made ## choose new pins: the newest that pyproject.toml allo
 	@t=$$(mktemp -d) && trap 'rm -rf "$$t"' EXIT && .venv/bin/python -m venv "$$t/venv" \
 	&& "$$t/venv/bin/python" -m pip install --quiet --disable-pip-version-check --upgrade pip \
 	&& "$$t/venv/bin/python" -m pip install --quiet --dry-run --ignore-installed --report "$$t/report.json" \
-	   $(ARGS) ".[test,gpu,hf,llm,mlflow,release]" "torch===$(TORCH)" \
-	&& printf '%s\n' '# The versions that are tested: everything that .[test,gpu,hf,llm,mlflow,release] needs. Made by `make constraints`' \
+	   $(ARGS) ".[test,docs,gpu,hf,llm,mlflow,release]" "torch===$(TORCH)" \
+	&& printf '%s\n' '# The versions that are tested: everything that .[test,docs,gpu,hf,llm,mlflow,release] needs. Made by `make constraints`' \
 	   '# on Linux; not edited by hand.' > "$$t/pins" \
 	&& .venv/bin/python -c 'import json, re, sys; \
 	   found = {re.sub(r"[-_.]+", "-", m["name"]).lower(): m["version"].partition("+")[0] \
@@ -56,7 +61,7 @@ release: .venv/.base ## show, build and check a release; ARGS=--commit commits a
 	@PATH="$$PWD/.venv/bin:$$PATH" .venv/bin/python .ci/release.py "$(VERSION)" $(ARGS)
 
 clean: ## remove what make and the tests made, .venv too; runs/ stays
-	rm -rf .venv dist build .ruff_cache .mypy_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf .venv dist build notebooks/reference/api .ruff_cache .mypy_cache .pytest_cache .hypothesis .import_linter_cache
 
 .venv/.made:
 	@for python in $(PYTHON) python3 python3.12 python3.11 python3.13; do \
@@ -71,6 +76,11 @@ clean: ## remove what make and the tests made, .venv too; runs/ stays
 .venv/.base: $(PINS) | .venv/.made
 	@echo "Installing qtx_lab into .venv (the first time about two minutes) ..." >&2
 	@$(INSTALL) -e '.[lab]' && touch $@
+
+.venv/.docs: $(PINS) | .venv/.made
+	@echo "Installing qtx_lab and what its documentation needs into .venv (the first time about two minutes) ..." >&2
+	@$(INSTALL) -e '.[docs]' && touch .venv/.base
+	@.venv/bin/qtx-lab model smollm2-135m && touch $@
 
 .venv/.test: $(PINS) | .venv/.made
 	@echo "Installing qtx_lab and what its tests need into .venv (the first time about two minutes) ..." >&2

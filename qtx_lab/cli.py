@@ -753,6 +753,20 @@ def lab(arguments: tuple[str, ...]) -> None:
 
 
 @main.command()
+def docs() -> None:
+    """Open the documentation in the browser, where `make docs` has built it; prints its path."""
+    from .experiments.notebooks import PACKAGE
+
+    page = PACKAGE.parent / "build" / "docs" / "index.html"
+    if not (PACKAGE.parent / "notebooks" / "conf.py").is_file():
+        raise ArgumentError("The documentation is built in a checkout of qtx_lab, and this is none.")
+    if not page.is_file():
+        raise ArgumentError(f"{page} is not there: build it with `make docs`.")
+    click.echo(page)
+    click.launch(page.as_uri())
+
+
+@main.command()
 @home_option
 @click.option("--port", type=click.IntRange(0, 65_535), help="Port; 0 means any free one [default: 5006].")
 @click.option(

@@ -11,47 +11,150 @@ from importlib import metadata
 
 
 class QtxError(Exception):
-    """Base class of every error that qtx_lab raises on purpose."""
+    """Base class of every error that qtx_lab raises on purpose.
+
+    Examples
+    --------
+    >>> from qtx_lab import make_sampler
+    >>> try:
+    ...     make_sampler("systemtic")
+    ... except QtxError as error:
+    ...     print(error)
+    sampler='systemtic' is unknown. Did you mean 'systematic'? ...
+    """
 
 
 class ArgumentError(QtxError, ValueError):
-    """The value of an argument is not allowed, as NaN, zero draws or an unknown name."""
+    """The value of an argument is not allowed, as NaN, zero draws or an unknown name.
+
+    Examples
+    --------
+    >>> from qtx_lab import HeadTailSampler
+    >>> HeadTailSampler(head="best")
+    Traceback (most recent call last):
+    qtx_lab.errors.ArgumentError: head='best' is not allowed: ...
+    """
 
 
 class CostError(ArgumentError):
-    """A call would cost more than its limit, or than is left of the budget, and nobody confirmed it."""
+    """A call would cost more than its limit, or than is left of the budget, and nobody confirmed it.
+
+    Examples
+    --------
+    A caller who may not spend more goes on without the device:
+
+    >>> def measure(backend, p):
+    ...     try:
+    ...         return backend.sample_rows(p)
+    ...     except CostError:
+    ...         return None
+    """
 
 
 class ShapeError(ArgumentError):
-    """The shapes of tensors do not fit each other."""
+    """The shapes of tensors do not fit each other.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from qtx_lab import sampled_attention
+    >>> sampled_attention(torch.zeros(2, 4), torch.zeros(3, 5), torch.zeros(3, 5))
+    Traceback (most recent call last):
+    qtx_lab.errors.ShapeError: ...
+    """
 
 
 class DtypeError(QtxError, TypeError):
-    """The type of an argument, or the dtype of a tensor, cannot be used."""
+    """The type of an argument, or the dtype of a tensor, cannot be used.
+
+    Examples
+    --------
+    >>> from qtx_lab import make_loader
+    >>> make_loader(3)
+    Traceback (most recent call last):
+    qtx_lab.errors.DtypeError: loader=3 is a int; ...
+    """
 
 
 class NumberError(ArgumentError, DtypeError):
-    """What must be a number is none, as True or "3"; it is a ValueError and a TypeError."""
+    """What must be a number is none, as True or "3"; it is a ValueError and a TypeError.
+
+    Examples
+    --------
+    >>> from qtx_lab import HeadTailSampler
+    >>> HeadTailSampler(head=True)
+    Traceback (most recent call last):
+    qtx_lab.errors.NumberError: ...
+    """
 
 
 class SpecError(ArgumentError):
-    """A spec is not valid, or a file or a parameter cannot become one."""
+    """A spec is not valid, or a file or a parameter cannot become one.
+
+    Examples
+    --------
+    >>> from qtx_lab import SamplerSpec
+    >>> SamplerSpec(num_samples=0)
+    Traceback (most recent call last):
+    qtx_lab.errors.SpecError: num_samples=0 ...
+    """
 
 
 class TransformError(QtxError, NotImplementedError):
-    """torch cannot batch, trace, export or differentiate this; the message says what to use instead."""
+    """torch cannot batch, trace, export or differentiate this; the message says what to use instead.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from qtx_lab import sampled_attention
+    >>> q, k, v = torch.zeros(3, 5, 4, 2)
+    >>> torch.func.vmap(sampled_attention)(q, k, v)
+    Traceback (most recent call last):
+    qtx_lab.errors.TransformError: ...
+    """
 
 
 class TextError(QtxError, OSError):
-    """A text file cannot be read."""
+    """A text file cannot be read.
+
+    Examples
+    --------
+    >>> from qtx_lab import read_text
+    >>> read_text("no-such-file.txt")
+    Traceback (most recent call last):
+    qtx_lab.errors.TextError: ...
+    """
 
 
 class StorageError(QtxError, OSError):
-    """A run folder cannot be written or read: a disk is full, a permission is missing or a file is broken."""
+    """A run folder cannot be written or read: a disk is full, a permission is missing or a file is broken.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from qtx_lab import Run
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     Run.open(folder)
+    Traceback (most recent call last):
+    qtx_lab.errors.StorageError: ...
+    """
 
 
 class RunFailed(QtxError, RuntimeError):
-    """A notebook stopped with an error; the run folder keeps what was done until then."""
+    """A notebook stopped with an error; the run folder keeps what was done until then.
+
+    Examples
+    --------
+    One failed notebook does not stop the others of a list:
+
+    >>> from qtx_lab import run_notebook
+    >>> def run_all(notebooks):
+    ...     for notebook in notebooks:
+    ...         try:
+    ...             run_notebook(notebook)
+    ...         except RunFailed as error:
+    ...             print(error)
+    """
 
 
 class MissingPackage(QtxError, ModuleNotFoundError):
@@ -62,15 +165,42 @@ class BackendUnavailable(QtxError, RuntimeError):
     """A device or simulator cannot run something now.
 
     It may lack an account, the network or enough qubits, or a job may have failed.
+
+    Examples
+    --------
+    >>> def rows_or_none(backend, p):
+    ...     try:
+    ...         return backend.sample_rows(p)
+    ...     except BackendUnavailable as error:
+    ...         print(error)
     """
 
 
 class ModelUnavailable(QtxError, OSError):
-    """A language model that cannot be fetched, read or used; the message says why, and what to do."""
+    """A language model that cannot be fetched, read or used; the message says why, and what to do.
+
+    Examples
+    --------
+    >>> from qtx_lab import load_language_model
+    >>> load_language_model("./no-such-folder")
+    Traceback (most recent call last):
+    qtx_lab.errors.ModelUnavailable: ...
+    """
 
 
 class JobTimeout(QtxError, TimeoutError):
-    """A device job did not end within the time given. The job goes on."""
+    """A device job did not end within the time given. The job goes on.
+
+    Examples
+    --------
+    Ask for a result later, and do something else until then:
+
+    >>> def result_or_none(job):
+    ...     try:
+    ...         return job.result(timeout=60)
+    ...     except JobTimeout:
+    ...         return None
+    """
 
 
 class StoppedBySignal(KeyboardInterrupt):
@@ -82,6 +212,11 @@ class StoppedBySignal(KeyboardInterrupt):
         The signal; `exit_code` is 128 plus its number, as a shell reports it.
     message : str
         What was done, and where the checkpoint is.
+
+    Examples
+    --------
+    >>> StoppedBySignal(signal.SIGTERM, "Step 7 is done.").exit_code
+    143
     """
 
     def __init__(self, number: signal.Signals, message: str):
@@ -91,11 +226,29 @@ class StoppedBySignal(KeyboardInterrupt):
 
 
 class FallbackWarning(UserWarning):
-    """Something was done in another way than asked; the result's `fallbacks` say what and why."""
+    """Something was done in another way than asked; the result's `fallbacks` say what and why.
+
+    Examples
+    --------
+    Make every fallback an error:
+
+    >>> import warnings
+    >>> with warnings.catch_warnings():
+    ...     warnings.simplefilter("error", FallbackWarning)
+    """
 
 
 class CalibrationWarning(UserWarning):
-    """A device was calibrated anew since it was asked last: circuits and corrections are made again."""
+    """A device was calibrated anew since it was asked last: circuits and corrections are made again.
+
+    Examples
+    --------
+    Be told each time, and not once:
+
+    >>> import warnings
+    >>> with warnings.catch_warnings():
+    ...     warnings.simplefilter("always", CalibrationWarning)
+    """
 
 
 def unknown_name(argument: str, given: object, allowed: Iterable[str]) -> ArgumentError:

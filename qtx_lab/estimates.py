@@ -34,6 +34,12 @@ class Draws:
         keys do not sum to 1, and neither do the weights.
     replicates : int
         R, the number of independent repetitions held here.
+
+    Examples
+    --------
+    >>> draws = Draws(torch.tensor([[0, 2, 2]]), torch.full((1, 3), 1 / 3))
+    >>> draws.dense(3)
+    tensor([[0.3333, 0.0000, 0.6667]])
     """
 
     indices: Tensor
@@ -42,7 +48,7 @@ class Draws:
     replicates: int = 1
 
     def view(self, rows: tuple[int, ...]) -> Draws:
-        """The same draws with their rows arranged as (*rows, R * S)."""
+        """The same draws with their rows arranged as ``(*rows, R * S)``."""
         shape = (*rows, self.indices.shape[-1])
         p = self.probabilities
         return Draws(
@@ -349,6 +355,17 @@ class AttentionEstimate:
     make_reliability, make_bounds : callable, optional
         Give `reliability`, and the interval of a level that holds without asymptotics; None where the method
         does not know them.
+
+    Examples
+    --------
+    >>> from qtx_lab import sampled_attention
+    >>> g = torch.Generator().manual_seed(0)
+    >>> q, k, v = torch.randn(3, 2, 8, 4, generator=g)
+    >>> est = sampled_attention(q, k, v, num_samples=4, replicates=2, generator=g)
+    >>> low, high = est.confidence_interval(0.95)
+    >>> est, low.shape
+    (AttentionEstimate(output (2, 8, 4) torch.float32, sampler='systematic', draws_per_row=8),
+    torch.Size([2, 8, 4]))
     """
 
     output: Tensor

@@ -33,6 +33,12 @@ class RowCounts:
         `calibration_read` (when it was asked last) and `recalibrations` (what changed in this session).
     estimate, std_error : Tensor, float64, (R, n), optional
         The probabilities that a mitigation infers from the counts, and their standard errors.
+
+    Examples
+    --------
+    >>> counts = RowCounts(torch.tensor([[30, 10]]), discarded=torch.tensor([0]), shots=40)
+    >>> counts.probabilities()
+    tensor([[0.7500, 0.2500]], dtype=torch.float64)
     """
 
     counts: Tensor

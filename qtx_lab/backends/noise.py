@@ -217,7 +217,13 @@ def channel_infidelity(channel: object | None) -> float:
 
 @cache
 def fake_devices() -> dict[str, str]:
-    """From the name of each device whose calibration ships with qiskit-ibm-runtime to its class there."""
+    """From the name of each device whose calibration ships with qiskit-ibm-runtime to its class there.
+
+    Examples
+    --------
+    >>> "fake_boston" in fake_devices()
+    True
+    """
     classes = [name for name in dir(fake_provider) if re.fullmatch(r"Fake[A-Z]\w+", name)]
     classes = [c for c in classes if c not in ("FakeProviderForBackendV2", "FakeFractionalBackend")]
     return {f"fake_{c.removeprefix('Fake').removesuffix('V2').lower()}": c for c in classes}

@@ -132,6 +132,12 @@ def run_notebook(
         If a cell raised an error. The run is marked as failed.
     KeyboardInterrupt
         On Ctrl-C, or once `stop` returns True. The run is marked as interrupted.
+
+    Examples
+    --------
+    >>> def demo(text):
+    ...     run = run_notebook("00_quickstart", {"text": text, "sample_counts": [8, 32]})
+    ...     return run.path / "report.html"
     """
     path = notebook_path(notebook)
     declared = declared_parameters(path)

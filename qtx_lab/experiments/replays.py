@@ -64,6 +64,11 @@ def replay(
         If `install` is asked for and pip cannot install a distribution.
     RunFailed
         If the new run failed.
+
+    Examples
+    --------
+    >>> def still_true(name):
+    ...     return replay(name, progress=False).reproduced
     """
     original = run if isinstance(run, Run) else find_run(run, home)
     where = original.path.parent

@@ -47,6 +47,16 @@ def write_report(run: Run) -> Path:
     ------
     StorageError
         If the manifest cannot be read, or the page cannot be written.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from qtx_lab import ExperimentSpec, Run
+    >>> with tempfile.TemporaryDirectory() as home:
+    ...     with Run.create(ExperimentSpec(), "trial", home) as run:
+    ...         run.update(results={"summary": ["Nothing was measured."]})
+    ...     write_report(run).name
+    'report.html'
     """
     manifest = run.manifest
     results = manifest.get("results") or {}

@@ -104,6 +104,12 @@ class RunComparison:
         How many values were compared: numbers, texts and lists.
     not_compared : tuple of str
         Numbers that the runs declare to tell time.
+
+    Examples
+    --------
+    >>> comparison = RunComparison("one", "two", compared=3)
+    >>> comparison.spec, comparison.metrics
+    ((), ())
     """
 
     a: str

@@ -503,6 +503,17 @@ def runs(home: str | Path | None = None, *, where: str | None = None) -> RunTabl
         If the condition is not valid.
     StorageError
         If the folder itself exists but cannot be listed.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from qtx_lab import ExperimentSpec
+    >>> with tempfile.TemporaryDirectory() as home:
+    ...     for seed in (1, 2):
+    ...         with Run.create(ExperimentSpec(seed=seed), "trial", home) as run:
+    ...             run.update(results={"error": seed / 10})
+    ...     runs(home, where="results.error < 0.15")["seed"].tolist()
+    [1]
     """
     from .listing import run_table
 

@@ -178,6 +178,12 @@ def sweep(
         If the cluster cannot be reached or opened.
     KeyboardInterrupt
         On Ctrl-C, or once `stop` returns True. The sweep's run is marked as interrupted.
+
+    Examples
+    --------
+    >>> def compare_samplers(notebook):
+    ...     run = sweep(notebook, {"sampler": ["monte-carlo", "systematic"]}, repeats=3)
+    ...     return run.metrics()
     """
     _check_kinds(grid, parameters, cluster)
     path = notebook_path(notebook).resolve()

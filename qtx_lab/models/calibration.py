@@ -142,6 +142,15 @@ class Calibration:
     candidates : tuple of Candidate
         All that were measured, from the fewest bytes to the most: loss against bytes read.
     seed : int
+
+    Examples
+    --------
+    `calibrate` makes it; a model's config takes its settings, and a file keeps all of it:
+
+    >>> def use(best, config, path):
+    ...     if best.verified:
+    ...         config.qtx_sampled = best.settings
+    ...     best.write_json(path)
     """
 
     model: str

@@ -1,4 +1,16 @@
-"""Sampled attention in Hugging Face models: `attn_implementation="qtx_sampled"`; see `register`."""
+"""Sampled attention in Hugging Face models: `attn_implementation="qtx_sampled"`; see `register`.
+
+Examples
+--------
+>>> import transformers
+>>> register()
+>>> config = transformers.LlamaConfig(
+...     vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+...     attn_implementation="qtx_sampled",
+... )
+>>> config.qtx_sampled = {"sampler": "head-tail", "num_samples": 4}
+>>> model = transformers.LlamaForCausalLM(config)
+"""
 
 from __future__ import annotations
 

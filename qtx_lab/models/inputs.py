@@ -32,6 +32,12 @@ class AttentionInputs:
     tokens : tuple of str
         What stands at each key; empty where that is unknown.
     is_causal : bool
+
+    Examples
+    --------
+    >>> inputs = attention_inputs("reference", "The import statement")
+    >>> len(inputs.layers), inputs.tokens[:3], inputs.is_causal
+    (6, ('T', 'h', 'e'), True)
     """
 
     layers: tuple[tuple[Tensor, Tensor, Tensor], ...]

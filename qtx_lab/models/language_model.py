@@ -17,7 +17,13 @@ REFERENCE = "reference"
 
 
 def language_models() -> dict[str, str]:
-    """The models that `load_language_model` has names for, and what each is."""
+    """The models that `load_language_model` has names for, and what each is.
+
+    Examples
+    --------
+    >>> sorted(language_models())
+    ['reference', 'smollm2-135m']
+    """
     reference = "a byte-level model of 1.4 million parameters, in the package"
     return {REFERENCE: reference} | {name: x.title for name, x in PACKAGED_MODELS.items()}
 

@@ -184,6 +184,11 @@ def load_reference_model(path: str | Path | None = None) -> ReferenceModel:
     ------
     ArgumentError
         If the file is missing or is no reference model.
+
+    Examples
+    --------
+    >>> load_reference_model().config.layers
+    6
     """
     path = ASSETS / "model.safetensors" if path is None else Path(path)
     try:
@@ -223,6 +228,13 @@ def bits_per_byte(
     ------
     ArgumentError
         If window is not in 1..context, or if there are not window + 1 tokens.
+
+    Examples
+    --------
+    >>> import qtx_lab as qtx
+    >>> tokens = qtx.encode(qtx.reference_text())[:257]
+    >>> qtx.bits_per_byte(qtx.load_reference_model(), tokens, window=128).shape
+    torch.Size([2])
     """
     context = model.config.context
     window = context if window is None else check_count("window", window, most=context)

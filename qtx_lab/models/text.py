@@ -14,7 +14,13 @@ ASSETS = Path(__file__).parent / "assets"
 
 
 def reference_text() -> str:
-    """The held-out text: the last tenth of Python 3.11's `pydoc_data.topics`, which the model never saw."""
+    """The held-out text: the last tenth of Python 3.11's `pydoc_data.topics`, which the model never saw.
+
+    Examples
+    --------
+    >>> len(encode(reference_text())) > 512  # bytes
+    True
+    """
     return (ASSETS / "heldout.txt").read_text(encoding="utf-8")
 
 
@@ -25,6 +31,15 @@ def read_text(path: str | Path) -> str:
     ------
     TextError
         If it cannot be read, is not UTF-8, or is empty.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = Path(folder, "mine.txt")
+    ...     _ = path.write_text("Attention is a mean.", encoding="utf-8")
+    ...     read_text(path)
+    'Attention is a mean.'
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -40,5 +55,11 @@ def read_text(path: str | Path) -> str:
 
 
 def encode(text: str) -> Tensor:
-    """The bytes of a text as int64 tokens, (number of bytes,)."""
+    """The bytes of a text as int64 tokens, (number of bytes,).
+
+    Examples
+    --------
+    >>> encode("né")
+    tensor([110, 195, 169])
+    """
     return torch.tensor(bytearray(text.encode()), dtype=torch.uint8).long()

@@ -108,6 +108,11 @@ def make_sampler(sampler: object) -> Sampler:
     ------
     ArgumentError, DtypeError
         If no sampler has that name; if the object cannot draw.
+
+    Examples
+    --------
+    >>> make_sampler("head-tail").unbiased
+    True
     """
     if isinstance(sampler, Sampler):
         if not sampler.name or not isinstance(sampler.name, str):

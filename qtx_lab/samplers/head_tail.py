@@ -37,6 +37,13 @@ class HeadTailSampler(SystematicSampler):
     ------
     ArgumentError
         If head is neither; on drawing, if head is not below num_samples.
+
+    Examples
+    --------
+    >>> logits = torch.tensor([0.9, 0.04, 0.03, 0.03]).log()
+    >>> draws = HeadTailSampler().draw(logits, 2, generator=torch.Generator().manual_seed(0))
+    >>> int(draws.indices[0]), draws.weights  # the head's key has its probability as its weight
+    (0, tensor([0.9000, 0.1000]))
     """
 
     name = "head-tail"

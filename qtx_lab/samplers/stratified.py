@@ -15,6 +15,13 @@ class StratifiedSampler(InversionSampler):
     Unbiased. Variance never above that of independent draws; O(S^-2) once S exceeds the number of keys.
     Source: Cochran, Sampling Techniques (1977), ch. 5; Douc and Cappe, Comparison of
     resampling schemes for particle filtering (2005), sec. 3.2.
+
+    Examples
+    --------
+    >>> import torch
+    >>> g = torch.Generator().manual_seed(0)
+    >>> StratifiedSampler().draw(torch.zeros(4), 4, generator=g).indices
+    tensor([0, 1, 2, 3])
     """
 
     name = "stratified"

@@ -65,7 +65,13 @@ LoaderName = Annotated[str, AfterValidator(_loader_name), AnyOf(_loader_names)]
 
 
 class CircuitSpec(Spec):
-    """How rows become circuits, and on which device or simulator those run."""
+    """How rows become circuits, and on which device or simulator those run.
+
+    Examples
+    --------
+    >>> CircuitSpec(device="fake_boston", loader="tree", shots=4096).loader
+    'tree'
+    """
 
     provider: Annotated[
         Literal["aer", "ibm"], BeforeValidator(lambda name: "ibm" if name == "ibm-q" else name)

@@ -11,7 +11,13 @@ from .fields import Real, Whole, each_once, field, python_number
 
 
 class ClusterSpec(Spec):
-    """Which Dask cluster sweeps and training run on; `open_cluster(**spec.arguments())` opens it."""
+    """Which Dask cluster sweeps and training run on; `open_cluster(**spec.arguments())` opens it.
+
+    Examples
+    --------
+    >>> ClusterSpec(kind="local", num_workers=2).arguments()["num_workers"]
+    2
+    """
 
     kind: Literal["auto", "local", "cuda", "address"] = field(
         "auto",

@@ -10,7 +10,13 @@ from .fields import ControlName, each_once, field
 
 
 class ControlSpec(Spec):
-    """Which control variates correct an estimate."""
+    """Which control variates correct an estimate.
+
+    Examples
+    --------
+    >>> [control.name for control in ControlSpec(names=("performer", "topk")).build()]
+    ['performer', 'topk']
+    """
 
     names: tuple[ControlName, ...] = field(
         (),

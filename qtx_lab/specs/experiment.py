@@ -9,7 +9,14 @@ from .fields import MAX_SEED, Count, DrawingName, Whole, each_once, field
 
 
 class ExperimentSpec(Spec):
-    """Which text, head, samplers and numbers of draws the quickstart notebook compares."""
+    """Which text, head, samplers and numbers of draws the quickstart notebook compares.
+
+    Examples
+    --------
+    >>> spec = ExperimentSpec(layer=5, sample_counts=(8, 16))
+    >>> ExperimentSpec.from_yaml(spec.to_yaml()) == spec
+    True
+    """
 
     text: str = field(
         "reference",

@@ -19,6 +19,11 @@ class MitigationSpec(Spec):
     """What is done about a device's noise.
 
     Outcomes on masked keys and on padding are always thrown away: that costs nothing, so no field is needed.
+
+    Examples
+    --------
+    >>> MitigationSpec(method="zne", noise_levels=(1, 3)).noise_levels
+    (1.0, 3.0)
     """
 
     method: Literal["none", "planner", "zne", "shared-decay", "corrected-decay", "distillation", "pec"] = (

@@ -37,6 +37,11 @@ class Cluster:
         Number of workers when the cluster was opened; `workers` are those that are there now.
     timeout : float
         How long to wait for an answer of the scheduler or of a worker, seconds.
+
+    Examples
+    --------
+    >>> def squares_on(cluster):
+    ...     return [cluster.client.submit(pow, x, 2).result() for x in range(cluster.num_workers)]
     """
 
     kind: str

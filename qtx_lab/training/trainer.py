@@ -68,6 +68,13 @@ class TrainingResult:
         Address of Dask's dashboard, where there is a cluster.
     seconds : float
         How long the training took.
+
+    Examples
+    --------
+    >>> model = nn.Sequential(nn.Embedding(256, 4), nn.Linear(4, 256))
+    >>> result = QuantumTrainer(model, steps=2, num_tokens=16, progress=False).train()
+    >>> result.steps, result.stopped, result.faults, [row["step"] for row in result.metrics]
+    (2, False, (), [1, 2])
     """
 
     steps: int

@@ -296,40 +296,7 @@ def test_the_same_spec_and_seed_give_the_same_metrics_bit_for_bit(tmp_path, monk
     assert metrics["one"] == metrics["two"] != metrics["other"]
 
 
-REDUCED = {
-    "01_estimators": {"num_tokens": 128, "sample_counts": [8, 32], "repeats": 2, "tolerances": [0.4, 0.2]},
-    "02_circuits": {"most_qubits": 3, "shot_counts": [256, 1024]},
-    "04_mitigation": {"qubits": 3, "shot_counts": [1000, 16_000], "devices": ["fake_fez"], "repeats": 2},
-    "07_batch_sweep": {
-        "samplers": ["monte-carlo", "systematic"],
-        "sample_counts": [16, 64],
-        "repeats": 1,
-        "workers": 1,
-    },
-    "09_real_language_model": {"prompts": 2, "length": 256},
-    "10_guarantees": {"repeats": 1, "trials": 500, "replicates": 400},
-    "08_bring_your_own_model": {
-        "model_name": "reference",
-        "draw_counts": [16, 64],
-        "context": 128,
-        "texts": 2,
-        "repeats": 2,
-        "prompt_tokens": 400,
-        "new_tokens": 20,
-    },
-    "11_beyond_loading": {
-        "estimated_keys": [4],
-        "load_counts": [1024, 4096],
-        "estimated_rows": 2,
-        "repetitions": 20,
-        "key_counts": [4],
-        "components": [1],
-        "degrees": [8],
-        "shots": 4000,
-        "seeds": 2,
-        "steps": 2,
-    },
-}
+REDUCED = json.loads((notebooks_folder() / "reduced.json").read_text(encoding="utf-8"))
 """Parameters with which a notebook checks its claims in seconds; `make demo` runs the quickstart."""
 
 

@@ -1,0 +1,227 @@
+"""How Sphinx makes the documentation: pages, API reference and executed notebooks, without a network."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import os
+import re
+import sys
+from importlib import import_module, metadata
+from pathlib import Path
+from typing import Any
+
+import nbformat
+from docutils import nodes
+from docutils.utils.math.latex2mathml import tex2mathml
+from numpydoc.xref import DEFAULT_LINKS
+from sphinx.application import Sphinx
+
+NOTEBOOKS = Path(__file__).parent
+ROOT = NOTEBOOKS.parent
+sys.path.insert(0, str(ROOT))
+
+import qtx_lab  # noqa: E402
+
+# Notebooks keep their runs, and jupyter-cache what they printed, beside the pages.
+os.environ["QTX_LAB_HOME"] = str(ROOT / "build" / "docs-runs")
+REDUCED = json.loads((NOTEBOOKS / "reduced.json").read_text(encoding="utf-8"))
+
+# --- The project --------------------------------------------------------------------------------
+
+project = "qtx_lab"
+author = "the qtx_lab contributors"
+project_copyright = "the qtx_lab contributors, Apache-2.0"
+version = release = metadata.version("qtx-lab")
+extensions = ["sphinx.ext.autodoc", "numpydoc", "myst_nb", "sphinx_design"]
+exclude_patterns = ["results", "**/.ipynb_checkpoints"]
+nitpicky = True
+suppress_warnings = ["config.cache", "myst.header"]  # chapters begin with a second level where they like
+
+# --- Pages and notebooks ------------------------------------------------------------------------
+
+myst_enable_extensions = ["attrs_inline", "colon_fence", "deflist", "dollarmath"]
+myst_heading_anchors = 3
+nb_execution_mode = "cache"
+nb_execution_cache_path = str(ROOT / "build" / "docs-executions")
+nb_execution_timeout = 600
+nb_execution_raise_on_error = True
+nb_execution_in_temp = True
+nb_merge_streams = True
+nb_ipywidgets_js: dict[str, dict[str, str]] = {}  # the default fetches from a network; views show pictures
+nb_mime_priority_overrides = [("html", "application/vnd.jupyter.widget-view+json", None)]
+
+# --- Reference ----------------------------------------------------------------------------------
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_typehints_format = "short"
+python_maximum_signature_line_length = 88
+numpydoc_show_class_members = False
+numpydoc_xref_param_type = True
+numpydoc_xref_ignore = "all"
+numpydoc_xref_aliases = {word: word for word in DEFAULT_LINKS}  # Python's own words would link to a network
+numpydoc_xref_aliases |= {name: f"qtx_lab.{name}" for name in qtx_lab.__all__}
+
+# --- Looks --------------------------------------------------------------------------------------
+
+html_theme = "pydata_sphinx_theme"
+html_title = "qtx_lab"
+html_static_path: list[str] = []
+html_copy_source = False
+html_show_sourcelink = False
+html_theme_options = {
+    "show_toc_level": 2,
+    "navigation_with_keys": False,
+    "secondary_sidebar_items": ["page-toc"],
+    "footer_start": ["copyright"],
+    "footer_end": [],
+}
+html_math_renderer = "mathml"
+
+
+def rooms() -> dict[str, list[str]]:
+    """The public names of each room, as the package's stub says where they are defined."""
+    found: dict[str, list[str]] = {}
+    for node in ast.parse(Path(qtx_lab.__file__).with_suffix(".pyi").read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = found.setdefault(node.module.partition(".")[0], [])
+            names += [alias.asname or alias.name for alias in node.names]
+    return found
+
+
+def first_line(thing: object) -> str:
+    """The one line that says what a thing is."""
+    return (inspect.getdoc(thing) or "").partition("\n\n")[0].replace("\n", " ")
+
+
+def fields_of(spec: Any) -> list[str]:
+    """The fields of a spec as a table in reStructuredText."""
+    lines = ["", ".. list-table:: Fields", "   :header-rows: 1", "", "   * - field", "     - default"]
+    lines += ["     - allowed", "     - what it says"]
+    for name, field in spec.model_json_schema()["properties"].items():
+        bounds = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+        kinds = [kind.get("type", "object") for kind in field.get("anyOf", [field])]
+        allowed = (
+            ["any of " + ", ".join(map(str, field["enum"]))] if "enum" in field else [" or ".join(kinds)]
+        )
+        allowed += [f"{sign} {field[key]}" for key, sign in bounds.items() if key in field]
+        lines += [f"   * - ``{name}``", f"     - ``{json.dumps(field.get('default'), ensure_ascii=False)}``"]
+        lines += [f"     - {', '.join(allowed)}", f"     - {escaped(field.get('description', ''))}"]
+    return lines
+
+
+def page_of(name: str) -> str:
+    """The page of a public name, in reStructuredText."""
+    thing = getattr(qtx_lab, name)
+    kind = "module" if inspect.ismodule(thing) else "class" if inspect.isclass(thing) else "function"
+    lines = [name, "=" * len(name), ""]
+    if kind == "module":
+        return "\n".join([*lines, f".. automodule:: {thing.__name__}", "   :members:", ""])
+    lines += [f".. auto{kind}:: qtx_lab.{name}"]
+    if kind == "class" and "model_fields" in dir(thing):
+        lines += [*fields_of(thing)]
+    elif kind == "class" and not issubclass(thing, Exception):
+        lines += ["   :members:"]
+    return "\n".join([*lines, ""])
+
+
+def results_page(path: Path) -> str:
+    """A committed result of a benchmark as a table, with the machine that measured it."""
+    result = json.loads(path.read_text(encoding="utf-8"))
+    title = f"{result['bench']}: {path.name}"
+    machine = ", ".join(f"{name} {value}" for name, value in result["machine"].items() if value is not None)
+    lines = [title, "=" * len(title), "", f"Measured on {machine}.", "", ".. list-table::"]
+    lines += ["   :header-rows: 1", ""]
+    hidden = {"front", "baseline", "settings"}
+    names = [name for name, value in result["rows"][0].items() if name not in hidden]
+    for row in [dict(zip(names, names, strict=True)), *result["rows"]]:
+        cells = [row.get(name) for name in names]
+        shown = [f"{x:.3g}" if isinstance(x, float) else "" if x is None else str(x) for x in cells]
+        lines += [f"   {'-' if i else '* -'} {x}".replace("   -", "     -") for i, x in enumerate(shown)]
+    return "\n".join([*lines, ""])
+
+
+def write_reference(app: Sphinx) -> None:
+    """Write a page for each public name and each measured table, and their indices, where not current."""
+    folder = NOTEBOOKS / "reference" / "api"
+    folder.mkdir(exist_ok=True)
+    pages = {}
+    index = ["By room", "=======", ""]
+    for room, names in rooms().items():
+        index += [room, "-" * len(room), "", escaped(first_line(import_module(f"qtx_lab.{room}"))), ""]
+        index += [".. list-table::", "   :widths: 30 70", ""]
+        for name in names:
+            pages[f"{name}.rst"] = page_of(name)
+            index += [f"   * - :doc:`{name}`", f"     - {escaped(first_line(getattr(qtx_lab, name)))}"]
+        index += ["", ".. toctree::", "   :hidden:", "", *(f"   {name}" for name in names), ""]
+    pages["index.rst"] = "\n".join(index)
+    for path in sorted((NOTEBOOKS / "results").glob("*.json")):
+        if "rows" in json.loads(path.read_text(encoding="utf-8")):
+            pages[f"measured_{path.stem}.rst"] = results_page(path)
+    for stale in folder.glob("*.rst"):
+        if stale.name not in pages:
+            stale.unlink()
+    for file, content in pages.items():
+        if not (folder / file).exists() or (folder / file).read_text(encoding="utf-8") != content:
+            (folder / file).write_text(content, encoding="utf-8")
+
+
+def reduce_parameters(app: Sphinx, docname: str, content: list[str]) -> None:
+    """Give a notebook the parameters with which it takes seconds, in a cell after its own."""
+    if docname in REDUCED:
+        notebook = nbformat.reads(content[0], as_version=4)
+        tagged = ["parameters" in cell.metadata.get("tags", []) for cell in notebook.cells]
+        lines = [f"{name} = {value!r}" for name, value in REDUCED[docname].items()]
+        source = "\n".join(["# For the documentation: a short run.", *lines])
+        notebook.cells.insert(tagged.index(True) + 1, nbformat.v4.new_code_cell(source, id="reduced"))
+        content[0] = nbformat.writes(notebook)
+
+
+def escaped(text: str) -> str:
+    """A docstring's line with bars that are bars, as in |x|, and not substitutions."""
+    return re.sub(r"(?<!\\)\|", r"\\|", text)
+
+
+def escape_docstring(
+    app: Sphinx, what: str, name: str, thing: object, options: Any, lines: list[str]
+) -> None:
+    """Bars in docstrings are bars, except in examples and other literal text."""
+    for i, line in enumerate(lines):
+        if not line.lstrip().startswith((">>>", "...")) and "``" not in line:
+            lines[i] = escaped(line)
+
+
+def link_public_name(app: Sphinx, env: Any, node: Any, contnode: Any) -> Any:
+    """Link a type to the page of its public name, wherever it is defined; other names are plain text."""
+    if node.get("refdomain") != "py":
+        return None
+    target = node["reftarget"]
+    name = target.rpartition(".")[2]
+    if name in qtx_lab.__all__ and (target == name or target.startswith("qtx_lab.")):
+        return env.get_domain("py").resolve_xref(
+            env, node["refdoc"], app.builder, "obj", f"qtx_lab.{name}", node, contnode
+        )
+    return contnode if node.get("reftype") in ("class", "exc", "obj", "data") else None
+
+
+def inline_math(self: Any, node: Any) -> None:
+    """Mathematics as MathML, which browsers draw by themselves."""
+    self.body.append(tex2mathml(node.astext()))
+    raise nodes.SkipNode
+
+
+def block_math(self: Any, node: Any) -> None:
+    """A displayed formula."""
+    self.body.append(f'<div class="math">{tex2mathml(node.astext(), as_block=True)}</div>')
+    raise nodes.SkipNode
+
+
+def setup(app: Sphinx) -> None:
+    """Connect what is above."""
+    app.add_html_math_renderer("mathml", (inline_math, None), (block_math, None))
+    app.connect("builder-inited", write_reference)
+    app.connect("source-read", reduce_parameters)
+    app.connect("autodoc-process-docstring", escape_docstring, priority=900)
+    app.connect("missing-reference", link_public_name)

@@ -1,0 +1,82 @@
+"""The documentation: links hold, every public name has a page, and the code of the pages runs."""
+
+import inspect
+import re
+import warnings
+from pathlib import Path
+
+import pytest
+
+import qtx_lab
+from qtx_lab.bench.base import NAMES
+from qtx_lab.cli import main
+
+ROOT = Path(__file__).parents[1]
+PAGES = ROOT / "notebooks"
+WRITTEN = sorted(path for path in PAGES.rglob("*.md") if "api" not in path.parts)
+CODE = re.compile(r"^( *)```python\n(.*?)^\1```", flags=re.M | re.S)
+
+
+def code_of(page: Path) -> list[str]:
+    """The Python blocks of a page, without their indentation."""
+    return [inspect.cleandoc("\n" + code) for _, code in CODE.findall(page.read_text(encoding="utf-8"))]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The pages as text, read with every warning as an error and without running a notebook."""
+    from sphinx.application import Sphinx
+
+    out = tmp_path_factory.mktemp("docs")
+    messages = out / "warnings.txt"
+    with messages.open("w", encoding="utf-8") as stream:
+        overrides = {"nb_execution_mode": "off"}
+        app = Sphinx(PAGES, PAGES, out, out / "doctrees", "dummy", overrides, status=None, warning=stream)
+        app.build()
+    assert messages.read_text(encoding="utf-8") == ""
+    return out
+
+
+def test_the_pages_are_read_without_a_warning(built: Path) -> None:
+    # A link inside that leads nowhere is a warning, and so is a page that no other page names.
+    assert (built / "doctrees" / "environment.pickle").exists()
+
+
+def test_every_public_name_has_a_page_with_types_and_an_example(built: Path) -> None:
+    pages = {path.stem for path in (PAGES / "reference" / "api").glob("*.rst")}
+    names = set(qtx_lab.__all__) - {"__version__"}
+    assert names <= pages
+    without = [name for name in names if ">>>" not in (inspect.getdoc(getattr(qtx_lab, name)) or "")]
+    assert sorted(without) == []
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *filter(code_of, WRITTEN)], ids=lambda page: page.stem)
+def test_the_code_of_a_page_runs(page: Path, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {"__name__": page.stem}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for block in code_of(page):
+            exec(compile(block, str(page), "exec"), names)
+
+
+def test_the_tables_name_every_command_and_benchmark() -> None:
+    commands = (PAGES / "reference" / "command_line.md").read_text(encoding="utf-8")
+    assert [name for name in main.commands if f"| `qtx-lab {name}" not in commands] == []
+    benchmarks = (PAGES / "benchmarks.md").read_text(encoding="utf-8").partition("## ")[0]
+    assert [name for name in NAMES if f"`{name}`" not in benchmarks] == []
+
+
+def test_the_first_page_answers_ten_questions_and_readme_is_short() -> None:
+    questions = (PAGES / "index.md").read_text(encoding="utf-8").partition("## Questions")[2]
+    assert len(re.findall(r"^\| .+\? \| \[.+\]\(.+\) \|$", questions, flags=re.M)) >= 10
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(readme.splitlines()) <= 150
+    links = [link for link in re.findall(r"\]\(([^)#]+)", readme) if "://" not in link]
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_no_page_fetches_from_a_network() -> None:
+    settings = (PAGES / "conf.py").read_text(encoding="utf-8")
+    assert "https://" not in settings
+    assert "intersphinx" not in settings

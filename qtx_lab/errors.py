@@ -158,7 +158,18 @@ class RunFailed(QtxError, RuntimeError):
 
 
 class MissingPackage(QtxError, ModuleNotFoundError):
-    """A package of an extra of qtx_lab is not installed; the message has the command that installs it."""
+    """A package of an extra of qtx_lab is not installed; the message has the command that installs it.
+
+    Examples
+    --------
+    >>> def has_circuits():
+    ...     try:
+    ...         from qtx_lab import QiskitQuantumBackend
+    ...     except MissingPackage as error:
+    ...         print(error)
+    ...         return False
+    ...     return True
+    """
 
 
 class BackendUnavailable(QtxError, RuntimeError):

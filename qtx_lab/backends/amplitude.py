@@ -207,6 +207,14 @@ class AmplitudeEstimate:
         Estimated quantum time that the shots take on the device, as IBM bills it; None on an ideal simulator.
     diagnostics : mapping
         `device`, `calibration`, `noise`, `planes` (circuits' bindings), `qubits`, `method`.
+
+    Examples
+    --------
+    >>> p, v = torch.tensor([[0.5, 0.5]]), torch.tensor([1.0, 0.0])
+    >>> estimator = AmplitudeEstimator(QiskitQuantumBackend("aer"))
+    >>> result = estimator.estimate(p, v, loads=1024, generator=torch.Generator().manual_seed(0))
+    >>> result.values.shape, result.lower <= result.upper, result.loads.max() <= 1024
+    (torch.Size([1]), tensor([True]), tensor(True))
     """
 
     values: Tensor

@@ -154,7 +154,8 @@ class WorkbenchTab:
         """The folder of the run that holds what is shown; None where there is none yet."""
         name = (self.result or {}).get("run")
         place = self.bench.storage_place()
-        return Path(self.bench.runs_folder(), name) if name else Path(place) if place else None
+        # Without the lock of the workbench: whoever restores it holds that one, and waits for the status.
+        return self.bench.home.resolve() / name if name else Path(place) if place else None
 
     def report(self) -> Path:
         """Write the report of what is shown, a page that needs no kernel and no network; its path.

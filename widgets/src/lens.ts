@@ -48,7 +48,8 @@ interface Shown {
   seq: number;
   /** Rows on which the error is measured. */
   measuredRows: number;
-  error: number;
+  /** ‖ô − o‖ / ‖o‖; null until the kernel has measured it. */
+  error: number | null;
   stdError: number | null;
   sampler: string;
   effort: string;
@@ -290,7 +291,8 @@ export function render(model: Model, el: HTMLElement): () => void {
     if (!large) return requestTiles(sharpLevel(), view, since);
     clearTimeout(refineTimer);
     requestTiles(overview, wholeMap(), since);
-    refineTimer = window.setTimeout(() => requestTiles(sharpLevel(), view, null), REFINE_DELAY_MS);
+    const refine = () => requestTiles(sharpLevel(), view, null, !frame.root.hasAttribute("data-confirmed"));
+    refineTimer = window.setTimeout(refine, REFINE_DELAY_MS);
   }
 
   function sharpLevel(): maps.Level {
@@ -331,11 +333,12 @@ export function render(model: Model, el: HTMLElement): () => void {
     if (since !== null) startTimes.set(seq, since);
     const request: MapsRequest = { kind: "maps", view: viewId, seq, ...place, ...drawn, ...missing };
     if (confirming) ask(request);
-    else if (answerHere(request)) confirmSoon();
-    else if (ask(request)) frame.root.toggleAttribute("data-waiting", true);
+    else if (answerHere(request)) {
+      if (!large) confirmSoon(); // a large map becomes sharp by the kernel
+    } else if (ask(request)) frame.root.toggleAttribute("data-waiting", true);
   }
 
-  /** Heads of small maps, which the browser draws itself. */
+  /** Heads of small maps, and overviews of large ones, which the browser draws itself. */
   const locals = new LocalHeads(rows, columns, causal);
   let confirmTimer = 0;
   frame.atEnd(() => clearTimeout(confirmTimer));
@@ -357,7 +360,7 @@ export function render(model: Model, el: HTMLElement): () => void {
 
   /** Asks for what the browser needs to draw the shown head itself. */
   function requestInputs(layer: number, head: number): void {
-    if (large || !locals.lacks(layer, head)) return;
+    if (!locals.lacks(layer, head)) return;
     locals.expect(layer, head);
     ask({ kind: "inputs", view: viewId, layer, head });
   }
@@ -559,7 +562,9 @@ export function render(model: Model, el: HTMLElement): () => void {
 
   function showTitles(): void {
     const place = `Layer ${get("layer")}, head ${get("head")}`;
-    heading.textContent = shown ? `${place}: ${findingText(shown.error, shown.stdError)}` : place;
+    if (!shown) heading.textContent = place;
+    else if (shown.error === null) heading.textContent = `${place}: …`;
+    else heading.textContent = `${place}: ${findingText(shown.error, shown.stdError)}`;
     showCaption();
     const titles = panelTitles(shown?.sampler ?? get("sampler"), shown?.draws ?? null);
     for (const panel of panels) {

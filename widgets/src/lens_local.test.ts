@@ -1,5 +1,7 @@
 import { expect, it } from "vitest";
-import { LocalHeads } from "./lens_local";
+import { LocalHeads, overviewCodes } from "./lens_local";
+import { HALF } from "./maps";
+import { SAMPLERS } from "./samplers";
 
 const view = (x: { buffer: ArrayBufferLike }) => new DataView(x.buffer as ArrayBuffer);
 
@@ -26,4 +28,20 @@ it("answers requests for heads that have come, by the samplers that the kernel n
   expect(heads.answer({ ...maps, head: 0 }, "systematic")).toBeNull();
   heads.take({ layer: 0, head: 0 }, []);
   expect(heads.lacks(0, 0)).toBe(false); // the maps are too large: it does not ask again
+});
+
+it("counts the draws of a row in the cells of an overview", () => {
+  const ends = Float32Array.from([0.5, 0.5, 1, 0, 0.25, 1]);
+  const stream = { key: [1, 2] as [number, number], group: 0 };
+  const overview = { rows: Int32Array.from([3, 900]), cumulative: ends, level: 4, numKeys: 40, stream };
+  for (const sampler of SAMPLERS.filter((name) => name !== "head-tail")) {
+    const weights = [...overviewCodes(overview, sampler, 64)].map((code) => HALF[code]);
+    const keys = [16, 16, 8]; // the last cell has fewer
+    const shares = weights.map((x, i) => x * keys[i % 3]);
+    expect(shares[0] + shares[2]).toBeCloseTo(1, 2);
+    expect(shares[1]).toBe(0); // without weight
+    expect(shares[3]).toBe(0);
+    expect(Math.abs(shares[4] - 0.25)).toBeLessThan(0.2);
+    if (sampler === "systematic") expect(shares[0]).toBeCloseTo(0.5, 2);
+  }
 });

@@ -14,9 +14,11 @@ from typing import Any
 
 import nbformat
 from docutils import nodes
+from docutils.utils.math import MathError
 from docutils.utils.math.latex2mathml import tex2mathml
 from numpydoc.xref import DEFAULT_LINKS
 from sphinx.application import Sphinx
+from sphinx.util import logging
 
 NOTEBOOKS = Path(__file__).parent
 ROOT = NOTEBOOKS.parent
@@ -206,15 +208,44 @@ def link_public_name(app: Sphinx, env: Any, node: Any, contnode: Any) -> Any:
     return contnode if node.get("reftype") in ("class", "exc", "obj", "data") else None
 
 
+SIGNS = {
+    "‖": r"\Vert ",
+    "−": "-",
+    "≤": r"\le ",
+    "≥": r"\ge ",
+    "²": "^2",
+    "·": r"\cdot ",
+    "∈": r"\in ",
+    "×": r"\times ",
+}
+"""Signs that chapters write as they look, and docutils knows by their commands."""
+
+
+def mathml(formula: str, *, as_block: bool = False) -> str:
+    """A formula as MathML, which browsers draw by themselves."""
+    for character, command in SIGNS.items():
+        formula = formula.replace(character, command)
+    return tex2mathml(formula, as_block=as_block)
+
+
+def check_math(app: Sphinx, doctree: nodes.document) -> None:
+    """Warn of a formula that cannot be drawn, whatever is built."""
+    for node in doctree.findall(lambda node: isinstance(node, nodes.math | nodes.math_block)):
+        try:
+            mathml(node.astext())
+        except MathError as error:
+            logging.getLogger(__name__).warning("%s in %s", error, node.astext(), location=node)
+
+
 def inline_math(self: Any, node: Any) -> None:
-    """Mathematics as MathML, which browsers draw by themselves."""
-    self.body.append(tex2mathml(node.astext()))
+    """A formula in a line."""
+    self.body.append(mathml(node.astext()))
     raise nodes.SkipNode
 
 
 def block_math(self: Any, node: Any) -> None:
     """A displayed formula."""
-    self.body.append(f'<div class="math">{tex2mathml(node.astext(), as_block=True)}</div>')
+    self.body.append(f'<div class="math">{mathml(node.astext(), as_block=True)}</div>')
     raise nodes.SkipNode
 
 
@@ -223,5 +254,6 @@ def setup(app: Sphinx) -> None:
     app.add_html_math_renderer("mathml", (inline_math, None), (block_math, None))
     app.connect("builder-inited", write_reference)
     app.connect("source-read", reduce_parameters)
+    app.connect("doctree-read", check_math)
     app.connect("autodoc-process-docstring", escape_docstring, priority=900)
     app.connect("missing-reference", link_public_name)

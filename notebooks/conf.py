@@ -245,7 +245,7 @@ def inline_math(self: Any, node: Any) -> None:
 
 def block_math(self: Any, node: Any) -> None:
     """A displayed formula."""
-    self.body.append(f'<div class="math">{mathml(node.astext(), as_block=True)}</div>')
+    self.body.append(f'<div class="formula">{mathml(node.astext(), as_block=True)}</div>')
     raise nodes.SkipNode
 
 

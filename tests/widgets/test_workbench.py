@@ -836,12 +836,14 @@ def test_the_whole_work_in_a_browser(
 
 
 @pytest.mark.ui
-def test_cancel_restart_and_ten_thousand_updates_in_a_browser(
+def test_cancel_restart_and_thousands_of_updates_in_a_browser(
     page: Any,
     open_notebook: Callable[..., Any],
     run_all: Callable[..., None],
     run_python: Callable[..., None],
+    soak: bool,
 ) -> None:
+    updates = 3400 if soak else 500  # from each of three sides
     wait = "import pathlib, time\nwhile not pathlib.Path('go-on').exists(): time.sleep(0.05)"
     path = open_notebook(page, [CELL, wait])
     page.evaluate("() => window.jupyterapp.shell.currentWidget.content.activeCellIndex = 0")
@@ -877,25 +879,28 @@ def test_cancel_restart_and_ten_thousand_updates_in_a_browser(
     run_python(
         page,
         "import threading\n"
-        "def many(): [wb.mitigate.form.change(instances=n) for n in range(2, 3401)]\n"
+        f"def many(): [wb.mitigate.form.change(instances=n) for n in range(2, {updates + 1})]\n"
         "aside = threading.Thread(target=many); aside.start()\n"
-        "[wb.sample.form.change(num_samples=n) for n in range(1, 3401)]; aside.join()",
+        f"[wb.sample.form.change(num_samples=n) for n in range(1, {updates + 1})]; aside.join()",
         wait=False,
     )
-    page.evaluate("""async () => {
+    page.evaluate(
+        """async (updates) => {
       const inputs = [...document.querySelectorAll("[data-field=shots] input")];
       const shots = inputs.find((e) => e.checkVisibility());
-      for (let n = 1; n <= 3200; n++) {
+      for (let n = 1; n <= updates; n++) {
         shots.value = String(n);
         shots.dispatchEvent(new Event("change", { bubbles: true }));
         if (n % 20 === 0) await new Promise((done) => setTimeout(done));
       }
-    }""")
+    }""",
+        updates,
+    )
     run_python(
         page,
         "import json, time\n"
         "end = time.monotonic() + 30\n"
-        "while wb.circuit.form.spec.shots != 3200 and time.monotonic() < end: time.sleep(0.1)\n"
+        f"while wb.circuit.form.spec.shots != {updates} and time.monotonic() < end: time.sleep(0.1)\n"
         "wb.flush()\n"
         "for _ in range(100):  # what follows the last change, as a redrawn sample, is written soon after\n"
         "    saved = json.loads((wb.run.path / 'workbench.json').read_bytes())['forms']\n"
@@ -903,9 +908,9 @@ def test_cancel_restart_and_ten_thousand_updates_in_a_browser(
         "    if saved == shown: break\n"
         "    time.sleep(0.2)\n"
         "assert saved == shown\n"
-        "assert saved['circuit']['circuit']['shots'] == 3200, saved['circuit']\n"
-        "assert saved['sample']['sampler']['num_samples'] == 3400, saved['sample']\n"
-        "assert saved['mitigate']['mitigation']['instances'] == 3400, saved['mitigate']",
+        f"assert saved['circuit']['circuit']['shots'] == {updates}, saved['circuit']\n"
+        f"assert saved['sample']['sampler']['num_samples'] == {updates}, saved['sample']\n"
+        f"assert saved['mitigate']['mitigation']['instances'] == {updates}, saved['mitigate']",
     )
     open_tab(page, "Sample")
     press(page, "Draw")
@@ -932,9 +937,9 @@ def test_cancel_restart_and_ten_thousand_updates_in_a_browser(
     )
     run_all(page)
     page.locator(".qtx-wb-views:visible canvas").first.wait_for()
-    assert field(page, "num_samples").locator("input").input_value() == "3400"
+    assert field(page, "num_samples").locator("input").input_value() == str(updates)
     open_tab(page, "Circuit")
-    assert field(page, "shots").locator("input").input_value() == "3200"
+    assert field(page, "shots").locator("input").input_value() == str(updates)
 
     # Saved, and opened where no kernel knows its widgets, it shows its picture, and no error.
     page.evaluate("""async () => {

@@ -110,6 +110,15 @@ def cached(**options: Any) -> Any:
     return cache().attend(Q, **{"num_samples": 4, "generator": G().manual_seed(0), **options}).output
 
 
+def promised(**options: Any) -> Any:
+    return cache(proposal="int8").attend(Q, generator=G().manual_seed(0), **options).output
+
+
+def amplitude_interval(confidence: Any) -> Any:
+    estimator = qtx.AmplitudeEstimator(IDEAL)
+    return estimator.estimate(P, V[0, :4], 64, confidence=confidence, generator=G().manual_seed(0)).lower
+
+
 def fitted(**options: Any) -> Any:
     sampler = qtx.LearnedImportanceSampler()
     options = {"steps": 1, "generator": None if "seed" in options else G().manual_seed(0), **options}
@@ -151,6 +160,14 @@ def crop(length: Any) -> int:
 
 ZNE = qtx.ZeroNoiseExtrapolation
 COUNT_ARGUMENTS: dict[str, tuple[Callable[[Any], Any], int]] = {
+    "AmplitudeEstimator.plan(loads)": (
+        lambda x: qtx.AmplitudeEstimator(IDEAL).plan(P, V[0, :4], x).shots,
+        64,
+    ),
+    "AmplitudeEstimator.plan(most_iterates)": (
+        lambda x: qtx.AmplitudeEstimator(IDEAL).plan(P, V[0, :4], 64, most_iterates=x).shots,
+        4,
+    ),
     "CircuitMitigation.allocate(shots)": (lambda x: qtx.CircuitMitigation(ZNE([1, 3])).allocate(x), 8),
     "CircuitSampler.draw(num_samples)": (lambda x: draw(qtx.CircuitSampler(IDEAL), num_samples=x), 3),
     "CircuitSampler.draw(replicates)": (lambda x: draw(qtx.CircuitSampler(IDEAL), replicates=x), 2),
@@ -202,6 +219,9 @@ COUNT_ARGUMENTS: dict[str, tuple[Callable[[Any], Any], int]] = {
     "SampledKVCache.attend(replicates)": (lambda x: cached(replicates=x), 3),
     "SampledKVCache.build(rank)": (lambda x: cache(proposal="low-rank", rank=x).attend(Q, 4).output.shape, 2),
     "SampledKVCache.crop(length)": (crop, 3),
+    "SoftmaxLoader(degree)": (lambda x: circuits.SoftmaxLoader(degree=x).name, 4),
+    "SoftmaxLoader(features)": (lambda x: circuits.SoftmaxLoader(features=x).name, 2),
+    "SoftmaxLoader(rounds)": (lambda x: circuits.SoftmaxLoader(rounds=x).name, 1),
     "SantaSampler(tile)": (lambda x: attend(sampler=samplers.SantaSampler(tile=x)), 4),
     "SharedDecay.allocate(shots)": (lambda x: qtx.SharedDecay([1, 3]).allocate(x), 9),
     "TopKControl(keys)": (lambda x: attend(control_variate=controls.TopKControl(x)), 4),
@@ -268,6 +288,12 @@ NUMBER_ARGUMENTS: dict[str, tuple[Callable[[Any], Any], float]] = {
     ),
     "QuantumTrainer(learning_rate)": (lambda x: qtx.QuantumTrainer(learning_rate=x).spec, 0.5),
     "SampledKVCache.attend(scale)": (lambda x: cached(scale=x), 0.5),
+    "AmplitudeEstimator.fit(confidence)": (amplitude_interval, 0.5),
+    "SampledKVCache.attend(confidence)": (lambda x: promised(tolerance=0.5, confidence=x), 0.5),
+    "SampledKVCache.attend(tolerance)": (lambda x: promised(tolerance=x), 0.5),
+    "SampledKVCache.attend_exactly(scale)": (lambda x: cache().attend_exactly(Q, scale=x), 0.5),
+    "SoftmaxLoader(max_logit)": (lambda x: circuits.SoftmaxLoader(max_logit=x).name, 0.5),
+    "SoftmaxLoader(tolerance)": (lambda x: circuits.SoftmaxLoader(tolerance=x).name, 0.5),
     "SampledKVCache.attend(softcap)": (lambda x: cached(softcap=x), 0.5),
     "SampledKVCache.build(defensive)": (lambda x: cache(defensive=x).attend(Q, 4).output.shape, 0.5),
     "SampledKVCache.scores(scale)": (lambda x: cache().scores(Q, x), 0.5),
@@ -335,6 +361,10 @@ ELSEWHERE = {
     "QuantumMultiheadAttention": "its other arguments are those of torch's module, which checks them",
     "hellinger_": "checks as `total_variation`",
     "SystematicSampler": "draws as `HeadTailSampler` does",
+    "AmplitudeEstimator.estimate": "checks by `plan` and `fit`",
+    "AmplitudeEstimator.expected_decay": "called by the lab, with the size of checked rows",
+    "SoftmaxCircuitSampler": "checks by `SoftmaxLoader`; draws as `CircuitSampler` does",
+    "SoftmaxLoader.": "called with numbers that the loader or `swap_test` checked",
     "StratifiedSampler": "draws as `HeadTailSampler` does",
     "QuasiMonteCarloSampler": "draws as `HeadTailSampler` does",
     "MonteCarloSampler": "draws as `HeadTailSampler` does",

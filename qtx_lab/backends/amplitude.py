@@ -360,6 +360,7 @@ class AmplitudeEstimator:
         smaller, but leaves fewer loads to the others.
         """
         loads = check_count("loads", loads)
+        most_iterates = check_count("most_iterates", most_iterates, 0)
         p, v3, _ = _checked(p, v)
         rows, n, coordinates = v3.shape
         attended = p > 0

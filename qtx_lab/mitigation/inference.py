@@ -68,7 +68,8 @@ class ZeroNoiseEstimate:
             raise ArgumentError(
                 "There are no standard errors: give extrapolate the std_errors of its values."
             )
-        t = torch.as_tensor(special.stdtrit(self.degrees_of_freedom, (1 + level) / 2)).to(self.std_error)
+        freedom = np.asarray(self.degrees_of_freedom)
+        t = torch.as_tensor(special.stdtrit(freedom, (1 + level) / 2)).to(self.std_error)
         return self.output - t * self.std_error, self.output + t * self.std_error
 
 

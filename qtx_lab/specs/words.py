@@ -55,6 +55,23 @@ def value_of(typed: Any, schema: Mapping[str, Any]) -> Any:
     >>> value_of(Word("[no, 0042, 12]"), {})
     ['no', '0042', 12]
     """
+    return _value_of(typed, schema, {})
+
+
+_UNDECLARED: Mapping[str, Any] = {}
+
+
+def _value_of(typed: Any, schema: Mapping[str, Any], known: dict[tuple[int, int], Any]) -> Any:
+    """As `value_of`; what is there many times over, by aliases of YAML, is read once."""
+    if isinstance(typed, list | tuple | dict):
+        place = (id(typed), id(schema))
+        if place not in known:
+            known[place] = _read_value(typed, schema, known)
+        return known[place]
+    return _read_value(typed, schema, known)
+
+
+def _read_value(typed: Any, schema: Mapping[str, Any], known: dict[tuple[int, int], Any]) -> Any:
     options = [dict(option) for option in schema.get("anyOf", [schema])]
     kinds = [str(option.get("type", "")) for option in options]
     if isinstance(typed, Word):
@@ -65,12 +82,15 @@ def value_of(typed: Any, schema: Mapping[str, Any]) -> Any:
             return value if is_text else value_of(parsed, schema)
         return value
     if isinstance(typed, list | tuple):
-        items = next((option.get("items") for option in options if "items" in option), None) or {}
-        return [value_of(item, items) for item in typed]
+        items = next((option.get("items") for option in options if "items" in option), None) or _UNDECLARED
+        return [_value_of(item, items, known) for item in typed]
     if isinstance(typed, dict):
         of_values = next((option.get("additionalProperties") for option in options), None)
-        of_values = of_values if isinstance(of_values, Mapping) else {}
-        return {value_of(key, {}): value_of(item, of_values) for key, item in typed.items()}
+        of_values = of_values if isinstance(of_values, Mapping) else _UNDECLARED
+        return {
+            _value_of(key, _UNDECLARED, known): _value_of(item, of_values, known)
+            for key, item in typed.items()
+        }
     return typed
 
 

@@ -7,7 +7,7 @@ import torch
 
 import qtx_lab as qtx
 from qtx_lab.backends.hybrid import predicted_fidelity
-from qtx_lab.backends.sampler import _deal
+from qtx_lab.backends.sampler import deal
 
 NOISE = qtx.ParametricNoise(two_qubit=0.05, readout=0.03)
 SEED = 3
@@ -137,9 +137,9 @@ def test_rows_that_lose_all_their_shots_are_reported():
     assert "discarded" in sampler.diagnostics["fallbacks"][0]
 
 
-def test_shots_are_dealt_evenly_to_replicates():
+def test_shots_aredealt_evenly_to_replicates():
     counts = torch.tensor([[3, 0, 4], [0, 0, 0], [1, 0, 0], [4, 2, 2]])
-    keys, weights = _deal(counts, 8, 2, seeded())
+    keys, weights = deal(counts, 8, 2, seeded())
     dense = torch.zeros(4, 3, dtype=torch.float64).scatter_add_(-1, keys, weights)
     assert weights[1].eq(0).all()
     assert dense.sum(-1).tolist() == pytest.approx([1, 0, 1, 1])

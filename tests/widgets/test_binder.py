@@ -56,7 +56,7 @@ def test_the_scripts_can_run_and_name_what_exists() -> None:
     for name in ("postBuild", "start"):
         assert os.access(BINDER / name, os.X_OK), f"chmod +x binder/{name}"
         subprocess.run(["bash", "-n", BINDER / name], check=True)
-    assert "-c .ci/constraints.txt -e ." in (BINDER / "postBuild").read_text()
+    assert "-c .ci/constraints.txt -e '.[lab]'" in (BINDER / "postBuild").read_text()
     printed = subprocess.run(
         [BINDER / "start", "sh", "-c", "echo $QTX_LAB_HOME $0 $1", "a b", "c"],
         env={**os.environ, "REPO_DIR": "/somewhere"}, capture_output=True, text=True, check=True,
@@ -65,9 +65,9 @@ def test_the_scripts_can_run_and_name_what_exists() -> None:
 
 
 def needed() -> set[str]:
-    """The distributions that qtx_lab without extras needs, directly or not."""
+    """The distributions that Binder's extra `lab` needs, directly or not."""
     seen: set[tuple[str, str]] = set()
-    ask = [("qtx-lab", "")]
+    ask = [("qtx-lab", "lab")]
     while ask:
         name, extra = ask.pop()
         try:

@@ -39,6 +39,9 @@ MAX_THUMBNAIL_BYTES = 200_000
 PICTURE_DPI = 80
 """Pixels an inch of the picture that stands for the lens where no script runs."""
 
+HEAD_BYTES = 24
+"""Of what names and separates a head and its keys among the others, at most."""
+
 PAGE_BYTES = 2000
 """What a page takes besides the pictures and the lens, at most."""
 
@@ -78,7 +81,7 @@ def live_html(heads: LensHeads, state: Mapping[str, Any], seed: int, max_bytes: 
         "heads": [],
         "kv": [],
     }
-    size = len(style) + len(script) + len(json.dumps(data)) + 1000
+    size = len(_placed(style, script, data))
     places: dict[tuple[int, int], int] = {}
     for layer, head in _by_nearness(heads, state["layer"], state["head"]):
         x = inputs_for_browser(heads, layer, head)
@@ -93,7 +96,7 @@ def live_html(heads: LensHeads, state: Mapping[str, Any], seed: int, max_bytes: 
                 "order": _text(x.order),
                 "unit": str(unit),
             }
-        size += sum(len(text) + 20 for text in (entry["q"], *shared.values())) + 100
+        size += sum(len(_encoded(part)) for part in (entry, shared)) + HEAD_BYTES
         if size > max_bytes:
             if not data["heads"]:
                 raise ArgumentError(
@@ -105,10 +108,20 @@ def live_html(heads: LensHeads, state: Mapping[str, Any], seed: int, max_bytes: 
             places[layer, group] = len(data["kv"])
             data["kv"].append(shared)
         data["heads"].append({**entry, "kv": places[layer, group]})
-    held = json.dumps(data).replace("<", "\\u003c")
+    return _placed(style, script, data)
+
+
+def _encoded(data: Any) -> str:
+    """JSON that may stand inside of a script element."""
+    return json.dumps(data).replace("<", "\\u003c")
+
+
+def _placed(style: str, script: str, data: Mapping[str, Any]) -> str:
+    """The HTML of a lens that redraws, with its data."""
     return (
         f'<div class="qtx-page"><style>{style}</style>'
-        f'<script type="application/json">{held}</script></div>\n<script type="module">{script}</script>'
+        f'<script type="application/json">{_encoded(data)}</script></div>\n'
+        f'<script type="module">{script}</script>'
     )
 
 

@@ -10,6 +10,11 @@ import socket
 import tempfile
 from typing import Any
 
+# One thread, as in `make test`, unless time is long: where cores are busy, threads of small operations wait
+# for each other. It is said before torch is imported.
+if os.environ.get("QTX_LAB_SOAK", "0") in ("", "0"):
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import matplotlib
 import pytest
 import torch

@@ -22,6 +22,8 @@ from hypothesis import HealthCheck, settings
 
 SEED = int(os.environ.get("QTX_LAB_SEED", "20261123"))
 SOAK = os.environ.get("QTX_LAB_SOAK", "0") not in ("", "0")
+THREADS = torch.get_num_threads()
+
 LONG_MARKS = ("notebooks", "ui", "chaos", "slow")
 """Marks of tests that start kernels, browsers or processes."""
 
@@ -76,7 +78,10 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    torch.manual_seed(SEED)  # for code without a generator, whatever test ran before
+    # Whatever test ran before: for code without a generator; and OpenMP, of which numba and torch share the
+    # number of threads. More threads than cores wait for each other ten times as long as they work.
+    torch.manual_seed(SEED)
+    torch.set_num_threads(THREADS)
 
 
 def pytest_report_header(config: pytest.Config) -> str:

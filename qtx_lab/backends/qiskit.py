@@ -32,7 +32,7 @@ from ..storage import runs_home, write_atomic
 from .aer import AerEngine
 from .base import Engine, JobState, JobStatus, RowJob
 from .costs import Bill, RowPlan
-from .counts import MAX_OUTCOME_BYTES, RowCounts, rows_at_once
+from .counts import MAX_OUTCOME_BYTES, RowCounts
 from .ibm.budget import Confirm, check_confirm
 from .ibm.engine import IBMEngine
 from .ibm.target import TargetEngine
@@ -501,15 +501,7 @@ class QiskitQuantumBackend:
             return replace(request, diagnostics=facts).finish_counts([])
         circuit = self.transpiled(request.p.shape[-1])
         request = replace(request, diagnostics=self.diagnostics(circuit, request))
-        bindings = request.bindings()
-        step = rows_at_once(request.shots, -(-circuit.num_clbits // 8))
-        parts = [
-            request.tally(
-                self.engine.run(circuit, bindings[start : start + step], request.shots, request.seed + start)
-            )
-            for start in range(0, len(bindings), step)
-        ]
-        return request.finish_counts(parts)
+        return request.finish_by(self.engine.run, circuit, request.bindings())
 
     def diagnostics(self, circuit: QuantumCircuit, request: RowRequest) -> dict[str, Any]:
         """Diagnostics for a `RowCounts`: device, calibration, what is not modelled, the circuit's size."""

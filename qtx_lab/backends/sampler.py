@@ -253,9 +253,7 @@ class CircuitSampler(Sampler):
         estimate = result.counts if result.estimate is None else result.estimate
         empty = int(((p.sum(-1) > 0) & (estimate.sum(-1) == 0)).sum())
         if empty:
-            reasons += (
-                f"All {shots} shots of {empty} of {len(p)} rows were discarded: their weights are 0.",
-            )
+            reasons += (all_discarded(shots, empty, len(p)),)
         self._warn(reasons, int((~quantum).sum()), len(p))
         self.last_facts = {
             **result.diagnostics,
@@ -334,6 +332,11 @@ def _round(p: Tensor, total: int, generator: torch.Generator | None) -> Tensor:
     last = (p > 0).long().cumsum(-1) == (p > 0).sum(-1, keepdim=True)
     ends = torch.where(last, ends[:, -1:], ends)
     return torch.diff(ends, prepend=torch.zeros_like(start)).long()
+
+
+def all_discarded(shots: int, empty: int, rows: int) -> str:
+    """What is said of rows that have lost all their shots."""
+    return f"All {shots} shots of {empty} of {rows} rows were discarded: their weights are 0."
 
 
 def deal(

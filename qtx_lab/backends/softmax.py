@@ -18,10 +18,10 @@ from ..problem import AttentionProblem
 from ..samplers import Sampler
 from ..samplers.base import Budget, Facts, SampledRows, average_rows, check_draw_arguments
 from ..streams import Stream
-from .counts import RowCounts, rows_at_once
+from .counts import RowCounts
 from .qiskit import QiskitQuantumBackend
 from .requests import RowRequest
-from .sampler import deal
+from .sampler import all_discarded, deal
 
 
 class SoftmaxCircuitSampler(Sampler):
@@ -146,14 +146,7 @@ class SoftmaxCircuitSampler(Sampler):
         }
         request = RowRequest(p, loader, request.shots, request.seed, facts)
         bindings = loader.vector_angles(*here, scale=scale, allowed=allowed[running])
-        step = rows_at_once(request.shots, -(-circuit.num_clbits // 8))
-        parts = [
-            request.tally(
-                engine.run(circuit, bindings[start : start + step], request.shots, request.seed + start)
-            )
-            for start in range(0, len(bindings), step)
-        ]
-        return request.finish_counts(parts)
+        return request.finish_by(engine.run, circuit, bindings)
 
     def draw(
         self,
@@ -220,9 +213,7 @@ class SoftmaxCircuitSampler(Sampler):
         empty = int((allowed.any(-1).cpu() & (counts.counts.sum(-1) == 0)).sum())
         fallbacks = tuple(counts.diagnostics.get("fallbacks", ()))
         if empty:
-            message = (
-                f"All {budget.total} shots of {empty} of {len(q)} rows were discarded: their weights are 0."
-            )
+            message = all_discarded(budget.total, empty, len(q))
             fallbacks += (message,)
             warnings.warn(message, FallbackWarning, stacklevel=4)
         self.last_facts = {

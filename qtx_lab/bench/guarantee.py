@@ -134,13 +134,13 @@ def bench_guarantee(quick: bool, copy_bandwidth: float) -> list[BenchRow]:
     peers = PEER_BUDGETS[2:4] if quick else PEER_BUDGETS
     runs = [(kind, promise) for kind in kinds for promise in (PROMISES[1:3] if quick else PROMISES)]
     for kind, (tolerance, risk) in tqdm(runs, desc="guarantee", leave=False):
-        found = [keep(one, tolerance, risk, -(-count // len(kind))) for one in kind]
+        promises = [keep(one, tolerance, risk, -(-count // len(kind))) for one in kind]
         peer = None
         if len(kind) == 1:
             peer = vattention(kind[0], tolerance, risk, peers)
             rows.append(_peer_row(kind[0].name, tolerance, risk, peer))
         name = kind[0].name if len(kind) == 1 else "adversarial"
-        rows.append(_row(name, [one.name for one in kind], tolerance, risk, found, peer))
+        rows.append(_row(name, [one.name for one in kind], tolerance, risk, promises, peer))
     print_table(rows)
     return rows
 
@@ -211,11 +211,11 @@ def vattention(kind: RowKind, tolerance: float, risk: float, budgets: Sequence[f
     That is of the denominator, with the risk delta on either side. Where no budget keeps it, that with the
     fewest misses of it.
     """
-    found = [_vattention(kind, tolerance, risk, budget) for budget in budgets]
-    kept = [x for x in found if x.own_misses <= 2 * risk * x.rows]
-    if kept:
-        return min(kept, key=lambda x: median(x.keys_of_heads))
-    return min(found, key=lambda x: x.own_misses)
+    reads = [_vattention(kind, tolerance, risk, budget) for budget in budgets]
+    keeping = [x for x in reads if x.own_misses <= 2 * risk * x.rows]
+    if keeping:
+        return min(keeping, key=lambda x: median(x.keys_of_heads))
+    return min(reads, key=lambda x: x.own_misses)
 
 
 def _vattention(kind: RowKind, tolerance: float, risk: float, budget: float) -> PeerReads:
@@ -382,16 +382,16 @@ def _row(
     cases: list[str],
     tolerance: float,
     risk: float,
-    found: list[KeptPromise],
+    promises: list[KeptPromise],
     peer: PeerReads | None,
 ) -> BenchRow:
-    misses, rows = sum(x.misses for x in found), sum(x.rows for x in found)
+    misses, rows = sum(x.misses for x in promises), sum(x.rows for x in promises)
     interval = stats.binomtest(misses, rows).proportion_ci(0.95)
-    heads = [share for x in found for share in x.keys_of_heads]
+    heads = [share for x in promises for share in x.keys_of_heads]
     # Every case has to keep the promise by itself.
     broken = [
         f"{case}: {x.misses / x.rows:.2%} of {x.rows:,} miss"
-        for case, x in zip(cases, found, strict=True)
+        for case, x in zip(cases, promises, strict=True)
         if stats.binom.sf(x.misses - 1, x.rows, risk) < FALSE_ALARM
     ]
     ratio = None if peer is None or broken else median(peer.keys_of_heads) / median(heads)
@@ -402,19 +402,19 @@ def _row(
         "misses": misses,
         "miss low": float(interval.low),
         "miss high": float(interval.high),
-        "keys read": float(torch.cat([x.keys_read for x in found]).median()),
+        "keys read": float(torch.cat([x.keys_read for x in promises]).median()),
         "share of keys": median(heads),
-        "bytes": sum(x.bytes * x.rows for x in found) / rows,
-        "without draws": sum(x.without_draws * x.rows for x in found) / rows,
-        "exact": sum(x.exact * x.rows for x in found) / rows,
-        "median error": float(torch.cat([x.errors for x in found]).median()),
+        "bytes": sum(x.bytes * x.rows for x in promises) / rows,
+        "without draws": sum(x.without_draws * x.rows for x in promises) / rows,
+        "exact": sum(x.exact * x.rows for x in promises) / rows,
+        "median error": float(torch.cat([x.errors for x in promises]).median()),
     }
     if len(cases) > 1:
-        details["of each case"] = {case: (x.misses, x.rows) for case, x in zip(cases, found, strict=True)}
+        details["of each case"] = {case: (x.misses, x.rows) for case, x in zip(cases, promises, strict=True)}
     return BenchRow(
         _case(name, tolerance, risk),
         "int8 cache",
-        sum(x.seconds for x in found),
+        sum(x.seconds for x in promises),
         "" if peer is None else "vAttention",
         ratio,
         misses / rows,

@@ -80,10 +80,10 @@ TASKS = (
 def _lookup(count: int, generator: torch.Generator) -> Sequences:
     keys = torch.rand(count, LOOKUP_KEYS, generator=generator).argsort(-1)[:, : LENGTH - 1]
     values = torch.randint(LOOKUP_VALUES, (count, LENGTH - 1), generator=generator)
-    asked = torch.randint(LENGTH - 1, (count, 1), generator=generator)
-    query = torch.cat((keys.gather(1, asked), torch.full_like(asked, LOOKUP_KEYS + LOOKUP_VALUES)), -1)
+    place = torch.randint(LENGTH - 1, (count, 1), generator=generator)
+    query = torch.cat((keys.gather(1, place), torch.full_like(place, LOOKUP_KEYS + LOOKUP_VALUES)), -1)
     pairs = torch.stack((keys, values + LOOKUP_KEYS), -1)
-    return Sequences(torch.cat((pairs, query[:, None]), 1), values.gather(1, asked).squeeze(-1))
+    return Sequences(torch.cat((pairs, query[:, None]), 1), values.gather(1, place).squeeze(-1))
 
 
 @cache

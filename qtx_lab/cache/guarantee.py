@@ -310,8 +310,8 @@ class _Block:
         """Put keys (h, r, T) into H where `valid`."""
         logits, _ = self.look_up(indices, valid)
         # An index that is not valid is scattered back as it was, before those that are.
-        kept = self.logits.gather(-1, indices)
-        self.logits.scatter_(-1, indices, torch.where(valid, logits, kept))
+        before = self.logits.gather(-1, indices)
+        self.logits.scatter_(-1, indices, torch.where(valid, logits, before))
         self.slack.scatter_(-1, indices, torch.where(valid, 0, self.slack.gather(-1, indices)))
         self.known.scatter_(-1, indices, valid | self.known.gather(-1, indices))
 
@@ -477,20 +477,20 @@ class _DrawnResidual:
         block, n = self.block, self.block.logits.shape[-1]
         output, bound, normaliser = self.estimate()
         done = self._kept(output, bound)
-        wanted = self.plan.draws.clamp_min(FEWEST_MORE).masked_fill(done | self.plan.exact, 0)
+        more_draws = self.plan.draws.clamp_min(FEWEST_MORE).masked_fill(done | self.plan.exact, 0)
         most = n - block.known.sum(-1)
         for _ in range(MOST_BLOCKS):
-            wanted = torch.where(self.count + wanted <= most, wanted, 0)
-            if not bool(wanted.any()):
+            more_draws = torch.where(self.count + more_draws <= most, more_draws, 0)
+            if not bool(more_draws.any()):
                 break
-            self.draw(wanted)
+            self.draw(more_draws)
             new, new_bound, new_normaliser = self.estimate()
-            drawn = wanted > 0
+            drawn = more_draws > 0
             output = torch.where(drawn[..., None], new, output)
             bound = torch.where(drawn, new_bound, bound)
             normaliser = torch.where(drawn, new_normaliser, normaliser)
             done = done | drawn & self._kept(new, new_bound)
-            wanted = self._more(output, normaliser).masked_fill(done | ~drawn, 0)
+            more_draws = self._more(output, normaliser).masked_fill(done | ~drawn, 0)
         return output, bound, normaliser, done
 
     def _kept(self, output: Tensor, bound: Tensor) -> Tensor:
@@ -529,20 +529,20 @@ class _DrawnResidual:
         square = (self.squares + RATIO_DRAWS * USUAL_RATIO**2) / (count + RATIO_DRAWS)
         return planned_draws(share, self.block.promise.risk, square)[1], square
 
-    def draw(self, wanted: Tensor) -> None:
-        """Draw and read `wanted` (h, r) more keys."""
+    def draw(self, more_draws: Tensor) -> None:
+        """Draw and read `more_draws` (h, r) keys."""
         block, centre = self.block, self.centre
-        most = int(wanted.max())
+        most = int(more_draws.max())
         allowed = block.allowed(centre)
         rate, _ = self.rate(allowed / self.total)
         # A row's draws are its next numbers, whatever the rows beside it have drawn.
-        turns = torch.arange(most, device=wanted.device)
-        numbers = block.stream.uniform(1, int((self.count + wanted).max()))[:, block.queries, 0]
+        turns = torch.arange(most, device=more_draws.device)
+        numbers = block.stream.uniform(1, int((self.count + more_draws).max()))[:, block.queries, 0]
         numbers = numbers.gather(-1, (self.count[..., None] + turns).clamp_max(numbers.shape[-1] - 1))
         points = numbers * self.reached[..., -1:]
         last = (centre.bounds > 0).long().cumsum(-1).argmax(-1, keepdim=True)  # of those with a bound
         indices = torch.searchsorted(self.reached, points.contiguous(), right=True).minimum(last)
-        valid = turns < wanted[..., None]
+        valid = turns < more_draws[..., None]
         logits, values = block.look_up(indices, valid)
         mass, guessed = (logits - centre.offset).exp(), rows_at(block.guessed, indices)
         guessed_mass = centre.masses.gather(-1, indices)
@@ -552,11 +552,11 @@ class _DrawnResidual:
         bounds = centre.bounds.gather(-1, indices).clamp_min(torch.finfo(mass.dtype).tiny)
         x = residual / bounds[..., None] * valid[..., None]  # X, [h, r, T, d + 1]
         square = x.square().sum((-2, -1))
-        drawn = wanted > 0
-        self.rates = self.rates + rate * wanted
+        drawn = more_draws > 0
+        self.rates = self.rates + rate * more_draws
         self.sums = self.sums + rate[..., None] * x.sum(-2)
         self.spent = self.spent + torch.where(drawn, psi(rate) * square, 0)
-        self.squares, self.count = self.squares + square, self.count + wanted
+        self.squares, self.count = self.squares + square, self.count + more_draws
 
 
 def attend_within(

@@ -69,9 +69,9 @@ class ExponentialPolynomial:
 
     def part(self, parity: int) -> np.ndarray:
         """Chebyshev coefficients of the even (0) or odd (1) part, divided by its weight."""
-        kept = np.where(np.arange(self.degree + 1) % 2 == parity, self.coefficients, 0)
+        of_parity = np.where(np.arange(self.degree + 1) % 2 == parity, self.coefficients, 0)
         last = self.degree if self.degree % 2 == parity else self.degree - 1
-        return kept[: last + 1] / max((1 - self.weight) if parity else self.weight, 1e-12)
+        return of_parity[: last + 1] / max((1 - self.weight) if parity else self.weight, 1e-12)
 
 
 @lru_cache(maxsize=256)
@@ -145,11 +145,11 @@ def exponential_polynomial(
         )
     *_, weight, scale = solution.x
     coefficients = solution.x[:-2]
-    found = ExponentialPolynomial(alpha, bound, tolerance, coefficients, scale, weight)
+    polynomial = ExponentialPolynomial(alpha, bound, tolerance, coefficients, scale, weight)
     between = np.cos(np.linspace(0, np.pi / 2, 100 * degree))  # the grid's bounds hold only nearly between
-    most = max(np.abs(chebyshev.chebval(between, found.part(parity))).max() for parity in (0, 1))
+    most = max(np.abs(chebyshev.chebval(between, polynomial.part(parity))).max() for parity in (0, 1))
     factor = MAX_POLYNOMIAL / max(1.0, most)
-    return replace(found, coefficients=factor * coefficients, scale=factor * scale)
+    return replace(polynomial, coefficients=factor * coefficients, scale=factor * scale)
 
 
 def signal(phases: np.ndarray, x: np.ndarray) -> np.ndarray:

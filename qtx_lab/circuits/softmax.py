@@ -242,17 +242,17 @@ class SoftmaxLoader(Loader):
         inputs = self._inputs(q, k, scale, allowed)
         n = k.shape[-2]
         polynomials = [self._polynomial(alpha) for alpha in inputs.alpha.tolist()]
-        kept = torch.zeros_like(inputs.overlap, dtype=torch.bool)
-        kept[:, :n] = True if allowed is None else allowed.cpu()
+        visible = torch.zeros_like(inputs.overlap, dtype=torch.bool)
+        visible[:, :n] = True if allowed is None else allowed.cpu()
         amplitudes = [f(x) for f, x in zip(polynomials, inputs.overlap.numpy(), strict=True)]
         squares = torch.from_numpy(np.array(amplitudes).reshape(inputs.overlap.shape)).square()
         passed = squares.mean(-1)  # of all indices, also those that are discarded
-        draws = (squares * kept).mean(-1)
+        draws = (squares * visible).mean(-1)
         angle = passed.clamp(0, 1).sqrt().asin()
         rounds = (math.pi / (4 * angle) - 0.5).round().clamp_min(0)
-        logits = (inputs.overlap * inputs.alpha[:, None]).masked_fill(~kept, -torch.inf)
+        logits = (inputs.overlap * inputs.alpha[:, None]).masked_fill(~visible, -torch.inf)
         return SoftmaxExpectation(
-            probabilities=(squares * kept / (squares * kept).sum(-1, keepdim=True))[:, :n],
+            probabilities=(squares * visible / (squares * visible).sum(-1, keepdim=True))[:, :n],
             softmax=logits.softmax(-1)[:, :n],
             success=draws,
             amplified=((2 * self.rounds + 1) * angle).sin().square() * draws / passed,

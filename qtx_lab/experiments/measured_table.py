@@ -120,15 +120,15 @@ def measured_rows(
     parameters = differing_parameters(
         [(manifest.get("spec") or {}).get("fields") or {} for _, manifest in done]
     )
-    found = {}
+    measures = {}
     for name, facts in declared.items():
         frame = _rows_of(name, facts, declared, done, parameters)
         if not frame.empty:
             keys = [c for c in frame if c not in ("value", "half_width", "run") and frame[c].notna().all()]
             keys = [c for c in keys if frame[c].map(_text).nunique() > 1]
-            kept = tuple(_without_copies(frame, keys))
-            found[name] = MeasuredRows(frame, kept, str(facts.get("unit") or ""))
-    return found
+            varying = tuple(_without_copies(frame, keys))
+            measures[name] = MeasuredRows(frame, varying, str(facts.get("unit") or ""))
+    return measures
 
 
 def measured_table(
@@ -147,17 +147,17 @@ def measured_table(
     measure : str, optional
         The number that is the main one; what the notebooks declare as such, or else the first one, if None.
     """
-    found = measured_rows(notebooks, measure)
-    if not found:
+    measures = measured_rows(notebooks, measure)
+    if not measures:
         return MeasuredTable(pd.DataFrame({"runs": []}), (), {})
-    main = next(iter(found))
-    frame, keys = _means(main, found[main]), found[main].keys
-    for name, rows in found.items():
+    main = next(iter(measures))
+    frame, keys = _means(main, measures[main]), measures[main].keys
+    for name, rows in measures.items():
         if name != main and set(rows.keys) <= set(keys):
             part = _means(name, rows).drop(columns="runs")
             own = list(rows.keys)
             frame = frame.merge(part, "left", own) if own else frame.merge(part, "cross")
-    units = {name: rows.unit for name, rows in found.items() if name in frame}
+    units = {name: rows.unit for name, rows in measures.items() if name in frame}
     columns = [*keys, "runs", *(column for name in units for column in (name, f"half_width {name}"))]
     return MeasuredTable(frame[columns], keys, units)
 
@@ -198,16 +198,16 @@ def differing_parameters(specs: Sequence[Mapping[str, Any]]) -> list[dict[str, A
         fields = dict(spec)
         own = fields.pop("parameters", None)  # of a notebook without a spec of its own
         parameters.append({**fields, **(own if isinstance(own, Mapping) else {})})
-    kept: list[dict[str, Any]] = [{} for _ in parameters]
+    fields_of_runs: list[dict[str, Any]] = [{} for _ in parameters]
     for name in dict.fromkeys(name for fields in parameters for name in fields if name != "seed"):
         values: list[Any] = [fields.get(name) for fields in parameters]
         if len({json.dumps(value, sort_keys=True, default=str) for value in values}) < 2:
             continue
         if all(isinstance(value, list | tuple) and len(value) == 1 for value in values):
             values = [value[0] for value in values]
-        for fields, value in zip(kept, values, strict=True):
+        for fields, value in zip(fields_of_runs, values, strict=True):
             fields[name] = value if isinstance(value, str | int | float) else json.dumps(value, default=str)
-    return kept
+    return fields_of_runs
 
 
 def _rows_of(
@@ -271,12 +271,12 @@ def _means(name: str, rows: MeasuredRows) -> pd.DataFrame:
 def _without_copies(frame: pd.DataFrame, keys: list[str]) -> list[str]:
     """Keys without those that follow from the keys behind them, as the only sampler of a list of them."""
     texts = frame[keys].map(_text)
-    kept = list(keys)
+    distinguishing = list(keys)
     for key in keys:
-        others = [other for other in kept if other != key]
-        if others and len(texts[others].drop_duplicates()) == len(texts[kept].drop_duplicates()):
-            kept = others
-    return kept
+        others = [other for other in distinguishing if other != key]
+        if others and len(texts[others].drop_duplicates()) == len(texts[distinguishing].drop_duplicates()):
+            distinguishing = others
+    return distinguishing
 
 
 def _text(value: Any) -> str:

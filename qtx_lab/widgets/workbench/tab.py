@@ -190,8 +190,8 @@ class WorkbenchTab:
 
     def cancelled_note(self) -> str:
         """What is said after the work was cancelled: what is kept, and how to go on; HTML."""
-        kept = "What is shown had come in until then." if self.result else "Nothing had come in yet."
-        return f"Cancelled. {kept} Press <b>{self.button}</b> to start again."
+        what_is_shown = "What is shown had come in until then." if self.result else "Nothing had come in yet."
+        return f"Cancelled. {what_is_shown} Press <b>{self.button}</b> to start again."
 
     def cost(self) -> str:
         """What the work costs, for the status line."""

@@ -254,14 +254,21 @@ def wait_until(process: subprocess.Popen, home: Path, count: int) -> None:
 def kill(process: subprocess.Popen, victim: str, rng: random.Random) -> bool:
     """Kill the sweep, a worker or a kernel; whether there was one."""
     target = psutil.Process(process.pid)
-    with suppress(psutil.Error, IndexError):
-        children = target.children(recursive=True)
-        kernels = [x for x in children if "ipykernel_launcher" in " ".join(x.cmdline())]
-        workers = [x for x in children if "spawn_main" in " ".join(x.cmdline())]
-        pool = {"sweep": [target], "worker": workers, "kernel": kernels}[victim]
+    pool = [target]
+    if victim != "sweep":
+        word = {"worker": "spawn_main", "kernel": "ipykernel_launcher"}[victim]
+        pool = [child for child in target.children(recursive=True) if word in command_of(child)]
+    with suppress(psutil.NoSuchProcess, IndexError):
         rng.choice(pool).send_signal(signal.SIGKILL)
         return True
     return False
+
+
+def command_of(process: psutil.Process) -> str:
+    """The command line of a process; empty where it has ended in the meantime, as kernels often do."""
+    with suppress(psutil.Error):
+        return " ".join(process.cmdline())
+    return ""
 
 
 def complete(notebook: Path, home: Path, cells: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .boundary import HelpBoundary, rows_boundary, shots_that_extrapolation_needs, zne_boundary
 from .calls import MitigatedCall, find_mitigated_calls
 from .circuit import CircuitMitigation
 from .decay import SharedDecay
@@ -20,6 +21,7 @@ __all__ = [
     "METHODS",
     "SCALINGS",
     "CircuitMitigation",
+    "HelpBoundary",
     "MitigatedCall",
     "MitigationPlanner",
     "Plan",
@@ -34,6 +36,9 @@ __all__ = [
     "fold",
     "project_to_simplex",
     "readout_errors",
+    "rows_boundary",
     "scale_noise",
+    "shots_that_extrapolation_needs",
     "undo_readout",
+    "zne_boundary",
 ]

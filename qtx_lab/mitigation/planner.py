@@ -17,6 +17,7 @@ from ..circuits import TreeLoader, check_rows
 from ..circuits.base import num_bits
 from ..circuits.fidelity import total_variation_distance
 from ..errors import ArgumentError, DtypeError, ShapeError
+from .boundary import HelpBoundary, rows_boundary
 from .circuit import CircuitMitigation
 from .decay import SharedDecay
 from .distillation import MAX_COPY_QUBITS, TwoCopyLoader
@@ -232,6 +233,25 @@ class MitigationPlanner:
             _reason(best, predictions[raw], len(predictions)),
             f"{count} of the {len(known)} {whose}",
         )
+
+    def help_boundary(
+        self, backend: QiskitQuantumBackend, p: Tensor, zne: ZeroNoiseExtrapolation
+    ) -> HelpBoundary:
+        """Compute in closed form where an extrapolation helps the rows on which the planner rehearses.
+
+        The boundary is about mean squared errors (`Prediction.mean_square`) by noise in units of the
+        simulator's own; errors are as for `rows_boundary`.
+
+        Examples
+        --------
+        >>> from qtx_lab.backends import ParametricNoise
+        >>> backend = QiskitQuantumBackend("aer", noise=ParametricNoise(two_qubit=0.01), loader="tree")
+        >>> p = torch.tensor([[0.4, 0.3, 0.2, 0.1]])
+        >>> boundary = MitigationPlanner().help_boundary(backend, p, ZeroNoiseExtrapolation([1, 3]))
+        >>> f"{boundary.shots(noise=1):.2g} shots, {boundary.shots(noise=0.1):.2g} with a tenth of the noise"
+        '4.2e+05 shots, 4.2e+07 with a tenth of the noise'
+        """
+        return rows_boundary(self.model or backend, p if self.rows is None else self.rows, zne)
 
     def planned_runs(self, backend: QiskitQuantumBackend, p: Tensor, shots: int) -> list[PlannedRun]:
         """List what `sample_rows` would run with the option that is chosen by a generator of its own.

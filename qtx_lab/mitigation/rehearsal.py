@@ -75,6 +75,10 @@ class Prediction:
         Standard error of `error`, because rehearsals are few.
     problem : str
         Why the option cannot be used; empty if it can.
+    mean_square : float
+        Sum over keys of squared errors, mean over rows: what `boundary` is about.
+    mean_square_std_error : float
+        Its standard error.
     """
 
     option: Any
@@ -83,6 +87,8 @@ class Prediction:
     noise: float
     std_error: float = 0.0
     problem: str = ""
+    mean_square: float = inf
+    mean_square_std_error: float = 0.0
 
 
 class Rehearsal:
@@ -132,7 +138,7 @@ class Rehearsal:
             ).p
         except (ArgumentError, BackendUnavailable, torch.linalg.LinAlgError) as error:
             return Prediction(option, inf, inf, inf, problem=str(error))
-        misses, noises = [], []
+        misses, noises, squares = [], [], []
         for _ in range(repeats):
             counts = [
                 torch.from_numpy(rng.multinomial(level_shots, x.numpy()))
@@ -141,9 +147,18 @@ class Rehearsal:
             estimate = option.combine_results(self.backend, self.p, counts, errors).p
             misses.append(float(total_variation_distance(estimate, self.p).mean()))
             noises.append(float(total_variation_distance(estimate, limit).mean()))
+            squares.append(float((estimate - self.p).square().sum(-1).mean()))
         bias = float(total_variation_distance(limit, self.p).mean())
-        std_error = stdev(misses) / repeats**0.5 if repeats > 1 else 0.0
-        return Prediction(option, fmean(misses), bias, fmean(noises), std_error)
+        std_error, square_error = (stdev(x) / repeats**0.5 if repeats > 1 else 0.0 for x in (misses, squares))
+        return Prediction(
+            option,
+            fmean(misses),
+            bias,
+            fmean(noises),
+            std_error,
+            mean_square=fmean(squares),
+            mean_square_std_error=square_error,
+        )
 
     def outcomes(self, option: RehearsedOption) -> list[Tensor]:
         """Return the probabilities of the register's values at each noise level of an option, (R, 2^bits)."""

@@ -41,13 +41,17 @@ class CostError(ArgumentError):
 
     Examples
     --------
-    A caller who may not spend more goes on without the device:
+    The guard of a device's calls, with a limit of one minute, is asked about a call of two:
 
-    >>> def measure(backend, p):
-    ...     try:
-    ...         return backend.sample_rows(p)
-    ...     except CostError:
-    ...         return None
+    >>> from qtx_lab.backends.costs import Cost, RunCost
+    >>> from qtx_lab.backends.ibm.budget import CostGuard
+    >>> cost = Cost((RunCost("rows", circuits=100, shots=4000, jobs=1, quantum_seconds=120.0),))
+    >>> try:
+    ...     with CostGuard("ibm_boston", max_quantum_seconds=60, budget=None).allow(cost):
+    ...         print("sent")
+    ... except CostError as error:
+    ...     print(error)
+    ibm_boston: 100 circuits × 4,000 shots = ..., more than max_quantum_seconds=60. Nothing of it was sent: ...
     """
 
 
@@ -145,15 +149,18 @@ class RunFailed(QtxError, RuntimeError):
 
     Examples
     --------
-    One failed notebook does not stop the others of a list:
-
+    >>> import nbformat, tempfile
+    >>> from pathlib import Path
     >>> from qtx_lab import run_notebook
-    >>> def run_all(notebooks):
-    ...     for notebook in notebooks:
-    ...         try:
-    ...             run_notebook(notebook)
-    ...         except RunFailed as error:
-    ...             print(error)
+    >>> cell = nbformat.v4.new_code_cell("1 / 0")
+    >>> with tempfile.TemporaryDirectory() as home:
+    ...     path = Path(home, "broken.ipynb")
+    ...     nbformat.write(nbformat.v4.new_notebook(cells=[cell]), path)
+    ...     try:
+    ...         run_notebook(path, home=home, progress=False)
+    ...     except RunFailed as error:
+    ...         print(error)
+    broken.ipynb stopped in cell [1] (1 / 0) with ZeroDivisionError: division by zero
     """
 
 
@@ -162,13 +169,13 @@ class MissingPackage(QtxError, ModuleNotFoundError):
 
     Examples
     --------
-    >>> def has_circuits():
-    ...     try:
-    ...         from qtx_lab import QiskitQuantumBackend
-    ...     except MissingPackage as error:
-    ...         print(error)
-    ...         return False
-    ...     return True
+    It is an ImportError, so that code which bears a missing package bears it too:
+
+    >>> try:
+    ...     raise MissingPackage("qtx_lab.TreeLoader needs qiskit: pip install 'qtx-lab[quantum]'.")
+    ... except ImportError as error:
+    ...     print(error)
+    qtx_lab.TreeLoader needs qiskit: pip install 'qtx-lab[quantum]'.
     """
 
 
@@ -179,11 +186,16 @@ class BackendUnavailable(QtxError, RuntimeError):
 
     Examples
     --------
-    >>> def rows_or_none(backend, p):
-    ...     try:
-    ...         return backend.sample_rows(p)
-    ...     except BackendUnavailable as error:
-    ...         print(error)
+    A row of 8 keys, one qubit each, on the twin of a device of 5 qubits:
+
+    >>> import torch
+    >>> from qtx_lab import QiskitQuantumBackend
+    >>> backend = QiskitQuantumBackend("aer", "fake_manila", loader="unary")
+    >>> try:
+    ...     backend.sample_rows(torch.full((1, 8), 1 / 8), shots=100)
+    ... except BackendUnavailable as error:
+    ...     print(error)
+    8 connected qubits are needed; the device of 5 has no such region.
     """
 
 
@@ -206,11 +218,16 @@ class JobTimeout(QtxError, TimeoutError):
     --------
     Ask for a result later, and do something else until then:
 
-    >>> def result_or_none(job):
-    ...     try:
-    ...         return job.result(timeout=60)
-    ...     except JobTimeout:
-    ...         return None
+    >>> import torch
+    >>> from qtx_lab import QiskitQuantumBackend
+    >>> job = QiskitQuantumBackend("aer").submit_rows(torch.full((8, 64), 1 / 64), shots=1000)
+    >>> try:
+    ...     job.counts(timeout=0)
+    ... except JobTimeout as error:
+    ...     print(error)
+    Job local-... is running after 0 s; it goes on.
+    >>> job.counts().counts.sum(-1).tolist()
+    [1000, 1000, 1000, 1000, 1000, 1000, 1000, 1000]
     """
 
 
@@ -243,9 +260,15 @@ class FallbackWarning(UserWarning):
     --------
     Make every fallback an error:
 
-    >>> import warnings
+    >>> import torch, warnings
+    >>> from qtx_lab import ZeroNoiseExtrapolation
+    >>> q = torch.zeros(2, 4)
     >>> with warnings.catch_warnings():
     ...     warnings.simplefilter("error", FallbackWarning)
+    ...     zne = ZeroNoiseExtrapolation(noise_levels=[0.0, 0.01, 0.02])
+    ...     zne.mitigate_attention_errors(lambda q, k, v, noise_level: q, q, q, q)
+    Traceback (most recent call last):
+    qtx_lab.errors.FallbackWarning: noise_levels holds 0, which is the answer itself: ...
     """
 
 
@@ -254,11 +277,14 @@ class CalibrationWarning(UserWarning):
 
     Examples
     --------
-    Be told each time, and not once:
+    A measurement that must not span two calibrations ends at the second one:
 
     >>> import warnings
     >>> with warnings.catch_warnings():
-    ...     warnings.simplefilter("always", CalibrationWarning)
+    ...     warnings.simplefilter("error", CalibrationWarning)
+    ...     warnings.warn("ibm_boston was calibrated at 12:00.", CalibrationWarning)
+    Traceback (most recent call last):
+    qtx_lab.errors.CalibrationWarning: ibm_boston was calibrated at 12:00.
     """
 
 

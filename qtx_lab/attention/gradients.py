@@ -155,7 +155,12 @@ def same_draws(
     >>> g = torch.Generator().manual_seed(0)
     >>> x = torch.randn(8, 4, generator=g, requires_grad=True)
     >>> attend = lambda x: sampled_attention(x, x, x, num_samples=4, generator=g).output
+    >>> state = g.get_state()
+    >>> (expected,) = torch.autograd.grad(attend(x).sum(), x)
+    >>> _ = g.set_state(state)
     >>> checkpoint(attend, x, use_reentrant=False, context_fn=partial(same_draws, g)).sum().backward()
+    >>> torch.equal(x.grad, expected)
+    True
     """
     before: list[Tensor] = []
 

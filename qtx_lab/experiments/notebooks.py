@@ -135,9 +135,16 @@ def run_notebook(
 
     Examples
     --------
-    >>> def demo(text):
-    ...     run = run_notebook("00_quickstart", {"text": text, "sample_counts": [8, 32]})
-    ...     return run.path / "report.html"
+    >>> import nbformat, tempfile
+    >>> parameters = nbformat.v4.new_code_cell("x = 2", metadata={"tags": ["parameters"]})
+    >>> work = nbformat.v4.new_code_cell("print(x**2)")
+    >>> with tempfile.TemporaryDirectory() as home:
+    ...     path = Path(home, "square.ipynb")
+    ...     nbformat.write(nbformat.v4.new_notebook(cells=[parameters, work]), path)
+    ...     run = run_notebook(path, {"x": 3}, home=home, progress=False)
+    ...     executed = nbformat.read(run.path / "square.ipynb", as_version=4)
+    ...     run.status, executed.cells[-1].outputs[0].text.strip()
+    ('done', '9')
     """
     path = notebook_path(notebook)
     declared = declared_parameters(path)

@@ -67,8 +67,17 @@ def replay(
 
     Examples
     --------
-    >>> def still_true(name):
-    ...     return replay(name, progress=False).reproduced
+    >>> import nbformat, tempfile
+    >>> from pathlib import Path
+    >>> from qtx_lab import run_notebook
+    >>> cells = [nbformat.v4.new_code_cell("print(6 * 7)")]
+    >>> with tempfile.TemporaryDirectory() as home:
+    ...     path = Path(home, "answer.ipynb")
+    ...     nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+    ...     run = run_notebook(path, home=home, progress=False)
+    ...     comparison = replay(run, progress=False)
+    >>> comparison.reproduced, comparison.code, comparison.environment
+    (True, (), ())
     """
     original = run if isinstance(run, Run) else find_run(run, home)
     where = original.path.parent

@@ -181,9 +181,19 @@ def sweep(
 
     Examples
     --------
-    >>> def compare_samplers(notebook):
-    ...     run = sweep(notebook, {"sampler": ["monte-carlo", "systematic"]}, repeats=3)
-    ...     return run.metrics()
+    A notebook for two values of x, by a Dask client whose only worker is a thread of this process:
+
+    >>> import nbformat, tempfile
+    >>> from distributed import Client
+    >>> parameters = nbformat.v4.new_code_cell("x = 2", metadata={"tags": ["parameters"]})
+    >>> work = nbformat.v4.new_code_cell("print(x**2)")
+    >>> client = Client(processes=False, n_workers=1, threads_per_worker=1, dashboard_address=None)
+    >>> with client, tempfile.TemporaryDirectory() as home:
+    ...     path = Path(home, "square.ipynb")
+    ...     nbformat.write(nbformat.v4.new_notebook(cells=[parameters, work]), path)
+    ...     run = sweep(path, {"x": [1, 3]}, home=home, cluster=client, progress=False)
+    ...     run.metrics()[["status", "spec.x"]].values.tolist()
+    [['done', 1], ['done', 3]]
     """
     _check_kinds(grid, parameters, cluster)
     path = notebook_path(notebook).resolve()

@@ -145,12 +145,17 @@ class Calibration:
 
     Examples
     --------
-    `calibrate` makes it; a model's config takes its settings, and a file keeps all of it:
+    `calibrate` makes it; `config.qtx_sampled` of a model takes its settings, and a file keeps all of it:
 
-    >>> def use(best, config, path):
-    ...     if best.verified:
-    ...         config.qtx_sampled = best.settings
-    ...     best.write_json(path)
+    >>> import tempfile
+    >>> import qtx_lab as qtx
+    >>> model, text = qtx.load_language_model("reference"), qtx.reference_text()
+    >>> tiny = {"length": 64, "windows": 4, "scored_tokens": 8, "progress": False}
+    >>> best = qtx.calibrate(model, text[:2000], 0.1, **tiny)
+    >>> best.verified, best.settings["num_samples"], len(best.policies)
+    (True, 16, 6)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     best.write_json(f"{folder}/settings.json")
     """
 
     model: str
@@ -290,9 +295,9 @@ def calibrate(
     --------
     >>> import qtx_lab as qtx
     >>> model, text = qtx.load_language_model("reference"), qtx.reference_text()
-    >>> quick = {"length": 200, "windows": 6, "scored_tokens": 12, "progress": False}
+    >>> quick = {"length": 128, "windows": 4, "scored_tokens": 12, "progress": False}
     >>> best = calibrate(model, text[:4000], 0.1, **quick)
-    >>> best.verified, best.held_out.reads.values < 0.5, sorted(best.settings)[:2]
+    >>> best.verified, best.held_out.reads.values < 0.7, sorted(best.settings)[:2]
     (True, True, ['layers', 'num_samples'])
     """
     length = _check_arguments(model, max_loss, measure, length, scored_tokens, windows, confidence, seed)

@@ -2,7 +2,7 @@
 
 Examples
 --------
->>> import transformers
+>>> import torch, transformers
 >>> register()
 >>> config = transformers.LlamaConfig(
 ...     vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
@@ -10,6 +10,8 @@ Examples
 ... )
 >>> config.qtx_sampled = {"sampler": "head-tail", "num_samples": 4}
 >>> model = transformers.LlamaForCausalLM(config)
+>>> model(torch.tensor([[1, 2, 3]])).logits.shape
+torch.Size([1, 3, 8])
 """
 
 from __future__ import annotations

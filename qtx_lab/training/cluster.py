@@ -40,8 +40,13 @@ class Cluster:
 
     Examples
     --------
-    >>> def squares_on(cluster):
-    ...     return [cluster.client.submit(pow, x, 2).result() for x in range(cluster.num_workers)]
+    A scheduler that runs already, here with a worker in this process:
+
+    >>> from distributed import LocalCluster
+    >>> with LocalCluster(n_workers=1, processes=False, dashboard_address=None) as running:
+    ...     with open_cluster("address", address=running.scheduler_address) as cluster:
+    ...         cluster.kind, cluster.num_workers, cluster.client.submit(pow, 3, 2).result()
+    ('address', 1, 9)
     """
 
     kind: str

@@ -25,6 +25,8 @@ ROOT = NOTEBOOKS.parent
 sys.path.insert(0, str(ROOT))
 
 import qtx_lab  # noqa: E402
+from qtx_lab.samplers import BASELINES, SAMPLERS  # noqa: E402
+from qtx_lab.stability import EXPERIMENTAL  # noqa: E402
 
 # Notebooks keep their runs, and jupyter-cache what they printed, beside the pages.
 os.environ["QTX_LAB_HOME"] = str(ROOT / "build" / "docs-runs")
@@ -98,10 +100,17 @@ def first_line(thing: object) -> str:
     return (inspect.getdoc(thing) or "").partition("\n\n")[0].replace("\n", " ")
 
 
+def list_table(rows: list[list[str]], *options: str) -> list[str]:
+    """A table in reStructuredText, whose first row is its header."""
+    lines = ["", ".. list-table::", "   :header-rows: 1", *(f"   {option}" for option in options), ""]
+    for row in rows:
+        lines += [f"   {'  -' if i else '* -'} {cell}" for i, cell in enumerate(row)]
+    return [*lines, ""]
+
+
 def fields_of(spec: Any) -> list[str]:
-    """The fields of a spec as a table in reStructuredText."""
-    lines = ["", ".. list-table:: Fields", "   :header-rows: 1", "", "   * - field", "     - default"]
-    lines += ["     - allowed", "     - what it says"]
+    """The fields of a spec as a table."""
+    rows = [["field", "default", "allowed", "what it says"]]
     for name, field in spec.model_json_schema()["properties"].items():
         bounds = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
         kinds = [kind.get("type", "object") for kind in field.get("anyOf", [field])]
@@ -109,24 +118,66 @@ def fields_of(spec: Any) -> list[str]:
             ["any of " + ", ".join(map(str, field["enum"]))] if "enum" in field else [" or ".join(kinds)]
         )
         allowed += [f"{sign} {field[key]}" for key, sign in bounds.items() if key in field]
-        lines += [f"   * - ``{name}``", f"     - ``{json.dumps(field.get('default'), ensure_ascii=False)}``"]
-        lines += [f"     - {', '.join(allowed)}", f"     - {escaped(field.get('description', ''))}"]
-    return lines
+        default = json.dumps(field.get("default"), ensure_ascii=False)
+        about = escaped(field.get("description", ""))
+        rows.append([f"``{name}``", f"``{default}``", ", ".join(allowed), about])
+    return list_table(rows)
 
 
-def page_of(name: str) -> str:
-    """The page of a public name, in reStructuredText."""
-    thing = getattr(qtx_lab, name)
+def page_of(thing: Any, path: str) -> str:
+    """The page of what can be imported by this path, in reStructuredText."""
+    name = path.rpartition(".")[2]
     kind = "module" if inspect.ismodule(thing) else "class" if inspect.isclass(thing) else "function"
     lines = [name, "=" * len(name), ""]
+    if path == f"qtx_lab.{name}" and name in EXPERIMENTAL:
+        lines += [".. admonition:: Experimental", "   :class: caution", ""]
+        lines += [f"   {EXPERIMENTAL[name]} See :doc:`what that means <../stability>`.", ""]
     if kind == "module":
         return "\n".join([*lines, f".. automodule:: {thing.__name__}", "   :members:", ""])
-    lines += [f".. auto{kind}:: qtx_lab.{name}"]
+    lines += [f".. auto{kind}:: {path}"]
     if kind == "class" and "model_fields" in dir(thing):
-        lines += [*fields_of(thing)]
+        lines += fields_of(thing)
     elif kind == "class" and not issubclass(thing, Exception):
         lines += ["   :members:"]
     return "\n".join([*lines, ""])
+
+
+def rooms_page(rooms: dict[str, list[str]]) -> str:
+    """The public names of each room, with one line each."""
+    lines = ["By room", "=======", ""]
+    for room, names in rooms.items():
+        lines += [room, "-" * len(room), "", escaped(first_line(import_module(f"qtx_lab.{room}")))]
+        rows = [["name", "what it is"]]
+        for name in names:
+            mark = " *Experimental.*" if name in EXPERIMENTAL else ""
+            rows.append([f":doc:`{name}`", escaped(first_line(getattr(qtx_lab, name))) + mark])
+        lines += list_table(rows, ":widths: 30 70")
+        lines += [".. toctree::", "   :hidden:", "", *(f"   {name}" for name in names), ""]
+    return "\n".join(lines)
+
+
+def samplers_pages() -> dict[str, str]:
+    """A table of all samplers that have a name, and a page for each class that has none as a public name."""
+    rows = [["name", "class", "unbiased", "independent", "what it does"]]
+    pages = {}
+    for name, make in {**SAMPLERS, **BASELINES}.items():
+        sampler = make()
+        kind = type(sampler)
+        if kind.__name__ not in qtx_lab.__all__:
+            pages[f"{kind.__name__}.rst"] = page_of(kind, f"{kind.__module__}.{kind.__name__}")
+        abilities = ["yes" if able else "no" for able in (sampler.unbiased, sampler.independent)]
+        rows.append([f"``{name}``", f":doc:`{kind.__name__}`", *abilities, escaped(first_line(kind))])
+    lines = ["Samplers by name", "================", ""]
+    lines += ["What ``sampler=`` takes, and so do specs, forms and sweeps. The last ones are what others do."]
+    lines += list_table(rows)
+    lines += [".. toctree::", "   :hidden:", "", *(f"   {Path(page).stem}" for page in pages), ""]
+    return {"samplers.rst": "\n".join(lines), **pages}
+
+
+def experimental_page() -> str:
+    """The names that may change in any release, and why."""
+    rows = [["name", "why"], *([f":doc:`{name}`", why] for name, why in EXPERIMENTAL.items())]
+    return "\n".join(["Experimental names", "==================", *list_table(rows, ":widths: 30 70")])
 
 
 def results_page(path: Path) -> str:
@@ -134,31 +185,23 @@ def results_page(path: Path) -> str:
     result = json.loads(path.read_text(encoding="utf-8"))
     title = f"{result['bench']}: {path.name}"
     machine = ", ".join(f"{name} {value}" for name, value in result["machine"].items() if value is not None)
-    lines = [title, "=" * len(title), "", f"Measured on {machine}.", "", ".. list-table::"]
-    lines += ["   :header-rows: 1", ""]
     hidden = {"front", "baseline", "settings"}
     names = [name for name, value in result["rows"][0].items() if name not in hidden]
-    for row in [dict(zip(names, names, strict=True)), *result["rows"]]:
+    rows = [names]
+    for row in result["rows"]:
         cells = [row.get(name) for name in names]
-        shown = [f"{x:.3g}" if isinstance(x, float) else "" if x is None else str(x) for x in cells]
-        lines += [f"   {'-' if i else '* -'} {x}".replace("   -", "     -") for i, x in enumerate(shown)]
-    return "\n".join([*lines, ""])
+        rows.append([f"{x:.3g}" if isinstance(x, float) else "" if x is None else str(x) for x in cells])
+    return "\n".join([title, "=" * len(title), "", f"Measured on {machine}.", *list_table(rows)])
 
 
 def write_reference(app: Sphinx) -> None:
     """Write a page for each public name and each measured table, and their indices, where not current."""
     folder = NOTEBOOKS / "reference" / "api"
     folder.mkdir(exist_ok=True)
-    pages = {}
-    index = ["By room", "=======", ""]
-    for room, names in rooms().items():
-        index += [room, "-" * len(room), "", escaped(first_line(import_module(f"qtx_lab.{room}"))), ""]
-        index += [".. list-table::", "   :widths: 30 70", ""]
-        for name in names:
-            pages[f"{name}.rst"] = page_of(name)
-            index += [f"   * - :doc:`{name}`", f"     - {escaped(first_line(getattr(qtx_lab, name)))}"]
-        index += ["", ".. toctree::", "   :hidden:", "", *(f"   {name}" for name in names), ""]
-    pages["index.rst"] = "\n".join(index)
+    names = rooms()
+    pages = {"index.rst": rooms_page(names), "experimental.rst": experimental_page(), **samplers_pages()}
+    for name in [name for room in names.values() for name in room]:
+        pages[f"{name}.rst"] = page_of(getattr(qtx_lab, name), f"qtx_lab.{name}")
     for path in sorted((NOTEBOOKS / "results").glob("*.json")):
         if "rows" in json.loads(path.read_text(encoding="utf-8")):
             pages[f"measured_{path.stem}.rst"] = results_page(path)

@@ -51,7 +51,7 @@ class CostError(ArgumentError):
     ...         print("sent")
     ... except CostError as error:
     ...     print(error)
-    ibm_boston: 100 circuits × 4,000 shots = ..., more than max_quantum_seconds=60. Nothing of it was sent: ...
+    ibm_boston: 100 circuits × 4,000 shots = ..., more than max_quantum_seconds=60. Nothing of it was sent...
     """
 
 

@@ -1,5 +1,6 @@
 """The documentation: links hold, every public name has a page, and the code of the pages runs."""
 
+import doctest
 import inspect
 import re
 import warnings
@@ -10,6 +11,8 @@ import pytest
 import qtx_lab
 from qtx_lab.bench.base import NAMES
 from qtx_lab.cli import main
+from qtx_lab.samplers import BASELINES, SAMPLERS, unregister_sampler
+from qtx_lab.stability import EXPERIMENTAL, STABLE
 
 ROOT = Path(__file__).parents[1]
 PAGES = ROOT / "notebooks"
@@ -20,6 +23,11 @@ CODE = re.compile(r"^( *)```python\n(.*?)^\1```", flags=re.M | re.S)
 def code_of(page: Path) -> list[str]:
     """The Python blocks of a page, without their indentation."""
     return [inspect.cleandoc("\n" + code) for _, code in CODE.findall(page.read_text(encoding="utf-8"))]
+
+
+CODED = [
+    page for page in (ROOT / "README.md", ROOT / ".github" / "CONTRIBUTING.md", *WRITTEN) if code_of(page)
+]
 
 
 @pytest.fixture(scope="module")
@@ -46,18 +54,45 @@ def test_every_public_name_has_a_page_with_types_and_an_example(built: Path) -> 
     pages = {path.stem for path in (PAGES / "reference" / "api").glob("*.rst")}
     names = set(qtx_lab.__all__) - {"__version__"}
     assert names <= pages
-    without = [name for name in names if ">>>" not in (inspect.getdoc(getattr(qtx_lab, name)) or "")]
-    assert sorted(without) == []
+    read = doctest.DocTestParser().get_examples
+    without = [
+        name
+        for name in names
+        if not any(example.want for example in read(inspect.getdoc(getattr(qtx_lab, name)) or ""))
+    ]
+    assert sorted(without) == []  # an example that only defines a function shows nothing
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", *filter(code_of, WRITTEN)], ids=lambda page: page.stem)
+def test_every_sampler_has_a_page_and_a_row_in_their_table(built: Path) -> None:
+    folder = PAGES / "reference" / "api"
+    table = (folder / "samplers.rst").read_text(encoding="utf-8")
+    for name, make in {**SAMPLERS, **BASELINES}.items():
+        page = type(make()).__name__
+        assert f"``{name}``" in table
+        assert f":doc:`{page}`" in table
+        assert (folder / f"{page}.rst").is_file()
+
+
+def test_every_public_name_is_stable_or_experimental_and_marked(built: Path) -> None:
+    assert sorted([*STABLE, *EXPERIMENTAL]) == qtx_lab.__all__  # each on one of the lists in stability.py
+    folder = PAGES / "reference" / "api"
+    marked = {path.stem for path in folder.glob("*.rst") if "admonition:: Experimental" in path.read_text()}
+    assert marked == set(EXPERIMENTAL)
+
+
+@pytest.mark.parametrize("page", CODED, ids=lambda page: page.stem)
 def test_the_code_of_a_page_runs(page: Path, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {"__name__": page.stem}
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for block in code_of(page):
-            exec(compile(block, str(page), "exec"), names)
+    known = set(SAMPLERS)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for block in code_of(page):
+                exec(compile(block, str(page), "exec"), names)
+    finally:
+        for name in set(SAMPLERS) - known:
+            unregister_sampler(name)
 
 
 def test_the_tables_name_every_command_and_benchmark() -> None:

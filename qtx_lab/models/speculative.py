@@ -475,15 +475,13 @@ class SampledDrafter:
     def draft(self, token: int) -> Draft:
         """Add a token for now, attending by draws: see `Drafter.draft`."""
         self._errors = []
-        logits = self._forward([token], len(self.caches[0]), self._attend_by_draws)[0]
+        tokens = torch.tensor([[token]], device=self.logits.device)
+        logits = self._forward(tokens, len(self.caches[0]), self._attend_by_draws)[0, 0]
         return Draft(logits, math.sqrt(sum(self._errors) / len(self._errors)))
 
     def verify(self, tokens: Sequence[int]) -> Tensor:
         """Exact logits (T, V) after each of these tokens: see `Drafter.verify`."""
-        for cache in self.caches:
-            cache.crop(self.length)
-        self._verified = len(tokens)
-        return self._forward(tokens, self.length, self._attend_exactly)
+        return self._verify(torch.tensor([tokens], device=self.logits.device))[0]
 
     def keep(self, count: int) -> None:
         """Take all but the first `count` tokens of the last `verify` out: see `Drafter.keep`."""
@@ -491,11 +489,18 @@ class SampledDrafter:
         for cache in self.caches if count < self._verified else ():
             cache.crop(self.length)
 
+    def _verify(self, tokens: Tensor) -> Tensor:
+        """Exact logits (B, T, V) after tokens (B, T), in place of what was drafted."""
+        for cache in self.caches:
+            cache.crop(self.length)
+        self._verified = tokens.shape[1]
+        return self._forward(tokens, self.length, self._attend_exactly)
+
     def _forward(
-        self, tokens: Sequence[int], position: int, attend: Callable[[int, Tensor, Tensor, Tensor], Tensor]
+        self, tokens: Tensor, position: int, attend: Callable[[int, Tensor, Tensor, Tensor], Tensor]
     ) -> Tensor:
         with torch.no_grad():
-            return self.model(torch.tensor([tokens], device=self.logits.device), attend, position)[0]
+            return self.model(tokens, attend, position)
 
     def _attend_exactly(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         self.caches[layer].append(k, v)

@@ -19,7 +19,7 @@ lab: .venv/.base ## JupyterLab on notebooks/
 	@.venv/bin/qtx-lab lab $(ARGS)
 
 docs: .venv/.docs ## the documentation, in build/docs; notebooks are executed once (ARGS="-D nb_execution_mode=off")
-	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} .venv/bin/python -m sphinx -q -W --keep-going -b html -d build/docs-doctrees $(ARGS) \
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} .venv/bin/python -m sphinx -q -W --keep-going -b html -d build/docs-doctrees $(ARGS) \
 	  notebooks build/docs
 	@echo "build/docs/index.html"
 

@@ -12,8 +12,10 @@ import hashlib
 import json
 import os
 import shutil
+import threading
+import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -166,10 +168,11 @@ def claim(folder: Path, attempt: str) -> None:
 class CheckpointWriter:
     """Writes the checkpoints of a training, where possible beside it; used as a `with` block around it.
 
-    Where every rank holds the whole state, rank 0 copies it and a thread writes the copy while training goes
-    on. At most one checkpoint is being written: the next `save` waits for it. An error of the write is raised
-    by the next `check` or `save`, or at the end of the block. Of a sharded module all ranks write their parts
-    at once, and training waits.
+    Where every rank holds the whole state, a thread of rank 0 copies it and writes the copy while training
+    goes on. The forward and backward passes of the next step run beside the copying, which leaves the
+    parameters alone; the optimizer's step waits for its end. At most one checkpoint is being written: the
+    next `save` waits for it. An error of the write is raised by the next `check` or `save`, or at the end of
+    the block. Of a sharded module all ranks write their parts at once, and training waits.
 
     Parameters
     ----------
@@ -181,6 +184,11 @@ class CheckpointWriter:
         Name of this attempt, from `claim`.
     keep : int
         How many of the latest checkpoints are kept.
+
+    Attributes
+    ----------
+    copy_wait : float
+        Seconds for which optimizers have waited for the copy of the last checkpoint.
     """
 
     def __init__(
@@ -189,6 +197,9 @@ class CheckpointWriter:
         self.folder, self.module, self.optimizer = folder, module, optimizer
         self.attempt, self.keep = attempt, keep
         self.sharded = isinstance(module, FSDPModule)
+        self.copy_wait = 0.0
+        self._copied = threading.Event()
+        self._copied.set()
         self._writing: Future[None] | None = None
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._warnings = warnings.catch_warnings()
@@ -201,9 +212,11 @@ class CheckpointWriter:
         # Here and not in the thread: filters of warnings belong to the whole process.
         self._warnings.__enter__()
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        self._hook = self.optimizer.register_step_pre_hook(lambda *_: self._wait_for_copy())
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        self._hook.remove()
         self._pool.shutdown(wait=True)
         self._warnings.__exit__(None, None, None)
         if kind is None:
@@ -227,12 +240,15 @@ class CheckpointWriter:
             untouched.
         """
         self._finish()
+        self.copy_wait = 0.0
         if self.sharded:
             model, optimizer_state = get_state_dict(self.module, self.optimizer)
             self._write(step, {"model": model, "optimizer": optimizer_state}, about)
         elif not dist.is_initialized() or dist.get_rank() == 0:
-            state = self._copied_state() | ({} if replicas is None else {"replicas": replicas})
-            self._writing = self._pool.submit(self._write, step, state, about)
+            pairs = self._stage()
+            state = self._staged | ({} if replicas is None else {"replicas": replicas})
+            self._copied.clear()
+            self._writing = self._pool.submit(self._copy_and_write, pairs, step, state, about)
 
     def check(self) -> None:
         """Raise the error of a write that has failed."""
@@ -244,20 +260,28 @@ class CheckpointWriter:
         if writing is not None:
             writing.result()
 
-    def _copied_state(self) -> dict[str, Any]:
-        """A copy of the state in main memory, whose tensors are used again for the next checkpoint."""
+    def _wait_for_copy(self) -> None:
+        started = time.monotonic()
+        self._copied.wait()
+        self.copy_wait += time.monotonic() - started
+
+    def _stage(self) -> list[tuple[Tensor, Tensor]]:
+        """Prepare `_staged`, the state in main memory; the pairs (copy, source) that are still to be copied.
+
+        The tensors of the last checkpoint are used again.
+        """
         states = [
             x for state in self.optimizer.state.values() for x in state.values() if isinstance(x, Tensor)
         ]
+        buffers = {x.data_ptr() for x in self.module.buffers()}
         pointers = [x.data_ptr() for x in (*self.module.parameters(), *self.module.buffers(), *states)]
         if pointers == self._pointers:
-            with torch.no_grad():
-                for copy, source in zip(self._copies, self._sources, strict=True):
-                    copy.copy_(source)
             groups = self._staged["optimizer"]["param_groups"]
             for group, now in zip(groups, self.optimizer.param_groups, strict=True):
                 group |= {name: now[name] for name in group if name != "params"}
-            return self._staged
+            pairs = list(zip(self._copies, self._sources, strict=True))
+            _copy([pair for pair in pairs if pair[1].data_ptr() in buffers])  # a forward pass changes them
+            return [pair for pair in pairs if pair[1].data_ptr() not in buffers]
         model, optimizer_state = get_state_dict(self.module, self.optimizer)
         leaves, structure = tree_flatten({"model": model, "optimizer": optimizer_state})
         copied = [x.detach().to("cpu", copy=True) if isinstance(x, Tensor) else x for x in leaves]
@@ -266,7 +290,20 @@ class CheckpointWriter:
         self._copies = [x for x in copied if isinstance(x, Tensor)]
         # Copied tensors are used again only if all of them are those of the module and its optimizer.
         self._pointers = pointers if {x.data_ptr() for x in self._sources} <= set(pointers) else []
-        return self._staged
+        return []
+
+    def _copy_and_write(
+        self,
+        pairs: Sequence[tuple[Tensor, Tensor]],
+        step: int,
+        state: dict[str, Any],
+        about: Mapping[str, Any],
+    ) -> None:
+        try:
+            _copy(pairs)
+        finally:
+            self._copied.set()
+        self._write(step, state, about)
 
     def _write(self, step: int, state: dict[str, Any], about: Mapping[str, Any]) -> None:
         folder, path = self.folder, checkpoint_path(self.folder, step)
@@ -294,6 +331,13 @@ class CheckpointWriter:
         steps = checkpoints(folder)
         for old in set(steps) - set([x for x in steps if x <= step][-self.keep :]):
             shutil.rmtree(checkpoint_path(folder, old), ignore_errors=True)
+
+
+def _copy(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Copy the second tensor of each pair into the first."""
+    with torch.no_grad():
+        for copy, source in pairs:
+            copy.copy_(source)
 
 
 def load_checkpoint(

@@ -468,6 +468,9 @@ class _Rank:
         self.steps_done = step + 1
         now = time.monotonic()
         seconds, self.step_started = now - self.step_started, now
+        if self.checkpoint_seconds is not None:
+            self.checkpoint_seconds += self.writer.copy_wait
+            seconds -= self.writer.copy_wait
         row = self._metrics(step, loss, norm, seconds)
         if self.noise_statistics and spec.draws_schedule == "signal-to-noise":
             self.draws = needed_draws(spec, self.noise_to_signal, self.attention.draws, self.draws)

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 import qtx_lab as qtx
 from qtx_lab.specs import TrainSpec
 from qtx_lab.training import QuantumTrainer
+from qtx_lab.training import checkpoints as checkpoint_files
 from qtx_lab.training.checkpoints import CheckpointWriter, checkpoints, write_hashes
 from qtx_lab.training.data import SequenceOrder, open_tokens, stream_seed
 from qtx_lab.training.models import MODELS, make_model
@@ -477,9 +479,29 @@ def test_a_flipped_byte_is_found_and_the_checkpoint_before_it_is_taken(tmp_path,
 
 
 def test_a_checkpoint_is_written_beside_the_training(tmp_path, monkeypatch):
-    """The write after step 3 waits for step 5; what it writes is the state after step 3."""
+    """The write after step 3 waits for step 5; what it writes is the state after step 3.
+
+    The checkpoint after step 6 is copied while the gradient of step 7 is computed, and the optimizer waits.
+    """
     whole, _ = trained(validate_every=0)
     write, seen = CheckpointWriter._write, threading.Event()
+    copy, copied, forward = checkpoint_files._copy, [], threading.Event()
+
+    def slow(pairs):
+        if threading.current_thread() is not threading.main_thread() and pairs and not copied:
+            copied.append(len(pairs))
+            forward.clear()
+            assert forward.wait(60)
+            time.sleep(0.2)  # an optimizer that did not wait would have changed what is copied
+        copy(pairs)
+
+    def loss(*arguments, **options):
+        forward.set()
+        return cross_entropy(*arguments, **options)
+
+    cross_entropy = F.cross_entropy
+    monkeypatch.setattr(checkpoint_files, "_copy", slow)
+    monkeypatch.setattr(F, "cross_entropy", loss)
 
     def late(writer, step, state, about):
         if step == 3:
@@ -495,6 +517,7 @@ def test_a_checkpoint_is_written_beside_the_training(tmp_path, monkeypatch):
     monkeypatch.setattr("qtx_lab.training.rank.REPORT_INTERVAL_S", 0)
     steps = {"validate_every": 0, "keep_checkpoints": 5}
     trained(folder=tmp_path, on_metrics=lambda rows: None if seen.is_set() else on_metrics(rows), **steps)
+    assert copied
     assert checkpoints(tmp_path) == [3, 6, 8]
     for after in (6, 3):  # also what a later checkpoint was copied to is its own state
         for later in (8, 6):

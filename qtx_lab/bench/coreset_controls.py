@@ -1,12 +1,14 @@
-"""Whether coresets of keys would be good control variates: the last table of `bench estimators`.
+"""Whether coresets of keys would be good controls, or estimates: the last table of `bench estimators`.
 
 A coreset is a few keys, chosen by randomly pivoted Cholesky (Chen and others, 2207.06503) of the kernel
-exp(q . k), as in WildCat (2602.10056). Its surrogate weights of all keys are Nystroem's,
+exp(q . k), as in WildCat (2602.10056), or by kernel thinning (Dwivedi and Mackey, 2110.01593), which halves
+the keys until so few are left. Its surrogate weights of all keys are Nystroem's,
 
     p_hat proportional to exp(q . K_S) K_SS^-1 K_S,
 
-whose full sums with the values are known from r sums that are made once. It is measured here and is no
-control of the lab's, because of what the table shows.
+whose full sums with the values are known from r sums that are made once. A surrogate is also an estimate of
+its own, without any draw: sum_j p_hat_j v_j, or, as thinned keys stand for all alike, their own softmax.
+Coresets are measured here and are no controls of the lab's, because of what the table shows.
 """
 
 from __future__ import annotations
@@ -24,7 +26,10 @@ from ..models.text import reference_text
 from .base import BenchRow
 
 KEYS_TOUCHED = 128
-"""Values that an estimate reads for a row: draws, and what its control reads beside them."""
+"""Values that an estimate reads for a row: draws, and what its control reads beside them.
+
+A coreset that is an estimate of its own has so many keys.
+"""
 
 CORESET_KEYS = (32, 64)
 KERNEL_SCALES = (0.1, 0.3, 1.0)
@@ -37,6 +42,7 @@ ROWS = 48
 """The last positions of the text, whose queries attend."""
 
 RIDGE = 1e-9
+TINY = 1e-30
 
 
 def bench_coreset_controls(quick: bool) -> list[BenchRow]:
@@ -46,7 +52,8 @@ def bench_coreset_controls(quick: bool) -> list[BenchRow]:
     geometric mean over rows and heads, with the best coefficient for each row; a control that reads r values
     leaves `KEYS_TOUCHED` - r draws. Nothing is sampled: variances are computed from all keys. A coreset
     passes if it leaves at most `TARGET` of what the best control of the lab leaves on half of the heads, that
-    best one being chosen for each head; `heads within target` is their share.
+    best one being chosen for each head; `heads within target` is their share. Of coresets alone, `error` is
+    the squared error in place of a variance.
     """
     model = load_language_model("reference" if quick else "smollm2-135m")
     layers, n = ((1, 4), 192) if quick else ((0, 3, 8, 15, 22, 29), 1024)
@@ -97,14 +104,30 @@ def _variances(
         surrogate = dense_weights(prepared, q[None], positions, n)[0] * visible
         seconds[name] = time.perf_counter() - start
         result[name] = _variance(p, surrogate, v, read)
-    for size in CORESET_KEYS:
-        for kernel_scale in KERNEL_SCALES:
-            name = f"coreset of {size}, kernel scale {kernel_scale:g}"
-            start = time.perf_counter()
-            surrogate = _nystroem(q * scale, k, size, kernel_scale, generator) * visible
-            seconds[name] = time.perf_counter() - start
-            result[name] = _variance(p, surrogate, v, size)
+    x, keys = q * scale, k - k.mean(0)  # which changes no row's probabilities
+    for kernel_scale in KERNEL_SCALES:
+        balance = kernel_scale * float(x.norm(dim=-1).mean() / keys.norm(dim=-1).mean())
+        for choice, choose in (("Cholesky", pivots), ("thinning", thinned)):
+            for size in (*CORESET_KEYS, KEYS_TOUCHED):
+                start = time.perf_counter()
+                coreset = choose(keys, size, balance, generator)
+                surrogate = _nystroem(x, keys, coreset, balance) * visible
+                alone = size == KEYS_TOUCHED
+                name = f"coreset of {size} by {choice}{alone * ' alone'}, kernel scale {kernel_scale:g}"
+                seconds[name] = time.perf_counter() - start
+                result[name] = _squared_error(p, surrogate, v) if alone else _variance(p, surrogate, v, size)
+        weights = torch.zeros_like(p)
+        weights[:, coreset] = p[:, coreset]
+        name = f"coreset of {KEYS_TOUCHED} by thinning alone, its softmax, kernel scale {kernel_scale:g}"
+        seconds[name], result[name] = 0.0, _squared_error(p, weights, v)
     return result
+
+
+def _squared_error(p: Tensor, surrogate: Tensor, v: Tensor) -> Tensor:
+    """The squared error of a surrogate's own weighted mean of the values, over rows."""
+    tiny = torch.finfo(p.dtype).tiny
+    weights = surrogate / surrogate.sum(-1, keepdim=True).clamp_min(tiny)
+    return ((weights - p) @ v).square().sum(-1).clamp_min(tiny).log().mean().exp()
 
 
 def _variance(p: Tensor, surrogate: Tensor, v: Tensor, read: int) -> Tensor:
@@ -124,14 +147,12 @@ def _variance(p: Tensor, surrogate: Tensor, v: Tensor, read: int) -> Tensor:
     return (torch.maximum(left, floor) / (KEYS_TOUCHED - read)).log().mean().exp()
 
 
-def _nystroem(x: Tensor, k: Tensor, size: int, kernel_scale: float, generator: torch.Generator) -> Tensor:
-    """Surrogate weights (M, n) of keys k (n, E) for scaled queries x (M, E), by a coreset."""
-    keys = k - k.mean(0)  # which changes no row's probabilities
-    balance = kernel_scale * float(x.norm(dim=-1).mean() / keys.norm(dim=-1).mean())
-    coreset = keys[pivots(keys, size, balance, generator)]
-    among = torch.exp(balance * coreset @ coreset.mT)
+def _nystroem(x: Tensor, k: Tensor, chosen: Tensor, scale: float) -> Tensor:
+    """Surrogate weights (M, n) of keys k (n, E) for scaled queries x (M, E), by the coreset `chosen`."""
+    coreset = k[chosen]
+    among = torch.exp(scale * coreset @ coreset.mT)
     ridge = RIDGE * among.diagonal().mean() * torch.eye(len(coreset), dtype=k.dtype)
-    to_all = torch.linalg.solve(among + ridge, torch.exp(balance * coreset @ keys.mT))
+    to_all = torch.linalg.solve(among + ridge, torch.exp(scale * coreset @ k.mT))
     weights = (x @ coreset.mT).softmax(-1) @ to_all
     return weights.clamp_min(0)
 
@@ -154,3 +175,38 @@ def pivots(k: Tensor, size: int, scale: float, generator: torch.Generator) -> Te
         diagonal = (diagonal - factor[:, i].square()).clamp_min(0)
         diagonal[chosen] = 0
     return torch.tensor(chosen)
+
+
+def thinned(k: Tensor, size: int, scale: float, generator: torch.Generator) -> Tensor:
+    """Keys of k (n, E) that kernel thinning with exp(scale k_i . k_j) leaves, at most `size`.
+
+    The keys are halved until they are so few: they come in pairs, in random order, of which one stays, with a
+    probability that balances the sum of the kernel over what stayed against that over what went. Then each
+    is replaced by the free key that brings the mean of the kernel nearest to that of all keys. Source:
+    Dwivedi and Mackey (2110.01593), algorithm 1 with the failure probability 1/2.
+    """
+    top = scale * k.square().sum(-1).max()
+    kernel = torch.exp(scale * (k @ k.mT) - top)
+    left = torch.randperm(len(k), generator=generator)
+    while len(left) > size:
+        pairs = left[: len(left) // 2 * 2].view(-1, 2)
+        difference = kernel[pairs[:, 0]] - kernel[pairs[:, 1]]  # [pairs, n]
+        between = difference.gather(1, pairs[:, :1])[:, 0] - difference.gather(1, pairs[:, 1:])[:, 0]
+        uniform = torch.rand(len(pairs), dtype=k.dtype, generator=generator)
+        balance, spread, swapped = k.new_zeros(len(k)), 0.0, []
+        squares = between.clamp_min(TINY).tolist()
+        steps = zip(pairs.tolist(), difference, squares, uniform.tolist(), strict=True)
+        for (first, second), change, square, u in steps:
+            most = max(math.sqrt(2 * math.log(4 * len(pairs)) * square * spread), square)
+            spread += square * max(0.0, 1 + (square - 2 * most) * spread / most**2)
+            swapped.append(u < 0.5 * (1 - float(balance[first] - balance[second]) / most))
+            balance += change if swapped[-1] else -change
+        left = torch.where(torch.tensor(swapped), pairs[:, 1], pairs[:, 0])
+    mean, total = kernel.mean(0), kernel[left].sum(0)
+    taken = torch.zeros(len(k), dtype=torch.bool).index_fill_(0, left, True)
+    for i, old in enumerate(left.tolist()):
+        total, taken[old] = total - kernel[old], False
+        distance = kernel.diagonal() + 2 * total - 2 * len(left) * mean  # up to a constant
+        left[i] = distance.masked_fill(taken, torch.inf).argmin()
+        total, taken[left[i]] = total + kernel[left[i]], True
+    return left

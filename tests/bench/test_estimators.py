@@ -132,7 +132,8 @@ def test_coresets_are_measured_beside_the_controls(capsys):
     assert rows["no control"].error == pytest.approx(1)
     assert 0 < rows["topk"].error < 1
     coresets = [row for name, row in rows.items() if name.startswith("coreset")]
-    assert len(coresets) == 6
+    assert len(coresets) == 21
+    assert sum("alone" in row.method for row in coresets) == 9
     assert all(row.passed == (row.details["heads within target"] >= 0.5) for row in coresets)
     assert "keys touched" in capsys.readouterr().out
 
@@ -143,3 +144,18 @@ def test_pivots_of_a_kernel_of_low_rank_span_it(generator):
     which = torch.arange(200) % 5
     chosen = coreset_controls.pivots(few[which], 5, 0.3, generator)
     assert sorted(which[chosen].tolist()) == [0, 1, 2, 3, 4]
+
+
+def test_thinned_keys_represent_all_better_than_random_ones(generator):
+    """By the squared distance of mean embeddings in the kernel's space, of 200 keys and 25 of them."""
+    keys = torch.randn(200, 3, generator=generator, dtype=torch.float64)
+    kernel = torch.exp(0.3 * keys @ keys.mT)
+
+    def distance(chosen):
+        between, among = kernel[chosen].mean(), kernel[chosen][:, chosen].mean()
+        return float(kernel.mean() - 2 * between + among)
+
+    chosen = coreset_controls.thinned(keys, 25, 0.3, generator)
+    assert len(set(chosen.tolist())) == 25
+    random = [distance(torch.randperm(200, generator=generator)[:25]) for _ in range(50)]
+    assert distance(chosen) < 0.3 * sum(random) / len(random)

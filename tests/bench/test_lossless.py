@@ -1,5 +1,6 @@
 """The benchmark of lossless generation measures greedy texts that are the exact model's, and exact passes."""
 
+import pytest
 import torch
 
 import qtx_lab as qtx
@@ -27,4 +28,15 @@ def test_the_attention_of_a_pass_is_timed_with_its_drafts(monkeypatch, capsys):
     assert row.details["drafts"] == 3
     assert row.details["tokens_per_pass"] == 4
     assert row.seconds * 4 == row.low * 4 == row.high * 4
+    assert row.check == "pass"  # its time counts from 32,768 keys on
     assert "low-rank 32" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("length", "share", "check"), [(7936, 0.3, "pass"), (400, 0.5, "pass"), (7936, 0.5, "above 0.4")]
+)
+def test_bytes_are_checked_where_the_prompt_is_long(length, share, check):
+    report = LosslessReport(8, 2, (), (), 6, share, 1.0, 1.0)
+    row = lossless.model_row("a text", "mixed 24", length, lossless.Continuation((1,), report, 1.0, 0), 0.1)
+    assert row.check.endswith(check)
+    assert row.ratio == pytest.approx(0.1 / 0.25)

@@ -165,20 +165,9 @@ def _replay_elsewhere(original: Run, differing: tuple[Difference, ...]) -> RunCo
         # A line for each: `site` runs them in a function, where the scope of a comprehension has no names.
         pth = "".join(f"import site; site.addsitedir({path!r})\n" for path in shown)
         Path(site, "of-this-environment.pth").write_text(pth, encoding="utf-8")
-        _call(
-            [
-                sys.executable,
-                "-m",
-                "pip",
-                "--python",
-                str(python),
-                "install",
-                "--quiet",
-                "--no-deps",
-                *wanted,
-            ],
-            f"pip cannot install {', '.join(wanted)}",
-        )
+        pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps"]
+        if wanted:
+            _call([*pip, *wanted], f"pip cannot install {', '.join(wanted)}")
         command = ["-m", "qtx_lab.cli", "replay", str(original.path), "--json"]
         process = subprocess.run([str(python), *command], capture_output=True, text=True, check=False)
         try:

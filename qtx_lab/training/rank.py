@@ -40,6 +40,8 @@ ORDER, DRAWS, DROPOUT, REPEATED_DRAWS, VALIDATION = range(5)
 """What a stream of random numbers is for."""
 REPORT_INTERVAL_S = 0.25
 """Rank 0 reports its steps at most this often."""
+RESEND_S = 10.0
+"""Rows that were reported less than this before a checkpoint are written into it, too."""
 
 Report = Callable[[list[dict[str, Any]]], None]
 
@@ -214,7 +216,7 @@ class _Rank:
         self.passed_over: list[str] = []
         self.noise_statistics: dict[str, float | None] = {}
         self.rows: list[dict[str, Any]] = []
-        self.last_rows: list[dict[str, Any]] = []
+        self.reports: list[tuple[float, list[dict[str, Any]]]] = []
         self.step_started = self.reported = time.monotonic()
 
     def _wrapped_model(self) -> nn.Module:
@@ -520,7 +522,7 @@ class _Rank:
             "shards": self.job.shards,
             "draws": self.draws,
             "ranks": self.world,
-            "rows": self.last_rows,  # a worker that is leaving may not have been able to send them
+            "rows": [row for _, rows in self.reports for row in rows],
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
         }
         started = time.monotonic()
@@ -556,7 +558,12 @@ class _Rank:
         if self.rows:
             if self.rank == 0:
                 self.report(self.rows)
-            self.last_rows, self.rows, self.reported = self.rows, [], time.monotonic()
+            now = time.monotonic()
+            # The scheduler drops what comes from a worker that is leaving, from before the worker knows that
+            # it is to stop: at least the rows of the step at that time, and of the last step, are lost.
+            earlier = [report for report in self.reports[:-1] if now - report[0] < RESEND_S]
+            self.reports = [*earlier, *self.reports[-1:], (now, self.rows)]
+            self.rows, self.reported = [], now
 
     def _note_progress(self, step: int, activity: str) -> None:
         _PROGRESS[self.attempt] = RankProgress(step, activity)

@@ -125,7 +125,7 @@ class Supervisor:
                 end = self._run_alone(name) if self.cluster is None else self._run_over_cluster(name, world)
                 self._pass_on_rows()
                 self._add_notes(*end.notes)
-                if end.how == "stopped":
+                if end.ended_well:
                     self._add_rows_of(end.step)
                 if end.how == "done" or (end.how == "stopped" and self.cancelled.is_set()):
                     return end
@@ -406,9 +406,11 @@ class Supervisor:
         bad = next((end for end in ends if not end.ended_well), None)
         if bad is not None:
             return bad
-        if left and len(ends) == len(left):
-            return ends[0]
         waited = time.monotonic() - self._leaving_since
+        if left and len(ends) == len(left):
+            # Rank 0 may be writing the checkpoint still, in a worker that waits for it.
+            written = self._last_checkpoint() >= ends[0].step or waited > LEAVE_TIMEOUT_S
+            return ends[0] if written else None
         if not left and (self._last_checkpoint() > self._last_step() - 1 or waited > LEAVE_TIMEOUT_S):
             return RankEnd("stopped", self._last_checkpoint())
         return None
@@ -480,7 +482,7 @@ class Supervisor:
                     self._messages += [*row["notes"], f"Training goes on from the checkpoint {taken}."]
 
     def _add_rows_of(self, step: int) -> None:
-        """Add the last rows before a checkpoint, if rank 0 was gone before it could send them."""
+        """Add the last rows before a checkpoint that the worker of rank 0, which left, could not send."""
         if self._last_step() >= step:
             return
         with suppress(StorageError):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import zipfile
 from pathlib import Path
 
 import nbformat
@@ -9,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from qtx_lab.cli import main
-from qtx_lab.errors import ArgumentError, BackendUnavailable
+from qtx_lab.errors import ArgumentError, BackendUnavailable, RunFailed
 from qtx_lab.experiments import provenance, replays
 from qtx_lab.experiments.notebook_code import code_hash, local_modules, without_outputs
 from qtx_lab.experiments.notebooks import declared_parameters, notebook_spec, result_facts, run_notebook
@@ -153,6 +155,34 @@ def test_what_cannot_be_replayed_is_refused_and_what_differs_is_named(tmp_path, 
     with pytest.raises(BackendUnavailable, match=r"pip cannot install gone==1.0, numpy==0\."):
         replay(run, install=True)
     assert "--no-deps" in commands[-1]
+
+
+@pytest.mark.notebooks
+def test_a_run_is_replayed_in_an_environment_with_the_versions_of_then(tmp_path, monkeypatch) -> None:
+    """A distribution that was there then and is not there now is installed, here from a folder of wheels."""
+    monkeypatch.chdir(tmp_path)
+    Path("beside.py").write_text("from gone import shift")
+    Path("then").mkdir()
+    facts = {"METADATA": "Metadata-Version: 2.1\nName: gone\nVersion: 1.0\n", "RECORD": ""}
+    facts["WHEEL"] = "Wheel-Version: 1.0\nGenerator: a-test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    with zipfile.ZipFile("then/gone-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("gone.py", "shift = 0.125")
+        for name, text in facts.items():
+            wheel.writestr(f"gone-1.0.dist-info/{name}", text)
+    here = os.environ.get("PYTHONPATH", "")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'then' / wheel.filename[5:]}{os.pathsep}{here}")
+    run = run_notebook(write(tmp_path / "a.ipynb", MEASURE), home=tmp_path / "home", progress=False)
+    monkeypatch.setenv("PYTHONPATH", here)
+    with (run.path / "requirements.txt").open("a") as file:
+        file.write("gone==1.0\n")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "then"))
+    comparison = replay(run, install=True, progress=False)
+    assert comparison.reproduced
+    assert comparison.environment == ()
+    assert Run(tmp_path / "home" / comparison.b).manifest["results"]["x"] == 0.625
+    with pytest.raises(RunFailed, match="No module named 'gone'"):
+        replay(run, progress=False)
 
 
 def test_a_search_is_replayed_as_a_search(tmp_path, monkeypatch) -> None:

@@ -753,3 +753,29 @@ def test_faults_between_which_training_came_further_do_not_end_it(tmp_path, monk
     with pytest.raises(qtx.RunFailed, match=r"given up after 2 fault\(s\) without a later step"):
         supervisor.run(2)
     assert len(supervisor.faults) == 5
+
+
+def test_rows_that_a_leaving_worker_could_not_send_are_read_from_its_checkpoint(tmp_path, monkeypatch):
+    """The scheduler drops what a worker sends before the worker itself knows that it is leaving."""
+    take, add = Supervisor._take_rows, Supervisor._add_rows_of
+    trainer = QuantumTrainer("small", **{**FAST, "validate_every": 0}, folder=tmp_path)
+    of_checkpoint = []
+
+    def take_rows(self, rows):
+        if of_checkpoint:
+            take(self, rows)
+        else:
+            take(self, [row for row in rows if row["step"] < 3])
+            if any(row["step"] == 5 for row in rows):
+                trainer.cancel()
+
+    def add_rows_of(self, step):
+        of_checkpoint.append(step)
+        add(self, step)
+
+    monkeypatch.setattr(Supervisor, "_take_rows", take_rows)
+    monkeypatch.setattr(Supervisor, "_add_rows_of", add_rows_of)
+    monkeypatch.setattr("qtx_lab.training.rank.REPORT_INTERVAL_S", 0)
+    steps = [row["step"] for row in trainer.train().metrics]
+    assert steps == list(range(1, of_checkpoint[0] + 1))
+    assert 5 < of_checkpoint[0] < FAST["steps"]

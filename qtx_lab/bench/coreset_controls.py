@@ -67,7 +67,7 @@ def bench_coreset_controls(quick: bool) -> list[BenchRow]:
             rows_q, keys, values = q[0, head, -ROWS:], k[0, head // group], v[0, head // group]
             heads.append(_variances(rows_q.double(), keys.double(), values.double(), generator, seconds))
     case = f"coresets as controls, {model.name}, {len(heads)} heads, n={n}, {KEYS_TOUCHED} keys touched"
-    print(f"\n{case}\n  {'control':<40}{'variance':>9}{'heads within target':>21}  check")
+    print(f"\n{case}\n  {'control':<66}{'variance':>9}{'heads within target':>21}  check")
     rows = []
     for name in heads[0]:
         is_coreset = name.startswith("coreset")
@@ -81,7 +81,7 @@ def bench_coreset_controls(quick: bool) -> list[BenchRow]:
         rows.append(
             BenchRow(case, name, seconds.get(name, 0.0), "no control", None, error, check, details=details)
         )
-        print(f"  {name:<40}{error:>9.3f}{format(within, '.0%') if is_coreset else '':>21}  {check}")
+        print(f"  {name:<66}{error:>9.3f}{format(within, '.0%') if is_coreset else '':>21}  {check}")
     return rows
 
 

@@ -50,6 +50,9 @@ PROMPT = 7936
 LONG = 32768
 """Keys from which on `MAX_TIME` is checked: with fewer, the fixed time of a call is most of a draft's."""
 
+GREEDY = {"prompts": 3, "length": 2048, "count": 680}
+"""Greedy texts that have to be the exact model's, and tokens of each prompt and text."""
+
 EXACT_STEPS = 5
 """Tokens that exact decoding is timed for."""
 
@@ -80,7 +83,8 @@ def bench_lossless(quick: bool, copy_bandwidth: float) -> list[BenchRow]:
     Rows of the model: `seconds` is the time of a token of the whole model, drafts and exact passes together;
     `error` the share of tokens that are not those of the exact model, which attends to the same text in one
     pass, for greedy texts; details are `acceptance` by position, `tokens_per_pass`, `drafts_per_pass`,
-    `attention_bytes` over those of exact decoding, and `least_margin` of the exact model's logits.
+    `attention_bytes` over those of exact decoding, and `least_margin` of the exact model's logits. Longer
+    greedy texts at several prompts (`GREEDY`) are compared in the same way.
 
     Rows of attention: `seconds` is the time of one layer for a token: of k drafts, appended, attended and
     taken out again, and of one exact pass, over the tokens that a pass gave in the rows of the model, with
@@ -93,6 +97,7 @@ def bench_lossless(quick: bool, copy_bandwidth: float) -> list[BenchRow]:
     model = load_language_model("reference" if quick else "smollm2-135m")
     length, count = (400, 24) if quick else (PROMPT, 160)
     rows, reports = model_rows(model, length, count)
+    rows += greedy_rows(model, **({"prompts": 3, "length": 200, "count": 16} if quick else GREEDY))
     for n in (4096,) if quick else (8192, LONG):
         rows += attention_rows(n, reports, turns=3 if quick else 15)
     return rows
@@ -120,6 +125,19 @@ def model_rows(
                 reports[name] = result.report
             rows.append(model_row(case, name, length, result, baseline))
     return rows, reports
+
+
+def greedy_rows(model: LanguageModel, prompts: int, length: int, count: int) -> list[BenchRow]:
+    """Rows of greedy texts after several prompts, which are evenly spread over a text."""
+    text, rows, name = model.encode(reference_text()), [], "low-rank 32"
+    for i in range(prompts):
+        start = i * (len(text) - length) // prompts
+        prefill = Prefill.of(model, text[None, start : start + length])
+        result = continuation(prefill, count, 0.0, "low-rank", min(32, model.config.head_dim))
+        case = f"{model.name}, greedy text {i + 1} of {prompts}, {length:,} and {count} tokens"
+        print(f"\n{case}: least margin of the exact model's logits {result.least_margin:.2g}")
+        rows.append(model_row(case, name, length, result, exact_seconds(prefill)))
+    return rows
 
 
 def model_row(case: str, name: str, length: int, result: Continuation, baseline: float) -> BenchRow:

@@ -19,6 +19,14 @@ def test_rows_hold_what_was_read_and_whether_the_text_is_exact(monkeypatch, caps
     assert "tokens a pass" in capsys.readouterr().out
 
 
+def test_greedy_texts_at_several_prompts_are_the_exact_models(monkeypatch, capsys):
+    monkeypatch.setattr(lossless, "EXACT_STEPS", 1)
+    rows = lossless.greedy_rows(qtx.load_reference_model(), prompts=2, length=100, count=8)
+    assert [row.error for row in rows] == [0, 0]
+    assert rows[0].details["least_margin"] != rows[1].details["least_margin"]
+    assert "greedy text 2 of 2" in capsys.readouterr().out
+
+
 def test_the_attention_of_a_pass_is_timed_with_its_drafts(monkeypatch, capsys):
     monkeypatch.setattr(lossless, "LAYERS_BYTES", 1)
     torch.manual_seed(0)

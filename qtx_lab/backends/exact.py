@@ -200,7 +200,9 @@ def _largest_state(steps: tuple[Step, ...]) -> int:
     return largest
 
 
-def outcome_probabilities(steps: tuple[Step, ...], bindings: np.ndarray) -> tuple[Tensor, np.ndarray]:
+def outcome_probabilities(
+    steps: tuple[Step, ...], bindings: np.ndarray, *, signed: bool = False
+) -> tuple[Tensor, np.ndarray]:
     """Probabilities of the values of the register.
 
     Parameters
@@ -209,6 +211,8 @@ def outcome_probabilities(steps: tuple[Step, ...], bindings: np.ndarray) -> tupl
         As `compile_steps` returns them.
     bindings : ndarray, float64, (R, P)
         Values of the circuit's parameters.
+    signed : bool
+        Whether channels are quasi-probabilities, so that results below 0 are no rounding errors.
 
     Returns
     -------
@@ -220,7 +224,7 @@ def outcome_probabilities(steps: tuple[Step, ...], bindings: np.ndarray) -> tupl
     if bindings.shape[-1]:  # random Paulis, most of which are none, leave few bindings that differ
         distinct, place = np.unique(bindings, axis=0, return_inverse=True)
         if len(distinct) < len(bindings):
-            probabilities, values = outcome_probabilities(steps, distinct)
+            probabilities, values = outcome_probabilities(steps, distinct, signed=signed)
             return probabilities[torch.from_numpy(place.reshape(-1))], values
     together = max(1, WORKSPACE_NUMBERS // _largest_state(steps))
     parts = []
@@ -230,7 +234,7 @@ def outcome_probabilities(steps: tuple[Step, ...], bindings: np.ndarray) -> tupl
             state = _State(torch.from_numpy(np.ascontiguousarray(bindings[start : start + together])))
             state.run(steps)
             probabilities, values = state.probabilities()
-            parts.append(probabilities)
+            parts.append(probabilities if signed else probabilities.clamp_min(0))
     return torch.cat(parts), values
 
 
@@ -398,7 +402,7 @@ class _State:
         self.settle(tuple(self.live))
         trace = self.vector.reshape(*self.vector.shape[:2], -1)[:, :, 0]
         order = np.argsort(self.values)
-        return trace[:, order].clamp_min(0), self.values[order]
+        return trace[:, order], self.values[order]
 
 
 def _kron(high: Tensor | None, low: Tensor | None) -> Tensor | None:

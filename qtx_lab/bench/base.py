@@ -311,6 +311,7 @@ NAMES = (
     "orthogonal",
     "amplitude",
     "mitigation",
+    "mitigated_rows",
     "sweep",
     "training",
     "kernels",

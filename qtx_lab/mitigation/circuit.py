@@ -21,7 +21,7 @@ from .calls import MitigatedCall, inference_of, loader_of, submit_call
 from .inference import ZeroNoiseInference
 from .projection import project_to_simplex, sum_by_key
 from .readout import calibration_qubits, estimate_register, planned_calibration, readout_errors
-from .register import MAX_BITS, LoaderRegister, register_counts
+from .register import MAX_BITS, LoaderRegister, register_counts, register_probabilities
 from .rehearsal import Expectation, expected_errors
 from .results import MitigatedRows, checked_request, finish_request
 from .scaling import SCALINGS, is_static, scale_noise
@@ -69,7 +69,8 @@ class CircuitMitigation:
     loader : str or Loader, optional
         Used in place of the backend's; `TwoCopyLoader()` is virtual distillation.
     scaling : str
-        How the noise levels are made: one of `FOLDINGS`, or "model" on a simulator; see `scale_noise`.
+        How the noise levels are made: one of `FOLDINGS`, or "model" or "pauli" on a simulator; see
+        `scale_noise`.
 
     Raises
     ------
@@ -151,7 +152,7 @@ class CircuitMitigation:
         loader = make_loader(self.loader) if self.loader else backend.loader
         backends = []
         for level in self.levels:
-            scaling = self.scaling if level != 1 else None
+            scaling = None if level == 1 and self.scaling != "pauli" else self.scaling
             if self.loader is None and scaling is None:
                 backends.append(backend)  # the dictionary must not hold it: it would keep itself alive
                 continue
@@ -191,6 +192,24 @@ class CircuitMitigation:
                 f"noise_levels={list(self.levels)} become {attained} on this circuit, which has too few "
                 "gates to fold. Use levels that are further apart, or scaling='local'."
             )
+
+    def outcome_probabilities(
+        self, backend: QiskitQuantumBackend, p: Tensor, known: dict[object, Tensor]
+    ) -> list[Tensor]:
+        """Compute the probabilities of the register's values at each noise level, (R, 2^bits).
+
+        Parameters
+        ----------
+        backend, p
+            As for `register_probabilities`.
+        known : dict
+            What was computed for these rows, by backend; what is new is added.
+        """
+        backends = self.construct_backends(backend)
+        for variant in backends:
+            if variant not in known:
+                known[variant] = register_probabilities(variant, p)
+        return [known[variant] for variant in backends]
 
     def attained_levels(self, backend: QiskitQuantumBackend, n: int) -> list[float]:
         """Return the noise levels that the circuits for rows of n keys really have; see `fold`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from .boundary import HelpBoundary, rows_boundary
 from .circuit import CircuitMitigation
 from .decay import SharedDecay
 from .distillation import MAX_COPY_QUBITS, TwoCopyLoader
+from .pec import ProbabilisticErrorCancellation
 from .rehearsal import Prediction, Rehearsal
 from .results import check_backend
 from .zne import ZeroNoiseExtrapolation
@@ -51,6 +53,9 @@ SHARED_DECAYS = (
 )
 """`corrected` and noise levels of `SharedDecay` that are tried."""
 
+PAULI_EXTRAPOLATIONS = (("richardson", (1, 2)), ("exponential", (1, 3)))
+"""Those that are tried with amplified Pauli errors in place of folded gates."""
+
 REHEARSED_ROWS = 16
 """Most rows on which a plan is rehearsed."""
 
@@ -65,6 +70,9 @@ SHORTLIST_RATIO = 1.3
 
 MIN_GAIN = 0.03
 """Part of the raw error that an option has to save, or nothing is mitigated."""
+
+Option: TypeAlias = CircuitMitigation | ProbabilisticErrorCancellation
+"""A way to measure rows."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +131,7 @@ class MitigationPlanner:
 
     Parameters
     ----------
-    options : sequence of CircuitMitigation, optional
+    options : sequence of CircuitMitigation or ProbabilisticErrorCancellation, optional
         Options to try; `default_options` of the backend if None. The backend's own counts are always tried.
     model : QiskitQuantumBackend, optional
         Backend on which options are rehearsed, in place of the backend's own calibration.
@@ -152,14 +160,17 @@ class MitigationPlanner:
 
     def __init__(
         self,
-        options: Sequence[CircuitMitigation] | None = None,
+        options: Sequence[Option] | None = None,
         *,
         model: QiskitQuantumBackend | None = None,
         rows: Tensor | None = None,
     ):
         for option in options or ():
-            if not isinstance(option, CircuitMitigation):
-                raise DtypeError(f"options holds {option!r}; it must hold CircuitMitigation only.")
+            if not isinstance(option, CircuitMitigation | ProbabilisticErrorCancellation):
+                raise DtypeError(
+                    f"options holds {option!r}; it must hold CircuitMitigation and "
+                    "ProbabilisticErrorCancellation only."
+                )
         if model is not None:
             check_backend(model, "model")
         self.options, self.model = None if options is None else tuple(options), model
@@ -316,14 +327,15 @@ def _rows_with_keys(p: Tensor, argument: str) -> Tensor:
     return checked
 
 
-def default_options(backend: QiskitQuantumBackend, n: int) -> tuple[CircuitMitigation, ...]:
+def default_options(backend: QiskitQuantumBackend, n: int) -> tuple[Option, ...]:
     """List the options to try for rows of n keys.
 
     These are the backend's loader with readout errors undone or not, and extrapolated in several ways; two
-    copies of rows of few keys; and on a simulator the loader without entanglement. On a device that loader is
-    left out, because the calibration does not say what feeding forward costs there.
+    copies of rows of few keys; and on a simulator error cancellation, extrapolation from amplified Pauli
+    errors, and the loader without entanglement. On a device these are left out, because the calibration
+    does not say what the Pauli errors are, nor what feeding forward costs there.
     """
-    options = [CircuitMitigation(readout=False), CircuitMitigation()]
+    options: list[Option] = [CircuitMitigation(readout=False), CircuitMitigation()]
     if backend.loader.feeds_forward:
         return tuple(options)
     bits = backend.loader.circuit(backend.loader.size(n)).num_clbits
@@ -340,6 +352,9 @@ def default_options(backend: QiskitQuantumBackend, n: int) -> tuple[CircuitMitig
     if num_bits(n) <= MAX_COPY_QUBITS and isinstance(backend.loader, TreeLoader):
         options.append(CircuitMitigation(loader=TwoCopyLoader()))
     if isinstance(backend.engine, AerEngine):
+        options += [ProbabilisticErrorCancellation()]
+        options += [CircuitMitigation(extrapolation(*x), scaling="pauli") for x in PAULI_EXTRAPOLATIONS]
+        options += [CircuitMitigation(SharedDecay((1, 3)), scaling="pauli")]
         options += [CircuitMitigation(loader="dynamic", readout=readout) for readout in (False, True)]
     return tuple(options)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import inf
+from math import inf, nan
 from statistics import fmean, stdev
 from typing import Any, Protocol
 
@@ -16,12 +16,11 @@ from ..backends import QiskitQuantumBackend
 from ..circuits.fidelity import total_variation_distance
 from ..errors import ArgumentError, BackendUnavailable
 from .readout import calibrated_readout_errors
-from .register import register_probabilities
 from .results import MitigatedRows
 
 
 class RehearsedOption(Protocol):
-    """What a rehearsal asks of a `CircuitMitigation`, whose module needs this one."""
+    """What a rehearsal asks of an option, whose module needs this one."""
 
     @property
     def readout(self) -> bool:
@@ -40,6 +39,11 @@ class RehearsedOption(Protocol):
     def construct_backends(self, backend: QiskitQuantumBackend) -> list[QiskitQuantumBackend]:
         """A backend for each noise level."""
 
+    def outcome_probabilities(
+        self, backend: QiskitQuantumBackend, p: Tensor, known: dict[object, Tensor]
+    ) -> list[Tensor]:
+        """Probabilities of what each noise level measures; `known` keeps what options share."""
+
     def combine_results(
         self,
         backend: QiskitQuantumBackend,
@@ -53,6 +57,9 @@ class RehearsedOption(Protocol):
 LIMIT_SHOTS = 1e15
 """Number of shots whose noise does not matter."""
 
+Z_95 = 1.959964
+"""Standard errors on either side of a 95 % interval."""
+
 EXPECTED_ROWS, EXPECTED_REPEATS = 8, 4
 """Rows on which a mitigation is rehearsed before it is used, and how often."""
 
@@ -63,7 +70,7 @@ class Prediction:
 
     Parameters
     ----------
-    option : CircuitMitigation
+    option : CircuitMitigation or ProbabilisticErrorCancellation
     error : float
         Total variation between mitigated and true rows, mean over rows; infinite if the option cannot be
         used.
@@ -79,6 +86,8 @@ class Prediction:
         Sum over keys of squared errors, mean over rows: what `boundary` is about.
     mean_square_std_error : float
         Its standard error.
+    coverage : float
+        Part of the keys that may be measured whose true probability is within 1.96 standard errors.
     """
 
     option: Any
@@ -89,6 +98,7 @@ class Prediction:
     problem: str = ""
     mean_square: float = inf
     mean_square_std_error: float = 0.0
+    coverage: float = nan
 
 
 class Rehearsal:
@@ -111,7 +121,7 @@ class Rehearsal:
         readout: Callable[[QiskitQuantumBackend, int], Tensor] = calibrated_readout_errors,
     ):
         self.backend, self.p, self._readout = backend, p, readout
-        self._outcomes: dict[QiskitQuantumBackend, Tensor] = {}
+        self._outcomes: dict[object, Tensor] = {}
         self._errors: dict[QiskitQuantumBackend, Tensor] = {}
 
     def predict(
@@ -138,16 +148,19 @@ class Rehearsal:
             ).p
         except (ArgumentError, BackendUnavailable, torch.linalg.LinAlgError) as error:
             return Prediction(option, inf, inf, inf, problem=str(error))
-        misses, noises, squares = [], [], []
+        misses, noises, squares, coverages = [], [], [], []
         for _ in range(repeats):
             counts = [
                 torch.from_numpy(rng.multinomial(level_shots, x.numpy()))
                 for level_shots, x in zip(shots_by_level, outcomes, strict=True)
             ]
-            estimate = option.combine_results(self.backend, self.p, counts, errors).p
+            rows = option.combine_results(self.backend, self.p, counts, errors)
+            estimate = rows.p
             misses.append(float(total_variation_distance(estimate, self.p).mean()))
             noises.append(float(total_variation_distance(estimate, limit).mean()))
             squares.append(float((estimate - self.p).square().sum(-1).mean()))
+            covered = (estimate - self.p).abs() <= Z_95 * rows.std_error
+            coverages.append(float(covered[self.p > 0].double().mean()))
         bias = float(total_variation_distance(limit, self.p).mean())
         std_error, square_error = (stdev(x) / repeats**0.5 if repeats > 1 else 0.0 for x in (misses, squares))
         return Prediction(
@@ -158,15 +171,12 @@ class Rehearsal:
             std_error,
             mean_square=fmean(squares),
             mean_square_std_error=square_error,
+            coverage=fmean(coverages),
         )
 
     def outcomes(self, option: RehearsedOption) -> list[Tensor]:
-        """Return the probabilities of the register's values at each noise level of an option, (R, 2^bits)."""
-        backends = option.construct_backends(self.backend)
-        for backend in backends:
-            if backend not in self._outcomes:
-                self._outcomes[backend] = register_probabilities(backend, self.p)
-        return [self._outcomes[backend] for backend in backends]
+        """Return the probabilities of what an option measures at each noise level, (R, values)."""
+        return option.outcome_probabilities(self.backend, self.p, self._outcomes)
 
     def readout_errors(self, option: RehearsedOption) -> list[Tensor] | None:
         """Return the readout errors at each noise level, (bits, 2, 2), or None if the option undoes none."""

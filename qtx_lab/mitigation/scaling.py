@@ -24,11 +24,12 @@ from ..backends.exact import Noise
 from ..backends.requests import PlannedRun, Request
 from ..checks import check_number
 from ..errors import ArgumentError, DtypeError, unknown_name
+from .pauli import TwirledEngine
 
 FOLDINGS = ("two-qubit", "local", "global")
 """Ways to fold the gates of a circuit; see `fold`."""
 
-SCALINGS = ("model", *FOLDINGS)
+SCALINGS = ("model", "pauli", *FOLDINGS)
 """Ways to scale the noise of a backend; see `scale_noise`."""
 
 INVERSE_BETWEEN_Z = ("sx", "sxdg")
@@ -50,8 +51,9 @@ def scale_noise(backend: QiskitQuantumBackend, level: float, how: str = "two-qub
     level : float
         1 is the backend's own noise.
     how : str
-        "model" multiplies the noise of a simulator's model, also its readout errors; level 0 is no noise. One
-        of `FOLDINGS` folds circuits after they are transpiled, to the level >= 1 nearest to `level` that they
+        "model" multiplies the noise of a simulator's model, also its readout errors; level 0 is no noise.
+        "pauli" twirls the two-qubit gates of a simulator and adds Pauli errors; see `TwirledEngine`. One of
+        `FOLDINGS` folds circuits after they are transpiled, to the level >= 1 nearest to `level` that they
         allow; see `fold`.
 
     Returns
@@ -61,7 +63,8 @@ def scale_noise(backend: QiskitQuantumBackend, level: float, how: str = "two-qub
     Raises
     ------
     ArgumentError
-        If `how` is unknown, if level is negative or below 1 for folding, or if "model" is asked of a device.
+        If `how` is unknown, if level is negative, or below 1 for another way than "model", or if "model" or
+        "pauli" is asked of a device.
 
     Examples
     --------
@@ -71,14 +74,16 @@ def scale_noise(backend: QiskitQuantumBackend, level: float, how: str = "two-qub
     """
     if how not in SCALINGS:
         raise unknown_name("how", how, SCALINGS)
-    if how != "model":
+    if how in FOLDINGS:
         return backend.with_engine(FoldedEngine(backend.engine, level, how))
     engine = backend.engine
     if not isinstance(engine, AerEngine):
         raise ArgumentError(
-            f"how='model' is not allowed on {engine.name}: only a simulator's noise can be scaled. Fold "
+            f"how={how!r} is not allowed on {engine.name}: only a simulator's noise can be scaled. Fold "
             "gates instead."
         )
+    if how == "pauli":
+        return backend.with_engine(TwirledEngine(engine, level))
     level = check_number("level", level, least=0)
     return backend.with_engine(engine.scaled(level))
 

@@ -189,12 +189,12 @@ def _expected_errors(
 ) -> list[dict[str, Any]]:
     """The expected error of ways to measure rows against the shots: the chosen one, raw counts, the best."""
     from ....mitigation import CircuitMitigation
-    from ....mitigation.planner import default_options
+    from ....mitigation.planner import Option, default_options
     from ....mitigation.rehearsal import Rehearsal
 
     some = p[torch.linspace(0, len(p) - 1, min(len(p), REHEARSED_ROWS)).round().long()]
     raw, rng = CircuitMitigation(readout=False), np.random.default_rng(seed)
-    options: list[CircuitMitigation] = [raw, *default_options(backend, p.shape[-1])]
+    options: list[Option] = [raw, *default_options(backend, p.shape[-1])]
     if isinstance(chosen, CircuitMitigation):
         options.append(chosen)
     rehearsal, repeats = Rehearsal(backend, some), max(2, REHEARSALS // len(some))

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 OUTER_RATE = 0.7
 """Learning rate of the outer optimizer, as Douillard et al. found it best."""
-OUTER_MOMENTUM = 0.9
-"""Its Nesterov momentum."""
+OUTER_MOMENTUM = 0.5
+"""Its Nesterov momentum. With the 0.9 of Douillard et al., for models of 60 M parameters and more, a model of
+27,000 learned no more than the frequencies of bytes in 640 steps: AdamW moves a replica as far in each step
+however near it is, and this momentum carries the common weights past where the replicas were going."""
 
 
 @dataclass(frozen=True)

@@ -184,8 +184,8 @@ class QuantumTrainer:
         Above 1: local updates (DiLoCo, arXiv 2311.08105). Each part of a batch trains a replica of the model
         alone for so many steps; then the replicas exchange their weights, by an outer optimizer, see
         `qtx_lab.training.local_updates`. Ranks send that many times fewer bytes. Rows come, and training
-        stops, only after an exchange; `gradient_norm` is the mean over replicas. The outer momentum lengthens
-        the replicas' way up to 0.7 / (1 - 0.9) = 7 times: a smaller `learning_rate` suits than without.
+        stops, only after an exchange; `gradient_norm` is the mean over replicas. It learns less in a step
+        than without, most of all from random weights: begin with a model that has been trained for a while.
     learning_rate : float
         Learning rate of AdamW at its peak, after `warmup_steps`; then it falls as a cosine to 0.
     warmup_steps : int

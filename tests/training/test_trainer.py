@@ -701,8 +701,8 @@ def test_local_updates_are_those_of_a_plain_loop():
                     common.parameters(), momentum, *(r.parameters() for r in replicas), strict=True
                 ):
                     change = p - sum(ps) / 2
-                    m.mul_(0.9).add_(change)
-                    p -= 0.7 * (change + 0.9 * m)
+                    m.mul_(0.5).add_(change)
+                    p -= 0.7 * (change + 0.5 * m)
                     for x in ps:
                         x.copy_(p)
     expected = torch.cat([p.detach().flatten() for p in common.parameters()])

@@ -22,6 +22,8 @@ class RunCost:
         Estimated time on the device that IBM would bill, without queueing.
     qubits, depth, two_qubit_gates : int
         Those of the transpiled circuit; of qubits only those in use.
+    shot_seconds : float
+        How long a shot of the circuit lasts, from the first gate to the last measured bit; 0 on simulators.
     """
 
     purpose: str
@@ -32,6 +34,7 @@ class RunCost:
     qubits: int = 0
     depth: int = 0
     two_qubit_gates: int = 0
+    shot_seconds: float = 0.0
 
     @property
     def executions(self) -> int:
@@ -182,7 +185,7 @@ class RowPlan:
         lines = [
             f"Plan for {self.device}, transpiled for {self.planned_on}; nothing was sent.",
             *_table(
-                ["run", "circuits", "shots", "jobs", "qubits", "depth", "2q gates", "quantum s"],
+                ["run", "circuits", "shots", "jobs", "qubits", "depth", "2q gates", "shot µs", "quantum s"],
                 [
                     [
                         run.purpose,
@@ -197,6 +200,7 @@ class RowPlan:
                                 run.two_qubit_gates,
                             )
                         ),
+                        f"{1e6 * run.shot_seconds:.1f}",
                         f"{run.quantum_seconds:.1f}",
                     ]
                     for run in self.cost.runs

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from statistics import median
 
 from qiskit import QuantumCircuit
-from qiskit.circuit import Clbit, ControlFlowOp
+from qiskit.circuit import Clbit, ControlFlowOp, Qubit
 from qiskit.circuit.controlflow import IfElseOp, condition_resources
 from qiskit.circuit.library import IGate
 from qiskit.transpiler import Target
@@ -102,6 +103,63 @@ def with_waits(circuit: QuantumCircuit, target: Target, latency: float) -> Waiti
         if operation.name == "measure":
             ready[instruction.clbits[0]] = start + duration
     return WaitingCircuit(out, errors)
+
+
+def shot_duration(
+    circuit: QuantumCircuit, target: Target, latency: float = TYPICAL_FEED_FORWARD_LATENCY_S
+) -> float:
+    """Seconds from the first instruction of a shot to the end of its last one.
+
+    Instructions start as early as they can; of a condition's branches the longest one counts, after the
+    latency. An instruction of which the target tells no duration on its qubits takes the median of the
+    device. A loop counts once.
+
+    Parameters
+    ----------
+    circuit : QuantumCircuit
+        Transpiled to the gates of the target.
+    target : Target
+    latency : float
+        Seconds from the end of a measurement to a gate that depends on its bit.
+
+    Examples
+    --------
+    >>> from .noise import fake_device
+    >>> circuit = QuantumCircuit(1, 1)
+    >>> circuit.measure(0, 0), circuit.measure(0, 0)
+    (..., ...)
+    >>> f"{1e6 * shot_duration(circuit, fake_device('fake_fez').target):.2f}"
+    '3.12'
+    """
+    return _critical_path(circuit, list(range(circuit.num_qubits)), target, latency)
+
+
+def _critical_path(circuit: QuantumCircuit, wires: list[int], target: Target, latency: float) -> float:
+    """Seconds of a circuit, or of a condition's branch, on these qubits of the target."""
+    over: dict[Qubit | Clbit, float] = {}
+    for instruction in circuit.data:
+        operation, bits = instruction.operation, (*instruction.qubits, *instruction.clbits)
+        at = [wires[circuit.find_bit(q).index] for q in instruction.qubits]
+        if isinstance(operation, ControlFlowOp):
+            branches = (_critical_path(x, at, target, latency) for x in operation.blocks if x)
+            duration = latency + max(branches, default=0.0)
+        else:
+            duration = _known_duration(target, operation.name, tuple(at))
+        end = max((over.get(bit, 0.0) for bit in bits), default=0.0) + duration
+        over.update(dict.fromkeys(bits, end))
+    return max(over.values(), default=0.0)
+
+
+def _known_duration(target: Target, name: str, wires: tuple[int, ...]) -> float:
+    """How long an instruction lasts on its qubits, or else in the median of the device; 0 where unknown."""
+    if name not in target.operation_names:
+        return 0.0
+    table = target[name]
+    own = table.get(wires)
+    if own is not None and own.duration is not None:
+        return float(own.duration)
+    known = [x.duration for x in table.values() if x is not None and x.duration is not None]
+    return float(median(known)) if known else 0.0
 
 
 def _block_duration(block: QuantumCircuit, wires: list[int], target: Target) -> float:

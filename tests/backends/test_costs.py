@@ -21,7 +21,9 @@ from qtx_lab.backends import CircuitSampler, HybridPolicy, QiskitQuantumBackend
 from qtx_lab.backends.ibm import engine as ibm_engine
 from qtx_lab.backends.ibm.budget import Budget
 from qtx_lab.backends.ibm.jobs import find_jobs
+from qtx_lab.backends.ibm.target import TargetEngine
 from qtx_lab.backends.noise import fake_device
+from qtx_lab.backends.waiting import TYPICAL_FEED_FORWARD_LATENCY_S, shot_duration
 from qtx_lab.errors import ArgumentError, BackendUnavailable, CostError, DtypeError
 from qtx_lab.mitigation import CircuitMitigation, MitigationPlanner, ZeroNoiseExtrapolation, readout
 
@@ -500,3 +502,22 @@ def test_long_circuits_take_longer_than_the_rule(no_account: None) -> None:
     assert short.quantum_seconds == pytest.approx(2 + 0.00035 * short.executions)
     assert folded.quantum_seconds > 2 + 0.00035 * folded.executions
     assert "where the circuit takes longer" in plan.estimated_by
+
+
+def test_a_plan_tells_how_long_a_shot_is_though_the_rule_counts_short_ones_alike(no_account: None) -> None:
+    """64 rows × 10,000 shots are 226 s for every loader, because the wait between shots is longer than any."""
+    p, target = torch.full((64, 16), 1 / 16), fake_device("fake_fez").target
+    durations = {}
+    for loader in ("mps", "dynamic"):
+        backend = QiskitQuantumBackend("aer", "fake_fez", loader=loader, optimization_level=1)
+        plan = backend.plan_rows(p, 10_000)
+        assert plan.quantum_seconds == pytest.approx(2 + 0.00035 * 640_000)
+        assert "counts circuits of up to 100 µs alike" in plan.estimated_by
+        assert "shot µs" in repr(plan)
+        durations[loader] = plan.cost.runs[0].shot_seconds
+    circuit = backend.with_engine(TargetEngine("fake_fez")).transpiled(16)
+    reads = 4 * target["measure"][0,].duration
+    waits = sum(i.operation.name == "if_else" for i in circuit.data) * TYPICAL_FEED_FORWARD_LATENCY_S
+    assert 0.5 * (reads + waits) < durations["dynamic"] < 1.5 * (reads + waits)
+    circuit = QiskitQuantumBackend("aer", loader="mps").with_engine(TargetEngine("fake_fez")).transpiled(16)
+    assert shot_duration(circuit, target) == pytest.approx(circuit.estimate_duration(target), rel=0.01)

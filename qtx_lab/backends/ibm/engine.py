@@ -13,7 +13,6 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import ValidationError
 from qiskit import QuantumCircuit
-from qiskit.exceptions import QiskitError
 from qiskit.transpiler import Target, generate_preset_pass_manager
 from qiskit.transpiler.exceptions import TranspilerError
 from qiskit_ibm_runtime import QiskitRuntimeService
@@ -28,6 +27,7 @@ from ..costs import Bill, Cost, RowPlan, RunCost
 from ..exact import Noise
 from ..noise import instruction_errors, median_errors, on_used_qubits
 from ..requests import CalibrationRequest, MitigatedRowRequest, PlannedRun, Request
+from ..waiting import shot_duration
 from .budget import Confirm, CostGuard, billed_job
 from .jobs import PATIENCE_S, DeviceJob, find_jobs, post_part, submit_parts
 from .ledger import Block, record_job
@@ -403,8 +403,9 @@ def estimated_cost(runs: Sequence[PlannedRun], target: Target, max_shots: int, m
     costs, longest = [], SECONDS_PER_EXECUTION
     for run in runs:
         blocks = split_into_jobs(run.rows, run.shots, max_shots)
-        # The rule takes circuits to be short. Of long ones the duration is known, if they have no conditions.
-        per_execution = max(SECONDS_PER_EXECUTION, REPETITION_DELAY_S + _duration(run.circuit, target))
+        duration = shot_duration(run.circuit, target)
+        # The rule leaves 100 µs for the circuit, which few circuits need.
+        per_execution = max(SECONDS_PER_EXECUTION, REPETITION_DELAY_S + duration)
         longest = max(longest, per_execution)
         seconds = SECONDS_PER_JOB * len(blocks) + per_execution * run.rows * run.shots
         size = resources(run.circuit)
@@ -418,22 +419,20 @@ def estimated_cost(runs: Sequence[PlannedRun], target: Target, max_shots: int, m
                 len({q for i in run.circuit.data if i.operation.name != "barrier" for q in i.qubits}),
                 size.depth,
                 size.two_qubit_gates,
+                duration,
             )
         )
     how = f"IBM's rule of {SECONDS_PER_JOB:g} s a job and {1e3 * SECONDS_PER_EXECUTION:g} ms an execution"
     if longest > SECONDS_PER_EXECUTION:
         how += f", or up to {1e3 * longest:.2g} ms where the circuit takes longer"
+    elif costs:
+        how += (
+            f", which counts circuits of up to {1e6 * (SECONDS_PER_EXECUTION - REPETITION_DELAY_S):.0f} µs "
+            "alike: between two shots the device waits longer than these last"
+        )
     if mode == "session":
         how += "; a session is billed from its first job until it is closed, also while it waits"
     return Cost(tuple(costs), how)
-
-
-def _duration(circuit: QuantumCircuit, target: Target) -> float:
-    """Seconds that a shot takes; 0 where it is not known, as of circuits with conditions."""
-    try:
-        return float(circuit.estimate_duration(target))
-    except QiskitError:
-        return 0.0
 
 
 def _purpose(request: Request | None) -> str:

@@ -354,8 +354,11 @@ def _log_likelihood(data: Hits, theta: Tensor, points: Tensor, coarse: Tensor | 
 def _refined(data: Hits, points: Tensor) -> tuple[Tensor, Tensor]:
     """Angles (..., I, G) and the logarithm of the likelihood there, where it is not negligible.
 
-    The interval of angles shrinks from rung to rung: a rung is used once the grid resolves its phase.
+    The interval of angles shrinks from rung to rung: a rung is used once the grid resolves its phase. The
+    search for it takes the middle of the points, because the points are near each other; the likelihood that
+    is returned is averaged over all of them.
     """
+    middle = points.mean(-2, keepdim=True)
     turns = torch.tensor([2.0 * k + 1 for k in data.iterates], dtype=torch.float64)
     unit = torch.linspace(0, 1, GRID, dtype=torch.float64)
     low = data.hits.new_zeros(data.hits.shape[:-1])
@@ -364,7 +367,7 @@ def _refined(data: Hits, points: Tensor) -> tuple[Tensor, Tensor]:
         grid = low[..., None] + (high - low)[..., None] * unit
         step = (high - low) / (GRID - 1)
         resolved = turns * step[..., None] <= FINEST_PHASE  # [..., I, K]
-        log_likelihood = _log_likelihood(data, grid, points, resolved.double())
+        log_likelihood = _log_likelihood(data, grid, middle, resolved.double())
         peak = log_likelihood.amax(-1, keepdim=True)
         inside = log_likelihood > peak - DEPTH_OF_LIKELIHOOD
         first = inside.double().argmax(-1)
@@ -384,6 +387,8 @@ def _refined(data: Hits, points: Tensor) -> tuple[Tensor, Tensor]:
             break
         moved = shrunk | stuck
         low, high = torch.where(moved, left, low), torch.where(moved, right, high)
+    if points.shape[-2] > 1:
+        log_likelihood = _log_likelihood(data, grid, points, resolved.double())
     return grid, log_likelihood
 
 

@@ -505,7 +505,7 @@ def test_long_circuits_take_longer_than_the_rule(no_account: None) -> None:
 
 
 def test_a_plan_tells_how_long_a_shot_is_though_the_rule_counts_short_ones_alike(no_account: None) -> None:
-    """64 rows × 10,000 shots are 226 s for every loader, because the wait between shots is longer than any."""
+    """64 rows × 10,000 shots are 226 s for every loader: the wait between shots is longer than a shot."""
     p, target = torch.full((64, 16), 1 / 16), fake_device("fake_fez").target
     durations = {}
     for loader in ("mps", "dynamic"):

@@ -11,11 +11,13 @@ import pytest
 import torch
 
 from qtx_lab.backends import CircuitSampler, QiskitQuantumBackend
-from qtx_lab.errors import ArgumentError
+from qtx_lab.errors import ArgumentError, ShapeError
+from qtx_lab.experiments.runs import Run
 from qtx_lab.mitigation import CircuitMitigation, ZeroNoiseExtrapolation
 from qtx_lab.specs import CircuitSpec, MitigationSpec
 from qtx_lab.theme import fixed, with_error
 from qtx_lab.widgets.measurement import distances_of_counts, distances_of_estimate
+from qtx_lab.widgets.outputs import estimate_outputs
 from qtx_lab.widgets.workbench import tasks
 from qtx_lab.widgets.workbench.tabs.html_parts import rows_table
 from qtx_lab.widgets.workbench.tabs.mitigate import verdict
@@ -113,6 +115,31 @@ def test_of_many_selected_rows_some_are_taken_and_named(bench: Workbench) -> Non
         bench.circuit.take_rows([])
 
 
+@pytest.mark.statistical
+def test_three_estimates_of_an_output_use_the_row_equally_often_and_cover_it(
+    generator: torch.Generator,
+) -> None:
+    """24 intervals of each method: below 18 that cover by chance in 1 of 500 runs, if they are right."""
+    p = torch.rand(8, 16, generator=generator, dtype=torch.float64).pow(4)
+    p /= p.sum(-1, keepdim=True)
+    v = torch.randn(16, generator=generator, dtype=torch.float64)
+    sampler = CircuitSampler(QiskitQuantumBackend("aer", "fake_boston"))
+    covered: dict[str, int] = {}
+    for seed in range(3):
+        done = estimate_outputs(sampler, p, v, loads=1024, keys=4, seed=seed)
+        torch.testing.assert_close(done.exact, p @ v)
+        torch.testing.assert_close(done.rest, 1 - p.topk(4).values.sum(-1))
+        assert (done.amplitude.loads <= 1024).all()
+        for name, x in done.methods.items():
+            inside = (x.lower <= done.exact) & (done.exact <= x.upper)
+            covered[name] = covered.get(name, 0) + int(inside.sum())
+    assert min(covered.values()) >= 18, covered
+    widths = {name: x.half_width.mean() for name, x in done.methods.items()}
+    assert widths["amplitude estimation"] < 0.8 * widths["classical draws"]
+    with pytest.raises(ShapeError, match=r"v has shape \(3,\)"):
+        estimate_outputs(sampler, p, v[:3], loads=1024, keys=4, seed=0)
+
+
 def test_measurements_are_runs_that_the_dashboard_shows(tmp_path: Path) -> None:
     pytest.importorskip("panel")
     from qtx_lab.widgets.dashboard.records import Records
@@ -143,5 +170,10 @@ def test_measurements_are_runs_that_the_dashboard_shows(tmp_path: Path) -> None:
     assert (pd.to_numeric(rows["half_width"]) > 0).all()
     logged = rows[rows["name"] == "mitigate"].sort_values("row")
     assert logged["mitigated"].tolist() == mitigated["error"]
+    output = {"coordinate": 1, "loads": 2048, "keys": 4}
+    estimated = tasks.estimate(Report(), circuit=circuit, output=output, **common)
+    assert sorted(Run.open(tmp_path / estimated["run"]).metrics()["row"].unique()) == [7, 15]
+    with pytest.raises(ArgumentError, match="coordinate=32 is not allowed: there are 32"):
+        tasks.estimate(Report(), circuit=circuit, output={**output, "coordinate": 32}, **common)
     with pytest.raises(ArgumentError, match="there is nothing to mitigate"):
         tasks.mitigate(Report(), circuit=circuit, mitigation=MitigationSpec().to_parameters(), **common)

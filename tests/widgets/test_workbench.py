@@ -285,6 +285,19 @@ def test_from_code_and_restored(bench: Workbench, tmp_path: Path) -> None:
     assert (logged["half_width"] > 0).all()
     assert set(logged["device"]) == {"fake_boston"}
 
+    bench.circuit.forms["output"].change(gives="output", coordinate=2, loads=1024, keys=4)
+    assert bench.circuit._start_button.description == "Estimate outputs"
+    assert "2 rows × 1\u2009024 loads" in bench.circuit.cost()
+    estimated = bench.circuit.start().wait(120)
+    np.testing.assert_allclose(estimated["exact"], (inputs.weights(1, 2)[[3, 7]] @ v[0].double())[:, 2])
+    assert "Amplitude estimation ±" in bench.circuit._headline.value
+    assert bench.circuit.shown_views() == [bench.circuit.outputs_view]
+    assert b"PNG" in (bench.circuit.picture() or b"")
+    copied = run_code(bench.circuit.python_code())
+    for method in estimated["methods"]:
+        assert copied["result"].methods[method["name"]].value.tolist() == method["value"]
+    assert "output" not in bench.mitigate.arguments()
+
     lens.selected_rows = list(range(20, 40))  # after the measurement of two others
     lens.drawn_heads = [[1, 5], [1, 2]]
     bench.circuit.forms["rows"].change(rows=[20, 22, 39])
@@ -756,6 +769,17 @@ def test_the_whole_work_in_a_browser(
     press(page, "Measure rows")
     bar(page, "done")
     assert page.locator(".qtx-wb-table:visible tbody tr").count() == len(sent)
+
+    # A coordinate of their outputs is estimated, beside as many shots and classical draws.
+    unfold(page, "gives")
+    field(page, "gives").locator("select").select_option("output")
+    press(page, "Estimate outputs")
+    page.locator(".qtx-wb-headline:visible").filter(has_text="Amplitude estimation ±").wait_for()
+    bar(page, "done")
+    estimates = page.locator(".qtx-wb-views:visible svg[aria-label^='estimated outputs']")
+    assert estimates.locator("circle").count() == 3 * len(sent)
+    assert "as many shots ±" in page.locator(".qtx-wb-headline:visible").inner_text()
+    shoot(page, "workbench-outputs")
     open_tab(page, "Hardware")
     press(page, "Submit rows")
     bar(page, "done")

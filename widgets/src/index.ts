@@ -4,6 +4,7 @@ import { render as circuit } from "./circuit";
 import { render as jobs } from "./jobs";
 import { render as lens } from "./lens";
 import { render as mitigation } from "./mitigation";
+import { render as outputs } from "./outputs";
 import { render as status } from "./status";
 import * as stream from "./stream";
 import "./style.css";
@@ -26,6 +27,8 @@ const widget: AnyWidget = () => {
           return lens(model, el);
         case "mitigation":
           return mitigation(model, el);
+        case "outputs":
+          return outputs(model, el);
         case "status":
           return status(model, el);
         case "stream":

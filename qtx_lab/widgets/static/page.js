@@ -1,4 +1,4 @@
-/* qtx_lab: made from widgets/src by `npm run build`; sources cb22b41c3434fa19ed31e9709a0714948429fa884198a6f334bd9d3d8a5ff948 */
+/* qtx_lab: made from widgets/src by `npm run build`; sources e19520d69b82fd96a6ee6c74b13bf67aaaae95844cb0bf604329c0267e478bd1 */
 /* Contains d3-scale, d3-array and the modules of d3 that they need.
 Copyright 2010-2026 Mike Bostock
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import ipywidgets as widgets
 import torch
@@ -12,10 +12,14 @@ from torch import Tensor
 from ....errors import ArgumentError
 from ....specs import CircuitSpec, MitigationSpec, Spec, Whole
 from ...forms import FORM_LOCK, SpecForm
+from ...views.base import View
+from ...views.outputs import OutputsView
+from ..process import Work
 from ..tab import WorkbenchTab
 from ..tab_host import TabHost
 from .circuit_code import measurement_code
 from .html_parts import field_groups, form_field, rows_table, spaced
+from .outputs_parts import outputs_code, outputs_headline, outputs_table
 from .sample import MAX_ROWS, SampleTab
 
 if TYPE_CHECKING:
@@ -43,6 +47,40 @@ class RowsSpec(Spec):
     )
 
 
+class OutputSpec(Spec):
+    """What circuits give: draws from the rows, or one coordinate of what attention makes of them."""
+
+    gives: Literal["rows", "output"] = form_field(
+        "rows",
+        "rows: the circuit draws keys. output: amplitude estimation of a coordinate of the row's output.",
+        "name",
+        "output",
+    )
+    coordinate: Whole = form_field(
+        0, "Which coordinate of the output is estimated, counted from 0.", "", "output", ge=0
+    )
+    loads: Whole = form_field(
+        4096,
+        "Uses of the row's loader or its inverse, at most; as many shots and classical draws are compared.",
+        "loads",
+        "output",
+        ge=64,
+        le=16_777_216,
+    )
+    keys: Whole = form_field(
+        8,
+        "So many of a row's largest weights are estimated, and the rest is summed exactly.",
+        "keys",
+        "output",
+        ge=2,
+        le=16,
+    )
+
+
+BUTTONS = {"rows": "Measure rows", "output": "Estimate outputs"}
+"""The label of the primary button, by what the circuits give."""
+
+
 class CircuitTab(WorkbenchTab):
     """Rows as circuits, on a simulator or on the twin of a device.
 
@@ -52,6 +90,8 @@ class CircuitTab(WorkbenchTab):
         The form of the Mitigate tab, whose noise levels and extrapolation the view's zero-noise fit shows.
     view_box : VBox
         Holds the view; it stands in the Mitigate tab, too.
+    outputs_view : OutputsView
+        Shows estimated outputs in its place.
     """
 
     name, title, button, task = "circuit", "Circuit", "Measure rows", "measure"
@@ -62,13 +102,21 @@ class CircuitTab(WorkbenchTab):
         self._sample = sample
         groups = field_groups(CircuitSpec)
         fields = [name for name, group in groups.items() if group != "IBM" and name != "provider"]
-        forms = {"circuit": SpecForm(TWIN, fields), "rows": SpecForm(RowsSpec)}
+        forms = {
+            "circuit": SpecForm(TWIN, fields),
+            "rows": SpecForm(RowsSpec),
+            "output": SpecForm(OutputSpec),
+        }
         self._table, self._rows_note, self.view_box = widgets.HTML(), widgets.HTML(), widgets.VBox()
+        self._headline, self.outputs_view = widgets.HTML(), OutputsView()
+        self._rows_box = widgets.VBox([self.view_box])  # hidden here, while the view stands in Mitigate, too
+        self._outputs_box = widgets.VBox([self.outputs_view])
         self._selected: tuple[int, ...] = ()  # all rows of which those of the form were taken
         self.view: CircuitView | None = None
         self._view_inputs: Any = None
-        views = (self._rows_note, self.view_box, self._table)
+        views = (self._rows_note, self._headline, self._rows_box, self._outputs_box, self._table)
         super().__init__(bench, forms, *views, shared={"source": sample.forms["source"]})
+        self.forms["output"].observe(lambda _: self._name_button(), "spec")
         self.forms["rows"].observe(lambda _: self._say_which_rows(), "spec")
         self.mitigation_form = SpecForm(PLANNER)
         self.mitigation_form.observe(lambda _: self._fit_follows_form(), "spec")
@@ -127,8 +175,35 @@ class CircuitTab(WorkbenchTab):
         assert isinstance(spec, MitigationSpec)
         return spec
 
+    @property
+    def row_forms(self) -> dict[str, SpecForm]:
+        """The forms that say which rows are measured by which circuits: all but that of the output."""
+        return {name: form for name, form in self.forms.items() if name != "output"}
+
+    @property
+    def _output(self) -> OutputSpec:
+        spec = self.forms["output"].spec
+        assert isinstance(spec, OutputSpec)
+        return spec
+
+    def _name_button(self) -> None:
+        """Let the primary button say what it does."""
+        self._start_button.description = BUTTONS[self._output.gives]
+
+    def start(self, **changes: Any) -> Work:
+        """Measure the rows or estimate their outputs, as the form says; see `WorkbenchTab.start`."""
+        self.task = "measure" if self._output.gives == "rows" else "estimate"
+        return super().start(**changes)
+
     def arguments(self) -> dict[str, Any]:
         """The arguments of the task."""
+        output = self._output.to_parameters()
+        if output.pop("gives") == "rows":
+            return self.row_arguments()
+        return {**self.row_arguments(), "output": output}
+
+    def row_arguments(self) -> dict[str, Any]:
+        """The arguments of a task that measures the rows."""
         sample = self._sample.arguments()
         return {
             **{name: sample[name] for name in ("source", "layer", "head", "seed")},
@@ -138,7 +213,14 @@ class CircuitTab(WorkbenchTab):
         }
 
     def show(self, result: dict[str, Any]) -> None:
-        """Show the table of the rows, and the measurement of one of them in the view."""
+        """Show the table of the rows, and the measurement of one of them, or the estimates, in the view."""
+        estimated = result.get("kind") == "outputs"
+        for box, shown in ((self._rows_box, not estimated), (self._outputs_box, estimated)):
+            box.layout.display = None if shown else "none"
+        if estimated:
+            self._show_outputs(result)
+            return
+        self._headline.value = ""
         self._table.value = rows_table(result)
         spec = CircuitSpec(**(self._forms_of_result or self.state())["circuit"])
         inputs = (spec.model_copy(update={"shots": 1}), result["p"].tobytes())
@@ -147,6 +229,22 @@ class CircuitTab(WorkbenchTab):
             self._view_inputs = inputs
         self.view.shots = spec.shots
         self._fill_view()
+
+    def _show_outputs(self, result: dict[str, Any]) -> None:
+        """Show the estimates of the outputs beside the exact ones."""
+        self._headline.value, self._table.value = outputs_headline(result), outputs_table(result)
+        title = (
+            f"Coordinate {result['coordinate']} of outputs on {result['facts']['device_label']}, "
+            f"{spaced(result['asked_loads'])} loads a row"
+        )
+        names = [f"query {i}" for i in result["rows"]]
+        self.outputs_view.show(names, result["exact"], result["methods"], title)
+
+    def shown_views(self) -> list[View]:
+        """The view of the rows, or that of their outputs."""
+        if (self.result or {}).get("kind") == "outputs":
+            return [self.outputs_view]
+        return [] if self.view is None else [self.view]
 
     def _make_view(self, spec: CircuitSpec, p: Tensor, queries: Iterable[int]) -> CircuitView:
         """A view of the circuit of these rows; its zero-noise fit is that of the Mitigate tab."""
@@ -176,7 +274,9 @@ class CircuitTab(WorkbenchTab):
     def _fill_view(self) -> None:
         """Show what was measured of the row that the view shows."""
         view, result = self.view, self.result
-        if view is None or result is None or view.num_rows != len(result["rows"]):
+        if view is None or result is None or result.get("kind") == "outputs":
+            return
+        if view.num_rows != len(result["rows"]):
             return
         from ....backends import RowCounts  # loads qiskit, as the view has
 
@@ -196,12 +296,20 @@ class CircuitTab(WorkbenchTab):
         view.fill(RowCounts(counts, discarded, shots, baseline, diagnostics), curve)
 
     def cost(self) -> str:
+        """Rows and shots, or loads, of what the button starts."""
+        if self._output.gives == "output":
+            return f"{len(self.rows)} rows × {spaced(self._output.loads)} loads"
+        return self.rows_cost()
+
+    def rows_cost(self) -> str:
         """Rows and shots of the next measurement."""
         spec = self.form.spec
         assert isinstance(spec, CircuitSpec)
         return f"{len(self.rows)} rows × {spaced(spec.shots)} shots"
 
     def python_code(self) -> str:
-        """Python that measures the same rows by the same circuits."""
+        """Python that measures the same rows, or estimates the same outputs, by the same circuits."""
         state = self.shown_state()
+        if state.get("output", {}).get("gives") == "output":
+            return outputs_code(state["source"], state["rows"], state["circuit"], state["output"])
         return measurement_code(state["source"], state["rows"], state["circuit"])

@@ -38,7 +38,7 @@ class HardwareTab(WorkbenchTab):
     def arguments(self) -> dict[str, Any]:
         """The arguments of the task."""
         return {
-            **self._circuit.arguments(),
+            **self._circuit.row_arguments(),
             "circuit": self.form.spec.to_parameters(),
         }
 

@@ -35,7 +35,7 @@ class MitigateTab(WorkbenchTab):
         self._fit_box = widgets.VBox([circuit.view_box])
         forms = {"mitigation": circuit.mitigation_form}
         views = (self._verdict, self._table, widgets.VBox([self.view]), self._fit_box)
-        super().__init__(bench, forms, *views, shared=circuit.forms)
+        super().__init__(bench, forms, *views, shared=circuit.row_forms)
         self.form.observe(self._readout_follows_method, "spec")
 
     def _readout_follows_method(self, change: Any) -> None:
@@ -46,7 +46,7 @@ class MitigateTab(WorkbenchTab):
 
     def arguments(self) -> dict[str, Any]:
         """The arguments of the task."""
-        return {**self._circuit.arguments(), "mitigation": self.form.spec.to_parameters()}
+        return {**self._circuit.row_arguments(), "mitigation": self.form.spec.to_parameters()}
 
     def show(self, result: dict[str, Any]) -> None:
         """Show the verdict, the table of the rows, and the expected error against shots."""
@@ -63,7 +63,7 @@ class MitigateTab(WorkbenchTab):
 
     def cost(self) -> str:
         """Rows and shots of the next measurement."""
-        return f"{self._circuit.cost()}, with and without mitigation"
+        return f"{self._circuit.rows_cost()}, with and without mitigation"
 
     def python_code(self) -> str:
         """Python that measures the same rows with and without mitigation."""

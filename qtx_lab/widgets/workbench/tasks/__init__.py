@@ -5,12 +5,14 @@ from __future__ import annotations
 from .calibration import calibrate
 from .circuits import measure, mitigate, submit
 from .inputs import load_inputs
+from .outputs import estimate
 from .runs import list_runs, sweep
 from .sampling import sample
 from .training import train
 
 __all__ = [
     "calibrate",
+    "estimate",
     "list_runs",
     "load_inputs",
     "measure",

@@ -74,7 +74,7 @@ def measure(
 
     report(0.01, "loading the model and text")
     spec = CircuitSpec(**circuit)
-    p = _rows(load_inputs(**source), layer, head, rows)
+    p = rows_of_head(load_inputs(**source), layer, head, rows)
     report(0.03, "transpiling the circuit")
     options = {"run_dir": run_dir} if spec.provider == "ibm" else {}
     backend = spec.build(**options)
@@ -111,7 +111,7 @@ def mitigate(
 
     report(0.01, "loading the model and text")
     spec, mitigation_spec = CircuitSpec(**circuit), MitigationSpec(**mitigation)
-    p = _rows(load_inputs(**source), layer, head, rows)
+    p = rows_of_head(load_inputs(**source), layer, head, rows)
     report(0.03, "transpiling the circuit")
     backend = spec.build()
     chosen: Any = mitigation_spec.build(num_keys=p.shape[-1])
@@ -308,12 +308,12 @@ def _part_result(measurement: Measurement, p: Tensor, facts: Mapping[str, Any], 
         "raw_error_std": list(raw.std_error),
         "classical_error": list(classical.value),
         "classical_error_std": list(classical.std_error),
-        "facts": {name: _plain(value) for name, value in {**facts, **device}.items()},
-        "curve": [_plain(asdict(point)) for point in measurement.curve],
+        "facts": {name: plain(value) for name, value in {**facts, **device}.items()},
+        "curve": [plain(asdict(point)) for point in measurement.curve],
     }
 
 
-def _rows(inputs: AttentionInputs, layer: int, head: int, rows: list[int]) -> Tensor:
+def rows_of_head(inputs: AttentionInputs, layer: int, head: int, rows: list[int]) -> Tensor:
     """Some rows of a head's attention, (R, n), cut to the keys that any of them sees."""
     p = inputs.weights(layer, head)
     bad = [row for row in rows if not 0 <= row < len(p)]
@@ -323,12 +323,12 @@ def _rows(inputs: AttentionInputs, layer: int, head: int, rows: list[int]) -> Te
     return p[:, : int(p.sum(0).nonzero().amax()) + 1]
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """The same as JSON types; what has none as text."""
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     return value if isinstance(value, str | int | float | None) else str(value)
 
 

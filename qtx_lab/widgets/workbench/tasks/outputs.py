@@ -1,0 +1,118 @@
+"""The task `estimate`: one coordinate of attention outputs by amplitude estimation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from ....errors import ArgumentError
+from ....experiments.runs import Run
+from ....models.inputs import AttentionInputs
+from ....specs import CircuitSpec
+from ..process_server import TaskReport
+from .circuits import DEVICE_FACTS, device_label, plain, rows_of_head
+from .inputs import load_inputs
+
+
+def estimate(
+    report: TaskReport,
+    source: Mapping[str, Any],
+    layer: int,
+    head: int,
+    seed: int,
+    rows: list[int],
+    circuit: Mapping[str, Any],
+    output: Mapping[str, Any],
+    home: str | None = None,
+) -> dict[str, Any]:
+    """Estimate a coordinate of a head's outputs by amplitude estimation, by shots and by classical draws.
+
+    Parameters
+    ----------
+    output : mapping
+        `coordinate`, `loads` and `keys`: the fields of the form.
+    home : str, optional
+        Folder of runs: the estimates are saved in a run of their own.
+
+    Returns
+    -------
+    dict
+        `rows` (R,), `exact` (R,), `methods`: of each its `name` and lists `value`, `lower`, `upper` (R,);
+        `loads` (R,) that amplitude estimation took; `rest` (R,): weight of the keys that are summed exactly;
+        `schedule` and `two_qubit_gates`: pairs of a number of iterates with shots and gates; `seconds` of
+        quantum time, `contrast`, `decay`; `facts` of the device; `discarded`, `coordinate` and `asked_loads`.
+    """
+    from ....backends import CircuitSampler
+    from ...outputs import estimate_outputs
+
+    report(0.01, "loading the model and text")
+    spec = CircuitSpec(**circuit)
+    inputs = load_inputs(**source)
+    p = rows_of_head(inputs, layer, head, rows)
+    v = values_of_head(inputs, layer, head, output["coordinate"])[: p.shape[-1]]
+    report(0.05, "transpiling the circuits")
+    sampler = CircuitSampler(spec.build(), hybrid_mode=spec.policy())
+    report(0.1, f"{output['loads']:,} loads of {len(rows)} rows")
+    done = estimate_outputs(sampler, p, v, loads=output["loads"], keys=output["keys"], seed=seed)
+    amplitude = done.amplitude
+    facts = {name: amplitude.diagnostics[name] for name in DEVICE_FACTS if name in amplitude.diagnostics}
+    result: dict[str, Any] = {
+        "kind": "outputs",
+        "rows": np.array(rows),
+        "coordinate": output["coordinate"],
+        "asked_loads": output["loads"],
+        "exact": done.exact.tolist(),
+        "methods": [
+            {"name": name, "value": x.value.tolist(), "lower": x.lower.tolist(), "upper": x.upper.tolist()}
+            for name, x in done.methods.items()
+        ],
+        "loads": amplitude.loads[:, 0].tolist(),
+        "rest": done.rest.tolist(),
+        "schedule": [list(pair) for pair in amplitude.schedule.items()],
+        "two_qubit_gates": [list(pair) for pair in amplitude.two_qubit_gates.items()],
+        "contrast": amplitude.decay.contrast,
+        "decay": amplitude.decay.per_iterate,
+        "seconds": amplitude.seconds,
+        "facts": {
+            "device": sampler.backend.engine.name,
+            "device_label": device_label(spec),
+            "qubits": amplitude.diagnostics["qubits"],
+            **{name: plain(value) for name, value in facts.items()},
+        },
+    }
+    if home is not None:
+        with Run.create(spec, "amplitude", home) as run:
+            _log_outputs(run, result)
+        result["run"] = run.path.name
+    return result
+
+
+def values_of_head(inputs: AttentionInputs, layer: int, head: int, coordinate: int) -> Any:
+    """One coordinate of the values that a query head sees, (n,)."""
+    q, _, v = inputs.layer_of(layer, head)
+    if coordinate >= v.shape[-1]:
+        raise ArgumentError(
+            f"coordinate={coordinate} is not allowed: there are {v.shape[-1]}, counted from 0."
+        )
+    return v[head * v.shape[0] // q.shape[0], :, coordinate]
+
+
+def _log_outputs(run: Run, result: Mapping[str, Any]) -> None:
+    """Log each estimate, with half of its 95 % interval, beside the exact output."""
+    run.log_many(
+        {
+            "row": int(row),
+            "method": method["name"],
+            "output": method["value"][i],
+            "output_half_width": (method["upper"][i] - method["lower"][i]) / 2,
+            "exact": result["exact"][i],
+            "loads": result["asked_loads"],
+            "coordinate": result["coordinate"],
+            "device": result["facts"]["device_label"],
+        }
+        for i, row in enumerate(result["rows"])
+        for method in result["methods"]
+    )
+    run.update(results={"facts": dict(result["facts"]), "schedule": result["schedule"]})

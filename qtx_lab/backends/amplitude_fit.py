@@ -29,6 +29,14 @@ PRIOR_LOG_DECAY, PRIOR_CONTRAST, PRIOR_SHIFT = 0.5, 0.03, 0.02
 """Standard deviations of the prior around what the calibration predicts: of the logarithm of the decay, of
 the contrast without iterates, and of the offset."""
 
+PLANE_LOG_DECAY, PLANE_CONTRAST, PLANE_SHIFT = 0.25, 0.02, 0.015
+"""Standard deviations by which an amplitude's own decay, contrast and offset differ from the common ones.
+
+Errors depend on the angles of a circuit, and so on the amplitude. Without these, the fit is surer of its
+decay than it may be: at 16 keys and 16,384 loads on the twin of Boston, 95 % intervals cover 93 %, and 92 %
+by "mle".
+"""
+
 GRID = 257
 """Angles at which a likelihood is computed."""
 
@@ -217,8 +225,9 @@ def fit_angles(
 ) -> Angles:
     """Estimate angles from hits.
 
-    The decay is fitted to all amplitudes of a call; its uncertainty is integrated out of the likelihood
-    of each amplitude by the points of a cubature rule.
+    The decay is fitted to all amplitudes of a call. Its uncertainty, and by how much an amplitude's own decay
+    may differ from it, are integrated out of the likelihood of each amplitude by the points of a cubature
+    rule.
 
     Parameters
     ----------
@@ -241,7 +250,8 @@ def fit_angles(
         points = nuisance[..., None, :]
     else:
         nuisance, spread = _fit_nuisance(data, expected)
-        root = torch.linalg.cholesky(spread) * math.sqrt(3)
+        own = torch.tensor([PLANE_CONTRAST, PLANE_LOG_DECAY, PLANE_SHIFT], dtype=torch.float64)
+        root = torch.linalg.cholesky(spread + torch.diag(own.square())) * math.sqrt(3)
         steps = torch.cat([root.mT, -root.mT], -2)  # [..., 6, 3]
         points = _of_free(_free(nuisance)[..., None, :] + steps)
         # errors of the free parameters as those of the parameters themselves

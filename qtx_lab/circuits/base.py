@@ -40,7 +40,8 @@ class Loader(ABC):
         approximation.
     feeds_forward : bool
         True if the circuit measures the key's bits one after the other, the most significant bit first, and
-        chooses each rotation by the bits read so far, as `DynamicLoader` does. False by default.
+        chooses each rotation by the bits read so far, as `DynamicLoader` does, with one reading of each bit.
+        False by default.
 
     Examples
     --------
@@ -75,7 +76,7 @@ class Loader(ABC):
 
     name: ClassVar[str]
     exact: ClassVar[bool]
-    feeds_forward: ClassVar[bool] = False
+    feeds_forward: bool = False
 
     def size(self, n: int) -> int:
         """Size of the circuit for rows of n keys; rows of the same size share a circuit.

@@ -8,6 +8,7 @@ from .circuit import CircuitMitigation
 from .decay import SharedDecay
 from .distillation import TwoCopyLoader
 from .execution import execute_with_zne
+from .flips import RandomFlips
 from .inference import ZeroNoiseEstimate, ZeroNoiseInference
 from .pec import ProbabilisticErrorCancellation
 from .planner import MitigationPlanner, Plan
@@ -26,6 +27,7 @@ __all__ = [
     "MitigationPlanner",
     "Plan",
     "ProbabilisticErrorCancellation",
+    "RandomFlips",
     "SharedDecay",
     "TwoCopyLoader",
     "ZeroNoiseEstimate",

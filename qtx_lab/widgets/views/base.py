@@ -84,10 +84,15 @@ class View(anywidget.AnyWidget):
     def __init__(self, kind: str, **traits: Any):
         self._worker = ThreadWorker(self.fail)
         self._display_handle: Any = None
+        self._kind = kind
         super().__init__(**traits)
         hear_while_busy(self)
-        self.set_trait("kind", kind)
         self.on_msg(lambda _, content, buffers: self._receive(content))
+
+    @traitlets.default("kind")
+    def _kind_from_the_start(self) -> str:
+        # A value that is set later comes in a second message, and a slow browser draws the view before that.
+        return self._kind
 
     def figure(self, theme: str = "light") -> Figure:
         """What is shown, as a matplotlib figure."""

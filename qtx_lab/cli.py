@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -811,6 +812,17 @@ class TrainCommand(click.Command):
             flags.append(click.Option([f"--{name.replace('_', '-')}"], metavar="VALUE", help=text))
         return [*super().get_params(ctx), *flags]
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Say what is trained, before the flags are read, whose names take seconds of imports."""
+        if any(word.startswith("--preset") for word in args):
+            _announce("Trains a shipped model again: hours on two cores.")
+        elif "--help" not in args:
+            what = shlex.join(args) or "the default settings"
+            _announce(
+                f"Trains a model by {what}. After some steps the bar shows the time left; Ctrl-C keeps them."
+            )
+        return super().parse_args(ctx, args)
+
 
 def _flag(kind: Any, text: str) -> Any:
     """The value of a flag, as the type of its field takes what is typed."""
@@ -867,13 +879,6 @@ def train(
         srun qtx-lab train spec.yaml --name job-$SLURM_JOB_ID --continue
         if [ $? -eq 138 ]; then scontrol requeue $SLURM_JOB_ID; fi
     """
-    what = spec_file or (f"run {resume}, where it stopped," if resume else "the default settings")
-    if preset is None:
-        _announce(
-            f"Trains a model by {what}. After some steps the bar shows the time left; Ctrl-C keeps them."
-        )
-    else:
-        _announce(f"Trains the {preset} model again, as the one that is shipped: hours on two cores.")
     from .specs import ClusterSpec, TrainSpec
 
     kinds = {name: field.annotation for name, field in TrainSpec.model_fields.items()}

@@ -64,6 +64,14 @@ SAMPLER_MARKERS: dict[str, str] = {
 MAX_PLACES = 8
 """Decimal places of a number with an interval, at most."""
 
+QUANTITIES = {
+    "num_samples": "draws per row",
+    "num_tokens": "tokens",
+    "bits_per_byte": "bits per byte",
+    "shots": "shots a row",
+}
+"""What people call the numbers that runs write under short names."""
+
 SEQUENTIAL = "cividis"
 """Colour map for probabilities and other positive numbers."""
 
@@ -162,6 +170,15 @@ def matplotlib_style(theme: str) -> dict[str, Any]:
     }
 
 
+def quantity(name: str) -> str:
+    """What people call a number that runs write under a short name.
+
+    >>> quantity("num_samples"), quantity("standard_error")
+    ('draws per row', 'standard error')
+    """
+    return QUANTITIES.get(name, name.replace("_", " "))
+
+
 def fixed(value: float, places: int) -> str:
     """A number with some decimal places; what is rounded to zero has no sign.
 
@@ -172,7 +189,7 @@ def fixed(value: float, places: int) -> str:
     return f"−{text}" if value < 0 and float(text) > 0 else text
 
 
-def with_error(value: float, half_width: float | None) -> str:
+def with_error(value: float, half_width: float | None, *, sign: bool = False) -> str:
     """A number and half of its interval, with as many digits as that allows; `withError` of the browser.
 
     Parameters
@@ -180,14 +197,21 @@ def with_error(value: float, half_width: float | None) -> str:
     value : float
     half_width : float or None
         Half of the 95 % interval; without one the number has three significant digits.
+    sign : bool
+        Whether a number above 0 has a sign, too, as differences do.
 
     Examples
     --------
     >>> with_error(0.08312, 0.0041), with_error(0.1504, 0.0213), with_error(0.1504, None)
     ('0.083 ± 0.004', '0.150 ± 0.021', '0.15')
+    >>> with_error(0.00071, 0.00032, sign=True), with_error(-0.0001, 0.003, sign=True)
+    ('+0.0007 ± 0.0003', '0.000 ± 0.003')
     """
     if not math.isfinite(value):
         return "–"
+    if sign and value > 0:
+        text = with_error(value, half_width)
+        return f"+{text}" if float(text.partition(" ")[0]) > 0 else text
     if half_width is None or not math.isfinite(half_width) or half_width <= 0:
         return f"{value:.3g}".replace("-", "−") if value else "0"
     exponent = math.floor(math.log10(half_width) + 1e-9)

@@ -273,3 +273,30 @@ def test_all_notebooks_run_even_if_one_fails(monkeypatch, tmp_path) -> None:
     assert result.exit_code == 1
     assert len(seen) == len(listed)
     assert "1 notebook(s) failed: 02_circuits" in result.stderr
+
+
+def test_long_commands_say_what_they_do_before_imports_that_take_a_second() -> None:
+    code = """
+import sys
+import click
+from qtx_lab.cli import main
+
+class Said(BaseException):
+    pass
+
+def echo(text, err=False):
+    raise Said(text, err, sorted({"torch", "pandas", "numpy", "scipy", "qiskit"} & sys.modules.keys()))
+
+click.echo = echo
+for command in (["bench", "samplers"], ["demo"], ["sweep", "x", "-g", "a=1"], ["train"]):
+    try:
+        main(command, standalone_mode=False)
+    except Said as said:
+        print(*said.args, sep="|")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    lines = [line.split("|") for line in done.stdout.splitlines()]
+    assert len(lines) == 4, done
+    assert all((err, loaded) == ("True", "[]") for _, err, loaded in lines), lines
+    words = ("up to three minutes", "about a minute", "time left", "time left")
+    assert all(word in text for word, (text, *_) in zip(words, lines, strict=True)), lines

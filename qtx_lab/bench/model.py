@@ -16,6 +16,7 @@ from ..cache.sketches import PROPOSALS
 from ..models.generation import Decoding, decoding_policy
 from ..models.reference import ReferenceModel, load_reference_model
 from ..models.text import encode, reference_text
+from ..theme import with_error
 from .base import BenchRow
 
 SAMPLERS = ("monte-carlo", "systematic", "head-tail")
@@ -187,9 +188,9 @@ def print_table(title: str, rows: Sequence[BenchRow]) -> None:
     print(f"  {'method':<26}{'bits lost':>18}{'KL, mbit':>18}{'top-1 agreement':>20}{'s':>8}  check")
     for row in rows:
         d = row.details
-        loss = f"{100 * row.error:.3f} ± {100 * d['error ±']:.3f} %"
-        divergence = f"{1000 * d['KL']:.2f} ± {1000 * d['KL ±']:.2f}"
-        agreement = f"{100 * d['top-1 agreement']:.2f} ± {100 * d['top-1 agreement ±']:.2f} %"
+        loss = f"{with_error(100 * row.error, 100 * d['error ±'])} %"
+        divergence = with_error(1000 * d["KL"], 1000 * d["KL ±"])
+        agreement = f"{with_error(100 * d['top-1 agreement'], 100 * d['top-1 agreement ±'])} %"
         print(f"  {row.method:<26}{loss:>18}{divergence:>18}{agreement:>20}{row.seconds:>8.1f}  {row.check}")
     print(
         "  bits lost: relative to the exact model's bits per byte; ±: standard error over seeds of the\n"

@@ -15,7 +15,7 @@ from scipy import stats
 
 from ..errors import StorageError
 from ..storage import read_frame
-from ..theme import with_error
+from ..theme import quantity, with_error
 from .listing import COLUMNS
 
 MAX_ROWS_OF_A_RUN = 100
@@ -48,11 +48,15 @@ class MeasuredTable:
 
     def texts(self) -> list[dict[str, str]]:
         """The rows as text: numbers with as many digits as their intervals allow."""
-        titles = {name: f"{name} ({unit})" if unit else name for name, unit in self.measures.items()}
+        words = {name: quantity(name) for name in self.measures}
+        titles = {
+            name: f"{words[name]} ({unit})" if unit and unit not in words[name].split() else words[name]
+            for name, unit in self.measures.items()
+        }
         repeated = len(self.frame) > 0 and bool((self.frame["runs"] > 1).any())
         rows = []
         for _, row in self.frame.iterrows():
-            texts = {name: _text(row[name]) for name in self.keys}
+            texts = {quantity(name): _text(row[name]) for name in self.keys}
             texts |= {"runs": str(row["runs"])} if repeated else {}
             for name, title in titles.items():
                 texts[title] = "" if pd.isna(row[name]) else with_error(row[name], row[f"half_width {name}"])
@@ -65,8 +69,10 @@ class MeasuredTable:
             return ""
         name = next(iter(self.measures))
         best = self.frame.loc[self.frame[name].idxmin()]
-        setting = ", ".join(f"{key} {_text(best[key])}" for key in self.keys)
-        return f"{name} is smallest at {setting}: {with_error(best[name], best[f'half_width {name}'])}"
+        setting = ", ".join(f"{quantity(key)} {_text(best[key])}" for key in self.keys)
+        return (
+            f"{quantity(name)} is smallest at {setting}: {with_error(best[name], best[f'half_width {name}'])}"
+        )
 
     def axes(self) -> tuple[str | None, list[str]]:
         """The key along the horizontal axis of a figure, where one holds numbers, and the other keys."""

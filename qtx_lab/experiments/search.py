@@ -20,6 +20,7 @@ from ..checks import check_count
 from ..errors import ArgumentError, BackendUnavailable, QtxError
 from ..specs import ClusterSpec, SearchSpec, listed_word, split_words
 from ..storage import runs_home, write_atomic
+from ..theme import with_error
 from .notebooks import declared_parameters, notebook_path, parameter_schema, parameter_words, run_name
 from .report import write_report
 from .runs import Run
@@ -574,9 +575,11 @@ def _write_best(run: Run, tried: Sequence[SearchedCombination], spec: SearchSpec
         run.update(results={"summary": summary})
         return
     words = ", ".join(f"{name}={value}" for name, value in best.combination.items())
-    interval = "" if math.isnan(best.half_width) else f" ± {best.half_width:.2g} (95 % t-interval)"
+    interval = "" if math.isnan(best.half_width) else " (95 % t-interval)"
     way = "largest" if spec.maximize else "least"
-    sentence = f"The {way} {spec.objective} is {best.mean:.4g}{interval}, at {words}."
+    sentence = (
+        f"The {way} {spec.objective} is {with_error(best.mean, best.half_width)}{interval}, at {words}."
+    )
     found: dict[str, Any] = {
         **best.combination,
         str(spec.objective): best.mean,

@@ -10,6 +10,7 @@ from typing import Any
 from ..errors import ArgumentError
 from ..specs import SweepSpec
 from ..storage import write_frame
+from ..theme import quantity
 from .figures import comparison
 from .listing import RunTable, run_table
 from .measured_table import MeasuredTable, measured_table
@@ -84,9 +85,10 @@ def _draw(run: Run, spec: SweepSpec, measured: MeasuredTable, num_done: int, tot
     """Draw the main number of the notebooks against what they differ in."""
     y = next(iter(measured.measures))
     data, x, by = measured.of_figure(y)
+    words = {"x": x and quantity(x), "by": by and quantity(by)}
     run.save_figure(
         "results",
-        partial(comparison, y=y, x=x, by=by),
+        partial(comparison, y=quantity(y), **words),
         data,
         caption=(
             f"Means over the {num_done} of {total} runs of {spec.notebook} that are done, {spec.repeats} of "

@@ -369,8 +369,8 @@ def _reason(best: Prediction, raw: Prediction, count: int) -> str:
         return f"Nothing was mitigated, because no option could be rehearsed: {raw.problem}"
     if best is raw:
         return (
-            f"Nothing was mitigated: none of {count} options is expected to be {MIN_GAIN:.0%} better than "
-            f"the raw counts, whose expected error is {raw.error:.4f}."
+            f"Nothing was mitigated: none of {count} options is expected to be {100 * MIN_GAIN:.0f} % better "
+            f"than the raw counts, whose expected error is {raw.error:.4f}."
         )
     return (
         f"{best.option.name!r} is expected to have an error of {best.error:.4f} (bias {best.bias:.4f}, noise "

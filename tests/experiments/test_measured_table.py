@@ -59,12 +59,12 @@ def test_numbers_of_the_metrics_stand_beside_the_sampler_and_the_draws_they_were
     assert table.keys == ("sampler", "num_samples")  # the list of samplers follows from the sampler
     texts = table.texts()
     assert [row["sampler"] for row in texts] == ["systematic"] * 2 + ["head-tail"] * 2
-    assert list(texts[0]) == ["sampler", "num_samples", "runs", "error", "bits (bit)"]
+    assert list(texts[0]) == ["sampler", "draws per row", "runs", "error", "bits (bit)"]
     assert table.frame["error"].tolist() == pytest.approx([1.5 / 16, 1.5 / 64] * 2)
     half_width = stats.t.ppf(0.975, 1) * 0.5 / 16  # the spread of two runs is 1/16
     assert table.frame["half_width error"][0] == pytest.approx(half_width)
     assert table.frame["bits"].tolist() == [3.5] * 4
-    assert table.finding().startswith("error is smallest at sampler systematic, num_samples 64: 0.02 ± ")
+    assert table.finding().startswith("error is smallest at sampler systematic, draws per row 64: 0.02 ± ")
     data, x, by = table.of_figure("error")
     assert (x, by) == ("num_samples", "sampler")
     assert data["x"].tolist() == [16, 64, 16, 64]

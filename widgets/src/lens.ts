@@ -61,6 +61,15 @@ interface Shown {
 const floats = ({ buffer, byteOffset, byteLength }: DataView): Float32Array =>
   new Float32Array(buffer.slice(byteOffset, byteOffset + byteLength) as ArrayBuffer);
 
+/** Buttons that bring into sight what lies below the maps, and so often below the window's edge. */
+function jumps(places: [string, HTMLElement | undefined][]): HTMLElement {
+  const buttons = places.map(([name, element]) => {
+    const jump = () => element?.scrollIntoView({ block: "start", behavior: "smooth" });
+    return element ? h("button", { type: "button", click: jump }, name) : "";
+  });
+  return h("span", { class: "qtx-jumps", role: "group", "aria-label": "Further down" }, ...buttons);
+}
+
 export function render(model: Model, el: HTMLElement): () => void {
   const get = (name: string) => model.get(name);
   const rows: number = get("num_queries");
@@ -199,12 +208,17 @@ export function render(model: Model, el: HTMLElement): () => void {
     { type: "button", click: () => frame.set({ own_draws: false }) },
     "Back to the estimate",
   );
-  const caption = h("p", { class: "qtx-caption" }, effort, back);
+  const places: [string, HTMLElement | undefined][] = [
+    ["Error against draws", curvesPlace],
+    ["All heads", thumbnails.element],
+    ["Text", tokenView?.element],
+  ];
+  const caption = h("p", { class: "qtx-caption" }, effort, back, jumps(places));
   const controls = h(
     "div",
     { class: "qtx-toolbar" },
-    h("div", { class: "qtx-field qtx-draws" }, h("span", {}, "Draws per row, S"), drawsText, slider),
-    h("label", { class: "qtx-check" }, logBox, "logarithmic colours"),
+    h("div", { class: "qtx-draws" }, h("span", {}, "Draws per row, S"), slider, drawsText),
+    h("label", { class: "qtx-check", title: "Logarithmic colours" }, logBox, "log colours"),
     h(
       "div",
       { class: "qtx-modes", role: "radiogroup", "aria-label": "what dragging does" },
@@ -212,7 +226,6 @@ export function render(model: Model, el: HTMLElement): () => void {
       mode("rows", "select rows"),
       mode("zoom", "zoom"),
     ),
-    h("div", { class: "qtx-buttons" }, reset, clear),
   );
   const boxes = h("div", { class: "qtx-maps" }, ...panels.map((panel) => panel.box));
   const savePage = h(
@@ -229,12 +242,11 @@ export function render(model: Model, el: HTMLElement): () => void {
     caption,
     controls,
     boxes,
-    readout,
+    h("div", { class: "qtx-below" }, readout, status, clear, reset),
     frame.error,
     curvesPlace,
     thumbnails.element,
     tokenView?.element ?? "",
-    status,
     spoken,
     h("p", { class: "qtx-hidden", id: helpId }, HELP),
   );
@@ -475,8 +487,10 @@ export function render(model: Model, el: HTMLElement): () => void {
   }
 
   const ask = connect(frame, (message, buffers) => {
-    if (message.kind === "error") unanswered = "";
-    else if (message.kind === "thumbnails") takeThumbnails(message, buffers);
+    if (message.kind === "error") {
+      unanswered = "";
+      frame.root.toggleAttribute("data-waiting", false);
+    } else if (message.kind === "thumbnails") takeThumbnails(message, buffers);
     else if (message.kind === "maps") takeMaps(message, buffers);
     else if (message.kind === "row") takeRow(message, buffers);
     else if (message.kind === "strip") takeStrip(message);

@@ -135,7 +135,7 @@ export function thumbnailGrid(
       "div",
       { class: "qtx-heads-bar" },
       counted,
-      h("label", { class: "qtx-check" }, picking, "pick those to draw"),
+      h("label", { class: "qtx-check qtx-heads-pick" }, picking, "pick those to draw"),
       everyHead,
       noHead,
       h("label", { for: sortId }, "sorted", sort),

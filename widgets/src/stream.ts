@@ -152,7 +152,7 @@ export function render(model: Model, el: HTMLElement, source: ReturnType<typeof 
   );
 
   function colourOf(name: string): string {
-    if (name === "exact") return frame.colours.exact;
+    if (name === "exact" || name.endsWith("exact attention")) return frame.colours.exact;
     if (name === "monte-carlo") return frame.colours.baseline;
     if (name in SAMPLER_COLOURS) return SAMPLER_COLOURS[name as keyof typeof SAMPLER_COLOURS];
     return CYCLE[[...store.series.keys()].indexOf(name) % CYCLE.length];

@@ -6,7 +6,7 @@ import type { COLOURS } from "./theme";
 export const HEIGHT = 300;
 export const LEFT = 62;
 /** Room for the names of the curves, where there is room for them. */
-export const RIGHT = 118;
+export const RIGHT = 156;
 export const TOP = 8;
 export const BOTTOM = 40;
 

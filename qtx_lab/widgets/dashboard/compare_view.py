@@ -121,7 +121,8 @@ class CompareView(DashboardView):
             differing = [_line(key, x, y) for key, x, y in pairs if x != y]
             same = [_line(key, x, y) for key, x, y in pairs if x == y]
             lines = _code_lines(comparison) if name == "Code" else ""
-            count = "differs" if lines and not differing else f"{_count(len(differing))} differs"
+            verb = "differ" if len(differing) > 1 else "differs"
+            count = "differs" if lines and not differing else f"{_count(len(differing))} {verb}"
             html += f"<h3>{name}: {count}</h3>"
             html += (html_table(columns, differing) if differing else "") + lines
             if same:
@@ -185,9 +186,10 @@ def _numbers(comparison: RunComparison | None) -> str:
         return f"<p>All {comparison.compared:,} values are the same, bit for bit.{escape(timing)}</p>"
     lines = "".join(f"<li>{escape(str(difference))}</li>" for difference in comparison.metrics)
     within = sum(difference.within for difference in comparison.metrics)
+    count = len(comparison.metrics)
     summary = (
-        f"{len(comparison.metrics)} metrics differ in some of {comparison.compared:,} values, {within} of "
-        f"them within their intervals.{timing}"
+        f"{count} metric{'s differ' if count > 1 else ' differs'}, {within} within the intervals; "
+        f"{comparison.compared:,} values were compared.{timing}"
     )
     return f"<details><summary>{escape(summary)}</summary><ul>{lines}</ul></details>"
 

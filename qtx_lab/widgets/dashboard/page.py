@@ -118,6 +118,11 @@ class DashboardPage:
         }
         self.controls = pn.Column(self._filters, *self._boxes.values(), width=CONTROL_WIDTH + 4)
         self.picture = pn.Column(*(view.body for view in self.views.values()), sizing_mode="stretch_width")
+        # The browser shows another view at once, even while the server is still drawing the one before.
+        bodies = {f"view{i}": view.body for i, view in enumerate(self.views.values())}
+        show = "".join(f"view{i}.visible = cb_obj.active == {i};" for i in range(len(offered)))
+        hide = "".join(f"view{i}.visible = false;" for i in range(len(offered), len(bodies)))
+        self.nav.jscallback(args=bodies, value=show + hide)
         self.foot = html_pane()
         self._shown_state: Any = None
         self._refreshing = self._applying = False

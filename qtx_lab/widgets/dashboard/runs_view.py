@@ -215,12 +215,11 @@ class RunsView(DashboardView):
         return f"<tr{' class=member' if member else ''}>{''.join(cells)}</tr>"
 
     def _tick(self, run: str) -> str:
-        ticked = [name for name in self._ticked if name != run]
-        now = len(ticked) < len(self._ticked)
-        link = self.page.link(ticked="/".join(ticked if now else [*ticked, run]) or None)
+        checked = " checked" if run in self._ticked else ""
+        name = escape(run)
         return (
-            f"<input type='checkbox'{' checked' if now else ''} data-href='{escape(link)}' "
-            f"data-key='{escape(f'tick {run}')}' aria-label='Compare {escape(run)}'>"
+            f"<input type='checkbox'{checked} data-href='{escape(self.page.link())}' data-run='{name}' "
+            f"data-key='tick {name}' aria-label='Compare {name}'>"
         )
 
     def _name(self, row: Any) -> str:

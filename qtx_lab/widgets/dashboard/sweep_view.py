@@ -151,7 +151,7 @@ def _measured_table(table: MeasuredTable) -> str:
     rows = table.texts()
     if not rows:
         return ""
-    columns = {escape(name): "" if name in table.keys else "number" for name in rows[0]}
+    columns = {escape(name): "" if i < len(table.keys) else "number" for i, name in enumerate(rows[0])}
     lines = [
         "<tr>"
         + "".join(
@@ -182,7 +182,7 @@ def _title(data: SweepData) -> str:
     if data.importance is None:
         return smallest[0].upper() + smallest[1:]
     first = data.importance.table.iloc[0]
-    return f"{short_name(first['name'])} explains {first['share']:.0%} of the variance; {smallest}"
+    return f"{short_name(first['name'])} explains {100 * first['share']:.0f} % of the variance; {smallest}"
 
 
 def _smallest(data: SweepData) -> tuple[float, float, Any, int]:

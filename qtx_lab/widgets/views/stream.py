@@ -305,7 +305,12 @@ def _numbers(name: str, value: Any) -> NDArray[np.float64]:
 
 
 def _colour(name: str, number: int, theme: str) -> str:
-    """The colour of the sampler after which the curve is named, or the next of `CYCLE`."""
+    """The colour of the sampler, or of the exact attention, after which the curve is named, or the next one.
+
+    That is the next of `CYCLE`.
+    """
+    if name.endswith("exact attention"):
+        return look.colours_of(theme)["exact"]
     if name in look.SAMPLER_MARKERS:
         return str(look.sampler_style(name, theme)["color"])
     return CYCLE[number % len(CYCLE)]

@@ -11,6 +11,7 @@ import ipywidgets as widgets
 from ....errors import ArgumentError
 from ....experiments.runs import Run
 from ....specs import Real, Spec, Whole, field
+from ....theme import fixed
 from ...forms import SpecForm
 from ..tab import WorkbenchTab
 from ..tab_host import TabHost
@@ -123,5 +124,6 @@ class CalibrateTab(WorkbenchTab):
 def _cells(measured: dict[str, Any]) -> list[str]:
     """A row of the table: what some settings cost and read."""
     loss, reads = measured["loss"], measured["reads"]
-    interval = f"{loss['low']:+z.2%} to {loss['high']:+z.2%}"
-    return [f"{loss['mean']:+z.2%}", interval, *(f"{reads[x]:.1%}" for x in ("keys", "values", "bytes"))]
+    mean, low, high = (f"{fixed(100 * loss[x], 2)} %" for x in ("mean", "low", "high"))
+    shares = (f"{100 * reads[x]:.1f} %" for x in ("keys", "values", "bytes"))
+    return [mean, f"{low} to {high}", *shares]

@@ -17,6 +17,7 @@ from qtx_lab.errors import ArgumentError, ShapeError
 from qtx_lab.samplers import SAMPLERS, HeadTailSampler, SystematicSampler
 from qtx_lab.widgets.views.lens import AttentionLens
 from qtx_lab.widgets.views.lens_maps import TILE
+from qtx_lab.widgets.workbench.status_line import StatusLine
 
 CELL = """
 import qtx_lab as qtx
@@ -161,6 +162,20 @@ def test_of_large_maps_only_the_rows_in_view_are_computed(
     lens.selected_rows = [2, 1]
     torch.testing.assert_close(lens.rows(), torch.softmax(q[1:3] @ k.mT / 2, -1))
     assert max(part.p.shape[0] for part in lens._heads._cache.values()) <= TILE
+
+
+def test_the_browser_hears_of_a_lens_with_all_that_it_needs_to_draw_it(
+    generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states: list[dict[str, Any]] = []
+    monkeypatch.setattr("ipywidgets.Widget.open", lambda widget: states.append(widget.get_state()))
+    AttentionLens(*inputs(5, 7, generator), is_causal=False, num_samples=3)
+    StatusLine({"python": str}, lambda: Path())
+    lens, line = (state for state in states if state["_model_module"] == "anywidget")
+    expected = {"kind": "lens", "num_queries": 5, "num_keys": 7, "heads": 2, "layers": 1, "num_samples": 3}
+    assert {name: lens[name] for name in expected} == expected
+    assert 3 in lens["draw_counts"]
+    assert (line["kind"], line["codes"], line["reports"]) == ("status", ["python"], True)
 
 
 def test_only_the_newest_request_is_answered(generator: torch.Generator) -> None:

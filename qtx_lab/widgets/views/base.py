@@ -71,7 +71,8 @@ class View(anywidget.AnyWidget):
     kind : str
         Which view of the bundle shows it.
     **traits
-        Values of its traits.
+        Values of its traits, of those that are read only too. They are set before the browser hears of the
+        view, because it may draw the view before it hears of anything later.
     """
 
     _esm = STATIC / "widgets.js"
@@ -84,15 +85,17 @@ class View(anywidget.AnyWidget):
     def __init__(self, kind: str, **traits: Any):
         self._worker = ThreadWorker(self.fail)
         self._display_handle: Any = None
-        self._kind = kind
+        read_only = {name for name in traits if self.traits()[name].read_only}
+        self._first_traits = {"kind": kind, **{name: traits.pop(name) for name in read_only}}
         super().__init__(**traits)
         hear_while_busy(self)
         self.on_msg(lambda _, content, buffers: self._receive(content))
 
-    @traitlets.default("kind")
-    def _kind_from_the_start(self) -> str:
-        # A value that is set later comes in a second message, and a slow browser draws the view before that.
-        return self._kind
+    def open(self) -> None:
+        """Tell the browser of the view; called by ipywidgets once, at the end of its constructor."""
+        for name, value in self._first_traits.items():
+            self.set_trait(name, value)
+        super().open()
 
     def figure(self, theme: str = "light") -> Figure:
         """What is shown, as a matplotlib figure."""

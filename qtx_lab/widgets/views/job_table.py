@@ -63,8 +63,7 @@ class JobTable(View):
         self._service = service
         self._lock = threading.Lock()
         self._problems: list[str] = []
-        super().__init__("jobs")
-        self.set_trait("home", str(runs_home(home).absolute()))
+        super().__init__("jobs", home=str(runs_home(home).absolute()))
 
     def frame(self) -> pd.DataFrame:
         """The jobs, newest first, their states as last known."""

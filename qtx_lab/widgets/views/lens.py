@@ -217,17 +217,12 @@ class AttentionLens(View):
         n = heads.num_keys
         if tokens is not None and len(tokens) != n:
             raise ShapeError(f"tokens has {len(tokens)} entries; there are {n} keys, and each needs one.")
-        super().__init__("lens", layer=layer, head=head, num_samples=num_samples, sampler=heads.sampler.name)
-        for name, value in {
-            "tokens": readable_tokens(tokens or ()),
-            "layers": len(layers),
-            "heads": heads.num_heads,
-            "num_queries": heads.num_queries,
-            "num_keys": n,
-            "is_causal": heads.is_causal,
-            "draw_counts": _draw_counts(n, num_samples),
-        }.items():
-            self.set_trait(name, value)
+        super().__init__(
+            "lens", layer=layer, head=head, num_samples=num_samples, sampler=heads.sampler.name,
+            tokens=readable_tokens(tokens or ()), layers=len(layers), heads=heads.num_heads,
+            num_queries=heads.num_queries, num_keys=n, is_causal=heads.is_causal,
+            draw_counts=_draw_counts(n, num_samples),
+        )  # fmt: skip
         self.observe(self._draw_anew, ["num_samples", "sampler"])
         if estimate is not None:
             self.show_estimate(estimate)

@@ -38,10 +38,14 @@ class StatusLine(anywidget.AnyWidget):
     def __init__(self, codes: Mapping[str, Callable[[], str]], report: Callable[[], Path] | None = None):
         self._codes, self._report = dict(codes), report
         super().__init__(line=_line())
-        self.set_trait("codes", list(self._codes))
-        self.set_trait("reports", report is not None)
         hear_while_busy(self)
         self.on_msg(lambda _, content, buffers: self._receive(content))
+
+    def open(self) -> None:
+        """Tell the browser of the line; it may be drawn before the browser hears of anything later."""
+        self.set_trait("codes", list(self._codes))
+        self.set_trait("reports", self._report is not None)
+        super().open()
 
     def show(self, **parts: Any) -> None:
         """Draw the line: `state`, `fraction`, `label`, `cost`, `saved`, `run`, `place` and the others."""

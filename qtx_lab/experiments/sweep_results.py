@@ -85,10 +85,10 @@ def _draw(run: Run, spec: SweepSpec, measured: MeasuredTable, num_done: int, tot
     """Draw the main number of the notebooks against what they differ in."""
     y = next(iter(measured.measures))
     data, x, by = measured.of_figure(y)
-    words = {"x": x and quantity(x), "by": by and quantity(by)}
+    x_word, by_word = (None if name is None else quantity(name) for name in (x, by))
     run.save_figure(
         "results",
-        partial(comparison, y=quantity(y), **words),
+        partial(comparison, y=quantity(y), x=x_word, by=by_word),
         data,
         caption=(
             f"Means over the {num_done} of {total} runs of {spec.notebook} that are done, {spec.repeats} of "

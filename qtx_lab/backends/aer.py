@@ -265,6 +265,19 @@ class AerEngine(Engine):
             raise BackendUnavailable(f"{circuit.name} has no single final state, or one that is too large.")
         return density_matrices(steps, bindings)
 
+    def simulator(self, circuit: QuantumCircuit) -> AerSimulator:
+        """Aer's simulator with the gates and the noise of the qubits that a transpiled circuit runs on.
+
+        Raises
+        ------
+        ArgumentError
+            If this engine has no noise.
+        """
+        if self.ideal:
+            raise ArgumentError(f"{self.name} has no noise: name a twin, or give noise=.")
+        target = self._noise_of(circuit).target(circuit.num_qubits)
+        return AerSimulator(target=target, noise_model=_aer_model(self.calibrated(circuit)[1]))
+
     def how(self, circuit: QuantumCircuit) -> dict[str, Any]:
         if self._steps(circuit) is not None:
             method = "exact probabilities from density matrices, shots drawn from them"

@@ -365,29 +365,8 @@ class ProbabilisticErrorCancellation:
         MitigatedRows
             As of `combine_instances`.
         """
-        n, support, (given,) = p.shape[-1], (p > 0).double(), counts
-        gamma = _gamma(self._inverses(backend, n))
-        shots = given.sum(-1, keepdim=True).double()
-        plus, minus = (given.double() / shots).view(len(p), 2, -1).unbind(1)
-        values = torch.eye(plus.shape[-1], dtype=torch.float64)
-        if errors is not None:
-            values = undo_readout(values, errors[0])
-        # What a shot that reads value v adds to key k of a row without a mask, [V, n].
-        adds = sum_by_key(values, register_keys(backend, n), torch.ones(len(values), n, dtype=torch.bool))
-        by_key = gamma * (plus - minus) @ adds * support
-        mass = by_key.sum(-1, keepdim=True)
-        share, adds_mass = plus + minus, support @ adds.mT  # [R, V]: what a shot adds to the row's mass
-        square_of_mass = (share * adds_mass.square()).sum(-1, keepdim=True)
-        known = mass > MIN_SIGNAL * ((gamma**2 * square_of_mass - mass.square()) / shots).clamp_min(0).sqrt()
-        signed_mass, mass = mass[:, 0], mass.where(known, torch.ones_like(mass))
-        estimate = by_key / mass
-        # The variance of a ratio, as in `combine_instances`: the mean over the shots of
-        # gamma² (adds_k - estimate_k adds_mass)².
-        square = share @ adds.square() - 2 * estimate * ((share * adds_mass) @ adds)
-        beyond = gamma**2 * (square + estimate.square() * square_of_mass).clamp_min(0)
-        spread = gamma * (estimate + 1 / n)
-        variance = beyond / shots + (spread / shots).square()
-        return _signed_rows(_Signed(estimate, variance, mass, known, signed_mass), shots, gamma, p > 0)
+        gamma, keys = _gamma(self._inverses(backend, p.shape[-1])), register_keys(backend, p.shape[-1])
+        return combine_signed(p, counts[0], gamma, keys, errors[0] if errors else None)
 
     def combine_instances(
         self,
@@ -464,6 +443,53 @@ class ProbabilisticErrorCancellation:
                 warning = unpaid_warning(self.name, cancelled, expected.raw, shots)
                 warnings.warn(warning, FallbackWarning, stacklevel=3)
         return None if expected is None else expected.raw.error
+
+
+def combine_signed(
+    p: Tensor, counts: Tensor, gamma: float, keys: Tensor, errors: Tensor | None = None
+) -> MitigatedRows:
+    """Estimate rows from the counts of shots with signs, for each of which Paulis were drawn.
+
+    Parameters
+    ----------
+    p : Tensor, (R, n)
+        The rows that were measured; only which keys are masked is used.
+    counts : Tensor, (R, 2 * V)
+        How often the register had each of its V values in shots that count as gamma, and then in those that
+        count as -gamma.
+    gamma : float
+    keys : Tensor, int64, (V,)
+        Key of each value, -1 for no key.
+    errors : Tensor, (bits, 2, 2), optional
+        Readout errors to be undone.
+
+    Returns
+    -------
+    MitigatedRows
+        A row whose signed shares nearly cancel has estimate 0 and standard error NaN, and a fallback says so.
+    """
+    n, support = p.shape[-1], (p > 0).double()
+    shots = counts.sum(-1, keepdim=True).double()
+    plus, minus = (counts.double() / shots).view(len(p), 2, -1).unbind(1)
+    values = torch.eye(plus.shape[-1], dtype=torch.float64)
+    if errors is not None:
+        values = undo_readout(values, errors)
+    # What a shot that reads value v adds to key k of a row without a mask, [V, n].
+    adds = sum_by_key(values, keys, torch.ones(len(values), n, dtype=torch.bool))
+    by_key = gamma * (plus - minus) @ adds * support
+    mass = by_key.sum(-1, keepdim=True)
+    share, adds_mass = plus + minus, support @ adds.mT  # [R, V]: what a shot adds to the row's mass
+    square_of_mass = (share * adds_mass.square()).sum(-1, keepdim=True)
+    known = mass > MIN_SIGNAL * ((gamma**2 * square_of_mass - mass.square()) / shots).clamp_min(0).sqrt()
+    signed_mass, mass = mass[:, 0], mass.where(known, torch.ones_like(mass))
+    estimate = by_key / mass
+    # The variance of a ratio, as in `combine_instances`: the mean over the shots of
+    # gamma² (adds_k - estimate_k adds_mass)².
+    square = share @ adds.square() - 2 * estimate * ((share * adds_mass) @ adds)
+    beyond = gamma**2 * (square + estimate.square() * square_of_mass).clamp_min(0)
+    spread = gamma * (estimate + 1 / n)
+    variance = beyond / shots + (spread / shots).square()
+    return _signed_rows(_Signed(estimate, variance, mass, known, signed_mass), shots, gamma, p > 0)
 
 
 @dataclass(frozen=True, eq=False)

@@ -27,6 +27,8 @@ const MAX_TILES = 96;
 const REFINE_DELAY_MS = 120;
 /** Milliseconds without a gesture after which the kernel draws anew what the browser has drawn. */
 const CONFIRM_DELAY_MS = 250;
+/** Milliseconds after which a request is sent once more, because messages get lost while a kernel starts. */
+const RETRY_DELAY_MS = 10_000;
 /** Share of the window's height that a map alone fills at most. */
 const MAX_HEIGHT_SHARE = 0.85;
 /** Milliseconds without a change of the slider after which the thumbnails are drawn anew. */
@@ -293,6 +295,8 @@ export function render(model: Model, el: HTMLElement): () => void {
   /** The last request, until it is answered. */
   let unanswered = "";
   let refineTimer = 0;
+  let retryTimer = 0;
+  frame.atEnd(() => clearTimeout(retryTimer));
   frame.atEnd(() => clearTimeout(refineTimer));
 
   /** Asks for the tiles that are missing; `since` is the time of the movement that this follows.
@@ -347,7 +351,15 @@ export function render(model: Model, el: HTMLElement): () => void {
     if (confirming) ask(request);
     else if (answerHere(request)) {
       if (!large) confirmSoon(); // a large map becomes sharp by the kernel
-    } else if (ask(request)) frame.root.toggleAttribute("data-waiting", true);
+    } else if (ask(request)) {
+      frame.root.toggleAttribute("data-waiting", true);
+      clearTimeout(retryTimer);
+      retryTimer = window.setTimeout(() => {
+        if (unanswered !== wanted) return;
+        unanswered = "";
+        requestMaps();
+      }, RETRY_DELAY_MS);
+    }
   }
 
   /** Heads of small maps, and overviews of large ones, which the browser draws itself. */

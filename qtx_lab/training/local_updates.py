@@ -13,9 +13,11 @@ from torch import Tensor, nn
 OUTER_RATE = 0.7
 """Learning rate of the outer optimizer, as Douillard et al. found it best."""
 OUTER_MOMENTUM = 0.5
-"""Its Nesterov momentum. With the 0.9 of Douillard et al., for models of 60 M parameters and more, a model of
-27,000 learned no more than the frequencies of bytes in 640 steps: AdamW moves a replica as far in each step
-however near it is, and this momentum carries the common weights past where the replicas were going."""
+"""Its Nesterov momentum. Douillard et al. take 0.9, for models of 60 M parameters and more that have been trained
+before. With it a model of 27,000 learned no more than the frequencies of bytes in 640 steps from random weights:
+AdamW moves a replica as far in each step however near it is, and this momentum carries the common weights past
+where the replicas were going. Begun with trained weights, 0.75 is better where replicas exchange every 20 steps
+(held-out text as with gradients; 0.5: 4 % worse), and 0.9 worse where they do every 5 (13 % against 3)."""
 
 
 @dataclass(frozen=True)

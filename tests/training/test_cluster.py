@@ -429,10 +429,10 @@ def test_ranks_leave_and_come_back(cluster, uninterrupted, seed, number, tmp_pat
     if number == 0:
         events = ["leave", "come"]
     pace.write_text("0.02")
-    with open_cluster("local", num_workers=2, timeout=30) if SOAK else nullcontext(cluster) as changing:
+    with open_cluster("local", num_workers=2, timeout=600) if SOAK else nullcontext(cluster) as changing:
         schedule = Schedule(changing, events, choose, pace)
         try:
-            _, result = over(changing, slowed(pace), on_metrics=schedule, **ELASTIC)
+            _, result = over(replace(changing, timeout=30), slowed(pace), on_metrics=schedule, **ELASTIC)
         finally:
             if not SOAK:
                 settle(cluster)

@@ -1,4 +1,4 @@
-/* qtx_lab: made from widgets/src by `npm run build`; sources 7590da63eca366cb6177a55b6d5f4b3c34b86005c3d2fff6e8420aab7903fc7d */
+/* qtx_lab: made from widgets/src by `npm run build`; sources 87ecba1d9f801ed5f427ccacc237ebb77c60f0b018bf3b3324fffce8cb68c548 */
 /* Contains d3-scale, d3-array and the modules of d3 that they need.
 Copyright 2010-2026 Mike Bostock
 

@@ -18,7 +18,7 @@ from ..process import Work
 from ..tab import WorkbenchTab
 from ..tab_host import TabHost
 from .circuit_code import measurement_code
-from .html_parts import field_groups, form_field, rows_table, spaced
+from .html_parts import field_groups, form_field, rows_table, rows_text, spaced
 from .outputs_parts import outputs_code, outputs_headline, outputs_table
 from .sample import MAX_ROWS, SampleTab
 
@@ -298,14 +298,14 @@ class CircuitTab(WorkbenchTab):
     def cost(self) -> str:
         """Rows and shots, or loads, of what the button starts."""
         if self._output.gives == "output":
-            return f"{len(self.rows)} rows × {spaced(self._output.loads)} loads"
+            return f"{rows_text(len(self.rows))} × {spaced(self._output.loads)} loads"
         return self.rows_cost()
 
     def rows_cost(self) -> str:
         """Rows and shots of the next measurement."""
         spec = self.form.spec
         assert isinstance(spec, CircuitSpec)
-        return f"{len(self.rows)} rows × {spaced(spec.shots)} shots"
+        return f"{rows_text(len(self.rows))} × {spaced(spec.shots)} shots"
 
     def python_code(self) -> str:
         """Python that measures the same rows, or estimates the same outputs, by the same circuits."""

@@ -14,7 +14,7 @@ from ..tab import WorkbenchTab
 from ..tab_host import TabHost
 from .circuit import TWIN, CircuitTab
 from .circuit_code import measurement_code
-from .html_parts import field_groups, measured_headline, rows_table, spaced
+from .html_parts import field_groups, measured_headline, rows_table, rows_text, spaced
 
 
 class HardwareTab(WorkbenchTab):
@@ -57,7 +57,7 @@ class HardwareTab(WorkbenchTab):
         """Rows and shots of the next job."""
         spec = self.form.spec
         assert isinstance(spec, CircuitSpec)
-        return f"{len(self._circuit.rows)} rows × {spaced(spec.shots)} shots"
+        return f"{rows_text(len(self._circuit.rows))} × {spaced(spec.shots)} shots"
 
     def python_code(self) -> str:
         """Python that measures the same rows on the same device."""

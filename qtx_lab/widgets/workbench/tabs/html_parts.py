@@ -45,6 +45,15 @@ def spaced(number: int) -> str:
     return f"{number:,}".replace(",", "\u2009")
 
 
+def rows_text(number: int) -> str:
+    """A number of rows in words.
+
+    >>> rows_text(1), rows_text(2)
+    ('1 row', '2 rows')
+    """
+    return f"{number} row{'s' * (number != 1)}"
+
+
 def ranges_text(numbers: Iterable[int]) -> str:
     """Rising whole numbers in words, neighbours as a range.
 
@@ -111,7 +120,7 @@ def measured_headline(result: Mapping[str, Any]) -> str:
     )
     return headline(
         f"Total variation {measured} on {device}; as many classical draws: {classical}",
-        f"Mean of {len(result['rows'])} rows; ± is half of the 95 % interval.",
+        f"Mean of {rows_text(len(result['rows']))}; ± is half of the 95 % interval.",
     )
 
 

@@ -16,7 +16,7 @@ from ..tab import WorkbenchTab
 from ..tab_host import TabHost
 from .circuit import CircuitTab
 from .circuit_code import mitigation_code
-from .html_parts import distance_columns, headline, opened, rows_table, spaced
+from .html_parts import distance_columns, headline, opened, rows_table, rows_text, spaced
 
 
 class MitigateTab(WorkbenchTab):
@@ -86,7 +86,7 @@ def verdict(result: Mapping[str, Any]) -> tuple[str, str]:
     against = f"raw counts {with_error(raw, Z95 * raw_error)}"
     reason = html.escape(plan["reason"]) if plan else ""
     done = html.escape(str(result["facts"].get("mitigation", "")))
-    size = f"mean of {len(result['rows'])} rows, {spaced(result['shots'])} shots a row for each"
+    size = f"mean of {rows_text(len(result['rows']))}, {spaced(result['shots'])} shots a row for each"
     what = f"Total variation from the exact row, {size}; ± is half of the 95 % interval."
     baseline = f"As many classical draws: {classical}."
     if "mitigated" not in columns:

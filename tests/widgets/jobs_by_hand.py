@@ -89,6 +89,7 @@ class Person:
 
 
 @pytest.mark.ui
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize(("size", "theme"), [((1280, 800), "light"), ((1920, 1080), "dark")])
 def test_ten_jobs(
     page: Any, browser: Any, open_notebook: Callable[..., Any], run_all: Callable[..., None],

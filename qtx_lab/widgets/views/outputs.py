@@ -123,4 +123,4 @@ def _draw(ax: Axes, shown: Mapping[str, Any], theme: str) -> None:
     ax.set_xlabel("row, and its exact output")
     ax.set_ylabel("estimate − exact output")
     ax.set_title(shown["title"])
-    ax.legend(fontsize=9)
+    ax.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))

@@ -11,7 +11,7 @@ interface Method {
 }
 
 interface Estimates {
-  rows: string[];
+  queries: number[];
   exact: number[];
   methods: Method[];
   title: string;
@@ -34,20 +34,22 @@ export function render(model: Model, el: HTMLElement): () => void {
   const paint = onFrame(() => {
     frame.root.hidden = shown === null;
     if (shown === null || !frame.hasRoom()) return;
-    const { rows, exact, methods } = shown;
+    const { queries, exact, methods } = shown;
     heading.textContent = shown.title;
     panel.title.textContent = methods.map((x) => `${x.name} ± ${label(meanHalfWidth(x))}`).join(" · ");
     const width = resize(panel, HEIGHT);
-    const xs = scale(-0.5, rows.length - 0.5, 62, width - 10);
+    const xs = scale(-0.5, queries.length - 0.5, 62, width - 10);
     const ys = errorScale(shown);
     const step = Math.min(GAP, (xs(1) - xs(0)) / (methods.length + 1));
-    const every = Math.ceil((70 * rows.length) / (xs.to - xs.from)); // names have room
-    const named = rows.map((name, i): [number, string] => [i, name]).filter((_, i) => i % every === 0);
-    const nodes = axes(HEIGHT, xs, ys, "row", "estimate − exact output", named);
+    const every = Math.ceil((36 * queries.length) / (xs.to - xs.from)); // names have room
+    const named = queries
+      .map((query, i): [number, string] => [i, String(query)])
+      .filter((_, i) => i % every === 0);
+    const nodes = axes(HEIGHT, xs, ys, "query", "estimate − exact output", named);
     nodes.push(line(xs.from, ys(0), xs.to, ys(0), { stroke: "var(--qtx-exact)", "stroke-width": 1.5 }));
     methods.forEach((method, j) => {
       const shift = step * (j - (methods.length - 1) / 2);
-      rows.forEach((row, i) => nodes.push(pointOf(method, i, row, exact[i], xs(i) + shift, ys)));
+      queries.forEach((query, i) => nodes.push(pointOf(method, i, query, exact[i], xs(i) + shift, ys)));
     });
     panel.svg.replaceChildren(...nodes);
     panel.caption.replaceChildren(
@@ -55,7 +57,7 @@ export function render(model: Model, el: HTMLElement): () => void {
       shown.note,
     );
     const spoken = methods.map(
-      (x) => `${x.name}: ${rows.map((row, i) => `${row} ${said(x, i)}`).join(", ")}`,
+      (x) => `${x.name}: ${queries.map((query, i) => `query ${query} ${said(x, i)}`).join(", ")}`,
     );
     panel.svg.setAttribute("aria-label", `estimated outputs; ${spoken.join("; ")}`);
   });
@@ -96,7 +98,7 @@ function errorScale({ exact, methods }: Estimates): Scale {
 }
 
 /** An estimate's error with its interval; what it is stands in its title. */
-function pointOf(method: Method, i: number, row: string, exact: number, x: number, ys: Scale): SVGElement {
+function pointOf(method: Method, i: number, query: number, exact: number, x: number, ys: Scale): SVGElement {
   const colour = colourOf(method);
   const [low, high] = [ys(method.lower[i] - exact), ys(method.upper[i] - exact)];
   return s(
@@ -109,6 +111,6 @@ function pointOf(method: Method, i: number, row: string, exact: number, x: numbe
       r: 4,
       fill: isFilled(method) ? colour : "var(--qtx-paper)",
     }),
-    s("title", {}, `${row}, ${method.name}: ${said(method, i)}; exact ${label(exact)}`),
+    s("title", {}, `query ${query}, ${method.name}: ${said(method, i)}; exact ${label(exact)}`),
   );
 }

@@ -27,9 +27,9 @@ class OutputsView(View):
     --------
     >>> view = OutputsView()
     >>> estimate = {"name": "shots", "value": [0.5], "lower": [0.4], "upper": [0.6]}
-    >>> view.show(["query 15"], [0.45], [estimate], "Coordinate 0 on fake_boston, 1024 loads a row")
+    >>> view.show([15], [0.45], [estimate], "Coordinate 0 on fake_boston, 1024 loads a row")
     >>> view.frame().round(2).values.tolist()
-    [['query 15', 'shots', 0.5, 0.4, 0.6, 0.45]]
+    [[15, 'shots', 0.5, 0.4, 0.6, 0.45]]
     """
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ class OutputsView(View):
 
     def show(
         self,
-        rows: Sequence[str],
+        queries: Sequence[int],
         exact: Sequence[float],
         methods: Sequence[Mapping[str, Any]],
         title: str,
@@ -47,8 +47,8 @@ class OutputsView(View):
 
         Parameters
         ----------
-        rows : sequence of str, (R,)
-            Names of the rows.
+        queries : sequence of int, (R,)
+            Those whose outputs are estimated, counted from 0.
         exact : sequence of float, (R,)
             The exact outputs.
         methods : sequence of mapping
@@ -60,20 +60,25 @@ class OutputsView(View):
             {"name": x["name"], **{part: list(x[part]) for part in ("value", "lower", "upper")}}
             for x in methods
         ]
-        self._shown = {"rows": list(rows), "exact": list(exact), "methods": shown, "title": title}
+        self._shown = {
+            "queries": [int(x) for x in queries],
+            "exact": list(exact),
+            "methods": shown,
+            "title": title,
+        }
         self._send_estimates()
 
     def frame(self) -> pd.DataFrame:
-        """Of each row and method: `row`, `method`, `value`, `lower`, `upper` and `exact`."""
+        """Of each query and method: `query`, `method`, `value`, `lower`, `upper` and `exact`."""
         import pandas as pd
 
-        shown = self._shown or {"rows": [], "exact": [], "methods": []}
+        shown = self._shown or {"queries": [], "exact": [], "methods": []}
         lines = [
-            (row, x["name"], x["value"][i], x["lower"][i], x["upper"][i], shown["exact"][i])
-            for i, row in enumerate(shown["rows"])
+            (query, x["name"], x["value"][i], x["lower"][i], x["upper"][i], shown["exact"][i])
+            for i, query in enumerate(shown["queries"])
             for x in shown["methods"]
         ]
-        return pd.DataFrame(lines, columns=["row", "method", "value", "lower", "upper", "exact"])
+        return pd.DataFrame(lines, columns=["query", "method", "value", "lower", "upper", "exact"])
 
     def figure(self, theme: str = "light") -> Figure:
         """The errors of all rows side by side."""
@@ -117,10 +122,10 @@ def _draw(ax: Axes, shown: Mapping[str, Any], theme: str) -> None:
             place, error, ends, fmt="o", capsize=2, color=colour, mfc=colour if filled else "none",
             label=f"{method['name']}, ± {with_error(half, None)} in the mean",
         )  # fmt: skip
-    names = [f"{row}\n{with_error(x, None)}" for row, x in zip(shown["rows"], exact, strict=True)]
+    names = [f"{query}\n{with_error(x, None)}" for query, x in zip(shown["queries"], exact, strict=True)]
     ax.set_xticks(range(len(exact)), names)
     ax.set_xlim(-0.6, len(exact) - 0.4)
-    ax.set_xlabel("row, and its exact output")
+    ax.set_xlabel("query, and its exact output")
     ax.set_ylabel("estimate − exact output")
     ax.set_title(shown["title"])
     ax.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))

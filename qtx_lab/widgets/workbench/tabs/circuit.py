@@ -237,8 +237,7 @@ class CircuitTab(WorkbenchTab):
             f"Coordinate {result['coordinate']} of outputs on {result['facts']['device_label']}, "
             f"{spaced(result['asked_loads'])} loads a row"
         )
-        names = [f"query {i}" for i in result["rows"]]
-        self.outputs_view.show(names, result["exact"], result["methods"], title)
+        self.outputs_view.show(result["rows"], result["exact"], result["methods"], title)
 
     def shown_views(self) -> list[View]:
         """The view of the rows, or that of their outputs."""

@@ -1,4 +1,4 @@
-/* qtx_lab: made from widgets/src by `npm run build`; sources 87ecba1d9f801ed5f427ccacc237ebb77c60f0b018bf3b3324fffce8cb68c548 */
+/* qtx_lab: made from widgets/src by `npm run build`; sources 6dafdb2fef118268045be082ca4de693a8af7908fa618556a2db012829c95a03 */
 /* Contains d3-scale, d3-array and the modules of d3 that they need.
 Copyright 2010-2026 Mike Bostock
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from scipy import special
 from torch import Tensor
 
 from .checks import check_number
@@ -178,6 +177,8 @@ def reliability(std_error: Tensor, hidden: Tensor, degrees_of_freedom: float) ->
     degrees_of_freedom : float
         Of the standard errors.
     """
+    from scipy import special  # loaded here, because the first picture of the workbench does without it
+
     half = float(special.stdtrit(degrees_of_freedom, 0.975)) * std_error.norm(dim=-1)
     tiny = torch.finfo(half.dtype).tiny
     return torch.where(hidden > 0, half / hidden.clamp_min(tiny), math.inf)
@@ -569,6 +570,8 @@ class AttentionEstimate:
                     "range of the values, which method='bernstein' needs: use method='t'."
                 )
             return self.make_bounds(level)
+        from scipy import special
+
         t = float(special.stdtrit(self.degrees_of_freedom, (1 + level) / 2))
         centre = self.output.to(self.std_error.dtype)
         return centre - t * self.std_error, centre + t * self.std_error

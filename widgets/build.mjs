@@ -1,4 +1,4 @@
-// Builds the one bundle of all views into ../qtx_lab/widgets/static, or into the folder that is named.
+// Builds the bundles into ../qtx_lab/widgets/static, or into the folder that is named.
 import { createHash } from "node:crypto";
 import { readdirSync, readFileSync } from "node:fs";
 import { dirname, join } from "node:path";
@@ -25,6 +25,8 @@ const notice = `/* Contains d3-scale, d3-array and the modules of d3 that they n
 
 const bundles = [
   { name: "widgets", source: "src/index.ts", js: `${banner}\n${notice}` },
+  // Of its own, because every tab of a workbench has one, and anywidget loads the script of each anew.
+  { name: "status", source: "src/status.ts", js: banner },
   { name: "form", source: "src/form.ts", js: banner },
   { name: "page", source: "src/page.ts", js: `${banner}\n${notice}` },
 ];

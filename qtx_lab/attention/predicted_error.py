@@ -8,7 +8,6 @@ from functools import cache
 
 import numpy as np
 import torch
-from scipy import special
 from torch import Tensor
 
 from ..problem import AttentionProblem
@@ -271,6 +270,8 @@ class ErrorModel:
 @cache
 def _quantiles(confidence: float) -> Tensor:
     """Quantiles of chi^2_f / f for 1 / f = 0, 1/64, ..., 1."""
+    from scipy import special
+
     shared = np.linspace(0, 1, 65)[1:]
     return torch.from_numpy(np.append(1.0, 2 * special.gammaincinv(0.5 / shared, confidence) * shared))
 
@@ -285,6 +286,8 @@ def jump_factor(confidence: float) -> float:
     >>> round(jump_factor(0.95), 3)
     0.505
     """
+    from scipy import special
+
     z = float(-special.ndtri((1 - confidence) / 2))
     k = torch.arange(1, 33, dtype=torch.float64)
     m = torch.from_numpy(special.gammaincinv(k.numpy(), 1 - confidence))
@@ -297,4 +300,6 @@ def student_factor(confidence: float) -> float:
     Of Student's t with nu degrees of freedom t^2 = z^2 (1 + (z^2 + 1) / (2 nu) + ...), and the estimated
     variance has the relative variance 2 / nu.
     """
+    from scipy import special
+
     return float(-special.ndtri((1 - confidence) / 2)) ** 2 + 1

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from scipy import special
 from torch import Tensor
 
 from ..errors import ShapeError
@@ -240,6 +239,8 @@ def regress(
     >>> regress(x, y, torch.full((1, 400, 3), 5.0)).coefficients.round(decimals=1).flatten()
     tensor([2., 2.], dtype=torch.float64)
     """
+    from scipy import special
+
     if estimates.ndim != 4 or noise.ndim != 5 or noise.shape[1:] != estimates.shape:
         raise ShapeError(
             f"estimates has shape {tuple(estimates.shape)} and noise {tuple(noise.shape)}; "

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from scipy import stats
+from scipy import special
 
 from ..errors import StorageError
 from ..storage import read_frame
@@ -268,7 +268,7 @@ def _means(name: str, rows: MeasuredRows) -> pd.DataFrame:
         own=("half_width", "first"),
     ).reset_index()  # fmt: skip
     count = table["count"].clip(lower=2)
-    interval = stats.t.ppf(0.975, count - 1) * table["std"] / count**0.5
+    interval = special.stdtrit(count - 1, 0.975) * table["std"] / count**0.5
     own = pd.to_numeric(table["own"], errors="coerce")
     table[name], table[f"half_width {name}"] = table["mean"], interval.where(table["count"] > 1, own)
     return table[[*keys, "runs", name, f"half_width {name}"]]

@@ -18,9 +18,9 @@ from qtx_lab.specs import CircuitSpec, MitigationSpec
 from qtx_lab.theme import fixed, with_error
 from qtx_lab.widgets.measurement import distances_of_counts, distances_of_estimate
 from qtx_lab.widgets.outputs import estimate_outputs
-from qtx_lab.widgets.workbench import tasks
 from qtx_lab.widgets.workbench.tabs.html_parts import rows_table
 from qtx_lab.widgets.workbench.tabs.mitigate import verdict
+from qtx_lab.widgets.workbench.tasks import registry as tasks
 from qtx_lab.widgets.workbench.workbench import Workbench
 
 

@@ -30,8 +30,8 @@ from qtx_lab.experiments.runs import Run
 from qtx_lab.models.text import reference_text
 from qtx_lab.specs import value_of
 from qtx_lab.widgets.throttle import ThrottledCall
-from qtx_lab.widgets.workbench import tasks
 from qtx_lab.widgets.workbench.process import ProcessWorker
+from qtx_lab.widgets.workbench.tasks import registry as tasks
 from qtx_lab.widgets.workbench.workbench import Workbench
 
 TASKS = """

@@ -5,7 +5,6 @@ import { render as jobs } from "./jobs";
 import { render as lens } from "./lens";
 import { render as mitigation } from "./mitigation";
 import { render as outputs } from "./outputs";
-import { render as status } from "./status";
 import * as stream from "./stream";
 import "./style.css";
 
@@ -29,8 +28,6 @@ const widget: AnyWidget = () => {
           return mitigation(model, el);
         case "outputs":
           return outputs(model, el);
-        case "status":
-          return status(model, el);
         case "stream":
           return stream.render(model, el, (points ??= stream.listen(model)));
         default:

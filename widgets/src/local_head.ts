@@ -1,14 +1,14 @@
 // One head that the browser draws itself, without a kernel: its exact attention, and what is drawn of it.
 import type { MapsRequest, RowRequest } from "./lens_requests";
 import { half, TILE, type Level } from "./maps";
-import type { RowStream } from "./philox";
+import { moreUniforms, uniforms, type RowStream } from "./philox";
 import {
   masses,
-  place,
-  points,
+  numUniforms,
+  placeInto,
+  placePoints,
   prepare,
   prepareHeadTail,
-  type Draws,
   type HeadTailRow,
   type Row,
   type SamplerName,
@@ -16,6 +16,11 @@ import {
 
 /** Queries that see fewer keys take them as they come: `FIRST_VALUES` in qtx_lab/samplers/value_order.py. */
 const FIRST_VALUES = 64;
+
+/** Random numbers of a row that are kept, so that the next step of the slider need not make them again. */
+const MAX_KNOWN_UNIFORMS = 512;
+/** Numbers that a sum of single precision adds up in one step; see `sum` in samplers.ts. */
+const SUM_STEP = 32;
 
 /** A head as the browser holds it; matrices row by row. */
 export interface HeadInputs {
@@ -73,6 +78,8 @@ export class LocalHead {
   private plain: Row[] | null = null;
   private inOrder: DrawnRow[] | null = null;
   private last: HeadDraws | null = null;
+  /** The first random numbers of each row. */
+  private readonly known: Float64Array[] = [];
   /** Features of a value. */
   private readonly width: number;
   /** Of `average`: the weight of each key, 0 between calls, and the keys that were drawn. */
@@ -130,11 +137,11 @@ export class LocalHead {
     const facts = new Float32Array(4 * numQueries).fill(NaN);
     const output = new Float64Array(width);
     let [squares, norm] = [0, 0];
+    const at = new Float64Array(numSamples);
     for (let i = 0; i < numQueries; i++) {
-      const drawn = this.drawRow(sampler, i, numSamples, 0);
-      indices.set(drawn.indices, i * numSamples);
-      weights.set(drawn.weights, i * numSamples);
-      const count = this.average(drawn, output);
+      const start = i * numSamples;
+      this.drawRow(sampler, i, 0, at, indices, weights, start);
+      const count = this.average(indices, weights, start, start + numSamples, output);
       let [off, size] = [0, 0];
       for (let c = 0, from = i * width; c < width; c++, from++) {
         off += (output[c] - this.output[from]) ** 2;
@@ -150,30 +157,57 @@ export class LocalHead {
     return { sampler, numSamples, indices, weights, error, facts };
   }
 
-  /** The draws of a row, which name keys. */
-  private drawRow(sampler: SamplerName, i: number, numSamples: number, repetition: number): Draws {
+  /** Writes the draws of a row, which name keys, from a place on; `at` takes the points. */
+  private drawRow(
+    sampler: SamplerName,
+    i: number,
+    repetition: number,
+    at: Float64Array,
+    indices: Int32Array,
+    weights: Float32Array,
+    start: number,
+  ): void {
     const { row, headTail, order } = this.rowFor(sampler, i);
-    const at = points(sampler, { ...this.inputs.stream, position: i }, numSamples, 1, repetition);
-    const drawn = place(row, at, numSamples, headTail);
-    if (order !== null) drawn.indices.forEach((place, s) => (drawn.indices[s] = order[place]));
-    return drawn;
+    const numSamples = at.length;
+    placePoints(sampler, this.uniformsOf(i, repetition, numUniforms(sampler, numSamples)), numSamples, at);
+    placeInto(row, at, numSamples, headTail, indices, weights, start);
+    if (order !== null) for (let s = start; s < start + numSamples; s++) indices[s] = order[indices[s]];
+  }
+
+  /** The first random numbers of a row's repetition, `count` or more. */
+  private uniformsOf(i: number, repetition: number, count: number): Float64Array {
+    const stream = { ...this.inputs.stream, position: i };
+    if (repetition > 0) return uniforms(stream, repetition, count);
+    const known = this.known[i] ?? new Float64Array(0);
+    if (known.length >= count) return known;
+    const more = moreUniforms(stream, 0, count, known);
+    if (count <= MAX_KNOWN_UNIFORMS) this.known[i] = more;
+    return more;
   }
 
   /** Writes the average of the values at some draws into `output`, and gives the number of distinct keys. */
-  private average({ indices, weights }: Draws, output: Float64Array): number {
+  private average(
+    indices: Int32Array,
+    weights: Float32Array,
+    start: number,
+    end: number,
+    output: Float64Array,
+  ): number {
     const { values } = this.inputs;
-    const [weightOf, distinct, width] = [this.weightOf, this.distinct, this.width];
+    const { weightOf, distinct, width } = this;
     let count = 0;
-    for (let s = 0; s < indices.length; s++) {
+    for (let s = start; s < end; s++) {
+      const index = indices[s];
       if (weights[s] === 0) continue;
-      if (weightOf[indices[s]] === 0) distinct[count++] = indices[s];
-      weightOf[indices[s]] += weights[s];
+      if (weightOf[index] === 0) distinct[count++] = index;
+      weightOf[index] += weights[s];
     }
     output.fill(0);
     for (let k = 0; k < count; k++) {
-      const weight = weightOf[distinct[k]];
-      weightOf[distinct[k]] = 0;
-      for (let c = 0, from = distinct[k] * width; c < width; c++, from++) output[c] += weight * values[from];
+      const key = distinct[k];
+      const weight = weightOf[key];
+      weightOf[key] = 0;
+      for (let c = 0, from = key * width; c < width; c++, from++) output[c] += weight * values[from];
     }
     return count;
   }
@@ -181,11 +215,14 @@ export class LocalHead {
   /** Error and variance of some rows over repetitions: see `StripPoint` in lens_strip.ts. */
   measure(sampler: SamplerName, numSamples: number, rows: number[], repetitions: number): [number, number] {
     const output = new Float64Array(this.width);
+    const [at, indices] = [new Float64Array(numSamples), new Int32Array(numSamples)];
+    const weights = new Float32Array(numSamples);
     let [norm, squares, spread] = [0, 0, 0];
     for (const i of rows) {
       const [sums, sumsOfSquares] = [new Float64Array(this.width), new Float64Array(this.width)];
       for (let repetition = 0; repetition < repetitions; repetition++) {
-        this.average(this.drawRow(sampler, i, numSamples, repetition), output);
+        this.drawRow(sampler, i, repetition, at, indices, weights, 0);
+        this.average(indices, weights, 0, numSamples, output);
         for (let c = 0; c < this.width; c++) {
           const off = output[c] - this.output[i * this.width + c];
           sums[c] += off;
@@ -204,23 +241,31 @@ export class LocalHead {
 
   private rowFor(sampler: SamplerName, i: number): DrawnRow {
     if (sampler !== "head-tail") {
-      this.plain ??= this.mass.map(prepare);
+      this.plain ??= this.mass.map((mass, row) => prepare(mass.subarray(0, this.seenEnd(row))));
       return { row: this.plain[i], headTail: null, order: null };
     }
     this.inOrder ??= this.mass.map((mass, row) => this.layOut(mass, row));
     return this.inOrder[i];
   }
 
+  /** The place after the last mass of a row, after which sums add nothing more. */
+  private seenEnd(row: number): number {
+    const { causal } = this.inputs;
+    const padded = this.mass[row].length;
+    return causal ? Math.min(padded, Math.ceil((row + 1) / SUM_STEP) * SUM_STEP) : padded;
+  }
+
   private layOut(mass: Float32Array, row: number): DrawnRow {
     const { order, causal, numKeys } = this.inputs;
     const seen = causal ? Math.min(row + 1, numKeys) : numKeys;
-    const laidOut = seen < FIRST_VALUES ? mass : mass.map((x, j) => (j < order.length ? mass[order[j]] : x));
+    const inOrder = seen >= FIRST_VALUES;
+    let laidOut = mass;
+    if (inOrder) {
+      laidOut = mass.slice();
+      for (let j = 0; j < order.length; j++) laidOut[j] = mass[order[j]];
+    }
     const prepared = prepare(laidOut);
-    return {
-      row: prepared,
-      headTail: prepareHeadTail(prepared),
-      order: seen < FIRST_VALUES ? null : order,
-    };
+    return { row: prepared, headTail: prepareHeadTail(prepared), order: inOrder ? order : null };
   }
 
   /** The exact weights of a part of a level's cells, each the mean of those under it; see `poolDraws`. */

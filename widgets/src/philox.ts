@@ -16,7 +16,10 @@ const WORD = 2 ** 32;
 
 /** The upper 32 bits of the product of two words; the lower ones are `Math.imul`'s. */
 function upper(a: number, b: number): number {
-  const [aHigh, aLow, bHigh, bLow] = [a >>> 16, a & 0xffff, b >>> 16, b & 0xffff];
+  const aHigh = a >>> 16;
+  const aLow = a & 0xffff;
+  const bHigh = b >>> 16;
+  const bLow = b & 0xffff;
   const middle = (Math.imul(aHigh, bLow) >>> 0) + (Math.imul(aLow, bLow) >>> 16); // fits into a word
   const cross = (Math.imul(aLow, bHigh) >>> 0) + (middle & 0xffff); // and so does this
   return (Math.imul(aHigh, bHigh) + (middle >>> 16) + (cross >>> 16)) >>> 0;
@@ -33,8 +36,10 @@ function rounds(
   out: Uint32Array,
 ): void {
   for (let round = 0; round < 10; round++) {
-    const [high0, low0] = [upper(0xd2511f53, c0), Math.imul(0xd2511f53, c0)];
-    const [high1, low1] = [upper(0xcd9e8d57, c2), Math.imul(0xcd9e8d57, c2)];
+    const high0 = upper(0xd2511f53, c0);
+    const low0 = Math.imul(0xd2511f53, c0);
+    const high1 = upper(0xcd9e8d57, c2);
+    const low1 = Math.imul(0xcd9e8d57, c2);
     c0 = (high1 ^ c1 ^ k0) >>> 0;
     c1 = low1 >>> 0;
     c2 = (high0 ^ c3 ^ k1) >>> 0;
@@ -63,10 +68,21 @@ const uniform = (high: number, low: number) => ((high >>> 5) * 2 ** 26 + (low >>
 
 /** The first `count` uniform numbers of a row's replicate. */
 export function uniforms(stream: RowStream, replicate: number, count: number): Float64Array {
+  return moreUniforms(stream, replicate, count, new Float64Array(0));
+}
+
+/** As `uniforms`, where the first of them are known. */
+export function moreUniforms(
+  stream: RowStream,
+  replicate: number,
+  count: number,
+  known: Float64Array,
+): Float64Array {
   const out = new Float64Array(count);
+  out.set(known.length > count ? known.subarray(0, count) : known);
   const last = ((replicate << 8) | POINTS) >>> 0;
   const [position, words] = [stream.position % WORD, new Uint32Array(4)];
-  for (let i = 0; i < count; i += 2) {
+  for (let i = known.length & ~1; i < count; i += 2) {
     rounds(stream.key[0], stream.key[1], i / 2, position, stream.group, last, words);
     out[i] = uniform(words[0], words[1]);
     if (i + 1 < count) out[i + 1] = uniform(words[2], words[3]);

@@ -30,9 +30,11 @@ export interface Row {
 /** What `head-tail` knows of a row besides. */
 export interface HeadTailRow {
   p: Floats;
-  /** The sum of the probabilities, and they themselves, largest first. */
+  /** The sum of the probabilities. */
   total: number;
+  /** The probabilities that are `least` or more, largest first. */
   sorted: Floats;
+  least: number;
   /** Keys that have mass. */
   seen: number;
 }
@@ -123,16 +125,18 @@ function blockSum(x: Floats, from: number): number {
   return total;
 }
 
-/** The running sums of a row's blocks. */
-function blockSums(mass: Floats): Float64Array {
-  const cdf = new Float64Array(mass.length / BLOCK);
+/** Writes the running sums of a row's blocks into `cdf`. */
+function blockSums(mass: Floats, cdf: Float64Array): Float64Array {
   let total = 0;
   for (let b = 0; b < cdf.length; b++) cdf[b] = total += blockSum(mass, b * BLOCK);
   return cdf;
 }
 
 /** What draws of a row start from; `mass` as `masses` gives it. */
-export const prepare = (mass: Floats): Row => ({ mass, cdf: blockSums(mass) });
+export const prepare = (mass: Floats): Row => ({
+  mass,
+  cdf: blockSums(mass, new Float64Array(mass.length / BLOCK)),
+});
 
 /** What `head-tail` draws of a row start from besides. */
 export function prepareHeadTail({ mass }: Row): HeadTailRow {
@@ -144,39 +148,74 @@ export function prepareHeadTail({ mass }: Row): HeadTailRow {
     p[i] = mass[i] / total;
     if (p[i] > 0) seen += 1;
   }
-  return { p, total: sum(p), sorted: p.slice().sort().reverse() as Floats, seen };
+  return { p, total: sum(p), sorted: like(mass, 0), least: Infinity, seen };
 }
 
-/** The keys at some points of the running sums of masses; a point of 1 stands for `scale`. */
-function invert({ mass, cdf }: Row, points: Float64Array, scale: number): Int32Array {
-  const indices = new Int32Array(points.length);
+/** The probabilities of a row that are `least` or more, and perhaps some below, largest first. */
+function largestOf(row: HeadTailRow, least: number): Floats {
+  if (least < row.least) {
+    row.sorted = row.p
+      .filter((x) => x >= least)
+      .sort()
+      .reverse() as Floats;
+    row.least = least;
+  }
+  return row.sorted;
+}
+
+/** Writes the keys at some points of the running sums of masses into `out`, from its place `start` on; a point
+ * of 1 stands for `scale`. */
+function invert(
+  mass: Floats,
+  cdf: Float64Array,
+  points: Float64Array,
+  scale: number,
+  out: Int32Array,
+  start: number,
+): void {
   const total = cdf[cdf.length - 1];
-  if (total === 0) return indices;
-  const round = rounding(mass);
+  if (total === 0) return void out.fill(0, start, start + points.length);
+  const isSingle = mass instanceof Float32Array;
   const last = below(total, DOUBLES);
-  let [block, index, before, rest] = [-1, 0, 0, 0]; // `before` is the block's running sum up to the key
+  let block = -1;
+  let index = 0;
+  let before = 0; // the block's running sum up to the key
+  let rest = 0;
   for (let t = 0; t < points.length; t++) {
     const target = Math.min(points[t] * scale, last);
-    const next = blockOf(cdf, target, Math.max(0, block));
-    const left = round(target - (next > 0 ? cdf[next - 1] : 0));
-    if (next !== block || left < rest) [block, index, before] = [next, next * BLOCK, 0];
+    const next = blockOf(cdf, target, block < 0 ? 0 : block);
+    const exact = target - (next > 0 ? cdf[next - 1] : 0);
+    const left = isSingle ? Math.fround(exact) : exact;
+    if (next !== block || left < rest) {
+      block = next;
+      index = next * BLOCK;
+      before = 0;
+    }
     rest = left;
     const end = (block + 1) * BLOCK;
-    while (index < end && round(before + mass[index]) <= rest) before += mass[index++];
+    for (; index < end; index++) {
+      const after = before + mass[index];
+      if ((isSingle ? Math.fround(after) : after) > rest) break;
+      before = after;
+    }
     if (index === end) {
       // By rounding the block ends before: the last key with mass is meant.
-      const whole = below(round(before), mass);
-      [index, before] = [block * BLOCK, 0];
-      while (round(before + mass[index]) <= whole) before += mass[index++];
+      const whole = below(isSingle ? Math.fround(before) : before, mass);
+      before = 0;
+      for (index = block * BLOCK; ; index++) {
+        const after = before + mass[index];
+        if ((isSingle ? Math.fround(after) : after) > whole) break;
+        before = after;
+      }
     }
-    indices[t] = index;
+    out[start + t] = index;
   }
-  return indices;
 }
 
 /** The first block whose running sum is above the target; it is searched for next to `near` first. */
 function blockOf(cdf: Float64Array, target: number, near: number): number {
-  let [low, high] = [0, cdf.length];
+  let low = 0;
+  let high = cdf.length;
   if (near > 0 && cdf[near - 1] > target) high = near;
   else {
     low = near;
@@ -195,6 +234,26 @@ function blockOf(cdf: Float64Array, target: number, near: number): number {
   return low;
 }
 
+/** Whether a sampler puts its points at equal distances, from one random number. */
+const isComb = (sampler: SamplerName) => sampler === "systematic" || sampler === "head-tail";
+
+/** How many random numbers a replicate of a sampler takes. */
+export const numUniforms = (sampler: SamplerName, numSamples: number): number =>
+  isComb(sampler) ? 1 : numSamples;
+
+/** Writes where a sampler puts the points of a replicate into `out`, given its random numbers. */
+export function placePoints(
+  sampler: SamplerName,
+  u: Float64Array,
+  numSamples: number,
+  out: Float64Array,
+  start = 0,
+): void {
+  const comb = isComb(sampler);
+  for (let s = 0; s < numSamples; s++)
+    out[start + s] = sampler === "monte-carlo" ? u[s] : (s + u[comb ? 0 : s]) / numSamples;
+}
+
 /** Where a sampler puts its points for each replicate, from the first one on. */
 export function points(
   sampler: SamplerName,
@@ -204,78 +263,103 @@ export function points(
   first = 0,
 ): Float64Array {
   const out = new Float64Array(replicates * numSamples);
-  const comb = sampler === "systematic" || sampler === "head-tail";
   for (let r = 0; r < replicates; r++) {
-    const u = uniforms(stream, first + r, comb ? 1 : numSamples);
-    for (let s = 0; s < numSamples; s++) {
-      const at = r * numSamples + s;
-      if (sampler === "monte-carlo") out[at] = u[s];
-      else out[at] = (s + u[comb ? 0 : s]) / numSamples;
-    }
+    const u = uniforms(stream, first + r, numUniforms(sampler, numSamples));
+    placePoints(sampler, u, numSamples, out, r * numSamples);
   }
   return out;
 }
 
-let scratch = new Float64Array(0);
-
-/** How often `head-tail` draws each key on average: `expected_counts` in qtx_lab/samplers/head_tail.py. */
-function expectedCounts(row: HeadTailRow, numSamples: number): Floats {
-  const { p, sorted } = row;
-  const round = rounding(p);
-  const counts = like(p, p.length);
-  if (row.seen <= numSamples) {
-    for (let i = 0; i < p.length; i++) counts[i] = p[i] > 0 ? 1 : 0;
-    return counts;
-  }
-  let [size, running] = [numSamples - 1, 0];
-  for (let h = 0; h < Math.min(numSamples, sorted.length); h++) {
-    running += sorted[h];
-    const tail = round(round(row.total - round(running)) + sorted[h]);
-    if (round(sorted[h] * (numSamples - h)) < tail) {
-      size = Math.min(h, numSamples - 1);
-      break;
-    }
-  }
-  const least = size === 0 ? Infinity : sorted[Math.min(size, sorted.length) - 1];
-  if (scratch.length !== p.length) scratch = new Float64Array(p.length);
+/** The sum of the numbers below `least` in a row of whole blocks, as `sum` gives it in double precision. */
+function sumBelow(x: Floats, least: number): number {
+  if (scratch.length !== x.length) scratch = new Float64Array(x.length);
   const tail = scratch;
-  let head = 0;
-  for (let i = 0; i < p.length; i++) {
-    const inHead = p[i] >= least;
-    tail[i] = inHead ? 0 : p[i];
-    if (inHead) head += 1;
-  }
-  const left = Math.max(0, numSamples - head);
-  const scale = Math.min(largest(p), round(left / Math.max(tiny(p), round(sum(tail)))));
-  for (let i = 0; i < p.length; i++) counts[i] = p[i] >= least ? (p[i] > 0 ? 1 : 0) : p[i] * scale;
-  return counts;
+  for (let i = 0; i < x.length; i++) tail[i] = x[i] >= least ? 0 : x[i];
+  return sum(tail);
 }
 
-/** Draws of a row at some points; `headTail` is what `prepareHeadTail` gives for that sampler. */
-export function place(
+let scratch = new Float64Array(0);
+/** How often `head-tail` draws each key on average, and their running sums; the next row takes their place. */
+let countsOfRow: { counts: Floats; cdf: Float64Array } = {
+  counts: new Float32Array(0),
+  cdf: new Float64Array(0),
+};
+
+/** How many of the largest probabilities `head-tail` takes for sure, and the least of them. */
+function headOf(row: HeadTailRow, numSamples: number): { least: number } {
+  const round = rounding(row.p);
+  // Half of an even share is mostly small enough; where it is not, all of them are sorted.
+  for (const least of [row.total / (2 * numSamples), 0]) {
+    const sorted = largestOf(row, least);
+    const end = Math.min(numSamples, sorted.length);
+    let [size, running] = [-1, 0];
+    for (let h = 0; h < end; h++) {
+      running += sorted[h];
+      const tail = round(round(row.total - round(running)) + sorted[h]);
+      if (round(sorted[h] * (numSamples - h)) < tail) {
+        size = h;
+        break;
+      }
+    }
+    if (size < 0 && end < numSamples && least > 0) continue;
+    size = size < 0 ? numSamples - 1 : Math.min(size, numSamples - 1);
+    return { least: size === 0 ? Infinity : sorted[Math.min(size, sorted.length) - 1] };
+  }
+  throw new Error("unreachable");
+}
+
+/** How often `head-tail` draws each key on average: `expected_counts` in qtx_lab/samplers/head_tail.py. */
+function expectedCounts(row: HeadTailRow, numSamples: number): typeof countsOfRow {
+  const { p } = row;
+  const n = p.length;
+  if (countsOfRow.counts.length !== n || countsOfRow.counts.constructor !== p.constructor)
+    countsOfRow = { counts: like(p, n), cdf: new Float64Array(n / BLOCK) };
+  const { counts, cdf } = countsOfRow;
+  if (row.seen <= numSamples) {
+    for (let i = 0; i < n; i++) counts[i] = p[i] > 0 ? 1 : 0;
+  } else {
+    const round = rounding(p);
+    const { least } = headOf(row, numSamples);
+    const known = row.sorted; // down to `least` at least
+    let head = 0;
+    while (head < known.length && known[head] >= least) head += 1;
+    const left = Math.max(0, numSamples - head);
+    const scale = Math.min(largest(p), round(left / Math.max(tiny(p), round(sumBelow(p, least)))));
+    for (let i = 0; i < n; i++) counts[i] = p[i] >= least ? (p[i] > 0 ? 1 : 0) : p[i] * scale;
+  }
+  blockSums(counts, cdf);
+  return countsOfRow;
+}
+
+/** Writes the keys of a row at some points, and their weights, into arrays from a place on.
+ *
+ * `headTail` is what `prepareHeadTail` gives for that sampler. */
+export function placeInto(
   row: Row,
   at: Float64Array,
   numSamples: number,
-  headTail: HeadTailRow | null = null,
-): Draws {
-  const { mass } = row;
-  const round = rounding(mass);
-  const weights = like(mass, at.length);
+  headTail: HeadTailRow | null,
+  indices: Int32Array,
+  weights: Floats,
+  start: number,
+): void {
   if (headTail === null) {
     const total = row.cdf[row.cdf.length - 1];
-    weights.fill(total === 0 ? 0 : 1 / at.length);
-    return { indices: invert(row, at, total), weights };
+    weights.fill(total === 0 ? 0 : 1 / at.length, start, start + at.length);
+    invert(row.mass, row.cdf, at, total, indices, start);
+    return;
   }
-  const replicates = at.length / numSamples;
-  const counts = expectedCounts(headTail, numSamples);
-  const cdf = blockSums(counts);
-  const indices = invert({ mass: counts, cdf }, at, numSamples);
+  const { p } = headTail;
+  const round = rounding(p);
+  const [replicates, least] = [at.length / numSamples, tiny(p)];
+  const { counts, cdf } = expectedCounts(headTail, numSamples);
+  invert(counts, cdf, at, numSamples, indices, start);
   const total = cdf[cdf.length - 1];
   for (let t = 0; t < at.length; t++) {
-    const count = Math.max(tiny(mass), counts[indices[t]]);
-    weights[t] = at[t] * numSamples >= total ? 0 : round(headTail.p[indices[t]] / count) / replicates;
+    const index = indices[start + t];
+    const count = Math.max(least, counts[index]);
+    weights[start + t] = at[t] * numSamples >= total ? 0 : round(p[index] / count) / replicates;
   }
-  return { indices, weights };
 }
 
 /** The draws of a row, whose keys stand as the masses do. */
@@ -287,5 +371,8 @@ export function draw(
   replicates = 1,
 ): Draws {
   const at = points(sampler, stream, numSamples, replicates);
-  return place(row, at, numSamples, sampler === "head-tail" ? prepareHeadTail(row) : null);
+  const drawn = { indices: new Int32Array(at.length), weights: like(row.mass, at.length) };
+  const headTail = sampler === "head-tail" ? prepareHeadTail(row) : null;
+  placeInto(row, at, numSamples, headTail, drawn.indices, drawn.weights, 0);
+  return drawn;
 }

@@ -35,7 +35,7 @@ const NAMES: Record<string, string> = { python: "Copy as Python", command: "Copy
 /** Milliseconds for which a button says that the code was copied. */
 const SAID_MS = 2000;
 
-export function render(model: Model, el: HTMLElement): () => void {
+function render(model: Model, el: HTMLElement): () => void {
   const state = h("span", { class: "qtx-wb-state", role: "status" });
   const meter = h("progress", { max: 1 });
   const cost = h("span", { class: "qtx-wb-cost" });
@@ -136,3 +136,5 @@ export function render(model: Model, el: HTMLElement): () => void {
     model.off("msg:custom", take);
   };
 }
+
+export default { render };

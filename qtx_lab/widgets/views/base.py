@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import anywidget
-import matplotlib as mpl
 import traitlets
 from IPython.display import DisplayHandle, display
 
@@ -204,6 +203,8 @@ def render_figure(
     figure: Callable[[str], Figure], kind: str = "png", theme: str = "light", dpi: float | None = PICTURE_DPI
 ) -> bytes:
     """Draw `figure(theme)` as a PNG or SVG file; `dpi` None is that of the figure."""
+    import matplotlib as mpl
+
     style: Any = look.matplotlib_style(theme)
     content = io.BytesIO()
     with DRAWING_LOCK, mpl.rc_context(style):

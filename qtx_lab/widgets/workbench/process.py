@@ -160,7 +160,7 @@ class ProcessWorker:
         Name of the module whose functions are the tasks; the process imports it at its start.
     """
 
-    def __init__(self, module: str = "qtx_lab.widgets.workbench.tasks"):
+    def __init__(self, module: str = "qtx_lab.widgets.workbench.tasks.registry"):
         self.module = module
         self.lock = threading.RLock()
         self._process: subprocess.Popen[bytes] | None = None

@@ -28,9 +28,7 @@ class StatusLine(anywidget.AnyWidget):
         button if None.
     """
 
-    _esm = STATIC / "widgets.js"
-    _css = STATIC / "widgets.css"
-    kind = traitlets.Unicode("status", read_only=True).tag(sync=True)
+    _esm = STATIC / "status.js"
     line = traitlets.Dict().tag(sync=True)
     codes = traitlets.List(traitlets.Unicode(), read_only=True).tag(sync=True)
     reports = traitlets.Bool(read_only=True).tag(sync=True)

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import ipywidgets as widgets
 
 from ...errors import ArgumentError, QtxError, SpecError
-from ...experiments.report import write_report
 from ...experiments.runs import Run
 from ..comms import hear_while_busy
 from ..forms import FORM_LOCK, SpecForm
@@ -60,7 +59,7 @@ class WorkbenchTab:
     first_step = ""
     """What to do first, shown (as HTML) while there is no picture."""
     task = ""
-    """Name of a function of `tasks`."""
+    """Name of a function of `tasks.registry`."""
     reports = True
     """Whether a report of what is shown can be made."""
     codes: tuple[str, ...] = ()
@@ -167,6 +166,8 @@ class WorkbenchTab:
         StorageError
             If it cannot be written.
         """
+        from ...experiments.report import write_report
+
         if self.result is None:
             raise ArgumentError(f"There is nothing to report yet: press {self.button} first.")
         self.bench.runs_folder()  # makes the workbench's own run, where there is none yet
@@ -254,6 +255,10 @@ class WorkbenchTab:
         self.show(result)
         self._show_message()
         self._draw_status()
+
+    def show_problem(self, problem: str) -> None:
+        """Say in the tab what went wrong."""
+        self._show_message(problem)
 
     def request_status(self) -> None:
         """Draw the status line soon."""

@@ -30,7 +30,7 @@ class TabHost(Protocol):
         on_change: Callable[[Work], object],
         on_data: Callable[[Any], object],
     ) -> Work:
-        """Start a function of `tasks` in a worker that has nothing to do; see `ProcessWorker.start`."""
+        """Start a function of `tasks.registry` in an idle worker; see `ProcessWorker.start`."""
 
     def mark_cancelled(self, work: Work) -> None:
         """Record soon that the runs of this work were cancelled."""

@@ -7,11 +7,11 @@ import base64
 import json
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Self, TypeVar, overload
 from weakref import WeakValueDictionary
 
 import ipywidgets as widgets
@@ -20,8 +20,8 @@ from torch import Tensor
 
 from ...errors import ArgumentError, QtxError, SpecError, StorageError
 from ...experiments import provenance
-from ...experiments.runs import Run, runs
-from ...storage import json_bytes, runs_home, write_atomic
+from ...experiments.runs import Run
+from ...storage import json_bytes, runs_home, storage_error, write_atomic
 from ..comms import hear_while_busy
 from ..forms import FORM_LOCK, SpecForm
 from ..throttle import ThrottledCall
@@ -39,7 +39,10 @@ from .tabs import (
     SourceSpec,
     SweepTab,
     TrainTab,
+    spread_rows,
 )
+
+T = TypeVar("T", bound=WorkbenchTab)
 
 CSS = Path(__file__).parent / "workbench.css"
 
@@ -64,15 +67,84 @@ SAVE_INTERVAL_S = 0.2
 MAX_IDLE_WORKERS = 2
 """Worker processes that stay when they have nothing to do; each takes a few hundred MB."""
 
+WORKER_DELAY_S = 1.5
+"""Seconds after the display in which no worker is started, because its imports would hold up the picture."""
+
 _OPEN: WeakValueDictionary[Path, Workbench] = WeakValueDictionary()
 """The open workbenches of this process by their run; there is one for a run, at most."""
+
+TABS: tuple[type[WorkbenchTab], ...] = (
+    SampleTab, CircuitTab, MitigateTab, HardwareTab, CalibrateTab, TrainTab, SweepTab, RunsTab,
+)  # fmt: skip
+"""The tabs, in the order of the work."""
+
+TITLES = {tab.name: tab.title for tab in TABS}
+"""What stands on each tab, by its name."""
+
+OPENING = '<div class="qtx-wb-empty" role="status">This tab comes here in a moment.</div>'
+"""What stands in the place of a tab that is not yet made."""
+
+
+class MadeWhenNeeded(Generic[T]):
+    """A tab of a workbench, which is made when it is first opened, or when code first asks for it.
+
+    Parameters
+    ----------
+    make : callable
+        Makes the tab of a workbench.
+    """
+
+    def __init__(self, make: Callable[[Workbench], T]):
+        self._make, self._name = make, ""
+
+    def __set_name__(self, owner: type[Workbench], name: str) -> None:
+        self._name = name
+
+    @overload
+    def __get__(self, bench: None, owner: type[Workbench]) -> Self: ...
+
+    @overload
+    def __get__(self, bench: Workbench, owner: type[Workbench]) -> T: ...
+
+    def __get__(self, bench: Workbench | None, owner: type[Workbench]) -> T | Self:
+        if bench is None:
+            return self
+        if self._name not in bench.made_tabs:
+            with FORM_LOCK:  # so that two threads do not make two
+                if self._name not in bench.made_tabs:
+                    bench.take_in(self._make(bench))
+        tab: Any = bench.made_tabs[self._name]
+        return tab
+
+
+class TabsByName(Mapping[str, WorkbenchTab]):
+    """The tabs of a workbench by name, in the order of the work; to look one up makes it.
+
+    Parameters
+    ----------
+    bench : Workbench
+    """
+
+    def __init__(self, bench: Workbench):
+        self._bench = bench
+
+    def __getitem__(self, name: str) -> WorkbenchTab:
+        tab: WorkbenchTab = getattr(self._bench, name)
+        return tab
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(TITLES)
+
+    def __len__(self) -> int:
+        return len(TITLES)
 
 
 class Workbench(widgets.VBox):
     """The whole lab in tabs that follow the work: Sample, Circuit, Mitigate, Hardware, Train, Sweep, Runs.
 
     Everything that takes long runs in other processes, so that the kernel stays free, and Cancel kills it at
-    once. From code, a tab is an attribute: `wb.sample.form.change(num_samples=128)`,
+    once. A tab is made when it is first opened, so that the first picture does not wait for all of them. From
+    code, a tab is an attribute: `wb.sample.form.change(num_samples=128)`,
     `wb.sample.start().wait()`, `wb.sample.result`.
 
     Parameters
@@ -108,6 +180,16 @@ class Workbench(widgets.VBox):
     >>> bench.close()
     """
 
+    source: SpecForm
+    sample = MadeWhenNeeded(lambda bench: SampleTab(bench, bench.source))
+    circuit = MadeWhenNeeded(lambda bench: CircuitTab(bench, bench.sample))
+    mitigate = MadeWhenNeeded(lambda bench: MitigateTab(bench, bench.circuit))
+    hardware = MadeWhenNeeded(lambda bench: HardwareTab(bench, bench.circuit))
+    calibrate = MadeWhenNeeded(lambda bench: CalibrateTab(bench, bench.sample))
+    train = MadeWhenNeeded(TrainTab)
+    sweep = MadeWhenNeeded(SweepTab)
+    runs = MadeWhenNeeded(RunsTab)
+
     _display_handle: Any
     _closed = True  # until it is made, because ipywidgets closes a widget whose arguments were refused
 
@@ -134,6 +216,7 @@ class Workbench(widgets.VBox):
         self.restoring = True  # nothing is saved before all is there
         self._save_call = ThrottledCall(self._save_state, SAVE_INTERVAL_S)
         self._picture_timer: threading.Timer | None = None
+        self._worker_timer: threading.Timer | None = None
         self._display_handle = None
         self._source = SourceSpec(model=str(model), text=str(text), num_tokens=num_tokens)
         if q is not None and k is not None and v is not None:
@@ -144,29 +227,23 @@ class Workbench(widgets.VBox):
         self.source = SpecForm(self._source, title="What is looked at")
         self.source.add_class("qtx-wb-source")
         self._arrange_source()
+        self.source.observe(self._source_changed, "spec")
         self.job_box = widgets.VBox()  # in the Hardware and in the Runs tab
-        self.sample = SampleTab(self, self.source)
-        self.circuit = CircuitTab(self, self.sample)
-        self.mitigate = MitigateTab(self, self.circuit)
-        self.hardware = HardwareTab(self, self.circuit)
-        self.calibrate = CalibrateTab(self, self.sample)
-        self.train = TrainTab(self)
-        self.sweep = SweepTab(self)
-        self.runs = RunsTab(self)
-        tabs: tuple[WorkbenchTab, ...] = (
-            self.sample, self.circuit, self.mitigate, self.hardware, self.calibrate, self.train, self.sweep,
-            self.runs,
-        )  # fmt: skip
-        self.tabs = {tab.name: tab for tab in tabs}
-        self.fit_rows(num_tokens)
-        self.tab_bar = widgets.Tab([tab.widget for tab in tabs], titles=[tab.title for tab in tabs])
+        self.made_tabs: dict[str, WorkbenchTab] = {}
+        self.tabs = TabsByName(self)
+        self._num_queries = num_tokens
+        self._selected_rows: tuple[int, ...] = ()  # in the lens, while there is no Circuit tab
+        self._saved_forms: dict[str, Any] = {}  # of the tabs that are not made yet
+        opening, layout = widgets.HTML(OPENING), widgets.Layout()
+        self._places = {name: widgets.VBox([opening], layout=layout) for name in TITLES}
+        self.tab_bar = widgets.Tab(list(self._places.values()), titles=list(TITLES.values()))
         hear_while_busy(self.tab_bar)
         style = widgets.HTML(f"<style>{CSS.read_text(encoding='utf-8')}</style>", layout={"display": "none"})
         super().__init__([style, self.source, self.tab_bar])
         self.add_class("qtx-workbench")
         self.tab_bar.observe(lambda _: self._tab_opened(), "selected_index")
+        _ = self.sample  # which is shown at first
         self.restoring = False
-        self._idle_worker()  # its imports take seconds: they are over when the first button is pressed
 
     @property
     def run(self) -> Run:
@@ -179,15 +256,14 @@ class Workbench(widgets.VBox):
         """
         with self._lock:
             if self._run is None:
-                source = self._source if self.restoring else self.sample.source
-                self._run = Run.create(source, RUN_NAME, self.home)
+                self._run = Run.create(self._source, RUN_NAME, self.home)
                 _OPEN[self._run.path.resolve()] = self
             return self._run
 
     @property
     def open_tab_name(self) -> str:
         """Name of the tab that is open."""
-        return list(self.tabs)[self.tab_bar.selected_index or 0]
+        return list(TITLES)[self.tab_bar.selected_index or 0]
 
     @classmethod
     def restore(cls, run: str | Path | None = None, home: str | Path | None = None) -> Workbench:
@@ -224,7 +300,7 @@ class Workbench(widgets.VBox):
         on_change: Callable[[Work], object],
         on_data: Callable[[Any], object],
     ) -> Work:
-        """Start a function of `tasks` in a worker that has nothing to do; see `ProcessWorker.start`."""
+        """Start a function of `tasks.registry` in an idle worker; see `ProcessWorker.start`."""
         with self._lock:
             return self._idle_worker().start(task, on_change=on_change, on_data=on_data, **arguments)
 
@@ -235,7 +311,33 @@ class Workbench(widgets.VBox):
 
     def open_tab(self, name: str) -> None:
         """Show the tab with this name."""
-        self.tab_bar.selected_index = list(self.tabs).index(name)
+        self.tab_bar.selected_index = list(TITLES).index(name)
+
+    def take_in(self, tab: WorkbenchTab) -> None:
+        """Put a tab that was just made into its place, and into it what was saved of it."""
+        self.made_tabs[tab.name] = tab
+        self._places[tab.name].children = (tab.widget,)
+        if isinstance(tab, CircuitTab):
+            self.fit_rows(self._num_queries)
+            if self._selected_rows:
+                tab.take_rows(self._selected_rows)
+        if tab.name in self._saved_forms:
+            try:
+                self._show_saved(tab)
+            except StorageError as error:
+                tab.show_problem(str(error))
+        self.request_save()
+
+    def _show_saved(self, tab: WorkbenchTab) -> None:
+        """Show in a tab the fields and the result that are saved of it."""
+        restoring, self.restoring = self.restoring, True  # nothing of this is to be saved
+        try:
+            tab.set_state(self._saved_forms.pop(tab.name))
+            path = self.run.path / "results" / f"{tab.name}.npz"
+            if path.exists():
+                tab.show_saved(*read_result(path))
+        finally:
+            self.restoring = restoring
 
     def _tab_opened(self) -> None:
         self.request_save()
@@ -252,13 +354,18 @@ class Workbench(widgets.VBox):
     def choose_rows(self, rows: tuple[int, ...]) -> tuple[int, ...]:
         """Enter these queries in the Circuit tab as the rows to measure; those that it takes."""
         with FORM_LOCK:
+            if self.restoring and "circuit" not in self.made_tabs:
+                self._selected_rows = rows
+                return spread_rows(rows)
             return self.circuit.take_rows(rows)
 
     def fit_rows(self, num_queries: int) -> None:
         """Leave out of the rows to measure those that there are not; the last one takes their place."""
-        rows = self.circuit.rows
-        if any(row >= num_queries for row in rows):
-            self.choose_rows(tuple(row for row in rows if row < num_queries) or (num_queries - 1,))
+        self._num_queries = num_queries
+        if "circuit" in self.made_tabs:  # the tab is fitted, too, when it is made
+            rows = self.circuit.rows
+            if any(row >= num_queries for row in rows):
+                self.choose_rows(tuple(row for row in rows if row < num_queries) or (num_queries - 1,))
 
     def request_save(self) -> None:
         """Save the state of all forms soon."""
@@ -336,8 +443,9 @@ class Workbench(widgets.VBox):
         self.flush()
         self._closed = True
         with self._lock:
-            if self._picture_timer is not None:
-                self._picture_timer.cancel()
+            for timer in (self._picture_timer, self._worker_timer):
+                if timer is not None:
+                    timer.cancel()
             workers, self._workers = self._workers, []
         for worker in workers:
             worker.close()
@@ -351,22 +459,38 @@ class Workbench(widgets.VBox):
 
     def _saved_picture(self) -> dict[str, str]:
         """The output that stands for the workbench where there is no kernel."""
-        data: dict[str, str] = {}
-        tab = self.tabs[self.open_tab_name]
-        picture = tab.picture()
+        picture = self.tabs[self.open_tab_name].picture()
+        data = self._saved_text(picture)
         if picture is not None:
             data["image/png"] = base64.b64encode(picture).decode()
-        content = "the picture of its last saving" if picture else "nothing was drawn there yet"
-        data["text/plain"] = f"qtx_lab workbench, tab {tab.title}: {content}. It works where a kernel runs."
         return data
+
+    def _saved_text(self, picture: bytes | None) -> dict[str, str]:
+        """The words that stand for the workbench where there is no kernel."""
+        content = "the picture of its last saving" if picture else "nothing was drawn there yet"
+        title = TITLES[self.open_tab_name]
+        text = f"qtx_lab workbench, tab {title}: {content}. It works where a kernel runs."
+        return {"text/plain": text}
 
     def _ipython_display_(self, **kwargs: Any) -> None:
         if any(name in os.environ for name in ONE_OUTPUT_HOSTS):
             self._display_handle = display(self._repr_mimebundle_(), raw=True, display_id=True)
         else:
             widget = super()._repr_mimebundle_(**kwargs) or {}
-            self._display_handle = display_with_picture(self._saved_picture(), widget)
+            # The picture itself comes when the workbench is shown, because to draw it takes matplotlib.
+            self._display_handle = display_with_picture(self._saved_text(None), widget)
+            if self.tabs[self.open_tab_name].result is not None:
+                self.request_picture()
         self.sample.draw_first()
+        # Its imports take seconds: they are over when the first button is pressed.
+        self._worker_timer = threading.Timer(WORKER_DELAY_S, self._prepare_worker)
+        self._worker_timer.daemon = True
+        self._worker_timer.start()
+
+    def _prepare_worker(self) -> None:
+        """Start a worker, so that it is ready for the first work, unless the workbench is closed by now."""
+        with suppress(ArgumentError):
+            self._idle_worker()
 
     def _idle_worker(self) -> ProcessWorker:
         """A worker that has nothing to do; a new one if there is none. Spare ones are closed."""
@@ -383,6 +507,9 @@ class Workbench(widgets.VBox):
             idle[0].start_process()
             return idle[0]
 
+    def _source_changed(self, change: Any) -> None:
+        self._source = change.new
+
     def _arrange_source(self) -> None:
         """Show in the bar what can be chosen: of a user's own q, k and v only the layer and the head."""
         own = self.source.spec.to_parameters()["model"].endswith(INPUTS_FILE)
@@ -395,7 +522,7 @@ class Workbench(widgets.VBox):
             state = {
                 "tab": self.open_tab_name,
                 "source": self.source.spec.to_parameters(),
-                "forms": {name: tab.state() for name, tab in self.tabs.items()},
+                "forms": self._saved_forms | {name: tab.state() for name, tab in self.made_tabs.items()},
                 "lens": self.sample.lens_state(),
             }
             try:
@@ -405,7 +532,7 @@ class Workbench(widgets.VBox):
             except QtxError as error:  # shown in the status line of every tab
                 self._save_problem = str(error)
             if self.storage_note() != before:
-                for tab in self.tabs.values():
+                for tab in self.made_tabs.values():
                     tab.request_status()
 
     def _continue_run(self, run: Run) -> None:
@@ -423,16 +550,13 @@ class Workbench(widgets.VBox):
             run.update(status="running", process=provenance.this_process())
             self.source.spec = source
             self._arrange_source()
-            for name, tab in self.tabs.items():
-                tab.set_state(forms.get(name, {}))
-                path = run.path / "results" / f"{name}.npz"
-                if path.exists():
-                    tab.show_saved(*read_result(path))
-                if tab is self.sample:  # before the rows of Circuit, which may be others than those selected
-                    self.sample.set_lens_state(state.get("lens") or {})
-            self.open_tab(open_tab if open_tab in self.tabs else "sample")
+            self._saved_forms = {name: forms.get(name, {}) for name in TITLES}
+            self._show_saved(self.sample)
+            # Before the rows of Circuit, which may be others than those selected.
+            self.sample.set_lens_state(state.get("lens") or {})
+            self.open_tab(open_tab if open_tab in TITLES else "sample")
             self.restoring = False
-            for tab in self.tabs.values():
+            for tab in self.made_tabs.values():
                 tab.request_status()  # says where all is saved
 
 
@@ -446,9 +570,20 @@ def _close_all() -> None:
 
 def _newest(home: str | Path | None) -> Run:
     """The newest run of a workbench that no other process has open."""
-    table = runs(home)
-    for row in table[table["name"] == RUN_NAME].itertuples():
-        path = Path(row.path)
-        if (path / STATE_FILE).exists() and (row.status != "running" or path.resolve() in _OPEN):
-            return Run.open(path)
-    raise ArgumentError("There is no workbench to restore: `Workbench()` starts one.")
+    folder = runs_home(home)
+    try:  # without `runs`, whose table takes pandas and DuckDB
+        saved = [Run(path) for path in folder.iterdir() if (path / STATE_FILE).exists()]
+    except FileNotFoundError:
+        saved = []
+    except OSError as error:
+        raise storage_error(folder, error) from error
+    found: list[tuple[str, Run]] = []
+    for run in saved:
+        with suppress(StorageError):  # of what is no run, or a broken one
+            manifest = run.manifest
+            is_free = manifest["status"] != "running" or run.path.resolve() in _OPEN
+            if manifest["name"] == RUN_NAME and is_free:
+                found.append((manifest["started"], run))
+    if not found:
+        raise ArgumentError("There is no workbench to restore: `Workbench()` starts one.")
+    return max(found, key=lambda pair: pair[0])[1]

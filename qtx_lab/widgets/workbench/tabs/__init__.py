@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .calibrate import CalibrateTab
-from .circuit import CircuitTab
+from .circuit import CircuitTab, spread_rows
 from .hardware import HardwareTab
 from .mitigate import MitigateTab
 from .runs import RunsTab
@@ -21,4 +21,5 @@ __all__ = [
     "SourceSpec",
     "SweepTab",
     "TrainTab",
+    "spread_rows",
 ]

@@ -151,8 +151,7 @@ class CircuitTab(WorkbenchTab):
         selected = tuple(sorted(set(rows)))
         if not selected:
             raise ArgumentError("rows is empty: at least one row is needed.")
-        count = min(MAX_ROWS, len(selected))
-        taken = tuple(selected[i * (len(selected) - 1) // max(1, count - 1)] for i in range(count))
+        taken = spread_rows(selected)
         self._selected = selected
         self.forms["rows"].change(rows=taken)
         self._say_which_rows()
@@ -312,3 +311,16 @@ class CircuitTab(WorkbenchTab):
         if state.get("output", {}).get("gives") == "output":
             return outputs_code(state["source"], state["rows"], state["circuit"], state["output"])
         return measurement_code(state["source"], state["rows"], state["circuit"])
+
+
+def spread_rows(rows: Sequence[int]) -> tuple[int, ...]:
+    """Those of some queries that the Circuit tab takes: all up to `MAX_ROWS`, of more as many, spread evenly.
+
+    Parameters
+    ----------
+    rows : sequence of int
+        Queries, counted from 0; each counts once.
+    """
+    selected = sorted(set(rows))
+    count = min(MAX_ROWS, len(selected))
+    return tuple(selected[i * (len(selected) - 1) // max(1, count - 1)] for i in range(count))

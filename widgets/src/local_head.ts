@@ -203,12 +203,20 @@ export class LocalHead {
       weightOf[index] += weights[s];
     }
     output.fill(0);
-    for (let k = 0; k < count; k++) {
-      const key = distinct[k];
-      const weight = weightOf[key];
-      weightOf[key] = 0;
-      for (let c = 0, from = key * width; c < width; c++, from++) output[c] += weight * values[from];
+    // Four keys at a time, so that each entry of the output is read and written once for them.
+    const fours = count & ~3;
+    for (let k = 0; k < fours; k += 4) {
+      const [a, b, c, d] = [distinct[k], distinct[k + 1], distinct[k + 2], distinct[k + 3]];
+      const [wa, wb, wc, wd] = [weightOf[a], weightOf[b], weightOf[c], weightOf[d]];
+      const [fa, fb, fc, fd] = [a * width, b * width, c * width, d * width];
+      for (let i = 0; i < width; i++)
+        output[i] += wa * values[fa + i] + wb * values[fb + i] + (wc * values[fc + i] + wd * values[fd + i]);
     }
+    for (let k = fours; k < count; k++) {
+      const [weight, from] = [weightOf[distinct[k]], distinct[k] * width];
+      for (let i = 0; i < width; i++) output[i] += weight * values[from + i];
+    }
+    for (let k = 0; k < count; k++) weightOf[distinct[k]] = 0;
     return count;
   }
 

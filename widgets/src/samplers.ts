@@ -154,10 +154,11 @@ export function prepareHeadTail({ mass }: Row): HeadTailRow {
 /** The probabilities of a row that are `least` or more, and perhaps some below, largest first. */
 function largestOf(row: HeadTailRow, least: number): Floats {
   if (least < row.least) {
-    row.sorted = row.p
-      .filter((x) => x >= least)
-      .sort()
-      .reverse() as Floats;
+    const { p } = row;
+    const found = like(p, p.length);
+    let count = 0;
+    for (let i = 0; i < p.length; i++) if (p[i] >= least) found[count++] = p[i];
+    row.sorted = found.slice(0, count).sort().reverse() as Floats;
     row.least = least;
   }
   return row.sorted;
@@ -288,8 +289,10 @@ let countsOfRow: { counts: Floats; cdf: Float64Array } = {
 /** How many of the largest probabilities `head-tail` takes for sure, and the least of them. */
 function headOf(row: HeadTailRow, numSamples: number): { least: number } {
   const round = rounding(row.p);
-  // Half of an even share is mostly small enough; where it is not, all of them are sorted.
-  for (const least of [row.total / (2 * numSamples), 0]) {
+  // Half of an even share is mostly small enough; where it is not, all of them are sorted. It is rounded down
+  // to a power of 1/4, so that most steps of a slider find sorted what they need.
+  const share = 4 ** -Math.ceil(Math.log2(2 * numSamples) / 2);
+  for (const least of [share, 0]) {
     const sorted = largestOf(row, least);
     const end = Math.min(numSamples, sorted.length);
     let [size, running] = [-1, 0];

@@ -1,4 +1,5 @@
 // The line at the bottom of a tab of the workbench: state, progress, cost, where it is saved, and its code.
+import type { AnyWidget } from "@anywidget/types";
 import { download, h, post, unique, type Model } from "./dom";
 
 /** What the line says; see `StatusLine` in Python. */
@@ -137,4 +138,5 @@ function render(model: Model, el: HTMLElement): () => void {
   };
 }
 
-export default { render };
+const widget: AnyWidget = { render: ({ model, el }) => render(model, el) };
+export default widget;

@@ -922,7 +922,8 @@ def bench(name: str, quick: bool, json_path: Path | None) -> None:
     """Measure NAME side by side with what a user would choose instead.
 
     NAME is samplers, estimators, coverage, tolerance, guarantee, decode, model, llm, tasks, circuits,
-    softmax_circuit, orthogonal, amplitude, mitigation, sweep, training, kernels, llm_rows or lossless.
+    softmax_circuit, orthogonal, amplitude, mitigation, mitigated_rows, sweep, training, kernels, llm_rows or
+    lossless.
     """
     times = "up to three minutes" if quick else "minutes, for llm hours; --quick takes up to three minutes"
     _announce(f"Measures {name} on this machine: {times}. Each case is printed when it is done.")

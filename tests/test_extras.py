@@ -128,7 +128,7 @@ assert best_of(tried).combination == {"x": 3}
     "lab,ro-crate": RUN
     + """
 from qtx_lab.experiments.ro_crate_export import export_to_ro_crate
-assert (export_to_ro_crate(run, Path(home, "crate")) / "ro-crate-metadata.json").is_file()
+assert export_to_ro_crate(run, Path(home, "crate")).suffix == ".zip"
 """,
     "lm-eval": """
 from qtx_lab.models.lm_evaluation import register_model

@@ -119,6 +119,17 @@ def amplitude_interval(confidence: Any) -> Any:
     return estimator.estimate(P, V[0, :4], 64, confidence=confidence, generator=G().manual_seed(0)).lower
 
 
+TWICE = qtx.QiskitQuantumBackend("aer", loader=circuits.DynamicLoader(reads=2), shots=8)
+
+
+def flipped(shots: Any) -> Any:
+    return mitigation.RandomFlips(2).sample_rows(TWICE, P, shots, generator=G().manual_seed(0)).counts
+
+
+def boundary(**options: Any) -> Any:
+    return mitigation.zne_boundary(ZNE([1, 3]), **{"slope": 1.0, "variance": 1.0, **options})
+
+
 def fitted(**options: Any) -> Any:
     sampler = qtx.LearnedImportanceSampler()
     options = {"steps": 1, "generator": None if "seed" in options else G().manual_seed(0), **options}
@@ -167,6 +178,13 @@ COUNT_ARGUMENTS: dict[str, tuple[Callable[[Any], Any], int]] = {
     "AmplitudeEstimator.plan(most_iterates)": (
         lambda x: qtx.AmplitudeEstimator(IDEAL).plan(P, V[0, :4], 64, most_iterates=x).shots,
         4,
+    ),
+    "DynamicLoader(reads)": (lambda x: circuits.DynamicLoader(reads=x).reads, 2),
+    "RandomFlips(instances)": (lambda x: mitigation.RandomFlips(x).instances, 4),
+    "RandomFlips.sample_rows(shots)": (flipped, 8),
+    "RandomFlips.planned_runs(shots)": (
+        lambda x: mitigation.RandomFlips(2).planned_runs(TWICE, P, x)[0].shots,
+        8,
     ),
     "CircuitMitigation.allocate(shots)": (lambda x: qtx.CircuitMitigation(ZNE([1, 3])).allocate(x), 8),
     "CircuitSampler.draw(num_samples)": (lambda x: draw(qtx.CircuitSampler(IDEAL), num_samples=x), 3),
@@ -259,6 +277,16 @@ COUNT_ARGUMENTS: dict[str, tuple[Callable[[Any], Any], int]] = {
 
 NUMBER_ARGUMENTS: dict[str, tuple[Callable[[Any], Any], float]] = {
     "AttentionEstimate.confidence_interval(level)": (lambda x: estimate().confidence_interval(x)[0], 0.5),
+    "HelpBoundary(bias_power)": (lambda x: mitigation.HelpBoundary(1.0, 1.0, x), 0.5),
+    "HelpBoundary(improvement)": (lambda x: mitigation.HelpBoundary(x, 1.0), 0.5),
+    "HelpBoundary(penalty)": (lambda x: mitigation.HelpBoundary(1.0, x), 0.5),
+    "HelpBoundary(variance_power)": (lambda x: mitigation.HelpBoundary(1.0, 1.0, 1.0, x), 0.5),
+    "HelpBoundary.gain(noise)": (lambda x: mitigation.HelpBoundary(1.0, 1.0).gain(x, 8), 0.5),
+    "HelpBoundary.gain(shots)": (lambda x: mitigation.HelpBoundary(1.0, 1.0).gain(0.5, x), 0.5),
+    "HelpBoundary.shots(noise)": (lambda x: mitigation.HelpBoundary(1.0, 1.0).shots(x), 0.5),
+    "zne_boundary(slope)": (lambda x: boundary(slope=x), 0.5),
+    "zne_boundary(variance)": (lambda x: boundary(variance=x), 0.5),
+    "zne_boundary(variance_power)": (lambda x: boundary(variance_power=x), 0.5),
     "HybridPolicy(min_fidelity)": (lambda x: qtx.HybridPolicy(min_fidelity=x), 0.5),
     "LearnedImportanceSampler(defensive)": (
         lambda x: qtx.LearnedImportanceSampler(defensive=x).defensive,

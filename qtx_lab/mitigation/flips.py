@@ -73,7 +73,8 @@ class RandomFlips:
         """Measure rows (R, n), with `shots` shots of each over all flips; see `Mitigation`."""
         p = check_rows(p)
         check_generator(generator)
-        instances = min(self.instances, check_count("shots", shots))
+        shots = check_count("shots", shots)
+        instances = min(self.instances, shots)
         size = num_bits(p.shape[-1])
         flips = self._flips(size, instances, generator)
         order = torch.arange(1 << size) ^ flips[:, None]  # [K, 2^m]
@@ -98,6 +99,7 @@ class RandomFlips:
 
     def planned_runs(self, backend: QiskitQuantumBackend, p: Tensor, shots: int) -> list[PlannedRun]:
         """All that `sample_rows` would run: each row with each flip."""
+        shots = check_count("shots", shots)
         instances = min(self.instances, shots)
         share, more = divmod(shots, instances)
         circuit = backend.transpiled(1 << num_bits(p.shape[-1]))

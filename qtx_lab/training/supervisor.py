@@ -100,9 +100,10 @@ class Supervisor:
         self._new_rows: list[dict[str, Any]] = []
         self._messages: list[str] = []
         self._lock = threading.Lock()
+        self._first_checkpoint = self._last_checkpoint()
         self.bar = tqdm(
             total=job.spec.steps,
-            initial=self._last_checkpoint(),
+            initial=self._first_checkpoint,
             desc="training",
             unit="step",
             disable=not progress,
@@ -491,7 +492,7 @@ class Supervisor:
             self._pass_on_rows()
 
     def _last_step(self) -> int:
-        return max(self.rows, default=0)
+        return max(self.rows, default=self._first_checkpoint)
 
     def _pass_on_rows(self) -> None:
         """Record the rows that came, and pass them on, in this thread."""

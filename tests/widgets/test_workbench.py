@@ -780,6 +780,7 @@ def test_the_whole_work_in_a_browser(
     assert estimates.locator("circle").count() == 3 * len(sent)
     assert "as many shots ±" in page.locator(".qtx-wb-headline:visible").inner_text()
     shoot(page, "workbench-outputs")
+    field(page, "gives").locator("select").select_option("rows")
     open_tab(page, "Hardware")
     press(page, "Submit rows")
     bar(page, "done")
@@ -946,7 +947,7 @@ def test_cancel_restart_and_thousands_of_updates_in_a_browser(
                    return kernel.connectionStatus === 'connected' && kernel.status === 'idle'; }"""
     )
     page.locator(".qtx-lens input[type=range]:visible").first.press("ArrowLeft")
-    page.get_by_text("The kernel behind this view is gone").wait_for()
+    page.locator(".qtx-lens").get_by_text("The kernel behind this view is gone").wait_for()
     assert cut_off(page) == []  # ipywidgets marks all its parts as cut off, with a sign before each
     before = "(e) => getComputedStyle(e, '::before').content"
     assert "kernel of this workbench is gone" in page.locator(".qtx-workbench").evaluate(before)
@@ -965,7 +966,9 @@ def test_cancel_restart_and_thousands_of_updates_in_a_browser(
     open_tab(page, "Circuit")
     assert field(page, "shots").locator("input").input_value() == str(updates)
 
-    # Saved, and opened where no kernel knows its widgets, it shows its picture, and no error.
+    # Saved, and opened where no kernel knows its widgets, it shows its picture, and no error. The picture is
+    # made when the views have come to rest.
+    page.locator(".jp-RenderedImage img").first.wait_for(state="attached")
     page.evaluate("""async () => {
       await window.jupyterapp.commands.execute("docmanager:save");
       await window.jupyterapp.shell.currentWidget.sessionContext.shutdown();

@@ -316,7 +316,6 @@ class Workbench(widgets.VBox):
     def take_in(self, tab: WorkbenchTab) -> None:
         """Put a tab that was just made into its place, and into it what was saved of it."""
         self.made_tabs[tab.name] = tab
-        self._places[tab.name].children = (tab.widget,)
         if isinstance(tab, CircuitTab):
             self.fit_rows(self._num_queries)
             if self._selected_rows:
@@ -326,6 +325,7 @@ class Workbench(widgets.VBox):
                 self._show_saved(tab)
             except StorageError as error:
                 tab.show_problem(str(error))
+        self._places[tab.name].children = (tab.widget,)  # last, so that nobody sees fields that are replaced
         self.request_save()
 
     def _show_saved(self, tab: WorkbenchTab) -> None:
@@ -458,18 +458,23 @@ class Workbench(widgets.VBox):
         return {**data, **self._saved_picture()}
 
     def _saved_picture(self) -> dict[str, str]:
-        """The output that stands for the workbench where there is no kernel."""
-        picture = self.tabs[self.open_tab_name].picture()
-        data = self._saved_text(picture)
+        """The output that stands for the workbench where there is no kernel.
+
+        It shows the open tab or, where nothing was drawn there yet, the first tab that has a result.
+        """
+        shown = self.tabs[self.open_tab_name]
+        if shown.result is None:
+            shown = next((tab for tab in self.made_tabs.values() if tab.result is not None), shown)
+        picture = shown.picture()
+        data = self._saved_text(picture, shown.name)
         if picture is not None:
             data["image/png"] = base64.b64encode(picture).decode()
         return data
 
-    def _saved_text(self, picture: bytes | None) -> dict[str, str]:
+    def _saved_text(self, picture: bytes | None, name: str) -> dict[str, str]:
         """The words that stand for the workbench where there is no kernel."""
         content = "the picture of its last saving" if picture else "nothing was drawn there yet"
-        title = TITLES[self.open_tab_name]
-        text = f"qtx_lab workbench, tab {title}: {content}. It works where a kernel runs."
+        text = f"qtx_lab workbench, tab {TITLES[name]}: {content}. It works where a kernel runs."
         return {"text/plain": text}
 
     def _ipython_display_(self, **kwargs: Any) -> None:
@@ -478,7 +483,7 @@ class Workbench(widgets.VBox):
         else:
             widget = super()._repr_mimebundle_(**kwargs) or {}
             # The picture itself comes when the workbench is shown, because to draw it takes matplotlib.
-            self._display_handle = display_with_picture(self._saved_text(None), widget)
+            self._display_handle = display_with_picture(self._saved_text(None, self.open_tab_name), widget)
             if self.tabs[self.open_tab_name].result is not None:
                 self.request_picture()
         self.sample.draw_first()

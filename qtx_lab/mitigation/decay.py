@@ -18,6 +18,12 @@ from .zne import ZeroNoiseExtrapolation
 MIN_SURVIVAL, MAX_SURVIVAL = 0.05, 1.0
 """Limits of the share of a parity that is left at the second level."""
 
+LEAST_ROWS = 5
+"""Rows from which the noise of the decays is estimated."""
+
+JACKKNIFE_GROUPS = 16
+"""Most groups of rows that are left out in turn."""
+
 
 class SharedDecay(ZeroNoiseInference):
     """Infers what one circuit would measure with many different angles, if there were no noise.
@@ -102,7 +108,9 @@ class SharedDecay(ZeroNoiseInference):
         Returns
         -------
         ZeroNoiseEstimate
-            Its standard errors take the shared decays as known: 95 % intervals cover about 90 %.
+            Its standard errors hold the noise of each row's shots and that of the decays, which is found by
+            leaving out groups of rows (the jackknife) where there are five rows or more. What the decays of
+            rows differ by is a bias that they do not hold.
 
         Raises
         ------
@@ -128,21 +136,40 @@ class SharedDecay(ZeroNoiseInference):
         )  # parities at the two lowest, [R, 2^bits]
         # Shots add this much to the sum of a squared parity over all rows.
         shot_variance = 0.0 if errors is None else float(errors[0].square().sum())
-        decay = _shared_decay(near, far, shot_variance)
-        if self.corrected:
-            undone = _correct_extrapolation(decay, near, richardson, richardson.weights[order], x)
-        else:
-            undone = _undo_decay(decay, near, x)
+
+        def undo(decay: _Decay) -> _Undone:
+            if self.corrected:
+                return _correct_extrapolation(decay, near, richardson, richardson.weights[order], x)
+            return _undo_decay(decay, near, x)
+
+        undone = undo(_shared_decay(near, far, shot_variance))
         output = walsh_hadamard(undone.parity) / n
         if errors is None:
             return ZeroNoiseEstimate(output, None, richardson.weights)
         # A factor for each parity is a convolution over the register's values; its square maps variances to
         # variances.
+        without = [
+            walsh_hadamard(
+                undo(_shared_decay(near[kept], far[kept], shot_variance * len(kept) / len(near))).parity
+            )
+            / n
+            for kept in _without_groups(len(near))
+        ]
         variance = torch.zeros_like(output)
+        if without:
+            variance += (len(without) - 1) * torch.stack(without).var(0, correction=0)
         for slope, error in zip(undone.slopes, errors, strict=True):
             kernel = (walsh_hadamard(slope[None]) / n).square()
             variance += walsh_hadamard(walsh_hadamard(kernel) * walsh_hadamard(error.square())) / n
         return ZeroNoiseEstimate(output, variance.clamp_min(0).sqrt(), richardson.weights)
+
+
+def _without_groups(rows: int) -> list[Tensor]:
+    """The rows that are left when each of up to `JACKKNIFE_GROUPS` groups is left out; none for few rows."""
+    if rows < LEAST_ROWS:
+        return []
+    groups = torch.arange(rows) % min(rows, JACKKNIFE_GROUPS)
+    return [(groups != group).nonzero()[:, 0] for group in groups.unique()]
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,7 +24,7 @@ from .decay import SharedDecay
 from .distillation import MAX_COPY_QUBITS, TwoCopyLoader
 from .pec import ProbabilisticErrorCancellation
 from .rehearsal import Prediction, Rehearsal
-from .results import check_backend
+from .results import bias_aware_std_error, check_backend
 from .zne import ZeroNoiseExtrapolation
 
 EXTRAPOLATIONS = (
@@ -264,6 +264,30 @@ class MitigationPlanner:
         """
         return rows_boundary(self.model or backend, p if self.rows is None else self.rows, zne)
 
+    def expected_bias(self, backend: QiskitQuantumBackend, p: Tensor, option: Option) -> Tensor:
+        """Compute the bias that an option is expected to leave in rows, by the errors that the planner knows.
+
+        Parameters
+        ----------
+        backend : QiskitQuantumBackend
+        p : Tensor, (R, n)
+            Rows of probabilities, each with a key above 0.
+        option : CircuitMitigation or ProbabilisticErrorCancellation
+
+        Returns
+        -------
+        Tensor, float64, (R, n)
+            For each key; where the planner has rows of its own, the root mean square over their keys.
+
+        Raises
+        ------
+        ArgumentError, BackendUnavailable
+            If the option cannot measure these rows.
+        """
+        known = p if self.rows is None else self.rows
+        bias = Rehearsal(self.model or backend, known).limit(option) - known
+        return bias if self.rows is None else bias.square().mean().sqrt().expand(p.shape)
+
     def planned_runs(self, backend: QiskitQuantumBackend, p: Tensor, shots: int) -> list[PlannedRun]:
         """List what `sample_rows` would run with the option that is chosen by a generator of its own.
 
@@ -285,9 +309,10 @@ class MitigationPlanner:
         Returns
         -------
         RowCounts
-            Its diagnostics hold `plan`, `rehearsed_on`, `expected_error` and `error`: the rows that the
-            planner knew, and the expected and the attained total variation between estimated and true rows,
-            mean over rows.
+            Its standard errors allow for the bias that the choice is expected to leave
+            (`bias_aware_std_error`); those of raw counts do not. Its diagnostics hold `plan`, `rehearsed_on`,
+            `expected_error` and `error`: the rows that the planner knew, and the expected and the attained
+            total variation between estimated and true rows, mean over rows.
 
         Raises
         ------
@@ -304,6 +329,10 @@ class MitigationPlanner:
         else:
             option = plan.choice.option
             result = option.sample_rows(backend, p, shots, generator=generator, rehearse=False)
+            assert result.std_error is not None
+            bias = torch.zeros_like(p)
+            bias[running] = self.expected_bias(backend, p[running], option)
+            result = replace(result, std_error=bias_aware_std_error(result.std_error, bias))
         error = total_variation_distance(result.probabilities(), p)[running].mean()
         diagnostics = {
             "mitigation": plan.choice.option.name,

@@ -16,7 +16,7 @@ from ..backends import QiskitQuantumBackend
 from ..circuits.fidelity import total_variation_distance
 from ..errors import ArgumentError, BackendUnavailable
 from .readout import calibrated_readout_errors
-from .results import MitigatedRows
+from .results import Z_95, MitigatedRows, bias_aware_std_error
 
 
 class RehearsedOption(Protocol):
@@ -56,9 +56,6 @@ class RehearsedOption(Protocol):
 
 LIMIT_SHOTS = 1e15
 """Number of shots whose noise does not matter."""
-
-Z_95 = 1.959964
-"""Standard errors on either side of a 95 % interval."""
 
 EXPECTED_ROWS, EXPECTED_REPEATS = 8, 4
 """Rows on which a mitigation is rehearsed before it is used, and how often."""
@@ -125,7 +122,13 @@ class Rehearsal:
         self._errors: dict[QiskitQuantumBackend, Tensor] = {}
 
     def predict(
-        self, option: RehearsedOption, shots: int, repeats: int, rng: np.random.Generator
+        self,
+        option: RehearsedOption,
+        shots: int,
+        repeats: int,
+        rng: np.random.Generator,
+        *,
+        bias: Tensor | None = None,
     ) -> Prediction:
         """Predict what an option gives.
 
@@ -138,14 +141,14 @@ class Rehearsal:
             Number of rehearsals.
         rng : numpy.random.Generator
             The only source of randomness.
+        bias : Tensor, (R, n) or (1, 1), optional
+            Bias that intervals allow for (`bias_aware_std_error`); without it they know of none.
         """
         try:
             shots_by_level = option.allocate(shots)
             option.check(self.backend, self.p.shape[-1])
             outcomes, errors = self.outcomes(option), self.readout_errors(option)
-            limit = option.combine_results(
-                self.backend, self.p, [LIMIT_SHOTS * x for x in outcomes], errors
-            ).p
+            limit = self.limit(option)
         except (ArgumentError, BackendUnavailable, torch.linalg.LinAlgError) as error:
             return Prediction(option, inf, inf, inf, problem=str(error))
         misses, noises, squares, coverages = [], [], [], []
@@ -159,20 +162,33 @@ class Rehearsal:
             misses.append(float(total_variation_distance(estimate, self.p).mean()))
             noises.append(float(total_variation_distance(estimate, limit).mean()))
             squares.append(float((estimate - self.p).square().sum(-1).mean()))
-            covered = (estimate - self.p).abs() <= Z_95 * rows.std_error
+            std_error = rows.std_error if bias is None else bias_aware_std_error(rows.std_error, bias)
+            covered = (estimate - self.p).abs() <= Z_95 * std_error
             coverages.append(float(covered[self.p > 0].double().mean()))
-        bias = float(total_variation_distance(limit, self.p).mean())
-        std_error, square_error = (stdev(x) / repeats**0.5 if repeats > 1 else 0.0 for x in (misses, squares))
+        error_spread, square_spread = (
+            stdev(x) / repeats**0.5 if repeats > 1 else 0.0 for x in (misses, squares)
+        )
         return Prediction(
             option,
             fmean(misses),
-            bias,
+            float(total_variation_distance(limit, self.p).mean()),
             fmean(noises),
-            std_error,
+            error_spread,
             mean_square=fmean(squares),
-            mean_square_std_error=square_error,
+            mean_square_std_error=square_spread,
             coverage=fmean(coverages),
         )
+
+    def limit(self, option: RehearsedOption) -> Tensor:
+        """Return what infinitely many shots would give, (R, n).
+
+        Raises
+        ------
+        ArgumentError, BackendUnavailable
+            If the option cannot measure these rows.
+        """
+        counts = [LIMIT_SHOTS * x for x in self.outcomes(option)]
+        return option.combine_results(self.backend, self.p, counts, self.readout_errors(option)).p
 
     def outcomes(self, option: RehearsedOption) -> list[Tensor]:
         """Return the probabilities of what an option measures at each noise level, (R, values)."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,6 +14,15 @@ from ..backends import QiskitQuantumBackend, RowCounts
 from ..backends.requests import RowRequest
 from ..checks import check_count
 from ..errors import DtypeError
+
+Z_95 = 1.959964
+"""Standard errors on either side of a 95 % interval."""
+
+Z_95_ONE_SIDED = 1.644854
+"""Standard errors below which 95 % lie."""
+
+OTHER_TAIL_ENDS = 6.0
+"""Biases in standard errors from which an interval misses on one side only."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +36,7 @@ class MitigatedRows:
         nothing is known of it.
     std_error : Tensor, float64, (R, n)
         Standard error before the projection onto the distributions, which brings a row no further from any of
-        them. NaN where nothing is known of the row.
+        them. It knows nothing of a bias that is left. NaN where nothing is known of the row.
     fallbacks : tuple of str
         What was done in another way than asked, and why.
     mass : Tensor, float64, (R,), optional
@@ -100,3 +110,36 @@ def finish_request(
         all_rows(rows.p),
         all_rows(rows.std_error),
     )
+
+
+def bias_aware_std_error(std_error: Tensor, bias: Tensor) -> Tensor:
+    """Widen standard errors so that intervals of 95 % allow for a bias whose size is expected.
+
+    An estimate with standard error s and bias b is within s c(b / s) of the truth with probability .95, where
+    c(t) is the 95 % quantile of |N(t, 1)|: Armstrong and Kolesár, Optimal inference in a class of regression
+    models (Econometrica 2018), section 2.2. What is returned is s c(b / s) / 1.96, so that 1.96 of it make
+    that interval. It is s without a bias.
+
+    Parameters
+    ----------
+    std_error : Tensor, float64, (R, n)
+        At least 0, or NaN where nothing is known.
+    bias : Tensor
+        Expected bias, of a shape that broadcasts.
+
+    Returns
+    -------
+    Tensor, float64, (R, n)
+
+    Examples
+    --------
+    >>> bias_aware_std_error(torch.tensor([1.0, 1.0, 0.0]), torch.tensor([0.0, 2.0, 1.96])).round(decimals=2)
+    tensor([1.0000, 1.8600, 1.0000], dtype=torch.float64)
+    """
+    from scipy.special import chndtrix
+
+    std_error, bias = torch.broadcast_tensors(std_error.double(), bias.double().abs())
+    ratio = bias / std_error
+    quantile = np.sqrt(chndtrix(0.95, 1, ratio.clamp(max=OTHER_TAIL_ENDS).square().numpy()))
+    quantile = torch.where(ratio < OTHER_TAIL_ENDS, torch.from_numpy(quantile), ratio + Z_95_ONE_SIDED)
+    return torch.where(std_error == 0, bias, std_error * quantile) / Z_95

@@ -13,8 +13,9 @@ from qtx_lab.bench import mitigation as bench_mitigation
 from qtx_lab.bench.base import BENCHES
 from qtx_lab.circuits.base import pack_values
 from qtx_lab.circuits.fidelity import total_variation_distance
-from qtx_lab.mitigation import scale_noise
+from qtx_lab.mitigation import SharedDecay, scale_noise
 from qtx_lab.mitigation.planner import Rehearsal, default_options
+from qtx_lab.mitigation.results import bias_aware_std_error
 
 
 def tree_options(backend, n):
@@ -252,3 +253,34 @@ def test_a_device_is_planned_by_its_calibration(generator):
         scale_noise(backend, 2, "model")
     with pytest.raises(qtx.BackendUnavailable, match="for simulators"):
         qtx.ProbabilisticErrorCancellation().overhead(backend, 4)
+
+
+def test_intervals_allow_for_the_bias_that_is_left_and_for_decays_that_are_learned():
+    """Intervals of a shared decay cover what they say, also where its bias is as large as the noise."""
+    backend = qtx.QiskitQuantumBackend("aer", "fake_torino", loader="tree")
+    p = bench_mitigation.synthetic_rows(5)[::2][:12]
+    option = qtx.CircuitMitigation(SharedDecay((1, 3)))
+    rehearsal, rng = Rehearsal(backend, p), np.random.default_rng(0)
+    bias = qtx.MitigationPlanner().expected_bias(backend, p, option)
+    few = rehearsal.predict(option, 1000, 30, rng)
+    assert 0.93 < few.coverage < 0.98
+    known = rehearsal.predict(option, 64_000, 30, rng, bias=bias)
+    assert 0.93 < known.coverage < 0.98
+    unknown = rehearsal.predict(option, 64_000, 30, rng)
+    assert unknown.coverage < known.coverage - 0.01
+    many = rehearsal.predict(option, 1_000_000, 30, rng)
+    assert many.coverage < 0.85  # the bias counts
+    other = qtx.MitigationPlanner(rows=p).expected_bias(backend, p[:2], option)
+    assert torch.allclose(other, bias.square().mean().sqrt().expand(2, 32))
+
+
+def test_an_interval_for_a_known_bias_misses_as_often_as_it_says(generator):
+    bias = torch.tensor([0.0, 0.3, 1.0, 3.0, 12.0])
+    widened = bias_aware_std_error(torch.ones(5), bias)
+    noise = torch.randn(200_000, 5, generator=generator)
+    covered = ((noise + bias).abs() <= 1.959964 * widened).double().mean(0)
+    assert (covered - 0.95).abs().max() < 4 * (0.95 * 0.05 / 200_000) ** 0.5
+    assert bias_aware_std_error(torch.tensor([torch.nan, 0.0]), torch.zeros(2)).isnan().tolist() == [
+        True,
+        False,
+    ]

@@ -52,6 +52,7 @@ from .kernels import (
     sets_of_inputs,
     time_methods,
 )
+from .kernels_verify import measure_verifying
 from .model_speed import bench_generation, bench_model_speed
 from .training import bench_large
 
@@ -146,7 +147,9 @@ def stages(quick: bool, device: torch.device, record: Record) -> tuple[Stage, ..
     model = partial(model_speed, device, quick)
     return (
         Stage("correctness", (Step("correctness", partial(correctness, device)),), 130),
-        Stage("kernels", tuple(kernel_step(case, device) for case in first), 150),
+        Stage(
+            "kernels", (*(kernel_step(case, device) for case in first), verify_step(first[0], device)), 150
+        ),
         Stage("profile", (Step("profile", partial(profile_slowest, first[0], device, record)),), 50),
         Stage("training", (Step("training", partial(training, device, quick)),), 70),
         Stage(
@@ -219,6 +222,17 @@ def kernel_step(case: Case, device: torch.device) -> Step:
         return {"rows": rows_to_json(rows), "kernels": kernels, "copy_bytes_per_second": bandwidth}
 
     return Step(f"kernels {case}", run)
+
+
+def verify_step(case: Case, device: torch.device) -> Step:
+    """Times and kernels of the exact pass that verifies drafted tokens, beside SDPA."""
+
+    def run() -> Result:
+        bandwidth, turns = copy_bandwidth(device), 15 if device.type == "cuda" else 1
+        rows = measure_verifying(case, inputs_of(case, device), device, turns, bandwidth)
+        return {"rows": rows_to_json(rows)}
+
+    return Step(f"verify {case}", run)
 
 
 def profile_slowest(case: Case, device: torch.device, record: Record) -> Result:
@@ -413,6 +427,7 @@ def driver() -> str | None:
 
 TABLES = {
     "gpu_kernels": ("kernels", "kernels "),
+    "gpu_verify": ("verify", "verify "),
     "gpu_training": ("training", "training"),
     "gpu_model": ("model", "model"),
 }

@@ -162,7 +162,7 @@ def rows_of(
     )
     cache, sets = cache_bytes(device), len(methods[0].calls)
     least_bytes = min(method.num_bytes for method in methods)
-    exact_k_error = next((m.error for m in methods if m.name == "exact K"), math.nan)
+    exact_k_error = next((m.error for m in methods if m.name == "exact K"), None)
     rows = []
     for m in methods:
         timing = timings[m.name]
@@ -170,7 +170,7 @@ def rows_of(
         bytes_per_second = m.num_bytes / timing.median
         details = {
             "reference_error": None if m.baseline else m.allowed_error / ALLOWED,
-            "error_over_exact_k": None if m.baseline else m.error / exact_k_error,
+            "error_over_exact_k": None if m.baseline or exact_k_error is None else m.error / exact_k_error,
             "bytes": m.num_bytes,
             "terabytes_per_second": bytes_per_second / 1e12,
             "bandwidth": bytes_per_second / copy_bandwidth,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -369,10 +370,7 @@ class SampledKVCache:
         check_generator(generator)
         rows = self._rows("q", q)
         scale, softcap = check_scale(scale), check_softcap(softcap)
-        if sinks is not None:
-            check_sinks(sinks, q)
-            sinks = sinks.detach().to(rows.dtype).expand(q.shape[:-2])[..., None]
-            sinks = sinks.expand(q.shape[:-1]).reshape(rows.shape[:2])
+        sinks = self._sinks(sinks, q, rows)
         store = self._store
         names = self._sequences if sequences is None else sequences
         if sequences is not None:
@@ -431,11 +429,41 @@ class SampledKVCache:
             )
         return Promise(tolerance, 1 - confidence)
 
-    def attend_exactly(self, q: Tensor, *, scale: float | None = None) -> Tensor:
+    @overload
+    def attend_exactly(
+        self,
+        q: Tensor,
+        *,
+        scale: float | None = ...,
+        sinks: Tensor | None = ...,
+        softcap: float | None = ...,
+        return_log_sum_exp: Literal[False] = ...,
+    ) -> Tensor: ...
+
+    @overload
+    def attend_exactly(
+        self,
+        q: Tensor,
+        *,
+        scale: float | None = ...,
+        sinks: Tensor | None = ...,
+        softcap: float | None = ...,
+        return_log_sum_exp: Literal[True],
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def attend_exactly(
+        self,
+        q: Tensor,
+        *,
+        scale: float | None = None,
+        sinks: Tensor | None = None,
+        softcap: float | None = None,
+        return_log_sum_exp: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Exact causal attention of the newest tokens, which reads every key and value once for all of them.
 
         It is how drafted tokens are verified: their keys and values are appended, and their queries attend
-        together.
+        together. On a GPU a kernel computes it, which splits the keys of a head among its processors.
 
         Parameters
         ----------
@@ -443,11 +471,18 @@ class SampledKVCache:
             Queries of the newest L tokens, L from 1 to n: the first does not see the L - 1 tokens after it.
         scale : float, optional
             1 / sqrt(E) where None.
+        sinks, softcap : optional
+            As in `sampled_attention`.
+        return_log_sum_exp : bool
+            Whether to return the log-sum-exp of each row's logits too.
 
         Returns
         -------
-        Tensor, (..., H, L, Ev)
+        output : Tensor, (..., H, L, Ev)
             In the dtype of the cache.
+        log_sum_exp : Tensor, float32, (..., H, L)
+            With `return_log_sum_exp` only. Outputs over parts of a text merge with weights proportional to
+            its exponential.
 
         Raises
         ------
@@ -463,14 +498,33 @@ class SampledKVCache:
         >>> torch.allclose(cache.attend_exactly(q[:, -5:]), exact, atol=1e-5)
         True
         """
-        rows, store, scale = self._rows("q", q), self._store, check_scale(scale)
+        rows, store, scale, softcap = (
+            self._rows("q", q),
+            self._store,
+            check_scale(scale),
+            check_softcap(softcap),
+        )
         check_finite("q", q)
         positions = q.shape[-2]
         if not 1 <= positions <= store.length:
             raise ShapeError(f"q has {positions} positions; there must be 1 to {store.length}.")
+        if not isinstance(return_log_sum_exp, bool):
+            raise ArgumentError(f"return_log_sum_exp={return_log_sum_exp!r} must be True or False.")
         with plain_mode(q.device):
-            scale = 1 / math.sqrt(store.features) if scale is None else float(scale)
-            return attend_exactly(store, rows, positions, scale).view(*q.shape[:-1], store.width)
+            output, log_sum_exp = attend_exactly(
+                store,
+                rows,
+                positions,
+                1 / math.sqrt(store.features) if scale is None else float(scale),
+                sinks=self._sinks(sinks, q, rows),
+                softcap=None if softcap is None else float(softcap),
+                with_log_sum_exp=return_log_sum_exp,
+            )
+            output = output.view(*q.shape[:-1], store.width)
+            if not return_log_sum_exp:
+                return output
+            assert log_sum_exp is not None
+            return output, log_sum_exp.view(q.shape[:-1])
 
     def scores(self, q: Tensor, scale: float | None = None) -> Tensor:
         """The logits of queries q (..., H, L, E) that keys are proposed by, up to a shift of each row.
@@ -502,6 +556,14 @@ class SampledKVCache:
             )
         rows = heads // key_heads * q.shape[-2]
         return q.detach().to(store.dtype).reshape(store.heads, rows, store.features)
+
+    def _sinks(self, sinks: Tensor | None, q: Tensor, rows: Tensor) -> Tensor | None:
+        """The sink of each row (N, G L) of queries."""
+        if sinks is None:
+            return None
+        check_sinks(sinks, q)
+        sinks = sinks.detach().to(rows.dtype).expand(q.shape[:-2])[..., None]
+        return sinks.expand(q.shape[:-1]).reshape(rows.shape[:2])
 
     def save(self, path: str | Path) -> None:
         """Write tokens, order and sketch as safetensors.

@@ -6,6 +6,7 @@ folder for each operation:
 - `decode`: few queries, drawn along whole rows by their exact logits.
 - `prefill`: many queries, drawn page by page, with gradients.
 - `sketch_decode`: few queries, drawn by a sketch of the keys.
+- `exact_decode`: the newest tokens of a cache, exactly, its keys and values read once; caches in blocks, too.
 - `cpu_decode`: a cache's queries on the CPU, compiled by numba.
 
 The random number of a draw is made in `blocks.comb_offset`, for a page in `prefill.triton.page_offsets`, and

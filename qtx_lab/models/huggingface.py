@@ -227,10 +227,16 @@ def attention_forward(
     if not exact and layer is None and not has_sampled_cache(key):
         refuse_cache_settings(settings)
     beside = {} if layer is None or exact else arguments_of_a_step(module, requested)
-    if layer is not None and layer.verifies and layer.groups and not exact and not requested:
+    if (
+        layer is not None
+        and layer.verifies
+        and layer.groups
+        and not exact
+        and not beside["output_attentions"]
+    ):
         visible = read_mask(attention_mask, is_causal, True, query.shape[2], key.shape[2])
         if visible.mask is None and visible.num_keys == key.shape[2]:
-            return layer.attend_exactly(query, scaling), None
+            return layer.attend_exactly(query, scaling, beside["sinks"], beside["softcap"]), None
     if layer is not None and (exact or layer.verifies or query.shape[2] > 1):
         exact = exact or layer.verifies or layer.prefill == "exact"
         (key, value), layer = layer.tokens(query), None

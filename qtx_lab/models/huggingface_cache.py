@@ -404,11 +404,15 @@ class SampledLayer(DynamicLayer):
         place = torch.cat([group.rows for group in self.groups]).argsort()
         return torch.cat(outputs)[place], torch.cat(weights)[place] if output_attentions else None
 
-    def attend_exactly(self, query: Tensor, scaling: float | None) -> Tensor:
+    def attend_exactly(
+        self, query: Tensor, scaling: float | None, sinks: Tensor | None = None, softcap: float | None = None
+    ) -> Tensor:
         """The exact output (B, L, H, Ev) for new tokens, query (B, H, L, E), in one pass over all tokens."""
         _refuse_gradients(query)
         self._sort_in(None)
-        return self.groups[0].cache.attend_exactly(query, scale=scaling).transpose(1, 2).contiguous()
+        cache = self.groups[0].cache
+        output = cache.attend_exactly(query, scale=scaling, sinks=sinks, softcap=softcap)
+        return output.transpose(1, 2).contiguous()
 
     def _by_column(self, rows: Tensor, weights: Tensor) -> Tensor:
         """Weights (b, H, 1, seen) of what some sequences see, as (b, H, 1, n) of all tokens."""

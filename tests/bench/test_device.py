@@ -60,7 +60,9 @@ def test_every_stage_runs_on_small_sizes_and_is_not_repeated(tmp_path):
     assert {step["status"] for step in steps.values()} == {"done"}, steps
     assert steps["correctness"]["counts"].keys() == {"passed"}
     rows = [row for step in steps.values() for row in step.get("rows", ())]
-    assert {row["method"] for row in rows} >= {"SDPA", "exact K", "int4", "rank 16", "systematic, S=64"}
+    assert {row["method"] for row in rows} >= {
+        *("SDPA", "exact K", "int4", "rank 16", "exact, 8 tokens", "systematic, S=64")
+    }
     assert [row for row in rows if row["check"] != "pass"] == []
 
     again = run("--only", "kernels", "--only", "training", "--only", "model")

@@ -283,6 +283,22 @@ def test_the_newest_tokens_attend_exactly(dtype, generator):
         torch.testing.assert_close(found.double(), expected[:, :, -positions:], **limit)
     with pytest.raises(qtx.ShapeError, match="q has 0 positions; there must be 1 to 100"):
         cache.attend_exactly(q[:, :, :0])
+    with pytest.raises(qtx.ArgumentError, match="return_log_sum_exp=1 must be True or False"):
+        cache.attend_exactly(q, return_log_sum_exp=1)
+
+
+def test_an_exact_pass_knows_sinks_and_softcap_and_gives_its_log_sum_exp(generator):
+    """As dispatch's own exact sampler has them."""
+    k, v = (x.unflatten(0, (2, 2)) for x in tokens(generator, heads=4, n=60))
+    q = torch.randn(2, 6, 60, 16, generator=generator)
+    cache = qtx.SampledKVCache.build(k, v, proposal="exact")
+    options = {"sinks": torch.randn(6, generator=generator), "softcap": 1.5, "scale": 0.7}
+    exact = qtx.sampled_attention(q, k, v, sampler="exact", is_causal=True, enable_gqa=True, **options)
+    output, log_sum_exp = cache.attend_exactly(q[:, :, -7:], return_log_sum_exp=True, **options)
+    torch.testing.assert_close(output, exact.output[:, :, -7:], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(log_sum_exp, exact.log_sum_exp[:, :, -7:], rtol=1e-5, atol=1e-5)
+    plain, _ = cache.attend_exactly(q[:, :, -7:], return_log_sum_exp=True)
+    torch.testing.assert_close(cache.attend_exactly(q[:, :, -7:]), plain, rtol=1e-5, atol=1e-5)
 
 
 def test_an_estimate_of_cropped_tokens_has_no_error_bars_any_more(generator):

@@ -63,10 +63,11 @@ def few_block_sizes():
         from triton.runtime.autotuner import Autotuner
 
         from qtx_lab.kernels.decode import triton as decode
+        from qtx_lab.kernels.exact_decode import triton as exact_decode
         from qtx_lab.kernels.prefill import triton as prefill
         from qtx_lab.kernels.sketch_decode import triton as sketch_decode
 
-        for module in (decode, prefill, sketch_decode):
+        for module in (decode, exact_decode, prefill, sketch_decode):
             for kernel in vars(module).values():
                 if isinstance(kernel, Autotuner):
                     kernel.configs = [kernel.configs[0], kernel.configs[-1]]

@@ -4,6 +4,8 @@ import torch
 
 from qtx_lab.cache.sketches import Int4Sketch, LowRankSketch
 from qtx_lab.kernels.decode import launch as decode
+from qtx_lab.kernels.exact_decode import launch as exact_decode
+from qtx_lab.kernels.exact_decode.reference import CachedInputs
 from qtx_lab.kernels.inputs import Inputs
 from qtx_lab.kernels.prefill import launch as prefill
 from qtx_lab.kernels.sketch_decode import launch as sketch_decode
@@ -19,6 +21,7 @@ def launch_all(dtype, every):
         )
         x = Inputs.of(q, k, v)
         decode.decode(x, 64, 1, stream_of(x))
+        verify(x, every)
         k = torch.randn(k.shape).to(dtype)
         for sketch in (Int4Sketch.table_of(k), LowRankSketch.table_of(k, 16)):
             sketch_decode.sketch_decode(x, sketch, 64, 1, stream_of(x))
@@ -29,6 +32,18 @@ def launch_all(dtype, every):
                 x = Inputs.of(q, k, v, mask)
                 decode.decode(x, 8192, 2, stream_of(x))
                 train(q.expand(1, 8, 200, width), k, v, mask, False)
+
+
+def verify(x, every):
+    """Exact attention of a cache; with `every` from blocks, of other lengths, windows and dtypes too."""
+    plain = CachedInputs(x.q, x.k, x.v, x.length, x.scale)
+    exact_decode.exact_decode(plain)
+    if every:
+        table, lengths = torch.zeros(1, 2, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+        several = x.q.repeat(1, 12, 1)
+        half = x.k.to(torch.float8_e5m2)
+        for k, options in ((x.k, {"window": 3, "softcap": 2.0}), (half, {"sinks": several[..., 0]})):
+            exact_decode.exact_decode(CachedInputs(several, k, k, 12, 1.0, lengths, table, **options))
 
 
 def decode_steps(dtype):
@@ -51,6 +66,8 @@ def decode_steps(dtype):
         "rank 16": table(16, 16, torch.int8),
     }
     steps = {"exact K": lambda: decode.decode(x, draws, 1, stream)}
+    tokens = CachedInputs(torch.zeros(heads, 4 * 8, width, dtype=dtype), k, v, 8, x.scale)
+    steps["exact, 8 tokens"] = lambda: exact_decode.exact_decode(tokens)
     for name, sketch in tables.items():
         steps[name] = lambda sketch=sketch: sketch_decode.sketch_decode(x, sketch, 4 * draws, 1, stream)
     return steps

@@ -16,6 +16,8 @@ KERNELS = {
     "scan_kernel",
     "prefix_kernel",
     "mean_kernel",
+    "split_kernel",
+    "merge_kernel",
     "prepare_kernel",
     "scan_sketch_kernel",
     "plan_kernel",

@@ -36,16 +36,16 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short delays between two questions to the server, and between the attempts of IBM's client."""
     from urllib3.util.retry import Retry
 
-    from qtx_lab.backends.ibm import jobs
+    from qtx_lab.backends.ibm import jobs, submission
 
     monkeypatch.setattr(Retry, "_sleep_backoff", lambda retry: None)
 
-    monkeypatch.setattr(jobs, "LISTING_LAG_S", 0.6)
     monkeypatch.setattr(jobs, "FIRST_POLL_DELAY_S", 0.01)
     monkeypatch.setattr(jobs, "LAST_POLL_DELAY_S", 0.05)
-    monkeypatch.setattr(jobs, "FIRST_RETRY_DELAY_S", 0.02)
-    monkeypatch.setattr(jobs, "LAST_RETRY_DELAY_S", 0.1)
-    monkeypatch.setattr(jobs, "REFUSAL_CHECK_S", 0.3)
+    monkeypatch.setattr(submission, "LISTING_LAG_S", 0.6)
+    monkeypatch.setattr(submission, "FIRST_RETRY_DELAY_S", 0.02)
+    monkeypatch.setattr(submission, "LAST_RETRY_DELAY_S", 0.1)
+    monkeypatch.setattr(submission, "REFUSAL_CHECK_S", 0.3)
 
 
 @pytest.fixture(scope="module")

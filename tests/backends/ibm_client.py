@@ -14,7 +14,7 @@ from urllib3.util.retry import Retry
 
 from qtx_lab.backends import QiskitQuantumBackend
 from qtx_lab.backends.ibm import engine as engine_module
-from qtx_lab.backends.ibm import jobs
+from qtx_lab.backends.ibm import jobs, submission
 from qtx_lab.backends.ibm.engine import IBMEngine
 from qtx_lab.backends.requests import RowRequest
 from qtx_lab.circuits import check_rows, make_loader
@@ -31,8 +31,9 @@ P = torch.tensor([[0.5, 0.25, 0.25, 0.0], [0.0, 0.0, 0.0, 1.0]], dtype=torch.flo
 def client(action: str, environment: dict[str, str], result: str) -> None:
     """Run an action in this process, with short delays, and write what it returns to the file `result`."""
     os.environ.update(environment)
-    jobs.LISTING_LAG_S, jobs.FIRST_POLL_DELAY_S, jobs.LAST_POLL_DELAY_S = 0.4, 0.01, 0.05
-    jobs.FIRST_RETRY_DELAY_S, jobs.LAST_RETRY_DELAY_S, jobs.NEVER_ARRIVED_S = 0.01, 0.05, 0.5
+    jobs.FIRST_POLL_DELAY_S, jobs.LAST_POLL_DELAY_S = 0.01, 0.05
+    submission.LISTING_LAG_S, submission.NEVER_ARRIVED_S = 0.4, 0.5
+    submission.FIRST_RETRY_DELAY_S, submission.LAST_RETRY_DELAY_S = 0.01, 0.05
     Retry._sleep_backoff = lambda retry: None
     TokenManager.paced_request_token = _ask_for_a_token  # IBM's own waits a minute after a failure
     answer = {

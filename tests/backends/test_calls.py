@@ -112,7 +112,7 @@ def test_a_call_says_what_its_jobs_are(noisy: Any) -> None:
 def test_a_call_that_is_killed_at_any_post_is_rebuilt(
     noisy: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, post: int, accepted: bool
 ) -> None:
-    from qtx_lab.backends.ibm import jobs
+    from qtx_lab.backends.ibm import submission
     from qtx_lab.backends.ibm.remote import IBMRemote
 
     mitigation = CircuitMitigation(ZNE, readout=True)
@@ -132,10 +132,10 @@ def test_a_call_that_is_killed_at_any_post_is_rebuilt(
         with pytest.raises(KeyboardInterrupt):
             sample(mitigation)
     assert len(noisy.jobs) == post + accepted
-    monkeypatch.setattr(jobs, "NEVER_ARRIVED_S", 0.0)
+    monkeypatch.setattr(submission, "NEVER_ARRIVED_S", 0.0)
     (call,) = find_mitigated_calls()
     if post < 5:
-        monkeypatch.setattr(jobs, "LISTING_LAG_S", 0.0)
+        monkeypatch.setattr(submission, "LISTING_LAG_S", 0.0)
         with pytest.raises(qtx.BackendUnavailable, match=rf"{call.tag}.*send_rest"):
             call.counts(progress=False)
     result = call.send_rest().counts()

@@ -22,10 +22,11 @@ from click.testing import CliRunner
 
 import qtx_lab
 from qtx_lab.backends.base import JobStatus
-from qtx_lab.backends.ibm import jobs
-from qtx_lab.backends.ibm.jobs import DeviceJob, find_jobs, submit_parts
+from qtx_lab.backends.ibm import submission
+from qtx_lab.backends.ibm.jobs import DeviceJob, find_jobs
 from qtx_lab.backends.ibm.ledger import Block, record_job, update_record
 from qtx_lab.backends.ibm.remote import Busy, Gone, Refused, SessionClosed, Unreachable
+from qtx_lab.backends.ibm.submission import submit_parts
 from qtx_lab.backends.requests import CalibrationRequest, MitigatedRowRequest, RowRequest
 from qtx_lab.cli import main
 from qtx_lab.errors import ArgumentError, BackendUnavailable, FallbackWarning, JobTimeout, StorageError
@@ -102,7 +103,7 @@ def recorded(quick: None, machine: Machine, tmp_path: Path) -> DeviceJob:
 
 
 def test_parts_are_posted_once_each_and_put_together_in_order(recorded: DeviceJob, machine: Machine) -> None:
-    submit_parts(recorded, machine.accept)
+    submit_parts(recorded.path, recorded.remote, machine.accept)
     assert recorded.last_known.state == "submitted"
     machine.states |= {"id-0": "running", "id-1": "queued", "id-2": "done"}
     assert recorded.status().state == "queued"
@@ -117,7 +118,7 @@ def test_a_part_whose_answer_was_lost_is_found_by_its_tag(recorded: DeviceJob, m
         machine.unreachable = 1
         raise Unreachable("cut.")
 
-    submit_parts(recorded, post)
+    submit_parts(recorded.path, recorded.remote, post)
     assert recorded.id == "id-0, id-1, id-2"
 
 
@@ -130,7 +131,7 @@ def test_a_refused_part_stops_the_rest_and_what_is_there_can_be_cancelled(
         return machine.accept(part)
 
     with pytest.raises(BackendUnavailable, match=f"{recorded.tag}: 1 of its 3 parts"):
-        submit_parts(recorded, post)
+        submit_parts(recorded.path, recorded.remote, post)
     assert len(machine.jobs) == 1
     assert recorded.last_known.state == "failed"
     cancellation = recorded.cancel()
@@ -151,7 +152,7 @@ def test_an_unknown_outcome_of_a_post_is_an_error_and_never_leads_to_a_second_po
         raise Unreachable("cut.")
 
     with pytest.raises(BackendUnavailable, match=f"{recorded.tag} was accepted is not known"):
-        submit_parts(recorded, post)
+        submit_parts(recorded.path, recorded.remote, post)
     assert len(posts) == 1
     assert recorded.status().state == "recorded"
     with pytest.raises(BackendUnavailable, match="never arrived"):
@@ -167,7 +168,7 @@ def test_a_record_is_durable_before_anything_is_posted(recorded: DeviceJob, mach
         assert part.tag in [other.tag for other in job.record.parts]
         return machine.accept(part)
 
-    submit_parts(recorded, post)
+    submit_parts(recorded.path, recorded.remote, post)
 
 
 def test_jobs_of_runs_are_found_and_a_broken_record_costs_only_itself(
@@ -301,7 +302,7 @@ def test_records_of_a_later_version_say_so(recorded: DeviceJob) -> None:
 
 
 def test_damaged_outcomes_are_fetched_again(recorded: DeviceJob, machine: Machine) -> None:
-    submit_parts(recorded, machine.accept)
+    submit_parts(recorded.path, recorded.remote, machine.accept)
     machine.states |= dict.fromkeys(machine.jobs, "done")
     good = recorded.outcomes()
     file = recorded.path.with_suffix(".outcomes.npz")
@@ -438,7 +439,7 @@ def test_the_rest_of_a_split_job_is_sent_later_and_nothing_twice(
         split.send_rest(patience=0.05)
     machine.answers = []
     found = again(split)
-    monkeypatch.setattr(jobs, "LISTING_LAG_S", 0.0)
+    monkeypatch.setattr(submission, "LISTING_LAG_S", 0.0)
     with pytest.raises(
         BackendUnavailable, match=r"2 of 3 parts are missing.*rows 2 to 3.*partial=True"
     ) as said:
@@ -452,7 +453,7 @@ def test_the_rest_of_a_split_job_is_sent_later_and_nothing_twice(
     if isinstance(error, KeyboardInterrupt | SystemExit):  # as a killed process, it left a post unanswered
         with pytest.raises(BackendUnavailable, match=r"not known.*can be sent \d+ s from now"):
             found.send_rest()
-        monkeypatch.setattr(jobs, "NEVER_ARRIVED_S", 0.0)
+        monkeypatch.setattr(submission, "NEVER_ARRIVED_S", 0.0)
     found.send_rest()
     check_whole(found)
     assert list(machine.jobs.values()) == [f"{split.tag}.{i}" for i in range(3)]
@@ -473,7 +474,7 @@ def test_a_part_that_was_accepted_unanswered_is_found_and_not_sent_again(
     with pytest.raises(KeyboardInterrupt):
         split.send_rest()
     monkeypatch.setattr(machine, "post", post)
-    monkeypatch.setattr(jobs, "NEVER_ARRIVED_S", 0.0)
+    monkeypatch.setattr(submission, "NEVER_ARRIVED_S", 0.0)
     check_whole(again(split).send_rest())
     assert machine.posts == [f"{split.tag}.{i}" for i in range(3)]
 
@@ -495,7 +496,10 @@ def test_a_busy_server_that_gives_no_list_is_sent_nothing(split: DeviceJob, mach
     machine.answers, machine.unreachable = [Busy("429")], 10**6
     with pytest.raises(BackendUnavailable, match=r"took no more jobs for 0\.2 s.*send_rest"):
         submit_parts(
-            split, lambda part: machine.post(None, None, np.zeros((1, 1)), 1, tags=[part.tag]), patience=0.2
+            split.path,
+            split.remote,
+            lambda part: machine.post(None, None, np.zeros((1, 1)), 1, tags=[part.tag]),
+            patience=0.2,
         )
     assert len(machine.posts) == 1
     assert split.last_known.state == "recorded"

@@ -29,9 +29,10 @@ from ..noise import instruction_errors, median_errors, on_used_qubits
 from ..requests import CalibrationRequest, MitigatedRowRequest, PlannedRun, Request
 from ..waiting import shot_duration
 from .budget import Confirm, CostGuard, billed_job
-from .jobs import PATIENCE_S, DeviceJob, find_jobs, post_part, submit_parts
-from .ledger import Block, record_job
+from .jobs import DeviceJob, find_jobs
+from .ledger import Block, PartRecord, record_job
 from .remote import DeviceAccess, IBMRemote, offline_problems
+from .submission import PATIENCE_S, post_part, submit_parts
 
 MAX_EXECUTIONS_PER_JOB = 10_000_000
 """Rows times shots of one job. From "Job limits" in IBM's documentation."""
@@ -348,10 +349,13 @@ class IBMEngine(Engine):
         job = DeviceJob(path, lambda: self._remote, request, self.patience)
         if not send:
             return job
+
+        def post(part: PartRecord) -> str:
+            return post_part(self._remote, job.record, part, circuit, bindings)
+
         patience = self.patience if patience is None else patience
-        return submit_parts(
-            job, lambda part: post_part(job, part, circuit, bindings), patience=patience, progress=progress
-        )
+        submit_parts(path, job.remote, post, patience=patience, progress=progress)
+        return job
 
     def jobs(self) -> list[DeviceJob]:
         jobs = {

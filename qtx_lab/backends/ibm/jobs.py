@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from qiskit import QuantumCircuit
 
 from ...circuits import Loader
 from ...errors import ArgumentError, BackendUnavailable, FallbackWarning, JobTimeout, StorageError
@@ -22,7 +20,7 @@ from ...storage import write_frame
 from ..base import JobState, JobStatus
 from ..counts import RowCounts
 from ..requests import MitigatedRowRequest, Request, RowRequest
-from .budget import Confirm, billed_job, check_confirm, recorded_guard, rest_cost, spent_seconds
+from .budget import Confirm, billed_job, check_confirm, recorded_guard, rest_cost
 from .ledger import (
     JobRecord,
     MitigatedRowsRecord,
@@ -36,37 +34,22 @@ from .ledger import (
     read_request,
     read_rows,
     save_array,
-    sending,
     update_record,
 )
-from .remote import (
-    Busy,
-    DeviceAccess,
-    Gone,
-    IBMRemote,
-    Refused,
-    Remote,
-    SessionClosed,
-    Unreachable,
+from .remote import Gone, IBMRemote, Remote, Unreachable
+from .submission import (
+    PATIENCE_S,
+    is_unsent,
+    may_arrive,
+    never_arrived,
+    post_part,
+    renew_parts,
+    status_line,
+    submit_parts,
 )
-
-PATIENCE_S = 600.0
-"""For how long a server that gives no answer, or takes no more jobs, is asked again by default."""
 
 FIRST_POLL_DELAY_S, LAST_POLL_DELAY_S = 1.0, 30.0
 """Between two questions about a waiting job: the delay grows from the first value to the last."""
-
-LISTING_LAG_S = 30.0
-"""For how long a job that was accepted may be missing from the server's listing."""
-
-REFUSAL_CHECK_S = 2.0
-"""For how long a refused job is looked for: a gateway may refuse what the server behind it accepted."""
-
-FIRST_RETRY_DELAY_S, LAST_RETRY_DELAY_S = 5.0, 60.0
-"""Between two posts of a part while the server takes no more jobs."""
-
-NEVER_ARRIVED_S = 600.0
-"""After how long a posted part that is still not listed certainly never arrived, and may be sent again."""
 
 MAX_RESULT_FETCHES = 4
 """How often results are fetched before giving up: an answer can be cut short."""
@@ -204,7 +187,7 @@ class DeviceJob:
     def settle(self) -> None:
         """Ask the server what it charged for the job's parts, and write that into the record.
 
-        A part that the server does not list, `NEVER_ARRIVED_S` after it was posted, costs nothing.
+        A part that the server does not list, `submission.NEVER_ARRIVED_S` after it was posted, costs nothing.
 
         Raises
         ------
@@ -217,12 +200,11 @@ class DeviceJob:
             return
         if any(part.may_cost and not (part.id and part.state.ended) for part in self.record.parts):
             self.status()
-        never_arrived = datetime.now(UTC) - timedelta(seconds=NEVER_ARRIVED_S)
         charges: dict[str, float | None] = {}
         for part in self.record.parts:
             if part.charged_seconds is None and part.id and part.state.ended:
                 charges[part.tag] = self._ask(part.id).charged_seconds
-            elif not part.id and part.attempted and part.attempted < never_arrived:
+            elif never_arrived(part):
                 charges[part.tag] = 0.0
 
         def write(record: JobRecord) -> None:
@@ -424,7 +406,7 @@ class DeviceJob:
         """Send the parts that the server never got, and no other: each part is looked for by its tag before.
 
         It does nothing if there are none. Parts whose post was not answered are sent only when they have not
-        been listed for `NEVER_ARRIVED_S` seconds.
+        been listed for 600 seconds (`submission.NEVER_ARRIVED_S`).
 
         Parameters
         ----------
@@ -461,15 +443,15 @@ class DeviceJob:
         record = self.record
         with recorded_guard(self.path, record).allow(rest_cost(record, states if again else set()), confirm):
             if again and any(part.state in states for part in record.parts):
-                update_record(self.path, lambda record: _renew(record, states))
+                update_record(self.path, lambda record: renew_parts(record, states))
             if any(part.id is None for part in self.record.parts):
                 circuit, bindings = read_program(self.path)
 
                 def post(part: PartRecord) -> str:
-                    return post_part(self, part, circuit, bindings)
+                    return post_part(self.remote(), self.record, part, circuit, bindings)
 
                 patience = self.patience if patience is None else patience
-                submit_parts(self, post, patience=patience, progress=progress)
+                submit_parts(self.path, self.remote, post, patience=patience, progress=progress)
         return self
 
     def cancel(self) -> Cancellation:
@@ -497,11 +479,11 @@ class DeviceJob:
                 self.remote().cancel(str(part.id))
             except BackendUnavailable as error:  # the others are cancelled all the same
                 problems.append(str(error))
-        unsent = {part.tag for part in before.parts if _is_unsent(part) and has_program(self.path)}
+        unsent = {part.tag for part in before.parts if is_unsent(part) and has_program(self.path)}
 
         def leave_out(record: JobRecord) -> None:
             for part in record.parts:
-                if part.tag in unsent and _is_unsent(part):
+                if part.tag in unsent and is_unsent(part):
                     part.state, part.reason = JobState.CANCELLED, "cancelled before it was sent"
 
         if unsent:
@@ -549,7 +531,7 @@ class DeviceJob:
         patience = self.patience if patience is None else patience
         start = last_answer = time.monotonic()
         delay = FIRST_POLL_DELAY_S
-        with _progress(self, progress) as show:
+        with status_line(self.path, progress) as show:
             while True:
                 try:
                     status, last_answer = self.status(), time.monotonic()
@@ -586,18 +568,9 @@ class DeviceJob:
     def _is_coming(self) -> bool:
         """Whether a part may still change its state by itself."""
         return any(
-            self._may_arrive(part) if part.id is None else not part.state.ended for part in self.record.parts
+            may_arrive(self.path, part) if part.id is None else not part.state.ended
+            for part in self.record.parts
         )
-
-    def _may_arrive(self, part: PartRecord) -> bool:
-        """Whether a part without an id may be listed soon, or is about to be sent."""
-        if part.state.ended:
-            return False
-        if has_program(self.path) and part.attempted is None:
-            with sending(self.path) as nobody_else:
-                return not nobody_else
-        since = part.attempted or self.record.recorded
-        return (datetime.now(UTC) - since).total_seconds() < LISTING_LAG_S
 
     def _check_alive(self, status: JobStatus) -> None:
         """Raise BackendUnavailable where waiting is of no use."""
@@ -606,7 +579,7 @@ class DeviceJob:
                 f"Job {self.tag} on {self.record.device} has ended as {status}.{self._cure()}"
             )
         lost = [part for part in self.record.parts if part.state == JobState.RECORDED]
-        if not lost or any(self._may_arrive(part) for part in lost):
+        if not lost or any(may_arrive(self.path, part) for part in lost):
             return
         if any(part.attempted or not has_program(self.path) for part in lost):
             raise BackendUnavailable(
@@ -624,7 +597,7 @@ class DeviceJob:
         cures = []
         if any(part.state == JobState.DONE for part in record.parts):
             cures.append("`counts(partial=True)` gives what was measured")
-        if has_program(self.path) and any(_is_unsent(part) for part in record.parts):
+        if has_program(self.path) and any(is_unsent(part) for part in record.parts):
             cures.append("`send_rest()` sends what was not sent")
         return f" {self._missing(record)}; {'; '.join(cures)}." if cures else ""
 
@@ -703,214 +676,6 @@ class DeviceJob:
         return outcomes
 
 
-def post_part(job: DeviceJob, part: PartRecord, circuit: QuantumCircuit, bindings: np.ndarray) -> str:
-    """Post a part of a recorded job by IBM's client, and return the server's id of it."""
-    record = job.record
-    mode = record.mode if record.mode in ("batch", "session") else "job"
-    return job.remote().post(
-        DeviceAccess(record.device, record.fractional_gates, mode),  # type: ignore[arg-type]
-        circuit,
-        bindings[part.start : part.stop],
-        part.shots,
-        tags=[record.tag, part.tag],
-        options=record.options,
-    )
-
-
-def submit_parts(
-    job: DeviceJob,
-    post: Callable[[PartRecord], str],
-    *,
-    patience: float = PATIENCE_S,
-    progress: bool | Callable[[JobStatus], None] = False,
-) -> DeviceJob:
-    """Submit each part of a recorded job that the server does not have, once.
-
-    A part is marked in the record before it is posted. It is posted again only where the server certainly
-    refused it, because of a limit or of a session that was closed, and where its tag is not listed. Where the
-    answer does not say whether it was accepted, it is looked for by its tag for `LISTING_LAG_S` seconds,
-    since a listing may lag. If it is not found, nobody knows, and it stays recorded: a second post might be a
-    second job.
-
-    Parameters
-    ----------
-    job : DeviceJob
-        The job.
-    post : callable
-        Posts a part, with its tag, and returns the server's id. Raises `Refused` where there is certainly no
-        job.
-    patience : float
-        Seconds to wait at most while the server takes no more jobs.
-    progress : bool or callable
-        Whether to show on stderr that the server takes no more jobs; or a function that is called with a
-        `JobStatus`.
-
-    Raises
-    ------
-    BackendUnavailable
-        If a part was refused; if it is not known whether it was accepted; if the server took no more jobs for
-        longer than `patience`; if another process is sending parts of this job. Parts before it stay
-        submitted.
-    """
-    with sending(job.path) as nobody_else, _progress(job, progress) as show:
-        if not nobody_else:
-            raise BackendUnavailable(
-                f"The parts of job {job.tag} are being sent by another process just now."
-            )
-        waiting = _Waiting(job, patience, show)
-        parts = job.record.parts
-        for i, part in enumerate(parts):
-            if part.id is None and part.state != JobState.CANCELLED:
-                _submit_part(job, i, post, waiting)
-    return job
-
-
-def _submit_part(job: DeviceJob, i: int, post: Callable[[PartRecord], str], waiting: _Waiting) -> None:
-    """Submit one part; see `submit_parts`."""
-    part = job.record.parts[i]
-    if part.attempted is not None:
-        age = (datetime.now(UTC) - part.attempted).total_seconds()
-        id = _listed_id(job.remote, part.tag, 0.0, must_answer=True)
-        if id is None and age < NEVER_ARRIVED_S and part.state != JobState.FAILED:
-            raise BackendUnavailable(
-                f"Whether part {i} of job {job.tag} was accepted {age:.0f} s ago is not known: none with its "
-                f"tag is listed. It can be sent {NEVER_ARRIVED_S - age:.0f} s from now, if it is not listed "
-                "until then."
-            )
-        if id is not None:
-            _set(job, i, id=id, state=JobState.SUBMITTED, reason=None)
-            return
-    reopened = False
-    while True:
-        _set(job, i, attempted=datetime.now(UTC), state=JobState.RECORDED, reason=None, charged_seconds=None)
-        try:
-            id = post(part)
-        except Exception as error:
-            refused = isinstance(error, Refused)
-            seconds = min(LISTING_LAG_S, REFUSAL_CHECK_S) if refused else LISTING_LAG_S
-            found = _listed_id(job.remote, part.tag, seconds)
-            if found is None and not refused:
-                raise BackendUnavailable(
-                    f"{error} Whether job {job.tag} was accepted is not known: none with its tag was listed "
-                    f"for {LISTING_LAG_S:g} s. It is recorded, and not submitted again: `qtx-lab jobs` looks "
-                    "for it."
-                ) from error
-            if found is None:
-                if isinstance(error, Busy):
-                    _set(job, i, attempted=None)
-                    found = waiting.for_room(i, error)
-                elif isinstance(error, SessionClosed) and not reopened:
-                    reopened = True
-                    _note(
-                        job, "the Batch or Session was closed before all jobs were sent; another was opened"
-                    )
-                else:
-                    _refuse(job, i, error)
-            if found is None:
-                continue
-            id = found
-        _set(job, i, id=id, state=JobState.SUBMITTED, reason=None)
-        return
-
-
-class _Waiting:
-    """Waits while the server takes no more jobs, for `patience` seconds at most of each wait."""
-
-    def __init__(self, job: DeviceJob, patience: float, show: Callable[[JobStatus], None]):
-        self.job, self.patience, self.show = job, patience, show
-        self.part = -1
-
-    def for_room(self, i: int, error: Exception) -> str | None:
-        """Sleep before part i is posted again; its id, where it was accepted after all.
-
-        Raises
-        ------
-        BackendUnavailable
-            If patience has run out.
-        """
-        if self.part != i:
-            self.part, self.since, self.delay = i, time.monotonic(), FIRST_RETRY_DELAY_S
-        count = len(self.job.record.parts)
-        while True:
-            left = self.since + self.patience - time.monotonic()
-            if left <= 0:
-                reason = f"the server took no more jobs for {self.patience:g} s"
-                _set(self.job, i, reason=reason)
-                _note(self.job, reason)
-                raise BackendUnavailable(
-                    f"{error} Job {self.job.tag}: {i} of its {count} parts were submitted, and {reason}. "
-                    "The others are recorded: `find_jobs()` finds the job, and its `send_rest()` sends them."
-                ) from error.__cause__
-            pause = min(self.delay, left)
-            self.show(
-                JobStatus(
-                    JobState.RECORDED,
-                    reason=f"the server takes no more jobs now; {i} of {count} parts are sent; trying again "
-                    f"in {pause:.0f} s, for {left:.0f} s at most",
-                )
-            )
-            time.sleep(pause)
-            self.delay = min(2 * self.delay, LAST_RETRY_DELAY_S)
-            with suppress(BackendUnavailable):  # without an answer nothing is posted
-                id = _listed_id(self.job.remote, self.job.record.parts[i].tag, 0.0, must_answer=True)
-                waited = time.monotonic() - self.since
-                _note(self.job, f"the server took no more jobs for {waited:.0f} s before part {i}")
-                return id
-
-
-def _refuse(job: DeviceJob, i: int, error: Exception) -> None:
-    """Record that a part was refused, and that those after it are not sent; raise BackendUnavailable."""
-
-    def refuse(record: JobRecord) -> None:
-        part, *later = record.parts[i:]
-        part.state, part.reason = JobState.FAILED, f"{error} Nothing was submitted."
-        for other in later:
-            if other.id is None:
-                other.state = JobState.FAILED
-                other.reason = "not submitted, since a part before it was refused"
-
-    parts = update_record(job.path, refuse).parts
-    sent = sum(part.id is not None for part in parts)
-    what = f"{sent} of its {len(parts)} parts were submitted" if sent else "nothing was submitted"
-    cure = "; `send_rest()` sends the others" if has_program(job.path) else ""
-    raise BackendUnavailable(f"{error} Job {job.tag}: {what}{cure}.") from error.__cause__
-
-
-def _set(job: DeviceJob, i: int, **fields: Any) -> None:
-    """Write fields of a part down."""
-
-    def change(record: JobRecord) -> None:
-        for name, value in fields.items():
-            setattr(record.parts[i], name, value)
-
-    update_record(job.path, change)
-
-
-def _note(job: DeviceJob, text: str) -> None:
-    """Write down what was unusual about the submission."""
-    update_record(
-        job.path,
-        lambda record: record.submission_notes.append(text) if text not in record.submission_notes else None,
-    )
-
-
-def _is_unsent(part: PartRecord) -> bool:
-    """Whether it is certain that the server has no job of this part, and that one may be sent."""
-    refused = part.state == JobState.FAILED
-    return part.id is None and (refused or (part.state == JobState.RECORDED and part.attempted is None))
-
-
-def _renew(record: JobRecord, states: set[JobState]) -> None:
-    """Give parts that ended in these states new tags, under which they are sent again."""
-    for i, part in enumerate(record.parts):
-        if part.state in states and (part.id or part.state == JobState.CANCELLED):
-            part.earlier_seconds = spent_seconds(record, part)
-            part.charged_seconds = None
-            part.earlier_ids = [*part.earlier_ids, part.id] if part.id else part.earlier_ids
-            part.tag = f"{record.tag}.{i}.{len(part.earlier_ids)}"
-            part.id, part.state, part.reason, part.attempted = None, JobState.RECORDED, None, None
-
-
 def _spans(what: str, numbers: Sequence[int]) -> str:
     """Numbers in words.
 
@@ -925,33 +690,6 @@ def _spans(what: str, numbers: Sequence[int]) -> str:
             spans.append([number, number])
     texts = [str(first) if first == last else f"{first} to {last}" for first, last in spans]
     return f"{what}{'s' if len(numbers) > 1 else ''} {', '.join(texts)}"
-
-
-def _listed_id(
-    remote: Callable[[], Remote], tag: str, seconds: float, *, must_answer: bool = False
-) -> str | None:
-    """The id of the job with this tag, as soon as it is listed; None where it is not, or nothing answers.
-
-    Raises
-    ------
-    BackendUnavailable
-        If there has to be an answer, and was none.
-    """
-    end, delay, problem = time.monotonic() + seconds, 0.1, None
-    while True:
-        try:
-            ids = remote().lookup(tag)
-            if ids:
-                return ids[0]
-            problem = None
-        except BackendUnavailable as error:
-            problem = error
-        if time.monotonic() >= end:
-            if must_answer and problem:
-                raise problem
-            return None
-        time.sleep(min(delay, max(0.0, end - time.monotonic())))
-        delay = min(2 * delay, 5.0)
 
 
 def find_jobs(
@@ -998,28 +736,3 @@ def find_jobs(
         for path, record in find_records(home, tag)
     ]
     return [job for _, job in sorted(jobs, key=lambda item: (item[0], item[1].tag), reverse=True)]
-
-
-@contextmanager
-def _progress(
-    job: DeviceJob, progress: bool | Callable[[JobStatus], None]
-) -> Iterator[Callable[[JobStatus], None]]:
-    """A function that shows a status: in a line on stderr that is rewritten, or as the caller does it."""
-    if not isinstance(progress, bool):
-        yield progress
-        return
-    from tqdm.auto import tqdm
-
-    line: tqdm[Any] | None = None
-
-    def show(status: JobStatus) -> None:
-        nonlocal line
-        if line is None:  # nothing is shown before there is something to say
-            line = tqdm(bar_format="{desc} [{elapsed}]", disable=not progress, leave=False)
-        line.set_description_str(f"{job.tag} on {job.record.device}: {status}")
-
-    try:
-        yield show
-    finally:
-        if line is not None:
-            line.close()

@@ -11,7 +11,8 @@ import pytest
 from click.testing import CliRunner
 
 import qtx_lab
-from qtx_lab.cli import EndingSignals, main
+from qtx_lab.cli import main
+from qtx_lab.cli.group import EndingSignals
 from qtx_lab.errors import RunFailed
 from qtx_lab.experiments.runs import Run
 from qtx_lab.specs import ExperimentSpec, value_of
@@ -23,7 +24,7 @@ def call(*arguments: object):
 
 def test_help_and_version_load_nothing_heavy() -> None:
     code = (
-        "import sys\nfrom qtx_lab.cli import EndingSignals, main\n"
+        "import sys\nfrom qtx_lab.cli import main\n"
         "main(['--help'], standalone_mode=False)\n"
         "print(sorted({'torch', 'pandas', 'pydantic', 'papermill'} & set(sys.modules)))"
     )

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from papermill.translators import papermill_translators
 
-from qtx_lab.cli import _grid, _parameters
+from qtx_lab.cli.options import read_grid, read_parameters
 from qtx_lab.errors import ArgumentError, SpecError
 from qtx_lab.experiments.notebook_execution import LANGUAGE, _register_translator
 from qtx_lab.experiments.notebooks import (
@@ -327,7 +327,7 @@ def test_a_recorded_command_gives_the_same_parameters(tmp_path) -> None:
     for option in words:
         typed[option].append((next(words), next(words)))
     assert [name for name, _ in typed["-r"]] == ["none_yet", "name"]
-    again = notebook_spec(path, declared, _parameters(tuple(typed["-p"]), tuple(typed["-r"]), ()))
+    again = notebook_spec(path, declared, read_parameters(tuple(typed["-p"]), tuple(typed["-r"]), ()))
     assert again == spec
 
 
@@ -339,7 +339,7 @@ def test_a_recorded_sweep_gives_the_same_combinations(tmp_path) -> None:
     words = shlex.split(sweep_command(path, path, planned.spec))
     given = [words[i + 1] for i, word in enumerate(words) if word == "-g"]
     fixed = [(words[i + 1], words[i + 2]) for i, word in enumerate(words) if word == "-p"]
-    again = plan(path, _grid(tuple(given)), parameters=_parameters(tuple(fixed), (), ()))
+    again = plan(path, read_grid(tuple(given)), parameters=read_parameters(tuple(fixed), (), ()))
     assert again == planned
 
 
@@ -347,7 +347,7 @@ def test_files_of_parameters_hold_words_and_options_override_them(tmp_path) -> N
     path = write(tmp_path / "a.ipynb", CELL)
     file = tmp_path / "given.yaml"
     file.write_text("text: 0042\nlr: 1e-3\nnone_yet: 2024-01-01\nwords: [no, 1]\nn: 3\n")
-    given = _parameters((("n", "4"),), (("none_yet", "12"),), (file,))
+    given = read_parameters((("n", "4"),), (("none_yet", "12"),), (file,))
     spec = notebook_spec(path, declared_parameters(path), given)
     assert spec.to_parameters()["parameters"] == {
         "text": "0042", "lr": 1e-3, "none_yet": "12", "words": ["no", "1"], "n": 4,
@@ -355,7 +355,7 @@ def test_files_of_parameters_hold_words_and_options_override_them(tmp_path) -> N
     file.write_text("- 1")
     for bad in (file, tmp_path / "none.yaml"):
         with pytest.raises(ArgumentError, match=f"-f '{bad}'"):
-            _parameters((), (), (bad,))
+            read_parameters((), (), (bad,))
 
 
 def test_files_of_specs_hold_words_too() -> None:

@@ -11,7 +11,8 @@ import torch
 from click.testing import CliRunner
 
 import qtx_lab as qtx
-from qtx_lab.cli import _flag, main
+from qtx_lab.cli import main
+from qtx_lab.cli.options import read_flag
 from qtx_lab.experiments import training_run
 from qtx_lab.experiments.training_run import train_run
 from qtx_lab.training import scaling
@@ -93,7 +94,7 @@ def test_flags_mean_what_they_look_like():
         ("steps", "12"): 12,
         ("sampler", "head-tail"): "head-tail",
     }
-    assert {key: _flag(kinds[key[0]], key[1]) for key in read} == read
+    assert {key: read_flag(kinds[key[0]], key[1]) for key in read} == read
 
 
 def test_only_a_training_is_resumed(tmp_path):

@@ -1,0 +1,76 @@
+"""Commands that open or serve pages: `lab`, `dashboard`, `docs`."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..errors import ArgumentError
+from ..storage import runs_home
+from .options import home_option
+
+
+@click.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[JUPYTER ARGUMENTS]...")
+def lab(arguments: tuple[str, ...]) -> None:
+    """Start JupyterLab on the shipped notebooks."""
+    from ..experiments.notebooks import notebooks_folder
+
+    offline = ["--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
+    command = [sys.executable, "-m", "jupyterlab", f"--notebook-dir={notebooks_folder()}"]
+    # Kernels start in the notebooks' folder and the dashboard in this one: both get the same folder of runs.
+    home = {"QTX_LAB_HOME": str(runs_home().resolve())}
+    process = subprocess.run([*command, *offline, *arguments], env={**os.environ, **home}, check=False)
+    sys.exit(process.returncode)
+
+
+@click.command()
+@home_option
+@click.option("--port", type=click.IntRange(0, 65_535), help="Port; 0 means any free one [default: 5006].")
+@click.option(
+    "--address", help="Address to listen at; beyond this machine a token is needed [default: 127.0.0.1]."
+)
+@click.option(
+    "--token", envvar="QTX_LAB_TOKEN", help="Token that visitors must give [default: $QTX_LAB_TOKEN]."
+)
+@click.option("--prefix", metavar="PATH", help="Path under which a reverse proxy serves it.")
+@click.option("--socket", type=click.Path(path_type=Path), help="Unix socket to listen at instead of a port.")
+def dashboard(home: Path | None, **options: Any) -> None:
+    """Serve the dashboard of all runs, live, until Ctrl-C; prints its address.
+
+    It writes nothing but tags and notes of runs, and those only behind a token or in JupyterLab.
+    """
+    from ..widgets.dashboard.starting import starting_page
+
+    given = {name: value for name, value in options.items() if value is not None}
+    with ExitStack() as stack:
+        served = stack.enter_context(starting_page(given["socket"])) if "socket" in given else None
+
+        def started(address: str) -> None:
+            if served is not None:
+                served.set()
+            click.echo(address)
+
+        from ..widgets.dashboard.server import serve
+
+        serve(home, started=started, **given)
+
+
+@click.command()
+def docs() -> None:
+    """Open the documentation in the browser, where `make docs` has built it; prints its path."""
+    from ..experiments.notebooks import PACKAGE
+
+    page = PACKAGE.parent / "build" / "docs" / "index.html"
+    if not (PACKAGE.parent / "notebooks" / "conf.py").is_file():
+        raise ArgumentError("The documentation is built in a checkout of qtx_lab, and this is none.")
+    if not page.is_file():
+        raise ArgumentError(f"{page} is not there: build it with `make docs`.")
+    click.echo(page)
+    click.launch(page.as_uri())

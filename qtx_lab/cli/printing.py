@@ -1,0 +1,33 @@
+"""What commands print: what they are about to do, a run, and a table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+def announce(text: str) -> None:
+    """Say what a command does and how long it may take, before the imports that take longer than a second.
+
+    It goes to stderr, as progress bars do, because scripts read results from stdout.
+    """
+    click.echo(text, err=True)
+
+
+def print_run(path: Path, manifest: dict[str, Any]) -> None:
+    """Print a run's summary, its status and, last, the path of its report."""
+    summary = manifest["results"].get("summary", [])
+    for sentence in [summary] if isinstance(summary, str) else summary:
+        click.echo(sentence)
+    click.echo(f"{manifest['status']} in {manifest['seconds']:.1f} s; report:")
+    click.echo(path / "report.html")
+
+
+def print_columns(names: list[str], rows: list[list[str]]) -> None:
+    """Print a table whose columns are as wide as their texts."""
+    widths = [max(map(len, column)) for column in zip(names, *rows, strict=True)]
+    for row in (names, *rows):
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        click.echo("  ".join(cells).rstrip())

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from qtx_lab.samplers import make_sampler
-from qtx_lab.samplers.base import row_masses
+from qtx_lab.samplers.inversion import row_masses
 from qtx_lab.streams import Stream, sequence_keys
 
 TARGET = Path(__file__).parent / "src" / "samplers.test.json"

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..estimates import Draws, rounding_variance
 from ..problem import AttentionProblem
 from ..samplers import Design
-from ..samplers.base import row_probabilities
+from ..samplers.inversion import row_probabilities
 
 ROUNDINGS = 4.0
 """Standard deviations of the output's rounding by which a bound is widened."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..estimates import Draws, reliability, rounding_variance
 from ..problem import AttentionProblem
 from ..samplers import Design, SampledRows
-from ..samplers.base import row_probabilities
+from ..samplers.inversion import row_probabilities
 from .bounds import Bounds
 from .corrections import Correction
 

@@ -22,7 +22,7 @@ from ..kernels.memory import out_of_memory_explained
 from ..kernels.prefill import reference as prefill_reference
 from ..problem import AttentionProblem
 from ..samplers import Budget, Design, SampledRows, SystematicSampler
-from ..samplers.base import row_probabilities
+from ..samplers.inversion import row_probabilities
 from ..streams import Stream, make_seed
 from .error_bars import ErrorBars, mixed_degrees_of_freedom, with_error_bars
 from .gradients import first_derivative, outside_graphs

@@ -15,7 +15,8 @@ from ..circuits import Loader, make_loader
 from ..errors import BackendUnavailable, CostError, DtypeError, FallbackWarning
 from ..estimates import Draws
 from ..samplers import Sampler
-from ..samplers.base import check_draw_arguments, row_masses
+from ..samplers.base import check_draw_arguments
+from ..samplers.inversion import row_masses
 from .counts import RowCounts, draw_counts
 from .hybrid import HybridPolicy
 from .qiskit import PlannedMitigation, QiskitQuantumBackend

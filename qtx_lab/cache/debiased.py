@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..estimates import AttentionEstimate, Draws, EstimateInfo
 from ..problem import blocks
-from ..samplers.base import invert, row_masses
+from ..samplers.inversion import invert, row_masses
 from ..streams import Purpose
 from .attend import BLOCK_ELEMENTS, Call, scores_by_place
 from .sketches import ComponentSketch

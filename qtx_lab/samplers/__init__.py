@@ -11,12 +11,13 @@ from torch import Tensor
 
 from ..errors import ArgumentError, DtypeError, unknown_name
 from ..estimates import Draws
-from .base import Budget, Design, InversionSampler, SampledRows, Sampler, StreamSampler
+from .base import Budget, Design, SampledRows, Sampler, StreamSampler
 from .baselines.santa import SantaSampler
 from .baselines.top_k import TopKSampler
 from .baselines.vattention import VAttentionSampler
 from .exact import ExactSampler
 from .head_tail import HeadTailSampler
+from .inversion_sampler import InversionSampler
 from .learned import LearnedImportanceSampler
 from .monte_carlo import MonteCarloSampler
 from .quasi_monte_carlo import SEQUENCES, QuasiMonteCarloSampler

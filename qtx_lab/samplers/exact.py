@@ -13,7 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..estimates import Draws, EstimateInfo
 from ..problem import AttentionProblem, in_dtype
 from ..streams import Stream
-from .base import Budget, Design, SampledRows, Sampler, check_draw_arguments, row_probabilities
+from .base import Budget, Design, SampledRows, Sampler, check_draw_arguments
+from .inversion import row_probabilities
 
 
 class ExactSampler(Sampler):

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..checks import check_count
 from ..errors import ArgumentError
 from ..estimates import Draws
-from .base import FEWEST_LIGHT, invert, row_masses
+from .inversion import FEWEST_LIGHT, invert, row_masses
 from .systematic import SystematicSampler
 
 

@@ -19,7 +19,8 @@ from ..estimates import AttentionEstimate, Draws, EstimateInfo
 from ..problem import AttentionProblem
 from ..storage import read_tensors, write_tensors
 from ..streams import Stream, make_seed
-from .base import Budget, InversionSampler, SampledRows, Sampler, StreamSampler
+from .base import Budget, SampledRows, Sampler, StreamSampler
+from .inversion_sampler import InversionSampler
 from .learned_estimators import adaptive, debiased, importance
 from .learned_fit import Cancel, FitHistory, asker, fit_maps, start
 from .learned_proposal import ProposedRows, renyi

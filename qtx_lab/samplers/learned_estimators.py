@@ -13,7 +13,9 @@ from torch import Tensor
 from ..estimates import Draws, EstimateInfo, reliability, rounding_variance
 from ..problem import AttentionProblem, log_sum_exp
 from ..streams import Purpose, Stream
-from .base import Budget, Design, InversionSampler, SampledRows, invert, row_masses
+from .base import Budget, Design, SampledRows
+from .inversion import invert, row_masses
+from .inversion_sampler import InversionSampler
 from .learned_proposal import BLOCK_ELEMENTS, ProposedRows, log_inclusion
 
 LEVEL_RATIO = 2**-1.5

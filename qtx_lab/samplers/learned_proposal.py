@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..problem import AttentionProblem, Block, blocks
-from .base import invert, row_masses
+from .inversion import invert, row_masses
 
 BLOCK_ELEMENTS = 1 << 20
 """Size of a block of rows: keys, or draws times features, whichever is more, over its rows."""

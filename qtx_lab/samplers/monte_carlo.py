@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..streams import Stream
-from .base import InversionSampler
+from .inversion_sampler import InversionSampler
 
 
 class MonteCarloSampler(InversionSampler):

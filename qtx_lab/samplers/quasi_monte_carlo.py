@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import unknown_name
 from ..streams import Stream
-from .base import InversionSampler
+from .inversion_sampler import InversionSampler
 from .stratified import straddling_variance
 
 SEQUENCES = ("sobol", "halton", "lattice")

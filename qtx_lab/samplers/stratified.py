@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..streams import Stream
-from .base import InversionSampler
+from .inversion_sampler import InversionSampler
 
 
 class StratifiedSampler(InversionSampler):

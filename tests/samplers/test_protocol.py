@@ -50,7 +50,7 @@ def test_masked_keys_are_never_drawn(sampler):
 @pytest.mark.parametrize("point", [0.0, 1 - 2**-53])
 def test_the_ends_of_the_unit_interval(point):
     """The first point is the first key of positive mass, the last one the last; masked ones lie outside."""
-    from qtx_lab.samplers.base import invert, row_masses
+    from qtx_lab.samplers.inversion import invert, row_masses
 
     logits = torch.tensor([[-torch.inf, 0.3, -1.0, 2.0, -torch.inf], [5.0, -torch.inf, 0, 0, 0]])
     drawn, _ = invert(row_masses(logits), torch.full((2, 1), point, dtype=torch.float64))

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...samplers.base import FEWEST_LIGHT, invert, row_masses
+from ...samplers.inversion import FEWEST_LIGHT, invert, row_masses
 
 FIRST_RATE, NEWTON_STEPS = 2.0, 2
 """Where the search for the draws a unit of mass starts, in draws, and its steps: see `sure_mass`."""

@@ -10,7 +10,8 @@ from ...checks import check_count
 from ...errors import unknown_name
 from ...estimates import Draws
 from ...streams import Purpose, Stream
-from ..base import StreamSampler, invert, row_masses
+from ..base import StreamSampler
+from ..inversion import invert, row_masses
 
 BUDGETS = ("proportional", "fixed")
 POINTS = ("systematic", "stratified")

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...estimates import Draws
-from ..base import Sampler, check_draw_arguments, row_probabilities
+from ..base import Sampler, check_draw_arguments
+from ..inversion import row_probabilities
 
 
 class TopKSampler(Sampler):

@@ -10,7 +10,8 @@ from ...checks import check_number
 from ...errors import ArgumentError
 from ...estimates import Draws
 from ...streams import Stream
-from ..base import StreamSampler, row_probabilities
+from ..base import StreamSampler
+from ..inversion import row_probabilities
 
 
 class VAttentionSampler(StreamSampler):

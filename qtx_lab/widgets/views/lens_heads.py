@@ -19,7 +19,8 @@ from ...errors import ArgumentError, ShapeError
 from ...estimates import AttentionEstimate
 from ...problem import AttentionProblem
 from ...samplers import Sampler
-from ...samplers.base import Budget, remember_layout
+from ...samplers.base import Budget
+from ...samplers.inversion_sampler import remember_layout
 from ...streams import Stream, make_seed, sequence_keys
 from .lens_estimates import GivenEstimate, HeadFinding, effort_text, estimate_of_head, estimate_of_rows
 from .lens_maps import TILE, overview_level

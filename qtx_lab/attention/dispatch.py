@@ -15,11 +15,11 @@ from ..problem import AttentionProblem, Window
 from ..samplers import Sampler, make_sampler
 from ..streams import make_seed
 from .corrections import ControlVariate, correct
-from .error_bars import with_error_bars
 from .gradients import differentiable, outside_graphs
 from .kernel_paths import KernelCall, attend_systematic, choose_systematic
 from .settings import AttentionSettings
 from .tolerance import to_tolerance
+from .uncertainty import with_error_bars
 
 
 @outside_graphs

@@ -7,19 +7,15 @@ too, and what it would have added can be predicted from the spread of all values
 
 from __future__ import annotations
 
-import functools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..estimates import Draws, reliability, rounding_variance
-from ..problem import AttentionProblem
-from ..samplers import Design, SampledRows
-from ..samplers.inversion import row_probabilities
-from .bounds import Bounds
+from ..estimates import Draws, rounding_variance
+from ..samplers import Design
 from .corrections import Correction
 
 FAR = 4.0
@@ -91,81 +87,6 @@ class RowSums:
             a.square().sum(-1, keepdim=True),
             (drawn - p).square() @ kinds,
         )
-
-
-def with_error_bars(
-    sampled: SampledRows, problem: AttentionProblem, correction: Correction | None = None
-) -> SampledRows:
-    """The same estimate with standard errors, made when they are first read; without any where one replicate
-    cannot tell.
-
-    A sampler's own standard errors stay as they are.
-
-    Parameters
-    ----------
-    correction : Correction, optional
-        What made the output, where controls did.
-    """
-    if sampled.make_std_error is not None:
-        return sampled
-    if correction is not None and bool(correction.exact_rows.all()):
-        zero = torch.zeros_like(sampled.output)
-        exact = torch.full_like(zero[..., 0], math.inf)
-        return replace(
-            sampled,
-            make_std_error=lambda: zero,
-            make_reliability=lambda: exact,
-            make_bounds=lambda level: (sampled.output,) * 2,
-            degrees_of_freedom=math.inf,
-        )
-    draws, design = sampled.make_draws(), sampled.design
-    if not (design.independent or draws.replicates > 1):
-        return sampled
-    for_later, unit = problem.for_later(), problem.unit
-    positions = problem.positions(slice(0, problem.shape[1]))
-    cuts = list(
-        problem.blocks(max(16, 4 * problem.width if design.in_order else 0) * draws.indices.shape[-1])
-    )
-    output = sampled.output if unit is None else sampled.output / unit
-    degrees = degrees_of_freedom(design, draws)
-    knows_p = draws.probabilities is not None or design.variance_weights is not None
-
-    @functools.cache
-    def measured() -> MeasuredRows:
-        std_error, hidden = torch.empty_like(output), torch.empty_like(output[..., 0])
-        later = for_later()
-        with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
-            bars = ErrorBars(later.values, later.visible_keys(), later.is_causal, design, later.v.dtype)
-            for block in cuts:
-                drawn, cut = draws[block], None if correction is None else correction[block]
-                sums = None
-                if knows_p:
-                    p = row_probabilities(later.logits(*block))
-                    sums = RowSums.of(p, drawn, bars.distance[block[0]], design)
-                    drawn = replace(drawn, probabilities=p.gather(-1, drawn.indices))
-                rows = bars.measure(drawn, output[block], block[0], positions[block[1]], cut, sums)
-                std_error[block], hidden[block] = rows.std_error, rows.hidden
-        return MeasuredRows(std_error, hidden)
-
-    def make_std_error() -> Tensor:
-        std_error = measured().std_error
-        return std_error if unit is None else std_error * unit
-
-    def make_bounds(level: float) -> tuple[Tensor, Tensor]:
-        low, high = torch.empty_like(output), torch.empty_like(output)
-        with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
-            bounds = Bounds(for_later(), design, sampled.info.unbiased and correction is None, knows_p)
-            for block in cuts:
-                low[block], high[block] = bounds(draws[block], output[block], block, level)
-        return (low, high) if unit is None else (low * unit, high * unit)
-
-    return replace(
-        sampled,
-        make_std_error=make_std_error,
-        make_reliability=lambda: reliability(measured().std_error, measured().hidden, degrees),
-        make_bounds=make_bounds,
-        degrees_of_freedom=degrees,
-    )
 
 
 @dataclass(frozen=True)
@@ -295,45 +216,61 @@ class ErrorBars:
         sums : RowSums, optional
             Of the same rows; where None the mass never drawn is spread evenly over all keys.
         """
-        total, r, p = draws.indices.shape[-1], draws.replicates, draws.probabilities
-        if p is None:
+        if draws.probabilities is None:
             variance = self._sample_variance(draws, output, heads, positions, correction)
             hidden = self._may_hide(draws, heads, positions)
         else:
-            w = draws.weights * r
-            c = None
-            if self.design.count_variance is not None and not self.design.independent:
-                live = w > 0
-                expected = torch.where(live, p / torch.where(live, w, 1), 0)
-                c = self.design.count_variance(expected)
-                if c is not None:  # a key that is sure has a count of 1 but for rounding
-                    c = c.masked_fill((expected > 0.5) & (c < SURE), 0)
-            if c is None:
-                a, least = p * (r / total), torch.full_like(p[..., :1], r / total)
-            else:
-                a, least = c * w.square(), w.masked_fill(w <= 0, torch.inf).amin(-1, keepdim=True)
-            own = self._not_seen(draws, least, heads, positions, sums)
-            predicted = self._predicted(draws, output, a, own, heads, correction)
-            variance = predicted.variance / r
-            if not self.design.independent:
-                few = 1.0 if c is None else self._few_keys(draws, a, own, sums)
-                g = 0.0 if c is None else PRIOR_WEIGHT
-                between = self._between(draws, heads, correction)
-                mixed = (g * few * predicted.variance + (r - 1) * between) / (g + r - 1)
-                # What controls leave of a key not seen is too little known, but better than nothing.
-                if correction is None or c is None:
-                    mixed = torch.maximum(mixed, few * predicted.unseen)
-                variance = mixed / r
-            hidden = torch.zeros_like(output[..., 0])
-            if sums is not None:
-                hidden = (predicted.left * sums.deviation).sum(-1).sqrt()
+            variance, hidden = self._known_variance(draws, output, heads, positions, correction, sums)
         drawn = (draws.weights > 0).any(-1, keepdim=True)  # an empty row has no error
         if correction is not None:
             variance = variance.masked_fill(correction.exact_rows[:, None], 0)
             hidden = hidden.masked_fill(correction.exact_rows, 0)
-        rounding = rounding_variance(output, self.size[heads], total, self.output_dtype)
+        rounding = rounding_variance(output, self.size[heads], draws.indices.shape[-1], self.output_dtype)
         std_error = torch.where(drawn, variance.clamp_min(0) + rounding, 0).sqrt()
         return MeasuredRows(std_error, torch.where(drawn[..., 0], hidden, 0))
+
+    def _known_variance(
+        self,
+        draws: Draws,
+        output: Tensor,
+        heads: slice,
+        positions: Tensor,
+        correction: Correction | None,
+        sums: RowSums | None,
+    ) -> tuple[Tensor, Tensor]:
+        """For draws whose probabilities are known: the variance of the output (heads, rows, d), as the class
+        has it, and the error that they may hide (heads, rows).
+        """
+        total, r, p = draws.indices.shape[-1], draws.replicates, draws.probabilities
+        assert p is not None
+        w = draws.weights * r
+        c = None
+        if self.design.count_variance is not None and not self.design.independent:
+            live = w > 0
+            expected = torch.where(live, p / torch.where(live, w, 1), 0)
+            c = self.design.count_variance(expected)
+            if c is not None:  # a key that is sure has a count of 1 but for rounding
+                c = c.masked_fill((expected > 0.5) & (c < SURE), 0)
+        if c is None:
+            a, least = p * (r / total), torch.full_like(p[..., :1], r / total)
+        else:
+            a, least = c * w.square(), w.masked_fill(w <= 0, torch.inf).amin(-1, keepdim=True)
+        own = self._not_seen(draws, least, heads, positions, sums)
+        predicted = self._predicted(draws, output, a, own, heads, correction)
+        variance = predicted.variance / r
+        if not self.design.independent:
+            few = 1.0 if c is None else self._few_keys(draws, a, own, sums)
+            g = 0.0 if c is None else PRIOR_WEIGHT
+            between = self._between(draws, heads, correction)
+            mixed = (g * few * predicted.variance + (r - 1) * between) / (g + r - 1)
+            # What controls leave of a key not seen is too little known, but better than nothing.
+            if correction is None or c is None:
+                mixed = torch.maximum(mixed, few * predicted.unseen)
+            variance = mixed / r
+        hidden = torch.zeros_like(output[..., 0])
+        if sums is not None:
+            hidden = (predicted.left * sums.deviation).sum(-1).sqrt()
+        return variance, hidden
 
     def _sample_variance(
         self,

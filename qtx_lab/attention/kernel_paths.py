@@ -24,8 +24,9 @@ from ..problem import AttentionProblem
 from ..samplers import Budget, Design, SampledRows, SystematicSampler
 from ..samplers.inversion import row_probabilities
 from ..streams import Stream, make_seed
-from .error_bars import ErrorBars, mixed_degrees_of_freedom, with_error_bars
+from .error_bars import ErrorBars, mixed_degrees_of_freedom
 from .gradients import first_derivative, outside_graphs
+from .uncertainty import with_error_bars
 
 
 @overload

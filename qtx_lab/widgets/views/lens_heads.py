@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...attention import sampled_attention
-from ...attention.error_bars import with_error_bars
+from ...attention.uncertainty import with_error_bars
 from ...errors import ArgumentError, ShapeError
 from ...estimates import AttentionEstimate
 from ...problem import AttentionProblem

@@ -33,14 +33,8 @@ from ..attention.multihead import drop_keys
 from ..attention.settings import AttentionSettings
 from ..errors import ArgumentError
 from ..problem import AttentionProblem
-from .huggingface_cache import (
-    SampledCache,
-    SampledLayer,
-    arguments_of_a_step,
-    attends_exactly,
-    cached_layer,
-    has_sampled_cache,
-)
+from .huggingface_cache import SampledCache, attends_exactly, has_sampled_cache
+from .huggingface_layer import SampledLayer, arguments_of_a_step, cached_layer
 from .huggingface_lossless import LosslessGeneration
 from .huggingface_masks import (
     Visibility,

@@ -15,7 +15,8 @@ from ..cache import SampledKVCache
 from ..checks import check_count
 from ..errors import ArgumentError
 from ..estimates import AttentionEstimate
-from .huggingface_cache import SampledCache, SampledLayer
+from .huggingface_cache import SampledCache
+from .huggingface_layer import SampledLayer
 from .speculative import (
     Draft,
     DraftLength,

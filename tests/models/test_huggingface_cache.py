@@ -15,7 +15,7 @@ from qtx_lab.bench.huggingface import make_model
 from qtx_lab.bench.small_models import model_classes
 from qtx_lab.cache import SampledKVCache
 from qtx_lab.models import huggingface
-from qtx_lab.models.huggingface_cache import SampledLayer
+from qtx_lab.models.huggingface_layer import SampledLayer
 
 transformers.logging.set_verbosity_error()
 huggingface.register()

@@ -22,8 +22,9 @@ from ..specs import SPECS, ExperimentSpec, NotebookSpec, Spec, nearest, word_of
 from .notebook_code import local_modules, result_key
 from .notebook_execution import NO_LIMITS, ExecutionLimits, execute_notebook
 from .parameters import UNKNOWN, Parameter, parameters_of
+from .provenance import input_hashes
 from .report import write_report
-from .runs import Run, input_hashes, read_manifests
+from .runs import Run, read_manifests
 
 PACKAGE = Path(__file__).parent.parent
 

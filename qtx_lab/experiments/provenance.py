@@ -1,4 +1,4 @@
-"""What a run records about its origin: versions, machine, commit and process."""
+"""What a run records about its origin: versions, machine, commit, inputs and process."""
 
 from __future__ import annotations
 
@@ -37,6 +37,9 @@ RECORDED = (
     "transformers",
 )
 """Distributions whose version can change a number or a picture."""
+
+MAX_FILES = 10_000
+"""Files of a folder by which it is known as an input of a run."""
 
 
 def versions() -> dict[str, str]:
@@ -177,6 +180,39 @@ def _git(
     except (OSError, subprocess.SubprocessError):
         return None
     return process.stdout.decode(errors="surrogateescape").strip()
+
+
+def input_hashes(parameters: Any) -> dict[str, str]:
+    """SHA-256 of each file or folder that a parameter names, by the parameter's text.
+
+    A folder is known by the names, sizes and times of change of its files, which are quick to read.
+    """
+    if isinstance(parameters, dict | list):
+        inner = parameters.values() if isinstance(parameters, dict) else parameters
+        return {name: digest for value in inner for name, digest in input_hashes(value).items()}
+    if isinstance(parameters, str) and os.path.isfile(os.path.expanduser(parameters)):
+        with suppress(OSError), open(os.path.expanduser(parameters), "rb") as file:
+            return {parameters: hashlib.file_digest(file, "sha256").hexdigest()}
+    if isinstance(parameters, str) and os.path.isdir(os.path.expanduser(parameters)):
+        return {parameters: _folder_digest(Path(parameters).expanduser())}
+    return {}
+
+
+def _folder_digest(folder: Path) -> str:
+    """SHA-256 of the names, sizes and times of change of the first `MAX_FILES` files in a folder."""
+    digest, left = hashlib.sha256(), MAX_FILES
+    for place, folders, names in os.walk(folder):
+        folders.sort()
+        for name in sorted(names)[:left]:
+            path = os.path.join(place, name)
+            with suppress(OSError):
+                facts = os.stat(path)
+                text = f"{os.path.relpath(path, folder)}\0{facts.st_size}\0{facts.st_mtime_ns}\0"
+                digest.update(text.encode(errors="surrogateescape"))
+        left -= min(left, len(names))
+        if not left:
+            break
+    return digest.hexdigest()
 
 
 def this_process() -> dict[str, Any]:

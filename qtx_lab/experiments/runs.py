@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -14,7 +13,6 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from io import BytesIO
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
@@ -33,7 +31,7 @@ from ..storage import (
 )
 from . import provenance
 from .manifest import MANIFEST, STATUSES, manifest_problem, merge, read_manifest
-from .saved_figure import SavedFigure, with_palette
+from .saved_figure import SavedFigure, rendered, with_palette
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,14 +43,18 @@ if TYPE_CHECKING:
 
 MIN_FREE_BYTES = 64 << 20
 """Free space that a run needs to start. A run of the demo with its figures takes about a tenth of it."""
-MAX_FILES = 10_000
-"""Files of a folder by which it is known as an input of a run."""
+
 REQUIREMENTS = "requirements.txt"
 """The file of a run that holds all distributions that were installed, as pip reads them."""
+
 PATCH = "code.patch"
 """The file of a run that holds what its package's code had that its commit has not."""
+
 THEMES = ("light", "dark")
+"""In which figures are drawn."""
+
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
+"""What the name of a run or of a figure may be."""
 
 
 class ListedRun(NamedTuple):
@@ -126,26 +128,8 @@ class Run:
         """
         _check_name("name", name)
         home = _prepared(runs_home(home))
-        started, commit = datetime.now(UTC), provenance.commit()
-        parameters = spec.to_parameters()
-        manifest = {
-            "status": "running",
-            "name": name,
-            # The fields of spec.yaml again, so that a listing reads one file of each run.
-            "spec": {"kind": type(spec).__name__, "identity": spec.identity, "fields": _storable(parameters)},
-            "seed": _seed({**parameters.get("parameters", {}), **parameters}),
-            "started": started.isoformat(timespec="milliseconds"),
-            "versions": provenance.versions(),
-            "machine": provenance.machine(),
-            "git": commit,
-            "code": {"package": provenance.source_hash()},
-            "inputs": input_hashes(parameters),
-            "process": provenance.this_process(),
-            "clock": provenance.clock(),
-            "results": {},
-        }
-        # Outside of a checkout there is no commit, and some specs have no seed.
-        manifest = merge({key: value for key, value in manifest.items() if value is not None}, facts)
+        started = datetime.now(UTC)
+        first = _first_manifest(spec, name, started)
         path = home / f"{started:%Y%m%dT%H%M%SZ}-{name}-{secrets.token_hex(3)}"
         # Filled under a hidden name, so that every folder that can be seen has its spec and manifest.
         hidden = home / f".{path.name}.tmp"
@@ -154,10 +138,10 @@ class Run:
             (hidden / "figures").mkdir()
             write_atomic(hidden / "spec.yaml", spec.to_yaml().encode())
             write_atomic(hidden / REQUIREMENTS, provenance.requirements())
-            patch = provenance.uncommitted() if (commit or {}).get("dirty") else None
+            patch = provenance.uncommitted() if first.get("git", {}).get("dirty") else None
             if patch is not None:
                 write_atomic(hidden / PATCH, patch)
-            write_atomic(hidden / MANIFEST, json_bytes(manifest))
+            write_atomic(hidden / MANIFEST, json_bytes(merge(first, facts)))
             hidden.rename(path)
             sync_folder(home)
         except BaseException as error:
@@ -358,9 +342,9 @@ class Run:
             for theme, suffix in zip(THEMES, ("", "-dark"), strict=True):
                 figures[theme] = draw(data, theme)
                 plt.close(figures[theme])
-                pictures[theme] = _rendered(figures[theme], "png")
+                pictures[theme] = rendered(figures[theme], "png")
                 write_atomic(folder / f"{name}{suffix}.png", pictures[theme])
-            write_atomic(folder / f"{name}.svg", _rendered(figures["light"], "svg"))
+            write_atomic(folder / f"{name}.svg", rendered(figures["light"], "svg"))
             page = folder / f"{name}.html"
             if live is None:
                 page.unlink(missing_ok=True)
@@ -609,37 +593,27 @@ def _check_name(argument: str, given: str) -> None:
         )
 
 
-def input_hashes(parameters: Any) -> dict[str, str]:
-    """SHA-256 of each file or folder that a parameter names, by the parameter's text.
-
-    A folder is known by the names, sizes and times of change of its files, which are quick to read.
-    """
-    if isinstance(parameters, dict | list):
-        inner = parameters.values() if isinstance(parameters, dict) else parameters
-        return {name: digest for value in inner for name, digest in input_hashes(value).items()}
-    if isinstance(parameters, str) and os.path.isfile(os.path.expanduser(parameters)):
-        with suppress(OSError), open(os.path.expanduser(parameters), "rb") as file:
-            return {parameters: hashlib.file_digest(file, "sha256").hexdigest()}
-    if isinstance(parameters, str) and os.path.isdir(os.path.expanduser(parameters)):
-        return {parameters: _folder_digest(Path(parameters).expanduser())}
-    return {}
-
-
-def _folder_digest(folder: Path) -> str:
-    """SHA-256 of the names, sizes and times of change of the first `MAX_FILES` files in a folder."""
-    digest, left = hashlib.sha256(), MAX_FILES
-    for place, folders, names in os.walk(folder):
-        folders.sort()
-        for name in sorted(names)[:left]:
-            path = os.path.join(place, name)
-            with suppress(OSError):
-                facts = os.stat(path)
-                text = f"{os.path.relpath(path, folder)}\0{facts.st_size}\0{facts.st_mtime_ns}\0"
-                digest.update(text.encode(errors="surrogateescape"))
-        left -= min(left, len(names))
-        if not left:
-            break
-    return digest.hexdigest()
+def _first_manifest(spec: Spec, name: str, started: datetime) -> dict[str, Any]:
+    """What is known of a run when it starts."""
+    parameters = spec.to_parameters()
+    manifest = {
+        "status": "running",
+        "name": name,
+        # The fields of spec.yaml again, so that a listing reads one file of each run.
+        "spec": {"kind": type(spec).__name__, "identity": spec.identity, "fields": _storable(parameters)},
+        "seed": _seed({**parameters.get("parameters", {}), **parameters}),
+        "started": started.isoformat(timespec="milliseconds"),
+        "versions": provenance.versions(),
+        "machine": provenance.machine(),
+        "git": provenance.commit(),
+        "code": {"package": provenance.source_hash()},
+        "inputs": provenance.input_hashes(parameters),
+        "process": provenance.this_process(),
+        "clock": provenance.clock(),
+        "results": {},
+    }
+    # Outside of a checkout there is no commit, and some specs have no seed.
+    return {key: value for key, value in manifest.items() if value is not None}
 
 
 def _storable(value: Any) -> Any:
@@ -655,12 +629,3 @@ def _seed(parameters: Mapping[str, Any]) -> int | None:
     """The parameter `seed`, if it is one that every reader of the manifest can hold."""
     seed = parameters.get("seed")
     return seed if isinstance(seed, int) and 0 <= seed < 2**63 else None
-
-
-def _rendered(figure: Figure, kind: str) -> bytes:
-    """The content of a file of kind "png" or "svg"."""
-    content = BytesIO()
-    # No dates and versions, so that equal figures are equal files.
-    metadata = {"Software": None} if kind == "png" else {"Date": None, "Creator": None}
-    figure.savefig(content, format=kind, dpi=144, metadata=metadata, facecolor=figure.get_facecolor())
-    return content.getvalue()

@@ -7,7 +7,10 @@ import html
 import io
 import struct
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PIXEL_RATIO = 1.5
 """Pixels of a picture for each CSS pixel: it has 144 dpi, a page 96."""
@@ -75,4 +78,13 @@ def with_palette(png: bytes) -> bytes:
     content = io.BytesIO()
     few = picture.quantize(COLOURS_IN_PICTURE, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
     few.save(content, "png", optimize=True)
+    return content.getvalue()
+
+
+def rendered(figure: Figure, kind: str) -> bytes:
+    """A figure as the content of a file of kind "png" or "svg"."""
+    content = io.BytesIO()
+    # No dates and versions, so that equal figures are equal files.
+    metadata = {"Software": None} if kind == "png" else {"Date": None, "Creator": None}
+    figure.savefig(content, format=kind, dpi=144, metadata=metadata, facecolor=figure.get_facecolor())
     return content.getvalue()

@@ -16,8 +16,9 @@ from qtx_lab.errors import ArgumentError, BackendUnavailable
 from qtx_lab.experiments import provenance, replays
 from qtx_lab.experiments.notebook_code import code_hash, local_modules, without_outputs
 from qtx_lab.experiments.notebooks import declared_parameters, notebook_spec, result_facts, run_notebook
+from qtx_lab.experiments.provenance import input_hashes
 from qtx_lab.experiments.replays import environment_differences, replay
-from qtx_lab.experiments.runs import Run, input_hashes, runs
+from qtx_lab.experiments.runs import Run, runs
 from qtx_lab.experiments.training_run import train_run
 from qtx_lab.specs import SamplerSpec, SearchSpec, TrainSpec
 

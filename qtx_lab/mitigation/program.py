@@ -25,10 +25,10 @@ from ..backends import QiskitQuantumBackend
 from ..checks import check_count
 from ..circuits import check_rows
 from ..errors import ArgumentError
-from .pec import combine_signed
 from .register import LoaderRegister
 from .results import MitigatedRows, check_backend
 from .scaling import is_static
+from .signed_shots import combine_signed
 
 
 @dataclass(frozen=True, eq=False)

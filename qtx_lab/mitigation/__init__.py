@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .boundary import HelpBoundary, rows_boundary, shots_that_extrapolation_needs, zne_boundary
-from .calls import MitigatedCall, find_mitigated_calls
+from .calls import MitigatedCall
 from .circuit import CircuitMitigation
 from .decay import SharedDecay
 from .distillation import TwoCopyLoader
@@ -14,6 +14,7 @@ from .pec import ProbabilisticErrorCancellation
 from .planner import MitigationPlanner, Plan
 from .projection import project_to_simplex
 from .readout import readout_errors, undo_readout
+from .recorded import find_mitigated_calls
 from .scaling import FOLDINGS, SCALINGS, fold, scale_noise
 from .zne import METHODS, ZeroNoiseExtrapolation
 

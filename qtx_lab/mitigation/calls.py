@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,24 +18,20 @@ from ..backends.ibm.calls import (
     CalibrationsRecord,
     CallRecord,
     LevelRecord,
-    find_call_records,
     new_call_tag,
     read_call,
     read_call_rows,
     record_call,
     write_call,
 )
-from ..backends.ibm.jobs import Cancellation, DeviceJob, find_jobs
+from ..backends.ibm.jobs import Cancellation, DeviceJob
 from ..backends.requests import CalibrationRequest, MitigatedRowRequest, RowRequest
 from ..circuits import Loader, make_loader
 from ..errors import BackendUnavailable, StorageError
 from ..storage import write_frame
-from .decay import SharedDecay
 from .distillation import TwoCopyLoader
-from .inference import ZeroNoiseInference
 from .readout import check_contrast, errors_of_outcomes, keep_errors, known_errors, prepared_states
 from .register import LoaderRegister, count_values
-from .zne import ZeroNoiseExtrapolation
 
 
 class MitigatedCall:
@@ -50,25 +46,22 @@ class MitigatedCall:
         The record's file.
     jobs : mapping of str to DeviceJob
         The jobs by their tags.
-    mitigation : CircuitMitigation, optional
-        The mitigation; made again from the record where None.
+    make_mitigation : callable
+        Gives the `CircuitMitigation` of recorded settings.
     loader : Loader, optional
         The loader; made by the recorded name where None.
     """
-
-    make_mitigation: ClassVar[Callable[[Mapping[str, Any]], Any]]
-    """Makes a mitigation from its settings; `circuit`, which has the class, puts it here."""
 
     def __init__(
         self,
         path: Path,
         jobs: Mapping[str, DeviceJob],
-        mitigation: Any = None,
+        make_mitigation: Callable[[Mapping[str, Any]], Any],
         loader: Loader | None = None,
     ):
         self.path = path
         self._jobs = jobs
-        self._mitigation = mitigation
+        self._make_mitigation = make_mitigation
         self._loader = loader
 
     @property
@@ -175,7 +168,7 @@ class MitigatedCall:
             As for `DeviceJob.outcomes`.
         """
         record, jobs = self.record, self.jobs
-        mitigation = mitigation or self._mitigation or MitigatedCall.make_mitigation(record.mitigation)
+        mitigation = mitigation or self._make_mitigation(record.mitigation)
         loader = loader or self._loader or loader_of(record.loader)
         end = None if timeout is None else time.monotonic() + timeout
         outcomes: dict[str, np.ndarray] = {}
@@ -251,41 +244,6 @@ class MitigatedCall:
             f"MitigatedCall({self.tag!r}, {record.device}, {record.mitigation.get('name')!r}, "
             f"{len(record.job_tags)} jobs)"
         )
-
-
-def find_mitigated_calls(
-    home: str | Path | None = None, *, tag: str | None = None, service: Any = None
-) -> list[MitigatedCall]:
-    """All recorded mitigated calls, newest first, of this process or any before it. No server is asked.
-
-    A file that is not the record of a call is left out, with a warning that says why.
-
-    Parameters
-    ----------
-    home : path, optional
-        The folder of runs.
-    tag : str, optional
-        Only the calls whose tag contains this text.
-    service : QiskitRuntimeService, optional
-        As for `find_jobs`.
-
-    Returns
-    -------
-    list of MitigatedCall
-        `call.status()` asks the server, `call.send_rest()` sends what was not sent, and `call.counts()` waits
-        and makes the mitigated result.
-
-    Examples
-    --------
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as home:
-    ...     find_mitigated_calls(home)
-    []
-    """
-    records = list(find_call_records(home, tag))
-    jobs = {job.tag: job for job in find_jobs(home, service=service)} if records else {}
-    ordered = sorted(records, key=lambda item: (item[1].recorded, item[1].tag), reverse=True)
-    return [MitigatedCall(path, jobs) for path, _ in ordered]
 
 
 def submit_call(
@@ -392,19 +350,7 @@ def _record_call(
         calibrations=list(calibrations.values()),
         levels=levels,
     )
-    return MitigatedCall(path, jobs, mitigation, variants[0].loader)
-
-
-def inference_of(settings: Mapping[str, Any] | None) -> ZeroNoiseInference | None:
-    """Make an inference again from `ZeroNoiseInference.settings`."""
-    if settings is None:
-        return None
-    arguments = {name: value for name, value in settings.items() if name != "kind"}
-    if settings["kind"] == "shared decay":
-        return SharedDecay(**arguments)
-    if isinstance(arguments["asymptote"], list):
-        arguments["asymptote"] = torch.tensor(arguments["asymptote"], dtype=torch.float64)
-    return ZeroNoiseExtrapolation(**arguments)
+    return MitigatedCall(path, jobs, lambda settings: mitigation, variants[0].loader)
 
 
 def loader_of(name: str) -> Loader:

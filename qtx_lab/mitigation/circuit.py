@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -17,7 +17,7 @@ from ..backends.base import Engine
 from ..backends.requests import PlannedRun, RowRequest
 from ..circuits import Loader, make_loader
 from ..errors import ArgumentError, DtypeError, FallbackWarning, unknown_name
-from .calls import MitigatedCall, inference_of, loader_of, submit_call
+from .calls import MitigatedCall, submit_call
 from .inference import ZeroNoiseInference
 from .projection import project_to_simplex, sum_by_key
 from .readout import calibration_qubits, estimate_register, planned_calibration, readout_errors
@@ -471,28 +471,6 @@ class CircuitMitigation:
         mass = mass.where(known, torch.ones_like(mass))
         estimate = project_to_simplex(by_key / mass, support, weights).where(known, 0)
         return MitigatedRows(estimate, (variance.sqrt() / mass).where(known, torch.nan), fallbacks)
-
-
-def mitigation_of(settings: Mapping[str, Any]) -> CircuitMitigation:
-    """Make a mitigation again from `CircuitMitigation.settings`, as a record holds them.
-
-    Raises
-    ------
-    ArgumentError
-        If it used an inference that the record cannot hold.
-    """
-    try:
-        inference = inference_of(settings["inference"])
-        loader = settings["loader"] and loader_of(settings["loader"])
-        return CircuitMitigation(inference, settings["readout"], loader, settings["scaling"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ArgumentError(
-            f"The mitigation {settings.get('name')!r} cannot be made from its record ({error}): pass "
-            "mitigation=."
-        ) from error
-
-
-MitigatedCall.make_mitigation = staticmethod(mitigation_of)
 
 
 def finish_mitigated(

@@ -23,7 +23,7 @@ from qtx_lab.mitigation import (
     find_mitigated_calls,
     readout,
 )
-from qtx_lab.mitigation.circuit import mitigation_of
+from qtx_lab.mitigation.recorded import mitigation_of
 
 P = torch.tensor([[0.5, 0.25, 0.25, 0.0], [0.0] * 4, [0.0, 0.0, 0.2, 0.8]], dtype=torch.float64)
 SHOTS = 400

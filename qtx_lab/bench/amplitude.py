@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..backends import AmplitudeEstimator, QiskitQuantumBackend
-from ..backends.amplitude import AmplitudePlan
+from ..backends.amplitude_plan import AmplitudePlan
 from ..circuits.resources import resources
 from .base import BenchRow
 

@@ -25,9 +25,10 @@ from ..estimates import AttentionEstimate
 from ..kernels.cpu_decode.reference import DrawRule
 from ..streams import make_seed
 from .attend import Call, attend, plain_mode, scores_by_place
+from .attend_within import attend_within
 from .debiased import attend_debiased
 from .exact_pass import attend_exactly
-from .guarantee import Promise, attend_within
+from .guarantee import Promise
 from .saving import CacheParts, read_cache, write_cache
 from .sketches import PROPOSALS, ComponentSketch, Int8Sketch, QueryMoment, make_sketch
 from .store import TokenStore

@@ -508,7 +508,7 @@ def _vector_angles(x: Tensor) -> list[Tensor]:
 
 @cache
 def _phase_table(qubits: int) -> np.ndarray:
-    """How the angles of the signal's rotations hang on the phases of both parts, (2^(qubits + 1), 2).
+    """How the angles of the signal's rotations depend on the phases of both parts, (2^(qubits + 1), 2).
 
     The rotation exp(-i phase Y Z), where Z is 1 if the block reads 0 and else -1, is Ry(±2 phase).
     """

@@ -117,7 +117,7 @@ def test_what_is_typed_comes_back_unchanged(kind: type[Spec]) -> None:
         changed.add(form.spec.identity)
 
     there_and_back()
-    assert len(changed) >= 25  # what is drawn hangs on the modules that are loaded
+    assert len(changed) >= 25  # what is drawn depends on the modules that are loaded
 
 
 @pytest.mark.parametrize("kind", SPECS.values(), ids=SPECS.keys())

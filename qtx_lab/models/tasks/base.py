@@ -84,7 +84,7 @@ class TaskPrompt:
         The generated text should hold each of them, in any order. Empty where nothing is asked, as for long
         text.
     target : Tensor, int64, (T,)
-        The true answer, as it follows the prompt. Its first token hangs on the prompt alone, which every
+        The true answer, as it follows the prompt. Its first token depends on the prompt alone, which every
         method attends to exactly: methods differ from the second on, where what is asked for begins.
     scored : Tensor, bool, (T,)
         Which tokens of the target are scored. The others separate answers, or begin the answer.
@@ -146,7 +146,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Draft:
-    """The tokens of a prompt and of its answer: fields of a `TaskPrompt` that hang on the seed."""
+    """The tokens of a prompt and of its answer: fields of a `TaskPrompt` that depend on the seed."""
 
     tokens: Tensor
     answers: tuple[str, ...]

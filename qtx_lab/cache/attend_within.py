@@ -1,0 +1,531 @@
+"""Attention over a cache within a tolerance: which keys are read, and how many are drawn.
+
+The keys of which the sketches may leave out most are read for sure. Others are drawn until the bound on the
+error is small enough. `guarantee` has the theorem and the letters.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..estimates import AttentionEstimate, Draws, EstimateInfo
+from ..kernels.cpu_decode.reference import rows_at
+from ..problem import blocks
+from .attend import Call
+from .guarantee import Promise, error_bound, planned_draws, psi
+from .sketches import Int8Sketch
+from .store import TokenStore
+from .value_sketch import ValueSketch
+
+BLOCK_ELEMENTS = 1 << 22
+"""Size of a block of rows: its rows times the keys."""
+
+ROUNDS = 3
+"""How often the keys to be read are chosen anew, by what was read before."""
+
+USUAL_RATIO = 0.2
+"""|z_j| / M_j, as a root mean square, that draws are planned for before there are any."""
+
+RATIO_DRAWS = 8
+"""How many draws of the usual ratio are counted beside those that were made, where more are planned."""
+
+FEWEST_SORTED, SORTED_SHARE = 64, 8
+"""How many keys are sorted by their bounds before all of them are: at least so many, or one in so many."""
+
+FEWEST_MORE = 4
+"""The fewest draws that are made at a time."""
+
+MARGIN = 0.97
+"""The part of the allowed error for which draws are planned."""
+
+MOST_BLOCKS = 16
+"""How often more draws are made before a row is computed exactly."""
+
+SHIFT = 0.25
+"""rho over the mean distance of the values from c: how much errors of the sum of weights count."""
+
+CANDIDATES = 1.2
+"""The ratio of the numbers of keys to read that are compared."""
+
+ROUNDED_SUMS = 8.0
+"""Units of the last place, in a usual value, by which sums may be rounded."""
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What a row is to read next, each (h, r).
+
+    `reads` is a number of keys, those with the largest M_j; `draws` the draws that follow; `exact` where all
+    of this is no less than reading every key.
+    """
+
+    reads: Tensor
+    draws: Tensor
+    exact: Tensor
+
+
+@dataclass(frozen=True)
+class _Centre:
+    """What follows from the keys read so far, without draws.
+
+    Parameters
+    ----------
+    offset : Tensor, (h, r, 1)
+        What is taken off all logits, so that no weight overflows.
+    masses : Tensor, (h, r, n)
+        exp(l_j) of the keys in H, a_j of the others.
+    normaliser : Tensor, (h, r, 1)
+        D_0.
+    output : Tensor, (h, r, d)
+        c.
+    shift : Tensor, (h, r, 1)
+        rho.
+    bounds : Tensor, (h, r, n)
+        M_j; 0 in H.
+    size : Tensor, (h, r)
+        The root mean square of the values, as the weights have them.
+    """
+
+    offset: Tensor
+    masses: Tensor
+    normaliser: Tensor
+    output: Tensor
+    shift: Tensor
+    bounds: Tensor
+    size: Tensor
+
+
+@dataclass(frozen=True)
+class BoundedRows:
+    """Rows within a tolerance, (N, M).
+
+    Parameters
+    ----------
+    output : Tensor, (N, M, d)
+    bound : Tensor, (N, M)
+        E; 0 for exact rows.
+    log_sum_exp : Tensor, (N, M)
+    keys_read : Tensor, int64, (N, M)
+    draws : Tensor, int64, (N, M)
+        How many draws a row took; 0 where no draw was needed.
+    exact : Tensor, bool, (N, M)
+    indices, weights : Tensor, (N, M, T)
+        The keys read, each once, and their estimated probabilities; weight 0 fills up.
+    """
+
+    output: Tensor
+    bound: Tensor
+    log_sum_exp: Tensor
+    keys_read: Tensor
+    draws: Tensor
+    exact: Tensor
+    indices: Tensor
+    weights: Tensor
+
+
+class _Block:
+    """Some rows of some heads on their way to the tolerance."""
+
+    def __init__(
+        self,
+        store: TokenStore,
+        sketch: Int8Sketch,
+        value_sketch: ValueSketch,
+        call: Call,
+        promise: Promise,
+        block: tuple[slice, slice],
+    ):
+        heads, part = block
+        self.call, self.promise = call, promise
+        self.features = store.features
+        self.table = store.table[heads, : store.length]
+        self.x = call.rows[block] * call.scale  # [h, r, E]
+        self.sinks = None if call.sinks is None else call.sinks[block][..., None]
+        self.stream = call.stream(store)[heads, :]
+        self.queries = torch.arange(part.start, part.stop, device=self.x.device) % max(1, call.positions)
+        self.guessed = value_sketch.values(heads)  # u, [h, n, d]
+        self.misses = value_sketch.errors(heads)[:, None]  # e, [h, 1, n]
+        self.guessed_square = self.guessed.square().sum(-1)[:, None]
+        places = store.places(heads)[:, None]
+        scores, slack = sketch.score(self.x, heads), sketch.score_bounds(self.x, heads)
+        places = places.expand_as(scores)
+        centre = torch.einsum("hre,he->hr", self.x, sketch.centre[heads, 0])[..., None]
+        self.logits = self._capped(torch.empty_like(scores).scatter_(-1, places, scores) + centre)
+        self.slack = torch.empty_like(scores).scatter_(-1, places, slack)  # b; 0 once a key was read
+        self.known = torch.zeros_like(scores, dtype=torch.bool)  # H
+        self.read = torch.zeros_like(self.known, dtype=torch.int8)  # 1 for H and what was drawn
+        self.read_indices: list[Tensor] = []
+        self.read_valid: list[Tensor] = []
+
+    def _capped(self, logits: Tensor) -> Tensor:
+        """The softcap changes no two logits to be farther apart."""
+        cap = self.call.softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    # --- Keys that are read for sure ---
+
+    def look_up(self, indices: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        """Read keys (h, r, T) where `valid`: their exact logits (h, r, T), and their values (h, r, T, d)."""
+        rows = rows_at(self.table, indices).to(self.x.dtype)
+        keys, values = rows[..., : self.features], rows[..., self.features :]
+        logits = self._capped(torch.einsum("hre,hrte->hrt", self.x, keys))
+        # A key that was drawn twice, or read before, is read once.
+        ordered, place = indices.masked_fill(~valid, -1).sort(dim=-1, stable=True)
+        first = F.pad(ordered[..., 1:] != ordered[..., :-1], (1, 0), value=True)
+        first = torch.empty_like(valid).scatter_(-1, place, first)
+        fresh = valid & first & (self.read.gather(-1, indices) == 0)
+        self.read.scatter_add_(-1, indices, fresh.to(self.read.dtype))
+        self.read_indices.append(indices)
+        self.read_valid.append(fresh)
+        return logits, values
+
+    def learn(self, indices: Tensor, valid: Tensor) -> None:
+        """Put keys (h, r, T) into H where `valid`."""
+        logits, _ = self.look_up(indices, valid)
+        # An index that is not valid is scattered back as it was, before those that are.
+        before = self.logits.gather(-1, indices)
+        self.logits.scatter_(-1, indices, torch.where(valid, logits, before))
+        self.slack.scatter_(-1, indices, torch.where(valid, 0, self.slack.gather(-1, indices)))
+        self.known.scatter_(-1, indices, valid | self.known.gather(-1, indices))
+
+    def centre(self) -> _Centre:
+        """What the keys read so far tell."""
+        upper = self.logits + self.slack
+        offset = upper.amax(-1, keepdim=True)
+        if self.sinks is not None:
+            offset = torch.maximum(offset, self.sinks)
+        masses, upper = (self.logits - offset).exp(), (upper - offset).exp()
+        normaliser = masses.sum(-1, keepdim=True)
+        if self.sinks is not None:
+            normaliser = normaliser + (self.sinks - offset).exp()
+        # A mass of 0 in all keys is a row whose slack is beyond the range of numbers: nothing is known of it.
+        some = normaliser.clamp_min(torch.finfo(normaliser.dtype).tiny)
+        total = masses @ self.guessed
+        for indices, valid in zip(self.read_indices, self.read_valid, strict=True):
+            values = rows_at(self.table, indices).to(total.dtype)[..., self.features :]
+            off = values - rows_at(self.guessed, indices)
+            total = total + torch.einsum("hrt,hrtd->hrd", masses.gather(-1, indices) * valid, off)
+        output = total / some
+        eps = torch.finfo(output.dtype).eps
+        square = output.square().sum(-1, keepdim=True)
+        distance = self.guessed_square - 2 * output @ self.guessed.mT + square
+        distance = (distance.clamp_min(0) + ROUNDED_SUMS * eps * (self.guessed_square + square)).sqrt()
+        usual = (masses * distance).sum(-1, keepdim=True) / some
+        shift = SHIFT * usual + self.promise.tolerance * square.sqrt()
+        bounds = (upper - masses) * (distance.square() + shift.square()).sqrt() + upper * self.misses
+        bounds = bounds.masked_fill_(self.known, 0)
+        size = ((masses * self.guessed_square).sum(-1) / some[..., 0]).sqrt()
+        return _Centre(offset, masses, normaliser, output, shift, bounds, size)
+
+    def allowed(self, centre: _Centre) -> Tensor:
+        """The R, (h, r), for which draws are planned."""
+        return self.allowed_radius(centre, centre.output) * centre.normaliser[..., 0]
+
+    def allowed_radius(self, centre: _Centre, output: Tensor) -> Tensor:
+        """R / D_hat that is planned for, (h, r), where the output will be about this one."""
+        tolerance, size = self.promise.tolerance, output.norm(dim=-1)
+        error = tolerance / (1 + tolerance) * size - self.rounding(output, centre.size)
+        error = MARGIN * error.clamp_min(0)
+        shift = centre.shift[..., 0].clamp_min(torch.finfo(error.dtype).tiny)
+        return error / (1 + (error / shift).square()).sqrt()
+
+    def rounding(self, output: Tensor, size: Tensor) -> Tensor:
+        """How far rounding may move an output, (h, r)."""
+        sums = ROUNDED_SUMS * torch.finfo(output.dtype).eps * (size + output.norm(dim=-1))
+        return sums + torch.finfo(self.table.dtype).eps / 2 * output.norm(dim=-1)
+
+    def plan(self, centre: _Centre) -> _Plan:
+        """The fewest reads, (h, r): of keys with the largest bounds, and draws from the others."""
+        n = self.logits.shape[-1]
+        few = min(n, max(FEWEST_SORTED, n // SORTED_SHARE))
+        plan, more = self._plan_among(centre, few)
+        return self._plan_among(centre, n)[0] if bool(more.any()) else plan
+
+    def _plan_among(self, centre: _Centre, most: int) -> tuple[_Plan, Tensor]:
+        """The plan with at most so many reads for sure, and the rows that might do better with more."""
+        n = self.logits.shape[-1]
+        ladder = {min(most, round(CANDIDATES**i)) for i in range(math.ceil(math.log(most, CANDIDATES)) + 1)}
+        counts = torch.tensor([0, *sorted(ladder)], device=self.x.device)
+        heaviest = F.pad(centre.bounds.topk(most, -1).values, (1, 0)).cumsum(-1)[..., counts]
+        left = (centre.bounds.sum(-1, keepdim=True) - heaviest).clamp_min(0)  # G after so many reads
+        if most == n:
+            left[..., -1] = 0
+        share = self.allowed(centre)[..., None] / left.clamp_min(torch.finfo(left.dtype).tiny)
+        draws, _ = planned_draws(share, self.promise.risk, USUAL_RATIO**2)
+        draws = torch.where(share >= 1, 0, draws.ceil())
+        cost, place = (counts + draws).min(-1)
+        chosen = draws.gather(-1, place[..., None])[..., 0]
+        exact = ~(cost < n - self.known.sum(-1))
+        plan = _Plan(counts[place].masked_fill(exact, 0), chosen.masked_fill(exact, 0).long(), exact)
+        return plan, (cost >= most) & (most < n)
+
+    def read_heaviest(self) -> tuple[_Centre, _Plan]:
+        """Read the keys of which the sketches may leave out most, until the rest is for draws or nothing."""
+        centre = self.centre()
+        plan = self.plan(centre)
+        for _ in range(ROUNDS):
+            most = int(plan.reads.max())
+            if not most:
+                break
+            indices = centre.bounds.topk(most, -1).indices
+            self.learn(indices, torch.arange(most, device=indices.device) < plan.reads[..., None])
+            centre = self.centre()
+            plan = self.plan(centre)
+        return centre, replace(plan, exact=plan.exact | (centre.normaliser[..., 0] == 0))
+
+    # --- Draws ---
+
+    def estimate(self) -> BoundedRows:
+        """All rows of the block."""
+        centre, plan = self.read_heaviest()
+        draws = _DrawnResidual(self, centre, plan)
+        output, bound, normaliser, done = draws.until_kept()
+        log_sum_exp = normaliser.log() + centre.offset[..., 0]
+        exact = ~done
+        rows = BoundedRows(
+            output,
+            bound,
+            log_sum_exp,
+            self.read.sum(-1),
+            draws.count,
+            exact,
+            *self._draws(log_sum_exp),
+        )
+        return self._exact(rows) if bool(exact.any()) else rows
+
+    def _draws(self, log_sum_exp: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys read, and their probabilities by their exact logits: see `BoundedRows`."""
+        if not self.read_indices:
+            none = self.logits[..., :0]
+            return none.long(), none
+        indices, valid = torch.cat(self.read_indices, -1), torch.cat(self.read_valid, -1)
+        keys = rows_at(self.table, indices).to(self.x.dtype)[..., : self.features]
+        logits = self._capped(torch.einsum("hre,hrte->hrt", self.x, keys))
+        return indices, (logits - log_sum_exp[..., None]).exp() * valid
+
+    def _exact(self, rows: BoundedRows) -> BoundedRows:
+        """The same with exact rows where they are to be exact."""
+        exact, n = rows.exact, self.logits.shape[-1]
+        heads = exact.any(-1)
+        table = self.table[heads].to(self.x.dtype)
+        logits = self._capped(self.x[heads] @ table[..., : self.features].mT)
+        log_sum_exp = logits.logsumexp(-1, keepdim=True)
+        if self.sinks is not None:
+            log_sum_exp = torch.logaddexp(log_sum_exp, self.sinks[heads])
+        p = (logits - log_sum_exp).exp()
+        output = p @ table[..., self.features :]
+        width = rows.indices.shape[-1]
+        indices, weights = (F.pad(x, (0, max(0, n - width))) for x in (rows.indices, rows.weights))
+        every = torch.arange(n, device=p.device).expand_as(p)
+        this = exact[heads][..., None]
+        rows.output[heads] = torch.where(this, output, rows.output[heads])
+        rows.log_sum_exp[heads] = torch.where(this[..., 0], log_sum_exp[..., 0], rows.log_sum_exp[heads])
+        padding = (0, indices.shape[-1] - n)
+        indices[heads] = torch.where(this, F.pad(every, padding), indices[heads])
+        weights[heads] = torch.where(this, F.pad(p, padding), weights[heads])
+        return replace(
+            rows,
+            bound=rows.bound.masked_fill(exact, 0),
+            keys_read=rows.keys_read.masked_fill(exact, n),
+            indices=indices,
+            weights=weights,
+        )
+
+
+class _DrawnResidual:
+    """What draws tell of Z, and when they have told enough."""
+
+    def __init__(self, block: _Block, centre: _Centre, plan: _Plan):
+        self.block, self.centre, self.plan = block, centre, plan
+        self.total = centre.bounds.sum(-1)  # G, [h, r]
+        # float64, in which no key of a share of 1e-8 is drawn too often.
+        self.reached = centre.bounds.double().cumsum(-1)
+        zero = torch.zeros_like(self.total)
+        self.rates, self.spent, self.squares = zero, zero, zero  # L, sum psi |X|^2, sum |X|^2
+        self.sums = zero.new_zeros(*zero.shape, centre.output.shape[-1] + 1)  # sum lambda X
+        self.count = torch.zeros_like(zero, dtype=torch.int64)
+
+    def until_kept(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """o_hat, E, D_hat and whether the tolerance is kept, of all rows."""
+        block, n = self.block, self.block.logits.shape[-1]
+        output, bound, normaliser = self.estimate()
+        done = self._kept(output, bound)
+        more_draws = self.plan.draws.clamp_min(FEWEST_MORE).masked_fill(done | self.plan.exact, 0)
+        most = n - block.known.sum(-1)
+        for _ in range(MOST_BLOCKS):
+            more_draws = torch.where(self.count + more_draws <= most, more_draws, 0)
+            if not bool(more_draws.any()):
+                break
+            self.draw(more_draws)
+            new, new_bound, new_normaliser = self.estimate()
+            drawn = more_draws > 0
+            output = torch.where(drawn[..., None], new, output)
+            bound = torch.where(drawn, new_bound, bound)
+            normaliser = torch.where(drawn, new_normaliser, normaliser)
+            done = done | drawn & self._kept(new, new_bound)
+            more_draws = self._more(output, normaliser).masked_fill(done | ~drawn, 0)
+        return output, bound, normaliser, done
+
+    def _kept(self, output: Tensor, bound: Tensor) -> Tensor:
+        tolerance = self.block.promise.tolerance
+        return (1 + tolerance) * bound <= tolerance * output.norm(dim=-1)
+
+    def estimate(self) -> tuple[Tensor, Tensor, Tensor]:
+        """o_hat (h, r, d), E (h, r) and D_hat (h, r)."""
+        centre, block = self.centre, self.block
+        rates = self.rates.clamp_min(torch.finfo(self.rates.dtype).tiny)
+        residual = self.total[..., None] * self.sums / rates[..., None]
+        log = math.log(2 / block.promise.risk)
+        radius = torch.where(self.count > 0, self.total * (log + self.spent) / rates, self.total)
+        shift = centre.shift[..., 0]
+        normaliser = centre.normaliser[..., 0] + residual[..., -1] / shift.clamp_min(
+            torch.finfo(shift.dtype).tiny
+        )
+        moved = residual[..., :-1] / normaliser[..., None]
+        output = centre.output + moved
+        bound = error_bound(radius, normaliser, moved.norm(dim=-1), shift)
+        return output, bound + block.rounding(output, centre.size), normaliser
+
+    def _more(self, output: Tensor, normaliser: Tensor) -> Tensor:
+        """How many more draws are planned, (h, r)."""
+        block = self.block
+        share = block.allowed_radius(self.centre, output) * normaliser / self.total
+        rate, square = self.rate(share)
+        needed = math.log(2 / block.promise.risk) + self.spent - self.rates * share
+        gain = (rate * share - psi(rate) * square).clamp_min(torch.finfo(share.dtype).tiny)
+        most = float(2 * block.logits.shape[-1])
+        return (needed / gain).nan_to_num(most).clamp(FEWEST_MORE, most).ceil().long()
+
+    def rate(self, share: Tensor) -> tuple[Tensor, Tensor]:
+        """lambda of the next draws, and the mean |X|^2 that is expected, by those before."""
+        count = self.count.to(share.dtype)
+        square = (self.squares + RATIO_DRAWS * USUAL_RATIO**2) / (count + RATIO_DRAWS)
+        return planned_draws(share, self.block.promise.risk, square)[1], square
+
+    def draw(self, more_draws: Tensor) -> None:
+        """Draw and read `more_draws` (h, r) keys."""
+        block, centre = self.block, self.centre
+        most = int(more_draws.max())
+        allowed = block.allowed(centre)
+        rate, _ = self.rate(allowed / self.total)
+        # A row's draws are its next numbers, whatever the rows beside it have drawn.
+        turns = torch.arange(most, device=more_draws.device)
+        numbers = block.stream.uniform(1, int((self.count + more_draws).max()))[:, block.queries, 0]
+        numbers = numbers.gather(-1, (self.count[..., None] + turns).clamp_max(numbers.shape[-1] - 1))
+        points = numbers * self.reached[..., -1:]
+        last = (centre.bounds > 0).long().cumsum(-1).argmax(-1, keepdim=True)  # of those with a bound
+        indices = torch.searchsorted(self.reached, points.contiguous(), right=True).minimum(last)
+        valid = turns < more_draws[..., None]
+        logits, values = block.look_up(indices, valid)
+        mass, guessed = (logits - centre.offset).exp(), rows_at(block.guessed, indices)
+        guessed_mass = centre.masses.gather(-1, indices)
+        away, excess = guessed - centre.output[..., None, :], mass - guessed_mass
+        residual = excess[..., None] * away + mass[..., None] * (values - guessed)
+        residual = torch.cat((residual, (excess * centre.shift)[..., None]), -1)
+        bounds = centre.bounds.gather(-1, indices).clamp_min(torch.finfo(mass.dtype).tiny)
+        x = residual / bounds[..., None] * valid[..., None]  # X, [h, r, T, d + 1]
+        square = x.square().sum((-2, -1))
+        drawn = more_draws > 0
+        self.rates = self.rates + rate * more_draws
+        self.sums = self.sums + rate[..., None] * x.sum(-2)
+        self.spent = self.spent + torch.where(drawn, psi(rate) * square, 0)
+        self.squares, self.count = self.squares + square, self.count + more_draws
+
+
+def attend_within(
+    store: TokenStore, sketch: Int8Sketch, value_sketch: ValueSketch, call: Call, promise: Promise
+) -> AttentionEstimate:
+    """The estimate of attention over all tokens of the store, within the tolerance.
+
+    Parameters
+    ----------
+    store : TokenStore
+    sketch : Int8Sketch
+    value_sketch : ValueSketch
+    call : Call
+        Of its rule nothing is used.
+    promise : Promise
+    """
+    shape = (call.rows.shape[0], call.rows.shape[1])
+    step = BLOCK_ELEMENTS // max(store.length, 1)
+    parts = [
+        (block, _Block(store, sketch, value_sketch, call, promise, block).estimate())
+        for block in blocks(shape, step)
+    ]
+    rows = _together(parts, shape, call.rows.new_empty(*shape, store.width))
+    return _estimate(store, sketch, value_sketch, call, promise, rows)
+
+
+def _together(
+    parts: list[tuple[tuple[slice, slice], BoundedRows]], shape: tuple[int, int], like: Tensor
+) -> BoundedRows:
+    """The rows of all blocks; `like` is (N, M, d)."""
+    most = max((rows.indices.shape[-1] for _, rows in parts), default=0)
+    integers = {"keys_read", "draws", "indices"}
+    columns: dict[str, Tensor] = {}
+    for name in ("bound", "log_sum_exp", "keys_read", "draws", "exact"):
+        dtype = torch.int64 if name in integers else torch.bool if name == "exact" else like.dtype
+        columns[name] = torch.zeros(shape, dtype=dtype, device=like.device)
+    columns["output"] = like
+    columns["indices"] = torch.zeros(*shape, most, dtype=torch.int64, device=like.device)
+    columns["weights"] = like.new_zeros(*shape, most)
+    for block, rows in parts:
+        for name, x in vars(rows).items():
+            columns[name][block] = F.pad(x, (0, most - x.shape[-1])) if name in ("indices", "weights") else x
+    return BoundedRows(**columns)
+
+
+def _estimate(
+    store: TokenStore,
+    sketch: Int8Sketch,
+    value_sketch: ValueSketch,
+    call: Call,
+    promise: Promise,
+    rows: BoundedRows,
+) -> AttentionEstimate:
+    row_shape = call.q.shape[:-1]
+    exact, total = int(rows.exact.sum()), rows.exact.numel()
+    fallbacks: tuple[str, ...] = ()
+    if exact:
+        fallbacks = (
+            f"{exact:,} of {total:,} rows were computed exactly: to keep tolerance={promise.tolerance:g} "
+            f"with confidence={1 - promise.risk:g} they need as many reads as there are keys.",
+        )
+    tiny = torch.finfo(rows.bound.dtype).tiny
+    relative = rows.bound / rows.output.norm(dim=-1).clamp_min(tiny)
+    draws = Draws(rows.indices, rows.weights, rows.weights, 1)
+    return AttentionEstimate(
+        output=rows.output.view(*row_shape, store.width).to(store.table.dtype),
+        num_keys=store.length,
+        degrees_of_freedom=math.inf,
+        make_draws=lambda: draws.view(row_shape),
+        make_std_error=None,
+        group=call.group,
+        info=EstimateInfo(
+            sampler=f"cache, {sketch.proposal}",
+            unbiased=False,
+            tolerance=promise.tolerance,
+            confidence=1 - promise.risk,
+            draws_per_row=rows.keys_read.view(row_shape),
+            predicted_relative_error=relative.view(row_shape),
+            fallbacks=fallbacks,
+            cache={
+                "proposal": sketch.proposal,
+                "tokens": store.length,
+                "components": sketch.rank,
+                "levels": sketch.levels,
+                "exact_keys": sketch.exact_keys.shape[1],
+                "sketch_bytes": sketch.scanned_nbytes + value_sketch.scanned_nbytes,
+                "rows_without_draws": int(((rows.draws == 0) & ~rows.exact).sum()),
+                "rows_drawn": int(((rows.draws > 0) & ~rows.exact).sum()),
+                "rows_exact": exact,
+            },
+            log_sum_exp="estimated",
+        ),
+        make_log_sum_exp=lambda: rows.log_sum_exp.view(row_shape),
+    )

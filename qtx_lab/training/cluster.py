@@ -67,8 +67,7 @@ class Cluster:
         """
         # Not client.scheduler_info(): every two seconds the client replaces what that returns by a copy
         # without workers.
-        if self.client.scheduler is None:
-            raise ConnectionError("the client has lost its scheduler")
+        self._scheduler()
         return tuple(sorted(self.client.nthreads()))
 
     @property
@@ -80,9 +79,13 @@ class Cluster:
         OSError
             If the scheduler does not answer.
         """
+        return tuple(sorted(self.client.sync(self._scheduler().ncores_running)))
+
+    def _scheduler(self) -> Any:
+        """The client's connection to the scheduler; ConnectionError where it is lost."""
         if self.client.scheduler is None:
             raise ConnectionError("the client has lost its scheduler")
-        return tuple(sorted(self.client.sync(self.client.scheduler.ncores_running)))
+        return self.client.scheduler
 
 
 @contextmanager

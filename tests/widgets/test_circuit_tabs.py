@@ -21,6 +21,7 @@ from qtx_lab.widgets.outputs import estimate_outputs
 from qtx_lab.widgets.workbench.tabs.html_parts import rows_table
 from qtx_lab.widgets.workbench.tabs.mitigate import verdict
 from qtx_lab.widgets.workbench.tasks import registry as tasks
+from qtx_lab.widgets.workbench.tasks.circuits import CircuitRows
 from qtx_lab.widgets.workbench.workbench import Workbench
 
 
@@ -148,32 +149,32 @@ def test_measurements_are_runs_that_the_dashboard_shows(tmp_path: Path) -> None:
         def __call__(self, fraction: float, text: str = "") -> None: ...
         def send(self, data: object) -> None: ...
 
-    common = {
-        "source": {"model": "reference", "text": "reference", "num_tokens": 16}, "layer": 3, "head": 0,
-        "seed": 0, "rows": [7, 15], "home": str(tmp_path),
-    }  # fmt: skip
-    circuit = CircuitSpec(device="fake_fez", shots=256, noise_scale=2).to_parameters()
+    rows = CircuitRows(
+        source={"model": "reference", "text": "reference", "num_tokens": 16}, layer=3, head=0, rows=(7, 15),
+        circuit=CircuitSpec(device="fake_fez", shots=256, noise_scale=2).to_parameters(), seed=0,
+    )  # fmt: skip
+    home = str(tmp_path)
     levels = MitigationSpec(method="zne", noise_levels=(1, 3), scaling="model").to_parameters()
-    measured = tasks.measure(Report(), circuit=circuit, **common)
-    mitigated = tasks.mitigate(Report(), circuit=circuit, mitigation=levels, **common)
+    measured = tasks.measure(Report(), rows, home)
+    mitigated = tasks.mitigate(Report(), rows, levels, home)
     assert mitigated["counts"].tolist() == measured["counts"].tolist()
     assert [way["kind"] for way in mitigated["ways"][:3]] == ["classical", "raw", "chosen"]
     by_name = {way["name"]: way["error"] for way in mitigated["ways"]}
     assert by_name["classical draws"][-1] < by_name["raw"][-1]
-    submitted = tasks.submit(Report(), circuit=circuit, **common)
+    submitted = tasks.submit(Report(), rows, home)
     records = Records(tmp_path)
-    rows = records.rows(records.listing.table, "loader", "shots", "distance").frame
-    assert sorted(rows["name"]) == sorted(["circuit", "mitigate", "hardware"] * 2)
-    assert set(rows["device"]) == {"fake_fez, noise × 2"}
-    assert sorted(rows["distance"]) == sorted(3 * measured["raw_error"])
+    shown = records.rows(records.listing.table, "loader", "shots", "distance").frame
+    assert sorted(shown["name"]) == sorted(["circuit", "mitigate", "hardware"] * 2)
+    assert set(shown["device"]) == {"fake_fez, noise × 2"}
+    assert sorted(shown["distance"]) == sorted(3 * measured["raw_error"])
     assert submitted["raw_error"] == measured["raw_error"]
-    assert (pd.to_numeric(rows["half_width"]) > 0).all()
-    logged = rows[rows["name"] == "mitigate"].sort_values("row")
+    assert (pd.to_numeric(shown["half_width"]) > 0).all()
+    logged = shown[shown["name"] == "mitigate"].sort_values("row")
     assert logged["mitigated"].tolist() == mitigated["error"]
     output = {"coordinate": 1, "loads": 2048, "keys": 4}
-    estimated = tasks.estimate(Report(), circuit=circuit, output=output, **common)
+    estimated = tasks.estimate(Report(), rows, output, home)
     assert sorted(Run.open(tmp_path / estimated["run"]).metrics()["row"].unique()) == [7, 15]
     with pytest.raises(ArgumentError, match="coordinate=32 is not allowed: there are 32"):
-        tasks.estimate(Report(), circuit=circuit, output={**output, "coordinate": 32}, **common)
+        tasks.estimate(Report(), rows, {**output, "coordinate": 32}, home)
     with pytest.raises(ArgumentError, match="there is nothing to mitigate"):
-        tasks.mitigate(Report(), circuit=circuit, mitigation=MitigationSpec().to_parameters(), **common)
+        tasks.mitigate(Report(), rows, MitigationSpec().to_parameters(), home)

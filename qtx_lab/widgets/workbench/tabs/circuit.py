@@ -17,6 +17,7 @@ from ...views.outputs import OutputsView
 from ..process import Work
 from ..tab import WorkbenchTab
 from ..tab_host import TabHost
+from ..tasks.circuits import CircuitRows
 from .circuit_code import measurement_code
 from .html_parts import field_groups, form_field, rows_table, rows_text, spaced
 from .outputs_parts import outputs_code, outputs_headline, outputs_table
@@ -204,12 +205,12 @@ class CircuitTab(WorkbenchTab):
     def row_arguments(self) -> dict[str, Any]:
         """The arguments of a task that measures the rows."""
         sample = self._sample.arguments()
-        return {
+        selection = CircuitRows(
             **{name: sample[name] for name in ("source", "layer", "head", "seed")},
-            "rows": list(self.rows),
-            "circuit": self.form.spec.to_parameters(),
-            "home": self.bench.runs_folder(),
-        }
+            rows=tuple(self.rows),
+            circuit=self.form.spec.to_parameters(),
+        )
+        return {"selection": selection, "home": self.bench.runs_folder()}
 
     def show(self, result: dict[str, Any]) -> None:
         """Show the table of the rows, and the measurement of one of them, or the estimates, in the view."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from dataclasses import replace
 from typing import Any
 
 import ipywidgets as widgets
@@ -37,10 +38,9 @@ class HardwareTab(WorkbenchTab):
 
     def arguments(self) -> dict[str, Any]:
         """The arguments of the task."""
-        return {
-            **self._circuit.row_arguments(),
-            "circuit": self.form.spec.to_parameters(),
-        }
+        arguments = self._circuit.row_arguments()
+        selection = replace(arguments["selection"], circuit=self.form.spec.to_parameters())
+        return {**arguments, "selection": selection}
 
     def fill_report(self, run: Run) -> None:
         """Nothing beside the run's own results: the table of jobs is of all runs."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -41,21 +41,64 @@ SHOWN_WAYS = 6
 """Ways to measure rows whose expected errors are shown, at most, beside the raw counts."""
 
 
+@dataclass(frozen=True)
+class CircuitRows:
+    """Some rows of a head's attention, and the circuits that measure them.
+
+    Parameters
+    ----------
+    source : mapping
+        What attention is computed from: the arguments of `load_inputs`.
+    layer, head : int
+    rows : tuple of int
+        Numbers of the rows.
+    circuit : mapping
+        The fields of a `CircuitSpec`.
+    seed : int
+        Of the shots and of the classical draws.
+    """
+
+    source: Mapping[str, Any]
+    layer: int
+    head: int
+    rows: tuple[int, ...]
+    circuit: Mapping[str, Any]
+    seed: int
+
+    @property
+    def spec(self) -> CircuitSpec:
+        """The checked spec of the circuits."""
+        return CircuitSpec(**self.circuit)
+
+    def inputs(self) -> AttentionInputs:
+        """What attention is computed from."""
+        return load_inputs(**self.source)
+
+    def probabilities(self) -> Tensor:
+        """The rows, (R, n), cut to the keys that any of them sees.
+
+        Raises
+        ------
+        ArgumentError
+            If the head has no such rows.
+        """
+        p = self.inputs().weights(self.layer, self.head)
+        bad = [row for row in self.rows if not 0 <= row < len(p)]
+        if bad or not self.rows:
+            rows = list(self.rows)
+            raise ArgumentError(f"rows={rows} is not allowed: it must be some of 0 to {len(p) - 1}.")
+        p = p[list(self.rows)]
+        return p[:, : int(p.sum(0).nonzero().amax()) + 1]
+
+
 def measure(
-    report: TaskReport,
-    source: Mapping[str, Any],
-    layer: int,
-    head: int,
-    seed: int,
-    rows: list[int],
-    circuit: Mapping[str, Any],
-    home: str | None = None,
-    run_dir: str | None = None,
+    report: TaskReport, selection: CircuitRows, home: str | None = None, run_dir: str | None = None
 ) -> dict[str, Any]:
     """Measure rows of a head's attention by circuits, part by part; `report.send` sends the result so far.
 
     Parameters
     ----------
+    selection : CircuitRows
     home : str, optional
         Folder of runs: the measurement is saved in a run of its own.
     run_dir : str, optional
@@ -73,30 +116,30 @@ def measure(
     from ....backends import CircuitSampler
 
     report(0.01, "loading the model and text")
-    spec = CircuitSpec(**circuit)
-    p = rows_of_head(load_inputs(**source), layer, head, rows)
+    spec = selection.spec
+    p = selection.probabilities()
     report(0.03, "transpiling the circuit")
     options = {"run_dir": run_dir} if spec.provider == "ibm" else {}
     backend = spec.build(**options)
     sampler = CircuitSampler(backend, hybrid_mode=spec.policy())
-    result = _measure_in_parts(report, sampler, p, rows, spec, seed, (0.1, 1.0))
+    result = _measure_in_parts(report, sampler, p, selection, (0.1, 1.0))
     if home is not None:
         result["run"] = _save_run(home, "circuit", spec, result).path.name
     return result
 
 
 def mitigate(
-    report: TaskReport,
-    source: Mapping[str, Any],
-    layer: int,
-    head: int,
-    seed: int,
-    rows: list[int],
-    circuit: Mapping[str, Any],
-    mitigation: Mapping[str, Any],
-    home: str | None = None,
+    report: TaskReport, selection: CircuitRows, mitigation: Mapping[str, Any], home: str | None = None
 ) -> dict[str, Any]:
     """Measure rows of a head's attention with and without mitigation, with the same number of shots.
+
+    Parameters
+    ----------
+    selection : CircuitRows
+    mitigation : mapping
+        The fields of a `MitigationSpec`.
+    home : str, optional
+        Folder of runs: the measurement is saved in a run of its own.
 
     Returns
     -------
@@ -110,8 +153,8 @@ def mitigate(
     from ....backends import CircuitSampler
 
     report(0.01, "loading the model and text")
-    spec, mitigation_spec = CircuitSpec(**circuit), MitigationSpec(**mitigation)
-    p = rows_of_head(load_inputs(**source), layer, head, rows)
+    spec, mitigation_spec, seed = selection.spec, MitigationSpec(**mitigation), selection.seed
+    p = selection.probabilities()
     report(0.03, "transpiling the circuit")
     backend = spec.build()
     chosen: Any = mitigation_spec.build(num_keys=p.shape[-1])
@@ -133,7 +176,7 @@ def mitigate(
         **_mitigated_result(mitigated, p, seed),
     }
     raw = CircuitSampler(backend, hybrid_mode=spec.policy())
-    result = _measure_in_parts(report, raw, p, rows, spec, seed, (0.3, 0.7), said)
+    result = _measure_in_parts(report, raw, p, selection, (0.3, 0.7), said)
     result["facts"]["mitigation"] = mitigated.diagnostics.get("mitigation", chosen.name)
     report(0.7, "rehearsing other numbers of shots")
     option = chosen if plan is None else plan.choice.option
@@ -147,22 +190,21 @@ def _measure_in_parts(
     report: TaskReport,
     sampler: CircuitSampler,
     p: Tensor,
-    rows: list[int],
-    spec: CircuitSpec,
-    seed: int,
+    selection: CircuitRows,
     progress: tuple[float, float],
     more: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Measure rows p (R, n) part by part, and send the result so far after each, together with `more`."""
     from ...measurement import NUM_PARTS, growing_parts, measure_in_parts
 
-    backend, (start, end) = sampler.backend, progress
+    backend, spec, seed, (start, end) = sampler.backend, selection.spec, selection.seed, progress
     facts = {**_circuit_facts(backend, p.shape[-1]), "device_label": device_label(spec)}
     parts = growing_parts(spec.shots, 1 if spec.provider == "ibm" else NUM_PARTS)
     report(start, f"0 of {spec.shots:,} shots a row")
     result: dict[str, Any] = {}
     for measurement in measure_in_parts(sampler.measure, p, parts, seed=seed):
-        result = {"rows": np.array(rows), **_part_result(measurement, p, facts, seed), **(more or {})}
+        part = _part_result(measurement, p, facts, seed)
+        result = {"rows": np.array(selection.rows), **part, **(more or {})}
         report.send(result)
         shots = measurement.counts.shots
         report(start + (end - start) * shots / spec.shots, f"{shots:,} of {spec.shots:,} shots a row")
@@ -313,16 +355,6 @@ def _part_result(measurement: Measurement, p: Tensor, facts: Mapping[str, Any], 
     }
 
 
-def rows_of_head(inputs: AttentionInputs, layer: int, head: int, rows: list[int]) -> Tensor:
-    """Some rows of a head's attention, (R, n), cut to the keys that any of them sees."""
-    p = inputs.weights(layer, head)
-    bad = [row for row in rows if not 0 <= row < len(p)]
-    if bad or not rows:
-        raise ArgumentError(f"rows={rows} is not allowed: it must be some of 0 to {len(p) - 1}.")
-    p = p[rows]
-    return p[:, : int(p.sum(0).nonzero().amax()) + 1]
-
-
 def plain(value: Any) -> Any:
     """The same as JSON types; what has none as text."""
     if isinstance(value, Mapping):
@@ -332,9 +364,9 @@ def plain(value: Any) -> Any:
     return value if isinstance(value, str | int | float | None) else str(value)
 
 
-def submit(report: TaskReport, home: str, **arguments: Any) -> dict[str, Any]:
+def submit(report: TaskReport, selection: CircuitRows, home: str) -> dict[str, Any]:
     """Do as `measure` in a run of its own; a job on IBM's devices is recorded there before it is sent."""
-    with Run.create(CircuitSpec(**arguments["circuit"]), "hardware", home) as run:
-        result = measure(report, run_dir=str(run.path), **arguments)
+    with Run.create(selection.spec, "hardware", home) as run:
+        result = measure(report, selection, run_dir=str(run.path))
         _log_rows(run, result)
     return {**result, "run": run.path.name}

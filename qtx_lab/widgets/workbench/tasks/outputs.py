@@ -6,31 +6,22 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from ....errors import ArgumentError
 from ....experiments.runs import Run
-from ....models.inputs import AttentionInputs
-from ....specs import CircuitSpec
 from ..process_server import TaskReport
-from .circuits import DEVICE_FACTS, device_label, plain, rows_of_head
-from .inputs import load_inputs
+from .circuits import DEVICE_FACTS, CircuitRows, device_label, plain
 
 
 def estimate(
-    report: TaskReport,
-    source: Mapping[str, Any],
-    layer: int,
-    head: int,
-    seed: int,
-    rows: list[int],
-    circuit: Mapping[str, Any],
-    output: Mapping[str, Any],
-    home: str | None = None,
+    report: TaskReport, selection: CircuitRows, output: Mapping[str, Any], home: str | None = None
 ) -> dict[str, Any]:
     """Estimate a coordinate of a head's outputs by amplitude estimation, by shots and by classical draws.
 
     Parameters
     ----------
+    selection : CircuitRows
     output : mapping
         `coordinate`, `loads` and `keys`: the fields of the form.
     home : str, optional
@@ -48,19 +39,17 @@ def estimate(
     from ...outputs import estimate_outputs
 
     report(0.01, "loading the model and text")
-    spec = CircuitSpec(**circuit)
-    inputs = load_inputs(**source)
-    p = rows_of_head(inputs, layer, head, rows)
-    v = values_of_head(inputs, layer, head, output["coordinate"])[: p.shape[-1]]
+    spec, p = selection.spec, selection.probabilities()
+    v = values_of_head(selection, output["coordinate"])[: p.shape[-1]]
     report(0.05, "transpiling the circuits")
     sampler = CircuitSampler(spec.build(), hybrid_mode=spec.policy())
-    report(0.1, f"{output['loads']:,} loads of {len(rows)} rows")
-    done = estimate_outputs(sampler, p, v, loads=output["loads"], keys=output["keys"], seed=seed)
+    report(0.1, f"{output['loads']:,} loads of {len(p)} rows")
+    done = estimate_outputs(sampler, p, v, loads=output["loads"], keys=output["keys"], seed=selection.seed)
     amplitude = done.amplitude
     facts = {name: amplitude.diagnostics[name] for name in DEVICE_FACTS if name in amplitude.diagnostics}
     result: dict[str, Any] = {
         "kind": "outputs",
-        "rows": np.array(rows),
+        "rows": np.array(selection.rows),
         "coordinate": output["coordinate"],
         "asked_loads": output["loads"],
         "exact": done.exact.tolist(),
@@ -89,14 +78,14 @@ def estimate(
     return result
 
 
-def values_of_head(inputs: AttentionInputs, layer: int, head: int, coordinate: int) -> Any:
+def values_of_head(selection: CircuitRows, coordinate: int) -> Tensor:
     """One coordinate of the values that a query head sees, (n,)."""
-    q, _, v = inputs.layer_of(layer, head)
+    q, _, v = selection.inputs().layer_of(selection.layer, selection.head)
     if coordinate >= v.shape[-1]:
         raise ArgumentError(
             f"coordinate={coordinate} is not allowed: there are {v.shape[-1]}, counted from 0."
         )
-    return v[head * v.shape[0] // q.shape[0], :, coordinate]
+    return v[selection.head * v.shape[0] // q.shape[0], :, coordinate]
 
 
 def _log_outputs(run: Run, result: Mapping[str, Any]) -> None:

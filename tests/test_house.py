@@ -106,7 +106,7 @@ def test_what_is_imported_is_declared_and_what_is_declared_is_used() -> None:
 
 
 def test_no_private_name_crosses_rooms() -> None:
-    found = []
+    problems = []
     for name, room, tree in modules():
         package = ["qtx_lab", *Path(name).parent.parts[1:]]
         imported = {}  # what a name stands for, where it was imported from another room
@@ -119,17 +119,17 @@ def test_no_private_name_crosses_rooms() -> None:
                         continue
                     imported[alias.asname or alias.name] = ".".join(full)
                     if re.match("_[^_]", alias.name):
-                        found.append(f"{name}:{node.lineno} {'.'.join(full)}")
+                        problems.append(f"{name}:{node.lineno} {'.'.join(full)}")
         for node in ast.walk(tree):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
                 source_name = imported.get(node.value.id)
                 if source_name is not None and re.match("_[^_]", node.attr):
-                    found.append(f"{name}:{node.lineno} {source_name}.{node.attr}")
-    assert found == []
+                    problems.append(f"{name}:{node.lineno} {source_name}.{node.attr}")
+    assert problems == []
 
 
 def test_abilities_are_stated_and_not_probed() -> None:
-    found = []
+    problems = []
     for name, _, tree in modules():
         if name in ADAPTERS:
             continue
@@ -139,20 +139,20 @@ def test_abilities_are_stated_and_not_probed() -> None:
             if (node.func.id, len(node.args)) not in (("getattr", 3), ("hasattr", 2)):
                 continue
             if ast.unparse(node.args[1]) not in OPTIONAL_ATTRIBUTES:
-                found.append(f"{name}:{node.lineno} {ast.unparse(node)}")
-    assert found == []
+                problems.append(f"{name}:{node.lineno} {ast.unparse(node)}")
+    assert problems == []
 
 
 def test_every_public_function_and_class_has_a_docstring() -> None:
-    found = []
+    problems = []
     for name, _, tree in modules():
         kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
         public = [node for node in tree.body if isinstance(node, kinds) and not node.name.startswith("_")]
         public = [node for node in public if "overload" not in map(ast.unparse, node.decorator_list)]
-        found += [f"{name}:{node.lineno} {node.name}" for node in public if not ast.get_docstring(node)]
+        problems += [f"{name}:{node.lineno} {node.name}" for node in public if not ast.get_docstring(node)]
         if not ast.get_docstring(tree):
-            found.append(f"{name} does not say what it holds")
-    assert found == []
+            problems.append(f"{name} does not say what it holds")
+    assert problems == []
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)

@@ -41,9 +41,9 @@ def bias_p_values(generator, repetitions=REPETITIONS, heads=1, kv_heads=1, **opt
     settings = {name: options[name] for name in ("attn_mask", "is_causal", "enable_gqa") if name in options}
     exact = gradients_of(inputs, g, sampler="exact", **settings)
     many = [x.expand(repetitions, *x.shape) for x in inputs]
-    found = gradients_of(many, g, generator=generator, **options)
+    gradients = gradients_of(many, g, generator=generator, **options)
     p_values = []
-    for x, e in zip(found, exact, strict=True):
+    for x, e in zip(gradients, exact, strict=True):
         error = x.std(0) / repetitions**0.5 + 1e-9  # the gradient of a sure key has no variance
         z = ((x.mean(0) - e) / error).abs().max()
         p_values.append(min(1.0, float(2 * stats.norm.sf(z)) * e.numel()))
@@ -160,14 +160,14 @@ def test_gradients_change_neither_the_draws_nor_the_generator(name, seed):
 def test_the_same_seed_gives_the_same_gradients(seed):
     """Also those of the extra replicate, with torch's own generator and with another."""
     *inputs, g = problem(torch.Generator().manual_seed(seed), heads=3, kv_heads=3)
-    found = []
+    repeats = []
     for _ in range(2):
         torch.manual_seed(seed)
-        found.append(gradients_of(inputs, g, num_samples=4))
+        repeats.append(gradients_of(inputs, g, num_samples=4))
         other = torch.Generator().manual_seed(seed)
-        found.append(gradients_of(inputs, g, num_samples=4, generator=other))
-    for other in found[1:]:
-        assert all(torch.equal(x, y) for x, y in zip(found[0], other, strict=True))
+        repeats.append(gradients_of(inputs, g, num_samples=4, generator=other))
+    for other in repeats[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(repeats[0], other, strict=True))
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -180,20 +180,20 @@ def test_checkpoints_draw_the_same_keys_again(name, reentrant, seed):
             x = qtx.sampled_attention(x, x, x, sampler=name, num_samples=3).output
         return x
 
-    found = []
+    runs = []
     for call in (twice, partial(checkpoint, twice, use_reentrant=reentrant)):
         torch.manual_seed(seed)
         leaf = x.clone().requires_grad_()
         output = call(leaf)
         torch.rand(3)
         output.square().sum().backward()
-        found.append((output, leaf.grad))
-    assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
+        runs.append((output, leaf.grad))
+    assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
 
 
 def test_checkpoints_with_a_generator_of_ones_own(seed):
     x = torch.randn(2, 9, 4, generator=torch.Generator().manual_seed(seed))
-    found = []
+    runs = []
     for kept in (False, True):
         g = torch.Generator().manual_seed(seed)
 
@@ -204,14 +204,14 @@ def test_checkpoints_with_a_generator_of_ones_own(seed):
         options = {"use_reentrant": False, "context_fn": partial(qtx.same_draws, g)}
         output = checkpoint(attend, leaf, **options) if kept else attend(leaf)
         output.square().sum().backward()
-        found.append((output, leaf.grad, g.get_state()))
-    assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
+        runs.append((output, leaf.grad, g.get_state()))
+    assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
 
 
 @pytest.mark.parametrize("name", ["systematic", "exact"])
 def test_autocast_changes_nothing(name, seed):
     """Inputs decide the precision: logits stay in float32, the output is in v's dtype."""
-    found = []
+    runs = []
     for enabled in (False, True):
         g = torch.Generator().manual_seed(seed)
         q, k, v = (torch.randn(2, 9, 4, generator=g, dtype=torch.bfloat16).requires_grad_() for _ in range(3))
@@ -219,8 +219,8 @@ def test_autocast_changes_nothing(name, seed):
             output = qtx.sampled_attention(q, k, v, sampler=name, num_samples=4, generator=g).output
             output.float().square().sum().backward()
         assert output.dtype == q.grad.dtype == torch.bfloat16
-        found.append((output, q.grad, k.grad, v.grad))
-    assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
+        runs.append((output, q.grad, k.grad, v.grad))
+    assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
@@ -229,13 +229,13 @@ def test_compiled_models_call_it_between_two_graphs(backend, seed):
         return qtx.sampled_attention(x.sin(), x, x, num_samples=4, generator=g).output.cos()
 
     x = torch.randn(2, 9, 4, generator=torch.Generator().manual_seed(seed))
-    found = []
+    runs = []
     for call in (model, torch.compile(model, backend=backend)):
         leaf = x.clone().requires_grad_()
         output = call(leaf, torch.Generator().manual_seed(seed))
         output.sum().backward()
-        found.append((output, leaf.grad))
-    for x, y in zip(*found, strict=True):
+        runs.append((output, leaf.grad))
+    for x, y in zip(*runs, strict=True):
         torch.testing.assert_close(x, y)
 
 
@@ -291,12 +291,12 @@ def test_rows_that_attend_to_nothing_have_no_gradient(name, generator):
 
 def test_controls_leave_the_gradient_as_it_is(seed):
     *inputs, g = problem(torch.Generator().manual_seed(seed), length=5)
-    found = [
+    runs = [
         gradients_of(inputs, g, sampler="monte-carlo", num_samples=4, control_variate=control,
                      generator=torch.Generator().manual_seed(seed))
         for control in (None, "linformer")
     ]  # fmt: skip
-    assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
+    assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
 
 
 def test_only_what_requires_a_gradient_gets_one(generator):
@@ -305,8 +305,8 @@ def test_only_what_requires_a_gradient_gets_one(generator):
         leaves = list(inputs)
         leaves[i] = x.clone().requires_grad_()
         output = qtx.sampled_attention(*leaves, num_samples=3, generator=generator).output
-        (found,) = torch.autograd.grad(output, leaves[i], g)
-        assert found.shape == x.shape
+        (gradient,) = torch.autograd.grad(output, leaves[i], g)
+        assert gradient.shape == x.shape
     assert not qtx.sampled_attention(*inputs, num_samples=3, generator=generator).output.requires_grad
 
 
@@ -346,8 +346,8 @@ def test_unbiased_for_masks_and_sinks_through_a_softcap(name, replicates, genera
     leaves, g, h = shaped(generator)
     exact = shaped_gradients(leaves, g, h, sampler="exact")
     many = [x.expand(5_000, *x.shape) for x in leaves]
-    found = shaped_gradients(many, g, h, sampler=name, replicates=replicates, generator=generator)
-    for x, e in zip(found, exact, strict=True):
+    gradients = shaped_gradients(many, g, h, sampler=name, replicates=replicates, generator=generator)
+    for x, e in zip(gradients, exact, strict=True):
         z = ((x.mean(0) - e) / (x.std(0) / 5_000**0.5 + 1e-9)).abs().max()
         assert float(2 * stats.norm.sf(z)) * e.numel() > FALSE_ALARM
 
@@ -356,8 +356,8 @@ def test_a_learned_samplers_gradients_near_the_exact_ones(generator):
     leaves, g, h = shaped(generator)
     exact = shaped_gradients(leaves, g, h, sampler="exact")
     many = [x.expand(500, *x.shape) for x in leaves]
-    found = shaped_gradients(many, g, h, sampler="learned", num_samples=64, generator=generator)
-    for x, e in zip(found, exact, strict=True):
+    gradients = shaped_gradients(many, g, h, sampler="learned", num_samples=64, generator=generator)
+    for x, e in zip(gradients, exact, strict=True):
         assert float((x.mean(0) - e).norm() / e.norm()) < 0.1
 
 
@@ -367,10 +367,10 @@ def test_a_mask_that_requires_a_gradient_gets_one_in_its_own_shape(generator):
         mask = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
         for name in ("exact", "systematic"):
             est = qtx.sampled_attention(*inputs, sampler=name, attn_mask=mask, generator=generator)
-            (found,) = torch.autograd.grad(est.output, mask, g)
-            assert found.shape == mask.shape
+            (gradient,) = torch.autograd.grad(est.output, mask, g)
+            assert gradient.shape == mask.shape
             if shape != (2, 1):  # all keys moved together leave the row as it is
-                assert bool((found != 0).any())
+                assert bool((gradient != 0).any())
 
 
 def test_a_row_without_keys_gives_its_sink_no_gradient_but_that_of_its_log_sum_exp(generator):
@@ -394,16 +394,16 @@ def test_a_row_without_keys_gives_its_sink_no_gradient_but_that_of_its_log_sum_e
 
 @pytest.mark.parametrize("name", ["systematic", "monte-carlo"])
 def test_the_same_bits_on_one_thread_and_on_two(name, seed):
-    found, threads = [], torch.get_num_threads()
+    runs, threads = [], torch.get_num_threads()
     for count in (1, 2):
         torch.set_num_threads(count)
         try:
             g = torch.Generator().manual_seed(seed)
             inputs = [torch.randn(2, 4, 300, 16, generator=g) for _ in range(3)]
-            found.append(gradients_of(inputs, torch.ones(()), sampler=name, num_samples=16, generator=g))
+            runs.append(gradients_of(inputs, torch.ones(()), sampler=name, num_samples=16, generator=g))
         finally:
             torch.set_num_threads(threads)
-    assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
+    assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
 
 
 def test_fine_tuning_the_reference_model_loses_nothing_by_sampling(soak):

@@ -157,12 +157,12 @@ def test_draws_come_near_the_exact_output(name, generator):
 
 
 def test_the_same_seed_gives_the_same_numbers(seed):
-    found = []
+    outputs = []
     for _ in range(2):
         g = torch.Generator().manual_seed(seed)
         _, ours = pair(g, settings={"num_samples": 4, "generator": g})
-        found.append(ours(*inputs(g))[0])
-    assert torch.equal(*found)
+        outputs.append(ours(*inputs(g))[0])
+    assert torch.equal(*outputs)
 
 
 def test_a_control_variate_works_with_the_causal_hint(generator):

@@ -161,8 +161,8 @@ def test_inputs_that_a_transform_leaves_alone(generator, seed):
     for name in ("systematic", "sobol", "exact"):
         attend = attention(seed, sampler=name)
         constant = attend(*inputs)
-        got = grad(lambda x, attend=attend: (x * attend(*inputs)).sum())(torch.ones(2, 2, 2).double())
-        torch.testing.assert_close(got, constant)
+        result = grad(lambda x, attend=attend: (x * attend(*inputs)).sum())(torch.ones(2, 2, 2).double())
+        torch.testing.assert_close(result, constant)
 
 
 def test_what_an_estimate_tells_outlives_the_transform(generator):
@@ -253,8 +253,8 @@ def test_exact_second_derivatives_are_those_of_attention(generator):
         return ((x @ k.mT / 3**0.5).softmax(-1) @ v).square().sum()
 
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        found = torch.autograd.functional.hessian(loss, q)
-    torch.testing.assert_close(found, torch.autograd.functional.hessian(reference, q))
+        actual = torch.autograd.functional.hessian(loss, q)
+    torch.testing.assert_close(actual, torch.autograd.functional.hessian(reference, q))
 
 
 def test_vmap_is_refused_and_says_what_to_do(generator, seed):

@@ -28,8 +28,8 @@ def test_success_matches_theory_and_draws_match_softmax(problem, generator):
     sampler = qtx.SoftmaxCircuitSampler(qtx.QiskitQuantumBackend("aer"), degree=6, tolerance=0.005)
     counts = sampler.measure(q[0], k[0], 20_000, generator=generator)
     accepted = counts.counts.sum(-1)
-    for got, p in zip(accepted.tolist(), counts.diagnostics["success_probability"].tolist(), strict=True):
-        tail = binom.cdf(got, 20_000, p), binom.sf(got - 1, 20_000, p)
+    for result, p in zip(accepted.tolist(), counts.diagnostics["success_probability"].tolist(), strict=True):
+        tail = binom.cdf(result, 20_000, p), binom.sf(result - 1, 20_000, p)
         assert min(tail) > 5e-5
     distance = total_variation(counts.counts, exact(q[0], k[0]), generator=generator)
     assert (distance.value < distance.floor_range[1] + 0.005 + 0.01).all()

@@ -11,10 +11,10 @@ from qtx_lab.bench import guarantee as bench
 @pytest.mark.parametrize("case", bench.ADVERSARIAL)
 def test_adversarial_rows_keep_the_promise(case):
     kind = bench.ADVERSARIAL[case]()
-    found = bench.keep(kind, 0.1, 0.05, 1)
-    assert found.rows == kind.rows == len(found.errors)
-    assert found.misses <= 0.05 * found.rows
-    row = bench._row(kind.name, [kind.name], 0.1, 0.05, [found], None)
+    outcome = bench.keep(kind, 0.1, 0.05, 1)
+    assert outcome.rows == kind.rows == len(outcome.errors)
+    assert outcome.misses <= 0.05 * outcome.rows
+    row = bench._row(kind.name, [kind.name], 0.1, 0.05, [outcome], None)
     assert row.passed
     assert row.details["miss low"] <= row.error <= row.details["miss high"]
     assert 0 <= row.details["share of keys"] < 1
@@ -44,13 +44,13 @@ def test_a_promise_that_is_not_kept_fails(monkeypatch):
 
 def test_vattention_gets_the_budget_that_keeps_its_own_promise(capsys):
     kind = bench.ADVERSARIAL["a sink"]()
-    found = bench.vattention(kind, 0.1, 0.05, (0.01, 0.1, 0.5))
-    assert found.rows == 4 * bench.PEER_ROWS
-    assert found.own_misses <= 0.1 * found.rows
-    assert found.budget <= median(found.keys_of_heads) <= 1
-    ours = bench._row("a sink", ["a sink"], 0.1, 0.05, [bench.keep(kind, 0.1, 0.05, 1)], found)
+    outcome = bench.vattention(kind, 0.1, 0.05, (0.01, 0.1, 0.5))
+    assert outcome.rows == 4 * bench.PEER_ROWS
+    assert outcome.own_misses <= 0.1 * outcome.rows
+    assert outcome.budget <= median(outcome.keys_of_heads) <= 1
+    ours = bench._row("a sink", ["a sink"], 0.1, 0.05, [bench.keep(kind, 0.1, 0.05, 1)], outcome)
     assert ours.ratio > 2
-    bench.print_table([bench._peer_row("a sink", 0.1, 0.05, found), ours])
+    bench.print_table([bench._peer_row("a sink", 0.1, 0.05, outcome), ours])
     output = capsys.readouterr().out
     assert "a sink, ε = 0.1, δ = 0.05" in output
     assert "vAttention" in output
@@ -59,9 +59,9 @@ def test_vattention_gets_the_budget_that_keeps_its_own_promise(capsys):
 def test_the_peers_denominator_is_read_off_its_output():
     """With a budget of all keys it is exact, and so is what is made of the marked values."""
     kind = bench.ADVERSARIAL["heavy values"]()
-    found = bench._vattention(kind, 1e-9, 0.05, 1.0)
-    assert found.own_misses == found.misses == 0
-    assert found.keys_of_heads == [1.0] * 4
+    outcome = bench._vattention(kind, 1e-9, 0.05, 1.0)
+    assert outcome.own_misses == outcome.misses == 0
+    assert outcome.keys_of_heads == [1.0] * 4
 
 
 def test_model_rows_are_the_last_of_each_layer(monkeypatch):

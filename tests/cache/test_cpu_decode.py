@@ -89,17 +89,17 @@ def test_compiled_draws_are_the_references(
     k, v = tokens(generator, n=n, features=features, width=width)
     q = 3 * torch.randn(4, rows, features, generator=generator)
     cache = qtx.SampledKVCache.build(k, v, proposal=proposal)
-    found, wanted = both(cache, monkeypatch, q, draws, seed, replicates=replicates)
-    same = found.draws.indices == wanted.draws.indices
+    actual, expected = both(cache, monkeypatch, q, draws, seed, replicates=replicates)
+    same = actual.draws.indices == expected.draws.indices
     assert same.float().mean() > 0.995
     rows_alike = same.all(-1)
     assert rows_alike.float().mean() > 0.85
-    weights = (est.draws.weights[rows_alike] for est in (found, wanted))
+    weights = (est.draws.weights[rows_alike] for est in (actual, expected))
     torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-6)
     for name in ("output", "std_error"):
-        one, other = (getattr(est, name)[rows_alike] for est in (found, wanted))
+        one, other = (getattr(est, name)[rows_alike] for est in (actual, expected))
         torch.testing.assert_close(one, other, rtol=2e-4, atol=2e-5)
-    sizes = (est.diagnostics["effective_sample_size"][rows_alike] for est in (found, wanted))
+    sizes = (est.diagnostics["effective_sample_size"][rows_alike] for est in (actual, expected))
     torch.testing.assert_close(*sizes, rtol=1e-3, atol=1e-3)
 
 
@@ -112,11 +112,11 @@ def test_adaptive_and_shared_draws_are_the_references(proposal, n, options, monk
     q = 2 * torch.randn(6, 5, 16, generator=generator)
     cache = qtx.SampledKVCache.build(k, v, proposal=proposal)
     for replicates in (1, 2):
-        found, wanted = both(cache, monkeypatch, q, 48, seed, replicates=replicates, **options)
-        same = found.draws.indices == wanted.draws.indices
+        actual, expected = both(cache, monkeypatch, q, 48, seed, replicates=replicates, **options)
+        same = actual.draws.indices == expected.draws.indices
         rows_alike = same.all(-1)
         assert rows_alike.float().mean() > 0.9
-        pairs = ((x.draws.weights, x.output, x.std_error) for x in (found, wanted))
+        pairs = ((x.draws.weights, x.output, x.std_error) for x in (actual, expected))
         for one, other in zip(*pairs, strict=True):
             torch.testing.assert_close(one[rows_alike], other[rows_alike], rtol=1e-3, atol=2e-5)
 
@@ -128,15 +128,15 @@ def test_bfloat16_is_read_as_it_is(proposal, monkeypatch, generator, seed):
     q = 2 * torch.randn(3, 4, 2, 33, generator=generator).bfloat16()
     k, v = (x.unflatten(0, (3, 2)) for x in (k, v))
     cache = qtx.SampledKVCache.build(k, v, proposal=proposal)
-    found, wanted = both(cache, monkeypatch, q, 48, seed, replicates=2)
-    assert found.output.dtype == wanted.output.dtype == torch.bfloat16
-    assert (found.draws.indices == wanted.draws.indices).float().mean() > 0.995
+    actual, expected = both(cache, monkeypatch, q, 48, seed, replicates=2)
+    assert actual.output.dtype == expected.output.dtype == torch.bfloat16
+    assert (actual.draws.indices == expected.draws.indices).float().mean() > 0.995
     single = qtx.SampledKVCache.build(k.float(), v.float(), proposal=proposal)
     whole, _ = both(single, monkeypatch, q.float(), 48, seed, replicates=2)
-    torch.testing.assert_close(found.draws.indices, whole.draws.indices)
-    torch.testing.assert_close(found.draws.weights, whole.draws.weights)
-    torch.testing.assert_close(found.output, whole.output.bfloat16())
-    torch.testing.assert_close(found.output, wanted.output, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(actual.draws.indices, whole.draws.indices)
+    torch.testing.assert_close(actual.draws.weights, whole.draws.weights)
+    torch.testing.assert_close(actual.output, whole.output.bfloat16())
+    torch.testing.assert_close(actual.output, expected.output, rtol=1e-2, atol=1e-2)
     assert cache._store.table.nbytes * 2 == single._store.table.nbytes
 
 
@@ -169,10 +169,10 @@ def test_compiled_draws_of_hard_rows(proposal, monkeypatch, generator, seed):
         (1e3 * k, 1e6 * q),
     ):
         cache = qtx.SampledKVCache.build(keys, v, proposal=proposal)
-        found, wanted = both(cache, monkeypatch, queries, 32, seed)
-        assert found.output.isfinite().all()
-        assert found.std_error.isfinite().all()
-        assert (found.draws.indices == wanted.draws.indices).float().mean() > 0.99
+        actual, expected = both(cache, monkeypatch, queries, 32, seed)
+        assert actual.output.isfinite().all()
+        assert actual.std_error.isfinite().all()
+        assert (actual.draws.indices == expected.draws.indices).float().mean() > 0.99
     cache = qtx.SampledKVCache.build(1e30 * k, v, proposal=proposal)
     with pytest.raises(qtx.ArgumentError, match="NaN or"):
         cache.attend(1e30 * q, 32)
@@ -235,10 +235,10 @@ def test_many_at_once(generator, monkeypatch):
     k, v = tokens(generator, n=20_000)
     q = torch.randn(2, 1, 16, generator=generator)
     cache = qtx.SampledKVCache.build(k, v, proposal="int4")
-    wanted = [attended(cache, q, seed) for seed in range(20)]
+    expected = [attended(cache, q, seed) for seed in range(20)]
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda seed: attended(cache, q, seed), range(20)))
-    assert all(map(torch.equal, found, wanted))
+        actual = list(pool.map(lambda seed: attended(cache, q, seed), range(20)))
+    assert all(map(torch.equal, actual, expected))
     torch.set_num_threads(1)  # OpenMP's own threads are not copied
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads
@@ -247,7 +247,7 @@ def test_many_at_once(generator, monkeypatch):
         child = context.Process(target=lambda: ends[1].send(attended(cache, q, 3).tolist()))
         child.start()
     assert ends[0].poll(60)
-    assert ends[0].recv() == wanted[3].tolist()
+    assert ends[0].recv() == expected[3].tolist()
     child.join(60)
     monkeypatch.undo()
     assert child.exitcode == 0
@@ -286,10 +286,10 @@ def test_a_processor_without_avx512_computes_the_same(soak, tmp_path, generator)
         if processor:
             assert done.stdout.split() == ["ymm"]
         results[name] = torch.load(tmp_path / f"{name}.pt")
-    for (indices, output), (wanted_indices, wanted) in zip(results["AVX2"], results["here"], strict=True):
+    for (indices, output), (wanted_indices, expected) in zip(results["AVX2"], results["here"], strict=True):
         alike = (indices == wanted_indices).all(-1)
         assert alike.float().mean() > 0.8
-        torch.testing.assert_close(output[alike], wanted[alike], rtol=2e-4, atol=2e-5)
+        torch.testing.assert_close(output[alike], expected[alike], rtol=2e-4, atol=2e-5)
 
 
 def test_few_rows_are_spread_evenly_over_threads():

@@ -155,9 +155,9 @@ def test_planned_draws_bring_the_radius_down_to_the_share():
     share = torch.tensor([0.5, 0.1, 0.01])
     for square in (0.0, 0.04, 0.5):
         draws, rate = planned_draws(share, 0.05, square)
-        found = (math.log(40) + psi(rate) * draws * square) / (rate * draws)
+        radius = (math.log(40) + psi(rate) * draws * square) / (rate * draws)
         finite = draws.isfinite()
-        torch.testing.assert_close(found[finite], share[finite])
+        torch.testing.assert_close(radius[finite], share[finite])
 
 
 # --- The promise ---

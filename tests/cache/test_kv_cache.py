@@ -145,8 +145,8 @@ def test_sketches_are_near_the_logits(proposal, generator):
         k[:, :450], v[:, :450], proposal=proposal, rank=8 if proposal == "low-rank" else None
     )
     cache.append(k[:, 450:], v[:, 450:])
-    found, logits = cache.scores(q), q @ k.mT / 4
-    error = (found - logits) - (found - logits).mean(-1, keepdim=True)
+    scores, logits = cache.scores(q), q @ k.mT / 4
+    error = (scores - logits) - (scores - logits).mean(-1, keepdim=True)
     relative = error.std() / (logits - logits.mean(-1, keepdim=True)).std()
     assert relative < {"exact": 1e-5, "low-rank": 0.4, "int8": 0.02, "int4": 0.12, "mixed": 0.4}[proposal]
 
@@ -183,8 +183,8 @@ def test_appended_tokens_are_attended_to(proposal, generator):
         cache.append(k[:, start : start + size], v[:, start : start + size])
         start += size
     assert len(cache) == start == 1500
-    for found, wanted in zip(cache.tokens(), (k, v), strict=True):
-        assert torch.equal(found, wanted)
+    for actual, expected in zip(cache.tokens(), (k, v), strict=True):
+        assert torch.equal(actual, expected)
     est = cache.attend(q, num_samples=100_000, generator=generator)
     torch.testing.assert_close(est.output, exact(q, k, v), atol=2e-5, rtol=1e-4)
     assert est.attention_weights().shape == (4, 2, 1500)
@@ -241,8 +241,8 @@ def test_cropped_tokens_are_forgotten(proposal, length, generator):
     cache.crop(length + 20)
     left = [torch.cat((x[:, :length], x[:, :20]), 1) for x in (k, v)]
     assert len(cache) == length + 20
-    for found, wanted in zip(cache.tokens(), left, strict=True):
-        assert torch.equal(found, wanted)
+    for actual, expected in zip(cache.tokens(), left, strict=True):
+        assert torch.equal(actual, expected)
     store = cache._store
     assert torch.equal(store.places().sort().values, torch.arange(length + 20).expand(2, -1))
     torch.testing.assert_close(store.value_sums[0, :, 0], left[1].double().sum(1), atol=1e-9, rtol=1e-9)
@@ -263,9 +263,9 @@ def test_tokens_that_come_and_go_leave_no_trace(proposal, length, generator):
     cache.crop(length)
     for c in (cache, other):
         c.append(k[:, :2], v[:, :2])
-    found, wanted = (c.attend(q, 16, generator=torch.Generator().manual_seed(0)) for c in (cache, other))
-    assert torch.equal(found.output, wanted.output)
-    torch.testing.assert_close(found.std_error, wanted.std_error)
+    actual, expected = (c.attend(q, 16, generator=torch.Generator().manual_seed(0)) for c in (cache, other))
+    assert torch.equal(actual.output, expected.output)
+    torch.testing.assert_close(actual.std_error, expected.std_error)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -277,10 +277,10 @@ def test_the_newest_tokens_attend_exactly(dtype, generator):
     wide = [x.double() for x in (q, k, v)]
     expected = F.scaled_dot_product_attention(*wide, is_causal=True, scale=0.3, enable_gqa=True)
     for positions in (1, 2, 10, 100):
-        found = cache.attend_exactly(q[:, :, -positions:], scale=0.3)
-        assert found.dtype == dtype
+        actual = cache.attend_exactly(q[:, :, -positions:], scale=0.3)
+        assert actual.dtype == dtype
         limit = {"atol": 2e-2, "rtol": 2e-2} if dtype == torch.bfloat16 else {"atol": 1e-5, "rtol": 1e-5}
-        torch.testing.assert_close(found.double(), expected[:, :, -positions:], **limit)
+        torch.testing.assert_close(actual.double(), expected[:, :, -positions:], **limit)
     with pytest.raises(qtx.ShapeError, match="q has 0 positions; there must be 1 to 100"):
         cache.attend_exactly(q[:, :, :0])
     with pytest.raises(qtx.ArgumentError, match="return_log_sum_exp=1 must be True or False"):
@@ -326,9 +326,9 @@ def test_sequences_are_selected_as_if_built_anew(proposal, generator):
     anew = qtx.SampledKVCache.build(k[index], v[index], proposal=proposal)
     for c in (cache, anew):
         c.append(k[index, :, :5], v[index, :, :5])
-    found, wanted = (c.attend(q, 16, generator=torch.Generator().manual_seed(0)) for c in (cache, anew))
-    assert torch.equal(found.output, wanted.output)
-    assert torch.equal(found.std_error, wanted.std_error)
+    actual, expected = (c.attend(q, 16, generator=torch.Generator().manual_seed(0)) for c in (cache, anew))
+    assert torch.equal(actual.output, expected.output)
+    assert torch.equal(actual.std_error, expected.std_error)
     assert len(copied) == 700
     assert copied.attend(q[:3], 16, generator=generator).output.shape == (3, 4, 2, 12)
 
@@ -442,9 +442,9 @@ def test_the_same_draws_again_from_disk(proposal, generator, tmp_path, seed):
     other = qtx.SampledKVCache.load(tmp_path / "cache.safetensors")
     q = torch.randn(4, 2, 16, generator=generator)
     for _ in range(2):
-        found = [c.attend(q, 16, generator=torch.Generator().manual_seed(seed)) for c in (cache, other)]
-        assert torch.equal(found[0].output, found[1].output)
-        assert torch.equal(found[0].std_error, found[1].std_error)
+        estimates = [c.attend(q, 16, generator=torch.Generator().manual_seed(seed)) for c in (cache, other)]
+        assert torch.equal(estimates[0].output, estimates[1].output)
+        assert torch.equal(estimates[0].std_error, estimates[1].std_error)
         for c in (cache, other):
             c.append(k, v)
 
@@ -556,15 +556,15 @@ def test_errors_on_the_models_own_keys(generator):
     for q, k, v in model.attention_inputs(text[None]):
         seen, asked = q[0, :, :-64], q[0, :, -64:]
         o = exact(asked, k[0], v[0])
-        for name, found in squares.items():
+        for name, of_tokens in squares.items():
             if name == "monte-carlo":
                 options = {"sampler": name, "num_samples": 128, "enable_gqa": True}
                 est = qtx.sampled_attention(asked, k[0], v[0], generator=generator, **options)
             else:
                 cache = qtx.SampledKVCache.build(k[0], v[0], proposal=name, queries=seen)
                 est = cache.attend(asked, num_samples=128, generator=generator)
-            found.append((est.output - o).square().sum() / o.square().sum())
-    error = {name: float(torch.stack(found).mean().sqrt()) for name, found in squares.items()}
+            of_tokens.append((est.output - o).square().sum() / o.square().sum())
+    error = {name: float(torch.stack(of_tokens).mean().sqrt()) for name, of_tokens in squares.items()}
     assert error["int4"] < 1.1 * error["exact"]
     assert error["low-rank"] < 1.15 * error["exact"]
     assert error["exact"] < 0.4 * error["monte-carlo"]
@@ -586,9 +586,9 @@ def test_modes_of_the_caller_do_not_matter(proposal, generator):
         cache.append(k[:, :1], v[:, :1])
         return first.output, error, scores, cache.attend(q, num_samples=32, generator=g).output
 
-    wanted = used(contextlib.nullcontext)
+    expected = used(contextlib.nullcontext)
     for mode in (torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)):
-        for a, b in zip(used(mode), wanted, strict=True):
+        for a, b in zip(used(mode), expected, strict=True):
             assert a.dtype == b.dtype
             assert torch.equal(a, b)
 
@@ -607,15 +607,15 @@ def test_torchs_defaults_do_not_matter(generator):
     k, v = tokens(generator)
     q = torch.randn(2, 1, 16, generator=generator)
     cache = qtx.SampledKVCache.build(k, v, proposal="int4")
-    wanted = attended(cache, q, 0)
+    expected = attended(cache, q, 0)
     torch.set_default_dtype(torch.float64)
     try:
         with torch.device("meta"):
-            found = attended(cache, q, 0)
+            actual = attended(cache, q, 0)
     finally:
         torch.set_default_dtype(torch.float32)
-    assert found.dtype == torch.float32
-    assert torch.equal(found, wanted)
+    assert actual.dtype == torch.float32
+    assert torch.equal(actual, expected)
 
 
 def attended(cache, q, seed):

@@ -67,8 +67,8 @@ def test_shift_rules_give_the_derivative(n, layout, generator):
     assert (two - exact).abs().max() > 0.01
     exact = finite_differences(lambda a: weights @ rotate(x, a, layout), angles)
     for rule in (TWO_TERMS, FOUR_TERMS):
-        got = shifted_gradient(lambda a: rotate(x, a, layout), angles, weights, rule, shared=True)
-        assert torch.allclose(got, exact, atol=1e-8)
+        result = shifted_gradient(lambda a: rotate(x, a, layout), angles, weights, rule, shared=True)
+        assert torch.allclose(result, exact, atol=1e-8)
 
 
 @pytest.mark.statistical

@@ -74,9 +74,9 @@ def test_the_weight_of_one_control_is_that_of_least_variance():
     for variance_weights in (None, lambda p: p * (1 - p).square()):
         a = (p if variance_weights is None else variance_weights(p)) * s
         for x in surrogates:
-            got = row_weights(RowVariance(log_p, value_spread(v), variance_weights), [x])[0]
+            result = row_weights(RowVariance(log_p, value_spread(v), variance_weights), [x])[0]
             best = (a * x / p).sum(-1) / (a * (x / p).square()).sum(-1)
-            assert torch.allclose(got, best.clamp_max(1))
+            assert torch.allclose(result, best.clamp_max(1))
 
 
 def test_the_mixture_is_nearly_the_best_that_there_is():
@@ -93,8 +93,8 @@ def test_the_scale_of_values_does_not_matter(size):
     """As long as squares stay inside float64; `AttentionProblem.unit` sees to that."""
     log_p, v, surrogates = rows("diffuse")
     expected = row_weights(RowVariance(log_p, value_spread(v)), surrogates)
-    got = row_weights(RowVariance(log_p, value_spread(size * v)), surrogates)
-    assert torch.allclose(got, expected, atol=1e-9)
+    actual = row_weights(RowVariance(log_p, value_spread(size * v)), surrogates)
+    assert torch.allclose(actual, expected, atol=1e-9)
 
 
 def test_values_that_are_all_alike_leave_nothing_to_weigh():
@@ -109,12 +109,12 @@ def test_later_keys_change_no_causal_weight():
     log_p, v, surrogates = rows("diffuse", causal=True)
     other = torch.cat((v[:, :41], 5 - 3 * v[:, 41:]), 1)
     expected = row_weights(RowVariance(log_p, value_spread(v)), surrogates)
-    got = row_weights(RowVariance(log_p, value_spread(other)), surrogates)
-    assert torch.allclose(got[..., :4], expected[..., :4], atol=1e-12)
-    assert not torch.allclose(got[..., 4:], expected[..., 4:], atol=1e-3)
+    actual = row_weights(RowVariance(log_p, value_spread(other)), surrogates)
+    assert torch.allclose(actual[..., :4], expected[..., :4], atol=1e-12)
+    assert not torch.allclose(actual[..., 4:], expected[..., 4:], atol=1e-3)
     fewer = [x[..., :41] for x in surrogates]
-    got = row_weights(RowVariance(log_p[..., :41], value_spread(v[:, :41])), fewer)
-    assert torch.allclose(got[..., :4], expected[..., :4], atol=1e-12)
+    actual = row_weights(RowVariance(log_p[..., :41], value_spread(v[:, :41])), fewer)
+    assert torch.allclose(actual[..., :4], expected[..., :4], atol=1e-12)
 
 
 def test_a_control_that_is_the_row_itself_gets_all_the_weight(generator):

@@ -105,8 +105,8 @@ def test_later_keys_change_no_causal_surrogate(control, size):
 
     expected = surrogate(k, v, 400)
     for n in (400, 290, 150):
-        for got, want in zip(surrogate(other_k, other_v, n), expected, strict=True):
-            assert torch.allclose(got, want, atol=1e-12)
+        for actual, want in zip(surrogate(other_k, other_v, n), expected, strict=True):
+            assert torch.allclose(actual, want, atol=1e-12)
 
 
 def test_a_causal_row_has_half_to_all_of_the_landmarks():

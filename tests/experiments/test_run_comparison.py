@@ -103,9 +103,10 @@ def test_metrics_are_compared_by_what_they_are_declared_to_be(tmp_path) -> None:
     two.log_many(rows)
     two.update(results={"error": 0.5 + 2**-53, "speed": 7.0})
     one.update(results={"speed": 5.0})
-    found = {difference.name: difference for difference in compare_runs(one, two).metrics}
-    assert set(found) == {"loss", "results.speed", "results.error"}  # the last bit of a number counts
-    assert (found["loss"].row, found["loss"].within, found["loss"].half_width) == (2, False, None)
+    differences = {difference.name: difference for difference in compare_runs(one, two).metrics}
+    assert set(differences) == {"loss", "results.speed", "results.error"}  # the last bit of a number counts
+    difference = differences["loss"]
+    assert (difference.row, difference.within, difference.half_width) == (2, False, None)
     two.declare("speed", unit="tokens/s", timing=True)
     two.declare("loss", half_width="half_width")
     comparison = compare_runs(one, two)
@@ -142,12 +143,12 @@ def test_texts_lists_tables_and_long_integers_are_compared(tmp_path) -> None:
     two.declare("speed", timing=True)
     (two.path / "metrics.parquet").unlink()
     two.log_many([{"count": 2**53, "name": "x", "good": True}, {"count": 1, "name": "y", "good": False}])
-    found = {
+    differences = {
         difference.name: (difference.row, difference.a, difference.b)
         for difference in compare_runs(one, two).metrics
     }
-    assert found.pop("results.list")[0] is None
-    assert found == {
+    assert differences.pop("results.list")[0] is None
+    assert differences == {
         "results.whole": (None, 2**60, 2**60 + 1),
         "results.pick": (None, "head-tail", "sobol"),
         "results.zero": (None, 0.0, -0.0),

@@ -113,8 +113,8 @@ def test_it_finds_the_best_sampler_and_draws_of_the_reference_model(soak) -> Non
     for seed in range(20):
         runs_made = 0
         best = best_of(find_best(measure, grid, trials=20, repeats=repeats, seed=seed))
-        found = mean[best.combination["sampler"], best.combination["draws"]]
-        misses += found > min(mean.values()) + best.half_width
+        mean_of_best = mean[best.combination["sampler"], best.combination["draws"]]
+        misses += mean_of_best > min(mean.values()) + best.half_width
         assert runs_made <= len(errors) / 4
     assert misses <= 3
 

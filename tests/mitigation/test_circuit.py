@@ -50,9 +50,9 @@ def test_the_projection_by_variances_is_the_nearest_distribution(generator):
     support = torch.tensor(
         [[True] * 6, [True] * 3 + [False] * 3, [False, True] * 3, [True] + [False] * 5, [True] * 6]
     )
-    got = qtx.project_to_simplex(x, support, variance)
-    assert (got[~support] == 0).all()
-    torch.testing.assert_close(got[4], qtx.project_to_simplex(x[4]))
+    result = qtx.project_to_simplex(x, support, variance)
+    assert (result[~support] == 0).all()
+    torch.testing.assert_close(result[4], qtx.project_to_simplex(x[4]))
     for row in range(4):
         keys = support[row].nonzero()[:, 0]
         y, weight = x[row, keys].numpy(), 1 / variance[row, keys].numpy()
@@ -63,7 +63,7 @@ def test_the_projection_by_variances_is_the_nearest_distribution(generator):
             constraints={"type": "eq", "fun": lambda z: z.sum() - 1},
             options={"ftol": 1e-14, "maxiter": 1000},
         )
-        assert np.allclose(got[row, keys].numpy(), nearest.x, atol=1e-4)
+        assert np.allclose(result[row, keys].numpy(), nearest.x, atol=1e-4)
     assert not qtx.project_to_simplex(x, torch.zeros_like(support), variance).any()
     for bad in (variance - 1, variance * torch.inf):
         with pytest.raises(qtx.ArgumentError, match="variance"):
@@ -77,9 +77,9 @@ def test_the_projection_is_the_nearest_distribution(generator):
     support = torch.tensor(
         [[True] * 6, [True] * 3 + [False] * 3, [False, True] * 3, [True] + [False] * 5, [False] * 6]
     )
-    got = qtx.project_to_simplex(x, support)
-    assert (got[4] == 0).all()
-    assert (got[~support] == 0).all()
+    result = qtx.project_to_simplex(x, support)
+    assert (result[4] == 0).all()
+    assert (result[~support] == 0).all()
     for row in range(4):
         keys = support[row].nonzero()[:, 0]
         y = x[row, keys].numpy()
@@ -91,7 +91,7 @@ def test_the_projection_is_the_nearest_distribution(generator):
             constraints={"type": "eq", "fun": lambda z: z.sum() - 1},
             options={"ftol": 1e-14},
         )
-        assert np.allclose(got[row, keys], nearest.x, atol=1e-6)
+        assert np.allclose(result[row, keys], nearest.x, atol=1e-6)
     p = rows(5, 6, generator)
     assert torch.allclose(qtx.project_to_simplex(p), p, atol=1e-15)
     assert ((qtx.project_to_simplex(x) - p).norm(dim=-1) <= (x - p).norm(dim=-1)).all()
@@ -108,13 +108,13 @@ def test_undoing_readout_agrees_with_mthree(generator):
     counts = torch.randint(1, 1000, (4, 8), generator=generator)
     mitigation = mthree.M3Mitigation(None)
     mitigation.cals_from_matrices([e.T.numpy() for e in errors])  # its columns are the true values
-    got = undo_readout(counts / counts.sum(-1, keepdim=True).double(), errors)
+    result = undo_readout(counts / counts.sum(-1, keepdim=True).double(), errors)
     for row in range(4):
         theirs = mitigation.apply_correction(
             {f"{v:03b}": int(c) for v, c in enumerate(counts[row])}, [0, 1, 2], method="direct"
         )
         assert np.allclose(
-            got[row], [theirs[f"{v:03b}"] for v in range(8)], atol=1e-6
+            result[row], [theirs[f"{v:03b}"] for v in range(8)], atol=1e-6
         )  # mthree computes in float32
 
 
@@ -122,11 +122,11 @@ def test_undoing_readout_agrees_with_mthree(generator):
 def test_readout_of_counts_is_undone_as_that_of_shares(dtype):
     errors = torch.tensor([[[0.875, 0.125], [0.25, 0.75]]] * 2, dtype=torch.float64)
     counts = torch.tensor([[500, 200, 150, 150], [0, 0, 0, 0]], dtype=dtype)
-    got = undo_readout(counts, errors)
-    assert got.dtype == torch.float64
-    torch.testing.assert_close(got, undo_readout(counts.double(), errors))
-    torch.testing.assert_close(got.sum(-1), torch.tensor([1000.0, 0.0], dtype=torch.float64))
-    torch.testing.assert_close(undo_readout(counts[0], errors.numpy()), got[0])
+    result = undo_readout(counts, errors)
+    assert result.dtype == torch.float64
+    torch.testing.assert_close(result, undo_readout(counts.double(), errors))
+    torch.testing.assert_close(result.sum(-1), torch.tensor([1000.0, 0.0], dtype=torch.float64))
+    torch.testing.assert_close(undo_readout(counts[0], errors.numpy()), result[0])
     assert undo_readout(counts.float(), errors.float()).dtype == torch.float32
 
 
@@ -158,11 +158,11 @@ def test_a_level_that_is_measured_twice_counts_twice(generator):
     """Replicates of a level have shots of their own, and their results are independent."""
     p = rows(3, 8, generator)
     option = qtx.CircuitMitigation(ZNE([1, 1, 3], "linear"), readout=True)
-    got = option.sample_rows(twin(), p, 9_000, generator=generator)
-    assert set(got.diagnostics["shots_by_level"]) == {1.0, 3.0}
-    assert sum(got.diagnostics["shots_by_level"].values()) == 9_000
-    assert got.diagnostics["attained_levels"] == (1.0, 1.0, 3.0)
-    assert (got.counts.sum(-1) + got.discarded == 9_000).all()
+    result = option.sample_rows(twin(), p, 9_000, generator=generator)
+    assert set(result.diagnostics["shots_by_level"]) == {1.0, 3.0}
+    assert sum(result.diagnostics["shots_by_level"].values()) == 9_000
+    assert result.diagnostics["attained_levels"] == (1.0, 1.0, 3.0)
+    assert (result.counts.sum(-1) + result.discarded == 9_000).all()
 
 
 def test_readout_errors_alone_are_undone_exactly(generator):
@@ -233,8 +233,8 @@ def test_mitigated_rows_are_nearer(option, generator):
     backend = twin()
     shots = 200_000
     raw = backend.sample_rows(p, shots, generator=generator)
-    got = option.sample_rows(backend, p, shots, generator=generator)
-    estimate = got.probabilities()
+    result = option.sample_rows(backend, p, shots, generator=generator)
+    estimate = result.probabilities()
     assert (estimate >= 0).all()
     assert torch.allclose(estimate.sum(-1), torch.ones(6, dtype=torch.float64))
     assert (estimate[p == 0] == 0).all()
@@ -242,9 +242,9 @@ def test_mitigated_rows_are_nearer(option, generator):
         total_variation_distance(estimate, p).mean()
         < 0.8 * total_variation_distance(raw.probabilities(), p).mean()
     )
-    assert (got.counts.sum(-1) + got.discarded == shots).all()
-    assert (got.discarded > 0).all()
-    assert (got.classical.counts.sum(-1) == shots).all()
+    assert (result.counts.sum(-1) + result.discarded == shots).all()
+    assert (result.discarded > 0).all()
+    assert (result.classical.counts.sum(-1) == shots).all()
     first, second = (
         option.sample_rows(backend, p, shots, generator=torch.Generator().manual_seed(5)) for _ in range(2)
     )
@@ -264,7 +264,7 @@ def test_error_bars_of_rows_cover(name, generator):
         "aer", noise=qtx.ParametricNoise(two_qubit=0.02, readout=0.02), loader="tree"
     )
     p = 0.5 / 8 + 0.5 * rows(64, 8, generator)  # away from the simplex's edge
-    got = option.sample_rows(backend, p, 4000, generator=generator)
+    result = option.sample_rows(backend, p, 4000, generator=generator)
     if name.startswith("pec"):  # it is unbiased for this noise
         centre = p
     elif name == "shared":  # its decays differ from repetition to repetition
@@ -275,7 +275,7 @@ def test_error_bars_of_rows_cover(name, generator):
         rehearsal = Rehearsal(backend, p, readout_errors)
         counts = [LIMIT_SHOTS * x for x in rehearsal.outcomes(option)]
         centre = option.combine_results(backend, p, counts, rehearsal.readout_errors(option)).p
-    covered = ((got.estimate - centre).abs() < 1.96 * got.std_error).double().mean()
+    covered = ((result.estimate - centre).abs() < 1.96 * result.std_error).double().mean()
     assert abs(covered - 0.95) < 0.03
 
 
@@ -286,11 +286,11 @@ def test_error_bars_of_few_shots_know_that_an_unseen_key_is_possible(loader, rea
     p = rows(128, 16, torch.Generator().manual_seed(0))
     noise = qtx.ParametricNoise(readout=0.02 if readout else 0.0)
     backend = qtx.QiskitQuantumBackend("aer", noise=noise, loader=loader)
-    got = qtx.CircuitMitigation(readout=readout).sample_rows(
+    result = qtx.CircuitMitigation(readout=readout).sample_rows(
         backend, p, 30, generator=torch.Generator().manual_seed(1)
     )
-    assert (got.std_error > 0).all()
-    assert ((got.estimate - p).abs() > 1.96 * got.std_error).double().mean() < 0.08
+    assert (result.std_error > 0).all()
+    assert ((result.estimate - p).abs() > 1.96 * result.std_error).double().mean() < 0.08
 
 
 @pytest.mark.statistical
@@ -342,13 +342,13 @@ def test_pec_is_unbiased_for_pauli_noise_at_the_stated_overhead(generator):
     backend = qtx.QiskitQuantumBackend("aer", noise=noise, loader="tree")
     p = rows(1, 4, generator).expand(24, 4)
     pec = qtx.ProbabilisticErrorCancellation(512)
-    got = pec.sample_rows(backend, p, 8192, generator=generator)
-    mean, error = got.estimate.mean(0), got.std_error.square().mean(0).sqrt() / 24**0.5
+    result = pec.sample_rows(backend, p, 8192, generator=generator)
+    mean, error = result.estimate.mean(0), result.std_error.square().mean(0).sqrt() / 24**0.5
     assert ((mean - p[0]).abs() < 4 * error).all()
     raw = backend.sample_rows(p, 8192, generator=generator).probabilities().mean(0)
     assert (raw - p[0]).abs().max() > 10 * error.max()
-    assert got.diagnostics["overhead"] == pytest.approx(pec.overhead(backend, 4))
-    spread = got.estimate.var(0).mean() / (p[0] * (1 - p[0]) / 8192).mean()
+    assert result.diagnostics["overhead"] == pytest.approx(pec.overhead(backend, 4))
+    spread = result.estimate.var(0).mean() / (p[0] * (1 - p[0]) / 8192).mean()
     assert 0.5 < spread / pec.overhead(backend, 4) < 1.6
     with pytest.raises(qtx.ArgumentError, match="before its end"):
         pec.overhead(twin("dynamic"), 4)
@@ -359,14 +359,14 @@ def test_pec_says_nothing_of_rows_whose_signs_cancel(generator):
     backend = qtx.QiskitQuantumBackend("aer", noise=qtx.ParametricNoise(two_qubit=0.3), loader="tree")
     p = rows(200, 8, generator)
     with pytest.warns(qtx.FallbackWarning, match="cancel"):
-        got = qtx.CircuitSampler(backend, mitigation=qtx.ProbabilisticErrorCancellation()).measure(
+        result = qtx.CircuitSampler(backend, mitigation=qtx.ProbabilisticErrorCancellation()).measure(
             p, 256, generator=generator
         )
-    unknown = got.std_error.isnan().any(-1)
+    unknown = result.std_error.isnan().any(-1)
     assert 0 < int(unknown.sum()) < 200
-    assert got.estimate[unknown].eq(0).all()
-    assert torch.allclose(got.estimate[~unknown].sum(-1), torch.ones((), dtype=torch.float64))
-    assert any("cancel" in fallback for fallback in got.diagnostics["fallbacks"])
+    assert result.estimate[unknown].eq(0).all()
+    assert torch.allclose(result.estimate[~unknown].sum(-1), torch.ones((), dtype=torch.float64))
+    assert any("cancel" in fallback for fallback in result.diagnostics["fallbacks"])
 
 
 def test_pec_works_out_how_many_draws_a_precision_needs(generator):
@@ -377,11 +377,11 @@ def test_pec_works_out_how_many_draws_a_precision_needs(generator):
         pec = qtx.ProbabilisticErrorCancellation(precision=precision)
         needed = pec.count_instances(backend, 8, 100_000)
         assert needed == np.ceil(pec.overhead(backend, 8) / precision**2)
-        got = pec.sample_rows(backend, p, needed, generator=generator)
-        assert got.diagnostics["instances"] == needed
-        assert got.diagnostics["precision"] == precision
-        assert float(got.std_error.max()) <= precision
-        assert got.diagnostics["mass"].tolist() == pytest.approx([1, 1, 1], abs=0.2)
+        result = pec.sample_rows(backend, p, needed, generator=generator)
+        assert result.diagnostics["instances"] == needed
+        assert result.diagnostics["precision"] == precision
+        assert float(result.std_error.max()) <= precision
+        assert result.diagnostics["mass"].tolist() == pytest.approx([1, 1, 1], abs=0.2)
         with pytest.raises(qtx.ArgumentError, match=rf"precision={precision} needs {needed:,} shots"):
             pec.sample_rows(backend, p, needed - 1, generator=generator)
     counted = [
@@ -415,10 +415,10 @@ def test_pec_flags_rows_that_lost_their_mass():
     counts = torch.tensor([[5, 5]]).expand(2000, 2)
     signs = torch.ones(2000, dtype=torch.float64)
     signs[1000:1400] = -1  # of the second row: its sum is .2
-    got = pec.combine_instances(backend, p, counts, signs, None)
-    assert got.mass.tolist() == pytest.approx([1, 0.2])
-    assert len(got.fallbacks) == 1
-    assert "1 of 2 rows sum to less than 0.5" in got.fallbacks[0]
+    result = pec.combine_instances(backend, p, counts, signs, None)
+    assert result.mass.tolist() == pytest.approx([1, 0.2])
+    assert len(result.fallbacks) == 1
+    assert "1 of 2 rows sum to less than 0.5" in result.fallbacks[0]
 
 
 @pytest.mark.parametrize(
@@ -476,8 +476,8 @@ def test_a_warning_says_from_how_many_shots_a_mitigation_pays(generator):
     """At that number it is about as good as raw counts; replicates of the same rows are rehearsed once."""
     backend, option, p = twin(), qtx.CircuitMitigation(ZNE([1, 2, 3])), synthetic_rows(3)
     with pytest.warns(qtx.FallbackWarning, match="do not pay for the mitigation 'readout, richardson 1 2 3"):
-        got = option.sample_rows(backend, p, 2000, generator=generator)
-    assert got.diagnostics["expected_error"] > got.diagnostics["expected_raw_error"]
+        actual = option.sample_rows(backend, p, 2000, generator=generator)
+    assert actual.diagnostics["expected_error"] > actual.diagnostics["expected_raw_error"]
     expected = option.expect(backend, p, 2000)
     assert option.expect(backend, p, 2000) is expected
     enough = int(expected.warning.split("about ")[1].split(" shots")[0].replace(",", ""))
@@ -524,10 +524,10 @@ def test_two_copies_measure_the_square_of_a_mixed_state(generator):
 def test_rows_of_zeros_and_of_a_single_key(generator):
     p = torch.tensor([[0.0, 0.0, 0.0], [0.2, 0.3, 0.5], [0.0, 1.0, 0.0]])
     for option in (RICHARDSON, OPTIONS["shared"], OPTIONS["pec"]):
-        got = option.sample_rows(twin(), p, 5000, generator=generator)
-        assert got.probabilities()[0].eq(0).all()
-        assert got.discarded[0] == 0
-        assert got.probabilities()[2].tolist() == [0, 1, 0]
+        result = option.sample_rows(twin(), p, 5000, generator=generator)
+        assert result.probabilities()[0].eq(0).all()
+        assert result.discarded[0] == 0
+        assert result.probabilities()[2].tolist() == [0, 1, 0]
         empty = option.sample_rows(twin(), p[:1], 5000, generator=generator)
         assert empty.probabilities().eq(0).all()
 
@@ -616,8 +616,8 @@ def test_a_level_of_0_warns(generator):
     option = qtx.CircuitMitigation(ZNE([0, 1]), scaling="model")
     p = rows(2, 4, generator)
     with pytest.warns(qtx.FallbackWarning, match="the answer itself"):
-        got = option.sample_rows(twin(), p, 100_000, generator=generator)
-    assert total_variation_distance(got.probabilities(), p).max() < 0.01
+        result = option.sample_rows(twin(), p, 100_000, generator=generator)
+    assert total_variation_distance(result.probabilities(), p).max() < 0.01
 
 
 def test_a_row_whose_shots_are_all_discarded_is_zero():

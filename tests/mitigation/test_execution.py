@@ -50,9 +50,9 @@ EXACT = float(np.real(Statevector(circuit_of_pairs()).expectation_value(SparsePa
 def test_results_are_of_the_kind_that_the_executor_returns(wrap, kind):
     circuit = circuit_of_pairs()
     zne = qtx.ZeroNoiseExtrapolation([1, 2, 3], "exponential")
-    got = execute_with_zne(circuit, lambda x: wrap(z_of_first(x)), zne=zne, how="two-qubit")
-    assert isinstance(got, kind)
-    first = float(got if kind is float else got[0])
+    result = execute_with_zne(circuit, lambda x: wrap(z_of_first(x)), zne=zne, how="two-qubit")
+    assert isinstance(result, kind)
+    first = float(result if kind is float else result[0])
     assert first == pytest.approx(EXACT, abs=1e-9)
     line = execute_with_zne(circuit, lambda x: wrap(z_of_first(x)))
     noisy = z_of_first(circuit)
@@ -91,9 +91,9 @@ def test_an_observable_is_measured_in_the_bases_that_it_needs(terms):
 def test_plain_floats_of_attention_are_extrapolated():
     """`mitigate_attention_errors` returns what the user's function returns."""
     zne = qtx.ZeroNoiseExtrapolation([0.1, 0.2])
-    got = zne.mitigate_attention_errors(lambda q, k, v, noise_level: 1 - noise_level, None, None, None)
-    assert isinstance(got, float)
-    assert got == pytest.approx(1)
+    result = zne.mitigate_attention_errors(lambda q, k, v, noise_level: 1 - noise_level, None, None, None)
+    assert isinstance(result, float)
+    assert result == pytest.approx(1)
     array = zne.mitigate_attention_errors(
         lambda q, k, v, noise_level: np.ones(3) * noise_level, None, None, None
     )

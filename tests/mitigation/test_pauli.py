@@ -111,9 +111,9 @@ def test_the_planner_cancels_errors_where_shots_pay_for_it(generator):
     assert not isinstance(few.choice.option, PEC)
     assert isinstance(many.choice.option, PEC)
     assert many.choice.error < many.raw.error / 2
-    got = planner.sample_rows(backend, p, 64_000, generator=generator)
-    assert got.diagnostics["error"] == pytest.approx(many.choice.error, rel=0.15)
-    assert got.diagnostics["overhead"] == pytest.approx(PEC().overhead(backend, 16))
+    result = planner.sample_rows(backend, p, 64_000, generator=generator)
+    assert result.diagnostics["error"] == pytest.approx(many.choice.error, rel=0.15)
+    assert result.diagnostics["overhead"] == pytest.approx(PEC().overhead(backend, 16))
     runs = PEC().planned_runs(backend, p, 1000)
     assert sum(run.shots * run.rows for run in runs if run.purpose == "error cancellation") == 24_000
 

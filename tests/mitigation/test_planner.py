@@ -26,16 +26,16 @@ def test_the_plan_says_what_was_picked_and_why(generator):
     backend = qtx.QiskitQuantumBackend("aer", "fake_fez", loader="tree")
     p = bench_mitigation.synthetic_rows(4)
     planner = qtx.MitigationPlanner()
-    got = planner.sample_rows(backend, p, 20_000, generator=generator)
-    plan = got.diagnostics["plan"]
+    result = planner.sample_rows(backend, p, 20_000, generator=generator)
+    plan = result.diagnostics["plan"]
     assert plan.choice.option.name in str(plan)
     assert plan.choice.option.name in plan.reason
     assert plan.choice in plan.predictions
-    assert got.diagnostics["expected_error"] == plan.choice.error
-    assert got.diagnostics["error"] == pytest.approx(
-        total_variation_distance(got.probabilities(), p).mean().item()
+    assert result.diagnostics["expected_error"] == plan.choice.error
+    assert result.diagnostics["error"] == pytest.approx(
+        total_variation_distance(result.probabilities(), p).mean().item()
     )
-    assert got.diagnostics["error"] == pytest.approx(got.diagnostics["expected_error"], rel=0.15)
+    assert result.diagnostics["error"] == pytest.approx(result.diagnostics["expected_error"], rel=0.15)
     for x in plan.predictions:  # the triangle inequality
         assert x.error <= x.bias + x.noise + 1e-9
     twice = [planner.plan(backend, p, 20_000, generator=torch.Generator().manual_seed(1)) for _ in range(2)]
@@ -58,8 +58,8 @@ def test_the_plan_tells_what_it_knew(generator):
     assert blind.rehearsed_on in str(blind)
     assert str(blind) == str(blind_too)
     assert blind.raw.error != own.raw.error
-    got = unknowing.sample_rows(backend, p[:2], 4000, generator=generator)
-    assert got.diagnostics["rehearsed_on"] == "16 of the 24 other rows"
+    result = unknowing.sample_rows(backend, p[:2], 4000, generator=generator)
+    assert result.diagnostics["rehearsed_on"] == "16 of the 24 other rows"
     with pytest.raises(qtx.ShapeError, match="8 keys and p has 4"):
         unknowing.plan(backend, torch.ones(1, 4) / 4, 10)
     for rows, error in ((torch.ones(1, 4), "sums to"), (torch.zeros(2, 4), "rows has no row")):
@@ -99,9 +99,9 @@ def test_options_that_cannot_be_used_are_reported(generator):
     assert "too large" in plan.reason
     # This register has more bits than can be mitigated, but its shots are counted all the same.
     unary = qtx.QiskitQuantumBackend("aer", loader="unary")
-    got = qtx.MitigationPlanner([]).sample_rows(unary, torch.ones(1, 17) / 17, 100, generator=generator)
-    assert got.counts.sum() == 100
-    assert "at most 16" in got.diagnostics["plan"].reason
+    result = qtx.MitigationPlanner([]).sample_rows(unary, torch.ones(1, 17) / 17, 100, generator=generator)
+    assert result.counts.sum() == 100
+    assert "at most 16" in result.diagnostics["plan"].reason
 
 
 @pytest.mark.statistical
@@ -244,11 +244,11 @@ def test_a_device_is_planned_by_its_calibration(generator):
         qtx.CircuitMitigation(qtx.SharedDecay([1, 5]), readout=True),
         qtx.CircuitMitigation(readout=True),
     ]
-    got = qtx.MitigationPlanner(options).sample_rows(backend, p, 200_000, generator=generator)
-    assert got.diagnostics["mitigation"] != "raw"
+    result = qtx.MitigationPlanner(options).sample_rows(backend, p, 200_000, generator=generator)
+    assert result.diagnostics["mitigation"] != "raw"
     raw = backend.sample_rows(p, 200_000, generator=generator)
-    assert got.diagnostics["error"] < total_variation_distance(raw.probabilities(), p).mean()
-    assert got.diagnostics["error"] == pytest.approx(got.diagnostics["expected_error"], rel=0.5)
+    assert result.diagnostics["error"] < total_variation_distance(raw.probabilities(), p).mean()
+    assert result.diagnostics["error"] == pytest.approx(result.diagnostics["expected_error"], rel=0.5)
     with pytest.raises(qtx.ArgumentError, match="model"):
         scale_noise(backend, 2, "model")
     with pytest.raises(qtx.BackendUnavailable, match="for simulators"):

@@ -36,10 +36,10 @@ def by_numpy(levels, values, method, degree, asymptote):
 def test_every_method_agrees_with_numpy_on_scalars(method, levels, generator):
     zne = qtx.ZeroNoiseExtrapolation(levels, method, asymptote=0.1 if method == "exponential" else 0.0)
     values = 0.2 + torch.rand(len(levels), 5, 3, generator=generator, dtype=torch.float64)
-    got = zne.extrapolate(values).output
+    result = zne.extrapolate(values).output
     for index in np.ndindex(5, 3):
         y = values[(slice(None), *index)].numpy()
-        assert abs(got[index].item() - by_numpy(levels, y, method, 2, 0.1)) < 1e-9
+        assert abs(result[index].item() - by_numpy(levels, y, method, 2, 0.1)) < 1e-9
 
 
 @pytest.mark.parametrize("method", ["richardson", "linear", "polynomial"])
@@ -102,11 +102,11 @@ def test_exponential_error_bars_cover_in_every_class(signal, survival, levels, g
     count, promised = (40_000, 0.945) if soak else (2000, 0.95)
     values, sigma, truth = exponentials(levels, signal, survival, count, generator)
     zne = qtx.ZeroNoiseExtrapolation(levels, "exponential", asymptote=1 / 8)
-    got = zne.infer(values, sigma, levels)
-    error = (got.output - truth).abs()
-    assert covers(error <= 1.96 * got.std_error, promised)
+    result = zne.infer(values, sigma, levels)
+    error = (result.output - truth).abs()
+    assert covers(error <= 1.96 * result.std_error, promised)
     if signal == 100 and survival == 0.9:
-        assert not covers(error <= 0.85 * 1.96 * got.std_error, promised)
+        assert not covers(error <= 0.85 * 1.96 * result.std_error, promised)
     if signal == 4:
         log = (values - 1 / 8).abs().log()
         w = zne.weights[:, None]
@@ -142,8 +142,8 @@ def test_exact_exponentials_are_found_exactly_however_fast_they_decay():
     values = 0.3 - 0.7 * (-rates * x).exp()
     zne = qtx.ZeroNoiseExtrapolation(levels, "exponential", asymptote=0.3)
     for sigma in (torch.zeros_like(values), torch.full_like(values, 1e-9)):
-        got = zne.extrapolate(values, sigma)
-        torch.testing.assert_close(got.output, torch.full_like(rates, -0.4))
+        result = zne.extrapolate(values, sigma)
+        torch.testing.assert_close(result.output, torch.full_like(rates, -0.4))
     assert zne.extrapolate(values[:, 2].float(), torch.full((3,), 1e-3)).output.shape == ()
     assert zne.extrapolate(values[:, :0], values[:, :0]).output.shape == (0,)
 
@@ -154,12 +154,12 @@ def test_values_at_the_asymptote_are_no_certainty(generator):
     for last in (1e-12, 1e-5, -1e-12):
         values = torch.tensor([[0.5], [0.2], [last]], dtype=torch.float64)
         with pytest.warns(qtx.FallbackWarning, match="extrapolated linearly"):
-            got = zne.extrapolate(values)
-        assert float(got.output) == pytest.approx(4 / 3 * 0.5 + 0.2 / 3 - 2 / 3 * last)
+            result = zne.extrapolate(values)
+        assert float(result.output) == pytest.approx(4 / 3 * 0.5 + 0.2 / 3 - 2 / 3 * last)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            got = zne.extrapolate(values, torch.full_like(values, 0.05))
-        low, high = got.confidence_interval()
+            result = zne.extrapolate(values, torch.full_like(values, 0.05))
+        low, high = result.confidence_interval()
         assert float(low) < 1.25 < float(high) < 5
     two = qtx.ZeroNoiseExtrapolation([1, 3], "exponential")
     with pytest.warns(qtx.FallbackWarning, match="near the asymptote"):
@@ -171,9 +171,9 @@ def test_values_that_cross_the_asymptote_by_more_than_noise_warn():
     values = torch.tensor([[0.5], [0.2], [-0.1]])
     for errors in (None, torch.full_like(values, 1e-3)):
         with pytest.warns(qtx.FallbackWarning, match="1 of 1 values lie on both sides"):
-            got = zne.extrapolate(values, errors)
-        assert float(got.output) == pytest.approx(0.8)
-        assert len(got.fallbacks) == 1
+            result = zne.extrapolate(values, errors)
+        assert float(result.output) == pytest.approx(0.8)
+        assert len(result.fallbacks) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         zne.infer(list(values), list(torch.full_like(values, 1e-3)), [1, 2, 3])
@@ -196,12 +196,12 @@ def test_intervals_know_how_well_standard_errors_are_known(method, degrees, gene
     values = truth + sigma * normal[..., 0]
     errors = sigma * normal[..., 1:].square().mean(-1).sqrt()
     zne = qtx.ZeroNoiseExtrapolation(levels, method, asymptote=0.1 if method == "exponential" else 0.0)
-    got = zne.extrapolate(values, errors, degrees_of_freedom=[degrees] * 4)
-    low, high = got.confidence_interval()
+    result = zne.extrapolate(values, errors, degrees_of_freedom=[degrees] * 4)
+    low, high = result.confidence_interval()
     promised = 0.92 if degrees == 1 else 0.94
     assert covers((low <= 1) & (high >= 1), promised)
     if degrees < 7:
-        assert not covers((got.output - 1).abs() <= 1.96 * got.std_error, promised)
+        assert not covers((result.output - 1).abs() <= 1.96 * result.std_error, promised)
 
 
 def test_degrees_of_freedom_of_attention_are_handed_on(generator):
@@ -212,13 +212,13 @@ def test_degrees_of_freedom_of_attention_are_handed_on(generator):
             (1 - noise_level) * q, k, v, num_samples=4, replicates=2, generator=generator
         )
 
-    got = qtx.ZeroNoiseExtrapolation([0.1, 0.2]).mitigate_attention_errors(estimate, q, k, v)
+    result = qtx.ZeroNoiseExtrapolation([0.1, 0.2]).mitigate_attention_errors(estimate, q, k, v)
     degrees = estimate(q, k, v, noise_level=0).degrees_of_freedom
-    assert got.degrees_of_freedom.shape == got.output.shape
-    assert bool((got.degrees_of_freedom > degrees - 1e-9).all())
-    assert bool((got.degrees_of_freedom < 2 * degrees + 1e-9).all())
-    low, high = got.confidence_interval(0.9)
-    torch.testing.assert_close((low + high) / 2, got.output)
+    assert result.degrees_of_freedom.shape == result.output.shape
+    assert bool((result.degrees_of_freedom > degrees - 1e-9).all())
+    assert bool((result.degrees_of_freedom < 2 * degrees + 1e-9).all())
+    low, high = result.confidence_interval(0.9)
+    torch.testing.assert_close((low + high) / 2, result.output)
 
 
 @pytest.mark.statistical
@@ -238,8 +238,8 @@ def test_error_bars_cover(method, generator):
     }[method]
     sigma = torch.tensor([1e-3, 2e-3, 1e-3, 3e-3], dtype=torch.float64)[:, None].expand(4, 20_000)
     noise = torch.randn(4, 20_000, generator=generator, dtype=torch.float64) * sigma
-    got = zne.extrapolate(truth[:, None] + noise, sigma)
-    covered = ((got.output - 1).abs() < 1.96 * got.std_error).double().mean()
+    result = zne.extrapolate(truth[:, None] + noise, sigma)
+    covered = ((result.output - 1).abs() < 1.96 * result.std_error).double().mean()
     assert abs(covered - 0.95) < 0.005
 
 
@@ -298,19 +298,19 @@ def test_error_bars_of_attention_are_propagated(generator):
 
     zne = qtx.ZeroNoiseExtrapolation([0.1, 0.2])
     state = generator.get_state()
-    got = zne.mitigate_attention_errors(estimate, q, k, v)
+    result = zne.mitigate_attention_errors(estimate, q, k, v)
     generator.set_state(state)
     near, far = (estimate(q, k, v, noise_level=x) for x in (0.1, 0.2))
-    assert torch.allclose(got.output, 2 * near.output - far.output)
-    assert torch.allclose(got.std_error, (4 * near.std_error**2 + far.std_error**2).sqrt())
+    assert torch.allclose(result.output, 2 * near.output - far.output)
+    assert torch.allclose(result.std_error, (4 * near.std_error**2 + far.std_error**2).sqrt())
 
 
 def test_values_on_both_sides_of_the_asymptote_are_reported(generator):
     zne = qtx.ZeroNoiseExtrapolation([1, 2], "exponential", asymptote=0.5)
     with pytest.warns(qtx.FallbackWarning, match="1 of 2 values"):
-        got = zne.extrapolate(torch.tensor([[0.6, 0.9], [0.4, 0.7]], dtype=torch.float64))
-    assert got.fallbacks[0].startswith("1 of 2 values")
-    assert torch.allclose(got.output, torch.tensor([0.8, 0.5 + 0.4**2 / 0.2], dtype=torch.float64))
+        result = zne.extrapolate(torch.tensor([[0.6, 0.9], [0.4, 0.7]], dtype=torch.float64))
+    assert result.fallbacks[0].startswith("1 of 2 values")
+    assert torch.allclose(result.output, torch.tensor([0.8, 0.5 + 0.4**2 / 0.2], dtype=torch.float64))
 
 
 @pytest.mark.parametrize(
@@ -394,11 +394,11 @@ def test_plain_numbers_are_extrapolated_whatever_holds_them(method, levels_of, v
     zne = qtx.ZeroNoiseExtrapolation(levels_of(levels), method)
     expected = by_numpy(levels, np.array(values), method, 2, 0.0)
     for errors in (None, values_of([0.125, 0.125, 0.125])):
-        got = zne.extrapolate(values_of(values), errors, levels=levels_of(levels))
-        assert got.output.shape == ()
+        actual = zne.extrapolate(values_of(values), errors, levels=levels_of(levels))
+        assert actual.output.shape == ()
         if method != "exponential" or errors is None:
-            assert float(got.output) == pytest.approx(expected, rel=1e-6)
-        assert (got.std_error is None) == (errors is None)
+            assert float(actual.output) == pytest.approx(expected, rel=1e-6)
+        assert (actual.std_error is None) == (errors is None)
 
 
 def test_numbers_that_are_none_are_refused_as_values():
@@ -420,12 +420,12 @@ def test_equal_levels_are_replicates(method, generator):
     weights = zne.weights_at([1, 1, 2, 3, 3])
     assert float(weights.sum()) == pytest.approx(1)
     assert float(weights[0]) == pytest.approx(float(weights[1]))
-    got = float(zne.extrapolate(values).output)
+    result = float(zne.extrapolate(values).output)
     degree = 2 if method in ("polynomial", "richardson") else 1
     method = "polynomial" if method == "richardson" else method
-    assert got == pytest.approx(by_numpy([1, 1, 2, 3, 3], values, method, degree, 0.0))
+    assert result == pytest.approx(by_numpy([1, 1, 2, 3, 3], values, method, degree, 0.0))
     if method == "polynomial":  # it goes through the means
-        assert got == pytest.approx(float(qtx.ZeroNoiseExtrapolation([1, 2, 3]).weights @ means))
+        assert result == pytest.approx(float(qtx.ZeroNoiseExtrapolation([1, 2, 3]).weights @ means))
     errors = torch.full((5,), 0.01, dtype=torch.float64)
     assert float(zne.extrapolate(values, errors).std_error) > 0
     assert sum(zne.allocate(1000)) == 1000

@@ -92,8 +92,8 @@ def test_a_window_is_the_model_itself(model, window):
         expected = model(tokens)[0, 200:232].log_softmax(-1)
     torch.testing.assert_close(window.log_probabilities, expected, atol=1e-4, rtol=1e-4)
     state = Decoding.after(window.prefill(), ExactPolicy())
-    found = state.steps(window.continuation)[0].log_softmax(-1)
-    torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-4)
+    actual = state.steps(window.continuation)[0].log_softmax(-1)
+    torch.testing.assert_close(actual, expected, atol=2e-4, rtol=1e-4)
     assert torch.equal(window.targets, tokens[0, 201:])
 
 
@@ -151,21 +151,21 @@ def test_settings_are_those_of_the_adapter(calibration):
 
 
 def test_a_bound_on_kl_is_kept(model):
-    found = qtx.calibrate(model, TEXT[:9000], BOUND, measure="kl", **QUICK)
-    assert found.verified
-    assert found.held_out.kl.high <= BOUND
-    assert "KL to exact attention" in str(found)
+    calibration = qtx.calibrate(model, TEXT[:9000], BOUND, measure="kl", **QUICK)
+    assert calibration.verified
+    assert calibration.held_out.kl.high <= BOUND
+    assert "KL to exact attention" in str(calibration)
 
 
 def test_a_bound_that_cannot_be_verified_says_so(model):
     """With two windows of 8 tokens to verify on, no draws are sure to keep a bound of a millionth."""
     few = {**QUICK, "windows": 4, "scored_tokens": 8}
-    found = qtx.calibrate(model, TEXT[:9000], 1e-7, **few)
-    exact = all(isinstance(policy, ExactPolicy) for policy in found.policies)
-    assert exact or not found.verified
-    if not found.verified:
-        assert "NOT VERIFIED" in str(found)
-        assert not found.to_dict()["verified"]
+    calibration = qtx.calibrate(model, TEXT[:9000], 1e-7, **few)
+    exact = all(isinstance(policy, ExactPolicy) for policy in calibration.policies)
+    assert exact or not calibration.verified
+    if not calibration.verified:
+        assert "NOT VERIFIED" in str(calibration)
+        assert not calibration.to_dict()["verified"]
 
 
 BAD = [
@@ -210,10 +210,10 @@ def test_the_command_writes_what_it_finds(tmp_path):
     options = ["--text", str(text), "--max-loss", ".1", "--length", "100", "--windows", "6"]
     done = CliRunner().invoke(main, ["calibrate", "reference", *options, "--json", str(result)])
     assert done.exit_code == 0, done.output
-    found = json.loads(result.read_text())
-    assert found["verified"]
-    assert json.loads(done.stdout.splitlines()[-1]) == found["qtx_sampled"]
-    assert found["held_out"]["loss"]["high"] <= 0.1
+    written = json.loads(result.read_text())
+    assert written["verified"]
+    assert json.loads(done.stdout.splitlines()[-1]) == written["qtx_sampled"]
+    assert written["held_out"]["loss"]["high"] <= 0.1
     missing = CliRunner().invoke(main, ["calibrate", "reference", "--text", str(tmp_path / "none")])
     assert missing.exit_code == 2
     assert "cannot be read" in missing.output

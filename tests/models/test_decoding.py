@@ -24,7 +24,7 @@ def text(model, count=30, **options):
 def test_decoding_step_by_step_is_the_model_itself(model):
     tokens = qtx.encode(TEXT)[:120].view(2, 60)
     with torch.no_grad():
-        wanted = model(tokens)[:, 39:]
+        expected = model(tokens)[:, 39:]
     prefill = Prefill.of(model, tokens[:, :40])
     every_key = SampledPolicy(proposal="int4", budget=60)
     for policy in (ExactPolicy(), every_key, [ExactPolicy(), *[every_key] * 5]):
@@ -33,7 +33,7 @@ def test_decoding_step_by_step_is_the_model_itself(model):
         logits = [state.logits, *(state.step(tokens[:, i]) for i in range(40, 60))]
         assert torch.equal(after.logits, logits[1])
         assert state.reads.values == 1
-        torch.testing.assert_close(torch.stack(logits, 1), wanted, atol=2e-4, rtol=1e-4)
+        torch.testing.assert_close(torch.stack(logits, 1), expected, atol=2e-4, rtol=1e-4)
 
 
 def test_tokens_that_the_model_does_not_know_are_named_on_the_call(model):
@@ -58,8 +58,8 @@ def test_it_streams_and_repeats(model):
     first = list(itertools.islice(stream, 3))
     assert [len(x) for x in first] == [1, 1, 1]
     options = {"num_samples": 8, "temperature": 0.7}
-    found = [text(model, generator=torch.Generator().manual_seed(s), **options) for s in (3, 3, 4)]
-    assert found[0] == found[1] != found[2]
+    texts = [text(model, generator=torch.Generator().manual_seed(s), **options) for s in (3, 3, 4)]
+    assert texts[0] == texts[1] != texts[2]
     tokens = qtx.encode(TEXT)
     assert b"".join(model.generate(tokens, 5, proposal=None)) == text(model, 5, proposal=None)
 

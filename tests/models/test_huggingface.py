@@ -64,10 +64,10 @@ def test_a_forward_pass_agrees_with_eager(make, settings, padding, tokens):
     """Exact to 1e-5, many draws to theirs, at every token that is not padding."""
     tolerance = 1e-5 if settings is EXACT else 3e-3
     with torch.no_grad():
-        wanted = make("eager")(tokens, attention_mask=padding)[0]
-        found = make(settings=settings)(tokens, attention_mask=padding)[0]
+        expected = make("eager")(tokens, attention_mask=padding)[0]
+        actual = make(settings=settings)(tokens, attention_mask=padding)[0]
     kept = slice(None) if padding is None else padding.bool()
-    torch.testing.assert_close(found[kept], wanted[kept], atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(actual[kept], expected[kept], atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize("settings", [EXACT, MANY])
@@ -77,20 +77,20 @@ def test_masks_of_four_dimensions(settings, kind, tokens):
     seen |= torch.eye(12, dtype=torch.bool)
     bias = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
     with torch.no_grad():
-        wanted = llama("eager")(tokens, attention_mask=bias)[0]
-        found = llama(settings=settings)(tokens, attention_mask=seen if kind == "bool" else bias)[0]
+        expected = llama("eager")(tokens, attention_mask=bias)[0]
+        actual = llama(settings=settings)(tokens, attention_mask=seen if kind == "bool" else bias)[0]
     tolerance = 1e-5 if settings is EXACT else 3e-3
-    torch.testing.assert_close(found, wanted, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("padding", [None, LEFT])
 def test_generation_with_transformers_own_caches(cache, padding, tokens):
     options = {"max_new_tokens": 6, "do_sample": False, "cache_implementation": cache, "pad_token_id": 0}
-    wanted = llama("eager").generate(tokens, attention_mask=padding, **options)
+    expected = llama("eager").generate(tokens, attention_mask=padding, **options)
     for settings in (EXACT, {"sampler": "head-tail", "num_samples": 32}):  # all keys are in the head
         assert torch.equal(
-            llama(settings=settings).generate(tokens, attention_mask=padding, **options), wanted
+            llama(settings=settings).generate(tokens, attention_mask=padding, **options), expected
         )
 
 
@@ -104,12 +104,12 @@ def test_an_encoder_with_a_decoder(tokens):
         return model_of(transformers.BartForConditionalGeneration, config, attention, settings)
 
     with torch.no_grad():
-        wanted = bart("eager")(tokens, attention_mask=RIGHT, decoder_input_ids=tokens[:, :5]).logits
+        expected = bart("eager")(tokens, attention_mask=RIGHT, decoder_input_ids=tokens[:, :5]).logits
         for settings, tolerance in ((EXACT, 1e-5), (MANY, 3e-3)):
-            found = bart(huggingface.IMPLEMENTATION, settings)(
+            actual = bart(huggingface.IMPLEMENTATION, settings)(
                 tokens, attention_mask=RIGHT, decoder_input_ids=tokens[:, :5]
             )
-            torch.testing.assert_close(found.logits, wanted, atol=tolerance, rtol=tolerance)
+            torch.testing.assert_close(actual.logits, expected, atol=tolerance, rtol=tolerance)
 
 
 def test_draws_differ_between_calls_and_repeat_by_seed(tokens):
@@ -129,13 +129,13 @@ def test_draws_differ_between_calls_and_repeat_by_seed(tokens):
     with torch.no_grad():
         assert torch.equal(model(tokens).logits, first)
     model.config.qtx_sampled = {"num_samples": 4}
-    found = []
+    logits = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
         with torch.no_grad():
-            found.append(model(tokens).logits)
-    assert torch.equal(found[0], found[1])
-    assert not torch.equal(found[0], found[2])
+            logits.append(model(tokens).logits)
+    assert torch.equal(logits[0], logits[1])
+    assert not torch.equal(logits[0], logits[2])
 
 
 def test_layers_differ(tokens, monkeypatch):
@@ -223,12 +223,12 @@ def test_the_gradient_is_that_of_eager_on_average(tokens):
     exact.layers[0].self_attn.forward = lambda x, r, m: attend(
         exact.layers[0].self_attn, x, r, mask[None, None]
     )
-    wanted = gradient(exact)
+    expected = gradient(exact)
     model = llama(settings={"num_samples": 4, "seed": 0}).model
-    found = torch.stack([gradient(model) for _ in range(60)])
-    z = (found.mean(0) - wanted) / (found.std(0) / 60**0.5)
+    actual = torch.stack([gradient(model) for _ in range(60)])
+    z = (actual.mean(0) - expected) / (actual.std(0) / 60**0.5)
     assert z.abs().max() < 4.5
-    assert (found.std(0) > 0).all()
+    assert (actual.std(0) > 0).all()
 
 
 def test_training_drops_keys_and_checkpoints_only_torchs_own_draws(tokens):
@@ -273,21 +273,21 @@ def test_sliding_windows_hide_what_they_hide_from_eager(settings, tokens):
 def test_compiled_it_draws_as_it_does_uncompiled(seed, tokens):
     model = llama(settings={"num_samples": 8, "seed": seed})
     compiled = torch.compile(model, backend="eager")
-    found = []
+    logits = []
     for each in (compiled, model):
         torch.manual_seed(1)
         huggingface.restart(model)
         with torch.no_grad():
-            found.append(each(tokens).logits)
-    assert torch.equal(*found)
+            logits.append(each(tokens).logits)
+    assert torch.equal(*logits)
 
 
 def test_weights_are_given_where_asked(tokens):
     with torch.no_grad():
-        found = bert(settings=MANY)(tokens, output_attentions=True).attentions
-        wanted = bert("eager")(tokens, output_attentions=True).attentions
-    assert len(found) == 3
-    torch.testing.assert_close(found[0], wanted[0], atol=2e-3, rtol=0)
+        actual = bert(settings=MANY)(tokens, output_attentions=True).attentions
+        expected = bert("eager")(tokens, output_attentions=True).attentions
+    assert len(actual) == 3
+    torch.testing.assert_close(actual[0], expected[0], atol=2e-3, rtol=0)
 
 
 @pytest.mark.parametrize("proposal", ["exact", "low-rank", "int4"])
@@ -298,8 +298,8 @@ def test_a_sampled_cache_decodes(proposal, tokens):
     cache = huggingface.SampledCache(
         model.config, proposal=proposal, rank=4 if proposal == "low-rank" else None
     )
-    found = model.generate(tokens, past_key_values=cache, **options)
-    assert torch.equal(found, llama("eager").generate(tokens, **options))
+    actual = model.generate(tokens, past_key_values=cache, **options)
+    assert torch.equal(actual, llama("eager").generate(tokens, **options))
     assert [type(layer).__name__ for layer in cache.layers] == [
         "SampledLayer",
         "DynamicLayer",
@@ -307,9 +307,9 @@ def test_a_sampled_cache_decodes(proposal, tokens):
     ]
     assert cache.get_seq_length() == len(cache.layers[0].sampled) == 19
     with torch.no_grad():  # another part of a prompt: all keys, and a mask
-        more = model(found[:, -1:].repeat(1, 3), past_key_values=cache).logits
-        wanted = llama("eager")(torch.cat((found[:, :-1], found[:, -1:].repeat(1, 3)), 1)).logits[:, -3:]
-    torch.testing.assert_close(more, wanted, atol=5e-3, rtol=0)
+        more = model(actual[:, -1:].repeat(1, 3), past_key_values=cache).logits
+        expected = llama("eager")(torch.cat((actual[:, :-1], actual[:, -1:].repeat(1, 3)), 1)).logits[:, -3:]
+    torch.testing.assert_close(more, expected, atol=5e-3, rtol=0)
 
 
 def test_what_a_sampled_cache_cannot_do(tokens):

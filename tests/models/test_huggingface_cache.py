@@ -94,10 +94,10 @@ def stepped(model, tokens, cache, mask=None, first=9):
     ones = torch.ones_like(tokens) if mask is None else mask
     positions = (ones.cumsum(-1) - 1).clamp_min(0)
     takes_positions = "position_ids" in inspect.signature(model.forward).parameters
-    found = []
+    logits = []
     with torch.no_grad():
         for start, end in [(0, first), *((i, i + 1) for i in range(first, tokens.shape[1]))]:
-            found.append(
+            logits.append(
                 model(
                     tokens[:, start:end],
                     attention_mask=ones[:, :end],
@@ -105,7 +105,7 @@ def stepped(model, tokens, cache, mask=None, first=9):
                     **({"position_ids": positions[:, start:end]} if takes_positions else {}),
                 ).logits[:, -1:]
             )
-    return torch.cat(found, 1)
+    return torch.cat(logits, 1)
 
 
 @pytest.mark.parametrize("padding", [None, LEFT])
@@ -115,11 +115,11 @@ def test_steps_agree_with_eager(name, padding):
     has_windows = name in OF_WINDOWS
     model = model_of(name, settings={**MANY, **OF_WINDOWS.get(name, {})})
     eager = model_of(name, "eager")
-    wanted = stepped(eager, PROMPTS, transformers.DynamicCache(config=eager.config), padding)
+    expected = stepped(eager, PROMPTS, transformers.DynamicCache(config=eager.config), padding)
     for proposal in ("exact", "low-rank"):
         cache = huggingface.SampledCache(model.config, proposal=proposal)
-        found = stepped(model, PROMPTS, cache, padding)
-        torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+        actual = stepped(model, PROMPTS, cache, padding)
+        torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
     own = {type(layer) for layer in cache.layers}
     assert own == {SampledLayer} | ({DynamicSlidingWindowLayer} if has_windows else set())
 
@@ -127,14 +127,14 @@ def test_steps_agree_with_eager(name, padding):
 def test_a_prompt_attends_exactly_unless_asked_otherwise():
     """With 2 draws a row: the prompt's logits are eager's, sliding layers included; drawn on demand."""
     settings = {"num_samples": 2, "seed": 0}
-    wanted = model_of("gemma3", "eager")(PROMPTS).logits
+    expected = model_of("gemma3", "eager")(PROMPTS).logits
     for prefill in ("exact", "sampled"):
         model = model_of("gemma3", settings=settings)
         cache = huggingface.SampledCache(model.config, prefill=prefill)
         with torch.no_grad():
-            found = model(PROMPTS, past_key_values=cache).logits
+            actual = model(PROMPTS, past_key_values=cache).logits
             after = model(PROMPTS[:, :1], past_key_values=cache).logits
-        assert torch.allclose(found, wanted, atol=1e-4) == (prefill == "exact")
+        assert torch.allclose(actual, expected, atol=1e-4) == (prefill == "exact")
         assert after.isfinite().all()
 
 
@@ -144,8 +144,8 @@ def test_settings_name_the_proposal_of_a_layer():
     settings["layers"] = {"0": {"sampler": "exact"}, "1": {"proposal": "int4"}}
     model, eager = model_of("llama", settings=settings), model_of("llama", "eager")
     cache = huggingface.SampledCache(model.config)
-    wanted = stepped(eager, PROMPTS, transformers.DynamicCache(config=eager.config))
-    torch.testing.assert_close(stepped(model, PROMPTS, cache), wanted, atol=1e-4, rtol=1e-4)
+    expected = stepped(eager, PROMPTS, transformers.DynamicCache(config=eager.config))
+    torch.testing.assert_close(stepped(model, PROMPTS, cache), expected, atol=1e-4, rtol=1e-4)
     exact, int4, low_rank = cache.layers
     assert not isinstance(exact, SampledLayer)
     assert (int4.sampled.proposal, low_rank.sampled.proposal) == ("int4", "low-rank")
@@ -173,9 +173,9 @@ def test_a_proposal_without_a_sampled_cache_is_refused():
             model(PROMPTS, past_key_values=cache)
     windows = model_of("gemma3", settings={**settings, "sampler": "head-tail"})
     eager = model_of("gemma3", "eager")
-    found = stepped(windows, PROMPTS, huggingface.SampledCache(windows.config))
-    wanted = stepped(eager, PROMPTS, transformers.DynamicCache(config=eager.config))
-    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+    actual = stepped(windows, PROMPTS, huggingface.SampledCache(windows.config))
+    expected = stepped(eager, PROMPTS, transformers.DynamicCache(config=eager.config))
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -232,29 +232,29 @@ def test_generation_agrees_with_eager(options, padding):
     prompts, padding = (x if x is None else x.clone() for x in (PROMPTS, padding))
     if "prompt_lookup_num_tokens" in options:  # transformers takes one sequence
         prompts, padding = prompts[:1], None if padding is None else padding[:1]
-    found = []
+    generated = []
     for attention in ("eager", huggingface.IMPLEMENTATION):
         model = model_of("llama", attention)
         own = transformers.DynamicCache if attention == "eager" else huggingface.SampledCache
         torch.manual_seed(3)
-        found.append(
+        generated.append(
             model.generate(
                 prompts, attention_mask=padding, past_key_values=own(config=model.config), **options
             )
         )
-    assert torch.equal(*found)
+    assert torch.equal(*generated)
 
 
 def test_assistants_draft_from_a_sampled_cache_and_are_cropped():
     """A draft that is partly refused is taken back from the cache: the next steps are eager's again."""
     model, eager = model_of("llama"), model_of("llama", "eager")
     cache = huggingface.SampledCache(model.config, proposal="exact")
-    wanted = eager.generate(PROMPTS[:1], **GREEDY)
+    expected = eager.generate(PROMPTS[:1], **GREEDY)
     assert torch.equal(
-        model.generate(PROMPTS[:1], assistant_model=eager, past_key_values=cache, **GREEDY), wanted
+        model.generate(PROMPTS[:1], assistant_model=eager, past_key_values=cache, **GREEDY), expected
     )
     assert torch.equal(
-        model_of("llama", "eager").generate(PROMPTS[:1], assistant_model=model, **GREEDY), wanted
+        model_of("llama", "eager").generate(PROMPTS[:1], assistant_model=model, **GREEDY), expected
     )
 
 
@@ -263,7 +263,7 @@ def test_assistants_draft_from_a_sampled_cache_and_are_cropped():
 def test_cropped_tokens_are_forgotten(proposal, removed):
     """Steps after a crop, of new tokens, and of tokens that are there for longer, agree with eager."""
     model, eager = model_of("llama"), model_of("llama", "eager")
-    found = []
+    logits = []
     for m, cache in (
         (model, huggingface.SampledCache(model.config, proposal=proposal)),
         (eager, transformers.DynamicCache(config=eager.config)),
@@ -273,10 +273,10 @@ def test_cropped_tokens_are_forgotten(proposal, removed):
         assert cache.get_seq_length() == 14 - removed
         mask = torch.cat((LEFT[:, : 14 - removed], LEFT[:, -2:]), 1)
         with torch.no_grad():
-            found.append(m(PROMPTS[:, :2], attention_mask=mask, past_key_values=cache).logits[:, -1:])
+            logits.append(m(PROMPTS[:, :2], attention_mask=mask, past_key_values=cache).logits[:, -1:])
             mask = torch.cat((mask, mask[:, -1:]), 1)
-            found.append(m(PROMPTS[:, 2:3], attention_mask=mask, past_key_values=cache).logits)
-    torch.testing.assert_close(found[:2], found[2:], atol=1e-4, rtol=1e-4)
+            logits.append(m(PROMPTS[:, 2:3], attention_mask=mask, past_key_values=cache).logits)
+    torch.testing.assert_close(logits[:2], logits[2:], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("padding", [None, LEFT])
@@ -293,7 +293,7 @@ def test_sequences_can_be_selected_repeated_and_copied(padding):
     stepped(eager, PROMPTS, own, padding)
     mask = torch.ones_like(PROMPTS) if padding is None else padding
     for select in ways:
-        found = []
+        logits = []
         for m, cache in ((model, copy.deepcopy(sampled)), (eager, copy.deepcopy(own))):
             rows = transformers.DynamicCache()
             rows.update(mask[:, None, :, None], mask[:, None, :, None], 0)
@@ -305,14 +305,14 @@ def test_sequences_can_be_selected_repeated_and_copied(padding):
                 shown = torch.cat((shown, shown[:, -1:]), 1)
                 with torch.no_grad():
                     token = PROMPTS[:1, i : i + 1].expand(batch, -1)
-                    found.append(m(token, attention_mask=shown, past_key_values=cache).logits)
-        torch.testing.assert_close(found[:2], found[2:], atol=1e-4, rtol=1e-4)
+                    logits.append(m(token, attention_mask=shown, past_key_values=cache).logits)
+        torch.testing.assert_close(logits[:2], logits[2:], atol=1e-4, rtol=1e-4)
 
 
 def test_a_mask_that_changes_is_followed():
     """Tokens that are hidden later, or shown again, are; weights have the columns of all tokens."""
     model, eager = model_of("llama"), model_of("llama", "eager")
-    found = []
+    outputs = []
     for m, cache in (
         (model, huggingface.SampledCache(model.config, proposal="exact")),
         (eager, transformers.DynamicCache(config=eager.config)),
@@ -329,20 +329,20 @@ def test_a_mask_that_changes_is_followed():
                     past_key_values=cache,
                     output_attentions=True,
                 )
-                found += [step.logits, *step.attentions]
-    half = len(found) // 2
-    torch.testing.assert_close(found[:half], found[half:], atol=1e-4, rtol=1e-4)
+                outputs += [step.logits, *step.attentions]
+    half = len(outputs) // 2
+    torch.testing.assert_close(outputs[:half], outputs[half:], atol=1e-4, rtol=1e-4)
 
 
 def test_padding_changes_no_draw():
     """A padded sequence draws as it does alone, from the same seed."""
     settings = {"num_samples": 3, "seed": 5}
     padded, alone = (model_of("llama", settings=settings) for _ in range(2))
-    found = stepped(padded, PROMPTS[:1], huggingface.SampledCache(padded.config), LEFT[:1])
-    wanted = stepped(alone, PROMPTS[:1, 6:], huggingface.SampledCache(alone.config), first=3)
-    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+    actual = stepped(padded, PROMPTS[:1], huggingface.SampledCache(padded.config), LEFT[:1])
+    expected = stepped(alone, PROMPTS[:1, 6:], huggingface.SampledCache(alone.config), first=3)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(
-        found, stepped(alone, PROMPTS[:1, 6:], huggingface.SampledCache(alone.config), first=3)
+        actual, stepped(alone, PROMPTS[:1, 6:], huggingface.SampledCache(alone.config), first=3)
     )
 
 
@@ -365,10 +365,10 @@ def test_models_that_change_what_the_cache_gave_them_are_refused(name):
         model(PROMPTS, past_key_values=cache)
     model.config.qtx_sampled = {"sampler": "exact"}
     cache = huggingface.SampledCache(model.config, proposal="exact")
-    found = stepped(model, PROMPTS, cache)
+    actual = stepped(model, PROMPTS, cache)
     eager = model_of(config, "eager")
-    wanted = stepped(eager, PROMPTS, transformers.DynamicCache(config=eager.config))
-    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+    expected = stepped(eager, PROMPTS, transformers.DynamicCache(config=eager.config))
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
 
 
 SOME = [
@@ -393,16 +393,16 @@ def test_model_classes_are_right_or_refused(soak):
         try:
             eager = make_model(cls, "eager").eval()
             own = transformers.DynamicCache(config=eager.config.get_text_config(decoder=True))
-            wanted = stepped(eager, PROMPTS, own, LEFT, first=11)
+            expected = stepped(eager, PROMPTS, own, LEFT, first=11)
         except Exception:
             continue  # a class that has no such steps
         try:
             model = make_model(cls, huggingface.IMPLEMENTATION, MANY).eval()
             cache = huggingface.SampledCache(model.config, proposal="exact")
-            found = stepped(model, PROMPTS, cache, LEFT, first=11)
+            actual = stepped(model, PROMPTS, cache, LEFT, first=11)
         except qtx.QtxError:
             continue
-        error = float((found - wanted).norm() / wanted.norm())
+        error = float((actual - expected).norm() / expected.norm())
         right += error < 0.02
         if error >= 0.02:
             wrong[cls.__name__] = error
@@ -481,13 +481,13 @@ def test_lossless_generation_gives_the_tokens_of_exact_attention(settings):
         prompt = torch.arange(length)[None] % 40
         generation = huggingface.LosslessGeneration()
         cache = huggingface.SampledCache(model.config, proposal="low-rank", rank=2)
-        found = lossless(model, prompt, cache, generation, repetition_penalty=1.3)
+        drafted = lossless(model, prompt, cache, generation, repetition_penalty=1.3)
         model.set_attn_implementation("sdpa")
         exact = model.generate(
             prompt, max_new_tokens=20, min_new_tokens=20, do_sample=False, repetition_penalty=1.3
         )
         model.set_attn_implementation("qtx_sampled")
-        assert torch.equal(found, exact)
+        assert torch.equal(drafted, exact)
         assert generation.report.tokens == 19
         assert cache.get_seq_length() == length + 19
         assert not any(x.verifies for x in cache.layers if isinstance(x, huggingface.SampledLayer))

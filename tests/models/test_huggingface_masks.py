@@ -31,8 +31,8 @@ def model_of(make_config, attention, settings=None, kind=transformers.AutoModelF
     return model
 
 
-def relative(got, wanted):
-    return ((got - wanted).norm() / wanted.norm()).item()
+def relative(actual, expected):
+    return ((actual - expected).norm() / expected.norm()).item()
 
 
 def nllb():
@@ -86,9 +86,9 @@ def deepseek():
 def test_keys_that_a_model_selects_are_the_only_ones(settings):
     tokens = torch.randint(1, 64, (2, 40))
     with torch.no_grad():
-        wanted = model_of(deepseek, "eager")(tokens).logits
-        got = model_of(deepseek, "qtx_sampled", settings)(tokens).logits
-    assert relative(got, wanted) < 1e-5
+        expected = model_of(deepseek, "eager")(tokens).logits
+        actual = model_of(deepseek, "qtx_sampled", settings)(tokens).logits
+    assert relative(actual, expected) < 1e-5
 
 
 def test_keywords_that_nobody_knows_are_refused_by_name():
@@ -136,9 +136,9 @@ def test_a_plain_mask_is_what_eager_attention_gets():
     assert isinstance(step, PlainMask)
     assert read_mask(whole, None, True, 5, 8).as_mask(torch.zeros(2, 1, 5, 4)) is None
     assert read_mask(step, None, True, 1, 8).first_position == 7
-    for mask, wanted in ((whole, 0.0), (step, 0.0)):
+    for mask, expected in ((whole, 0.0), (step, 0.0)):
         assert mask.dtype in (torch.float32, torch.float16)
-        assert torch.equal(mask + 0, torch.full(mask.shape, wanted, dtype=mask.dtype))
+        assert torch.equal(mask + 0, torch.full(mask.shape, expected, dtype=mask.dtype))
         assert type(mask[:, :, -2:]) is torch.Tensor
 
 
@@ -148,13 +148,13 @@ def test_a_plain_causal_mask_and_the_same_as_a_tensor_mean_the_same(length, n, o
     mask = make_mask(2, length, n, offset)
     assert isinstance(mask, PlainMask)
     plain = read_mask(mask, False, False, length, n)
-    wanted = eager_mask(2, length, n, offset)[:1] == 0
+    expected = eager_mask(2, length, n, offset)[:1] == 0
     query = torch.zeros(2, 1, length, 4)
     assert torch.equal(mask.numbers, eager_mask(2, length, n, offset))
-    assert not wanted[..., plain.num_keys :].any()
+    assert not expected[..., plain.num_keys :].any()
     visible = plain.as_mask(query)
     visible = torch.ones(1, dtype=torch.bool) if visible is None else visible
-    assert torch.equal(visible.expand(1, 1, length, plain.num_keys), wanted[..., : plain.num_keys])
+    assert torch.equal(visible.expand(1, 1, length, plain.num_keys), expected[..., : plain.num_keys])
 
 
 def test_a_plain_mask_that_was_changed_is_read_as_it_is():
@@ -185,8 +185,8 @@ def test_windows_and_chunks_in_every_cache(cache, settings):
     tokens = torch.randint(1, 64, (2, 13))
     for make in (gemma, llama4):
         options = {"max_new_tokens": 5, "do_sample": False, "cache_implementation": cache, "pad_token_id": 0}
-        wanted = model_of(make, "eager").generate(tokens, **options)
-        assert torch.equal(model_of(make, "qtx_sampled", settings).generate(tokens, **options), wanted)
+        expected = model_of(make, "eager").generate(tokens, **options)
+        assert torch.equal(model_of(make, "qtx_sampled", settings).generate(tokens, **options), expected)
 
 
 def llama(**options):
@@ -224,9 +224,9 @@ def test_masks_of_other_kinds(case, settings):
     keywords = case()[1]
     tokens = torch.randint(1, 64, (1, 24))
     with torch.no_grad():
-        wanted = model_of(lambda: case()[0], "eager")(tokens, **keywords).logits
-        got = model_of(lambda: case()[0], "qtx_sampled", settings)(tokens, **keywords).logits
-    assert relative(got, wanted) < 1e-5
+        expected = model_of(lambda: case()[0], "eager")(tokens, **keywords).logits
+        actual = model_of(lambda: case()[0], "qtx_sampled", settings)(tokens, **keywords).logits
+    assert relative(actual, expected) < 1e-5
 
 
 def test_a_causal_model_that_hands_its_mask_on_has_none_made(monkeypatch):

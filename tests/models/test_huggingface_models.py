@@ -101,10 +101,10 @@ def test_gradients_are_those_of_eager_attention(name, kind):
         model = make_model(getattr(transformers, name), attention, settings)
         cases(model, kind)["plain"]().pow(2).mean().backward()
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
-    wanted, got = gradients
-    assert got.keys() == wanted.keys()
-    for parameter, grad in wanted.items():
-        torch.testing.assert_close(got[parameter], grad, atol=1e-5, rtol=1e-3, msg=parameter)
+    expected, actual = gradients
+    assert actual.keys() == expected.keys()
+    for parameter, grad in expected.items():
+        torch.testing.assert_close(actual[parameter], grad, atol=1e-5, rtol=1e-3, msg=parameter)
 
 
 def test_every_model_is_right_or_refused(soak):
@@ -114,7 +114,7 @@ def test_every_model_is_right_or_refused(soak):
     reports = [try_model(cls, kind) for kind in KINDS for cls in model_classes(kind)]
     counts = count_verdicts(reports)
     assert all(
-        not any(f"{name} {bad}" in found for name in ("exact", "drawn") for bad in ("wrong", "error"))
-        for found in counts.values()
+        not any(f"{name} {bad}" in outcomes for name in ("exact", "drawn") for bad in ("wrong", "error"))
+        for outcomes in counts.values()
     ), counts
     assert as_table(reports) == table()

@@ -53,14 +53,14 @@ def test_weights_and_their_gradient_have_the_mean_of_softmax(sampler):
         (grad,) = torch.autograd.grad(value, logits)
         return torch.stack((value.detach(), (grad * direction).sum()))
 
-    wanted = numbers(logits.softmax(-1))
-    found = torch.stack([numbers(mode.weights(logits)) for _ in range(400)])
+    expected = numbers(logits.softmax(-1))
+    actual = torch.stack([numbers(mode.weights(logits)) for _ in range(400)])
     with torch.no_grad():
         dense = torch.stack([(mode.weights(logits) * c).sum() for _ in range(400)])
-    z = (found.mean(0) - wanted) / (found.std(0) / 400**0.5)
+    z = (actual.mean(0) - expected) / (actual.std(0) / 400**0.5)
     assert z.abs().max() < 4.9
-    assert ((dense.mean() - wanted[0]) / (dense.std() / 400**0.5)).abs() < 4.9
-    assert (found.std(0) > 0).all()
+    assert ((dense.mean() - expected[0]) / (dense.std() / 400**0.5)).abs() < 4.9
+    assert (actual.std(0) > 0).all()
 
 
 def test_only_a_softmax_over_the_last_dimension_draws():
@@ -113,16 +113,16 @@ def test_training_goes_through_the_draws():
     exact.load_state_dict(model.state_dict())
     for each in (model, exact):
         each(TOKENS, labels=TOKENS).loss.backward()
-    for got, wanted in zip(model.parameters(), exact.parameters(), strict=True):
-        torch.testing.assert_close(got.grad, wanted.grad, atol=1e-5, rtol=1e-3)
+    for actual, expected in zip(model.parameters(), exact.parameters(), strict=True):
+        torch.testing.assert_close(actual.grad, expected.grad, atol=1e-5, rtol=1e-3)
 
 
 def test_compiled_it_draws_as_it_does_uncompiled():
     model = bloom({"num_samples": 4, "seed": 0})
     with torch.no_grad():
-        wanted = model(TOKENS).logits
+        expected = model(TOKENS).logits
         huggingface.restart(model)
-        assert torch.equal(torch.compile(model, backend="eager")(TOKENS).logits, wanted)
+        assert torch.equal(torch.compile(model, backend="eager")(TOKENS).logits, expected)
 
 
 def test_checkpointing_does_not_draw_other_keys():
@@ -136,8 +136,8 @@ def test_checkpointing_does_not_draw_other_keys():
 def test_half_precision():
     model = bloom({"sampler": "head-tail", "num_samples": 32}).to(torch.bfloat16)
     with torch.no_grad():
-        got, wanted = model(TOKENS).logits, bloom(attention="eager").to(torch.bfloat16)(TOKENS).logits
-    assert ((got - wanted).norm() / wanted.norm()) < 0.02
+        actual, expected = model(TOKENS).logits, bloom(attention="eager").to(torch.bfloat16)(TOKENS).logits
+    assert ((actual - expected).norm() / expected.norm()) < 0.02
 
 
 def test_attention_without_softmax_is_refused():

@@ -79,7 +79,7 @@ def test_the_bootstrap_is_the_spread_of_repetitions(mitigation: CircuitMitigatio
     sampler = CircuitSampler(
         QiskitQuantumBackend("aer", "fake_sherbrooke", loader="tree"), mitigation=mitigation
     )
-    found, claimed = [], []
+    means, claimed = [], []
     for seed in range(24):
         counts = sampler.measure(p, 1024, generator=torch.Generator().manual_seed(seed))
         if counts.estimate is None or counts.std_error is None:
@@ -87,9 +87,9 @@ def test_the_bootstrap_is_the_spread_of_repetitions(mitigation: CircuitMitigatio
         else:
             distance = distances_of_estimate(counts.estimate, counts.std_error, p, seed)
         mean, std_error = distance.mean
-        found.append(mean)
+        means.append(mean)
         claimed.append(std_error)
-    ratio = np.mean(claimed) / np.std(found, ddof=1)
+    ratio = np.mean(claimed) / np.std(means, ddof=1)
     assert 0.6 < ratio < 2.1, ratio
 
 

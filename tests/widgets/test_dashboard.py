@@ -816,11 +816,11 @@ def test_importance_is_the_share_of_variance() -> None:
     frame["spec.none"] = rng.integers(0, 3, len(frame))
     # Variances: 4 of a (-3, -1, 1, 3 times √.8), 1 of the seed; b and `none` have no effect.
     frame["y"] = (2 * frame["spec.a"] - 3) * 0.8**0.5 + rng.normal(size=len(frame))
-    found = importance(frame, ["spec.b", "spec.a"], "y")
-    assert found is not None
-    assert found.balanced
-    assert not found.log
-    shares = found.table.set_index("name")
+    effects = importance(frame, ["spec.b", "spec.a"], "y")
+    assert effects is not None
+    assert effects.balanced
+    assert not effects.log
+    shares = effects.table.set_index("name")
     assert list(shares.index) == ["spec.a", "spec.b", "interactions", "seed"]
     assert shares.loc["spec.a", "share"] == pytest.approx(0.8, abs=0.06)
     assert shares.loc["spec.b", "share"] < 0.03

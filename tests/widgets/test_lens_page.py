@@ -26,9 +26,9 @@ def make_lens(n: int = 64, sampler: object = "systematic", layers: int = 2) -> A
 
 def held(live: str) -> dict:
     """The data of a live lens."""
-    found = re.search(r'<script type="application/json">(.*?)</script>', live, re.DOTALL)
-    assert found is not None
-    return json.loads(found[1])
+    match = re.search(r'<script type="application/json">(.*?)</script>', live, re.DOTALL)
+    assert match is not None
+    return json.loads(match[1])
 
 
 def test_a_page_holds_the_heads_next_to_the_shown_one_that_fit() -> None:

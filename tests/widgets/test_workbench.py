@@ -114,15 +114,18 @@ def bench(tmp_path: Path) -> Iterator[Workbench]:
 
 
 def test_work_reports_its_progress_and_all_that_the_task_sends(worker: ProcessWorker) -> None:
-    got: list[int] = []
+    sent: list[int] = []
     states: list[tuple[str, float]] = []
     work = worker.start(
-        "count", n=500, on_data=got.append, on_change=lambda work: states.append((work.state, work.fraction))
+        "count",
+        n=500,
+        on_data=sent.append,
+        on_change=lambda work: states.append((work.state, work.fraction)),
     )
     with pytest.raises(ArgumentError, match="busy"):
         worker.start("count", n=1)
     assert work.wait(60) == 500
-    assert got == list(range(500))
+    assert sent == list(range(500))
     assert states[-1] == ("done", 1.0)
     assert states == sorted(states, key=lambda state: state[1])
     process = worker._process

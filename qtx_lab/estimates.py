@@ -144,12 +144,24 @@ class Draws:
         return torch.empty_like(run).scatter_(-1, position, length.gather(-1, run))
 
 
-def rounding_variance(output: Tensor, size: Tensor, total: int, dtype: torch.dtype) -> Tensor:
+def rounding_variance(
+    output: Tensor, size: Tensor, total: int, dtype: torch.dtype, computed: torch.dtype | None = None
+) -> Tensor:
     """Variance that rounding adds to an output: of the sum of `total` values of root mean square `size` in
-    the output's
-    own precision, and of the cast to `dtype`."""
-    summed = torch.finfo(output.dtype).eps * math.sqrt(total) * size
+    the precision in which it was computed, the output's own where `computed` is None, and of the cast to
+    `dtype`.
+    """
+    summed = torch.finfo(computed or output.dtype).eps * math.sqrt(total) * size
     return summed.square() + (torch.finfo(dtype).eps * output).square() / 12
+
+
+PRIOR_WEIGHT = 2.0
+"""Weight of a predicted variance against the R - 1 degrees of freedom of R replicates."""
+
+
+def mixed_degrees_of_freedom(replicates: int) -> float:
+    """Satterthwaite's of a variance between replicates and a predicted one of weight `PRIOR_WEIGHT`."""
+    return (PRIOR_WEIGHT + replicates - 1) ** 2 / (replicates - 1)
 
 
 def mass_of_keys(log_sum_exp: Tensor, sinks: Tensor) -> Tensor:

@@ -97,7 +97,13 @@ class Correction:
                 f"Controls cost as much as the exact output, {report.exact_cost:,.0f} multiply-adds a query: "
                 f"{', '.join(costly)}."
             )
-        return replace(sampled, output=problem.in_units(self.output), info=info, make_std_error=None)
+        return replace(
+            sampled,
+            output=problem.in_units(self.output),
+            info=info,
+            make_std_error=None,
+            make_reliability=None,
+        )
 
     def moments(self, draws: Draws, a: Tensor, table: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
         """sum_s a_s (g_s - c) and sum_s a_s (g_s - c)^2, each (N, M, d).

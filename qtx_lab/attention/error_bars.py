@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..estimates import Draws, rounding_variance
+from ..estimates import PRIOR_WEIGHT, Draws, mixed_degrees_of_freedom, rounding_variance
 from ..samplers import Design
 from .corrections import Correction
 
@@ -30,9 +30,6 @@ SURE = 1e-5
 RULE_OF_THREE = 3.0
 """A key that T draws have not hit has a probability below 3 / T with 95 % confidence."""
 
-PRIOR_WEIGHT = 2.0
-"""Weight of the predicted variance against the R - 1 degrees of freedom of R replicates."""
-
 
 def degrees_of_freedom(design: Design, draws: Draws) -> float:
     """Infinite for what p predicts; R - 1 (or T - 1) for a sample variance; of a mixture, Satterthwaite's."""
@@ -41,11 +38,6 @@ def degrees_of_freedom(design: Design, draws: Draws) -> float:
         return math.inf if known else max(1.0, draws.indices.shape[-1] - 1.0)
     predicted = design.count_variance(draws.weights[:0]) if known and design.count_variance else None
     return max(1.0, r - 1.0) if predicted is None else mixed_degrees_of_freedom(r)
-
-
-def mixed_degrees_of_freedom(replicates: int) -> float:
-    """Satterthwaite's of a variance between replicates and a predicted one of weight `PRIOR_WEIGHT`."""
-    return (PRIOR_WEIGHT + replicates - 1) ** 2 / (replicates - 1)
 
 
 @dataclass(frozen=True)

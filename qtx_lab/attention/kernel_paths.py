@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..checks import check_count, check_generator, transformed
 from ..errors import ArgumentError, TransformError
-from ..estimates import AttentionEstimate, Draws, EstimateInfo, KernelUse
+from ..estimates import AttentionEstimate, Draws, EstimateInfo, KernelUse, mixed_degrees_of_freedom
 from ..kernels.choice import Choice, choose, slower_decode, slower_prefill
 from ..kernels.decode import reference as decode_reference
 from ..kernels.decode.reference import DecodeResult
@@ -24,7 +24,7 @@ from ..problem import AttentionProblem
 from ..samplers import Budget, Design, SampledRows, SystematicSampler
 from ..samplers.inversion import row_probabilities
 from ..streams import Stream, make_seed
-from .error_bars import ErrorBars, mixed_degrees_of_freedom
+from .error_bars import ErrorBars
 from .gradients import first_derivative, outside_graphs
 from .uncertainty import with_error_bars
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
@@ -180,7 +181,7 @@ def _draw_by_torch(store: TokenStore, sketch: ComponentSketch | None, call: Call
     points = ((comb + offset) / call.rule.num_samples).clamp_max(ABOVE_ONE).flatten(-2)
     points = points.repeat(1, call.group, 1)  # [N, M, R S]
     step = BLOCK_ELEMENTS // max(store.length, call.draws * store.table.shape[-1])
-    if call.rule.grouped:  # the rows of a position at a time
+    if call.rule.grouped and m:  # the rows of a position at a time
         heads_at_once = max(1, step // call.group)
         parts = [
             (slice(head, head + heads_at_once), slice(position, None, call.positions))
@@ -222,13 +223,7 @@ def _estimate(
     output = drawn.output.view(*row_shape, store.width).to(store.table.dtype)
     draws = Draws(drawn.indices, drawn.weights, None, call.rule.replicates)
     length, sums, table = store.length, store.value_sums, store.table  # tokens may come later
-    crops = store.crops
-
-    def refuse_cropped(name: str) -> None:
-        if store.crops != crops:
-            raise ArgumentError(
-                f"{name} is not known any more, as tokens may be gone: ask for it before a crop of the cache."
-            )
+    refuse_cropped = refuse_after_crop(store)
 
     @functools.cache
     def errors(with_hidden: bool) -> RowErrors:
@@ -239,8 +234,9 @@ def _estimate(
 
     def make_std_error() -> Tensor:
         with plain_mode(output.device):
-            size = (sums[1] / length).sqrt().to(drawn.output.dtype)
-            rounding = rounding_variance(drawn.output, size, call.draws, store.table.dtype)
+            # Squares of large values are numbers in float64 only.
+            size, output_, computed = (sums[1] / length).sqrt(), drawn.output.double(), drawn.output.dtype
+            rounding = rounding_variance(output_, size, call.draws, store.table.dtype, computed)
             return (errors(False).variance + rounding).sqrt().to(store.dtype).view(output.shape)
 
     def make_reliability() -> Tensor:
@@ -273,6 +269,19 @@ def _estimate(
     )
 
 
+def refuse_after_crop(store: TokenStore) -> Callable[[str], None]:
+    """Gives what raises ArgumentError for a name once tokens were forgotten since this call."""
+    crops = store.crops
+
+    def check(name: str) -> None:
+        if store.crops != crops:
+            raise ArgumentError(
+                f"{name} is not known any more, as tokens may be gone: ask for it before a crop of the cache."
+            )
+
+    return check
+
+
 def _logits(call: Call, x: Tensor, keys: Tensor) -> Tensor:
     """The logits of rows x (h, r, E) at keys (h, r, T, E): (h, r, T)."""
     products = torch.einsum("hre,hrte->hrt", x * call.scale, keys)
@@ -289,12 +298,14 @@ def _weighed_again(store: TokenStore, call: Call, drawn: DrawnRows) -> DrawnRows
     for block in blocks((call.rows.shape[0], call.rows.shape[1]), step):
         rows = rows_at(store.table[block[0]], drawn.indices[block]).to(store.dtype)  # [h, r, T, E + Ev]
         keys, values = rows[..., : store.features], rows[..., store.features :]
-        log_w = _logits(call, call.rows[block], keys) - drawn.inclusion[block].log()
-        log_w = log_w.masked_fill(drawn.weights[block] == 0, -torch.inf)
-        log_w = log_w.unflatten(-1, (call.rule.replicates, -1))
+        logits = _logits(call, call.rows[block], keys)
+        logits = logits.masked_fill(drawn.weights[block] == 0, -torch.inf)
+        # Without the largest logit, next to which the logarithms of pi and of sums are lost to rounding.
+        largest = logits.amax(-1, keepdim=True)
+        log_w = (logits - largest - drawn.inclusion[block].log()).unflatten(-1, (call.rule.replicates, -1))
         total = log_w.logsumexp(-1, keepdim=True)  # [h, r, R, 1]
         if call.sinks is not None:
-            total = torch.logaddexp(total, call.sinks[block][..., None, None])
+            total = torch.logaddexp(total, (call.sinks[block][..., None] - largest)[..., None])
         w = ((log_w - total).exp() / call.rule.replicates).flatten(-2)
         weights[block], output[block] = w, torch.einsum("hrt,hrtd->hrd", w, values)
     square = weights.square().sum(-1).clamp_min(torch.finfo(weights.dtype).tiny)
@@ -402,12 +413,14 @@ def _attend_by_triton(
     draws = Draws(result.indices, result.weights(), None, call.rule.replicates).view(row_shape)
     draws_per_row = result.indices.shape[-1]
     output = result.output.view(*row_shape, store.width)
-    size = (store.value_sums[1] / store.length).sqrt().to(torch.float32)  # [N, 1, Ev]
+    size = (store.value_sums[1] / store.length).sqrt()  # [N, 1, Ev]
 
     def make_std_error() -> Tensor:
         with plain_mode(output.device):  # the kernel's errors are those of draws; rounding comes on top
-            rounding = rounding_variance(result.output.float(), size, draws_per_row, store.table.dtype)
-            return (result.std_error(v[None]).square() + rounding).sqrt().view(output.shape)
+            x, dtype = result.output.double(), store.table.dtype
+            rounding = rounding_variance(x, size, draws_per_row, dtype, torch.float32)
+            error = (result.std_error(v[None]).double().square() + rounding).sqrt()
+            return error.to(torch.float32).view(output.shape)
 
     return AttentionEstimate(
         output=output,

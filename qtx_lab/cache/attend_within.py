@@ -314,10 +314,14 @@ class _Block:
         heads = exact.any(-1)
         table = self.table[heads].to(self.x.dtype)
         logits = self._capped(self.x[heads] @ table[..., : self.features].mT)
-        log_sum_exp = logits.logsumexp(-1, keepdim=True)
+        largest = logits.amax(-1, keepdim=True)
         if self.sinks is not None:
-            log_sum_exp = torch.logaddexp(log_sum_exp, self.sinks[heads])
-        p = (logits - log_sum_exp).exp()
+            largest = torch.maximum(largest, self.sinks[heads])
+        p = (logits - largest).exp()
+        total = p.sum(-1, keepdim=True)
+        if self.sinks is not None:
+            total = total + (self.sinks[heads] - largest).exp()
+        p, log_sum_exp = p / total, largest + total.log()
         output = p @ table[..., self.features :]
         width = rows.indices.shape[-1]
         indices, weights = (F.pad(x, (0, max(0, n - width))) for x in (rows.indices, rows.weights))
@@ -455,7 +459,7 @@ def attend_within(
     step = BLOCK_ELEMENTS // max(store.length, 1)
     parts = [
         (block, _Block(store, sketch, value_sketch, call, promise, block).estimate())
-        for block in blocks(shape, step)
+        for block in (blocks(shape, step) if shape[1] else ())
     ]
     rows = _together(parts, shape, call.rows.new_empty(*shape, store.width))
     return _estimate(store, sketch, value_sketch, call, promise, rows)

@@ -110,8 +110,9 @@ class TokenStore:
         self.table[:, start:end, : self.features] = k
         self.table[:, start:end, self.features :] = v
         self.order[:, start:end] = torch.arange(start, end, device=k.device)
-        added = (x.sum(1, keepdim=True, dtype=torch.float64) for x in (v, v.to(self.dtype).square()))
-        self.value_sums = self.value_sums + torch.stack(list(added))  # estimates hold on to the earlier sums
+        added = v.to(torch.float64)
+        added = torch.stack((added, added.square())).sum(2, keepdim=True)
+        self.value_sums = self.value_sums + added  # estimates hold on to the earlier sums
         self.length = end
         if self.value_order is None and end >= FIRST_VALUES:
             self.value_order = ValueOrder.fit(self.values()[:, :FIRST_VALUES].to(self.dtype))

@@ -105,7 +105,9 @@ def _output_by_blocks(problem: AttentionProblem) -> Tensor:
 
 def _output_by_sdpa(problem: AttentionProblem) -> Tensor:
     """softmax(q k^T scale + mask) v by SDPA, (N, M, d), in v's dtype."""
-    q, k, v, mask = problem.q, problem.k, problem.v, problem.mask
+    q, k, v, mask, scale = problem.q, problem.k, problem.v, problem.mask, problem.scale
+    if scale <= 0:  # torch's CPU kernel multiplies a causal mask's -inf by the scale: NaN, or keys unmasked
+        q, scale = (-q, -scale) if scale else (0 * q, 1.0)
     if mask is not None:  # SDPA takes masks of two dimensions or more, in q's dtype
         mask = in_dtype(torch.atleast_2d(mask), q.dtype)
     is_causal = problem.is_causal and problem.first_position == 0
@@ -120,6 +122,6 @@ def _output_by_sdpa(problem: AttentionProblem) -> Tensor:
     # Of torch's implementations only the plain one has tangents of forward mode.
     with sdpa_kernel(SDPBackend.MATH) if problem.has_tangents else nullcontext():
         output = F.scaled_dot_product_attention(
-            q4, k4, v4, attn_mask=mask, is_causal=is_causal, scale=problem.scale, enable_gqa=problem.group > 1
+            q4, k4, v4, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=problem.group > 1
         )
     return output[..., : v.shape[-1]].reshape(*problem.shape, v.shape[-1])

@@ -5,12 +5,20 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ..estimates import Draws, EstimateInfo, reliability, rounding_variance
+from ..estimates import (
+    PRIOR_WEIGHT,
+    Draws,
+    EstimateInfo,
+    mixed_degrees_of_freedom,
+    reliability,
+    rounding_variance,
+)
 from ..problem import AttentionProblem, log_sum_exp
 from ..streams import Purpose, Stream
 from .base import Budget, Design, SampledRows
@@ -64,20 +72,22 @@ def importance(
         drawn, exact, log_q = rows.draw(heads, part, points.flatten(-2))
         by_replicate = drawn.unflatten(-1, (replicates, num_samples))
         times = Draws(by_replicate, by_replicate).multiplicity().flatten(-2).to(exact.dtype)
-        log_w = exact - log_inclusion(log_q, num_samples, sampler.independent) - times.log()
+        log_share = -log_inclusion(log_q, num_samples, sampler.independent) - times.log()
         empty = log_q == -torch.inf  # of a row in which all is masked
         if p is None:
-            log_w = log_w.unflatten(-1, by_replicate.shape[-2:])
+            # The largest logit is taken off first: next to a logit of millions log_share is lost to rounding.
+            largest = exact.masked_fill(empty, 0).amax(-1, keepdim=True)
+            log_w = (exact - largest + log_share).unflatten(-1, by_replicate.shape[-2:])
             z = log_w.logsumexp(-1)  # [heads, rows, R], of the estimated sum over keys
             if sinks is not None:
-                z = torch.logaddexp(z, sinks[heads, part, None])
+                z = torch.logaddexp(z, sinks[heads, part, None] - largest)
             w = (log_w - z[..., None]).exp().flatten(-2)
-            z = z.logsumexp(-1) - math.log(replicates)
+            z = largest[..., 0] + z.logsumexp(-1) - math.log(replicates)
         else:
             z = log_normaliser
             z = log_sum_exp(problem.logits(heads, part)) if z is None else z[heads, part]
             log_p = (exact - z[..., None]).clamp_max(0)  # sums that are rounded otherwise can make it more
-            w = (log_p + log_w - exact).exp()
+            w = (log_p + log_share).exp()
             p[heads, part] = log_p.exp().masked_fill(empty, 0)
         nothing = -torch.inf if sinks is None else sinks[heads, part]
         normaliser[heads, part] = torch.where(empty[..., 0], nothing, z)
@@ -93,48 +103,59 @@ def importance(
         log_sum_exp="exact" if plain else "estimated",
     )
 
-    for_later, unit = problem.for_later(), problem.unit
+    for_later = problem.for_later()
 
-    @functools.cache
     def measured() -> Tensor:
-        """Standard errors (N, M, d) in units of the values."""
-        std_error = torch.empty_like(output)
-        with torch.no_grad():
-            spread = Spread(for_later(), sampler.independent)
-            for block in cut:
-                std_error[block] = spread(flat, proposal, output, block).sqrt()
-        return std_error
+        std_error, later = torch.empty_like(output), for_later()
+        spread = Spread(later, sampler.independent)
+        for block in cut:
+            variance = spread(flat, proposal, output, block)
+            if plain:  # its weights should sum to 1: what they have too much is an error that is seen
+                variance += ((flat.weights[block].sum(-1, keepdim=True) - 1) * output[block]).square()
+            std_error[block] = variance.sqrt()
+        if not plain:
+            return std_error
+        return std_error.maximum(standard_error(flat.average_by_replicate(later.values) * replicates))
 
-    def predicted() -> Tensor:
-        std_error = measured()
-        return std_error if unit is None else std_error * unit
-
-    def reliable() -> Tensor:
-        hidden, later = torch.empty_like(output[..., 0]), for_later()
-        with torch.no_grad():
-            spread = Spread(later, sampler.independent)
-            for block in later.blocks(0):
-                hidden[block] = spread.hidden(flat, block)
-        return reliability(measured(), hidden, math.inf)
-
-    def between() -> Tensor:
-        with torch.no_grad():
-            error = standard_error(flat.average_by_replicate(for_later().values) * replicates)
-        return error if unit is None else error * unit
-
-    make_std_error: Callable[[], Tensor] | None = predicted
-    degrees = math.inf
-    if plain:
-        make_std_error, degrees = between if replicates > 1 else None, max(1.0, replicates - 1.0)
-    return SampledRows(
+    sampled = SampledRows(
         problem.in_units(output),
         lambda: flat,
         Design(False),
         info,
-        make_std_error,
-        degrees,
-        lambda: normaliser,
-        None if plain else reliable,
+        degrees_of_freedom=mixed_degrees_of_freedom(replicates) if plain and replicates > 1 else math.inf,
+        make_log_sum_exp=lambda: normaliser,
+    )
+    if plain and replicates == 1:
+        return sampled
+    return _with_error_bars(sampled, problem, measured)
+
+
+def _with_error_bars(
+    sampled: SampledRows, problem: AttentionProblem, measure: Callable[[], Tensor]
+) -> SampledRows:
+    """The same estimate with standard errors, which `measure` gives in units of the values, (N, M, d), and
+    their reliability, by the exact probabilities of all keys.
+    """
+    for_later, unit = problem.for_later(), problem.unit
+
+    @functools.cache
+    def measured() -> Tensor:
+        with torch.no_grad():
+            return measure()
+
+    def make_reliability() -> Tensor:
+        std_error, later, draws = measured(), for_later(), sampled.make_draws()
+        hidden = torch.empty_like(std_error[..., 0])
+        with torch.no_grad():
+            spread = Spread(later, False)
+            for block in later.blocks(0):
+                hidden[block] = spread.hidden(draws, block)
+        return reliability(std_error, hidden, sampled.degrees_of_freedom)
+
+    return replace(
+        sampled,
+        make_std_error=lambda: measured() if unit is None else measured() * unit,
+        make_reliability=make_reliability,
     )
 
 
@@ -155,6 +176,9 @@ class Spread:
     of best low-rank maps of rank d / 4 covered 88–95 % of the reference model's outputs, layer by layer,
     with it 95–97 %. The bias is not in it: over many replicates it is what is left. Nor is a key that the
     proposal overlooked: `hidden` finds it.
+
+    The plain and the debiased estimate have it as the least variance beside that between replicates, which
+    knows nothing of a key that no replicate has drawn.
     """
 
     def __init__(self, problem: AttentionProblem, independent: bool):
@@ -191,6 +215,13 @@ class Spread:
         )
         seen = (draws.weights > 0).any(-1, keepdim=True)
         return torch.where(seen, (variance / replicates).clamp_min(0) + rounding, 0)
+
+    def distance(self, o: Tensor, head: Tensor, row: Tensor) -> Tensor:
+        """The mean of (v_j - o)^2 over the keys that rows (P,) of heads (P,) see, for o (P, d): (P, d)."""
+        at = torch.zeros_like(row) if self.position is None else self.position[row]
+        first, second = self.moments[head, at].chunk(2, -1)
+        o = o - self.centre[head, 0]
+        return (second - 2 * o * first + o.square()).clamp_min(0)
 
     def hidden(self, draws: Draws, block: tuple[slice, slice]) -> Tensor:
         """What `qtx_lab.estimates.reliability` sets standard errors against, (heads, rows).
@@ -252,6 +283,55 @@ def delta_terms(
     return a, unseen * chi
 
 
+@dataclass(frozen=True)
+class LevelDraws:
+    """Independent draws of P pairs of a row and a replicate, T each, for the debiased estimate.
+
+    Parameters
+    ----------
+    pair : Tensor, int64, (P,)
+    indices : Tensor, int64, (P, T)
+    weights : Tensor, (P, T)
+        Of the debiased estimate.
+    normalised : Tensor, (P, T)
+        Of the self-normalised estimate from the same T draws.
+    proposal : Tensor, (P, T)
+        q of the drawn keys.
+    """
+
+    pair: Tensor
+    indices: Tensor
+    weights: Tensor
+    normalised: Tensor
+    proposal: Tensor
+
+    def predicted_variance(
+        self, values: Tensor, distance: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Variance of the self-normalised estimates by the delta method, and the second term of it, (P, d).
+
+        With w_s the weights of the draws, o the estimate, and the keys not drawn priced as in `Spread`:
+
+            sum_s w_s^2 (v_s - o)^2 + (1 - sum_{j seen} q_j) max(sum_s w_s^2, 1 / T) mean_j (v_j - o)^2.
+
+        Parameters
+        ----------
+        values : Tensor, (P, T, d)
+            Of the drawn keys.
+        distance : callable
+            Gives the mean of (v_j - o)^2 over the keys that the rows see, (P, d), of o (P, d).
+        """
+        w = self.normalised.to(values.dtype)
+        o = torch.einsum("pt,ptd->pd", w, values)
+        drawn = torch.einsum("pt,ptd->pd", w.square(), (values - o[:, None]).square())
+        once = self.proposal / Draws(self.indices, w).multiplicity()
+        unseen = (1 - once.sum(-1, keepdim=True)).clamp_min(0)
+        held = w.sum(-1, keepdim=True)  # 1, but for what a sink took
+        square = w.square().sum(-1, keepdim=True).maximum(held.square() / w.shape[-1])
+        never = unseen * square * distance(o)
+        return drawn + never, never
+
+
 def debiased(rows: ProposedRows, budget: Budget, stream: Stream, info: EstimateInfo) -> SampledRows:
     """Randomised truncation: each row and replicate has a level of its own; rows of one level go together."""
     problem, num_samples, replicates = rows.problem, budget.num_samples, budget.replicates
@@ -259,7 +339,7 @@ def debiased(rows: ProposedRows, budget: Budget, stream: Stream, info: EstimateI
     u = stream.of_purpose(Purpose.LEVEL).uniform(replicates, 1)[..., 0]  # [N, L, R]
     u = u[:, problem.queries_of(slice(0, m))].flatten()
     level = ((1 - u).log() / math.log(LEVEL_RATIO)).long()  # P(level >= l) = ratio^l
-    chunks: list[tuple[Tensor, Tensor, Tensor]] = []  # pairs (row, replicate), indices, weights of each
+    chunks: list[LevelDraws] = []
     means = problem.values.new_zeros(n * m * replicates, problem.width)
     for heads, part in rows.blocks(num_samples):
         log_q = rows.log_proposal(heads, part).flatten(0, 1)
@@ -278,34 +358,45 @@ def debiased(rows: ProposedRows, budget: Budget, stream: Stream, info: EstimateI
                     1, size
                 )
                 indices, total = invert(row_masses(log_q[here]), numbers[:, 0, 0])
-                log_w = problem.logits_at(which, indices)
-                log_w = log_w - log_q[here].gather(-1, indices)
+                log_w, drawn_log_q = problem.logits_at(which, indices), log_q[here].gather(-1, indices)
+                log_w = log_w - drawn_log_q
                 w = log_w.view(-1, 1 << depth, num_samples).softmax(-1).flatten(1) / (1 << depth)
+                normalised = log_w.softmax(-1)
                 if depth:
                     halves = log_w.view(-1, 2, size // 2).softmax(-1).flatten(1)
-                    w += (log_w.softmax(-1) - halves / 2) / mass
-                w.masked_fill_(total == 0, 0)
-                chunks.append((pair[some], indices, w))
+                    w += (normalised - halves / 2) / mass
+                for x in (w, normalised):
+                    x.masked_fill_(total == 0, 0)
+                chunks.append(LevelDraws(pair[some], indices, w, normalised, drawn_log_q.exp()))
                 means[pair[some]] = rows.average(which, indices, w)
     means = means.view(n, m, replicates, means.shape[-1])
     spent = (num_samples << level).view(n, m, replicates).sum(-1)  # [N, M]
     square, sums = means.new_zeros(n * m), means.new_zeros(n * m)
-    for pair, _, w in chunks:
-        square.index_add_(0, pair // replicates, w.square().sum(-1))
-        sums.index_add_(0, pair // replicates, w.sum(-1))
+    for x in chunks:
+        square.index_add_(0, x.pair // replicates, x.weights.square().sum(-1))
+        sums.index_add_(0, x.pair // replicates, x.weights.sum(-1))
     effective = sums.square() / square.clamp_min(torch.finfo(square.dtype).tiny)
-    unit = problem.unit
+    for_later = problem.for_later()
 
-    def between() -> Tensor:
-        error = standard_error(means)
-        return error if unit is None else error * unit
+    def measured() -> Tensor:
+        later, predicted = for_later(), means.new_zeros(2, n * m * replicates, means.shape[-1])
+        spread, values = Spread(later, True), later.values.flatten(0, 1)
+        for x in chunks:
+            head, row = x.pair // (m * replicates), x.pair // replicates % m
+            drawn = F.embedding(x.indices + head[:, None] * later.num_keys, values)
+            distance = functools.partial(spread.distance, head=head, row=row)
+            predicted[:, x.pair] = torch.stack(x.predicted_variance(drawn, distance))
+        variance = mixed_variance(means, *predicted.view(2, *means.shape).mean(-2))
+        rounding = rounding_variance(means.mean(-2), spread.size, num_samples * replicates, later.v.dtype)
+        return (variance + rounding).sqrt()
 
     def make_draws() -> Draws:
         most = num_samples << int(level.max()) if len(level) else num_samples
         indices = torch.zeros(n * m * replicates, most, dtype=torch.int64, device=level.device)
         weights = square.new_zeros(indices.shape)
-        for pair, drawn, w in chunks:
-            indices[pair, : drawn.shape[1]], weights[pair, : w.shape[1]] = drawn, w / replicates
+        for x in chunks:
+            size = x.indices.shape[1]
+            indices[x.pair, :size], weights[x.pair, :size] = x.indices, x.weights / replicates
         shape = (n, m, replicates * most)
         return Draws(indices.view(shape), weights.view(shape), None, replicates)
 
@@ -315,8 +406,14 @@ def debiased(rows: ProposedRows, budget: Budget, stream: Stream, info: EstimateI
         draws_of_each_row=spent.view(problem.row_shape),
         effective_sample_size=effective.view(problem.row_shape),
     )
-    output, make_std_error = problem.in_units(means.mean(-2)), between if replicates > 1 else None
-    return SampledRows(output, make_draws, Design(False), info, make_std_error, max(1.0, replicates - 1.0))
+    sampled = SampledRows(
+        problem.in_units(means.mean(-2)),
+        make_draws,
+        Design(False),
+        info,
+        degrees_of_freedom=mixed_degrees_of_freedom(max(2, replicates)),
+    )
+    return sampled if replicates == 1 else _with_error_bars(sampled, problem, measured)
 
 
 def adaptive(rows: ProposedRows, mean: int, independent: bool, stream: Stream) -> Tensor:
@@ -358,6 +455,18 @@ def allocate(rows: ProposedRows, mean: int) -> Tensor:
         fits = bool((need * middle).clamp(low, high).mean(dtype=torch.float64) <= mean)
         few, many = (middle, many) if fits else (few, middle)
     return (need * few).clamp(low, high).long()
+
+
+def mixed_variance(means: Tensor, predicted: Tensor, never: Tensor) -> Tensor:
+    """Variance of the mean of replicates (..., R, d), R >= 2, with what is predicted of one: (..., d).
+
+    The prediction counts as `PRIOR_WEIGHT` degrees of freedom. The variance is never below `never`, the
+    predicted part of the keys that were not drawn, of which replicates tell nothing.
+    """
+    replicates = means.shape[-2]
+    between = means.var(-2) if means.numel() else means.sum(-2)
+    mixed = (PRIOR_WEIGHT * predicted + (replicates - 1) * between) / (PRIOR_WEIGHT + replicates - 1)
+    return mixed.maximum(never) / replicates
 
 
 def standard_error(means: Tensor) -> Tensor:

@@ -22,6 +22,11 @@ BITS = 4
 distributed.
 """
 
+HEADROOM = 2.0**-8
+"""What values are multiplied by, so that the sum of the first ones is a number, too. A power of two does not
+round.
+"""
+
 CHUNK = 1 << 14
 """Values that the curve is computed for at a time, so that what it needs stays in the processor's cache."""
 
@@ -62,7 +67,7 @@ class ValueOrder:
     def fit(cls, values: Tensor) -> ValueOrder:
         """The order that the first `FIRST_VALUES` of the values (N, n, d), float32 or float64, determine."""
         x = values[:, :FIRST_VALUES]
-        x = torch.where(x.isfinite(), x, 0)  # a key that no row sees may hold anything
+        x = torch.where(x.isfinite(), x, 0) * HEADROOM  # a key that no row sees may hold anything
         if not x.numel():
             components = min(COMPONENTS, x.shape[-1])
             return cls(x.new_zeros(len(x), 1, x.shape[-1]), x.new_zeros(len(x), x.shape[-1], components))
@@ -77,7 +82,8 @@ class ValueOrder:
         variance, axes = variance[..., -components:].flip(-1), axes[..., -components:].flip(-1)
         varies = variance > 1e-10 * variance[..., :1]
         inverse = torch.where(varies, variance.clamp_min(torch.finfo(variance.dtype).tiny).rsqrt(), 0)
-        return cls(centre, (axes * inverse[:, None]).to(values.dtype) / size)
+        axes = (axes * inverse[:, None]).to(values.dtype) / size
+        return cls(centre / HEADROOM, axes * HEADROOM)
 
     def keys(self, values: Tensor, bits: int = BITS) -> Tensor:
         """The order key of each value (N, n, d): its index on the Hilbert curve, int64, (N, n).

@@ -421,3 +421,17 @@ def test_tolerance_is_kept_whatever_shapes_the_logits(case):
         error = (est.output - output).norm(dim=-1) / output.norm(dim=-1)
         assert float((error > 0.1).float().mean()) <= 0.05
         assert torch.allclose(est.log_sum_exp, log_sum_exp.float(), atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_exact_causal_rows_are_numbers_at_any_scale(scale, dtype):
+    q, k, v = (x[0, :1, :L].to(dtype).requires_grad_() for x in tensors())
+    est = qtx.sampled_attention(q, k, v, sampler="exact", is_causal=True, scale=scale)
+    hidden = torch.ones(L, L, dtype=torch.bool).triu(1)
+    p = (scale * q.double() @ k.double().mT).masked_fill(hidden, -torch.inf).softmax(-1)
+    tolerances = {"atol": 2e-3, "rtol": 2e-3} if dtype == torch.float16 else {}
+    torch.testing.assert_close(est.output, (p @ v.double()).to(dtype), **tolerances)
+    ours = torch.autograd.grad(est.output.double().square().sum(), (q, k, v))
+    naive = torch.autograd.grad((p @ v.double()).square().sum(), (q, k, v))
+    torch.testing.assert_close(ours, naive, atol=1e-2 if tolerances else 1e-4, rtol=1e-2)

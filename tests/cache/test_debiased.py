@@ -102,3 +102,30 @@ def test_what_is_refused(options, message, generator):
     q, _, _, cache = rows(generator, "int8")
     with pytest.raises(qtx.QtxError, match=message):
         cache.attend(q, **({"estimator": "debiased"} | options))
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize("replicates", [2, 4])
+def test_error_bars_know_of_values_that_no_replicate_has_drawn(replicates, generator):
+    k, v = torch.randn(1, 300, 8, generator=generator), torch.randn(1, 300, 4, generator=generator)
+    q = torch.randn(8, generator=generator)
+    k[:, 5], v[:, 9] = 4 * q, 1000.0  # one key has most of the probability, and a rare one a large value
+    q = q.expand(1, 300, 8)
+    cache = qtx.SampledKVCache.build(k, v, rank=4)
+    est = cache.attend(q, 16, estimator="debiased", replicates=replicates, generator=generator)
+    expected = exact(q, k, v)
+    low, high = est.confidence_interval(0.95)
+    covered = ((low <= expected) & (expected <= high)).all(-1)
+    assert float((covered | ~est.reliable).double().mean()) > 0.9
+    assert bool((est.std_error > 0).all())
+    est = cache.attend(q, 16, estimator="debiased", replicates=replicates, generator=generator)
+    cache.crop(299)
+    with pytest.raises(qtx.ArgumentError, match="not known any more"):
+        _ = est.std_error
+
+
+def test_weights_sum_to_one_beside_huge_logits(generator):
+    v = torch.randn(2, 1, 3, generator=generator)
+    cache = qtx.SampledKVCache.build(torch.full((2, 1, 4), 5e3), v)
+    est = cache.attend(torch.full((2, 9, 4), 1e4), 7, estimator="debiased", replicates=4, generator=generator)
+    torch.testing.assert_close(est.output, v.expand(2, 9, 3))

@@ -620,3 +620,40 @@ def test_torchs_defaults_do_not_matter(generator):
 
 def attended(cache, q, seed):
     return cache.attend(q, 64, generator=torch.Generator().manual_seed(seed)).output
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_samples": 4},
+        {"num_samples": 4, "share_keys": True},
+        {"num_samples": 4, "adaptive": True, "replicates": 2},
+        {"num_samples": 4, "estimator": "debiased", "replicates": 2},
+        {"tolerance": 0.1},
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_no_queries_are_no_rows(options, dtype, generator):
+    k, v = (x.to(dtype) for x in tokens(generator, n=40))
+    cache = qtx.SampledKVCache.build(k, v, "int8")
+    est = cache.attend(torch.zeros(4, 0, 16, dtype=dtype), generator=generator, **options)
+    assert est.output.shape == (4, 0, 12)
+    assert est.std_error is None or est.std_error.shape == (4, 0, 12)
+    assert est.reliable is None or est.reliable.shape == (4, 0)
+
+
+@pytest.mark.parametrize("options", [{}, {"share_keys": True}, {"estimator": "debiased"}])
+@pytest.mark.parametrize("size", [1e20, 1e37])
+def test_error_bars_of_large_values_are_those_of_usual_ones(options, size, generator):
+    k, v = tokens(generator, n=200)
+    v = v.clamp(-3, 3)
+    q = torch.randn(2, 3, 16, generator=generator)
+    bars = []
+    for factor in (1.0, size):
+        cache = qtx.SampledKVCache.build(k, v * factor, "exact")
+        seeded = torch.Generator().manual_seed(1)
+        est = cache.attend(q, 8, replicates=2, generator=seeded, **options)
+        bars.append(est.std_error / factor)
+        assert bool(est.reliability.isfinite().all())
+    assert bool(bars[1].isfinite().all())
+    torch.testing.assert_close(bars[1], bars[0], rtol=0.5, atol=0)

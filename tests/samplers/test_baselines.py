@@ -161,3 +161,16 @@ def test_top_k_is_a_softmax_over_the_heaviest():
     threshold = logits.sort(-1, descending=True).values[:, 9:10]
     expected = logits.masked_fill(logits < threshold, -torch.inf).softmax(-1)
     assert torch.allclose(TopKSampler().draw(logits, 10, replicates=3).dense(40), expected, atol=1e-6)
+
+
+def test_vattention_weighs_keys_whose_probabilities_are_below_all_numbers(generator):
+    logits = torch.zeros(100, 50).index_fill(1, torch.tensor(7), 500.0)
+    draws = VAttentionSampler(heavy=0).draw(logits, 4, generator=generator)
+    assert torch.allclose(draws.weights.sum(-1), torch.ones(100))
+    q, k = torch.full((1, 1, 1), 500.0), torch.zeros(1, 50, 1).index_fill(1, torch.tensor(7), 1.0)
+    v = torch.randn(1, 50, 3, generator=generator)
+    est = qtx.sampled_attention(
+        q, k, v, sampler=VAttentionSampler(heavy=0), num_samples=1, replicates=2, generator=generator
+    )
+    low, high = est.confidence_interval(0.95)
+    assert not bool(est.reliable) or bool(((low < v[:, 7]) & (v[:, 7] < high)).all())

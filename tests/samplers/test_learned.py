@@ -527,3 +527,50 @@ def test_bad_fit_is_one_clear_error(change, error, match):
 def test_heads_must_fit():
     with pytest.raises(ShapeError, match="num_heads=3"):
         LearnedImportanceSampler(8, num_heads=3).estimate(Q, Q, Q)
+
+
+@pytest.mark.parametrize("estimator", ["self-normalised", "plain", "debiased"])
+def test_weights_sum_to_one_beside_huge_logits(estimator):
+    """Next to a logit of 1e8, a float32 loses the logarithm of how often a key was drawn."""
+    q, k = torch.full((1, 6, 4), 1e4), torch.full((1, 1, 4), 5e3)
+    v = torch.randn(1, 1, 3, generator=seeded(0))
+    est = LearnedImportanceSampler().estimate(
+        q, k, v, 7, estimator=estimator, replicates=3, generator=seeded(1)
+    )
+    torch.testing.assert_close(est.output, v.expand(1, 6, 3))
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize("replicates", [2, 4])
+@pytest.mark.parametrize("estimator", ["plain", "debiased"])
+@pytest.mark.parametrize("kind", ["outlier", "one-hot", "equal"])
+def test_error_bars_know_of_values_that_no_replicate_has_drawn(kind, estimator, replicates):
+    q, k, v, n, rows = (
+        torch.randn(6, generator=seeded(1)),
+        *torch.randn(2, 300, 6, generator=seeded(2)),
+        300,
+        300,
+    )
+    q, k[5] = 2 * q, 3 * q  # one key has most of the probability
+    if kind == "outlier":
+        v[9] = 1000
+    elif kind == "one-hot":
+        v = F.one_hot(torch.arange(n) % 6, 6).float()
+    else:
+        v = v[:1].expand(n, 6)
+    est = LearnedImportanceSampler(points="monte-carlo").estimate(
+        q.expand(1, rows, 6),
+        k[None],
+        v[None],
+        8,
+        estimator=estimator,
+        replicates=replicates,
+        generator=seeded(3),
+    )
+    expected = (k.double() @ q.double() / 6**0.5).softmax(-1) @ v.double()
+    low, high = est.confidence_interval(0.95)
+    slack = 1e-6 * float(v.abs().max())
+    covered = ((low[0] <= expected + slack) & (expected - slack <= high[0])).all(-1)
+    assert float((covered | ~est.reliable[0]).double().mean()) > 0.9
+    off = (est.output[0] - expected).abs() > 10 * slack
+    assert not bool((off & (est.std_error[0] == 0)).any())

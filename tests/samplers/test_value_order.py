@@ -78,3 +78,13 @@ def test_neighbours_have_similar_values(generator: torch.Generator) -> None:
         return values[order].diff(dim=0).norm(dim=-1).mean()
 
     assert jumps(cached_order(values)) < 0.4 * jumps(torch.arange(1000))
+
+
+@pytest.mark.parametrize("power", [-100, 100, 120])
+def test_values_have_the_same_order_at_any_size(power: int, generator: torch.Generator) -> None:
+    values = torch.randn(2, 200, 5, generator=generator).clamp(-3.9, 3.9)
+    expected = ValueOrder.fit(values).order(values)
+    scaled = values * 2.0**power
+    assert torch.equal(ValueOrder.fit(scaled).order(scaled), expected)
+    largest = values.sign() * torch.finfo(values.dtype).max  # its sums are no numbers
+    assert torch.equal(ValueOrder.fit(largest).order(largest).sort().values[0], torch.arange(200))

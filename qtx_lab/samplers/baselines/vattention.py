@@ -87,8 +87,10 @@ class VAttentionSampler(StreamSampler):
             turn > 1, 0
         )
 
-        p = p[..., None, :].expand(*turn.shape[:-1], n).gather(-1, indices)
-        weights = p * factor
-        weights = weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(p.dtype).tiny) / replicates
-        weights = weights.to(p.dtype)
+        p, drawn_logits = (
+            x[..., None, :].expand(*turn.shape[:-1], n).gather(-1, indices) for x in (p, logits.to(p.dtype))
+        )
+        # By logits, because the probabilities of keys far from the heaviest one are below all numbers.
+        log_w = drawn_logits + factor.to(p.dtype).log()
+        weights = log_w.softmax(-1).masked_fill((log_w == -torch.inf).all(-1, keepdim=True), 0) / replicates
         return Draws(indices.flatten(-2), weights.flatten(-2), p.flatten(-2), replicates)

@@ -28,7 +28,7 @@ MIN_ROW_BYTES = 4
 THIN_SPACE = "\N{NARROW NO-BREAK SPACE}"
 
 
-def write_report(run: Run) -> Path:
+def write_report(run: Run, *, stays_open: bool = False) -> Path:
     """Write `report.html` from the content of the run folder, whatever the run's status.
 
     Parts that are missing or broken are left out of the page, or named in it.
@@ -37,6 +37,9 @@ def write_report(run: Run) -> Path:
     ----------
     run : Run
         The run.
+    stays_open : bool
+        Whether the run lasts as long as somebody works in it, as a workbench's does. What it shows is
+        complete, so that the page does not say that the run is not finished.
 
     Returns
     -------
@@ -62,12 +65,14 @@ def write_report(run: Run) -> Path:
     results = manifest.get("results") or {}
     summary, table = results.get("summary") or [], results.get("table")
     spec = _spec_fields(run, manifest)
+    open_run = stays_open and manifest["status"] == "running"
     figures = [figure for facts in run.figures() if (figure := _figure(run, facts))]
     page = _template().render(
         title=manifest.get("title") or manifest["name"],
         manifest={"error": None, "command": None, **manifest},
         started=f"{datetime.fromisoformat(manifest['started']):%-d %B %Y, %H:%M} UTC",
         duration=_duration(manifest.get("seconds")),
+        is_whole=open_run or manifest["status"] == "done",
         summary=[str(x) for x in summary] if isinstance(summary, list) else [str(summary)],
         table=_table([row for row in table if isinstance(row, Mapping)] if isinstance(table, list) else []),
         figures=figures,

@@ -85,6 +85,14 @@ def test_the_page_begins_with_the_error_of_a_run(tmp_path, raised, status) -> No
     assert "spec.yaml cannot be read" in text
 
 
+def test_a_run_in_which_somebody_works_is_not_called_unfinished(tmp_path) -> None:
+    run = Run.create(ExperimentSpec(), "workbench", tmp_path)
+    assert "This run is not finished" in write_report(run).read_text(encoding="utf-8")
+    assert "This run" not in write_report(run, stays_open=True).read_text(encoding="utf-8")
+    run.finish("cancelled")
+    assert "This run was cancelled" in write_report(run, stays_open=True).read_text(encoding="utf-8")
+
+
 def test_a_figure_is_replaced_by_html_that_redraws_it_where_scripts_run(tmp_path) -> None:
     data, live = pd.DataFrame({"x": [1]}), '<div class="qtx-page"><script>1 &lt; 2</script></div>'
     with Run.create(ExperimentSpec(), "trial", tmp_path) as run:

@@ -209,12 +209,15 @@ def test_every_view_opens_in_both_themes(
     page: Any, served: str, shoot: Any, axe: Any, theme: str, soak: bool
 ) -> None:
     violations = {}
+    size = {"light": (1280, 800), "dark": (1920, 1080)}[theme]
+    page.set_viewport_size({"width": size[0], "height": size[1]})
     checked = {"light": ("Runs", "Error", "Maps"), "dark": ("Sweeps", "Live", "Devices")}[theme]
-    if theme == "light":  # in the dark theme, another test sees them
-        a, b = "20261120T000000Z-grid-001", "20261120T000000Z-grid-009"
-        for query in (f"view=Run&run={a}", f"view=Compare&ticked={a}/{b}"):
-            page.goto(f"{served}?theme=light&{query}")
-            page.get_by_text("All runs").wait_for()
+    a, b = "20261120T000000Z-grid-001", "20261120T000000Z-grid-009"
+    for name, query in (("run", f"view=Run&run={a}"), ("compare", f"view=Compare&ticked={a}/{b}")):
+        page.goto(f"{served}?theme={theme}&{query}")
+        page.get_by_text("All runs").wait_for()
+        shoot(page, f"dashboard-{name}-{theme}")
+        if soak or theme == "light":  # in the dark theme, another test sees them
             violations[query] = axe(page, "body")
     visit(page, served, theme=theme)
     expected = {
@@ -235,7 +238,13 @@ def test_every_view_opens_in_both_themes(
         page.wait_for_timeout(400)
         width = page.evaluate("() => [document.documentElement.scrollWidth, innerWidth]")
         assert width[0] <= width[1], f"{view} needs scrolling sideways"
+        tables = page.locator(".wide:visible").evaluate_all(
+            "(all) => all.map((e) => e.scrollWidth - e.clientWidth)"
+        )
+        assert max(tables, default=0) <= 1, f"a table of {view} needs scrolling sideways"
         shoot(page, f"dashboard-{view.lower()}-{theme}")
+        if view == "Maps":  # which use the room that a larger window has
+            assert page.locator("#picture canvas:visible").first.bounding_box()["width"] > size[0] / 4.5
         if soak or view in checked:
             violations[view] = axe(page, "body")
     assert page.evaluate("() => getComputedStyle(document.body).colorScheme") == theme

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -474,6 +476,16 @@ def test_in_jupyterlab(
     page.wait_for_function(
         "() => document.querySelector('.qtx-lens h2').textContent.startsWith('Layer 4, head 2')"
     )
+    # A lens that waits for its kernel says so.
+    run_python(page, "import os, pathlib; pathlib.Path('kernel').write_text(str(os.getpid()))")
+    kernel = int(path.with_name("kernel").read_text())
+    os.kill(kernel, signal.SIGSTOP)
+    lens.get_by_role("radio", name="layer 4, head 2").press("ArrowLeft")
+    waiting = lens.get_by_text("The kernel is drawing …")
+    waiting.wait_for()
+    os.kill(kernel, signal.SIGCONT)
+    waiting.wait_for(state="hidden")
+    lens.get_by_role("radio", name="layer 4, head 1").press("ArrowRight")
     lens.get_by_label("pick those to draw").check()
     lens.get_by_role("radio", name="layer 0, head 0").click()
     lens.get_by_text("47 of 48 heads drawn, the others exact").wait_for()

@@ -400,6 +400,8 @@ def test_own_inputs_are_saved_with_the_run(tmp_path: Path) -> None:
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 4 if i == 0 else 2, 12, 8, generator=g) for i in range(3))
     bench = Workbench(q, k, v, tokens=list("twelve words"), is_causal=True, home=tmp_path)
+    bench.flush()
+    assert (bench.run.path / "workbench.json").exists()  # it can be restored before anything was changed
     bench.sample.forms["source"].change(layer=1, head=3)
     result = bench.sample.start().wait(120)
     assert result["q"].shape == (2, 4, 12, 8)
@@ -828,6 +830,8 @@ def test_the_whole_work_in_a_browser(
         set_theme(page, theme)
         for name in ("Sample", "Circuit", "Mitigate", "Hardware", "Calibrate", "Train", "Sweep", "Runs"):
             open_tab(page, name)
+            if name == "Sweep":
+                unfold(page, "grid")
             page.wait_for_timeout(300)
             assert cut_off(page) == [], name
             shoot(page, f"workbench-{name.lower()}-{theme}")

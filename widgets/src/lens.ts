@@ -29,6 +29,8 @@ const REFINE_DELAY_MS = 120;
 const CONFIRM_DELAY_MS = 250;
 /** Milliseconds after which a request is sent once more, because messages get lost while a kernel starts. */
 const RETRY_DELAY_MS = 10_000;
+/** Milliseconds after which a lens says that it waits for the kernel. */
+const WAIT_NOTE_DELAY_MS = 500;
 /** Share of the window's height that a map alone fills at most. */
 const MAX_HEIGHT_SHARE = 0.85;
 /** Milliseconds without a change of the slider after which the thumbnails are drawn anew. */
@@ -292,6 +294,24 @@ export function render(model: Model, el: HTMLElement): () => void {
   const tileName = (layer: number, head: number, level: maps.Level, i: number, j: number) =>
     `${layer}/${head}/${level.rows}/${level.columns}/${i}/${j}`;
 
+  let waits = false;
+  let waitTimer = 0;
+  frame.atEnd(() => clearTimeout(waitTimer));
+
+  /** Dims the maps while the kernel draws, and says so where that takes longer than a moment. */
+  function markWaiting(waiting: boolean): void {
+    frame.root.toggleAttribute("data-waiting", waiting);
+    clearTimeout(waitTimer);
+    if (waiting) waitTimer = window.setTimeout(() => sayWaiting(true), WAIT_NOTE_DELAY_MS);
+    else sayWaiting(false);
+  }
+
+  function sayWaiting(waiting: boolean): void {
+    if (waits === waiting) return;
+    waits = waiting;
+    showCaption();
+  }
+
   /** The last request, until it is answered. */
   let unanswered = "";
   let refineTimer = 0;
@@ -352,7 +372,7 @@ export function render(model: Model, el: HTMLElement): () => void {
     else if (answerHere(request)) {
       if (!large) confirmSoon(); // a large map becomes sharp by the kernel
     } else if (ask(request)) {
-      frame.root.toggleAttribute("data-waiting", true);
+      markWaiting(true);
       clearTimeout(retryTimer);
       retryTimer = window.setTimeout(() => {
         if (unanswered !== wanted) return;
@@ -491,7 +511,7 @@ export function render(model: Model, el: HTMLElement): () => void {
     frame.fail(message.fallbacks.length ? message.fallbacks.join(" ") : null);
     if (message.seq === seq) {
       unanswered = "";
-      frame.root.toggleAttribute("data-waiting", false);
+      markWaiting(false);
     }
     frame.root.toggleAttribute("data-confirmed", confirmed);
     if (confirmed) requestInputs(layer, head);
@@ -501,7 +521,7 @@ export function render(model: Model, el: HTMLElement): () => void {
   const ask = connect(frame, (message, buffers) => {
     if (message.kind === "error") {
       unanswered = "";
-      frame.root.toggleAttribute("data-waiting", false);
+      markWaiting(false);
     } else if (message.kind === "thumbnails") takeThumbnails(message, buffers);
     else if (message.kind === "maps") takeMaps(message, buffers);
     else if (message.kind === "row") takeRow(message, buffers);
@@ -606,7 +626,8 @@ export function render(model: Model, el: HTMLElement): () => void {
     const exists = stated.number !== undefined;
     const ofOthers = exists && !own && !given();
     back.hidden = !exists || !own;
-    if (!shown) return;
+    if (waits) effort.textContent = "The kernel is drawing …";
+    if (!shown || waits) return;
     const some = `Measured on ${whole(shown.measuredRows)} of ${whole(rows)} queries, evenly spaced.`;
     const measured = shown.measuredRows < rows ? ` ${some}` : "";
     const drawnHere = `Drawn by the lens: ${shown.effort}, seed ${shown.seed}.${measured}`;

@@ -40,7 +40,10 @@ a:focus-visible, summary:focus-visible { outline: 2px solid var(--house-accent);
 .empty { padding: 28px 0; max-width: 62ch; }
 .warning { border-left: 4px solid #E69F00; padding: 6px 12px; }
 .wide { overflow-x: auto; } .wide td, .wide th { max-width: 24ch; overflow: hidden; text-overflow: ellipsis; }
+.wide td.time { white-space: normal; width: auto; min-width: 11ch; }
+.wide td.range { white-space: normal; } .wide :is(td, th) { padding-right: 8px; }
 th a { color: inherit; text-decoration: none; white-space: nowrap; }
+.wide th a { white-space: normal; }
 th a.run { white-space: normal; overflow-wrap: anywhere; }
 th a:hover { text-decoration: underline; }
 tr.member td { background: var(--house-panel); }

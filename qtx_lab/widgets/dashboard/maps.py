@@ -27,7 +27,11 @@ from .figures import axes
 SAMPLER_NAMES = [name for name in SAMPLERS if name not in ("exact", "learned")]  # learned needs fitting first
 LENGTHS = (128, 256, 512, 1024)
 SIDE = 240
-"""Pixels of a side of a map, as Datashader draws it, zoomed or not."""
+"""Pixels of a side of a map, as Datashader draws it, before the browser has said how large the map is."""
+MAX_SIDE = 640
+"""Pixels of a side of a map, at most."""
+SHAPE = 0.83
+"""Width over height of a map with its axes and its colour bar, so that the map itself is nearly square."""
 DIFFERENCE_LIMIT = 0.02
 """Larger differences of weights have the deepest colours, so that the scale stays while draws change."""
 
@@ -98,20 +102,26 @@ def attention_maps(
 
 
 def _pixels(
-    data: np.ndarray, x_range: Any = None, y_range: Any = None
+    data: np.ndarray, x_range: Any = None, y_range: Any = None, side: int = SIDE
 ) -> tuple[np.ndarray, tuple[float, ...]]:
-    """A part of a map as `SIDE`² pixels, each the mean of the cells under it, and the part's bounds."""
+    """A part of a map as side² pixels, each the mean of the cells under it, and the part's bounds."""
     end = len(data) - 0.5
     (left, right), (low, high) = x_range or (-0.5, end), y_range or (-0.5, end)
     places = np.arange(len(data))
     cells = xarray.DataArray(data, coords={"query": places, "key": places}, dims=("query", "key"))
-    seen = datashader.Canvas(SIDE, SIDE, (left, right), (low, high)).raster(cells, agg="mean").data
+    seen = datashader.Canvas(side, side, (left, right), (low, high)).raster(cells, agg="mean").data
     return seen[::-1].astype(np.float32), (left, low, right, high)
 
 
-def _image(data: np.ndarray, x_range: Any, y_range: Any, *, like: hv.Image, least: float) -> hv.Image:
-    """A part of a map as a copy of `like`, so that its options are not worked out anew at every move."""
-    seen, bounds = _pixels(data, x_range, y_range)
+def _image(
+    data: np.ndarray, x_range: Any, y_range: Any, width: int | None, height: int | None,
+    scale: float, *, like: hv.Image, least: float,
+) -> hv.Image:  # fmt: skip
+    """A part of a map as a copy of `like`, so that its options are not worked out anew at every move.
+
+    `width` is that of the map in the browser, in pixels; None before it is known.
+    """
+    seen, bounds = _pixels(data, x_range, y_range, min(MAX_SIDE, max(SIDE, width or SIDE)))
     return like.clone(np.maximum(seen, least), bounds=bounds)
 
 
@@ -139,18 +149,19 @@ def canvas(maps: Maps, theme: str) -> Canvas:
     pictures = []
     for pipe, panel in zip(pipes, panels, strict=True):
         options = axes(
-            theme, responsive=False, height=None, frame_width=SIDE, frame_height=SIDE, show_grid=False,
+            theme, responsive="width", aspect=SHAPE, show_grid=False,
             title=panel.title, xlabel="key", ylabel="query", invert_yaxis=True, tools=["hover"],
             toolbar="above", colorbar=True, colorbar_position="bottom", cmap=palette(panel.colours),
             logz=panel.log_scale, clim=(panel.low, panel.high), clabel=panel.label.removeprefix("attention "),
         )  # fmt: skip
+        del options["height"]  # follows from the width
         if panel.low < 0:
             ticks = [panel.low, panel.low / 2, 0, panel.high / 2, panel.high]
             options["colorbar_opts"] = {"ticker": FixedTicker(ticks=ticks)}
         seen, bounds = _pixels(pipe.data)
         like = hv.Image(seen, ["key", "query"], "weight", bounds=bounds).opts(**options)
         draw = partial(_image, like=like, least=panel.low if panel.log_scale else -np.inf)
-        pictures.append(hv.DynamicMap(draw, streams=[pipe, hv.streams.RangeXY()]))
+        pictures.append(hv.DynamicMap(draw, streams=[pipe, hv.streams.RangeXY(), hv.streams.PlotSize()]))
     return Canvas(tuple(pictures), *pipes)
 
 

@@ -17,6 +17,9 @@ Settings = tuple[str, int, int, int, str, int]
 
 MAX_DRAWS = 512
 
+MAP_STYLES = {"flex": "1 1 300px", "max-width": "660px"}
+"""The three maps share the width of the page, and stand below each other where it is narrow."""
+
 
 class MapsView(DashboardView):
     """One head of a language model, exact and sampled."""
@@ -69,7 +72,8 @@ class MapsView(DashboardView):
         if self._canvas is None or shown is None or shown[1] != length:
             self._canvas = maps.canvas(drawn, self.page.theme)
             self._panes.objects = [
-                pn.pane.HoloViews(picture, margin=(0, 6, 0, 0)) for picture in self._canvas.pictures
+                pn.pane.HoloViews(picture, margin=(0, 6, 0, 0), sizing_mode="scale_width", styles=MAP_STYLES)
+                for picture in self._canvas.pictures
             ]
         else:
             self._canvas.show(drawn, exact=shown != self._shown_head)

@@ -183,7 +183,7 @@ class RunsView(DashboardView):
             link = self.page.link(sort=turned, **{"from": None})
             arrow = (" ▼" if down else " ▲") if now else ""
             key = escape(f"sort {column}")
-            words = f"title='Sort by {escape(name)}'>{escape(name)}{arrow}"
+            words = f"title='Sort by {escape(name)}'>{escape(name).replace('_', '_<wbr>')}{arrow}"
             headings[f"<a href='{escape(link)}' data-key='{key}' {words}</a>"] = css_class
         return headings | {"report": ""}
 
@@ -311,4 +311,5 @@ def _number_cell(group: RunGroup, column: str, several: bool, form: str) -> str:
         title = f"Mean of {len(values)} runs that differ in nothing but the seed, with its 95 % interval"
         return f"<td class='number' title='{title}'>{with_error(values.mean(), width)}</td>"
     low, high = form.format(values.min()), form.format(values.max())
-    return f"<td class='number' title='Smallest and largest of {len(values)} runs'>{low} – {high}</td>"
+    title = f"Smallest and largest of {len(values)} runs"
+    return f"<td class='number range' title='{title}'>{low}&nbsp;– {high}</td>"

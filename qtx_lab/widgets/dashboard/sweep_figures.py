@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import holoviews as hv
@@ -65,14 +66,20 @@ def parallel_coordinates(frame: pd.DataFrame, columns: Sequence[str], metric: st
         for height, text in places[column].ticks
     ]
     texts = hv.Labels(ticks, ["x", "y"], ["text", "colour"]).opts(
-        text_color="colour", text_align="left", text_font_size="12px", text_font=value(FONT)
-    )
+        text_color="colour", text_align="left", text_font_size="12px", text_font=value(FONT),
+        hooks=[partial(_legible, colour=c["background"])],
+    )  # fmt: skip
     return (rulers * lines * texts).opts(
         **axes(
             theme, show_grid=False, xlim=(-0.15, len(names) - 0.55), ylim=(-0.06, 1.06), xlabel="", ylabel="",
             yaxis=None, xticks=[(i, label(name)) for i, name in enumerate(names)],
         )
     )  # fmt: skip
+
+
+def _legible(plot: Any, element: Any, *, colour: str) -> None:
+    """Give texts a ground of their own, so that the lines behind do not cross them."""
+    plot.handles["glyph"].update(background_fill_color=colour, background_fill_alpha=0.8, padding=2)
 
 
 class _Places:

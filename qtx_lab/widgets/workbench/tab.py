@@ -94,8 +94,9 @@ class WorkbenchTab:
         self._cancel_button.on_click(lambda _: self.cancel())
         for form in self.forms.values():
             form.observe(lambda _: self._form_changed(), "spec")
+        accordion = f"qtx-wb-{self.name}-{id(self)}"  # other workbenches on the page keep their groups open
         for i, form in enumerate(forms.values()):
-            form.arrange("column", accordion=f"qtx-wb-{self.name}", open_first=i == 0)
+            form.arrange("column", accordion=accordion, open_first=i == 0)
         buttons = widgets.HBox([self._start_button, self._cancel_button]).add_class("qtx-wb-act")
         controls = widgets.VBox([buttons, *forms.values()]).add_class("qtx-wb-controls")
         picture = widgets.VBox([self._message, self.views]).add_class("qtx-wb-picture")
@@ -175,7 +176,7 @@ class WorkbenchTab:
         assert folder is not None
         run = Run.open(folder)
         self.fill_report(run)
-        path = write_report(run)
+        path = write_report(run, stays_open=True)
         self.request_status()
         return path
 

@@ -244,6 +244,8 @@ class Workbench(widgets.VBox):
         self.tab_bar.observe(lambda _: self._tab_opened(), "selected_index")
         _ = self.sample  # which is shown at first
         self.restoring = False
+        if num_tensors:  # which have a run already, and can be restored from now on
+            self.request_save()
 
     @property
     def run(self) -> Run:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
 from typing import Any
 
 from ....specs import Spec, field
@@ -97,18 +99,27 @@ def rows_table(result: Mapping[str, Any]) -> str:
         body += f"<tr><th scope='row'>{row}</th><td>{keys}</td>{_cells(cells)}</tr>"
     means = [with_error(mean, Z95 * std_error) for mean, std_error in (x.mean for x in columns.values())]
     foot = f"<tr><th scope='row'>mean</th><td></td>{_cells(means)}</tr>"
-    known = ", ".join(
-        f"{label} {html.escape(str(facts[name]))}"
-        for name, label in CIRCUIT_FACTS.items()
-        if facts.get(name) is not None
-    )
     notes = notes_list([*result["fallbacks"], *facts.get("not_modelled", [])], NO_ADVANTAGE)
     return (
         f"<p><b>Total variation from the exact row after {spaced(result['shots'])} shots</b> "
         "(± half of the 95 % interval)</p>"
         f"<table class='qtx-wb-table'><thead>{head}</thead><tbody>{body}</tbody><tfoot>{foot}</tfoot></table>"
-        f"<p>{known}; {spaced(int(result['discarded'].sum()))} shots discarded.</p>{notes}"
+        f"<p>{facts_text(facts)}; {spaced(int(result['discarded'].sum()))} shots discarded.</p>{notes}"
     )
+
+
+def facts_text(facts: Mapping[str, Any]) -> str:
+    """What is known of a circuit and its device, in words; HTML.
+
+    >>> facts_text({"device": "fake_fez", "qubits": 7, "calibration": "2025-02-26T15:16:25-05:00"})
+    'device fake_fez, qubits 7, calibrated 2025-02-26 20:16 UTC'
+    """
+    texts = {name: str(facts[name]) for name in CIRCUIT_FACTS if facts.get(name) is not None}
+    with suppress(KeyError, ValueError):  # a device may have another way to write times, or none
+        time = datetime.fromisoformat(texts["calibration"])
+        if time.tzinfo is not None:
+            texts["calibration"] = f"{time.astimezone(UTC):%Y-%m-%d %H:%M} UTC"
+    return ", ".join(f"{CIRCUIT_FACTS[name]} {html.escape(text)}" for name, text in texts.items())
 
 
 def measured_headline(result: Mapping[str, Any]) -> str:

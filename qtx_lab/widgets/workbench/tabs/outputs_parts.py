@@ -9,7 +9,7 @@ from typing import Any
 from ....specs import CircuitSpec
 from ....theme import fixed, with_error
 from .code_parts import IMPORTS, Code, call, changed_fields, inputs_code
-from .html_parts import CIRCUIT_FACTS, head_row, headline, notes_list, spaced
+from .html_parts import facts_text, head_row, headline, notes_list, spaced
 
 EXACT_NOTE = (
     "A classical computer sums the exact output with a multiplication for each key: nothing here is faster "
@@ -47,13 +47,7 @@ def outputs_table(result: Mapping[str, Any]) -> str:
         cells += [spaced(int(result["loads"][i])), f"{result['rest'][i]:.1%}"]
         body += f"<tr><th scope='row'>{row}</th>{''.join(f'<td>{x}</td>' for x in cells)}</tr>"
     head = head_row(["row", "exact", *(x["name"] for x in methods), "loads used", "summed exactly"])
-    facts = result["facts"]
-    known = ", ".join(
-        f"{label} {html.escape(str(facts[name]))}"
-        for name, label in CIRCUIT_FACTS.items()
-        if facts.get(name) is not None
-    )
-    gates = dict(map(tuple, result["two_qubit_gates"]))
+    facts, gates = result["facts"], dict(map(tuple, result["two_qubit_gates"]))
     schedule = ", ".join(
         f"{k} ({spaced(shots)} shots, {gates[k]} two-qubit gates)" for k, shots in result["schedule"]
     )
@@ -62,7 +56,8 @@ def outputs_table(result: Mapping[str, Any]) -> str:
     return (
         "<p><b>One coordinate of each output</b> (± half of the 95 % interval)</p>"
         f"<table class='qtx-wb-table'><thead>{head}</thead><tbody>{body}</tbody></table>"
-        f"<p>{known}; contrast {result['contrast']:.3f}, decay {result['decay']:.4f} an iterate{time}.</p>"
+        f"<p>{facts_text(facts)}; contrast {result['contrast']:.3f}, decay {result['decay']:.4f} an "
+        f"iterate{time}.</p>"
         f"<p>Grover iterates: {schedule or 'none'}.</p>"
         + notes_list(facts.get("not_modelled", []), html.escape(EXACT_NOTE))
     )

@@ -191,6 +191,8 @@ class SampleTab(WorkbenchTab):
             self.show_saved(result, forms)
             self._first_forms = forms
             self.bench.request_picture()
+            if self.bench.storage_place():
+                self.bench.request_save()
 
     def save_first_picture(self) -> None:
         """Save the first picture, which nobody asked for, once the workbench has a run."""

@@ -117,7 +117,9 @@ class FoldedEngine(Engine):
 
     def identity(self) -> str:
         """Return what a transpiled circuit depends on, with the folding; see `Engine.identity`."""
-        return f"{self._engine.identity()} folded by calibrated errors {self._how} {self._level!r}"
+        folding = f"folded by calibrated errors {self._how} {self._level!r}"
+        # A circuit is transpiled alike for noise of any strength, but folded by the errors at this one.
+        return f"{self._engine.identity()} × {self._engine.facts().get('noise_scale', 1)} {folding}"
 
     def facts(self) -> dict[str, Any]:
         """Return the diagnostics of the engine and of the folding; see `Engine.facts`."""

@@ -138,6 +138,14 @@ def test_the_recorded_level_is_that_of_the_calibrated_errors(device, how, level)
             assert abs(one_after / one_before - level) <= 2 / one_before + 1e-9
 
 
+def test_a_circuit_that_was_folded_for_another_strength_of_noise_is_not_taken():
+    levels = {}
+    for strength in (0.0, 1.0):
+        backend = qtx.QiskitQuantumBackend("aer", "fake_fez", loader="tree", noise_scale=strength)
+        levels[strength] = scale_noise(backend, 2, "local").transpiled(4).metadata["noise_level"]
+    assert levels[0.0] != pytest.approx(levels[1.0]), "without noise all gates count alike"
+
+
 def test_noise_grows_with_the_level(generator):
     p = torch.randn(8, 8, generator=generator, dtype=torch.float64).softmax(-1)
     backend = qtx.QiskitQuantumBackend("aer", "fake_sherbrooke", loader="tree")

@@ -173,8 +173,9 @@ def check_transforms() -> None:
 
 
 def check_tensors(**tensors: Tensor) -> None:
-    """Refuse what is no dense tensor (..., length, features) of a dtype that is attended to, or unlike the
-    first.
+    """Refuse tensors that attention is not computed from, or that are unlike the first one.
+
+    They must be dense, of the shape (..., length, features), and of a dtype that is attended to.
     """
     check_transforms()
     first, like = next(iter(tensors.items()))

@@ -147,9 +147,10 @@ class Draws:
 def rounding_variance(
     output: Tensor, size: Tensor, total: int, dtype: torch.dtype, computed: torch.dtype | None = None
 ) -> Tensor:
-    """Variance that rounding adds to an output: of the sum of `total` values of root mean square `size` in
-    the precision in which it was computed, the output's own where `computed` is None, and of the cast to
-    `dtype`.
+    """Variance that rounding adds to an output.
+
+    It has two parts: the rounding of a sum of `total` values of root mean square `size` in the precision in
+    which it was computed, the output's own where `computed` is None; and that of the cast to `dtype`.
     """
     summed = torch.finfo(computed or output.dtype).eps * math.sqrt(total) * size
     return summed.square() + (torch.finfo(dtype).eps * output).square() / 12
@@ -514,8 +515,9 @@ class AttentionEstimate:
         return None if self.reliability is None else self.reliability >= RELIABLE
 
     def keys_touched(self) -> Tensor:
-        """Distinct values that the draws of each query position read, the heads of a group together: (..., H
-        / G, L), int64.
+        """How many distinct values the draws of each query position read: (..., H / G, L), int64.
+
+        The heads of a group count together.
 
         What control variates and pilots of a tolerance read comes on top.
         """

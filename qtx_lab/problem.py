@@ -59,8 +59,9 @@ class KeyLayout:
 
 @dataclass(frozen=True, eq=False)
 class AttentionProblem:
-    """What is asked for: softmax(q k^T scale + mask) v. Made and checked by `of`; nothing changes it
-    afterwards.
+    """One call of attention: softmax(q k^T scale + mask) v.
+
+    It is made and checked by `of`, and nothing changes it afterwards.
 
     The logits of a row are
 
@@ -360,8 +361,9 @@ class AttentionProblem:
         return in_dtype(self.mask, self.dtype).expand(*self.row_shape, self.num_keys)
 
     def blocks(self, numbers: int) -> Iterator[Block]:
-        """The rows in blocks, in memory order, `numbers` being the numbers that a row needs besides its
-        keys.
+        """The rows in blocks, in memory order.
+
+        `numbers` is how many numbers a row needs besides its keys.
         """
         return blocks(self.shape, BLOCK_ELEMENTS // max(self.num_keys, numbers, 4 * self.width))
 
@@ -451,8 +453,9 @@ class AttentionProblem:
         return (last.clamp_max(self.num_keys - 1) + 1 - first.clamp_min(0)).clamp_min(0)
 
     def first_whole_blocks(self, blocks_of: Callable[[Tensor], Tensor]) -> Tensor:
-        """The first block of neighbouring keys that each row sees whole by the mask and causality, -1 where
-        there is none: int64, (N, M).
+        """The first block of neighbouring keys that each row sees whole: int64, (N, M).
+
+        What a row sees is decided by the mask and causality. It is -1 where there is no such block.
 
         Parameters
         ----------
@@ -476,8 +479,10 @@ class AttentionProblem:
     def logits_of(
         self, products: Tensor, heads: slice, rows: slice, layout: KeyLayout | None = None
     ) -> Tensor:
-        """The logits of a block from the products scale q . k, (heads, rows, keys): capped, the bias added,
-        and -inf where a row does not see a key. The products are changed in place.
+        """The logits of a block from the products scale q . k, (heads, rows, keys).
+
+        They are capped, the bias is added, and they are -inf where a row does not see a key. The products are
+        changed in place.
         """
         logits = self._capped(products)
         if self.is_causal or self.window is not None:
@@ -498,8 +503,9 @@ class AttentionProblem:
         return products if self.softcap is None else self.softcap * torch.tanh(products / self.softcap)
 
     def _band(self, rows: slice) -> tuple[Tensor, Tensor]:
-        """The first and the last position that each row sees by causality and the window: (rows,) each; they
-        may lie outside the keys.
+        """The first and the last position that each row sees by causality and the window: (rows,) each.
+
+        They may lie outside the keys.
         """
         position = self.positions(rows)
         left, right = (None, None) if self.window is None else self.window
@@ -526,8 +532,9 @@ class AttentionProblem:
         return self._mask[(*torch.unravel_index(query_head, leading), index) if leading else (index,)]
 
     def visible_keys(self) -> Tensor | None:
-        """The keys that some row of each key head sees by the mask and the window: bool, (N, n); None where
-        those are all.
+        """The keys that some row of each key head sees by the mask and the window: bool, (N, n).
+
+        None where those are all keys.
         """
         seen = None
         if self.mask is not None:

@@ -35,8 +35,9 @@ MAX_REPLICATES = 1 << 24
 
 
 class Purpose(IntEnum):
-    """What a number is for: the lowest byte of a counter's last word. Numbers of different purposes are
-    independent.
+    """What a number is for: the lowest byte of a counter's last word.
+
+    Numbers of different purposes are independent.
     """
 
     POINTS = 0
@@ -70,8 +71,9 @@ class Purpose(IntEnum):
 def philox(
     key: Tensor | int, *counter: Tensor | int, rounds: int = 10
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Four random words for each counter; the same key and counter give the same words, whatever is beside
-    them.
+    """Four random words for each counter.
+
+    The same key and counter give the same words, whatever is beside them.
 
     Parameters
     ----------
@@ -106,8 +108,9 @@ def philox(
 
 
 def _rounds(counter: Sequence[Any], key: Sequence[Any], rounds: int) -> tuple[Any, Any, Any, Any]:
-    """The rounds of Philox 4×32 on tensors or arrays; 64-bit products may wrap round a sign, the masks
-    mend that.
+    """The rounds of Philox 4×32 on tensors or arrays.
+
+    64-bit products may wrap round to a negative sign, which the masks mend.
     """
     (c0, c1, c2, c3), (k0, k1) = counter, key
     for _ in range(rounds):
@@ -137,8 +140,9 @@ def make_seed(generator: torch.Generator | None) -> Tensor:
 
 
 def sequence_keys(seed: Tensor | int, sequences: Tensor | int) -> Tensor:
-    """The Philox key of each sequence: int64, of the shape of `sequences`, which names them by whole
-    numbers.
+    """The Philox key of each sequence: int64, of the shape of `sequences`.
+
+    `sequences` names them by whole numbers.
     """
     here = sequences.device if isinstance(sequences, Tensor) else torch.device("cpu")
     device = seed.device if isinstance(seed, Tensor) else here
@@ -231,8 +235,9 @@ class Stream:
         return replace(self, keys=self.keys[heads], groups=self.groups[heads], positions=positions)
 
     def of_single_rows(self, heads: Tensor, positions: Tensor, replicates: Tensor) -> Stream:
-        """The stream of B rows, each of a head (B,), a position (B,) and a replicate (B,) of its own, as
-        (B, 1) rows.
+        """The stream of B rows, as (B, 1) rows.
+
+        Each has a head (B,), a position (B,) and a replicate (B,) of its own.
         """
         return replace(
             self,
@@ -258,8 +263,9 @@ class Stream:
         return self._uniform(zero, purpose, replicates, count)
 
     def make_generator(self) -> torch.Generator:
-        """A torch.Generator for these rows together, for samplers that take one: a function of their first
-        row.
+        """A torch.Generator for these rows together, for samplers that take one.
+
+        It is a function of their first row.
         """
         first = replace(self, purpose=Purpose.GENERATOR)[0:1, 0:1]
         seed = int(first.uniform(1, 1).item() * 2**53) if self.keys.numel() and self.positions.numel() else 0

@@ -90,8 +90,9 @@ class KeyOrder:
         return replace(draws, indices=keys.gather(-1, draws.indices))
 
     def _along(self, blocks: Tensor, heads: slice) -> Tensor:
-        """The places along the curve for rows whose orders are fitted to these blocks (heads, B): int64,
-        (heads, B or 1, n).
+        """The places along the curve for rows whose orders are fitted to these blocks (heads, B).
+
+        int64, (heads, B or 1, n).
         """
         assert self.values is not None
         used = blocks[blocks >= 0].unique().tolist() or [0]
@@ -243,8 +244,9 @@ class CountChooser:
     def _search(
         self, allowed: Tensor, low: Tensor, high: Tensor, scale: Scale | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The least rungs from `low` on with a bound <= allowed, `high` where there is none below, and the
-        bound.
+        """The least rungs from `low` on whose bound is within `allowed`, and the bound.
+
+        `high` where there is none below it.
         """
         low, high = low.clone(), torch.where(allowed > 0, high, len(self.ladder))
         low = torch.where(allowed > 0, low, high)
@@ -356,8 +358,9 @@ class CountChooser:
 def _combined(
     bounds: OutputSize, piloted: Tensor | None, spread: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor]:
-    """|o|^2 and the relative variance of |o|, from the probes and from |R o|^2 as a pilot gives it, (v, s)
-    being the pilot's expected error in R and the share of a direction in it.
+    """|o|^2 and the relative variance of |o|, from the probes and from a pilot.
+
+    The pilot gives |R o|^2, and (v, s): its expected error in R and the share of a direction in it.
     """
     tiny = torch.finfo(bounds.known.dtype).tiny
     rest, variance = bounds.probed, bounds.probe_variance * bounds.probed.square()

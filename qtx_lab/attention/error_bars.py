@@ -230,8 +230,9 @@ class ErrorBars:
         correction: Correction | None,
         sums: RowSums | None,
     ) -> tuple[Tensor, Tensor]:
-        """For draws whose probabilities are known: the variance of the output (heads, rows, d), as the class
-        has it, and the error that they may hide (heads, rows).
+        """The variance (heads, rows, d) of the output of draws whose probabilities are known: see the class.
+
+        The second result is the error that they may hide, (heads, rows).
         """
         total, r, p = draws.indices.shape[-1], draws.replicates, draws.probabilities
         assert p is not None

@@ -292,8 +292,9 @@ class _Call:
 
 
 class _Sampled(torch.autograd.Function):
-    """The output of a call, its log-sum-exp, its drawn keys and their weights, with the derivatives of
-    `differentiable`.
+    """The output of a call, its log-sum-exp, its drawn keys and their weights.
+
+    Its derivatives are those of `differentiable`.
     """
 
     @staticmethod
@@ -376,8 +377,9 @@ def _gradients(
     indices: Tensor,
     weights: Tensor,
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of q, k, v, mask and sinks, given those of the output and the log-sum-exp; those of the
-    logits' parts only where one is needed.
+    """The gradients of q, k, v, mask and sinks, given those of the output and the log-sum-exp.
+
+    Those of the logits' parts are computed only where one of them is needed.
     """
     problem = call.problem_of(q, k, v, mask, sinks)
     logits_too = needed[0] or needed[1] or needed[3]
@@ -431,8 +433,9 @@ def _tangents(
     indices: Tensor,
     weights: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """The tangents of the output and the log-sum-exp, given those of the inputs: the transpose of
-    `_gradients`.
+    """The tangents of the output and the log-sum-exp, given those of the inputs.
+
+    It is the transpose of `_gradients`.
     """
     problem = call.problem_of(q, k, v, mask, sinks)
     shape, dtype = (*problem.row_shape, problem.width), problem.dtype
@@ -498,8 +501,9 @@ def _transposed_average(draws: Draws, table: Tensor, weights: Tensor, rows: Tens
 
 
 def _mean_of_others(a: Tensor, draws: Draws, baseline: str) -> Tensor:
-    """b_s of `differentiable` from a (N, M, T), broadcastable to it: the others' mean, times what the sink
-    leaves to the keys.
+    """b_s of `differentiable` from a (N, M, T), broadcastable to it.
+
+    The others' mean, times the mass that the sink leaves to the keys.
     """
     w = draws.weights.to(a.dtype)
     x = w * a

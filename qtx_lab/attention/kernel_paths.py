@@ -306,8 +306,9 @@ def _page_errors(call: KernelCall, parts: Tensor) -> Callable[[], Tensor]:
 
 
 class _Prefill(torch.autograd.Function):
-    """The output (N, M, Ev) of one replicate by `kernels.prefill` in float32, with its gradients, and the
-    kernel's normaliser (N, M) without.
+    """The output (N, M, Ev) of one replicate by `kernels.prefill`, in float32, with its gradients.
+
+    The kernel's normaliser (N, M) comes with it, without a gradient.
     """
 
     @staticmethod

@@ -265,8 +265,9 @@ class QuantumMultiheadAttention(nn.MultiheadAttention):
     def _merge(
         self, padding: Tensor | None, mask: Tensor | None, shape: tuple[int, int, int], dtype: torch.dtype
     ) -> Tensor | None:
-        """Both masks as one of `sampled_attention`, (N or 1, heads or 1, L or 1, n): True there means
-        attend.
+        """Both masks as one of `sampled_attention`, (N or 1, heads or 1, L or 1, n).
+
+        True means that a key is attended to.
         """
         batch, length, keys = shape
         parts = []
@@ -330,8 +331,9 @@ def estimate_heads(
 
 
 def drop_keys(v: Tensor, dropout: float, generator: torch.Generator | None) -> Tensor:
-    """v (..., n, d) with whole keys dropped at this rate, the others made larger, as dropout of the
-    weights in training.
+    """Values (..., n, d) of which whole keys are dropped at a rate, as dropout of the weights in training.
+
+    The others are made larger, so that the mean stays the same.
     """
     if dropout == 0:
         return v
@@ -402,8 +404,9 @@ class ReplacedAttention:
     restore: Callable[[], None]
 
     def undo(self) -> None:
-        """Make the layers torch's again, with the weights that they have now. Doing it twice changes
-        nothing.
+        """Make the layers torch's again, with the weights that they have now.
+
+        A second call changes nothing.
         """
         self.restore()
 
@@ -417,8 +420,9 @@ class ReplacedAttention:
 
 
 def replace_attention(model: nn.Module, **settings: Any) -> ReplacedAttention:
-    """Make every `torch.nn.MultiheadAttention` of a model, or the model itself, a
-    `QuantumMultiheadAttention`.
+    """Make every `torch.nn.MultiheadAttention` in a model a `QuantumMultiheadAttention`.
+
+    The model itself may be one, too.
 
     Modules stay the same objects with the same parameters and hooks, so that optimisers and references hold.
     Nested tensors, torch's short cut for padded batches, are switched off in every

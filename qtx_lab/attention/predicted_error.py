@@ -66,8 +66,9 @@ class ValueTable:
 
     @classmethod
     def of(cls, problem: AttentionProblem, known: int, stream: Stream) -> ValueTable:
-        """Centre and directions are those of the first `known` values; where there are none, the centre is
-        the first value, and the directions are random ones.
+        """The table of a problem's values, with the centre and directions of the first `known` ones.
+
+        Where none are known, the centre is the first value, and the directions are random.
         """
         values, visible = problem.values, problem.visible_keys()
         if visible is not None:  # what nobody sees may be anything

@@ -59,8 +59,9 @@ class Tolerance:
 
 @dataclass(frozen=True)
 class _Group:
-    """Rows `index` (heads, B) of some heads that got the same number of draws; `real` is False for
-    padding.
+    """Rows `index` (heads, B) of some heads that got the same number of draws.
+
+    `real` is False for padding.
     """
 
     heads: slice

@@ -264,8 +264,9 @@ def measure_copy_bandwidth() -> float:
 
 
 def peak_memory(call: Callable[[], Result]) -> tuple[Result, int | None]:
-    """Call a function; return its result, and the most bytes by which the process's resident memory rose
-    meanwhile.
+    """Call a function, and measure the most bytes by which the process's memory rose meanwhile.
+
+    Returns the function's result and the bytes, of resident memory.
 
     The number of bytes is None where the machine does not run Linux.
     """

@@ -28,8 +28,9 @@ ALLOWED = 1.1
 
 
 def bench_circuits(quick: bool, copy_bandwidth: float) -> list[BenchRow]:
-    """Measure 64 rows with 1,024 shots each on the twin of Fez; m = 4 and 6 qubits, loaders `dynamic` and
-    `tree`.
+    """Measure 64 rows with 1,024 shots each on the twin of Fez.
+
+    The rows take m = 4 and 6 qubits, and the loaders are `dynamic` and `tree`.
 
     Rows as of `compare`. Errors are relative to the rows themselves. The allowed error is what the shots and
     the twin's noise are expected to make; the noise is measured with a million shots a row of the backend's

@@ -122,8 +122,9 @@ class Coverage:
 
 
 def bench_coverage(quick: bool, copy_bandwidth: float) -> list[BenchRow]:
-    """Measure the coverage of 95 % intervals by sampler and class of rows, for 2, 4 and 8 replicates, and for
-    1 where that gives error bars.
+    """Measure the coverage of 95 % intervals by sampler and class of rows.
+
+    It does so for 2, 4 and 8 replicates, and for 1 where that gives error bars.
 
     Every row is drawn with as many seeds as stand in the table; `NUM_SAMPLES` draws a replicate of `NUM_KEYS`
     keys. The classes are those of `row_classes`. Each result's details are the fields of `Coverage`; its

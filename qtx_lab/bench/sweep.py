@@ -37,8 +37,9 @@ SAVE_ANSWER = "open(out + str(x), 'w').write(repr(answer))"
 
 
 def bench_sweep(quick: bool, copy_bandwidth: float) -> list[BenchRow]:
-    """Seconds a notebook by bare papermill, by `run_notebook`, and in a sweep on one worker that is already
-    up.
+    """Measure the seconds that a notebook takes by bare papermill, by `run_notebook`, and in a sweep.
+
+    The sweep has one worker, which is running already.
 
     The methods take turns. `error` is the number of notebooks whose answer is not that of bare papermill. The
     rows have the detail `overhead`, the fraction by which a notebook takes longer than with bare papermill.

@@ -341,8 +341,9 @@ def needed_draws(
     repetitions: int,
     generator: torch.Generator,
 ) -> Tensor:
-    """The fewest draws of each row (H, L) at which no more than 1 - confidence of the repetitions miss; its
-    keys where none are.
+    """The fewest draws of each row (H, L) at which enough repetitions keep the tolerance.
+
+    No more than 1 - confidence of them may miss it. Where no number is enough, it is the row's keys.
     """
     keys = case.keys_of_each_row()
     needed = keys.clone()

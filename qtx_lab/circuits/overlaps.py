@@ -211,8 +211,10 @@ def _check_pairs(q: Tensor, k: Tensor) -> None:
 
 @dataclass(frozen=True, eq=False)
 class _Normalised:
-    """Vectors of norm 1, (..., E), or zeros where a vector is zero; before, their norms were norm 2^exponent,
-    (..., 1), with `norm` from 0.5 to sqrt(E), or 0: their products neither overflow nor underflow.
+    """Vectors of norm 1, (..., E), or zeros where a vector is zero, and what their norms were.
+
+    A norm was `norm` times 2^`exponent`, (..., 1), with `norm` from 0.5 to sqrt(E), or 0: so products of
+    norms neither overflow nor underflow.
     """
 
     unit: Tensor

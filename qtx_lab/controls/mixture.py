@@ -36,8 +36,9 @@ class RowVariance:
     variance_weights: Callable[[Tensor], Tensor] | None = None
 
     def log_shares(self) -> Tensor:
-        """log of a_j s_j, how much each key adds to the variance of a draw, (N, M, n): a_j = p_j for
-        independent draws, s_j its spread.
+        """log(a_j s_j), which each key adds to the variance of a draw: (N, M, n).
+
+        a_j = p_j for independent draws, and s_j is the key's spread.
         """
         log_a = self.log_p
         if self.variance_weights is not None:

@@ -247,8 +247,9 @@ def bits_against_draws(data: pd.DataFrame, theme: str, *, title: str, exact: flo
 
 
 def time_per_token(data: pd.DataFrame, theme: str, *, title: str) -> Figure:
-    """Milliseconds per token of the whole model, with a point for each method: a log axis has no zero on
-    which bars could stand.
+    """Milliseconds per token of the whole model, with a point for each method.
+
+    There are no bars, because a log axis has no zero on which they could stand.
 
 
     Parameters

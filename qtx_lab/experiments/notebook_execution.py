@@ -329,8 +329,9 @@ def _stopping(stop: Callable[[], bool] | None, seconds: float | None, path: Path
 
 
 class RunFiles:
-    """papermill's access to notebooks in a run folder, which are written whole, without widget state or
-    paths.
+    """papermill's access to notebooks in a run folder.
+
+    They are written whole, without the state of widgets and without paths.
 
     GitHub and an HTML export show nothing, instead of the picture, where a notebook holds widget state.
     """

@@ -118,8 +118,9 @@ class Parameter:
         return not self.source
 
     def taken(self, value: Any) -> Any:
-        """A value that was given, as the declared kind takes it: a `Word` by its meaning, and 1.0 as 1 or 1
-        as 1.0, so that the two are one parameter.
+        """A value that was given, as the declared kind takes it.
+
+        A `Word` is taken by its meaning, and 1.0 as 1, or 1 as 1.0, so that the two are one parameter.
         """
         return _taken(value_of(value, self.schema), self.schema)
 

@@ -19,8 +19,9 @@ from ..streams import Stream, make_seed
 
 @dataclass(frozen=True)
 class Budget:
-    """How many keys are drawn: S = `num_samples` for a row and replicate, R = `replicates` independent
-    repetitions.
+    """How many keys are drawn.
+
+    A row takes S = `num_samples` draws in each of R = `replicates` independent repetitions.
     """
 
     num_samples: int
@@ -210,8 +211,9 @@ class Sampler(ABC):
         return self.independent if self.exchangeable is None else self.exchangeable
 
     def correctable(self) -> Sampler:
-        """The sampler whose draws control variates correct: itself, where it knows the probabilities of
-        its draws.
+        """The sampler whose draws control variates correct.
+
+        That is the sampler itself, where it knows the probabilities of its draws.
         """
         return self
 
@@ -253,8 +255,9 @@ class Sampler(ABC):
         """
 
     def count_variance(self, expected: Tensor) -> Tensor | None:
-        """Variance of how often a key is drawn in a replicate, given how often it is on average; None: not
-        known.
+        """Variance of how often a key is drawn in a replicate, given how often it is on average.
+
+        None where it is not known.
 
         Error bars use it.
         """
@@ -286,8 +289,9 @@ class Sampler(ABC):
         return self.draw(logits, num_samples, values=values, generator=generator, replicates=replicates)
 
     def estimate_rows(self, problem: AttentionProblem, budget: Budget, stream: Stream) -> SampledRows:
-        """An estimate of the rows of a problem: here the average of the values at draws from their exact
-        logits.
+        """An estimate of the rows of a problem.
+
+        Here it is the average of the values at draws from the rows' exact logits.
 
         Parameters
         ----------
@@ -344,8 +348,9 @@ def average_rows(
     sampler: Sampler,
     facts: Facts | None = None,
 ) -> SampledRows:
-    """The averages of values at the draws of all rows, block by block; `draw` gives those of a block
-    (heads, rows).
+    """The averages of values at the draws of all rows, block by block.
+
+    `draw` gives the draws of a block (heads, rows).
     """
     facts = facts or Facts()
     shape, total = problem.shape, budget.total
@@ -386,8 +391,9 @@ def average_rows(
 
 
 def _log_sum_exp(problem: AttentionProblem, block: Block, draws: Draws) -> Tensor:
-    """The log-sum-exp of the logits of a block, (heads, rows): l_j - log p_j of the likeliest key drawn, or
-    from all logits where draws do not know p.
+    """The log-sum-exp of the logits of a block, (heads, rows).
+
+    It is l_j - log p_j of the likeliest key drawn, or comes from all logits where the draws do not know p.
     """
     p = draws.probabilities
     if p is None:
@@ -438,8 +444,9 @@ def check_draws(name: str, draws: object, logits: Tensor, budget: Budget) -> Non
 
 
 class StreamSampler(Sampler):
-    """A sampler whose rows do not depend on the rows beside them: it takes its random numbers from a
-    stream.
+    """A sampler whose rows do not depend on the rows beside them.
+
+    It takes its random numbers from a stream.
     """
 
     @abstractmethod

@@ -36,8 +36,9 @@ class RowLayout:
 
     @classmethod
     def of(cls, problem: AttentionProblem) -> RowLayout:
-        """The layout of a problem's keys in value order, which knows no window: it would change from row to
-        row.
+        """The layout of a problem's keys in value order.
+
+        It knows no window, with which it would change from row to row.
         """
         shape = problem.keys.shape[:2]
         if problem.mask is None:
@@ -146,8 +147,9 @@ class InversionSampler(StreamSampler):
         return Draws(indices, weights, probabilities, points.shape[-2])
 
     def place_in_order(self, logits: Tensor, order: Tensor, points: Tensor, seen: Tensor | int) -> Draws:
-        """Draws at given points (h, m, R, S) of rows (h, m, n), whose keys stand in an order (h, n), or
-        (h, m, n) where each row has its own.
+        """Draws at given points (h, m, R, S) of rows (h, m, n) whose keys stand in an order.
+
+        The order is (h, n), or (h, m, n) where each row has its own.
 
         The draws name keys, not places. A row that sees fewer than `FIRST_VALUES` keys takes them as they
         come: it may not see those that the order was fitted to. `seen` says how many keys rows see, and

@@ -196,8 +196,9 @@ class LearnedImportanceSampler(nn.Module, StreamSampler):
         estimator: str = "self-normalised",
         log_normaliser: Tensor | None = None,
     ) -> SampledRows:
-        """An estimate from draws of the proposal: see `Sampler.estimate_rows`, and `estimate` for the
-        estimators.
+        """An estimate from draws of the proposal: see `Sampler.estimate_rows`.
+
+        `estimate` says which estimators there are.
         """
         self._check(problem)
         info = EstimateInfo(
@@ -339,8 +340,9 @@ class LearnedImportanceSampler(nn.Module, StreamSampler):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        """q(j | query) of every row, (..., H, L, n), memory L * n: for plots and tests; errors as
-        `estimate`.
+        """q(j | query) of every row, (..., H, L, n), for plots and tests.
+
+        It takes memory L * n. Errors are as for `estimate`.
         """
         problem = self._problem(
             q, k, k, attn_mask=attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
@@ -361,8 +363,9 @@ class LearnedImportanceSampler(nn.Module, StreamSampler):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        """chi^2(p || q) of every row, (..., H, L), from all exact logits: O(n E) a row; errors as
-        `estimate`.
+        """chi^2(p || q) of every row, (..., H, L), from all exact logits.
+
+        It takes O(n E) operations a row. Errors are as for `estimate`.
         """
         problem = self._problem(
             q, k, k, attn_mask=attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa

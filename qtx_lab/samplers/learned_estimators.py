@@ -267,8 +267,9 @@ def log_normal_chi(draws: Draws, proposal: Tensor, pi: Tensor) -> Tensor:
 def delta_terms(
     draws: Draws, proposal: Tensor, pi: Tensor, rate: int | Tensor, least: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """What `Spread` multiplies squared distances by: of each draw (..., R S), and of the keys not seen (...,
-    1).
+    """The factors by which `Spread` multiplies squared distances.
+
+    There is one for each draw, (..., R S), and one for all keys not seen, (..., 1).
 
     `proposal` and `pi` are q and the inclusion probabilities at the draws, `rate` the draws a unit of q.
     """

@@ -30,8 +30,9 @@ Maps = tuple[Tensor, Tensor, Tensor]
 
 
 class ProposedRows:
-    """The rows (N, M) of a problem with a proposal q_j = (1 - epsilon) softmax_j(scale <A x + a, B k_j>) +
-    epsilon / keys seen.
+    """The rows (N, M) of a problem with a proposal for each.
+
+    The proposal is q_j = (1 - epsilon) softmax_j(scale <A x + a, B k_j>) + epsilon / keys seen.
 
     Parameters
     ----------
@@ -93,8 +94,9 @@ class ProposedRows:
         return blocks(self.problem.shape, BLOCK_ELEMENTS // max(self.problem.num_keys, draws * features))
 
     def log_proposal(self, heads: slice, rows: slice) -> Tensor:
-        """log q of a block, (heads, rows, keys), -inf where masked; of a causal one, up to the last key it
-        sees.
+        """log q of a block, (heads, rows, keys), -inf where a key is masked.
+
+        A causal block reaches to the last key that it sees.
         """
         return mix(self._proposed_logits(heads, rows), self.defensive)
 

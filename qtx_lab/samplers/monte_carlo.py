@@ -27,7 +27,8 @@ class MonteCarloSampler(InversionSampler):
         return stream.uniform(replicates, num_samples)
 
     def count_variance(self, expected: Tensor) -> Tensor:
-        """Of a sum of independent rare events: above the binomial's, by what the variance of a mean takes
-        off again.
+        """The variance of a sum of independent rare events.
+
+        It is above the binomial's, by what the variance of a mean takes off again.
         """
         return expected

@@ -17,8 +17,9 @@ GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 class QuasiMonteCarloSampler(InversionSampler):
-    """Points that are evenly spread within each row and over the rows of a head, so that averages over rows
-    (a pooled output, a gradient) converge faster too.
+    """Points that are evenly spread within each row and over the rows of a head.
+
+    So averages over rows, such as a pooled output or a gradient, converge faster too.
 
     Within one row a low-discrepancy sequence is nearly systematic sampling. Here draw s of query i is point
     t = i S + s of one stream a head, that is (t / (L S), u_t) in the unit square of queries and keys:
@@ -81,8 +82,9 @@ class QuasiMonteCarloSampler(InversionSampler):
 
 
 def radical_inverse(index: Tensor, base: int) -> Tensor:
-    """The digits of whole numbers in a base, mirrored at the point: float64 in [0, 1), of the shape of
-    `index`.
+    """The digits of whole numbers in a base, mirrored at the point.
+
+    float64 in [0, 1), of the shape of `index`.
     """
     largest = int(index.max()) if index.numel() else 0
     result, scale, rest = torch.zeros(index.shape, dtype=torch.float64, device=index.device), 1.0, index
@@ -94,8 +96,9 @@ def radical_inverse(index: Tensor, base: int) -> Tensor:
 
 
 def digital_shift(index: Tensor, shift: Tensor) -> Tensor:
-    """Van der Corput's points in base 2 with their binary digits flipped by those of `shift`, float64 in [0,
-    1).
+    """Van der Corput's points in base 2, with their binary digits flipped by those of `shift`.
+
+    float64 in [0, 1).
 
     The point is the reversed bits of its index, 53 of them.
     """

@@ -33,8 +33,9 @@ CHUNK = 1 << 14
 
 @dataclass(frozen=True)
 class ValueOrder:
-    """Order keys for values: close order keys mean close values, and later values change no earlier order
-    key.
+    """A function from values to order keys.
+
+    Close order keys mean close values, and later values change no earlier order key.
 
     A low-discrepancy sample along such an order is spread out in value space. Along a Hilbert curve its
     variance is o(S^-(1 + 1/d)) (Gerber, Chopin and Whiteley, Negative association, ordering and convergence
@@ -222,8 +223,9 @@ alive.
 
 
 def cached_order(values: Tensor) -> Tensor:
-    """The order of values (..., n, d), int64, (..., n): computed once for a tensor, until it is changed or
-    gone.
+    """The order of values (..., n, d), int64, (..., n).
+
+    It is computed once for a tensor, until the tensor is changed or gone.
 
     A change that torch does not count (through NumPy, say) leaves the old order, which costs variance and no
     bias.

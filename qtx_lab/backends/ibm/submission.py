@@ -303,8 +303,9 @@ def renew_parts(record: JobRecord, states: Collection[JobState]) -> None:
 def status_line(
     path: Path, progress: bool | Callable[[JobStatus], None]
 ) -> Iterator[Callable[[JobStatus], None]]:
-    """A function that shows a status of the job recorded at `path`: on one line of stderr that is rewritten,
-    or in the caller's own way.
+    """Give a function that shows a status of the job recorded at `path`.
+
+    It does so on one line of stderr, which it writes again and again, or in the caller's own way.
     """
     if not isinstance(progress, bool):
         yield progress

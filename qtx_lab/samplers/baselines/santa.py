@@ -88,8 +88,9 @@ class SantaSampler(StreamSampler):
     def _draw_in_tiles(
         self, logits: Tensor, tile: int, offsets: Tensor, ties: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys, weights of one replicate and probabilities (B, R * S) of rows (B, n), from numbers (B, R,
-        S) and (B, S).
+        """Keys, weights of one replicate and probabilities (B, R * S) of rows (B, n).
+
+        The random numbers are (B, R, S) and (B, S).
         """
         n, (replicates, s) = logits.shape[-1], offsets.shape[-2:]
         mass = row_masses(logits)
@@ -131,8 +132,9 @@ class SantaSampler(StreamSampler):
 
 
 def _fixed(share: Tensor, num_samples: int) -> Tensor:
-    """The same number of draws for every tile that is seen, and one more for the first where it does not
-    divide S.
+    """The same number of draws for every tile that is seen.
+
+    The first tiles get one more where that number does not divide S.
     """
     seen = share > 0
     tiles = seen.sum(-1, keepdim=True).clamp_min(1)

@@ -532,8 +532,9 @@ class AttentionLens(View):
         self.send({"kind": "row", **reply, "sampler": estimate.info.sampler}, buffers)
 
     def _send_inputs(self, request: dict[str, Any]) -> None:
-        """Send what the browser needs to draw a small head itself, or the overview of a large one; nothing of
-        those between, which it would draw no faster than the kernel.
+        """Send what the browser needs to draw a small head itself, or the overview of a large one.
+
+        Of heads between these nothing is sent: the browser would draw them no faster than the kernel does.
         """
         layer, head = int(request["layer"]), int(request["head"])
         reply = {name: request.get(name) for name in ("view", "layer", "head")}

@@ -81,8 +81,9 @@ def pool_draws(
 
 
 def cumulative_cells(p: Tensor, level: MapLevel) -> Tensor:
-    """The share of the weight of each row of p (R, n) up to the end of each of a level's cells: float32, (R,
-    cells).
+    """The share of each row's weight, of p (R, n), up to the end of each of a level's cells.
+
+    float32, (R, cells).
 
     >>> cumulative_cells(torch.tensor([[0.5, 0.0, 0.25, 0.125, 0.125]]), MapLevel(0, 1))
     tensor([[0.5000, 0.8750, 1.0000]])

@@ -126,8 +126,9 @@ def _placed(style: str, script: str, data: Mapping[str, Any]) -> str:
 
 
 def page_html(title: str, figure: Callable[[str], Figure], live: Callable[[int], str], max_bytes: int) -> str:
-    """A page of its own: the figure in both themes, which `live(max_bytes)` of `live_html` takes the place
-    of.
+    """A page of its own, with the figure in both themes.
+
+    Where scripts run, `live(max_bytes)` of `live_html` takes the figure's place.
     """
     pictures = {}
     for theme in ("light", "dark"):

@@ -5,8 +5,8 @@
 
 The launchers run as they are, with tensors on the CPU and a driver that only says which GPU it is; nothing is
 executed. Prints one line of JSON a kernel, at its first launch: its name, options, shared memory, registers,
-stack and what of it is spilled. For decode steps it prints one line more for each: what is launched, and the
-bytes of the buffers.
+stack and what of it is spilled; of kernels that scan, the instructions of each loop. For decode steps it
+prints one line more for each: what is launched, and the bytes of the buffers.
 """
 
 import json
@@ -102,7 +102,12 @@ def describe(name, compiled):
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(compiled.asm["cubin"])
         tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-        usage = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
+
+        def dump(option):
+            return subprocess.run([tool, option, path], capture_output=True, text=True, check=True).stdout
+
+        usage = dump("-res-usage")
+        loops = {"loops": loop_lengths(dump("-sass"))} if name.startswith("scan") else {}
     resources = {key.lower(): int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     meta = compiled.metadata
     return {
@@ -112,7 +117,17 @@ def describe(name, compiled):
         "shared": meta.shared,
         "wide_products": len(re.findall(r"\b(?:mma|wgmma)\b", compiled.asm["ptx"])),
         **resources,
+        **loops,
     }
+
+
+def loop_lengths(code):
+    """The instructions of each loop of a kernel, from its listing."""
+    lines = re.findall(r"/\*([0-9a-f]{4,5})\*/\s+([^;]*);", code)
+    jumps = [(int(at, 16), re.search(r"BRA.*?0x([0-9a-f]+)", what)) for at, what in lines]
+    places = [int(at, 16) for at, _ in lines]
+    backward = [(int(jump[1], 16), at) for at, jump in jumps if jump and int(jump[1], 16) < at]
+    return [sum(first <= place <= last for place in places) for first, last in backward]
 
 
 if __name__ == "__main__":

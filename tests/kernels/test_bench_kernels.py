@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import qtx_lab as qtx
 from qtx_lab.bench import base as bench
 from qtx_lab.bench import kernels as bench_kernels
 from qtx_lab.bench.kernels import Case, DecodeMethod
+from qtx_lab.experiments.notebooks import notebooks_folder
 
 TINY = Case(1, 512, 64, 1)
 
@@ -62,3 +64,14 @@ def test_a_baseline_that_cannot_run_is_named(monkeypatch, capsys):
     monkeypatch.setattr(bench_kernels, "exact_calls", lambda device: [("Broken", broken)])
     assert list(bench_kernels.baselines(TINY, inputs, bench_kernels.exact_output(inputs[0]))) == []
     assert "Broken cannot run: no kernel for this" in capsys.readouterr().out
+
+
+def test_the_table_of_a_gpu_says_which_code_it_is_of():
+    """Of the kernels as they were then, whatever has changed since."""
+    notebooks = notebooks_folder()
+    committed = json.loads((notebooks / "results" / "gpu_kernels.json").read_text())
+    page = (notebooks / "benchmarks.md").read_text()
+    section = page[page.index("## Decoding on a GPU") :].partition("\n## ")[0]
+    assert f"at commit {committed['machine']['commit']}" in section
+    speedups = {f"{row['ratio']:.2f} ×" for row in committed["rows"] if row["error_over_exact_k"] is not None}
+    assert set(re.findall(r"[\d.]+ ×", section)) == speedups

@@ -21,10 +21,8 @@ KERNELS = {
     "prepare_kernel",
     "scan_sketch_kernel",
     "plan_kernel",
-    "cap_kernel",
     "locate_sketch_kernel",
     "weigh_kernel",
-    "combine_kernel",
     "forward_kernel",
     "backward_q_kernel",
     "backward_kv_kernel",
@@ -76,3 +74,16 @@ def test_decode_kernels_spill_nothing(resources):
     kernels = [line for line in lines if "kernel" in line]
     assert {line["capability"] for line in kernels} == set(resources.CAPABILITIES)
     assert [line for line in kernels if line["stack"] or line["local"]] == []
+
+
+def test_a_decode_step_launches_few_kernels(resources):
+    """From a sketch three after the scan: the plan, the draws, and what gathers, weighs and combines."""
+    _, lines = resources.read_table()
+    steps = {(line["capability"], line["step"]): line for line in lines if "step" in line}
+    assert {name for _, name in steps} == {"exact K", "exact, 8 tokens", "int4", "rank 16"}
+    for (_, name), step in steps.items():
+        if name in ("int4", "rank 16"):
+            after = step["kernels"][step["kernels"].index("scan_sketch_kernel") + 1 :]
+            assert after == ["plan_kernel", "locate_sketch_kernel", "weigh_kernel"]
+        if name == "exact, 8 tokens":
+            assert (step["kernels"], step["torch"]) == (["split_kernel", "merge_kernel"], [])

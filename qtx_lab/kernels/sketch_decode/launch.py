@@ -29,16 +29,7 @@ from .reference import (
     inverse_page_share,
     sampled_places,
 )
-from .triton import (
-    BLOCK_PAGES,
-    cap_kernel,
-    combine_kernel,
-    locate_sketch_kernel,
-    plan_kernel,
-    prepare_kernel,
-    scan_sketch_kernel,
-    weigh_kernel,
-)
+from .triton import locate_sketch_kernel, plan_kernel, prepare_kernel, scan_sketch_kernel, weigh_kernel
 
 PREPARED_KEYS = 64
 """Keys whose own logits one program computes."""
@@ -91,11 +82,10 @@ class Plan:
     """(N, L), int64: the mass that every page gets at least."""
     certain_mass: Tensor
     """(N, L), int64: the mass from which a key is drawn with certainty."""
-    block_start: Tensor
-    """(N, L, blocks), int64: the capped masses of all blocks of pages before."""
     row_mass: Tensor
-    """(N, L), int64: that of all pages."""
-    blocks: int
+    """(N, L), int64: the capped masses of all keys."""
+    finished: Tensor
+    """(N, L), int32: how many programs have weighed draws of a group; 0 between calls."""
 
 
 def sketch_decode(
@@ -202,12 +192,9 @@ def scan_sketch(
 def plan_draws(inputs: InputArguments, buffers: MassBuffers, group: Group, defensive: float) -> Plan:
     """Plan the draws from the masses that a scan has left; the buffers then also say where pages start."""
     pages, (programs,) = buffers.pages, buffers.row_programs
-    blocks, rows = -(-pages // BLOCK_PAGES), buffers.row_exponent.shape
-    new = buffers.page_start.new_empty
-    plan = Plan(new(rows), new(rows), new(*rows, blocks), new(rows), blocks)
-    finished = new(rows, dtype=torch.int32)
+    rows, new = buffers.row_exponent.shape, buffers.page_start.new_empty
+    plan = Plan(new(rows), new(rows), new(rows), new(rows, dtype=torch.int32))
     searched = min(SEARCHED_PAGES, power_of_two(pages))
-    shared = {"PAGE": PAGE, "MASS_MASK": buffers.mass_mask, "ALL": inputs.n <= buffers.num_samples}
     launch(
         plan_kernel,
         buffers.row_programs,
@@ -215,26 +202,16 @@ def plan_draws(inputs: InputArguments, buffers: MassBuffers, group: Group, defen
         buffers,
         plan,
         searched=new(programs, searched, dtype=torch.int32),
-        finished=finished,
         inverse_share=inverse_page_share(pages, defensive),
         stride=-(-pages // SEARCHED_PAGES),
         BP=buffers.pages_at_once,
         BS=searched,
+        PAGE=PAGE,
+        MASS_MASK=buffers.mass_mask,
         MIN_BITS=int(group.UNITS / 2).bit_length(),
         STEPS=NEWTON_STEPS,
-        **shared,
-    )
-    launch(
-        cap_kernel,
-        (programs, blocks),
-        inputs,
-        buffers,
-        plan,
-        block_mass=new(*rows, blocks),
-        finished=finished,
-        SIZE=size_class(inputs.n),
+        ALL=inputs.n <= buffers.num_samples,
         **group_mass(group),
-        **shared,
     )
     return plan
 
@@ -281,42 +258,32 @@ def draw_and_weigh(
         index=index,
         inclusion=inclusion,
         PAGE=PAGE,
-        ROW_LEVELS=search_levels(plan.blocks),
+        LEVELS=search_levels(buffers.pages),
         MASS_MASK=buffers.mass_mask,
         ALL=n <= num_samples,
         BS=LOCATED_POINTS,
     )
-    values = max(16, power_of_two(width))
+    # The interpreter cuts bfloat16 off where a GPU rounds.
+    output = new(heads, rows, width, dtype=torch.float32 if INTERPRETED else x.v.dtype)
+    log_normaliser = new(heads, rows, replicates, dtype=torch.float32)
     launch(
         weigh_kernel,
         (programs, replicates, chunks),
         inputs,
         buffers,
         group,
+        plan,
         **sums,
         index=index,
         inclusion=inclusion,
         log_weight=log_weight,
+        output=output,
+        log_normaliser=log_normaliser,
         BD=max(16, power_of_two(inputs.features)),
-        BV=values,
+        BV=max(16, power_of_two(width)),
+        BC=min(32, power_of_two(chunks)),
         DOT=dot_dtype(x.q),
         SIZE=size_class(n),
         CHUNK=chunk,
-    )
-    # The interpreter cuts bfloat16 off where a GPU rounds.
-    output = new(heads, rows, width, dtype=torch.float32 if INTERPRETED else x.v.dtype)
-    log_normaliser = new(heads, rows, replicates, dtype=torch.float32)
-    launch(
-        combine_kernel,
-        (heads * rows,),
-        inputs,
-        buffers,
-        **sums,
-        output=output,
-        log_normaliser=log_normaliser,
-        chunks=chunks,
-        BC=min(32, power_of_two(chunks)),
-        BV=values,
-        num_warps=8,
     )
     return SketchDecodeResult(output.to(x.v.dtype), index, inclusion, log_weight, log_normaliser)

@@ -28,8 +28,8 @@ from .reference import LOWER, SMALLEST, STEPS_PER_BIT, UPPER
 
 UPPER_DIGITS, LOWER_DIGITS, MIN_COMPONENT = tl.constexpr(UPPER), tl.constexpr(LOWER), tl.constexpr(SMALLEST)
 PAGE_KEYS, IN_INTERPRETER = tl.constexpr(PAGE), tl.constexpr(INTERPRETED)
-BLOCK_PAGES = 64
-"""Pages whose capped masses one program sums: the square of 8, for `search_starts`."""
+BLOCK_PAGES = 128
+"""Pages whose capped masses are summed at a time."""
 PAGES_OF_BLOCK = tl.constexpr(BLOCK_PAGES)
 NORMALISER_STEPS = tl.constexpr(STEPS_PER_BIT)
 MAGIC, MAGIC_BITS = tl.constexpr(12582912.0), tl.constexpr(0x4B400000)
@@ -174,8 +174,8 @@ def split_nibbles(b_t):
 
 @tuned(
     [
-        triton.Config({"NP": pages, "LOOP": 4}, num_warps=warps, num_stages=stages)
-        for pages, warps, stages in ((4, 2, 2), (4, 1, 2), (8, 4, 3))
+        triton.Config({"NP": pages, "LOOP": loop}, num_warps=warps, num_stages=stages)
+        for pages, loop, warps, stages in ((4, 8, 2, 2), (4, 4, 2, 2), (4, 8, 1, 2), (8, 4, 4, 3))
     ],
     ["BG", "BR", "HALVES", "SIZE"],
 )
@@ -219,63 +219,137 @@ def scan_sketch_kernel(
     o_g = tl.arange(0, BG)  # [BG]
     m_g = o_g < GROUP  # [BG]
     o_r = tl.arange(0, BR)  # [BR]
-    m_r = o_r < columns  # [BR]
     WIDE: tl.constexpr = HALVES * BR
     o_x = tl.arange(0, 2 * BG)  # [2 BG], the two digits of a row side by side
     p_x = digit_ptr + (i_u * GROUP * 2 + o_x[None, :]) * WIDE + o_r[:, None]  # [BR, 2 BG]
     b_x = tl.load(p_x, mask=(o_x < GROUP * 2)[None, :], other=0)  # [BR, 2 BG]
     # Products that start here are small whole numbers of float32, without a conversion.
     b_first = tl.full([2 * BG], MAGIC_BITS, tl.int32)  # [2 BG]
+    b_y = b_x  # [BR, 2 BG]
     if HALVES == 2:
         b_y = tl.load(p_x + BR, mask=(o_x < GROUP * 2)[None, :], other=0)  # [BR, 2 BG]
         # A nibble holds 8 more than its level.
         b_first -= 8 * (tl.sum(b_x.to(tl.int32), axis=0) + tl.sum(b_y.to(tl.int32), axis=0))
     b_unit = tl.load(unit_ptr + i_u * GROUP + o_g, mask=m_g, other=0.0)  # [BG]
-    p_t = table_ptr + i_n * table_stride_h + o_r[None, :]  # [1, BR]
     b_start = tl.zeros([NP * PAGE, 2 * BG], tl.int32) + b_first[None, :]  # [NP * PAGE, 2 BG]
     b_normaliser = log_normalisers(largest_ptr, total_ptr, i_u, chunks, GROUP, BG, BC)  # [BG]
 
-    for i in range(LOOP):
-        i_page = (tl.program_id(1) * LOOP + i) * NP
-        o_n = i_page * PAGE + tl.arange(0, NP * PAGE)  # [NP * PAGE]
-        m_n = o_n < n  # [NP * PAGE]
-        p = p_t + o_n[:, None].to(tl.int64) * table_stride_n  # [NP * PAGE, BR]
-        b_t = tl.load(p, mask=m_n[:, None] & m_r[None, :], other=0)  # [NP * PAGE, BR]
-        if HALVES == 2:
-            b_low, b_high = split_nibbles(b_t)  # [NP * PAGE, BR] each
-            b_l = tl.dot(b_low, b_x, b_start, out_dtype=tl.int32)  # [NP * PAGE, 2 BG]
-            b_l = tl.dot(b_high, b_y, b_l, out_dtype=tl.int32)
-        else:
-            b_l = tl.dot(b_t, b_x, b_start, out_dtype=tl.int32)  # [NP * PAGE, 2 BG]
-        b_upper, b_lower = tl.split(
-            tl.reshape(b_l.to(tl.float32, bitcast=True) - MAGIC, [NP * PAGE, BG, 2])
-        )  # [NP * PAGE, BG] each
-        b_l = (b_upper * LOWER_DIGITS + b_lower) * b_unit[None, :]  # [NP * PAGE, BG]
-        if i_page * PAGE < num_exact:
-            m_exact = (o_n < num_exact)[:, None] & m_g[None, :]  # [NP * PAGE, BG]
-            p_exact = exact_logit_ptr + (i_u * GROUP + o_g[None, :]) * num_exact + o_n[:, None]
-            b_l = tl.where(m_exact, tl.load(p_exact, mask=m_exact, other=0.0), b_l)
-        b_l = b_l - b_normaliser[None, :]
-        if (i_page + NP) * PAGE > n:
-            b_l = tl.where(m_n[:, None], b_l, float("-inf"))
-        if GROUP < BG:
-            b_l = tl.where(m_g[None, :], b_l, float("-inf"))
+    # Tiles of keys that are all there need no masks, which are a third of the instructions of a tile.
+    first = tl.program_id(1) * LOOP
+    whole = tl.minimum(tl.maximum(n // (NP * PAGE) - first, 0), LOOP)
+    for MASKED in tl.static_range(2):
+        for i in range(whole * MASKED, whole + (LOOP - whole) * MASKED):
+            scan_tile(
+                (first + i) * NP,
+                table_ptr,
+                mass_ptr,
+                subpage_mass_ptr,
+                page_mass_ptr,
+                page_exponent_ptr,
+                exact_logit_ptr,
+                b_x,
+                b_y,
+                b_start,
+                b_unit,
+                b_normaliser,
+                i_u,
+                i_n,
+                n,
+                pages,
+                columns,
+                num_exact,
+                table_stride_h,
+                table_stride_n,
+                GROUP,
+                BG,
+                BR,
+                PAGE,
+                UNITS,
+                HALVES,
+                NP,
+                MASKED,
+            )
 
-        b_l = tl.reshape(b_l, [NP, PAGE, BG])
-        b_exponent = tl.ceil(tl.max(tl.max(b_l, axis=2), axis=1))  # [NP]
-        b_shift_page = tl.where(b_exponent == float("-inf"), 0.0, b_exponent)  # [NP]
-        b_mass = rounded(tl.exp2(b_l - b_shift_page[:, None, None]) * UNITS)  # [NP, PAGE, BG]
-        b_mass = tl.sum(b_mass, axis=2)  # [NP, PAGE]
-        b_sub = tl.sum(tl.reshape(b_mass, [NP, SUBPAGES, KEYS]), axis=2)  # [NP, SUBPAGES]
-        o_page = i_page + tl.arange(0, NP)  # [NP]
-        m_page = o_page < pages  # [NP]
-        o_at = i_u * pages + o_page  # [NP]
-        o_sub = o_at[:, None] * SUBPAGES + tl.arange(0, SUBPAGES)[None, :]  # [NP, SUBPAGES]
-        tl.store(subpage_mass_ptr + o_sub, b_sub, mask=m_page[:, None])
-        tl.store(page_mass_ptr + o_at, tl.sum(b_sub, axis=1), mask=m_page)
-        tl.store(page_exponent_ptr + o_at, b_exponent, mask=m_page)
-        p = mass_ptr + o_at[:, None] * PAGE + tl.arange(0, PAGE)[None, :]  # [NP, PAGE]
-        tl.store(p, b_mass.to(mass_ptr.dtype.element_ty), mask=m_page[:, None])
+
+@triton.jit
+def scan_tile(
+    i_page,
+    table_ptr,
+    mass_ptr,
+    subpage_mass_ptr,
+    page_mass_ptr,
+    page_exponent_ptr,
+    exact_logit_ptr,
+    b_x,  # [BR, 2 BG]
+    b_y,  # [BR, 2 BG], of nibbles
+    b_start,  # [NP * PAGE, 2 BG]
+    b_unit,  # [BG]
+    b_normaliser,  # [BG]
+    i_u,
+    i_n,
+    n,
+    pages,
+    columns,
+    num_exact,
+    table_stride_h,
+    table_stride_n,
+    GROUP: tl.constexpr,
+    BG: tl.constexpr,
+    BR: tl.constexpr,
+    PAGE: tl.constexpr,
+    UNITS: tl.constexpr,
+    HALVES: tl.constexpr,
+    NP: tl.constexpr,
+    MASKED: tl.constexpr,  # 1 where some of the keys may not be there
+):
+    """Store the masses of NP pages."""
+    o_g = tl.arange(0, BG)  # [BG]
+    m_g = o_g < GROUP  # [BG]
+    o_r = tl.arange(0, BR)  # [BR]
+    o_n = i_page * PAGE + tl.arange(0, NP * PAGE)  # [NP * PAGE]
+    p_t = table_ptr + i_n * table_stride_h + o_r[None, :]  # [1, BR]
+    p = p_t + o_n[:, None].to(tl.int64) * table_stride_n  # [NP * PAGE, BR]
+    m_t = (o_r < columns)[None, :]  # [1, BR]
+    if MASKED:
+        m_t = m_t & (o_n < n)[:, None]  # [NP * PAGE, BR]
+    b_t = tl.load(p, mask=m_t, other=0)  # [NP * PAGE, BR]
+    if HALVES == 2:
+        b_low, b_high = split_nibbles(b_t)  # [NP * PAGE, BR] each
+        b_l = tl.dot(b_low, b_x, b_start, out_dtype=tl.int32)  # [NP * PAGE, 2 BG]
+        b_l = tl.dot(b_high, b_y, b_l, out_dtype=tl.int32)
+    else:
+        b_l = tl.dot(b_t, b_x, b_start, out_dtype=tl.int32)  # [NP * PAGE, 2 BG]
+    b_upper, b_lower = tl.split(
+        tl.reshape(b_l.to(tl.float32, bitcast=True) - MAGIC, [NP * PAGE, BG, 2])
+    )  # [NP * PAGE, BG] each
+    b_l = (b_upper * LOWER_DIGITS + b_lower) * b_unit[None, :] - b_normaliser[None, :]  # [NP * PAGE, BG]
+    if i_page * PAGE < num_exact:
+        m_exact = (o_n < num_exact)[:, None] & m_g[None, :]  # [NP * PAGE, BG]
+        p_exact = exact_logit_ptr + (i_u * GROUP + o_g[None, :]) * num_exact + o_n[:, None]
+        b_own = tl.load(p_exact, mask=m_exact, other=0.0) - b_normaliser[None, :]  # [NP * PAGE, BG]
+        b_l = tl.where(m_exact, b_own, b_l)
+    if MASKED:
+        b_l = tl.where((o_n < n)[:, None], b_l, float("-inf"))
+    if GROUP < BG:
+        b_l = tl.where(m_g[None, :], b_l, float("-inf"))
+
+    b_l = tl.reshape(b_l, [NP, PAGE, BG])
+    b_exponent = tl.ceil(tl.max(tl.max(b_l, axis=2), axis=1))  # [NP]
+    b_shift_page = b_exponent  # [NP]
+    if MASKED:
+        b_shift_page = tl.where(b_exponent == float("-inf"), 0.0, b_exponent)
+    b_mass = rounded(tl.exp2(b_l - b_shift_page[:, None, None]) * UNITS)  # [NP, PAGE, BG]
+    b_mass = tl.sum(b_mass, axis=2)  # [NP, PAGE]
+    b_sub = tl.sum(tl.reshape(b_mass, [NP, SUBPAGES, KEYS]), axis=2)  # [NP, SUBPAGES]
+    o_page = i_page + tl.arange(0, NP)  # [NP]
+    m_page = o_page < pages if MASKED else o_page >= 0  # [NP]
+    o_at = i_u * pages + o_page  # [NP]
+    o_sub = o_at[:, None] * SUBPAGES + tl.arange(0, SUBPAGES)[None, :]  # [NP, SUBPAGES]
+    tl.store(subpage_mass_ptr + o_sub, b_sub, mask=m_page[:, None])
+    tl.store(page_mass_ptr + o_at, tl.sum(b_sub, axis=1), mask=m_page)
+    tl.store(page_exponent_ptr + o_at, b_exponent, mask=m_page)
+    p = mass_ptr + o_at[:, None] * PAGE + tl.arange(0, PAGE)[None, :]  # [NP, PAGE]
+    tl.store(p, b_mass.to(mass_ptr.dtype.element_ty), mask=m_page[:, None])
 
 
 @triton.jit
@@ -349,17 +423,20 @@ def load_raised_masses(
     return tl.where(m_key, (b_own + b_extra[:, None]).to(tl.int64) << b_up[:, None], 0)
 
 
-@tuned([triton.Config({}, num_warps=warps) for warps in (4, 8, 16)], ["BP", "BS"])
+@tuned([triton.Config({}, num_warps=warps) for warps in (8, 4, 16)], ["BP", "BS"])
 @triton.jit
 def plan_kernel(
     mass_ptr,  # (N L, T * PAGE)
+    subpage_mass_ptr,  # (N L, T * SUBPAGES), replaced in pages where a key may be above the cap
     page_mass_ptr,  # (N L, T)
     page_exponent_ptr,  # (N L, T)
+    page_start_ptr,  # (N L, T), int64: the capped masses of all pages before
+    row_mass_ptr,  # (N L,), int64: those of all pages
     row_exponent_ptr,  # (N L,), float32
     page_floor_ptr,  # (N L,), int64: the mass that every page gets at least
     certain_mass_ptr,  # (N L,), int64: the mass from which a key is drawn with certainty
     searched_ptr,  # (N L, BS), int32: pages that are searched key by key
-    finished_ptr,  # (N L,), int32: set to 0 for `cap_kernel`
+    finished_ptr,  # (N L,), int32: set to 0 for `weigh_kernel`
     n,
     pages,
     fraction_bits,
@@ -371,10 +448,15 @@ def plan_kernel(
     PAGE: tl.constexpr,
     MASS_MASK: tl.constexpr,  # the bits of a mass when it is read as int32
     MIN_BITS: tl.constexpr,
+    UNITS: tl.constexpr,  # the largest mass of a key
     STEPS: tl.constexpr,
     ALL: tl.constexpr,
 ):
-    """Store a group's exponent, least mass of a page, and certain mass: see `Proposal.certain_mass`."""
+    """Plan the draws of a group: see `Proposal.certain_mass`.
+
+    Stores its exponent, the least mass of a page, the certain mass, and where each page starts in the sum of
+    the masses, in which no key counts for more than the certain one.
+    """
     i_u = tl.program_id(0).to(tl.int64)
     p_mass, p_page = mass_ptr + i_u * pages * PAGE, page_mass_ptr + i_u * pages
     p_exponent, p_searched = page_exponent_ptr + i_u * pages, searched_ptr + i_u * BS
@@ -477,71 +559,33 @@ def plan_kernel(
         certain = certain * 0 + 1
     tl.store(certain_mass_ptr + i_u, certain)
 
-
-@tuned([triton.Config({}, num_warps=warps) for warps in (2, 4, 8)], ["SIZE"])
-@triton.jit
-def cap_kernel(
-    mass_ptr,
-    subpage_mass_ptr,  # replaced in pages where a key may be above the cap
-    page_mass_ptr,
-    page_exponent_ptr,
-    page_start_ptr,  # (N L, T), int64: the capped masses of the pages before it in its block
-    block_mass_ptr,  # (N L, blocks), int64: the capped masses of blocks of pages
-    block_start_ptr,  # (N L, blocks), int64: those of all blocks before
-    row_mass_ptr,  # (N L,), int64: that of all
-    finished_ptr,  # (N L,), int32: programs that have finished; 0 before
-    row_exponent_ptr,
-    page_floor_ptr,
-    certain_mass_ptr,
-    n,
-    pages,
-    fraction_bits,
-    SIZE: tl.constexpr,
-    PAGE: tl.constexpr,
-    MASS_MASK: tl.constexpr,
-    UNITS: tl.constexpr,  # the largest mass of a key
-    ALL: tl.constexpr,
-):
-    """Sum the masses of a block of pages, in which no key counts for more than the certain mass."""
-    i_u = tl.program_id(0).to(tl.int64)
-    o_p = tl.program_id(1) * PAGES_OF_BLOCK + tl.arange(0, PAGES_OF_BLOCK)  # [BP]
-    m_p = o_p < pages  # [BP]
-    b_mass = tl.load(page_mass_ptr + i_u * pages + o_p, mask=m_p, other=1)  # [BP]
-    b_exponent = tl.load(page_exponent_ptr + i_u * pages + o_p, mask=m_p, other=float("-inf"))  # [BP]
-    row_exponent, page_floor = tl.load(row_exponent_ptr + i_u), tl.load(page_floor_ptr + i_u)
-    b_up, b_extra = raise_pages(b_mass, b_exponent, row_exponent, fraction_bits, page_floor, ALL)  # [BP]
-    b_cap = key_cap(tl.load(certain_mass_ptr + i_u), b_up)  # [BP]
-    b_keys = tl.minimum(tl.maximum(n - o_p * PAGE, 0), PAGE)  # [BP]
-    b_raised = b_mass + b_keys * b_extra  # [BP]
-
-    m_heavy = m_p & (b_extra + UNITS > b_cap)  # [BP], where a key may be above the cap
-    o_key = o_p[:, None] * PAGE + tl.arange(0, PAGE)[None, :]  # [BP, PAGE]
-    m_key = o_key < n  # [BP, PAGE]
-    p = mass_ptr + i_u * pages * PAGE + o_key  # [BP, PAGE]
-    b_own = tl.load(p, mask=m_key, other=0).to(tl.int32) & MASS_MASK  # [BP, PAGE]
-    b_own = tl.where(m_key, tl.minimum(b_own + b_extra[:, None], b_cap[:, None]), 0)  # [BP, PAGE]
-    b_sub = tl.sum(tl.reshape(b_own, [PAGES_OF_BLOCK, SUBPAGES, KEYS]), axis=2)  # [BP, SUBPAGES]
-    o_sub = (i_u * pages + o_p)[:, None] * SUBPAGES + tl.arange(0, SUBPAGES)[None, :]  # [BP, SUBPAGES]
-    tl.store(subpage_mass_ptr + o_sub, b_sub, mask=m_heavy[:, None])
-    b_raised = tl.where(m_heavy, tl.sum(b_sub, axis=1), b_raised)
-    b_raised = tl.where(m_p, b_raised.to(tl.int64) << b_up, 0)
-    tl.store(page_start_ptr + i_u * pages + o_p, tl.cumsum(b_raised, axis=0) - b_raised, mask=m_p)
-    blocks = tl.num_programs(1)
-    tl.store(block_mass_ptr + i_u * blocks + tl.program_id(1), tl.sum(b_raised, axis=0))
-
-    # The last program of a group sums its blocks.
-    tl.debug_barrier()
-    if tl.atomic_add(finished_ptr + i_u, 1, sem="acq_rel") == blocks - 1:
-        o_b = tl.arange(0, 64)  # [64]
-        carry = tl.zeros([], tl.int64)
-        for i in range(0, blocks, 64):
-            m_b = i + o_b < blocks  # [64]
-            p_block = block_mass_ptr + i_u * blocks + i + o_b  # [64]
-            b_block = tl.load(p_block, mask=m_b, other=0, cache_modifier=".cg")  # [64]
-            p_start = block_start_ptr + i_u * blocks + i + o_b  # [64]
-            tl.store(p_start, carry + tl.cumsum(b_block, axis=0) - b_block, mask=m_b)
-            carry += tl.sum(b_block, axis=0)
-        tl.store(row_mass_ptr + i_u, carry)
+    o_b = tl.arange(0, PAGES_OF_BLOCK)  # [BB]
+    carry = tl.zeros([], tl.int64)
+    for i in range(0, pages, PAGES_OF_BLOCK):
+        m_p = i + o_b < pages  # [BB]
+        b_mass = tl.load(p_page + i + o_b, mask=m_p, other=1)  # [BB]
+        b_exponent = tl.load(p_exponent + i + o_b, mask=m_p, other=float("-inf"))  # [BB]
+        b_up, b_extra = raise_pages(b_mass, b_exponent, row_exponent, fraction_bits, page_floor, ALL)  # [BB]
+        b_cap = key_cap(certain, b_up)  # [BB]
+        b_keys = tl.minimum(tl.maximum(n - (i + o_b) * PAGE, 0), PAGE)  # [BB]
+        b_raised = b_mass + b_keys * b_extra  # [BB]
+        m_heavy = m_p & (b_extra + UNITS > b_cap)  # [BB], where a key may be above the cap
+        if tl.sum(m_heavy.to(tl.int32), axis=0) > 0:
+            o_key = (i + o_b)[:, None] * PAGE + tl.arange(0, PAGE)[None, :]  # [BB, PAGE]
+            m_key = m_heavy[:, None] & (o_key < n)  # [BB, PAGE]
+            b_capped = tl.load(p_mass + o_key, mask=m_key, other=0).to(tl.int32) & MASS_MASK  # [BB, PAGE]
+            b_capped = tl.where(
+                m_key, tl.minimum(b_capped + b_extra[:, None], b_cap[:, None]), 0
+            )  # [BB, PAGE]
+            b_sub = tl.sum(tl.reshape(b_capped, [PAGES_OF_BLOCK, SUBPAGES, KEYS]), axis=2)  # [BB, SUBPAGES]
+            o_sub = (i_u * pages + i + o_b)[:, None] * SUBPAGES + tl.arange(0, SUBPAGES)[None, :]
+            tl.store(subpage_mass_ptr + o_sub, b_sub, mask=m_heavy[:, None])
+            b_raised = tl.where(m_heavy, tl.sum(b_sub, axis=1), b_raised)
+        b_raised = tl.where(m_p, b_raised.to(tl.int64) << b_up, 0)  # [BB]
+        p_start = page_start_ptr + i_u * pages + i + o_b  # [BB]
+        tl.store(p_start, carry + tl.cumsum(b_raised, axis=0) - b_raised, mask=m_p)
+        carry += tl.sum(b_raised, axis=0)
+    tl.store(row_mass_ptr + i_u, carry)
 
 
 @triton.jit
@@ -564,7 +608,6 @@ def locate_sketch_kernel(
     page_mass_ptr,
     page_exponent_ptr,
     page_start_ptr,
-    block_start_ptr,
     row_mass_ptr,
     row_exponent_ptr,
     page_floor_ptr,
@@ -580,7 +623,6 @@ def locate_sketch_kernel(
     length,
     n,
     pages,
-    blocks,
     num_samples,
     replicates,
     fraction_bits,
@@ -588,7 +630,7 @@ def locate_sketch_kernel(
     order_stride_n,
     HAS_ORDER: tl.constexpr,
     PAGE: tl.constexpr,
-    ROW_LEVELS: tl.constexpr,  # 8^ROW_LEVELS blocks are all or more
+    LEVELS: tl.constexpr,  # 8^LEVELS pages are all or more
     MASS_MASK: tl.constexpr,
     UNITS: tl.constexpr,
     ALL: tl.constexpr,
@@ -609,9 +651,8 @@ def locate_sketch_kernel(
     b_point = b_s.to(tl.int64) * step + first_point(step, b_u)  # [BS]
     m_drawn = m_s & (b_point < row_mass)  # [BS]
     b_point = tl.where(m_drawn, b_point, 0)
-    p_block, p_start = block_start_ptr + i_u * blocks, page_start_ptr + i_u * pages
-    b_block, b_rest = search_starts(p_block, b_s * 0, b_point, blocks, ROW_LEVELS)  # [BS] each
-    b_page, b_rest = search_starts(p_start, b_block * PAGES_OF_BLOCK, b_rest, pages, 2)  # [BS] each
+    p_start = page_start_ptr + i_u * pages
+    b_page, b_rest = search_starts(p_start, b_s * 0, b_point, pages, LEVELS)  # [BS] each
     o_page = i_u * pages + b_page  # [BS]
     b_page_mass, b_exponent = tl.load(page_mass_ptr + o_page), tl.load(page_exponent_ptr + o_page)  # [BS]
     row_exponent, page_floor = tl.load(row_exponent_ptr + i_u), tl.load(page_floor_ptr + i_u)
@@ -621,7 +662,7 @@ def locate_sketch_kernel(
     o_sub = tl.arange(0, SUBPAGES)[None, :]  # [1, SUBPAGES]
     b_sub = tl.load(subpage_mass_ptr + o_page[:, None] * SUBPAGES + o_sub)  # [BS, SUBPAGES]
     b_keys = tl.minimum(tl.maximum(n - b_page[:, None] * PAGE - o_sub * KEYS, 0), KEYS)  # [BS, SUBPAGES]
-    # `cap_kernel` has raised the pages in which a key may be above the cap.
+    # `plan_kernel` has raised the pages in which a key may be above the cap.
     b_sub += tl.where((b_extra + UNITS > b_cap)[:, None], 0, b_keys * b_extra[:, None])
     b_place = find_place(tl.cumsum(b_sub, axis=1), b_unit)  # [BS]
     b_unit -= sum_before(b_sub, b_place)
@@ -657,6 +698,9 @@ def weigh_kernel(
     largest_ptr,  # (N M, R, chunks), float32: the largest log w
     total_ptr,  # (N M, R, chunks), float32: sum of w
     vector_ptr,  # (N M, R, chunks, Ev), float32: sum of w v
+    finished_ptr,  # (N L,), int32: programs that have finished; 0 before and afterwards
+    output_ptr,  # (N M, Ev)
+    log_normaliser_ptr,  # (N M, R), float32
     logit_scale,  # of base-2 logits
     kv_heads,
     rows,
@@ -680,11 +724,12 @@ def weigh_kernel(
     DOT: tl.constexpr,
     SIZE: tl.constexpr,
     CHUNK: tl.constexpr,
+    BC: tl.constexpr,
     BS: tl.constexpr,
 ):
     """Weigh up to CHUNK draws of a group by their exact logits in each row, and sum their values.
 
-    A draw past the last key adds nothing.
+    A draw past the last key adds nothing. The last program of a group combines the sums of all of them.
     """
     i_u = tl.program_id(0).to(tl.int64)
     i_replicate = tl.program_id(1)
@@ -738,22 +783,41 @@ def weigh_kernel(
     p_vector = vector_ptr + o_part[None, :] * width + o_v[:, None]  # [BV, BG]
     tl.store(p_vector, b_sum, mask=m_v[:, None] & m_g[None, :])
 
+    chunks = tl.num_programs(2)
+    tl.debug_barrier()
+    if tl.atomic_add(finished_ptr + i_u, 1, sem="acq_rel") == replicates * chunks - 1:
+        tl.store(finished_ptr + i_u, 0)
+        for i_g in range(GROUP):
+            combine_row(
+                i_n * rows + i_g * length + i_l,
+                largest_ptr,
+                total_ptr,
+                vector_ptr,
+                output_ptr,
+                log_normaliser_ptr,
+                replicates,
+                chunks,
+                width,
+                BC,
+                BV,
+            )
+
 
 @triton.jit
-def combine_kernel(
-    largest_ptr,  # (N M, R, chunks)
-    total_ptr,  # (N M, R, chunks)
-    vector_ptr,  # (N M, R, chunks, Ev)
-    output_ptr,  # (N M, Ev)
-    log_normaliser_ptr,  # (N M, R), float32
+def combine_row(
+    i_r,
+    largest_ptr,
+    total_ptr,
+    vector_ptr,
+    output_ptr,
+    log_normaliser_ptr,
     replicates,
     chunks,
     width,
     BC: tl.constexpr,
     BV: tl.constexpr,
 ):
-    """Store a row's output from the parts of its draws."""
-    i_r = tl.program_id(0).to(tl.int64)
+    """Store a row's output from the parts of its draws, which other programs have written."""
     o_v = tl.arange(0, BV)  # [BV]
     m_v = o_v < width  # [BV]
     o_c = tl.arange(0, BC)  # [BC]
@@ -762,17 +826,20 @@ def combine_kernel(
         o_part = (i_r * replicates + i_replicate) * chunks + o_c  # [BC]
         b_max = tl.full([BC], float("-inf"), tl.float32)  # [BC]
         for i in range(0, chunks, BC):
-            b_largest = tl.load(largest_ptr + o_part + i, mask=i + o_c < chunks, other=float("-inf"))  # [BC]
-            b_max = tl.maximum(b_max, b_largest)
+            p, m_c = largest_ptr + o_part + i, i + o_c < chunks  # [BC] each
+            b_max = tl.maximum(b_max, tl.load(p, mask=m_c, other=float("-inf"), cache_modifier=".cg"))
         largest = tl.max(b_max, axis=0)
         b_total = tl.zeros([BC], tl.float32)  # [BC]
         b_sum = tl.zeros([BV], tl.float32)  # [BV]
         for i in range(0, chunks, BC):
             m_c = i + o_c < chunks  # [BC]
-            b_f = tl.exp2(tl.load(largest_ptr + o_part + i, mask=m_c, other=float("-inf")) - largest)  # [BC]
-            b_total += b_f * tl.load(total_ptr + o_part + i, mask=m_c, other=0.0)
-            p = vector_ptr + (o_part + i)[:, None] * width + o_v[None, :]  # [BC, BV]
-            b_sum += tl.sum(b_f[:, None] * tl.load(p, mask=m_c[:, None] & m_v[None, :], other=0.0), axis=0)
+            p = largest_ptr + o_part + i  # [BC]
+            b_largest = tl.load(p, mask=m_c, other=float("-inf"), cache_modifier=".cg")  # [BC]
+            b_f = tl.exp2(b_largest - largest)  # [BC]
+            b_total += b_f * tl.load(total_ptr + o_part + i, mask=m_c, other=0.0, cache_modifier=".cg")
+            p, m_part = vector_ptr + (o_part + i)[:, None] * width + o_v[None, :], m_c[:, None] & m_v[None, :]
+            b_part = tl.load(p, mask=m_part, other=0.0, cache_modifier=".cg")  # [BC, BV]
+            b_sum += tl.sum(b_f[:, None] * b_part, axis=0)
         total = tl.sum(b_total, axis=0)
         b_mean += b_sum / total
         tl.store(log_normaliser_ptr + i_r * replicates + i_replicate, largest + tl.log2(total))

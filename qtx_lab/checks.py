@@ -135,6 +135,20 @@ def _bounds_in_words(least: float, most: float, above: float, below: float) -> s
     return low + (" and" if low and high else "") + high
 
 
+def check_flags(**flags: object) -> None:
+    """Refuse arguments that are neither True nor False: a text as "no" would count as True.
+
+    Examples
+    --------
+    >>> check_flags(readout="no")
+    Traceback (most recent call last):
+    qtx_lab.errors.DtypeError: readout='no' is not allowed: it must be True or False.
+    """
+    for argument, given in flags.items():
+        if not isinstance(given, bool):
+            raise DtypeError(f"{argument}={given!r} is not allowed: it must be True or False.")
+
+
 def check_generator(generator: object) -> None:
     """Refuse what is neither a generator nor None."""
     if generator is not None and not isinstance(generator, torch.Generator):

@@ -16,6 +16,7 @@ from torch import Tensor
 from .checks import (
     check_count,
     check_finite,
+    check_flags,
     check_scale,
     check_sinks,
     check_softcap,
@@ -155,9 +156,7 @@ class AttentionProblem:
         >>> problem.shape, problem.num_keys, problem.group
         ((2, 30), 10, 3)
         """
-        for name, flag in (("is_causal", is_causal), ("enable_gqa", enable_gqa)):
-            if not isinstance(flag, bool):
-                raise DtypeError(f"{name}={flag!r} is not allowed: it must be True or False.")
+        check_flags(is_causal=is_causal, enable_gqa=enable_gqa)
         scale, softcap = check_scale(scale), check_softcap(softcap)
         check_tensors(q=q, k=k, v=v)
         first_position = check_count("first_position", first_position, 0)

@@ -479,3 +479,42 @@ def test_numbers_of_numpy_and_torch_are_numbers(argument):
     for number in (True, np.True_, torch.tensor(True), "0.5", math.nan):
         with pytest.raises(qtx.QtxError):
             use(number)
+
+
+FLAG_ARGUMENTS: dict[str, Callable[[Any], Any]] = {
+    "CircuitMitigation(readout)": lambda x: qtx.CircuitMitigation(readout=x),
+    "CircuitMitigation.sample_rows(rehearse)": lambda x: qtx.CircuitMitigation().sample_rows(
+        IDEAL, P, 8, rehearse=x
+    ),
+    "ProbabilisticErrorCancellation(twirled)": lambda x: qtx.ProbabilisticErrorCancellation(twirled=x),
+    "QiskitQuantumBackend(fractional_gates)": lambda x: ibm(fractional_gates=x),
+    "QiskitQuantumBackend(idling)": lambda x: qtx.QiskitQuantumBackend("aer", "fake_fez", idling=x),
+    "QuantumTrainer(distributed)": lambda x: qtx.QuantumTrainer(distributed=x),
+    "QuantumTrainer(mixed_precision)": lambda x: qtx.QuantumTrainer(mixed_precision=x),
+    "QuasiMonteCarloSampler(ordered)": lambda x: qtx.QuasiMonteCarloSampler(ordered=x),
+    "Run.declare(timing)": lambda x: qtx.Run("nowhere").declare("error", timing=x),
+    "SampledKVCache.attend(adaptive)": lambda x: cached(adaptive=x),
+    "SampledKVCache.attend(share_keys)": lambda x: cached(share_keys=x),
+    "SharedDecay(corrected)": lambda x: qtx.SharedDecay(corrected=x),
+    "TreeLoader(phase)": lambda x: qtx.TreeLoader(phase=x),
+    "Workbench(is_causal)": lambda x: qtx.Workbench(Q, K, V, is_causal=x),
+    "generate(lossless)": lambda x: qtx.generate(qtx.load_reference_model(), "a", 1, lossless=x),
+    "gpu_quantum_attention(return_estimate)": lambda x: qtx.gpu_quantum_attention(Q, K, V, return_estimate=x),
+    "replay(install)": lambda x: qtx.replay("no-run", install=x),
+    "run_notebook(fresh)": lambda x: qtx.run_notebook("00_quickstart", fresh=x),
+    "sampled_attention(enable_gqa)": lambda x: attend(enable_gqa=x),
+    "sampled_attention(is_causal)": lambda x: attend(is_causal=x),
+    "sweep(fresh)": lambda x: qtx.sweep("00_quickstart", {"seed": [1]}, fresh=x),
+    "sweep(resume)": lambda x: qtx.sweep("00_quickstart", {"seed": [1]}, resume=x),
+}
+"""The same for arguments that are True or False."""
+
+
+@pytest.mark.parametrize("argument", FLAG_ARGUMENTS)
+def test_what_is_neither_true_nor_false_is_no_flag(argument):
+    name = argument.partition("(")[2][:-1]
+    for given in ("no", 1, None):
+        with pytest.raises(
+            qtx.DtypeError, match=f"{name}={given!r} is not allowed: it must be True or False"
+        ):
+            FLAG_ARGUMENTS[argument](given)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch._C import _functorch
 
-from ..checks import check_transforms, transformed
+from ..checks import check_generator, check_transforms, transformed
 from ..errors import ArgumentError, TransformError
 from ..estimates import AttentionEstimate, Draws
 from ..problem import AttentionProblem
@@ -162,6 +162,8 @@ def same_draws(
     >>> torch.equal(x.grad, expected)
     True
     """
+    for generator in generators:
+        check_generator(generator)
     before: list[Tensor] = []
 
     @contextmanager

@@ -11,7 +11,7 @@ from typing import Any, Literal, NoReturn, overload
 import torch
 from torch import Tensor
 
-from ..checks import check_count, check_generator, transformed
+from ..checks import check_count, check_flags, check_generator, transformed
 from ..errors import ArgumentError, TransformError
 from ..estimates import AttentionEstimate, Draws, EstimateInfo, KernelUse, mixed_degrees_of_freedom
 from ..kernels.choice import Choice, choose, slower_decode, slower_prefill
@@ -142,6 +142,7 @@ def gpu_quantum_attention(
     """
     num_samples = check_count("num_samples", num_samples)
     replicates = check_count("replicates", replicates)
+    check_flags(return_estimate=return_estimate)
     check_generator(generator)
     problem = AttentionProblem.of(
         Q, K, V, attn_mask=attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa

@@ -458,6 +458,8 @@ def replace_attention(model: nn.Module, **settings: Any) -> ReplacedAttention:
     'MultiheadAttention'
     """
     checked = attention_settings(**settings)
+    if not isinstance(model, nn.Module):
+        raise DtypeError(f"model is a {type(model).__name__}; it must be a torch.nn.Module.")
     layers = {name: m for name, m in model.named_modules() if type(m) is nn.MultiheadAttention}
     if not layers:
         raise ArgumentError(

@@ -14,10 +14,10 @@ from qiskit.exceptions import QiskitError
 from qiskit_aer import AerSimulator
 from qiskit_aer.noise import NoiseModel, ReadoutError
 
-from ..checks import check_number
+from ..checks import check_flags, check_number
 from ..circuits.base import pack_values
 from ..circuits.resources import resources
-from ..errors import ArgumentError, BackendUnavailable, DtypeError, FallbackWarning, unknown_name
+from ..errors import ArgumentError, BackendUnavailable, FallbackWarning, unknown_name
 from .base import Engine
 from .counts import draw_outcomes
 from .exact import Noise, Step, compile_steps, density_matrices, outcome_probabilities
@@ -114,8 +114,7 @@ class AerEngine(Engine):
         self.noise = None if noise is None else make_noise(noise)
         self.noise_scale, self.method = noise_scale, method
         self.feed_forward_latency = _latency(feed_forward_latency)
-        if not isinstance(idling, bool):
-            raise DtypeError(f"idling={idling!r} is not allowed: it must be True or False.")
+        check_flags(idling=idling)
         self.idling = idling
         # A twin's device is made when it is first needed, which takes a while.
         self._twin: DeviceNoise | None = None

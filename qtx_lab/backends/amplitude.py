@@ -37,6 +37,9 @@ from .requests import PlannedRun
 MAX_ITERATES = 1024
 """Most Grover iterates of a circuit that is run."""
 
+MAX_VALUE = 1e150
+"""Values may not be larger, so that variances are numbers."""
+
 PROBED_ITERATES = 4
 """Iterates of the circuit whose errors, less those of the circuit without iterates, predict the decay."""
 
@@ -398,15 +401,19 @@ def _checked(p: Tensor, v: Tensor) -> tuple[Tensor, Tensor, tuple[int, ...]]:
     if not isinstance(v, Tensor) or not v.is_floating_point():
         given = v.dtype if isinstance(v, Tensor) else type(v).__name__
         raise DtypeError(f"v is {given}; it must be a floating-point tensor.")
+    if v.is_meta:
+        raise DtypeError("v is on the device meta; it must hold numbers.")
     v = v.detach().to("cpu", torch.float64)
     fits = (v.ndim in (1, 2) and v.shape[0] == n) or (v.ndim == 3 and v.shape[:2] == (rows, n))
+    if not rows:
+        raise ShapeError(f"p has shape {tuple(p.shape)}; there must be at least one row.")
     if not fits or v.shape[-1] == 0:
         raise ShapeError(
             f"v has shape {tuple(v.shape)}; with p {tuple(p.shape)} it must be ({n},), ({n}, d) or "
             f"({rows}, {n}, d)."
         )
-    if not bool(v.isfinite().all()):
-        raise ArgumentError("v holds NaN or infinity; values must be finite.")
+    if not bool((v.abs() <= MAX_VALUE).all()):
+        raise ArgumentError(f"v holds NaN, infinity or a number beyond {MAX_VALUE:g}, whose square is none.")
     v3 = v.view(n, -1).expand(rows, n, -1) if v.ndim < 3 else v
     return p, v3, (rows,) if v.ndim == 1 else (rows, v3.shape[-1])
 

@@ -210,7 +210,7 @@ def best_shares(values: Tensor, loads: int, decay: float) -> PlaneShares:
             shares.residual_loads[better] = residual_loads[better]
     lacking = best.isinf() & (values != values[:, :1]).any(-1)
     if bool(lacking.any()):
-        raise ArgumentError(f"loads={loads} is not allowed: at least {2 * LEAST_LOADS} are needed.")
+        raise ArgumentError(f"loads={loads} is not allowed: at least {LEAST_LOADS} are needed.")
     return shares
 
 

@@ -29,7 +29,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import shortest_path
 
 from ..checks import check_number
-from ..errors import BackendUnavailable, unknown_name
+from ..errors import BackendUnavailable, DtypeError, unknown_name
 from .exact import Noise
 
 BROKEN_ERROR = 0.5
@@ -318,6 +318,8 @@ def device_errors(names: Sequence[str] | None = None) -> dict[str, MedianErrors]
     fake_boston 156 0.13% 0.51%
     fake_fez 156 0.38% 0.76%
     """
+    if isinstance(names, str):
+        raise DtypeError(f"names={names!r} is a text; it must be a sequence of names, as [{names!r}].")
     found = {}
     for name in CURRENT_DEVICES if names is None else names:
         device = fake_device(name)

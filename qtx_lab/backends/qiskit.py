@@ -23,7 +23,7 @@ from qiskit.transpiler import Target
 from torch import Tensor
 
 from .. import __version__
-from ..checks import check_count, check_generator, check_number
+from ..checks import check_count, check_flags, check_generator, check_number
 from ..circuits import Loader, check_rows, make_loader
 from ..circuits.base import in_one_register
 from ..circuits.resources import resources
@@ -182,6 +182,7 @@ class QiskitQuantumBackend:
             raise DtypeError(f"backend_name is a {type(backend_name).__name__}; it must be a name or None.")
         shots = check_count("shots", shots)
         optimization_level = check_count("optimization_level", optimization_level, 0, 3)
+        check_flags(fractional_gates=fractional_gates)
         self.provider = "aer" if provider == "aer" else "ibm"
         self.backend_name, self.shots, self.optimization_level = backend_name, shots, optimization_level
         self.loader = make_loader(loader)

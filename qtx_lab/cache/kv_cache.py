@@ -13,6 +13,7 @@ from torch import Tensor
 from ..checks import (
     check_count,
     check_finite,
+    check_flags,
     check_generator,
     check_number,
     check_scale,
@@ -365,9 +366,7 @@ class SampledKVCache:
             raise ArgumentError(f"{name}=True is not allowed with estimator='debiased'.")
         num_samples = check_count("num_samples", DEFAULT_DRAWS if num_samples is None else num_samples)
         replicates = check_count("replicates", replicates)
-        for name, x in (("adaptive", adaptive), ("share_keys", share_keys)):
-            if not isinstance(x, bool):
-                raise ArgumentError(f"{name}={x!r} is not allowed: it must be True or False.")
+        check_flags(adaptive=adaptive, share_keys=share_keys)
         check_generator(generator)
         rows = self._rows("q", q)
         scale, softcap = check_scale(scale), check_softcap(softcap)

@@ -235,6 +235,8 @@ def check_rows(p: Tensor, argument: str = "p") -> Tensor:
     if not isinstance(p, Tensor) or not p.is_floating_point():
         given = p.dtype if isinstance(p, Tensor) else type(p).__name__
         raise DtypeError(f"{argument} is {given}; it must be a floating-point tensor.")
+    if p.is_meta:
+        raise DtypeError(f"{argument} is on the device meta; it must hold numbers.")
     if p.ndim != 2 or p.shape[-1] == 0:
         raise ShapeError(f"{argument} has shape {tuple(p.shape)}; it must be (R, n) with n >= 1 keys.")
     tolerance = max(1e-3, torch.finfo(p.dtype).eps)  # bfloat16: 2^-7

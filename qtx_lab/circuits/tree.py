@@ -10,6 +10,7 @@ from qiskit import QuantumCircuit
 from qiskit.circuit import ParameterVector
 from torch import Tensor
 
+from ..checks import check_flags
 from .base import (
     MAX_QUBITS,
     Loader,
@@ -49,6 +50,9 @@ class TreeLoader(Loader):
     exact = True
 
     phase: bool = False
+
+    def __post_init__(self) -> None:
+        check_flags(phase=self.phase)
 
     def circuit(self, size: int) -> QuantumCircuit:
         """Build the circuit of `size` qubits; see `Loader.circuit`."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..checks import check_flags
 from ..errors import ArgumentError, DtypeError, ShapeError
 from ..estimates import Draws
 from ..problem import FIRST_KNOWN
@@ -174,6 +175,7 @@ class MultilevelControlVariate:
         ArgumentError
             If the draws have no probabilities.
         """
+        check_flags(is_causal=is_causal, independent=independent)
         leading, length = Q.shape[:-2], Q.shape[-2] if Q.ndim >= 2 else 0
         if Q.ndim < 2 or K.shape[:-2] != leading or V.shape[:-1] != K.shape[:-1]:
             raise ShapeError(

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
+from ..checks import check_flags
 from ..errors import ArgumentError, StorageError
 from ..storage import (
     append_rows,
@@ -237,6 +238,7 @@ class Run:
         StorageError
             If the manifest cannot be read or written.
         """
+        check_flags(timing=timing, main=main)
         facts = {"unit": unit, "half_width": half_width, "timing": timing, "main": main}
         self.update(measures={name: facts})
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from ..checks import MAX_SEED, check_count
+from ..checks import MAX_SEED, check_count, check_flags
 from ..errors import (
     ArgumentError,
     BackendUnavailable,
@@ -196,6 +196,7 @@ def sweep(
     [['done', 1], ['done', 3]]
     """
     _check_kinds(grid, parameters, cluster)
+    check_flags(resume=resume, fresh=fresh)
     path = notebook_path(notebook).resolve()
     planned = plan(path, grid, parameters=parameters, repeats=repeats, seed=seed)
     if workers is not None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..backends import QiskitQuantumBackend, RowCounts
 from ..backends.base import Engine
 from ..backends.requests import PlannedRun, RowRequest
+from ..checks import check_flags
 from ..circuits import Loader, make_loader
 from ..errors import ArgumentError, DtypeError, FallbackWarning, unknown_name
 from .calls import MitigatedCall, submit_call
@@ -103,6 +104,7 @@ class CircuitMitigation:
                 f"zne={self.zne!r} is not allowed: it must be a ZeroNoiseInference, as "
                 "ZeroNoiseExtrapolation or SharedDecay, or None."
             )
+        check_flags(readout=self.readout)
         if self.scaling not in SCALINGS:
             raise unknown_name("scaling", self.scaling, SCALINGS)
         if self.loader is not None:
@@ -278,6 +280,7 @@ class CircuitMitigation:
         ArgumentError, ShapeError, DtypeError, BackendUnavailable
             As `QiskitQuantumBackend.sample_rows`, and as `check`.
         """
+        check_flags(rehearse=rehearse)
         request = checked_request(backend, p, shots, generator)
         shots = request.shots
         if 0 in self.levels:

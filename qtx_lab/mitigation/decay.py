@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..checks import check_flags
 from ..circuits.base import walsh_hadamard
 from ..errors import ShapeError
 from .inference import ZeroNoiseEstimate, ZeroNoiseInference, as_values
@@ -62,6 +63,7 @@ class SharedDecay(ZeroNoiseInference):
 
     def __init__(self, noise_levels: Sequence[float] = (1.0, 5.0), *, corrected: bool = False):
         self._richardson = ZeroNoiseExtrapolation(noise_levels, "richardson")
+        check_flags(corrected=corrected)
         self.noise_levels, self.corrected = self._richardson.noise_levels, corrected
         self.method = "corrected decay" if corrected else "shared decay"
 

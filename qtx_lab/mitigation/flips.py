@@ -77,6 +77,8 @@ class RandomFlips:
         instances = min(self.instances, shots)
         size = num_bits(p.shape[-1])
         flips = self._flips(size, instances, generator)
+        if not len(p):
+            return backend.sample_rows(p, shots, generator=generator)
         order = torch.arange(1 << size) ^ flips[:, None]  # [K, 2^m]
         padded = F.pad(p, (0, (1 << size) - p.shape[-1]))
         flipped = padded[:, order]  # [R, K, 2^m]

@@ -17,8 +17,8 @@ from ..backends import QiskitQuantumBackend, RowCounts
 from ..backends.base import Engine
 from ..backends.counts import draw_counts
 from ..backends.requests import PlannedRun
-from ..checks import check_count, check_number
-from ..errors import ArgumentError, DtypeError, FallbackWarning
+from ..checks import check_count, check_flags, check_number
+from ..errors import ArgumentError, FallbackWarning
 from .circuit import CircuitMitigation
 from .noise_inverse import (
     NoiseInverse,
@@ -137,9 +137,7 @@ class ProbabilisticErrorCancellation:
                 raise ArgumentError(f"instances={instances} is not allowed: error bars need at least 2.")
         if precision is not None:
             precision = check_number("precision", precision, above=0, below=1)
-        for argument, given in (("readout", readout), ("twirled", twirled)):
-            if not isinstance(given, bool):
-                raise DtypeError(f"{argument}={given!r} is not allowed: it must be True or False.")
+        check_flags(readout=readout, twirled=twirled)
         if model is not None:
             check_backend(model, "model")
         self.instances, self.precision, self.readout = instances, precision, readout
@@ -278,6 +276,7 @@ class ProbabilisticErrorCancellation:
         shots = request.shots
         if shots < 2:
             raise ArgumentError(f"shots={shots} is not allowed: two draws of the Paulis need one shot each.")
+        check_flags(rehearse=rehearse)
         if not bool(request.running.any()):
             return backend.sample_rows(request.p, shots, generator=generator)
         running = request.p[request.running]

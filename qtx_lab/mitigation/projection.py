@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..errors import ArgumentError, ShapeError
+from ..errors import ArgumentError, DtypeError, ShapeError
 
 
 def project_to_simplex(x: Tensor, support: Tensor | None = None, variance: Tensor | None = None) -> Tensor:
@@ -30,8 +30,10 @@ def project_to_simplex(x: Tensor, support: Tensor | None = None, variance: Tenso
 
     Raises
     ------
+    DtypeError
+        If x is no floating-point tensor.
     ShapeError
-        If x, support and variance have different shapes.
+        If x has no keys, or if x, support and variance have different shapes.
     ArgumentError
         If x or variance holds NaN or infinity, or variance a negative number.
 
@@ -44,6 +46,11 @@ def project_to_simplex(x: Tensor, support: Tensor | None = None, variance: Tenso
     >>> project_to_simplex(torch.tensor([0.8, 0.4, -0.2]))
     tensor([0.7000, 0.3000, 0.0000])
     """
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        given = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise DtypeError(f"x is {given}; it must be a floating-point tensor.")
+    if not x.ndim or not x.shape[-1]:
+        raise ShapeError(f"x has shape {tuple(x.shape)}; it must be (..., n) with n >= 1 keys.")
     support = torch.ones_like(x, dtype=torch.bool) if support is None else support
     if support.shape != x.shape:
         raise ShapeError(

@@ -24,7 +24,7 @@ from ..backends import QiskitQuantumBackend
 from ..backends.requests import CalibrationRequest, PlannedRun
 from ..checks import MAX_SEED, check_count
 from ..circuits.base import unpack_values
-from ..errors import ArgumentError, BackendUnavailable, ShapeError, StorageError
+from ..errors import ArgumentError, BackendUnavailable, DtypeError, ShapeError, StorageError
 from ..storage import runs_home, write_atomic
 from .register import RegisterEstimate
 
@@ -276,6 +276,8 @@ def _apply_to_bits(matrices: Tensor, x: Tensor) -> Tensor:
 
 def _checked_errors(errors: Tensor) -> Tensor:
     """Readout errors (bits, 2, 2) as floating-point numbers, or an error if they cannot be undone."""
+    if not isinstance(errors, Tensor | np.ndarray | Sequence):
+        raise DtypeError(f"errors is a {type(errors).__name__}; it must be a tensor (bits, 2, 2).")
     errors = torch.as_tensor(errors)
     if errors.ndim != 3 or errors.shape[1:] != (2, 2):
         raise ShapeError(f"errors has shape {tuple(errors.shape)}; it must be (bits, 2, 2).")

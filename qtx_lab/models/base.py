@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ..errors import DtypeError
 
 AttentionFn = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """`attention(layer, q, k, v)`: q (B, H, L, E), k and v (B, Hkv, L, E), causal -> (B, H, L, E)."""
@@ -46,6 +48,7 @@ class ModelSizes(Protocol):
         """E, the size of a head."""
 
 
+@runtime_checkable
 class LanguageModel(Protocol):
     """A causal language model whose attention can be replaced at every call."""
 
@@ -98,6 +101,13 @@ class LanguageModel(Protocol):
 
     def pieces(self, tokens: Iterable[int]) -> Iterator[bytes]:
         """The text of tokens in UTF-8, piece by piece as they come."""
+
+
+def check_language_model(model: object) -> None:
+    """Refuse what is no `LanguageModel`, as a name or a model of transformers."""
+    if not isinstance(model, LanguageModel):
+        given = f"={model!r} is a text" if isinstance(model, str) else f" is a {type(model).__name__}"
+        raise DtypeError(f"model{given}; it must be a language model, as load_language_model gives it.")
 
 
 def record_inputs(

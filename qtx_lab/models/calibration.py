@@ -21,7 +21,7 @@ from ..checks import check_count, check_number
 from ..errors import ArgumentError, TextError, unknown_name
 from ..storage import json_bytes, write_atomic
 from ..streams import sequence_keys
-from .base import LanguageModel
+from .base import LanguageModel, check_language_model
 from .generation import Decoding
 from .huggingface_settings import read_settings
 from .layer_options import Window, cheapest, layer_options, measured_options, sampled_policies
@@ -300,7 +300,15 @@ def calibrate(
     >>> best.verified, best.held_out.reads.values < 0.7, sorted(best.settings)[:2]
     (True, True, ['layers', 'num_samples'])
     """
-    length = _check_arguments(model, max_loss, measure, length, scored_tokens, windows, confidence, seed)
+    check_language_model(model)
+    if measure not in MEASURES:
+        raise unknown_name("measure", measure, MEASURES)
+    max_loss = check_number("max_loss", max_loss, above=0)
+    scored_tokens = check_count("scored_tokens", scored_tokens)
+    windows = check_count("windows", windows, FEWEST_WINDOWS)
+    confidence = check_number("confidence", confidence, above=0, below=1)
+    seed = check_count("seed", seed, 0, MAX_SEED - REPEATS)  # the repetitions have the seeds after it
+    length = _checked_length(model, length, scored_tokens)
     find, verify = _windows(model, texts, held_out, length + scored_tokens + 1, windows)
     total = min(MODELLED_WINDOWS, len(find)) + len(find) * (1 + len(CANDIDATES))
     total += len(verify) * (1 + REPEATS)
@@ -324,7 +332,7 @@ def calibrate(
     return Calibration(
         model.name,
         measure,
-        float(max_loss),
+        max_loss,
         length,
         chosen.policies,
         chosen.measured,
@@ -412,28 +420,10 @@ def reseeded(policies: Sequence[CachePolicy], number: int) -> tuple[CachePolicy,
 # --- Windows of text ----------------------------------------------------------------------------
 
 
-def _check_arguments(
-    model: LanguageModel,
-    max_loss: float,
-    measure: str,
-    length: int | None,
-    scored_tokens: int,
-    windows: int,
-    confidence: float,
-    seed: int,
-) -> int:
-    """Refuse what is not allowed; the length of a prompt."""
-    if measure not in MEASURES:
-        raise unknown_name("measure", measure, MEASURES)
-    check_number("max_loss", max_loss, above=0)
-    check_number("confidence", confidence, above=0, below=1)
-    check_count("scored_tokens", scored_tokens)
-    check_count("windows", windows, FEWEST_WINDOWS)
-    check_count("seed", seed, 0, MAX_SEED)
+def _checked_length(model: LanguageModel, length: int | None, scored_tokens: int) -> int:
+    """The length of a prompt, which leaves room for the tokens that are scored after it."""
     room = model.config.context - scored_tokens
-    if length is None:
-        length = min(DEFAULT_LENGTH, room)
-    check_count("length", length)
+    length = check_count("length", min(DEFAULT_LENGTH, room) if length is None else length)
     if length > room:
         raise ArgumentError(
             f"length={length} is not allowed: {model.name} takes {model.config.context} tokens, of which "

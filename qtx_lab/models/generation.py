@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ..cache.policies import CachePolicy, ExactPolicy, LayerCache, Reads, SampledPolicy
-from ..checks import check_count, check_generator, check_number
+from ..checks import check_count, check_flags, check_generator, check_number
 from ..errors import ArgumentError, DtypeError, unknown_name
-from .base import LanguageModel, causal_sdpa
+from .base import LanguageModel, causal_sdpa, check_language_model
 from .speculative import (
     DraftLength,
     LosslessReport,
@@ -24,6 +24,9 @@ from .speculative import (
     token_probabilities,
 )
 
+LEAST_TEMPERATURE = 1e-30
+"""The least temperature above 0, for which logits over it are numbers of float32."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationSettings:
@@ -32,7 +35,8 @@ class GenerationSettings:
     Parameters
     ----------
     temperature : float
-        0: always the likeliest token. Otherwise the logits are divided by it before a token is drawn.
+        0: always the likeliest token. Otherwise the logits are divided by it, 1e-30 or more, before a token
+        is drawn.
     proposal, rank : str or None, int
         As for `SampledKVCache.build`. None is exact attention to all tokens.
     num_samples : int
@@ -64,10 +68,14 @@ class GenerationSettings:
 
     def __post_init__(self) -> None:
         check_generator(self.generator)
-        check_number("temperature", self.temperature, least=0)
+        temperature = check_number("temperature", self.temperature, least=0)
+        if 0 < temperature < LEAST_TEMPERATURE:
+            raise ArgumentError(
+                f"temperature={self.temperature} is not allowed: it must be 0, for the likeliest token, or "
+                f"{LEAST_TEMPERATURE:g} or more."
+            )
         decoding_policy(self.proposal, self.rank, self.num_samples, 0)
-        if not isinstance(self.lossless, bool):
-            raise ArgumentError(f"lossless={self.lossless!r} is not allowed: it must be True or False.")
+        check_flags(lossless=self.lossless)
         if self.max_drafts is not None:
             check_count("max_drafts", self.max_drafts)
         if self.lossless and self.proposal is None:
@@ -169,6 +177,7 @@ def stream(
     model: LanguageModel, prompt: str | Tensor, max_new_tokens: int = 256, **settings: Any
 ) -> TextStream:
     """The text that `generate` gives, in UTF-8, piece by piece as it comes; refusals come on the call."""
+    check_language_model(model)
     how = GenerationSettings.of(settings)
     tokens = model.encode(prompt) if isinstance(prompt, str) else prompt
     max_new_tokens = check_count("max_new_tokens", max_new_tokens)
@@ -218,9 +227,14 @@ def decoding_policy(proposal: str | None, rank: int | None, num_samples: int, se
 
 def _check_prompt(model: LanguageModel, tokens: Tensor, max_new_tokens: int) -> None:
     """Refuse what are no tokens of the model, or too many or too few."""
-    if not isinstance(tokens, Tensor) or tokens.dtype != torch.int64 or tokens.ndim != 1:
+    if not isinstance(tokens, Tensor) or tokens.dtype != torch.int64 or tokens.ndim != 1 or tokens.is_meta:
         raise DtypeError(f"prompt={tokens!r:.60} is not allowed: it must be a text, or int64 tokens (L,).")
     limit, vocabulary = model.config.context, model.config.vocab_size
+    if max_new_tokens >= limit:
+        raise ArgumentError(
+            f"max_new_tokens={max_new_tokens} is not allowed: {model.name} takes {limit} tokens, of which at "
+            f"least one is the prompt's, so that it must be from 1 to {limit - 1}."
+        )
     if not 1 <= len(tokens) <= limit - max_new_tokens:
         raise ArgumentError(
             f"prompt has {len(tokens)} tokens; with max_new_tokens={max_new_tokens} it must have 1 to "

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_count
-from ..errors import ArgumentError
+from ..errors import ArgumentError, DtypeError
 from ..storage import read_tensors
 from .base import LanguageModel
 from .language_model import language_models, load_language_model
@@ -111,6 +111,8 @@ def attention_inputs(
     >>> inputs.weights(layer=3, head=0).shape
     torch.Size([20, 20])
     """
+    if not isinstance(model, str | Path):
+        raise DtypeError(f"model is a {type(model).__name__}; it must be the name of a model, or a path.")
     path, num_tokens = Path(model), check_count("num_tokens", num_tokens)
     if path.suffix == ".safetensors":
         return _from_tensors(path)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..errors import TextError
+from ..errors import ArgumentError, DtypeError, TextError
 
 ASSETS = Path(__file__).parent / "assets"
 """Where the shipped weights, the held-out text and the model card are."""
@@ -62,4 +62,11 @@ def encode(text: str) -> Tensor:
     >>> encode("né")
     tensor([110, 195, 169])
     """
-    return torch.tensor(bytearray(text.encode()), dtype=torch.uint8).long()
+    if not isinstance(text, str):
+        raise DtypeError(f"text is a {type(text).__name__}; it must be a str.")
+    try:
+        return torch.tensor(bytearray(text.encode()), dtype=torch.uint8).long()
+    except UnicodeEncodeError as error:  # halves of a character, which broken files and escapes leave
+        raise ArgumentError(
+            f"text holds {text[error.start]!r} at {error.start}, which UTF-8 does not have."
+        ) from error

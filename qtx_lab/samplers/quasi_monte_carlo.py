@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..checks import check_flags
 from ..errors import unknown_name
 from ..streams import Stream
 from .inversion_sampler import InversionSampler
@@ -62,6 +63,7 @@ class QuasiMonteCarloSampler(InversionSampler):
         if sequence_type not in SEQUENCES:
             raise unknown_name("sequence_type", sequence_type, SEQUENCES)
         self.name = sequence_type
+        check_flags(ordered=ordered)
         self.ordered = ordered
 
     def points(self, stream: Stream, num_samples: int, replicates: int) -> Tensor:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_count
+from ..checks import check_count, check_flags
 from ..errors import ArgumentError, DtypeError, FallbackWarning, ShapeError, StoppedBySignal, StorageError
 from ..models.reference import ReferenceModel
 from ..samplers import ExactSampler, Sampler, make_sampler
@@ -267,6 +267,7 @@ class QuantumTrainer:
         keep_checkpoints: int = 2,
         seed: int = 0,
     ):
+        check_flags(distributed=distributed, mixed_precision=mixed_precision)
         if mixed_precision:
             if precision not in ("auto", "mixed"):
                 raise ArgumentError(

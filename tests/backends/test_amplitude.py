@@ -96,6 +96,13 @@ def test_bad_input_is_refused():
         IDEAL.estimate(p, torch.ones(3))
     with pytest.raises(ArgumentError, match="NaN"):
         IDEAL.estimate(p, torch.tensor([1.0, math.nan]))
+    with pytest.raises(ArgumentError, match="beyond 1e\\+150"):
+        IDEAL.estimate(p, torch.tensor([1e300, -1e300], dtype=torch.float64))
+    with pytest.raises(ShapeError, match=r"p has shape \(0, 2\)"):
+        IDEAL.estimate(p[:0], v)
+    for wrong in ((p.to("meta"), v), (p, v.to("meta"))):
+        with pytest.raises(DtypeError, match="on the device meta"):
+            IDEAL.estimate(*wrong)
     with pytest.raises(ArgumentError, match="17 keys"):
         IDEAL.estimate(torch.full((1, 17), 1 / 17), torch.ones(17))
     with pytest.raises(ArgumentError, match="loads=3"):

@@ -70,6 +70,11 @@ def test_the_projection_by_variances_is_the_nearest_distribution(generator):
             qtx.project_to_simplex(x, support, bad)
     with pytest.raises(qtx.ShapeError, match="variance"):
         qtx.project_to_simplex(x, support, variance[:2])
+    for given in ([0.5, 0.6], torch.tensor([1, 1])):  # whole numbers would lose 1/2
+        with pytest.raises(qtx.DtypeError, match=r"x is .* it must be a floating-point tensor"):
+            qtx.project_to_simplex(given)
+    with pytest.raises(qtx.ShapeError, match="n >= 1 keys"):
+        qtx.project_to_simplex(torch.zeros(2, 0))
 
 
 def test_the_projection_is_the_nearest_distribution(generator):

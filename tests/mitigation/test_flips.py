@@ -111,3 +111,8 @@ def test_bad_input_and_what_does_not_go_together_are_refused() -> None:
     backend = QiskitQuantumBackend("aer", noise=Misreading(0.01, 0.02), loader=DynamicLoader(reads=2))
     with pytest.raises(ArgumentError, match="measures before the end"):
         CircuitMitigation(readout=True).sample_rows(backend, torch.full((1, 4), 0.25), 100)
+
+
+def test_no_rows_are_no_counts() -> None:
+    backend = QiskitQuantumBackend("aer", loader=DynamicLoader(reads=2))
+    assert RandomFlips(4).sample_rows(backend, torch.zeros(0, 4), 20).counts.shape == (0, 4)

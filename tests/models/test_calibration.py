@@ -181,6 +181,9 @@ BAD = [
     ({"length": 0}, qtx.ArgumentError, "length=0"),
     ({"confidence": 1}, qtx.ArgumentError, "confidence=1"),
     ({"seed": -1}, qtx.ArgumentError, "seed=-1"),
+    ({"seed": (1 << 63) - 1}, qtx.ArgumentError, "seed=9223372036854775807"),
+    ({"model": "reference"}, qtx.DtypeError, "model='reference' is a text; it must be a language model"),
+    ({"model": torch.nn.Linear(2, 2)}, qtx.DtypeError, "model is a Linear"),
     ({"texts": 3}, qtx.ArgumentError, "texts is not allowed"),
     ({"texts": TEXT[:600]}, qtx.TextError, "texts have 2 windows of 213 tokens"),
     ({"held_out": "short"}, qtx.TextError, "held_out have 0 windows"),
@@ -190,7 +193,15 @@ BAD = [
 @pytest.mark.parametrize(("options", "error", "match"), BAD)
 def test_bad_input_is_refused_before_any_work(model, options, error, match):
     with pytest.raises(error, match=match):
-        qtx.calibrate(model, **{"texts": TEXT[:9000], **QUICK, **options})
+        qtx.calibrate(**{"model": model, "texts": TEXT[:9000], **QUICK, **options})
+
+
+def test_numbers_of_numpy_and_torch_are_numbers(model, tmp_path):
+    numbers = {"length": np.int64(60), "windows": torch.tensor(4), "scored_tokens": np.int32(4)}
+    numbers |= {"seed": np.int64(3), "confidence": np.float32(0.5), "max_loss": torch.tensor(0.5)}
+    calibration = qtx.calibrate(model, TEXT[:600], progress=False, **numbers)
+    calibration.write_json(tmp_path / "found.json")
+    assert json.loads((tmp_path / "found.json").read_text())["seed"] == 3
 
 
 def test_steps_of_known_tokens_are_single_steps(model):

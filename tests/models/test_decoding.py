@@ -66,6 +66,9 @@ def test_it_streams_and_repeats(model):
 
 BAD = [
     ({"max_new_tokens": 625}, qtx.ArgumentError, "400 tokens"),
+    ({"max_new_tokens": 5000}, qtx.ArgumentError, "max_new_tokens=5000 .* it must be from 1 to 1023"),
+    ({"temperature": 1e-40}, qtx.ArgumentError, "temperature=1e-40 is not allowed: it must be 0"),
+    ({"prompt": "half a \ud83d"}, qtx.ArgumentError, "UTF-8 does not have"),
     ({"max_new_tokens": 0}, qtx.ArgumentError, "max_new_tokens=0"),
     ({"prompt": ""}, qtx.ArgumentError, "0 tokens"),
     ({"prompt": torch.zeros(3)}, qtx.DtypeError, "int64"),
@@ -82,6 +85,17 @@ BAD = [
 def test_bad_input_is_refused_before_the_first_byte(model, options, error, match):
     with pytest.raises(error, match=match):
         model.generate(**{"prompt": TEXT, **options})
+
+
+@pytest.mark.parametrize("model", ["reference", None, torch.nn.Linear(2, 2)])
+def test_what_is_no_model_is_named(model):
+    with pytest.raises(qtx.DtypeError, match=r"model.* it must be a language model, as load_language_model"):
+        qtx.generate(model, "a", 1)
+    if model != "reference":
+        with pytest.raises(
+            qtx.DtypeError, match=r"model is a \w+; it must be the name of a model, or a path"
+        ):
+            qtx.attention_inputs(model, "a")
 
 
 def test_a_full_context_is_refused(model):

@@ -18,6 +18,7 @@ import ipywidgets as widgets
 from IPython.display import display
 from torch import Tensor
 
+from ...checks import check_flags
 from ...errors import ArgumentError, QtxError, SpecError, StorageError
 from ...experiments import provenance
 from ...experiments.runs import Run
@@ -206,6 +207,7 @@ class Workbench(widgets.VBox):
         is_causal: bool = False,
         home: str | Path | None = None,
     ):
+        check_flags(is_causal=is_causal)
         num_tensors = sum(x is not None for x in (q, k, v))
         if num_tensors and (num_tensors < 3 or model != "reference" or text != "reference"):
             raise ArgumentError("q, k and v belong together, without model or text: give all three, or none.")

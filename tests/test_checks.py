@@ -320,6 +320,7 @@ NUMBER_ARGUMENTS: dict[str, tuple[Callable[[Any], Any], float]] = {
     "SampledKVCache.attend(confidence)": (lambda x: promised(tolerance=0.5, confidence=x), 0.5),
     "SampledKVCache.attend(tolerance)": (lambda x: promised(tolerance=x), 0.5),
     "SampledKVCache.attend_exactly(scale)": (lambda x: cache().attend_exactly(Q, scale=x), 0.5),
+    "SampledKVCache.attend_exactly(softcap)": (lambda x: cache().attend_exactly(Q, softcap=x), 0.5),
     "SoftmaxLoader(max_logit)": (lambda x: circuits.SoftmaxLoader(max_logit=x).name, 0.5),
     "SoftmaxLoader(tolerance)": (lambda x: circuits.SoftmaxLoader(tolerance=x).name, 0.5),
     "SampledKVCache.attend(softcap)": (lambda x: cached(softcap=x), 0.5),

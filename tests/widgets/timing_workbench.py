@@ -1,11 +1,13 @@
-"""How long the workbench takes to its first picture, and a lens in a page to redraw, on a quiet machine.
+"""How long the workbench takes to its first picture, and a lens to redraw in a page and beside a kernel, on a
+quiet machine.
 
-`pytest tests/widgets/timing_workbench.py -s` prints them; pytest does not collect this file by itself.
+`pytest tests/widgets/timing_workbench.py -s` prints them, with `-k "page or live"` those of lenses only; pytest
+does not collect this file by itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -16,6 +18,8 @@ import torch
 
 from qtx_lab.widgets.views.lens import AttentionLens
 from qtx_lab.widgets.views.lens_page import SAMPLERS_IN_PAGES
+
+from .test_lens import CELL, LARGE_CELL
 
 START = "import qtx_lab as qtx\n"
 MAKE, RESTORE = "wb = qtx.Workbench()\nwb", "wb = qtx.Workbench.restore()\nwb"
@@ -87,34 +91,49 @@ def test_first_picture(
         run_python(page, "wb.sample.start().wait()\nwb.close()")
 
 
-STEPS = """async (sampler) => {
+STEPS = """async ([sampler, draws, repetitions]) => {
   const lens = document.querySelector(".qtx-lens");
   const menu = lens.querySelector(".qtx-toolbar select");
   const slider = lens.querySelector("input[type=range]");
-  const counts = document.querySelector(".qtx-page").page.get("draw_counts");
+  const { page } = document.querySelector(".qtx-page");
+  const counts = page.get("draw_counts");
   const frame = () => new Promise(requestAnimationFrame);
   const pause = (ms) => new Promise((done) => setTimeout(done, ms));
-  const times = [];
+  const measured = () => lens.dataset.measured === String(page.get("num_queries"));
   const step = async (draws) => {
     const start = performance.now();
     slider.value = String(counts.indexOf(draws));
     slider.dispatchEvent(new Event("input", { bubbles: true }));
     while (lens.dataset.draws !== String(draws)) await frame();
     await frame(); // it has been painted
-    return performance.now() - start;
+    const painted = performance.now() - start;
+    while (!measured()) await pause(1);
+    return [painted, performance.now() - start];
   };
   menu.value = sampler;
   menu.dispatchEvent(new Event("change", { bubbles: true }));
   while (!lens.querySelector(".qtx-caption").innerText.includes(sampler)) await frame();
-  await pause(500);
-  await step(counts.find((draws) => draws >= 13));
-  for (const draws of counts.filter((draws) => draws >= 16 && draws <= 512)) {
+  const index = counts.indexOf(draws);
+  const times = [];
+  for (let i = 0; i < repetitions; i++) {
+    // From the number of draws before it, as a slider goes.
+    await step(counts[index - 1 - (i % 2)]);
     await pause(50);
-    times.push([draws, await step(draws)]);
+    times.push(await step(draws));
+    await pause(50);
   }
   return times;
 }"""
-"""Moves the slider of a page from 16 to 512 draws a row: the milliseconds until each was painted."""
+"""Moves the slider of a page to a number of draws again and again: the milliseconds until they were painted,
+and until the error was measured on all rows."""
+
+PAGE_DRAWS = (64, 128, 256, 512)
+REPETITIONS = 20
+LIVE_GESTURES = 40
+
+
+def _spread(times: Sequence[float]) -> str:
+    return f"p50 {median(times):.0f} ms, p95 {quantiles(times, n=20, method='inclusive')[-1]:.0f} ms"
 
 
 @pytest.mark.ui
@@ -123,13 +142,74 @@ def test_page_of_2048_keys(page: Any, tmp_path: Path) -> None:
     path = AttentionLens(q, k, v, is_causal=True).to_html(tmp_path / "lens.html")
     page.goto(path.as_uri())
     page.wait_for_selector(".qtx-lens[data-draws]")
+    print("\npage, 2,048 keys: from a movement of the slider to its picture")
     for sampler in SAMPLERS_IN_PAGES:
-        renderer = _renderer()
-        cpu = _cpu_seconds(renderer)
-        steps = page.evaluate(STEPS, sampler)
-        mean_cpu = 1000 * (_cpu_seconds(renderer) - cpu) / len(steps)
-        times = [ms for _, ms in steps]
-        tail = quantiles(times, n=20)[-1]
-        print(f"\npage, 2,048 keys, {sampler}: p50 {median(times):.0f} ms, p95 {tail:.0f} ms a step")
-        print(f"    CPU {mean_cpu:.0f} ms a step, with the pauses between them")
-        print("    by draws a row: " + ", ".join(f"{draws}: {ms:.0f}" for draws, ms in steps))
+        every: list[float] = []
+        page.evaluate(STEPS, [sampler, 64, 3])  # makes what all draws of the sampler share
+        for draws in PAGE_DRAWS:
+            renderer = _renderer()
+            cpu = _cpu_seconds(renderer)
+            steps = page.evaluate(STEPS, [sampler, draws, REPETITIONS])
+            mean_cpu = 1000 * (_cpu_seconds(renderer) - cpu) / (2 * REPETITIONS)
+            painted = [ms for ms, _ in steps]
+            every += painted
+            print(
+                f"    {sampler}, {draws} draws: {_spread(painted)}; all rows measured: "
+                f"p50 {median(ms for _, ms in steps):.0f} ms; CPU of the page {mean_cpu:.0f} ms a step"
+            )
+        print(f"  {sampler}, all: {_spread(every)}")
+
+
+LIVE_STEPS = """async ([lens, gestures, pauseMs]) => {
+  const slider = lens.querySelector("input[type=range]");
+  const frame = () => new Promise(requestAnimationFrame);
+  const pause = (ms) => new Promise((done) => setTimeout(done, ms));
+  const last = Number(slider.max);
+  const times = [];
+  for (let i = 0; i < gestures; i++) {
+    const before = lens.dataset.draws;
+    const start = performance.now();
+    slider.value = String(Math.round(last / 2) + (i % 8 < 4 ? i % 4 : 4 - (i % 4)));
+    slider.dispatchEvent(new Event("input", { bubbles: true }));
+    slider.dispatchEvent(new Event("change", { bubbles: true }));
+    while (lens.dataset.draws === before) await frame();
+    await frame(); // it has been painted
+    const painted = performance.now() - start;
+    if (pauseMs === 0) while (!lens.hasAttribute("data-confirmed")) await pause(2);
+    times.push([painted, performance.now() - start]);
+    await pause(pauseMs || 100);
+  }
+  return times;
+}"""
+"""Moves the slider of a live lens: the milliseconds until its draws were painted and, without pauses between
+the movements, until the kernel had confirmed them."""
+
+
+@pytest.mark.ui
+def test_live_lens(
+    page: Any, open_notebook: Callable[..., Any], run_all: Callable[..., None],
+    run_python: Callable[..., None], tmp_path: Path,
+) -> None:  # fmt: skip
+    open_notebook(page, [CELL, LARGE_CELL])
+    run_all(page)
+    page.wait_for_function("() => document.querySelectorAll('.qtx-lens[data-confirmed]').length === 2")
+    page.wait_for_selector(".qtx-heads:not([data-stale])")
+    pid_file = tmp_path / "pid"
+    run_python(page, f"import os, pathlib\npathlib.Path({str(pid_file)!r}).write_text(str(os.getpid()))")
+    kernel, renderer = psutil.Process(int(pid_file.read_text())), _renderer()
+    print("\nlive lens in JupyterLab: from a movement of the slider to its picture")
+    for number, keys in enumerate(("512", "65,536")):
+        lens = page.locator(".qtx-lens").nth(number)
+        lens.scroll_into_view_if_needed()
+        page.wait_for_timeout(3000)  # until the strip and the thumbnails are there
+        for pause_ms, what in ((150, "one after the other"), (0, "each after the kernel's answer")):
+            cpu = _cpu_seconds(kernel), _cpu_seconds(renderer)
+            steps = page.evaluate(LIVE_STEPS, [lens.element_handle(), LIVE_GESTURES, pause_ms])
+            spent = [
+                1000 * (_cpu_seconds(process) - start) / LIVE_GESTURES
+                for process, start in zip((kernel, renderer), cpu, strict=True)
+            ]
+            print(f"    {keys} keys, {what}: {_spread([ms for ms, _ in steps])}", end="")
+            if pause_ms == 0:
+                print(f"; confirmed: {_spread([ms for _, ms in steps])}", end="")
+            print(f"; CPU kernel {spent[0]:.0f} ms, page {spent[1]:.0f} ms a step")

@@ -515,7 +515,8 @@ export function render(model: Model, el: HTMLElement): () => void {
     }
     frame.root.toggleAttribute("data-confirmed", confirmed);
     if (confirmed) requestInputs(layer, head);
-    paint();
+    if (message.tiles.length > 0) paint();
+    else paintFinding();
   }
 
   const ask = connect(frame, (message, buffers) => {
@@ -548,6 +549,13 @@ export function render(model: Model, el: HTMLElement): () => void {
       requestStrip();
     }
     paintStrip();
+    paintOver();
+    showTitles();
+  });
+
+  /** Shows numbers that have come without maps. */
+  const paintFinding = onFrame(() => {
+    if (shown) noteLatencies(shown);
     paintOver();
     showTitles();
   });
@@ -590,6 +598,7 @@ export function render(model: Model, el: HTMLElement): () => void {
     frame.root.dataset.latencies = JSON.stringify(latencies.map((x) => Math.round(x)));
     frame.root.dataset.draws = String(shown.draws ?? "given");
     frame.root.dataset.level = `${shown.level.rows} ${shown.level.columns}`;
+    frame.root.dataset.measured = String(shown.measuredRows);
   }
 
   const paintOver = onFrame(() => {

@@ -1,10 +1,11 @@
 // One head that the browser draws itself, without a kernel: its exact attention, and what is drawn of it.
 import type { MapsRequest, RowRequest } from "./lens_requests";
 import { half, TILE, type Level } from "./maps";
-import { moreUniforms, uniforms, type RowStream } from "./philox";
+import { uniformsInto, type RowStream } from "./philox";
 import {
   masses,
   numUniforms,
+  placeHeadTailInto,
   placeInto,
   placePoints,
   prepare,
@@ -17,8 +18,11 @@ import {
 /** Queries that see fewer keys take them as they come: `FIRST_VALUES` in qtx_lab/samplers/value_order.py. */
 const FIRST_VALUES = 64;
 
-/** Random numbers of a row that are kept, so that the next step of the slider need not make them again. */
-const MAX_KNOWN_UNIFORMS = 512;
+/** Random numbers of all rows that are kept, so that the next step of the slider need not make them again. */
+const MAX_KNOWN_UNIFORMS = 1 << 21;
+/** Products of weights and values by which the error of new draws is measured before they are shown; for the
+ * rest of the rows there is time afterwards. */
+const FIRST_PRODUCTS = 1 << 22;
 /** Numbers that a sum of single precision adds up in one step; see `sum` in samplers.ts. */
 const SUM_STEP = 32;
 
@@ -36,21 +40,23 @@ export interface HeadInputs {
   stream: Omit<RowStream, "position">;
 }
 
-/** What was drawn of a head: `numSamples` keys of each row. */
+/** What was drawn of a head: `numSamples` keys of each row. The next draws take its place in memory. */
 export interface HeadDraws {
   sampler: SamplerName;
   numSamples: number;
   indices: Int32Array;
   weights: Float32Array;
-  /** ‖ô − o‖ / ‖o‖ over all rows. */
-  error: number;
-  /** Effective keys, distinct keys, relative error and its standard error, unknown here: (4, L). */
-  facts: Float32Array;
+  /** Distinct keys of each row that was measured. */
+  distinct: Float32Array;
+  /** ‖ô − o‖² of each row that was measured. */
+  squares: Float64Array;
+  /** How many rows were measured, in the order of `spreadRows`. */
+  measured: number;
 }
 
-interface DrawnRow {
-  row: Row;
-  headTail: HeadTailRow | null;
+/** A row in the order in which `head-tail` lays out its keys. */
+interface OrderedRow {
+  row: HeadTailRow;
   /** The key at each place; null where they stand as they come. */
   order: Uint16Array | null;
 }
@@ -69,6 +75,16 @@ function product(query: Float64Array, keys: Float32Array, at: number): number {
   return a + b + (c + d);
 }
 
+/** Rows in an order in which those that come first are spread evenly: first the multiples of a power of 2, then
+ * those of the next smaller one. */
+export function spreadRows(count: number): Int32Array {
+  const order = new Int32Array(count);
+  let at = 1; // row 0 is the first
+  for (let step = 2 ** Math.ceil(Math.log2(count)) / 2; step >= 1; step /= 2)
+    for (let i = step; i < count; i += 2 * step) order[at++] = i;
+  return order;
+}
+
 export class LocalHead {
   private readonly mass: Float32Array[] = [];
   /** 1 / the mass of each row. */
@@ -76,15 +92,22 @@ export class LocalHead {
   private readonly output: Float32Array;
   private readonly effectiveKeys: Float32Array;
   private plain: Row[] | null = null;
-  private inOrder: DrawnRow[] | null = null;
+  private inOrder: OrderedRow[] | null = null;
   private last: HeadDraws | null = null;
-  /** The first random numbers of each row. */
-  private readonly known: Float64Array[] = [];
+  /** The memory of the draws. */
+  private indices = new Int32Array(0);
+  private weights = new Float32Array(0);
+  private readonly measuringOrder: Int32Array;
+  /** The first random numbers of each row, row by row, and how many of them are made. */
+  private known: Float64Array | null = null;
+  private readonly numKnown: Int32Array;
   /** Features of a value. */
   private readonly width: number;
   /** Of `average`: the weight of each key, 0 between calls, and the keys that were drawn. */
   private readonly weightOf: Float64Array;
   private readonly distinct: Int32Array;
+  /** The squared length of each row's output. */
+  private readonly norms: Float64Array;
 
   constructor(readonly inputs: HeadInputs) {
     const { numQueries, numKeys, queries, keys, values, scale, causal } = inputs;
@@ -95,6 +118,9 @@ export class LocalHead {
     this.share = new Float64Array(numQueries);
     this.output = new Float32Array(numQueries * width);
     this.effectiveKeys = new Float32Array(numQueries);
+    this.norms = new Float64Array(numQueries);
+    this.measuringOrder = spreadRows(numQueries);
+    this.numKnown = new Int32Array(numQueries);
     const query = new Float64Array(features);
     const logits = new Float32Array(numKeys);
     const sums = new Float64Array(width);
@@ -118,7 +144,10 @@ export class LocalHead {
       this.mass.push(mass);
       this.share[i] = 1 / total;
       this.effectiveKeys[i] = Math.exp(entropy / total + Math.log(total));
-      for (let c = 0; c < width; c++) this.output[i * width + c] = sums[c] / total;
+      for (let c = 0, at = i * width; c < width; c++, at++) {
+        this.output[at] = sums[c] / total;
+        this.norms[i] += this.output[at] ** 2;
+      }
     }
   }
 
@@ -131,30 +160,54 @@ export class LocalHead {
 
   private drawAnew(sampler: SamplerName, numSamples: number): HeadDraws {
     const { numQueries } = this.inputs;
-    const width = this.width;
-    const indices = new Int32Array(numQueries * numSamples);
-    const weights = new Float32Array(numQueries * numSamples);
-    const facts = new Float32Array(4 * numQueries).fill(NaN);
-    const output = new Float64Array(width);
-    let [squares, norm] = [0, 0];
+    const size = numQueries * numSamples;
+    if (this.indices.length < size)
+      [this.indices, this.weights] = [new Int32Array(size), new Float32Array(size)];
+    const [indices, weights] = [this.indices.subarray(0, size), this.weights.subarray(0, size)];
     const at = new Float64Array(numSamples);
-    for (let i = 0; i < numQueries; i++) {
-      const start = i * numSamples;
-      this.drawRow(sampler, i, 0, at, indices, weights, start);
-      const count = this.average(indices, weights, start, start + numSamples, output);
-      let [off, size] = [0, 0];
-      for (let c = 0, from = i * width; c < width; c++, from++) {
+    for (let i = 0; i < numQueries; i++) this.drawRow(sampler, i, 0, at, indices, weights, i * numSamples);
+    const [distinct, squares] = [new Float32Array(numQueries), new Float64Array(numQueries)];
+    return { sampler, numSamples, indices, weights, distinct, squares, measured: 0 };
+  }
+
+  /** Measures the error of the next rows of draws, until `end` of them are measured. */
+  measureRows(draws: HeadDraws, end: number): void {
+    const { numSamples, indices, weights, distinct, squares } = draws;
+    const output = new Float64Array(this.width);
+    for (; draws.measured < end; draws.measured++) {
+      const i = this.measuringOrder[draws.measured];
+      distinct[i] = this.average(indices, weights, i * numSamples, (i + 1) * numSamples, output);
+      let off = 0;
+      for (let c = 0, from = i * this.width; c < this.width; c++, from++)
         off += (output[c] - this.output[from]) ** 2;
-        size += this.output[from] ** 2;
-      }
-      facts[i] = this.effectiveKeys[i];
-      facts[numQueries + i] = count;
-      facts[2 * numQueries + i] = Math.sqrt(off / Math.max(size, 2 ** -126));
-      squares += off;
-      norm += size;
+      squares[i] = off;
     }
-    const error = Math.sqrt(squares / Math.max(norm, 2 ** -126));
-    return { sampler, numSamples, indices, weights, error, facts };
+  }
+
+  /** Rows by which draws are measured at first: evenly spaced, and as many as take no time. */
+  firstRows({ numSamples }: HeadDraws): number {
+    const { numQueries } = this.inputs;
+    let step = 1;
+    while ((numQueries / step) * numSamples * this.width > FIRST_PRODUCTS && step < numQueries) step *= 2;
+    return Math.ceil(numQueries / step);
+  }
+
+  /** What is known of the rows of draws that were measured: which they are, four numbers of each (effective
+   * keys, distinct keys, relative error, and its standard error, which is unknown here), and the relative error
+   * of them all. */
+  measured(draws: HeadDraws): { rows: Int32Array; facts: Float32Array; error: number } {
+    const count = draws.measured;
+    const rows = this.measuringOrder.slice(0, count);
+    const facts = new Float32Array(4 * count).fill(NaN);
+    let [squares, norm] = [0, 0];
+    rows.forEach((i, at) => {
+      facts[at] = this.effectiveKeys[i];
+      facts[count + at] = draws.distinct[i];
+      facts[2 * count + at] = Math.sqrt(draws.squares[i] / Math.max(this.norms[i], 2 ** -126));
+      squares += draws.squares[i];
+      norm += this.norms[i];
+    });
+    return { rows, facts, error: Math.sqrt(squares / Math.max(norm, 2 ** -126)) };
   }
 
   /** Writes the draws of a row, which name keys, from a place on; `at` takes the points. */
@@ -167,22 +220,25 @@ export class LocalHead {
     weights: Float32Array,
     start: number,
   ): void {
-    const { row, headTail, order } = this.rowFor(sampler, i);
     const numSamples = at.length;
     placePoints(sampler, this.uniformsOf(i, repetition, numUniforms(sampler, numSamples)), numSamples, at);
-    placeInto(row, at, numSamples, headTail, indices, weights, start);
+    if (sampler !== "head-tail") return placeInto(this.plainRow(i), at, sampler, indices, weights, start);
+    const { row, order } = this.orderedRow(i);
+    placeHeadTailInto(row, at, numSamples, indices, weights, start);
     if (order !== null) for (let s = start; s < start + numSamples; s++) indices[s] = order[indices[s]];
   }
 
   /** The first random numbers of a row's repetition, `count` or more. */
   private uniformsOf(i: number, repetition: number, count: number): Float64Array {
     const stream = { ...this.inputs.stream, position: i };
-    if (repetition > 0) return uniforms(stream, repetition, count);
-    const known = this.known[i] ?? new Float64Array(0);
-    if (known.length >= count) return known;
-    const more = moreUniforms(stream, 0, count, known);
-    if (count <= MAX_KNOWN_UNIFORMS) this.known[i] = more;
-    return more;
+    const capacity = Math.floor(MAX_KNOWN_UNIFORMS / this.inputs.numQueries) & ~1;
+    if (repetition > 0 || count > capacity) return uniformsInto(new Float64Array(count), stream, repetition);
+    this.known ??= new Float64Array(capacity * this.inputs.numQueries);
+    const known = this.known.subarray(i * capacity, (i + 1) * capacity);
+    const end = (count + 1) & ~1;
+    if (end > this.numKnown[i]) uniformsInto(known.subarray(0, end), stream, 0, this.numKnown[i]);
+    this.numKnown[i] = Math.max(end, this.numKnown[i]);
+    return known;
   }
 
   /** Writes the average of the values at some draws into `output`, and gives the number of distinct keys. */
@@ -247,11 +303,12 @@ export class LocalHead {
     return [Math.sqrt(squares / norm), Math.max(0, spread / norm)];
   }
 
-  private rowFor(sampler: SamplerName, i: number): DrawnRow {
-    if (sampler !== "head-tail") {
-      this.plain ??= this.mass.map((mass, row) => prepare(mass.subarray(0, this.seenEnd(row))));
-      return { row: this.plain[i], headTail: null, order: null };
-    }
+  private plainRow(i: number): Row {
+    this.plain ??= this.mass.map((mass, row) => prepare(mass.subarray(0, this.seenEnd(row))));
+    return this.plain[i];
+  }
+
+  private orderedRow(i: number): OrderedRow {
     this.inOrder ??= this.mass.map((mass, row) => this.layOut(mass, row));
     return this.inOrder[i];
   }
@@ -263,7 +320,7 @@ export class LocalHead {
     return causal ? Math.min(padded, Math.ceil((row + 1) / SUM_STEP) * SUM_STEP) : padded;
   }
 
-  private layOut(mass: Float32Array, row: number): DrawnRow {
+  private layOut(mass: Float32Array, row: number): OrderedRow {
     const { order, causal, numKeys } = this.inputs;
     const seen = causal ? Math.min(row + 1, numKeys) : numKeys;
     const inOrder = seen >= FIRST_VALUES;
@@ -272,8 +329,7 @@ export class LocalHead {
       laidOut = mass.slice();
       for (let j = 0; j < order.length; j++) laidOut[j] = mass[order[j]];
     }
-    const prepared = prepare(laidOut);
-    return { row: prepared, headTail: prepareHeadTail(prepared), order: inOrder ? order : null };
+    return { row: prepareHeadTail(laidOut), order: inOrder ? order : null };
   }
 
   /** The exact weights of a part of a level's cells, each the mean of those under it; see `poolDraws`. */
@@ -348,31 +404,107 @@ export class LocalHead {
 /** An answer to a request of a lens, as the kernel would send it. */
 export type Answer = [message: any, buffers: DataView[]];
 
-/** The maps that were asked for. Standard errors are the kernel's alone. */
+/** The maps that were asked for, with the error on some of the rows. */
 export function mapsOf(head: LocalHead, request: MapsRequest, sampler: SamplerName, seed: string): Answer {
-  const { numQueries, numKeys } = head.inputs;
   const level: Level = { rows: request.row_level, columns: request.level };
   const draws = head.draw(sampler, request.draws!);
-  const tiles: { map: "exact" | "sampled"; i: number; j: number; rows: number; columns: number }[] = [];
-  const buffers: DataView[] = [];
-  for (const map of ["exact", "sampled"] as const) {
-    for (const [i, j] of request[map]) {
-      const rows = tileCells(i, numQueries, level.rows);
-      const columns = tileCells(j, numKeys, level.columns);
-      const cells =
-        map === "exact" ? head.poolExact(level, rows, columns) : head.poolDraws(draws, level, rows, columns);
-      const codes = new Uint16Array(cells.length);
-      for (let at = 0; at < cells.length; at++) codes[at] = cells[at] === 0 ? 0 : half(cells[at]);
-      tiles.push({ map, i, j, rows: rows[1] - rows[0], columns: columns[1] - columns[0] });
-      buffers.push(new DataView(codes.buffer));
-    }
+  head.measureRows(draws, head.firstRows(draws));
+  const tiles: CodedTile[] = [];
+  for (const [i, j] of request.exact) {
+    const [rows, columns] = cellsOf(head, level, [i, j], [i, j]);
+    tiles.push(...cut(head.poolExact(level, rows, columns), "exact", [[i, j]], [i, j], rows, columns));
   }
-  const everyRow = Int32Array.from({ length: numQueries }, (_, i) => i);
-  buffers.push(new DataView(everyRow.buffer), new DataView(draws.facts.buffer));
-  const effort = `${sampler}, ${request.draws} draw${request.draws === 1 ? "" : "s"} a row`;
-  const measured = { error: draws.error, std_error: null, measured_rows: numQueries };
+  if (request.sampled.length > 0) {
+    const corner = (pick: (...x: number[]) => number): [number, number] => [
+      pick(...request.sampled.map(([i]) => i)),
+      pick(...request.sampled.map(([, j]) => j)),
+    ];
+    const first = corner(Math.min);
+    const [rows, columns] = cellsOf(head, level, first, corner(Math.max));
+    const cells = head.poolDraws(draws, level, rows, columns);
+    tiles.push(...cut(cells, "sampled", request.sampled, first, rows, columns));
+  }
+  return answerOf(head, request, draws, seed, tiles);
+}
+
+/** The answer that completes one of `mapsOf`: the error on all rows, and no maps; null until it is measured. Each
+ * call measures some rows more. */
+export function errorOf(
+  head: LocalHead,
+  request: MapsRequest,
+  sampler: SamplerName,
+  seed: string,
+): Answer | null {
+  const draws = head.draw(sampler, request.draws!);
+  const { numQueries } = head.inputs;
+  head.measureRows(draws, Math.min(numQueries, draws.measured + head.firstRows(draws)));
+  return draws.measured < numQueries ? null : answerOf(head, request, draws, seed, []);
+}
+
+/** Standard errors are the kernel's alone. */
+function answerOf(
+  head: LocalHead,
+  request: MapsRequest,
+  draws: HeadDraws,
+  seed: string,
+  coded: CodedTile[],
+): Answer {
+  const { sampler, numSamples } = draws;
+  const { rows, facts, error } = head.measured(draws);
+  const effort = `${sampler}, ${numSamples} draw${numSamples === 1 ? "" : "s"} a row`;
+  const measured = { error, std_error: null, measured_rows: rows.length };
   const known = { sampler, effort, seed, corrected: false, fallbacks: [] };
+  const tiles = coded.map(({ codes, ...tile }) => tile);
+  const buffers = [...coded.map(({ codes }) => codes), rows, facts].map((x) => new DataView(x.buffer));
   return [{ ...request, tiles, ...measured, ...known }, buffers];
+}
+
+/** A tile of half-precision codes. */
+interface CodedTile {
+  map: "exact" | "sampled";
+  i: number;
+  j: number;
+  rows: number;
+  columns: number;
+  codes: Uint16Array<ArrayBuffer>;
+}
+
+/** Tiles of the cells [rows) × [columns), of which the first tile is `first`. */
+function cut(
+  cells: Float32Array,
+  map: "exact" | "sampled",
+  tiles: [number, number][],
+  first: [number, number],
+  rows: [number, number],
+  columns: [number, number],
+): CodedTile[] {
+  const width = columns[1] - columns[0];
+  return tiles.map(([i, j]) => {
+    const [top, left] = [(i - first[0]) * TILE, (j - first[1]) * TILE];
+    const tall = Math.min(TILE, rows[1] - rows[0] - top);
+    const wide = Math.min(TILE, width - left);
+    const codes = new Uint16Array(tall * wide);
+    for (let r = 0; r < tall; r++)
+      for (let c = 0, from = (top + r) * width + left; c < wide; c++, from++)
+        codes[r * wide + c] = cells[from] === 0 ? 0 : half(cells[from]);
+    return { map, i, j, rows: tall, columns: wide, codes };
+  });
+}
+
+/** The cells from one tile to another: the rows from the first to before the last, and the columns. */
+function cellsOf(
+  head: LocalHead,
+  level: Level,
+  first: [number, number],
+  last: [number, number],
+): [rows: [number, number], columns: [number, number]] {
+  const { numQueries, numKeys } = head.inputs;
+  const end = (tile: number, positions: number, by: number) =>
+    Math.min((tile + 1) * TILE, Math.ceil(positions / (1 << by)));
+  return [
+    [first[0] * TILE, end(last[0], numQueries, level.rows)],
+    [first[1] * TILE, end(last[1], numKeys, level.columns)],
+  ];
 }
 
 /** The weights of the query that was asked for, and the lengths of the values. */
@@ -382,9 +514,3 @@ export function rowOf(head: LocalHead, request: RowRequest, sampler: SamplerName
   const buffers = [found.exact, found.sampled, found.norms].map((x) => new DataView(x.buffer));
   return [{ ...request, sampler }, buffers];
 }
-
-/** The cells of a tile along one side of a level: the first, and the one after the last. */
-const tileCells = (tile: number, positions: number, level: number): [number, number] => [
-  tile * TILE,
-  Math.min((tile + 1) * TILE, Math.ceil(positions / (1 << level))),
-];

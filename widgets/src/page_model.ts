@@ -1,6 +1,7 @@
 // The model of a lens in a page without a kernel: it answers the lens's requests itself.
 import type { Model } from "./dom";
-import { LocalHead, mapsOf, rowOf } from "./local_head";
+import type { MapsRequest } from "./lens_requests";
+import { errorOf, LocalHead, mapsOf, rowOf } from "./local_head";
 import { HALF } from "./maps";
 import { SAMPLERS } from "./samplers";
 
@@ -41,6 +42,8 @@ export class PageModel {
   private lastMaps = -Infinity;
   /** The strip that is being measured. */
   private strip: any = null;
+  /** The request for maps whose error is being measured on all rows. */
+  private measuring: MapsRequest | null = null;
 
   constructor(private readonly data: PageData) {
     this.state = { ...data.state };
@@ -76,7 +79,10 @@ export class PageModel {
 
   /** Answers a request after the caller has returned, and of several of a kind only the last. */
   send(request: any): void {
-    if (request.kind === "maps") this.lastMaps = performance.now();
+    if (request.kind === "maps") {
+      this.lastMaps = performance.now();
+      this.measuring = null;
+    }
     const name = `${request.kind} ${request.view ?? ""}`;
     if (!this.pending.has(name)) setTimeout(() => this.answer(name), 0);
     this.pending.set(name, request);
@@ -123,15 +129,23 @@ export class PageModel {
     else if (request.kind === "strip") this.answerStrip(request);
   }
 
-  private answerMaps(request: any): void {
+  private answerMaps(request: MapsRequest): void {
     const { layer, head } = request;
     if (!this.holds(layer, head)) {
       const text = `This page does not hold layer ${layer}, head ${head}. It holds ${this.contents()}.`;
       this.tell("msg:custom", { kind: "error", text }, []);
       return;
     }
-    const { sampler } = this.state;
-    this.tell("msg:custom", ...mapsOf(this.head(layer, head), request, sampler, this.data.seed));
+    const about = [this.head(layer, head), request, this.state.sampler, this.data.seed] as const;
+    this.tell("msg:custom", ...mapsOf(...about));
+    const step = () => {
+      if (this.measuring !== request) return;
+      const whole = errorOf(...about);
+      if (whole) this.tell("msg:custom", ...whole);
+      else setTimeout(step, 0);
+    };
+    this.measuring = request;
+    requestAnimationFrame(() => setTimeout(step, 0)); // once the maps are painted
   }
 
   private answerRow(request: any): void {

@@ -67,25 +67,22 @@ export function philox(
 const uniform = (high: number, low: number) => ((high >>> 5) * 2 ** 26 + (low >>> 6)) * 2 ** -53;
 
 /** The first `count` uniform numbers of a row's replicate. */
-export function uniforms(stream: RowStream, replicate: number, count: number): Float64Array {
-  return moreUniforms(stream, replicate, count, new Float64Array(0));
-}
+export const uniforms = (stream: RowStream, replicate: number, count: number): Float64Array =>
+  uniformsInto(new Float64Array(count), stream, replicate);
 
-/** As `uniforms`, where the first of them are known. */
-export function moreUniforms(
+/** Fills an array with the first uniform numbers of a row's replicate, from an even place on. */
+export function uniformsInto(
+  out: Float64Array,
   stream: RowStream,
   replicate: number,
-  count: number,
-  known: Float64Array,
+  first = 0,
 ): Float64Array {
-  const out = new Float64Array(count);
-  out.set(known.length > count ? known.subarray(0, count) : known);
   const last = ((replicate << 8) | POINTS) >>> 0;
   const [position, words] = [stream.position % WORD, new Uint32Array(4)];
-  for (let i = known.length & ~1; i < count; i += 2) {
+  for (let i = first; i < out.length; i += 2) {
     rounds(stream.key[0], stream.key[1], i / 2, position, stream.group, last, words);
     out[i] = uniform(words[0], words[1]);
-    if (i + 1 < count) out[i + 1] = uniform(words[2], words[3]);
+    if (i + 1 < out.length) out[i + 1] = uniform(words[2], words[3]);
   }
   return out;
 }

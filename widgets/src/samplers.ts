@@ -8,7 +8,8 @@ import { uniforms, type RowStream } from "./philox";
 export type Floats = Float32Array | Float64Array;
 
 /** Keys that are searched at a time: `INVERSION_BLOCK` in qtx_lab/samplers/base.py. */
-const BLOCK = 16;
+const BLOCK_BITS = 4;
+const BLOCK = 1 << BLOCK_BITS;
 
 export const SAMPLERS = ["monte-carlo", "stratified", "systematic", "head-tail"] as const;
 export type SamplerName = (typeof SAMPLERS)[number];
@@ -23,11 +24,16 @@ export interface Draws {
 export interface Row {
   /** exp(logit - largest logit), padded by zeros to whole blocks. */
   mass: Floats;
+  /** The mass of each key and all before it in its block. */
+  within: Floats;
   /** The mass of each block and all before it. */
   cdf: Float64Array;
+  /** Keys at evenly spaced points of the running sums, from which points in no order are searched for; empty
+   * until there are such points. */
+  guide: Int32Array;
 }
 
-/** What `head-tail` knows of a row besides. */
+/** What `head-tail` knows of a row. */
 export interface HeadTailRow {
   p: Floats;
   /** The sum of the probabilities. */
@@ -94,19 +100,13 @@ export function sum(x: Floats, from = 0, to = x.length): number {
   const levels = x instanceof Float32Array ? SINGLES : DOUBLES; // which round as x
   const [step, width] = [levels.length / 4, levels.length / 16];
   const steps = Math.floor((to - from) / step);
-  const power = Math.max(4, Math.floor((steps > 1 ? 32 - Math.clz32(steps - 1) : 0) / 4));
+  const power = levelPower(steps);
   levels.fill(0);
   let at = from;
   for (let i = 0; i < steps;) {
     const end = Math.min(steps, (i | ((1 << power) - 1)) + 1);
     for (; i < end; i++, at += step) for (let m = 0; m < step; m++) levels[m] += x[at + m];
-    for (let j = 1; j < 4 && i % (1 << power) === 0; j++) {
-      for (let m = 0; m < step; m++) {
-        levels[j * step + m] += levels[(j - 1) * step + m];
-        levels[(j - 1) * step + m] = 0;
-      }
-      if ((i & (((1 << power) - 1) << (j * power))) !== 0) break;
-    }
+    carry(levels, i, power);
   }
   for (let j = 1; j < 4; j++) for (let m = 0; m < step; m++) levels[m] += levels[j * step + m];
   for (; at + width <= to; at += width) for (let m = 0; m < width; m++) levels[m] += x[at + m];
@@ -117,6 +117,22 @@ export function sum(x: Floats, from = 0, to = x.length): number {
   return levels[width];
 }
 
+/** log2 of the steps that a level adds up. */
+const levelPower = (steps: number): number =>
+  Math.max(4, Math.floor((steps > 1 ? 32 - Math.clz32(steps - 1) : 0) / 4));
+
+/** After `i` steps: adds the levels that are complete to the next ones. */
+function carry(levels: Floats, i: number, power: number): void {
+  const step = levels.length / 4;
+  for (let j = 1; j < 4 && i % (1 << power) === 0; j++) {
+    for (let m = 0; m < step; m++) {
+      levels[j * step + m] += levels[(j - 1) * step + m];
+      levels[(j - 1) * step + m] = 0;
+    }
+    if ((i & (((1 << power) - 1) << (j * power))) !== 0) break;
+  }
+}
+
 /** The sum of a block, as `sum` gives it. */
 function blockSum(x: Floats, from: number): number {
   if (!(x instanceof Float32Array)) return sum(x, from, from + BLOCK);
@@ -125,21 +141,33 @@ function blockSum(x: Floats, from: number): number {
   return total;
 }
 
-/** Writes the running sums of a row's blocks into `cdf`. */
-function blockSums(mass: Floats, cdf: Float64Array): Float64Array {
-  let total = 0;
-  for (let b = 0; b < cdf.length; b++) cdf[b] = total += blockSum(mass, b * BLOCK);
-  return cdf;
+/** What draws of a row start from; `mass` as `masses` gives it. */
+export function prepare(mass: Floats): Row {
+  const row = emptyRow(mass, mass.length);
+  row.mass.set(mass);
+  addUp(row);
+  return row;
 }
 
-/** What draws of a row start from; `mass` as `masses` gives it. */
-export const prepare = (mass: Floats): Row => ({
-  mass,
-  cdf: blockSums(mass, new Float64Array(mass.length / BLOCK)),
+const emptyRow = (kind: Floats, length: number): Row => ({
+  mass: like(kind, length),
+  within: like(kind, length),
+  cdf: new Float64Array(length / BLOCK),
+  guide: NO_GUIDE,
 });
 
-/** What `head-tail` draws of a row start from besides. */
-export function prepareHeadTail({ mass }: Row): HeadTailRow {
+/** Writes the running sums of a row's masses. */
+function addUp({ mass, within, cdf }: Row): void {
+  let total = 0;
+  for (let b = 0; b < cdf.length; b++) {
+    let inside = 0;
+    for (let i = b * BLOCK; i < (b + 1) * BLOCK; i++) within[i] = inside += mass[i]; // stored rounded
+    cdf[b] = total += blockSum(mass, b * BLOCK);
+  }
+}
+
+/** What `head-tail` draws of a row start from. */
+export function prepareHeadTail(mass: Floats): HeadTailRow {
   const round = rounding(mass);
   const total = Math.max(1, round(sum(Float64Array.from(mass))));
   const p = like(mass, mass.length);
@@ -164,11 +192,11 @@ function largestOf(row: HeadTailRow, least: number): Floats {
   return row.sorted;
 }
 
-/** Writes the keys at some points of the running sums of masses into `out`, from its place `start` on; a point
- * of 1 stands for `scale`. */
+/** Writes the keys at some points of a row's running sums into `out`, from its place `start` on; a point of 1
+ * stands for `scale`. Without a guide it is fast where each point is above the one before. */
 function invert(
-  mass: Floats,
-  cdf: Float64Array,
+  { within, cdf }: Row,
+  guide: Int32Array,
   points: Float64Array,
   scale: number,
   out: Int32Array,
@@ -176,63 +204,42 @@ function invert(
 ): void {
   const total = cdf[cdf.length - 1];
   if (total === 0) return void out.fill(0, start, start + points.length);
-  const isSingle = mass instanceof Float32Array;
+  const isSingle = within instanceof Float32Array;
   const last = below(total, DOUBLES);
-  let block = -1;
-  let index = 0;
-  let before = 0; // the block's running sum up to the key
-  let rest = 0;
+  let [block, key, before] = [0, 0, 0];
   for (let t = 0; t < points.length; t++) {
     const target = Math.min(points[t] * scale, last);
-    const next = blockOf(cdf, target, block < 0 ? 0 : block);
-    const exact = target - (next > 0 ? cdf[next - 1] : 0);
-    const left = isSingle ? Math.fround(exact) : exact;
-    if (next !== block || left < rest) {
-      block = next;
-      index = next * BLOCK;
-      before = 0;
+    if (guide.length > 0) {
+      key = guide[Math.floor(points[t] * guide.length)];
+      block = key >> BLOCK_BITS;
+    } else if (target < before) block = key = 0; // of the next replicate
+    before = target;
+    if (cdf[block] <= target) {
+      do block++;
+      while (cdf[block] <= target);
+      key = block << BLOCK_BITS;
     }
-    rest = left;
-    const end = (block + 1) * BLOCK;
-    for (; index < end; index++) {
-      const after = before + mass[index];
-      if ((isSingle ? Math.fround(after) : after) > rest) break;
-      before = after;
-    }
-    if (index === end) {
+    const exact = block > 0 ? target - cdf[block - 1] : target;
+    const rest = isSingle ? Math.fround(exact) : exact;
+    const end = (block + 1) << BLOCK_BITS;
+    while (key < end && within[key] <= rest) key++;
+    if (key === end) {
       // By rounding the block ends before: the last key with mass is meant.
-      const whole = below(isSingle ? Math.fround(before) : before, mass);
-      before = 0;
-      for (index = block * BLOCK; ; index++) {
-        const after = before + mass[index];
-        if ((isSingle ? Math.fround(after) : after) > whole) break;
-        before = after;
-      }
+      for (key = block << BLOCK_BITS; within[key] < within[end - 1];) key++;
     }
-    out[start + t] = index;
+    out[start + t] = key;
   }
 }
 
-/** The first block whose running sum is above the target; it is searched for next to `near` first. */
-function blockOf(cdf: Float64Array, target: number, near: number): number {
-  let low = 0;
-  let high = cdf.length;
-  if (near > 0 && cdf[near - 1] > target) high = near;
-  else {
-    low = near;
-    for (let step = 1; low < high; step *= 2) {
-      const next = Math.min(high, low + step) - 1;
-      if (cdf[next] > target) high = next;
-      else low = next + 1;
-    }
-    return low;
-  }
-  while (low < high) {
-    const middle = (low + high) >> 1;
-    if (cdf[middle] > target) high = middle;
-    else low = middle + 1;
-  }
-  return low;
+const NO_GUIDE = new Int32Array(0);
+
+/** Notes the keys at evenly spaced points, as many as a power of 2, so that no rounding is between them. */
+function makeGuide(row: Row): void {
+  const at = new Float64Array(1 << (31 - Math.clz32(row.mass.length)));
+  for (let g = 0; g < at.length; g++) at[g] = g / at.length;
+  const guide = new Int32Array(at.length);
+  invert(row, NO_GUIDE, at, row.cdf[row.cdf.length - 1], guide, 0);
+  row.guide = guide;
 }
 
 /** Whether a sampler puts its points at equal distances, from one random number. */
@@ -273,18 +280,28 @@ export function points(
 
 /** The sum of the numbers below `least` in a row of whole blocks, as `sum` gives it in double precision. */
 function sumBelow(x: Floats, least: number): number {
-  if (scratch.length !== x.length) scratch = new Float64Array(x.length);
-  const tail = scratch;
-  for (let i = 0; i < x.length; i++) tail[i] = x[i] >= least ? 0 : x[i];
-  return sum(tail);
+  const levels = DOUBLES.fill(0);
+  const steps = x.length / BLOCK; // a step of `sum` is as long as a block
+  const power = levelPower(steps);
+  for (let i = 0; i < steps;) {
+    const [first, end] = [i * BLOCK, Math.min(steps, (i | ((1 << power) - 1)) + 1)];
+    // Four lanes at a time, whose sums stay in registers.
+    for (let m = 0; m < BLOCK; m += 4) {
+      let [a, b, c, d] = [0, 0, 0, 0];
+      for (let at = first + m; at < end * BLOCK; at += BLOCK) {
+        if (x[at] < least) a += x[at];
+        if (x[at + 1] < least) b += x[at + 1];
+        if (x[at + 2] < least) c += x[at + 2];
+        if (x[at + 3] < least) d += x[at + 3];
+      }
+      [levels[m], levels[m + 1], levels[m + 2], levels[m + 3]] = [a, b, c, d];
+    }
+    carry(levels, (i = end), power);
+  }
+  for (let j = 1; j < 4; j++) for (let m = 0; m < BLOCK; m++) levels[m] += levels[j * BLOCK + m];
+  for (let k = 1; k < 4; k++) for (let m = 0; m < 4; m++) levels[m] += levels[k * 4 + m];
+  return levels[0] + levels[1] + levels[2] + levels[3];
 }
-
-let scratch = new Float64Array(0);
-/** How often `head-tail` draws each key on average, and their running sums; the next row takes their place. */
-let countsOfRow: { counts: Floats; cdf: Float64Array } = {
-  counts: new Float32Array(0),
-  cdf: new Float64Array(0),
-};
 
 /** How many of the largest probabilities `head-tail` takes for sure, and the least of them. */
 function headOf(row: HeadTailRow, numSamples: number): { least: number } {
@@ -311,13 +328,16 @@ function headOf(row: HeadTailRow, numSamples: number): { least: number } {
   throw new Error("unreachable");
 }
 
+/** How often `head-tail` draws each key on average, with running sums; the next row takes its place. */
+let countsOfRow = emptyRow(SINGLES, 0);
+
 /** How often `head-tail` draws each key on average: `expected_counts` in qtx_lab/samplers/head_tail.py. */
-function expectedCounts(row: HeadTailRow, numSamples: number): typeof countsOfRow {
+function expectedCounts(row: HeadTailRow, numSamples: number): Row {
   const { p } = row;
   const n = p.length;
-  if (countsOfRow.counts.length !== n || countsOfRow.counts.constructor !== p.constructor)
-    countsOfRow = { counts: like(p, n), cdf: new Float64Array(n / BLOCK) };
-  const { counts, cdf } = countsOfRow;
+  if (countsOfRow.mass.length !== n || countsOfRow.mass.constructor !== p.constructor)
+    countsOfRow = emptyRow(p, n);
+  const counts = countsOfRow.mass;
   if (row.seen <= numSamples) {
     for (let i = 0; i < n; i++) counts[i] = p[i] > 0 ? 1 : 0;
   } else {
@@ -330,34 +350,41 @@ function expectedCounts(row: HeadTailRow, numSamples: number): typeof countsOfRo
     const scale = Math.min(largest(p), round(left / Math.max(tiny(p), round(sumBelow(p, least)))));
     for (let i = 0; i < n; i++) counts[i] = p[i] >= least ? (p[i] > 0 ? 1 : 0) : p[i] * scale;
   }
-  blockSums(counts, cdf);
+  addUp(countsOfRow);
   return countsOfRow;
 }
 
-/** Writes the keys of a row at some points, and their weights, into arrays from a place on.
- *
- * `headTail` is what `prepareHeadTail` gives for that sampler. */
+/** Writes the keys of a row at some points, and their weights, into arrays from a place on. */
 export function placeInto(
   row: Row,
   at: Float64Array,
-  numSamples: number,
-  headTail: HeadTailRow | null,
+  sampler: SamplerName,
   indices: Int32Array,
   weights: Floats,
   start: number,
 ): void {
-  if (headTail === null) {
-    const total = row.cdf[row.cdf.length - 1];
-    weights.fill(total === 0 ? 0 : 1 / at.length, start, start + at.length);
-    invert(row.mass, row.cdf, at, total, indices, start);
-    return;
-  }
-  const { p } = headTail;
+  const total = row.cdf[row.cdf.length - 1];
+  if (sampler === "monte-carlo" && row.guide.length === 0) makeGuide(row);
+  weights.fill(total === 0 ? 0 : 1 / at.length, start, start + at.length);
+  invert(row, sampler === "monte-carlo" ? row.guide : NO_GUIDE, at, total, indices, start);
+}
+
+/** As `placeInto`, by `head-tail`. */
+export function placeHeadTailInto(
+  row: HeadTailRow,
+  at: Float64Array,
+  numSamples: number,
+  indices: Int32Array,
+  weights: Floats,
+  start: number,
+): void {
+  const { p } = row;
   const round = rounding(p);
   const [replicates, least] = [at.length / numSamples, tiny(p)];
-  const { counts, cdf } = expectedCounts(headTail, numSamples);
-  invert(counts, cdf, at, numSamples, indices, start);
-  const total = cdf[cdf.length - 1];
+  const expected = expectedCounts(row, numSamples);
+  const counts = expected.mass;
+  const total = expected.cdf[expected.cdf.length - 1];
+  invert(expected, NO_GUIDE, at, numSamples, indices, start);
   for (let t = 0; t < at.length; t++) {
     const index = indices[start + t];
     const count = Math.max(least, counts[index]);
@@ -368,14 +395,15 @@ export function placeInto(
 /** The draws of a row, whose keys stand as the masses do. */
 export function draw(
   sampler: SamplerName,
-  row: Row,
+  mass: Floats,
   stream: RowStream,
   numSamples: number,
   replicates = 1,
 ): Draws {
   const at = points(sampler, stream, numSamples, replicates);
-  const drawn = { indices: new Int32Array(at.length), weights: like(row.mass, at.length) };
-  const headTail = sampler === "head-tail" ? prepareHeadTail(row) : null;
-  placeInto(row, at, numSamples, headTail, drawn.indices, drawn.weights, 0);
+  const drawn = { indices: new Int32Array(at.length), weights: like(mass, at.length) };
+  const { indices, weights } = drawn;
+  if (sampler === "head-tail") placeHeadTailInto(prepareHeadTail(mass), at, numSamples, indices, weights, 0);
+  else placeInto(prepare(mass), at, sampler, indices, weights, 0);
   return drawn;
 }

@@ -1,8 +1,8 @@
 """How long the workbench takes to its first picture, and a lens to redraw in a page and beside a kernel, on a
 quiet machine.
 
-`pytest tests/widgets/timing_workbench.py -s` prints them, with `-k "page or live"` those of lenses only; pytest
-does not collect this file by itself.
+`pytest tests/widgets/timing_workbench.py -s` prints them, with `-k "page or live"` those of lenses only.
+pytest does not collect this file by itself.
 """
 
 from __future__ import annotations

@@ -82,8 +82,8 @@ class Draws:
         Parameters
         ----------
         values : Tensor, (..., n, d)
-            The leading dimensions are those of the draws but for the last one, the rows: draws
-            (..., L, R * S) go with values (..., n, d).
+            The leading dimensions are those of the draws without the rows: draws (..., L, R * S) go with
+            values (..., n, d).
         weights : Tensor, (..., L, R * S), optional
             Used in place of the draws' own.
 

@@ -28,9 +28,10 @@ from .streams import Stream
 
 BLOCK_ELEMENTS = 1 << 20
 """Size of a block of rows: the numbers that a row needs (its keys, 16 for each draw, 4 for each feature of v,
-whichever is most) times its rows. A block's workspace is at most about 32 bytes for each, 32 MiB at the
-default whatever L and n are,
-unless one row alone is longer. Smaller blocks cost more time in starting threads than they save in caches."""
+whichever is most) times its rows.
+
+A block's workspace is at most about 32 bytes for each number: 32 MiB, whatever L and n are, unless one row
+alone is longer. Smaller blocks cost more time in starting threads than they save in caches."""
 
 FIRST_KNOWN = 64
 """The fewest keys that anything is fitted to for a causal row; see `AttentionProblem.runs`."""

@@ -19,7 +19,7 @@ from ..estimates import (
 )
 from ..problem import blocks
 from ..samplers.inversion import invert, row_masses
-from ..samplers.learned_estimators import LevelDraws, mixed_variance
+from ..samplers.learned_errors import LevelDraws, mixed_variance
 from ..streams import Purpose
 from .attend import BLOCK_ELEMENTS, Call, plain_mode, refuse_after_crop, scores_by_place
 from .sketches import ComponentSketch

@@ -12,8 +12,8 @@ def project_to_simplex(x: Tensor, support: Tensor | None = None, variance: Tenso
     """Compute the distribution z that is nearest to each row: max(x - t, 0), with t so that it sums to 1.
 
     Distances are Euclidean, or sum_i (x_i - z_i)^2 / variance_i: then z_i = max(x_i - t variance_i, 0). The
-    result is never further from any distribution on the support than the row
-    was, because the simplex is convex.
+    result is never further from any distribution on the support than the row was, because the simplex is
+    convex.
 
     Parameters
     ----------

@@ -195,9 +195,10 @@ class Sampler(ABC):
     with.
     """
     last_facts: Mapping[str, Any] = {}
-    """What there is to say about the latest draw, passed on as `info.drawn_by`; `fallbacks` is a tuple of
-    sentences.
-    Whole numbers whose names end in `_rows` are added up over blocks of rows."""
+    """What there is to say about the latest draw, which is passed on as `info.drawn_by`.
+
+    `fallbacks` is a tuple of sentences. Whole numbers whose names end in `_rows` are added up over blocks of
+    rows."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -232,8 +233,8 @@ class Sampler(ABC):
         Parameters
         ----------
         logits : Tensor, (..., n), float32 or float64
-            Unnormalised log-probabilities; -inf where a key is masked. A row of nothing but -inf
-            gets draws of weight 0.
+            Unnormalised log-probabilities; -inf where a key is masked. A row of nothing but -inf gets draws
+            of weight 0.
         num_samples : int
             S >= 1, the draws of a replicate.
         values : Tensor, (..., n, d), optional

@@ -255,7 +255,7 @@ class LearnedImportanceSampler(nn.Module, StreamSampler):
             `draws` hold a weight for each draw (w_j shared by the draws of a key; negative ones, and rows
             padded by weight 0, in the debiased estimator); probabilities only in the plain one, which knows
             them. `std_error` of the self-normalised estimator: the variance above by the delta method, from
-            the draws (`learned_estimators.Spread`); of the others: from the replicates, None for one.
+            the draws (`learned_errors.Spread`); of the others: from the replicates, None for one.
 
         Raises
         ------

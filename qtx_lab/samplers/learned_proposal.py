@@ -21,9 +21,10 @@ layers, n = 512) the error relative to independent draws is then 1.05 at S = 8 a
 all keys, later ones too, it was 1.01 and .71, and with steps of 2 it would be 1.34 and 1.17."""
 
 SURE = 0.9
-"""How much of a key's variance training leaves out where it is sure to be drawn. All of it: training would
-stop caring
-how heavy such a key is, and would lose it on rows that it has not seen."""
+"""How much of a key's variance training leaves out where the key is sure to be drawn.
+
+If it left out all of it, training would no longer care how heavy such a key is, and would lose the key on
+rows that it has not seen."""
 
 Maps = tuple[Tensor, Tensor, Tensor]
 """A^T (heads, E, r), a (heads, 1, r) and B^T (heads, E, r) of the proposal's logits scale <A x + a, B k>."""

@@ -10,10 +10,10 @@ from .inversion_sampler import InversionSampler
 
 
 class StratifiedSampler(InversionSampler):
-    """One point in each of S equal strata of [0, 1), F inverted there: u_s = (s + U_s) / S.
+    """One point in each of S equal strata of [0, 1), where F is inverted: u_s = (s + U_s) / S.
 
-    Unbiased. Variance never above that of independent draws; O(S^-2) once S exceeds the number of keys.
-    Source: Cochran, Sampling Techniques (1977), ch. 5; Douc and Cappe, Comparison of
+    It is unbiased. Its variance is never above that of independent draws, and O(S^-2) once S exceeds the
+    number of keys. Source: Cochran, Sampling Techniques (1977), ch. 5; Douc and Cappe, Comparison of
     resampling schemes for particle filtering (2005), sec. 3.2.
 
     Examples

@@ -309,7 +309,7 @@ def _report(
     heads, length, total = problem.shape[0] * problem.group, problem.length, draws.indices.shape[-1]
 
     def variance(x: Tensor) -> Tensor | None:
-        """Of the output (..., H), from its replicates (N, M, R, d)."""
+        """The variance of the output, (..., H), from its replicates (N, M, R, d)."""
         if draws.replicates == 1 or not x.numel():
             return None
         spread = problem.in_units(x.var(2).sqrt()).square().sum(-1)

@@ -17,7 +17,7 @@ from ..streams import Purpose, Stream
 from .predicted_error import ErrorModel, OutputSize, Scale, ValueTable, rest_square, student_factor
 
 EXACT = -1
-"""In place of a count: the row is computed exactly."""
+"""Stands in place of a count where a row is computed exactly."""
 
 RISK_OF_DRAWS = 0.6
 """The bound may be missed with so much of the risk that is allowed; the rest is for what it assumes."""

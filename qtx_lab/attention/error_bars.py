@@ -67,7 +67,7 @@ class RowSums:
 
     @classmethod
     def of(cls, p: Tensor, draws: Draws, distance: Tensor, design: Design) -> RowSums:
-        """Of rows p (heads, rows, n) and their draws; D (heads, n, 2), 0 for the other kind."""
+        """The sums of rows p (heads, rows, n) and their draws; D is (heads, n, 2), 0 for the other kind."""
         size = draws.indices.shape[-1] // draws.replicates
         drawn = draws.dense(p.shape[-1])
         a = p / size if design.variance_weights is None else design.variance_weights(p)

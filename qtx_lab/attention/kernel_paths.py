@@ -276,7 +276,7 @@ def _decode(call: KernelCall) -> AttentionEstimate:
 
 
 def _design(call: KernelCall) -> Design:
-    """Of systematic draws, as far as error bars need to know."""
+    """The design of systematic draws, as far as error bars need to know it."""
     sampler = SystematicSampler()
 
     def variance_weights(p: Tensor) -> Tensor:

@@ -143,7 +143,7 @@ class OutputSize:
 
     @classmethod
     def of(cls, p: Tensor, table: ValueTable, heads: slice) -> OutputSize:
-        """Of rows p (heads, rows, n): |R o| <= sum_j p_j |R v_j|."""
+        """The size of the output of rows p (heads, rows, n): |R o| <= sum_j p_j |R v_j|."""
         n, r = p.shape[-1], table.components
         mass = p.sum(-1, keepdim=True)  # 0 in a row that attends to nothing
         centre = table.centre[heads] @ table.directions[heads]
@@ -249,7 +249,7 @@ class ErrorModel:
         return self.known + self.rest
 
     def scaled(self, scale: Scale) -> ErrorModel:
-        """With mean squares that many times as large."""
+        """The same model with mean squares that are so many times as large."""
         return replace(self, known=self.known * scale.known, rest=self.rest * scale.rest)
 
     def quantile(self, confidence: float) -> Tensor:

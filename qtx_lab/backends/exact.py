@@ -67,7 +67,7 @@ class Step:
     qubits: tuple[int, ...]
     clbits: tuple[int, ...] = ()
     matrix: Tensor | None = None
-    """In the Pauli basis, (4^k, 4^k): a fixed gate with its error, or the error of a rotation."""
+    """A fixed gate with its error, or the error of a rotation, in the Pauli basis: (4^k, 4^k)."""
     angle: tuple[float, np.ndarray] | None = None
     """A rotation's angle: the constant, and the coefficients of the parameters."""
     condition: tuple[int, int] | None = None

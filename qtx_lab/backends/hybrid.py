@@ -77,7 +77,7 @@ class HybridPolicy:
             return none, (str(error),)
 
     def _by_size(self, backend: QiskitQuantumBackend, p: Tensor) -> tuple[Tensor, tuple[str, ...]]:
-        """As `decide`, by qubits and predicted fidelity alone."""
+        """Decide as `decide` does, but by qubits and predicted fidelity alone."""
         last = ((p > 0) * torch.arange(1, p.shape[-1] + 1)).amax(-1)  # [R], keys up to the last with mass
         qubits = torch.tensor([num_bits(max(1, n)) for n in last.tolist()])
         quantum = qubits <= self.max_qubits

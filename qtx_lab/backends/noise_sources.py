@@ -296,7 +296,7 @@ class _GateError:
 
     @cached_property
     def infidelity(self) -> float:
-        """As `channel_infidelity`: the mean of those of its terms, which the errors of a device share."""
+        """The mean over its terms of `channel_infidelity`; the errors of a device share these terms."""
         terms = [repr(term) for term in self.content["instructions"]]
         for key, term in zip(terms, self.content["instructions"], strict=True):
             if (key, self.num_qubits) not in _TERM_INFIDELITIES:

@@ -36,7 +36,7 @@ KERNEL_SCALES = (0.1, 0.3, 1.0)
 """Keys are scaled by the root of this before their kernel is taken, and queries by its inverse."""
 
 TARGET = 0.7
-"""Of the variance that the best control leaves, which a coreset would have to reach on half of the heads."""
+"""The part of the best control's variance that a coreset would have to reach on half of the heads."""
 
 ROWS = 48
 """The last positions of the text, whose queries attend."""

@@ -373,7 +373,7 @@ def run_stage(
 
 
 LEAST_SECONDS = 8.0
-"""With less time left than this no process is started."""
+"""No process is started where less time than this is left."""
 
 
 def run_all(

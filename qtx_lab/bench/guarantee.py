@@ -47,7 +47,7 @@ RARE_SHARE = 0.13
 """Of the keys in `rare_errors`: so many that a row misses epsilon = .05 where few of them are drawn."""
 
 KEYS, FEATURES, WIDTH = 1024, 32, 32
-"""Of the adversarial rows."""
+"""The size of the adversarial rows."""
 
 
 @dataclass(frozen=True)

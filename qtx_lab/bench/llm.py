@@ -37,7 +37,7 @@ from .base import BenchRow, Timing, shown
 MODEL = "smollm2-135m"
 
 Budget = float | int
-"""Of keys that a query head reads: a share of all (float), or their number (int)."""
+"""How many keys a query head reads: a share of all (float), or their number (int)."""
 
 METHODS: dict[str, dict[str, Any]] = {
     "head-tail": {"name": "sampler", "sampler": "head-tail"},
@@ -113,7 +113,7 @@ class Outcome:
     method: str
     budget: Budget
     digest: str
-    """Of the prompt, by which two machines compare them."""
+    """Digest of the prompt, by which two machines can compare their prompts."""
     matched: float | None
     log_probability: float
     tokens: int
@@ -125,7 +125,7 @@ class Outcome:
     generated: str
     """What the method answered."""
     seconds: float
-    """Of the group of methods that decoded side by side, over their number."""
+    """Seconds of the group of methods that decoded side by side, divided by their number."""
 
     @property
     def score(self) -> float:

@@ -29,7 +29,7 @@ ROWS = 54
 """The last positions of the text, whose queries attend."""
 
 BUDGET = 0.05
-"""Of the keys, that a query head reads."""
+"""The share of the keys that a query head reads."""
 
 MATCHING_STEPS = 5
 """Steps in which the draws of a method are found that read as many values as another one does."""
@@ -91,7 +91,7 @@ class RowErrors:
 
     @property
     def worst_tenth(self) -> tuple[float, ...]:
-        """In each layer, the error that a tenth of the rows exceed."""
+        """The error that a tenth of the rows exceed, in each layer."""
         return tuple(self.errors.flatten(1).quantile(0.9, dim=1).tolist())
 
     @property

@@ -42,7 +42,7 @@ PROPOSALS: dict[str, dict[str, Any]] = {
 
 DRAWS = 64
 MAX_BYTES, MAX_TIME = 0.4, 0.6
-"""Of exact decoding, that attention may read and take for a token."""
+"""The shares of the bytes and of the time of exact decoding that attention may take for a token."""
 
 PROMPT = 7936
 """Tokens from which on `MAX_BYTES` is checked: of a short prompt 64 draws are a large share of the keys."""
@@ -272,7 +272,7 @@ class DraftedPass:
 
     @classmethod
     def of(cls, layers: Sequence[Layer], name: str, report: LosslessReport) -> DraftedPass:
-        """With as many drafts as a report says."""
+        """The pass with as many drafts as a report says."""
         options = PROPOSALS[name]
         caches = [SampledKVCache.build(x.k, x.v, queries=x.earlier_queries, **options) for x in layers]
         for x, cache in zip(layers, caches, strict=True):  # it has room for more tokens from now on

@@ -53,7 +53,7 @@ FORMER = " (the default once)"
 """Marks the defaults that were replaced."""
 
 SHOTS_OF_ALL_ROWS, FEW_REPEATS = 4_000, 4
-"""With fewer shots, error cancellation measures all rows, and so often; otherwise half of them, once."""
+"""With fewer shots, error cancellation measures all rows so many times; with more, half of the rows, once."""
 
 PLANNER, TREE, MISINFORMED = "planner", "planner, tree only", "planner, tree only, calibration 30 % low"
 

@@ -18,7 +18,7 @@ def _start(address: Any, threads: Any) -> None:
 
 
 def run_by_prange(function: Any, address: int, threads: int, keep_alive: object) -> None:
-    """As `threads.run_on_threads`, for the pass alone: `function` is not called."""
+    """Do as `threads.run_on_threads` does, but for the pass alone: `function` is not called."""
     del function, keep_alive
     set_num_threads(threads)
     _start(address, threads)

@@ -38,9 +38,9 @@ QUICK_CASES = (
     "reference model",
 )
 KEYS, FEATURES, HEADS, ROWS = 512, 16, 2, 4
-"""Of a case: a head has its own values, a row its own probabilities."""
+"""The size of a case. Each head has its own values, and each row its own probabilities."""
 ROUNDING = 1e-6
-"""By so much the relative error of an exact row may exceed a tolerance."""
+"""How far the relative error of an exact row may exceed a tolerance."""
 FALSE_ALARM = 1e-3
 """Probability with which a case that keeps its promise exactly fails the check, by chance."""
 LADDER = 2**0.25

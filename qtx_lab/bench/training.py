@@ -47,7 +47,7 @@ WARM_UP = 5
 ALLOWED_OVERHEAD = 0.05
 """The trainer's time may be this much more than the bare loop's, as a fraction of it."""
 REQUIRED_SPEEDUP = 1.5
-"""Of two ranks over one."""
+"""The speed-up of two ranks over one that passes."""
 ALLOWED_LOSS_ERROR = 1e-4
 """Relative difference from the baseline's last loss."""
 LARGE = ReferenceConfig(context=1024, layers=12, width=768, heads=12, kv_heads=4, head_dim=64, mlp_width=3072)
@@ -77,7 +77,7 @@ class LoopResult:
     """What a bare training loop measured."""
 
     seconds: list[float]
-    """Of each step after the first `WARM_UP`."""
+    """Seconds of each step after the first `WARM_UP`."""
     loss: float
     """At the last step."""
 

@@ -359,7 +359,7 @@ def _info(
 
 
 def _value_moments(store: TokenStore, length: int, sums: Tensor, *, with_radius: bool) -> ValueMoments:
-    """Of the first `length` tokens, whose values have these sums; the radius alone needs all values."""
+    """The moments of the first `length` tokens, from these sums; only the radius needs all values."""
     mean, square = sums / length  # [N, 1, d]
     if not with_radius:
         return ValueMoments(mean, square)

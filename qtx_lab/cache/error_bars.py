@@ -17,7 +17,7 @@ EXTRAPOLATED = 3.0
 """A key that was not drawn may weigh more than the mean by so many times what the heaviest draw does."""
 
 HALF_WIDTH = 1.959964
-"""Of a 95 % interval, in standard errors."""
+"""Half of the width of a 95 % interval, in standard errors."""
 
 ROUNDED_MASS = 1e-5
 """Mass of a proposal that is not told from what rounding leaves."""

@@ -25,7 +25,7 @@ EXACT_SHARE, FEWEST_EXACT = 1 / 256, 4
 """The keys that a sketch represents worst have exact logits: this share of them, and at least so many."""
 
 RIDGE = 1e-4
-"""Of the mean variance of the queries seen, added in all directions: the next query may be another."""
+"""How much of the queries' mean variance is added in all directions, because the next query may differ."""
 
 REFIT_GROWTH = 1.25
 """A sketch is fitted anew when there are this many times the keys that it was fitted to.

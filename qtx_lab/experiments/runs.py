@@ -52,7 +52,7 @@ PATCH = "code.patch"
 """The file of a run that holds what its package's code had that its commit has not."""
 
 THEMES = ("light", "dark")
-"""In which figures are drawn."""
+"""The themes in which figures are drawn."""
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
 """What the name of a run or of a figure may be."""

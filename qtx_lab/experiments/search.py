@@ -48,7 +48,7 @@ BATCH = 4
 PROPOSALS = 20
 """How often Optuna is asked for a combination that was not tried yet, before the search ends."""
 CONFIDENCE = 0.95
-"""Of the intervals by which combinations are stopped and the best one is reported."""
+"""Confidence of the intervals by which combinations are stopped and the best one is reported."""
 
 Combination = dict[str, Any]
 Evaluate = Callable[[Sequence[tuple[Combination, int]]], Sequence[float | None]]

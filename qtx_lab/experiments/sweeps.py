@@ -567,7 +567,7 @@ def _client(workers: int | None, cluster: ClusterSpec | Cluster | str | Client |
 
 
 def _ignore_ctrl_c() -> None:
-    """For workers on the same terminal: the sweep itself receives Ctrl-C, and ends them in order."""
+    """Leave Ctrl-C to the sweep, which receives it on the same terminal and ends its workers in order."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 

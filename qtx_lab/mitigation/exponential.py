@@ -155,7 +155,7 @@ class _Profile:
 
     @classmethod
     def of(cls, y: Tensor, s: Tensor, x: Tensor, rates: Tensor) -> _Profile:
-        """For rates (G, K), or (G, 1) for all numbers alike."""
+        """The profile at rates (G, K), or (G, 1) for all numbers alike."""
         h = (-rates[:, None] * x[:, None]).exp()  # [G, levels, K or 1]
         information = (h / s).square().sum(1)
         amplitude = (h * y / s.square()).sum(1) / information

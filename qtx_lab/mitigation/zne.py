@@ -21,7 +21,7 @@ METHODS = ("richardson", "linear", "polynomial", "exponential")
 """Names of the curves."""
 
 WEIGHT_SUM_TOLERANCE = 1e-4
-"""By how much weights may miss the sum 1, because they are rounded."""
+"""How far from 1 the sum of weights may be, because they are rounded."""
 
 
 @runtime_checkable

@@ -70,7 +70,7 @@ class MeanOverWindows:
 
     @classmethod
     def of(cls, values: NDArray[np.float64], confidence: float) -> MeanOverWindows:
-        """Of values (windows,), two or more."""
+        """The mean of values (windows,), of which there are two or more."""
         mean = float(values.mean())
         t = float(special.stdtrit(len(values) - 1, (1 + confidence) / 2))
         half_width = t * float(values.std(ddof=1)) / math.sqrt(len(values))

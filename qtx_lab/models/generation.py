@@ -285,7 +285,7 @@ class Prefill:
 
     @classmethod
     def of(cls, model: LanguageModel, tokens: Tensor) -> Prefill:
-        """Of tokens (B, L), int64."""
+        """The prefill of tokens (B, L), int64."""
         layers = []
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -366,9 +366,9 @@ class Decoding:
     ) -> None:
         self.model, self.length = model, length
         self.logits = logits
-        """Of the next token, (B, vocab_size)."""
+        """Logits of the next token, (B, vocab_size)."""
         self.caches = caches
-        """Of each layer."""
+        """The cache of each layer."""
 
     @classmethod
     def after(cls, prefill: Prefill, policy: CachePolicy | Sequence[CachePolicy]) -> Decoding:

@@ -37,7 +37,7 @@ class CachedTokens(Tensor):
 
     @staticmethod
     def __new__(cls, layer: SampledLayer, like: Tensor) -> CachedTokens:
-        """Of all tokens of the layer."""
+        """Stand for all tokens of the layer."""
         shape = (*like.shape[:-2], layer.get_seq_length(), like.shape[-1])
         tokens = Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
         tokens.layer = layer

@@ -33,7 +33,7 @@ SEED_STEP = 0x9E3779B97F4A7C15
 """2^64 over the golden ratio: what the seeds of neighbouring layers differ by, so that no two agree."""
 
 DRAWING: WeakKeyDictionary[nn.Module, tuple[str, dict[str, Any]]] = WeakKeyDictionary()
-"""Of each attention module that has drawn: the settings as JSON, and the arguments that they mean for it."""
+"""For each attention module that has drawn: its settings as JSON, and the arguments that they mean for it."""
 
 
 def read_settings(given: object, layers: int | None = None) -> dict[int | None, dict[str, Any]]:

@@ -22,7 +22,7 @@ SOFTMAXES = {F.softmax, torch.softmax, Tensor.softmax}
 """The functions by which models turn logits into weights."""
 
 _STATES: WeakKeyDictionary[nn.Module, ModuleState] = WeakKeyDictionary()
-"""Of each attention module that draws by itself."""
+"""The state of each attention module that draws by itself."""
 
 
 class DrawnSoftmax(TorchFunctionMode):
@@ -52,7 +52,7 @@ class DrawnSoftmax(TorchFunctionMode):
         return self
 
     def __exit__(self, *error: Any) -> None:
-        """As before."""
+        """Leave the mode, so that softmax is torch's again."""
         super().__exit__(*error)
         self._uncompiled.__exit__(*error)
 

@@ -35,7 +35,7 @@ FIRST_ERROR_RATIO = 1.0
 """The error of a margin of logits, over the error bar of the attention outputs, before any was seen."""
 
 Probabilities = Callable[[Sequence[int], Tensor], Tensor]
-"""Of the next token, float64 (V,), after these tokens and by these logits (V,)."""
+"""Gives the probabilities of the next token, float64 (V,), after some tokens and by its logits (V,)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +57,7 @@ class Drafter(Protocol):
     """A model after a prompt, which drafts by draws and verifies exactly."""
 
     logits: Tensor
-    """Of the token after the prompt, (V,)."""
+    """Logits of the token after the prompt, (V,)."""
 
     def draft(self, token: int) -> Draft:
         """Add a token for now, attending by draws."""
@@ -66,7 +66,7 @@ class Drafter(Protocol):
         """Take what was drafted out and add tokens, attending exactly: the logits (T, V) after each."""
 
     def keep(self, count: int) -> None:
-        """Of the tokens of the last `verify`, take all but the first `count` out again."""
+        """Keep the first `count` tokens of the last `verify`, and take the others out again."""
 
     @property
     def draft_reads(self) -> float:

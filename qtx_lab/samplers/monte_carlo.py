@@ -11,8 +11,8 @@ from .inversion_sampler import InversionSampler
 class MonteCarloSampler(InversionSampler):
     """S independent draws from p, by inversion.
 
-    Unbiased. Variance of an output coordinate: (sum_j p_j v_j^2 - o^2) / S. This is also what
-    measuring S shots of an ideal circuit that holds sum_j sqrt(p_j) |j> gives.
+    It is unbiased, and the variance of an output's coordinate is (sum_j p_j v_j^2 - o^2) / S. Measuring S
+    shots of an ideal circuit that holds sum_j sqrt(p_j) |j> gives the same.
 
     >>> import torch
     >>> g = torch.Generator().manual_seed(0)

@@ -12,7 +12,7 @@ from .inversion_sampler import InversionSampler
 class SystematicSampler(InversionSampler):
     """F inverted at u_s = (s + U) / S with one U a row and replicate.
 
-    Unbiased. A key is drawn floor(S p_j) or ceil(S p_j) times, so heavy keys are exact up to 1 / S; the
+    It is unbiased. A key is drawn floor(S p_j) or ceil(S p_j) times, so heavy keys are exact up to 1 / S. The
     variance depends on the order of the keys and has no useful estimate from one replicate. Values that
     alternate in step with the comb are its worst case: worse than independent draws, with intervals too
     short. A tolerance lays keys out in random order for it. Source: Madow, On the theory of systematic

@@ -62,7 +62,7 @@ _UNDECLARED: Mapping[str, Any] = {}
 
 
 def _value_of(typed: Any, schema: Mapping[str, Any], known: dict[tuple[int, int], Any]) -> Any:
-    """As `value_of`; what is there many times over, by aliases of YAML, is read once."""
+    """Do as `value_of`; what occurs many times, by aliases of YAML, is read once."""
     if isinstance(typed, list | tuple | dict):
         place = (id(typed), id(schema))
         if place not in known:

@@ -94,7 +94,7 @@ class Measurement:
         return self.counts.classical
 
     def plus(self, part: RowCounts, p: Tensor, seed: int) -> Measurement:
-        """With the counts of another part, and the fidelity to the rows p (R, n) after it.
+        """Add the counts of another part, and the fidelity to the rows p (R, n) after it.
 
         Parameters
         ----------

@@ -34,7 +34,7 @@ from ..base import JobState, JobStatus, combined_status
 from ..requests import CalibrationRequest, MitigatedRowRequest, Request, RowRequest
 
 SCHEMA_VERSION: Literal[1] = 1
-"""Of the records that are written. Records without a version, from before there was one, are read too."""
+"""The version of records that are written. Records without one, which are older than it, are read too."""
 
 MAX_RECORD_BYTES = 1 << 26
 """A larger file is not read: it is no record of a job."""

@@ -141,7 +141,7 @@ class CachePolicy(ABC):
     seed: int = 0
 
     name: ClassVar[str]
-    """By which `make_policy` knows it."""
+    """The name by which `make_policy` knows the policy."""
 
     def __post_init__(self) -> None:
         self.store(budget=check_budget(self.budget), seed=check_count("seed", self.seed, 0, MAX_SEED))

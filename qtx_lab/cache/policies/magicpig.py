@@ -27,7 +27,7 @@ TUNED_QUERIES = 16
 """The number of tables is chosen by so many of the prompt's last queries."""
 
 MAX_BITS = 15
-"""Of a hash: codes are kept in 16 bits with a sign."""
+"""The most bits of a hash: codes are kept in 16 bits, one of which is a sign."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from .chosen_keys import DecodeStep
 from .guessed_keys import Guesses
 
 MAX_CODE_BITS = 12
-"""Of one part of a key: more centroids than that are hardly fewer than keys."""
+"""The most bits of the code of a part of a key: with more, there are hardly fewer centroids than keys."""
 
 
 class ProductCodes:

@@ -103,7 +103,7 @@ class PageBounds:
 
     @property
     def nbytes(self) -> int:
-        """Of all bounds, in half precision."""
+        """The bytes of all bounds, in half precision."""
         return 2 * self.least.numel() * HALF_BYTES
 
     def of_keys(self, pages: Tensor, length: int) -> Tensor:

@@ -21,7 +21,7 @@ HEAVY_BY = ("exact", "pq", "low-rank", "int4")
 """What tells the heaviest keys."""
 
 PQ_PARTS, PQ_BITS, PQ_ROUNDS = 2, 6, 10
-"""Of the product codes: PQCache's."""
+"""Parts, bits and rounds of the product codes, as PQCache has them."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -44,7 +44,7 @@ class CommonWords(Task):
         check_setting("ratio", self.ratio, 2, 100)
 
     def draft(self, model: TextModel, length: int, random: Random) -> Draft:
-        """As many words as there is room for."""
+        """Draft a prompt of as many words as there is room for."""
         vocabulary = random.sample(NOUNS + ADJECTIVES, len(NOUNS + ADJECTIVES))
         common, others = vocabulary[: self.words], vocabulary[self.words :]
         order = random.random()

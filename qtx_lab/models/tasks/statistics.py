@@ -11,7 +11,7 @@ from scipy import stats
 from ...errors import ArgumentError, ShapeError
 
 RESAMPLES = 4000
-"""Of a bootstrap."""
+"""How often a bootstrap draws its sample again."""
 
 
 @dataclass(frozen=True)

@@ -334,7 +334,7 @@ class CircuitView(View):
         return fit
 
     def frame(self) -> pd.DataFrame:
-        """Of each key: `exact`, `count`, `classical` (counts), `mitigated` and `mitigated_error`."""
+        """A row for each key: `exact`, `count`, `classical` (counts), `mitigated` and `mitigated_error`."""
         import pandas as pd
 
         p, measurement = self._row_p(), self._shown()

@@ -64,7 +64,7 @@ class MitigationView(View):
         self._send_errors()
 
     def frame(self) -> pd.DataFrame:
-        """Of each way and of what was measured: `way`, `kind`, `shots`, `error` and `half_width`."""
+        """Rows for each way and for what was measured: `way`, `kind`, `shots`, `error` and `half_width`."""
         import pandas as pd
 
         shown = self._shown or {"ways": [], "points": [], "shots": 0}

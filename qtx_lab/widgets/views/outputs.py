@@ -69,7 +69,7 @@ class OutputsView(View):
         self._send_estimates()
 
     def frame(self) -> pd.DataFrame:
-        """Of each query and method: `query`, `method`, `value`, `lower`, `upper` and `exact`."""
+        """A row for each query and method: `query`, `method`, `value`, `lower`, `upper` and `exact`."""
         import pandas as pd
 
         shown = self._shown or {"queries": [], "exact": [], "methods": []}

@@ -48,7 +48,7 @@ class TabHost(Protocol):
         """The folder in which the tasks make their runs."""
 
     def storage_note(self) -> str:
-        """In which run everything is saved, for the status line."""
+        """A text for the status line: the run in which everything is saved."""
 
     def storage_place(self) -> str:
         """The path of that run; empty before there is one."""

@@ -51,10 +51,10 @@ RUN_NAME = "workbench"
 """Name of the runs in which workbenches are saved."""
 
 STATE_FILE = "workbench.json"
-"""In the run's folder: the fields of all forms, and which tab is open."""
+"""The file in the run's folder that holds the fields of all forms, and which tab is open."""
 
 INPUTS_FILE = "inputs.safetensors"
-"""In the run's folder: the user's own q, k and v."""
+"""The file in the run's folder that holds the user's own q, k and v."""
 
 OWN_FIELDS = ("layer", "head", "seed")
 """What can be chosen where q, k and v are the user's own."""
@@ -392,7 +392,7 @@ class Workbench(widgets.VBox):
         return str(self.run.path.parent.resolve())
 
     def storage_note(self) -> str:
-        """In which run everything is saved, for the status line."""
+        """A text for the status line: the run in which everything is saved."""
         if self._save_problem:
             return f"not saved: {self._save_problem}"
         return "not saved yet" if self._run is None else f"saved in {self._run.path.name}"

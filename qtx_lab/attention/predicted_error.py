@@ -1,4 +1,4 @@
-"""How wrong a row's output will be at a number of draws, told from its probabilities before it is drawn."""
+"""How wrong a row's output will be at a number of draws, predicted from its probabilities before any draw."""
 
 from __future__ import annotations
 

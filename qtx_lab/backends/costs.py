@@ -279,12 +279,12 @@ class Bill:
 
     @property
     def charged_seconds(self) -> float:
-        """What IBM charged, of the jobs for which it has told it."""
+        """What IBM charged for the jobs whose charges it has reported."""
         return sum(job.charged_seconds for job in self.jobs)
 
     @property
     def open_seconds(self) -> float:
-        """Estimates of the jobs for which IBM has not told what it charges."""
+        """Estimates for the jobs whose charges IBM has not reported yet."""
         return sum(job.open_seconds for job in self.jobs)
 
     @property

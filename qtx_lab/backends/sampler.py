@@ -336,7 +336,7 @@ def _round(p: Tensor, total: int, generator: torch.Generator | None) -> Tensor:
 
 
 def all_discarded(shots: int, empty: int, rows: int) -> str:
-    """What is said of rows that have lost all their shots."""
+    """The sentence about rows that have lost all their shots."""
     return f"All {shots} shots of {empty} of {rows} rows were discarded: their weights are 0."
 
 

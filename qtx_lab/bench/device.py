@@ -60,7 +60,7 @@ SECONDS = 470.0
 """How long all stages may take."""
 
 GRACE_SECONDS = 5.0
-"""How much longer a process may take than it was told to."""
+"""How much longer a process may take than the time that it was given."""
 
 LONG = (Case(8, 1 << 17), Case(8, 1 << 18))
 """The cases that are measured first."""
@@ -417,7 +417,7 @@ def describe_machine(commit_name: str | None) -> dict[str, Any]:
 
 
 def driver() -> str | None:
-    """The version of NVIDIA's driver, None where nothing tells it."""
+    """The version of NVIDIA's driver; None where it is not known."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     with suppress(OSError, subprocess.SubprocessError):
         answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)

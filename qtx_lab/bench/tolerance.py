@@ -86,7 +86,7 @@ def bench_tolerance(quick: bool, copy_bandwidth: float) -> list[BenchRow]:
 
 
 def measure(sampler: str, tolerance: float, name: str, repetitions: int, trials: int) -> BenchRow:
-    """Misses and draws of one sampler in one case; `trials` repetitions tell how many draws are needed."""
+    """Misses and draws of one sampler in one case; `trials` repetitions show how many draws are needed."""
     case, generator = CASES[name](), torch.Generator().manual_seed(1)
     start = time.perf_counter()
     errors, info = case.relative_errors(

@@ -194,7 +194,7 @@ class _Block:
         self.known.scatter_(-1, indices, valid | self.known.gather(-1, indices))
 
     def centre(self) -> _Centre:
-        """What the keys read so far tell."""
+        """What follows from the keys read so far."""
         upper = self.logits + self.slack
         offset = upper.amax(-1, keepdim=True)
         if self.sinks is not None:
@@ -342,7 +342,7 @@ class _Block:
 
 
 class _DrawnResidual:
-    """What draws tell of Z, and when they have told enough."""
+    """The estimate of Z by draws, which end when its bound is small enough."""
 
     def __init__(self, block: _Block, centre: _Centre, plan: _Plan):
         self.block, self.centre, self.plan = block, centre, plan

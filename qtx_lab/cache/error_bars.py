@@ -20,7 +20,7 @@ HALF_WIDTH = 1.959964
 """Half of the width of a 95 % interval, in standard errors."""
 
 ROUNDED_MASS = 1e-5
-"""Mass of a proposal that is not told from what rounding leaves."""
+"""Mass of a proposal that cannot be distinguished from what rounding leaves."""
 
 TINY = 1e-30
 

@@ -14,7 +14,7 @@ from ..errors import ArgumentError
 from ..specs import fitted, value_of
 
 UNKNOWN = object()
-"""Stands for a default that only running the notebook would tell."""
+"""Stands for a default that is known only when the notebook runs."""
 
 CONSTRUCTORS = ("bool", "dict", "float", "frozenset", "int", "list", "set", "str", "tuple")
 """Built-in types that a default may be made by, as in `d = dict(a=1)`."""

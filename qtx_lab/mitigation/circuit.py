@@ -518,7 +518,7 @@ def finish_mitigated(
 
 
 def _expectation_facts(expected: Expectation | None) -> dict[str, Any]:
-    """Diagnostics that tell which errors were expected."""
+    """Diagnostics with the errors that were expected."""
     if expected is None:
         return {}
     return {"expected_error": expected.mitigated.error, "expected_raw_error": expected.raw.error}

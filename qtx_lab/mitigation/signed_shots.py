@@ -16,7 +16,7 @@ LOW_MASS = 0.5
 """Rows whose signed shares sum to less are reported."""
 
 MIN_SIGNAL = 2.0
-"""Least sum of a row's signed shares, in its standard errors, for which anything is said of the row."""
+"""Least sum of a row's signed shares, in its standard errors, for which the row is estimated."""
 
 
 def combine_signed(

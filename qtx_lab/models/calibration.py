@@ -50,7 +50,7 @@ Reading it exactly takes longer.
 """
 
 CHANCE = 0.9
-"""That the interval on the held-out windows ends within the bound, as far as candidates tell."""
+"""The chance that the interval on the held-out windows ends within the bound, going by the candidates."""
 
 
 @dataclass(frozen=True)

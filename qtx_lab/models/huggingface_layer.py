@@ -16,7 +16,7 @@ from ..estimates import AttentionEstimate
 from .huggingface_settings import IMPLEMENTATION
 
 QUERIES_TO_FIT = 64
-"""How many of a prompt's last queries tell its sketch which directions of the keys matter."""
+"""How many of a prompt's last queries its sketch is fitted to, for the directions of the keys that matter."""
 
 
 class CachedTokens(Tensor):

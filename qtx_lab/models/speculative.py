@@ -21,7 +21,7 @@ from ..streams import sequence_keys
 from .base import LanguageModel, causal_sdpa
 
 LAYERS_WITH_ERROR_BARS = 4
-"""Layers, evenly spread, whose error bars tell how sure a drafted token is; each costs a millisecond."""
+"""Number of evenly spread layers whose error bars say how sure a drafted token is, at a millisecond each."""
 
 FADING = 0.9
 """Weight of what was seen before a pass, beside what that pass shows."""
@@ -291,7 +291,7 @@ def _draft(
     counts: PassCounts,
     generator: torch.Generator | None,
 ) -> tuple[list[int], list[Tensor], list[Draft]]:
-    """Drafted tokens, what each was drawn from, and what the drafter said of each."""
+    """Drafted tokens, the probabilities that each was drawn from, and the drafter's `Draft` of each."""
     start = time.perf_counter()
     drafts: list[int] = []
     proposals: list[Tensor] = []
@@ -527,7 +527,7 @@ def layers_with_error_bars(layers: int) -> frozenset[int]:
 
 
 def squared_error(estimate: AttentionEstimate) -> float:
-    """The relative error that an estimate's error bars tell, squared, a mean over its rows."""
+    """The squared relative error by an estimate's error bars, as a mean over its rows."""
     assert estimate.std_error is not None  # a cache's estimates have them
     output, error = estimate.output.double(), estimate.std_error.double()
     return float((error.square().sum(-1) / output.square().sum(-1).clamp_min(TINY)).mean())

@@ -325,7 +325,7 @@ class Sampler(ABC):
 
 
 class Facts:
-    """What a sampler said of each block of rows, together."""
+    """The facts that a sampler states about each block of rows, put together."""
 
     def __init__(self) -> None:
         self.stated: dict[str, Any] = {}

@@ -45,7 +45,7 @@ def _loader_names() -> Iterable[str]:
 
 
 def _device_names() -> Iterable[str]:
-    """The twins that ship with qiskit-ibm-runtime; their folders tell, so that qiskit need not be loaded."""
+    """The twins that ship with qiskit-ibm-runtime, by its folders, so that qiskit need not be loaded."""
     package = importlib.util.find_spec("qiskit_ibm_runtime")
     if package is None or package.origin is None:
         return []

@@ -20,7 +20,7 @@ from ..requests import PlannedRun, Request
 from .engine import estimated_cost, transpile_for
 
 MAX_SHOTS = 100_000
-"""Most shots of a circuit in one job on IBM's devices, where a target does not tell it."""
+"""Most shots of a circuit in one job on IBM's devices, where a target does not say it."""
 
 
 class TargetEngine(Engine):

@@ -18,7 +18,7 @@ from .product_codes import ProductCodes
 from .sampled import SketchGuesser, build_cache
 
 HEAVY_BY = ("exact", "pq", "low-rank", "int4")
-"""What tells the heaviest keys."""
+"""The ways in which the heaviest keys are found."""
 
 PQ_PARTS, PQ_BITS, PQ_ROUNDS = 2, 6, 10
 """Parts, bits and rounds of the product codes, as PQCache has them."""

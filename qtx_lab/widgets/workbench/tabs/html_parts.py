@@ -29,7 +29,7 @@ CIRCUIT_FACTS = {
     "calibration": "calibrated",
     "mitigation": "mitigation",
 }
-"""What is said of a circuit and its device, and how it is called."""
+"""The facts about a circuit and its device that are shown, and what they are called."""
 
 
 def field_groups(kind: type[Spec]) -> dict[str, str]:

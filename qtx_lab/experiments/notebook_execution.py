@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -144,13 +145,20 @@ def execute_notebook(
     notebook = remove_error_markers(prepare_notebook_metadata(notebook, str(path), output_path))
     with tempfile.TemporaryFile() as stderr, _stopping(stop, limits.seconds, path) as kernel_pids:
         engine = _engine(limits, _kernel_manager(stderr, kernel_pids, threads))
+        execute = partial(
+            engine.execute_notebook,
+            notebook,
+            "python3",
+            output_path=output_path,
+            progress_bar={"desc": path.stem} if progress else False,
+        )
         try:
-            executed = engine.execute_notebook(
-                notebook,
-                "python3",
-                output_path=output_path,
-                progress_bar={"desc": path.stem} if progress else False,
-            )
+            try:
+                executed = execute()
+            except RuntimeError:  # a kernel dies at its start where another process takes one of its ports
+                if any(_papermill(cell).get("start_time") for cell in notebook.cells):
+                    raise
+                executed = execute()
         except CellTimeoutError:
             running = next((cell for cell in notebook.cells if _papermill(cell).get("too_long")), None)
             where = "" if running is None else f" in {_cell_name(running)}"

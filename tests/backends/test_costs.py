@@ -6,6 +6,8 @@ import json
 import multiprocessing
 import random
 import runpy
+import threading
+import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +20,7 @@ import torch
 
 import qtx_lab as qtx
 from qtx_lab.backends import CircuitSampler, HybridPolicy, QiskitQuantumBackend
+from qtx_lab.backends.ibm import budget
 from qtx_lab.backends.ibm import engine as ibm_engine
 from qtx_lab.backends.ibm.budget import Budget
 from qtx_lab.backends.ibm.jobs import find_jobs
@@ -329,6 +332,37 @@ def test_threads_that_spend_at_once_stay_within_the_budget(cloud: Any, make: Any
 
     with ThreadPoolExecutor(4) as threads:
         assert sum(threads.map(spend, range(4))) == cloud.posts() == 5
+
+
+@hardware
+def test_leave_that_becomes_a_job_is_never_left_out_of_the_budget(
+    cloud: Any, make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One thread lists the jobs just before another, which had leave, records its own."""
+    cloud.polls_in_queue = 99
+    recording, listed = threading.Event(), threading.Event()
+
+    def record(*args: Any, record_job: Any = ibm_engine.record_job, **options: Any) -> Path:
+        recording.set()
+        listed.wait(0.5)
+        return record_job(*args, **options)
+
+    def find(*args: Any, find_records: Any = budget.find_records) -> Any:
+        records = list(find_records(*args))
+        if recording.is_set():
+            listed.set()
+            time.sleep(0.3)
+        return records
+
+    monkeypatch.setattr(ibm_engine, "record_job", record)
+    monkeypatch.setattr(budget, "find_records", find)
+    with ThreadPoolExecutor(1) as thread:
+        first = thread.submit(make(budget=6).submit_rows, P, 150)
+        assert recording.wait(30)
+        with pytest.raises(CostError, match="budget"):
+            make(budget=6).submit_rows(P, 150)
+        first.result()
+    assert cloud.posts() == 1
 
 
 @hardware

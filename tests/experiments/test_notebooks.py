@@ -226,6 +226,18 @@ def test_a_kernel_that_dies_fails_the_run(tmp_path) -> None:
 
 
 @pytest.mark.chaos
+def test_a_kernel_that_dies_at_its_start_is_started_once_more(tmp_path, monkeypatch) -> None:
+    """As one does whose port another process takes."""
+    interpreter = tmp_path / "python"
+    interpreter.write_text(f"#!/bin/sh\nmkdir '{tmp_path}/died' && exit 1\nexec '{sys.executable}' \"$@\"\n")
+    interpreter.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(interpreter))
+    path = notebook(tmp_path / "a.ipynb", "", "print(1)")
+    assert run_notebook(path, home=tmp_path / "home", progress=False).status == "done"
+    assert (tmp_path / "died").exists()
+
+
+@pytest.mark.chaos
 def test_a_function_stops_a_notebook(tmp_path) -> None:
     path = notebook(
         tmp_path / "a.ipynb",

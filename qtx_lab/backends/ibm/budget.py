@@ -7,7 +7,7 @@ import math
 import re
 import secrets
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -162,10 +162,17 @@ class Hold:
         self.left += seconds
         self._write()
 
-    def take(self, seconds: float) -> None:
-        """Note that so much of it is recorded as a job, and so counts there."""
-        self.left = max(0.0, self.left - seconds)
-        self._write()
+    @contextmanager
+    def recorded(self, seconds: float) -> Iterator[None]:
+        """Inside the `with` so much of it is recorded as a job, and counts there from then on.
+
+        Nobody who adds up the budget meanwhile finds neither the leave nor the job, or both.
+        """
+        home = self.guard.home()
+        with _locked(home) if self._path is not None else nullcontext():
+            yield
+            self.left = max(0.0, self.left - seconds)
+            self._write()
 
     def close(self) -> None:
         """Give back what was not sent."""
@@ -381,8 +388,11 @@ def _holds(home: Path) -> Path:
 
 
 def _committed(home: Path, budget: Budget) -> float:
-    """Quantum seconds that count against the budget: recorded jobs, and what calls have leave for."""
-    seconds = sum(billed_job(record).seconds for _, record in find_records(home) if budget.counts(record))
+    """Quantum seconds that count against the budget: what calls have leave for, and recorded jobs.
+
+    Leave is read first: what is sent meanwhile then counts twice rather than not at all.
+    """
+    seconds = 0.0
     for path in _holds(home).glob("*.json"):
         lock = FileLock(path.with_suffix(".lock"), timeout=0, thread_local=False)
         try:
@@ -392,7 +402,9 @@ def _committed(home: Path, budget: Budget) -> float:
         except Timeout:
             with suppress(FileNotFoundError):  # it was given back meanwhile
                 seconds += float(json.loads(path.read_bytes())["quantum_seconds"])
-    return seconds
+    return seconds + sum(
+        billed_job(record).seconds for _, record in find_records(home) if budget.counts(record)
+    )
 
 
 # --- What was charged -------------------------------------------------------------------------------

@@ -324,7 +324,7 @@ class IBMEngine(Engine):
         if self.fractional_gates:
             self._device.check_fractional(circuit, bindings)
         cost = self.cost([PlannedRun(circuit, len(bindings), shots, _purpose(request))])
-        with self._guard.allow(cost, confirm) as leave:
+        with self._guard.allow(cost, confirm) as leave, leave.recorded(cost.quantum_seconds):
             path = record_job(
                 (self.run_dir or runs_home()) / "jobs",
                 request,
@@ -344,7 +344,6 @@ class IBMEngine(Engine):
                 fractional_gates=self.fractional_gates,
                 options=self.options,
             )
-            leave.take(cost.quantum_seconds)
         print(f"{self.name}: {cost}; job {path.stem}", file=sys.stderr)
         job = DeviceJob(path, lambda: self._remote, request, self.patience)
         if not send:

@@ -224,6 +224,8 @@ class _PartSubmission:
     def _listed_id(self, seconds: float, *, must_answer: bool = False) -> str | None:
         """The server's id of the part, as soon as it is listed; None where it is not, or nothing answers.
 
+        The last look begins when `seconds` have passed, however long the looks before it took.
+
         Raises
         ------
         BackendUnavailable
@@ -231,6 +233,7 @@ class _PartSubmission:
         """
         end, delay, problem = time.monotonic() + seconds, 0.1, None
         while True:
+            last = time.monotonic() >= end
             try:
                 ids = self.remote().lookup(self.part.tag)
                 if ids:
@@ -238,7 +241,7 @@ class _PartSubmission:
                 problem = None
             except BackendUnavailable as error:
                 problem = error
-            if time.monotonic() >= end:
+            if last:
                 if must_answer and problem:
                     raise problem
                 return None

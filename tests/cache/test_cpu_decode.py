@@ -292,6 +292,40 @@ def test_a_processor_without_avx512_computes_the_same(soak, tmp_path, generator)
         torch.testing.assert_close(output[alike], expected[alike], rtol=2e-4, atol=2e-5)
 
 
+ARM_CODE = """
+import re, sys
+import llvmlite.binding as llvm
+from numba import cfunc, types
+from qtx_lab.kernels.cpu_decode import rows
+compiled = cfunc(types.void(types.int64), error_model="numpy")(rows.attend_task)
+llvm.initialize_all_targets()
+llvm.initialize_all_asmprinters()
+target = llvm.Target.from_triple("aarch64-unknown-linux-gnu")
+processor = target.create_target_machine(cpu="neoverse-n1", opt=3)
+text = re.sub(r'target (triple|datalayout) = ".*"', "", str(compiled._library._final_module))
+module = llvm.parse_assembly(text)
+module.triple, module.data_layout = "aarch64-unknown-linux-gnu", str(processor.target_data)
+options = llvm.create_pipeline_tuning_options(speed_level=3)
+options.loop_vectorization = True
+passes = llvm.create_pass_builder(processor, options)
+passes.getModulePassManager().run(module, passes)
+names = re.findall(r"^\\s+(\\w+)\\s+v\\d+\\.(?:16b|8h|4s)", processor.emit_assembly(module), re.M)
+print(" ".join(sorted(set(names))))
+"""
+"""Compiles the pass for another kind of processor, and prints which instructions on vectors it has."""
+
+
+def test_the_pass_is_vectorised_for_processors_of_arm(soak, tmp_path):
+    """NEON's products and sums of float32 and of levels of 16 bits: the code itself is for no processor."""
+    if not soak:
+        pytest.skip("a long schedule: QTX_LAB_SOAK=1")
+    environment = {**os.environ, "NUMBA_OPT": "0", "NUMBA_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", ARM_CODE], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    # Components of 8 bits become float32 and are multiplied; levels of 4 bits are multiplied in 16 bits.
+    assert {"fmla", "scvtf", "mla", "fcvtzs"} <= set(done.stdout.split())
+
+
 def test_few_rows_are_spread_evenly_over_threads():
     assert [launch.tile_rows(1, 1, threads) for threads in (1, 2, 64)] == [1, 1, 1]
     assert launch.tile_rows(3, 3, 2) == 2  # whole heads would leave a thread idle for a third of the time

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
-from typing import Any
+from functools import cached_property, partial
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,8 @@ from torch import Tensor
 
 from .checks import check_number
 from .errors import ArgumentError, ShapeError, unknown_name
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -401,6 +403,13 @@ class AttentionEstimate:
             f"sampler={self.info.sampler!r}, draws_per_row={spent})"
         )
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Everything that is computed when it is asked for is computed before, but for Bernstein's bounds."""
+        later = (self.output, self.std_error, self.log_sum_exp, self.reliability)
+        tensors = [None if x is None else x.detach() for x in later]
+        about = (self.num_keys, self.degrees_of_freedom, self.info, self.group)
+        return _of_values, (*about, self.draws, *tensors)
+
     @cached_property
     def diagnostics(self) -> dict[str, Any]:
         """`info` as a dictionary, without the fields that say nothing here."""
@@ -589,3 +598,31 @@ class AttentionEstimate:
         t = float(special.stdtrit(self.degrees_of_freedom, (1 + level) / 2))
         centre = self.output.to(self.std_error.dtype)
         return centre - t * self.std_error, centre + t * self.std_error
+
+
+def _of_values(
+    num_keys: int,
+    degrees_of_freedom: float,
+    info: EstimateInfo,
+    group: int,
+    draws: Draws,
+    output: Tensor,
+    *later: Tensor | None,
+) -> AttentionEstimate:
+    """The estimate that `AttentionEstimate.__reduce__` took apart: for pickle and copies."""
+    std_error, log_sum_exp, reliable = (None if x is None else partial(_same, x) for x in later)
+    return AttentionEstimate(
+        output,
+        num_keys,
+        degrees_of_freedom,
+        partial(_same, draws),
+        std_error,
+        info,
+        group,
+        log_sum_exp,
+        reliable,
+    )
+
+
+def _same(x: T) -> T:
+    return x

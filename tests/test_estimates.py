@@ -1,5 +1,8 @@
 """`Draws` and `AttentionEstimate`."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 
@@ -56,3 +59,17 @@ def test_an_interval_needs_a_level_and_an_error():
             two.confidence_interval(level)
     with pytest.raises(AttributeError):
         two.output = q
+
+
+@pytest.mark.parametrize("duplicate", [lambda x: pickle.loads(pickle.dumps(x)), copy.deepcopy])
+@pytest.mark.parametrize("sampler", ["systematic", "exact", "learned"])
+def test_an_estimate_is_pickled_and_copied_with_its_draws_and_error_bars(sampler, duplicate):
+    q, k, v = torch.randn(3, 2, 8, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    estimate = qtx.sampled_attention(q, k, v, sampler=sampler, num_samples=4, replicates=2)
+    again = duplicate(estimate)
+    for get in (lambda x: x.output, lambda x: x.std_error, lambda x: x.reliability, lambda x: x.log_sum_exp):
+        assert torch.equal(get(again), get(estimate))
+    assert torch.equal(again.draws.indices, estimate.draws.indices)
+    assert again.degrees_of_freedom == estimate.degrees_of_freedom
+    assert again.info.sampler == sampler
+    assert again.group == estimate.group

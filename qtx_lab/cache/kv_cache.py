@@ -353,6 +353,8 @@ class SampledKVCache:
         """
         if estimator not in ESTIMATORS:
             raise unknown_name("estimator", estimator, ESTIMATORS)
+        replicates = check_count("replicates", replicates)
+        check_flags(adaptive=adaptive, share_keys=share_keys)
         chosen = {
             "estimator": estimator != ESTIMATORS[0] and estimator,
             "adaptive": adaptive,
@@ -365,8 +367,6 @@ class SampledKVCache:
             name = "adaptive" if adaptive else "share_keys"
             raise ArgumentError(f"{name}=True is not allowed with estimator='debiased'.")
         num_samples = check_count("num_samples", DEFAULT_DRAWS if num_samples is None else num_samples)
-        replicates = check_count("replicates", replicates)
-        check_flags(adaptive=adaptive, share_keys=share_keys)
         check_generator(generator)
         rows = self._rows("q", q)
         scale, softcap = check_scale(scale), check_softcap(softcap)
@@ -396,6 +396,7 @@ class SampledKVCache:
                 assert self._value_sketch is not None
                 check_finite("q", q)
                 estimate = attend_within(store, self._sketch, self._value_sketch, call, promise)
+                _check_logits(estimate.output)
             if self._sketch is not None:
                 self._queries.add(rows)
         return estimate
@@ -520,6 +521,7 @@ class SampledKVCache:
                 softcap=None if softcap is None else float(softcap),
                 with_log_sum_exp=return_log_sum_exp,
             )
+            _check_logits(output)
             output = output.view(*q.shape[:-1], store.width)
             if not return_log_sum_exp:
                 return output
@@ -538,6 +540,7 @@ class SampledKVCache:
         with plain_mode(q.device):
             x = rows * (1 / math.sqrt(store.features) if scale is None else float(scale))
             scores = scores_by_place(store, self._sketch, x)
+            _check_logits(scores)
             places = store.places()[:, None].expand_as(scores)
             by_token = torch.empty_like(scores).scatter_(-1, places, scores)
         return by_token.view(*q.shape[:-1], store.length)
@@ -597,6 +600,12 @@ def _check_tokens(k: Tensor, v: Tensor) -> None:
         )
     for name, x in (("k", k), ("v", v)):
         check_finite(name, x)
+
+
+def _check_logits(made_of_them: Tensor) -> None:
+    """Refuse logits that were no numbers, by what was made of them and of finite keys and values."""
+    if not bool(made_of_them.isfinite().all()):
+        raise ArgumentError("logits of q and the keys held are no finite numbers: make q or scale smaller.")
 
 
 def _check_index(index: Tensor, batch: int) -> Tensor:

@@ -67,8 +67,14 @@ class QueryMoment:
         self._waiting = 0  # queries of a head in `_latest`
         self._lock = threading.Lock()
 
-    def __deepcopy__(self, memo: dict[int, object]) -> QueryMoment:
-        return self.select(torch.arange(len(self.total), device=self.total.device))  # a lock has no copy
+    def __getstate__(self) -> tuple[Tensor, int]:
+        self.sum_up()
+        return self.total, self.count
+
+    def __setstate__(self, state: tuple[Tensor, int]) -> None:
+        self.total, self.count = state
+        self._latest, self._waiting = [], 0
+        self._lock = threading.Lock()  # a lock has no copy
 
     def add(self, queries: Tensor) -> None:
         """Remember queries (N, M, E)."""

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -657,3 +658,30 @@ def test_error_bars_of_large_values_are_those_of_usual_ones(options, size, gener
         assert bool(est.reliability.isfinite().all())
     assert bool(bars[1].isfinite().all())
     torch.testing.assert_close(bars[1], bars[0], rtol=0.5, atol=0)
+
+
+def test_logits_beyond_all_numbers_are_refused(generator):
+    cache = qtx.SampledKVCache.build(*tokens(generator, n=80), "int8")
+    q = torch.full((2, 1, 16), 3e38)
+    calls = (
+        lambda: cache.attend(q, 4),
+        lambda: cache.attend(q, 4, estimator="debiased"),
+        lambda: cache.attend(q, tolerance=0.1),
+        lambda: cache.attend_exactly(q),
+        lambda: cache.scores(q),
+    )
+    for call in calls:
+        with pytest.raises(qtx.ArgumentError, match="logits"):
+            call()
+    with pytest.raises(qtx.NumberError, match="replicates"):
+        cache.attend(q, tolerance=0.1, replicates=torch.ones(2))
+
+
+def test_a_cache_is_pickled_whole(generator):
+    cache = qtx.SampledKVCache.build(*tokens(generator, n=80))
+    q = torch.randn(2, 1, 16, generator=generator)
+    cache.attend(q, 8, generator=generator)
+    again = pickle.loads(pickle.dumps(cache))
+    outputs = [x.attend(q, 8, generator=torch.Generator().manual_seed(1)).output for x in (cache, again)]
+    assert torch.equal(*outputs)
+    assert again.nbytes == cache.nbytes

@@ -16,7 +16,7 @@ import traitlets
 from torch import Tensor
 
 from ...checks import MAX_SEED, check_count
-from ...errors import ArgumentError, ShapeError
+from ...errors import ArgumentError, DtypeError, ShapeError
 from ...estimates import AttentionEstimate
 from ...models.base import LanguageModel
 from ...models.language_model import load_language_model
@@ -295,6 +295,8 @@ class AttentionLens(View):
         ArgumentError
             If there is no such layer or head, or if `head` is named for an estimate of many heads.
         """
+        if not isinstance(estimate, AttentionEstimate):
+            raise DtypeError(f"estimate is a {type(estimate).__name__}; it must be an AttentionEstimate.")
         layer = self._check_index("layer", self.layer if layer is None else layer)
         shape, heads = tuple(estimate.output.shape), self.heads
         whole = (heads, self.num_queries)

@@ -499,6 +499,7 @@ export function render(model: Model, el: HTMLElement): () => void {
       const { buffer, byteOffset, byteLength } = buffers[i];
       const codes = new Uint16Array(buffer.slice(byteOffset, byteOffset + byteLength) as ArrayBuffer);
       const tiles = tile.map === "exact" ? exact : sampled;
+      if (tile.map === "exact") exactTiles += 1;
       const name = tileName(layer, head, level, tile.i, tile.j);
       tiles.put(name, { rows: tile.rows, columns: tile.columns, codes });
     });
@@ -531,6 +532,11 @@ export function render(model: Model, el: HTMLElement): () => void {
   });
 
   // --- painting ---------------------------------------------------------------------------------
+
+  /** How many tiles of exact maps have come, and of what the exact map was painted last: it stays while the slider
+   * moves. */
+  let exactTiles = 0;
+  let paintedExact = "";
 
   let palette: { log: boolean; top: number; colours: Uint32Array } | null = null;
   function paletteFor(log: boolean, top: number): Uint32Array {
@@ -580,9 +586,33 @@ export function render(model: Model, el: HTMLElement): () => void {
     const { top, limit } = extremes(cells, floor);
     const log: boolean = get("log_scale");
     const colours = paletteFor(log, top || 1);
-    for (const panel of visiblePanels()) {
-      const image = cellImage(panel.name, cells, colours, limit, causal, rows);
-      paintMap(panel.picture, image, cells, geometry(panel), tokens, frame.colours);
+    const places = visiblePanels().map((panel) => ({ panel, g: geometry(panel) })); // before anything changes
+    for (const { panel, g } of places) {
+      if (panel.name === "exact") {
+        const ratio = window.devicePixelRatio;
+        const look = JSON.stringify([
+          layer,
+          head,
+          exactTiles,
+          level,
+          size,
+          g,
+          log,
+          log || top,
+          frame.theme,
+          ratio,
+        ]);
+        if (look === paintedExact) continue;
+        paintedExact = look;
+      }
+      paintMap(
+        panel.picture,
+        cellImage(panel.name, cells, colours, limit, causal, rows),
+        cells,
+        g,
+        tokens,
+        frame.colours,
+      );
       panel.showScale(log, floor, top, limit);
     }
   }

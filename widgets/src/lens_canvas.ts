@@ -73,21 +73,33 @@ export function cellImage(
   const [tall, wide] = [1 << cells.level.rows, 1 << cells.level.columns];
   const image = new ImageData(columns, rows);
   const pixels = new Uint32Array(image.data.buffer);
+  const codes = name === "exact" ? exact : sampled;
+  const scale = 127.5 / limit;
   for (let r = 0; r < rows; r++) {
     const lastRow = Math.min(numRows, (cells.row + r + 1) * tall) - 1;
-    for (let c = 0; c < columns; c++) {
-      const i = r * columns + c;
-      if (causal && (cells.column + c) * wide > lastRow) continue;
-      if (exact[i] === maps.UNKNOWN || (name !== "exact" && sampled[i] === maps.UNKNOWN)) continue;
-      if (name === "exact") pixels[i] = palette[exact[i]];
-      else if (name === "sampled") pixels[i] = palette[sampled[i]];
-      else {
-        const difference = maps.HALF[sampled[i]] - maps.HALF[exact[i]];
-        pixels[i] = maps.diverging[Math.round(127.5 + (127.5 * difference) / limit)];
-      }
+    const visible = causal ? Math.min(columns, Math.floor(lastRow / wide) + 1 - cells.column) : columns;
+    for (let i = r * columns; i < r * columns + visible; i++) {
+      if (exact[i] === maps.UNKNOWN || codes[i] === maps.UNKNOWN) continue;
+      if (name !== "difference") pixels[i] = palette[codes[i]];
+      else
+        pixels[i] = maps.diverging[Math.round(127.5 + scale * (maps.HALF[sampled[i]] - maps.HALF[exact[i]]))];
     }
   }
   return image;
+}
+
+/** What the cells of each canvas are drawn on before they are scaled: to make one takes as long as to paint. */
+const unscaled = new WeakMap<HTMLCanvasElement, OffscreenCanvas>();
+
+/** A canvas of the size of an image, which holds it. */
+function unscaledPicture(canvas: HTMLCanvasElement, image: ImageData): OffscreenCanvas {
+  let picture = unscaled.get(canvas);
+  if (picture?.width !== image.width || picture.height !== image.height) {
+    picture = new OffscreenCanvas(image.width, image.height);
+    unscaled.set(canvas, picture);
+  }
+  picture.getContext("2d")!.putImageData(image, 0, 0);
+  return picture;
 }
 
 /** Paints a map with its axes; `tokens` stand at the keys, and at the queries of a square map. */
@@ -100,8 +112,7 @@ export function paintMap(
   colours: Colours,
 ): void {
   const context = cleared(canvas, g);
-  const picture = new OffscreenCanvas(image.width, image.height);
-  picture.getContext("2d")!.putImageData(image, 0, 0);
+  const picture = unscaledPicture(canvas, image);
   const [tall, wide] = [(1 << cells.level.rows) * perRow(g), (1 << cells.level.columns) * perColumn(g)];
   const [x, y] = [columnX(g, cells.column << cells.level.columns), rowY(g, cells.row << cells.level.rows)];
   context.save();

@@ -22,7 +22,7 @@ const FIRST_VALUES = 64;
 const MAX_KNOWN_UNIFORMS = 1 << 21;
 /** Products of weights and values by which the error of new draws is measured before they are shown; for the
  * rest of the rows there is time afterwards. */
-const FIRST_PRODUCTS = 1 << 22;
+const FIRST_PRODUCTS = 1 << 20;
 /** Numbers that a sum of single precision adds up in one step; see `sum` in samplers.ts. */
 const SUM_STEP = 32;
 

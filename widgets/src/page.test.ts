@@ -37,7 +37,7 @@ it("measures rows in an order that begins with evenly spaced ones", () => {
 
 it("shows the error on some rows first, and then on all", () => {
   const head = new LocalHead(inputs(700, 700, true));
-  const request = { kind: "maps", view: "a", seq: 1, layer: 0, head: 0, draws: 4000, given: null } as const;
+  const request = { kind: "maps", view: "a", seq: 1, layer: 0, head: 0, draws: 1000, given: null } as const;
   const maps: MapsRequest = { ...request, drawing: "", level: 1, row_level: 1, exact: [], sampled: [[0, 1]] };
   const [first] = mapsOf(head, maps, "stratified", "0");
   expect(first.measured_rows).toBe(175);

@@ -61,6 +61,38 @@ def start(maps: Maps, problem: AttentionProblem, initialise: str, generator: tor
         parameter.copy_(value)
 
 
+@dataclass(frozen=True)
+class _Objective:
+    """What is minimised, of some rows; fields as the arguments of `fit_maps`."""
+
+    maps: Maps
+    problem: AttentionProblem
+    defensive: float
+    use_values: bool
+    num_samples: int | None
+    independent: bool
+
+    def __call__(self, window: int, some: Tensor) -> tuple[Tensor, Tensor]:
+        """(what is minimised, log(1 + chi^2)) of some rows of a window, (heads, rows) or (heads,)."""
+        problem, heads = self.problem, self.maps[0].shape[0]
+        which = slice(window * heads, (window + 1) * heads)
+        q, k = problem.queries[which, some], problem.keys[which]
+        hidden = None
+        if problem.is_causal:
+            hidden = torch.arange(problem.num_keys, device=q.device) > (some % problem.length)[:, None]
+
+        def logits(q: Tensor, k: Tensor) -> Tensor:
+            x = torch.bmm(q * problem.scale, k.mT)
+            return x if hidden is None else x.masked_fill(hidden, -torch.inf)
+
+        log_p = logits(q, k).log_softmax(-1)
+        log_q = mix(logits(*project(q, k, self.maps)), self.defensive)
+        chi = renyi(log_p, log_q)
+        distance = log_distance(problem.values[which], log_p) if self.use_values else None
+        ours, best = (renyi(log_p, x, distance, self.num_samples, self.independent) for x in (log_q, log_p))
+        return (ours.logsumexp(-1) - best.logsumexp(-1) if self.use_values else ours - best), chi
+
+
 def fit_maps(
     maps: Maps,
     problem: AttentionProblem,
@@ -93,24 +125,7 @@ def fit_maps(
     )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
 
-    def objective(window: int, some: Tensor) -> tuple[Tensor, Tensor]:
-        """(what is minimised, log(1 + chi^2)) of some rows of a window, (heads, rows) or (heads,)."""
-        which = slice(window * heads, (window + 1) * heads)
-        q, k = problem.queries[which, some], problem.keys[which]
-        hidden = None
-        if problem.is_causal:
-            hidden = torch.arange(problem.num_keys, device=q.device) > (some % problem.length)[:, None]
-
-        def logits(q: Tensor, k: Tensor) -> Tensor:
-            x = torch.bmm(q * problem.scale, k.mT)
-            return x if hidden is None else x.masked_fill(hidden, -torch.inf)
-
-        log_p, log_q = logits(q, k).log_softmax(-1), mix(logits(*project(q, k, maps)), defensive)
-        chi = renyi(log_p, log_q)
-        distance = log_distance(problem.values[which], log_p) if use_values else None
-        ours, best = (renyi(log_p, x, distance, num_samples, independent) for x in (log_q, log_p))
-        return (ours.logsumexp(-1) - best.logsumexp(-1) if use_values else ours - best), chi
-
+    objective = _Objective(maps, problem, defensive, use_values, num_samples, independent)
     best, kept, done, stopped = math.inf, 0, 0, False
     history: list[tuple[int, float, float]] = []
     state: list[Tensor] = []

@@ -162,6 +162,10 @@ def test_measurements_are_runs_that_the_dashboard_shows(tmp_path: Path) -> None:
     by_name = {way["name"]: way["error"] for way in mitigated["ways"]}
     assert by_name["classical draws"][-1] < by_name["raw"][-1]
     submitted = tasks.submit(Report(), rows, home)
+    saved = Run.open(tmp_path / submitted["run"]).manifest["results"]  # what its page and the table show
+    assert saved["distance"] == pytest.approx(np.mean(submitted["raw_error"]))
+    assert saved["distance_half_width"] > 0
+    assert "mitigated" not in saved
     records = Records(tmp_path)
     shown = records.rows(records.listing.table, "loader", "shots", "distance").frame
     assert sorted(shown["name"]) == sorted(["circuit", "mitigate", "hardware"] * 2)

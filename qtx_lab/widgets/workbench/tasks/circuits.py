@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -16,7 +17,7 @@ from ....experiments.runs import Run
 from ....models.inputs import AttentionInputs
 from ....specs import CircuitSpec, MitigationSpec, Spec
 from ....specs.circuit import NOISE_FIELDS
-from ...numbers import Z95
+from ...numbers import Z95, mean_with_error
 from ..process_server import TaskReport
 from .inputs import load_inputs
 
@@ -315,7 +316,19 @@ def _log_rows(run: Run, result: Mapping[str, Any]) -> None:
             }
         lines.append(line)
     run.log_many(lines)
-    run.update(results={"facts": dict(facts), "discarded": int(result["discarded"].sum())})
+    discarded = int(result["discarded"].sum())
+    run.update(results={**_means(result), "facts": dict(facts), "discarded": discarded})
+
+
+def _means(result: Mapping[str, Any]) -> dict[str, float]:
+    """How far the rows are off in the mean, with half of its 95 % interval; not where a row has no counts."""
+    means: dict[str, float] = {}
+    for name, error in (("distance", "raw_error"), ("classical", "classical_error"), ("mitigated", "error")):
+        if result.get(error) is not None:
+            mean, std_error = mean_with_error(result[error], result[f"{error}_std"])
+            if math.isfinite(mean + std_error):
+                means |= {name: mean, f"{name}_half_width": Z95 * std_error}
+    return means
 
 
 def _circuit_facts(backend: QiskitQuantumBackend, num_keys: int) -> dict[str, Any]:

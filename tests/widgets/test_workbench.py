@@ -948,6 +948,7 @@ def test_cancel_restart_and_thousands_of_updates_in_a_browser(
     press(page, "Draw")
     bar(page, "done")
 
+    run_python(page, "wb.flush()")  # the state is written soon, but not at once
     page.evaluate("async () => window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.restart()")
     page.wait_for_function(
         """() => { const kernel = window.jupyterapp.shell.currentWidget.sessionContext.session.kernel;

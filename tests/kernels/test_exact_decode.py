@@ -168,7 +168,12 @@ def test_drafts_are_verified_by_the_kernel(monkeypatch, generator, device):
         cache.attend_exactly(q[:, :, -4:], sinks=sinks, return_log_sum_exp=True),
     )
     launched = []
-    monkeypatch.setattr(launch, "launch", lambda kernel, *_, **__: launched.append(kernel))
+
+    def recorded(kernel, *arguments, start=launch.launch, **options):
+        launched.append(kernel)
+        return start(kernel, *arguments, **options)
+
+    monkeypatch.setattr(launch, "launch", recorded)
     cache.attend_exactly(q[:, :, -4:])
     assert launched == [launch.split_kernel, launch.merge_kernel]
     monkeypatch.setenv("QTX_LAB_KERNELS", "reference")

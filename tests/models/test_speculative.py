@@ -355,7 +355,6 @@ def test_the_length_follows_the_acceptance(temperature):
 
 BAD = [
     ({"lossles": True}, "Did you mean 'lossless'"),
-    ({"lossless": 1}, "lossless=1 is not allowed"),
     ({"lossless": True, "proposal": None}, "exact already"),
     ({"max_drafts": 3}, "max_drafts=3 is for lossless=True only"),
     ({"lossless": True, "max_drafts": 0}, "max_drafts=0"),
@@ -368,6 +367,11 @@ BAD = [
 def test_settings_that_cannot_be_lossless_are_refused_on_the_call(model, options, match):
     with pytest.raises(qtx.ArgumentError, match=match):
         model.generate(TEXT, 5, **options)
+
+
+def test_lossless_is_true_or_false(model):
+    with pytest.raises(qtx.DtypeError, match="lossless=1 is not allowed"):
+        model.generate(TEXT, 5, lossless=1)
 
 
 def test_other_texts_have_no_report(model):

@@ -34,6 +34,7 @@ from .ledger import (
     read_request,
     read_rows,
     save_array,
+    sending,
     update_record,
 )
 from .remote import Gone, IBMRemote, Remote, Unreachable
@@ -187,7 +188,8 @@ class DeviceJob:
     def settle(self) -> None:
         """Ask the server what it charged for the job's parts, and write that into the record.
 
-        A part that the server does not list, `submission.NEVER_ARRIVED_S` after it was posted, costs nothing.
+        A part that the server does not list, `submission.NEVER_ARRIVED_S` after it was posted, costs nothing,
+        unless a process is sending the job just now.
 
         Raises
         ------
@@ -200,17 +202,19 @@ class DeviceJob:
             return
         if any(part.may_cost and not (part.id and part.state.ended) for part in self.record.parts):
             self.status()
-        charges: dict[str, float | None] = {}
-        for part in self.record.parts:
-            if part.charged_seconds is None and part.id and part.state.ended:
-                charges[part.tag] = self._ask(part.id).charged_seconds
-            elif never_arrived(part):
-                charges[part.tag] = 0.0
+        charges = {
+            part.tag: self._ask(part.id).charged_seconds
+            for part in self.record.parts
+            if part.charged_seconds is None and part.id and part.state.ended
+        }
+        with sending(self.path) as nobody_sends:
+            pass
 
         def write(record: JobRecord) -> None:
             for part in record.parts:
                 if part.charged_seconds is None:
-                    part.charged_seconds = charges.get(part.tag)
+                    never = nobody_sends and never_arrived(part)
+                    part.charged_seconds = 0.0 if never else charges.get(part.tag)
 
         update_record(self.path, write)
 

@@ -88,7 +88,7 @@ def errors_of_shares(q: Tensor, k: Tensor, v: Tensor, draws: int = DRAWS) -> lis
     bound = (mine.clamp_min(0) @ pages.amax(1).mT + mine.clamp_max(0) @ pages.amin(1).mT) * scale
     bound[:, 0] = bound[:, -2:] = math.inf
     exact = logits.softmax(-1) @ v
-    found = []
+    skipped = []
     for share in SHARES:
         most = max(3, round(share * len(pages)))
         read = torch.zeros_like(bound, dtype=torch.bool).scatter_(1, bound.topk(most).indices, True)
@@ -96,8 +96,8 @@ def errors_of_shares(q: Tensor, k: Tensor, v: Tensor, draws: int = DRAWS) -> lis
         proposal = torch.where(by_page, guessed, mean.repeat_interleave(PAGE, 1))
         pi = inclusion(proposal[:, None], draws, 0.02)
         squares = torch.stack([squared_errors(logits, pi, v, exact, seed) for seed in range(SEEDS)])
-        found.append(SkippedPages(share, float(squares.mean().sqrt()), bytes_per_key(share)))
-    return found
+        skipped.append(SkippedPages(share, float(squares.mean().sqrt()), bytes_per_key(share)))
+    return skipped
 
 
 def components(earlier: Tensor, k: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:

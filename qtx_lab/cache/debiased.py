@@ -140,7 +140,7 @@ def _draw_block(
     x, q, width = x.flatten(0, 1), q.flatten(0, 1), part.stop - part.start
     mass = row_masses(q.log())
     keys = store.keys(heads).to(x.dtype).flatten(0, 1)
-    found: list[LevelDraws] = []
+    drawn: list[LevelDraws] = []
     for level in levels[pairs].unique().tolist():
         size = num_samples << level
         these = (levels[pairs] == level).nonzero()[:, 0]
@@ -165,8 +165,8 @@ def _draw_block(
             if level:
                 difference = normalised - _normalised(log_w, size // 2, sinks)
                 w = w + difference / ((1 - LEVEL_RATIO) * LEVEL_RATIO**level)
-            found.append(LevelDraws(pair, indices, w, normalised, proposal))
-    return found
+            drawn.append(LevelDraws(pair, indices, w, normalised, proposal))
+    return drawn
 
 
 class _Errors:

@@ -45,8 +45,8 @@ def read_table():
 
 def main():
     with tempfile.TemporaryDirectory() as folder:
-        found = [line for capability in CAPABILITIES for line in decode_resources(capability, folder)]
-    lines = [{"triton": metadata.version("triton")}, *found]
+        resources = [line for capability in CAPABILITIES for line in decode_resources(capability, folder)]
+    lines = [{"triton": metadata.version("triton")}, *resources]
     TABLE.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 

@@ -50,13 +50,13 @@ def paged(x, block_size, generator):
     )
 
 
-def assert_equal_results(found, expected, tolerance):
+def assert_equal_results(actual, expected, tolerance):
     """Outputs within a tolerance of their size, log-sum-exps within it; NaN and -inf in the same places."""
     size = expected.output.float().square().mean().sqrt().clamp_min(1e-30)
-    assert found.output.dtype == expected.output.dtype
-    difference = (found.output.float() - expected.output.float()).abs().max() / size
+    assert actual.output.dtype == expected.output.dtype
+    difference = (actual.output.float() - expected.output.float()).abs().max() / size
     assert float(difference) <= 8 * tolerance
-    torch.testing.assert_close(found.log_sum_exp, expected.log_sum_exp, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(actual.log_sum_exp, expected.log_sum_exp, rtol=1e-5, atol=1e-4)
 
 
 CASES = [
@@ -129,10 +129,10 @@ def test_tokens_without_a_block_are_noticed(generator, device):
     table = x.block_table.clone()
     table[1, 2] = 99
     wrong = replace(x, block_table=table)
-    found = exact_decode(wrong)
-    assert bool(found.output[1].isnan().all())
-    assert bool(found.log_sum_exp[1].isnan().all())
-    assert torch.equal(found.output[0], expected[0])
+    actual = exact_decode(wrong)
+    assert bool(actual.output[1].isnan().all())
+    assert bool(actual.log_sum_exp[1].isnan().all())
+    assert torch.equal(actual.output[0], expected[0])
     with pytest.raises(
         ArgumentError, match="block_table names blocks that are not there: it must hold 0 to 12"
     ):
@@ -163,7 +163,7 @@ def test_drafts_are_verified_by_the_kernel(monkeypatch, generator, device):
     k, v, q = (torch.randn(2, heads, 70, 16, generator=generator).to(device) for heads in (2, 2, 6))
     cache = qtx.SampledKVCache.build(k, v)
     sinks = torch.randn(6, generator=generator).to(device)
-    found = (
+    by_kernel = (
         cache.attend_exactly(q[:, :, -4:]),
         cache.attend_exactly(q[:, :, -4:], sinks=sinks, return_log_sum_exp=True),
     )
@@ -177,9 +177,9 @@ def test_drafts_are_verified_by_the_kernel(monkeypatch, generator, device):
     cache.attend_exactly(q[:, :, -4:])
     assert launched == [launch.split_kernel, launch.merge_kernel]
     monkeypatch.setenv("QTX_LAB_KERNELS", "reference")
-    torch.testing.assert_close(found[0], cache.attend_exactly(q[:, :, -4:]), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(by_kernel[0], cache.attend_exactly(q[:, :, -4:]), rtol=1e-5, atol=1e-5)
     expected = cache.attend_exactly(q[:, :, -4:], sinks=sinks, return_log_sum_exp=True)
-    torch.testing.assert_close(found[1], expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(by_kernel[1], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_pages_as_flashinfer_describes_them(generator, device):

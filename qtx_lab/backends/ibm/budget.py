@@ -166,7 +166,7 @@ class Hold:
     def recorded(self, seconds: float) -> Iterator[None]:
         """Inside the `with` so much of it is recorded as a job, and counts there from then on.
 
-        Nobody who adds up the budget meanwhile finds neither the leave nor the job, or both.
+        Whoever adds up the budget meanwhile counts either the leave or the job.
         """
         home = self.guard.home()
         with _locked(home) if self._path is not None else nullcontext():

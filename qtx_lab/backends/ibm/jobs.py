@@ -28,13 +28,13 @@ from .ledger import (
     RowsRecord,
     find_records,
     has_program,
+    is_being_sent,
     load_array,
     read_program,
     read_record,
     read_request,
     read_rows,
     save_array,
-    sending,
     update_record,
 )
 from .remote import Gone, IBMRemote, Remote, Unreachable
@@ -207,13 +207,12 @@ class DeviceJob:
             for part in self.record.parts
             if part.charged_seconds is None and part.id and part.state.ended
         }
-        with sending(self.path) as nobody_sends:
-            pass
+        being_sent = is_being_sent(self.path)
 
         def write(record: JobRecord) -> None:
             for part in record.parts:
                 if part.charged_seconds is None:
-                    never = nobody_sends and never_arrived(part)
+                    never = never_arrived(part) and not being_sent
                     part.charged_seconds = 0.0 if never else charges.get(part.tag)
 
         update_record(self.path, write)

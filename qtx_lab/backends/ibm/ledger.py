@@ -474,6 +474,12 @@ def sending(path: Path) -> Iterator[bool]:
         lock.release()
 
 
+def is_being_sent(path: Path) -> bool:
+    """Whether a thread or process sends parts of the job just now."""
+    with sending(path) as nobody_else:
+        return not nobody_else
+
+
 def save_array(path: Path, **array: np.ndarray) -> None:
     """Write arrays by their names, compressed, whole or not at all.
 

@@ -15,7 +15,7 @@ from qiskit import QuantumCircuit
 from ...errors import BackendUnavailable
 from ..base import JobState, JobStatus
 from .budget import spent_seconds
-from .ledger import JobRecord, PartRecord, has_program, read_record, sending, update_record
+from .ledger import JobRecord, PartRecord, has_program, is_being_sent, read_record, sending, update_record
 from .remote import Busy, DeviceAccess, Refused, Remote, SessionClosed
 
 PATIENCE_S = 600.0
@@ -278,8 +278,7 @@ def may_arrive(path: Path, part: PartRecord) -> bool:
     if part.state.ended:
         return False
     if has_program(path) and part.attempted is None:
-        with sending(path) as nobody_else:
-            return not nobody_else
+        return is_being_sent(path)
     since = part.attempted or read_record(path).recorded
     return (datetime.now(UTC) - since).total_seconds() < LISTING_LAG_S
 

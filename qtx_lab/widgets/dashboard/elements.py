@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
@@ -77,7 +78,7 @@ DRAWING = "<p class='note' role='status'>Reading and drawing …</p>"
 """Shown before the first picture."""
 
 
-class DashboardView:
+class DashboardView(ABC):
     """A question that the dashboard answers. A view overrides `prepare`, `show` and, where needed, `state`.
 
     Parameters
@@ -115,6 +116,7 @@ class DashboardView:
         for name, control in self.controls.items():
             set_control(control, query.get(name), self._defaults[name])
 
+    @abstractmethod
     def prepare(self, listing: Listing, rows: pd.DataFrame) -> Any:
         """Read what is shown, in a thread, so that a slow disk stops nobody.
 
@@ -125,11 +127,10 @@ class DashboardView:
         rows : DataFrame
             The runs that pass the filters, newest first.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def show(self, data: Any) -> None:
         """Put on the page what `prepare` returned."""
-        raise NotImplementedError
 
     def state(self) -> Any:
         """What `prepare` depends on besides folder and filters: it is called again when this changes."""

@@ -5,6 +5,8 @@ PIP := .venv/bin/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet -c .ci/constraints.txt
 PINS := pyproject.toml .ci/constraints.txt
 TORCH := 2.13.0
+# What checks the TypeScript of widgets/, where npm is there to install it; without npm those tests are skipped.
+NODE := $(if $(shell command -v npm),widgets/node_modules/.package-lock.json)
 
 .PHONY: help demo test soak lab docs bench lint format constraints release clean
 .DEFAULT_GOAL := help
@@ -27,10 +29,10 @@ bench: .venv/.base ## side-by-side benchmark (NAME=samplers ARGS=--quick)
 	@.venv/bin/qtx-lab bench $(or $(NAME),samplers) $(ARGS)
 
 # Three files at a time keep two cores busy while one of them waits for a browser or a kernel.
-test: .venv/.test ## all tests that this machine can run, three files at a time (ARGS="-k wheel -n 0")
+test: .venv/.test $(NODE) ## all tests that this machine can run, three files at a time (ARGS="-k wheel -n 0")
 	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-soak: .venv/.test ## all tests with long schedules
+soak: .venv/.test $(NODE) ## all tests with long schedules
 	@QTX_LAB_SOAK=1 .venv/bin/python -m pytest --timeout=7200 $(ARGS)
 
 lint: .venv/.test ## style, types and layers, without the other tests
@@ -88,3 +90,7 @@ clean: ## remove what make and the tests made, .venv too; runs/ stays
 	@.venv/bin/qtx-lab model smollm2-135m && touch $@
 	@command -v chromium chromium-browser google-chrome >/dev/null || ! command -v apt-get >/dev/null \
 	|| test "$$(id -u)" != 0 || apt-get install -y -q chromium
+
+# A failed install is tried once more, this time with its messages.
+widgets/node_modules/.package-lock.json: widgets/package-lock.json
+	@cd widgets && { npm ci --silent || npm ci; } && touch node_modules/.package-lock.json

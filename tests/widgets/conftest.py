@@ -342,10 +342,11 @@ def node_modules() -> Path:
     if shutil.which("npm") is None:
         pytest.skip("npm is not installed: it is needed to check the bundle and for axe-core.")
     stamp, lock = SOURCES / "node_modules" / ".package-lock.json", SOURCES / "package-lock.json"
-    assert stamp.exists() and stamp.stat().st_mtime >= lock.stat().st_mtime, (
-        "widgets/node_modules is missing or older than package-lock.json: "
-        "`make test` installs it, or `npm ci` in widgets/"
-    )
+    if not stamp.exists() or stamp.stat().st_mtime < lock.stat().st_mtime:
+        pytest.fail(
+            "widgets/node_modules is missing or older than package-lock.json: "
+            "`make test` installs it, or `npm ci` in widgets/"
+        )
     return stamp.parent
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import signal
 import sys
 import threading
@@ -190,7 +191,7 @@ def find_gpus(devices: Sequence[int] = ()) -> tuple[int, str]:
         return 0, f"NVML finds no GPU ({error})"
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        count = len([x for x in visible.split(",") if x.strip()])
+        count = _visible_count(visible, count)
     if count == 0:
         return 0, f"NVML finds no GPU (CUDA_VISIBLE_DEVICES={visible!r})"
     import torch
@@ -204,6 +205,20 @@ def find_gpus(devices: Sequence[int] = ()) -> tuple[int, str]:
             f"devices={list(devices)} is not allowed: this machine has {count} GPUs, numbered from 0."
         )
     return len(devices) or count, ""
+
+
+def _visible_count(visible: str, count: int) -> int:
+    """How many of `count` GPUs a value of CUDA_VISIBLE_DEVICES shows: those before the first that is none.
+
+    >>> [_visible_count(visible, 4) for visible in ("0,2", "-1", "1,-1,2", "7", "GPU-8932f937", "")]
+    [2, 0, 1, 0, 1, 0]
+    """
+    names = [name.strip() for name in visible.split(",")]
+    valid = [
+        int(name) in range(count) if re.fullmatch(r"[+-]?\d+", name) else name.startswith(("GPU-", "MIG-"))
+        for name in names
+    ]
+    return [*valid, False].index(False)
 
 
 def _connect(stack: ExitStack, spec: ClusterSpec) -> Client:

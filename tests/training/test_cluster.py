@@ -124,6 +124,10 @@ def test_with_gpus_that_nvml_reports(monkeypatch):
     assert find_gpus([1]) == (1, "")
     with pytest.raises(qtx.ArgumentError, match=r"devices=\[2\]"):
         find_gpus([2])
+    for hides_all in ("-1", "", "4", "no,0"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hides_all)
+        assert find_gpus()[0] == 0, hides_all
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,2")
     with pytest.raises(qtx.ArgumentError, match="num_gpus=4 is not allowed: there are 2"):
         QuantumTrainer("small", distributed=True, num_gpus=4, **FAST).train()
     monkeypatch.undo()

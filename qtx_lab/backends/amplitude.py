@@ -40,6 +40,10 @@ MAX_ITERATES = 1024
 MAX_VALUE = 1e150
 """Values may not be larger, so that variances are numbers."""
 
+SEED_STEP = 4 * MAX_ITERATES
+"""Distance of the seeds of two bindings of a circuit: numbers of iterates, in either stage, have seeds beside
+each other."""
+
 PROBED_ITERATES = 4
 """Iterates of the circuit whose errors, less those of the circuit without iterates, predict the decay."""
 
@@ -362,7 +366,8 @@ class AmplitudeEstimator:
         step = rows_at_once(unit)
         for start in range(0, len(which), step):
             part = which[start : start + step]
-            outcomes = self.backend.engine.run(circuit, angles[part.numpy()], unit, seed + start)[:, :unit]
+            seed_of_part = seed + SEED_STEP * start
+            outcomes = self.backend.engine.run(circuit, angles[part.numpy()], unit, seed_of_part)[:, :unit]
             values = torch.from_numpy(unpack_values(outcomes))
             counts.index_add_(0, part, F.one_hot(values, states).sum(1).double())
         return counts
@@ -442,7 +447,17 @@ def _residual(
     mean = (counts * value).sum(-1) / shots.clamp_min(1)
     square = (counts * value.square()).sum(-1) / shots.clamp_min(1)
     fade = contrast[..., None, None]
-    variance = (square - mean.square()).clamp_min(0) / shots.clamp_min(1) / fade.square()
+    # Shots that all agree do not tell how far others would lie: one more at either end of the values.
+    seen = counts > 0
+    least, largest = (
+        value.masked_fill(~seen, torch.inf).amin(-1),
+        value.masked_fill(~seen, -torch.inf).amax(-1),
+    )
+    ends = torch.stack((value.amin(-1), value.amax(-1)))
+    more_mean = (shots * mean + ends.sum(0)) / (shots + 2)
+    more_square = (shots * square + ends.square().sum(0)) / (shots + 2)
+    spread = torch.where(least == largest, more_square - more_mean.square(), square - mean.square())
+    variance = spread.clamp_min(0) / shots.clamp_min(1) / fade.square()
     quantile = torch.distributions.Normal(0.0, 1.0).icdf(
         torch.tensor((1 + confidence) / 2, dtype=torch.float64)
     )

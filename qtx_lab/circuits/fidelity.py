@@ -29,7 +29,9 @@ class Measure:
         explain a `value` outside it.
     std_error : Tensor, float64, (R,)
         Standard deviation of `value` over repetitions of the shots, by the bootstrap. It is too large, by up
-        to a half, where a row is at its floor.
+        to a half, where a row is at its floor. Where all shots gave one key, which says little of how others
+        would fall, one more shot from the row itself is among those that are drawn from. NaN for a single
+        resample.
     """
 
     value: Tensor
@@ -199,10 +201,13 @@ def _measure(
             rows = rows / rows.sum(-1, keepdims=True)
             return random.multinomial(shots, rows, size=(resamples, len(rows))) / shots[:, None]
 
-        ideal, bootstrap = distance(repeated(exact), exact), distance(repeated(q), exact)
+        agree = (k.max(-1) == shots)[:, None]
+        source = np.where(agree, (k + exact) / (shots[:, None] + 1), q)
+        ideal, bootstrap = distance(repeated(exact), exact), distance(repeated(source), exact)
         value[measured], floor[measured] = distance(q, exact), ideal.mean(0)
         floor_range[:, measured] = np.quantile(ideal, (0.025, 0.975), axis=0)
-        std_error[measured] = bootstrap.std(0, ddof=min(1, resamples - 1))
+        if resamples > 1:
+            std_error[measured] = bootstrap.std(0, ddof=1)
     return Measure(*(torch.from_numpy(x) for x in (value, floor, floor_range, std_error)))
 
 

@@ -143,7 +143,10 @@ def _expectation(
         each = signs @ np.real(group.coeffs)  # of each bitstring
         mean = float(share @ each)
         value += mean
-        variance += max(float(share @ (each - mean) ** 2), 0.0) / max(shots - 1, 1)
+        seen = max(float(share @ (each - mean) ** 2), 0.0) / max(shots - 1, 1)
+        # As `laplace_variance`, for shots that agree: one more at either end of what the terms can sum to.
+        reach = float(np.abs(group.coeffs[supports.any(1)]).sum())
+        variance += max(seen, 4 * reach**2 * (shots + 1) / (shots + 2) ** 2 / shots)
     output, std_error = (torch.tensor(x, dtype=torch.float64) for x in (value, variance**0.5))
     return ZeroNoiseEstimate(output, std_error, torch.ones(1, dtype=torch.float64))
 

@@ -1,13 +1,14 @@
 """Amplitude estimation: errors fall as 1 / loads, intervals cover, loads are counted, noise is fitted."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import qtx_lab as qtx
 from qtx_lab.backends import ParametricNoise
-from qtx_lab.backends.amplitude import AmplitudeEstimator
+from qtx_lab.backends.amplitude import AmplitudeEstimator, _residual
 from qtx_lab.errors import ArgumentError, DtypeError, ShapeError
 
 IDEAL = AmplitudeEstimator(qtx.QiskitQuantumBackend("aer"))
@@ -126,3 +127,33 @@ def test_qubits_that_wait_decohere():
     assert errors[True] > errors[False] * 1.01
     with pytest.raises(ArgumentError, match="idling"):
         qtx.QiskitQuantumBackend("aer", idling=True)
+
+
+def test_shots_of_the_residual_that_agree_are_no_certainty():
+    """All of the residual's shots gave one value: the others may be elsewhere all the same."""
+    p = torch.tensor([[0.9, 0.05, 0.03, 0.02]], dtype=torch.float64)
+    residual = torch.tensor([[[0.0, 1.0, -1.0, 0.0]]], dtype=torch.float64)
+    plan = SimpleNamespace(residual=residual)
+    for keys in ([20.0, 0.0, 0.0, 0.0], [19.0, 0.0, 0.0, 1.0]):  # the last key has the value of the first
+        counts = torch.tensor([[keys]], dtype=torch.float64)
+        mean, half = _residual(plan, counts, torch.tensor(1.0, dtype=torch.float64), 0.95)
+        assert (mean - (p * residual[0]).sum()).abs() < half < 0.5
+    counts = torch.tensor([[[10.0, 5.0, 5.0, 0.0]]], dtype=torch.float64)
+    half = _residual(plan, counts, torch.tensor(1.0, dtype=torch.float64), 0.95)[1]
+    assert float(half) == pytest.approx(1.959964 * (0.5 / 20) ** 0.5)
+
+
+def test_no_two_runs_have_the_same_seed(monkeypatch):
+    """Where a binding's shots are run in parts: runs of one seed would share their random numbers."""
+    monkeypatch.setattr("qtx_lab.backends.amplitude.rows_at_once", lambda unit: 1)
+    backend = qtx.QiskitQuantumBackend("aer")
+    seeds, run = [], backend.engine.run
+
+    def recorded(circuit, bindings, shots, seed, request=None):
+        seeds.append(seed)
+        return run(circuit, bindings, shots, seed, request)
+
+    monkeypatch.setattr(backend.engine, "run", recorded)
+    p, v = torch.tensor([[0.4, 0.3, 0.2, 0.1]]), torch.tensor([1.0, 0.0, -1.0, 2.0])
+    AmplitudeEstimator(backend).estimate(p, v, 512, generator=torch.Generator().manual_seed(0))
+    assert len(seeds) == len(set(seeds)) > 6

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import qtx_lab as qtx
-from qtx_lab.backends.hybrid import predicted_fidelity
+from qtx_lab.backends.hybrid import HybridPolicy, predicted_fidelity
 from qtx_lab.backends.sampler import deal
+from qtx_lab.mitigation import CircuitMitigation
 
 NOISE = qtx.ParametricNoise(two_qubit=0.05, readout=0.03)
 SEED = 3
@@ -137,7 +138,7 @@ def test_rows_that_lose_all_their_shots_are_reported():
     assert "discarded" in sampler.diagnostics["fallbacks"][0]
 
 
-def test_shots_aredealt_evenly_to_replicates():
+def test_shots_are_dealt_evenly_to_replicates():
     counts = torch.tensor([[3, 0, 4], [0, 0, 0], [1, 0, 0], [4, 2, 2]])
     keys, weights = deal(counts, 8, 2, seeded())
     dense = torch.zeros(4, 3, dtype=torch.float64).scatter_add_(-1, keys, weights)
@@ -147,6 +148,19 @@ def test_shots_aredealt_evenly_to_replicates():
     assert torch.allclose(dense[3], torch.tensor([4, 2, 2]).double() / 8)
     valid = (weights[0].view(2, 4) > 0).sum(-1)
     assert sorted(valid.tolist()) == [3, 4]
+
+
+def test_classical_rows_beside_mitigated_ones_have_the_errors_of_their_known_probabilities():
+    """Keys that no draw gave, and a single draw, are no certainty: the rows are known."""
+    backend = qtx.QiskitQuantumBackend("aer", noise=NOISE, loader="tree")
+    mitigation = CircuitMitigation()
+    p = torch.tensor([[0.5, 0.5, 0.0, 0.0], [0.94, 0.03, 0.02, 0.01], [0.0, 0.0, 0.0, 1.0]]).double()
+    for shots in (1, 10):
+        sampler = qtx.CircuitSampler(backend, mitigation=mitigation, hybrid_mode=HybridPolicy(max_qubits=1))
+        with pytest.warns(qtx.FallbackWarning, match="2 of 3 rows drawn classically"):
+            result = sampler.measure(p, shots, generator=seeded())
+        assert result.std_error[0, 0] > 0
+        assert torch.allclose(result.std_error[1:], (p[1:] * (1 - p[1:]) / shots).sqrt())
 
 
 # --- When it falls back ---------------------------------------------------------------------------

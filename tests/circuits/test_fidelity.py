@@ -111,3 +111,14 @@ def test_bad_input_is_refused():
         state_fidelity([[1.0]], p)
     with pytest.raises(qtx.ShapeError, match="rho has shape"):
         state_fidelity(torch.eye(3)[None].expand(2, -1, -1), p)
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_shots_that_all_gave_one_key_are_no_certainty(measure, generator):
+    """A bootstrap of them knows of no other key; a row that has no other key leaves nothing to err about."""
+    p = torch.tensor([[0.9, 0.1], [0.7, 0.3], [1.0, 0.0]])
+    counts = torch.tensor([[10, 0], [1, 0], [10, 0]])
+    std_error = measure(counts, p, generator=generator).std_error
+    assert (std_error[:2] > 0.005).all()
+    assert std_error[2] == 0
+    assert measure(counts, p, resamples=1, generator=generator).std_error.isnan().all()

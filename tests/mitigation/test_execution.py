@@ -123,3 +123,16 @@ def test_what_cannot_be_executed_is_refused():
             execute_with_zne(*arguments)
     with pytest.raises(qtx.DtypeError, match="zne is a str"):
         execute_with_zne(circuit, z_of_first, zne="linear")
+
+
+def test_shots_that_agree_are_no_certainty():
+    """With a single shot, or few that all read the same, an interval must still hold the expectation."""
+    circuit = circuit_of_pairs()
+    zne = qtx.ZeroNoiseExtrapolation([1, 3])
+    for shots in (1, 10):
+        estimate = execute_with_zne(circuit, lambda x, n=shots: {"00": n}, SparsePauliOp("IZ"), zne=zne)
+        low, high = estimate.confidence_interval()
+        assert low < 1 - 1 / shots < high
+    constant = execute_with_zne(circuit, lambda x: {"00": 1}, SparsePauliOp("II", 3.0), zne=zne)
+    assert float(constant.output) == pytest.approx(3.0)
+    assert float(constant.std_error) == 0.0

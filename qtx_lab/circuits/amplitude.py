@@ -24,6 +24,7 @@ from qiskit import QuantumCircuit
 from qiskit.circuit import ParameterExpression, ParameterVector
 from torch import Tensor
 
+from ..checks import check_count
 from .base import blank_circuit, check_num_qubits, node_angles, num_bits, walsh_hadamard
 
 NUM_LOAD_ANGLES = {1: 1, 2: 3, 3: 8, 4: 15}
@@ -89,6 +90,11 @@ def sign_planes(v: Tensor, planes: int | None = None) -> SignPlanes:
     SignPlanes
         Where keys have equal values, planes have the weight 0.
 
+    Raises
+    ------
+    ArgumentError
+        If planes is not from 1 to n - 1.
+
     Examples
     --------
     >>> planes = sign_planes(torch.tensor([0.0, 3.0, 1.0]))
@@ -101,7 +107,7 @@ def sign_planes(v: Tensor, planes: int | None = None) -> SignPlanes:
     tensor([-0.5000,  0.0000,  0.5000])
     """
     n = v.shape[-1]
-    planes = n - 1 if planes is None else planes
+    planes = check_count("planes", n - 1 if planes is None else planes, 1, n - 1)
     order = v.argsort(dim=-1, stable=True)
     rank = order.argsort(dim=-1)
     ascending = v.gather(-1, order)
@@ -140,7 +146,7 @@ def amplitude_circuit(size: int, iterates: int) -> QuantumCircuit:
     Raises
     ------
     ArgumentError
-        If size is not from 1 to 4.
+        If size is not from 1 to 4, or iterates is below 0.
 
     Source: Brassard, Høyer, Mosca and Tapp, Quantum amplitude amplification and estimation (2002).
 
@@ -150,6 +156,7 @@ def amplitude_circuit(size: int, iterates: int) -> QuantumCircuit:
     [3, 25, 47]
     """
     check_num_qubits(size, MAX_QUBITS)
+    iterates = check_count("iterates", iterates, 0)
     count = NUM_LOAD_ANGLES[size]
     angle = list(ParameterVector("a", count + ((1 << size) - 1 if iterates else 0)))
     load = _load(size, angle[:count])

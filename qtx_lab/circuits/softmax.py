@@ -44,7 +44,8 @@ class SoftmaxExpectation:
     Parameters
     ----------
     probabilities : Tensor, float64, (R, n)
-        P(x_j)² divided by its sum over the allowed keys: what accepted shots are drawn from.
+        P(x_j)² divided by its sum over the allowed keys: what accepted shots are drawn from. 0 in a row that
+        allows no key, as are `softmax` and `success`.
     softmax : Tensor, float64, (R, n)
         What they ought to be drawn from.
     success : Tensor, float64, (R,)
@@ -247,13 +248,14 @@ class SoftmaxLoader(Loader):
         amplitudes = [f(x) for f, x in zip(polynomials, inputs.overlap.numpy(), strict=True)]
         squares = torch.from_numpy(np.array(amplitudes).reshape(inputs.overlap.shape)).square()
         passed = squares.mean(-1)  # of all indices, also those that are discarded
-        draws = (squares * visible).mean(-1)
+        accepted = squares * visible
+        draws = accepted.mean(-1)
         angle = passed.clamp(0, 1).sqrt().asin()
         rounds = (math.pi / (4 * angle) - 0.5).round().clamp_min(0)
         logits = (inputs.overlap * inputs.alpha[:, None]).masked_fill(~visible, -torch.inf)
         return SoftmaxExpectation(
-            probabilities=(squares * visible / (squares * visible).sum(-1, keepdim=True))[:, :n],
-            softmax=logits.softmax(-1)[:, :n],
+            probabilities=(accepted / accepted.sum(-1, keepdim=True)).nan_to_num(0)[:, :n],
+            softmax=logits.softmax(-1).nan_to_num(0)[:, :n],
             success=draws,
             amplified=((2 * self.rounds + 1) * angle).sin().square() * draws / passed,
             best_rounds=rounds.long(),

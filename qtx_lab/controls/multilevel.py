@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..checks import check_flags
+from ..checks import check_flags, check_scale
 from ..errors import ArgumentError, DtypeError, ShapeError
 from ..estimates import Draws
 from ..problem import FIRST_KNOWN
@@ -173,11 +173,19 @@ class MultilevelControlVariate:
         DtypeError
             If the dtypes are not allowed.
         ArgumentError
-            If the draws have no probabilities.
+            If the draws have no probabilities, or scale is not finite.
         """
         check_flags(is_causal=is_causal, independent=independent)
+        scale = check_scale(scale)
+        for name, x in (("Q", Q), ("K", K), ("V", V)):
+            if not isinstance(x, Tensor) or x.dtype not in (torch.float32, torch.float64):
+                given = x.dtype if isinstance(x, Tensor) else type(x).__name__
+                raise DtypeError(f"{name} is {given}; it must be a float32 or float64 tensor.")
+        if not Q.dtype == K.dtype == V.dtype:
+            raise DtypeError(f"Q is {Q.dtype}, K {K.dtype} and V {V.dtype}; they must agree.")
         leading, length = Q.shape[:-2], Q.shape[-2] if Q.ndim >= 2 else 0
-        if Q.ndim < 2 or K.shape[:-2] != leading or V.shape[:-1] != K.shape[:-1]:
+        fits = Q.ndim >= 2 and K.shape[:-2] == leading and V.shape[:-1] == K.shape[:-1]
+        if not fits or Q.shape[-1] != K.shape[-1]:
             raise ShapeError(
                 f"Q {tuple(Q.shape)}, K {tuple(K.shape)} and V {tuple(V.shape)} must be (..., L, E), (..., "
                 "n, E) and (..., n, d) with the same leading dimensions."
@@ -188,7 +196,7 @@ class MultilevelControlVariate:
             )
         count, total, d = leading.numel(), draws.indices.shape[-1], V.shape[-1]
         q, k, v = (x.reshape(count, *x.shape[-2:]) for x in (Q, K, V))
-        scale = 1 / math.sqrt(Q.shape[-1]) if scale is None else float(scale)
+        scale = 1 / math.sqrt(Q.shape[-1]) if scale is None else scale
         flat = draws.view((count, length))
         positions = torch.arange(length, device=Q.device)
         drawn = v[torch.arange(count, device=Q.device)[:, None, None], flat.indices]  # [N, L, T, d]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..checks import check_flags
 from ..circuits.base import walsh_hadamard
-from ..errors import ShapeError
+from ..errors import ArgumentError, ShapeError
 from .inference import ZeroNoiseEstimate, ZeroNoiseInference, as_values
 from .zne import ZeroNoiseExtrapolation
 
@@ -64,6 +64,9 @@ class SharedDecay(ZeroNoiseInference):
     def __init__(self, noise_levels: Sequence[float] = (1.0, 5.0), *, corrected: bool = False):
         self._richardson = ZeroNoiseExtrapolation(noise_levels, "richardson")
         check_flags(corrected=corrected)
+        levels = self._richardson.noise_levels
+        if len(set(levels)) < len(levels):
+            raise ArgumentError(f"noise_levels={list(levels)} holds a level twice; all of them must differ.")
         self.noise_levels, self.corrected = self._richardson.noise_levels, corrected
         self.method = "corrected decay" if corrected else "shared decay"
 

@@ -51,3 +51,11 @@ def test_planes_and_residual_are_the_values(planes, generator):
     if planes == 7:
         torch.testing.assert_close(parts.residual, torch.zeros_like(v))
         torch.testing.assert_close(2 * parts.weights.sum(-1), v.amax(-1) - v.amin(-1))
+
+
+def test_numbers_of_iterates_and_planes_that_are_none_are_refused():
+    with pytest.raises(ArgumentError, match="iterates=-1"):
+        amplitude_circuit(2, -1)
+    for planes in (0, 3):
+        with pytest.raises(ArgumentError, match=f"planes={planes}"):
+            sign_planes(torch.tensor([0.0, 3.0, 1.0]), planes)

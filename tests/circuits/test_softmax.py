@@ -129,3 +129,12 @@ def test_what_cannot_be_computed_is_refused():
         signal_phases(np.array([0.1, 0.2, 0.1]))
     with pytest.raises(qtx.ArgumentError, match="below 1"):
         signal_phases(np.array([0.0, 1.5]))
+
+
+def test_a_row_that_allows_no_key_expects_nothing():
+    q, k = torch.ones(2, 2), torch.eye(2)
+    allowed = torch.tensor([[True, True], [False, False]])
+    expected = qtx.SoftmaxLoader(features=2, degree=4).expected(q, k, allowed=allowed)
+    for x in (expected.probabilities, expected.softmax, expected.success, expected.total_variation):
+        assert x.isfinite().all()
+        assert x[1].eq(0).all()

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 import qtx_lab as qtx
 from qtx_lab.controls import LinformerControl, MultilevelControlVariate
+from qtx_lab.samplers import MonteCarloSampler
 
 
 def rows(generator, heads=(2, 3), length=48, keys=64, spread=0.8):
@@ -177,3 +178,17 @@ def test_pairs_that_are_nearly_the_same_get_small_coefficients(generator):
         assert output.square().mean() < 0.5 * x.mean(0).square().mean()
         used = sum(control.coefficients[name].abs() * pairs[name][0].std() for name in chosen)
         assert used.max() < 1.5  # how much noise of all of them a head takes in
+
+
+def test_tensors_that_do_not_fit_are_refused_by_name():
+    q, k, v = (torch.randn(2, 8, 4) for _ in range(3))
+    draws = MonteCarloSampler().draw(q @ k.mT / 2, 4)
+    control = MultilevelControlVariate(["topk"])
+    with pytest.raises(qtx.DtypeError, match="Q is"):
+        control.evaluate(q.double(), k, v, draws)
+    with pytest.raises(qtx.DtypeError, match="Q is list"):
+        control.evaluate(q.tolist(), k, v, draws)
+    with pytest.raises(qtx.ShapeError, match="Q "):
+        control.evaluate(q[..., :3], k, v, draws)
+    with pytest.raises(qtx.NumberError, match="scale"):
+        control.evaluate(q, k, v, draws, scale=True)

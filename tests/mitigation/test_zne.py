@@ -8,6 +8,7 @@ import torch
 from scipy import optimize, stats
 
 import qtx_lab as qtx
+from qtx_lab.mitigation import SharedDecay
 from qtx_lab.mitigation.exponential import fit_exponential
 from qtx_lab.mitigation.zne import METHODS
 
@@ -490,3 +491,10 @@ def test_a_shared_decay_does_not_depend_on_the_order_of_levels(levels):
 def test_projections_of_large_numbers_are_distributions(row):
     projected = qtx.project_to_simplex(torch.tensor([row]))
     assert projected.tolist() == [[1.0, 0.0, 0.0]]
+
+
+def test_a_shared_decay_takes_each_level_once():
+    """The decay between two equal levels says nothing: it would be 0 / 0."""
+    for corrected in (False, True):
+        with pytest.raises(qtx.ArgumentError, match="holds a level twice"):
+            SharedDecay([1, 1, 3], corrected=corrected)

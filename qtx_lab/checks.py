@@ -149,6 +149,33 @@ def check_flags(**flags: object) -> None:
             raise DtypeError(f"{argument}={given!r} is not allowed: it must be True or False.")
 
 
+def check_functions(**functions: object) -> None:
+    """Refuse arguments that are neither None nor can be called.
+
+    Examples
+    --------
+    >>> check_functions(stop=5)
+    Traceback (most recent call last):
+    qtx_lab.errors.DtypeError: stop=5 is not allowed: it must be a function, or None.
+    """
+    for argument, given in functions.items():
+        if given is not None and not callable(given):
+            raise DtypeError(f"{argument}={given!r} is not allowed: it must be a function, or None.")
+
+
+def check_progress(progress: object) -> None:
+    """Refuse what neither says whether progress is shown, nor is a function that is told of it.
+
+    Examples
+    --------
+    >>> check_progress("no")
+    Traceback (most recent call last):
+    qtx_lab.errors.DtypeError: progress='no' is not allowed: it must be True, False or a function.
+    """
+    if not isinstance(progress, bool) and not callable(progress):
+        raise DtypeError(f"progress={progress!r} is not allowed: it must be True, False or a function.")
+
+
 def check_generator(generator: object) -> None:
     """Refuse what is neither a generator nor None."""
     if generator is not None and not isinstance(generator, torch.Generator):

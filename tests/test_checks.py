@@ -20,7 +20,10 @@ from qtx_lab import attention, backends, circuits, controls, mitigation, sampler
 from qtx_lab import cache as cache_room
 from qtx_lab.checks import MAX_COUNT, check_count, check_number
 from qtx_lab.circuits import fidelity, overlaps
+from qtx_lab.experiments.search import search
+from qtx_lab.experiments.training_run import train_run
 from qtx_lab.models.reference import bits_per_byte
+from qtx_lab.training.reference_training import train_reference
 from qtx_lab.widgets.views.stream import MetricStream
 
 WHOLE = (np.int64, np.int32, np.uint8, np.array, torch.tensor)
@@ -484,6 +487,7 @@ def test_numbers_of_numpy_and_torch_are_numbers(argument):
 
 FLAG_ARGUMENTS: dict[str, Callable[[Any], Any]] = {
     "CircuitMitigation(readout)": lambda x: qtx.CircuitMitigation(readout=x),
+    "LearnedImportanceSampler.fit(progress)": lambda x: qtx.LearnedImportanceSampler(4).fit(Q, K, progress=x),
     "CircuitMitigation.sample_rows(rehearse)": lambda x: qtx.CircuitMitigation().sample_rows(
         IDEAL, P, 8, rehearse=x
     ),
@@ -491,6 +495,7 @@ FLAG_ARGUMENTS: dict[str, Callable[[Any], Any]] = {
     "QiskitQuantumBackend(fractional_gates)": lambda x: ibm(fractional_gates=x),
     "QiskitQuantumBackend(idling)": lambda x: qtx.QiskitQuantumBackend("aer", "fake_fez", idling=x),
     "QuantumTrainer(distributed)": lambda x: qtx.QuantumTrainer(distributed=x),
+    "QuantumTrainer(progress)": lambda x: qtx.QuantumTrainer(progress=x),
     "QuantumTrainer(mixed_precision)": lambda x: qtx.QuantumTrainer(mixed_precision=x),
     "QuasiMonteCarloSampler(ordered)": lambda x: qtx.QuasiMonteCarloSampler(ordered=x),
     "Run.declare(timing)": lambda x: qtx.Run("nowhere").declare("error", timing=x),
@@ -502,9 +507,18 @@ FLAG_ARGUMENTS: dict[str, Callable[[Any], Any]] = {
     "generate(lossless)": lambda x: qtx.generate(qtx.load_reference_model(), "a", 1, lossless=x),
     "gpu_quantum_attention(return_estimate)": lambda x: qtx.gpu_quantum_attention(Q, K, V, return_estimate=x),
     "replay(install)": lambda x: qtx.replay("no-run", install=x),
+    "replay(progress)": lambda x: qtx.replay("no-run", progress=x),
+    "run_notebook(progress)": lambda x: qtx.run_notebook("00_quickstart", progress=x),
     "run_notebook(fresh)": lambda x: qtx.run_notebook("00_quickstart", fresh=x),
     "sampled_attention(enable_gqa)": lambda x: attend(enable_gqa=x),
     "sampled_attention(is_causal)": lambda x: attend(is_causal=x),
+    "search(maximize)": lambda x: search("00_quickstart", {"seed": [1]}, "error", maximize=x),
+    "search(progress)": lambda x: search("00_quickstart", {"seed": [1]}, "error", progress=x),
+    "search(resume)": lambda x: search("00_quickstart", {"seed": [1]}, "error", resume=x),
+    "sweep(progress)": lambda x: qtx.sweep("00_quickstart", {"seed": [1]}, progress=x),
+    "train_run(continue_stopped)": lambda x: train_run(continue_stopped=x),
+    "train_run(progress)": lambda x: train_run(progress=x),
+    "train_reference(progress)": lambda x: train_reference("nowhere", progress=x),
     "sweep(fresh)": lambda x: qtx.sweep("00_quickstart", {"seed": [1]}, fresh=x),
     "sweep(resume)": lambda x: qtx.sweep("00_quickstart", {"seed": [1]}, resume=x),
 }
@@ -519,3 +533,19 @@ def test_what_is_neither_true_nor_false_is_no_flag(argument):
             qtx.DtypeError, match=f"{name}={given!r} is not allowed: it must be True or False"
         ):
             FLAG_ARGUMENTS[argument](given)
+
+
+@pytest.mark.parametrize(
+    ("argument", "use"),
+    [
+        ("progress", lambda x: qtx.calibrate(qtx.load_reference_model(), "a text", progress=x)),
+        ("stop", lambda x: qtx.run_notebook("00_quickstart", stop=x)),
+        ("stop", lambda x: qtx.sweep("00_quickstart", {"seed": [1]}, stop=x)),
+        ("stop", lambda x: search("00_quickstart", {"seed": [1]}, "error", stop=x)),
+        ("stop", lambda x: qtx.replay("no-run", stop=x)),
+    ],
+)
+def test_what_cannot_be_called_is_no_function(argument, use):
+    for given in ("no", 1):
+        with pytest.raises(qtx.DtypeError, match=f"{argument}={given!r} is not allowed: it must be"):
+            use(given)

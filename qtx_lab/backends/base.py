@@ -275,7 +275,7 @@ class Engine(ABC):
             "nothing: a simulator takes no quantum time",
         )
 
-    def reserved(self, runs: Sequence[PlannedRun]) -> AbstractContextManager[object]:
+    def reserved(self, runs: Sequence[PlannedRun], confirm: Any = None) -> AbstractContextManager[object]:
         """Give a call that runs several circuits leave for all of them, or refuse it before the first.
 
         A call enters this before its first run, and calls `run` inside. By default everything is allowed.
@@ -284,6 +284,8 @@ class Engine(ABC):
         ----------
         runs : sequence of PlannedRun
             All that the call is known to run; none if it does not know. What it runs beyond this is added up.
+        confirm : bool or callable, optional
+            For this call, in place of the engine's: True allows it, whatever limit it exceeds.
 
         Raises
         ------

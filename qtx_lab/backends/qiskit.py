@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
@@ -35,6 +36,7 @@ from .costs import Bill, RowPlan
 from .counts import MAX_OUTCOME_BYTES, RowCounts
 from .ibm.budget import Confirm, check_confirm
 from .ibm.engine import IBMEngine
+from .ibm.submission import check_waiting
 from .ibm.target import TargetEngine
 from .noise import fake_devices
 from .noise_sources import NoiseSource
@@ -554,8 +556,9 @@ class LocalJob:
         Exception
             What the simulation raised.
         """
+        check_waiting(timeout)
         try:
-            return self._future.result(timeout)
+            return self._future.result(None if timeout == math.inf else timeout)
         except FutureTimeout as error:
             raise JobTimeout(f"Job {self.tag} is {self.status()} after {timeout:g} s; it goes on.") from error
         except BaseException:

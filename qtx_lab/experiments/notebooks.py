@@ -16,7 +16,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from ..checks import check_flags
+from ..checks import check_flags, check_functions
 from ..errors import ArgumentError, QtxError, RunFailed, SpecError, TextError
 from ..models.text import read_text
 from ..specs import SPECS, ExperimentSpec, NotebookSpec, Spec, nearest, word_of
@@ -148,7 +148,8 @@ def run_notebook(
     ...     run.status, executed.cells[-1].outputs[0].text.strip()
     ('done', '9')
     """
-    check_flags(fresh=fresh)
+    check_flags(fresh=fresh, progress=progress)
+    check_functions(stop=stop)
     path = notebook_path(notebook)
     declared = declared_parameters(path)
     spec = notebook_spec(path, declared, parameters)

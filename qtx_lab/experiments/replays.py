@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..checks import check_flags
+from ..checks import check_flags, check_functions
 from ..errors import ArgumentError, BackendUnavailable, RunFailed
 from ..specs import SPECS, SearchSpec, Spec, SweepSpec, TrainSpec
 from . import provenance
@@ -80,7 +80,8 @@ def replay(
     >>> comparison.reproduced, comparison.code, comparison.environment
     (True, (), ())
     """
-    check_flags(install=install)
+    check_flags(install=install, progress=progress)
+    check_functions(stop=stop)
     original = run if isinstance(run, Run) else find_run(run, home)
     where = original.path.parent
     spec = spec_of(original)

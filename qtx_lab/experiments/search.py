@@ -16,7 +16,7 @@ import numpy as np
 from scipy import special
 from tqdm.auto import tqdm
 
-from ..checks import check_count
+from ..checks import check_count, check_flags, check_functions
 from ..errors import ArgumentError, BackendUnavailable, QtxError
 from ..specs import ClusterSpec, SearchSpec, listed_word, split_words
 from ..storage import runs_home, write_atomic
@@ -27,6 +27,8 @@ from .runs import Run
 from .sweeps import (
     PlannedNotebook,
     SweepPlan,
+    _check_kinds,
+    _checked_workers,
     _client,
     _mark_ended,
     _mark_interrupted,
@@ -407,7 +409,11 @@ def search(
     """
     if importlib.util.find_spec("optuna") is None:
         raise BackendUnavailable("A search needs optuna: pip install 'qtx-lab[search]'.")
+    check_flags(maximize=maximize, resume=resume, progress=progress)
+    check_functions(stop=stop)
     trials, repeats = check_count("trials", trials), check_count("repeats", repeats)
+    _check_kinds(space, parameters, cluster, "space")
+    workers = _checked_workers(workers, cluster)
     if not space:
         raise ArgumentError("space={} is not allowed: a search needs a parameter that varies.")
     dimensions = {name: dimension(name, given) for name, given in space.items()}

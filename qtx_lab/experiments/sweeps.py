@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from ..checks import MAX_SEED, check_count, check_flags
+from ..checks import MAX_SEED, check_count, check_flags, check_functions
 from ..errors import (
     ArgumentError,
     BackendUnavailable,
@@ -196,15 +196,11 @@ def sweep(
     [['done', 1], ['done', 3]]
     """
     _check_kinds(grid, parameters, cluster)
-    check_flags(resume=resume, fresh=fresh)
+    check_flags(resume=resume, fresh=fresh, progress=progress)
+    check_functions(stop=stop)
     path = notebook_path(notebook).resolve()
     planned = plan(path, grid, parameters=parameters, repeats=repeats, seed=seed)
-    if workers is not None:
-        workers = check_count("workers", workers)
-        if cluster is not None:
-            raise ArgumentError(
-                f"workers={workers} and a cluster exclude each other: the cluster has its own."
-            )
+    workers = _checked_workers(workers, cluster)
     home = runs_home(home).resolve()
     if resume and fresh:
         raise ArgumentError("resume=True and fresh=True exclude each other.")
@@ -261,7 +257,7 @@ def sweep(
     return run
 
 
-def _check_kinds(grid: object, parameters: object, cluster: object) -> None:
+def _check_kinds(grid: object, parameters: object, cluster: object, name_of_grid: str = "grid") -> None:
     """Refuse arguments of another type."""
     if not isinstance(cluster, ClusterSpec | Cluster | str | None):
         from distributed import Client
@@ -271,9 +267,19 @@ def _check_kinds(grid: object, parameters: object, cluster: object) -> None:
                 f"cluster={cluster!r} is not allowed: it must be a ClusterSpec, a Cluster, an address or a "
                 "distributed.Client."
             )
-    for name, value in (("grid", grid), ("parameters", parameters or {})):
+    for name, value in ((name_of_grid, grid), ("parameters", parameters or {})):
         if not isinstance(value, Mapping):
             raise DtypeError(f"{name}={value!r} is not allowed: it must be a mapping by parameter.")
+
+
+def _checked_workers(workers: int | None, cluster: object) -> int | None:
+    """The number of workers, where there is one; it is no number for a cluster, which has its own."""
+    if workers is None:
+        return None
+    workers = check_count("workers", workers)
+    if cluster is not None:
+        raise ArgumentError(f"workers={workers} and a cluster exclude each other: the cluster has its own.")
+    return workers
 
 
 def plan(

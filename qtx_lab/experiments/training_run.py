@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .. import theme as look
+from ..checks import check_flags
 from ..errors import ArgumentError, QtxError, RunFailed
 from ..specs import ClusterSpec, TrainSpec
 from ..storage import runs_home, write_tensors
@@ -74,6 +75,7 @@ def train_run(
     """
     from ..training.checkpoints import locked
 
+    check_flags(continue_stopped=continue_stopped, progress=progress)
     if resume is None and continue_stopped:
         resume = _stopped_run(spec or TrainSpec(), name, home)
         spec = spec if resume is None else None

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..backends import QiskitQuantumBackend, RowCounts
 from ..backends.base import JobStatus, combined_status
+from ..backends.ibm.budget import Confirm
 from ..backends.ibm.calls import (
     CalibrationsRecord,
     CallRecord,
@@ -25,6 +26,7 @@ from ..backends.ibm.calls import (
     write_call,
 )
 from ..backends.ibm.jobs import Cancellation, DeviceJob
+from ..backends.ibm.submission import check_waiting
 from ..backends.requests import CalibrationRequest, MitigatedRowRequest, RowRequest
 from ..circuits import Loader, make_loader
 from ..errors import BackendUnavailable, StorageError
@@ -167,6 +169,7 @@ class MitigatedCall:
         BackendUnavailable, JobTimeout, StorageError
             As for `DeviceJob.outcomes`.
         """
+        check_waiting(timeout, patience, progress)
         record, jobs = self.record, self.jobs
         mitigation = mitigation or self._make_mitigation(record.mitigation)
         loader = loader or self._loader or loader_of(record.loader)
@@ -252,7 +255,10 @@ def submit_call(
     request: RowRequest,
     shots_by_level: Sequence[int],
     facts: Mapping[str, Any],
-    **options: Any,
+    *,
+    confirm: Confirm | None = None,
+    patience: float | None = None,
+    progress: bool | Callable[[JobStatus], None] = True,
 ) -> MitigatedCall:
     """Record all jobs of a mitigated measurement and the call itself, then send the jobs.
 
@@ -267,21 +273,24 @@ def submit_call(
         Shots of each row at each level.
     facts : mapping
         Diagnostics of the result, beside those of the circuit.
-    **options
-        `patience` and `progress`, as for `IBMEngine.submit`.
+    confirm, patience, progress
+        As for `IBMEngine.submit`.
 
     Raises
     ------
+    ArgumentError, DtypeError
+        If one of them is not allowed. Nothing is recorded or sent.
     CostError
-        If all of it together exceeds a limit. Nothing is recorded or sent.
+        If all of it together exceeds a limit, and is not confirmed. Nothing is recorded or sent.
     BackendUnavailable, StorageError
         As for `IBMEngine.submit`. What was recorded can be sent later: see `find_mitigated_calls`.
     """
+    check_waiting(None, patience, progress)
     running = request.p[request.running]
-    with backend.engine.reserved(mitigation.planned_runs(backend, running, request.shots)):
+    with backend.engine.reserved(mitigation.planned_runs(backend, running, request.shots), confirm):
         request = replace(request, diagnostics=facts)
         call = _record_call(mitigation, backend, request, running, shots_by_level)
-    return call.send_rest(**options)
+    return call.send_rest(patience=patience, progress=progress)
 
 
 def _record_call(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from ..backends import QiskitQuantumBackend, RowCounts
-from ..backends.base import Engine
+from ..backends.base import Engine, JobStatus
+from ..backends.ibm.budget import Confirm, check_confirm
+from ..backends.ibm.submission import check_waiting
 from ..backends.requests import PlannedRun, RowRequest
 from ..checks import check_flags
 from ..circuits import Loader, make_loader
@@ -326,7 +328,9 @@ class CircuitMitigation:
         shots: int,
         *,
         generator: torch.Generator | None = None,
-        **options: Any,
+        confirm: Confirm | None = None,
+        patience: float | None = None,
+        progress: bool | Callable[[JobStatus], None] = True,
     ) -> MitigatedCall:
         """Send all that a device measures for mitigated rows, without waiting for it.
 
@@ -334,8 +338,10 @@ class CircuitMitigation:
         ----------
         backend, p, shots, generator
             As for `sample_rows`.
-        **options
-            `patience` and `progress`, as for `IBMEngine.submit`.
+        confirm : bool or callable, optional
+            For this call, in place of the backend's: True sends it, whatever limit it exceeds.
+        patience, progress
+            As for `DeviceJob.outcomes`; None: the backend's own patience.
 
         Returns
         -------
@@ -349,13 +355,25 @@ class CircuitMitigation:
         ArgumentError, ShapeError, DtypeError, BackendUnavailable, StorageError
             As `sample_rows`.
         """
+        if confirm is not None:
+            check_confirm(confirm)
+        check_waiting(None, patience, progress)
         request = checked_request(backend, p, shots, generator)
         if not backend.engine.queues:
             raise ArgumentError(f"{backend.engine.name} queues no jobs: call `sample_rows`.")
         if not bool(request.running.any()):
             raise ArgumentError("p holds no row with mass: there is nothing to measure.")
         self.check(backend, request.p.shape[-1])
-        return submit_call(self, backend, request, self.allocate(shots), {}, **options)
+        return submit_call(
+            self,
+            backend,
+            request,
+            self.allocate(shots),
+            {},
+            confirm=confirm,
+            patience=patience,
+            progress=progress,
+        )
 
     def finish(
         self,

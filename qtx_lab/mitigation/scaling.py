@@ -165,9 +165,9 @@ class FoldedEngine(Engine):
         """Estimate what some runs take; see `Engine.cost`."""
         return self._engine.cost(runs)
 
-    def reserved(self, runs: Sequence[PlannedRun]) -> AbstractContextManager[object]:
+    def reserved(self, runs: Sequence[PlannedRun], confirm: Any = None) -> AbstractContextManager[object]:
         """Give a call leave for all that it runs; see `Engine.reserved`."""
-        return self._engine.reserved(runs)
+        return self._engine.reserved(runs, confirm)
 
     def plan(self, runs: Sequence[PlannedRun], shots: int, planned_on: Engine | None = None) -> RowPlan:
         """Plan a call; see `Engine.plan`."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..cache.policies import CachePolicy, ExactPolicy, Reads, SampledPolicy
-from ..checks import check_count, check_number
+from ..checks import check_count, check_number, check_progress
 from ..errors import ArgumentError, TextError, unknown_name
 from ..storage import json_bytes, write_atomic
 from ..streams import sequence_keys
@@ -308,6 +308,7 @@ def calibrate(
     windows = check_count("windows", windows, FEWEST_WINDOWS)
     confidence = check_number("confidence", confidence, above=0, below=1)
     seed = check_count("seed", seed, 0, MAX_SEED - REPEATS)  # the repetitions have the seeds after it
+    check_progress(progress)
     length = _checked_length(model, length, scored_tokens)
     find, verify = _windows(model, texts, held_out, length + scored_tokens + 1, windows)
     total = min(MODELLED_WINDOWS, len(find)) + len(find) * (1 + len(CANDIDATES))

@@ -55,7 +55,7 @@ from .huggingface_settings import (
     refuse_recomputing,
     settings_of,
 )
-from .huggingface_softmax import draw_by_softmax
+from .huggingface_softmax import draw_by_softmax, draws_by_softmax, stop_drawing
 
 __all__ = [
     "IMPLEMENTATION",
@@ -89,7 +89,10 @@ TEXT_PARTS = {"decoder", "generator", "text_config", "text_encoder"}
 """Where transformers has the config of a language model that is a part of another model."""
 
 _SDPA_CONFIGS = WeakIdKeyDictionary()
-"""The configs of the models whose attention SDPA may compute, as transformers says."""
+"""Whether SDPA may compute a model's attention, as transformers says, by the model's config."""
+
+_SDPA_KINDS: dict[type, bool] = {}
+"""The same by the kind of the config, for copies of models: whether it may in all models so far."""
 
 
 def register() -> None:
@@ -145,6 +148,7 @@ def register() -> None:
     AttentionInterface.register(IMPLEMENTATION, attention_forward)
     AttentionMaskInterface.register(IMPLEMENTATION, make_mask)
     resolve, choose = PreTrainedModel.get_correct_attn_implementation, AttentionInterface.get_interface
+    switch = PreTrainedModel.set_attn_implementation
 
     @functools.wraps(choose)
     def get_interface(self: AttentionInterface, attn_implementation: str, default: Callable) -> Callable:
@@ -160,8 +164,19 @@ def register() -> None:
         implementation = resolve(self, *args, **kwargs)
         return _check_model(self) if implementation == IMPLEMENTATION else implementation
 
-    # The one place that every way to load a model, or to switch its attention, goes through.
+    # The one place that every way to load a model, or to switch its attention, goes through ...
     PreTrainedModel.get_correct_attn_implementation = get_correct_attn_implementation  # type: ignore[method-assign]
+
+    @functools.wraps(switch)
+    def set_attn_implementation(
+        self: PreTrainedModel, attn_implementation: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        if _switch_softmax(self, attn_implementation):
+            return switch(self, attn_implementation, *args, **kwargs)
+        return None
+
+    # ... but for models with an attention of their own only, of which transformers switches nothing.
+    PreTrainedModel.set_attn_implementation = set_attn_implementation  # type: ignore[method-assign]
 
 
 def restart(model: nn.Module) -> None:
@@ -218,6 +233,11 @@ def attention_forward(
     settings = settings_of(module)
     exact = settings["sampler"].exact or attends_exactly(key)
     layer = cached_layer(key, value)
+    if kwargs.get("use_cache") is False and (layer is not None or has_sampled_cache(key)):
+        raise ArgumentError(
+            "use_cache=False is not allowed with a SampledCache: the model would add all tokens to it at "
+            "each step. Leave out one of them."
+        )
     if not exact and layer is None and not has_sampled_cache(key):
         refuse_cache_settings(settings)
     beside = {} if layer is None or exact else arguments_of_a_step(module, requested)
@@ -244,7 +264,8 @@ def attention_forward(
     visible = read_mask(attention_mask, is_causal, getattr(module, "is_causal", True), length, n)
     if not exact:
         return _draw(query, key, value, visible, dropout, scaling, settings, requested)
-    if _SDPA_CONFIGS.get(module.config) and not requested.keys() & NEEDS_EAGER:
+    by_sdpa = _SDPA_CONFIGS.get(module.config, _SDPA_KINDS.get(type(module.config), False))
+    if by_sdpa and not requested.keys() & NEEDS_EAGER:
         return _attend_by_sdpa(module, query, key, value, visible, dropout, scaling, requested)
     if eager is None:
         raise ArgumentError(
@@ -350,6 +371,7 @@ def _check_model(model: PreTrainedModel) -> str:
     by_layer = read_settings(given_settings(config), max(known, default=None))
     if _has_interface(type(model)):
         _SDPA_CONFIGS[config] = bool(model._supports_sdpa)
+        _SDPA_KINDS[type(config)] = _SDPA_KINDS.get(type(config), True) and _SDPA_CONFIGS[config]
         return IMPLEMENTATION
     if all(settings["sampler"].exact for settings in by_layer.values()):
         return "eager"
@@ -360,6 +382,33 @@ def _check_model(model: PreTrainedModel) -> str:
         )
     draw_by_softmax(model)
     return "eager"
+
+
+def _switch_softmax(model: PreTrainedModel, implementation: Any) -> bool:
+    """Have the parts of a model that have only their own attention draw by it, or no longer.
+
+    Returns whether there are other parts, which transformers switches.
+
+    Raises
+    ------
+    ArgumentError
+        If `implementation` is a mapping by parts, and a part with its own attention draws or should.
+    """
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    own = [part for part in parts if has_own_layers(part.config) and not _has_interface(type(part))]
+    if isinstance(implementation, dict):
+        if any(map(draws_by_softmax, own)) or (own and IMPLEMENTATION in str(implementation)):
+            raise ArgumentError(
+                f"attn_implementation={implementation!r} is not allowed: {type(own[0]).__name__} draws in "
+                "its own attention, which is switched by one name for the whole model."
+            )
+        return True
+    for part in own:
+        if implementation == IMPLEMENTATION:
+            _check_model(part)
+        else:
+            stop_drawing(part)
+    return len(own) < len(parts)
 
 
 def has_own_layers(config: Any) -> bool:

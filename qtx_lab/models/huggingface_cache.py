@@ -98,6 +98,11 @@ class SampledCache(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Append new tokens to a layer; returns what has the shape of all its keys and values."""
+        if layer_idx >= len(self.layers):
+            raise ArgumentError(
+                f"past_key_values is a SampledCache of {len(self.layers)} layers, and the model has more: "
+                "make it with this model's config."
+            )
         k, v = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if not isinstance(k, CachedTokens):
             OWN_STEPS[k] = self.prefill == "exact" and key_states.shape[-2] > 1

@@ -223,6 +223,12 @@ class SampledLayer(DynamicLayer):
                 f"config.{IMPLEMENTATION}['control_variate'] would change nothing: a SampledCache draws for "
                 "new tokens in its own way."
             )
+        for name in ("proposal", "rank") if settings["proposal"] is not None else ():
+            if settings[name] != self.options[name]:
+                raise ArgumentError(
+                    f"config.{IMPLEMENTATION}[{name!r}]={settings[name]!r} came after the SampledCache was "
+                    f"made, with {name}={self.options[name]!r}: make another cache."
+                )
         visible = _visible_tokens(mask, query.shape[0], self.get_seq_length())
         self._sort_in(visible)
         outputs, weights = [], []

@@ -147,6 +147,13 @@ def _checked_cache(ids: Tensor, config: GenerationConfig, kwargs: dict[str, Any]
         raise ArgumentError(
             "attention_mask hides tokens: LosslessGeneration is for a prompt without padding."
         )
+    for name, nothing in (("guidance_scale", 1), ("penalty_alpha", 0), ("dola_layers", None)):
+        given = config.to_dict().get(name)
+        if given is not None and given != nothing:
+            raise ArgumentError(
+                f"{name}={given!r} is not allowed: LosslessGeneration takes what the model's own logits say "
+                "of the tokens before."
+            )
     if config.return_dict_in_generate:
         raise ArgumentError("return_dict_in_generate=True is not allowed: LosslessGeneration gives tokens.")
     other = {type(x).__name__ for x in cache.layers if type(x) not in (SampledLayer, DynamicLayer)}
@@ -170,7 +177,11 @@ class _CacheDrafter:
         self._errors: list[float] = []
         for i, layer in enumerate(self._sampled):
             layer.verifies, layer.observer = True, self._observer(i in self._with_bars)
-        self.logits = self._forward(ids)[-1]
+        try:
+            self.logits = self._forward(ids)[-1]
+        except BaseException:
+            self.leave(0)
+            raise
         self.length = ids.shape[1]
 
     def _observer(self, with_bars: bool) -> Any:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checks import MAX_SEED, check_count, check_generator, check_number
+from ..checks import MAX_SEED, check_count, check_flags, check_generator, check_number
 from ..errors import ArgumentError, FallbackWarning, ShapeError, unknown_name
 from ..estimates import AttentionEstimate, Draws, EstimateInfo
 from ..problem import AttentionProblem
@@ -467,6 +467,7 @@ class LearnedImportanceSampler(nn.Module, StreamSampler):
             Before any work, as `estimate`; if there are no rows.
         """
         steps = check_count("steps", steps, 0)
+        check_flags(progress=progress)
         batch_rows = check_count("batch_rows", batch_rows)
         if num_samples is not None:
             num_samples = check_count("num_samples", num_samples)

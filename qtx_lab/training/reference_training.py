@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from ..errors import ArgumentError, StorageError
+from ..checks import check_count, check_flags
+from ..errors import StorageError
 from ..models.reference import ReferenceConfig, ReferenceModel, bits_per_byte
 from ..models.text import encode
 from ..storage import write_tensors
@@ -89,8 +90,8 @@ def train_reference(
     ArgumentError, StorageError
         Before training: if steps or batch is below 1, or if `out` cannot be written.
     """
-    if steps < 1 or batch < 1:
-        raise ArgumentError(f"steps={steps} and batch={batch} must both be at least 1.")
+    check_flags(progress=progress)
+    steps, batch = check_count("steps", steps), check_count("batch", batch)
     out = Path(out)
     try:
         out.mkdir(parents=True, exist_ok=True)

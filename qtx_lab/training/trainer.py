@@ -267,7 +267,7 @@ class QuantumTrainer:
         keep_checkpoints: int = 2,
         seed: int = 0,
     ):
-        check_flags(distributed=distributed, mixed_precision=mixed_precision)
+        check_flags(distributed=distributed, mixed_precision=mixed_precision, progress=progress)
         if mixed_precision:
             if precision not in ("auto", "mixed"):
                 raise ArgumentError(

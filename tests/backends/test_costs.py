@@ -106,6 +106,70 @@ def test_a_mitigation_that_says_nothing_beforehand_stops_at_the_limit(cloud: Any
 
 
 @hardware
+def test_a_mitigated_call_is_confirmed_as_the_error_says(cloud: Any, make: Any) -> None:
+    backend = make(max_quantum_seconds=20)
+    p, generator = P.double(), torch.Generator().manual_seed(0)
+    with pytest.raises(CostError, match=r"submit_rows\(\.\.\., confirm=True\)"):
+        ZNE.submit_rows(backend, p, 400, generator=generator)
+    assert cloud.posts() == 0
+    assert ZNE.submit_rows(backend, p, 400, generator=generator, confirm=True, progress=False).counts().shots
+    assert cloud.posts() == 6
+
+
+WAITING: list[dict[str, Any]] = [
+    {"progress": "no"},
+    {"progress": 1},
+    {"patience": float("nan")},
+    {"patience": -1},
+    {"patience": "10 s"},
+    {"patience": True},
+]
+"""What is no progress and no patience."""
+
+
+@hardware
+@pytest.mark.parametrize("wrong", WAITING, ids=str)
+def test_how_to_wait_is_checked_before_anything_is_recorded(cloud: Any, make: Any, wrong: Any) -> None:
+    (name,) = wrong
+    backend = make()
+    for submit in (
+        backend.submit_rows,
+        lambda p, shots, **options: ZNE.submit_rows(backend, p, shots, **options),
+    ):
+        with pytest.raises((ArgumentError, DtypeError), match=f"{name}="):
+            submit(P.double(), 100, **wrong)
+        with pytest.raises(TypeError, match="pateince"):
+            submit(P.double(), 100, pateince=3)
+    assert cloud.posts() == 0
+    assert find_jobs() == []
+
+
+@hardware
+def test_how_to_wait_for_a_job_is_checked_before_the_server_is_asked(cloud: Any, make: Any) -> None:
+    """Also after a submission: NaN as a timeout never ended, and a text was asked for its status."""
+    cloud.polls_in_queue = 2
+    job, local = make().submit_rows(P, 100), QiskitQuantumBackend("aer").submit_rows(P, 100)
+    asked = len(cloud.requests)
+    timeouts = [{"timeout": x} for x in (float("nan"), -1, "1 s", True)]
+    for wrong in (*WAITING, *timeouts):
+        (name,) = wrong
+        for wait in (job.outcomes, job.counts, lambda **options: job.counts(partial=True, **options)):
+            with pytest.raises((ArgumentError, DtypeError), match=f"{name}="):
+                wait(**wrong)
+        if name != "timeout":
+            with pytest.raises((ArgumentError, DtypeError), match=f"{name}="):
+                job.send_rest(**wrong)
+        else:
+            with pytest.raises((ArgumentError, DtypeError), match="timeout="):
+                local.counts(**wrong)
+    for flag, use in (("partial", job.counts), ("again", job.send_rest)):
+        with pytest.raises(DtypeError, match=f"{flag}='no'"):
+            use(**{flag: "no"})
+    assert len(cloud.requests) == asked
+    assert job.counts(float("inf"), progress=False).shots == local.counts(float("inf")).shots == 100
+
+
+@hardware
 @pytest.mark.parametrize("answer", [True, np.True_, False, "n", 1, None])
 def test_a_function_confirms_by_true_alone(cloud: Any, make: Any, answer: Any) -> None:
     costs: list[Any] = []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import subprocess
 import sys
 
@@ -161,6 +163,15 @@ def test_settings_are_saved_with_the_model(tokens, tmp_path):
     assert loaded.config.qtx_sampled == {"num_samples": 8, "seed": 3, "layers": {"0": EXACT}}
     with torch.no_grad():
         assert torch.equal(loaded.eval()(tokens).logits, model(tokens).logits)
+
+
+def test_a_copy_computes_exact_layers_as_the_model_does(tokens):
+    """By SDPA where the model may: eager attention would take memory L * n."""
+    model = llama(settings=EXACT)
+    with torch.no_grad():
+        expected = model(tokens).logits
+        for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert torch.equal(twin(tokens).logits, expected)
 
 
 BAD = [

@@ -437,6 +437,27 @@ def test_what_a_sampled_cache_is_not_made_for():
         cache.crop(3)
 
 
+def test_what_does_not_fit_a_cache_that_is_there_is_refused():
+    """Instead of tokens that are wrong, or of another proposal than the settings name."""
+    model = model_of("llama")
+    with pytest.raises(qtx.ArgumentError, match="use_cache=False is not allowed with a SampledCache"):
+        model.generate(
+            PROMPTS, past_key_values=huggingface.SampledCache(model.config), use_cache=False, **GREEDY
+        )
+    small = transformers.LlamaConfig(**{**SMALL, "num_hidden_layers": 2}, attn_implementation="qtx_sampled")
+    with torch.no_grad(), pytest.raises(qtx.ArgumentError, match="SampledCache of 2 layers"):
+        model(PROMPTS, past_key_values=huggingface.SampledCache(small))
+    for since, match in (
+        ({"proposal": "int4"}, r"\['proposal'\]='int4' came after"),
+        ({"proposal": "low-rank", "rank": 2}, r"\['rank'\]=2 came after"),
+    ):
+        model = model_of("llama")
+        cache = huggingface.SampledCache(model.config, rank=3)
+        model.config.qtx_sampled = {**MANY, **since}
+        with torch.no_grad(), pytest.raises(qtx.ArgumentError, match=match):
+            stepped(model, PROMPTS, cache)
+
+
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
@@ -507,3 +528,15 @@ def test_lossless_generation_draws_tokens_and_refuses_what_it_does_not_do():
         lossless(model, prompt, huggingface.SampledCache(model.config, rank=2, prefill="sampled"))
     with pytest.raises(qtx.ArgumentError, match="max_drafts=99"):
         lossless(model, prompt, generation=huggingface.LosslessGeneration(99))
+    with pytest.raises(qtx.ArgumentError, match=r"guidance_scale=2\.0 is not allowed"):
+        lossless(model, prompt, guidance_scale=2.0)
+
+
+def test_a_prompt_that_fails_leaves_a_cache_that_draws():
+    model = tiny_llama({"num_samples": 4, "seed": 0})
+    cache, prompt = huggingface.SampledCache(model.config, proposal="exact"), torch.arange(30)[None] % 40
+    handle = model.model.layers[1].register_forward_hook(lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        lossless(model, prompt, cache)
+    handle.remove()
+    assert not any(layer.verifies or layer.get_seq_length() for layer in cache.layers)

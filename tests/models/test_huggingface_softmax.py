@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -138,6 +139,69 @@ def test_half_precision():
     with torch.no_grad():
         actual, expected = model(TOKENS).logits, bloom(attention="eager").to(torch.bfloat16)(TOKENS).logits
     assert ((actual - expected).norm() / expected.norm()) < 0.02
+
+
+def raising(error):
+    """A hook that ends a call by an error, as Ctrl-C does."""
+
+    def hook(*args):
+        raise error
+
+    return hook
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("of the model")])
+def test_after_a_call_that_was_interrupted_a_softmax_is_torchs_own(error):
+    """torch runs no hook after Ctrl-C; the same model then draws as if nothing had happened."""
+    model, x = bloom({"num_samples": 2, "seed": 0}), torch.randn(2, 50)
+    compiling = torch._dynamo.eval_frame._stance
+    with torch.no_grad():
+        expected, exact = model(TOKENS).logits, x.softmax(-1)
+        handle = model.transformer.h[1].self_attention.dense.register_forward_pre_hook(raising(error))
+        with pytest.raises(type(error)):
+            model(TOKENS)
+        assert torch.equal(x.softmax(-1), exact)
+        handle.remove()
+        huggingface.restart(model)
+        assert torch.equal(model(TOKENS).logits, expected)
+        assert torch.equal(x.softmax(-1), exact)
+    assert torch._dynamo.eval_frame._stance == compiling
+
+
+def test_threads_that_draw_at_once_leave_the_compiler_as_it_was():
+    model = bloom({"sampler": "head-tail", "num_samples": 32})
+    expected, compiling = bloom(attention="eager")(TOKENS).logits, torch._dynamo.eval_frame._stance
+    errors = []
+
+    def call():
+        with torch.no_grad():
+            errors.extend(float((model(TOKENS).logits - expected).abs().max()) for _ in range(10))
+
+    threads = [threading.Thread(target=call) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(errors) == 40
+    assert max(errors) < 1e-5
+    assert torch._dynamo.eval_frame._stance == compiling
+
+
+def test_drawing_is_switched_on_and_off_by_the_name_of_the_attention():
+    """transformers itself switches nothing in these models; draws came on and went on regardless."""
+    settings = {"num_samples": 4, "seed": 5}
+    drawn, exact = bloom(settings)(TOKENS).logits, bloom(attention="eager")(TOKENS).logits
+    model = bloom(settings, "eager")
+    for name, expected in (("qtx_sampled", drawn), ("qtx_sampled", drawn), ("eager", exact), ("sdpa", exact)):
+        model.set_attn_implementation(name)
+        huggingface.restart(model)
+        assert torch.equal(model(TOKENS).logits, expected), name
+    model.config.qtx_sampled = {"num_samples": 0}
+    with pytest.raises(qtx.ArgumentError, match="num_samples=0"):
+        model.set_attn_implementation("qtx_sampled")
+    with pytest.raises(qtx.ArgumentError, match="one name for the whole model"):
+        model.set_attn_implementation({"": "qtx_sampled"})
+    assert torch.equal(model(TOKENS).logits, exact)
 
 
 def test_attention_without_softmax_is_refused():

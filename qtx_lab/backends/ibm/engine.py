@@ -32,7 +32,7 @@ from .budget import Confirm, CostGuard, billed_job
 from .jobs import DeviceJob, find_jobs
 from .ledger import Block, PartRecord, record_job
 from .remote import DeviceAccess, IBMRemote, offline_problems
-from .submission import PATIENCE_S, post_part, submit_parts
+from .submission import PATIENCE_S, check_waiting, post_part, submit_parts
 
 MAX_EXECUTIONS_PER_JOB = 10_000_000
 """Rows times shots of one job. From "Job limits" in IBM's documentation."""
@@ -217,8 +217,10 @@ class IBMEngine(Engine):
     def cost(self, runs: Sequence[PlannedRun]) -> Cost:
         return estimated_cost(runs, self._device.target, self._device.max_shots, self.mode)
 
-    def reserved(self, runs: Sequence[PlannedRun]) -> AbstractContextManager[object]:
-        return self._guard.allow(self.cost(runs) if runs else Cost(()))
+    def reserved(
+        self, runs: Sequence[PlannedRun], confirm: Confirm | None = None
+    ) -> AbstractContextManager[object]:
+        return self._guard.allow(self.cost(runs) if runs else Cost(()), confirm)
 
     def plan(self, runs: Sequence[PlannedRun], shots: int, planned_on: Engine | None = None) -> RowPlan:
         if planned_on is None:
@@ -310,6 +312,7 @@ class IBMEngine(Engine):
         StorageError
             If the job cannot be recorded. Then nothing is submitted.
         """
+        check_waiting(None, patience, progress)
         if self._needs_static and circuit.has_control_flow_op():
             raise ArgumentError(
                 "twirling and dynamical_decoupling are not for circuits that feed measurements forward, as "

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ...checks import check_flags
 from ...circuits import Loader
 from ...errors import ArgumentError, BackendUnavailable, FallbackWarning, JobTimeout, StorageError
 from ...storage import write_frame
@@ -40,6 +41,7 @@ from .ledger import (
 from .remote import Gone, IBMRemote, Remote, Unreachable
 from .submission import (
     PATIENCE_S,
+    check_waiting,
     is_unsent,
     may_arrive,
     never_arrived,
@@ -259,6 +261,7 @@ class DeviceJob:
         JobTimeout
             If it is not done in time. It goes on.
         """
+        check_waiting(timeout, patience, progress)
         path, broken = self.path.with_suffix(".outcomes.npz"), None
         if path.exists():
             try:
@@ -305,6 +308,8 @@ class DeviceJob:
         ArgumentError
             If the job did not measure plain rows, so that its outcomes alone are no counts of keys.
         """
+        check_flags(partial=partial)
+        check_waiting(timeout, **waiting)
         request = self.request()
         if not isinstance(request, RowRequest):
             kind = self.record.request.kind
@@ -441,6 +446,8 @@ class DeviceJob:
             If the circuits were not kept, as for jobs of older versions of qtx_lab, or cannot be read.
         """
         check_confirm(confirm)
+        check_flags(again=again)
+        check_waiting(None, patience, progress)
         self.status()
         states = {JobState.FAILED, JobState.CANCELLED, JobState.GONE}
         record = self.record

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
@@ -12,6 +13,7 @@ from typing import Any, NoReturn
 import numpy as np
 from qiskit import QuantumCircuit
 
+from ...checks import check_number, check_progress
 from ...errors import BackendUnavailable
 from ..base import JobState, JobStatus
 from .budget import spent_seconds
@@ -32,6 +34,22 @@ FIRST_RETRY_DELAY_S, LAST_RETRY_DELAY_S = 5.0, 60.0
 
 NEVER_ARRIVED_S = 600.0
 """After how long a posted part that is still not listed certainly never arrived, and may be sent again."""
+
+
+def check_waiting(timeout: Any = None, patience: Any = None, progress: object = True) -> None:
+    """Refuse a timeout or a patience that is no number of seconds, and a progress that is no answer.
+
+    None stands for a value that is decided elsewhere; an infinite timeout or patience waits for ever.
+
+    Raises
+    ------
+    ArgumentError, DtypeError
+        Before anything is recorded, sent or waited for.
+    """
+    for name, seconds in (("timeout", timeout), ("patience", patience)):
+        if seconds is not None and not (isinstance(seconds, float) and seconds == math.inf):
+            check_number(name, seconds, least=0)
+    check_progress(progress)
 
 
 def post_part(

@@ -32,6 +32,9 @@ COLUMNS = (
 )
 """Columns that every listing has."""
 
+SPEC, METRICS = "spec.", "metrics."
+"""What may stand before the name of a parameter, and of a column of the metrics."""
+
 
 class RunTable(pd.DataFrame):
     """A DataFrame of runs, one a row; see `qtx_lab.runs`. If pandas filters it, the result is a RunTable too.
@@ -126,8 +129,8 @@ class RunTable(pd.DataFrame):
     def metrics(self) -> pd.DataFrame:
         """The metrics of all these runs, each row with its `run` and the run's other columns.
 
-        If metrics and runs both have a column, it is taken from the metrics. `attrs["skipped"]` lists the
-        (run, reason) of metrics that cannot be read.
+        If metrics and runs both have a column, it is taken from the metrics; parameters keep their names
+        `spec.NAME`. `attrs["skipped"]` lists the (run, reason) of metrics that cannot be read.
         """
         parts, skipped = [], []
         for place, (run, path) in enumerate(zip(self["run"], self["path"], strict=True)):
@@ -146,8 +149,8 @@ class RunTable(pd.DataFrame):
             of_runs = pd.DataFrame(self).drop(columns=list(rows.columns), errors="ignore")
             joined = pd.concat([of_runs.iloc[place].reset_index(drop=True), rows], axis=1)
         else:
-            joined = pd.DataFrame(self).iloc[:0].copy()
-        joined.attrs["skipped"] = skipped
+            rows, joined = pd.DataFrame(), pd.DataFrame(self).iloc[:0].copy()
+        joined.attrs |= {"skipped": skipped, METRICS: list(rows.columns)}
         return joined
 
     def summary(self, y: str, x: str | None = None, by: str | None = None) -> pd.DataFrame:
@@ -156,9 +159,11 @@ class RunTable(pd.DataFrame):
         Parameters
         ----------
         y : str
-            A number: a column, its NAME in the results, or a column of the runs' metrics.
+            A number: a column, its NAME in the results, a column of the runs' metrics, or a NAME in the spec.
         x, by : str, optional
-            What distinguishes groups of runs: columns, their NAMEs in the spec, or columns of the metrics.
+            What distinguishes groups of runs: columns, their NAMEs in the spec, or columns of the metrics. A
+            name that means both a parameter and a column of the metrics with other values must be written as
+            `spec.NAME` or `metrics.NAME`.
 
         Returns
         -------
@@ -169,14 +174,22 @@ class RunTable(pd.DataFrame):
         Raises
         ------
         ArgumentError
-            If there is no such column, or no number in it.
+            If there is no such column, or no number in it; or if `x` or `by` means a parameter and a column
+            of the metrics whose values differ.
         """
         groups = {"by": by, "x": x}
         frame = pd.DataFrame(self)
         columns = _columns_of(frame, y, groups)
         if None in columns.values():
-            frame = self.metrics()
-            columns = _columns_of(frame, y, groups)
+            runs, frame = frame, self.metrics()
+            ways = [
+                (frame, y),
+                (runs, f"{SPEC}{y}"),
+                (frame, f"{SPEC}{y}"),
+            ]  # a measured y before a parameter
+            tried = [(way, _columns_of(way, name, groups)) for way, name in ways]
+            frame, columns = next((x for x in tried if None not in x[1].values()), tried[0])
+            _refuse_two_meanings(frame, columns, groups)
         for argument, column in columns.items():
             if column is None:
                 known = [c for c in frame.columns if argument != "y" or _is_number(frame[c])]
@@ -291,17 +304,34 @@ def _columns_of(frame: pd.DataFrame, y: str, groups: Mapping[str, str | None]) -
     """The column that each name means, or None if there is none; that of `y` must hold numbers."""
 
     def column(name: str, prefixes: Iterable[str], number: bool) -> str | None:
-        names = (f"{prefix}{name}" for prefix in prefixes)
+        names = [f"{prefix}{name}" for prefix in prefixes]
+        logged = name.removeprefix(METRICS)
+        names += [logged] if logged != name and logged in frame.attrs.get(METRICS, ()) else []
         return next((c for c in names if c in frame.columns and (not number or _is_number(frame[c]))), None)
 
     return {
-        "y": column(y, ("", "results.", "spec."), True),
+        "y": column(y, ("", "results."), True),
         **{
-            key: column(name, ("spec.", "", "results."), False)
+            key: column(name, (SPEC, "", "results."), False)
             for key, name in groups.items()
             if name is not None
         },
     }
+
+
+def _refuse_two_meanings(
+    frame: pd.DataFrame, columns: Mapping[str, str | None], groups: Mapping[str, str | None]
+) -> None:
+    """Refuse names of groups that mean a parameter and a column of the metrics with other values."""
+    for argument, name in groups.items():
+        if name is not None and columns[argument] == f"{SPEC}{name}" and name in frame.attrs.get(METRICS, ()):
+            rows = frame if columns["y"] is None else frame[frame[columns["y"]].notna()]
+            both = rows[[f"{SPEC}{name}", name]].dropna()
+            if any(a != b and str(a) != str(b) for a, b in both.itertuples(index=False)):
+                raise ArgumentError(
+                    f"{argument}={name!r} has two meanings: it is a parameter of these runs and a column of "
+                    f"their metrics, with other values. Write '{SPEC}{name}' or '{METRICS}{name}'."
+                )
 
 
 def _is_number(column: pd.Series) -> bool:

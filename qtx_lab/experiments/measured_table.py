@@ -16,13 +16,21 @@ from scipy import special
 from ..errors import StorageError
 from ..storage import read_frame
 from ..theme import quantity, with_error
-from .listing import COLUMNS
 
 MAX_ROWS_OF_A_RUN = 100
 """Rows of a run's metrics with one number; of more rows, as the steps of a training, the last one counts."""
 
 MAX_MEASURES = 6
 """Numbers that a table has columns for, where the notebooks declare none."""
+
+NUM_RUNS = "number of runs"
+"""The column of a `MeasuredTable` that holds how many runs a row is the mean of."""
+
+VALUE_COLUMNS = ("run", "value", "half_width", NUM_RUNS)
+"""Columns of the frames below that hold no key."""
+
+OF_ONE_RUN = ("run", "path", "started", "seconds", "seed", "sweep")
+"""Logged columns that tell runs apart and not what they measured, so that means are taken over them."""
 
 
 @dataclass(frozen=True)
@@ -32,12 +40,11 @@ class MeasuredTable:
     Parameters
     ----------
     frame : DataFrame
-        The columns of `keys`, `runs` (how many a row is the mean of), and for each measure its mean and, as
-        "half_width NAME", half of its 95 % interval: the t-interval over several runs, what a single run
-        declares of itself, or NaN.
+        The columns of `keys`, `NUM_RUNS`, and for each measure its mean and, as "half_width NAME", half of
+        its 95 % interval: the t-interval over several runs, what a single run declares of itself, or NaN.
     keys : tuple of str
         Parameters of the notebooks, and columns of their metrics, such as a sampler and its number of draws,
-        that tell the rows apart.
+        that tell the rows apart; see `parameter_key` for a name that both have.
     measures : mapping of str to str
         The unit of each number; the main one is the first.
     """
@@ -53,11 +60,13 @@ class MeasuredTable:
             name: f"{words[name]} ({unit})" if unit and unit not in words[name].split() else words[name]
             for name, unit in self.measures.items()
         }
-        repeated = len(self.frame) > 0 and bool((self.frame["runs"] > 1).any())
+        repeated = len(self.frame) > 0 and bool((self.frame[NUM_RUNS] > 1).any())
+        others = {*map(quantity, self.keys), *(["runs"] if repeated else [])}
+        titles = {name: f"{title} (measured)" if title in others else title for name, title in titles.items()}
         rows = []
         for _, row in self.frame.iterrows():
             texts = {quantity(name): _text(row[name]) for name in self.keys}
-            texts |= {"runs": str(row["runs"])} if repeated else {}
+            texts |= {"runs": str(row[NUM_RUNS])} if repeated else {}
             for name, title in titles.items():
                 texts[title] = "" if pd.isna(row[name]) else with_error(row[name], row[f"half_width {name}"])
             rows.append(texts)
@@ -84,7 +93,7 @@ class MeasuredTable:
         """The rows of a measure as `figures.comparison` takes them, and what its `x` and `by` are."""
         x, others = self.axes()
         frame = self.frame[self.frame[measure].notna()]
-        data = pd.DataFrame({"mean": frame[measure], "runs": frame["runs"]})
+        data = pd.DataFrame({"mean": frame[measure], "runs": frame[NUM_RUNS]})
         data["half_width"] = frame[f"half_width {measure}"]
         if x is not None or not others:
             data.insert(0, "x", "" if x is None else pd.to_numeric(frame[x]))
@@ -104,7 +113,7 @@ class MeasuredRows:
         Columns `run`, `value`, `half_width` (what the run declares of it, or NaN) and those of `keys`.
     keys : tuple of str
         Parameters and columns of the metrics that tell values apart, without the seed and without those that
-        follow from others.
+        follow from others. Where both have a name, see `parameter_key`.
     unit : str
         Of the number.
     """
@@ -122,15 +131,15 @@ def measured_rows(
     Arguments are those of `measured_table`.
     """
     done = [(folder, manifest) for folder, manifest in notebooks if manifest["status"] == "done"]
-    declared = _declared(done, measure)
     parameters = differing_parameters(
         [(manifest.get("spec") or {}).get("fields") or {} for _, manifest in done]
     )
+    declared = _declared(done, measure, parameters)
     measures = {}
     for name, facts in declared.items():
         frame = _rows_of(name, facts, declared, done, parameters)
         if not frame.empty:
-            keys = [c for c in frame if c not in ("value", "half_width", "run") and frame[c].notna().all()]
+            keys = [c for c in frame if c not in VALUE_COLUMNS and frame[c].notna().all()]
             keys = [c for c in keys if frame[c].map(_text).nunique() > 1]
             varying = tuple(_without_copies(frame, keys))
             measures[name] = MeasuredRows(frame, varying, str(facts.get("unit") or ""))
@@ -155,31 +164,46 @@ def measured_table(
     """
     measures = measured_rows(notebooks, measure)
     if not measures:
-        return MeasuredTable(pd.DataFrame({"runs": []}), (), {})
+        return MeasuredTable(pd.DataFrame({NUM_RUNS: []}), (), {})
     main = next(iter(measures))
     frame, keys = _means(main, measures[main]), measures[main].keys
     for name, rows in measures.items():
         if name != main and set(rows.keys) <= set(keys):
-            part = _means(name, rows).drop(columns="runs")
+            part = _means(name, rows).drop(columns=NUM_RUNS)
             own = list(rows.keys)
             frame = frame.merge(part, "left", own) if own else frame.merge(part, "cross")
     units = {name: rows.unit for name, rows in measures.items() if name in frame}
-    columns = [*keys, "runs", *(column for name in units for column in (name, f"half_width {name}"))]
+    columns = [*keys, NUM_RUNS, *(column for name in units for column in (name, f"half_width {name}"))]
     return MeasuredTable(frame[columns], keys, units)
 
 
+def parameter_key(name: str) -> str:
+    """The key of a parameter whose name is also that of a number, or of a logged column with other values.
+
+    Where a notebook logs its parameter as it is, the two are one key, by the plain name.
+
+    >>> parameter_key("sampler")
+    'sampler (parameter)'
+    """
+    return f"{name} (parameter)"
+
+
 def _declared(
-    done: Sequence[tuple[Path, Mapping[str, Any]]], measure: str | None
+    done: Sequence[tuple[Path, Mapping[str, Any]]],
+    measure: str | None,
+    parameters: Sequence[Mapping[str, Any]],
 ) -> dict[str, Mapping[str, Any]]:
-    """What is known of each number, the main one first."""
+    """What is known of each number, the main one first; a result that repeats a parameter is none."""
     declared: dict[str, Mapping[str, Any]] = {}
     for _, manifest in done:
         for name, facts in (manifest.get("measures") or {}).items():
             if isinstance(facts, dict) and not facts.get("timing"):
                 declared.setdefault(name, facts)
     if not declared:
-        results = (manifest.get("results") or {} for _, manifest in done)
+        results = [manifest.get("results") or {} for _, manifest in done]
+        pairs = list(zip(results, parameters, strict=True))
         numbers = dict.fromkeys(name for each in results for name, x in each.items() if _is_number(x))
+        numbers = {n: None for n in numbers if any(given.get(n) != each.get(n) for each, given in pairs)}
         declared = {name: {} for name in itertools.islice(numbers, MAX_MEASURES)}
     if measure is not None:
         return {measure: declared.pop(measure, {}), **declared}
@@ -226,17 +250,30 @@ def _rows_of(
     """A row for each value of a number: `value`, `half_width`, `run`, and what tells the rows apart."""
     half_width = facts.get("half_width")
     numbers = {*declared, *(facts.get("half_width") for facts in declared.values())}
-    rows = []
-    for (folder, manifest), fields in zip(done, parameters, strict=True):
+    of_runs: list[list[dict[str, Any]]] = []
+    for folder, manifest in done:
         metrics = _metrics(folder, name)
         if metrics is None:
             results = manifest.get("results") or {}
             values = [{"value": results.get(name), "half_width": results.get(half_width)}]
         else:
             widths = metrics.get(half_width, math.nan)
-            keys = [c for c in metrics if c not in (*numbers, *COLUMNS) and _is_key(metrics[c])]
-            values = metrics[keys].assign(value=metrics[name], half_width=widths).to_dict("records")
-        rows += [{**fields, **value, "run": folder.name} for value in values if _is_number(value["value"])]
+            keys = [c for c in metrics if c not in (*numbers, *OF_ONE_RUN) and _is_key(metrics[c])]
+            logged = metrics[keys].rename(columns={c: f"{c} (logged)" for c in VALUE_COLUMNS})
+            values = logged.assign(value=metrics[name], half_width=widths).to_dict("records")
+        of_runs.append([{**value, "run": folder.name} for value in values if _is_number(value["value"])])
+    shared: set[Any] = {
+        name
+        for values, fields in zip(of_runs, parameters, strict=True)
+        for value in values
+        for name, x in fields.items()
+        if name in value and _text(value[name]) != _text(x)
+    }
+    shared |= {*numbers, *VALUE_COLUMNS}
+    rows = []
+    for values, fields in zip(of_runs, parameters, strict=True):
+        given = {parameter_key(name) if name in shared else name: x for name, x in fields.items()}
+        rows += [{**given, **value} for value in values]
     return pd.DataFrame(rows)
 
 
@@ -262,16 +299,18 @@ def _is_key(column: pd.Series) -> bool:
 def _means(name: str, rows: MeasuredRows) -> pd.DataFrame:
     """The mean of a number over the runs that differ in nothing but the seed."""
     values, keys = rows.frame.assign(value=rows.frame["value"].astype("float64")), list(rows.keys)
-    groups = values.groupby(keys, sort=False) if keys else values.assign(all="").groupby("all", sort=False)
-    table = groups.agg(
+    groups = values.groupby(keys if keys else lambda _: "", sort=False)
+    means = groups.agg(
         mean=("value", "mean"), std=("value", "std"), count=("value", "count"), runs=("run", "nunique"),
         own=("half_width", "first"),
-    ).reset_index()  # fmt: skip
-    count = table["count"].clip(lower=2)
-    interval = special.stdtrit(count - 1, 0.975) * table["std"] / count**0.5
-    own = pd.to_numeric(table["own"], errors="coerce")
-    table[name], table[f"half_width {name}"] = table["mean"], interval.where(table["count"] > 1, own)
-    return table[[*keys, "runs", name, f"half_width {name}"]]
+    )  # fmt: skip
+    count = means["count"].clip(lower=2)
+    interval = special.stdtrit(count - 1, 0.975) * means["std"] / count**0.5
+    own = pd.to_numeric(means["own"], errors="coerce")
+    table = means[[]].reset_index(drop=not keys)
+    table[NUM_RUNS], table[name] = means["runs"].to_numpy(), means["mean"].to_numpy()
+    table[f"half_width {name}"] = interval.where(means["count"] > 1, own).to_numpy()
+    return table
 
 
 def _without_copies(frame: pd.DataFrame, keys: list[str]) -> list[str]:

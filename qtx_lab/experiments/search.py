@@ -398,7 +398,8 @@ def search(
     Returns
     -------
     Run
-        The run of the search; `results["best"]` has the best combination, its mean and half its interval.
+        The run of the search; `results["best"]` has the best combination, its mean under the objective's name
+        and half its interval as `half_width`, each with `results.` before it where a parameter has that name.
 
     Raises
     ------
@@ -586,9 +587,9 @@ def _write_best(run: Run, tried: Sequence[SearchedCombination], spec: SearchSpec
     sentence = (
         f"The {way} {spec.objective} is {with_error(best.mean, best.half_width)}{interval}, at {words}."
     )
+    measured = {str(spec.objective): best.mean, "half_width": best.half_width}
     found: dict[str, Any] = {
         **best.combination,
-        str(spec.objective): best.mean,
-        "half_width": best.half_width,
+        **{f"results.{name}" if name in best.combination else name: x for name, x in measured.items()},
     }
     run.update(results={"summary": [sentence, *summary], "best": found})

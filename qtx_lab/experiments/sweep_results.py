@@ -85,7 +85,8 @@ def _draw(run: Run, spec: SweepSpec, measured: MeasuredTable, num_done: int, tot
     """Draw the main number of the notebooks against what they differ in."""
     y = next(iter(measured.measures))
     data, x, by = measured.of_figure(y)
-    x_word, by_word = (None if name is None else quantity(name) for name in (x, by))
+    x_word = None if x is None else quantity(x)
+    by_word = None if by is None else ", ".join(map(quantity, measured.axes()[1]))
     run.save_figure(
         "results",
         partial(comparison, y=quantity(y), x=x_word, by=by_word),

@@ -135,6 +135,39 @@ def test_comparisons_survive_filtering(home) -> None:
         cell.compare("error", by="samplr")
 
 
+@pytest.fixture
+def two_meanings(tmp_path) -> RunTable:
+    """Runs whose parameters `sampler` and `loss` are also columns of their metrics, with other values."""
+    for chosen in ("sobol", "head-tail"):
+        spec = NotebookSpec(notebook="x", parameters={"sampler": chosen, "num_samples": 8, "loss": 5})
+        with Run.create(spec, "cell", tmp_path) as run:
+            run.log_many(
+                {"sampler": name, "num_samples": 8, "loss": x, "depth": x}
+                for name, x in (("systematic", 0.5), ("lattice", 0.25))
+            )
+    return runs(tmp_path)
+
+
+def test_a_name_with_two_meanings_is_refused_or_written_in_full(two_meanings) -> None:
+    for arguments in ({"by": "sampler"}, {"x": "sampler"}):
+        with pytest.raises(ArgumentError, match=r"two meanings.*'spec\.sampler' or 'metrics\.sampler'"):
+            two_meanings.compare("depth", **arguments)
+    by = two_meanings.summary("depth", by="metrics.sampler")
+    assert dict(zip(by["by"], by["mean"], strict=True)) == {"lattice": 0.25, "systematic": 0.5}
+    by = two_meanings.summary("depth", by="spec.sampler")
+    assert dict(zip(by["by"], by["mean"], strict=True)) == {"sobol": 0.375, "head-tail": 0.375}
+    assert two_meanings.summary("depth", "num_samples")["runs"].tolist() == [4]  # logged as it was given
+    with pytest.raises(ArgumentError, match="is unknown"):
+        two_meanings.summary("depth", by="metrics.status")
+
+
+def test_a_number_is_what_was_measured_before_it_is_a_parameter(two_meanings) -> None:
+    assert two_meanings.summary("loss")["mean"].tolist() == [0.375]
+    assert two_meanings.summary("metrics.loss")["mean"].tolist() == [0.375]
+    assert two_meanings.summary("spec.loss")["mean"].tolist() == [5]
+    assert two_meanings.drop(columns="path").assign(path="gone").summary("loss")["mean"].tolist() == [5]
+
+
 def test_broken_metrics_do_not_hide_others(home, tmp_path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(home, copy)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from scipy import stats
 
-from qtx_lab.experiments.measured_table import measured_table
+from qtx_lab.experiments.measured_table import NUM_RUNS, measured_table
 from qtx_lab.experiments.notebooks import notebook_path
 from qtx_lab.experiments.sweeps import plan
 from qtx_lab.specs import split_words
@@ -88,6 +88,88 @@ def test_results_without_a_declaration_are_numbers_too_and_only_the_end_of_a_tra
     steps = [{"step": step, "error": 1.0 / (1 + step)} for step in range(150)]
     trained = notebook(tmp_path / "train", {}, steps)
     assert measured_table([trained]).frame["error"].tolist() == [1 / 150]
+
+
+def test_a_swept_parameter_stays_beside_a_logged_column_of_its_name(tmp_path: Path) -> None:
+    made: Notebooks = []
+    for sampler in ("sobol", "head-tail"):  # what the maps of the quickstart show
+        for seed in (1, 2):
+            rows = [
+                {"sampler": name, "num_samples": 16, "error": factor + seed / 10, "bar": 0.01}
+                for name, factor in (("systematic", 1), ("lattice", 2))
+            ]
+            made.append(notebook(tmp_path / f"{sampler}{seed}", {}, rows, sampler=sampler, seed=seed))
+    table = measured_table(made)
+    assert table.keys == ("sampler (parameter)", "sampler")
+    assert len(table.frame) == 4
+    assert table.frame["error"].tolist() == pytest.approx([1.15, 2.15] * 2)
+    assert set(table.frame["sampler (parameter)"]) == {"sobol", "head-tail"}
+    assert list(table.texts()[0]) == ["sampler (parameter)", "sampler", "runs", "error"]
+    data, x, by = table.of_figure("error")
+    assert (x, by) == (None, "sampler (parameter), sampler")
+    assert "sobol, lattice" in set(data["by"])
+
+    logged = [{"sampler": "sobol", "num_samples": 16.0, "error": 0.5}]
+    same = notebook(tmp_path / "same", {}, logged, sampler="sobol", num_samples=16)
+    other = notebook(
+        tmp_path / "other", {}, [{**logged[0], "num_samples": 64.0}], num_samples=64, sampler="sobol"
+    )
+    assert measured_table([same, other]).keys == ("num_samples",)  # the parameter, logged as it is
+
+
+NAMES = (
+    "value",
+    "run",
+    "half_width",
+    "runs",
+    "mean",
+    "std",
+    "count",
+    "own",
+    "error",
+    "bar",
+    "status",
+    NUM_RUNS,
+)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("logged", [False, True])
+def test_a_parameter_of_any_name_is_seen(name: str, logged: bool, tmp_path: Path) -> None:
+    made: Notebooks = []
+    for swept in (3, 5):
+        error = {"error": swept / 10, "bar": 0.25}
+        rows = [{"head": head, **error} for head in (0, 1)] if logged else None
+        made.append(notebook(tmp_path / str(swept), {} if logged else error, rows, **{name: swept}))
+    table = measured_table(made)
+    assert set(table.keys) == {
+        *(["head"] if logged else []),
+        *({name, f"{name} (parameter)"} & set(table.keys)),
+    }
+    texts = [" ".join(row.values()) for row in table.texts()]
+    assert len(texts) == (4 if logged else 2)
+    assert sorted({text.split()[0] for text in texts}) == ["3", "5"]
+    assert table.frame["error"].tolist() == pytest.approx(
+        [0.3] * (len(texts) // 2) + [0.5] * (len(texts) // 2)
+    )
+
+
+@pytest.mark.parametrize("name", ["value", "half_width", "kind", "name", "status", "mean"])
+def test_a_logged_column_of_any_name_tells_values_apart(name: str, tmp_path: Path) -> None:
+    rows = [{name: text, "error": x} for text, x in (("a", 0.5), ("b", 1.5))]
+    made = notebook(tmp_path / "one", {}, rows)
+    assert measured_table([made]).frame["error"].tolist() == [0.5, 1.5]
+
+
+def test_a_number_may_have_the_name_of_a_parameter_or_of_a_column(tmp_path: Path) -> None:
+    made: Notebooks = [
+        (tmp_path / str(x), {"status": "done", "results": {"runs": 7, "x": x, "reached": 2 * x},
+         "spec": {"fields": {"notebook": "n", "parameters": {"x": x, "reached": x}}}})
+        for x in (2, 3)
+    ]  # fmt: skip
+    table = measured_table(made)
+    assert list(table.measures) == ["runs", "reached"]  # x is the parameter, as it was given
+    assert table.texts()[0] == {"reached (parameter)": "2", "runs": "7", "reached": "4"}
 
 
 @pytest.mark.notebooks

@@ -220,6 +220,14 @@ def test_a_search_is_a_run_that_repeats_and_resumes(notebook, executed, tmp_path
     assert resumed.manifest["results"]["best"] == best
 
 
+def test_the_best_has_both_a_parameter_and_an_objective_of_its_name(tmp_path) -> None:
+    spec = SearchSpec(notebook="x", sha256="0" * 64, space={"error": "1..9"}, objective="error", trials=1)
+    run = Run.create(spec, "search", tmp_path)
+    searches._write_best(run, [searches.SearchedCombination({"error": 3, "half_width": 1}, [0.5])], spec)
+    best = run.manifest["results"]["best"]
+    assert (best["error"], best["results.error"], best["half_width"]) == (3, 0.5, 1)
+
+
 def test_combinations_that_measure_no_finite_number_lose(notebook, executed, tmp_path, monkeypatch) -> None:
     def measure(self, combination, repeat) -> float:
         return math.inf if combination["sampler"] == "a" else 1 / combination["draws"]

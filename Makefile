@@ -76,18 +76,18 @@ clean: ## remove what make and the tests made, .venv too; runs/ stays
 	exit 1
 
 .venv/.base: $(PINS) | .venv/.made
-	@echo "Installing qtx_lab into .venv (the first time about two minutes) ..." >&2
+	@echo "Installing qtx_lab into .venv (a few minutes the first time) ..." >&2
 	@$(INSTALL) -e '.[lab]' && touch $@
 
 .venv/.docs: $(PINS) | .venv/.made
-	@echo "Installing qtx_lab and what its documentation needs into .venv (the first time about two minutes) ..." >&2
+	@echo "Installing qtx_lab and what its documentation needs into .venv (a few minutes the first time) ..." >&2
 	@$(INSTALL) -e '.[docs]' && touch .venv/.base
-	@.venv/bin/qtx-lab model smollm2-135m && touch $@
+	@.venv/bin/qtx-lab model smollm2-135m >/dev/null && touch $@
 
 .venv/.test: $(PINS) | .venv/.made
-	@echo "Installing qtx_lab and what its tests need into .venv (the first time about two minutes) ..." >&2
+	@echo "Installing qtx_lab and what its tests need into .venv (a few minutes the first time) ..." >&2
 	@$(INSTALL) -e '.[test]' && touch .venv/.base
-	@.venv/bin/qtx-lab model smollm2-135m && touch $@
+	@.venv/bin/qtx-lab model smollm2-135m >/dev/null && touch $@
 	@command -v chromium chromium-browser google-chrome >/dev/null || ! command -v apt-get >/dev/null \
 	|| test "$$(id -u)" != 0 || apt-get install -y -q chromium
 

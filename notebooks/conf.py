@@ -51,6 +51,7 @@ nb_execution_mode = "cache"
 nb_execution_cache_path = str(ROOT / "build" / "docs-executions")
 nb_execution_timeout = 600
 nb_execution_raise_on_error = True
+nb_execution_show_tb = True  # a cell's error on the terminal, too, and not in a file alone
 nb_execution_in_temp = True
 nb_merge_streams = True
 nb_ipywidgets_js: dict[str, dict[str, str]] = {}  # the default fetches from a network; views show pictures
@@ -224,17 +225,37 @@ def reduce_parameters(app: Sphinx, docname: str, content: list[str]) -> None:
         content[0] = nbformat.writes(notebook)
 
 
+LITERAL = re.compile(r"(``.*?``|:[\w:]+:`[^`]*`|`[^`]*`_*)")
+HAT = re.compile(r"\b([A-Za-z])_hat(?=\b|_)")
+SUBSCRIPT = re.compile(
+    r"(?<![\w.*])(sum|mean|chi|psi|lambda|[A-Za-zα-ωΑ-Ω]\u0302?)_(?:\{([^{}]*)\}|\(([^()]*)\)|([A-Za-z0-9]{1,2}))(?![\w`])"
+)
+POWER = re.compile(
+    r"(?<=[\w)|`\u0302])(?:\\ )?\^(?:\{([^{}]*)\}|\(([^()]*)\)|([-−]?[^\W_]+(?:_[^\W_]{2,})*))"
+)
+
+
 def escaped(text: str) -> str:
-    """A docstring's line with bars that are bars, as in |x|, and not substitutions."""
-    return re.sub(r"(?<!\\)\|", r"\\|", text)
+    """A docstring's line with bars that are bars, as in |x|, and with U_i and S^-5 set as mathematics."""
+
+    def index(match: re.Match[str]) -> str:
+        return next(group for group in match.groups()[-3:] if group is not None)
+
+    parts = LITERAL.split(text)
+    for i in range(0, len(parts), 2):
+        part = HAT.sub("\\1\u0302", parts[i])
+        part = re.sub(r"(?<!\\)\|", r"\\|", part)
+        part = SUBSCRIPT.sub(lambda match: rf"\ *{match[1]}*\ :sub:`{index(match)}`\ ", part)
+        parts[i] = POWER.sub(lambda match: rf"\ :sup:`{index(match)}`\ ", part)
+    return "".join(parts)
 
 
 def escape_docstring(
     app: Sphinx, what: str, name: str, thing: object, options: Any, lines: list[str]
 ) -> None:
-    """Bars in docstrings are bars, except in examples and other literal text."""
+    """Formulae in docstrings are formulae, and bars are bars, except in examples."""
     for i, line in enumerate(lines):
-        if not line.lstrip().startswith((">>>", "...")) and "``" not in line:
+        if not line.lstrip().startswith((">>>", "...")):
             lines[i] = escaped(line)
 
 

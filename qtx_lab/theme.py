@@ -59,7 +59,7 @@ SAMPLER_MARKERS: dict[str, str] = {
     "head-tail": "X",
     "learned": "*",
 }
-"""Markers of samplers, by matplotlib's names."""
+"""Markers of samplers, by matplotlib's names; `figures.MARKERS` of the dashboard has Bokeh's."""
 
 MAX_PLACES = 8
 """Decimal places of a number with an interval, at most."""

@@ -62,6 +62,21 @@ def test_report_by_part_of_the_name(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
+        ([], "one on each core at a time"),
+        (["--workers", 1], "one at a time"),
+        (["--workers", 3], "3 at a time"),
+        (["--cluster", "127.0.0.1:1"], "one on each worker of the cluster at a time"),
+    ],
+)
+def test_a_sweep_says_how_many_run_at_a_time(tmp_path, arguments, says) -> None:
+    result = call("sweep", "no such notebook", "-g", "x=1", *arguments, "--home", tmp_path)
+    assert result.exit_code == 2
+    assert f", repeats: 1, {says}. After" in result.stderr.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
         (["demo", "--layer", "9"], "layer=9"),
         (["demo", "--samplers", "monte-carlo,sytematic"], "Did you mean 'systematic'"),
         (["demo", "--sample-counts", "8,0"], "sample_counts[1]=0"),

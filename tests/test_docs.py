@@ -3,6 +3,8 @@
 import doctest
 import inspect
 import re
+import runpy
+import sys
 import warnings
 from pathlib import Path
 
@@ -109,6 +111,24 @@ def test_the_first_page_answers_ten_questions_and_readme_is_short() -> None:
     assert len(readme.splitlines()) <= 150
     links = [link for link in re.findall(r"\]\(([^)#]+)", readme) if "://" not in link]
     assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+@pytest.mark.parametrize(
+    ("written", "shown"),
+    [
+        ("biased by O(S^-5)", r"biased by O(S\ :sup:`-5`\ )"),
+        ("keys U_i, 2^32 of them", r"keys \ *U*\ :sub:`i`\ , 2\ :sup:`32`\  of them"),
+        ("|v_j - c|^2", r"\|\ *v*\ :sub:`j`\  - c\|\ :sup:`2`\ "),
+        ("|o_hat|", "\\|o\u0302\\|"),
+        ("``U_i`` and `x_i` and num_samples", "``U_i`` and `x_i` and num_samples"),
+    ],
+)
+def test_formulae_in_docstrings_are_set_as_mathematics(
+    written: str, shown: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QTX_LAB_HOME", "")  # which the settings change, as they do the next
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    assert runpy.run_path(str(PAGES / "conf.py"))["escaped"](written) == shown
 
 
 def test_no_page_fetches_from_a_network() -> None:

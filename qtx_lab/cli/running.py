@@ -152,8 +152,9 @@ def sweep(
     stopped as soon as its 95 % interval excludes the best one.
     """
     values = " × ".join((*grid, *space)) or "no values"
+    at_a_time = _how_many(options["workers"], cluster)
     announce(
-        f"Runs {notebook} for {values}, repeats: {options['repeats']}, several at once. After the first has "
+        f"Runs {notebook} for {values}, repeats: {options['repeats']}, {at_a_time}. After the first has "
         "ended the bar shows the time left."
     )
     from ..experiments.sweeps import sweep as run_sweep
@@ -184,6 +185,15 @@ def sweep(
     print_run(finished.path, finished.manifest)
     if finished.status != "done":
         sys.exit(1)
+
+
+def _how_many(workers: int | None, cluster: str | None) -> str:
+    """How many notebooks of a sweep run at a time, in words."""
+    if cluster is not None:
+        return "one on each worker of the cluster at a time"
+    if workers is None:
+        return "one on each core at a time"
+    return "one at a time" if workers == 1 else f"{workers} at a time"
 
 
 @click.command()

@@ -49,7 +49,11 @@ BASELINES: dict[str, Callable[[], Sampler]] = {
 
 
 def register_sampler(name: str, factory: Callable[[], Sampler]) -> None:
-    """Make a sampler of your own known by name: to `sampled_attention`, specs, forms, sweeps and benchmarks.
+    """Make a sampler of your own known by name in this process.
+
+    That is to `sampled_attention`, specs, forms and benchmarks. Other processes, such as the workers of the
+    workbench and of sweeps, do not know it unless they register it themselves: a notebook that is swept can
+    do so in a cell.
 
     Parameters
     ----------

@@ -15,6 +15,9 @@ from ..errors import ArgumentError
 from ..storage import runs_home
 from .options import home_option
 
+JUPYTER_CONFIG = Path(__file__).parent / "jupyter"
+"""A folder of Jupyter's configuration: JupyterLab asks nobody whether they want news."""
+
 
 @click.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[JUPYTER ARGUMENTS]...")
@@ -26,7 +29,10 @@ def lab(arguments: tuple[str, ...]) -> None:
     command = [sys.executable, "-m", "jupyterlab", f"--notebook-dir={notebooks_folder()}"]
     # Kernels start in the notebooks' folder and the dashboard in this one: both get the same folder of runs.
     home = {"QTX_LAB_HOME": str(runs_home().resolve())}
-    process = subprocess.run([*command, *offline, *arguments], env={**os.environ, **home}, check=False)
+    # What `news_url` turns off is the news; the question whether one wants them is a setting.
+    paths = [*filter(None, [os.environ.get("JUPYTER_CONFIG_PATH")]), str(JUPYTER_CONFIG)]
+    config = {"JUPYTER_CONFIG_PATH": os.pathsep.join(paths)}
+    process = subprocess.run([*command, *offline, *arguments], env=os.environ | home | config, check=False)
     sys.exit(process.returncode)
 
 

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import subprocess
+import sys
+import urllib.request
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+from .conftest import free_port, stop, wait_for
 
 pytestmark = pytest.mark.ui
 
@@ -35,3 +44,39 @@ def test_the_watch_sees_errors_and_strangers(browser: Any, page: Any) -> None:
     assert page.watch.requests == ["http://192.0.2.1/x"]
     page.watch.errors.clear()
     page.watch.requests.clear()
+
+
+@pytest.mark.parametrize("own", [None, "true"])
+def test_the_lab_asks_for_no_news_unless_somebody_wants_them(own: str | None, tmp_path: Path) -> None:
+    """JupyterLab asks whether one wants news where the setting is neither "true" nor "false"."""
+    port, log = free_port(), tmp_path / "jupyter.log"
+    folders = {
+        name: str(tmp_path / name.lower())
+        for name in ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR")
+    }
+    settings = tmp_path / "settings" / "@jupyterlab" / "apputils-extension"
+    settings.mkdir(parents=True)
+    if own is not None:
+        (settings / "notification.jupyterlab-settings").write_text(json.dumps({"fetchNews": own}))
+    environment = {**os.environ, **folders, "JUPYTERLAB_SETTINGS_DIR": str(tmp_path / "settings")}
+    command = [
+        *(sys.executable, "-m", "qtx_lab.cli", "lab", "--no-browser", "--allow-root"),
+        *(f"--ServerApp.port={port}", "--ServerApp.port_retries=0", "--IdentityProvider.token=token"),
+    ]
+    url = f"http://127.0.0.1:{port}"
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            command, env=environment, cwd=tmp_path, stdout=out, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
+    try:
+        wait_for(f"{url}/api?token=token", process, log)
+        address = f"{url}/lab/api/settings/@jupyterlab/apputils-extension:notification?token=token"
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(address) as answer:
+            known = json.loads(answer.read())
+        assert known["schema"]["properties"]["fetchNews"]["default"] == "false"
+        assert known["schema"]["properties"]["checkForUpdates"]["default"] is False
+        assert known["settings"].get("fetchNews") == own
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)  # the command and the server that it waits for
+        stop(process)

@@ -51,9 +51,27 @@ def result_of(mitigated: list[float] | None, raw: list[float], std_error: float)
     ],
 )
 def test_the_verdict_minds_the_intervals(mitigated: list[float] | None, raw: list[float], says: str) -> None:
-    text, detail = verdict(result_of(mitigated, raw, 0.01))
+    text, detail = verdict(result_of(mitigated, raw, 0.01), 1000)
     assert text.startswith(says)
     assert "As many classical draws: 0.050 ± 0.014" in detail
+
+
+def test_there_is_no_verdict_before_both_have_all_shots(bench: Workbench) -> None:
+    result = result_of([0.04, 0.02], [0.11, 0.13], 0.01)
+    text, detail = verdict(result, 4000)
+    assert (
+        text
+        == "Provisional, no verdict yet: raw counts 0.120 ± 0.014 after 1\u2009000 of 4\u2009000 shots a row"
+    )
+    assert "4\u2009000" not in detail
+    tab = bench.mitigate
+    facts = {**result["facts"], "device_label": "fake_fez"}
+    for shots, names in ((4000, ["measured", "classical"]), (1000, ["mitigated", "measured", "classical"])):
+        bench.circuit.form.change(shots=shots)
+        tab.show({**result, "facts": facts})
+        assert tab.view.frame()["way"].tolist() == names
+        assert (">mitigated<" in tab._table.value) == ("mitigated" in names)
+        assert tab._verdict.value.count("Provisional") == (shots > 1000)
 
 
 def test_the_table_has_a_mean_and_every_number_its_interval() -> None:

@@ -3,9 +3,9 @@ import { Frame, h, onFrame, unique, type Model } from "./dom";
 import {
   cellImage,
   extremes,
-  LEFT,
   paintMap,
   paintOverlay,
+  roomForAxes,
   TOP,
   type Cell,
   type Geometry,
@@ -102,6 +102,7 @@ export function render(model: Model, el: HTMLElement): () => void {
   let sampled = new maps.Tiles(MAX_TILES);
 
   const frame = new Frame(model, el, "lens", "Attention lens", () => {
+    if (!frame.hasRoom()) return; // a level would be chosen for a map of no size
     requestMaps();
     paint();
   });
@@ -241,14 +242,12 @@ export function render(model: Model, el: HTMLElement): () => void {
     },
     "Page",
   );
+  const below = h("div", { class: "qtx-below" }, readout, frame.error, status, clear, reset);
   frame.root.append(
     h("header", {}, heading, frame.exports(savePage)),
     caption,
     controls,
-    boxes,
-    h("div", { class: "qtx-below" }, readout, status, clear, reset),
-    frame.error,
-    curvesPlace,
+    h("div", { class: "qtx-picture" }, boxes, below, curvesPlace),
     thumbnails.element,
     tokenView?.element ?? "",
     spoken,
@@ -256,10 +255,11 @@ export function render(model: Model, el: HTMLElement): () => void {
   );
 
   function geometry(panel: MapPanel): Geometry {
-    const width = Math.max(80, panel.holder.clientWidth - LEFT - 2);
+    const axes = roomForAxes(panel.holder.clientWidth, panel.name === main);
+    const width = Math.max(80, panel.holder.clientWidth - axes.left - 2);
     const square = Math.min(width, Math.max(width * 0.6, (width * rows) / columns));
     const most = alone ? Math.max(380, MAX_HEIGHT_SHARE * window.innerHeight) : Infinity;
-    return { view, width, height: Math.round(Math.min(square, most)), rows, columns };
+    return { view, width, height: Math.round(Math.min(square, most)), rows, columns, ...axes };
   }
   const visiblePanels = () => panels.filter((panel) => panel.holder.clientWidth > 0);
   const largest = () => geometry(panels.find((panel) => panel.name === main)!);
@@ -516,6 +516,9 @@ export function render(model: Model, el: HTMLElement): () => void {
     }
     frame.root.toggleAttribute("data-confirmed", confirmed);
     if (confirmed) requestInputs(layer, head);
+    const sharp = sharpLevel();
+    // The view may have changed since these were asked for, to one whose tiles were there already.
+    if (!large && (sharp.rows !== level.rows || sharp.columns !== level.columns)) requestMaps();
     if (message.tiles.length > 0) paint();
     else paintFinding();
   }
@@ -735,9 +738,9 @@ export function render(model: Model, el: HTMLElement): () => void {
 
   function cellAt(name: MapName, event: MouseEvent): Cell | null {
     const box = holder(name).getBoundingClientRect();
-    const { width, height } = geometry(panels.find((panel) => panel.name === name)!);
+    const { width, height, left } = geometry(panels.find((panel) => panel.name === name)!);
     const row = view.r0 + ((event.clientY - box.top - TOP) / height) * (view.r1 - view.r0);
-    const column = view.c0 + ((event.clientX - box.left - LEFT) / width) * (view.c1 - view.c0);
+    const column = view.c0 + ((event.clientX - box.left - left) / width) * (view.c1 - view.c0);
     if (!brush && (row < view.r0 || row >= view.r1 || column >= view.c1)) return null;
     return [inside(row, rows), inside(column, columns)];
   }

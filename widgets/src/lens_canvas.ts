@@ -5,9 +5,12 @@ import * as maps from "./maps";
 import { label } from "./scale";
 import type { COLOURS } from "./theme";
 
-export const LEFT = 44;
-export const TOP = 2;
+/** Pixels beside a map for the axis of its queries, and below it for that of its keys. */
+const LEFT = 44;
 const BOTTOM = 33;
+export const TOP = 2;
+/** Pixels of width below which a map beside a larger one does without axes, which are those of the larger one. */
+const MIN_AXES_WIDTH = 260;
 
 type Colours = (typeof COLOURS)[keyof typeof COLOURS];
 export type Cell = [row: number, column: number];
@@ -19,15 +22,23 @@ export interface Geometry {
   height: number;
   rows: number;
   columns: number;
+  /** Pixels on the left and below for the axes. */
+  left: number;
+  bottom: number;
+}
+
+/** What a map needs beside it and below it: nothing where it is small, and beside a larger one. */
+export function roomForAxes(width: number, isMain: boolean): { left: number; bottom: number } {
+  return isMain || width >= MIN_AXES_WIDTH ? { left: LEFT, bottom: BOTTOM } : { left: 2, bottom: 2 };
 }
 
 const perRow = ({ view, height }: Geometry) => height / (view.r1 - view.r0);
 const perColumn = ({ view, width }: Geometry) => width / (view.c1 - view.c0);
 const rowY = (g: Geometry, row: number) => TOP + (row - g.view.r0) * perRow(g);
-const columnX = (g: Geometry, column: number) => LEFT + (column - g.view.c0) * perColumn(g);
+const columnX = (g: Geometry, column: number) => g.left + (column - g.view.c0) * perColumn(g);
 
 function cleared(canvas: HTMLCanvasElement, g: Geometry): CanvasRenderingContext2D {
-  const [width, height] = [g.width + LEFT + 2, g.height + TOP + BOTTOM];
+  const [width, height] = [g.width + g.left + 2, g.height + TOP + g.bottom];
   const context = sharp(canvas, width, height);
   context.clearRect(0, 0, width, height);
   return context;
@@ -117,10 +128,10 @@ export function paintMap(
   const [x, y] = [columnX(g, cells.column << cells.level.columns), rowY(g, cells.row << cells.level.rows)];
   context.save();
   context.beginPath();
-  context.rect(LEFT, TOP, g.width, g.height);
+  context.rect(g.left, TOP, g.width, g.height);
   context.clip();
   context.fillStyle = colours.panel;
-  context.fillRect(LEFT, TOP, g.width, g.height);
+  context.fillRect(g.left, TOP, g.width, g.height);
   // Cells smaller than a pixel are averaged, so that single bright ones are not lost.
   context.imageSmoothingEnabled = Math.min(wide, tall) * (window.devicePixelRatio || 1) < 0.99;
   context.imageSmoothingQuality = "high";
@@ -128,9 +139,9 @@ export function paintMap(
   context.restore();
   context.strokeStyle = colours.muted;
   context.lineWidth = 1;
-  context.strokeRect(LEFT - 0.5, TOP - 0.5, g.width + 1, g.height + 1);
+  context.strokeRect(g.left - 0.5, TOP - 0.5, g.width + 1, g.height + 1);
   context.fillStyle = colours.text;
-  paintAxes(context, g, tokens);
+  if (g.left >= LEFT) paintAxes(context, g, tokens);
 }
 
 // --- axes -----------------------------------------------------------------------------------------
@@ -199,18 +210,18 @@ export function paintOverlay(
 ): void {
   const context = cleared(canvas, g);
   context.beginPath();
-  context.rect(0, TOP, LEFT + g.width, g.height);
+  context.rect(0, TOP, g.left + g.width, g.height);
   context.clip();
   for (const [first, last] of maps.runs(overlay.rows)) {
     const y = rowY(g, first);
     const tall = Math.max(2, (last - first + 1) * perRow(g));
     context.fillStyle = colours.accent;
-    context.fillRect(LEFT - 4, y, 4, tall);
+    context.fillRect(Math.max(0, g.left - 4), y, 4, tall);
     context.globalAlpha = 0.2;
-    context.fillRect(LEFT, y, g.width, tall);
+    context.fillRect(g.left, y, g.width, tall);
     context.globalAlpha = 1;
     context.strokeStyle = colours.accent;
-    context.strokeRect(LEFT + 0.5, y, g.width - 1, tall);
+    context.strokeRect(g.left + 0.5, y, g.width - 1, tall);
   }
   if (overlay.zoom) {
     const part = maps.between(...overlay.zoom);
@@ -233,10 +244,10 @@ function paintCross(context: CanvasRenderingContext2D, g: Geometry, [row, column
     context.lineWidth = width;
     context.globalAlpha = alpha;
     context.beginPath();
-    context.moveTo(LEFT, y);
+    context.moveTo(g.left, y);
     context.lineTo(x - 6, y);
     context.moveTo(x + 6, y);
-    context.lineTo(LEFT + g.width, y);
+    context.lineTo(g.left + g.width, y);
     context.moveTo(x, TOP);
     context.lineTo(x, y - 6);
     context.moveTo(x, y + 6);

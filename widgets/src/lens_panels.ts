@@ -52,8 +52,7 @@ export function mapPanel(name: MapName, helpId: string, listeners: Listeners, en
     { "data-map": name },
     heading,
     holder,
-    h("div", { class: "qtx-bar-row" }, low, bar, high),
-    unit,
+    h("div", { class: "qtx-bar-row" }, low, bar, high, unit),
   );
 
   function showScale(log: boolean, floor: number, top: number, limit: number): void {

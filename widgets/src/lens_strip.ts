@@ -1,10 +1,12 @@
 // The strip under the maps: error and variance against draws, of all samplers, for the head in view.
 import { axes, line, makePanel, path, resize, text, type Panel } from "./charts";
-import { h, s } from "./dom";
+import { h, s, unique } from "./dom";
 import { scale, whole, type Scale } from "./scale";
 import { SAMPLER_COLOURS } from "./theme";
 
-const HEIGHT = 210;
+/** Heights of wide pictures, and of those that are narrower than `MIN_WIDE`. */
+const [WIDE_HEIGHT, NARROW_HEIGHT] = [150, 172];
+const MIN_WIDE = 560;
 const MARGIN = { left: 52, right: 86, top: 8, bottom: 32 };
 /** Pixels between the names at the ends of the curves, at least. */
 const NAME_HEIGHT = 12;
@@ -38,21 +40,48 @@ export const samplerColour = (name: string): string =>
   (SAMPLER_COLOURS as Record<string, string>)[name] ??
   (name === "monte-carlo" ? "var(--qtx-baseline)" : "var(--qtx-accent)");
 
+/** What the maps show, `draws` of `sampler`, and how far the strip is: points that are left, and a note. */
+interface StripState {
+  draws: number | null;
+  sampler: string;
+  left: number;
+  note: string;
+}
+
 export interface Strip {
   element: HTMLElement;
   /** Begins anew, for another head. */
   clear(): void;
   add(points: StripPoint[]): void;
-  /** Says how far it is, and paints; `draws` is the number that the maps show, of `sampler`. */
-  paint(state: { draws: number | null; sampler: string; left: number; note: string }): void;
+  /** Says how far it is, and paints. */
+  paint(state: StripState): void;
 }
 
 export function strip(): Strip {
   let points: StripPoint[] = [];
-  const error = makePanel("Error of the output against draws", "");
-  const variance = makePanel("Variance of the output against draws", "");
+  let state: StripState = { draws: null, sampler: "", left: 0, note: "" };
+  const error = makePanel("Error of the output against draws", "qtx-strip-error");
+  const variance = makePanel("Variance of the output against draws", "qtx-strip-variance");
   const caption = h("p", { class: "qtx-note" });
-  const element = h("div", { class: "qtx-strip" }, h("div", {}, error.box, variance.box), caption);
+  const element = h("div", { class: "qtx-strip" });
+  element.append(choice(), h("div", {}, error.box, variance.box), caption);
+
+  /** A switch between the two pictures, which is there where there is room for one of them only. */
+  function choice(): HTMLElement {
+    const name = unique("strip");
+    const show = (measure: string) => () => {
+      element.dataset.shown = measure;
+      paint(state);
+    };
+    const radio = (value: "error" | "variance") => {
+      const checked = value === "error";
+      return h("label", {}, h("input", { type: "radio", name, value, checked, change: show(value) }), value);
+    };
+    element.dataset.shown = "error";
+    const label = h("span", {}, "Against draws");
+    const group = { class: "qtx-modes", role: "radiogroup", "aria-label": "what is shown against draws" };
+    return h("div", group, label, radio("error"), radio("variance"));
+  }
 
   function paintPanel(
     panel: Panel,
@@ -62,16 +91,18 @@ export function strip(): Strip {
     draws: number | null,
     sampler: string,
   ): void {
-    const width = resize(panel, HEIGHT);
+    if (panel.box.clientWidth === 0) return; // the other one is shown
+    const height = panel.box.clientWidth < MIN_WIDE ? NARROW_HEIGHT : WIDE_HEIGHT;
+    const width = resize(panel, height);
     const known = points.filter((point) => point[measure] > 0);
     const values = known.map((point) => point[measure]);
     const counts = points.map((point) => point.draws);
     const xs = scale(Math.min(...counts), Math.max(...counts), MARGIN.left, width - MARGIN.right, true);
     const high = 1.3 * Math.max(...values);
     const low = Math.max(Math.min(...values) / 1.3, high / 10 ** MAX_DECADES);
-    const ys = scale(low, high, HEIGHT - MARGIN.bottom, MARGIN.top, true);
+    const ys = scale(low, high, height - MARGIN.bottom, MARGIN.top, true);
     panel.svg.replaceChildren(
-      ...axes(HEIGHT, xs, ys, "draws per row", name),
+      ...axes(height, xs, ys, "draws per row", name),
       ...reference(xs, ys, slope),
       ...(draws !== null && draws >= xs.low && draws <= xs.high
         ? [
@@ -124,7 +155,9 @@ export function strip(): Strip {
     });
   }
 
-  function paint({ draws, sampler, left, note }: Parameters<Strip["paint"]>[0]): void {
+  function paint(now: StripState): void {
+    state = now;
+    const { draws, sampler, left, note } = state;
     element.hidden = points.length === 0;
     if (element.hidden) return;
     paintPanel(error, "error", "‖ô − o‖ / ‖o‖", { power: -0.5, label: "∝ 1/√S" }, draws, sampler);

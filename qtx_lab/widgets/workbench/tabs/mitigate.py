@@ -50,8 +50,11 @@ class MitigateTab(WorkbenchTab):
 
     def show(self, result: dict[str, Any]) -> None:
         """Show the verdict, the table of the rows, and the expected error against shots."""
-        spec = MitigationSpec(**self.shown_state()["mitigation"])
-        text, detail = verdict(result)
+        state = self.shown_state()
+        spec, shots = MitigationSpec(**state["mitigation"]), state["circuit"]["shots"]
+        if result["shots"] < shots:  # only what has as many shots is compared
+            result = {**result, "error": None}
+        text, detail = verdict(result, shots)
         warnings = result.get("warnings", [])
         title = f"{len(warnings)} warning{'s' * (len(warnings) != 1)}"
         self._verdict.value = headline(text, detail) + opened(title, warnings)
@@ -72,13 +75,17 @@ class MitigateTab(WorkbenchTab):
         return mitigation_code(*forms)
 
 
-def verdict(result: Mapping[str, Any]) -> tuple[str, str]:
+def verdict(result: Mapping[str, Any], shots: int) -> tuple[str, str]:
     """Whether mitigation helped, with intervals, and what was done; HTML.
+
+    There is no verdict before all raw counts are there, because fewer shots alone are further off.
 
     Parameters
     ----------
     result : mapping
-        Of the task `mitigate`.
+        Of the task `mitigate`, or a part of it.
+    shots : int
+        That were asked for, of each row.
     """
     columns, plan = distance_columns(result), result.get("plan")
     raw, raw_error = columns["measured"].mean
@@ -89,6 +96,9 @@ def verdict(result: Mapping[str, Any]) -> tuple[str, str]:
     size = f"mean of {rows_text(len(result['rows']))}, {spaced(result['shots'])} shots a row for each"
     what = f"Total variation from the exact row, {size}; ± is half of the 95 % interval."
     baseline = f"As many classical draws: {classical}."
+    if result["shots"] < shots:
+        so_far = f"{spaced(result['shots'])} of {spaced(shots)} shots a row"
+        return f"Provisional, no verdict yet: {against} after {so_far}", f"{what} {baseline}"
     if "mitigated" not in columns:
         text = f"Nothing was mitigated: {against}" if plan else "No row could be mitigated"
         return text, f"{reason} {what} {baseline}"

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import re
 import subprocess
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "widgets"
@@ -58,8 +60,16 @@ def test_the_tables_are_those_of_the_theme() -> None:
 
 
 def test_the_draws_that_typescript_repeats_are_those_of_python() -> None:
-    now = (SOURCES / "src" / "samplers.test.json").read_text(encoding="utf-8")
-    assert now == script("golden").source(), "the samplers have changed: run widgets/golden.py"
+    golden = script("golden")
+    written = json.loads(golden.TARGET.read_text(encoding="utf-8"))["rows"]
+    for old, new in zip(written, golden.cases(written), strict=True):
+        number, pairs = old["dtype"], [(old, new), *zip(old.pop("draws"), new.pop("draws"), strict=True)]
+        for a, b in pairs:
+            # The exponential of a processor may be another number next to the true one.
+            for name in {"mass", "weights"} & a.keys():
+                x, y = (golden.tensor(z.pop(name), number) for z in (a, b))
+                assert torch.allclose(x, y, rtol=8 * torch.finfo(x.dtype).eps, atol=0), name
+            assert a == b, "the samplers have changed: run widgets/golden.py"
 
 
 def test_the_bundle_is_built_anew_to_the_same_bytes(node_modules: Path, tmp_path: Path) -> None:

@@ -298,9 +298,9 @@ class CountChooser:
             drawn = spent.clamp_min(1)
             v = variance / drawn.square()
             piloted = rest_square(o / drawn[..., None], rows.table, rows.heads) - v
-            found, relative = _combined(bounds, piloted, (v, model.rest_shared))
-            square = torch.where(count > 0, found, square)
-            uncertainty = torch.where(count > 0, relative, uncertainty)
+            row_square, row_uncertainty = _combined(bounds, piloted, (v, model.rest_shared))
+            square = torch.where(count > 0, row_square, square)
+            uncertainty = torch.where(count > 0, row_uncertainty, uncertainty)
             count, repetition = spent, repetition + 1
 
     def _rehearse(self, allowed: Tensor, rung: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:

@@ -320,13 +320,13 @@ def device_errors(names: Sequence[str] | None = None) -> dict[str, MedianErrors]
     """
     if isinstance(names, str):
         raise DtypeError(f"names={names!r} is a text; it must be a sequence of names, as [{names!r}].")
-    found = {}
+    medians = {}
     for name in CURRENT_DEVICES if names is None else names:
         device = fake_device(name)
         properties = device.properties()
         time = None if properties is None else properties.last_update_date.isoformat()
-        found[name] = median_errors(device.target, time)
-    best_first = sorted(found.items(), key=lambda x: math.inf if x[1].two_qubit is None else x[1].two_qubit)
+        medians[name] = median_errors(device.target, time)
+    best_first = sorted(medians.items(), key=lambda x: math.inf if x[1].two_qubit is None else x[1].two_qubit)
     return dict(best_first)
 
 

@@ -125,17 +125,17 @@ def _compare(
     kind: str,
     settings: dict[str, Any],
     eager: PreTrainedModel,
-    wanted: dict[str, Tensor],
+    expected: dict[str, Tensor],
 ) -> Outcome:
     errors = {}
     try:
         model = make_model(cls, huggingface.IMPLEMENTATION, settings)
         model.load_state_dict(eager.state_dict())
         run = cases(model, kind)
-        for name, logits in wanted.items():
+        for name, logits in expected.items():
             with torch.no_grad():
-                got = run[name]()
-            errors[name] = _relative_error(got, logits)
+                given = run[name]()
+            errors[name] = _relative_error(given, logits)
     except QtxError as error:
         return Outcome("refused", str(error), errors)
     except Exception as error:
@@ -150,10 +150,10 @@ def _compare(
     return Outcome("right", "by its softmax" if own else "", errors)
 
 
-def _relative_error(got: Tensor, wanted: Tensor) -> float:
-    if got.shape != wanted.shape:
+def _relative_error(given: Tensor, expected: Tensor) -> float:
+    if given.shape != expected.shape:
         return torch.inf
-    return ((got - wanted).norm() / wanted.norm().clamp_min(1e-6)).item()
+    return ((given - expected).norm() / expected.norm().clamp_min(1e-6)).item()
 
 
 def cases(model: PreTrainedModel, kind: str) -> dict[str, Any]:

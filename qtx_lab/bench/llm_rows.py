@@ -206,35 +206,35 @@ def bench_llm_rows(quick: bool, copy_bandwidth: float) -> list[BenchRow]:
     del copy_bandwidth
     model = load_language_model("smollm2-135m")
     layers = text_rows(model, 1024 if quick else 2048)
-    found: dict[str, RowErrors] = {}
+    measured: dict[str, RowErrors] = {}
     for name, policy in policies().items():
         if quick and name in ("Quest", "mixed 15, shared", "PQCache, drawn and shared"):
             continue
-        like = found["head-tail"] if name == "systematic" or name.endswith("adaptive") else None
+        like = measured["head-tail"] if name == "systematic" or name.endswith("adaptive") else None
         rows, seeds = (16, 1) if quick else (ROWS, 2)
-        found[name] = row_errors(layers, policy, rows=rows, seeds=seeds, values_like=like)
+        measured[name] = row_errors(layers, policy, rows=rows, seeds=seeds, values_like=like)
     case = f"SmolLM2-135M, layers {', '.join(map(str, LAYERS))}, {BUDGET:.0%} of the keys"
-    result = [bench_row(case, name, x, {} if quick else TARGETS) for name, x in found.items()]
+    result = [bench_row(case, name, x, {} if quick else TARGETS) for name, x in measured.items()]
     if not quick:
-        result = [with_worst_rows_checked(row, found["systematic"]) for row in result]
+        result = [with_worst_rows_checked(row, measured["systematic"]) for row in result]
     print_rows(case, result)
     return result
 
 
-def bench_row(case: str, name: str, found: RowErrors, targets: Mapping[str, float]) -> BenchRow:
+def bench_row(case: str, name: str, measured: RowErrors, targets: Mapping[str, float]) -> BenchRow:
     """A method's row."""
-    reads, target = found.mean_reads, targets.get(name, math.inf)
-    error = found.geometric_mean
+    reads, target = measured.mean_reads, targets.get(name, math.inf)
+    error = measured.geometric_mean
     return BenchRow(
         case=case,
         method=name,
-        seconds=found.seconds,
+        seconds=measured.seconds,
         baseline="",
         ratio=None,
         error=error,
         check="pass" if error <= target else f"error {error:.3f} is above {target}",
         details={
-            "worst tenth": found.worst_tenth,
+            "worst tenth": measured.worst_tenth,
             "keys": reads.keys,
             "values": reads.values,
             "bytes": reads.bytes,

@@ -140,11 +140,11 @@ def rows_of_model(name: str, num_tokens: int) -> Iterator[tuple[int, list[Skippe
 def main(model: str, tokens: int) -> None:
     """Errors and bytes of a scan that leaves pages unread."""
     layers: dict[int, list[list[SkippedPages]]] = {}
-    for layer, found in rows_of_model(model, tokens):
-        layers.setdefault(layer, []).append(found)
+    for layer, of_head in rows_of_model(model, tokens):
+        layers.setdefault(layer, []).append(of_head)
     click.echo(f"{model}, {tokens:,} tokens, rank {RANK}, S = {DRAWS}: error over that with all pages read")
     for layer, heads in layers.items():
-        errors = torch.tensor([[x.error for x in found] for found in heads]).square().mean(0).sqrt()
+        errors = torch.tensor([[x.error for x in of_head] for of_head in heads]).square().mean(0).sqrt()
         shares = ", ".join(f"{s:.1%}: {e:.2f} ×" for s, e in zip(SHARES, errors / errors[0], strict=True))
         click.echo(f"  layer {layer}: error {float(errors[0]):.3f}; {shares}")
     saved = ", ".join(f"{s:.1%}: {bytes_per_key(s):.1f}" for s in SHARES)

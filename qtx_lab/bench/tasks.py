@@ -57,10 +57,10 @@ def measure(model: LanguageModel, task: str, length: int, count: int) -> BenchRo
         seconds.append(time.perf_counter() - start)
     nats = mean_interval([score.log_probability / score.tokens for score in scores])
     matches = [score.matched for score in scores if score.matched is not None]
-    found = mean_interval(matches, bounds=(0, 1)) if matches else None
-    check = "the model gave no answer" if found is not None and found.mean == 0 else "pass"
+    answered = mean_interval(matches, bounds=(0, 1)) if matches else None
+    check = "the model gave no answer" if answered is not None and answered.mean == 0 else "pass"
     print(
-        f"{task:17} {length:6} {count:7} {_shown(found):>20} {_shown(nats):>22} {median(seconds):8.1f}"
+        f"{task:17} {length:6} {count:7} {_shown(answered):>20} {_shown(nats):>22} {median(seconds):8.1f}"
         + ("" if check == "pass" else f"  {check}")
     )
     return BenchRow(
@@ -69,14 +69,14 @@ def measure(model: LanguageModel, task: str, length: int, count: int) -> BenchRo
         seconds=median(seconds),
         baseline="exact",
         ratio=1.0 if check == "pass" else None,
-        error=-nats.mean if found is None else 1 - found.mean,
+        error=-nats.mean if answered is None else 1 - answered.mean,
         check=check,
         low=min(seconds),
         high=max(seconds),
         details={
             "settings": dict(prompt.settings),
             "prompts": count,
-            **_details("found", found),
+            **_details("found", answered),
             **_details("nats", nats),
         },
     )

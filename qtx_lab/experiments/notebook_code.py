@@ -68,19 +68,19 @@ def local_modules(path: Path, folder: Path) -> dict[str, str]:
     folder : Path
         The working directory of its kernel, where Python looks for modules first.
     """
-    found: dict[str, str] = {}
+    hashes: dict[str, str] = {}
     left = [name for cell in code_cells(path) for name in _imports(cell["source"])]
-    while left and len(found) < MAX_MODULES:
+    while left and len(hashes) < MAX_MODULES:
         name = left.pop()
         base = folder.joinpath(*name.split("."))
         for file in (base.with_suffix(".py"), base / "__init__.py"):
             relative = str(file.relative_to(folder))
-            if relative not in found and file.is_file():
+            if relative not in hashes and file.is_file():
                 content = file.read_bytes()
-                found[relative] = hashlib.sha256(content).hexdigest()
+                hashes[relative] = hashlib.sha256(content).hexdigest()
                 package = name if file.name == "__init__.py" else name.rpartition(".")[0]
                 left += list(_imports(content.decode(errors="replace"), package))
-    return dict(sorted(found.items()))
+    return dict(sorted(hashes.items()))
 
 
 def _imports(source: str, package: str = "") -> Iterator[str]:

@@ -271,8 +271,8 @@ def _engine(limits: ExecutionLimits, kernel_manager: type) -> Any:
             if size and before + size > limits.output_bytes:
                 if before > limits.output_bytes:
                     return None
-                kept = f"{limits.output_bytes:,} bytes"
-                text = f"\n[qtx-lab keeps {kept} of a cell's output; the rest was left out.]\n"
+                limit = f"{limits.output_bytes:,} bytes"
+                text = f"\n[qtx-lab keeps {limit} of a cell's output; the rest was left out.]\n"
                 msg = {**msg, "msg_type": "stream", "content": {"name": "stderr", "text": text}}
             return super().output(outs, msg, display_id, cell_index)
 

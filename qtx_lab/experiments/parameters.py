@@ -240,41 +240,41 @@ def parameters_of(source: str) -> dict[str, Parameter]:
     {'lr': None, 'a': 1, 'b': 'x=y', 'c': {'d': 1}}
     """
     tree = _parsed(source)
-    found: dict[str, Parameter] = {}
+    parameters: dict[str, Parameter] = {}
     for statement in tree.body:
         match statement:
             case ast.Assign(targets=targets, value=value):
-                default = _value(value, found)
+                default = _value(value, parameters)
                 if default is UNKNOWN:
-                    _note_changes(found, value)
+                    _note_changes(parameters, value)
                 for target in targets:
-                    _assign(found, target, value, default, statement.type_comment)
+                    _assign(parameters, target, value, default, statement.type_comment)
             case ast.AnnAssign(target=ast.Name(id=name), annotation=hint, value=None):
-                found.setdefault(name, Parameter(name, "", UNKNOWN, _hinted(hint), True))
+                parameters.setdefault(name, Parameter(name, "", UNKNOWN, _hinted(hint), True))
             case ast.AnnAssign(target=ast.Name(id=name), annotation=hint, value=value) if value is not None:
-                default = _value(value, found)
+                default = _value(value, parameters)
                 if default is UNKNOWN:
-                    _note_changes(found, value)
-                _add(found, name, ast.unparse(value), default, _hinted(hint))
+                    _note_changes(parameters, value)
+                _add(parameters, name, ast.unparse(value), default, _hinted(hint))
             case ast.Delete(targets=targets):
                 for name in _names(*targets):
-                    found.pop(name, None)
-            case ast.AugAssign(target=ast.Name(id=name), op=op, value=value) if name in found:
+                    parameters.pop(name, None)
+            case ast.AugAssign(target=ast.Name(id=name), op=op, value=value) if name in parameters:
                 together = ast.BinOp(ast.Name(name, ast.Load()), op, value)
-                default = _value(together, found)
-                if not isinstance(found[name].default, int | float | str | tuple):
-                    _forget_contents(found)  # `a += [1]` changes every other name of the list too
-                _add(found, name, ast.unparse(together), default, {})
+                default = _value(together, parameters)
+                if not isinstance(parameters[name].default, int | float | str | tuple):
+                    _forget_contents(parameters)  # `a += [1]` changes every other name of the list too
+                _add(parameters, name, ast.unparse(together), default, {})
             case ast.Import(names=names) | ast.ImportFrom(names=names):
                 for alias in names:
-                    found.pop(alias.asname or alias.name.split(".")[0], None)
+                    parameters.pop(alias.asname or alias.name.split(".")[0], None)
             case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
-                found.pop(name, None)
+                parameters.pop(name, None)
             case ast.Expr(value=ast.Constant()):  # a text between statements
                 pass
             case _:  # whatever else may change what was assigned
-                _note_changes(found, statement.value if isinstance(statement, ast.Expr) else statement)
-    return found
+                _note_changes(parameters, statement.value if isinstance(statement, ast.Expr) else statement)
+    return parameters
 
 
 def _parsed(source: str) -> ast.Module:
@@ -293,18 +293,18 @@ def _parsed(source: str) -> ast.Module:
 
 
 def _assign(
-    found: dict[str, Parameter], target: ast.expr, node: ast.expr, value: Any, comment: str | None
+    parameters: dict[str, Parameter], target: ast.expr, node: ast.expr, value: Any, comment: str | None
 ) -> None:
     """Note what an assignment gives to each name of its target."""
     if isinstance(target, ast.Name):
         hint = _hinted(_annotation(comment)) if comment else {}
-        _add(found, target.id, ast.unparse(node), value, hint)
+        _add(parameters, target.id, ast.unparse(node), value, hint)
     elif isinstance(target, ast.Tuple | ast.List):
         for name, item in _unpacked(target, value):
             source = ast.unparse(node) if item is UNKNOWN else repr(item)
-            _add(found, name, source, item, {})
+            _add(parameters, name, source, item, {})
     else:  # an item or an attribute of something that was assigned
-        _forget_contents(found)
+        _forget_contents(parameters)
 
 
 def _unpacked(target: ast.Tuple | ast.List, value: Any) -> Iterator[tuple[str, Any]]:
@@ -327,14 +327,16 @@ def _unpacked(target: ast.Tuple | ast.List, value: Any) -> Iterator[tuple[str, A
             yield from _unpacked(inner, item)
 
 
-def _add(found: dict[str, Parameter], name: str, source: str, default: Any, hint: dict[str, Any]) -> None:
+def _add(
+    parameters: dict[str, Parameter], name: str, source: str, default: Any, hint: dict[str, Any]
+) -> None:
     """Add a parameter; without a hint of its own it keeps an earlier one, or its default declares a kind."""
-    earlier = found.pop(name, None)
+    earlier = parameters.pop(name, None)
     if not hint and earlier is not None and earlier.hinted:
         hint = earlier.schema
     if hint and default is None and "null" not in str(hint):
         hint = {"anyOf": [*hint.get("anyOf", [hint]), {"type": "null"}]}
-    found[name] = Parameter(name, source, default, hint or _schema_of(default), bool(hint))
+    parameters[name] = Parameter(name, source, default, hint or _schema_of(default), bool(hint))
 
 
 def _schema_of(default: Any) -> dict[str, Any]:
@@ -351,22 +353,22 @@ def _schema_of(default: Any) -> dict[str, Any]:
     return schema
 
 
-def _note_changes(found: dict[str, Parameter], node: ast.AST) -> None:
+def _note_changes(parameters: dict[str, Parameter], node: ast.AST) -> None:
     """Forget the defaults that a statement or expression, which is not computed here, may change."""
     for name in _names(node):
-        if name in found:
-            found[name] = replace(found[name], default=UNKNOWN)
+        if name in parameters:
+            parameters[name] = replace(parameters[name], default=UNKNOWN)
         elif isinstance(node, ast.expr):  # `(n := 1)`
-            found[name] = Parameter(name, "...")
-    if any(isinstance(inner, ast.Name) and inner.id in found for inner in ast.walk(node)):
-        _forget_contents(found)
+            parameters[name] = Parameter(name, "...")
+    if any(isinstance(inner, ast.Name) and inner.id in parameters for inner in ast.walk(node)):
+        _forget_contents(parameters)
 
 
-def _forget_contents(found: dict[str, Parameter]) -> None:
+def _forget_contents(parameters: dict[str, Parameter]) -> None:
     """Forget the defaults that can be changed in place, such as lists."""
-    for name, parameter in found.items():
+    for name, parameter in parameters.items():
         if isinstance(parameter.default, list | dict | set | tuple):
-            found[name] = replace(parameter, default=UNKNOWN)
+            parameters[name] = replace(parameter, default=UNKNOWN)
 
 
 def _names(*nodes: ast.AST) -> list[str]:
@@ -383,17 +385,17 @@ def _names(*nodes: ast.AST) -> list[str]:
     return names
 
 
-def _value(node: ast.AST, found: Mapping[str, Parameter]) -> Any:
+def _value(node: ast.AST, parameters: Mapping[str, Parameter]) -> Any:
     """The value of an expression of literals, built-in types, arithmetic and earlier names, or `UNKNOWN`."""
     try:
-        return _computed(node, found)
+        return _computed(node, parameters)
     except Exception:  # any error: running the cell would raise it too, or the value is not known
         return UNKNOWN
 
 
-def _computed(node: ast.AST, found: Mapping[str, Parameter]) -> Any:
+def _computed(node: ast.AST, parameters: Mapping[str, Parameter]) -> Any:
     def value(inner: ast.AST) -> Any:
-        return _computed(inner, found)
+        return _computed(inner, parameters)
 
     match node:
         case ast.Constant(value=constant):
@@ -405,13 +407,13 @@ def _computed(node: ast.AST, found: Mapping[str, Parameter]) -> Any:
         case ast.Set(elts=items):
             return set(_items(items, value))
         case ast.Dict(keys=keys, values=values):
-            made: dict[Any, Any] = {}
+            entries: dict[Any, Any] = {}
             for key, item in zip(keys, values, strict=True):
-                made |= value(item) if key is None else {value(key): value(item)}
-            return made
-        case ast.Name(id=name) if name in found and found[name].default is not UNKNOWN:
-            return found[name].default
-        case ast.Call(func=ast.Name(id=name)) if name in CONSTRUCTORS and name not in found:
+                entries |= value(item) if key is None else {value(key): value(item)}
+            return entries
+        case ast.Name(id=name) if name in parameters and parameters[name].default is not UNKNOWN:
+            return parameters[name].default
+        case ast.Call(func=ast.Name(id=name)) if name in CONSTRUCTORS and name not in parameters:
             named = {key.arg: value(key.value) for key in node.keywords if key.arg is not None}
             return getattr(builtins, name)(*_items(node.args, value), **named)
         case ast.UnaryOp(op=op, operand=operand):

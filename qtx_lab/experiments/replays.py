@@ -153,7 +153,7 @@ def environment_differences(run: Run) -> tuple[Difference, ...]:
 
 def _replay_elsewhere(original: Run, differing: tuple[Difference, ...]) -> RunComparison:
     """Replay in a new virtual environment that takes all but the differing distributions from this one."""
-    wanted = [
+    requirements = [
         f"{difference.name}=={difference.a}"
         for difference in differing
         if difference.a is not None and difference.name not in ("python", "qtx-lab")
@@ -169,8 +169,8 @@ def _replay_elsewhere(original: Run, differing: tuple[Difference, ...]) -> RunCo
         pth = "".join(f"import site; site.addsitedir({path!r})\n" for path in shown)
         Path(site, "of-this-environment.pth").write_text(pth, encoding="utf-8")
         pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps"]
-        if wanted:
-            _call([*pip, *wanted], f"pip cannot install {', '.join(wanted)}")
+        if requirements:
+            _call([*pip, *requirements], f"pip cannot install {', '.join(requirements)}")
         command = ["-m", "qtx_lab.cli", "replay", str(original.path), "--json"]
         process = subprocess.run([str(python), *command], capture_output=True, text=True, check=False)
         try:

@@ -155,10 +155,10 @@ class SharedDecay(ZeroNoiseInference):
         # variances.
         without = [
             walsh_hadamard(
-                undo(_shared_decay(near[kept], far[kept], shot_variance * len(kept) / len(near))).parity
+                undo(_shared_decay(near[left], far[left], shot_variance * len(left) / len(near))).parity
             )
             / n
-            for kept in _without_groups(len(near))
+            for left in _without_groups(len(near))
         ]
         variance = torch.zeros_like(output)
         if without:

@@ -126,18 +126,18 @@ def fit_maps(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
 
     objective = _Objective(maps, problem, defensive, use_values, num_samples, independent)
-    best, kept, done, stopped = math.inf, 0, 0, False
+    best, best_step, done, stopped = math.inf, 0, 0, False
     history: list[tuple[int, float, float]] = []
     state: list[Tensor] = []
 
     def record() -> None:
-        nonlocal best, kept, state
+        nonlocal best, best_step, state
         with torch.no_grad():
             parts = [objective(window, some) for window, some in test]
             loss, chi = (float(torch.cat([part[i].flatten() for part in parts]).mean()) for i in (0, 1))
         history.append((done, loss, chi))
         if not state or loss < best:
-            best, kept, state = loss, done, [p.detach().clone() for p in maps]
+            best, best_step, state = loss, done, [p.detach().clone() for p in maps]
 
     record()
     with tqdm(total=steps, desc="fitting the proposal", unit="step", disable=not progress) as bar:
@@ -162,7 +162,7 @@ def fit_maps(
                     p.copy_(saved)
                     p.grad = None
     at, losses, chis = zip(*history, strict=True)
-    return FitHistory(at, losses, chis, kept, stopped)
+    return FitHistory(at, losses, chis, best_step, stopped)
 
 
 def by_window(rows: Tensor, windows: int, length: int) -> list[tuple[int, Tensor]]:

@@ -243,7 +243,9 @@ def fit(name: str, model: TextModel, length: int, request: Request) -> Draft:
     before, after = text.split(CONTEXT_MARK)
     head, tail = model.encode(before + "\n"), model.encode("\n" + after)
     pieces = [model.encode(piece) for piece, _ in request.pieces]
-    scored = [torch.full((len(x),), kept) for x, (_, kept) in zip(pieces, request.pieces, strict=True)]
+    scored = [
+        torch.full((len(x),), is_scored) for x, (_, is_scored) in zip(pieces, request.pieces, strict=True)
+    ]
     target = torch.cat(pieces)
     answer_tokens = len(target) + request.spare_tokens
     count = length - len(head) - len(tail) - answer_tokens

@@ -57,8 +57,8 @@ def importance(
         Of the plain estimate; computed from all exact logits where None.
     """
     problem, replicates = rows.problem, budget.replicates
-    made = _draw_rows(rows, sampler, budget, stream, plain=plain, log_normaliser=log_normaliser)
-    flat, output, proposal = made.draws, made.output, made.proposal
+    drawn = _draw_rows(rows, sampler, budget, stream, plain=plain, log_normaliser=log_normaliser)
+    flat, output, proposal = drawn.draws, drawn.output, drawn.proposal
     effective = flat.effective_sample_size().view(problem.row_shape)
     info = replace(
         info,
@@ -72,7 +72,7 @@ def importance(
     def measured() -> Tensor:
         std_error, later = torch.empty_like(output), for_later()
         spread = Spread(later, sampler.independent)
-        for block in made.blocks:
+        for block in drawn.blocks:
             variance = spread(flat, proposal, output, block)
             if plain:  # its weights should sum to 1: what they have too much is an error that is seen
                 variance += ((flat.weights[block].sum(-1, keepdim=True) - 1) * output[block]).square()
@@ -87,7 +87,7 @@ def importance(
         Design(False),
         info,
         degrees_of_freedom=mixed_degrees_of_freedom(replicates) if plain and replicates > 1 else math.inf,
-        make_log_sum_exp=lambda: made.normaliser,
+        make_log_sum_exp=lambda: drawn.normaliser,
     )
     if plain and replicates == 1:
         return sampled
@@ -202,6 +202,87 @@ def _with_error_bars(
 
 def debiased(rows: ProposedRows, budget: Budget, stream: Stream, info: EstimateInfo) -> SampledRows:
     """Randomised truncation: each row and replicate has a level of its own; rows of one level go together."""
+    problem, replicates = rows.problem, budget.replicates
+    drawn = _draw_levels(rows, budget, stream)
+    spent = (budget.num_samples << drawn.level).view(*problem.shape, replicates).sum(-1)  # [N, M]
+    info = replace(
+        info,
+        draws_per_row=float(spent.double().mean()) if spent.numel() else 0.0,
+        draws_of_each_row=spent.view(problem.row_shape),
+        effective_sample_size=drawn.effective_sample_size().view(problem.row_shape),
+    )
+    sampled = SampledRows(
+        problem.in_units(drawn.means.mean(-2)),
+        drawn.as_draws,
+        Design(False),
+        info,
+        degrees_of_freedom=mixed_degrees_of_freedom(max(2, replicates)),
+    )
+    if replicates == 1:
+        return sampled
+    for_later = problem.for_later()
+    return _with_error_bars(sampled, problem, lambda: drawn.std_error(for_later()))
+
+
+@dataclass(frozen=True)
+class _LevelledRows:
+    """Draws of the rows (N, M) of a problem, of which each replicate has a level of its own.
+
+    Parameters
+    ----------
+    num_samples : int
+        S, the draws of level 0; level l has S 2^l.
+    level : Tensor, int64, (N * M * R,)
+    chunks : list of LevelDraws
+        The draws, of some rows and replicates of one level each.
+    means : Tensor, (N, M, R, d)
+        The estimate of each replicate, in units of the problem's values.
+    """
+
+    num_samples: int
+    level: Tensor
+    chunks: list[LevelDraws]
+    means: Tensor
+
+    def effective_sample_size(self) -> Tensor:
+        """(sum w)^2 / sum w^2 of each row, (N * M,)."""
+        n, m, replicates, _ = self.means.shape
+        square, sums = self.means.new_zeros(n * m), self.means.new_zeros(n * m)
+        for x in self.chunks:
+            square.index_add_(0, x.pair // replicates, x.weights.square().sum(-1))
+            sums.index_add_(0, x.pair // replicates, x.weights.sum(-1))
+        return sums.square() / square.clamp_min(torch.finfo(square.dtype).tiny)
+
+    def std_error(self, problem: AttentionProblem) -> Tensor:
+        """Standard errors of the rows, (N, M, d), in units of the values of the problem that was drawn."""
+        n, m, replicates, width = self.means.shape
+        predicted = self.means.new_zeros(2, n * m * replicates, width)
+        spread, values = Spread(problem, True), problem.values.flatten(0, 1)
+        for x in self.chunks:
+            head, row = x.pair // (m * replicates), x.pair // replicates % m
+            drawn = F.embedding(x.indices + head[:, None] * problem.num_keys, values)
+            distance = functools.partial(spread.distance, head=head, row=row)
+            predicted[:, x.pair] = torch.stack(x.predicted_variance(drawn, distance))
+        variance = mixed_variance(self.means, *predicted.view(2, *self.means.shape).mean(-2))
+        draws = self.num_samples * replicates
+        rounding = rounding_variance(self.means.mean(-2), spread.size, draws, problem.v.dtype)
+        return (variance + rounding).sqrt()
+
+    def as_draws(self) -> Draws:
+        """The draws of all rows, (N, M, R * most), as many as the highest level has; the rest weigh 0."""
+        n, m, replicates, _ = self.means.shape
+        most = self.num_samples << int(self.level.max()) if len(self.level) else self.num_samples
+        indices = torch.zeros(n * m * replicates, most, dtype=torch.int64, device=self.level.device)
+        weights = self.means.new_zeros(indices.shape)
+        for x in self.chunks:
+            size = x.indices.shape[1]
+            indices[x.pair, :size], weights[x.pair, :size] = x.indices, x.weights / replicates
+        shape = (n, m, replicates * most)
+        return Draws(indices.view(shape), weights.view(shape), None, replicates)
+
+
+def _draw_levels(rows: ProposedRows, budget: Budget, stream: Stream) -> _LevelledRows:
+    """Draw a level for each row and replicate, and the keys of that level."""
     problem, num_samples, replicates = rows.problem, budget.num_samples, budget.replicates
     n, m = problem.shape
     u = stream.of_purpose(Purpose.LEVEL).uniform(replicates, 1)[..., 0]  # [N, L, R]
@@ -209,79 +290,42 @@ def debiased(rows: ProposedRows, budget: Budget, stream: Stream, info: EstimateI
     level = ((1 - u).log() / math.log(LEVEL_RATIO)).long()  # P(level >= l) = ratio^l
     chunks: list[LevelDraws] = []
     means = problem.values.new_zeros(n * m * replicates, problem.width)
+    replicate = torch.arange(replicates, device=u.device)
     for heads, part in rows.blocks(num_samples):
         log_q = rows.log_proposal(heads, part).flatten(0, 1)
-        pair = (
-            problem.row_numbers(heads, part)[:, None] * replicates + torch.arange(replicates, device=u.device)
-        ).flatten()
+        pair = (problem.row_numbers(heads, part)[:, None] * replicates + replicate).flatten()
         for depth in level[pair].unique().tolist():
-            size, mass = num_samples << depth, (1 - LEVEL_RATIO) * LEVEL_RATIO**depth
-            here_pairs = (level[pair] == depth).nonzero().squeeze(1)
+            here = (level[pair] == depth).nonzero().squeeze(1)
+            size = num_samples << depth
             step = max(1, BLOCK_ELEMENTS // max(log_q.shape[-1], size * problem.k.shape[-1]))
-            for some in here_pairs.split(step):
-                here = some // replicates  # row of the block
-                which = pair[some] // replicates  # row of the N * M
-                position = problem.first_position + which % m % problem.length
-                numbers = stream.of_single_rows(which // m, position, pair[some] % replicates).uniform(
-                    1, size
-                )
-                indices, total = invert(row_masses(log_q[here]), numbers[:, 0, 0])
-                log_w, drawn_log_q = problem.logits_at(which, indices), log_q[here].gather(-1, indices)
-                log_w = log_w - drawn_log_q
-                w = log_w.view(-1, 1 << depth, num_samples).softmax(-1).flatten(1) / (1 << depth)
-                normalised = log_w.softmax(-1)
-                if depth:
-                    halves = log_w.view(-1, 2, size // 2).softmax(-1).flatten(1)
-                    w += (normalised - halves / 2) / mass
-                for x in (w, normalised):
-                    x.masked_fill_(total == 0, 0)
-                chunks.append(LevelDraws(pair[some], indices, w, normalised, drawn_log_q.exp()))
-                means[pair[some]] = rows.average(which, indices, w)
-    means = means.view(n, m, replicates, means.shape[-1])
-    spent = (num_samples << level).view(n, m, replicates).sum(-1)  # [N, M]
-    square, sums = means.new_zeros(n * m), means.new_zeros(n * m)
-    for x in chunks:
-        square.index_add_(0, x.pair // replicates, x.weights.square().sum(-1))
-        sums.index_add_(0, x.pair // replicates, x.weights.sum(-1))
-    effective = sums.square() / square.clamp_min(torch.finfo(square.dtype).tiny)
-    for_later = problem.for_later()
+            for some in here.split(step):
+                own_log_q = log_q[some // replicates]
+                chunk = _draw_level(problem, own_log_q, pair[some], depth, budget, stream)
+                chunks.append(chunk)
+                means[pair[some]] = rows.average(pair[some] // replicates, chunk.indices, chunk.weights)
+    return _LevelledRows(num_samples, level, chunks, means.view(n, m, replicates, problem.width))
 
-    def measured() -> Tensor:
-        later, predicted = for_later(), means.new_zeros(2, n * m * replicates, means.shape[-1])
-        spread, values = Spread(later, True), later.values.flatten(0, 1)
-        for x in chunks:
-            head, row = x.pair // (m * replicates), x.pair // replicates % m
-            drawn = F.embedding(x.indices + head[:, None] * later.num_keys, values)
-            distance = functools.partial(spread.distance, head=head, row=row)
-            predicted[:, x.pair] = torch.stack(x.predicted_variance(drawn, distance))
-        variance = mixed_variance(means, *predicted.view(2, *means.shape).mean(-2))
-        rounding = rounding_variance(means.mean(-2), spread.size, num_samples * replicates, later.v.dtype)
-        return (variance + rounding).sqrt()
 
-    def make_draws() -> Draws:
-        most = num_samples << int(level.max()) if len(level) else num_samples
-        indices = torch.zeros(n * m * replicates, most, dtype=torch.int64, device=level.device)
-        weights = square.new_zeros(indices.shape)
-        for x in chunks:
-            size = x.indices.shape[1]
-            indices[x.pair, :size], weights[x.pair, :size] = x.indices, x.weights / replicates
-        shape = (n, m, replicates * most)
-        return Draws(indices.view(shape), weights.view(shape), None, replicates)
-
-    info = replace(
-        info,
-        draws_per_row=float(spent.double().mean()) if n * m else 0.0,
-        draws_of_each_row=spent.view(problem.row_shape),
-        effective_sample_size=effective.view(problem.row_shape),
-    )
-    sampled = SampledRows(
-        problem.in_units(means.mean(-2)),
-        make_draws,
-        Design(False),
-        info,
-        degrees_of_freedom=mixed_degrees_of_freedom(max(2, replicates)),
-    )
-    return sampled if replicates == 1 else _with_error_bars(sampled, problem, measured)
+def _draw_level(
+    problem: AttentionProblem, log_q: Tensor, pair: Tensor, depth: int, budget: Budget, stream: Stream
+) -> LevelDraws:
+    """The draws of some rows and replicates (B,) of one level, from their proposals log_q (B, n)."""
+    num_samples, m = budget.num_samples, problem.shape[1]
+    size, mass = num_samples << depth, (1 - LEVEL_RATIO) * LEVEL_RATIO**depth
+    row = pair // budget.replicates  # of the N * M
+    position = problem.first_position + row % m % problem.length
+    numbers = stream.of_single_rows(row // m, position, pair % budget.replicates).uniform(1, size)
+    indices, total = invert(row_masses(log_q), numbers[:, 0, 0])
+    drawn_log_q = log_q.gather(-1, indices)
+    log_w = problem.logits_at(row, indices) - drawn_log_q
+    weights = log_w.view(-1, 1 << depth, num_samples).softmax(-1).flatten(1) / (1 << depth)
+    normalised = log_w.softmax(-1)
+    if depth:
+        halves = log_w.view(-1, 2, size // 2).softmax(-1).flatten(1)
+        weights += (normalised - halves / 2) / mass
+    for x in (weights, normalised):
+        x.masked_fill_(total == 0, 0)
+    return LevelDraws(pair, indices, weights, normalised, drawn_log_q.exp())
 
 
 def adaptive(rows: ProposedRows, mean: int, independent: bool, stream: Stream) -> Tensor:

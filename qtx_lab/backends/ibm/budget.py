@@ -22,7 +22,8 @@ from ...errors import ArgumentError, CostError, StorageError
 from ...storage import json_bytes, runs_home, storage_error, write_atomic
 from ..base import JobState
 from ..costs import BilledJob, Cost, RunCost
-from .ledger import JobRecord, PartRecord, find_records
+from .ledger import find_records
+from .records import JobRecord, PartRecord
 
 Confirm = bool | Callable[[Cost], bool]
 """Whether a call above a limit is sent all the same: True, False, or a function that decides by its cost."""

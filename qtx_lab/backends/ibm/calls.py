@@ -16,16 +16,8 @@ from ...circuits import Loader
 from ...errors import StorageError
 from ...storage import runs_home, storage_error
 from ..requests import RowRequest
-from .ledger import (
-    SCHEMA_VERSION,
-    Record,
-    RowsRecord,
-    TaggedRecord,
-    read_model,
-    read_rows_of,
-    save_rows,
-    write_record,
-)
+from .ledger import read_model, read_rows_of, save_rows, write_record
+from .records import SCHEMA_VERSION, Record, RowsRecord, TaggedRecord
 
 
 class CalibrationsRecord(Record):

@@ -30,7 +30,8 @@ from ..requests import CalibrationRequest, MitigatedRowRequest, PlannedRun, Requ
 from ..waiting import shot_duration
 from .budget import Confirm, CostGuard, billed_job
 from .jobs import DeviceJob, find_jobs
-from .ledger import Block, PartRecord, record_job
+from .ledger import Block, record_job
+from .records import PartRecord
 from .remote import DeviceAccess, IBMRemote, offline_problems
 from .submission import PATIENCE_S, check_waiting, post_part, submit_parts
 

@@ -23,10 +23,6 @@ from ..counts import RowCounts
 from ..requests import MitigatedRowRequest, Request, RowRequest
 from .budget import Confirm, billed_job, check_confirm, recorded_guard, rest_cost
 from .ledger import (
-    JobRecord,
-    MitigatedRowsRecord,
-    PartRecord,
-    RowsRecord,
     find_records,
     has_program,
     is_being_sent,
@@ -38,6 +34,7 @@ from .ledger import (
     save_array,
     update_record,
 )
+from .records import JobRecord, MitigatedRowsRecord, PartRecord, RowsRecord
 from .remote import Gone, IBMRemote, Remote, Unreachable
 from .submission import (
     PATIENCE_S,

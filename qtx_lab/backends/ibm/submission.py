@@ -17,7 +17,8 @@ from ...checks import check_number, check_progress
 from ...errors import BackendUnavailable
 from ..base import JobState, JobStatus
 from .budget import spent_seconds
-from .ledger import JobRecord, PartRecord, has_program, is_being_sent, read_record, sending, update_record
+from .ledger import has_program, is_being_sent, read_record, sending, update_record
+from .records import JobRecord, PartRecord
 from .remote import Busy, DeviceAccess, Refused, Remote, SessionClosed
 
 PATIENCE_S = 600.0

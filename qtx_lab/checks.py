@@ -277,3 +277,83 @@ def check_softcap(softcap: Any) -> float | None:
     if not 1e-30 <= cap <= 1e30:  # the quotient of a logit and the cap is a float32
         raise ArgumentError(f"softcap={softcap} is not allowed: it must be from 1e-30 to 1e30, or None.")
     return cap
+
+
+def check_groups(q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool) -> int:
+    """Return how many query heads share a key head; refuse shapes of q, k and v that do not fit."""
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if q.shape[-1] != k.shape[-1] or q.shape[-1] == 0:
+        raise ShapeError(f"q and k must have the same number E >= 1 of features; given {shapes}.")
+    if k.shape[:-1] != v.shape[:-1]:
+        raise ShapeError(f"k and v must agree in all but their last dimension; given {shapes}.")
+    if k.shape[-2] == 0:
+        raise ShapeError(f"there must be at least one key (n >= 1); given {shapes}.")
+    if v.shape[-1] == 0:
+        raise ShapeError(f"v must have at least one feature; given {shapes}.")
+    if enable_gqa and min(q.ndim, k.ndim) < 3:
+        raise ShapeError(f"enable_gqa=True needs a dimension of heads; given {shapes}.")
+    group = 1
+    if enable_gqa and k.shape[-3] and q.shape[-3] % k.shape[-3] == 0:
+        group = q.shape[-3] // k.shape[-3]
+    grouped = (*k.shape[:-3], k.shape[-3] * group) if group > 1 else k.shape[:-2]
+    if q.shape[:-2] != torch.Size(grouped):
+        hint = "q's heads a multiple of k's" if enable_gqa else "the same (or enable_gqa=True)"
+        raise ShapeError(
+            f"the leading dimensions of q and k do not fit, they must be {hint}; given {shapes}."
+        )
+    return group
+
+
+def check_mask(mask: Tensor, shape: tuple[int, ...], q: Tensor, is_causal: bool) -> None:
+    """Refuse what is no mask of rows and keys (..., L, n) = `shape`, or stands beside causality."""
+    if is_causal:
+        raise ArgumentError(
+            "attn_mask and is_causal=True exclude each other, as in SDPA: put both in attn_mask."
+        )
+    if not isinstance(mask, Tensor) or not (mask.dtype == torch.bool or mask.is_floating_point()):
+        given = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise DtypeError(f"attn_mask is {given}; it must be a boolean or floating-point tensor.")
+    if mask.device != q.device:
+        raise DtypeError(f"attn_mask is on {mask.device}, q on {q.device}; they must agree.")
+    try:
+        mask.expand(shape)
+    except RuntimeError:
+        raise ShapeError(f"attn_mask has shape {tuple(mask.shape)}; it must broadcast to {shape}.") from None
+    if mask.is_floating_point() and not bool((mask < 1e38).all()):
+        raise ArgumentError(
+            "attn_mask holds NaN, +inf or a number above 1e38; only smaller ones and -inf are allowed."
+        )
+
+
+def check_sequences(sequences: Tensor, q: Tensor) -> Tensor:
+    """Return names of the sequences of q, on the CPU; refuse what are no whole numbers, one for each."""
+    count = q.shape[:-3].numel() if q.ndim > 3 else 1
+    if not isinstance(sequences, Tensor) or sequences.dtype != torch.int64:
+        given = sequences.dtype if isinstance(sequences, Tensor) else type(sequences).__name__
+        raise DtypeError(f"sequences is {given}; it must be an int64 tensor of names, one for each sequence.")
+    if sequences.shape != (count,):
+        raise ShapeError(
+            f"sequences has shape {tuple(sequences.shape)}; it must be ({count},), one name for each "
+            "sequence."
+        )
+    return sequences.cpu()
+
+
+def check_window(
+    window: int | tuple[int | None, int | None] | None,
+) -> tuple[int | None, int | None] | None:
+    """Return (left, right) of a window, whose sides are whole numbers >= 0 or None; None hides nothing."""
+    if window is None:
+        return None
+    sides = window if isinstance(window, tuple | list) else (window, window)
+    try:
+        # A position plus the largest distance must stay an int64.
+        left, right = (
+            None if x is None else min(check_count("window", x, 0, math.inf), 1 << 62) for x in sides
+        )
+    except ValueError:  # also where there are not two
+        raise ArgumentError(
+            f"window={window!r} is not allowed: it must be a whole number >= 0, or (left, right) with two, "
+            "where None is no limit."
+        ) from None
+    return None if left is None and right is None else (left, right)

@@ -17,13 +17,17 @@ from .checks import (
     check_count,
     check_finite,
     check_flags,
+    check_groups,
+    check_mask,
     check_scale,
+    check_sequences,
     check_sinks,
     check_softcap,
     check_tensors,
+    check_window,
     has_tangent,
 )
-from .errors import ArgumentError, DtypeError, ShapeError
+from .errors import ArgumentError, ShapeError
 from .streams import Stream
 
 BLOCK_ELEMENTS = 1 << 20
@@ -161,8 +165,8 @@ class AttentionProblem:
         scale, softcap = check_scale(scale), check_softcap(softcap)
         check_tensors(q=q, k=k, v=v)
         first_position = check_count("first_position", first_position, 0)
-        group = _group(q, k, v, enable_gqa)
-        window = _checked_window(window)
+        group = check_groups(q, k, v, enable_gqa)
+        window = check_window(window)
         if _is_causal_bias(attn_mask):
             attn_mask, is_causal, first_position = _of_causal_bias(
                 attn_mask, q.shape[-2], k.shape[-2], is_causal, first_position
@@ -172,7 +176,7 @@ class AttentionProblem:
                 before, left = q.shape[-2] - k.shape[-2], window[0]
                 window = None if left is None else (left + before, None)
         if attn_mask is not None:
-            _check_mask(attn_mask, (*q.shape[:-1], k.shape[-2]), q, is_causal)
+            check_mask(attn_mask, (*q.shape[:-1], k.shape[-2]), q, is_causal)
         with torch.no_grad():
             sizes = [check_finite(name, x) for name, x in (("q", q), ("k", k), ("v", v))]
         largest = (1.0 if scale is None else abs(float(scale)) * q.shape[-1]) * sizes[0] * sizes[1]
@@ -182,7 +186,7 @@ class AttentionProblem:
                 "make them smaller."
             )
         if sequences is not None:
-            sequences = _check_sequences(sequences, q)
+            sequences = check_sequences(sequences, q)
         if sinks is not None:
             check_sinks(sinks, q)
         return cls(
@@ -580,82 +584,6 @@ def in_dtype(mask: Tensor, dtype: torch.dtype) -> Tensor:
     if torch.finfo(mask.dtype).max <= limits.max:
         return mask.to(dtype)
     return torch.where(mask == -torch.inf, mask, mask.clamp(limits.min, limits.max)).to(dtype)
-
-
-def _group(q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool) -> int:
-    """The query heads that share a key head, of shapes that fit."""
-    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-    if q.shape[-1] != k.shape[-1] or q.shape[-1] == 0:
-        raise ShapeError(f"q and k must have the same number E >= 1 of features; given {shapes}.")
-    if k.shape[:-1] != v.shape[:-1]:
-        raise ShapeError(f"k and v must agree in all but their last dimension; given {shapes}.")
-    if k.shape[-2] == 0:
-        raise ShapeError(f"there must be at least one key (n >= 1); given {shapes}.")
-    if v.shape[-1] == 0:
-        raise ShapeError(f"v must have at least one feature; given {shapes}.")
-    if enable_gqa and min(q.ndim, k.ndim) < 3:
-        raise ShapeError(f"enable_gqa=True needs a dimension of heads; given {shapes}.")
-    group = 1
-    if enable_gqa and k.shape[-3] and q.shape[-3] % k.shape[-3] == 0:
-        group = q.shape[-3] // k.shape[-3]
-    grouped = (*k.shape[:-3], k.shape[-3] * group) if group > 1 else k.shape[:-2]
-    if q.shape[:-2] != torch.Size(grouped):
-        hint = "q's heads a multiple of k's" if enable_gqa else "the same (or enable_gqa=True)"
-        raise ShapeError(
-            f"the leading dimensions of q and k do not fit, they must be {hint}; given {shapes}."
-        )
-    return group
-
-
-def _check_mask(mask: Tensor, shape: tuple[int, ...], q: Tensor, is_causal: bool) -> None:
-    if is_causal:
-        raise ArgumentError(
-            "attn_mask and is_causal=True exclude each other, as in SDPA: put both in attn_mask."
-        )
-    if not isinstance(mask, Tensor) or not (mask.dtype == torch.bool or mask.is_floating_point()):
-        given = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise DtypeError(f"attn_mask is {given}; it must be a boolean or floating-point tensor.")
-    if mask.device != q.device:
-        raise DtypeError(f"attn_mask is on {mask.device}, q on {q.device}; they must agree.")
-    try:
-        mask.expand(shape)
-    except RuntimeError:
-        raise ShapeError(f"attn_mask has shape {tuple(mask.shape)}; it must broadcast to {shape}.") from None
-    if mask.is_floating_point() and not bool((mask < 1e38).all()):
-        raise ArgumentError(
-            "attn_mask holds NaN, +inf or a number above 1e38; only smaller ones and -inf are allowed."
-        )
-
-
-def _check_sequences(sequences: Tensor, q: Tensor) -> Tensor:
-    count = q.shape[:-3].numel() if q.ndim > 3 else 1
-    if not isinstance(sequences, Tensor) or sequences.dtype != torch.int64:
-        given = sequences.dtype if isinstance(sequences, Tensor) else type(sequences).__name__
-        raise DtypeError(f"sequences is {given}; it must be an int64 tensor of names, one for each sequence.")
-    if sequences.shape != (count,):
-        raise ShapeError(
-            f"sequences has shape {tuple(sequences.shape)}; it must be ({count},), one name for each "
-            "sequence."
-        )
-    return sequences.cpu()
-
-
-def _checked_window(window: int | Window | None) -> Window | None:
-    """(left, right) from what the caller gave."""
-    if window is None:
-        return None
-    sides = window if isinstance(window, tuple | list) else (window, window)
-    try:
-        # A position plus the largest distance must stay an int64.
-        left, right = (
-            None if x is None else min(check_count("window", x, 0, math.inf), 1 << 62) for x in sides
-        )
-    except ValueError:  # also where there are not two
-        raise ArgumentError(
-            f"window={window!r} is not allowed: it must be a whole number >= 0, or (left, right) with two, "
-            "where None is no limit."
-        ) from None
-    return None if left is None and right is None else (left, right)
 
 
 def _is_causal_bias(mask: object) -> bool:

@@ -1,15 +1,6 @@
 // AttentionLens: the exact, sampled and difference maps of a head, and thumbnails of all heads.
 import { Frame, h, onFrame, unique, type Model } from "./dom";
-import {
-  cellImage,
-  extremes,
-  paintMap,
-  paintOverlay,
-  roomForAxes,
-  TOP,
-  type Cell,
-  type Geometry,
-} from "./lens_canvas";
+import { extremes, paintMap, paintOverlay, roomForAxes, TOP, type Cell, type Geometry } from "./lens_canvas";
 import { cellText, findingText, mapPanel, NAMES, panelTitles, readFacts, rowText } from "./lens_panels";
 import { LocalHeads } from "./lens_local";
 import type { MapName, MapPanel, RowFacts } from "./lens_panels";
@@ -608,14 +599,8 @@ export function render(model: Model, el: HTMLElement): () => void {
         if (look === paintedExact) continue;
         paintedExact = look;
       }
-      paintMap(
-        panel.picture,
-        cellImage(panel.name, cells, colours, limit, causal, rows),
-        cells,
-        g,
-        tokens,
-        frame.colours,
-      );
+      const colouring = { name: panel.name, palette: colours, limit, causal };
+      paintMap(panel.picture, cells, colouring, g, tokens, frame.colours);
       panel.showScale(log, floor, top, limit);
     }
   }

@@ -63,26 +63,53 @@ export function extremes({ exact, sampled }: Cells, floor: number): { top: numbe
   let top = 0;
   let limit = floor;
   for (let i = 0; i < exact.length; i++) {
-    if (exact[i] === maps.UNKNOWN || sampled[i] === maps.UNKNOWN) continue;
-    const [x, y] = [maps.HALF[exact[i]], maps.HALF[sampled[i]]];
+    if ((exact[i] | sampled[i]) === 0 || exact[i] === maps.UNKNOWN || sampled[i] === maps.UNKNOWN) continue;
+    const x = maps.HALF[exact[i]];
+    const y = maps.HALF[sampled[i]];
     if (x > top) top = x;
     if (Math.abs(y - x) > limit) limit = Math.abs(y - x);
   }
   return { top, limit };
 }
 
-/** The picture of one of the three maps; cells that are masked or unknown are transparent. */
-export function cellImage(
-  name: "exact" | "sampled" | "difference",
+/** The cells of a canvas before they are scaled, and what they are drawn on: to make them takes as long as to paint. */
+interface Unscaled {
+  image: ImageData;
+  picture: OffscreenCanvas;
+}
+
+const unscaled = new WeakMap<HTMLCanvasElement, Unscaled>();
+
+/** The unscaled cells of a canvas, all of them transparent. */
+function unscaledOf(canvas: HTMLCanvasElement, { rows, columns }: Cells): Unscaled {
+  const known = unscaled.get(canvas);
+  if (known?.image.width === columns && known.image.height === rows) {
+    known.image.data.fill(0);
+    return known;
+  }
+  const made = { image: new ImageData(columns, rows), picture: new OffscreenCanvas(columns, rows) };
+  unscaled.set(canvas, made);
+  return made;
+}
+
+/** How the cells of a map are coloured. */
+export interface Colouring {
+  name: "exact" | "sampled" | "difference";
+  palette: Uint32Array;
+  /** The largest difference. */
+  limit: number;
+  causal: boolean;
+}
+
+/** Draws one of the three maps; cells that are masked or unknown stay transparent. */
+function colourCells(
+  image: ImageData,
   cells: Cells,
-  palette: Uint32Array,
-  limit: number,
-  causal: boolean,
+  { name, palette, limit, causal }: Colouring,
   numRows: number,
-): ImageData {
+) {
   const { exact, sampled, rows, columns } = cells;
   const [tall, wide] = [1 << cells.level.rows, 1 << cells.level.columns];
-  const image = new ImageData(columns, rows);
   const pixels = new Uint32Array(image.data.buffer);
   const codes = name === "exact" ? exact : sampled;
   const scale = 127.5 / limit;
@@ -96,34 +123,21 @@ export function cellImage(
         pixels[i] = maps.diverging[Math.round(127.5 + scale * (maps.HALF[sampled[i]] - maps.HALF[exact[i]]))];
     }
   }
-  return image;
-}
-
-/** What the cells of each canvas are drawn on before they are scaled: to make one takes as long as to paint. */
-const unscaled = new WeakMap<HTMLCanvasElement, OffscreenCanvas>();
-
-/** A canvas of the size of an image, which holds it. */
-function unscaledPicture(canvas: HTMLCanvasElement, image: ImageData): OffscreenCanvas {
-  let picture = unscaled.get(canvas);
-  if (picture?.width !== image.width || picture.height !== image.height) {
-    picture = new OffscreenCanvas(image.width, image.height);
-    unscaled.set(canvas, picture);
-  }
-  picture.getContext("2d")!.putImageData(image, 0, 0);
-  return picture;
 }
 
 /** Paints a map with its axes; `tokens` stand at the keys, and at the queries of a square map. */
 export function paintMap(
   canvas: HTMLCanvasElement,
-  image: ImageData,
   cells: Cells,
+  colouring: Colouring,
   g: Geometry,
   tokens: string[],
   colours: Colours,
 ): void {
   const context = cleared(canvas, g);
-  const picture = unscaledPicture(canvas, image);
+  const { image, picture } = unscaledOf(canvas, cells);
+  colourCells(image, cells, colouring, g.rows);
+  picture.getContext("2d")!.putImageData(image, 0, 0);
   const [tall, wide] = [(1 << cells.level.rows) * perRow(g), (1 << cells.level.columns) * perColumn(g)];
   const [x, y] = [columnX(g, cells.column << cells.level.columns), rowY(g, cells.row << cells.level.rows)];
   context.save();
@@ -202,12 +216,18 @@ export interface Overlay {
   cursor: Cell | null;
 }
 
+/** What was painted on each canvas above a map: most pictures of a map leave it as it is. */
+const overlays = new WeakMap<HTMLCanvasElement, string>();
+
 export function paintOverlay(
   canvas: HTMLCanvasElement,
   g: Geometry,
   overlay: Overlay,
   colours: Colours,
 ): void {
+  const look = JSON.stringify([g, overlay, colours, window.devicePixelRatio]);
+  if (overlays.get(canvas) === look) return;
+  overlays.set(canvas, look);
   const context = cleared(canvas, g);
   context.beginPath();
   context.rect(0, TOP, g.left + g.width, g.height);

@@ -24,6 +24,8 @@ export interface StripPoint {
   variance: number;
 }
 
+type Measure = "error" | "variance";
+
 /** Positions near those that are wanted, in the same order, at least `gap` apart and from `low` to `high`. */
 export function spread(wanted: number[], gap: number, low: number, high: number): number[] {
   const order = wanted.map((_, i) => i).sort((a, b) => wanted[a] - wanted[b]);
@@ -63,6 +65,11 @@ export function strip(): Strip {
   const error = makePanel("Error of the output against draws", "qtx-strip-error");
   const variance = makePanel("Variance of the output against draws", "qtx-strip-variance");
   const caption = h("p", { class: "qtx-note" });
+  const dotted = () => line(0, 0, 0, 0, { stroke: "var(--qtx-muted)", "stroke-dasharray": "2 3" });
+  const marks = { error: dotted(), variance: dotted() };
+  const scales: Partial<Record<Measure, Scale>> = {};
+  /** What was painted last: while the slider moves, only the lines at the number of draws change. */
+  let painted = "";
   const element = h("div", { class: "qtx-strip" });
   element.append(choice(), h("div", {}, error.box, variance.box), caption);
 
@@ -73,7 +80,7 @@ export function strip(): Strip {
       element.dataset.shown = measure;
       paint(state);
     };
-    const radio = (value: "error" | "variance") => {
+    const radio = (value: Measure) => {
       const checked = value === "error";
       return h("label", {}, h("input", { type: "radio", name, value, checked, change: show(value) }), value);
     };
@@ -85,10 +92,9 @@ export function strip(): Strip {
 
   function paintPanel(
     panel: Panel,
-    measure: "error" | "variance",
+    measure: Measure,
     name: string,
     slope: { power: number; label: string },
-    draws: number | null,
     sampler: string,
   ): void {
     if (panel.box.clientWidth === 0) return; // the other one is shown
@@ -104,26 +110,24 @@ export function strip(): Strip {
     panel.svg.replaceChildren(
       ...axes(height, xs, ys, "draws per row", name),
       ...reference(xs, ys, slope),
-      ...(draws !== null && draws >= xs.low && draws <= xs.high
-        ? [
-            line(xs(draws), ys.from, xs(draws), ys.to, {
-              stroke: "var(--qtx-muted)",
-              "stroke-dasharray": "2 3",
-            }),
-          ]
-        : []),
+      marks[measure],
       ...curves(known, measure, xs, ys, sampler),
     );
+    scales[measure] = xs;
+    for (const [name, y] of Object.entries({ y1: ys.from, y2: ys.to }))
+      marks[measure].setAttribute(name, String(y));
     panel.svg.setAttribute("aria-label", spoken(known, measure, name));
   }
 
-  function curves(
-    known: StripPoint[],
-    measure: "error" | "variance",
-    xs: Scale,
-    ys: Scale,
-    shown: string,
-  ): SVGElement[] {
+  /** Moves the line at the number of draws that the maps show. */
+  function mark(measure: Measure, draws: number | null): void {
+    const [xs, at] = [scales[measure], marks[measure]];
+    const isThere = xs !== undefined && draws !== null && draws >= xs.low && draws <= xs.high;
+    at.toggleAttribute("hidden", !isThere);
+    if (isThere) for (const name of ["x1", "x2"]) at.setAttribute(name, String(xs(draws)));
+  }
+
+  function curves(known: StripPoint[], measure: Measure, xs: Scale, ys: Scale, shown: string): SVGElement[] {
     const names = [...new Set(known.map((point) => point.sampler))];
     const series = names.map((name) =>
       known
@@ -160,14 +164,23 @@ export function strip(): Strip {
     const { draws, sampler, left, note } = state;
     element.hidden = points.length === 0;
     if (element.hidden) return;
-    paintPanel(error, "error", "‖ô − o‖ / ‖o‖", { power: -0.5, label: "∝ 1/√S" }, draws, sampler);
-    paintPanel(variance, "variance", "Var ô / ‖o‖²", { power: -1, label: "∝ 1/S" }, draws, sampler);
+    const look = JSON.stringify([points.length, sampler, error.box.clientWidth, variance.box.clientWidth]);
+    if (painted !== look) {
+      painted = look;
+      paintPanel(error, "error", "‖ô − o‖ / ‖o‖", { power: -0.5, label: "∝ 1/√S" }, sampler);
+      paintPanel(variance, "variance", "Var ô / ‖o‖²", { power: -1, label: "∝ 1/S" }, sampler);
+    }
+    mark("error", draws);
+    mark("variance", draws);
     caption.textContent = `${note}${left ? ` Still to come: ${whole(left)} points.` : ""}`;
   }
 
   return {
     element,
-    clear: () => (points = []),
+    clear: () => {
+      points = [];
+      painted = "";
+    },
     add: (more) => points.push(...more),
     paint,
   };
@@ -186,7 +199,7 @@ function reference(xs: Scale, ys: Scale, slope: { power: number; label: string }
 }
 
 /** The ends of the curves in words, for those who do not see them. */
-function spoken(known: StripPoint[], measure: "error" | "variance", name: string): string {
+function spoken(known: StripPoint[], measure: Measure, name: string): string {
   const last = new Map<string, StripPoint>();
   for (const point of known)
     if (point.draws >= (last.get(point.sampler)?.draws ?? 0)) last.set(point.sampler, point);

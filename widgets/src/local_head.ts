@@ -1,19 +1,10 @@
 // One head that the browser draws itself, without a kernel: its exact attention, and what is drawn of it.
 import type { MapsRequest, RowRequest } from "./lens_requests";
+import { placeHeadTailInto, prepareHeadTail, type HeadTailRow } from "./head_tail";
+import { masses, prepare, type Row } from "./inversion";
 import { half, TILE, type Level } from "./maps";
 import { uniformsInto, type RowStream } from "./philox";
-import {
-  masses,
-  numUniforms,
-  placeHeadTailInto,
-  placeInto,
-  placePoints,
-  prepare,
-  prepareHeadTail,
-  type HeadTailRow,
-  type Row,
-  type SamplerName,
-} from "./samplers";
+import { numUniforms, placeInto, placePoints, type SamplerName } from "./samplers";
 
 /** Queries that see fewer keys take them as they come: `FIRST_VALUES` in qtx_lab/samplers/value_order.py. */
 const FIRST_VALUES = 64;
@@ -54,13 +45,6 @@ export interface HeadDraws {
   measured: number;
 }
 
-/** A row in the order in which `head-tail` lays out its keys. */
-interface OrderedRow {
-  row: HeadTailRow;
-  /** The key at each place; null where they stand as they come. */
-  order: Uint16Array | null;
-}
-
 /** The inner product of a query and the key at a place. */
 function product(query: Float64Array, keys: Float32Array, at: number): number {
   const whole = query.length & ~3;
@@ -92,7 +76,7 @@ export class LocalHead {
   private readonly output: Float32Array;
   private readonly effectiveKeys: Float32Array;
   private plain: Row[] | null = null;
-  private inOrder: OrderedRow[] | null = null;
+  private inOrder: HeadTailRow[] | null = null;
   private last: HeadDraws | null = null;
   /** The memory of the draws. */
   private indices = new Int32Array(0);
@@ -222,10 +206,9 @@ export class LocalHead {
   ): void {
     const numSamples = at.length;
     placePoints(sampler, this.uniformsOf(i, repetition, numUniforms(sampler, numSamples)), numSamples, at);
-    if (sampler !== "head-tail") return placeInto(this.plainRow(i), at, sampler, indices, weights, start);
-    const { row, order } = this.orderedRow(i);
-    placeHeadTailInto(row, at, numSamples, indices, weights, start);
-    if (order !== null) for (let s = start; s < start + numSamples; s++) indices[s] = order[indices[s]];
+    if (sampler !== "head-tail")
+      return placeInto(this.plainRow(i), at, numSamples, sampler, indices, weights, start);
+    placeHeadTailInto(this.orderedRow(i), at, numSamples, indices, weights, start);
   }
 
   /** The first random numbers of a row's repetition, `count` or more. */
@@ -308,7 +291,7 @@ export class LocalHead {
     return this.plain[i];
   }
 
-  private orderedRow(i: number): OrderedRow {
+  private orderedRow(i: number): HeadTailRow {
     this.inOrder ??= this.mass.map((mass, row) => this.layOut(mass, row));
     return this.inOrder[i];
   }
@@ -320,7 +303,7 @@ export class LocalHead {
     return causal ? Math.min(padded, Math.ceil((row + 1) / SUM_STEP) * SUM_STEP) : padded;
   }
 
-  private layOut(mass: Float32Array, row: number): OrderedRow {
+  private layOut(mass: Float32Array, row: number): HeadTailRow {
     const { order, causal, numKeys } = this.inputs;
     const seen = causal ? Math.min(row + 1, numKeys) : numKeys;
     const inOrder = seen >= FIRST_VALUES;
@@ -329,7 +312,7 @@ export class LocalHead {
       laidOut = mass.slice();
       for (let j = 0; j < order.length; j++) laidOut[j] = mass[order[j]];
     }
-    return { row: prepareHeadTail(laidOut), order: inOrder ? order : null };
+    return prepareHeadTail(laidOut, inOrder ? order : null);
   }
 
   /** The exact weights of a part of a level's cells, each the mean of those under it; see `poolDraws`. */

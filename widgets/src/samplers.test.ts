@@ -1,6 +1,7 @@
 import { describe, expect, it } from "vitest";
+import { masses, sum, type Floats } from "./inversion";
 import { philox, uniforms } from "./philox";
-import { draw, masses, sum, type Floats, type SamplerName } from "./samplers";
+import { draw, type SamplerName } from "./samplers";
 import golden from "./samplers.test.json";
 
 const bytes = (base64: string) => Uint8Array.from(atob(base64), (c) => c.charCodeAt(0)).buffer;

@@ -30,6 +30,7 @@ from qtx_lab import cli
 from qtx_lab.errors import ArgumentError, StorageError
 from qtx_lab.experiments.annotations import read_annotations
 from qtx_lab.specs import ExperimentSpec, NotebookSpec, SearchSpec, SweepSpec
+from qtx_lab.theme import SAMPLER_MARKERS
 from qtx_lab.widgets.dashboard import figures, frames, maps, serve
 from qtx_lab.widgets.dashboard.cells import read_cells
 from qtx_lab.widgets.dashboard.devices_view import raw_and_mitigated
@@ -39,7 +40,14 @@ from qtx_lab.widgets.dashboard.page import DashboardPage, make_page
 from qtx_lab.widgets.dashboard.records import Records
 from qtx_lab.widgets.dashboard.run_files import find_notebook, read_report
 from qtx_lab.widgets.dashboard.server import is_loopback
-from qtx_lab.widgets.dashboard.settings import differing, facets, half_width, metric_columns, passes
+from qtx_lab.widgets.dashboard.settings import (
+    differing,
+    facets,
+    half_width,
+    metric_columns,
+    passes,
+    short_names,
+)
 from qtx_lab.widgets.dashboard.starting import starting_page
 
 VIEWS = ("Runs", "Sweeps", "Live", "Error", "Heads", "Devices", "Maps", "Jobs")
@@ -801,6 +809,57 @@ def test_a_filter_compares_parameters_and_metrics(text: str, found: str) -> None
     table["note"] = ["", "two words", ""]
     table.at[2, "tags"] = ("Paper",)
     assert " ".join(table["run"][passes(table, text)]) == found
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("error<0.1", "r0"), ("error=sobol", "r0"), ("spec.error=sobol", "r0"), ("error!=sobol", "r1 r2"),
+        ("error>0.1", "r1"), ("results.error=0.2", "r1"), ("error=boom", "r2"),
+    ],
+)  # fmt: skip
+def test_a_filter_knows_every_meaning_of_a_name(text: str, found: str) -> None:
+    table = listing_of(
+        {"spec.error": "sobol", "results.error": 0.05, "error": None},
+        {"spec.error": "halton", "results.error": 0.2, "error": None},
+        {"error": "boom"},
+    )
+    assert " ".join(table["run"][passes(table, text)]) == found
+
+
+def test_a_parameter_and_a_number_of_its_name_are_both_shown(tmp_path: Path) -> None:
+    """In every view of a page over a sweep whose notebooks log a parameter's name with other values."""
+    for error in (3, 5):
+        for seed in range(3):
+            parameters = {"error": error, "sampler": "sobol", "seed": seed}
+            spec = NotebookSpec(notebook="x", parameters=parameters)
+            with qtx.Run.create(spec, "x", tmp_path, sweep={"name": "a-sweep", "cell": "c"}) as run:
+                run.declare("error", main=True)
+                run.log_many(
+                    {"sampler": s, "num_samples": 8, "error": e + seed / 100 + error / 9, "step": 1}
+                    for s, e in (("lattice", 0.25), ("head-tail", 0.75))
+                )
+                run.update(results={"error": error / 10})
+    page = DashboardPage(Records(tmp_path), "light")
+    texts = {}
+    for name, view in page.views.items():
+        page.open(name)
+        listing = page.records.listing
+        view.show(view.prepare(listing, page.filtered(listing)))
+        for pane in view.body.select(lambda x: type(x).__name__ == "HoloViews"):
+            figures.hv.render(pane.object)
+        texts[name] = " ".join(p.object for p in view.body.select(lambda x: type(x).__name__ == "HTML"))
+    runs = texts["Runs"].replace("_<wbr>", "_")
+    assert "Sort by error (parameter)" in runs
+    assert "Sort by error'" in runs
+    assert "error (parameter)" in texts["Sweeps"]
+    assert "lattice" in texts["Sweeps"]
+    both = ["results.error", "spec.error"]
+    assert len(set(short_names(both).values())) == 2
+
+
+def test_the_dashboard_can_draw_every_marker() -> None:
+    assert set(SAMPLER_MARKERS.values()) | {"h"} <= set(figures.MARKERS)  # "h": named in CONTRIBUTING.md
 
 
 def test_only_runs_that_differ_in_the_seed_are_averaged() -> None:

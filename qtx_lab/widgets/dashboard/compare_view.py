@@ -142,7 +142,7 @@ class CompareView(DashboardView):
 def _spec(run: ComparedRun) -> dict[str, str]:
     names = [name for name in run.row.index if str(name).startswith(SPEC)]
     fields = {name.removeprefix(SPEC): value_text(run.row[name]) for name in names}
-    return {"kind": value_text(run.row.get("kind")), **fields}
+    return {"kind of spec": value_text(run.row.get("kind")), **fields}
 
 
 def _environment(run: ComparedRun) -> dict[str, str]:

@@ -21,7 +21,7 @@ HEIGHT = 430
 """Height of a figure in pixels."""
 
 MARKERS = {"o": "circle", "^": "triangle", "s": "square", "D": "diamond", "v": "inverted_triangle"}
-MARKERS |= {"P": "square_cross", "X": "x", "*": "star", "": "circle"}
+MARKERS |= {"P": "square_cross", "X": "x", "*": "star", "h": "hex", "": "circle"}
 """What Bokeh calls the theme's markers."""
 
 UNITS = {

@@ -19,7 +19,7 @@ from . import figures, frames
 from .cells import Cell, seconds_since
 from .elements import DashboardView, empty_note, html_pane, html_table, status_mark
 from .records import Listing
-from .settings import RESULT, SPEC, metric_columns, short_name
+from .settings import RESULT, SPEC, metric_columns, short_name, value_text
 from .view_host import ViewHost
 
 MAX_FOLLOWED = 8
@@ -56,7 +56,7 @@ class LiveRun:
     metrics: pd.DataFrame | QtxError
     cells: tuple[Cell, ...] = ()
     settings: frozenset[str] = frozenset()
-    """Names of the fields of its spec: they are no results."""
+    """Names of the fields of its spec, without those whose column in the metrics has other values."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,8 @@ class LiveView(DashboardView):
                     metrics = error
                 own = rows.loc[row.Index]
                 fields = [c for c in rows.columns if c.startswith(SPEC)]
-                settings = frozenset(short_name(c) for c in fields if pd.notna(own[c]))
+                fields = [c for c in fields if pd.notna(own[c]) and not _is_measured(c, own[c], metrics)]
+                settings = frozenset(map(short_name, fields))
                 cells = self.page.records.cells(row.run) or ()
                 followed[row.run] = LiveRun(own, metrics, cells, settings)
         return LiveData(sweeps, followed)
@@ -201,6 +202,14 @@ def _curves(runs: dict[str, LiveRun]) -> Curves:
                     line = (mean.index.to_numpy(), mean.to_numpy())
                     curves.setdefault((metric, x), {})[str(label)] = line
     return curves
+
+
+def _is_measured(field: str, value: Any, metrics: pd.DataFrame | QtxError) -> bool:
+    """Whether the metrics have a column with the name of a field, and other values in it."""
+    if not isinstance(metrics, pd.DataFrame) or short_name(field) not in metrics:
+        return False
+    logged = metrics[short_name(field)].dropna()
+    return bool((logged.map(value_text) != value_text(value)).any())
 
 
 def _results(frame: pd.DataFrame, settings: frozenset[str]) -> list[str]:

@@ -26,7 +26,7 @@ from .elements import (
     status_mark,
 )
 from .records import Listing
-from .settings import RESULT, SPEC, differing, half_width, metric_columns, short_name, value_text
+from .settings import RESULT, SPEC, differing, half_width, metric_columns, short_names, value_text
 from .view_host import ViewHost
 
 NO_RUNS = """<div class="empty"><h2>No runs yet in <code>{home}</code></h2>
@@ -117,7 +117,7 @@ class RunsView(DashboardView):
     def prepare(self, listing: Listing, rows: pd.DataFrame) -> RunsPage:
         """Put runs together, sort them, and take the page that is shown."""
         settings, metrics = differing(rows), metric_columns(rows)
-        offered = {short_name(c): c for c in [*metrics, *settings]}
+        offered = {name: c for c, name in short_names([*metrics, *settings]).items()}
         chosen = [c for c in self._columns.value if c in offered.values()]
         automatic = [c for c in settings if c != f"{SPEC}notebook"]  # the run's name says it
         columns = chosen or [*automatic[:MAX_SETTINGS], *metrics[:MAX_METRICS]]
@@ -173,7 +173,8 @@ class RunsView(DashboardView):
         """The headings of the table, each a link that sorts by it."""
         names = {"": ("<span class='note'>✓</span>", "")}
         known = [("started", "started (UTC)", ""), ("name", "name", ""), ("status", "status", "")]
-        known += [(c, short_name(c), "number" if c.startswith(RESULT) else "") for c in columns]
+        short = short_names(columns)
+        known += [(c, short[c], "number" if c.startswith(RESULT) else "") for c in columns]
         known += [("seconds", "seconds", "number"), ("seed", "seed", "number")]
         headings = dict(names.values())
         for column, name, css_class in known:

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ...experiments.measured_table import parameter_key
+
 SPEC, RESULT = "spec.", "results."
 """What columns of the listing begin with: fields of specs, and numbers that were measured."""
 
@@ -65,6 +67,20 @@ def short_name(column: str) -> str:
     'num_samples'
     """
     return column.removeprefix(SPEC).removeprefix(RESULT)
+
+
+def short_names(columns: Iterable[str]) -> dict[str, str]:
+    """The short name of each column; that of a parameter says so where a result has the same name.
+
+    >>> short_names(["results.error", "spec.error", "spec.layer"])
+    {'results.error': 'error', 'spec.error': 'error (parameter)', 'spec.layer': 'layer'}
+    """
+    all_columns = list(columns)
+    results = {short_name(c) for c in all_columns if not c.startswith(SPEC)}
+    return {
+        c: parameter_key(short_name(c)) if c.startswith(SPEC) and short_name(c) in results else short_name(c)
+        for c in all_columns
+    }
 
 
 def differing(table: pd.DataFrame, columns: Iterable[str] | None = None) -> list[str]:
@@ -199,7 +215,8 @@ def passes(table: pd.DataFrame, text: str) -> pd.Series:
     """Which runs a filter lets pass: those that have all its words.
 
     A word is a part of the run's name, of a tag or of the note; or a condition on a parameter, a metric or a
-    column of the listing, such as `sampler=head-tail`, `num_samples>=64` or `sweep=NAME`.
+    column of the listing, such as `sampler=head-tail`, `num_samples>=64` or `sweep=NAME`. Of a name that is
+    a parameter and a metric, such as `error`, either may fulfil it; `spec.error` is the parameter alone.
     """
     try:
         words = shlex.split(text)
@@ -208,14 +225,21 @@ def passes(table: pd.DataFrame, text: str) -> pd.Series:
     result = pd.Series(True, table.index)
     for word in words:
         match = CONDITION.fullmatch(word)
-        column = match and _column(table, match[1])
-        result &= _holds(table[column], match[2], match[3]) if match and column else _contains(table, word)
+        columns = _columns(table, match[1]) if match else []
+        result &= _hold(table[columns], match[2], match[3]) if match and columns else _contains(table, word)
     return result
 
 
-def _column(table: pd.DataFrame, name: str) -> str | None:
-    """The column that a name means."""
-    return next((c for c in (name, f"{SPEC}{name}", f"{RESULT}{name}") if c in table.columns), None)
+def _columns(table: pd.DataFrame, name: str) -> list[str]:
+    """The columns that a name may mean."""
+    return [c for c in (name, f"{SPEC}{name}", f"{RESULT}{name}") if c in table.columns]
+
+
+def _hold(columns: pd.DataFrame, operator: str, text: str) -> pd.Series:
+    """Whether any of the columns fulfils a condition; for !=, whether none of those with a value is equal."""
+    if operator == "!=":
+        return columns.notna().any(axis=1) & ~_hold(columns, "=", text)
+    return pd.concat([_holds(columns[c], operator, text) for c in columns], axis=1).any(axis=1)
 
 
 def _contains(table: pd.DataFrame, word: str) -> pd.Series:
@@ -227,7 +251,7 @@ def _contains(table: pd.DataFrame, word: str) -> pd.Series:
 
 
 def _holds(column: pd.Series, operator: str, text: str) -> pd.Series:
-    compare = {"=": np.equal, "!=": np.not_equal, "<": np.less, ">": np.greater, "<=": np.less_equal}.get(
+    compare = {"=": np.equal, "<": np.less, ">": np.greater, "<=": np.less_equal}.get(
         operator, np.greater_equal
     )
     numbers = pd.to_numeric(column, errors="coerce").astype("Float64").to_numpy("float64", na_value=np.nan)
@@ -235,7 +259,6 @@ def _holds(column: pd.Series, operator: str, text: str) -> pd.Series:
         value = float(text)
     except ValueError:
         words = column.map(lambda x: " ".join(x) if isinstance(x, tuple) else value_text(x)).str.lower()
-        equal = words == text.lower()
-        matches = equal if operator == "=" else ~equal if operator == "!=" else pd.Series(False, column.index)
+        matches = words == text.lower() if operator == "=" else pd.Series(False, column.index)
         return matches & column.notna()
     return pd.Series(compare(numbers, value) & ~np.isnan(numbers), column.index)

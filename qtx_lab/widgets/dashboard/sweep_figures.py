@@ -14,7 +14,7 @@ from bokeh.core.properties import value
 from ... import theme as look
 from . import frames
 from .figures import FONT, axes, curve_colours, label, log_ticks, names_at_ends
-from .settings import short_name, value_text
+from .settings import SPEC, short_name, value_text
 
 MAX_TICKS = 12
 """Values of a parameter that are written on its axis."""
@@ -124,7 +124,7 @@ def importance_bars(table: pd.DataFrame, theme: str) -> hv.Overlay:
     c = look.colours_of(theme)
     table = table[::-1].reset_index(drop=True)
     rows = np.arange(len(table))
-    is_parameter = ~table["name"].str.contains("interactions|seed", regex=True)
+    is_parameter = table["name"].str.startswith(SPEC)
     share = 100 * table["share"]
     bars = hv.Rectangles(
         {

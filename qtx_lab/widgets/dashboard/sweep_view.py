@@ -19,7 +19,7 @@ from .elements import empty_note, html_table, late_select, offer
 from .figure_views import FigureView, Finding
 from .importance import Importance, importance
 from .records import Records
-from .settings import SPEC, differing, metric_columns, short_name, value_text
+from .settings import RESULT, SPEC, differing, metric_columns, short_name, value_text
 from .sweep_figures import MAX_LINES, importance_bars, means_against, parallel_coordinates
 from .view_host import ViewHost
 
@@ -54,6 +54,7 @@ class SweepData:
     parameters : list of str
         Columns that tell the rows apart: of the specs, and of the metrics, as a sampler.
     metric : str
+        The column of the metric: "results." and its name.
     importance : Importance or None
     table : MeasuredTable
         The means over runs that differ in nothing but the seed.
@@ -138,12 +139,13 @@ def _sweep_data(
         return None
     names = {key: f"{SPEC}{key}" for key in measured.keys}
     values = measured.frame[["run", "value", "half_width", *measured.keys]]
-    values = values.rename(columns={**names, "value": metric})
+    column = f"{RESULT}{metric}"
+    values = values.rename(columns={**names, "value": column})
     of_runs = runs[[c for c in ("run", "kind", "code", "seed") if c in runs]]
-    frame = frames.numbers(values.merge(of_runs, on="run"), metric)
+    frame = frames.numbers(values.merge(of_runs, on="run"), column)
     parameters = differing(frame, names.values())
     table = measured_table(manifests, metric)
-    return SweepData(frame, parameters, metric, importance(frame, parameters, metric), table)
+    return SweepData(frame, parameters, column, importance(frame, parameters, column), table)
 
 
 def _measured_table(table: MeasuredTable) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from ....experiments.manifest import read_manifest
-from ....experiments.measured_table import differing_parameters, measured_table
+from ....experiments.measured_table import differing_parameters, measured_table, parameter_key
 from ....experiments.notebooks import notebook_path
 from ....experiments.runs import Run, read_manifests, runs
 from ....specs import ClusterSpec
@@ -133,7 +133,10 @@ class SweepProgress:
         parameters = differing_parameters([notebook.spec.to_parameters() for notebook in self.notebooks])
         if any(notebook.repeat for notebook in self.notebooks):
             repeats = [notebook.repeat + 1 for notebook in self.notebooks]
-            parameters = [{**x, "repeat": repeat} for x, repeat in zip(parameters, repeats, strict=True)]
+            parameters = [
+                {**_renamed(x, ("repeat",)), "repeat": repeat}
+                for x, repeat in zip(parameters, repeats, strict=True)
+            ]
         return list(zip(self.notebooks, parameters, strict=True))
 
     def _row(
@@ -146,12 +149,12 @@ class SweepProgress:
         folder, manifest = by_key.get(notebook.key, (Path(), {"status": "waiting"}))
         status = "taken from an earlier run" if notebook.key in self.taken else manifest["status"]
         seconds = manifest.get("seconds")
-        return {
-            **{name: str(value) for name, value in parameters.items()},
+        own = {
             "status": status,
             "seconds": "" if seconds is None else f"{seconds:.1f}",
             "run": folder.name,
         }
+        return {**{name: str(value) for name, value in _renamed(parameters, own).items()}, **own}
 
     def _runs(self) -> dict[str, tuple[Path, Mapping[str, Any]]]:
         """The runs of this sweep so far, by the keys of their notebooks."""
@@ -162,6 +165,11 @@ class SweepProgress:
             if key in keys and pd.Timestamp(manifest["started"]) >= self._started:
                 found[key] = folder, manifest
         return found
+
+
+def _renamed(parameters: Mapping[str, Any], columns: Collection[str]) -> dict[str, Any]:
+    """Parameters by their names, which say "(parameter)" where the table has a column of that name."""
+    return {parameter_key(name) if name in columns else name: x for name, x in parameters.items()}
 
 
 def _figure_of(run: Run) -> dict[str, Any]:

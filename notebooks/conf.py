@@ -73,7 +73,9 @@ numpydoc_xref_aliases |= {name: f"qtx_lab.{name}" for name in qtx_lab.__all__}
 
 html_theme = "pydata_sphinx_theme"
 html_title = "qtx_lab"
-html_static_path: list[str] = []
+html_static_path = ["docs.css"]
+html_css_files = ["docs.css"]
+toc_object_entries_show_parents = "hide"  # the side has room for a method's own name
 html_copy_source = False
 html_show_sourcelink = False
 html_theme_options = {
@@ -125,6 +127,13 @@ def fields_of(spec: Any) -> list[str]:
     return list_table(rows)
 
 
+def signature_of(spec: Any) -> str:
+    """The fields of a spec with their defaults; what is allowed for each is in the table of the fields."""
+    fields = spec.model_fields.items()
+    defaults = (f"{name}{'' if x.is_required() else f'={x.get_default()!r}'}" for name, x in fields)
+    return f"(*, {', '.join(defaults)})" if fields else "()"
+
+
 def page_of(thing: Any, path: str) -> str:
     """The page of what can be imported by this path, in reStructuredText."""
     name = path.rpartition(".")[2]
@@ -135,8 +144,9 @@ def page_of(thing: Any, path: str) -> str:
         lines += [f"   {EXPERIMENTAL[name]} See :doc:`what that means <../stability>`.", ""]
     if kind == "module":
         return "\n".join([*lines, f".. automodule:: {thing.__name__}", "   :members:", ""])
-    lines += [f".. auto{kind}:: {path}"]
-    if kind == "class" and "model_fields" in dir(thing):
+    is_spec = kind == "class" and "model_fields" in dir(thing)
+    lines += [f".. auto{kind}:: {path}{signature_of(thing) if is_spec else ''}"]
+    if is_spec:
         lines += fields_of(thing)
     elif kind == "class" and not issubclass(thing, Exception):
         lines += ["   :members:"]
@@ -227,8 +237,10 @@ def reduce_parameters(app: Sphinx, docname: str, content: list[str]) -> None:
 
 LITERAL = re.compile(r"(``.*?``|:[\w:]+:`[^`]*`|`[^`]*`_*)")
 HAT = re.compile(r"\b([A-Za-z])_hat(?=\b|_)")
+GREEK = {"sum": "Σ", "prod": "Π", "chi": "χ", "psi": "ψ", "lambda": "λ"}
 SUBSCRIPT = re.compile(
-    r"(?<![\w.*])(sum|mean|chi|psi|lambda|[A-Za-zα-ωΑ-Ω]\u0302?)_(?:\{([^{}]*)\}|\(([^()]*)\)|([A-Za-z0-9]{1,2}))(?![\w`])"
+    r"(?<![\w.*])(sum|prod|chi|psi|lambda|mean|var|[A-Za-zα-ωΑ-Ω]\u0302?)"
+    r"_(?:\{([^{}]*)\}|\(([^()]*)\)|([A-Za-z0-9]{1,2}?))(?![^\W²³]|`)"
 )
 POWER = re.compile(
     r"(?<=[\w)|`\u0302])(?:\\ )?\^(?:\{([^{}]*)\}|\(([^()]*)\)|([-−]?[^\W_]+(?:_[^\W_]{2,})*))"
@@ -245,7 +257,9 @@ def escaped(text: str) -> str:
     for i in range(0, len(parts), 2):
         part = HAT.sub("\\1\u0302", parts[i])
         part = re.sub(r"(?<!\\)\|", r"\\|", part)
-        part = SUBSCRIPT.sub(lambda match: rf"\ *{match[1]}*\ :sub:`{index(match)}`\ ", part)
+        part = SUBSCRIPT.sub(
+            lambda match: rf"\ *{GREEK.get(match[1], match[1])}*\ :sub:`{index(match)}`\ ", part
+        )
         parts[i] = POWER.sub(lambda match: rf"\ :sup:`{index(match)}`\ ", part)
     return "".join(parts)
 

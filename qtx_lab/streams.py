@@ -89,6 +89,8 @@ def philox(
 
     The first of the known answers of its authors:
 
+    Examples
+    --------
     >>> [f"{int(x):08x}" for x in philox(0, 0, 0, 0, 0)]
     ['6627e8d5', 'e169c58d', 'bc57ac4c', '9b00dbd8']
     """

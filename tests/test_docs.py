@@ -1,5 +1,6 @@
 """The documentation: links hold, every public name has a page, and the code of the pages runs."""
 
+import ast
 import doctest
 import inspect
 import re
@@ -15,6 +16,7 @@ from qtx_lab.bench.base import NAMES
 from qtx_lab.cli import main
 from qtx_lab.samplers import BASELINES, SAMPLERS, unregister_sampler
 from qtx_lab.stability import EXPERIMENTAL, STABLE
+from tests.widgets.conftest import chromium
 
 ROOT = Path(__file__).parents[1]
 PAGES = ROOT / "notebooks"
@@ -34,14 +36,14 @@ CODED = [
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The pages as text, read with every warning as an error and without running a notebook."""
+    """The folder of the pages, built with every warning as an error and without running a notebook."""
     from sphinx.application import Sphinx
 
     out = tmp_path_factory.mktemp("docs")
     messages = out / "warnings.txt"
     with messages.open("w", encoding="utf-8") as stream:
         overrides = {"nb_execution_mode": "off"}
-        app = Sphinx(PAGES, PAGES, out, out / "doctrees", "dummy", overrides, status=None, warning=stream)
+        app = Sphinx(PAGES, PAGES, out, out / "doctrees", "html", overrides, status=None, warning=stream)
         app.build()
     assert messages.read_text(encoding="utf-8") == ""
     return out
@@ -63,6 +65,19 @@ def test_every_public_name_has_a_page_with_types_and_an_example(built: Path) -> 
         if not any(example.want for example in read(inspect.getdoc(getattr(qtx_lab, name)) or ""))
     ]
     assert sorted(without) == []  # an example that only defines a function shows nothing
+
+
+def test_examples_stand_under_their_heading() -> None:
+    # Elsewhere a page shows them as a part of the arguments or errors before them.
+    without = []
+    for path in sorted((ROOT / "qtx_lab").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                above = (ast.get_docstring(node) or "").partition("\n>>>")[0::2]
+                headings = re.findall(r"^(\w[\w ]*)\n-{3,}$", above[0], flags=re.M)
+                if above[1] and headings and headings[-1] != "Examples":
+                    without.append(f"{path.name}: {node.name}")
+    assert without == []
 
 
 def test_every_sampler_has_a_page_and_a_row_in_their_table(built: Path) -> None:
@@ -113,12 +128,43 @@ def test_the_first_page_answers_ten_questions_and_readme_is_short() -> None:
     assert [link for link in links if not (ROOT / link).exists()] == []
 
 
+CUT_OFF = """() => {
+  const article = document.querySelector("article"), edge = article.getBoundingClientRect().right + 2;
+  const scrolls = e =>
+    e && e !== article && (getComputedStyle(e).overflowX !== "visible" || scrolls(e.parentElement));
+  const wide = [...article.querySelectorAll("*:not(.headerlink)")].filter(
+    e => e.getClientRects().length && e.getBoundingClientRect().right > edge && !scrolls(e.parentElement));
+  const side = document.querySelector(".bd-sidebar-secondary");
+  return [...wide.slice(0, 3).map(e => e.textContent.trim().slice(0, 60)),
+    ...(side && side.scrollWidth > side.clientWidth ? ["the contents at the side"] : [])];
+}"""
+"""What of a page is wider than its place and cannot be scrolled."""
+
+
+@pytest.mark.ui
+def test_no_page_of_the_reference_is_cut_off_at_1280_pixels(built: Path) -> None:
+    path = chromium()
+    from playwright.sync_api import sync_playwright
+
+    cut = {}
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1280, "height": 800})
+        for file in sorted((built / "reference" / "api").glob("*.html")):
+            page.goto(file.as_uri())
+            if found := page.evaluate(CUT_OFF):
+                cut[file.stem] = found
+        browser.close()
+    assert cut == {}
+
+
 @pytest.mark.parametrize(
     ("written", "shown"),
     [
         ("biased by O(S^-5)", r"biased by O(S\ :sup:`-5`\ )"),
         ("keys U_i, 2^32 of them", r"keys \ *U*\ :sub:`i`\ , 2\ :sup:`32`\  of them"),
         ("|v_j - c|^2", r"\|\ *v*\ :sub:`j`\  - c\|\ :sup:`2`\ "),
+        ("sum_l w_l² var_l", r"\ *Σ*\ :sub:`l`\  \ *w*\ :sub:`l`\ ² \ *var*\ :sub:`l`\ "),
         ("|o_hat|", "\\|o\u0302\\|"),
         ("``U_i`` and `x_i` and num_samples", "``U_i`` and `x_i` and num_samples"),
     ],

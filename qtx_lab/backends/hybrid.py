@@ -28,6 +28,8 @@ class HybridPolicy:
     max_pending : int, optional
         All rows are, while more jobs than that wait for the device.
 
+    Examples
+    --------
     >>> HybridPolicy(max_qubits=6).max_qubits
     6
     """

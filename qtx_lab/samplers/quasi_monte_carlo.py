@@ -50,6 +50,8 @@ class QuasiMonteCarloSampler(InversionSampler):
     ArgumentError
         If the sequence is unknown.
 
+    Examples
+    --------
     >>> import torch
     >>> g = torch.Generator().manual_seed(0)
     >>> QuasiMonteCarloSampler("sobol").sample_attention_weights(torch.zeros(2, 4), 4, generator=g)

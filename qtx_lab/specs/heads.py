@@ -21,6 +21,8 @@ def read_heads(text: str) -> dict[int, frozenset[int] | None]:
     ValueError
         If the text is of another form, or a range falls.
 
+    Examples
+    --------
     >>> read_heads("0-1, 3:0, 3:5-6")
     {0: None, 1: None, 3: frozenset({0, 5, 6})}
     """
@@ -62,6 +64,8 @@ def places_of(text: str, layers: int, heads: int) -> list[tuple[int, int]]:
     ArgumentError
         If the model lacks one of them.
 
+    Examples
+    --------
     >>> places_of("1, 0:1", layers=2, heads=2)
     [(0, 1), (1, 0), (1, 1)]
     """

@@ -124,6 +124,8 @@ def split_words(text: str) -> list[Any]:
     ValueError
         If a bracket or a quotation mark is not closed, or a part is empty.
 
+    Examples
+    --------
     >>> split_words('a,[b, c],"d, e"')
     ['a', '[b, c]', 'd, e']
     """

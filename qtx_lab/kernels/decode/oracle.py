@@ -27,6 +27,8 @@ def decode(logits: Tensor, values: Tensor, offsets: Tensor, num_samples: int) ->
     indices : Tensor, int64, (..., M, S)
     output : Tensor, (..., M, Ev)
 
+    Examples
+    --------
     >>> decode(torch.tensor([[0.0, 0.0]]), torch.tensor([[1.0], [3.0]]), torch.tensor([0.5]), 4)
     (tensor([[0, 0, 1, 1]]), tensor([[2.]], dtype=torch.float64))
     """

@@ -28,6 +28,8 @@ def prefill(logits: Tensor, values: Tensor, offsets: Tensor, num_samples: int) -
     -------
     output : Tensor, (Ev,)
 
+    Examples
+    --------
     >>> prefill(torch.zeros(2), torch.tensor([[1.0], [3.0]]), torch.tensor([0.5]), 4)
     tensor([2.], dtype=torch.float64)
     """

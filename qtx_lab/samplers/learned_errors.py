@@ -69,7 +69,17 @@ class Spread:
             output[block], self.size[heads], draws.indices.shape[-1], self.output_dtype
         )
         seen = (draws.weights > 0).any(-1, keepdim=True)
-        return torch.where(seen, (variance / replicates).clamp_min(0) + rounding, 0)
+        variance = torch.where(seen, (variance / replicates).clamp_min(0) + rounding, 0)
+        weightless = ~seen & (proposal > 0).any(-1, keepdim=True)  # a sink took all, for all that was drawn
+        return torch.where(weightless, self._squares(block), variance) if bool(weightless.any()) else variance
+
+    def _squares(self, block: tuple[slice, slice]) -> Tensor:
+        """sum_j p_j sum_j p_j v_j^2 >= (sum_j p_j v_j)^2, (heads, rows, d), by the exact probabilities.
+
+        It bounds the squared error of an estimate of 0.
+        """
+        p = self._probabilities(block)
+        return p.sum(-1, keepdim=True) * (p @ self.problem.values[block[0], : p.shape[-1]].square())
 
     def distance(self, o: Tensor, head: Tensor, row: Tensor) -> Tensor:
         """The mean of (v_j - o)^2 over the keys that rows (P,) of heads (P,) see, for o (P, d): (P, d)."""
@@ -83,6 +93,13 @@ class Spread:
 
         From the exact probabilities of all keys, O(n E) a row: nothing else tells what a proposal overlooked.
         """
+        p = self._probabilities(block)
+        n, width = p.shape[-1], self.problem.width
+        distance = self.table[block[0], :n, width:].sum(-1)[..., None]
+        return ((draws[block].dense(n) - p).square() @ distance)[..., 0].sqrt()
+
+    def _probabilities(self, block: tuple[slice, slice]) -> Tensor:
+        """The exact probabilities of all keys, (heads, rows, n or fewer): 1 in all with that of a sink."""
         heads, rows = block
         logits = self.problem.logits(heads, rows)
         normaliser = log_sum_exp(logits)
@@ -90,10 +107,7 @@ class Spread:
         if sinks is not None:
             sinks = sinks.expand(self.problem.row_shape).reshape(self.problem.shape)[block]
             normaliser = torch.logaddexp(normaliser, sinks)
-        p = (logits - normaliser[..., None]).exp().masked_fill(logits == -torch.inf, 0)
-        n, width = p.shape[-1], self.problem.width
-        distance = self.table[heads, :n, width:].sum(-1)[..., None]
-        return ((draws[block].dense(n) - p).square() @ distance)[..., 0].sqrt()
+        return (logits - normaliser[..., None]).exp().masked_fill(logits == -torch.inf, 0)
 
 
 def _times(draws: Draws) -> Tensor:

@@ -290,6 +290,26 @@ def test_exact_logits_only_at_the_drawn_keys(monkeypatch):
     sampler(q, k, v, 4, generator=seeded(0))
 
 
+@pytest.mark.parametrize("size", [30.0, 300.0, 3e3, 3e4])
+@pytest.mark.parametrize("sink", [-1e4, 5.0, 300.0, 3e3, 1e5])
+def test_an_error_bar_of_zero_is_exact_beside_a_sink(size, sink):
+    """Where a sink leaves the drawn keys no weight in float32, keys that were not drawn may have it all."""
+    g = seeded(7)
+    q, k, v = size * torch.randn(1, 4, 32, 8, generator=g), *torch.randn(2, 1, 4, 64, 8, generator=g)
+    sampler = LearnedImportanceSampler(8, rank=4)
+    sampler.fit(q, k, steps=0, seed=0, progress=False)
+    sinks = torch.full((4,), sink)
+    exact = qtx.sampled_attention(q, k, v, sampler="exact", sinks=sinks).output
+    for replicates in (1, 4):
+        estimate = qtx.sampled_attention(
+            q, k, v, sampler=sampler, num_samples=8, replicates=replicates, sinks=sinks, generator=g
+        )
+        wrong = (estimate.output - exact).abs() > 1e-5
+        assert (estimate.std_error[wrong] > 0).all()
+        assert estimate.output.isfinite().all()
+        assert not estimate.reliability.isnan().any()
+
+
 @pytest.mark.parametrize("estimator", ["self-normalised", "debiased"])
 def test_same_seed_same_bits_whatever_the_blocks(estimator, monkeypatch):
     q, k, v = inputs(3, 2)

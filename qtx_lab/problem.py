@@ -339,7 +339,8 @@ class AttentionProblem:
         if not bool(((size > 0) & ((size < 2.0**-30) | (size > 2.0**30))).any()):
             return None
         size = self._without_hidden(v).abs().amax((1, 2), keepdim=True)
-        return torch.exp2(size.clamp_min(torch.finfo(self.dtype).tiny).log2().floor())
+        exponent = torch.frexp(size.clamp_min(torch.finfo(self.dtype).tiny)).exponent
+        return torch.exp2((exponent - 1).to(self.dtype))  # by log2 it would be 2^128 for the largest float32
 
     def _without_hidden(self, values: Tensor) -> Tensor:
         """Values (N, n, Ev), 0 where no row sees the key: what a cache holds there may be of any size."""
@@ -347,8 +348,18 @@ class AttentionProblem:
         return values if visible is None else torch.where(visible[..., None], values, 0)
 
     def in_units(self, x: Tensor) -> Tensor:
-        """What was computed from `values`, (N, M, ...), in the units of the caller's values."""
-        return x if self.unit is None else x * self.unit
+        """What was computed from `values`, (N, M, ...), in the units of the caller's values.
+
+        What only its rounding would make infinite, as averages of the largest numbers, is the largest number.
+        """
+        if self.unit is None:
+            return x
+        scaled = x * self.unit
+        largest = torch.finfo(self.v.dtype).max
+        if not bool((scaled.detach().abs() > largest).any()):
+            return scaled
+        rounded = x.detach().abs() <= 2 * (1 + 1e-5)  # the caller's values are below 2 units
+        return torch.where(rounded, scaled.clamp(-largest, largest), scaled)
 
     @property
     def row_sinks(self) -> Tensor | None:

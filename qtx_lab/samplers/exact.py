@@ -106,6 +106,8 @@ def _output_by_blocks(problem: AttentionProblem) -> Tensor:
 def _output_by_sdpa(problem: AttentionProblem) -> Tensor:
     """softmax(q k^T scale + mask) v by SDPA, (N, M, d), in v's dtype."""
     q, k, v, mask, scale = problem.q, problem.k, problem.v, problem.mask, problem.scale
+    if problem.unit is not None:  # torch's kernels add up values before they divide by the sum of weights
+        v = problem.values.to(v.dtype).view(v.shape)
     if scale <= 0:  # torch's CPU kernel multiplies a causal mask's -inf by the scale: NaN, or keys unmasked
         q, scale = (-q, -scale) if scale else (0 * q, 1.0)
     if mask is not None:  # SDPA takes masks of two dimensions or more, in q's dtype
@@ -124,4 +126,5 @@ def _output_by_sdpa(problem: AttentionProblem) -> Tensor:
         output = F.scaled_dot_product_attention(
             q4, k4, v4, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=problem.group > 1
         )
-    return output[..., : v.shape[-1]].reshape(*problem.shape, v.shape[-1])
+    output = output[..., : v.shape[-1]].reshape(*problem.shape, v.shape[-1])
+    return problem.in_units(output).to(v.dtype)

@@ -336,6 +336,28 @@ def test_values_of_any_size_give_the_same_relative_result(name, size):
     assert ((est.output / size - exact).norm(dim=-1) <= 0.2 * exact.norm(dim=-1)).double().mean() > 0.95
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "options", [{}, {"is_causal": True}, {"softcap": 5.0}, {"sinks": torch.zeros(2)}], ids=str
+)
+@pytest.mark.parametrize("share", [1.0, 0.3])
+def test_averages_of_the_largest_numbers_are_numbers(dtype, options, share):
+    """An average is no larger than what it is of; torch adds values up before it divides by their weights."""
+    g, largest = torch.Generator().manual_seed(0), torch.finfo(dtype).max
+    q, k, signs = (torch.randn(1, 2, 40, 8, generator=g).to(dtype) for _ in range(3))
+    v = signs.sign() * share * largest
+    small = {"rtol": 1e-2, "atol": 1e-2} if dtype.itemsize == 2 else {}
+    for sign in (v, v.abs()):
+        exact = qtx.sampled_attention(q, k, sign, sampler="exact", **options).output
+        expected = qtx.sampled_attention(q, k, sign / largest, sampler="exact", **options).output
+        torch.testing.assert_close(exact / largest, expected, **small)
+        for name in ("systematic", "head-tail", "monte-carlo"):
+            drawn = qtx.sampled_attention(
+                q, k, sign, sampler=name, num_samples=8, generator=g, **options
+            ).output
+            assert drawn.isfinite().all(), name
+
+
 def test_values_swapped_under_a_tensor_get_an_order_of_their_own(generator):
     v = torch.randn(4, 8, 3, generator=generator)
     x = torch.randn(4, 8, 5, generator=generator)

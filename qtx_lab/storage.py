@@ -239,9 +239,13 @@ def write_frame(path: Path, frame: pd.DataFrame) -> None:
 
     Raises
     ------
+    ArgumentError
+        If it has no columns.
     StorageError
         If it cannot be written.
     """
+    if not len(frame.columns):
+        raise ArgumentError("A table without columns is not allowed: no parquet file holds one.")
     with database() as connection:
         connection.register("frame", frame)
         write_atomic(path, parquet_bytes(connection, "FROM frame"))
@@ -290,17 +294,25 @@ def append_rows(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
     _check_case(columns)
     with database() as connection:
         types = {name: _column_type(name, values) for name, values in columns.items()}
-        _register(connection, columns, types)
         query = "FROM new"
         if path.exists():
+            there = f"FROM read_parquet('{_quoted(path)}')"
+            empty: list[str] = []
             try:
-                described = connection.execute(f"DESCRIBE FROM read_parquet('{_quoted(path)}')").fetchall()
+                described = connection.execute(f"DESCRIBE {there}").fetchall()
+                _check_case([*columns, *(name for name, *_ in described if name not in columns)])
+                for name, old, *_ in described:
+                    if all(value is None for value in columns.get(name, ())):
+                        types |= {name: old} if name in columns else {}  # a missing value is of every kind
+                    elif connection.execute(f"SELECT count({_name(name)}) {there}").fetchall() == [(0,)]:
+                        empty.append(f"CAST(NULL AS {types[name]}) AS {_name(name)}")
+                    else:
+                        _check_type(name, old, types[name])
             except duckdb.Error as error:
                 raise StorageError(f"Cannot read {path}: {str(error).splitlines()[0]}") from error
-            _check_case([*columns, *(name for name, *_ in described if name not in columns)])
-            for name, old, *_ in described:
-                _check_type(name, old, types.get(name, old))
-            query = f"FROM read_parquet('{_quoted(path)}') UNION ALL BY NAME FROM new"
+            there = f"SELECT * REPLACE ({', '.join(empty)}) {there}" if empty else there
+            query = f"{there} UNION ALL BY NAME FROM new"
+        _register(connection, columns, types)
         write_atomic(path, parquet_bytes(connection, query))
 
 
@@ -368,10 +380,13 @@ def _register(
     arrays = (pd.array(values, dtype=PANDAS_TYPES[types[name]]) for name, values in columns.items())
     frame = pd.DataFrame({str(i): array for i, array in enumerate(arrays)})
     connection.register("given", frame)
-    casts = ", ".join(
-        f'CAST("{i}" AS {types[name]}) AS "{_quoted(name, chr(34))}"' for i, name in enumerate(columns)
-    )
+    casts = ", ".join(f'CAST("{i}" AS {types[name]}) AS {_name(name)}' for i, name in enumerate(columns))
     connection.execute(f"CREATE TABLE new AS SELECT {casts} FROM given")
+
+
+def _name(column: str) -> str:
+    """The name of a column in SQL."""
+    return f'"{_quoted(column, chr(34))}"'
 
 
 def _quoted(text: object, mark: str = "'") -> str:

@@ -150,8 +150,7 @@ class Run:
             if isinstance(error, OSError) and not isinstance(error, StorageError):
                 raise storage_error(path, error) from error
             if isinstance(error, UnicodeEncodeError):  # as bytes on a command line that are not UTF-8
-                given = error.object[error.start : error.end]
-                raise ArgumentError(f"A text with {given!r} is not allowed: it is not Unicode.") from None
+                raise _not_unicode(error) from None
             raise
         return cls(path)
 
@@ -204,7 +203,10 @@ class Run:
         """
         with self._writing():
             merged = merge(read_manifest(self.path), facts)
-            problem = manifest_problem(json.loads(json_bytes(merged)))
+            try:
+                problem = manifest_problem(json.loads(json_bytes(merged)))
+            except UnicodeEncodeError as error:
+                raise _not_unicode(error) from None
             if problem:
                 raise ArgumentError(f"The run cannot be updated: {problem} would not be readable.")
             write_atomic(self.path / MANIFEST, json_bytes(merged))
@@ -351,7 +353,7 @@ class Run:
             if live is None:
                 page.unlink(missing_ok=True)
             else:
-                write_atomic(page, live.encode())
+                write_atomic(page, live.encode(errors="xmlcharrefreplace"))
             facts = {
                 "name": name,
                 "title": title,
@@ -404,6 +406,8 @@ class Run:
                 started = datetime.fromisoformat(manifest["started"])
                 seconds = max(0.0, (finished - started).total_seconds())
             end = {"status": status, "finished": finished.isoformat(timespec="milliseconds")}
+            # An error may name a file whose name is not Unicode.
+            error = error and error.encode(errors="backslashreplace").decode()
             self.update(**end, seconds=round(seconds, 3), **({"error": error} if error else {}))
 
     def __enter__(self) -> Self:
@@ -584,6 +588,12 @@ def _prepared(home: Path) -> Path:
             "QTX_LAB_HOME."
         )
     return home
+
+
+def _not_unicode(error: UnicodeEncodeError) -> ArgumentError:
+    """The error for a text that no file can hold."""
+    given = error.object[error.start : error.end]
+    return ArgumentError(f"A text with {given!r} is not allowed: it is not Unicode.")
 
 
 def _check_name(argument: str, given: str) -> None:

@@ -449,3 +449,34 @@ def test_a_saved_figure_shows_both_themes_and_its_caption(tmp_path, spec) -> Non
     assert 'class="qtx-dark" style="display: none"' in page
     assert "<p>A &quot;caption&quot; &amp; more</p>" in page
     assert 'data-jp-theme-light="false"' in page
+
+
+@pytest.mark.parametrize("value", [True, 3, 0.5, "a text"])
+def test_a_metric_may_be_missing_first_and_last(value, tmp_path):
+    """None is of every kind: a row of its own was of numbers, and refused beside texts and truth values."""
+    with Run.create(ExperimentSpec(), "trial", tmp_path) as run:
+        for given in (None, None, value, None, value):
+            run.log(step=1, metric=given)
+        with pytest.raises(ArgumentError, match="'metric' was"):
+            run.log(metric=[1.5, "text"][isinstance(value, int | float)] if value is not True else 1.5)
+    logged = [None if pd.isna(x) else x for x in run.metrics()["metric"].astype(object)]
+    assert logged == [None, None, value, None, value]
+
+
+def test_an_error_that_is_not_unicode_ends_the_run_with_itself(tmp_path):
+    """As one that names a file of other bytes than UTF-8; the run stayed running, by an error of our own."""
+    run = Run.create(ExperimentSpec(), "trial", tmp_path)
+    with pytest.raises(FileNotFoundError), run:
+        open(b"/no/such/\xff".decode(errors="surrogateescape")).close()
+    assert run.status == "failed"
+    assert "udcff" in run.manifest["error"]
+    with pytest.raises(ArgumentError, match=r"'\\udcff' is not allowed: it is not Unicode"):
+        Run.create(ExperimentSpec(), "trial", tmp_path).update(results={"text": "\udcff"})
+
+
+def test_a_table_without_columns_is_refused_by_name(tmp_path):
+    with (
+        Run.create(ExperimentSpec(), "trial", tmp_path) as run,
+        pytest.raises(ArgumentError, match="without columns"),
+    ):
+        run.save_figure("empty", lambda data, theme: None, pd.DataFrame(), "nothing")

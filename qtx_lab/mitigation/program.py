@@ -24,7 +24,8 @@ from torch import Tensor
 from ..backends import QiskitQuantumBackend
 from ..checks import check_count
 from ..circuits import check_rows
-from ..errors import ArgumentError
+from ..circuits.resources import resources
+from ..errors import ArgumentError, ShapeError
 from .register import LoaderRegister
 from .results import MitigatedRows, check_backend
 from .scaling import is_static
@@ -71,12 +72,17 @@ class LoaderProgram:
         DtypeError
             If backend is not a QiskitQuantumBackend.
         ArgumentError
-            If the circuit measures before its end.
+            If the circuit measures before its end, or has no two-qubit gates.
         """
         check_backend(backend)
-        circuit = backend.transpiled(check_count("n", n))
+        n = check_count("n", n)
+        circuit = backend.transpiled(n)
         if not is_static(circuit):
             raise ArgumentError(f"{circuit.name} measures before its end: use another loader, as 'tree'.")
+        if not resources(circuit).two_qubit_gates:
+            raise ArgumentError(
+                f"n={n} is not allowed: {circuit.name} has no two-qubit gates, whose noise is cancelled."
+            )
         boxing = generate_boxing_pass_manager(
             inject_noise_targets="gates", inject_noise_strategy="uniform_modification"
         )
@@ -106,8 +112,20 @@ class LoaderProgram:
         randomizations, shots : int
             Random Paulis of each circuit, and shots of each of them.
         depths : tuple of int
-            How often a layer is repeated.
+            How often a layer is repeated; two or more different numbers.
+
+        Raises
+        ------
+        ArgumentError, NumberError
+            If a number is not allowed.
         """
+        randomizations = check_count("randomizations", randomizations)
+        shots = check_count("shots", shots)
+        depths = tuple(check_count("depths", depth, 0) for depth in depths)
+        if len(set(depths)) < 2:
+            raise ArgumentError(
+                f"depths={depths} is not allowed: a decay is learned from two or more different numbers."
+            )
         from qiskit_noise_learning.protocols import prepare_vanilla_program
 
         return QuantumProgram.from_(
@@ -122,7 +140,14 @@ class LoaderProgram:
         return dict(zip(names, maps, strict=True))
 
     def overhead(self, noise: Mapping[str, PauliLindbladMap]) -> float:
-        """Compute gamma² of the circuit: how many times the shots it takes to cancel this noise."""
+        """Compute gamma² of the circuit: how many times the shots it takes to cancel this noise.
+
+        Raises
+        ------
+        ArgumentError
+            If the noise of a layer is missing.
+        """
+        self._check_noise(noise)
         annotations = (get_annotation(box.operation, InjectNoise) for box in self.boxed.data)
         return float(np.prod([noise[x.ref].inverse().gamma() for x in annotations if x is not None])) ** 2
 
@@ -141,11 +166,19 @@ class LoaderProgram:
             Draws of all Paulis for each row. One shot of each is best.
         shots : int
             Shots of each draw.
+
+        Raises
+        ------
+        ArgumentError, ShapeError
+            If a number is not allowed, p has other than n keys or a row of zeros, or the noise of a layer is
+            missing.
         """
+        self._check_noise(noise)
+        p = self._checked_rows(p)
         randomizations = check_count("randomizations", randomizations)
         template, samplex = build(self.boxed)
         program = QuantumProgram(shots=check_count("shots", shots))
-        rows = self.backend.loader.angles(check_rows(p))
+        rows = self.backend.loader.angles(p)
         arguments: dict[str, Any] = {
             "parameter_values": rows,
             "pauli_lindblad_maps": {ref: noise[ref] for ref in self.layers},
@@ -175,9 +208,17 @@ class LoaderProgram:
         errors : Tensor, (bits, 2, 2), optional
             Readout errors to be undone. Twirled measurements misread 0 and 1 equally often, so that their
             mean is undone.
+
+        Raises
+        ------
+        ArgumentError, ShapeError
+            If p is not of the shape that was measured, or has a row of zeros.
         """
+        p = self._checked_rows(p)
         item, register = result[0], LoaderRegister.of(self.backend, self.n)
         bits = item["c"] ^ item["measurement_flips.c"]  # [randomizations, R, shots, bits]
+        if bits.shape[1] != len(p):
+            raise ShapeError(f"p has {len(p)} rows, and {bits.shape[1]} were measured.")
         values = (bits * (1 << np.arange(register.bits))).sum(-1)
         negative = item["pauli_signs"].sum(-1) % 2  # [randomizations, R]
         cells = values + (negative[..., None] << register.bits)
@@ -187,3 +228,23 @@ class LoaderProgram:
             misread = (errors[:, 0, 1] + errors[:, 1, 0]) / 2
             errors = torch.stack((1 - misread, misread, misread, 1 - misread), -1).view(-1, 2, 2)
         return combine_signed(p, counts, self.overhead(noise) ** 0.5, register.keys, errors)
+
+    def _checked_rows(self, p: Tensor) -> Tensor:
+        """Rows of n keys, each with one above 0, float64."""
+        p = check_rows(p)
+        if p.shape[-1] != self.n:
+            raise ShapeError(f"p has {p.shape[-1]} keys; the program's circuit is for {self.n}.")
+        empty = (p.sum(-1) == 0).nonzero().flatten().tolist()
+        if empty:
+            raise ArgumentError(
+                f"p has rows of zeros ({empty[0]} is one), in which there is nothing to measure."
+            )
+        return p
+
+    def _check_noise(self, noise: Mapping[str, PauliLindbladMap]) -> None:
+        """Refuse noise of other layers than there are."""
+        missing = sorted(set(self.layers) - set(noise))
+        if missing:
+            raise ArgumentError(
+                f"noise has nothing of the layers {', '.join(missing)}: give what `learned_noise` returns."
+            )

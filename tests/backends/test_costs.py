@@ -222,7 +222,18 @@ def test_limits_and_budgets_are_numbers_and_true_is_none() -> None:
     for wrong in (0, -1, float("nan"), True, "60", None):
         with pytest.raises((ArgumentError, DtypeError), match="max_quantum_seconds"):
             QiskitQuantumBackend("ibm", "ibm_fez", max_quantum_seconds=wrong)
-    for wrong in (-1, float("inf"), True, "", "ten minutes", "10", "10 min per 0 days", [600]):
+    for wrong in (
+        -1,
+        float("inf"),
+        True,
+        "",
+        "ten minutes",
+        "10",
+        "10 min per 0 days",
+        "9" * 400 + " s",
+        "10 min per 9999999999 days",
+        [600],
+    ):
         with pytest.raises((ArgumentError, DtypeError), match="budget"):
             QiskitQuantumBackend("ibm", "ibm_fez", budget=wrong)
     with pytest.raises(ArgumentError, match="budget=60 is not allowed with provider='aer'"):

@@ -55,6 +55,46 @@ def test_a_program_with_no_noise_to_cancel_has_one_sign():
     assert (rows.p[0] - p[0]).abs().max() < 0.15
 
 
+def test_what_is_not_measured_is_refused_by_name():
+    """Rows of other shapes gave numbers, rows of zeros NaN, and one depth leaves nothing to learn from."""
+    backend = qtx.QiskitQuantumBackend("aer", noise=qtx.ParametricNoise(two_qubit=0.01), loader="tree")
+    program = LoaderProgram.of(backend, 4)
+    noise = {name: PauliLindbladMap.identity(len(x.qubits)) for name, x in program.layers.items()}
+    p = torch.full((2, 4), 0.25)
+    device = backend.engine.simulator(backend.transpiled(4))
+    result = Executor(device).run(program.cancelling_program(p, noise, 5)).result()
+    for rows, match in (
+        (torch.full((4, 4), 0.25), "p has 4 rows, and 2 were measured"),
+        (torch.full((2, 3), 1 / 3), "p has 3 keys; the program's circuit is for 4"),
+        (torch.zeros(2, 4), "rows of zeros"),
+    ):
+        with pytest.raises(qtx.QtxError, match=match):
+            program.rows_of(result, rows, noise)
+        if "measured" not in match:
+            with pytest.raises(qtx.QtxError, match=match):
+                program.cancelling_program(rows, noise, 5)
+    for use in (program.overhead, lambda noise: program.cancelling_program(p, noise, 5)):
+        with pytest.raises(qtx.ArgumentError, match="noise has nothing of the layers"):
+            use({})
+    for wrong in (
+        {"randomizations": 0},
+        {"shots": True},
+        {"depths": ()},
+        {"depths": (4, 4)},
+        {"depths": (-1, 2)},
+    ):
+        (name,) = wrong
+        with pytest.raises(qtx.QtxError, match=f"{name}="):
+            program.learning_program(device, **wrong)
+
+
+@pytest.mark.parametrize(("loader", "n"), [("tree", 1), ("unary", 1), ("mps", 1), ("mps", 2)])
+def test_a_circuit_without_two_qubit_gates_is_refused(loader, n):
+    backend = qtx.QiskitQuantumBackend("aer", noise=qtx.ParametricNoise(two_qubit=0.01), loader=loader)
+    with pytest.raises(qtx.ArgumentError, match=f"n={n} is not allowed: .* has no two-qubit gates"):
+        LoaderProgram.of(backend, n)
+
+
 def test_what_cannot_be_boxed_is_refused():
     noise = qtx.ParametricNoise(two_qubit=0.01)
     with pytest.raises(qtx.ArgumentError, match="measures before its end"):

@@ -42,6 +42,9 @@ SECONDS_PER_UNIT = {
 LOCK_PATIENCE_S = 60.0
 """For how long the ledger's lock is waited for. It is held while records are read, and never while asking."""
 
+MAX_DAYS = 1_000_000
+"""The longest time that a budget is for."""
+
 ROUNDING_S = 1e-6
 """Quantum seconds that only the rounding of sums makes."""
 
@@ -91,8 +94,12 @@ class Budget:
                 )
             seconds = float(match[1]) * SECONDS_PER_UNIT[match[2].lower()]
             days = float(match[3]) if match[3] else None
-            if days == 0:
-                raise ArgumentError(f"budget={given!r} is not allowed: its days must be above 0.")
+            if days is not None and not 0 < days <= MAX_DAYS:
+                raise ArgumentError(
+                    f"budget={given!r} is not allowed: its days must be above 0, and {MAX_DAYS:,} at most."
+                )
+            if seconds == math.inf:
+                raise ArgumentError(f"budget={given!r} is not allowed: it must be finite.")
             return cls(seconds, days)
         return cls(check_number("budget", given, least=0))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Collection, Iterable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -220,6 +222,12 @@ def load_transformers_model(
     ModelUnavailable
         If it cannot be read or fetched, or is not fit: see `TransformersModel`.
     """
+    if not Path(source).is_dir():
+        tqdm.write(
+            f"Asking the Hugging Face hub for {name}, which takes up to a minute without a network "
+            "(HF_HUB_OFFLINE=1 asks nobody) ...",
+            file=sys.stderr,
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         network = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)

@@ -55,6 +55,19 @@ def test_the_real_model_answers_and_streams_whole_characters(smollm):
     assert not any("\N{REPLACEMENT CHARACTER}" in piece.decode() for piece in smollm.pieces(tokens.tolist()))
 
 
+def test_who_waits_for_the_hub_is_told_so(monkeypatch, tmp_path, capsys):
+    """Without a network transformers asks again for most of a minute, in silence."""
+
+    def unreachable(*args, **options):
+        raise OSError("We couldn't connect to the hub.")
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", unreachable)
+    for source, is_said in (("owner/name", True), (tmp_path, False)):
+        with pytest.raises(qtx.ModelUnavailable, match="couldn't connect"):
+            qtx.load_language_model(source)
+        assert ("Asking the Hugging Face hub for owner/name" in capsys.readouterr().err) == is_said
+
+
 def test_its_layers_give_the_attention_that_they_use(smollm):
     tokens = smollm.encode(qtx.reference_text())[None, :40]
     inputs = smollm.attention_inputs(tokens)

@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import nbformat
@@ -18,6 +19,7 @@ from ..experiments.runs import Run, runs
 from ..experiments.sweeps import sweep
 from ..specs import ExperimentSpec
 from ..training import open_cluster
+from ..training.cluster import Cluster
 from .base import BenchRow, span, time_in_turns
 
 PARAMETERS = "x = 0\nout = ''"
@@ -125,49 +127,13 @@ def write_notebook(folder: Path, source: str) -> Path:
 
 def bench_notebooks(case: str, path: Path, folder: Path, turns: int, count: int) -> list[BenchRow]:
     """Run `count` notebooks by each method in each turn."""
-    import papermill
-
     start = time.perf_counter()
     with open_cluster("local", num_workers=1) as cluster:
-
-        def bare(out: str) -> None:
-            for x in range(count):
-                papermill.execute_notebook(
-                    str(path),
-                    str(folder / "bare.ipynb"),
-                    {"x": x, "out": out},
-                    kernel_name="python3",
-                    language="python",
-                    progress_bar=False,
-                )
-
-        def in_a_run(out: str) -> None:
-            for x in range(count):
-                run_notebook(path, {"x": x, "out": out}, home=folder / "runs", progress=False, fresh=True)
-
-        def swept(out: str) -> None:
-            sweep(
-                path,
-                {"x": list(range(count))},
-                parameters={"out": out},
-                cluster=cluster.client,
-                home=folder / "runs",
-                progress=False,
-                fresh=True,
-            )
-
-        methods: dict[str, Callable[[str], None]] = {
-            "bare papermill": bare,
-            "run_notebook": in_a_run,
-            "sweep": swept,
-        }
-
-        def call(name: str) -> Callable[[], None]:
-            return lambda: methods[name](str(folder / name))
-
-        swept(str(folder / "warm"))
+        methods = notebook_methods(path, folder, count, cluster)
+        methods["sweep"](str(folder / "warm"))
         start_seconds = time.perf_counter() - start
-        timings = time_in_turns({name: call(name) for name in methods}, turns)
+        calls = {name: partial(method, str(folder / name)) for name, method in methods.items()}
+        timings = time_in_turns(calls, turns)
     answers = {name: [Path(f"{folder / name}{x}").read_text() for x in range(count)] for name in methods}
     baseline = timings["bare papermill"].median
     rows = []
@@ -193,6 +159,41 @@ def bench_notebooks(case: str, path: Path, folder: Path, turns: int, count: int)
         f"  starting a cluster of one worker and running its first {count} notebooks: {start_seconds:.1f} s"
     )
     return rows
+
+
+def notebook_methods(
+    path: Path, folder: Path, count: int, cluster: Cluster
+) -> dict[str, Callable[[str], None]]:
+    """Ways to run a notebook `count` times; each takes the beginning of the files of the answers."""
+    import papermill
+
+    def bare(out: str) -> None:
+        for x in range(count):
+            papermill.execute_notebook(
+                str(path),
+                str(folder / "bare.ipynb"),
+                {"x": x, "out": out},
+                kernel_name="python3",
+                language="python",
+                progress_bar=False,
+            )
+
+    def in_a_run(out: str) -> None:
+        for x in range(count):
+            run_notebook(path, {"x": x, "out": out}, home=folder / "runs", progress=False, fresh=True)
+
+    def swept(out: str) -> None:
+        sweep(
+            path,
+            {"x": list(range(count))},
+            parameters={"out": out},
+            cluster=cluster.client,
+            home=folder / "runs",
+            progress=False,
+            fresh=True,
+        )
+
+    return {"bare papermill": bare, "run_notebook": in_a_run, "sweep": swept}
 
 
 def print_overheads(rows: Sequence[BenchRow]) -> None:

@@ -25,6 +25,7 @@ from ..training.models import make_model
 from ..training.rank import ORDER
 from ..training.scaling import bytes_per_step
 from ..training.schedules import learning_rate_share
+from ..training.trainer import TrainingResult
 from ..training.worker import leave_group, open_store
 from .base import BenchRow, Timing, shown, span
 
@@ -52,6 +53,11 @@ ALLOWED_LOSS_ERROR = 1e-4
 """Relative difference from the baseline's last loss."""
 LARGE = ReferenceConfig(context=1024, layers=12, width=768, heads=12, kv_heads=4, head_dim=64, mlp_width=3072)
 """A model of 104 M parameters, for a GPU."""
+LARGE_SAMPLERS: dict[str, dict[str, Any]] = {
+    "exact": {"sampler": "exact"},
+    "systematic, S=64": {"sampler": "systematic", "num_samples": 64},
+}
+"""How its attention is trained, by the names of the rows."""
 ALLOWED_GAP = 0.1
 """Relative difference between the last losses of exact and of sampled training on the same batches."""
 LOCAL_SETTINGS: dict[str, Any] = {
@@ -284,28 +290,35 @@ def bench_large(
         "checkpoint_every": 0,
         **settings,
     }
-    tokens = options["batch_size"] * options["num_tokens"]
-    samplers: dict[str, dict[str, Any]] = {
-        "exact": {"sampler": "exact"},
-        "systematic, S=64": {"sampler": "systematic", "num_samples": 64},
-    }
-    results = {}
     with ExitStack() as stack:
         cluster = None if kind is None else stack.enter_context(open_cluster(kind, num_workers=1))
         device = describe_device() if cluster is None else cluster.client.submit(describe_device).result()
-        for method, sampler in samplers.items():
-            torch.manual_seed(0)
-            model = ReferenceModel(config)
-            trainer = QuantumTrainer(
-                model,
-                distributed=cluster is not None,
-                cluster=cluster,
-                progress=False,
-                **options,
-                **sampler,
-            )
-            results[method] = trainer.train()
-    num_parameters = sum(p.numel() for p in model.parameters())
+        results = {
+            method: train_large(config, cluster, {**options, **sampler})
+            for method, sampler in LARGE_SAMPLERS.items()
+        }
+    with torch.device("meta"):
+        num_parameters = sum(p.numel() for p in ReferenceModel(config).parameters())
+    tokens = options["batch_size"] * options["num_tokens"]
+    rows = large_rows(results, tokens, {"parameters": num_parameters, "device": device})
+    print(
+        f"{device}; {num_parameters / 1e6:.0f} M parameters, "
+        f"{options['batch_size']} × {options['num_tokens']} tokens a step"
+    )
+    print_large(rows)
+    return rows
+
+
+def train_large(config: ReferenceConfig, cluster: Cluster | None, options: dict[str, Any]) -> TrainingResult:
+    """Train a model of this shape from the same random weights, over a cluster or in this process."""
+    torch.manual_seed(0)
+    model = ReferenceModel(config)
+    distributed = cluster is not None
+    return QuantumTrainer(model, distributed=distributed, cluster=cluster, progress=False, **options).train()
+
+
+def large_rows(results: dict[str, TrainingResult], tokens: int, facts: dict[str, Any]) -> list[BenchRow]:
+    """The rows of `bench_large`, of trainings by method; `tokens` are those of a step."""
     timings = {
         method: Timing.of([tokens / row["tokens_per_second"] for row in result.metrics[WARM_UP:]])
         for method, result in results.items()
@@ -318,10 +331,9 @@ def bench_large(
         details = {
             "loss": losses[method],
             "tokens_per_second": tokens / timing.median,
-            "parameters": num_parameters,
             "memory_bytes": max(row["memory_bytes"] for row in result.metrics),
             "held_out_bits_per_byte": result.metrics[-1].get("held_out_bits_per_byte_exact"),
-            "device": device,
+            **facts,
         }
         rows.append(
             BenchRow(
@@ -337,11 +349,6 @@ def bench_large(
                 details=details,
             )
         )
-    print(
-        f"{device}; {num_parameters / 1e6:.0f} M parameters, "
-        f"{options['batch_size']} × {options['num_tokens']} tokens a step"
-    )
-    print_large(rows)
     return rows
 
 

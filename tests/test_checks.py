@@ -413,7 +413,6 @@ ELSEWHERE = {
     "ZeroNoiseInference": "abstract",
     "Folds": "made by the lab",
     "regress": "called by the lab",
-    "control_noise": "called by the lab",
     "Prepared": "called by the lab",
 }
 """Public functions whose numbers the tables leave out, by how their names begin or end, and why."""

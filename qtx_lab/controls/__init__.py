@@ -5,7 +5,7 @@ from __future__ import annotations
 from .base import Control, Prepared
 from .exact import ExactControl
 from .linformer import LinformerControl
-from .mixture import RowVariance, control_noise, mix_controls, row_weights, value_spread
+from .mixture import RowVariance, mix_controls, row_weights, value_spread
 from .multilevel import LevelDraws, MultilevelControlVariate
 from .performer import PerformerControl
 from .registry import CONTROLS, make_control
@@ -25,7 +25,6 @@ __all__ = [
     "Regression",
     "RowVariance",
     "TopKControl",
-    "control_noise",
     "make_control",
     "mix_controls",
     "regress",

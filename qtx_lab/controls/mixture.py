@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import ArgumentError
 from ..estimates import Draws
-from .base import EVERY, Prepared, dense_weights, masked_logits
+from .base import EVERY, Prepared, dense_weights
 
 SWEEPS = 24
 """How often `row_weights` goes through the controls. Four nearly collinear ones are within 1e-3 of the best
@@ -228,48 +228,3 @@ def _unseen_moments(
     # p at a key that no draw may hit can be 0
     x = torch.where(missed > 0, mixed / log_p.exp().clamp_min(torch.finfo(log_p.dtype).tiny), 0)
     return torch.stack(((missed * x).sum(-1), (missed * x.square()).sum(-1)))
-
-
-def control_noise(
-    prepared: Prepared,
-    q: Tensor,
-    positions: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    draws: Draws,
-    *,
-    scale: float,
-    causal: bool,
-    variance_weights: Callable[[Tensor], Tensor] | None = None,
-    heads: slice = EVERY,
-) -> tuple[Tensor, Tensor]:
-    """The error of one control's estimate from the same draws, weighed in each row: `MixedControls.noise`.
-
-    Parameters
-    ----------
-    prepared : Prepared
-    q : Tensor, (N, M, E)
-    positions : Tensor, (M,)
-    keys, values : Tensor, (N, n, E) and (N, n, d)
-        Of the heads `heads`, as in `prepare`; so are `scale` and `causal`.
-    draws : Draws
-        Rows (N, M), probabilities known.
-    variance_weights : callable, optional
-        See `RowVariance`.
-    heads : slice
-
-    Returns
-    -------
-    noise : Tensor, (N, M, R, d)
-    mean : Tensor, (N, M, d)
-        What the control is known to be.
-
-    Raises
-    ------
-    ArgumentError
-        If the draws' probabilities are not known.
-    """
-    log_p = masked_logits(q, keys, positions, scale, causal).log_softmax(-1)
-    variance = RowVariance(log_p, value_spread(values), variance_weights)
-    mixed = mix_controls([prepared], q, positions, draws, variance, heads=heads)
-    return mixed.noise(draws, values), mixed.means[0]

@@ -160,7 +160,8 @@ class MultilevelControlVariate:
             Source of the random features.
         independent : bool
             Whether the draws of a row are independent of each other, as those of "monte-carlo" or shots of a
-            circuit. If not, coefficients are fitted over replicates, or over halves of the rows.
+            circuit. If not, coefficients are fitted over replicates, or over halves of the rows: a single
+            replicate whose rows share random numbers, as those of "sobol", must not be corrected so.
 
         Returns
         -------

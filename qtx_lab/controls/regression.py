@@ -43,29 +43,16 @@ class Folds:
     others: Tensor
 
     @classmethod
-    def of_replicates(
-        cls,
-        rows: int,
-        replicates: int,
-        *,
-        row_halves: Tensor | None = None,
-        device: torch.device | None = None,
-    ) -> Folds:
-        """Groups of replicates, each fitted to the other groups; for one replicate, two halves of its rows.
+    def of_replicates(cls, rows: int, replicates: int, *, device: torch.device | None = None) -> Folds:
+        """Groups of replicates, each fitted to the other groups; for one replicate, every other row.
+
+        With one replicate, draws of different rows must be independent of each other.
 
         Parameters
         ----------
         rows, replicates : int
             M and R.
-        row_halves : Tensor, int64 of 0 and 1, (M,), optional
-            The half that each row belongs to where R = 1. Rows that share random numbers must be in the same
-            half. Every other row where None.
         device : torch.device, optional
-
-        Raises
-        ------
-        ShapeError
-            If row_halves does not fit the rows.
 
         Examples
         --------
@@ -74,15 +61,10 @@ class Folds:
                 [1, 0, 1],
                 [1, 1, 0]], dtype=torch.int32)
         """
-        if row_halves is not None and row_halves.shape != (rows,):
-            raise ShapeError(
-                f"row_halves has shape {tuple(row_halves.shape)}; it must be ({rows},), one for each row."
-            )
         if replicates > 1:
             fold = _groups(replicates, device).expand(rows, replicates)
         else:
-            half = torch.arange(rows, device=device) % 2 if row_halves is None else row_halves
-            fold = half[:, None]
+            fold = (torch.arange(rows, device=device) % 2)[:, None]
         count = min(replicates, MAX_FOLDS) if replicates > 1 else 2
         return cls(fold, fold != torch.arange(count, device=fold.device)[:, None, None])
 

@@ -84,8 +84,9 @@ class ProbabilisticErrorCancellation:
         Number of draws of all Paulis for each row, at least 2. The shots of the row are split over them, as
         where a device is slow to load circuits.
     precision : float, optional
-        Standard error that no key's probability may exceed, in place of `instances`: gamma² / precision²
-        draws are enough, because a draw counts as at most gamma. Fewer shots than that are refused.
+        Standard error that no key's probability may exceed, in place of `instances`, before readout errors
+        are undone: gamma² / precision² draws are enough, because a draw counts as at most gamma. Fewer shots
+        than that are refused.
     readout : bool
         Whether to undo readout errors too.
     twirled : bool

@@ -14,6 +14,8 @@ import numpy as np
 
 BUCKET_BYTES = 25 << 20
 """Size of the buckets of gradients that DDP exchanges together, torch's default."""
+GRADIENT_BYTES = 4
+"""A number of a gradient, or of a weight: float32."""
 STATISTICS_BYTES = 8
 """What each rank exchanges in a step besides gradients: the loss, and whether to stop, as float32."""
 
@@ -45,9 +47,7 @@ class Machine:
     jitter: float = 0.01
 
 
-def bytes_per_step(
-    parameters: int, ranks: int, *, parallel: str = "ddp", gradient_bytes: int = 4, local_steps: int = 1
-) -> float:
+def bytes_per_step(parameters: int, ranks: int, *, parallel: str = "ddp", local_steps: int = 1) -> float:
     """Bytes that each rank sends in a step; with local updates on average, since only every so many-th sends.
 
     A ring reduces n bytes over N ranks by sending 2 n (N - 1) / N: a reduce-scatter and an all-gather
@@ -62,7 +62,7 @@ def bytes_per_step(
     [700, 14]
     """
     rounds = 3 if parallel == "fsdp" else 2
-    reduced = rounds * parameters * gradient_bytes * (ranks - 1) / ranks
+    reduced = rounds * GRADIENT_BYTES * parameters * (ranks - 1) / ranks
     return reduced / local_steps + STATISTICS_BYTES * (ranks > 1)
 
 
@@ -125,7 +125,7 @@ def simulate(
         rounds = -(-steps // local_steps)
         jitter = random.lognormal(0.0, machine.jitter, (rounds, local_steps, ranks))
         pace = compute * jitter.sum(1).max(-1)  # (rounds,), s
-        exchange = exchange_seconds(4 * parameters, ranks, machine) if ranks > 1 else 0.0
+        exchange = exchange_seconds(GRADIENT_BYTES * parameters, ranks, machine) if ranks > 1 else 0.0
         seconds = float((pace.mean() + exchange) / local_steps)
         exposed = exchange / local_steps / seconds
     else:
@@ -147,8 +147,10 @@ def _step_with_buckets(
     parameters: int, ranks: int, machine: Machine, pace: np.ndarray
 ) -> tuple[float, float]:
     """Mean seconds of a step whose backward pass hides exchanges of buckets, and the share that waits."""
-    buckets = max(1, math.ceil(4 * parameters / BUCKET_BYTES))
-    bucket_seconds = exchange_seconds(4 * parameters / buckets, ranks, machine) if ranks > 1 else 0.0
+    buckets = max(1, math.ceil(GRADIENT_BYTES * parameters / BUCKET_BYTES))
+    bucket_seconds = (
+        exchange_seconds(GRADIENT_BYTES * parameters / buckets, ranks, machine) if ranks > 1 else 0.0
+    )
     network_free = np.zeros(len(pace))  # when the network has sent what is ready so far
     for bucket in range(buckets):
         ready = pace * (1 / 3 + 2 / 3 * (bucket + 1) / buckets)

@@ -11,13 +11,21 @@ from qtx_lab.controls import (
     Control,
     LinformerControl,
     PerformerControl,
+    RowVariance,
     TopKControl,
-    control_noise,
     make_control,
+    mix_controls,
+    value_spread,
 )
 from qtx_lab.controls.base import dense_weights, masked_logits
 
 NAMES = sorted(CONTROLS)
+
+
+def mixed_control(prepared, q, positions, k, v, draws, *, scale, causal, heads=slice(None)):
+    """A single control at the draws of rows, weighed in each."""
+    log_p = masked_logits(q, k, positions, scale, causal).log_softmax(-1)
+    return mix_controls([prepared], q, positions, draws, RowVariance(log_p, value_spread(v)), heads=heads)
 
 
 @pytest.fixture(params=NAMES)
@@ -142,13 +150,13 @@ def test_noise_does_not_depend_on_how_rows_are_cut(control, causal):
     )
     prepared = control.prepare(k, v, scale=0.35, causal=causal, generator=torch.Generator().manual_seed(0))
     options = {"scale": 0.35, "causal": causal}
-    noise, mean = control_noise(prepared, q, positions, k, v, draws, **options)
+    mixed = mixed_control(prepared, q, positions, k, v, draws, **options)
+    noise, mean = mixed.noise(draws, v), mixed.means[0]
     assert noise.shape == (3, 7, 3, 5)
     one = slice(2, 3)
-    part, _ = control_noise(
-        prepared, q[one], positions, k[one], v[one], draws[one, slice(None)], heads=one, **options
-    )
-    assert torch.allclose(part, noise[one])
+    own = draws[one, slice(None)]
+    part = mixed_control(prepared, q[one], positions, k[one], v[one], own, heads=one, **options)
+    assert torch.allclose(part.noise(own, v[one]), noise[one])
     assert torch.allclose(mean, dense_weights(prepared, q, positions, 60) @ v)
 
 
@@ -236,4 +244,4 @@ def test_draws_of_unknown_probability_are_one_clear_error(control):
     prepared = control.prepare(k, v, scale=1.0, causal=False)
     draws = qtx.Draws(torch.zeros(3, 7, 2, dtype=torch.int64), torch.full((3, 7, 2), 0.5))
     with pytest.raises(qtx.ArgumentError, match="no probabilities"):
-        control_noise(prepared, q, positions, k, v, draws, scale=1.0, causal=False)
+        mixed_control(prepared, q, positions, k, v, draws, scale=1.0, causal=False)

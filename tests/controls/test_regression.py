@@ -9,10 +9,12 @@ from qtx_lab.controls import (
     Folds,
     LinformerControl,
     PerformerControl,
+    RowVariance,
     TopKControl,
-    control_noise,
     make_control,
+    mix_controls,
     regress,
+    value_spread,
 )
 from qtx_lab.controls.base import masked_logits
 
@@ -147,8 +149,6 @@ def test_bad_shapes_are_one_clear_error():
     ):
         with pytest.raises(qtx.ShapeError, match=match):
             regress(*arguments)
-    with pytest.raises(qtx.ShapeError, match="row_halves"):
-        Folds.of_replicates(3, 1, row_halves=torch.zeros(2, dtype=torch.int64))
     with pytest.raises(qtx.ShapeError, match="folds"):
         regress(x, y, zero, folds=Folds.of_replicates(2, 1))
 
@@ -165,9 +165,10 @@ def variances(q, k, v, positions, causal, control, generator, sampler="monte-car
     p = logits.softmax(-1)
     prepared = control.prepare(k, v, scale=scale, causal=causal, q=q, generator=generator)
     draws = qtx.make_sampler(sampler).draw(logits, 64, generator=generator, replicates=replicates)
-    noise, mean = control_noise(prepared, q, positions, k, v, draws, scale=scale, causal=causal)
+    mixed = mix_controls([prepared], q, positions, draws, RowVariance(p.log(), value_spread(v)))
+    noise, mean = mixed.noise(draws, v), mixed.means[0]
     x = replicates * draws.average_by_replicate(v)
-    folds = Folds.of_replicates(len(positions), replicates, row_halves=positions % 2)
+    folds = Folds.of_replicates(len(positions), replicates)
     fit = regress(x, noise[None], mean, folds=folds)
     every = torch.arange(k.shape[1]).expand(*q.shape[:2], -1)
     p_hat = prepared.weights_at(q, positions, every)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import qtx_lab as qtx
 from qtx_lab import sampled_attention
 from qtx_lab.errors import ArgumentError, ShapeError
 from qtx_lab.samplers import SAMPLERS, HeadTailSampler, SystematicSampler
+from qtx_lab.widgets.views import lens as lens_module
 from qtx_lab.widgets.views.lens import AttentionLens
 from qtx_lab.widgets.views.lens_maps import TILE
 from qtx_lab.widgets.workbench.status_line import StatusLine
@@ -371,6 +373,7 @@ def test_the_strip_measures_all_samplers_until_another_head_is_looked_at(generat
     assert lens._worker.join(60)
     points = [point for content, _ in sent if content["head"] == 1 for point in content["points"]]
     assert sent[-1][0]["left"] == 0
+    assert lens._strips == {}
     assert len(points) == len({(point["sampler"], point["draws"]) for point in points})
     assert {point["sampler"] for point in points} == set(SAMPLERS) - {"exact"}
     assert {point["draws"] for point in points} == {4, 8, 16, 32, 64}
@@ -384,6 +387,26 @@ def test_the_strip_measures_all_samplers_until_another_head_is_looked_at(generat
     for draws, point in drawn.items():  # 8 repetitions of 16 rows of 8 features: σ of the variance below 10 %
         assert point["variance"] == pytest.approx(expected / draws, rel=0.4)
         assert point["error"] == pytest.approx((expected / draws) ** 0.5, rel=0.2)
+
+
+def test_a_strip_that_is_asked_for_again_does_not_begin_anew(
+    generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lens_module, "STRIP_STEP_S", 0)  # a part has one point
+    lens = AttentionLens(*inputs(16, 64, generator))
+    sent = recorded_messages(lens)
+    request = {"kind": "strip", "view": "a", "seq": 1, "layer": 0, "head": 0, "sampler": "systematic"}
+    lens._receive(request)
+    while not sent:
+        time.sleep(0.01)
+    lens._receive(request)
+    assert lens._worker.join(60)
+    points = [(point["sampler"], point["draws"]) for content, _ in sent for point in content["points"]]
+    assert len(points) == len(set(points))
+    lens._receive(request)  # the last part was lost
+    assert lens._worker.join(60)
+    again = [(point["sampler"], point["draws"]) for content, _ in sent for point in content["points"]]
+    assert again == points * 2
 
 
 @pytest.mark.parametrize("shape", [(20, 8), (1, 4, 20, 8)])
@@ -486,6 +509,20 @@ def test_in_jupyterlab(
     os.kill(kernel, signal.SIGCONT)
     waiting.wait_for(state="hidden")
     lens.get_by_role("radio", name="layer 4, head 1").press("ArrowRight")
+    # An answer that is lost on the way is asked for again.
+    run_python(
+        page,
+        "send, lost = lens.send, []\n"
+        "def lose(message, buffers=None):\n"
+        "    if message['kind'] == 'maps' and len(lost) < 2: lost.append(message['seq'])\n"
+        "    else: send(message, buffers)\n"
+        "lens.send = lose",
+    )
+    lens.get_by_role("radio", name="layer 4, head 2").press("ArrowRight")
+    lens.get_by_text("The kernel has not answered yet, and was asked again").wait_for()
+    page.locator(".qtx-lens:not([data-waiting]) h2", has_text="Layer 4, head 3: off by").first.wait_for()
+    run_python(page, "assert len(lost) == 2 and len(set(lost)) == 1, lost\nlens.send = send")
+    lens.get_by_role("radio", name="layer 4, head 3").press("ArrowLeft")
     lens.get_by_label("pick those to draw").check()
     lens.get_by_role("radio", name="layer 0, head 0").click()
     lens.get_by_text("47 of 48 heads drawn, the others exact").wait_for()

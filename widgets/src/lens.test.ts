@@ -1,5 +1,7 @@
-import { describe, expect, it } from "vitest";
+import { afterEach, beforeEach, describe, expect, it, vi } from "vitest";
+import type { Frame } from "./dom";
 import { findingText, percentText } from "./lens_panels";
+import { connect, type StripRequest } from "./lens_requests";
 import { spread } from "./lens_strip";
 import { shade, tokenText, tokenWindow } from "./lens_tokens";
 
@@ -38,5 +40,71 @@ describe("tokens", () => {
 
   it("show the ends of lines", () => {
     expect(["a", "\n", "\t", ""].map(tokenText)).toEqual(["a", "⏎\n", "→", "∅"]);
+  });
+});
+
+describe("requests of a lens", () => {
+  const strip: StripRequest = { kind: "strip", view: "a", seq: 1, layer: 0, head: 0, sampler: "sobol" };
+  let sent: any[] = [];
+  let late = 0;
+  let answer: (message: any) => void = () => {};
+  let ends: (() => void)[] = [];
+
+  function ask() {
+    const frame = {
+      send: (message: any) => sent.push(message) > 0,
+      onMessage: (listen: any) => (answer = (message) => listen(message, [])),
+      atEnd: (act: () => void) => ends.push(act),
+    };
+    return connect(
+      frame as unknown as Frame,
+      2,
+      () => {},
+      () => (late += 1),
+    );
+  }
+
+  beforeEach(() => {
+    vi.useFakeTimers();
+    [sent, late, ends] = [[], 0, []];
+    vi.stubGlobal("window", globalThis);
+  });
+  afterEach(() => {
+    vi.useRealTimers();
+    vi.unstubAllGlobals();
+  });
+
+  it("are sent again until all of the answer is there, less and less often", () => {
+    const send = ask();
+    send(strip);
+    vi.advanceTimersByTime(1999);
+    expect([sent.length, late]).toEqual([1, 0]);
+    vi.advanceTimersByTime(1);
+    expect([sent.length, late]).toEqual([2, 1]);
+    vi.advanceTimersByTime(4000 + 8000 + 8000);
+    expect(sent).toEqual(Array(5).fill(strip));
+    answer({ kind: "strip", view: "b", seq: 1, left: 0 }); // of another view
+    answer({ kind: "strip", view: "a", seq: 1, left: 3 }); // a part
+    vi.advanceTimersByTime(1999);
+    expect(sent.length).toBe(5);
+    answer({ kind: "strip", view: "a", seq: 1, left: 0 });
+    vi.advanceTimersByTime(60_000);
+    expect(sent.length).toBe(5);
+  });
+
+  it("of the same kind are superseded by the newest, and none is sent after an error or the end", () => {
+    const send = ask();
+    send(strip);
+    send({ ...strip, seq: 2 });
+    vi.advanceTimersByTime(2000);
+    expect(sent.map((message) => message.seq)).toEqual([1, 2, 2]);
+    answer({ kind: "error" });
+    vi.advanceTimersByTime(60_000);
+    send({ kind: "thumbnails", draws: 4, given: false });
+    answer({ kind: "thumbnails", layer: 1 });
+    send({ kind: "inputs", view: "a", layer: 0, head: 0 });
+    ends.forEach((act) => act());
+    vi.advanceTimersByTime(60_000);
+    expect(sent.length).toBe(5);
   });
 });

@@ -18,8 +18,6 @@ const MAX_TILES = 96;
 const REFINE_DELAY_MS = 120;
 /** Milliseconds without a gesture after which the kernel draws anew what the browser has drawn. */
 const CONFIRM_DELAY_MS = 250;
-/** Milliseconds after which a request is sent once more, because messages get lost while a kernel starts. */
-const RETRY_DELAY_MS = 10_000;
 /** Milliseconds after which a lens says that it waits for the kernel. */
 const WAIT_NOTE_DELAY_MS = 500;
 /** Share of the window's height that a map alone fills at most. */
@@ -285,7 +283,7 @@ export function render(model: Model, el: HTMLElement): () => void {
   const tileName = (layer: number, head: number, level: maps.Level, i: number, j: number) =>
     `${layer}/${head}/${level.rows}/${level.columns}/${i}/${j}`;
 
-  let waits = false;
+  let waits = ""; // what is said while the kernel has not answered
   let waitTimer = 0;
   frame.atEnd(() => clearTimeout(waitTimer));
 
@@ -293,21 +291,20 @@ export function render(model: Model, el: HTMLElement): () => void {
   function markWaiting(waiting: boolean): void {
     frame.root.toggleAttribute("data-waiting", waiting);
     clearTimeout(waitTimer);
-    if (waiting) waitTimer = window.setTimeout(() => sayWaiting(true), WAIT_NOTE_DELAY_MS);
-    else sayWaiting(false);
+    if (waiting)
+      waitTimer = window.setTimeout(() => sayWaiting("The kernel is drawing …"), WAIT_NOTE_DELAY_MS);
+    else sayWaiting("");
   }
 
-  function sayWaiting(waiting: boolean): void {
-    if (waits === waiting) return;
-    waits = waiting;
+  function sayWaiting(note: string): void {
+    if (waits === note) return;
+    waits = note;
     showCaption();
   }
 
   /** The last request, until it is answered. */
   let unanswered = "";
   let refineTimer = 0;
-  let retryTimer = 0;
-  frame.atEnd(() => clearTimeout(retryTimer));
   frame.atEnd(() => clearTimeout(refineTimer));
 
   /** Asks for the tiles that are missing; `since` is the time of the movement that this follows.
@@ -362,15 +359,7 @@ export function render(model: Model, el: HTMLElement): () => void {
     if (confirming) ask(request);
     else if (answerHere(request)) {
       if (!large) confirmSoon(); // a large map becomes sharp by the kernel
-    } else if (ask(request)) {
-      markWaiting(true);
-      clearTimeout(retryTimer);
-      retryTimer = window.setTimeout(() => {
-        if (unanswered !== wanted) return;
-        unanswered = "";
-        requestMaps();
-      }, RETRY_DELAY_MS);
-    }
+    } else if (ask(request)) markWaiting(true);
   }
 
   /** Heads of small maps, and overviews of large ones, which the browser draws itself. */
@@ -514,7 +503,7 @@ export function render(model: Model, el: HTMLElement): () => void {
     else paintFinding();
   }
 
-  const ask = connect(frame, (message, buffers) => {
+  const take = (message: any, buffers: DataView[]) => {
     if (message.kind === "error") {
       unanswered = "";
       markWaiting(false);
@@ -523,6 +512,10 @@ export function render(model: Model, el: HTMLElement): () => void {
     else if (message.kind === "row") takeRow(message, buffers);
     else if (message.kind === "strip") takeStrip(message);
     else if (message.kind === "inputs" && message.view === viewId) locals.take(message, buffers);
+  };
+  const ask = connect(frame, get("layers"), take, (request) => {
+    if (request.kind === "maps" && frame.root.hasAttribute("data-waiting"))
+      sayWaiting("The kernel has not answered yet, and was asked again …");
   });
 
   // --- painting ---------------------------------------------------------------------------------
@@ -653,7 +646,7 @@ export function render(model: Model, el: HTMLElement): () => void {
     const exists = stated.number !== undefined;
     const ofOthers = exists && !own && !given();
     back.hidden = !exists || !own;
-    if (waits) effort.textContent = "The kernel is drawing …";
+    if (waits) effort.textContent = waits;
     if (!shown || waits) return;
     const some = `Measured on ${whole(shown.measuredRows)} of ${whole(rows)} queries, evenly spaced.`;
     const measured = shown.measuredRows < rows ? ` ${some}` : "";

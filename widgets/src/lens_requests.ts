@@ -67,8 +67,61 @@ export type LensRequest = MapsRequest | ThumbnailsRequest | RowRequest | StripRe
 /** Sends a request; false where nothing can answer. */
 export type Ask = (request: LensRequest) => boolean;
 
-/** Connects a lens to the kernel; `answer` takes in what comes back. */
-export function connect(frame: Frame, answer: (message: any, buffers: DataView[]) => void): Ask {
-  frame.onMessage(answer);
-  return (request) => frame.send(request);
+/** Milliseconds without an answer after which a request is sent once more, and then again and again.
+ *
+ * Jupyter's server drops messages of a kernel that sends more than 1,000 a second, answers among them, and says
+ * so in its log only. A request that the kernel still works on is answered twice.
+ */
+const RETRY_DELAYS_MS = [2_000, 4_000, 8_000];
+
+/** Whether a message is all, or the last part, of the answer to a request. */
+export function completes(request: LensRequest, message: any, layers: number): boolean {
+  if (request.kind === "maps") return message.seq === request.seq;
+  if (request.kind === "strip") return message.seq === request.seq && message.left === 0;
+  if (request.kind === "thumbnails") return message.layer === layers - 1;
+  return true;
+}
+
+/** Connects a lens to the kernel; `answer` takes in what comes back, and `late` is called when it does not come.
+ *
+ * Of each kind of request the newest is sent again until it is answered.
+ */
+export function connect(
+  frame: Frame,
+  layers: number,
+  answer: (message: any, buffers: DataView[]) => void,
+  late: (request: LensRequest) => void,
+): Ask {
+  const waiting = new Map<string, { request: LensRequest; timer: number }>();
+
+  function forget(kind: string): void {
+    clearTimeout(waiting.get(kind)?.timer);
+    waiting.delete(kind);
+  }
+
+  function expect(request: LensRequest, tries: number): void {
+    forget(request.kind);
+    const again = () => {
+      late(request);
+      if (frame.send(request)) expect(request, tries + 1);
+    };
+    const delay = RETRY_DELAYS_MS[Math.min(tries, RETRY_DELAYS_MS.length - 1)];
+    waiting.set(request.kind, { request, timer: window.setTimeout(again, delay) });
+  }
+
+  frame.atEnd(() => [...waiting.keys()].forEach(forget));
+  frame.onMessage((message, buffers) => {
+    if (message.kind === "error") [...waiting.keys()].forEach(forget);
+    const request = waiting.get(message.kind)?.request;
+    if (request && (!("view" in request) || message.view === request.view)) {
+      if (completes(request, message, layers)) forget(message.kind);
+      else expect(request, 0); // the other parts are to come
+    }
+    answer(message, buffers);
+  });
+  return (request) => {
+    const sent = frame.send(request);
+    if (sent) expect(request, 0);
+    return sent;
+  };
 }

@@ -181,7 +181,11 @@ export function strip(): Strip {
       points = [];
       painted = "";
     },
-    add: (more) => points.push(...more),
+    add: (more) => {
+      const same = (a: StripPoint, b: StripPoint) => a.sampler === b.sampler && a.draws === b.draws;
+      points = [...points.filter((old) => !more.some((point) => same(point, old))), ...more];
+      painted = "";
+    },
     paint,
   };
 }

@@ -210,6 +210,7 @@ class AttentionLens(View):
         layers = checked_layers(q, k, v, is_causal, scale)
         num_samples = check_count("num_samples", num_samples)
         self._strips: dict[str, Iterator[StripStep]] = {}  # by view: what is being measured for it
+        self._strip_numbers: dict[str, int] = {}  # of the requests, by view
         self._seed = check_count("seed", seed, 0, MAX_SEED)
         self._heads = heads = LensHeads(
             layers, make_sampler(sampler), is_causal=bool(is_causal), scale=scale, seed=self._seed
@@ -440,10 +441,11 @@ class AttentionLens(View):
                 f"inputs {content.get('view')}", partial(self._send_inputs, dict(content)), rank=1
             )
         elif content["kind"] == "strip":
-            place = int(content["layer"]), int(content["head"])
-            self._strips[str(content.get("view"))] = steps = strip_steps(
-                self._heads, *place, str(content["sampler"])
-            )
+            view, place = str(content.get("view")), (int(content["layer"]), int(content["head"]))
+            if view in self._strips and self._strip_numbers[view] == content["seq"]:
+                return  # it is being measured, and a browser that waits has asked again
+            self._strips[view] = steps = strip_steps(self._heads, *place, str(content["sampler"]))
+            self._strip_numbers[view] = content["seq"]
             self._put_strip(dict(content), steps)
 
     def _send_maps(self, request: dict[str, Any]) -> None:
@@ -587,6 +589,8 @@ class AttentionLens(View):
             self.send({"kind": "strip", **reply, **known, "points": points})
         if left:
             self._put_strip(request, steps)
+        else:
+            del self._strips[str(request.get("view"))]
 
     def _send_thumbnails(self, draws: int, given: bool, layer: int) -> None:
         """Send a layer's thumbnails and variances; then the next layer's, after whatever is more urgent."""

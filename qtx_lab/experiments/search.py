@@ -223,9 +223,9 @@ def find_best(
 
     Examples
     --------
-    >>> found = find_best(lambda asked: [(c["x"] - 3) ** 2 for c, _ in asked],
+    >>> tried = find_best(lambda asked: [(c["x"] - 3) ** 2 for c, _ in asked],
     ...                   {"x": Dimension(0, 10)}, trials=20, repeats=1)
-    >>> best_of(found).combination
+    >>> best_of(tried).combination
     {'x': 3}
     """
     import optuna
@@ -588,8 +588,8 @@ def _write_best(run: Run, tried: Sequence[SearchedCombination], spec: SearchSpec
         f"The {way} {spec.objective} is {with_error(best.mean, best.half_width)}{interval}, at {words}."
     )
     measured = {str(spec.objective): best.mean, "half_width": best.half_width}
-    found: dict[str, Any] = {
+    results: dict[str, Any] = {
         **best.combination,
         **{f"results.{name}" if name in best.combination else name: x for name, x in measured.items()},
     }
-    run.update(results={"summary": [sentence, *summary], "best": found})
+    run.update(results={"summary": [sentence, *summary], "best": results})

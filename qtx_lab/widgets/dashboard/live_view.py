@@ -262,11 +262,11 @@ def _measured(run: LiveRun) -> str:
         return f"<span class='why'>metrics cannot be read: {escape(str(metrics))}</span>"
     columns = metric_columns(run.row.to_frame().T.infer_objects())
     results = [f"{c.removeprefix(RESULT)} {run.row[c]:.4g}" for c in columns if c != "results.kept"]
-    found = f"<b>{escape(', '.join(results[:6]))}</b> " if results else ""
+    result_line = f"<b>{escape(', '.join(results[:6]))}</b> " if results else ""
     if metrics.empty:
-        return found or "nothing measured yet"
+        return result_line or "nothing measured yet"
     last = metrics.iloc[-1].dropna()
     shown = [c for c in X_COLUMNS if c in last.index and c not in run.settings]
     shown += [c for c in last.index if c in _results(metrics, run.settings)]
     numbers = [f"{key} {last[key]:.4g}" for key in shown if isinstance(last[key], int | float | np.number)]
-    return f"{found}{len(metrics)} rows; last: {escape(', '.join(numbers[:6]))}"
+    return f"{result_line}{len(metrics)} rows; last: {escape(', '.join(numbers[:6]))}"

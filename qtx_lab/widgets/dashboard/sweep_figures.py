@@ -112,11 +112,11 @@ def _places(column: pd.Series) -> _Places:
 
 def _apart(ticks: list[tuple[float, str]], room: float = 0.045) -> list[tuple[float, str]]:
     """Ticks without those that would be written over the one below."""
-    kept: list[tuple[float, str]] = []
+    apart: list[tuple[float, str]] = []
     for height, text in ticks:
-        if not kept or height - kept[-1][0] >= room:
-            kept.append((height, text))
-    return kept
+        if not apart or height - apart[-1][0] >= room:
+            apart.append((height, text))
+    return apart
 
 
 def importance_bars(table: pd.DataFrame, theme: str) -> hv.Overlay:

@@ -201,15 +201,15 @@ def _note(data: SweepData, left_out: int) -> str:
     runs, rows = data.frame["run"].nunique(), len(data.frame)
     line = "a run" if rows == runs else "a value that a run measured"
     parts = [f"{runs} runs. A line is {line}, and its colour the result at the right."]
-    found = data.importance
-    if found is not None:
-        scale = f"log {short_name(data.metric)}" if found.log else short_name(data.metric)
+    shares = data.importance
+    if shares is not None:
+        scale = f"log {short_name(data.metric)}" if shares.log else short_name(data.metric)
         parts.append(
             f"Shares are of the variance of {escape(scale)} over the sweep: main effects "
             "Σ n<sub>v</sub>(ȳ<sub>v</sub> − ȳ)² / Σ(y − ȳ)², less what chance gives (ε²). Bars: 95 % "
             "intervals by the jackknife over seeds, for three seeds or more."
         )
-        if not found.balanced:
+        if not shares.balanced:
             parts.append("Not every combination has as many runs: the shares of parameters overlap.")
     parts.append("Means are over runs that differ in nothing but the seed, with their 95 % intervals.")
     if left_out:

@@ -466,8 +466,8 @@ class AttentionLens(View):
             estimate = self._heads.shown(layer, head, part, draws)
             exact = exact_tiles(part.p.numpy(), level, exact_names)
             sampled = sampled_tiles(estimate, level, sampled_names, part.p.shape)
-            for name, made in (("exact", exact), ("sampled", sampled)):
-                for i, j, tile in made:
+            for name, map_tiles in (("exact", exact), ("sampled", sampled)):
+                for i, j, tile in map_tiles:
                     size = {"rows": tile.shape[0], "columns": tile.shape[1]}
                     tiles.append({"map": name, "i": i + first_tile, "j": j, **size})
                     buffers.append(np.ascontiguousarray(tile, dtype=np.float16).tobytes())

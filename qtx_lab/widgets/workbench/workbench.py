@@ -586,13 +586,13 @@ def _newest(home: str | Path | None) -> Run:
         saved = []
     except OSError as error:
         raise storage_error(folder, error) from error
-    found: list[tuple[str, Run]] = []
+    free: list[tuple[str, Run]] = []
     for run in saved:
         with suppress(StorageError):  # of what is no run, or a broken one
             manifest = run.manifest
             is_free = manifest["status"] != "running" or run.path.resolve() in _OPEN
             if manifest["name"] == RUN_NAME and is_free:
-                found.append((manifest["started"], run))
-    if not found:
+                free.append((manifest["started"], run))
+    if not free:
         raise ArgumentError("There is no workbench to restore: `Workbench()` starts one.")
-    return max(found, key=lambda pair: pair[0])[1]
+    return max(free, key=lambda pair: pair[0])[1]

@@ -159,12 +159,12 @@ class SweepProgress:
     def _runs(self) -> dict[str, tuple[Path, Mapping[str, Any]]]:
         """The runs of this sweep so far, by the keys of their notebooks."""
         keys = {notebook.key for notebook in self.notebooks}
-        found: dict[str, tuple[Path, Mapping[str, Any]]] = {}
+        by_key: dict[str, tuple[Path, Mapping[str, Any]]] = {}
         for folder, manifest in read_manifests(self.home):
             key = (manifest.get("sweep") or {}).get("cell")
             if key in keys and pd.Timestamp(manifest["started"]) >= self._started:
-                found[key] = folder, manifest
-        return found
+                by_key[key] = folder, manifest
+        return by_key
 
 
 def _renamed(parameters: Mapping[str, Any], columns: Collection[str]) -> dict[str, Any]:

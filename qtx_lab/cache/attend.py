@@ -225,7 +225,6 @@ def _estimate(
     length, sums, table = store.length, store.value_sums, store.table  # tokens may come later
     refuse_cropped = refuse_after_crop(store)
 
-    @functools.cache
     def errors(with_hidden: bool) -> RowErrors:
         refuse_cropped("std_error")
         with plain_mode(output.device):

@@ -46,10 +46,11 @@ def compiled_scores(store, sketch, x, heads=slice(None)):
     drawn = launch._empty_rows(every, 1, store.width)
     names = launch.RowNames(0, torch.zeros(1, dtype=torch.int64), 1, 0)
     task = launch.make_task(every, 1.0, scanned, names, DrawRule(1, 1, 0.02), drawn)
-    out = np.empty((*x.shape[:2], store.length), np.float32)
+    whole = -(-store.length // rows.BLOCK) * rows.BLOCK
+    out = np.empty((*x.shape[:2], whole), np.float32)
     for i, head in enumerate(range(store.heads)[heads]):
         rows.score_rows(out[i], head, x[i].numpy(), task[0])
-    return torch.from_numpy(out)
+    return torch.from_numpy(out[..., : store.length].copy())
 
 
 def both(cache, monkeypatch, q, num_samples, seed, **options):
@@ -143,7 +144,7 @@ def test_bfloat16_is_read_as_it_is(proposal, monkeypatch, generator, seed):
 @pytest.mark.parametrize("proposal", PROPOSALS)
 @pytest.mark.parametrize(("features", "rank"), [(24, None), (33, 13), (130, 65), (130, 130), (1, 1)])
 def test_compiled_scores_are_the_references(proposal, features, rank, generator):
-    """Over sorted, outlying and new tokens: to rounding, which is that of 8 bits a weight for int4."""
+    """Over sorted, outlying and new tokens: to rounding, which is that of 16 bits a weight for sketches."""
     k, v = tokens(generator, n=7000, features=features)
     k[:, ::500] *= 9
     rank = rank if proposal in ("low-rank", "mixed") else None
@@ -153,7 +154,7 @@ def test_compiled_scores_are_the_references(proposal, features, rank, generator)
     x = torch.randn(2, 10, features, generator=generator)
     store, sketch = cache._store, cache._sketch
     compiled, plain = compiled_scores(store, sketch, x), room.scores_by_place(store, sketch, x)
-    off = {"exact": 1e-5, "low-rank": 1e-5, "int8": 1e-5, "int4": 1e-2, "mixed": 1e-2}[proposal]
+    off = 1e-5 if proposal == "exact" else 5e-5
     assert (compiled - plain).std() < off * plain.std()
 
 
@@ -316,14 +317,15 @@ print(" ".join(sorted(set(names))))
 
 
 def test_the_pass_is_vectorised_for_processors_of_arm(soak, tmp_path):
-    """NEON's products and sums of float32 and of levels of 16 bits: the code itself is for no processor."""
+    """NEON's products and sums of float32 and of whole numbers: the code itself is for no processor."""
     if not soak:
         pytest.skip("a long schedule: QTX_LAB_SOAK=1")
-    environment = {**os.environ, "NUMBA_OPT": "0", "NUMBA_CACHE_DIR": str(tmp_path)}
+    plain = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}  # no instructions of this processor's own
+    environment = {**os.environ, **plain, "NUMBA_OPT": "0", "NUMBA_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", ARM_CODE], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    # Components of 8 bits become float32 and are multiplied; levels of 4 bits are multiplied in 16 bits.
-    assert {"fmla", "scvtf", "mla", "fcvtzs"} <= set(done.stdout.split())
+    # Bytes of four components are put beside each other and multiplied as numbers of 32 bits.
+    assert {"fmla", "scvtf", "mla", "zip1", "fcvtzs"} <= set(done.stdout.split())
 
 
 def test_few_rows_are_spread_evenly_over_threads():

@@ -47,7 +47,7 @@ class Scanned:
         The keys' components in the order of the places; the keys themselves are scanned where None. A
         uint8 holds 8 + component i in its lower four bits and 8 + component ceil(r / 2) + i in the upper
         ones. Where lines are `mixed`, so do the first ones of the first ceil(r / 3) components; the others
-        hold four components of 2 bits, the lowest bits first: see `rows._in_quad_levels`.
+        hold four components of 2 bits, the lowest bits first: see `rows._in_levels`.
     weight : Tensor, (N, E, r), optional
         Takes queries to components.
     exact_keys : Tensor, (N, T, E), optional

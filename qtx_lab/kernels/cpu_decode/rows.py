@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import carray, njit, types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from ...streams import Purpose
@@ -68,22 +69,14 @@ TASK = np.dtype(
 )
 """What a call is about. Threads share one task, whose `next_unit` they count up."""
 
-CHUNK = 8192
-"""Keys whose scores are summed up together: few enough to stay in a core's caches, yet long runs to read."""
 BLOCK = 64
-"""Keys of a block of the inversion: whole blocks are passed by until the one that holds a point."""
+"""Keys of a block, whose sum and largest mass are known: most passes over masses look at few keys."""
+FIRST_CACHE = 1 << 14
+"""Bytes of a sketch that are put in order at a time for all rows of a tile: a core's own cache holds them."""
 TILE = 8
-"""Rows of a head that read a chunk of the sketch together."""
-AHEAD = 16
+"""Rows of a head that read the sketch together."""
+AHEAD = 8
 """Draws whose keys and values are requested in advance."""
-STRETCH, NEXT = 128, 1024
-"""Keys of a component between two requests for memory, and how far ahead that memory is, in bytes."""
-TERMS = 8
-"""Components that are added to the scores together."""
-GROUP = 16
-"""Components whose 4-bit levels, times weights of 8 bits, are summed in 16 bits: 16 * 15 * 127 < 2^15."""
-QUAD_GROUP = 64
-"""The same of 2-bit levels: 64 * 3 * 127 < 2^15."""
 SUMS = {"contract", "reassoc", "nsz"}
 """What sums may do to be vectorised: change their order, but not overlook infinities."""
 
@@ -124,7 +117,7 @@ def _prefetch(typing: Any, address: Any) -> Any:
         function = builder.module.globals.get("llvm.prefetch.p0") or ir.Function(
             builder.module, kind, "llvm.prefetch.p0"
         )
-        builder.call(function, [builder.inttoptr(args[0], byte), word(0), word(3), word(1)])
+        builder.call(function, [builder.inttoptr(args[0], byte), word(0), word(2), word(1)])
         return context.get_dummy_value()
 
     return types.void(types.int64), generate
@@ -143,21 +136,180 @@ def _number(typing: Any, x: Any) -> Any:
     return types.float32(x), generate
 
 
+# --- Components on vectors: numba itself makes no instructions that multiply and add bytes ---------
+
+LANES, COLUMNS = 16, 4
+"""Keys of a vector, and the vectors of a `BLOCK` of keys."""
+WHOLE, NUMBER = ir.IntType(64), ir.IntType(32)
+BYTES, NUMBERS = ir.VectorType(ir.IntType(8), 4 * LANES), ir.VectorType(NUMBER, LANES)
+FLOATS = ir.VectorType(ir.FloatType(), LANES)
+
+
+def _load(builder: Any, at: Any, kind: Any) -> Any:
+    return builder.load(builder.inttoptr(at, kind.as_pointer()), align=1)
+
+
+def _store(builder: Any, x: Any, at: Any) -> None:
+    builder.store(x, builder.inttoptr(at, x.type.as_pointer()), align=1)
+
+
+def _shuffle(builder: Any, x: Any, y: Any, places: Any) -> Any:
+    places = list(places)
+    return builder.shuffle_vector(x, y, ir.Constant(ir.VectorType(NUMBER, len(places)), places))
+
+
+def _splat(builder: Any, x: Any) -> Any:
+    kind = ir.VectorType(x.type, LANES)
+    first = builder.insert_element(ir.Constant(kind, ir.Undefined), x, NUMBER(0))
+    return _shuffle(builder, first, first, [0] * LANES)
+
+
+def _interleave(builder: Any, x: Any, y: Any, half: int) -> Any:
+    """The lower (0) or upper (1) half of the numbers of each 16 bytes of x, each followed by y's."""
+    count = x.type.count
+    each = count // 4  # numbers of 16 bytes
+    first = range(half * each // 2, (half + 1) * each // 2)
+    return _shuffle(
+        builder,
+        x,
+        y,
+        [z for part in range(4) for j in first for z in (each * part + j, count + each * part + j)],
+    )
+
+
+@typed_intrinsic
+def _fours(typing: Any, out: Any, a: Any, b: Any, c: Any, d: Any, flip: Any) -> Any:
+    """Write the bytes of a block of keys at a, b, c and d beside each other, each changed by `flip`.
+
+    The four bytes of key 16 i + 4 j + k of the block (j, k < 4) become the number 4 i + k of vector j.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        to, *lines, change = args
+        pairs = ir.VectorType(ir.IntType(16), 2 * LANES)
+        changes = builder.bitcast(_splat(builder, change), BYTES)
+        w, x, y, z = (builder.xor(_load(builder, at, BYTES), changes) for at in lines)
+        for upper in (0, 1):
+            one, other = (
+                builder.bitcast(_interleave(builder, *both, upper), pairs) for both in ((w, x), (y, z))
+            )
+            for half in (0, 1):
+                place = WHOLE(4 * LANES * (2 * upper + half))
+                _store(builder, _interleave(builder, one, other, half), builder.add(to, place))
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 5, types.int32), generate
+
+
+def _scoring(bits: int) -> Any:
+    """A function that scores components of 8, 4 or 2 bits."""
+
+    def add_products(context: Any, builder: Any, sums: Any, data: Any, level: Any) -> Any:
+        """Add the bytes of `data`, times eight levels: bytes of 128 units, then bytes of units."""
+        features = context.codegen().magic_tuple()[2]
+        if "+avx512vnni" in features:
+            kind, name = ir.FunctionType(NUMBERS, [NUMBERS] * 3), "llvm.x86.avx512.vpdpbusd.512"
+            function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+            return [
+                builder.call(function, [total, data, _splat(builder, x)])
+                for total, x in zip(sums, level, strict=True)
+            ]
+        total = sums[1]
+        for i in range(4):
+            high, low = (builder.ashr(builder.shl(x, NUMBER(24 - 8 * i)), NUMBER(24)) for x in level)
+            both = builder.add(builder.shl(high, NUMBER(7)), low)
+            byte = builder.and_(builder.lshr(data, ir.Constant(NUMBERS, [8 * i] * LANES)), mask(255))
+            total = builder.add(total, builder.mul(byte, _splat(builder, both)))
+        return [sums[0], total]
+
+    def mask(number: int) -> Any:
+        return ir.Constant(NUMBERS, [number] * LANES)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        out, fours, stride, levels, count, keys, unit, base, add = args
+        totals = [[cgutils.alloca_once(builder, NUMBERS) for _ in range(2)] for _ in range(COLUMNS)]
+        scale, bases = _splat(builder, unit), _splat(builder, base)
+        added = builder.icmp_signed("!=", add, WHOLE(0))
+        with cgutils.for_range_slice(builder, WHOLE(0), keys, WHOLE(BLOCK), WHOLE) as (key, _):
+            for total in totals:
+                for plane in total:
+                    builder.store(ir.Constant(NUMBERS, None), plane)
+            here = builder.add(fours, builder.mul(key, WHOLE(4)))
+            with cgutils.for_range(builder, count, intp=WHOLE) as loop:
+                line = builder.add(here, builder.mul(loop.index, stride))
+                for part in range(8 // bits):
+                    at = builder.add(builder.mul(loop.index, WHOLE(64 // bits)), WHOLE(8 * part))
+                    level = [
+                        _load(builder, builder.add(levels, builder.add(at, WHOLE(4 * i))), NUMBER)
+                        for i in (0, 1)
+                    ]
+                    for i, total in enumerate(totals):
+                        data = _load(builder, builder.add(line, WHOLE(4 * LANES * i)), NUMBERS)
+                        if bits < 8:
+                            data = builder.lshr(data, mask(bits * part))
+                            data = builder.and_(data, mask(((1 << bits) - 1) * 0x01010101))
+                        sums = [builder.load(plane) for plane in total]
+                        sums = add_products(context, builder, sums, data, level)
+                        for x, plane in zip(sums, total, strict=True):
+                            builder.store(x, plane)
+            columns = []
+            for total in totals:
+                high, low = (builder.load(plane) for plane in total)
+                both = builder.add(builder.shl(high, mask(7)), low)
+                columns.append(builder.fmul(builder.sitofp(both, FLOATS), scale))
+            for i in range(COLUMNS):  # in the order of the keys again
+                halves = [
+                    _shuffle(builder, *two, (*range(4 * i, 4 * i + 4), *range(16 + 4 * i, 20 + 4 * i)))
+                    for two in (columns[:2], columns[2:])
+                ]
+                at = builder.add(out, builder.mul(builder.add(key, WHOLE(LANES * i)), WHOLE(4)))
+                before = builder.select(added, _load(builder, at, FLOATS), ir.Constant(FLOATS, None))
+                scores = builder.fadd(_shuffle(builder, *halves, range(LANES)), bases)
+                scores = builder.fadd(scores, before)
+                _store(builder, scores, at)
+        return context.get_dummy_value()
+
+    def score_fours(
+        typing: Any,
+        out: Any,
+        fours: Any,
+        stride: Any,
+        levels: Any,
+        count: Any,
+        keys: Any,
+        unit: Any,
+        base: Any,
+        add: Any,
+    ) -> Any:
+        """Let the float32 at `out` be unit * (components . levels) + base, of keys in whole blocks.
+
+        Or add it to them, where `add` is not 0. The bytes are at `fours`, as `_fours` writes them, four more
+        lines of them `stride` bytes further, `count` times. The levels are at `levels`: for each four lines,
+        and for each component of a byte from the lowest bits on, four bytes that count 128 and four that
+        count 1.
+        """
+        return types.void(*[types.int64] * 6, types.float32, types.float32, types.int64), generate
+
+    return typed_intrinsic(score_fours)
+
+
+_score_bytes, _score_nibbles, _score_quarters = (_scoring(bits) for bits in (8, 4, 2))
+
+
 @njit(fastmath={"contract"})  # in this order, or the reduction of x loses its last digits
 def _exp(x: Any) -> Any:
-    """e^x, x <= 0, to 2e-7: the polynomial of Cephes' expf, which the compiler can vectorise."""
-    x = np.float32(-87) if x < np.float32(-87) else x
-    n = np.floor(x * np.float32(1.44269504088896341) + np.float32(0.5))
-    x = x - n * np.float32(0.693359375)
-    x = x + n * np.float32(2.12194440e-4)
-    y = np.float32(1.9875691500e-4)
-    y = y * x + np.float32(1.3981999507e-3)
-    y = y * x + np.float32(8.3334519073e-3)
-    y = y * x + np.float32(4.1665795894e-2)
-    y = y * x + np.float32(1.6666665459e-1)
-    y = y * x + np.float32(5.0000001201e-1)
-    y = y * (x * x) + x + one
-    return y * np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
+    """e^x, x <= 0, to 3e-7 + 6e-8 |x|: 2^n times the polynomial of the least relative error."""
+    x = x * np.float32(1.44269504088896341)
+    x = np.float32(-125) if x < np.float32(-125) else x
+    n = np.floor(x + np.float32(0.5))
+    x = x - n
+    y = np.float32(1.3276471291e-3)
+    y = y * x + np.float32(9.6755409613e-3)
+    y = y * x + np.float32(5.5507130921e-2)
+    y = y * x + np.float32(2.4022120237e-1)
+    y = y * x + np.float32(6.9314694405e-1)
+    y = y * x + one
+    return np.int32(np.float32(y).view(np.int32) + (np.int32(n) << np.int32(23))).view(np.float32)
 
 
 # --- Random numbers: `qtx_lab.streams`, bit by bit ---------------------------------------------
@@ -217,210 +369,67 @@ def _multiply(x: Any, matrix: Any, out: Any) -> None:
             out[c] += x[e] * matrix[e, c]
 
 
-@njit
-def _request(a: Any, b: Any, c: Any, d: Any, ahead: Any, length: Any) -> None:
-    """Request `length` bytes of each array, `ahead` of where it starts."""
-    for byte in range(ahead, ahead + length, 64):
-        _prefetch(a.ctypes.data + byte)
-        _prefetch(b.ctypes.data + byte)
-        _prefetch(c.ctypes.data + byte)
-        _prefetch(d.ctypes.data + byte)
-
-
-@njit(fastmath={"contract"})
-def _add_bytes(out: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any, h: Any, w: Any) -> None:
-    """Add eight components of 8 bits, times their weights."""
-    w0, w1, w2, w3, w4, w5, w6, w7 = w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7]
-    for first in range(0, out.shape[0], STRETCH):
-        end = first + STRETCH
-        part, a_, b_, c_, d_ = out[first:end], a[first:end], b[first:end], c[first:end], d[first:end]
-        e_, f_, g_, h_ = e[first:end], f[first:end], g[first:end], h[first:end]
-        _request(a_, b_, c_, d_, NEXT, part.shape[0])
-        _request(e_, f_, g_, h_, NEXT, part.shape[0])
-        for j in range(part.shape[0]):
-            ab = w0 * np.float32(a_[j]) + w1 * np.float32(b_[j])
-            cd = w2 * np.float32(c_[j]) + w3 * np.float32(d_[j])
-            ef = w4 * np.float32(e_[j]) + w5 * np.float32(f_[j])
-            gh = w6 * np.float32(g_[j]) + w7 * np.float32(h_[j])
-            part[j] += (ab + cd) + (ef + gh)
-
-
-@njit
-def _int8_scores(out: Any, lines: Any, begin: Any, component: Any) -> None:
-    """Scores of keys from `begin` on, by components `lines` (r, capacity) of 8 bits and the query's own."""
-    out[:] = zero
-    end, last = begin + out.shape[0], lines.shape[0] - 1
-    for t in range(0, component.shape[0], TERMS):
-        _add_bytes(
-            out,
-            lines[min(t, last), begin:end],
-            lines[min(t + 1, last), begin:end],
-            lines[min(t + 2, last), begin:end],
-            lines[min(t + 3, last), begin:end],
-            lines[min(t + 4, last), begin:end],
-            lines[min(t + 5, last), begin:end],
-            lines[min(t + 6, last), begin:end],
-            lines[min(t + 7, last), begin:end],
-            component[t : t + TERMS],
-        )
-
-
-@njit
-def _pair(byte: Any, low: Any, high: Any) -> Any:
-    """The two levels of a byte times their weights, in 16 bits, which numba's own products leave."""
-    byte = np.int16(byte)
-    return np.int16(np.int16(np.int16(byte & 15) * low) + np.int16(np.int16(byte >> 4) * high))
-
-
-@njit
-def _add_levels(out: Any, a: Any, b: Any, c: Any, d: Any, w: Any, ahead: Any) -> None:
-    """Add eight components' levels, two a byte, times their weights; the next are `ahead` bytes away."""
-    w0, w1, w2, w3, w4, w5, w6, w7 = w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7]
-    for first in range(0, out.shape[0], 2 * STRETCH):
-        end = first + 2 * STRETCH
-        part, e, f, g, h = out[first:end], a[first:end], b[first:end], c[first:end], d[first:end]
-        _request(a, b, c, d, first + ahead, part.shape[0])
-        for j in range(part.shape[0]):
-            ef = np.int16(_pair(e[j], w0, w1) + _pair(f[j], w2, w3))
-            gh = np.int16(_pair(g[j], w4, w5) + _pair(h[j], w6, w7))
-            part[j] = np.int16(part[j] + np.int16(ef + gh))
-
-
 @njit(fastmath={"contract"})
 def _add_scaled(out: Any, x: Any, scale: Any) -> None:
     for j in range(out.shape[0]):
-        out[j] += scale * np.float32(x[j])
+        out[j] += scale * x[j]
 
 
 @njit
-def _int4_scores(out: Any, lines: Any, begin: Any, level: Any, scale: Any, sums: Any) -> None:
-    """Scores of keys from `begin` on, by pairs of components `lines` (r / 2, capacity) of 4 bits.
+def _four_lines(
+    to: Any, stride: Any, lines_at: Any, capacity: Any, lines: Any, begin: Any, end: Any, flip: Any
+) -> None:
+    """Put each four lines of components beside each other, of keys `begin` to `end`, `stride` bytes apart.
 
-    `level` and `scale` are the query's, by groups (`_in_levels`); `sums` is room for 16-bit sums.
+    Lines that are missing to four are the last one.
     """
-    out[:] = scale[-1]
-    sums = sums[: out.shape[0]]
-    end, last, capacity = begin + out.shape[0], lines.shape[0] - 1, lines.shape[1]
-    for group in range(level.shape[0] // GROUP):
-        sums[:] = np.int16(0)
-        for t in range(group * GROUP, min((group + 1) * GROUP, 2 * lines.shape[0]), 8):
-            pair = t // 2
-            _add_levels(
-                sums,
-                lines[min(pair, last), begin:end],
-                lines[min(pair + 1, last), begin:end],
-                lines[min(pair + 2, last), begin:end],
-                lines[min(pair + 3, last), begin:end],
-                level[t : t + 8],
-                4 * capacity,
-            )
-        _add_scaled(out, sums, scale[group])
+    edge = np.zeros((4, BLOCK), np.uint8)
+    for four in range((lines + 3) // 4):
+        a, b = lines_at + 4 * four * capacity, lines_at + min(4 * four + 1, lines - 1) * capacity
+        c = lines_at + min(4 * four + 2, lines - 1) * capacity
+        d = lines_at + min(4 * four + 3, lines - 1) * capacity
+        for key in range(begin, end, BLOCK):
+            at = to + four * stride + 4 * (key - begin)
+            if key + BLOCK <= end:
+                _fours(at, a + key, b + key, c + key, d + key, flip)
+                for line in (a, b, c, d):
+                    _prefetch(line + key + end - begin)
+                continue
+            for i, line in enumerate((a, b, c, d)):  # nothing is read behind the last key
+                edge[i, : end - key] = carray(_pointer(line + key), end - key, np.uint8)
+            first = edge.ctypes.data
+            _fours(at, first, first + BLOCK, first + 2 * BLOCK, first + 3 * BLOCK, flip)
 
 
 @njit
-def _in_levels(component: Any, rank: Any, level: Any, scale: Any) -> None:
-    """A query's components in levels of 8 bits, with a scale for each group of them.
+def _in_levels(component: Any, bits: Any, first: Any, rank: Any, level: Any) -> Any:
+    """Write a query's components in levels (fours, 8 / bits, 2, 4) for lines of so many bits a component.
 
-    They are put in the order of the nibbles: component i beside component ceil(r / 2) + i. The last scale
-    is what levels that are stored as level + 8 add too much.
+    The lines hold `rank` components from `first` on. Returns the unit of the levels, and the score of a
+    key of which 0 is stored.
     """
-    half = (rank + 1) // 2
-    for group in range(level.shape[0] // GROUP):
-        unit = np.float32(1e-30)
-        for pair in range(group * GROUP // 2, min((group + 1) * GROUP // 2, half)):
-            unit = max(unit, np.abs(component[pair]))
-            if half + pair < rank:
-                unit = max(unit, np.abs(component[half + pair]))
-        unit /= np.float32(127)
-        scale[group] = unit
-        for pair in range(group * GROUP // 2, min((group + 1) * GROUP // 2, half)):
-            level[2 * pair] = np.int16(np.rint(component[pair] / unit))
-            if half + pair < rank:
-                level[2 * pair + 1] = np.int16(np.rint(component[half + pair] / unit))
-            both = np.float32(level[2 * pair]) + np.float32(level[2 * pair + 1])
-            scale[-1] -= np.float32(8) * unit * both
+    parts = level.shape[1]
+    lines = (rank + parts - 1) // parts
+    step, middle = np.float32(2 if bits == 2 else 1), np.float32(1.5 if bits == 2 else 1 << (bits - 1))
+    unit, score = np.float32(1e-30), zero
+    for i in range(first, first + rank):
+        unit = max(unit, np.abs(component[i]) * step)
+    unit /= np.float32(min(127 * 128, (1 << 23) // max(1, rank) - 1))  # sums of 255 times them fit 32 bits
+    level[:] = np.int8(0)
+    for i in range(rank):
+        number = np.int32(np.rint(component[first + i] * step / unit))
+        line, part = i % lines, i // lines
+        high = (number + 64) >> 7
+        level[line // 4, part, 0, line % 4] = np.int8(high)
+        level[line // 4, part, 1, line % 4] = np.int8(number - (high << 7))
+        score -= unit * middle * np.float32(number)
+    return unit, score
 
 
 @njit
-def _quad(byte: Any, w0: Any, w1: Any, w2: Any, w3: Any) -> Any:
-    """The four levels of a byte times their weights, in 16 bits."""
-    byte = np.int16(byte)
-    low = np.int16(np.int16(np.int16(byte & 3) * w0) + np.int16(np.int16(byte >> 2 & 3) * w1))
-    high = np.int16(np.int16(np.int16(byte >> 4 & 3) * w2) + np.int16(np.int16(byte >> 6) * w3))
-    return np.int16(low + high)
-
-
-@njit
-def _add_quads(out: Any, a: Any, b: Any, c: Any, d: Any, w: Any, ahead: Any) -> None:
-    """Add sixteen components' levels, four a byte, times their weights; the next are `ahead` bytes away."""
-    w0, w1, w2, w3, w4, w5, w6, w7 = w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7]
-    w8, w9, w10, w11, w12, w13, w14, w15 = w[8], w[9], w[10], w[11], w[12], w[13], w[14], w[15]
-    for first in range(0, out.shape[0], 2 * STRETCH):
-        end = first + 2 * STRETCH
-        part, e, f, g, h = out[first:end], a[first:end], b[first:end], c[first:end], d[first:end]
-        _request(a, b, c, d, first + ahead, part.shape[0])
-        for j in range(part.shape[0]):
-            ef = np.int16(_quad(e[j], w0, w1, w2, w3) + _quad(f[j], w4, w5, w6, w7))
-            gh = np.int16(_quad(g[j], w8, w9, w10, w11) + _quad(h[j], w12, w13, w14, w15))
-            part[j] = np.int16(part[j] + np.int16(ef + gh))
-
-
-@njit
-def _add_int2_scores(out: Any, lines: Any, begin: Any, level: Any, scale: Any, sums: Any) -> None:
-    """Add scores of keys from `begin` on, by fours of components `lines` (ceil(r / 4), capacity) of 2 bits.
-
-    `level` and `scale` are the query's, by groups (`_in_quad_levels`).
-    """
-    sums = sums[: out.shape[0]]
-    end, last, capacity = begin + out.shape[0], lines.shape[0] - 1, lines.shape[1]
-    for j in range(out.shape[0]):
-        out[j] += scale[-1]
-    for group in range(level.shape[0] // QUAD_GROUP):
-        sums[:] = np.int16(0)
-        for t in range(group * QUAD_GROUP, min((group + 1) * QUAD_GROUP, 4 * lines.shape[0]), 16):
-            quad = t // 4
-            _add_quads(
-                sums,
-                lines[min(quad, last), begin:end],
-                lines[min(quad + 1, last), begin:end],
-                lines[min(quad + 2, last), begin:end],
-                lines[min(quad + 3, last), begin:end],
-                level[t : t + 16],
-                4 * capacity,
-            )
-        _add_scaled(out, sums, scale[group])
-
-
-@njit
-def _in_quad_levels(component: Any, level: Any, scale: Any) -> None:
-    """A query's components (r,) in levels of 8 bits, in the order of the bits of lines of four.
-
-    Components i, q + i, 2 q + i and 3 q + i share a byte, q = ceil(r / 4). What is stored as 0, 1, 2, 3
-    means -3, -1, 1, 3: the last scale is what is missing.
-    """
-    rank = component.shape[0]
-    quarter = (rank + 3) // 4
-    level[:], scale[:] = np.int16(0), zero
-    for group in range(level.shape[0] // QUAD_GROUP):
-        lines = range(group * QUAD_GROUP // 4, min((group + 1) * QUAD_GROUP // 4, quarter))
-        unit = np.float32(1e-30)
-        for line in lines:
-            for c in range(line, rank, quarter):
-                unit = max(unit, np.abs(component[c]))
-        unit /= np.float32(127)
-        scale[group] = np.float32(2) * unit
-        for line in lines:
-            for i in range(4):
-                c = line + i * quarter
-                if c < rank:
-                    level[4 * line + i] = np.int16(np.rint(component[c] / unit))
-                    scale[-1] -= np.float32(3) * unit * np.float32(level[4 * line + i])
-
-
-@njit
-def _scores_of_keys(out: Any, x: Any, table: Any, order: Any) -> None:
+def _scores_of_keys(out: Any, x: Any, table: Any, order: Any, keys: Any) -> None:
     """Exact scores (rows, n) of rows x (rows, E), in the order of the places."""
-    features, (rows, keys) = x.shape[1], out.shape
+    features, rows = x.shape[1], x.shape[0]
     by_token = np.empty((rows, keys), np.float32)
     for j in range(keys):  # as they lie in memory
         for i in range(rows):
@@ -431,61 +440,84 @@ def _scores_of_keys(out: Any, x: Any, table: Any, order: Any) -> None:
 
 
 @njit
-def _scores_of_sketch(
-    out: Any, x: Any, kind: Any, lines_at: Any, capacity: Any, weight: Any, exact: Any
-) -> None:
-    """Scores (rows, n) of rows x (rows, E) by a head's components at `lines_at`, in lines of this capacity.
+def _scores_of_sketch(out: Any, x: Any, t: Any, lines_at: Any, weight: Any, exact: Any) -> None:
+    """Scores (rows, n) of rows x (rows, E) by a head's components at `lines_at`.
 
     The first places, which `exact` (T, E) has centred keys for, get exact scores. All lack the same
     shift, that of the centre.
     """
-    rows, keys, rank = x.shape[0], out.shape[1], weight.shape[1]
-    upper = (rank + 2) // 3 if kind == MIXED else rank  # components of 4 bits, where there are some
-    pairs, quads = (upper + 1) // 2, (rank - upper + 3) // 4
-    component = np.zeros((rows, (rank + GROUP - 1) // GROUP * GROUP), np.float32)
-    groups, quad_groups = (upper + GROUP - 1) // GROUP, (rank - upper + QUAD_GROUP - 1) // QUAD_GROUP
-    level, scale = np.zeros((rows, groups * GROUP), np.int16), np.zeros((rows, groups + 1), np.float32)
-    quad_level = np.zeros((rows, quad_groups * QUAD_GROUP), np.int16)
-    quad_scale = np.zeros((rows, quad_groups + 1), np.float32)
-    sums = np.empty(CHUNK, np.int16)
-    for i in range(rows):
+    upper = (t.rank + 2) // 3 if t.kind == MIXED else t.rank  # components of more than 2 bits
+    bits = 8 if t.kind == INT8 else 4
+    lines = upper if bits == 8 else (upper + 1) // 2
+    component = np.empty((x.shape[0], t.rank), np.float32)
+    for i in range(x.shape[0]):
         _multiply(x[i], weight, component[i])
-        if kind != INT8:
-            _in_levels(component[i], upper, level[i], scale[i])
-            _in_quad_levels(component[i, upper:rank], quad_level[i], quad_scale[i])
-    terms = (rank + TERMS - 1) // TERMS * TERMS
-    of_bytes = carray(_pointer(lines_at), (rank, capacity), np.int8)
-    of_pairs = carray(_pointer(lines_at), (pairs, capacity), np.uint8)
-    of_quads = carray(_pointer(lines_at + pairs * capacity), (quads, capacity), np.uint8)
-    for begin in range(0, keys, CHUNK):
-        for i in range(rows):
-            part = out[i, begin : min(begin + CHUNK, keys)]
-            if kind == INT8:
-                _int8_scores(part, of_bytes, begin, component[i, :terms])
-            else:
-                _int4_scores(part, of_pairs, begin, level[i], scale[i], sums)
-                if quads:
-                    _add_int2_scores(part, of_quads, begin, quad_level[i], quad_scale[i], sums)
-    for j in range(min(exact.shape[0], keys)):
-        for i in range(rows):
+    _add_lines(out, t.keys, component, 0, upper, bits, lines_at, t.line_capacity, lines)
+    if t.lines > lines:
+        at = lines_at + lines * t.line_capacity
+        _add_lines(out, t.keys, component, upper, t.rank - upper, 2, at, t.line_capacity, t.lines - lines)
+    for j in range(min(exact.shape[0], t.keys)):
+        for i in range(x.shape[0]):
             out[i, j] = _dot(x[i], exact[j])
 
 
 @njit
+def _add_lines(
+    out: Any,
+    keys: Any,
+    component: Any,
+    first: Any,
+    rank: Any,
+    bits: Any,
+    lines_at: Any,
+    capacity: Any,
+    lines: Any,
+) -> None:
+    """Add the scores of some lines at `lines_at`, of `rank` components from `first` on of so many bits.
+
+    The first lines' scores are what the others' are added to.
+    """
+    rows, fours = component.shape[0], (lines + 3) // 4
+    level = np.empty((rows, fours, 8 // bits, 2, 4), np.int8)
+    unit, base = np.empty(rows, np.float32), np.empty(rows, np.float32)
+    for i in range(rows):
+        unit[i], base[i] = _in_levels(component[i], bits, first, rank, level[i])
+    chunk = max(1, FIRST_CACHE // (4 * fours * BLOCK)) * BLOCK
+    near = np.empty(4 * chunk * fours + BLOCK, np.uint8)
+    add = int(first > 0)
+    flip = np.int32(-0x7F7F7F80 if bits == 8 else 0)  # signed bytes become bytes that are 128 more
+    for begin in range(0, keys, chunk):
+        # In one cache line each. It is asked for in the loop, as numba frees an array after its last use.
+        at, end = (near.ctypes.data + BLOCK - 1) // BLOCK * BLOCK, min(begin + chunk, keys)
+        _four_lines(at, 4 * chunk, lines_at, capacity, lines, begin, end, flip)
+        for i in range(rows):
+            to, levels = out[i, begin:].ctypes.data, level[i].ctypes.data
+            if bits == 8:
+                _score_bytes(to, at, 4 * chunk, levels, fours, end - begin, unit[i], base[i], add)
+            elif bits == 4:
+                _score_nibbles(to, at, 4 * chunk, levels, fours, end - begin, unit[i], base[i], add)
+            else:
+                _score_quarters(to, at, 4 * chunk, levels, fours, end - begin, unit[i], base[i], add)
+
+
+@njit
 def score_rows(out: Any, head: Any, x: Any, t: Any) -> None:
-    """Scores (rows, n) of scaled queries x (rows, E) of a head of task t, in the order of the places."""
+    """Scores (rows, n) of scaled queries x (rows, E) of a head of task t, in the order of the places.
+
+    `out` is (rows, n rounded up to a whole `BLOCK`), of which the last columns are overwritten.
+    """
     if t.kind == EXACT:
         shape = (t.heads, t.capacity, t.features + t.width)
         order = carray(_pointer(t.order_at), (t.heads, t.capacity), np.int64)[head]
         if t.half:
-            _scores_of_keys(out, x, carray(_pointer(t.table_at), shape, np.uint16)[head], order)
+            _scores_of_keys(out, x, carray(_pointer(t.table_at), shape, np.uint16)[head], order, t.keys)
         else:
-            _scores_of_keys(out, x, carray(_pointer(t.table_at), shape, np.float32)[head], order)
+            _scores_of_keys(out, x, carray(_pointer(t.table_at), shape, np.float32)[head], order, t.keys)
         return
     lines_at = t.lines_at + head * t.lines * t.line_capacity
     weight = carray(_pointer(t.weight_at), (t.heads, t.features, t.rank), np.float32)[head]
     exact = carray(_pointer(t.exact_at), (t.heads, t.exact_keys, t.features), np.float32)[head]
-    _scores_of_sketch(out, x, t.kind, lines_at, t.line_capacity, weight, exact)
+    _scores_of_sketch(out, x, t, lines_at, weight, exact)
 
 
 # --- Draws ------------------------------------------------------------------------------------
@@ -512,24 +544,42 @@ def _finite(x: Any) -> Any:
 
 
 @njit(fastmath=SUMS)
-def _exponentials(x: Any, top: Any) -> Any:
-    """exp(x - top) in place, and its sum."""
+def _exponentials(x: Any, top: Any, sums: Any, peaks: Any) -> Any:
+    """Let x become exp(x - top); write each block's sum and largest, and return the sum of all."""
     total = 0.0
-    for first in range(0, x.shape[0], 1024):
-        part, some = x[first : first + 1024], zero
+    for block in range(sums.shape[0]):
+        part, some = x[block * BLOCK : (block + 1) * BLOCK], zero
+        peak: Any = np.int32(0)  # bits of positive numbers are in their order
         for j in range(part.shape[0]):
             part[j] = _exp(part[j] - top)
             some += part[j]
+            peak = max(peak, np.float32(part[j]).view(np.int32))
+        sums[block], peaks[block] = some, np.int32(peak).view(np.float32)
         total += np.float64(some)
     return total
 
 
 @njit(fastmath=SUMS)
-def _above(x: Any, limit: Any) -> Any:
+def _survey(x: Any, sums: Any, peaks: Any) -> None:
+    """Write the sum and the largest of each block of masses."""
+    for block in range(sums.shape[0]):
+        part, some = x[block * BLOCK : (block + 1) * BLOCK], zero
+        peak: Any = np.int32(0)
+        for j in range(part.shape[0]):
+            some += part[j]
+            peak = max(peak, np.float32(part[j]).view(np.int32))
+        sums[block], peaks[block] = some, np.int32(peak).view(np.float32)
+
+
+@njit(fastmath=SUMS)
+def _above(x: Any, sums: Any, peaks: Any, limit: Any) -> Any:
     """How many are at least `limit`, and the sum of the others."""
     count, total = 0, 0.0
-    for first in range(0, x.shape[0], 1024):
-        part, some = x[first : first + 1024], zero
+    for block in range(sums.shape[0]):
+        if peaks[block] < limit:
+            total += np.float64(sums[block])
+            continue
+        part, some = x[block * BLOCK : (block + 1) * BLOCK], zero
         sure: Any = np.int32(0)
         for j in range(part.shape[0]):
             some += part[j] if part[j] < limit else zero
@@ -546,26 +596,46 @@ def _clipped_sum(x: Any, limit: Any) -> Any:
     return total
 
 
+@njit
+def _raise(mass: Any, sums: Any, peaks: Any, by: Any) -> None:
+    """Add to all masses."""
+    mass += by
+    peaks += by
+    for block in range(sums.shape[0]):
+        sums[block] += by * np.float32(min(BLOCK, mass.shape[0] - block * BLOCK))
+
+
 @njit(error_model="numpy")
-def _sure_mass(mass: Any, total: Any, t: Any) -> Any:
-    """The mass from which a key is drawn surely, and the total: `reference.sure_mass`; raises `mass`."""
+def _sure_mass(mass: Any, sums: Any, peaks: Any, total: Any, t: Any) -> Any:
+    """The mass from which a key is drawn surely, and the total: `reference.sure_mass`; raises `mass`.
+
+    `sums` and `peaks` are those of the blocks of `mass`.
+    """
     keys, draws, uniform = mass.shape[0], t.draws, t.defensive / (1 - t.defensive)
     if keys <= draws:
-        mass += np.float32(total * uniform / keys)
+        _raise(mass, sums, peaks, np.float32(total * uniform / keys))
         return np.float32(LEAST_MASS), total * (1 + uniform)
     most = total / draws
     limit = most if t.adaptive else most / FIRST_RATE
     for step in range(NEWTON_STEPS + 1):
-        sure, light = _above(mass, np.float32(limit))
+        sure, light = _above(mass, sums, peaks, np.float32(limit))
         left = np.float64(draws - sure)
         if t.adaptive:
             left = min(left, max(light / most, np.float64(FEWEST_LIGHT)))
         limit = min(max(light / left, LEAST_MASS), most) if sure < draws else most
         if step == NEWTON_STEPS - 1:
             raised = max(light * uniform, keys * LEAST_MASS / 2)
-            mass += np.float32(raised / keys)
+            _raise(mass, sums, peaks, np.float32(raised / keys))
             total += raised
     return np.float32(limit), total
+
+
+@njit
+def _clipped_eight(x: Any, at: Any, limit: Any) -> Any:
+    """The sum of eight masses, cut at the limit, without waiting for one addition after the other."""
+    a, b, c, d = min(x[at], limit), min(x[at + 1], limit), min(x[at + 2], limit), min(x[at + 3], limit)
+    e, f, g, h = min(x[at + 4], limit), min(x[at + 5], limit), min(x[at + 6], limit), min(x[at + 7], limit)
+    return np.float64(((a + b) + (c + d)) + ((e + f) + (g + h)))
 
 
 @njit(error_model="numpy")
@@ -589,6 +659,11 @@ def _place(mass: Any, limit: Any, offset: Any, cdf: Any, last: Any, place: Any) 
             at = block * BLOCK
             sum_ = (cdf[block - 1] if block else 0.0) + min(mass[at], limit)
         end = min(n, (block + 1) * BLOCK) - 1
+        while sum_ <= point and at + 8 <= end:
+            eight = _clipped_eight(mass, at + 1, limit)
+            if sum_ + eight > point:
+                break
+            at, sum_ = at + 8, sum_ + eight
         while sum_ <= point and at < end:
             at += 1
             sum_ += min(mass[at], limit)
@@ -607,7 +682,7 @@ def _weigh(
     for s in range(-AHEAD, draws):
         if s + AHEAD < draws:
             line = address + tokens[s + AHEAD] * size
-            for byte in range(0, size, 512):  # the processor goes on by itself
+            for byte in range(0, size, 64):
                 _prefetch(line + byte)
         if s < 0:
             continue
@@ -616,11 +691,11 @@ def _weigh(
         ):  # past the last key, or a sure one's second point
             weights[s] = -np.inf
         else:
-            weights[s] = _dot(x, table[tokens[s], :features]) - np.log(pi[s])
+            weights[s] = _dot(x, table[tokens[s], :features])
             top = max(top, weights[s])
     total = zero
     for s in range(draws):
-        weights[s] = zero if weights[s] == -np.inf else _exp(weights[s] - top)
+        weights[s] = zero if weights[s] == -np.inf else _exp(weights[s] - top) / pi[s]
         total += weights[s]
     for s in range(draws):
         weights[s] *= share / total
@@ -631,28 +706,28 @@ def _weigh(
 
 
 @njit(error_model="numpy")
-def _masses(x: Any, mass: Any) -> Any:
+def _masses(x: Any, mass: Any, sums: Any, peaks: Any) -> Any:
     """Let the scores `mass` (n,) of row x become masses; their total, or NaN if the row is not finite."""
     top = _top(mass)
-    return _exponentials(mass, top) if _finite(x) and top == top else np.nan
+    return _exponentials(mass, top, sums, peaks) if _finite(x) and top == top else np.nan
 
 
 @njit
-def _mean_masses(masses: Any, totals: Any, out: Any) -> None:
-    """Let the masses of rows (G, n) sum to 1, and `out` (n,) be their mean."""
-    share = np.float32(1 / masses.shape[0])
-    out[:] = zero
-    for i in range(masses.shape[0]):
-        masses[i] *= np.float32(1 / totals[i])
-        _add_scaled(out, masses[i], share)
+def _add_mean(out: Any, mass: Any, total: Any, rows: Any) -> None:
+    """Let the masses (n,) of one of `rows` rows sum to 1, and add their share to the mean `out` (n,)."""
+    mass *= np.float32(1 / total)
+    _add_scaled(out, mass, np.float32(1 / rows))
 
 
 @njit(error_model="numpy")
-def _cumulate(mass: Any, limit: Any, cdf: Any) -> None:
+def _cumulate(mass: Any, sums: Any, peaks: Any, limit: Any, cdf: Any) -> None:
     """Write the masses, cut at the limit, of all blocks up to each."""
     cumulative = 0.0
     for block in range(cdf.shape[0]):
-        cumulative += _clipped_sum(mass[block * BLOCK : (block + 1) * BLOCK], limit)
+        if peaks[block] <= limit:
+            cumulative += np.float64(sums[block])
+        else:
+            cumulative += np.float64(_clipped_sum(mass[block * BLOCK : (block + 1) * BLOCK], limit))
         cdf[block] = cumulative
 
 
@@ -708,9 +783,11 @@ def attend_task(address: Any) -> None:
     t = carray(_pointer(address), 1, TASK)[0]
     queries = carray(_pointer(t.queries_at), (t.heads, t.rows, t.features), np.float32)
     tiles, scale = t.units // max(1, t.heads), np.float32(t.scale)
-    x, scores = np.empty((t.tile, t.features), np.float32), np.empty((t.tile, t.keys), np.float32)
-    place, cdf = np.empty(t.draws, np.int64), np.empty((t.keys + BLOCK - 1) // BLOCK, np.float64)
-    of_group, totals = np.empty(t.keys if t.grouped else 0, np.float32), np.empty(t.tile, np.float64)
+    blocks = (t.keys + BLOCK - 1) // BLOCK
+    x, scores = np.empty((t.tile, t.features), np.float32), np.empty((t.tile, blocks * BLOCK), np.float32)
+    place, cdf = np.empty(t.draws, np.int64), np.empty(blocks, np.float64)
+    sums, peaks = np.empty(blocks, np.float32), np.empty(blocks, np.float32)
+    of_group = np.empty(t.keys if t.grouped else 0, np.float32)
     while True:
         unit = _fetch_and_increment(address)  # of `next_unit`, the first field
         if unit >= t.units:
@@ -721,20 +798,24 @@ def attend_task(address: Any) -> None:
         count = min(t.tile, (t.rows - begin + step - 1) // step)
         for i in range(count):
             x[i] = queries[head, begin + i * step] * scale
-        score_rows(scores[:count], head, x[:count], t)
+        score_rows(scores, head, x[:count], t)
+        of_group[:] = zero
         for i in range(count):
-            totals[i] = _masses(x[i], scores[i])
-            if np.isnan(totals[i]):
+            mass = scores[i, : t.keys]
+            total = _masses(x[i], mass, sums, peaks)
+            if np.isnan(total):
                 t.not_finite = 1
                 return
+            if t.grouped:
+                _add_mean(of_group, mass, total, count)
+            else:
+                plan = _sure_mass(mass, sums, peaks, total, t)
+                _cumulate(mass, sums, peaks, plan[0], cdf)
+                _attend_row(t, head, begin + i, x[i], mass, mass, plan, place, cdf)
         if t.grouped:
-            _mean_masses(scores[:count], totals, of_group)
-            plan = _sure_mass(of_group, 1.0, t)
-            _cumulate(of_group, plan[0], cdf)
-        for i in range(count):
-            mass = of_group
-            if not t.grouped:
-                mass = scores[i]
-                plan = _sure_mass(mass, totals[i], t)
-                _cumulate(mass, plan[0], cdf)
-            _attend_row(t, head, begin + i * step, x[i], scores[i], mass, plan, place, cdf)
+            _survey(of_group, sums, peaks)
+            plan = _sure_mass(of_group, sums, peaks, 1.0, t)
+            _cumulate(of_group, sums, peaks, plan[0], cdf)
+            for i in range(count):
+                row = begin + i * step
+                _attend_row(t, head, row, x[i], scores[i, : t.keys], of_group, plan, place, cdf)

@@ -64,7 +64,7 @@ class Block(nn.Module):
             p(h).unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
             for p in (self.query, self.key, self.value)
         )
-        return rotate(q, rotation), rotate(k, rotation), v
+        return rotate(q, rotation).to(x.dtype), rotate(k, rotation).to(x.dtype), v  # angles are float32
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], attend: Callable[..., Tensor]) -> Tensor:
         o = attend(*self.project(x, rotation)).transpose(1, 2).flatten(-2)

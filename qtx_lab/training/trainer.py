@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import signal
 import tempfile
@@ -53,6 +54,9 @@ class TrainingResult:
         Steps that are done, over all attempts.
     stopped : bool
         Whether it was cancelled before the end.
+    loss : float
+        Of the last step, nats a token; NaN where the training had ended before, and its checkpoint is older
+        than this version and does not tell it.
     metrics : tuple of dict
         One row for each step, see `QuantumTrainer`; of a step that was done again after a fault, the last
         one.
@@ -79,6 +83,7 @@ class TrainingResult:
 
     steps: int
     stopped: bool
+    loss: float
     metrics: tuple[dict[str, Any], ...]
     ranks: int
     faults: tuple[str, ...]
@@ -86,11 +91,6 @@ class TrainingResult:
     folder: Path | None
     dashboard_link: str | None
     seconds: float
-
-    @property
-    def loss(self) -> float:
-        """Loss of the last step, nats a token."""
-        return float(self.metrics[-1]["loss"])
 
 
 class QuantumTrainer:
@@ -365,12 +365,15 @@ class QuantumTrainer:
                 shutil.rmtree(folder, ignore_errors=True)
             raise
         stopped = end.how == "stopped"
+        rows = [supervisor.rows[step] for step in sorted(supervisor.rows)]
+        known = rows or read_about(folder, end.step).get("rows") or []
         if temporary and not stopped:
             shutil.rmtree(folder, ignore_errors=True)
         return TrainingResult(
             steps=end.step,
             stopped=stopped,
-            metrics=tuple(supervisor.rows[step] for step in sorted(supervisor.rows)),
+            loss=float(known[-1]["loss"]) if known else math.nan,
+            metrics=tuple(rows),
             ranks=supervisor.world,
             faults=tuple(supervisor.faults),
             notes=(*notes, *supervisor.notes),

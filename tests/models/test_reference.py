@@ -131,3 +131,16 @@ def test_training_refuses_bad_arguments_before_work(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(qtx.StorageError, match="cannot be written"):
         reference_training.train_reference(tmp_path / "file", steps=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_it_computes_in_every_dtype_that_it_is_loaded_in(dtype):
+    """Positions are rotated in float32, which made queries of another dtype than the values."""
+    model = qtx.load_language_model("reference", dtype=dtype)
+    tokens = model.encode("The import statement")[None]
+    expected = qtx.load_reference_model()(tokens).softmax(-1)
+    actual = model(tokens)
+    assert actual.dtype == dtype
+    assert (actual.double().softmax(-1) - expected).abs().max() < 0.05
+    assert {x.dtype for x in model.attention_inputs(tokens)[3]} == {dtype}
+    assert len(qtx.generate(model, "The import", 4)) >= 1

@@ -779,3 +779,14 @@ def test_rows_that_a_leaving_worker_could_not_send_are_read_from_its_checkpoint(
     steps = [row["step"] for row in trainer.train().metrics]
     assert steps == list(range(1, of_checkpoint[0] + 1))
     assert 5 < of_checkpoint[0] < FAST["steps"]
+
+
+def test_a_training_that_has_ended_is_found_at_its_end(tmp_path):
+    """As after a kill between the last checkpoint and the end: the same loss, and no step again."""
+    seen = []
+    trainer, result = trained(folder=tmp_path, on_metrics=seen.extend)
+    steps = len(seen)
+    again, found = trained(folder=tmp_path, on_metrics=seen.extend)
+    assert (found.steps, found.loss, found.stopped) == (result.steps, result.loss, False)
+    assert len(seen) == steps
+    assert torch.equal(weights(again), weights(trainer))

@@ -197,6 +197,23 @@ def test_two_do_not_resume_one_training(tmp_path):
         assert train_run(home=tmp_path, resume=run.path, progress=False).status == "done"
 
 
+def test_a_run_that_ended_after_its_last_step_is_resumed_to_its_end(tmp_path, monkeypatch):
+    """Killed between the last checkpoint and the weights, it failed at every resume: no step had a loss."""
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training_run, "save_model", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train_run(qtx.TrainSpec(**FAST), home=tmp_path, progress=False)
+    monkeypatch.undo()
+    (folder,) = tmp_path.iterdir()
+    run = train_run(home=tmp_path, resume=folder, progress=False)
+    assert run.status == "done"
+    assert run.manifest["results"]["loss"] == run.metrics()["loss"].iloc[-1]
+    assert (folder / "model.safetensors").exists()
+
+
 def test_the_cost_model():
     assert scaling.bytes_per_step(10**8, 1) == 0
     assert scaling.bytes_per_step(10**8, 2) == 4 * 10**8 + scaling.STATISTICS_BYTES

@@ -77,6 +77,24 @@ def test_the_report_needs_neither_network_nor_javascript(run):
         assert sentence.split(";")[0] in page
 
 
+FILLED = """samplers => {
+  const isSeen = (name) => [...document.querySelectorAll(name)].every((token) => {
+    const [box, at] = [token.parentElement, token].map((x) => x.getBoundingClientRect());
+    return at.top >= box.top && at.bottom <= box.bottom;
+  });
+  const heads = [...document.querySelectorAll(".qtx-heads button")];
+  const strip = document.querySelector(".qtx-strip");
+  const names = new Set([...strip.querySelectorAll("svg text")].map((text) => text.textContent));
+  const options = [...document.querySelectorAll(".qtx-toolbar select option")];
+  return heads.length > 1 && heads.every((head) => head.title.includes("relative variance"))
+    && !document.querySelector(".qtx-heads[data-stale]")
+    && isSeen(".qtx-text [data-query]")
+    && !strip.hidden && !strip.innerText.includes("Still to come")
+    && options.filter((x) => names.has(x.value)).length === samplers;
+}"""
+"""Whether a report shows the heads, the strip and the query in the text, though nobody has touched it."""
+
+
 @pytest.mark.ui
 def test_the_report_draws_anew_in_a_browser_without_a_network(run):
     if (chromium := shutil.which("chromium") or shutil.which("google-chrome")) is None:
@@ -101,6 +119,8 @@ def test_the_report_draws_anew_in_a_browser_without_a_network(run):
         view, heading = page.locator(".qtx"), page.locator(".qtx h2")
         page.wait_for_selector(".qtx[data-draws='16']")
         assert not page.locator("picture").first.is_visible()
+        page.wait_for_function(FILLED, arg=len(qtx.AttentionLens.live_samplers), timeout=20_000)
+        assert page.evaluate("scrollY") == 0
 
         draw = "([h, s, n]) => {const d = document.querySelector('.qtx-page').page.head(3, h).draw(s, n);"
         for sampler in qtx.AttentionLens.live_samplers:

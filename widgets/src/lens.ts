@@ -413,7 +413,9 @@ export function render(model: Model, el: HTMLElement): () => void {
     tokenView.show({ row, first, exact, sampled, norms }, sampler, samplerColour(sampler));
   }
 
-  /** What is being measured for the strip: asked for once it is in sight, and when the head changes. */
+  /** What is being measured for the strip: asked for once it is in sight, and when the head changes. A page without
+   * a kernel measures it anyway, in time that nobody else needs, so that who scrolls to it finds it filled. */
+  const measuresUnseen = get("without_kernel") === true;
   let inSight = false;
   let stripSeq = 0;
   let measuredHead = "";
@@ -428,7 +430,7 @@ export function render(model: Model, el: HTMLElement): () => void {
   function requestStrip(): void {
     const [layer, head]: [number, number] = [get("layer"), get("head")];
     const name = `${layer} ${head}`;
-    if (!inSight || !shown || name === measuredHead) return;
+    if ((!inSight && !measuresUnseen) || !shown || name === measuredHead) return;
     measuredHead = name;
     stripSeq += 1;
     ask({ kind: "strip", view: viewId, seq: stripSeq, layer, head, sampler: shown.sampler });

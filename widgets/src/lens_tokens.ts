@@ -105,7 +105,17 @@ export function tokensPart(
     }
   }
 
+  /** Brings the query into sight where it is not, with what stands before it, to which it mostly attends. */
+  function scrollTo(index: number): void {
+    for (const text of texts) {
+      const [box, token] = [text, text.children[index]].map((x) => x.getBoundingClientRect());
+      if (token.top >= box.top && token.bottom <= box.bottom) continue;
+      text.scrollTop += token.bottom - box.bottom + 0.1 * box.height;
+    }
+  }
+
   function show(row: TokenRow, sampler: string, colour: string): void {
+    const isOther = last?.row !== row.row;
     last = row;
     const { first, exact, sampled, norms } = row;
     fill(first, first + exact.length);
@@ -129,6 +139,7 @@ export function tokensPart(
         span.title = `${whole(key)}: ${value}, ‖v‖ = ${digits(norms[i], 2)}`;
       }
     });
+    if (isOther && choose !== null && row.row >= first) scrollTo(row.row - first);
     const name = choose ? ` “${tokenText(tokens[row.row]).trim()}”` : "";
     const part =
       exact.length < tokens.length ? ` (keys ${whole(first)} to ${whole(first + exact.length - 1)})` : "";

@@ -46,7 +46,7 @@ export class PageModel {
   private measuring: MapsRequest | null = null;
 
   constructor(private readonly data: PageData) {
-    this.state = { ...data.state };
+    this.state = { ...data.state, without_kernel: true };
   }
 
   /** As the views' type. */

@@ -45,7 +45,7 @@ def compiled_scores(store, sketch, x, heads=slice(None)):
     every, x = x.new_zeros(store.heads, *x.shape[1:]), x.contiguous()
     drawn = launch._empty_rows(every, 1, store.width)
     names = launch.RowNames(0, torch.zeros(1, dtype=torch.int64), 1, 0)
-    task = launch.make_task(every, 1.0, scanned, names, DrawRule(1, 1, 0.02), drawn)
+    task = np.frombuffer(launch.make_task(every, 1.0, scanned, names, DrawRule(1, 1, 0.02), drawn), rows.TASK)
     whole = -(-store.length // rows.BLOCK) * rows.BLOCK
     out = np.empty((*x.shape[:2], whole), np.float32)
     for i, head in enumerate(range(store.heads)[heads]):

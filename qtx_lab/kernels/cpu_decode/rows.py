@@ -258,13 +258,11 @@ def _scoring(bits: int) -> Any:
                 both = builder.add(builder.shl(high, mask(7)), low)
                 columns.append(builder.fmul(builder.sitofp(both, FLOATS), scale))
             for i in range(COLUMNS):  # in the order of the keys again
-                halves = [
-                    _shuffle(builder, *two, (*range(4 * i, 4 * i + 4), *range(16 + 4 * i, 20 + 4 * i)))
-                    for two in (columns[:2], columns[2:])
-                ]
+                four = (*range(4 * i, 4 * i + 4), *range(16 + 4 * i, 20 + 4 * i))
+                first, last = (_shuffle(builder, x, y, four) for x, y in (columns[:2], columns[2:]))
                 at = builder.add(out, builder.mul(builder.add(key, WHOLE(LANES * i)), WHOLE(4)))
                 before = builder.select(added, _load(builder, at, FLOATS), ir.Constant(FLOATS, None))
-                scores = builder.fadd(_shuffle(builder, *halves, range(LANES)), bases)
+                scores = builder.fadd(_shuffle(builder, first, last, range(LANES)), bases)
                 scores = builder.fadd(scores, before)
                 _store(builder, scores, at)
         return context.get_dummy_value()

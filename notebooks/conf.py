@@ -30,6 +30,11 @@ from qtx_lab.stability import EXPERIMENTAL  # noqa: E402
 
 # Notebooks keep their runs, and jupyter-cache what they printed, beside the pages.
 os.environ["QTX_LAB_HOME"] = str(ROOT / "build" / "docs-runs")
+# Kernels have a profile of their own, without start-up files of whoever builds and without a warning of TCP.
+PROFILE = ROOT / "build" / "docs-ipython" / "profile_default"
+PROFILE.mkdir(parents=True, exist_ok=True)
+(PROFILE / "ipython_kernel_config.py").write_text('c.IPKernelApp.log_level = "ERROR"\n', encoding="utf-8")
+os.environ["IPYTHONDIR"] = str(PROFILE.parent)
 REDUCED = json.loads((NOTEBOOKS / "reduced.json").read_text(encoding="utf-8"))
 
 # --- The project --------------------------------------------------------------------------------

@@ -29,6 +29,9 @@ def code_of(page: Path) -> list[str]:
     return [inspect.cleandoc("\n" + code) for _, code in CODE.findall(page.read_text(encoding="utf-8"))]
 
 
+SET_BY_CONF = ("QTX_LAB_HOME", "IPYTHONDIR")
+"""Variables of the environment that conf.py sets, and that a test takes back."""
+
 CODED = [
     page for page in (ROOT / "README.md", ROOT / ".github" / "CONTRIBUTING.md", *WRITTEN) if code_of(page)
 ]
@@ -41,7 +44,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     out = tmp_path_factory.mktemp("docs")
     messages = out / "warnings.txt"
-    with messages.open("w", encoding="utf-8") as stream:
+    with messages.open("w", encoding="utf-8") as stream, pytest.MonkeyPatch.context() as environment:
+        for name in SET_BY_CONF:
+            environment.setenv(name, "")
         overrides = {"nb_execution_mode": "off"}
         app = Sphinx(PAGES, PAGES, out, out / "doctrees", "html", overrides, status=None, warning=stream)
         app.build()
@@ -172,7 +177,8 @@ def test_no_page_of_the_reference_is_cut_off_at_1280_pixels(built: Path) -> None
 def test_formulae_in_docstrings_are_set_as_mathematics(
     written: str, shown: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("QTX_LAB_HOME", "")  # which the settings change, as they do the next
+    for name in SET_BY_CONF:
+        monkeypatch.setenv(name, "")
     monkeypatch.setattr(sys, "path", [*sys.path])
     assert runpy.run_path(str(PAGES / "conf.py"))["escaped"](written) == shown
 

@@ -124,7 +124,8 @@ def open_cluster(
     devices : sequence of int
         Numbers of the GPUs that "cuda" uses; all of them where empty.
     timeout : float
-        How long to wait for the scheduler and for all workers, seconds.
+        How long to wait for the scheduler and for all workers, seconds. A training over the cluster counts as
+        hung after as long without a step: give more on a busy machine.
 
     Raises
     ------

@@ -16,6 +16,7 @@ from qtx_lab.backends import QiskitQuantumBackend
 from qtx_lab.backends.ibm import engine as ibm_engine
 from qtx_lab.backends.ibm.engine import IBMEngine
 from qtx_lab.backends.ibm.jobs import find_jobs
+from qtx_lab.backends.ibm.remote import IBMRemote
 from qtx_lab.backends.requests import CalibrationRequest, MitigatedRowRequest, RowRequest
 from qtx_lab.circuits import check_rows, make_loader
 from qtx_lab.errors import ArgumentError, BackendUnavailable, JobTimeout, StorageError
@@ -486,3 +487,30 @@ def test_a_server_that_is_gone_loses_no_job(ibm: Any, cloud: Any) -> None:
     assert job.status().state == "done"
     content = json.loads(job.path.read_bytes())
     assert content["parts"][0]["id"] == "job-1"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: x[:-1],
+        lambda x: x[:, :-1],
+        lambda x: x[:, :, :0],
+        lambda x: np.concatenate([x, x], 2),
+        lambda x: x[0],
+        lambda x: x.astype(np.int64),
+    ],
+    ids=["fewer rows", "fewer shots", "no bits", "other bits", "one row", "no bytes"],
+)
+def test_results_of_another_shape_are_refused(
+    change: Any, cloud: Any, logged_in: Any, monkeypatch: Any
+) -> None:
+    """Bits of another register were counted as keys. The results stay on the server for a later look."""
+    backend = QiskitQuantumBackend("ibm", "ibm_lagos", loader="tree", optimization_level=0, service=logged_in)
+    job = backend.submit_rows(torch.full((2, 4), 0.25), 20, progress=False)
+    outcomes = IBMRemote.outcomes
+    with monkeypatch.context() as patch:
+        patch.setattr(IBMRemote, "outcomes", lambda *arguments: change(outcomes(*arguments)))
+        for _ in range(2):
+            with pytest.raises(BackendUnavailable, match="in place of the packed bits of 2 rows × 20 shots"):
+                job.counts(5, progress=False)
+    assert job.counts(5, progress=False).shots == 20

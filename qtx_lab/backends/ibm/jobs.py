@@ -636,7 +636,7 @@ class DeviceJob:
         if path.exists():
             with suppress(StorageError):  # it is fetched again
                 outcomes = load_array(path, "outcomes")
-                if outcomes.ndim == 3 and self._fits(outcomes, part) and outcomes.dtype == np.uint8:
+                if self._fits(outcomes, part):
                     return outcomes
         outcomes = self._fetch(part)
         if len(self.record.parts) > 1:
@@ -654,6 +654,11 @@ class DeviceJob:
         update_record(self.path, change)
 
     def _fits(self, outcomes: np.ndarray, part: PartRecord) -> bool:
+        """Whether these are packed bits of all that the part was to run."""
+        if outcomes.ndim != 3 or outcomes.dtype != np.uint8 or not outcomes.shape[2]:
+            return False
+        if has_program(self.path) and outcomes.shape[2] != -(-read_program(self.path)[0].num_clbits // 8):
+            return False
         return outcomes.shape[0] == part.stop - part.start and outcomes.shape[1] >= part.shots
 
     def _fetch(self, part: PartRecord) -> np.ndarray:
@@ -675,10 +680,10 @@ class DeviceJob:
                     ) from error
                 time.sleep(FIRST_POLL_DELAY_S)
         if not self._fits(outcomes, part):
-            rows = part.stop - part.start
+            rows, shape = part.stop - part.start, " × ".join(map(str, outcomes.shape))
             raise BackendUnavailable(
-                f"The results of job {self.tag} ({part.id}) have {outcomes.shape[0]} rows × "
-                f"{outcomes.shape[1]} shots; {rows} rows × {part.shots} shots were submitted."
+                f"The results of job {self.tag} ({part.id}) are {shape} numbers of {outcomes.dtype}, in "
+                f"place of the packed bits of {rows} rows × {part.shots} shots, which were submitted."
             )
         return outcomes
 

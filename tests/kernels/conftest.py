@@ -37,7 +37,7 @@ else:
         else [
             path.name
             for path in ROOM.glob("test_*.py")
-            if path.name not in ("test_elsewhere.py", "test_compile.py")
+            if path.name not in ("test_compile.py", "test_elsewhere.py", "test_notebook.py")
         ]
     )
 

@@ -238,10 +238,13 @@ def fit_angles(
         Of the intervals.
     method : {"bayes", "mle"}
         "bayes": posterior mean and central interval under the prior that is uniform in theta, which is
-        Jeffreys' without noise. "mle": the maximum of the likelihood, and where twice its logarithm is
-        within the quantile of chi-squared of it.
+        Jeffreys' without noise; where an end of all angles is likeliest, the interval reaches to that end.
+        "mle": the maximum of the likelihood, and where twice its logarithm is within the quantile of
+        chi-squared of it.
 
-    Source: Suzuki et al. (2020) for the likelihood; Julier and Uhlmann (1997) for the cubature.
+    Source: Suzuki et al. (2020) for the likelihood; Julier and Uhlmann (1997) for the cubature; Brown, Cai
+    and DasGupta, Interval estimation for a binomial proportion (2001), section 4.1.2, for intervals that
+    reach to an end.
     """
     shape = data.hits.shape[:-2]
     if expected is None:
@@ -488,7 +491,10 @@ def _read(
         part = ((level - c0) / (c1 - c0).clamp_min(1e-300)).clamp(0, 1)
         angle = grid.gather(-1, after - 1) * (1 - part) + grid.gather(-1, after) * part
         ends.append((2 * angle[..., 0]).cos())
-    return value, ends[0], ends[1]
+    # Where an end of all angles is likeliest, as where no shot hits, equal tails would never hold that end.
+    lower = torch.where(at[..., 0] == GRID - 1, (2 * grid[..., -1]).cos(), ends[0])
+    upper = torch.where(at[..., 0] == 0, (2 * grid[..., 0]).cos(), ends[1])
+    return value, lower, upper
 
 
 def sum_of_estimates(

@@ -157,3 +157,19 @@ def test_no_two_runs_have_the_same_seed(monkeypatch):
     p, v = torch.tensor([[0.4, 0.3, 0.2, 0.1]]), torch.tensor([1.0, 0.0, -1.0, 2.0])
     AmplitudeEstimator(backend).estimate(p, v, 512, generator=torch.Generator().manual_seed(0))
     assert len(seeds) == len(set(seeds)) > 6
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize("method", ["bayes", "mle"])
+@pytest.mark.parametrize("least", [1e-9, 1e-4, 0.01, 0.3])
+def test_intervals_cover_rows_of_nearly_one_key(method, least):
+    """400 repetitions; hardly a shot misses a key of nearly all mass: its interval must reach up to 1."""
+    estimator = AmplitudeEstimator(qtx.QiskitQuantumBackend("aer"), method=method)
+    for p in ([1 - least, least], [least, 1 - least]):
+        p = torch.tensor([p], dtype=torch.float64)
+        plan = estimator.plan(p, torch.tensor([1.0, -1.0]), 256)
+        measured = plan.ideal_probabilities().draw(plan, 400, torch.Generator().manual_seed(1))
+        _, lower, upper, _ = estimator.fit(plan, measured)
+        exact = float(p[0, 0] - p[0, 1])
+        covered = float(((lower <= exact) & (exact <= upper)).double().mean())
+        assert covered > 0.95 - 4 * (0.95 * 0.05 / 400) ** 0.5

@@ -27,6 +27,7 @@ TYPES: dict[str, Any] = {
     "code": dict,
     "seconds": int | float,
     "error": str,
+    "finished": str,
     "seed": int,
 }
 """Types of the entries that a manifest may leave out."""

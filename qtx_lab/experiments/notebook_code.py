@@ -6,6 +6,7 @@ import ast
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +29,21 @@ def code_cells(path: Path) -> list[dict[str, Any]]:
     StorageError
         If it cannot be read as a notebook.
     """
-    try:
+    with _reading(path):
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
         return [
             {"source": "".join(cell["source"]), "tags": sorted(cell.get("metadata", {}).get("tags", ()))}
             for cell in cells
             if cell["cell_type"] == "code" and not NOT_CODE & set(cell.get("metadata", {}).get("tags", ()))
         ]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Make a StorageError of whatever is wrong with the content of a notebook that is read inside."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise StorageError(f"{path} cannot be read as a notebook: {error}.") from error
 
 
@@ -45,17 +53,24 @@ def code_hash(path: Path) -> str:
 
 
 def without_outputs(path: Path) -> bytes:
-    """An executed notebook as it was before: without outputs and the cells that papermill adds."""
-    notebook = json.loads(path.read_text(encoding="utf-8"))
-    notebook["cells"] = [
-        cell for cell in notebook["cells"] if not NOT_CODE & set(cell.get("metadata", {}).get("tags", ()))
-    ]
-    for cell in notebook["cells"]:
-        if cell["cell_type"] == "code":
-            cell |= {"outputs": [], "execution_count": None}
-        cell.get("metadata", {}).pop("papermill", None)
-    notebook["metadata"].pop("papermill", None)
-    return json.dumps(notebook, indent=1, ensure_ascii=False).encode()
+    """An executed notebook as it was before: without outputs and the cells that papermill adds.
+
+    Raises
+    ------
+    StorageError
+        If it cannot be read as a notebook.
+    """
+    with _reading(path):
+        notebook = json.loads(path.read_text(encoding="utf-8"))
+        notebook["cells"] = [
+            cell for cell in notebook["cells"] if not NOT_CODE & set(cell.get("metadata", {}).get("tags", ()))
+        ]
+        for cell in notebook["cells"]:
+            if cell["cell_type"] == "code":
+                cell |= {"outputs": [], "execution_count": None}
+            cell.get("metadata", {}).pop("papermill", None)
+        notebook["metadata"].pop("papermill", None)
+        return json.dumps(notebook, indent=1, ensure_ascii=False).encode()
 
 
 def local_modules(path: Path, folder: Path) -> dict[str, str]:

@@ -75,7 +75,7 @@ def export_to_ro_crate(run: Run, folder: str | Path, *, license: str | None = No
         raise ArgumentError(f"license={license!r} is not allowed: it must be a URL.")
     crate = ROCrate(version="1.1")
     ended = manifest.get("finished") or manifest["started"]
-    crate.name = manifest.get("title") or manifest["name"]
+    crate.name = str(manifest.get("title") or manifest["name"])
     crate.description = f"The run {run.path.name} of qtx_lab, which ended as {manifest['status']}."
     crate.datePublished = ended
     crate.license = _entity(crate, license or "#no-license", "CreativeWork", _license(license))
@@ -85,7 +85,7 @@ def export_to_ro_crate(run: Run, folder: str | Path, *, license: str | None = No
     files = {name: crate.add_file(path, name, properties=_about(path)) for name, path in _files(run.path)}
     action = {
         "name": crate.name,
-        "description": manifest.get("command") or crate.description,
+        "description": str(manifest.get("command") or crate.description),
         "startTime": manifest["started"],
         "endTime": ended,
         "actionStatus": f"http://schema.org/{STATES.get(manifest['status'], 'FailedActionStatus')}",
@@ -163,7 +163,8 @@ def _measured(crate: Any, manifest: Mapping[str, Any]) -> Iterator[Any]:
     measures = manifest.get("measures") or {}
     for name, value in (manifest.get("results") or {}).items():
         if isinstance(value, int | float) and not isinstance(value, bool):
-            unit = (measures.get(name) or {}).get("unit")
+            facts = measures.get(name)
+            unit = facts.get("unit") if isinstance(facts, Mapping) else None
             yield _property(crate, f"#result-{name}", name, value, {"unitText": unit} if unit else {})
 
 

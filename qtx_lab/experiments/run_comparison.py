@@ -208,7 +208,7 @@ def environment_of(run: Run) -> dict[str, str]:
     """Versions of Python and of all distributions that a run recorded, by name."""
     try:
         lines = (run.path / REQUIREMENTS).read_text(encoding="utf-8").splitlines()
-    except OSError:  # made by an earlier version of this package
+    except (OSError, UnicodeDecodeError):  # of an earlier version of this package, or damaged
         return {str(name): str(x) for name, x in (run.manifest.get("versions") or {}).items()}
     pairs = (line.removeprefix("# ").partition("==") for line in lines)
     return {name: version for name, _, version in pairs if version}

@@ -12,15 +12,16 @@ import pytest
 from click.testing import CliRunner
 
 from qtx_lab.cli import main
-from qtx_lab.errors import ArgumentError, BackendUnavailable
+from qtx_lab.errors import ArgumentError, BackendUnavailable, QtxError
 from qtx_lab.experiments import provenance, replays
 from qtx_lab.experiments.notebook_code import code_hash, local_modules, without_outputs
 from qtx_lab.experiments.notebooks import declared_parameters, notebook_spec, result_facts, run_notebook
 from qtx_lab.experiments.provenance import input_hashes
 from qtx_lab.experiments.replays import environment_differences, replay
+from qtx_lab.experiments.run_comparison import compare_runs
 from qtx_lab.experiments.runs import Run, runs
 from qtx_lab.experiments.training_run import train_run
-from qtx_lab.specs import SamplerSpec, SearchSpec, TrainSpec
+from qtx_lab.specs import NotebookSpec, SamplerSpec, SearchSpec, TrainSpec
 
 # It writes what `Run.update` would write: a kernel that imports little starts in under a second.
 MEASURE = """
@@ -204,3 +205,17 @@ def test_a_search_is_replayed_as_a_search(tmp_path, monkeypatch) -> None:
     expected |= {"maximize": True, "space": {"n": "1..8", "m": [1, 2]}, "parameters": {"k": 1}}
     assert expected.items() <= asked.items()
     assert asked["cells"] == code_hash(run.path / "a.ipynb")
+
+
+@pytest.mark.parametrize(
+    "content", ["{broken", "[]", "{}", '{"cells": 3}', '{"cells": ["a"]}', '{"cells": [], "metadata": 5}']
+)
+def test_a_notebook_that_is_damaged_is_refused_by_its_path(content, tmp_path):
+    run = Run.create(NotebookSpec(notebook="damaged", parameters={}), "damaged", tmp_path)
+    (run.path / "damaged.ipynb").write_text(content)
+    (run.path / "requirements.txt").write_bytes(b"\xff\xfe")
+    run.finish("done")
+    with pytest.raises(QtxError, match=r"damaged\.ipynb.* cannot be read as a notebook"):
+        replay(run, progress=False)
+    (run.path / "damaged.ipynb").unlink()
+    assert compare_runs(run, run).reproduced  # by the versions in the manifest

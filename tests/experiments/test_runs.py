@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib.util
 import json
 import os
 import re
@@ -22,6 +23,7 @@ import pytest
 from qtx_lab.errors import ArgumentError, StorageError
 from qtx_lab.experiments import provenance
 from qtx_lab.experiments.report import write_report
+from qtx_lab.experiments.ro_crate_export import export_to_ro_crate
 from qtx_lab.experiments.runs import Run, find_run, runs
 from qtx_lab.experiments.saved_figure import with_palette
 from qtx_lab.specs import ExperimentSpec
@@ -368,6 +370,8 @@ ODD = {
     "huger": {"results": {"n": 10**4000, "table": [{"a": 10**400}, 1]}},
     "text": {"results": {"n": "x", "N": 3, "": 1, 'a"b': 2}},
     "process": {"status": "running", "process": {"pid": 10**30, "hostname": "x", "start_ticks": "z"}},
+    "finished": {"finished": {"a": 1}},
+    "measures": {"measures": {"n": 5}},
     "git": {"git": {"commit": 5}, "title": [1], "command": {"a": 1}},
 }
 
@@ -387,6 +391,8 @@ def test_an_odd_manifest_costs_only_itself(tmp_path, spec, odd) -> None:
     assert table.to_json(orient="records", date_format="iso")
     if len(table) == 2:
         assert write_report(Run(tmp_path / "odd")).exists()
+        if importlib.util.find_spec("rocrate") and Run(tmp_path / "odd").status != "running":
+            assert export_to_ro_crate(Run(tmp_path / "odd"), tmp_path / "crates").exists()
 
 
 def test_a_tilde_is_a_home(tmp_path, spec, monkeypatch) -> None:

@@ -211,7 +211,9 @@ export function thumbnailGrid(
     drawn = heads;
     counted.textContent = drawn
       ? `${drawn.length} of ${count} heads drawn, the others exact`
-      : `${count} heads`;
+      : count === 1
+        ? "1 head"
+        : `${count} heads`;
     everyHead.hidden = noHead.hidden = !picking.checked;
     box.toggleAttribute("data-picking", picking.checked);
     buttons.forEach((button, index) => button.toggleAttribute("data-exact", !isDrawn(index)));

@@ -37,3 +37,12 @@ def mean_with_error(values: Sequence[float], std_errors: Sequence[float]) -> tup
     (0.25, 0.025)
     """
     return fmean(values), math.hypot(*std_errors) / len(values)
+
+
+def spaced(number: int) -> str:
+    """A whole number with thin spaces between thousands.
+
+    >>> spaced(1234567) == "1\\u2009234\\u2009567"
+    True
+    """
+    return f"{number:,}".replace(",", "\u2009")

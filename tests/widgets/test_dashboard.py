@@ -409,6 +409,25 @@ def test_the_map_follows_the_slider(shared: Any, soak: bool, capsys: Any) -> Non
         print(f"\ndashboard, n = 512, {steps} steps: {timing}")
 
 
+SIDES = """() => [...Bokeh.documents].flatMap((d) => [...d._all_models.values()])
+  .filter((m) => m.type === "ColumnDataSource" && m.data.image)
+  .flatMap((m) => [...m.data.image].map((image) => image.shape[0]))"""
+
+
+@pytest.mark.ui
+def test_maps_are_drawn_as_finely_as_they_are_shown(shared: Any) -> None:
+    page = shared
+    page.get_by_role("button", name="Maps", exact=True).click()
+    page.get_by_text("systematic draws lie").wait_for()
+    for size, low, high in (((1920, 1080), 400, 640), ((1280, 800), 240, 300)):
+        page.set_viewport_size({"width": size[0], "height": size[1]})
+        page.wait_for_function(
+            f"([low, high]) => {{ const sides = ({SIDES})(); return sides.length === 3"
+            " && sides.every((side) => side >= low && side <= high); }",
+            arg=[low, high],
+        )
+
+
 @pytest.mark.ui
 def test_two_people_at_once(shared: Any, browser: Any, served: str) -> None:
     page, other = shared, browser.new_context().new_page()
@@ -958,6 +977,17 @@ def test_two_runs_are_compared_line_by_line(tmp_path: Path) -> None:
     assert "Environment: nothing differs" in html
     again = view.prepare(page.records.listing, page.records.listing.table)
     assert again is view.prepare(page.records.listing, page.records.listing.table)  # git is not asked again
+
+
+def test_classical_draws_of_one_number_of_shots_are_seen() -> None:
+    frame = pd.DataFrame({
+        "run": ["a"], "device": ["fake_fez"], "loader": ["tree"], "mitigation": [""], "shots": [1024],
+        "distance": [0.03], "half_width": [0.01], "classical": [0.04],
+    })  # fmt: skip
+    for shots, kind in (([1024], "Scatter"), ([256, 1024], "Curve")):
+        several = pd.concat([frame.assign(shots=n) for n in shots])
+        layers = list(figures.distance_against_shots(several, "light"))
+        assert kind in {type(layer).__name__ for layer in layers if "classical" in map(str, layer.vdims)}
 
 
 def test_devices_show_mitigated_rows_and_the_age_of_the_calibration(tmp_path: Path) -> None:

@@ -128,6 +128,11 @@ def test_work_reports_its_progress_and_all_that_the_task_sends(worker: ProcessWo
     assert sent == list(range(500))
     assert states[-1] == ("done", 1.0)
     assert states == sorted(states, key=lambda state: state[1])
+    work.state, work.fraction = "running", 0.01
+    assert work.seconds_left is None  # preparations say nothing of the rest
+    work.fraction = 0.5
+    assert work.seconds_left == pytest.approx(work.seconds)
+    work.state = "done"
     process = worker._process
     assert worker.start("count", n=1).wait(60) == 1
     assert worker._process is process  # what it has loaded stays

@@ -298,10 +298,12 @@ export function paintFit(
   const ys = fitScale(fit);
   const nodes = axes(HEIGHT, xs, ys, "noise level (1: the device's own)", `probability of key ${fit.key}`);
   const exact = ys(fit.exact);
+  const [last, before] = [...new Set([0, ...fit.levels])].sort((a, b) => b - a);
+  const beside = (last + (before ?? last)) / 2; // where no point covers the name
   const curve = fit.fit.filter(([x]) => x <= highest).map(([x, y]): [number, number] => [xs(x), ys(y)]);
   nodes.push(
     line(xs.from, exact, xs.to, exact, { stroke: "var(--qtx-exact)", "stroke-width": 1.5 }),
-    text(xs.to - 2, exact - 4, "exact", "end", { class: "qtx-halo" }),
+    text(xs(beside), exact - 4, "exact", "middle", { class: "qtx-halo" }),
     s("path", { d: path(curve), fill: "none", stroke: colour, "stroke-width": 1.5 }),
     errorPoint(xs(0), ys, fit.answer, fit.answer_error, { colour, filled: true, radius: 5 }),
   );

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from ...theme import with_error
+from ..numbers import spaced
 from . import figures, frames
 from .elements import empty_note, html_table, multi_select
 from .figure_views import MAX_FACETS, FigureView, Finding, drawn_runs, facets_left_out
@@ -112,7 +113,7 @@ def _closest_device(frame: pd.DataFrame) -> str:
     mitigation = f" with {best['mitigation']}" if best["mitigation"] else ""
     return (
         f"Closest to the row: {best['loader']} on {best['device']}{mitigation}, total variation "
-        f"{with_error(best['distance'], best['half_width'])} with {best['shots']:,.0f} shots"
+        f"{with_error(best['distance'], best['half_width'])} with {spaced(round(best['shots']))} shots"
     )
 
 

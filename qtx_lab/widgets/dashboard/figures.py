@@ -227,11 +227,12 @@ def distance_against_shots(frame: pd.DataFrame, theme: str, title: str = "") -> 
     if "classical" in frame:
         base = frame.dropna(subset=["classical"]).groupby("shots", as_index=False)["classical"].mean()
         if len(base):
-            layers.append(
-                hv.Curve(base, "shots", "classical").opts(
-                    color=c["baseline"], line_dash="dashed", line_width=2
-                )
-            )
+            if len(base) > 1:
+                line = hv.Curve(base, "shots", "classical")
+                layers.append(line.opts(color=c["baseline"], line_dash="dashed", line_width=2))
+            else:  # a line of one point would not be seen
+                mark = hv.Scatter(base, "shots", "classical")
+                layers.append(mark.opts(color=c["baseline"], marker="dash", size=16, line_width=2))
             low = min(low, base["classical"].min() / 1.3)
             ends["classical draw"] = (base["shots"].iloc[-1], base["classical"].iloc[-1], c["baseline"])
     layers += _points(mean, "shots", "distance", theme, ends)

@@ -1,4 +1,4 @@
-/* qtx_lab: made from widgets/src by `npm run build`; sources c17d5729dbe3be0990673952bd6efae5c0eab801268ce5661a98b5517780f41a */
+/* qtx_lab: made from widgets/src by `npm run build`; sources bc94b946ffda7207f19f2dabaa45983ab232bc00558fa8e2e77e707a9703bcaf */
 /* Contains d3-scale, d3-array and the modules of d3 that they need.
 Copyright 2010-2026 Mike Bostock
 

@@ -18,6 +18,9 @@ from typing import IO, Any
 from ...errors import ArgumentError, JobTimeout, RunFailed
 from ..throttle import ThrottledCall
 
+MIN_FRACTION = 0.03
+"""The share of work that is done before its end is estimated: preparations have another speed."""
+
 SERVE = "from qtx_lab.widgets.workbench.process_server import serve; serve()"
 
 
@@ -65,8 +68,8 @@ class Work:
 
     @property
     def seconds_left(self) -> float | None:
-        """Seconds until the end at the speed so far; None before there is any progress, and after the end."""
-        if self.fraction <= 0 or self.state != "running":
+        """Seconds until the end at the speed so far; None after the end and before `MIN_FRACTION` of it."""
+        if self.fraction < MIN_FRACTION or self.state != "running":
             return None
         return self.seconds * (1 / self.fraction - 1)
 

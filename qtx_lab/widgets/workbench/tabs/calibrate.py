@@ -13,10 +13,11 @@ from ....experiments.runs import Run
 from ....specs import Real, Spec, Whole, field
 from ....theme import fixed
 from ...forms import SpecForm
+from ...numbers import spaced
 from ..tab import WorkbenchTab
 from ..tab_host import TabHost
 from .code_parts import Code, call, shell
-from .html_parts import head_row, headline, spaced
+from .html_parts import head_row, headline
 from .sample import SampleTab
 
 

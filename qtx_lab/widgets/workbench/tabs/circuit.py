@@ -12,6 +12,7 @@ from torch import Tensor
 from ....errors import ArgumentError
 from ....specs import CircuitSpec, MitigationSpec, Spec, Whole
 from ...forms import FORM_LOCK, SpecForm
+from ...numbers import spaced
 from ...views.base import View
 from ...views.outputs import OutputsView
 from ..process import Work
@@ -19,7 +20,7 @@ from ..tab import WorkbenchTab
 from ..tab_host import TabHost
 from ..tasks.circuits import CircuitRows
 from .circuit_code import measurement_code
-from .html_parts import field_groups, form_field, rows_table, rows_text, spaced
+from .html_parts import field_groups, form_field, rows_table, rows_text
 from .outputs_parts import outputs_code, outputs_headline, outputs_table
 from .sample import MAX_ROWS, SampleTab
 

@@ -11,11 +11,12 @@ import ipywidgets as widgets
 from ....experiments.runs import Run
 from ....specs import CircuitSpec
 from ...forms import SpecForm
+from ...numbers import spaced
 from ..tab import WorkbenchTab
 from ..tab_host import TabHost
 from .circuit import TWIN, CircuitTab
 from .circuit_code import measurement_code
-from .html_parts import field_groups, measured_headline, rows_table, rows_text, spaced
+from .html_parts import field_groups, measured_headline, rows_table, rows_text
 
 
 class HardwareTab(WorkbenchTab):

@@ -11,7 +11,7 @@ from typing import Any
 
 from ....specs import Spec, field
 from ....theme import with_error
-from ...numbers import Z95, Distances
+from ...numbers import Z95, Distances, spaced
 
 form_field = field
 
@@ -36,15 +36,6 @@ def field_groups(kind: type[Spec]) -> dict[str, str]:
     """The heading under which each field of a spec stands in a form."""
     properties = kind.model_json_schema()["properties"]
     return {name: str(schema.get("group", "")) for name, schema in properties.items()}
-
-
-def spaced(number: int) -> str:
-    """A whole number with thin spaces between thousands.
-
-    >>> spaced(1234567) == "1\\u2009234\\u2009567"
-    True
-    """
-    return f"{number:,}".replace(",", "\u2009")
 
 
 def rows_text(number: int) -> str:

@@ -10,13 +10,13 @@ import ipywidgets as widgets
 
 from ....specs import MitigationSpec
 from ....theme import with_error
-from ...numbers import Z95
+from ...numbers import Z95, spaced
 from ...views.mitigation import MitigationView
 from ..tab import WorkbenchTab
 from ..tab_host import TabHost
 from .circuit import CircuitTab
 from .circuit_code import mitigation_code
-from .html_parts import distance_columns, headline, opened, rows_table, rows_text, spaced
+from .html_parts import distance_columns, headline, opened, rows_table, rows_text
 
 
 class MitigateTab(WorkbenchTab):
@@ -34,7 +34,7 @@ class MitigateTab(WorkbenchTab):
         self._verdict, self._table, self.view = widgets.HTML(), widgets.HTML(), MitigationView()
         self._fit_box = widgets.VBox([circuit.view_box])
         forms = {"mitigation": circuit.mitigation_form}
-        views = (self._verdict, self._table, widgets.VBox([self.view]), self._fit_box)
+        views = (self._verdict, widgets.VBox([self.view]), self._table, self._fit_box)
         super().__init__(bench, forms, *views, shared=circuit.row_forms)
         self.form.observe(self._readout_follows_method, "spec")
 

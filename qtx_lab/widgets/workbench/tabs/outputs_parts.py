@@ -8,8 +8,9 @@ from typing import Any
 
 from ....specs import CircuitSpec
 from ....theme import fixed, with_error
+from ...numbers import spaced
 from .code_parts import IMPORTS, Code, call, changed_fields, inputs_code
-from .html_parts import facts_text, head_row, headline, notes_list, spaced
+from .html_parts import facts_text, head_row, headline, notes_list
 
 EXACT_NOTE = (
     "A classical computer sums the exact output with a multiplication for each key: nothing here is faster "

@@ -7,9 +7,9 @@ from typing import Any
 
 import ipywidgets as widgets
 
+from ...numbers import spaced
 from ..tab import WorkbenchTab
 from ..tab_host import TabHost
-from .html_parts import spaced
 
 
 class RunsTab(WorkbenchTab):

@@ -29,6 +29,7 @@ from ....specs import (
 )
 from ...comms import hear_while_busy
 from ...forms import SpecForm
+from ...numbers import spaced
 from ...views.lens import AttentionLens
 from ...views.lens_estimates import percent_text
 from ..process import Work
@@ -37,7 +38,7 @@ from ..tab import WorkbenchTab
 from ..tab_host import TabHost
 from ..tasks.sampling import head_estimate, sample
 from .code_parts import IMPORTS, Code, call, inputs_code
-from .html_parts import form_field, ranges_text, spaced
+from .html_parts import form_field, ranges_text
 
 MAX_ROWS = 16
 """Rows that are sent to the Circuit tab at a time."""

@@ -18,11 +18,12 @@ from ....errors import QtxError
 from ....experiments.notebooks import notebook_path, notebooks_folder
 from ....specs import ClusterSpec, SweepSpec, listed_word
 from ...forms import SpecForm
+from ...numbers import spaced
 from ..process import Work
 from ..tab import WorkbenchTab
 from ..tab_host import TabHost
 from .code_parts import Code, call, changed_fields, shell
-from .html_parts import head_row, headline, notes_list, spaced
+from .html_parts import head_row, headline, notes_list
 
 
 class SweepTab(WorkbenchTab):

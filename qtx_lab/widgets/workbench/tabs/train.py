@@ -11,13 +11,14 @@ import ipywidgets as widgets
 
 from ....specs import ClusterSpec, Spec, Switch, TrainSpec, field
 from ...forms import SpecForm
+from ...numbers import spaced
 from ...views.stream import MetricStream
 from ..process import Work
 from ..tab import WorkbenchTab
 from ..tab_host import TabHost
 from ..tasks.training import exact_twin
 from .code_parts import Code, call, changed_fields, shell
-from .html_parts import notes_list, spaced
+from .html_parts import notes_list
 
 FIRST = TrainSpec(
     model="small", num_tokens=128, sampler="systematic", num_samples=8, steps=100, learning_rate=1e-2,

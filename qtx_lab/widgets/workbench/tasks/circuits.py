@@ -17,7 +17,7 @@ from ....experiments.runs import Run
 from ....models.inputs import AttentionInputs
 from ....specs import CircuitSpec, MitigationSpec, Spec
 from ....specs.circuit import NOISE_FIELDS
-from ...numbers import Z95, mean_with_error
+from ...numbers import Z95, mean_with_error, spaced
 from ..process_server import TaskReport
 from .inputs import load_inputs
 
@@ -201,14 +201,15 @@ def _measure_in_parts(
     backend, spec, seed, (start, end) = sampler.backend, selection.spec, selection.seed, progress
     facts = {**_circuit_facts(backend, p.shape[-1]), "device_label": device_label(spec)}
     parts = growing_parts(spec.shots, 1 if spec.provider == "ibm" else NUM_PARTS)
-    report(start, f"0 of {spec.shots:,} shots a row")
+    report(start, f"0 of {spaced(spec.shots)} shots a row")
     result: dict[str, Any] = {}
     for measurement in measure_in_parts(sampler.measure, p, parts, seed=seed):
         part = _part_result(measurement, p, facts, seed)
         result = {"rows": np.array(selection.rows), **part, **(more or {})}
         report.send(result)
         shots = measurement.counts.shots
-        report(start + (end - start) * shots / spec.shots, f"{shots:,} of {spec.shots:,} shots a row")
+        text = f"{spaced(shots)} of {spaced(spec.shots)} shots a row"
+        report(start + (end - start) * shots / spec.shots, text)
     return result
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ....errors import ArgumentError
 from ....experiments.runs import Run
+from ...numbers import spaced
 from ..process_server import TaskReport
 from .circuits import DEVICE_FACTS, CircuitRows, device_label, plain
 
@@ -43,7 +44,7 @@ def estimate(
     v = values_of_head(selection, output["coordinate"])[: p.shape[-1]]
     report(0.05, "transpiling the circuits")
     sampler = CircuitSampler(spec.build(), hybrid_mode=spec.policy())
-    report(0.1, f"{output['loads']:,} loads of {len(p)} rows")
+    report(0.1, f"{spaced(output['loads'])} loads of {len(p)} rows")
     done = estimate_outputs(sampler, p, v, loads=output["loads"], keys=output["keys"], seed=selection.seed)
     amplitude = done.amplitude
     facts = {name: amplitude.diagnostics[name] for name in DEVICE_FACTS if name in amplitude.diagnostics}

@@ -33,12 +33,15 @@ ROWS = (  # keys, largest logit, masked share, position
     (300, 2.0, 0.1, 4095),
     (1100, 5.0, 0.0, 2**32 + 5),
     (20, 1.0, 1.0, 2),
+    (2048, 4.0, 0.25, 2047),
 )
 
 MOST_DOUBLES = 150
 """Keys of a row up to which it is written in float64 too."""
 BUDGETS = ((1, 1), (16, 1), (33, 2))
 """Draws and replicates."""
+LARGE_ROW, LARGE_BUDGETS = 2048, ((64, 1), (512, 1))
+"""Keys of the row that is drawn from as often as the slider of a page does, and its draws."""
 
 HALF, MARGIN = Decimal("0.5"), Decimal("0.02")
 """How far the exponential of a logit must be from the middle between two numbers, as a share of their
@@ -104,7 +107,7 @@ def cases(written: list[dict[str, Any]] | None = None) -> list[dict[str, Any]]:
             stream = Stream(key, torch.tensor([number % 3]), positions)
             draws = []
             for sampler in SAMPLERS:
-                for num_samples, replicates in BUDGETS:
+                for num_samples, replicates in LARGE_BUDGETS if keys == LARGE_ROW else BUDGETS:
                     drawn = make_sampler(sampler).draw_from(
                         stream, logits[None, None], num_samples, replicates=replicates
                     )

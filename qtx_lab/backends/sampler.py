@@ -318,7 +318,8 @@ def _with_classical_rows(
             estimate = add(part.estimate, share)
         if part.std_error is not None:
             # These rows are known, so that the error of their draws is, too.
-            std_error = add(part.std_error, (p * (1 - p) / shots).sqrt() * classical[:, None])
+            known = p.double().clamp(0, 1)
+            std_error = add(part.std_error, (known * (1 - known) / shots).sqrt() * classical[:, None])
     facts = {"device": "pseudo-random numbers"}
     other = RowCounts(baseline, torch.zeros(len(p), dtype=torch.int64), shots, diagnostics=facts)
     return RowCounts(counts, discarded, shots, other, diagnostics, estimate, std_error)

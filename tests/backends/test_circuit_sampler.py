@@ -150,17 +150,18 @@ def test_shots_are_dealt_evenly_to_replicates():
     assert sorted(valid.tolist()) == [3, 4]
 
 
-def test_classical_rows_beside_mitigated_ones_have_the_errors_of_their_known_probabilities():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_classical_rows_beside_mitigated_ones_have_the_errors_of_their_known_probabilities(dtype):
     """Keys that no draw gave, and a single draw, are no certainty: the rows are known."""
     backend = qtx.QiskitQuantumBackend("aer", noise=NOISE, loader="tree")
     mitigation = CircuitMitigation()
-    p = torch.tensor([[0.5, 0.5, 0.0, 0.0], [0.94, 0.03, 0.02, 0.01], [0.0, 0.0, 0.0, 1.0]]).double()
+    p = torch.tensor([[0.5, 0.5, 0.0, 0.0], [0.94, 0.03, 0.02, 0.01], [0.0, 0.0, 0.0, 1.0]], dtype=dtype)
     for shots in (1, 10):
         sampler = qtx.CircuitSampler(backend, mitigation=mitigation, hybrid_mode=HybridPolicy(max_qubits=1))
         with pytest.warns(qtx.FallbackWarning, match="2 of 3 rows drawn classically"):
             result = sampler.measure(p, shots, generator=seeded())
         assert result.std_error[0, 0] > 0
-        assert torch.allclose(result.std_error[1:], (p[1:] * (1 - p[1:]) / shots).sqrt())
+        assert torch.allclose(result.std_error[1:], (p[1:] * (1 - p[1:]) / shots).sqrt().double())
 
 
 # --- When it falls back ---------------------------------------------------------------------------

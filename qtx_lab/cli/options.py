@@ -30,7 +30,7 @@ home_option = click.option(
 )
 
 fresh_option = click.option(
-    "--fresh", is_flag=True, help="Run it even if a result of the same spec, code and inputs is there."
+    "--fresh", is_flag=True, help="Run it even if there is a result of the same spec, code and inputs."
 )
 
 

@@ -111,11 +111,17 @@ def _write_crates(table: RunTable, folder: Path, license: str | None) -> None:
 
 @click.command()
 @click.argument("run")
-@click.option("--install", is_flag=True, help="Install the versions of then into a new environment, by pip.")
+@click.option(
+    "--install",
+    is_flag=True,
+    help="Run it in a new environment, into which pip installs the package versions of the original run.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @home_option
 def replay(run: str, install: bool, as_json: bool, home: Path | None) -> None:
-    """Run RUN (a folder, or part of its name) again and compare every metric that does not tell time.
+    """Run a run again and compare its metrics.
+
+    RUN is a folder, or part of its name. Every metric is compared that is not a time.
 
     The exit code is 1 if a metric is neither equal bit for bit nor within its interval.
     """
@@ -147,9 +153,10 @@ def replay(run: str, install: bool, as_json: bool, home: Path | None) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @home_option
 def diff(a: str, b: str, as_json: bool, home: Path | None) -> None:
-    """Show where two runs differ: spec, code, environment, inputs and metrics.
+    """Show where two runs differ.
 
-    A and B are folders, or parts of their names.
+    Their specs, code, environments, inputs and metrics are compared. A and B are folders, or parts of their
+    names.
     """
     from dataclasses import asdict
 
@@ -163,7 +170,10 @@ def diff(a: str, b: str, as_json: bool, home: Path | None) -> None:
 @click.argument("run")
 @home_option
 def report(run: str, home: Path | None) -> None:
-    """Write the report of RUN (a folder, or part of its name) anew and print its path."""
+    """Write the report of a run again and print its path.
+
+    RUN is a folder, or part of its name.
+    """
     from ..experiments.report import write_report
     from ..experiments.runs import find_run
 

@@ -43,9 +43,10 @@ if TYPE_CHECKING:
 @click.option("--seed", type=int, help="Seed of all random numbers.")
 @home_option
 def demo(home: Path | None, **options: Any) -> None:
-    """Run the quickstart on real text and write its report; the last line is the report's path.
+    """Run the quickstart on real text and write its report.
 
-    It takes less than a minute on two cores. A text must be at least one byte longer than a window.
+    It takes less than a minute on two quiet cores. The last line printed is the report's path. A text must be
+    at least one byte longer than a window.
     """
     text = options["text"] or "the shipped text"
     announce(f"Runs the quickstart on {text}: about a minute on two cores. The bar shows the time left.")
@@ -61,8 +62,8 @@ def demo(home: Path | None, **options: Any) -> None:
 @click.argument("notebook")
 @parameter_options
 @click.option("--name", help="Name of the run [default: the notebook's].")
-@click.option("--timeout", type=float, metavar="S", help="Seconds that the notebook may take.")
-@click.option("--cell-timeout", type=float, metavar="S", help="Seconds that a cell may take.")
+@click.option("--timeout", type=float, metavar="S", help="Seconds that the notebook may take at most.")
+@click.option("--cell-timeout", type=float, metavar="S", help="Seconds that a cell may take at most.")
 @click.option(
     "--max-output",
     type=float,
@@ -71,7 +72,7 @@ def demo(home: Path | None, **options: Any) -> None:
     metavar="MIB",
     help="Output of a cell that the executed notebook keeps.",
 )
-@click.option("--keep-going", is_flag=True, help="Go on with the next cell after one that failed.")
+@click.option("--keep-going", is_flag=True, help="Continue with the next cell after one that failed.")
 @fresh_option
 @home_option
 def run(
@@ -87,7 +88,10 @@ def run(
     fresh: bool,
     home: Path | None,
 ) -> None:
-    """Execute NOTEBOOK, a file or a shipped one, in a run folder; the last line is the report's path."""
+    """Execute a notebook in a run folder.
+
+    NOTEBOOK is a file, or the name of a shipped notebook. The last line printed is the path of the report.
+    """
     from ..experiments.notebook_execution import ExecutionLimits
     from ..experiments.notebooks import run_notebook
 
@@ -123,11 +127,13 @@ def run(
     metavar="NAME=LOW..HIGH[:log]|A,B",
     help="Search for the best value in a range or a list, by Optuna, instead of running a grid.",
 )
-@click.option("--objective", metavar="NAME", help="With --search: the result that is to be small.")
-@click.option("--maximize", is_flag=True, help="With --search: the objective is to be large.")
+@click.option("--objective", metavar="NAME", help="With --search: the result to minimise.")
+@click.option("--maximize", is_flag=True, help="With --search: maximise the objective instead.")
 @click.option("--trials", type=int, help="With --search: combinations that are tried [default: 40].")
 @click.option(
-    "--resume", is_flag=True, help="Run only what no earlier sweep has done, by whatever code of qtx_lab."
+    "--resume",
+    is_flag=True,
+    help="Run only notebooks that no earlier sweep has done, with any version of qtx_lab's code.",
 )
 @fresh_option
 @home_option
@@ -146,7 +152,9 @@ def sweep(
     trials: int | None,
     **options: Any,
 ) -> None:
-    """Run NOTEBOOK for every combination of values; the last line is the report's path.
+    """Run a notebook for every combination of values.
+
+    NOTEBOOK is a file, or the name of a shipped notebook. The last line printed is the path of the report.
 
     With --search, combinations are proposed one after the other, and with --repeats of 2 or more each is
     stopped as soon as its 95 % interval excludes the best one.
@@ -222,7 +230,9 @@ def notebooks(full: bool, home: Path | None) -> None:
 @click.command()
 @click.argument("kind")
 def spec(kind: str) -> None:
-    """Print the JSON schema of a KIND of spec: its fields, bounds, units and help.
+    """Print the JSON schema of a kind of spec.
+
+    It has the fields of the spec with their bounds, units and help texts.
 
     KIND is experiment, sampler, control, circuit, mitigation, train, cluster, notebook, sweep or search.
     """

@@ -46,7 +46,7 @@ class TrainCommand(click.Command):
 @click.option(
     "--cluster", type=click.Choice(["auto", "local", "cuda", "address"]), help="Train on a cluster."
 )
-@click.option("--num-workers", type=int, help="Number of the cluster's workers, each with one rank.")
+@click.option("--num-workers", type=int, help="Number of workers of the cluster, each with one rank.")
 @click.option("--address", help="Address of the scheduler, with --cluster address.")
 @click.option("--resume", metavar="RUN", help="Continue a training that was stopped.")
 @click.option(
@@ -70,13 +70,14 @@ def train(
     home: Path | None,
     **flags: str | None,
 ) -> None:
-    """Train a model by SPEC.yaml and the flags, in a run folder; the last line is the report's path.
+    """Train a model in a run folder.
 
-    A flag sets a field of the spec and overrides SPEC.yaml. Without --cluster, training uses one process.
+    SPEC.yaml and the flags hold the settings: a flag sets a field of the spec and overrides SPEC.yaml. The
+    last line printed is the path of the report. Without --cluster, training uses one process.
 
     SIGINT, SIGTERM, SIGHUP and SIGUSR1 let the step end, write a checkpoint, and exit with 130, 143, 129 and
-    138. The same command with --continue then goes on from the checkpoint. A job of SLURM that is stopped for
-    another one, or runs out of time, asks for the signal and is queued again:
+    138. The same command with --continue then continues from the checkpoint. A SLURM job that may be stopped
+    for another one, or may run out of time, asks for the signal and is queued again by these lines:
 
     \b
         #SBATCH --requeue --signal=USR1@120

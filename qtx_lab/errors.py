@@ -25,7 +25,7 @@ class QtxError(Exception):
 
 
 class ArgumentError(QtxError, ValueError):
-    """The value of an argument is not allowed, as NaN, zero draws or an unknown name.
+    """The value of an argument is not allowed, such as NaN, zero draws or an unknown name.
 
     Examples
     --------
@@ -81,7 +81,7 @@ class DtypeError(QtxError, TypeError):
 
 
 class NumberError(ArgumentError, DtypeError):
-    """What must be a number is none, as True or "3"; it is a ValueError and a TypeError.
+    """What must be a number is not one, such as True or "3"; it is a ValueError and a TypeError.
 
     Examples
     --------
@@ -254,7 +254,7 @@ class StoppedBySignal(KeyboardInterrupt):
 
 
 class FallbackWarning(UserWarning):
-    """Something was done in another way than asked; the result's `fallbacks` say what and why.
+    """A request was carried out in another way; the result's `fallbacks` say what was done, and why.
 
     Examples
     --------
@@ -273,7 +273,7 @@ class FallbackWarning(UserWarning):
 
 
 class CalibrationWarning(UserWarning):
-    """A device was calibrated anew since it was asked last: circuits and corrections are made again.
+    """A device has been calibrated again since the last request: circuits and corrections are made again.
 
     Examples
     --------

@@ -349,7 +349,7 @@ class EstimateInfo:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class AttentionEstimate:
-    """An attention output, how wrong it may be, and the draws that it was made of.
+    """An attention output with its error bars and the draws from which it was computed.
 
     Parameters
     ----------
@@ -360,17 +360,17 @@ class AttentionEstimate:
     degrees_of_freedom : float
         Of `std_error`, for Student's t; infinite where the error is known or predicted.
     make_draws, make_std_error : callable
-        Give `draws` and `std_error` when they are first asked for; the latter None where one replicate
-        cannot tell.
+        Compute `draws` and `std_error` when they are first read; the latter gives None where one replicate
+        shows no error.
     info : EstimateInfo
-        How the estimate came about.
+        How the estimate was computed.
     group : int
         G, the query heads that share a key head.
     make_log_sum_exp : callable, optional
-        Gives `log_sum_exp` when it is first asked for.
+        Computes `log_sum_exp` when it is first read.
     make_reliability, make_bounds : callable, optional
-        Give `reliability`, and the interval of a level that holds without asymptotics; None where the method
-        does not know them.
+        Compute `reliability`, and an interval for a level that holds without asymptotics; None where the
+        method has none.
 
     Examples
     --------

@@ -56,8 +56,8 @@ def sampled_attention(
     graphs.
 
     The draws of a row are a function of the generator's seed, the sequence, the key head, the query's
-    position and the replicate (`qtx_lab.streams`): they do not depend on the rows, heads and sequences beside
-    it. A causal row depends on no later token.
+    position and the replicate (`qtx_lab.streams`): they do not depend on other rows, heads and sequences. A
+    causal row depends on no later token.
 
     Parameters
     ----------
@@ -68,12 +68,12 @@ def sampled_attention(
     v : Tensor, (..., Hkv, n, Ev)
         float32, float64, float16 or bfloat16, as k and q.
     sampler : str or Sampler
-        A name in `qtx_lab.samplers.SAMPLERS` or an object with its `draw`. What it says of its draws
-        (`last_facts`) is passed on as `info.drawn_by`; beside circuits stands `info.classical`, the estimate
-        from as many pseudo-random draws. `systematic` draws are made by kernels on CUDA, as `info.kernel`
-        says: along the whole row for few rows, page by page of 64 keys for causal ones, more than 64 a key
-        head, or gradients (QTX_LAB_KERNELS=reference keeps to torch). A `LearnedImportanceSampler` gives its
-        own self-normalised estimate, biased by O(1 / num_samples), from its proposal; with controls its plain
+        A name in `qtx_lab.samplers.SAMPLERS` or an object with its `draw`. What it reports about its draws
+        (`last_facts`) is passed on as `info.drawn_by`; for circuits, `info.classical` is the estimate from as
+        many pseudo-random draws. `systematic` draws are made by kernels on CUDA, as `info.kernel` says: along
+        the whole row for few rows, page by page of 64 keys for causal ones, more than 64 a key head, or
+        gradients (QTX_LAB_KERNELS=reference keeps to torch). A `LearnedImportanceSampler` gives its own
+        self-normalised estimate, biased by O(1 / num_samples), from its proposal; with controls its plain
         one.
     num_samples : int, optional
         S, the draws of a row and replicate; 64 where neither it nor `tolerance` is given.
@@ -92,15 +92,15 @@ def sampled_attention(
         R independent repetitions, averaged; R >= 2 gives every sampler error bars.
     control_variate : str, Control, MultilevelControlVariate, or a list of names and controls, optional
         What corrects the estimate (`qtx_lab.controls.CONTROLS`), unbiased as the sampler is: each row mixes
-        the controls by weights that its probabilities tell before any draw, so that more controls do not lose
-        what one gains. No masks but `is_causal`, no softcap, no window; the sampler must know its draws'
-        probabilities, and rows that share their randomness (`sobol`, `halton`, `lattice`) need replicates >=
-        2.
+        the controls by weights that follow from its probabilities before any draw, so that more controls do
+        not lose what one gains. No masks but `is_causal`, no softcap, no window; the sampler must know its
+        draws' probabilities, and rows that share their randomness (`sobol`, `halton`, `lattice`) need
+        replicates >= 2.
     tolerance : float, optional
         In place of a count: every row gets as many draws as keep |o_hat - o| <= tolerance |o| with
         probability `confidence`, norms over its features (see `to_tolerance`). Keys are then laid out in
         random order where the sampler's errors depend on their order. `info` has for each row
-        `draws_per_row`, `pilot_draws_per_row` and `predicted_relative_error`, the bound that was kept.
+        `draws_per_row`, `pilot_draws_per_row` and `predicted_relative_error`, the bound that was met.
     confidence : float
         From 0.5 to below 1.
     sequences : Tensor, int64, (B,), optional

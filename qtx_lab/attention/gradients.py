@@ -139,7 +139,7 @@ def same_draws(
 ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """Makes activation checkpointing draw the same keys again, for generators of your own.
 
-    `torch.utils.checkpoint` keeps torch's default generators by itself, and no others: a recomputation would
+    `torch.utils.checkpoint` restores torch's default generators, and no others: a recomputation would
     draw other keys than the forward pass did. Pass this, with the generators, as its `context_fn`.
 
     Returns

@@ -65,9 +65,10 @@ class QuantumMultiheadAttention(nn.MultiheadAttention):
         What makes queries, keys and values of heads: "softmax", torch's linear projections; "orthogonal",
         orthogonal layers on unary states; "quantum-kernel", states whose fidelity is the logit; or an object
         of `qtx_lab.attention.quantum_layers` with other settings. Their classical controls with as many
-        parameters are "orthogonal-control" and "quantum-kernel-control": train one beside. Kinds other than
-        "softmax" have parameters `heads.*` in place of `in_proj_*`, and take kdim = vdim = embed_dim and
-        neither add_bias_kv nor add_zero_attn. The draws, masks and outputs are the same for every kind.
+        parameters are "orthogonal-control" and "quantum-kernel-control", to be trained for comparison. Kinds
+        other than "softmax" have parameters `heads.*` in place of `in_proj_*`, and take kdim = vdim =
+        embed_dim and neither add_bias_kv nor add_zero_attn. The draws, masks and outputs are the same for
+        every kind.
     generator : torch.Generator, optional
         The source of the draws and of dropout; torch's default generator where None. Copies of the module
         share it: each forward of any of them takes the next seed, so that the layers of a

@@ -50,7 +50,7 @@ PROBED_ITERATES = 4
 
 @dataclass(frozen=True, eq=False, repr=False)
 class AmplitudeEstimate:
-    """Outputs o = p v by amplitude estimation, beside what a classical computer makes of them.
+    """Outputs o = p v by amplitude estimation, with the exact outputs and those of classical draws.
 
     Parameters
     ----------
@@ -63,7 +63,7 @@ class AmplitudeEstimate:
     loads : Tensor, int64
         How often the row's loader or its inverse was used for each output.
     scale : Tensor, float64
-        Half width of the range of the values: an amplitude of 1 stands for so much.
+        Half width of the range of the values: the output that an amplitude of 1 stands for.
     schedule : mapping
         From the number of Grover iterates to the shots of all planes together.
     decay : FittedDecay
@@ -114,9 +114,9 @@ class AmplitudeEstimator:
     iterates and measure. Iterates are chosen for the decay of the contrast that the device's calibration
     predicts, and the decay is fitted to the measured hits.
 
-    Loads are counted honestly: a shot after k iterates takes 2k + 1 uses of the loader or its inverse.
-    The row is known here, so that a classical computer has the exact output for n multiplications, which
-    every result tells.
+    All loads are counted: a shot after k iterates takes 2k + 1 uses of the loader or its inverse. The row is
+    known here, so that a classical computer computes the exact output by n multiplications; every result has
+    it as `exact`.
 
     Parameters
     ----------

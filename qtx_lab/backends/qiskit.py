@@ -67,7 +67,7 @@ class QiskitQuantumBackend:
     calibration, level), kept in memory and under `<runs>/.cache/circuits`, and run with an array of bindings.
 
     Loading a row that is known into a circuit has no advantage over drawing from it on a classical computer.
-    So every result has that draw beside it (`RowCounts.classical`).
+    So every result also has that draw (`RowCounts.classical`).
 
     Parameters
     ----------
@@ -102,7 +102,7 @@ class QiskitQuantumBackend:
         "ibm" only: the instance, by CRN or name; the region, us-east or eu-de, of an instance that is chosen
         for you.
     mode : {"job", "batch", "session"}
-        "ibm" only: how jobs are run, each by itself, or in one Batch or Session.
+        "ibm" only: how jobs are run: each separately, or all in one Batch or Session.
     fractional_gates : bool
         "ibm" only: transpile to rx and rzz too.
     twirling, dynamical_decoupling : mapping, optional

@@ -42,17 +42,17 @@ DEFAULT_DRAWS = 64
 
 
 class SampledKVCache:
-    """Keys and values of the tokens so far, of which a query reads all of a sketch and few rows.
+    """Keys and values of the tokens so far: a query reads a sketch of all keys, and few keys and values.
 
     For a query x the sketch gives a score l~_j near scale x . k_j for every key, and a proposal
 
         q_j proportional to softmax_j(l~) + delta / n.
 
-    Key j is drawn with probability pi_j = min(1, c q_j), c such that sum_j pi_j is S: the heaviest
-    surely, none twice, as by `HeadTailSampler`, by systematic points along an order of the values
-    (`ValueOrder`). delta is such that a share epsilon of the draws that are not sure is made from all keys
-    alike (of all draws by Triton's kernel). The exact logits l_j of the drawn keys alone then weigh them,
-    w_j proportional to exp(l_j) / pi_j (Hajek 1971): the self-normalised estimate of
+    Key j is drawn with probability pi_j = min(1, c q_j), c such that sum_j pi_j is S: the heaviest keys are
+    drawn with certainty and none twice, as by `HeadTailSampler`, by systematic points along an order of the
+    values (`ValueOrder`). delta is such that a share epsilon of the draws that are not certain is made
+    uniformly from all keys (of all draws by Triton's kernel). The exact logits l_j of the drawn keys alone
+    then weigh them, w_j proportional to exp(l_j) / pi_j (Hajek 1971): the self-normalised estimate of
     `LearnedImportanceSampler`, with its error bars. These assume keys in random order; in value order they
     err on the safe side. The estimate is biased by O(1 / S), and exact where every key is drawn.
 
@@ -62,13 +62,13 @@ class SampledKVCache:
     - `low-rank`: the `rank` components of a key that matter most to the queries seen so far (all
       directions equally where none was seen), a byte each.
     - `int4`: all components of a key, 4 bits each.
-    - `int8`: all components of a key, a byte each, with bounds of what they leave out, and the values in a
-      byte a feature. It is the one that can keep a tolerance (`tolerance` of `attend`).
+    - `int8`: all components of a key, a byte each, with bounds of the rounding, and the values in a byte a
+      feature. It is the only one that can keep a tolerance (`tolerance` of `attend`).
     - `mixed`: `rank` components, the first third in 4 bits each and the others in 2 (`MixedSketch`): a third
       of a byte a component. Not in Triton's kernel: on GPUs plain torch takes it, as `info.kernel` says.
 
-    The keys that a sketch represents worst, one in 256 and at least 4, have exact scores; attention sinks
-    are among them. A sketch is fitted anew whenever the tokens have become a quarter more. Tokens are
+    The keys that a sketch represents worst, one in 256 and at least 4, have exact scores; attention sinks are
+    among them. A sketch is fitted again whenever the number of tokens has grown by a quarter. Tokens are
     appended, and the newest can be cropped: what was stored stays where it is. Of the order, which is an
     index, newly appended tokens take the last places until they are a sixteenth of all.
 

@@ -30,11 +30,11 @@ class DynamicLoader(Loader):
     because IBM's devices allow neither nested conditions nor `switch`. Simulators take the feed-forward to
     cost no time; on a device the qubits that wait for it decohere.
 
-    A bit that is misread also sends the circuit down the wrong branch, which no inversion of readout errors
-    after the shot knows. With two readings of each bit, a shot whose readings differ draws no key: it is
-    discarded, and feeds nothing forward. Of readings that are wrong with the probability e, about e² are
-    wrong twice and alike. A device that misreads 1 more often than 0 loses more shots of keys with many ones:
-    `qtx_lab.mitigation.RandomFlips` balances that.
+    A bit that is misread also sends the circuit down the wrong branch, which inverting readout errors after
+    the shot cannot undo. With two readings of each bit, a shot whose readings differ draws no key: it is
+    discarded, and feeds nothing forward. If a reading is wrong with probability e, both readings are wrong
+    with probability e², and such a shot is kept. A device that misreads 1 more often than 0 loses more shots
+    of keys with many ones: `qtx_lab.mitigation.RandomFlips` balances that.
 
     Parameters
     ----------

@@ -27,7 +27,7 @@ class MpsLoader(Loader):
     Each layer prepares the state of bond dimension 2 that is nearest, by singular values, to what the other
     layers have left of the row. A layer takes 2 (m - 1) two-qubit gates, where a tree takes 2^m - m - 1
     between all qubits: that saves gates from m = 6 on. For m <= 2 one layer is exact. A row that is smooth in
-    its keys needs few layers. `fidelities` tells how close each row comes, and `for_fidelity` chooses the
+    its keys needs few layers. `fidelities` gives the fidelity of each row, and `for_fidelity` chooses the
     number of layers. The circuit may give a masked key some probability; shots that measure it are discarded.
 
     Sources: Ran, Encoding of matrix product states into quantum circuits of one- and two-qubit gates (2020),

@@ -72,8 +72,8 @@ class LevelDraws:
 class MultilevelControlVariate:
     """Corrects samples of an attention output by levels whose means are known.
 
-    Each row mixes the levels by weights that its probabilities tell (`row_weights`), and each head has a
-    coefficient for its mixture, the optimum of a regression over its rows and coordinates. For pairs of
+    Each row mixes the levels by weights that follow from its probabilities (`row_weights`), and each head has
+    a coefficient for its mixture, the optimum of a regression over its rows and coordinates. For pairs of
     samples and mean, each level has a coefficient. Coefficients are cross-fitted, so that the corrected
     estimate is unbiased, and shrunk, so that a useless level does no harm; see `regress`. If "exact" is among
     the levels, the exact output is known: it is returned, with variance 0.

@@ -33,8 +33,8 @@ def replay(
 ) -> RunComparison:
     """Run again what a run did, in a new run, and compare every metric.
 
-    The notebook is the one that the run's folder holds, so that its code is that of then; the code of this
-    package and its environment are those of now, and the comparison says where they differ. A training
+    The notebook is the one that the run's folder holds, so that its code is that of the original run; this
+    package's code and environment are the present ones, and the comparison says where they differ. A training
     is repeated in this process, a sweep or a search on this machine.
 
     Parameters
@@ -44,8 +44,8 @@ def replay(
     home : path, optional
         Folder of runs, also for the new one; see `runs_home`.
     install : bool
-        Run in a new virtual environment, in which the distributions that differ have the versions of then.
-        pip fetches them from the index that it is configured for.
+        Run in a new virtual environment, in which the distributions that differ have the versions of the
+        original run. pip fetches them from the index that it is configured for.
     progress : bool
         Show a progress bar on stderr.
     stop : callable, optional

@@ -99,11 +99,11 @@ class RunComparison:
     inputs : tuple of Difference
         SHA-256 of the files that parameters name.
     metrics : tuple of MetricDifference
-        Results and metrics that are not equal bit for bit; those that tell time are left out.
+        Results and metrics that are not equal bit for bit; times are left out.
     compared : int
         How many values were compared: numbers, texts and lists.
     not_compared : tuple of str
-        Numbers that the runs declare to tell time.
+        Numbers that the runs declare to be times.
 
     Examples
     --------
@@ -144,13 +144,13 @@ class RunComparison:
 
 
 def compare_runs(a: Run | str | Path, b: Run | str | Path, home: str | Path | None = None) -> RunComparison:
-    """Compare two runs: what was asked of them, by what they were done, and what they measured.
+    """Compare two runs: their settings, their code and environment, and what they measured.
 
     Metrics are compared bit for bit. Where the runs declare half of a 95 % interval of a number (see
     `Run.declare`), a difference of two independent runs is within it up to √(half width of a² + half width of
     b²). Texts and lists are compared too; a table in the results is compared by its columns. Not compared are
-    the numbers that the runs declare to tell time, the sentences of the summary, and what names a run in a
-    sweep's table.
+    the numbers that the runs declare to be times, the sentences of the summary, and the columns of a sweep's
+    table that name a run.
 
     Parameters
     ----------

@@ -473,7 +473,7 @@ def runs(home: str | Path | None = None, *, where: str | None = None) -> RunTabl
     The columns are run, name, status, started, seconds, seed, spec (its hash), kind, sweep, error and path;
     then each field of the specs as `spec.NAME`, and each number, text or truth value in the results as
     `results.NAME`. `attrs["skipped"]` lists the (folder name, reason) of what is not a readable run. Each
-    manifest is read by itself: one that is broken, vanishes or must not be read hides only its own run.
+    manifest is read separately: one that is broken, vanishes or must not be read hides only its own run.
 
     Parameters
     ----------

@@ -62,13 +62,13 @@ class ProbabilisticErrorCancellation:
     with probability |c_Q| / gamma, gamma = sum |c|, and the shot counts as sign(c_Q) gamma. The estimate is
     unbiased for Pauli noise, such as depolarising noise; of damping, the part that is no Pauli channel stays.
     The variance grows by the product of gamma² over all gates: see `overhead` beforehand. The drawn Paulis
-    are taken to have no noise, as where they are merged with the gates beside them. Decoherence of qubits
+    are assumed to have no noise, as where they are merged with neighbouring gates. Decoherence of qubits
     that wait is not cancelled.
 
     Two-qubit gates are twirled (see `TwirledEngine`), so that all of their noise is Pauli noise. On the twins
     of IBM's devices the bias that is left is then a tenth to a fifth of that without twirling.
 
-    If neither instances nor a precision is given, the Paulis are drawn anew for each shot, which is best: 64
+    If neither instances nor a precision is given, new Paulis are drawn for each shot, which is best: 64
     draws for 64,000 shots of 16 keys have twice the error on the twin of Fez. No circuit is then simulated
     for a draw: a shot has a sign and a value, and the probabilities of both together are computed from two
     Pauli channels, that of c and that of |c|. The sign is + and - with the probabilities

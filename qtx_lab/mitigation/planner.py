@@ -126,8 +126,8 @@ class MitigationPlanner:
 
     `CircuitSampler` takes the planner as its `mitigation`. The rows are known before they are measured. That
     is why options can be rehearsed on them, and also why circuits have no advantage here. A comparison with
-    other mitigations has to say so: `Plan.rehearsed_on` and the diagnostics tell what the planner knew. With
-    `rows` it is rehearsed on others like them, and does not look at those that it measures.
+    other mitigations has to say so: `Plan.rehearsed_on` and the diagnostics name the rows that the planner
+    knew. With `rows` it is rehearsed on others like them, and does not look at those that it measures.
 
     Parameters
     ----------

@@ -44,7 +44,7 @@ class _EstimateWithDegrees(Protocol):
 
 
 class ZeroNoiseExtrapolation(ZeroNoiseInference):
-    """Extrapolates whole tensors, each number by itself, from several noise levels to noise 0.
+    """Extrapolates whole tensors, each number separately, from several noise levels to noise 0.
 
     With values y_l at levels x_l, the estimate is sum_l w_l y_l with fixed weights that sum to 1. It is the
     value at 0 of a polynomial: for "richardson" the polynomial through all points (through the means of those
@@ -68,10 +68,10 @@ class ZeroNoiseExtrapolation(ZeroNoiseInference):
     ----------
     noise_levels : sequence of float
         Levels, finite and >= 0. Where circuits are folded, 1 is the device's own noise. A level of 0 is the
-        answer itself: it is allowed on simulators, with a warning. A level that is there more than once is
-        measured as often. On the twins of IBM's devices the line through 1 and 5, the default, has the least
-        error of all that extrapolate each number by itself, with 1,000 to 64,000 shots a row; Richardson
-        extrapolation from more levels takes many more shots (`qtx-lab bench mitigation`).
+        noiseless result: it is allowed on simulators, with a warning. A level that is given several times is
+        measured that many times. On the twins of IBM's devices the line through 1 and 5, the default, has the
+        least error of all that extrapolate each number separately, with 1,000 to 64,000 shots a row;
+        Richardson extrapolation from more levels takes many more shots (`qtx-lab bench mitigation`).
     method : str
         One of `METHODS`.
     degree : int

@@ -244,12 +244,12 @@ def calibrate(
 ) -> Calibration:
     """Find the draws of each layer that read the fewest bytes within a bound on the model's loss.
 
-    As people use it: prompts attend exactly, and the tokens after them by draws. Windows of text are read;
-    a third of them find the settings, and the others verify the one choice. The search knows of every layer
-    and setting what it reads, and by the Fisher information of the layer's output what its errors add to
-    the KL of the next token (`layer_options.output_gradients`), and so the cheapest settings for any KL. A
-    few of these are tried, and of those whose interval on the held-out windows should end within the bound,
-    the one that reads fewest bytes is taken.
+    As in generation, prompts attend exactly, and the tokens after them by draws. Windows of text are read; a
+    third of them find the settings, and the others verify the one choice. For every layer and setting the
+    search computes the bytes that it reads, and from the Fisher information of the layer's output what its
+    errors add to the KL of the next token (`layer_options.output_gradients`). From these follow the cheapest
+    settings for any KL. A few of these are tried, and of those whose interval on the held-out windows should
+    end within the bound, the one that reads fewest bytes is taken.
 
     Parameters
     ----------

@@ -51,15 +51,15 @@ BASELINES: dict[str, Callable[[], Sampler]] = {
 def register_sampler(name: str, factory: Callable[[], Sampler]) -> None:
     """Make a sampler of your own known by name in this process.
 
-    That is to `sampled_attention`, specs, forms and benchmarks. Other processes, such as the workers of the
-    workbench and of sweeps, do not know it unless they register it themselves: a notebook that is swept can
-    do so in a cell.
+    `sampled_attention`, specs, forms and benchmarks then know the name. Other processes, such as the workers
+    of the workbench and of sweeps, do not know it unless they register it themselves: a notebook that is
+    swept can do so in a cell.
 
     Parameters
     ----------
     name : str
     factory : callable
-        Makes the sampler without arguments; a class will do.
+        Makes the sampler without arguments, as a class does.
 
     Raises
     ------

@@ -143,8 +143,8 @@ class Sampler(ABC):
 
     Derive from `samplers.InversionSampler` if you only choose the points at which a row's distribution is
     inverted, and from `samplers.StreamSampler` if you draw with a stream's random numbers: then a row's draws
-    do not depend on the rows beside it. Inside the package a sampler has its name in `samplers.SAMPLERS`, by
-    which the tests find it, and its colour in `theme.SAMPLER_COLOURS`.
+    do not depend on other rows. Inside the package a sampler has its name in `samplers.SAMPLERS`, by which
+    the tests find it, and its colour in `theme.SAMPLER_COLOURS`.
 
     Examples
     --------

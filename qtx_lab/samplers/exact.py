@@ -20,8 +20,8 @@ from .inversion import row_probabilities
 class ExactSampler(Sampler):
     """All n keys of a row with weights p = softmax(logits): variance 0, cost n.
 
-    The yardstick of every other sampler. `num_samples` is checked and then not used; replicates
-    repeat the same keys.
+    The exact result with which other samplers are compared. `num_samples` is checked and then not used;
+    replicates repeat the same keys.
 
     >>> import torch
     >>> ExactSampler().draw(torch.zeros(2), num_samples=1).weights

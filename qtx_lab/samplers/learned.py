@@ -74,11 +74,12 @@ class LearnedImportanceSampler(nn.Module, StreamSampler):
     matters: it punishes q_j << p_j, where weights explode, which KL(q || p) forgives. Minimised is the mean
     over rows of log(1 + chi^2), Renyi's divergence of order 2, so that no single row dominates; with values V
     given, the logarithm of the summed variance of the rows, sum_j (p_j^2 / q_j) |v_j - o|^2, over that of
-    draws from p, which is the squared error of the output itself. Told the number of draws, it minimises the
-    variance at that many, (1 - pi_j) / pi_j in place of 1 / q_j (`learned_proposal.SURE` of it): what is sure
-    to be drawn need not be weighed right. With systematic points this cuts the error by a tenth and more. The
-    start is the best rank-r map in the least-squares sense (`best_low_rank`). A sampler that was not fitted
-    uses that map of each call's own queries and keys, and says so in `diagnostics["fallbacks"]`.
+    draws from p, which is the squared error of the output itself. With a number of draws given, it minimises
+    the variance at that number, (1 - pi_j) / pi_j in place of 1 / q_j (`learned_proposal.SURE` of it): the
+    weight of a key that is drawn with certainty does not matter. With systematic points this cuts the error
+    by a tenth and more. The start is the best rank-r map in the least-squares sense (`best_low_rank`). A
+    sampler that was not fitted uses that map of each call's own queries and keys, and says so in
+    `diagnostics["fallbacks"]`.
 
     As a `Sampler`, `draw` is given exact logits and draws from them: unbiased.
 

@@ -32,7 +32,7 @@ class QuasiMonteCarloSampler(InversionSampler):
     - `lattice`: each row is a comb of spacing 1 / S whose offset moves by the golden section from row to row:
       a rank-1 lattice for every L and S, randomised by a shift modulo 1.
 
-    Every head and replicate has its own randomisation. Unbiased: each point by itself is uniform (for
+    Every head and replicate has its own randomisation. Unbiased: each single point is uniform (for
     `lattice`, over its comb). Variance: below that of independent draws, by most for sums over queries that
     attend alike; no estimate from one replicate. The rows of a head share their randomness, so their errors
     are not independent.

@@ -55,8 +55,8 @@ class TrainingResult:
     stopped : bool
         Whether it was cancelled before the end.
     loss : float
-        Of the last step, nats a token; NaN where the training had ended before, and its checkpoint is older
-        than this version and does not tell it.
+        Of the last step, nats a token; NaN where the training had already ended and its checkpoint, of an
+        older version, does not hold the loss.
     metrics : tuple of dict
         One row for each step, see `QuantumTrainer`; of a step that was done again after a fault, the last
         one.
@@ -65,7 +65,7 @@ class TrainingResult:
     faults : tuple of str
         What went wrong and was overcome.
     notes : tuple of str
-        What was chosen, and what was done in another way than asked.
+        What was chosen, and requests that were carried out in another way.
     folder : Path or None
         Folder of the checkpoints, where they are kept.
     dashboard_link : str or None
@@ -109,10 +109,11 @@ class QuantumTrainer:
     while training goes on ("fsdp" waits for them).
 
     A rank that is killed, hangs, or loses its scheduler costs the steps since the last checkpoint. From there
-    training goes on by itself, with fewer ranks if a worker stays away. A loss that is not finite is tried
-    again once: if it is no accident, the same step fails again. What cannot be mended (a full disk, an error
-    of the model) ends training with that error and leaves the last checkpoint whole. `train` with the same
-    `folder` resumes, from the latest checkpoint whose files have the hashes that were written with them.
+    training continues automatically, with fewer ranks if a worker does not return. A loss that is not finite
+    is tried again once: if it is no accident, the same step fails again. What cannot be repaired (a full
+    disk, an error of the model) ends training with that error and leaves the last checkpoint whole. `train`
+    with the same `folder` resumes, from the latest checkpoint whose files have the hashes that were written
+    with them.
 
     The arguments from `text` and `num_tokens` to `seed` are the fields of `TrainSpec`, with its defaults and
     bounds: `QuantumTrainer(**spec.arguments())` trains as a spec says.

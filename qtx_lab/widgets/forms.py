@@ -49,8 +49,8 @@ class SpecForm(anywidget.AnyWidget):
 
     What is typed is checked by the spec itself; while something is wrong, `spec` keeps its value, `valid` is
     False and `problems` says beside each field what was given and what is allowed. Forms are changed by one
-    thread at a time, so that `traitlets.link((a, "spec"), (b, "spec"))` keeps two in step whoever changes
-    them.
+    thread at a time, so that `traitlets.link((a, "spec"), (b, "spec"))` keeps two in step, whichever of them
+    is changed.
 
     Parameters
     ----------

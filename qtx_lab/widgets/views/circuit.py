@@ -66,8 +66,8 @@ class CircuitView(View):
 
     On simulators and device twins the noise can be scaled: the zero-noise fit is drawn as the levels are
     moved. The row can be edited, by dragging its bars or with `edit`; up to six qubits it is then measured
-    anew at once, as it is when `noise_scale` changes. Beside every measurement stands a baseline, the same
-    number of classical draws: loading a known row gives no advantage.
+    again at once, as when `noise_scale` changes. Every measurement is shown with a baseline, the same number
+    of classical draws: loading a known row gives no advantage.
 
     Parameters
     ----------

@@ -79,7 +79,7 @@ FIGURE_CELLS = 512
 class AttentionLens(View):
     """Exact, sampled and difference maps of each head side by side, with rows that can be selected.
 
-    The maps share axes, zoom and hover. Moving the slider draws anew, with the same seed; the heads'
+    The maps share axes, zoom and hover. Moving the slider draws again, with the same seed; the heads'
     thumbnails are coloured by their relative variance E‖ô − o‖² / ‖o‖². Maps are sent in tiles, as they are
     looked at; zoomed out, a cell is the mean of those under it. Maps larger than 4,096 × 4,096 are never
     formed: only the tiles in view are computed. Zoomed out, a cell is then the mean over its keys of its
@@ -87,7 +87,7 @@ class AttentionLens(View):
 
     The lens draws what `sampled_attention` draws of the whole layer with a generator of the same seed. Where
     an `estimate` is given, everything that is shown of its heads is that estimate, with its own draws,
-    sampler and corrections, until the slider moves: then the lens draws itself, and says so.
+    sampler and corrections, until the slider moves: then the lens shows draws of its own, and says so.
 
     Parameters
     ----------

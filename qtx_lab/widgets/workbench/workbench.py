@@ -141,12 +141,11 @@ class TabsByName(Mapping[str, WorkbenchTab]):
 
 
 class Workbench(widgets.VBox):
-    """The whole lab in tabs that follow the work: Sample, Circuit, Mitigate, Hardware, Train, Sweep, Runs.
+    """The lab in tabs: Sample, Circuit, Mitigate, Hardware, Calibrate, Train, Sweep and Runs.
 
-    Everything that takes long runs in other processes, so that the kernel stays free, and Cancel kills it at
-    once. A tab is made when it is first opened, so that the first picture does not wait for all of them. From
-    code, a tab is an attribute: `wb.sample.form.change(num_samples=128)`,
-    `wb.sample.start().wait()`, `wb.sample.result`.
+    Long work runs in other processes, so that the kernel stays free, and Cancel ends it at once. A tab is
+    made when it is first opened, so that the first picture does not wait for all of them. From code, a tab is
+    an attribute: `wb.sample.form.change(num_samples=128)`, `wb.sample.start().wait()`, `wb.sample.result`.
 
     Parameters
     ----------

@@ -583,7 +583,7 @@ class AttentionEstimate:
             raise unknown_name("method", method, INTERVALS)
         if self.std_error is None:
             raise ArgumentError(
-                f"The sampler {self.info.sampler!r} cannot tell its error from one replicate: "
+                f"The sampler {self.info.sampler!r} gives no standard error from one replicate: "
                 "ask sampled_attention for replicates >= 2."
             )
         if method == "bernstein":

@@ -186,7 +186,8 @@ def attend(
         for name, x in unknown.items():
             if x is not None:
                 raise ArgumentError(
-                    f"control_variate knows no {name}, only is_causal and sinks: leave one of them out."
+                    f"control_variate is not allowed with {name}, only with is_causal and sinks: "
+                    "leave one of them out."
                 )
     if torch.jit.is_tracing() and not settings.sampler.exact:
         raise TransformError(

@@ -124,7 +124,7 @@ class AerEngine(Engine):
         if waits and self.name == "aer" and self.noise is None:
             option = "idling" if self.idling else "feed_forward_latency"
             raise ArgumentError(
-                f"{option} needs noise that tells T1, T2 and how long measurements last: name a "
+                f"{option} needs noise that has T1, T2 and how long measurements last: name a "
                 "twin, or give noise= a calibration or ThermalNoise."
             )
 

@@ -418,7 +418,9 @@ def _checked(p: Tensor, v: Tensor) -> tuple[Tensor, Tensor, tuple[int, ...]]:
             f"({rows}, {n}, d)."
         )
     if not bool((v.abs() <= MAX_VALUE).all()):
-        raise ArgumentError(f"v holds NaN, infinity or a number beyond {MAX_VALUE:g}, whose square is none.")
+        raise ArgumentError(
+            f"v holds NaN, infinity or a number beyond {MAX_VALUE:g}, whose square overflows."
+        )
     v3 = v.view(n, -1).expand(rows, n, -1) if v.ndim < 3 else v
     return p, v3, (rows,) if v.ndim == 1 else (rows, v3.shape[-1])
 

@@ -179,7 +179,7 @@ def _duration(target: Target, name: str, wires: list[int]) -> float:
         return float(properties.duration)
     if name == "measure":
         raise BackendUnavailable(
-            "This noise does not tell how long measurements last, which feed_forward_latency needs."
+            "This noise does not say how long measurements last, which feed_forward_latency needs."
         )
     return 0.0
 
@@ -189,6 +189,6 @@ def _relaxation(target: Target, qubit: int, time: float) -> QuantumError:
     given = target.qubit_properties[qubit] if target.qubit_properties else None
     if given is None or given.t1 is None or given.t2 is None:
         raise BackendUnavailable(
-            f"This noise tells no T1 and T2 of qubit {qubit}, which feed_forward_latency needs."
+            f"This noise has no T1 and T2 of qubit {qubit}, which feed_forward_latency needs."
         )
     return thermal_relaxation_error(given.t1, min(given.t2, 2 * given.t1), time)

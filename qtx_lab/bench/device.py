@@ -248,7 +248,7 @@ def profile_slowest(case: Case, device: torch.device, record: Record) -> Result:
     measured = record.read()["steps"].get(f"kernels {case}", {})
     rows = [row for row in measured.get("rows", ()) if row["reference_error"] is not None]
     if not rows:
-        raise BackendUnavailable("the times of the kernels, which tell the slowest, were not measured.")
+        raise BackendUnavailable("the slowest kernel is unknown: no times were measured.")
     method = min(rows, key=lambda row: row["bandwidth"])["method"]
     ours = [x["name"] for x in measured["kernels"][method] if x["name"].endswith("_kernel")]
     values = counters(case, method, ours[0], 45)

@@ -425,8 +425,8 @@ class SampledKVCache:
                 )
         if self._value_sketch is None:
             raise ArgumentError(
-                f"tolerance={tolerance} needs a cache built with proposal='int8', whose sketches know how "
-                f"far they may be from keys and values; proposal={self.proposal!r} promises nothing."
+                f"tolerance={tolerance} needs a cache built with proposal='int8', whose sketches have "
+                f"bounds of their errors; proposal={self.proposal!r} promises nothing."
             )
         return Promise(tolerance, 1 - confidence)
 

@@ -79,7 +79,9 @@ def docs() -> None:
 
     page = PACKAGE.parent / "build" / "docs" / "index.html"
     if not (PACKAGE.parent / "notebooks" / "conf.py").is_file():
-        raise ArgumentError("The documentation is built in a checkout of qtx_lab, and this is none.")
+        raise ArgumentError(
+            "The documentation is built in a checkout of qtx_lab; this installation is not one."
+        )
     if not page.is_file():
         raise ArgumentError(f"{page} is not there: build it with `make docs`.")
     click.echo(page)

@@ -134,7 +134,7 @@ def replay(run: str, install: bool, as_json: bool, home: Path | None) -> None:
     original = find_run(run, home)
     differing = environment_differences(original)
     if differing and not as_json:
-        click.echo(f"{len(differing)} of the versions of then differ from those of now:")
+        click.echo(f"{len(differing)} of the versions of the original run differ from those installed now:")
         for difference in differing:
             click.echo(f"  {difference}")
     comparison = run_again(original, install=install, progress=not as_json)

@@ -199,7 +199,7 @@ def mix_controls(
     if draws.probabilities is None:
         raise ArgumentError(
             "draws has no probabilities, but a control variate needs p at every drawn key: use a sampler "
-            "that knows it."
+            "that gives it."
         )
     n = variance.log_p.shape[-1]
     surrogates = [dense_weights(x, q, positions, n, heads=heads) for x in prepared]

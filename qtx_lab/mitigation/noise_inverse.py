@@ -69,8 +69,8 @@ def engine_with_pauli_errors(backend: QiskitQuantumBackend) -> AerEngine:
     engine = backend.engine
     if not isinstance(engine, AerEngine):
         raise BackendUnavailable(
-            f"{engine.name} does not tell the Pauli errors of its gates: probabilistic error cancellation is "
-            "for simulators."
+            f"{engine.name} does not report the Pauli errors of its gates: probabilistic error cancellation "
+            "is for simulators."
         )
     return engine
 

@@ -382,8 +382,8 @@ def _layer_settings(policy: CachePolicy) -> dict[str, Any]:
             about = {"num_samples": policy.budget, "proposal": policy.proposal, "share_keys": policy.shared}
             return about | rank
     raise ArgumentError(
-        f"policies holds {policy}; config.qtx_sampled knows exact policies, and sampled ones with a number "
-        "of draws, a proposal, a rank and shared draws."
+        f"policies holds {policy}; config.qtx_sampled can hold exact policies, and sampled ones with a "
+        "number of draws, a proposal, a rank and shared draws."
     )
 
 

@@ -428,7 +428,7 @@ def _visible_tokens(mask: Tensor | None, batch: int, length: int) -> Tensor | No
         return None
     if not torch.equal(mask, mask[:, :1].expand_as(mask)):
         raise ShapeError(
-            "A SampledCache attends to the same tokens in all heads, but the mask tells them apart."
+            "A SampledCache attends to the same tokens in all heads, but the mask differs between heads."
         )
     return mask[:, 0, -1].expand(batch, -1)
 

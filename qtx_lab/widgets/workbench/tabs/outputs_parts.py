@@ -14,7 +14,7 @@ from .html_parts import facts_text, head_row, headline, notes_list
 
 EXACT_NOTE = (
     "A classical computer sums the exact output with a multiplication for each key: nothing here is faster "
-    "than that. What is compared is how much a use of the row tells."
+    "than that. The comparison is of what one use of the row's loader yields."
 )
 
 

@@ -183,15 +183,28 @@ class KernelCall:
     def inputs(self) -> Inputs:
         """The tensors as kernels take them, without gradients."""
         p = self.problem
-        return Inputs.of(p.q.detach(), p.k.detach(), p.v.detach(), p.mask, p.scale, p.first_position)
+        window = p.window
+        if p.is_causal and takes_decode(p):  # which knows causality as a window
+            window = (None if window is None else window[0], 0)
+        return Inputs.of(
+            p.q.detach(),
+            p.k.detach(),
+            p.v.detach(),
+            p.mask,
+            p.scale,
+            p.first_position,
+            softcap=p.softcap,
+            window=window,
+        )
 
 
 def not_in_kernels(problem: AttentionProblem) -> str | None:
     """What of a problem the kernels do not know, None if they know all of it."""
-    if problem.softcap is not None:
-        return "softcap is not in the kernel"
-    if problem.window is not None:
-        return "window is not in the kernel"
+    for name, x in (("softcap", problem.softcap), ("window", problem.window)):
+        if x is not None and not takes_decode(problem):
+            return (
+                f"{name} is in the kernel of up to {MAX_DECODE_ROWS} rows a key head without gradients only"
+            )
     if problem.sinks is not None and problem.requires_grad:
         return "the kernel gives no gradients beside sinks"
     if problem.mask is not None and problem.mask.requires_grad:
@@ -201,7 +214,9 @@ def not_in_kernels(problem: AttentionProblem) -> str | None:
 
 def takes_decode(problem: AttentionProblem) -> bool:
     """Whether `kernels.decode` draws a problem, along whole rows, and not `kernels.prefill`, page by page."""
-    return not problem.requires_grad and not problem.is_causal and problem.shape[1] <= MAX_DECODE_ROWS
+    if problem.requires_grad or problem.shape[1] > MAX_DECODE_ROWS:
+        return False
+    return not problem.is_causal or problem.softcap is not None or problem.window is not None
 
 
 def choose_systematic(problem: AttentionProblem) -> Choice:

@@ -71,6 +71,19 @@ def store_masses(
 
 
 @triton.jit
+def capped(b_l, softcap):
+    """softcap tanh(b_l / softcap), as b_l.
+
+    tanh x = 1 - 2 / (e^2x + 1), and by its series near 0, where little of that difference would be left.
+    """
+    b_x = b_l / softcap
+    b_y = b_x * b_x
+    b_series = 1 + b_y * (-1 / 3 + b_y * (2 / 15 + b_y * (-17 / 315 + b_y * (62 / 2835))))
+    b_tanh = 1 - 2 / (tl.exp2(b_x * (2 * TO_BASE_2)) + 1)
+    return softcap * tl.where(tl.abs(b_x) < 0.25, b_x * b_series, b_tanh)
+
+
+@triton.jit
 def unit_shifts(b_exponent, row_exponent, fraction_bits):
     """Bits by which the masses of pages are shifted up and down to be in the row's unit.
 

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..checks import check_softcap, check_window
+from ..errors import ArgumentError
+
 LOG2_E = 1.4426950408889634
 """log2(e). Kernels compute logits in base 2, since GPUs have an instruction for 2^x."""
 
@@ -36,6 +39,16 @@ class Inputs:
         The factor of q · k.
     first_position : int
         Where the first query stands among the keys: a causal query i attends to keys 0 … first_position + i.
+    softcap : float, optional
+        Logits become softcap · tanh(logit / softcap), before the mask.
+    window : (int or None, int or None), optional
+        (left, right): query i attends to keys first_position + i - left … first_position + i + right only;
+        None: no limit on that side.
+
+    Raises
+    ------
+    ArgumentError
+        If softcap or window is none of these.
     """
 
     q: Tensor
@@ -45,6 +58,12 @@ class Inputs:
     length: int
     scale: float
     first_position: int = 0
+    softcap: float | None = None
+    window: tuple[int | None, int | None] | None = None
+
+    def __post_init__(self) -> None:
+        check_softcap(self.softcap)
+        check_window(self.window)
 
     @classmethod
     def of(
@@ -55,6 +74,9 @@ class Inputs:
         mask: Tensor | None = None,
         scale: float | None = None,
         first_position: int = 0,
+        *,
+        softcap: float | None = None,
+        window: tuple[int | None, int | None] | None = None,
     ) -> Inputs:
         """Arrange the tensors of an attention call.
 
@@ -66,7 +88,8 @@ class Inputs:
         mask : Tensor, broadcastable to (..., H, L, n), optional
         scale : float, optional
             1 / sqrt(E) where None.
-        first_position : int
+        first_position, softcap, window
+            See the class.
         """
         *_, length, features = q.shape
         heads, kv_heads = (x.shape[-3] if x.ndim > 2 else 1 for x in (q, k))
@@ -81,6 +104,8 @@ class Inputs:
             length,
             1 / math.sqrt(features) if scale is None else float(scale),
             first_position,
+            softcap,
+            window,
         )
 
     @property
@@ -88,10 +113,42 @@ class Inputs:
         """N key heads, M rows of each, n keys, Ev features of a value."""
         return (*self.q.shape[:2], *self.v.shape[-2:])
 
+    @property
+    def band(self) -> tuple[int, int]:
+        """The first and the last key that the first query sees by the window; query i sees those i further.
+
+        They may lie outside the keys, by no more than L.
+        """
+        n, (left, right) = self.k.shape[2], self.window or (None, None)
+        first = -self.length if left is None else self.first_position - left
+        last = n if right is None else self.first_position + right
+        return max(-self.length, min(first, n)), max(-self.length, min(last, n))
+
+    def refuse(self, *names: str) -> None:
+        """Refuse those of mask, softcap and window that the caller does not know.
+
+        Raises
+        ------
+        ArgumentError
+        """
+        for name in names:
+            given = vars(self)[name]
+            if given is not None:
+                said = tuple(given.shape) if isinstance(given, Tensor) else given
+                raise ArgumentError(f"{name}={said} is not in this kernel: it must be None.")
+
     def logits(self) -> Tensor:
         """The logits in base 2, -inf where masked: (N, M, n), float32. This is what kernels avoid to hold."""
         k = self.k.flatten(0, 1).float()
         logits = torch.bmm(self.q.float(), k.mT) * (self.scale * LOG2_E)
+        if self.softcap is not None:
+            cap = self.softcap * LOG2_E
+            logits = cap * torch.tanh(logits / cap)
+        if self.window is not None:
+            first, last = self.band
+            query = torch.arange(logits.shape[1], device=logits.device)[:, None] % self.length  # [M, 1]
+            key = torch.arange(logits.shape[2], device=logits.device)
+            logits.masked_fill_((key < first + query) | (key > last + query), -torch.inf)
         if self.mask is None:
             return logits
         mask = self.mask.reshape(logits.shape)

@@ -95,6 +95,11 @@ class InputArguments:
     mask_stride_h: int
     mask_stride_l: int
     mask_stride_n: int
+    softcap: float
+    """Of base-2 logits; 0 where there is none."""
+    window_first: int
+    """See `Inputs.band`."""
+    window_last: int
 
     @classmethod
     def of(cls, x: Inputs) -> InputArguments:
@@ -107,7 +112,8 @@ class InputArguments:
             mask_strides = _strides(mask)
         tensors = (x.q.contiguous(), x.k, x.v, mask, x.scale * LOG2_E)
         sizes = (x.k.shape[1], rows, x.length, x.first_position, n, x.q.shape[2], width)
-        return cls(*tensors, *sizes, *_strides(x.k), *_strides(x.v), *mask_strides)
+        softcap = 0.0 if x.softcap is None else x.softcap * LOG2_E
+        return cls(*tensors, *sizes, *_strides(x.k), *_strides(x.v), *mask_strides, softcap, *x.band)
 
 
 def _strides(x: Tensor) -> tuple[int, int, int, int]:

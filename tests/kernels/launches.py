@@ -1,5 +1,7 @@
 """Calls of every launcher, to compile what they launch."""
 
+from dataclasses import replace
+
 import torch
 
 from qtx_lab.cache.sketches import Int4Sketch, LowRankSketch
@@ -31,6 +33,7 @@ def launch_all(dtype, every):
             for mask in (some, plus):
                 x = Inputs.of(q, k, v, mask)
                 decode.decode(x, 8192, 2, stream_of(x))
+                decode.decode(replace(x, softcap=2.0, window=(3, 0)), 64, 1, stream_of(x))
                 train(q.expand(1, 8, 200, width), k, v, mask, False)
 
 
@@ -65,7 +68,11 @@ def decode_steps(dtype):
         "int4": table(width // 2, width, torch.uint8),
         "rank 16": table(16, 16, torch.int8),
     }
-    steps = {"exact K": lambda: decode.decode(x, draws, 1, stream)}
+    limited = replace(x, first_position=n - 1, softcap=50.0, window=(4095, 0))
+    steps = {
+        "exact K": lambda: decode.decode(x, draws, 1, stream),
+        "exact K, softcap and window": lambda: decode.decode(limited, draws, 1, stream),
+    }
     tokens = CachedInputs(torch.zeros(heads, 4 * 8, width, dtype=dtype), k, v, 8, x.scale)
     steps["exact, 8 tokens"] = lambda: exact_decode.exact_decode(tokens)
     for name, sketch in tables.items():

@@ -80,10 +80,13 @@ def test_a_decode_step_launches_few_kernels(resources):
     """From a sketch three after the scan: the plan, the draws, and what gathers, weighs and combines."""
     _, lines = resources.read_table()
     steps = {(line["capability"], line["step"]): line for line in lines if "step" in line}
-    assert {name for _, name in steps} == {"exact K", "exact, 8 tokens", "int4", "rank 16"}
+    limited = "exact K, softcap and window"
+    assert {name for _, name in steps} == {"exact K", limited, "exact, 8 tokens", "int4", "rank 16"}
     for (_, name), step in steps.items():
         if name in ("int4", "rank 16"):
             after = step["kernels"][step["kernels"].index("scan_sketch_kernel") + 1 :]
             assert after == ["plan_kernel", "locate_sketch_kernel", "weigh_kernel"]
+        if name == limited:
+            assert step["kernels"] == ["scan_kernel", "prefix_kernel", "mean_kernel"]
         if name == "exact, 8 tokens":
             assert (step["kernels"], step["torch"]) == (["split_kernel", "merge_kernel"], [])

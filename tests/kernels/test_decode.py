@@ -8,11 +8,14 @@ import pytest
 import torch
 from scipy import stats
 
-from qtx_lab import ShapeError
+from qtx_lab import ArgumentError, ShapeError
 from qtx_lab.kernels.decode import oracle, reference
 from qtx_lab.kernels.decode.launch import decode
 from qtx_lab.kernels.inputs import Inputs
 from qtx_lab.kernels.masses import PAGE, UNITS, Masses, comb_offsets, mass_dtype
+from qtx_lab.kernels.prefill import launch as prefill_launch
+from qtx_lab.kernels.prefill import reference as prefill_reference
+from qtx_lab.problem import AttentionProblem
 from qtx_lab.samplers import make_sampler
 from qtx_lab.streams import Stream
 
@@ -81,6 +84,70 @@ def test_draws_and_outputs_are_the_references(
         assert relative(result.std_error[equal], expected.std_error[equal]) <= 1e-4
     else:
         assert result.std_error is None
+
+
+LIMITS = [
+    ((2, 1, 4, 1, 300, 64, 16), torch.bfloat16, {"first_position": 299, "softcap": 2.0}),
+    ((1, 2, 3, 3, 200, 32, 40), torch.float32, {"first_position": 190, "window": (70, 0), "softcap": 9.0}),
+    ((1, 1, 1, 5, 131, 33, 16), torch.float16, {"first_position": 60, "window": (None, 3)}),
+    ((1, 1, 2, 2, 70, 16, 16), torch.float32, {"first_position": 30, "window": (1 << 62, 10)}),
+]
+
+
+@pytest.mark.parametrize(("case", "dtype", "options"), LIMITS)
+def test_softcap_and_window_are_the_references_and_the_problems(
+    case, dtype, options, generator, device, compare_draws, stream_of
+):
+    """Keys that no window has are not read: they may be NaN."""
+    x = replace(attention_inputs(case, dtype, generator, device), **options)
+    q = x.q.view(case[0], case[1] * case[2], case[3], case[5])
+    problem = AttentionProblem.of(q, x.k, x.v, enable_gqa=True, **options)
+    logits = problem.logits(slice(0, x.shape[0]), slice(0, x.shape[1]))
+    torch.testing.assert_close(x.logits() * math.log(2), logits, rtol=1e-5, atol=1e-5)
+    stream = stream_of(x, 3)
+    expected = reference.decode(x, 40, 2, stream)
+    hidden = (logits == -torch.inf).all((0, 1))
+    assert bool(hidden.any()) == ("window" in options)
+    x.k[:, :, hidden], x.v[:, :, hidden] = torch.nan, torch.nan
+    result = decode(x, 40, 2, stream)
+    equal = compare_draws(result.indices, expected.indices)
+    assert relative(result.output[equal].to(dtype), expected.output[equal].to(dtype)) <= TOLERANCE[dtype]
+    torch.testing.assert_close(result.log_sum_exp, logits.logsumexp(-1), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("run", [decode, reference.decode], ids=["kernel", "reference"])
+@pytest.mark.parametrize("window", [(None, 5), (5, 0)])
+def test_a_row_whose_window_has_no_key_is_0(run, window, generator, device, stream_of):
+    x = attention_inputs((1, 1, 1, 2, 70, 16, 16), torch.float32, generator, device)
+    first = -6 if window[1] else 74  # before the first key, or behind the last one: row 0 or row 1 sees one
+    result = run(replace(x, first_position=first, window=window), 8, 1, stream_of(x, 3))
+    assert result.visible[0].tolist() == ([False, True] if window[1] else [True, False])
+    assert bool((result.output[~result.visible] == 0).all())
+    assert bool((result.indices[result.visible] == (0 if window[1] else 69)).all())
+
+
+@pytest.mark.parametrize("run", [decode, reference.decode], ids=["kernel", "reference"])
+def test_a_large_softcap_changes_no_logit(run, generator, device, stream_of):
+    """The difference of tanh from 1 would have lost all digits of such small quotients."""
+    x = attention_inputs((1, 1, 2, 1, 150, 16, 16), torch.float32, generator, device)
+    stream = stream_of(x, 3)
+    plain, large = (run(replace(x, softcap=cap), 32, 1, stream) for cap in (None, 1e9))
+    torch.testing.assert_close(large.log_sum_exp, plain.log_sum_exp, rtol=0, atol=1e-4)
+    assert float((large.indices == plain.indices).float().mean()) > 0.9
+
+
+def test_limits_that_a_kernel_does_not_know_or_nobody_does_are_refused(generator, device, stream_of):
+    x = attention_inputs((1, 1, 2, 1, 70, 16, 8), torch.float32, generator, device)
+    stream = stream_of(x, 3)
+    for prefill in (prefill_launch.prefill, prefill_reference.prefill):
+        with pytest.raises(ArgumentError, match=r"softcap=2\.0 is not in this kernel: it must be None"):
+            prefill(replace(x, softcap=2.0), 8, stream)
+        with pytest.raises(ArgumentError, match=r"window=\(3, None\) is not in this kernel"):
+            prefill(replace(x, window=(3, None)), 8, stream)
+    with pytest.raises(ArgumentError, match=r"softcap=-1\.0 is not allowed"):
+        replace(x, softcap=-1.0)
+    with pytest.raises(ArgumentError, match="window"):
+        replace(x, window=(-1, 0))
 
 
 @pytest.mark.parametrize("draws", [256, 4200])

@@ -97,6 +97,11 @@ def test_the_reference_is_exact_attention_of_the_newest_tokens(generator, device
     torch.testing.assert_close(result.log_sum_exp.view(2, 6, 4).double(), logits.logsumexp(-1))
 
 
+def test_a_large_softcap_changes_no_logit(generator, device):
+    x = cached_inputs((1, 1, 2, 3, 90, 32, 16), torch.float32, generator, device)
+    assert_equal_results(exact_decode(replace(x, softcap=1e9)), exact_decode(x), 1e-5)
+
+
 @pytest.mark.parametrize("cache_dtype", FP8)
 def test_caches_of_eight_bits(cache_dtype, generator, device):
     """Scales of keys and values belong to what a cache of 8 bits holds."""

@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.bias import causal_lower_right
 
 import qtx_lab as qtx
 from qtx_lab.attention import kernel_paths
@@ -201,17 +202,24 @@ def test_sampled_attention_takes_the_kernel_for_few_rows(kernels, generator, dev
     assert est.diagnostics["sampler"] == "systematic"
 
 
-def test_the_kernel_draws_the_samplers_keys(generator, device, monkeypatch):
+@pytest.mark.parametrize(
+    "limits",
+    [{}, {"softcap": 0.5}, {"window": (None, 90)}, {"attn_mask": causal_lower_right(2, 150), "window": 40},
+     {"is_causal": True, "softcap": 3.0}],
+)  # fmt: skip
+def test_the_kernel_draws_the_samplers_keys(limits, generator, device, monkeypatch):
     """From one seed; but for the few points that the rounding of masses moves across the border of a key."""
     q, k, v = heads(generator, device, length=2)
-    indices = []
+    estimates = []
     for setting in ("triton", "reference"):
         monkeypatch.setenv("QTX_LAB_KERNELS", setting)
         seeded = torch.Generator().manual_seed(3)
-        options = {"num_samples": 32, "replicates": 2, "enable_gqa": True, "generator": seeded}
-        est = qtx.sampled_attention(q, k, v, sampler="systematic", **options)
-        indices.append(est.draws.indices.unflatten(-1, (2, 32)).sort(-1).values)
-    assert float((indices[0] == indices[1]).float().mean()) > 0.99
+        options = {"num_samples": 32, "replicates": 2, "enable_gqa": True, "generator": seeded, **limits}
+        estimates.append(qtx.sampled_attention(q, k, v, sampler="systematic", **options))
+    kernel, torchs = (est.draws.indices.unflatten(-1, (2, 32)).sort(-1).values for est in estimates)
+    assert (estimates[0].info.kernel.path, estimates[0].info.kernel.name) == ("triton", "decode")
+    assert float((kernel == torchs).float().mean()) > 0.99
+    torch.testing.assert_close(estimates[0].log_sum_exp, estimates[1].log_sum_exp, rtol=1e-4, atol=1e-3)
 
 
 def test_causal_queries_need_not_start_at_the_first_key(kernels, generator, device):
@@ -303,11 +311,11 @@ def test_a_kernels_log_sum_exp_has_no_gradient_and_says_so(kernels, generator, d
 
 
 def test_what_no_kernel_knows_is_drawn_by_torch_and_says_why(generator, device, monkeypatch):
-    q, k, v = heads(generator, device, length=3, n=99)
-    trained = torch.zeros(3, 99, device=device, requires_grad=True)
+    q, k, v = heads(generator, device, length=65, n=99)
+    trained = torch.zeros(65, 99, device=device, requires_grad=True)
     cases = [
-        ({"softcap": 2.0}, "softcap is not in the kernel"),
-        ({"window": 40}, "window is not in the kernel"),
+        ({"softcap": 2.0}, "softcap is in the kernel of up to 64 rows a key head without gradients only"),
+        ({"window": 40}, "window is in the kernel of up to 64 rows a key head without gradients only"),
         ({"attn_mask": trained}, "the kernel gives no gradient of attn_mask"),
     ]
     for options, reason in cases:

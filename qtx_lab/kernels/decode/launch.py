@@ -28,10 +28,11 @@ from .triton import mean_kernel, prefix_kernel, scan_kernel
 def decode(x: Inputs, num_samples: int, replicates: int, stream: Stream) -> DecodeResult:
     """Average the values at systematic draws from exact logits: unbiased.
 
-    K is read once and V only at the draws. Between the two passes the masses of the keys and sums of eight
-    are kept, about three bytes for each key and row. The points of a row are equally spaced along its masses,
-    so the number of draws in a page of keys is the expected one, rounded up or down at random, and likewise
-    that of a key. Each replicate has an offset of its own, which the query heads of a group share.
+    K is read once, where some row's window has it, and V only at the draws. Between the two passes the masses
+    of the keys and sums of eight are kept, about three bytes for each key and row. The points of a row are
+    equally spaced along its masses, so the number of draws in a page of keys is the expected one, rounded up
+    or down at random, and likewise that of a key. Each replicate has an offset of its own, which the query
+    heads of a group share.
 
     Parameters
     ----------
@@ -53,7 +54,13 @@ def decode(x: Inputs, num_samples: int, replicates: int, stream: Stream) -> Deco
     inputs, numbers = InputArguments.of(x), StreamArguments.of(stream, x)
     buffers = MassBuffers.of(x, rows, mass_dtype(num_samples * replicates), num_samples, replicates)
     row_mass = x.q.new_empty(heads, rows, dtype=torch.int64)
-    scan = {"HAS_MASK": mask_kind(x), "DOT": dot_dtype(x.q), **scan_options(x, buffers)}
+    scan = {
+        "HAS_MASK": mask_kind(x),
+        "HAS_SOFTCAP": x.softcap is not None,
+        "HAS_WINDOW": x.window is not None,
+        "DOT": dot_dtype(x.q),
+        **scan_options(x, buffers),
+    }
     launch(scan_kernel, scan_grid(x), inputs, numbers, buffers, **scan)
     prefix = {"BP": buffers.pages_at_once, "num_warps": 8}
     launch(prefix_kernel, buffers.row_programs, buffers, row_mass=row_mass, **prefix)

@@ -12,6 +12,7 @@ from ..blocks import (
     KEYS,
     SUBPAGES,
     TO_BASE_2,
+    capped,
     comb_offset,
     find_place,
     fold,
@@ -31,7 +32,7 @@ from ..launches import GATHER_CONFIGS, tuned
     ],
     ["BD", "BM", "SIZE", "HAS_MASK"],
 )
-@triton.jit
+@triton.jit(do_not_specialize=["window_first", "window_last"])  # every token has others
 def scan_kernel(
     q_ptr,  # (N, M, E)
     k_ptr,  # (B, Hkv, n, E)
@@ -43,6 +44,9 @@ def scan_kernel(
     stream_key_ptr,  # (N,), int64
     head_group_ptr,  # (N,), int64
     logit_scale,  # of base-2 logits
+    softcap,  # in base 2
+    window_first,  # the first key that query 0 sees by the window; query i sees those i further
+    window_last,
     kv_heads,
     rows,
     length,
@@ -62,6 +66,8 @@ def scan_kernel(
     PAGE: tl.constexpr,
     UNITS: tl.constexpr,
     HAS_MASK: tl.constexpr,  # 0: none, 1: boolean, 2: to add
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
     DOT: tl.constexpr,
     SIZE: tl.constexpr,
     NP: tl.constexpr,
@@ -96,10 +102,17 @@ def scan_kernel(
         i_page = (tl.program_id(1) * LOOP + i) * NP
         o_n = i_page * PAGE + tl.arange(0, NP * PAGE)  # [NP * PAGE]
         m_n = o_n < n  # [NP * PAGE]
+        if HAS_WINDOW:  # what no row sees is not read
+            m_n = m_n & (o_n >= window_first) & (o_n < window_last + length)
         p = p_k + o_n[:, None].to(tl.int64) * k_stride_n  # [NP * PAGE, BD]
         b_k = tl.load(p, mask=m_n[:, None] & m_d[None, :], other=0.0).to(DOT)  # [NP * PAGE, BD]
         b_l = tl.dot(b_k, b_q, input_precision="ieee") * logit_scale  # [NP * PAGE, BM]
+        if HAS_SOFTCAP:
+            b_l = capped(b_l, softcap)
         m_l = m_n[:, None] & m_m[None, :]  # [NP * PAGE, BM]
+        if HAS_WINDOW:
+            b_key = o_n[:, None] - o_m[None, :] % length  # [NP * PAGE, BM], as query 0 would see it
+            m_l = m_l & (b_key >= window_first) & (b_key <= window_last)
         if HAS_MASK > 0:
             p = p_m[None, :] + o_n[:, None].to(tl.int64) * mask_stride_n  # [NP * PAGE, BM]
             b_m = tl.load(p, mask=m_l, other=0)  # [NP * PAGE, BM]

@@ -64,7 +64,7 @@ def exact_decode(x: CachedInputs) -> ExactResult:
         v=x.v,
         block_table=x.q if x.block_table is None else x.block_table.contiguous(),
         lengths=x.q if x.lengths is None else x.lengths.contiguous(),
-        logit_scale=scale / softcap if softcap else scale * LOG2_E,
+        logit_scale=scale * LOG2_E,
         softcap=softcap * LOG2_E,
         window=0 if x.window is None else min(x.window, 1 << 30),
         kv_heads=x.k.shape[1],

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..blocks import TO_BASE_2
+from ..blocks import TO_BASE_2, capped
 from ..launches import tuned
 
 
@@ -29,7 +29,7 @@ def split_kernel(
     largest_ptr,  # (N, M, splits), float32: the largest base-2 logit
     total_ptr,  # (N, M, splits), float32: sum of 2^(logit - largest)
     vector_ptr,  # (N, M, splits, Ev), float32: sum of that times the value
-    logit_scale,  # of base-2 logits, or of logits / softcap where there is one
+    logit_scale,  # of base-2 logits
     softcap,  # in base 2
     window,
     kv_heads,
@@ -105,8 +105,8 @@ def split_kernel(
         p = p_v + (b_block * v_stride_b + b_slot * v_stride_n)[:, None]  # [BN, BV]
         b_v = tl.load(p, mask=(m_n & m_known)[:, None] & m_v[None, :], other=0.0).to(DOT)  # [BN, BV]
         b_l = tl.dot(b_k, b_q, input_precision="ieee") * logit_scale  # [BN, BM]
-        if HAS_SOFTCAP:  # tanh x = 1 - 2 / (e^2x + 1)
-            b_l = softcap - 2 * softcap / (tl.exp2(b_l * (2 * TO_BASE_2)) + 1)
+        if HAS_SOFTCAP:
+            b_l = capped(b_l, softcap)
         # A token that neither the table nor n has: the rows that see it become NaN, which nobody overlooks.
         b_l = tl.where(m_known[:, None], b_l, float("nan"))
         m_l = m_n[:, None] & (o_n[:, None] <= b_position[None, :])  # [BN, BM]

@@ -62,7 +62,7 @@ def prefill(x: Inputs, num_samples: int, stream: Stream, *, is_causal: bool = Fa
     Parameters
     ----------
     x : Inputs
-        As for `decode`.
+        As for `decode`, without softcap and window.
     num_samples : int
         S, the draws of a row, on average.
     stream : Stream
@@ -74,6 +74,8 @@ def prefill(x: Inputs, num_samples: int, stream: Stream, *, is_causal: bool = Fa
     ------
     ShapeError
         If the stream does not fit.
+    ArgumentError
+        If there is a softcap or a window.
     """
     heads, rows, _, width = x.shape
     output = x.q.new_empty(heads, rows, width, dtype=torch.float32)
@@ -133,6 +135,7 @@ def gradients(
 
 def _options(x: Inputs, is_causal: bool) -> dict[str, Any]:
     """What all three kernels are specialised for."""
+    x.refuse("softcap", "window")
     _, _, n, width = x.shape
     return {
         "BD": max(16, power_of_two(x.q.shape[2])),

@@ -112,7 +112,7 @@ def sketch_decode(
     Parameters
     ----------
     x : Inputs
-        As for `decode`, without a mask.
+        As for `decode`, without mask, softcap and window.
     sketch : SketchTable
     num_samples, replicates : int
         S draws of each group in each of R independent repetitions, which are averaged.
@@ -125,7 +125,10 @@ def sketch_decode(
     ------
     ShapeError
         If the stream does not fit.
+    ArgumentError
+        If there is a mask, a softcap or a window.
     """
+    x.refuse("mask", "softcap", "window")
     inputs, numbers = InputArguments.of(x), StreamArguments.of(stream, x)
     dtype = group_dtype(num_samples, x.shape[2])
     buffers = MassBuffers.of(x, x.length, dtype, num_samples, replicates)

@@ -602,7 +602,7 @@ def test_a_public_address_needs_a_token(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_a_port_that_is_taken_is_named(served: str, tmp_path: Path) -> None:
     port = urllib.parse.urlsplit(served).port
-    with pytest.raises(ArgumentError, match=f"port={port} of 127.0.0.1 cannot be had"):
+    with pytest.raises(ArgumentError, match=f"port={port} of 127.0.0.1 cannot be used"):
         serve(tmp_path, port=port or 0)
 
 

@@ -254,7 +254,7 @@ def serve(
         )
     except OSError as error:
         given = f"socket={str(socket)!r}" if socket else f"port={port} of {address}"
-        raise ArgumentError(f"{given} cannot be had: {error.strerror or error}. Try another.") from error
+        raise ArgumentError(f"{given} cannot be used: {error.strerror or error}. Try another.") from error
     records.watch()
     warming = threading.Thread(target=maps.warm_up)
     warming.start()

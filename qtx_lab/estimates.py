@@ -542,7 +542,7 @@ class AttentionEstimate:
         return self.draws.dense(self.num_keys)
 
     def confidence_interval(self, level: float = 0.95, method: str = "t") -> tuple[Tensor, Tensor]:
-        """(low, high), each (..., L, Ev): an interval of every coordinate by itself.
+        """(low, high), each (..., L, Ev): an interval for each coordinate separately.
 
         Parameters
         ----------
@@ -550,9 +550,9 @@ class AttentionEstimate:
             How often the interval is to hold the exact output, between 0 and 1.
         method : {"t", "bernstein"}
             - "t": Student's t about the output, by `std_error`. It is right for many draws or replicates, and
-              where it is not, `reliability` tells. Standard errors of `stratified` and `systematic` draws
-              lean on the probabilities of the keys and take their order to have nothing to do with the
-              values: values that alternate in step with the draws break them. They tell variance, not bias:
+              `reliability` shows where it is not. Standard errors of `stratified` and `systematic` draws use
+              the probabilities of the keys and assume that their order has nothing to do with the values:
+              where values alternate in step with the draws they are too small. They show variance, not bias:
               where `info.unbiased` is False (a noisy device, an approximate loader) they are about the mean
               of the method, and may cover the exact output far less often.
             - "bernstein": holds for any number of draws and any values, as `qtx_lab.attention.bounds` says,

@@ -119,8 +119,8 @@ class SampledKVCache:
         rank : int, optional
             r of the low-rank sketch, 32 where None, or of the mixed one, 24 (or E, if less).
         defensive : float
-            epsilon, 0 < epsilon < 1, the share of the draws, but for sure ones, that are made from all keys
-            alike.
+            epsilon, 0 < epsilon < 1: the share of the draws that are made uniformly from all keys, apart from
+            those that are certain.
         queries : Tensor, (..., H, L, E), optional
             Queries that a sketch is fitted to, such as those of the prompt.
 
@@ -220,7 +220,7 @@ class SampledKVCache:
     def crop(self, length: int) -> None:
         """Forget the newest tokens, all but the first `length`.
 
-        The error bars of estimates that were made before have to be asked for before, too.
+        Error bars of earlier estimates have to be read before the crop.
 
         Raises
         ------
@@ -313,10 +313,10 @@ class SampledKVCache:
         replicates : int
             R independent repetitions, averaged.
         adaptive : bool
-            `num_samples` is the most that a row draws: only keys of a probability of 1 / S or more are drawn
-            surely, so that a row whose probability lies on few keys draws few, and about 16 of the others at
-            the least. At the same mean number of draws the worst rows err less and the best ones more. The
-            columns of `draws` that a row does not use have weight 0. Not in Triton's kernel, as `mixed`.
+            `num_samples` is the most that a row draws: keys of a probability of 1 / S or more are drawn with
+            certainty, and about 16 of the others at the least, so that a row whose probability lies on few
+            keys draws few. At the same mean number of draws the worst rows err less and the best ones more.
+            The columns of `draws` that a row does not use have weight 0. Not in Triton's kernel, as `mixed`.
         share_keys : bool
             The query heads of a key head draw the same S keys at each position, by the mean of their
             proposals: they read S keys in all, and not S each. On GPUs they always share their keys: S for

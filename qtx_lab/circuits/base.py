@@ -45,8 +45,8 @@ class Loader(ABC):
 
     Examples
     --------
-    This loader rotates every bit by itself. It needs no two-qubit gate, but loses what bits have to do with
-    each other:
+    This loader rotates every bit independently of the others. It needs no two-qubit gate, but loses the
+    correlations between bits:
 
     >>> from qiskit.circuit import ParameterVector
     >>> class IndependentBitsLoader(Loader):

@@ -231,7 +231,7 @@ class Run:
         half_width : str, optional
             The column or result that is half of its 95 % interval.
         timing : bool
-            Whether it tells time or speed, so that another run is not expected to repeat it.
+            Whether it is a time or a speed, which another run is not expected to repeat.
         main : bool
             Whether it is what the run is about, which a sweep's figure then shows.
 
@@ -384,7 +384,7 @@ class Run:
         Parameters
         ----------
         status : str
-            "done", "failed", "interrupted", or "cancelled" by whoever started it.
+            "done", "failed", "interrupted", or "cancelled" by the person or program that started it.
         error : str, optional
             Text of the error that ended it.
 

@@ -173,8 +173,8 @@ class CircuitMitigation:
         Raises
         ------
         ArgumentError
-            If the register has too many bits, if readout errors cannot be undone, or if folding cannot tell
-            the noise levels apart.
+            If the register has too many bits, if readout errors cannot be undone, or if folding would make
+            two noise levels equal.
         BackendUnavailable
             If the device cannot run a circuit.
         """

@@ -63,7 +63,7 @@ class ExponentialFit:
 
 
 def fit_exponential(values: Tensor, std_errors: Tensor, levels: Sequence[float]) -> ExponentialFit:
-    """Fit B e^(-c x) to values at levels x by weighted least squares, each number by itself.
+    """Fit B e^(-c x) to values at levels x by weighted least squares, each number separately.
 
     For a given rate c the best amplitude is linear in the values, B(c) = sum_l h_l y_l / s_l^2 / S(c) with
     h_l = e^(-c x_l) and S(c) = sum_l h_l^2 / s_l^2, so that only the rate is searched for. Logarithms are not

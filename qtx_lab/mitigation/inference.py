@@ -49,7 +49,7 @@ class ZeroNoiseEstimate:
         return f"ZeroNoiseEstimate(output {tuple(self.output.shape)}, weights {self.weights.tolist()})"
 
     def confidence_interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
-        """(low, high), each (...): Student's t interval of every number by itself.
+        """(low, high), each (...): Student's t interval of each number separately.
 
         Raises
         ------

@@ -154,7 +154,7 @@ class ProbabilisticErrorCancellation:
         ArgumentError
             If the circuit measures before its end.
         BackendUnavailable
-            On a device, whose calibration does not tell its Pauli errors; for noise that is too strong to be
+            On a device, whose calibration does not have its Pauli errors; for noise that is too strong to be
             inverted.
         """
         return total_gamma(self._inverses(backend, n)) ** 2

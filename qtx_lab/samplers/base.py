@@ -276,7 +276,7 @@ class Sampler(ABC):
         """Draw keys with the random numbers of a stream.
 
         Here by `draw`, with a generator that the stream's first row gives: what it draws for a row then
-        depends on the rows beside it. Samplers whose rows do not depend on others derive from
+        depends on other rows. Samplers whose rows do not depend on others derive from
         `StreamSampler`.
 
         Parameters

@@ -89,7 +89,7 @@ class JobTable(View):
         return figure
 
     def refresh(self) -> None:
-        """Ask the servers for the states of the jobs, wait for the answers, and list everything anew."""
+        """Ask the servers for the states of the jobs, wait for the answers, and list everything again."""
         self._refresh(True)
 
     def cancel(self, tag: str) -> None:

@@ -386,10 +386,10 @@ class AttentionLens(View):
     def live_html(self, max_bytes: int = MAX_LIVE_BYTES) -> str:
         """HTML for `Run.save_figure(live=)` that redraws the lens in a page, without a kernel or a network.
 
-        It holds the shown head, and as many others as `max_bytes` allow, first those of the same layer.
-        Draws in the page are those of the lens: the same from the same logits, which the page computes
-        itself, to about a rounding of float32. It knows the samplers of `live_samplers`, and gives no
-        standard errors.
+        It holds the shown head, and as many others as `max_bytes` allow, first those of the same layer. Draws
+        in the page are those of the lens: the same from the same logits, which the page computes itself, to
+        about a rounding of float32. It draws by the samplers of `live_samplers`, and gives no standard
+        errors.
 
         Parameters
         ----------

@@ -375,8 +375,6 @@ def _value_moments(store: TokenStore, length: int, sums: Tensor, *, with_radius:
 def _not_for_triton(sketch: ComponentSketch | None, call: Call) -> str | None:
     """Why the kernel does not take this call, on whatever machine; None where it does."""
     heads, rows, _ = call.rows.shape
-    if call.softcap is not None:
-        return "softcap is not in the kernel"
     if call.sinks is not None:
         return "sinks are not in the kernel"
     if call.rule.adaptive:
@@ -399,7 +397,9 @@ def _attend_by_triton(
 
     k, v, row_shape = store.keys(), store.values(), call.q.shape[:-1]
     with out_of_memory_explained():
-        x = Inputs(call.rows.contiguous(), k[None], v[None], None, call.positions, call.scale)
+        x = Inputs(
+            call.rows.contiguous(), k[None], v[None], None, call.positions, call.scale, softcap=call.softcap
+        )
         result = sketch_decode(
             x,
             sketch.scanned(store.places()),

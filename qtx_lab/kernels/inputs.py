@@ -137,13 +137,18 @@ class Inputs:
                 said = tuple(given.shape) if isinstance(given, Tensor) else given
                 raise ArgumentError(f"{name}={said} is not in this kernel: it must be None.")
 
+    def capped(self, logits: Tensor) -> Tensor:
+        """Base-2 logits (...) under the softcap."""
+        if self.softcap is None:
+            return logits
+        cap = self.softcap * LOG2_E
+        return cap * torch.tanh(logits / cap)
+
     def logits(self) -> Tensor:
         """The logits in base 2, -inf where masked: (N, M, n), float32. This is what kernels avoid to hold."""
         k = self.k.flatten(0, 1).float()
         logits = torch.bmm(self.q.float(), k.mT) * (self.scale * LOG2_E)
-        if self.softcap is not None:
-            cap = self.softcap * LOG2_E
-            logits = cap * torch.tanh(logits / cap)
+        logits = self.capped(logits)
         if self.window is not None:
             first, last = self.band
             query = torch.arange(logits.shape[1], device=logits.device)[:, None] % self.length  # [M, 1]

@@ -35,6 +35,8 @@ def launch_all(dtype, every):
                 decode.decode(x, 8192, 2, stream_of(x))
                 decode.decode(replace(x, softcap=2.0, window=(3, 0)), 64, 1, stream_of(x))
                 train(q.expand(1, 8, 200, width), k, v, mask, False)
+            x = Inputs.of(q, k, v, softcap=2.0)
+            sketch_decode.sketch_decode(x, sketch, 64, 1, stream_of(x))
 
 
 def verify(x, every):
@@ -77,6 +79,8 @@ def decode_steps(dtype):
     steps["exact, 8 tokens"] = lambda: exact_decode.exact_decode(tokens)
     for name, sketch in tables.items():
         steps[name] = lambda sketch=sketch: sketch_decode.sketch_decode(x, sketch, 4 * draws, 1, stream)
+    capped = replace(x, softcap=50.0)
+    steps["int4, softcap"] = lambda: sketch_decode.sketch_decode(capped, tables["int4"], 4 * draws, 1, stream)
     return steps
 
 

@@ -347,6 +347,15 @@ def test_a_cache_takes_the_kernel_and_goes_on_growing(proposal, kernels, generat
     assert len(cache) == est.num_keys + 3
 
 
+def test_a_cache_takes_the_kernel_beside_a_softcap(kernels, generator, device):
+    """All keys are drawn, so that the output is that of exact attention."""
+    q, k, v = heads(generator, device, n=200)
+    est = qtx.SampledKVCache.build(k, v).attend(q, 200, softcap=0.5, generator=generator)
+    assert (est.info.kernel.path, est.info.kernel.name) == ("triton", "sketch_decode")
+    exact = qtx.sampled_attention(q, k, v, sampler="exact", softcap=0.5, enable_gqa=True)
+    torch.testing.assert_close(est.output, exact.output, rtol=1e-3, atol=1e-3)
+
+
 def test_a_cache_by_the_kernel_reports_rounding_needs_16_draws_and_is_the_same_from_disk(
     kernels, generator, device, tmp_path
 ):

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import qtx_lab as qtx
 from qtx_lab.cache.sketches import Int4Sketch, LowRankSketch
 from qtx_lab.kernels.inputs import Inputs
 from qtx_lab.kernels.masses import Masses, group_dtype, group_offsets
@@ -84,6 +85,34 @@ def test_draws_outputs_and_errors_are_the_references(
     drawn = values.gather(1, at).view(heads, rows, -1, width)
     average = torch.einsum("nmt,nmtd->nmd", weights, drawn)
     assert relative(result.output, average) <= rounding * TOLERANCE[dtype] + 1e-5
+
+
+def test_weights_know_a_softcap(generator, device, compare_draws, stream_of):
+    """Keys are drawn as without one; where all are drawn, the output is that of capped logits."""
+    x = attention_inputs((1, 2, 2, 2, 131, 32, 16), torch.float32, generator, device)
+    x, sketch, stream = replace(x, softcap=0.7), sketched(x.k, "int8"), stream_of(x, 4)
+    for draws in (40, 131):
+        result, expected = (
+            run(x, sketch, draws, 2, stream) for run in (sketch_decode, reference.sketch_decode)
+        )
+        equal = compare_draws(result.indices, expected.indices)
+        torch.testing.assert_close(result.weights()[equal], expected.weights()[equal], rtol=1e-3, atol=1e-6)
+        assert relative(result.output[equal], expected.output[equal]) < 1e-5
+    weights = (0.7 * torch.tanh(x.q.double() @ x.k[0].double().mT * x.scale / 0.7)).softmax(-1)
+    assert relative(result.output, weights @ x.v[0].double()) < 1e-4
+
+
+def test_masks_and_windows_are_refused(generator, device, stream_of):
+    x = attention_inputs((1, 1, 2, 1, 70, 16, 8), torch.float32, generator, device)
+    sketch, stream = sketched(x.k, "int8"), stream_of(x, 4)
+    mask = torch.ones(1, 2, 1, 70, dtype=torch.bool, device=device)
+    for run in (sketch_decode, reference.sketch_decode):
+        with pytest.raises(
+            qtx.ArgumentError, match=r"window=\(3, 0\) is not in this kernel: it must be None"
+        ):
+            run(replace(x, window=(3, 0)), sketch, 16, 1, stream)
+        with pytest.raises(qtx.ArgumentError, match=r"mask=\(1, 2, 1, 70\) is not in this kernel"):
+            run(replace(x, mask=mask), sketch, 16, 1, stream)
 
 
 def test_exact_where_every_key_is_drawn(generator, device, stream_of):

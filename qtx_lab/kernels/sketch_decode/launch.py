@@ -112,7 +112,8 @@ def sketch_decode(
     Parameters
     ----------
     x : Inputs
-        As for `decode`, without mask, softcap and window.
+        As for `decode`, without mask and window. Keys are drawn by guesses of their logits without a softcap,
+        which their weights then know.
     sketch : SketchTable
     num_samples, replicates : int
         S draws of each group in each of R independent repetitions, which are averaged.
@@ -126,9 +127,9 @@ def sketch_decode(
     ShapeError
         If the stream does not fit.
     ArgumentError
-        If there is a mask, a softcap or a window.
+        If there is a mask or a window.
     """
-    x.refuse("mask", "softcap", "window")
+    x.refuse("mask", "window")
     inputs, numbers = InputArguments.of(x), StreamArguments.of(stream, x)
     dtype = group_dtype(num_samples, x.shape[2])
     buffers = MassBuffers.of(x, x.length, dtype, num_samples, replicates)
@@ -285,6 +286,7 @@ def draw_and_weigh(
         BD=max(16, power_of_two(inputs.features)),
         BV=max(16, power_of_two(width)),
         BC=min(32, power_of_two(chunks)),
+        HAS_SOFTCAP=x.softcap is not None,
         DOT=dot_dtype(x.q),
         SIZE=size_class(n),
         CHUNK=chunk,

@@ -330,7 +330,7 @@ def sketch_decode(
     defensive: float = 0.02,
 ) -> SketchDecodeResult:
     """Average the values at draws from a sketch: see `qtx_lab.kernels.sketch_decode.launch.sketch_decode`."""
-    x.refuse("mask", "softcap", "window")
+    x.refuse("mask", "window")
     relative = sketch.scores(x) - sketch.log_normalisers(x)[..., None]
     dtype = group_dtype(num_samples, x.shape[2])
     masses = Masses.of_groups(relative.unflatten(1, (-1, x.length)), dtype)
@@ -393,7 +393,7 @@ def weigh(x: Inputs, proposed: ProposedDraws, num_samples: int, replicates: int)
     at = indices.flatten(1)[..., None]
     drawn_k = keys.gather(1, at.expand(-1, -1, keys.shape[-1])).view(*indices.shape, -1)
     drawn_v = values.gather(1, at.expand(-1, -1, width)).view(heads, rows, replicates, num_samples, width)
-    logits = torch.einsum("nmte,nme->nmt", drawn_k, x.q.float()) * (x.scale * LOG2_E)
+    logits = x.capped(torch.einsum("nmte,nme->nmt", drawn_k, x.q.float()) * (x.scale * LOG2_E))
     log_weights = (logits - pi.log2()).masked_fill(~drawn, -torch.inf)
     log_w = log_weights.unflatten(-1, (replicates, num_samples))
     log_normaliser = (log_w * math.log(2)).logsumexp(-1) / math.log(2)  # [N, M, R]

@@ -14,6 +14,7 @@ import triton.language as tl
 from ..blocks import (
     KEYS,
     SUBPAGES,
+    capped,
     comb_offset,
     find_place,
     max_exponent,
@@ -702,6 +703,7 @@ def weigh_kernel(
     output_ptr,  # (N M, Ev)
     log_normaliser_ptr,  # (N M, R), float32
     logit_scale,  # of base-2 logits
+    softcap,  # in base 2
     kv_heads,
     rows,
     length,
@@ -721,6 +723,7 @@ def weigh_kernel(
     BG: tl.constexpr,
     BD: tl.constexpr,
     BV: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
     DOT: tl.constexpr,
     SIZE: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -765,6 +768,8 @@ def weigh_kernel(
         p_value = p_v + b_index[:, None] * v_stride_n  # [BS, BV]
         b_v = tl.load(p_value, mask=m_drawn[:, None] & m_v[None, :], other=0.0).to(DOT)  # [BS, BV]
         b_l = tl.dot(b_k, b_q, input_precision="ieee") * logit_scale  # [BS, BG]
+        if HAS_SOFTCAP:
+            b_l = capped(b_l, softcap)
         b_lw = b_l - tl.log2(tl.where(m_drawn, b_pi, 1.0))[:, None]  # [BS, BG]
         b_lw = tl.where(m_drawn[:, None], b_lw, float("-inf"))
         p_log = log_weight_ptr + o_out[None, :] + b_s[:, None]  # [BS, BG]

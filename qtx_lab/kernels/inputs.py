@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_softcap, check_window
-from ..errors import ArgumentError
+from ..errors import ArgumentError, ShapeError
 
 LOG2_E = 1.4426950408889634
 """log2(e). Kernels compute logits in base 2, since GPUs have an instruction for 2^x."""
@@ -44,11 +44,17 @@ class Inputs:
     window : (int or None, int or None), optional
         (left, right): query i attends to keys first_position + i - left … first_position + i + right only;
         None: no limit on that side.
+    lengths : Tensor, int32 or int64, (B,), optional
+        The keys of each sequence, the first ones of n. Its last query is that of its last key, and none
+        attends to keys after its own; a row that stands before the first key attends to none. They take
+        the place of `first_position`, and are not compared with n, for which the host would wait.
 
     Raises
     ------
     ArgumentError
-        If softcap or window is none of these.
+        If softcap or window is none of these, or if there is a `first_position` beside lengths.
+    ShapeError
+        If lengths is no such tensor.
     """
 
     q: Tensor
@@ -60,10 +66,24 @@ class Inputs:
     first_position: int = 0
     softcap: float | None = None
     window: tuple[int | None, int | None] | None = None
+    lengths: Tensor | None = None
 
     def __post_init__(self) -> None:
         check_softcap(self.softcap)
         check_window(self.window)
+        lengths = self.lengths
+        if lengths is None:
+            return
+        if self.first_position:
+            raise ArgumentError(
+                f"first_position={self.first_position} is not allowed beside lengths, which say where "
+                "queries stand: it must be 0."
+            )
+        if lengths.shape != self.k.shape[:1] or lengths.dtype not in (torch.int32, torch.int64):
+            raise ShapeError(
+                f"lengths is {lengths.dtype} {tuple(lengths.shape)}; it must be int32 or int64, "
+                f"{tuple(self.k.shape[:1])}."
+            )
 
     @classmethod
     def of(
@@ -77,6 +97,7 @@ class Inputs:
         *,
         softcap: float | None = None,
         window: tuple[int | None, int | None] | None = None,
+        lengths: Tensor | None = None,
     ) -> Inputs:
         """Arrange the tensors of an attention call.
 
@@ -88,7 +109,7 @@ class Inputs:
         mask : Tensor, broadcastable to (..., H, L, n), optional
         scale : float, optional
             1 / sqrt(E) where None.
-        first_position, softcap, window
+        first_position, softcap, window, lengths
             See the class.
         """
         *_, length, features = q.shape
@@ -106,6 +127,7 @@ class Inputs:
             first_position,
             softcap,
             window,
+            lengths,
         )
 
     @property
@@ -114,18 +136,26 @@ class Inputs:
         return (*self.q.shape[:2], *self.v.shape[-2:])
 
     @property
+    def is_banded(self) -> bool:
+        """Whether the window or lengths hide keys."""
+        return self.window is not None or self.lengths is not None
+
+    @property
     def band(self) -> tuple[int, int]:
         """The first and the last key that the first query sees by the window; query i sees those i further.
 
-        They may lie outside the keys, by no more than L.
+        They may lie outside the keys, by no more than L. Of sequences with lengths they are counted from the
+        first query's own place.
         """
         n, (left, right) = self.k.shape[2], self.window or (None, None)
+        if self.lengths is not None:
+            return -n if left is None else -min(left, n), 0
         first = -self.length if left is None else self.first_position - left
         last = n if right is None else self.first_position + right
         return max(-self.length, min(first, n)), max(-self.length, min(last, n))
 
     def refuse(self, *names: str) -> None:
-        """Refuse those of mask, softcap and window that the caller does not know.
+        """Refuse those of mask, softcap, window and lengths that the caller does not know.
 
         Raises
         ------
@@ -149,9 +179,12 @@ class Inputs:
         k = self.k.flatten(0, 1).float()
         logits = torch.bmm(self.q.float(), k.mT) * (self.scale * LOG2_E)
         logits = self.capped(logits)
-        if self.window is not None:
+        if self.is_banded:
             first, last = self.band
             query = torch.arange(logits.shape[1], device=logits.device)[:, None] % self.length  # [M, 1]
+            if self.lengths is not None:
+                own = self.lengths.repeat_interleave(self.k.shape[1]) - self.length
+                query = query + own[:, None, None]  # [N, M, 1]
             key = torch.arange(logits.shape[2], device=logits.device)
             logits.masked_fill_((key < first + query) | (key > last + query), -torch.inf)
         if self.mask is None:

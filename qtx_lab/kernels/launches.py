@@ -71,6 +71,7 @@ class InputArguments:
     k: Tensor
     v: Tensor
     mask: Tensor
+    lengths: Tensor
     logit_scale: float
     """The factor of q · k for logits in base 2."""
     kv_heads: int
@@ -110,7 +111,8 @@ class InputArguments:
             # Kernels read bytes, not truth values.
             mask = x.mask.view(torch.uint8) if x.mask.dtype == torch.bool else x.mask
             mask_strides = _strides(mask)
-        tensors = (x.q.contiguous(), x.k, x.v, mask, x.scale * LOG2_E)
+        lengths = x.q if x.lengths is None else x.lengths.contiguous()  # likewise
+        tensors = (x.q.contiguous(), x.k, x.v, mask, lengths, x.scale * LOG2_E)
         sizes = (x.k.shape[1], rows, x.length, x.first_position, n, x.q.shape[2], width)
         softcap = 0.0 if x.softcap is None else x.softcap * LOG2_E
         return cls(*tensors, *sizes, *_strides(x.k), *_strides(x.v), *mask_strides, softcap, *x.band)

@@ -71,9 +71,11 @@ def decode_steps(dtype):
         "rank 16": table(16, 16, torch.int8),
     }
     limited = replace(x, first_position=n - 1, softcap=50.0, window=(4095, 0))
+    lengths = replace(x, lengths=torch.empty(8, dtype=torch.int32))
     steps = {
         "exact K": lambda: decode.decode(x, draws, 1, stream),
         "exact K, softcap and window": lambda: decode.decode(limited, draws, 1, stream),
+        "exact K, lengths": lambda: decode.decode(lengths, draws, 1, stream),
     }
     tokens = CachedInputs(torch.zeros(heads, 4 * 8, width, dtype=dtype), k, v, 8, x.scale)
     steps["exact, 8 tokens"] = lambda: exact_decode.exact_decode(tokens)

@@ -115,6 +115,38 @@ def test_softcap_and_window_are_the_references_and_the_problems(
     torch.testing.assert_close(result.log_sum_exp, logits.logsumexp(-1), rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"window": (20, 0), "softcap": 3.0}, {"window": (1 << 62, None)}, {"window": (0, 7)}]
+)
+def test_sequences_of_different_lengths(options, generator, device, compare_draws, stream_of):
+    """Each draws what it draws alone, without the keys behind its own, which are not read; one of the rows of
+    the sequence of a single token stands before it, and is 0."""
+    x = replace(attention_inputs((4, 2, 2, 2, 150, 16, 8), torch.float32, generator, device), **options)
+    lengths = [150, 77, 1, 64]
+    stream = stream_of(x, 3)
+    for b, tokens in enumerate(lengths):
+        x.k[b, :, tokens:], x.v[b, :, tokens:] = torch.nan, torch.nan
+    x = replace(x, lengths=torch.tensor(lengths, dtype=torch.int32, device=device))
+    result = decode(x, 30, 2, stream)
+    expected = reference.decode(replace(x, v=x.v.nan_to_num(0)), 30, 2, stream)
+    equal = compare_draws(result.indices, expected.indices)
+    assert relative(result.output[equal], expected.output[equal]) < 1e-5
+    assert result.visible.view(4, 2, 2, 2)[2, 0, 0].tolist() == [False, True]
+    assert int(result.visible.sum()) == 4 * 2 * 2 * 2 - 4
+    assert bool((result.output[~result.visible] == 0).all())
+    left = options.get("window", (None,))[0]
+    for b, tokens in enumerate(lengths):
+        part = slice(2 * b, 2 * b + 2)
+        alone = Inputs(
+            x.q[part], x.k[b : b + 1, :, :tokens], x.v[b : b + 1, :, :tokens], None, 2, x.scale,
+            tokens - 2, x.softcap, (left, 0),
+        )  # fmt: skip
+        names = torch.tensor([b])
+        drawn = reference.decode(alone, 30, 2, Stream.of(torch.tensor(3, device=device), names, 2, 2))
+        assert float((drawn.indices == result.indices[part]).float().mean()) > 0.99
+        torch.testing.assert_close(drawn.log_sum_exp, result.log_sum_exp[part], rtol=1e-4, atol=1e-3)
+
+
 @pytest.mark.parametrize("run", [decode, reference.decode], ids=["kernel", "reference"])
 @pytest.mark.parametrize("window", [(None, 5), (5, 0)])
 def test_a_row_whose_window_has_no_key_is_0(run, window, generator, device, stream_of):
@@ -144,6 +176,13 @@ def test_limits_that_a_kernel_does_not_know_or_nobody_does_are_refused(generator
             prefill(replace(x, softcap=2.0), 8, stream)
         with pytest.raises(ArgumentError, match=r"window=\(3, None\) is not in this kernel"):
             prefill(replace(x, window=(3, None)), 8, stream)
+        with pytest.raises(ArgumentError, match=r"lengths=\(1,\) is not in this kernel"):
+            prefill(replace(x, lengths=torch.tensor([3], device=device)), 8, stream)
+    with pytest.raises(ArgumentError, match="first_position=5 is not allowed beside lengths"):
+        replace(x, lengths=torch.tensor([3]), first_position=5)
+    for lengths in (torch.tensor([3, 4]), torch.tensor([3.0])):
+        with pytest.raises(ShapeError, match="it must be int32 or int64"):
+            replace(x, lengths=lengths)
     with pytest.raises(ArgumentError, match=r"softcap=-1\.0 is not allowed"):
         replace(x, softcap=-1.0)
     with pytest.raises(ArgumentError, match="window"):

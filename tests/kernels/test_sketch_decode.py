@@ -102,7 +102,7 @@ def test_weights_know_a_softcap(generator, device, compare_draws, stream_of):
     assert relative(result.output, weights @ x.v[0].double()) < 1e-4
 
 
-def test_masks_and_windows_are_refused(generator, device, stream_of):
+def test_masks_windows_and_lengths_are_refused(generator, device, stream_of):
     x = attention_inputs((1, 1, 2, 1, 70, 16, 8), torch.float32, generator, device)
     sketch, stream = sketched(x.k, "int8"), stream_of(x, 4)
     mask = torch.ones(1, 2, 1, 70, dtype=torch.bool, device=device)
@@ -113,6 +113,8 @@ def test_masks_and_windows_are_refused(generator, device, stream_of):
             run(replace(x, window=(3, 0)), sketch, 16, 1, stream)
         with pytest.raises(qtx.ArgumentError, match=r"mask=\(1, 2, 1, 70\) is not in this kernel"):
             run(replace(x, mask=mask), sketch, 16, 1, stream)
+        with pytest.raises(qtx.ArgumentError, match=r"lengths=\(1,\) is not in this kernel"):
+            run(replace(x, lengths=torch.tensor([3])), sketch, 16, 1, stream)
 
 
 def test_exact_where_every_key_is_drawn(generator, device, stream_of):

@@ -28,11 +28,11 @@ from .triton import mean_kernel, prefix_kernel, scan_kernel
 def decode(x: Inputs, num_samples: int, replicates: int, stream: Stream) -> DecodeResult:
     """Average the values at systematic draws from exact logits: unbiased.
 
-    K is read once, where some row's window has it, and V only at the draws. Between the two passes the masses
-    of the keys and sums of eight are kept, about three bytes for each key and row. The points of a row are
-    equally spaced along its masses, so the number of draws in a page of keys is the expected one, rounded up
-    or down at random, and likewise that of a key. Each replicate has an offset of its own, which the query
-    heads of a group share.
+    K is read once, where some row sees it by window and lengths, and V only at the draws. Between the two
+    passes the masses of the keys and sums of eight are kept, about three bytes for each key and row. The
+    points of a row are equally spaced along its masses, so the number of draws in a page of keys is the
+    expected one, rounded up or down at random, and likewise that of a key. Each replicate has an offset of
+    its own, which the query heads of a group share.
 
     Parameters
     ----------
@@ -57,7 +57,8 @@ def decode(x: Inputs, num_samples: int, replicates: int, stream: Stream) -> Deco
     scan = {
         "HAS_MASK": mask_kind(x),
         "HAS_SOFTCAP": x.softcap is not None,
-        "HAS_WINDOW": x.window is not None,
+        "HAS_WINDOW": x.is_banded,
+        "HAS_LENGTHS": x.lengths is not None,
         "DOT": dot_dtype(x.q),
         **scan_options(x, buffers),
     }

@@ -37,6 +37,7 @@ def scan_kernel(
     q_ptr,  # (N, M, E)
     k_ptr,  # (B, Hkv, n, E)
     mask_ptr,  # (B, H, L, n)
+    lengths_ptr,  # (B,), where HAS_LENGTHS
     mass_ptr,  # (N, M, T * PAGE), int16 or int32
     subpage_mass_ptr,  # (N, M, T * SUBPAGES), int32
     page_mass_ptr,  # (N, M, T), int32
@@ -45,7 +46,7 @@ def scan_kernel(
     head_group_ptr,  # (N,), int64
     logit_scale,  # of base-2 logits
     softcap,  # in base 2
-    window_first,  # the first key that query 0 sees by the window; query i sees those i further
+    window_first,  # see `Inputs.band`
     window_last,
     kv_heads,
     rows,
@@ -67,7 +68,8 @@ def scan_kernel(
     UNITS: tl.constexpr,
     HAS_MASK: tl.constexpr,  # 0: none, 1: boolean, 2: to add
     HAS_SOFTCAP: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,  # or lengths
+    HAS_LENGTHS: tl.constexpr,
     DOT: tl.constexpr,
     SIZE: tl.constexpr,
     NP: tl.constexpr,
@@ -86,6 +88,10 @@ def scan_kernel(
     i_b = (i_n // kv_heads).to(tl.int64)
     i_h = (i_n % kv_heads).to(tl.int64)
     stream_key, head_group = tl.load(stream_key_ptr + i_n), tl.load(head_group_ptr + i_n)
+    if HAS_LENGTHS:
+        own = tl.load(lengths_ptr + i_b).to(tl.int32) - length
+        window_first += own
+        window_last += own
 
     p_q = q_ptr + (i_n.to(tl.int64) * rows + o_m[None, :]) * features + o_d[:, None]  # [BD, BM]
     b_q = tl.load(p_q, mask=m_m[None, :] & m_d[:, None], other=0.0).to(DOT)  # [BD, BM]

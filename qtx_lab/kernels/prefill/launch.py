@@ -62,7 +62,7 @@ def prefill(x: Inputs, num_samples: int, stream: Stream, *, is_causal: bool = Fa
     Parameters
     ----------
     x : Inputs
-        As for `decode`, without softcap and window.
+        As for `decode`, without softcap, window and lengths.
     num_samples : int
         S, the draws of a row, on average.
     stream : Stream
@@ -75,7 +75,7 @@ def prefill(x: Inputs, num_samples: int, stream: Stream, *, is_causal: bool = Fa
     ShapeError
         If the stream does not fit.
     ArgumentError
-        If there is a softcap or a window.
+        If there are a softcap, a window or lengths.
     """
     heads, rows, _, width = x.shape
     output = x.q.new_empty(heads, rows, width, dtype=torch.float32)
@@ -135,7 +135,7 @@ def gradients(
 
 def _options(x: Inputs, is_causal: bool) -> dict[str, Any]:
     """What all three kernels are specialised for."""
-    x.refuse("softcap", "window")
+    x.refuse("softcap", "window", "lengths")
     _, _, n, width = x.shape
     return {
         "BD": max(16, power_of_two(x.q.shape[2])),

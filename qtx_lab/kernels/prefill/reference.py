@@ -47,7 +47,7 @@ class Gradients:
 
 def masked_logits(x: Inputs, is_causal: bool) -> Tensor:
     """The natural logits, (N, M, n), float32; -inf where a row does not see a key."""
-    x.refuse("softcap", "window")
+    x.refuse("softcap", "window", "lengths")
     logits = x.logits() * math.log(2)
     if is_causal:
         position = x.first_position + torch.arange(logits.shape[1], device=logits.device) % x.length

@@ -112,8 +112,8 @@ def sketch_decode(
     Parameters
     ----------
     x : Inputs
-        As for `decode`, without mask and window. Keys are drawn by guesses of their logits without a softcap,
-        which their weights then know.
+        As for `decode`, without mask, window and lengths. Keys are drawn by guesses of their logits without a
+        softcap, which their weights then know.
     sketch : SketchTable
     num_samples, replicates : int
         S draws of each group in each of R independent repetitions, which are averaged.
@@ -127,9 +127,9 @@ def sketch_decode(
     ShapeError
         If the stream does not fit.
     ArgumentError
-        If there is a mask or a window.
+        If there are a mask, a window or lengths.
     """
-    x.refuse("mask", "window")
+    x.refuse("mask", "window", "lengths")
     inputs, numbers = InputArguments.of(x), StreamArguments.of(stream, x)
     dtype = group_dtype(num_samples, x.shape[2])
     buffers = MassBuffers.of(x, x.length, dtype, num_samples, replicates)

@@ -330,7 +330,7 @@ def sketch_decode(
     defensive: float = 0.02,
 ) -> SketchDecodeResult:
     """Average the values at draws from a sketch: see `qtx_lab.kernels.sketch_decode.launch.sketch_decode`."""
-    x.refuse("mask", "window")
+    x.refuse("mask", "window", "lengths")
     relative = sketch.scores(x) - sketch.log_normalisers(x)[..., None]
     dtype = group_dtype(num_samples, x.shape[2])
     masses = Masses.of_groups(relative.unflatten(1, (-1, x.length)), dtype)

@@ -560,6 +560,8 @@ class LocalJob:
         try:
             return self._future.result(None if timeout == math.inf else timeout)
         except FutureTimeout as error:
+            if self._future.done():  # it is the job that has failed so, not the wait for it
+                raise
             raise JobTimeout(f"Job {self.tag} is {self.status()} after {timeout:g} s; it goes on.") from error
         except BaseException:
             if self._future.cancelled():

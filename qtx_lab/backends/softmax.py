@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..circuits import SoftmaxLoader
 from ..circuits.softmax import row_vectors
-from ..errors import ArgumentError, DtypeError, FallbackWarning
+from ..errors import ArgumentError, DtypeError, FallbackWarning, ShapeError
 from ..estimates import Draws
 from ..problem import AttentionProblem
 from ..samplers import Sampler
@@ -22,6 +22,23 @@ from .counts import RowCounts
 from .qiskit import QiskitQuantumBackend
 from .requests import RowRequest
 from .sampler import all_discarded, deal
+
+
+def _check_rows(q: Tensor, k: Tensor, allowed: Tensor | None) -> None:
+    """Refuse what `SoftmaxCircuitSampler.measure` does not take for queries and keys of rows."""
+    given = f"q has shape {tuple(q.shape)} and k {tuple(k.shape)}"
+    if q.dim() != 2 or k.dim() not in (2, 3) or k.shape[-1] != q.shape[1]:
+        raise ShapeError(f"{given}; they must be (R, d) and (R, n, d), or (n, d) for keys of all rows.")
+    if k.dim() == 3 and len(k) != len(q):
+        raise ShapeError(f"{given}; both must have as many rows.")
+    if allowed is None:
+        return
+    if allowed.dtype != torch.bool:
+        raise DtypeError(f"allowed is of {allowed.dtype}; it must be of torch.bool.")
+    if allowed.shape != (len(q), k.shape[-2]):
+        raise ShapeError(
+            f"allowed has shape {tuple(allowed.shape)}; it must be (R, n) = ({len(q)}, {k.shape[-2]})."
+        )
 
 
 class SoftmaxCircuitSampler(Sampler):
@@ -120,10 +137,11 @@ class SoftmaxCircuitSampler(Sampler):
         Raises
         ------
         ShapeError, DtypeError, ArgumentError
-            As for `SoftmaxLoader.vector_angles`.
+            As for `SoftmaxLoader.vector_angles`, or if an argument has another shape.
         BackendUnavailable
             If the device cannot be reached, or cannot run the circuit.
         """
+        _check_rows(q, k, allowed)
         loader = self.loader(q.shape[-1])
         k = k.expand(len(q), *k.shape[-2:])
         allowed = torch.ones(k.shape[:2], dtype=torch.bool) if allowed is None else allowed.cpu()

@@ -6,6 +6,7 @@ from scipy.stats import binom
 
 import qtx_lab as qtx
 from qtx_lab.circuits.fidelity import total_variation
+from qtx_lab.errors import DtypeError, ShapeError
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +35,23 @@ def test_success_matches_theory_and_draws_match_softmax(problem, generator):
     distance = total_variation(counts.counts, exact(q[0], k[0]), generator=generator)
     assert (distance.value < distance.floor_range[1] + 0.005 + 0.01).all()
     assert counts.classical.counts.sum(-1).tolist() == [20_000] * 4
+
+
+@pytest.mark.parametrize(
+    ("q", "k", "allowed", "error", "words"),
+    [
+        ((2, 3, 2), (5, 2), None, ShapeError, "q has shape"),
+        ((3, 2), (5, 4), None, ShapeError, "k .5, 4.; they must be"),
+        ((3, 2), (4, 5, 2), None, ShapeError, "as many rows"),
+        ((3, 2), (5, 2), torch.ones(3, 4) > 0, ShapeError, "= .3, 5."),
+        ((3, 2), (5, 2), torch.ones(5) > 0, ShapeError, "= .3, 5."),
+        ((3, 2), (5, 2), torch.ones(3, 5), DtypeError, "torch.bool"),
+    ],
+)
+def test_rows_of_another_shape_are_refused(q, k, allowed, error, words):
+    sampler = qtx.SoftmaxCircuitSampler(qtx.QiskitQuantumBackend("aer"), degree=5)
+    with pytest.raises(error, match=words):
+        sampler.measure(torch.zeros(q), torch.zeros(k), 10, allowed=allowed)
 
 
 def test_it_is_a_sampler_of_attention(problem, generator):

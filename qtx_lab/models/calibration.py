@@ -295,8 +295,8 @@ def calibrate(
     --------
     >>> import qtx_lab as qtx
     >>> model, text = qtx.load_language_model("reference"), qtx.reference_text()
-    >>> quick = {"length": 128, "windows": 4, "scored_tokens": 12, "progress": False}
-    >>> best = calibrate(model, text[:4000], 0.1, **quick)
+    >>> quick = {"length": 128, "windows": 8, "scored_tokens": 12, "progress": False}
+    >>> best = calibrate(model, text[:8000], 0.1, **quick)
     >>> best.verified, best.held_out.reads.values < 0.7, sorted(best.settings)[:2]
     (True, True, ['layers', 'num_samples'])
     """

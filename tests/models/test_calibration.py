@@ -1,5 +1,6 @@
 """Calibrated settings keep the bound on other texts, read little, and say where they fail."""
 
+import copy
 import json
 
 import numpy as np
@@ -205,11 +206,13 @@ def test_numbers_of_numpy_and_torch_are_numbers(model, tmp_path):
 
 
 def test_steps_of_known_tokens_are_single_steps(model):
+    # In float64: a query's last bit, which hangs on how many are multiplied at once, may change a draw.
+    model = copy.deepcopy(model).double()
     tokens = model.encode(TEXT)[None, :80]
     policies = [ExactPolicy(), *[SampledPolicy(proposal="int4", budget=9)] * 5]
     one, all_at_once = (Decoding(model, tokens[:, :60], policies) for _ in range(2))
     logits = torch.stack([one.step(tokens[:, i]) for i in range(60, 80)], 1)
-    torch.testing.assert_close(all_at_once.steps(tokens[:, 60:]), logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(all_at_once.steps(tokens[:, 60:]), logits, atol=1e-9, rtol=1e-9)
     assert (all_at_once.length, all_at_once.reads) == (one.length, one.reads)
     with pytest.raises(qtx.ArgumentError, match="tokens has 1000 tokens; the context has room for 944"):
         all_at_once.steps(torch.zeros(1, 1000, dtype=torch.int64))

@@ -144,7 +144,7 @@ def p_value_of_acceptance(p, q, draws):
 @pytest.mark.statistical
 def test_accepted_and_replaced_tokens_have_the_exact_distribution(model, monkeypatch):
     p, q = drafted_pairs(model, monkeypatch, 40)
-    draws = math.ceil(1e6 / len(p))
+    draws = math.ceil(6e6 / len(p))
     assert p_value_of_acceptance(p, q, draws) > FALSE_ALARM
     is_accepted = speculative.is_accepted
     for error in (1.005, 0.995):  # a draft is accepted in so many times the cases in which it should be

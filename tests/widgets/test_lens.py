@@ -509,6 +509,7 @@ def test_in_jupyterlab(
     os.kill(kernel, signal.SIGCONT)
     waiting.wait_for(state="hidden")
     lens.get_by_role("radio", name="layer 4, head 1").press("ArrowRight")
+    page.locator(".qtx-lens:not([data-waiting]) h2", has_text="Layer 4, head 2: off by").first.wait_for()
     # An answer that is lost on the way is asked for again.
     run_python(
         page,

@@ -115,8 +115,8 @@ def counters(case: Case, method: str, kernel: str, seconds: float) -> dict[str, 
     )
     values = dict(metrics(process.stdout))
     if not values:
-        said = " ".join((process.stdout + process.stderr).split())
-        raise BackendUnavailable(f"ncu read nothing of {kernel}: {said[-500:]}")
+        printed = " ".join((process.stdout + process.stderr).split())
+        raise BackendUnavailable(f"ncu read nothing of {kernel}: {printed[-500:]}")
     return values
 
 

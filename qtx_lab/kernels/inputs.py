@@ -164,8 +164,8 @@ class Inputs:
         for name in names:
             given = vars(self)[name]
             if given is not None:
-                said = tuple(given.shape) if isinstance(given, Tensor) else given
-                raise ArgumentError(f"{name}={said} is not in this kernel: it must be None.")
+                shown = tuple(given.shape) if isinstance(given, Tensor) else given
+                raise ArgumentError(f"{name}={shown} is not in this kernel: it must be None.")
 
     def capped(self, logits: Tensor) -> Tensor:
         """Base-2 logits (...) under the softcap."""

@@ -107,6 +107,17 @@ def fill(home: Path) -> None:
     (home / "notes.txt").write_text("not a run")
 
 
+def views_drawn(page: DashboardPage) -> Iterator[tuple[str, list[str]]]:
+    """The name of each view and its texts, once it is open and its figures are drawn."""
+    for name, view in page.views.items():
+        page.open(name)
+        listing = page.records.listing
+        view.show(view.prepare(listing, page.filtered(listing)))
+        for pane in view.body.select(lambda x: type(x).__name__ == "HoloViews"):
+            figures.hv.render(pane.object)
+        yield name, [pane.object for pane in view.body.select(lambda x: type(x).__name__ == "HTML")]
+
+
 def sweep_of(home: Path, run: qtx.Run, draws: tuple[int, ...] = (8, 32), seeds: int = 3) -> str:
     """A sweep of samplers, draws and seeds, copied from the manifest of a run; gives its name."""
     manifest = json.loads((run.path / "manifest.json").read_text())
@@ -779,14 +790,8 @@ def test_anybodys_metrics_are_drawn_or_left_out(kind: str, tmp_path: Path) -> No
     qtx.storage.write_frame(run.path / "metrics.parquet", pd.DataFrame(FOREIGN[kind]))
     (run.path / "spec.yaml").write_text("- a list\n")
     page = DashboardPage(Records(tmp_path), "light")
-    for name, view in page.views.items():
-        page.open(name)
-        listing = page.records.listing
-        view.show(view.prepare(listing, page.filtered(listing)))
-        for pane in view.body.select(lambda x: type(x).__name__ == "HoloViews"):
-            figures.hv.render(pane.object)
-        for pane in view.body.select(lambda x: type(x).__name__ == "HTML"):
-            assert "<img" not in pane.object
+    for _, texts in views_drawn(page):
+        assert not any("<img" in text for text in texts)
     run.finish("done")
 
 
@@ -860,14 +865,7 @@ def test_a_parameter_and_a_number_of_its_name_are_both_shown(tmp_path: Path) -> 
                 )
                 run.update(results={"error": error / 10})
     page = DashboardPage(Records(tmp_path), "light")
-    texts = {}
-    for name, view in page.views.items():
-        page.open(name)
-        listing = page.records.listing
-        view.show(view.prepare(listing, page.filtered(listing)))
-        for pane in view.body.select(lambda x: type(x).__name__ == "HoloViews"):
-            figures.hv.render(pane.object)
-        texts[name] = " ".join(p.object for p in view.body.select(lambda x: type(x).__name__ == "HTML"))
+    texts = {name: " ".join(texts) for name, texts in views_drawn(page)}
     runs = texts["Runs"].replace("_<wbr>", "_")
     assert "Sort by error (parameter)" in runs
     assert "Sort by error'" in runs

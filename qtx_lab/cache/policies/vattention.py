@@ -105,10 +105,10 @@ class _HeavyAndUniform:
     def choose(self, step: DecodeStep) -> KeyChoice:
         budget = self.policy.budget_at(step.length)
         guesses = self.guesser.guess(step)
-        kept = self.ends.mask(step.length, budget, step.keys.device)
-        left = budget - int(kept.sum())
+        ends = self.ends.mask(step.length, budget, step.keys.device)
+        left = budget - int(ends.sum())
         heavy = min(left, round(self.policy.heavy * budget))
-        certain = kept.expand(guesses.logits.shape)
+        certain = ends.expand(guesses.logits.shape)
         heaviest = guesses.logits.masked_fill(certain, -torch.inf).topk(heavy, -1).indices
         certain = certain.scatter(-1, heaviest, True)
 

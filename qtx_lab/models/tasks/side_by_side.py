@@ -40,15 +40,15 @@ def score_methods(
         rows.append(state.step(token.expand(len(policies))))
     predicted = torch.stack(rows, 1).float().log_softmax(-1).cpu()  # [M, T, V]
     reads = state.reads_by_sequence
-    said = [said_by(model, prompt, x) for x in predicted]
-    undecided = [i for i, tokens in enumerate(said) if tokens is None]
+    answers = [said_by(model, prompt, x) for x in predicted]
+    undecided = [i for i, tokens in enumerate(answers) if tokens is None]
     if undecided:
         state = Decoding.side_by_side(prefill, [policies[i] for i in undecided])
         for i, tokens in zip(undecided, _generate(state, prompt), strict=True):
-            said[i] = tokens
+            answers[i] = tokens
     return [
         (make_score(model, prompt, x, tokens, exact), read)
-        for x, tokens, read in zip(predicted, said, reads, strict=True)
+        for x, tokens, read in zip(predicted, answers, reads, strict=True)
         if tokens is not None
     ]
 
@@ -56,13 +56,13 @@ def score_methods(
 def _generate(state: Decoding, prompt: TaskPrompt) -> list[Tensor]:
     """The likeliest tokens of each sequence, up to where it is decided which answers they hold."""
     likeliest = next_tokens(prompt, 0, state.logits)
-    said, place = [[int(token)] for token in likeliest], 0
+    answers, place = [[int(token)] for token in likeliest], 0
     while True:
-        open_ends = [i for i, x in enumerate(said) if not decided(state.model, prompt, torch.tensor(x))]
+        open_ends = [i for i, x in enumerate(answers) if not decided(state.model, prompt, torch.tensor(x))]
         if not open_ends:
-            return [torch.tensor(x) for x in said]
+            return [torch.tensor(x) for x in answers]
         place += 1
         logits = state.step(likeliest)  # sequences that are decided go on, unseen
         likeliest = next_tokens(prompt, place, logits)
         for i in open_ends:
-            said[i].append(int(likeliest[i]))
+            answers[i].append(int(likeliest[i]))

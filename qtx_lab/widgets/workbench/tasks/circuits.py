@@ -171,13 +171,13 @@ def mitigate(
     for warning in caught:  # so that the status line counts them, too
         warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
     plan: Plan | None = mitigated.diagnostics.get("plan")
-    said = {
+    mitigated_part = {
         "warnings": list(dict.fromkeys(str(x.message) for x in caught)),
         "plan": None if plan is None else {"choice": plan.choice.option.name, "reason": plan.reason},
         **_mitigated_result(mitigated, p, seed),
     }
     raw = CircuitSampler(backend, hybrid_mode=spec.policy())
-    result = _measure_in_parts(report, raw, p, selection, (0.3, 0.7), said)
+    result = _measure_in_parts(report, raw, p, selection, (0.3, 0.7), mitigated_part)
     result["facts"]["mitigation"] = mitigated.diagnostics.get("mitigation", chosen.name)
     report(0.7, "rehearsing other numbers of shots")
     option = chosen if plan is None else plan.choice.option

@@ -17,6 +17,10 @@ YES, NO = ("true", "yes", "on"), ("false", "no", "off")
 WHOLE = re.compile(r"[+-]?(0|[1-9][0-9_]*)|0[xX][0-9a-fA-F]+|0[oO][0-7]+|0[bB][01]+")
 REAL = re.compile(r"[+-]?(\.[0-9]+|(0|[1-9][0-9_]*)(\.[0-9]*)?)([eE][+-]?[0-9]+)?")
 NOT_FINITE = re.compile(r"[+-]?\.?(inf|Inf|INF|infinity|Infinity)|\.?(nan|NaN|NAN)")
+QUOTED = re.compile(r"""\"(?:\\.|[^"\\])*\"|'(?:''|[^'])*'""", re.DOTALL)
+"""A text in quotation marks, as YAML has it."""
+OPENS_QUOTE = re.compile(r"(?:^|[\[{,:])\s*(?:[?-]\s+)?(?:![^\s,\[\]{}]*\s+)?$")
+"""What stands before the quotation mark at which a text begins; YAML may mark a key by ? and a tag by !."""
 MAX_EXACT_WHOLE = 2**53
 """Whole numbers up to this one are exact as floats."""
 
@@ -129,17 +133,16 @@ def split_words(text: str) -> list[Any]:
     >>> split_words('a,[b, c],"d, e"')
     ['a', '[b, c]', 'd, e']
     """
-    parts, start, closing = [], 0, ""
-    for i, mark in enumerate(f"{text},"):
-        if closing[-1:] in ("'", '"'):  # inside of quotation marks
-            escaped = closing[-1] == '"' and text[:i].endswith("\\") and not text[:i].endswith("\\\\")
-            closing = closing[:-1] if mark == closing[-1] and not escaped else closing
-        elif mark in "'\"" and text[start:i].rstrip()[-1:] in (
-            "",
-            *"[{,:",
-        ):  # inside of a word it is a letter
-            closing += mark
-        elif mark in "[{":
+    parts, start, i, closing = [], 0, 0, ""
+    while i <= len(text):
+        mark = text[i : i + 1] or ","
+        if mark in "'\"" and OPENS_QUOTE.search(text[start:i]):  # inside of a word it is a letter
+            quoted = QUOTED.match(text, i)
+            if quoted is None:
+                raise ValueError(f"{mark} is missing")
+            i = quoted.end()
+            continue
+        if mark in "[{":
             closing += "]" if mark == "[" else "}"
         elif closing and mark == closing[-1]:
             closing = closing[:-1]
@@ -147,9 +150,10 @@ def split_words(text: str) -> list[Any]:
             part = text[start:i].strip()
             if not part:
                 raise ValueError("a value is missing")
-            quoted = part[0] in "'\"" and part[-1] == part[0]
-            parts.append(read_words(part) if quoted else Word(part))
+            is_quoted = part[0] in "'\"" and part[-1] == part[0]
+            parts.append(read_words(part) if is_quoted else Word(part))
             start = i + 1
+        i += 1
     if closing:
         raise ValueError(f"{closing[-1]} is missing")
     return parts

@@ -48,6 +48,7 @@ texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=8) | st.sampl
         "{a}",
     ]
 )
+texts |= st.text("'\"\\[]{},:?!-#& ab\n\x85", max_size=8)  # what YAML gives a meaning to
 scalars = (
     st.none()
     | st.booleans()

@@ -25,14 +25,23 @@ def lab(arguments: tuple[str, ...]) -> None:
     """Start JupyterLab on the shipped notebooks."""
     from ..experiments.notebooks import notebooks_folder
 
-    offline = ["--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
-    command = [sys.executable, "-m", "jupyterlab", f"--notebook-dir={notebooks_folder()}"]
+    defaults = {
+        "ServerApp.root_dir": str(notebooks_folder()),
+        "LabApp.news_url": "None",
+        "LabApp.check_for_updates_class": "jupyterlab.NeverCheckForUpdate",
+    }
+    # JupyterLab refuses an option that is given twice.
+    given = {argument.lstrip("-").partition("=")[0] for argument in arguments if argument.startswith("--")}
+    if "notebook-dir" in given:  # another name of it
+        del defaults["ServerApp.root_dir"]
+    options = [f"--{name}={value}" for name, value in defaults.items() if name not in given]
     # Kernels start in the notebooks' folder and the dashboard in this one: both get the same folder of runs.
     home = {"QTX_LAB_HOME": str(runs_home().resolve())}
     # What `news_url` turns off is the news; the question whether one wants them is a setting.
     paths = [*filter(None, [os.environ.get("JUPYTER_CONFIG_PATH")]), str(JUPYTER_CONFIG)]
     config = {"JUPYTER_CONFIG_PATH": os.pathsep.join(paths)}
-    process = subprocess.run([*command, *offline, *arguments], env=os.environ | home | config, check=False)
+    command = [sys.executable, "-m", "jupyterlab", *options, *arguments]
+    process = subprocess.run(command, env=os.environ | home | config, check=False)
     sys.exit(process.returncode)
 
 

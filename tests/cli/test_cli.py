@@ -59,6 +59,22 @@ def test_report_by_part_of_the_name(tmp_path) -> None:
     assert (run.path / "report.html").exists()
 
 
+@pytest.mark.parametrize("name", ["ServerApp.root_dir", "notebook-dir"])
+def test_lab_opens_another_folder_of_notebooks(monkeypatch, tmp_path, name) -> None:
+    from jupyter_server.serverapp import ServerApp
+
+    def run(command, **options):
+        app = ServerApp()
+        app.parse_command_line(command[command.index("jupyterlab") + 1 :])  # ends at an option given twice
+        folders.append(app.root_dir)
+        return subprocess.CompletedProcess(command, 0)
+
+    folders: list[str] = []
+    monkeypatch.setattr("qtx_lab.cli.browser.subprocess.run", run)
+    assert call("lab", f"--{name}={tmp_path}").exit_code == 0
+    assert folders == [str(tmp_path)]
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

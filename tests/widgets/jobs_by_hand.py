@@ -265,9 +265,9 @@ def test_script(person: Person) -> None:
         person.clicks += 1
         page.keyboard.press("Shift+Enter")
         share = re.search(r"off by ([\d.]+) %", shown)[1]
-        printed = page.locator(".jp-OutputArea-output").filter(has_text=re.compile(r": off by [\d.]+%")).last
+        printed = page.locator(".jp-OutputArea-output").filter(has_text=re.compile(r": off by [\d.]+ %")).last
         printed.wait_for()
-        number = re.search(r"off by ([\d.]+)%", printed.inner_text())[1]
+        number = re.search(r"off by ([\d.]+) %", printed.inner_text())[1]
         digits = len(share.replace(".", "").lstrip("0"))
         assert float(f"{float(number):.{digits}g}") == float(share), (number, share)
 

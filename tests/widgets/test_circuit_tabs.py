@@ -183,6 +183,9 @@ def test_measurements_are_runs_that_the_dashboard_shows(tmp_path: Path) -> None:
     saved = Run.open(tmp_path / submitted["run"]).manifest["results"]  # what its page and the table show
     assert saved["distance"] == pytest.approx(np.mean(submitted["raw_error"]))
     assert saved["distance_half_width"] > 0
+    last = submitted["curve"][-1]
+    assert saved["fidelity"] == pytest.approx(np.mean(last["fidelity"]))
+    assert saved["fidelity_half_width"] == pytest.approx(1.96 * np.linalg.norm(last["error"]) / 2)
     assert "mitigated" not in saved
     records = Records(tmp_path)
     shown = records.rows(records.listing.table, "loader", "shots", "distance").frame
@@ -195,7 +198,12 @@ def test_measurements_are_runs_that_the_dashboard_shows(tmp_path: Path) -> None:
     assert logged["mitigated"].tolist() == mitigated["error"]
     output = {"coordinate": 1, "loads": 2048, "keys": 4}
     estimated = tasks.estimate(Report(), rows, output, home)
-    assert sorted(Run.open(tmp_path / estimated["run"]).metrics()["row"].unique()) == [7, 15]
+    run = Run.open(tmp_path / estimated["run"])
+    assert sorted(run.metrics()["row"].unique()) == [7, 15]
+    first = estimated["methods"][0]
+    half_width = np.mean(np.subtract(first["upper"], first["lower"])) / 2
+    name = f"{first['name'].replace(' ', '_')}_half_width"
+    assert run.manifest["results"][name] == pytest.approx(half_width)
     with pytest.raises(ArgumentError, match="coordinate=32 is not allowed: there are 32"):
         tasks.estimate(Report(), rows, {**output, "coordinate": 32}, home)
     with pytest.raises(ArgumentError, match="there is nothing to mitigate"):

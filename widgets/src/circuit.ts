@@ -127,9 +127,9 @@ export function render(model: Model, el: HTMLElement): () => void {
   // --- layout -----------------------------------------------------------------------------------
 
   const gates = makePanel("", "qtx-wide");
-  const qubits = makePanel("Qubits in use", "");
+  const qubits = makePanel("Qubits in use", "qtx-qubits");
   const distribution = makePanel("Distribution", "qtx-two");
-  const fidelity = makePanel("Fidelity as shots arrive", "qtx-wide");
+  const fidelity = makePanel("Hellinger fidelity as shots arrive", "qtx-shots-strip");
   const extrapolation = makePanel("Extrapolation to no noise", "qtx-two");
   const toggleGates = () => {
     allGates = !allGates;
@@ -210,7 +210,7 @@ export function render(model: Model, el: HTMLElement): () => void {
     if (counts?.distance && counts.classical_distance && last)
       parts.push(
         `total variation ${of(...counts.distance)}, of classical draws ${of(...counts.classical_distance)}`,
-        "± is half of the 95 % interval",
+        "±: 95 %",
       );
     detail.textContent = parts.join(" · ");
   }

@@ -43,6 +43,8 @@ export interface Fit {
 }
 
 const HEIGHT = 210;
+/** The distribution and the strip are in sight together where the window is as low as a laptop's. */
+const [LOW_HEIGHT, LOW_STRIP_HEIGHT, LOW_WINDOW] = [176, 130, 900];
 const STRIP_HEIGHT = 150;
 const BOTTOM = 34;
 const TOP = 8;
@@ -56,7 +58,8 @@ export function paintDistribution(
   colour: string,
   edit: Editing,
 ): void {
-  const width = resize(panel, HEIGHT);
+  const height = window.innerHeight < LOW_WINDOW ? LOW_HEIGHT : HEIGHT;
+  const width = resize(panel, height);
   const total = counts?.counts.reduce((a, b) => a + b, 0) ?? 0;
   const shares = counts && total ? counts.counts.map((x) => x / total) : null;
   const baseline = counts?.shots ? counts.classical.map((x) => x / counts.shots) : null;
@@ -69,13 +72,13 @@ export function paintDistribution(
   const top = Math.max(
     ...slots.flatMap(({ keys }) => [exact, shares, fit?.p].map((of) => (of ? sum(of, keys) : 0))),
   );
-  const ys = scale(0, edit.top ?? Math.max(top, 1e-9) * 1.08, HEIGHT - BOTTOM, TOP);
+  const ys = scale(0, edit.top ?? Math.max(top, 1e-9) * 1.08, height - BOTTOM, TOP);
   const each = (xs.to - xs.from) / (high - low + 1.2);
   const radius = Math.min(4, Math.max(1.5, each / 5));
   const aside = fit ? each / 6 : 0;
   const named = rest ? slots.map((slot): [number, string] => [slot.at, slot.name]) : null;
   const nodes: Node[] = axes(
-    HEIGHT,
+    height,
     xs,
     ys,
     rest ? "key: the most likely ones, and the rest" : "key",
@@ -107,14 +110,15 @@ export function paintDistribution(
   panel.svg.setAttribute("role", edit.onWeight ? "group" : "img"); // its bars are sliders
   const discarded = counts?.discarded ? `, ${whole(counts.discarded)} discarded` : "";
   panel.title.textContent = counts?.shots
-    ? `${whole(counts.shots)} shots against the exact row`
+    ? `${whole(counts.shots)} shots against the exact row; bars: 95 %`
     : "The exact row; nothing is measured yet";
+  const exactMark = legendMark("bar", edit.onWeight ? "exact: drag" : "exact", colour);
+  if (edit.onWeight) exactMark.title = "Drag a bar, or change the focused one by arrow keys";
   panel.caption.replaceChildren(
-    legendMark("bar", edit.onWeight ? "exact: drag, or arrow keys" : "exact", colour),
+    exactMark,
     legendMark("dash", "classical draws", colour),
     legendMark("hollow", `measured${discarded}`, colour),
     ...(fit ? [legendMark("filled", "extrapolated", colour)] : []),
-    "bars: 95 %",
   );
   const shown = slots.reduce((all, { keys }) => all + keys.length, 0);
   panel.svg.setAttribute("aria-label", `distribution over ${shown} keys; ${panel.title.textContent}`);
@@ -248,13 +252,14 @@ function keyHandle(
 
 /** Draws the fidelity after each part, on an axis up to `shots`. */
 export function paintFidelity(panel: Panel, curve: FidelityPoint[], shots: number, colour: string): void {
-  const width = resize(panel, STRIP_HEIGHT);
+  const height = window.innerHeight < LOW_WINDOW ? LOW_STRIP_HEIGHT : STRIP_HEIGHT;
+  const width = resize(panel, height);
   const [first, last] = [curve[0], curve.at(-1)];
   const high = Math.max(shots, last?.shots ?? 0, 32);
   const xs = scale(Math.min(16, first?.shots ?? 16), high, 50, width - 16, true);
   const lowest = Math.min(0.9, ...curve.map((x) => Math.min(x.fidelity - Z95 * x.error, x.classical)));
-  const ys = scale(Math.max(0, lowest), 1, STRIP_HEIGHT - BOTTOM, TOP);
-  const nodes = axes(STRIP_HEIGHT, xs, ys, "shots", "Hellinger fidelity");
+  const ys = scale(Math.max(0, lowest), 1, height - BOTTOM, TOP);
+  const nodes = axes(height, xs, ys, "shots", "fidelity");
   nodes.push(
     s("path", {
       d: path(curve.map((x) => [xs(x.shots), ys(x.classical)])),
@@ -267,7 +272,7 @@ export function paintFidelity(panel: Panel, curve: FidelityPoint[], shots: numbe
   for (const x of curve)
     nodes.push(errorPoint(xs(x.shots), ys, x.fidelity, x.error, { colour, filled: false }));
   panel.svg.replaceChildren(...nodes);
-  panel.title.textContent = "Fidelity as shots arrive";
+  panel.title.textContent = "Hellinger fidelity as shots arrive";
   panel.caption.replaceChildren(
     legendMark("hollow", "measured, bars: 95 %", colour),
     legendMark("dashed", "as many classical draws", colour),

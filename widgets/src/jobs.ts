@@ -161,7 +161,7 @@ export function render(model: Model, el: HTMLElement): () => void {
               h("td", {}, job.device),
               h("td", {}, mark(job.state, job.reason)),
               h("td", {}, `${job.rows} × ${job.shots}`),
-              h("td", {}, job.recorded),
+              h("td", { class: "qtx-time" }, job.recorded),
               h(
                 "td",
                 { class: "qtx-acts" },
@@ -177,7 +177,7 @@ export function render(model: Model, el: HTMLElement): () => void {
               h("th", { scope: "row" }, run.run),
               h("td", {}, run.name),
               h("td", {}, mark(run.status)),
-              h("td", {}, run.started),
+              h("td", { class: "qtx-time" }, run.started),
               h("td", {}, run.seconds),
               h(
                 "td",
@@ -188,15 +188,16 @@ export function render(model: Model, el: HTMLElement): () => void {
           );
     const heads =
       shown === "jobs"
-        ? ["tag", "run", "device", "state", "rows × shots", "recorded (UTC)", "act"]
-        : ["run", "name", "status", "started (UTC)", "seconds", "act"];
+        ? ["tag", "run", "device", "state", "rows × shots", "recorded (UTC)"]
+        : ["run", "name", "status", "started (UTC)", "seconds"];
     const none =
       shown === "jobs"
         ? 'No jobs on devices yet: QiskitQuantumBackend("ibm", …).submit_rows(p) records one. Twins need none.'
         : "No runs yet: `qtx-lab demo` makes one.";
     const top = table.scrollTop;
     if (rows.length) {
-      const head = h("thead", {}, h("tr", {}, ...heads.map((x) => h("th", { scope: "col" }, x))));
+      const acts = h("th", { scope: "col" }, h("span", { class: "qtx-hidden" }, "what can be done"));
+      const head = h("thead", {}, h("tr", {}, ...heads.map((x) => h("th", { scope: "col" }, x)), acts));
       table.replaceChildren(h("table", {}, head, h("tbody", {}, ...rows)));
       table.scrollTop = top;
     } else {

@@ -31,6 +31,8 @@ const HELP =
   "Arrows move the cross; Shift with up and down selects rows; plus and minus zoom, 0 shows the whole map, " +
   "Enter shows this map alone, Escape all three again, or clears the rows.";
 
+const KEYS_HINT = "Keys in a map: arrows move a cross, Shift selects rows, + and − zoom, Enter enlarges.";
+
 /** What is on the screen. */
 interface Shown {
   layer: number;
@@ -700,7 +702,8 @@ export function render(model: Model, el: HTMLElement): () => void {
 
   function showReadout(): void {
     if (!cursor || !shown) {
-      readout.replaceChildren("Point at a cell for its numbers.");
+      const keys = h("span", { class: "qtx-note" }, KEYS_HINT);
+      readout.replaceChildren(h("span", {}, "Point at a cell for its numbers."), keys);
       return;
     }
     const [row, column] = [standIn(cursor[0]), cursor[1]];

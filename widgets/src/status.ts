@@ -35,6 +35,8 @@ function runPage(run: string): string | null {
 const NAMES: Record<string, string> = { python: "Copy as Python", command: "Copy as command" };
 /** Milliseconds for which a button says that the code was copied. */
 const SAID_MS = 2000;
+/** Lines of the copied text that are shown at once, so that it does not cover the picture. */
+const MAX_CODE_LINES = 9;
 
 function render(model: Model, el: HTMLElement): () => void {
   const state = h("span", { class: "qtx-wb-state", role: "status" });
@@ -111,7 +113,7 @@ function render(model: Model, el: HTMLElement): () => void {
     const button = asked;
     asked = null;
     code.value = message.text;
-    code.rows = Math.min(24, message.text.split("\n").length + 1);
+    code.rows = Math.min(MAX_CODE_LINES, message.text.split("\n").length + 1);
     panel.hidden = false;
     let copied = true;
     try {

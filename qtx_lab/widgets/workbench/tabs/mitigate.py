@@ -101,7 +101,8 @@ def verdict(result: Mapping[str, Any], shots: int) -> tuple[str, str]:
         return f"Provisional, no verdict yet: {against} after {so_far}", f"{what} {baseline}"
     if "mitigated" not in columns:
         text = f"Nothing was mitigated: {against}" if plan else "No row could be mitigated"
-        return text, f"{reason} {what} {baseline}"
+        why = reason.removeprefix("Nothing was mitigated: ")
+        return text, f"{why[:1].upper()}{why[1:]} {what} {baseline}"
     mitigated, error = columns["mitigated"].mean
     difference, half_width = mitigated - raw, Z95 * (error**2 + raw_error**2) ** 0.5
     with_mitigation, without = with_error(mitigated, Z95 * error), with_error(raw, Z95 * raw_error)

@@ -6,6 +6,7 @@ import html
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import ipywidgets as widgets
@@ -247,12 +248,22 @@ class SampleTab(WorkbenchTab):
         lens = self.lens
         if lens is None:
             return
-        finding = lens.finding().text
-        run.update(title=f"Attention lens: {finding}", results={"summary": [f"{finding}."]})
+        finding = lens.finding()
+        summary = f"{self._looked_at(lens.num_keys)}: {finding.effort}."
+        run.update(title=f"Attention lens: {finding.text}", results={"summary": [summary]})
         live = None
         with suppress(ArgumentError):  # the maps are too large, or the sampler draws with Python only
             live = lens.live_html()
         self.save_picture(run, lens, "The estimate of the workbench. Maps that redraw show all heads.", live)
+
+    def _looked_at(self, num_keys: int) -> str:
+        """Whose attention is shown, in words."""
+        source = SourceSpec(**self.shown_state()["source"])
+        if source.model.endswith(".safetensors"):
+            return f"Own q, k and v of {num_keys} keys"
+        shipped = "the shipped text" if source.text == "reference" else Path(source.text or "").name
+        text = "a typed prompt" if source.prompt is not None else shipped
+        return f"Model {source.model} on {num_keys} tokens of {text}, seed {source.seed}"
 
     def cost(self) -> str:
         """Draws and seconds of the last result."""
@@ -291,7 +302,7 @@ class SampleTab(WorkbenchTab):
             f"q, k, v = inputs.layers[layer]\nestimate = {estimate}\n"
             f"exact = {exact}[0, head].double()\n"
             "error = float((estimate.output[head] - exact).norm() / exact.norm())\n"
-            'print(f"Layer {layer}, head {head}: off by {error:.3%} of the exact output\'s norm.")\n'
+            'print(f"Layer {layer}, head {head}: off by {100 * error:.3f} % of the exact output\'s norm.")\n'
         )
 
     def _summary_html(self, result: Mapping[str, Any]) -> str:

@@ -299,6 +299,7 @@ def _log_rows(run: Run, result: Mapping[str, Any]) -> None:
     """Log how far each row is off, with half of its 95 % interval, and what is known of the circuit."""
     facts = result["facts"]
     common = {"device": facts["device_label"], "loader": facts["loader"], "shots": result["shots"]}
+    fidelity = result["curve"][-1]
     lines: list[dict[str, Any]] = []
     for i, row in enumerate(result["rows"]):
         line = {
@@ -307,6 +308,8 @@ def _log_rows(run: Run, result: Mapping[str, Any]) -> None:
             "half_width": Z95 * result["raw_error_std"][i],
             "classical": result["classical_error"][i],
             "classical_half_width": Z95 * result["classical_error_std"][i],
+            "fidelity": fidelity["fidelity"][i],
+            "fidelity_half_width": Z95 * fidelity["error"][i],
             **common,
         }
         if result.get("error") is not None:
@@ -322,11 +325,19 @@ def _log_rows(run: Run, result: Mapping[str, Any]) -> None:
 
 
 def _means(result: Mapping[str, Any]) -> dict[str, float]:
-    """How far the rows are off in the mean, with half of its 95 % interval; not where a row has no counts."""
+    """Mean distance and fidelity of the rows, with half of the 95 % intervals, where each row has counts."""
+    fidelity = result["curve"][-1]
+    measured = {
+        "distance": (result["raw_error"], result["raw_error_std"]),
+        "classical": (result["classical_error"], result["classical_error_std"]),
+        "mitigated": (result.get("error"), result.get("error_std")),
+        "fidelity": (fidelity["fidelity"], fidelity["error"]),
+        "classical_fidelity": (fidelity["classical"], fidelity["classical_error"]),
+    }
     means: dict[str, float] = {}
-    for name, error in (("distance", "raw_error"), ("classical", "classical_error"), ("mitigated", "error")):
-        if result.get(error) is not None:
-            mean, std_error = mean_with_error(result[error], result[f"{error}_std"])
+    for name, (values, std_errors) in measured.items():
+        if values is not None and std_errors is not None:
+            mean, std_error = mean_with_error(values, std_errors)
             if math.isfinite(mean + std_error):
                 means |= {name: mean, f"{name}_half_width": Z95 * std_error}
     return means

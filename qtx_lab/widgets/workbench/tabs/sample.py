@@ -44,6 +44,9 @@ from .html_parts import form_field, ranges_text
 MAX_ROWS = 16
 """Rows that are sent to the Circuit tab at a time."""
 
+MAX_LIVE_BYTES = 2_500_000
+"""Bytes of the maps that redraw in a report, which stays below 3 MB with its pictures."""
+
 REDRAW_DELAY_S = 0.3
 """Seconds without a change of the form after which a quick draw is made again."""
 
@@ -253,8 +256,13 @@ class SampleTab(WorkbenchTab):
         run.update(title=f"Attention lens: {finding.text}", results={"summary": [summary]})
         live = None
         with suppress(ArgumentError):  # the maps are too large, or the sampler draws with Python only
-            live = lens.live_html()
-        self.save_picture(run, lens, "The estimate of the workbench. Maps that redraw show all heads.", live)
+            live = lens.live_html(MAX_LIVE_BYTES)
+        self.save_picture(
+            run,
+            lens,
+            "The estimate of the workbench. Maps that redraw show all heads.",
+            live,
+        )
 
     def _looked_at(self, num_keys: int) -> str:
         """Whose attention is shown, in words."""

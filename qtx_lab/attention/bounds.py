@@ -1,8 +1,9 @@
-"""Intervals that hold without asymptotics: what is sure of a row, and Bernstein's bounds on its draws."""
+"""Intervals that hold without asymptotics: from a row's probabilities, and by Bernstein's bounds."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,15 +23,15 @@ class Bounds:
     With the largest and smallest value h and l of a feature among the keys that a row may see, c the centre
     between them, D_j = |v_j - c|^2 and U the keys that no draw hit, three things hold:
 
-    - *Surely*, where p is known: o = sum_{j seen} p_j v_j + sum_{j in U} p_j v_j, of which the first sum is
-      known, and each coordinate of the second is within sum_{j in U} p_j times [l, h], and within
-      sum_{j in U} p_j sqrt(D_j) of c sum_{j in U} p_j. This leans on no randomness at all.
+    - With certainty, where p is known: o = sum_{j seen} p_j v_j + sum_{j in U} p_j v_j. The first sum is
+      known; each coordinate of the second is within sum_{j in U} p_j times [l, h], and within
+      sum_{j in U} p_j sqrt(D_j) of c sum_{j in U} p_j.
     - With probability 1 - e, for T independent draws from p (Bernstein's inequality; Boucheron, Lugosi and
       Massart, Concentration inequalities, 2013, th. 2.10), s^2 being any upper bound of the variance:
 
           |o_hat - o| <= sqrt(2 s^2 log(2 / e) / T) + (h - l) log(2 / e) / (3 T).
 
-      One that is sure is sum_{j seen} p_j (v_j - c)^2 + sum_{j in U} p_j min(D_j, (h - l)^2 / 4), the
+      One that certainly holds is sum_{j seen} p_j (v_j - c)^2 + sum_{j in U} p_j min(D_j, (h - l)^2 / 4), the
       smaller of the two terms taken for all of U.
     - With probability 1 - e, for n independent numbers of mean o (T draws, or the outputs of R replicates)
       with sample variance s^2 (Maurer and Pontil, Empirical Bernstein bounds and sample variance
@@ -46,7 +47,7 @@ class Bounds:
     problem : AttentionProblem
     design : Design
     unbiased : bool
-        Whether the mean of a replicate is the exact output; without it only what is sure holds.
+        Whether the mean of a replicate is the exact output; otherwise only the certain interval holds.
     knows_p : bool
         Whether the row's probabilities are those of the problem's logits; not of circuits, whose loader may
         be approximate.
@@ -57,7 +58,7 @@ class Bounds:
         self.unbiased, self.knows_p = unbiased, knows_p
         values, visible = problem.values, problem.visible_keys()
         low = high = values
-        if visible is not None:  # what nobody sees may be anything
+        if visible is not None:  # hidden values may be anything, also NaN
             hidden = ~visible[..., None]
             low, high = (values.masked_fill(hidden, end) for end in (math.inf, -math.inf))
             values = values.masked_fill(hidden, 0)
@@ -85,14 +86,14 @@ class Bounds:
         reach = torch.full_like(output, math.inf)
         independent = self.design.independent and self.unbiased
         if self.knows_p:
-            known, unseen, moved, variance = self._sure(draws, block, low, high)
-            middle = known + unseen * (low + high) / 2
-            half = torch.minimum(unseen * (high - low) / 2, moved)
+            certain = self._certain(draws, block, low, high)
+            middle = certain.seen + certain.unseen_mass * (low + high) / 2
+            half = torch.minimum(certain.unseen_mass * (high - low) / 2, certain.unseen_reach)
             least, most = middle - half, middle + half
             if independent:
                 risk = risk / 2
                 log = math.log(2 / risk)
-                reach = (2 * variance * log / total).sqrt() + (high - low) * log / (3 * total)
+                reach = (2 * certain.variance * log / total).sqrt() + (high - low) * log / (3 * total)
         if self.unbiased and (independent or replicates > 1):
             count = total if independent else replicates
             if independent:
@@ -103,34 +104,51 @@ class Bounds:
                 parts = draws.average_by_replicate(values) * replicates
                 variance = parts.var(-2) if parts.numel() else parts.sum(-2)
             log = math.log(4 / risk)
-            own = (2 * variance * log / count).sqrt() + 7 * (high - low) * log / (3 * max(1, count - 1))
-            reach = torch.minimum(reach, own)
+            empirical = (2 * variance * log / count).sqrt() + 7 * (high - low) * log / (3 * max(1, count - 1))
+            reach = torch.minimum(reach, empirical)
         rounding = ROUNDINGS * rounding_variance(output, size, total, self.problem.v.dtype).sqrt()
         low, high = torch.maximum(least, output - reach), torch.minimum(most, output + reach)
-        apart = low > high  # a draw that the risk allows for: what is sure is left
-        low, high = torch.where(apart, least, low), torch.where(apart, most, high)
+        empty = low > high  # which may happen with the allowed risk: then the certain interval stays
+        low, high = torch.where(empty, least, low), torch.where(empty, most, high)
         drawn = (draws.weights > 0).any(-1, keepdim=True)
         return torch.where(drawn, low - rounding, 0), torch.where(drawn, high + rounding, 0)
 
-    def _sure(
-        self, draws: Draws, block: tuple[slice, slice], low: Tensor, high: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """sum_{j seen} p_j v_j, the mass of U, sum_{j in U} p_j sqrt(D_j), and a bound of the variance.
-
-        (heads, rows, d), (heads, rows, 1), (heads, rows, 1) and (heads, rows, d).
-        """
+    def _certain(self, draws: Draws, block: tuple[slice, slice], low: Tensor, high: Tensor) -> _Certain:
+        """What the probabilities of a block say of it for certain."""
         heads = block[0]
         p, values = row_probabilities(self.problem.logits(*block)), self.values[heads]
         unseen = p.masked_fill(draws.dense(p.shape[-1]) > 0, 0)
         once = p.gather(-1, draws.indices) * draws.once()
-        # One centre a head, so that distances are those of its keys; a causal row sees the first one.
+        # Each head has one centre, so that its keys have one distance each; a causal row sees the first key.
         centre = (low[:, -1:] + high[:, -1:]) / 2 if low.shape[1] == 1 else values[:, :1]
         centred = values - centre
         distance = centred.square().sum(-1)[:, : p.shape[-1], None]
         mass, spread = unseen.sum(-1, keepdim=True), unseen @ distance
         first, second = draws.average(torch.cat((centred, centred.square()), -1), once).chunk(2, -1)
         shift = (low + high) / 2 - centre
-        moved = unseen @ distance.sqrt() + mass * shift.abs()
+        reach = unseen @ distance.sqrt() + mass * shift.abs()
         farthest = torch.maximum((high - centre).abs(), (low - centre).abs())
         variance = second + torch.minimum(spread, mass * farthest.square())
-        return first + once.sum(-1, keepdim=True) * centre, mass, moved, variance
+        return _Certain(first + once.sum(-1, keepdim=True) * centre, mass, reach, variance)
+
+
+@dataclass(frozen=True)
+class _Certain:
+    """What the probabilities of rows (heads, rows) say for certain, with the names of `Bounds`.
+
+    Parameters
+    ----------
+    seen : Tensor, (heads, rows, d)
+        sum_{j seen} p_j v_j.
+    unseen_mass : Tensor, (heads, rows, 1)
+        sum_{j in U} p_j.
+    unseen_reach : Tensor, (heads, rows, d)
+        A bound of |sum_{j in U} p_j (v_j - (l + h) / 2)|.
+    variance : Tensor, (heads, rows, d)
+        An upper bound of the variance of one draw.
+    """
+
+    seen: Tensor
+    unseen_mass: Tensor
+    unseen_reach: Tensor
+    variance: Tensor

@@ -1,4 +1,4 @@
-"""Control variates in `sampled_attention`: the corrected output, and what remains of each draw."""
+"""Control variates in `sampled_attention`: the corrected output, and the corrected value of each draw."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ControlVariate = str | Control | Sequence[str | Control] | MultilevelControlVari
 
 
 def make_controls(control_variate: ControlVariate) -> list[Control]:
-    """The controls meant: one by name or object, several in a list or a `MultilevelControlVariate`.
+    """The controls of an argument: one by name or object, several in a list or a `MultilevelControlVariate`.
 
     Raises
     ------
@@ -45,7 +45,7 @@ def make_controls(control_variate: ControlVariate) -> list[Control]:
 
 @dataclass(frozen=True)
 class Correction:
-    """What controls make of the draws of rows (N, M).
+    """The draws of rows (N, M), corrected by controls.
 
     With r_cs = p̂_c(j_s) / p(j_s), coefficients β and known sums μ_c, the corrected estimate is
 
@@ -61,7 +61,7 @@ class Correction:
     means : Tensor, (C, N, M, d)
         μ_c.
     unseen_share : Tensor, (N, M)
-        What is left, on average, of the variance of the keys that the draws of a row are likely to miss.
+        The share of the variance that remains, on average, of keys that a row's draws are likely to miss.
     exact_rows : Tensor, bool, (M,)
         Where a control is the row itself, and the output exact.
     report : ControlReport
@@ -88,7 +88,7 @@ class Correction:
         )
 
     def applied(self, sampled: SampledRows, problem: AttentionProblem) -> SampledRows:
-        """The corrected estimate, with a report and what was not done as asked."""
+        """The corrected estimate, with a report; controls as costly as the exact output are a fallback."""
         report = self.report
         info = replace(sampled.info, control_variate=report)
         costly = [f"{name} {cost:,.0f}" for name, cost in report.costs.items() if cost >= report.exact_cost]
@@ -113,9 +113,9 @@ class Correction:
         shares, mu = self.shares, self.means - centre  # [C, N, M, T], [C, N, M, d]
         v, square = table.chunk(2, dim=-1)
         keep = 1 - shares.sum(0)
-        held = torch.einsum("hmt,chmt->chm", a, shares)[..., None]
+        control_weight = torch.einsum("hmt,chmt->chm", a, shares)[..., None]
         pairs = torch.einsum("hmt,chmt,ehmt->cehm", a, shares, shares)
-        first = draws.average(v, a * keep) + (held * mu).sum(0)
+        first = draws.average(v, a * keep) + (control_weight * mu).sum(0)
         second = draws.average(square, a * keep.square()) + torch.einsum("cehm,chmd,ehmd->hmd", pairs, mu, mu)
         for share, mean in zip(shares, mu, strict=True):  # over controls, a handful
             second += 2 * mean * draws.average(v, a * keep * share)
@@ -133,7 +133,7 @@ def correct(
     """Correct the estimate that a sampler gave of the rows of a problem.
 
     Each row mixes the controls by weights that follow from its probabilities (`row_weights`), not from its
-    draws. Where draws are independent, that is all: what a row becomes has nothing to do with the rows beside
+    draws. Where draws are independent, that is all, and a corrected row does not depend on the rows beside
     it. Other draws lie more evenly than the weights assume, so the mixture then gets a coefficient below 1
     where `regress` finds one beyond doubt, in the other rows and replicates of the query head: in earlier
     rows only in a causal problem. Draws in value order and those that rows share, whose noise may be less

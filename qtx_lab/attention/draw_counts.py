@@ -17,31 +17,31 @@ from ..streams import Purpose, Stream
 from .predicted_error import ErrorModel, OutputSize, Scale, ValueTable, rest_square, student_factor
 
 EXACT = -1
-"""Stands in place of a count where a row is computed exactly."""
+"""The count of a row that is computed exactly."""
 
 RISK_OF_DRAWS = 0.6
-"""The bound may be missed with so much of the risk that is allowed; the rest is for what it assumes."""
+"""Share of the allowed risk that is given to the draws; the rest is for the assumptions of the bound."""
 
 RUNGS = 4
-"""Counts that are tried between one and twice as many."""
+"""Number of candidate counts from one count to its double."""
 
 FEW_DRAWS = 4
-"""The least pilot."""
+"""Number of draws of the smallest pilot."""
 
 PILOT_SHARE = 8
-"""The first pilot has one in so many of the draws that the row takes at least."""
+"""The first pilot has the row's smallest possible count over this number."""
 
 ORDER_BITS = 7
-"""Bits of a coordinate in value order: the more there are, the fewer keys stand in random order."""
+"""Bits of a coordinate in value order. With more bits, fewer keys tie and stand in random order."""
 
 REHEARSALS = 16
-"""How often the sampler is tried on the components of the values."""
+"""Number of replicates in a rehearsal, which draws the stored components of the values."""
 
 TRIALS = 4
-"""How many counts are tried by rehearsals."""
+"""Largest number of counts that are rehearsed."""
 
 DESCENT = 2 * RUNGS
-"""Rungs by which a rehearsal lies below the count that would do without: a quarter of the draws."""
+"""Rungs by which the first rehearsal lies below the predicted count: a quarter of its draws."""
 
 
 @dataclass(frozen=True)
@@ -155,22 +155,22 @@ class Rows:
         return self.order.place(self.sampler, logits, self.heads, points)
 
     def error_model(self, counts: Tensor) -> ErrorModel:
-        """What is known of the errors at `counts` (heads, rows) draws."""
+        """The predicted errors at `counts` (heads, rows) draws."""
         return ErrorModel.of(self.p, counts, self.sampler, self.table, self.heads)
 
 
 @dataclass(frozen=True)
 class CountChoice:
-    """How many draws a tolerance takes, each (heads, rows).
+    """The number of draws that keeps a tolerance, each (heads, rows).
 
     Parameters
     ----------
     counts : Tensor, int64
         Draws of a replicate; `EXACT` for rows that are computed exactly.
     pilot_draws : Tensor, int64
-        Draws that told the size of the output.
+        Draws from which the size of the output was estimated.
     predicted_error : Tensor
-        The bound of the relative error that was kept; 0 for exact rows.
+        The bound of the relative error at these counts; 0 for exact rows.
     """
 
     counts: Tensor
@@ -266,11 +266,11 @@ class CountChooser:
         """|o|^2, by pilot draws where that saves more draws than it takes.
 
         What R o adds to it is estimated by the probes, and by |R o_hat|^2 of the pilot less its expected
-        error, each weighted by what is known of its variance.
+        error, each weighted by the inverse of its variance.
         """
         rows = self.rows
-        tiny = torch.finfo(bounds.known.dtype).tiny
-        floor = self._counts(fewest).clamp_min(0) * self.replicates  # what the row takes at least
+        tiny = torch.finfo(bounds.projected.dtype).tiny
+        floor = self._counts(fewest).clamp_min(0) * self.replicates  # the fewest draws of the row
         square, uncertainty = _combined(bounds, None, None)
         spent = torch.zeros_like(self.keys)
         count = (-(-floor // PILOT_SHARE)).clamp_min(max(FEW_DRAWS, rows.sampler.min_samples))
@@ -351,8 +351,10 @@ class CountChooser:
         model = rows.error_model(counts.clamp_min(self.rows.sampler.min_samples))
         tiny = torch.finfo(measured.dtype).tiny
         measured = measured.double()
-        known, probed = measured[..., :r].sum(-1), measured[..., r:].sum(-1)
-        return model, Scale(known / model.known.clamp_min(tiny), probed / model.probed.clamp_min(tiny))
+        projected, probed = measured[..., :r].sum(-1), measured[..., r:].sum(-1)
+        return model, Scale(
+            projected / model.projected.clamp_min(tiny), probed / model.probed.clamp_min(tiny)
+        )
 
 
 def _combined(
@@ -362,7 +364,7 @@ def _combined(
 
     The pilot gives |R o|^2, and (v, s): its expected error in R and the share of a direction in it.
     """
-    tiny = torch.finfo(bounds.known.dtype).tiny
+    tiny = torch.finfo(bounds.projected.dtype).tiny
     rest, variance = bounds.probed, bounds.probe_variance * bounds.probed.square()
     if piloted is not None and spread is not None:
         v, s = spread
@@ -371,7 +373,7 @@ def _combined(
         by_pilot = (s * (4 * likely * v + 2 * v.square())).clamp_min(tiny)
         rest = (rest * by_pilot + piloted * by_probes) / (by_pilot + by_probes)
         variance = by_pilot * (by_probes / (by_pilot + by_probes))
-    square = torch.maximum(torch.minimum(bounds.known + rest, bounds.most), bounds.least)
+    square = torch.maximum(torch.minimum(bounds.projected + rest, bounds.most), bounds.least)
     return square, variance / (2 * square.clamp_min(tiny)).square()
 
 

@@ -33,10 +33,10 @@ RULE_OF_THREE = 3.0
 
 def degrees_of_freedom(design: Design, draws: Draws) -> float:
     """Infinite for what p predicts; R - 1 (or T - 1) for a sample variance; of a mixture, Satterthwaite's."""
-    r, known = draws.replicates, draws.probabilities is not None or design.variance_weights is not None
+    r, knows_p = draws.replicates, draws.probabilities is not None or design.variance_weights is not None
     if design.independent:
-        return math.inf if known else max(1.0, draws.indices.shape[-1] - 1.0)
-    predicted = design.count_variance(draws.weights[:0]) if known and design.count_variance else None
+        return math.inf if knows_p else max(1.0, draws.indices.shape[-1] - 1.0)
+    predicted = design.count_variance(draws.weights[:0]) if knows_p and design.count_variance else None
     return max(1.0, r - 1.0) if predicted is None else mixed_degrees_of_freedom(r)
 
 
@@ -160,8 +160,10 @@ class ErrorBars:
         self.table = torch.cat((centred, centred.square()), dim=-1)  # [N, n, 2 d]
         distance = self.table[..., values.shape[-1] :].sum(-1, keepdim=True)
         counts = share.cumsum(1) if causal else count
-        usual = (distance.cumsum(1) if causal else distance.sum(1, keepdim=True)) / counts.clamp_min(1)
-        far = (distance > FAR * usual).to(values.dtype)
+        mean_distance = (distance.cumsum(1) if causal else distance.sum(1, keepdim=True)) / counts.clamp_min(
+            1
+        )
+        far = (distance > FAR * mean_distance).to(values.dtype)
         self.kinds = torch.cat((1 - far, far), dim=-1) * share  # [N, n, 2]
         self.distance = self.kinds * distance.clamp_min(torch.finfo(values.dtype).tiny)
         # Sums over the near and the far keys that a row may see, and how many these are; over keys 0..i of a
@@ -239,8 +241,8 @@ class ErrorBars:
         w = draws.weights * r
         c = None
         if self.design.count_variance is not None and not self.design.independent:
-            live = w > 0
-            expected = torch.where(live, p / torch.where(live, w, 1), 0)
+            drawn = w > 0
+            expected = torch.where(drawn, p / torch.where(drawn, w, 1), 0)
             c = self.design.count_variance(expected)
             if c is not None:  # a key that is sure has a count of 1 but for rounding
                 c = c.masked_fill((expected > 0.5) & (c < SURE), 0)
@@ -248,21 +250,21 @@ class ErrorBars:
             a, least = p * (r / total), torch.full_like(p[..., :1], r / total)
         else:
             a, least = c * w.square(), w.masked_fill(w <= 0, torch.inf).amin(-1, keepdim=True)
-        own = self._not_seen(draws, least, heads, positions, sums)
-        predicted = self._predicted(draws, output, a, own, heads, correction)
+        unseen = self._not_seen(draws, least, heads, positions, sums)
+        predicted = self._predicted(draws, output, a, unseen, heads, correction)
         variance = predicted.variance / r
         if not self.design.independent:
-            few = 1.0 if c is None else self._few_keys(draws, a, own, sums)
+            pair_factor = 1.0 if c is None else self._few_keys(draws, a, unseen, sums)
             g = 0.0 if c is None else PRIOR_WEIGHT
             between = self._between(draws, heads, correction)
-            mixed = (g * few * predicted.variance + (r - 1) * between) / (g + r - 1)
+            mixed = (g * pair_factor * predicted.variance + (r - 1) * between) / (g + r - 1)
             # What controls leave of a key not seen is too little known, but better than nothing.
             if correction is None or c is None:
-                mixed = torch.maximum(mixed, few * predicted.unseen)
+                mixed = torch.maximum(mixed, pair_factor * predicted.unseen)
             variance = mixed / r
         hidden = torch.zeros_like(output[..., 0])
         if sums is not None:
-            hidden = (predicted.left * sums.deviation).sum(-1).sqrt()
+            hidden = (predicted.remaining * sums.deviation).sum(-1).sqrt()
         return variance, hidden
 
     def _sample_variance(
@@ -280,15 +282,15 @@ class ErrorBars:
         """
         total, o = draws.indices.shape[-1], output - self.centre[heads]
         sums, counts = (x.sum(2) for x in self._visible(heads, positions, draws.indices.shape[:2]))
-        usual = _about(o, 1, *(sums / counts.clamp_min(1)).chunk(2, dim=-1))
+        of_average_key = _about(o, 1, *(sums / counts.clamp_min(1)).chunk(2, dim=-1))
         unseen = (draws.once() == 1).to(o.dtype).mean(-1, keepdim=True).clamp_min(1 / (total + 1))
         if not self.design.independent:
             size = total // draws.replicates
             between = self._between(draws, heads, correction)
-            return torch.maximum(between, unseen * usual / size) / draws.replicates
+            return torch.maximum(between, unseen * of_average_key / size) / draws.replicates
         first, second = draws.average(self.table[heads]).chunk(2, dim=-1)
-        drawn = _about(o, draws.weights.sum(-1, keepdim=True), first, second)
-        return ((1 - unseen) * drawn + unseen * usual) / max(1, total - 1)
+        of_drawn_keys = _about(o, draws.weights.sum(-1, keepdim=True), first, second)
+        return ((1 - unseen) * of_drawn_keys + unseen * of_average_key) / max(1, total - 1)
 
     def _may_hide(self, draws: Draws, heads: slice, positions: Tensor) -> Tensor:
         """What a key that was never drawn may move the output by where p is not known, (heads, rows).
@@ -316,13 +318,13 @@ class ErrorBars:
         assert self.design.variance_weights is not None
         r, a, kinds = parts.shape[2], self.design.variance_weights(p), self.distance[heads, : p.shape[-1]]
         sums, counts = self._visible(heads, positions, p.shape[:2])
-        own = _priced(sums / counts.clamp_min(1), a @ (kinds > 0).to(a.dtype), a @ kinds)
-        middle = own.first.sum(2) / own.weight.sum(2).clamp_min(torch.finfo(a.dtype).tiny)
-        predicted = _about(middle[:, :, None], own.weight, own.first, own.second).sum(2).clamp_min(0)
+        unseen = _priced(sums / counts.clamp_min(1), a @ (kinds > 0).to(a.dtype), a @ kinds)
+        mean = unseen.first.sum(2) / unseen.weight.sum(2).clamp_min(torch.finfo(a.dtype).tiny)
+        predicted = _about(mean[:, :, None], unseen.weight, unseen.first, unseen.second).sum(2).clamp_min(0)
         variance = (PRIOR_WEIGHT * predicted + (r - 1) * parts.var(2)) / (PRIOR_WEIGHT + r - 1) / r
         rounding = rounding_variance(parts.mean(2), self.size[heads], r, self.output_dtype)
-        seen = (p > 0).any(-1, keepdim=True)
-        return torch.where(seen, variance + rounding, 0).sqrt()
+        attends = (p > 0).any(-1, keepdim=True)
+        return torch.where(attends, variance + rounding, 0).sqrt()
 
     def _visible(self, heads: slice, positions: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
         """Sums over the near and far keys that rows may see, and how many: (h, m, 2, 2 d) and (h, m, 2, 1).
@@ -337,7 +339,7 @@ class ErrorBars:
         return sums[head, at], counts[head, at]
 
     def _not_seen(
-        self, draws: Draws, least: Tensor, heads: slice, positions: Tensor, known: RowSums | None
+        self, draws: Draws, least: Tensor, heads: slice, positions: Tensor, row_sums: RowSums | None
     ) -> _Moments:
         """The moments of the keys not seen, near and far ones; both together where nothing is known of them.
 
@@ -346,7 +348,7 @@ class ErrorBars:
         assert draws.probabilities is not None
         sums, counts = self._visible(heads, positions, draws.indices.shape[:2])
         once = draws.once()
-        if known is None:
+        if row_sums is None:
             mean, square = (sums.sum(2) / counts.sum(2).clamp_min(1)).chunk(2, dim=-1)
             mass = (1 - (draws.probabilities * once).sum(-1, keepdim=True)).clamp_min(0)
             weight = torch.where(least.isfinite(), mass * least, 0)[..., None]
@@ -355,23 +357,23 @@ class ErrorBars:
         seen = torch.stack([draws.average(kind[..., None] * table, once) for kind in kinds.unbind(-1)], 2)
         count = draws.average(kinds, once)[..., None]
         # Each kind has one average key more than are left, as those seen may not be all that is there.
-        left = sums - seen + sums / counts.clamp_min(1)
-        return _priced(left / (counts - count).clamp_min(0).add(1), known.weight, known.spread)
+        rest = sums - seen + sums / counts.clamp_min(1)
+        return _priced(rest / (counts - count).clamp_min(0).add(1), row_sums.weight, row_sums.spread)
 
-    def _few_keys(self, draws: Draws, a: Tensor, own: _Moments, known: RowSums | None) -> Tensor:
+    def _few_keys(self, draws: Draws, a: Tensor, unseen: _Moments, row_sums: RowSums | None) -> Tensor:
         """1 / (1 - sum_j a_j^2 / A_0^2), (heads, rows, 1): counts that add up to S vary against each other.
 
         Two keys whose counts vary do so as one, as n / (n - 1) of a sample variance does with n = 2.
         """
         once = draws.once()
         square = (a.square() * once).sum(-1, keepdim=True)
-        if known is not None:
-            square = square + known.square
-        whole = (a * once).sum(-1, keepdim=True) + own.weight.sum(2)
-        return 1 / (1 - square / whole.square().clamp_min(torch.finfo(a.dtype).tiny)).clamp_min(0.5)
+        if row_sums is not None:
+            square = square + row_sums.square
+        total = (a * once).sum(-1, keepdim=True) + unseen.weight.sum(2)
+        return 1 / (1 - square / total.square().clamp_min(torch.finfo(a.dtype).tiny)).clamp_min(0.5)
 
     def _neighbours(self, draws: Draws, a: Tensor, heads: slice) -> Tensor:
-        """How far apart neighbouring draws of a replicate lie, over how far any two do: squares, <= 1.
+        """The squared distance of neighbouring draws of a replicate, over that of any two draws, at most 1.
 
         (heads, rows, 1); of the draws of near keys that vary. In value order that is what the order saves
         (successive differences: Wolter, Introduction to variance estimation, 2007, sec. 8.2).
@@ -386,62 +388,63 @@ class ErrorBars:
         base = torch.arange(len(indices), device=indices.device)[:, None, None, None] * self.table.shape[1]
         v = F.embedding(indices + base, self.table[heads][..., :d].flatten(0, 1))  # [h, m, R, S, d]
         pairs = vary[..., 1:]  # both do, as these stand first
-        apart = (v[..., 1:, :] - v[..., :-1, :]).square().sum(-1).mul(pairs).sum((-1, -2)) / 2
+        adjacent = (v[..., 1:, :] - v[..., :-1, :]).square().sum(-1).mul(pairs).sum((-1, -2)) / 2
         count = vary.sum((-1, -2)).clamp_min(1)
         v = v * vary[..., None]
         mean = v.sum((-2, -3)) / count[..., None]
-        usual = (v.square().sum((-1, -2, -3)) / count - mean.square().sum(-1)).clamp_min(0)
+        any_two = (v.square().sum((-1, -2, -3)) / count - mean.square().sum(-1)).clamp_min(0)
         tiny = torch.finfo(v.dtype).tiny
-        apart = (apart + ORDER_PRIOR * usual) / (pairs.sum((-1, -2)) + ORDER_PRIOR)
-        return torch.where(usual > tiny, apart / usual.clamp_min(tiny), 1).clamp_max(1)[..., None]
+        adjacent = (adjacent + ORDER_PRIOR * any_two) / (pairs.sum((-1, -2)) + ORDER_PRIOR)
+        return torch.where(any_two > tiny, adjacent / any_two.clamp_min(tiny), 1).clamp_max(1)[..., None]
 
     def _predicted(
         self,
         draws: Draws,
         output: Tensor,
         a: Tensor,
-        own: _Moments,
+        unseen: _Moments,
         heads: slice,
         correction: Correction | None,
     ) -> _Prediction:
         """What the design says of one replicate, counts that vary by themselves.
 
-        `a` is a_j at the draws, `own` the moments of the keys not seen.
+        `a` is a_j at the draws, `unseen` the moments of the keys not seen.
         """
         once, table = draws.once(), self.table[heads]
         a = a * once
-        held, left = a.sum(-1, keepdim=True), torch.ones_like(own.weight[..., 0])
+        seen_weight, remaining = a.sum(-1, keepdim=True), torch.ones_like(unseen.weight[..., 0])
         if correction is None:
             first, second = draws.average(table, a).chunk(2, dim=-1)
         else:
             o, centre = output - self.centre[heads], self.centre[heads]
             rho = correction.unseen_share[..., None]
-            own, left = own.shrunk_to(o[:, :, None], rho[..., None]), rho * left
+            unseen, remaining = unseen.shrunk_to(o[:, :, None], rho[..., None]), rho * remaining
             first, second = correction.moments(draws, a, table, centre)
-        whole = (held + own.weight.sum(2)).clamp_min(torch.finfo(a.dtype).tiny)
-        middle = (first + own.first.sum(2)) / whole
-        never = _about(middle[:, :, None], own.weight, own.first, own.second).clamp_min(0)
-        seen = _about(middle, held, first, second)
+        total = (seen_weight + unseen.weight.sum(2)).clamp_min(torch.finfo(a.dtype).tiny)
+        mean = (first + unseen.first.sum(2)) / total
+        of_unseen = _about(mean[:, :, None], unseen.weight, unseen.first, unseen.second).clamp_min(0)
+        of_seen = _about(mean, seen_weight, first, second)
         if self.design.in_order:  # far keys have no neighbours
-            apart = self._neighbours(draws, a, heads)
-            random = (seen + never[:, :, 0]).sum(-1, keepdim=True)
-            order = self._order_gain(draws, apart, random, heads, correction)
+            adjacent = self._neighbours(draws, a, heads)
+            unordered = (of_seen + of_unseen[:, :, 0]).sum(-1, keepdim=True)
+            order = self._order_gain(draws, adjacent, unordered, heads, correction)
             others = torch.ones_like(order)
-            seen, left = order * seen, left * torch.cat((apart, others), -1)
-            never = torch.cat((order, others), -1)[..., None] * never
-        return _Prediction(seen + never.sum(2), never.sum(2), left)
+            of_seen, remaining = order * of_seen, remaining * torch.cat((adjacent, others), -1)
+            of_unseen = torch.cat((order, others), -1)[..., None] * of_unseen
+        return _Prediction(of_seen + of_unseen.sum(2), of_unseen.sum(2), remaining)
 
     def _order_gain(
-        self, draws: Draws, apart: Tensor, random: Tensor, heads: slice, correction: Correction | None
+        self, draws: Draws, adjacent: Tensor, unordered: Tensor, heads: slice, correction: Correction | None
     ) -> Tensor:
         """What value order leaves of the variance of near keys in random order, (heads, rows, 1).
 
-        `apart` is what neighbouring draws tell of it; variances between replicates can only lower it.
+        `adjacent` is the estimate of it from neighbouring draws, `unordered` the variance in random order.
+        The variance between replicates can only lower the estimate.
         """
         between = self._between(draws, heads, correction).sum(-1, keepdim=True)
-        held = torch.minimum(between / random.clamp_min(torch.finfo(random.dtype).tiny), apart)
+        lower = torch.minimum(between / unordered.clamp_min(torch.finfo(unordered.dtype).tiny), adjacent)
         r = draws.replicates
-        return (PRIOR_WEIGHT * apart + (r - 1) * held) / (PRIOR_WEIGHT + r - 1)
+        return (PRIOR_WEIGHT * adjacent + (r - 1) * lower) / (PRIOR_WEIGHT + r - 1)
 
     def _between(self, draws: Draws, heads: slice, correction: Correction | None) -> Tensor:
         """Variance between the replicates' outputs, (heads, rows, d)."""
@@ -460,13 +463,13 @@ class _Prediction:
     ----------
     variance, unseen : Tensor, (heads, rows, d)
         A_0 var_A(v), and the part of it of the keys not seen.
-    left : Tensor, (heads, rows, kinds)
+    remaining : Tensor, (heads, rows, kinds)
         What value order and controls leave of the squared error that near and far keys would cause.
     """
 
     variance: Tensor
     unseen: Tensor
-    left: Tensor
+    remaining: Tensor
 
 
 @dataclass(frozen=True)

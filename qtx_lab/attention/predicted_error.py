@@ -15,22 +15,22 @@ from ..samplers import InversionSampler
 from ..streams import Purpose, Stream
 
 COMPONENTS = 8
-"""Directions along which the components of every value are kept."""
+"""Number of directions along which the components of every value are stored."""
 
 PROBES = 4
-"""Directions that stand for all the others."""
+"""Number of random directions that stand for all the others."""
 
 FAR = tuple(4.0 * 2**i for i in range(8))
-"""Keys are told apart by |v_j - c|^2, as a multiple of its mean over the first keys: how many of those that
-are further away than each of these will be drawn."""
+"""Thresholds of |v_j - c|^2, as multiples of its mean over the first keys: how often keys beyond each of them
+are drawn is predicted separately."""
 
 
 @dataclass(frozen=True)
 class ValueTable:
-    """What is kept of the values of N heads: a few numbers a key, from which the error of a row follows.
+    """A few numbers for each value of N heads, from which the error of a row can be predicted.
 
-    A value is split into P, its components along `COMPONENTS` directions, and what they leave of it, R, of
-    which its components along `PROBES` directions are kept. Of fewer features there are fewer directions.
+    A value is split into P, its components along `COMPONENTS` directions, and the residual R, of which only
+    the components along `PROBES` random directions are stored. Values of few features have fewer directions.
 
     Parameters
     ----------
@@ -65,31 +65,33 @@ class ValueTable:
     rest_shared: Tensor
 
     @classmethod
-    def of(cls, problem: AttentionProblem, known: int, stream: Stream) -> ValueTable:
-        """The table of a problem's values, with the centre and directions of the first `known` ones.
+    def of(cls, problem: AttentionProblem, fitted: int, stream: Stream) -> ValueTable:
+        """The table of a problem's values, with the centre and directions of the first `fitted` ones.
 
-        Where none are known, the centre is the first value, and the directions are random.
+        Where that is 0, the centre is the first value, and the directions are random.
         """
         values, visible = problem.values, problem.visible_keys()
-        if visible is not None:  # what nobody sees may be anything
+        if visible is not None:  # hidden values may be anything, also NaN
             values = torch.where(visible[..., None], values, 0)
-        first = values[:, : max(1, known)]
+        first = values[:, : max(1, fitted)]
         centre = first.mean(1, keepdim=True)
-        directions = _directions(centre, first - centre, known > 0, stream)
+        directions = _directions(centre, first - centre, fitted > 0, stream)
         components = min(COMPONENTS, problem.width)
-        away = values - centre
-        x = away @ directions
-        left = away - x[..., :components] @ directions[..., :components].mT
+        centred = values - centre
+        x = centred @ directions
+        residual = centred - x[..., :components] @ directions[..., :components].mT
         limits = torch.finfo(values.dtype)
-        distance = away.square().sum(-1, keepdim=True)
-        scale = distance[:, :known].mean(1, keepdim=True) if known else centre.square().sum(-1, keepdim=True)
+        distance = centred.square().sum(-1, keepdim=True)
+        scale = (
+            distance[:, :fitted].mean(1, keepdim=True) if fitted else centre.square().sum(-1, keepdim=True)
+        )
         mean = scale.clamp_min(limits.tiny)
         square = (distance * (distance / mean)).clamp_max(limits.max**0.9)
         far = (distance > mean * distance.new_tensor(FAR)).to(distance.dtype)
-        covariance = left[:, : max(1, known)].mT @ left[:, : max(1, known)]
+        covariance = residual[:, : max(1, fitted)].mT @ residual[:, : max(1, fitted)]
         trace = covariance.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(limits.tiny)
         shared = (covariance / trace[:, None, None]).square().sum((1, 2))
-        if known < 2 * problem.width:  # too few values to say in how many directions they vary
+        if fitted < 2 * problem.width:  # too few values to say in how many directions they vary
             shared = torch.ones_like(shared)
         return cls(
             centre,
@@ -98,7 +100,7 @@ class ValueTable:
             mean,
             torch.cat((distance, square, far, far * distance), -1),
             x,
-            left.square().sum(-1).sqrt(),
+            residual.square().sum(-1).sqrt(),
             shared.clamp(1 / problem.width, 1),
         )
 
@@ -121,21 +123,21 @@ def _directions(centre: Tensor, away: Tensor, fitted: bool, stream: Stream) -> T
 
 @dataclass(frozen=True)
 class OutputSize:
-    """What is known of the size |o| of rows' outputs without reading their values, each (heads, rows).
+    """Estimate and bounds of the size |o| of rows' outputs from the table alone; each (heads, rows).
 
     Parameters
     ----------
-    known : Tensor
+    projected : Tensor
         |P o|^2.
     probed : Tensor
         An estimate of |R o|^2 from the probes.
     probe_variance : float
-        Its relative variance, were R o to point anywhere.
+        Its relative variance, if the direction of R o is uniformly random.
     least, most : Tensor
         Bounds of |o|^2.
     """
 
-    known: Tensor
+    projected: Tensor
     probed: Tensor
     probe_variance: float
     least: Tensor
@@ -148,13 +150,13 @@ class OutputSize:
         mass = p.sum(-1, keepdim=True)  # 0 in a row that attends to nothing
         centre = table.centre[heads] @ table.directions[heads]
         along = (p @ table.projections[heads, :n] + mass * centre).square()
-        known, probed = along[..., :r].sum(-1), along[..., r:].sum(-1)
+        projected, probed = along[..., :r].sum(-1), along[..., r:].sum(-1)
         rest = (p @ table.rest[heads, :n, None]).squeeze(-1)
         probes, others = along.shape[-1] - r, table.centre.shape[-1] - r
         ratio = others / max(1, probes)
         variance = 2 / max(1, probes) * (1 - probes / max(1, others)) if others else 0.0
-        known, probed, rest = known.double(), probed.double(), rest.double()
-        return cls(known, ratio * probed, variance, known + probed, known + rest.square())
+        projected, probed, rest = projected.double(), probed.double(), rest.double()
+        return cls(projected, ratio * probed, variance, projected + probed, projected + rest.square())
 
 
 def rest_square(o: Tensor, table: ValueTable, heads: slice) -> Tensor:
@@ -167,7 +169,7 @@ def rest_square(o: Tensor, table: ValueTable, heads: slice) -> Tensor:
 class Scale:
     """The measured mean square error over the predicted one, along the components and in R: (heads, rows)."""
 
-    known: Tensor
+    projected: Tensor
     rest: Tensor
 
 
@@ -177,20 +179,20 @@ class ErrorModel:
 
     Parameters
     ----------
-    known, probed, rest : Tensor
+    projected, probed, rest : Tensor
         E|o_hat - o|^2 along the components, along the probes, and in all of R.
     shared : Tensor
         1 / f, where |o_hat - o|^2 has nearly the distribution of its mean times chi^2_f / f.
     rest_shared : Tensor
         The same of R (o_hat - o).
     jump : Tensor
-        What one seldom draw does to the output, as a root mean square.
+        Root mean square of the change of the output by one draw of a rarely drawn key.
     far_rate, far_jump2 : Tensor, (heads, rows, F)
-        How often keys further away than each of `FAR` are drawn, and the mean square of what one such draw
-        does.
+        How often keys beyond each threshold of `FAR` are drawn, and the mean square of the change of the
+        output by one such draw.
     """
 
-    known: Tensor
+    projected: Tensor
     probed: Tensor
     rest: Tensor
     shared: Tensor
@@ -221,36 +223,36 @@ class ErrorModel:
         tiny, eps = torch.finfo(p.dtype).tiny, torch.finfo(p.dtype).eps
         distance, x = table.distance[heads, :n], table.projections[heads, :n]
         a, weight = sampler.variance_weights(p, counts[..., None])
-        held = a.sum(-1, keepdim=True).clamp_min(tiny)
+        weight_sum = a.sum(-1, keepdim=True).clamp_min(tiny)
         sums = a @ distance
-        away, away2, far, far_away = sums[..., 0], sums[..., 1], *sums[..., 2:].chunk(2, -1)
+        second, fourth, far, far_away = sums[..., 0], sums[..., 1], *sums[..., 2:].chunk(2, -1)
         square = a @ x.square()
-        # What rounding leaves of differences, too.
-        variances = (square - (a @ x).square() / held).clamp_min(0) + 4 * eps * square
-        known, probed = variances[..., :r].sum(-1), variances[..., r:].sum(-1)
-        rest = (away - square[..., :r].sum(-1)).clamp_min(0)
+        # The second term stands for the rounding of the difference.
+        variances = (square - (a @ x).square() / weight_sum).clamp_min(0) + 4 * eps * square
+        projected, probed = variances[..., :r].sum(-1), variances[..., r:].sum(-1)
+        rest = (second - square[..., :r].sum(-1)).clamp_min(0)
         rest = rest * (probed / square[..., r:].sum(-1).clamp_min(tiny)).clamp_max(1)
-        total = (known + rest).clamp_min(tiny)
-        h = (a * distance[..., 0].unsqueeze(1) / away.clamp_min(tiny)[..., None]).square().sum(-1)
-        share = (known / total).square()
-        of_known = ((r + 2) * (variances[..., :r] / total[..., None]).square().sum(-1) - share) / 2
-        of_known = torch.minimum(torch.maximum(of_known, share / r), share)
+        total = (projected + rest).clamp_min(tiny)
+        h = (a * distance[..., 0].unsqueeze(1) / second.clamp_min(tiny)[..., None]).square().sum(-1)
+        share = (projected / total).square()
+        of_projected = ((r + 2) * (variances[..., :r] / total[..., None]).square().sum(-1) - share) / 2
+        of_projected = torch.minimum(torch.maximum(of_projected, share / r), share)
         rest_shared = (h + (1 - h) * table.rest_shared[heads, None]).clamp_max(1)
-        shared = torch.maximum(of_known + (rest / total).square() * rest_shared, h).clamp_max(1)
-        jump = weight[..., 0] * (away2 / away.clamp_min(tiny) * table.mean_distance[heads, 0]).sqrt()
+        shared = torch.maximum(of_projected + (rest / total).square() * rest_shared, h).clamp_max(1)
+        jump = weight[..., 0] * (fourth / second.clamp_min(tiny) * table.mean_distance[heads, 0]).sqrt()
         rate = far / weight.square().clamp_min(tiny)
         far_jump2 = weight.square() * far_away / far.clamp_min(tiny)
-        fields = (known, probed, rest, shared, rest_shared, jump, rate, far_jump2)
+        fields = (projected, probed, rest, shared, rest_shared, jump, rate, far_jump2)
         return cls(*(x.double() for x in fields))
 
     @property
     def total(self) -> Tensor:
         """E|o_hat - o|^2."""
-        return self.known + self.rest
+        return self.projected + self.rest
 
     def scaled(self, scale: Scale) -> ErrorModel:
-        """The same model with mean squares that are so many times as large."""
-        return replace(self, known=self.known * scale.known, rest=self.rest * scale.rest)
+        """The same model with its mean squares multiplied by `scale`."""
+        return replace(self, projected=self.projected * scale.projected, rest=self.rest * scale.rest)
 
     def quantile(self, confidence: float) -> Tensor:
         """The square of what |o_hat - o| does not exceed with probability `confidence`.

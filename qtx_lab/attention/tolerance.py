@@ -1,4 +1,4 @@
-"""A tolerance in place of a count: as many draws for each row as keep its output as near as was asked."""
+"""A tolerance in place of a number of draws: each row gets as many draws as keep its error within it."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ class Tolerance:
     def of(
         cls, tolerance: float | None, confidence: float, num_samples: int | None, sampler: Sampler
     ) -> Tolerance | None:
-        """The promise that the arguments of `sampled_attention` ask for; None where they ask for none.
+        """The promise that the arguments of `sampled_attention` ask for, or None.
 
         Raises
         ------
         ArgumentError
-            If a number is out of bounds, a count was given too, or the sampler cannot say how wrong it will
-            be.
+            If a number is out of bounds, a number of draws was given too, or the sampler cannot predict its
+            variance.
         """
         confidence = check_number("confidence", confidence, least=0.5, below=1)
         if tolerance is None:
@@ -116,7 +116,7 @@ def to_tolerance(
 
 
 class _RowsToTolerance:
-    """The estimate as it is made, run by run."""
+    """The estimate while it is being computed, run of rows by run of rows."""
 
     def __init__(
         self,
@@ -202,7 +202,7 @@ class _RowsToTolerance:
         return sampled.to_estimate(problem)
 
     def _rounded_rows(self) -> int:
-        """How many rows rounding alone may take out of the tolerance."""
+        """In how many rows rounding alone may exceed the tolerance."""
         visible, values = self.problem.visible_keys(), self.problem.values
         if visible is not None:
             values = torch.where(visible[..., None], values, 0)

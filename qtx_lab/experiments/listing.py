@@ -13,6 +13,7 @@ from scipy import special
 
 from ..errors import ArgumentError, StorageError, unknown_name
 from ..storage import database, parquet_bytes, read_frame
+from .manifest import spec_values
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -247,14 +248,8 @@ def run_table(listed: Iterable[tuple[Path, Mapping[str, Any]]]) -> RunTable:
         row = {key: manifest.get(key) for key in ("name", "status", "started", "seconds", "seed", "error")}
         row |= {"run": folder.name, "path": str(folder), "sweep": (manifest.get("sweep") or {}).get("name")}
         rows.append({**row, "spec": spec.get("identity"), "kind": spec.get("kind")})
-        fields = spec.get("fields") or {}
-        parameters = fields.get("parameters")
-        if spec.get("kind") == "NotebookSpec" and isinstance(
-            parameters, dict
-        ):  # they are columns of their own
-            fields = {**fields, **parameters}
-            fields.pop("parameters")
-        specs.append(fields)
+        of_notebook = spec.get("kind") == "NotebookSpec"  # its parameters are columns of their own
+        specs.append(spec_values(spec) if of_notebook else spec.get("fields") or {})
         results = manifest.get("results") or {}  # without tables and summaries, which are for the report
         measured.append({name: x for name, x in results.items() if isinstance(x, str | int | float)})
     table = pd.DataFrame(rows, columns=list(COLUMNS))

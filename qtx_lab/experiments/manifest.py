@@ -89,6 +89,22 @@ def manifest_problem(manifest: object) -> str | None:
     return f"{MANIFEST} has {wrong[0]}={manifest[wrong[0]]!r}" if wrong else None
 
 
+def spec_values(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a spec as a manifest has it, with the parameters of its notebook among them.
+
+    A parameter with the name of a field stands under `parameters.NAME`, so that neither hides the other.
+
+    >>> spec_values({"fields": {"notebook": "a", "parameters": {"draws": 8, "notebook": "b"}}})
+    {'notebook': 'a', 'draws': 8, 'parameters.notebook': 'b'}
+    """
+    fields = dict(spec.get("fields") or {})
+    parameters = fields.get("parameters")
+    if not isinstance(parameters, Mapping):
+        return fields
+    own = {name: value for name, value in fields.items() if name != "parameters"}
+    return own | {f"parameters.{n}" if n in fields else n: value for n, value in parameters.items()}
+
+
 def merge(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     """A mapping with the entries of both, where the new one's win; mappings in them are merged likewise.
 

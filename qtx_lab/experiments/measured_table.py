@@ -16,6 +16,7 @@ from scipy import special
 from ..errors import StorageError
 from ..storage import read_frame
 from ..theme import quantity, with_error
+from .manifest import spec_values
 
 MAX_ROWS_OF_A_RUN = 100
 """Rows of a run's metrics with one number; of more rows, as the steps of a training, the last one counts."""
@@ -223,11 +224,7 @@ def differing_parameters(specs: Sequence[Mapping[str, Any]]) -> list[dict[str, A
     >>> differing_parameters([{"layer": 3, "counts": [16]}, {"layer": 3, "counts": [64]}])
     [{'counts': 16}, {'counts': 64}]
     """
-    parameters = []
-    for spec in specs:
-        fields = dict(spec)
-        own = fields.pop("parameters", None)  # of a notebook without a spec of its own
-        parameters.append({**fields, **(own if isinstance(own, Mapping) else {})})
+    parameters = [spec_values({"fields": fields}) for fields in specs]
     fields_of_runs: list[dict[str, Any]] = [{} for _ in parameters]
     for name in dict.fromkeys(name for fields in parameters for name in fields if name != "seed"):
         values: list[Any] = [fields.get(name) for fields in parameters]

@@ -16,6 +16,7 @@ import pandas as pd
 
 from ..errors import ArgumentError, BackendUnavailable
 from .listing import RunTable
+from .manifest import spec_values
 from .runs import Run
 
 TAG = "qtx_lab.run"
@@ -189,9 +190,7 @@ def _parameters(manifest: Mapping[str, Any]) -> list[Any]:
     """The spec's fields; the parameters of a notebook stand among them."""
     from mlflow.entities import Param
 
-    fields = (manifest.get("spec") or {}).get("fields") or {}
-    fields = {**fields, **(fields.get("parameters") or {})}
-    fields.pop("parameters", None)
+    fields = spec_values(manifest.get("spec") or {})
     keys = clean_names(fields)
     return [Param(keys[str(name)], str(value)[:MAX_VALUE_LENGTH]) for name, value in fields.items()]
 

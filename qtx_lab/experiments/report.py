@@ -18,6 +18,7 @@ from ..errors import StorageError
 from ..specs import SPECS, NotebookSpec, Spec, read_yaml
 from ..storage import read_frame, write_atomic
 from ..theme import COLOURS
+from .manifest import spec_values
 from .runs import Run
 from .saved_figure import png_size
 
@@ -169,9 +170,9 @@ def _spec_fields(run: Run, manifest: Mapping[str, Any]) -> _SpecFields:
         return _SpecFields([], "spec.yaml holds no fields")
     name = (manifest.get("spec") or {}).get("kind")
     kind = next((spec for spec in SPECS.values() if spec.__name__ == name), Spec)
-    if kind is NotebookSpec:
-        content = {"notebook": content.get("notebook"), **(content.get("parameters") or {})}
     helps = {field: info.description or "" for field, info in kind.model_fields.items()}
+    if kind is NotebookSpec:
+        content, helps["parameters"] = spec_values({"fields": content}), ""
     fields = [
         {"name": str(field), "value": _text(value), "help": helps.get(field, "")}
         for field, value in content.items()

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..errors import ArgumentError, StorageError
 from ..storage import storage_error
+from .manifest import spec_values
 from .runs import Run
 
 PROFILE = "https://w3id.org/ro/wfrun/process/0.5"
@@ -149,10 +150,7 @@ def _package(manifest: Mapping[str, Any]) -> dict[str, str]:
 
 def _given(crate: Any, manifest: Mapping[str, Any]) -> Iterator[Any]:
     """Parameters and input files, as objects of the action."""
-    fields = dict((manifest.get("spec") or {}).get("fields") or {})
-    parameters = fields.pop("parameters", None)
-    fields |= parameters if isinstance(parameters, dict) else {}
-    for name, value in fields.items():
+    for name, value in spec_values(manifest.get("spec") or {}).items():
         yield _property(crate, f"#parameter-{name}", name, value)
     for name, digest in (manifest.get("inputs") or {}).items():
         yield _property(crate, f"#input-{name}", f"SHA-256 of {name}", digest)

@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 
 from . import provenance
+from .manifest import spec_values
 from .notebook_code import code_cells
 from .runs import PATCH, REQUIREMENTS, Run, find_run
 
@@ -90,6 +91,8 @@ class RunComparison:
     ----------
     a, b : str
         Names of the runs' folders.
+    status_a, status_b : str
+        How the runs ended: "done", "failed", "interrupted" or "cancelled"; "running" of one that goes on.
     spec : tuple of Difference
         Fields of the specs, and parameters of notebooks, by name.
     code : tuple of CodeDifference
@@ -107,13 +110,15 @@ class RunComparison:
 
     Examples
     --------
-    >>> comparison = RunComparison("one", "two", compared=3)
-    >>> comparison.spec, comparison.metrics
-    ((), ())
+    >>> comparison = RunComparison("one", "two", "done", "failed", compared=3)
+    >>> comparison.metrics, comparison.reproduced
+    ((), False)
     """
 
     a: str
     b: str
+    status_a: str
+    status_b: str
     spec: tuple[Difference, ...] = ()
     code: tuple[CodeDifference, ...] = ()
     environment: tuple[Difference, ...] = ()
@@ -124,8 +129,9 @@ class RunComparison:
 
     @property
     def reproduced(self) -> bool:
-        """Whether all metrics are equal bit for bit, or within their intervals."""
-        return all(difference.within for difference in self.metrics)
+        """Whether both runs ended alike, and all metrics are equal bit for bit or within their intervals."""
+        ended_alike = self.status_a == self.status_b != "running"
+        return ended_alike and all(difference.within for difference in self.metrics)
 
     @property
     def same_setup(self) -> bool:
@@ -133,7 +139,7 @@ class RunComparison:
         return not (self.spec or self.code or self.environment or self.inputs)
 
     def __str__(self) -> str:
-        lines = [f"a: {self.a}", f"b: {self.b}"]
+        lines = [f"a: {self.a} ({self.status_a})", f"b: {self.b} ({self.status_b})"]
         parts = {"spec": self.spec, "code": self.code, "environment": self.environment, "inputs": self.inputs}
         for title, differences in parts.items():
             lines += [title, *_listed(differences)] if differences else [f"{title}: the same"]
@@ -194,6 +200,7 @@ def compare_runs(a: Run | str | Path, b: Run | str | Path, home: str | Path | No
     return RunComparison(
         first.path.name,
         second.path.name,
+        *(str(manifest["status"]) for manifest in manifests),
         spec=_differences(_spec_of(manifests[0]), _spec_of(manifests[1])),
         code=(*_notebook_differences(first, second), *_package_differences(first, second)),
         environment=_differences(environment_of(first), environment_of(second)),
@@ -220,15 +227,9 @@ def notebook_of(run: Run) -> Path | None:
 
 
 def _spec_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a run's spec, with the parameters of a notebook among them."""
+    """The kind and the fields of a run's spec."""
     spec = manifest.get("spec") or {}
-    fields = dict(spec.get("fields") or {})
-    parameters = fields.pop("parameters", None) or {}
-    return {
-        "kind of spec": spec.get("kind"),
-        **fields,
-        **(parameters if isinstance(parameters, dict) else {}),
-    }
+    return {"kind of spec": spec.get("kind"), **spec_values(spec)}
 
 
 def _differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[Difference, ...]:

@@ -19,9 +19,11 @@ from scipy import stats
 from qtx_lab.cli import main
 from qtx_lab.errors import ArgumentError, BackendUnavailable
 from qtx_lab.experiments.listing import COLUMNS, RunTable
+from qtx_lab.experiments.manifest import spec_values
+from qtx_lab.experiments.report import write_report
 from qtx_lab.experiments.ro_crate_export import export_to_ro_crate
 from qtx_lab.experiments.runs import Run, runs
-from qtx_lab.specs import CircuitSpec, ExperimentSpec, NotebookSpec
+from qtx_lab.specs import CircuitSpec, ExperimentSpec, NotebookSpec, SweepSpec
 
 
 @pytest.fixture(scope="module")
@@ -178,6 +180,36 @@ def test_broken_metrics_do_not_hide_others(home, tmp_path) -> None:
     assert [run for run, _ in metrics.attrs["skipped"]] == [Path(broken).name]
 
 
+@pytest.mark.parametrize("name", sorted({*NotebookSpec.model_fields, *SweepSpec.model_fields}))
+def test_a_parameter_with_the_name_of_a_field_hides_no_field(name, tmp_path) -> None:
+    """Wherever the fields of a spec are shown: in listings, comparisons, reports and exports."""
+    from qtx_lab.experiments.run_comparison import Difference, compare_runs
+
+    pair = [Run.create(NotebookSpec(notebook="n", parameters={name: x}), "t", tmp_path) for x in (3, 4)]
+    shown = f"parameters.{name}" if name in NotebookSpec.model_fields else name
+    table = runs(tmp_path)
+    assert set(table["spec.notebook"]) == {"n"}
+    assert set(table[f"spec.{shown}"]) == {3, 4}
+    assert len(table.select(f'spec."{shown}" = 3')) == 1
+    assert compare_runs(*pair).spec == (Difference(shown, 3, 4),)
+    page = write_report(pair[0]).read_text(encoding="utf-8")
+    assert all(f">{text}<" in page for text in (shown, "3", "n"))
+    pytest.importorskip("rocrate")
+    pair[0].finish("done")
+    with zipfile.ZipFile(export_to_ro_crate(pair[0], tmp_path / "crates")) as archive:
+        graph = json.loads(archive.read("ro-crate-metadata.json"))["@graph"]
+    given = {x["@id"]: x["value"] for x in graph if x["@id"].startswith("#parameter-")}
+    assert given == {"#parameter-notebook": "n", f"#parameter-{shown}": 3}
+    pytest.importorskip("mlflow")
+    from qtx_lab.experiments.mlflow_export import _parameters
+
+    assert {x.key: x.value for x in _parameters(pair[0].manifest)} == {"notebook": "n", shown: "3"}
+    sweep = SweepSpec(notebook="n", sha256="0" * 64, grid={}, parameters={name: 3})
+    values = spec_values({"fields": sweep.to_parameters()})
+    shown = f"parameters.{name}" if name in SweepSpec.model_fields else name
+    assert values == {"notebook": "n", "sha256": "0" * 64, "grid": {}, "repeats": 1, "seed": 0, shown: 3}
+
+
 def test_exports_hold_every_column(home) -> None:
     table = runs(home)
     csv = pd.read_csv(StringIO(table.export("csv").decode()))
@@ -211,8 +243,6 @@ def test_the_device_and_its_calibration_are_recorded(tmp_path) -> None:
         run.used(CircuitSpec().build())
     assert run.manifest["devices"]["aer"] is None
     assert run.manifest["devices"]["fake_fez"].startswith("20")
-    from qtx_lab.experiments.report import write_report
-
     assert "fake_fez, calibrated 20" in write_report(run).read_text(encoding="utf-8")
 
 

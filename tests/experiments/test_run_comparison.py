@@ -124,6 +124,20 @@ def test_metrics_are_compared_by_what_they_are_declared_to_be(tmp_path) -> None:
     assert (step.a, step.b) == ("3 values", "4 values")
 
 
+@pytest.mark.parametrize("status", ["failed", "interrupted", "cancelled", "running"])
+def test_runs_that_ended_in_other_ways_are_not_the_same(tmp_path, status) -> None:
+    """Also where all that was measured until then is equal; two that are running have no end to compare."""
+    one, two = finished(tmp_path, "c = 3"), finished(tmp_path, "c = 3")
+    two.update(status=status)
+    comparison = compare_runs(one, two)
+    assert (comparison.status_a, comparison.status_b) == ("done", status)
+    assert comparison.metrics == ()
+    assert not comparison.reproduced
+    shown = CliRunner().invoke(main, ["diff", str(one.path), str(two.path)]).output
+    assert shown.splitlines()[:2] == [f"a: {one.path.name} (done)", f"b: {two.path.name} ({status})"]
+    assert compare_runs(two, two).reproduced == (status != "running")
+
+
 def test_texts_lists_tables_and_long_integers_are_compared(tmp_path) -> None:
     one, two = finished(tmp_path, "c = 3"), finished(tmp_path, "c = 3")
     same = {"list": [1, math.nan, "x"], "whole": 2**60, "nothing": None, "zero": 0.0}

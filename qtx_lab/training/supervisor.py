@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from ..errors import ArgumentError, RunFailed, StorageError
 from ..storage import write_atomic
-from .checkpoints import checkpoint_path, checkpoints, claim, read_about
+from .checkpoints import checkpoint_path, checkpoints, claim, load_weights, read_about
 from .cluster import Cluster
 from .loop import NotFinite
 from .rank import RankEnd, RankJob, progress_of, train_rank
@@ -141,21 +141,24 @@ class Supervisor:
                 progressed = bool(set(checkpoints(self.job.folder)) - before) or self._last_step() > reached
                 faults_in_a_row = 1 if progressed else faults_in_a_row + 1
                 self.faults.append(f"step {end.step}: {end.error}")
+                if self.cancelled.is_set():  # also where faults are many: what stops us may stop workers too
+                    return self._stopped_while_recovering()
                 if faults_in_a_row > self.retries:
                     raise RunFailed(
                         f"Training was given up after {faults_in_a_row} fault(s) without a later step or "
                         f"checkpoint between them: {' '.join(self.faults[-faults_in_a_row:])}"
                     ) from end.error
-                if self.cancelled.is_set():
-                    return self._stopped_while_recovering(end)
                 text = f"Training goes on from step {self._last_checkpoint()}: {end.error}"
                 tqdm.write(text, file=sys.stderr)
 
-    def _stopped_while_recovering(self, end: RankEnd) -> RankEnd:
-        """The end of a training that was cancelled after a fault: at the last checkpoint, if there is one."""
-        if not self._last_checkpoint():
-            raise RunFailed(f"Cancelled while recovering: {self.faults[-1]}") from end.error
-        return RankEnd("stopped", self._last_checkpoint())
+    def _stopped_while_recovering(self) -> RankEnd:
+        """The end of a training that was cancelled after a fault: at the last checkpoint, else at step 0."""
+        step = self._last_checkpoint()
+        if self.cluster is None and step:  # the model has come further, or holds what is not finite
+            load_weights(self.job.folder, step, self.job.model)
+        elif self.cluster is None:
+            self.job.model.load_state_dict(self._initial_state)
+        return RankEnd("stopped", step)
 
     def _changed_world(self, step: int) -> int:
         """How many ranks go on after workers left or came, for which the others stopped at a step."""

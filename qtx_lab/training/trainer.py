@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import signal
 import tempfile
@@ -353,7 +354,9 @@ class QuantumTrainer:
             ):
                 supervisor, end = self._run(folder, digest, cluster)
                 if received:
-                    where = f"after step {end.step}; checkpoint: {checkpoint_path(folder, end.step)}"
+                    where = "before the first checkpoint"
+                    if end.step:
+                        where = f"after step {end.step}; checkpoint: {checkpoint_path(folder, end.step)}"
                     raise (
                         KeyboardInterrupt(f"Stopped {where}")
                         if received[0] == signal.SIGINT
@@ -366,9 +369,10 @@ class QuantumTrainer:
                 shutil.rmtree(folder, ignore_errors=True)
             raise
         stopped = end.how == "stopped"
-        rows = [supervisor.rows[step] for step in sorted(supervisor.rows)]
-        known = rows or read_about(folder, end.step).get("rows") or []
-        if temporary and not stopped:
+        rows = [supervisor.rows[step] for step in sorted(supervisor.rows) if step <= end.step]
+        known = rows or (read_about(folder, end.step).get("rows") if end.step else None) or []
+        is_kept = not temporary or (stopped and end.step > 0)
+        if not is_kept:
             shutil.rmtree(folder, ignore_errors=True)
         return TrainingResult(
             steps=end.step,
@@ -378,7 +382,7 @@ class QuantumTrainer:
             ranks=supervisor.world,
             faults=tuple(supervisor.faults),
             notes=(*notes, *supervisor.notes),
-            folder=None if temporary and not stopped else folder,
+            folder=folder if is_kept else None,
             dashboard_link=cluster.dashboard_link if cluster else None,
             seconds=time.monotonic() - started,
         )
@@ -408,7 +412,8 @@ class QuantumTrainer:
         )
         end = supervisor.run(world)
         if cluster:
-            load_weights(folder, end.step, self.model)
+            if end.step:
+                load_weights(folder, end.step, self.model)
             (folder / "job.pickle").unlink(missing_ok=True)  # it is as large as the model
         return supervisor, end
 
@@ -453,7 +458,7 @@ class QuantumTrainer:
         """The folder of the checkpoints."""
         try:
             if self.folder is not None:
-                folder = Path(self.folder).absolute()
+                folder = Path(os.path.expanduser(self.folder)).absolute()
                 folder.mkdir(parents=True, exist_ok=True)
                 return folder
             home = runs_home().absolute()

@@ -3,15 +3,18 @@
 import inspect
 import itertools
 import math
+import os
 import random
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -638,6 +641,40 @@ def test_cancel_from_another_thread():
     assert result.stopped
     assert 0 < result.steps < 100_000
     assert checkpoints(result.folder)[-1] == result.steps
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("step", [1, 5])  # before and after the first checkpoint, of 3 steps
+@pytest.mark.parametrize("number", [None, signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("retries", [0, 3])
+def test_what_stops_a_training_while_it_recovers_from_a_fault_is_no_failure(step, number, retries, tmp_path):
+    """As a batch system stops the caller and, at the same time, the workers: the run is to go on later."""
+    model = poisoned(step, 1)
+
+    def stop(module, inputs, output):
+        if output.isnan().any():
+            trainer.cancel() if number is None else os.kill(os.getpid(), number)
+
+    model.register_forward_hook(stop)
+    start = weights(SimpleNamespace(model=model))
+    trainer = QuantumTrainer(model, **{**FAST, "sampler": "exact", "retries": retries}, folder=tmp_path)
+    where = "after step 3; checkpoint: .*3" if step == 5 else "before the first checkpoint"
+    if number is not None:
+        kind = KeyboardInterrupt if number == signal.SIGINT else qtx.StoppedBySignal
+        with pytest.raises(kind, match=where):
+            trainer.train()
+    else:
+        result = trainer.train()
+        assert result.stopped
+        assert len(result.faults) == 1
+        assert [row["step"] for row in result.metrics] == [[], [1, 2, 3]][step == 5]
+        assert result.steps == [0, 3][step == 5]
+    assert checkpoints(tmp_path) == [[], [3]][step == 5]
+    if step == 1:
+        assert torch.equal(weights(trainer), start)
+    whole, _ = trained(sampler="exact")
+    resumed, _ = trained(sampler="exact", folder=tmp_path)
+    assert torch.equal(weights(resumed), weights(whole))
 
 
 def test_cancel_before_the_first_step_counts(monkeypatch):

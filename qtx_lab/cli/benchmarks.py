@@ -6,15 +6,14 @@ from pathlib import Path
 
 import click
 
+from .options import HomePath
 from .printing import announce
 
 
 @click.command()
 @click.argument("name")
 @click.option("--quick", is_flag=True, help="Fewer repetitions and smaller cases.")
-@click.option(
-    "--json", "json_path", type=click.Path(path_type=Path), help="File to which the result is also written."
-)
+@click.option("--json", "json_path", type=HomePath(), help="File to which the result is also written.")
 def bench(name: str, quick: bool, json_path: Path | None) -> None:
     """Measure a method side by side with the alternatives to it.
 

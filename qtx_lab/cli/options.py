@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..errors import ArgumentError
+
+if TYPE_CHECKING:
+    from ..experiments.notebook_execution import ExecutionLimits
 
 
 class CommaList(click.ParamType):
@@ -25,8 +30,19 @@ class CommaList(click.ParamType):
             self.fail(f"{value!r} is not a list like {self.name}.", param, ctx)
 
 
+class HomePath(click.Path):
+    """A path in which `~` is a home; a shell leaves it as it is in `--out=~/model`."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        """The path of a text."""
+        return super().convert(os.path.expanduser(value), param, ctx)
+
+
 home_option = click.option(
-    "--home", type=click.Path(path_type=Path), help="Folder of runs [default: $QTX_LAB_HOME, else ./runs]."
+    "--home", type=HomePath(), help="Folder of runs [default: $QTX_LAB_HOME, else ./runs]."
 )
 
 fresh_option = click.option(
@@ -38,7 +54,7 @@ def parameter_options(command: Any) -> Any:
     """The options of a command that gives parameters to a notebook."""
     for option in (
         click.option(
-            "-f", "--parameters-file", "files", multiple=True, type=click.Path(path_type=Path),
+            "-f", "--parameters-file", "files", multiple=True, type=HomePath(),
             help="A YAML file of parameters; -p and -r override it.",
         ),
         click.option(
@@ -53,6 +69,38 @@ def parameter_options(command: Any) -> Any:
     ):  # fmt: skip
         command = option(command)
     return command
+
+
+def limit_options(command: Any) -> Any:
+    """The options of a command that say what a notebook may take; see `read_limits`."""
+    for option in (
+        click.option(
+            "--keep-going", is_flag=True, help="Continue with the next cell after one that failed.",
+        ),
+        click.option(
+            "--max-output", type=float, default=16, show_default=True, metavar="MIB",
+            help="Output of a cell that the executed notebook keeps.",
+        ),
+        click.option(
+            "--cell-timeout", type=float, metavar="S", help="Seconds that a cell may take at most.",
+        ),
+        click.option(
+            "--timeout", type=float, metavar="S", help="Seconds that a notebook may take at most.",
+        ),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def read_limits(
+    timeout: float | None, cell_timeout: float | None, max_output: float, keep_going: bool
+) -> ExecutionLimits:
+    """The limits that the options of `limit_options` state."""
+    from ..experiments.notebook_execution import ExecutionLimits
+
+    if not 0 < max_output < math.inf:
+        raise ArgumentError(f"--max-output {max_output:g} is not allowed: it must be above 0 and finite.")
+    return ExecutionLimits(cell_timeout, timeout, math.ceil(max_output * 2**20), keep_going)
 
 
 def read_parameters(

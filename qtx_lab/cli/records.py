@@ -12,7 +12,7 @@ import click
 
 from ..errors import ArgumentError
 from ..storage import runs_home
-from .options import home_option
+from .options import HomePath, home_option
 from .printing import print_columns
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 @click.option(
     "--ro-crate",
     metavar="FOLDER",
-    type=click.Path(path_type=Path),
+    type=HomePath(),
     help="Write each run that has ended as an RO-Crate, a zip file, into FOLDER.",
 )
 @click.option("--license", metavar="URL", help="With --ro-crate: the licence of the runs.")

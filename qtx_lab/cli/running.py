@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import sys
@@ -18,8 +17,10 @@ from .options import (
     CommaList,
     fresh_option,
     home_option,
+    limit_options,
     parameter_options,
     read_grid,
+    read_limits,
     read_parameters,
     read_space,
 )
@@ -62,17 +63,7 @@ def demo(home: Path | None, **options: Any) -> None:
 @click.argument("notebook")
 @parameter_options
 @click.option("--name", help="Name of the run [default: the notebook's].")
-@click.option("--timeout", type=float, metavar="S", help="Seconds that the notebook may take at most.")
-@click.option("--cell-timeout", type=float, metavar="S", help="Seconds that a cell may take at most.")
-@click.option(
-    "--max-output",
-    type=float,
-    default=16,
-    show_default=True,
-    metavar="MIB",
-    help="Output of a cell that the executed notebook keeps.",
-)
-@click.option("--keep-going", is_flag=True, help="Continue with the next cell after one that failed.")
+@limit_options
 @fresh_option
 @home_option
 def run(
@@ -92,12 +83,9 @@ def run(
 
     NOTEBOOK is a file, or the name of a shipped notebook. The last line printed is the path of the report.
     """
-    from ..experiments.notebook_execution import ExecutionLimits
     from ..experiments.notebooks import run_notebook
 
-    if not 0 < max_output < math.inf:
-        raise ArgumentError(f"--max-output {max_output:g} is not allowed: it must be above 0 and finite.")
-    limits = ExecutionLimits(cell_timeout, timeout, math.ceil(max_output * 2**20), keep_going)
+    limits = read_limits(timeout, cell_timeout, max_output, keep_going)
     given = read_parameters(parameters, texts, files)
     finished = run_notebook(notebook, given, home=home, name=name, limits=limits, fresh=fresh)
     print_run(finished.path, finished.manifest)
@@ -135,6 +123,7 @@ def run(
     is_flag=True,
     help="Run only notebooks that no earlier sweep has done, with any version of qtx_lab's code.",
 )
+@limit_options
 @fresh_option
 @home_option
 def sweep(
@@ -170,9 +159,12 @@ def sweep(
 
     place: ClusterSpec | str | None = cluster
     if cluster is not None and "://" not in cluster:
+        cluster = os.path.expanduser(cluster)
         is_address = not os.path.exists(cluster) and re.fullmatch(r"[^/\s]+:\d+", cluster)
         place = f"tcp://{cluster}" if is_address else ClusterSpec.from_yaml(Path(cluster))
+    limits = read_limits(*(options.pop(n) for n in ("timeout", "cell_timeout", "max_output", "keep_going")))
     options |= {"parameters": read_parameters(parameters, texts, files), "cluster": place, "home": home}
+    options |= {"limits": limits}
     if space:
         from ..experiments.search import search
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from ..errors import ArgumentError
-from .options import home_option, read_flag
+from .options import HomePath, home_option, read_flag
 from .printing import announce, print_run
 
 
@@ -38,11 +38,9 @@ class TrainCommand(click.Command):
 
 
 @click.command(cls=TrainCommand)
-@click.argument("spec_file", required=False, metavar="[SPEC.yaml]", type=click.Path(path_type=Path))
+@click.argument("spec_file", required=False, metavar="[SPEC.yaml]", type=HomePath())
 @click.option("--preset", type=click.Choice(["reference"]), help="Train the shipped model again, into --out.")
-@click.option(
-    "--out", type=click.Path(path_type=Path), help="Folder for the preset's weights and model card."
-)
+@click.option("--out", type=HomePath(), help="Folder for the preset's weights and model card.")
 @click.option(
     "--cluster", type=click.Choice(["auto", "local", "cuda", "address"]), help="Train on a cluster."
 )

@@ -104,7 +104,7 @@ def export_to_ro_crate(run: Run, folder: str | Path, *, license: str | None = No
         result=[*(x for x in files.values() if x is not notebook), *_measured(crate, manifest)],
         properties=action,
     )
-    return _write(crate, Path(folder), run.path.name)
+    return _write(crate, Path(os.path.expanduser(folder)), run.path.name)
 
 
 def _write(crate: Any, folder: Path, name: str) -> Path:

@@ -21,6 +21,7 @@ from ..errors import ArgumentError, BackendUnavailable, QtxError
 from ..specs import ClusterSpec, SearchSpec, listed_word, split_words
 from ..storage import runs_home, write_atomic
 from ..theme import with_error
+from .notebook_execution import NO_LIMITS, ExecutionLimits
 from .notebooks import declared_parameters, notebook_path, parameter_schema, parameter_words, run_name
 from .report import write_report
 from .runs import Run
@@ -366,6 +367,7 @@ def search(
     cluster: ClusterSpec | Cluster | str | Client | None = None,
     home: str | Path | None = None,
     resume: bool = False,
+    limits: ExecutionLimits = NO_LIMITS,
     stop: Callable[[], bool] | None = None,
     progress: bool = True,
 ) -> Run:
@@ -390,7 +392,7 @@ def search(
     repeats : int
         Most notebooks for each combination, each with a seed of its own. From 2 on, a combination is stopped
         when its interval excludes the best one.
-    parameters, workers, cluster, home, resume, stop, progress
+    parameters, workers, cluster, home, resume, limits, stop, progress
         See `sweep`.
     seed : int
         The seed of the proposals, and that from which the repeats' seeds are derived.
@@ -451,7 +453,7 @@ def search(
             ) as bar,
         ):
             tried = find_best(
-                lambda asked: work.evaluate(asked, client, stop, bar),
+                lambda asked: work.evaluate(asked, client, stop, bar, limits),
                 dimensions,
                 trials=trials,
                 repeats=repeats,
@@ -499,6 +501,7 @@ class _SearchRuns:
         client: Client,
         stop: Callable[[], bool] | None,
         bar: tqdm,
+        limits: ExecutionLimits,
     ) -> list[float | None]:
         """Run the notebooks of combinations and repeats; their objectives, None of one that failed."""
         notebooks = [self._plan(combination, repeat) for combination, repeat in asked]
@@ -508,7 +511,7 @@ class _SearchRuns:
             self.folders |= {key: path for key, path in earlier.items() if Run(path).status == "done"}
         missing = [notebook for notebook in notebooks if notebook.key not in self.folders]
         bar.update(len(notebooks) - len(missing))
-        _run_notebooks(client, self.run, self.copied, missing, self.folders, stop, bar)
+        _run_notebooks(client, self.run, self.copied, missing, self.folders, stop, bar, limits)
         return [self._objective(notebook) for notebook in notebooks]
 
     def _plan(self, combination: Combination, repeat: int) -> PlannedNotebook:

@@ -34,6 +34,7 @@ from ..storage import runs_home, write_atomic
 from ..training.cluster import Cluster, open_cluster
 from . import provenance
 from .notebook_code import canonical, cell_key, code_hash
+from .notebook_execution import NO_LIMITS, ExecutionLimits
 from .notebooks import (
     declared_parameters,
     execute,
@@ -113,6 +114,7 @@ def sweep(
     resume: bool = False,
     fresh: bool = False,
     measure: str | None = None,
+    limits: ExecutionLimits = NO_LIMITS,
     stop: Callable[[], bool] | None = None,
     progress: bool = True,
 ) -> Run:
@@ -157,6 +159,8 @@ def sweep(
     measure : str, optional
         The number in the runs' results that the figure shows. If None, it is the one that the notebook
         declares as its main one (see `Run.declare`), else the first one.
+    limits : ExecutionLimits
+        What each notebook may take; one that takes longer is a failed run, and the others go on.
     stop : callable, optional
         Called twice a second. Once it returns True, running notebooks are stopped and marked as interrupted.
     progress : bool
@@ -208,7 +212,7 @@ def sweep(
     older = ""
     if resume:
         earlier = find_done(home, {notebook.key for notebook in planned.notebooks})
-        older = _of_other_code(earlier.values())
+        older = _of_other_code(earlier.values()) if earlier else _of_other_cells(home, planned.spec)
     if older:
         tqdm.write(older, file=sys.stderr)
     missing = [notebook for notebook in planned.notebooks if notebook.key not in earlier]
@@ -241,7 +245,7 @@ def sweep(
                     disable=not progress,
                 ) as bar,
             ):
-                _run_notebooks(client, run, copied, missing, folders, stop, bar)
+                _run_notebooks(client, run, copied, missing, folders, stop, bar, limits)
         problem = _write_results(run, planned, folders, measure)
         run.finish("failed" if problem else "done", problem)
     except BaseException as error:
@@ -398,6 +402,19 @@ def _of_other_code(folders: Iterable[Path]) -> str:
     )
 
 
+def _of_other_cells(home: Path, spec: SweepSpec) -> str:
+    """That nothing is taken because the notebook's cells have changed, in a sentence; "" if they have not."""
+    specs = [manifest.get("spec") or {} for _, manifest in read_manifests(home)]
+    sweeps = [of.get("fields") or {} for of in specs if of.get("kind") in ("SweepSpec", "SearchSpec")]
+    hashes = {fields.get("sha256") for fields in sweeps if fields.get("notebook") == spec.notebook}
+    if not hashes or spec.sha256 in hashes:
+        return ""
+    return (
+        f"--resume takes nothing: the code cells of {spec.notebook}, or their tags, are not those of any "
+        "earlier sweep."
+    )
+
+
 def find_done(home: Path, keys: set[str]) -> dict[str, Path]:
     """The run folders, by key, of notebooks that other sweeps have done or are running now."""
     running_sweeps, done, running = set(), {}, []
@@ -421,6 +438,7 @@ def _run_notebooks(
     folders: dict[str, Path],
     stop: Callable[[], bool] | None,
     bar: tqdm,
+    limits: ExecutionLimits,
 ) -> None:
     """Run the notebooks, and add the folder of each to `folders` as soon as it ends."""
     logging.getLogger("distributed.client").setLevel(logging.CRITICAL)  # what is lost is told in a sentence
@@ -431,8 +449,9 @@ def _run_notebooks(
     num_failed = 0
     last_seen = time.monotonic()  # of a worker
     try:
+        given = str(run.path), os.getcwd(), limits
         for notebook in notebooks:
-            future = client.submit(run_planned, str(path), notebook, str(run.path), os.getcwd(), pure=False)
+            future = client.submit(run_planned, str(path), notebook, *given, pure=False)
             futures[future] = notebook
         while futures:
             if stop is not None and stop():
@@ -492,7 +511,9 @@ def _end_of(future: Future) -> NotebookEnd | None:
     return None
 
 
-def run_planned(path: str, notebook: PlannedNotebook, sweep_folder: str, folder: str) -> NotebookEnd:
+def run_planned(
+    path: str, notebook: PlannedNotebook, sweep_folder: str, folder: str, limits: ExecutionLimits
+) -> NotebookEnd:
     """Run one notebook of a sweep in this process, with `folder` as the working directory."""
     sweep_run, file = Run(Path(sweep_folder)), Path(path)
 
@@ -517,7 +538,7 @@ def run_planned(path: str, notebook: PlannedNotebook, sweep_folder: str, folder:
         facts = result_facts(file, notebook.spec)
         run = Run.create(notebook.spec, name, sweep_run.path.parent, sweep=of_sweep, **facts)
         with suppress(QtxError, KeyboardInterrupt):  # the run's manifest records them
-            execute(run, file, notebook.spec, progress=False, stop=sweep_ended, threads=1)
+            execute(run, file, notebook.spec, progress=False, stop=sweep_ended, threads=1, limits=limits)
         return NotebookEnd(str(run.path), run.status)
 
 

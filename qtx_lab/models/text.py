@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -42,7 +43,7 @@ def read_text(path: str | Path) -> str:
     'Attention is a mean.'
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(os.path.expanduser(path)).read_text(encoding="utf-8")
     except OSError as error:
         raise TextError(f"text={str(path)!r} cannot be read: {error.strerror or error}.") from error
     except UnicodeDecodeError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -97,7 +98,7 @@ class Spec(BaseModel):
         if isinstance(source, Path) or source.endswith((".yaml", ".yml")):
             where = str(source)
             try:
-                source = Path(source).read_text(encoding="utf-8")
+                source = Path(os.path.expanduser(source)).read_text(encoding="utf-8")
             except (OSError, UnicodeError) as error:
                 raise SpecError(f"{where} cannot be read as a spec: {error}.") from error
         try:

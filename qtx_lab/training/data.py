@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import hashlib
+import os
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -105,7 +106,8 @@ def _reference() -> tuple[np.ndarray, np.ndarray]:
 def _read(text: str | Path | Tensor | np.ndarray) -> tuple[np.ndarray, bool]:
     """All tokens of a text, and whether they are its bytes."""
     if isinstance(text, str | Path):
-        path, is_bytes = Path(text), Path(text).suffix != ".npy"
+        path = Path(os.path.expanduser(text))
+        is_bytes = path.suffix != ".npy"
         try:
             tokens = np.memmap(path, np.uint8, "r") if is_bytes else np.load(path, mmap_mode="r")
         except (OSError, ValueError, EOFError) as error:  # an empty file cannot be mapped

@@ -14,6 +14,7 @@ import qtx_lab
 from qtx_lab.cli import main
 from qtx_lab.cli.group import EndingSignals
 from qtx_lab.errors import RunFailed
+from qtx_lab.experiments.notebook_execution import ExecutionLimits
 from qtx_lab.experiments.runs import Run
 from qtx_lab.specs import ExperimentSpec, value_of
 
@@ -275,7 +276,8 @@ def test_sweep_passes_on_its_options(monkeypatch, tmp_path) -> None:
     assert (options["repeats"], options["cluster"].num_workers) == (3, 3)
     assert call(*words, "--cluster", "tcp://127.0.0.1:8786", "--resume").exit_code == 1
     assert calls[1][2]["cluster"] == "tcp://127.0.0.1:8786"
-    call(*words, "--cluster", "localhost:8786")
+    call(*words, "--cluster", "localhost:8786", "--cell-timeout", "3", "--keep-going")
+    assert calls[2][2]["limits"] == ExecutionLimits(cell_seconds=3, keep_going=True)
     assert calls[2][2]["cluster"] == "tcp://localhost:8786"
     for bad in (
         ["-g", "n"],
@@ -283,6 +285,7 @@ def test_sweep_passes_on_its_options(monkeypatch, tmp_path) -> None:
         ["-g", "n=[1"],
         ["-g", "n=1", "-g", "n=2"],
         ["--cluster", "nowhere.yaml"],
+        ["--timeout", "0"],
     ):
         refused = call("sweep", "x", *bad)
         assert (refused.exit_code, refused.stderr.count("\n")) == (2, 2), bad  # what it does, and the error

@@ -15,19 +15,25 @@ from contextlib import suppress
 from datetime import datetime, timedelta
 from pathlib import Path
 
+import click
 import numpy as np
 import pandas as pd
 import psutil
 import pytest
 
+from qtx_lab.cli import main
+from qtx_lab.cli.options import HomePath, read_parameters
 from qtx_lab.errors import ArgumentError, StorageError
 from qtx_lab.experiments import provenance
 from qtx_lab.experiments.report import write_report
 from qtx_lab.experiments.ro_crate_export import export_to_ro_crate
 from qtx_lab.experiments.runs import Run, find_run, runs
 from qtx_lab.experiments.saved_figure import with_palette
+from qtx_lab.models.text import read_text
 from qtx_lab.specs import ExperimentSpec
 from qtx_lab.storage import read_frame, write_atomic
+from qtx_lab.training import QuantumTrainer
+from qtx_lab.training.data import open_tokens
 
 FILES = ("figures", "manifest.json", "requirements.txt", "spec.yaml")
 """What every run has."""
@@ -404,6 +410,30 @@ def test_a_tilde_is_a_home(tmp_path, spec, monkeypatch) -> None:
     assert find_run(f"~/mine/{run.path.name}").path == run.path
     with pytest.raises(ArgumentError, match="home='~nobody-of-this-name'"):
         runs("~nobody-of-this-name")
+
+
+def test_a_tilde_is_a_home_wherever_a_path_is_given(tmp_path, spec, monkeypatch) -> None:
+    """Also where no shell has seen it: in a form, in a spec file, and after `--out=`."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.txt").write_text("Attention is a mean of values. " * 9)
+    assert read_text("~/mine.txt").startswith("Attention")
+    assert open_tokens("~/mine.txt", 8).digest == open_tokens(tmp_path / "mine.txt", 8).digest
+    (tmp_path / "mine.yaml").write_text(spec.to_yaml())
+    assert type(spec).from_yaml("~/mine.yaml") == type(spec).from_yaml(Path("~/mine.yaml")) == spec
+    trainer = QuantumTrainer("small", steps=1, num_tokens=8, batch_size=1, folder="~/t", progress=False)
+    assert trainer.train().folder == tmp_path / "t"
+    (tmp_path / "values.yaml").write_text("n: 3")
+    assert read_parameters((), (), (HomePath().convert("~/values.yaml", None, None),)) == {"n": "3"}
+    commands = [*main.commands.values()]
+    commands += [inner for group in commands for inner in getattr(group, "commands", {}).values()]
+    types = [option.type for command in commands for option in command.params]
+    paths = [kind for kind in types if isinstance(kind, click.Path)]
+    assert len(paths) > 9
+    assert all(isinstance(kind, HomePath) for kind in paths)
+    pytest.importorskip("rocrate")
+    run = Run.create(spec, "trial", "~/runs")
+    run.finish("done")
+    assert export_to_ro_crate(run, "~/crates").parent == tmp_path / "crates"
 
 
 HOLD = """

@@ -175,7 +175,7 @@ def executed(monkeypatch) -> list[dict]:
     """Parameters of the notebooks that were run; the 12th is interrupted where the list begins with None."""
     done: list[dict] = []
 
-    def run_notebooks(client, run, path, notebooks, folders, stop, bar):
+    def run_notebooks(client, run, path, notebooks, folders, stop, bar, limits):
         for notebook in notebooks:
             if done[:1] == [None] and len(done) == 12:
                 raise KeyboardInterrupt

@@ -21,6 +21,7 @@ import pytest
 from distributed import LocalCluster
 
 from qtx_lab.errors import ArgumentError, BackendUnavailable, DtypeError, SpecError, StorageError
+from qtx_lab.experiments.notebook_execution import ExecutionLimits
 from qtx_lab.experiments.runs import Run, read_manifests, runs
 from qtx_lab.experiments.sweeps import plan, repeat_seed, sweep
 from qtx_lab.specs import ClusterSpec, ExperimentSpec
@@ -170,6 +171,39 @@ def test_a_sweep_is_resumed(notebook, cluster, tmp_path, capsys) -> None:
     assert again.manifest["results"]["kept"] == 0
 
 
+def test_a_notebook_of_a_sweep_that_hangs_is_a_failed_run(notebook, cluster, tmp_path) -> None:
+    limits = ExecutionLimits(cell_seconds=8)
+    run = sweep(notebook, {"wait": [600, 0]}, cluster=cluster, home=tmp_path, limits=limits, progress=False)
+    assert run.metrics()["status"].tolist() == ["failed", "done"]
+    assert "longer than the 8 s that a cell may take" in run.metrics()["error"][0]
+
+
+def test_what_a_resumed_sweep_takes_is_told_by_its_cells(notebook, tmp_path, capsys) -> None:
+    """Another text beside the cells changes nothing; other code does, and why nothing is taken is said."""
+    home = tmp_path / "home"
+    sha256 = plan(notebook, {}).spec.sha256
+    content = nbformat.read(notebook, as_version=4)
+    content.cells.insert(0, nbformat.v4.new_markdown_cell("A text."))
+    nbformat.write(content, notebook)
+    assert plan(notebook, {}).spec.sha256 == sha256
+    with Run.create(plan(notebook, {}).spec, "sweep-tiny", home):
+        pass
+
+    nowhere = ClusterSpec(kind="address", address="tcp://127.0.0.1:1", timeout=1)
+
+    def told(**options: bool) -> str:
+        with pytest.raises(BackendUnavailable):
+            sweep(notebook, {}, cluster=nowhere, home=home, progress=False, **options)
+        return capsys.readouterr().err
+
+    why = "--resume takes nothing: the code cells of tiny"
+    assert why not in told(resume=True)
+    content.cells[-1].source += "\n# changed"
+    nbformat.write(content, notebook)
+    assert why in told(resume=True)
+    assert why not in told(resume=True)  # that sweep was of these cells
+
+
 @pytest.mark.chaos
 def test_two_sweeps_share_a_folder(notebook, cluster, tmp_path) -> None:
     sweeps: dict[int, Run] = {}
@@ -252,15 +286,16 @@ def wait_until(process: subprocess.Popen, home: Path, count: int) -> None:
 
 
 def kill(process: subprocess.Popen, victim: str, rng: random.Random) -> bool:
-    """Kill the sweep, a worker or a kernel; whether there was one."""
-    target = psutil.Process(process.pid)
-    pool = [target]
-    if victim != "sweep":
-        word = {"worker": "spawn_main", "kernel": "ipykernel_launcher"}[victim]
-        pool = [child for child in target.children(recursive=True) if word in command_of(child)]
-    with suppress(psutil.NoSuchProcess, IndexError):
-        rng.choice(pool).send_signal(signal.SIGKILL)
-        return True
+    """Kill the sweep, a worker or a kernel, as soon as there is one; False where the sweep ends before."""
+    word = {"sweep": "", "worker": "spawn_main", "kernel": "ipykernel_launcher"}[victim]
+    while process.poll() is None:
+        with suppress(psutil.NoSuchProcess):
+            target = psutil.Process(process.pid)
+            pool = [child for child in target.children(recursive=True) if word in command_of(child)]
+            if pool or not word:
+                rng.choice(pool if word else [target]).send_signal(signal.SIGKILL)
+                return True
+        time.sleep(0.02)
     return False
 
 

@@ -93,8 +93,8 @@ def execute_notebook(
 ) -> str | None:
     """Execute a notebook into the folder of a run.
 
-    A cell that is tagged `raises-exception` may raise one. `sys.exit()` in a cell ends the notebook early,
-    and well; any other exit code is a failure.
+    A cell that is tagged `raises-exception` may raise one. `sys.exit()`, `quit()` or `exit()` in a cell ends
+    the notebook early, and well; any other exit code of `sys.exit` is a failure.
 
     Parameters
     ----------
@@ -116,7 +116,7 @@ def execute_notebook(
     Returns
     -------
     str or None
-        A sentence that says which cell ended the notebook by `sys.exit()`; None if all cells ran.
+        A sentence that says which cell ended the notebook early; None if all cells ran.
 
     Raises
     ------
@@ -239,6 +239,7 @@ def _error_line(cell: Any) -> str:
 def _engine(limits: ExecutionLimits, kernel_manager: type) -> Any:
     """papermill's engine, with limits of time and output."""
     from nbclient.exceptions import CellExecutionError, CellTimeoutError
+    from nbformat.v4 import new_output
     from papermill.clientwrap import PapermillNotebookClient
     from papermill.engines import Engine
     from traitlets import Float
@@ -255,6 +256,12 @@ def _engine(limits: ExecutionLimits, kernel_manager: type) -> Any:
                     self.nb_man.cell_start(cell, index)
                     self.execute_cell(cell, index)
                 except CellExecutionError as error:
+                    if all(output.output_type != "error" for output in cell.outputs):
+                        # IPython prints groups of exceptions itself, and rich does so with all errors.
+                        lines, kind = error.traceback.splitlines(), error.ename or "an error"
+                        cell.outputs.append(
+                            new_output("error", ename=kind, evalue=error.evalue, traceback=lines)
+                        )
                     self.nb_man.cell_exception(self.nb.cells[index], cell_index=index, exception=error)
                     if not limits.keep_going or "SystemExit" in str(error.ename):
                         break
@@ -263,6 +270,12 @@ def _engine(limits: ExecutionLimits, kernel_manager: type) -> Any:
                     raise
                 finally:
                     self.nb_man.cell_complete(self.nb.cells[index], cell_index=index)
+
+        def end_if_asked(self, execute_reply: Any, **_: Any) -> None:
+            """End at IPython's `quit()` and `exit()` as at `sys.exit()`: the kernel stops in a moment."""
+            payload = execute_reply["content"].get("payload") or () if execute_reply else ()
+            if any(part.get("source") == "ask_exit" for part in payload):
+                raise CellExecutionError("", "SystemExit", "")
 
         def output(self, outs: Any, msg: Any, display_id: Any, cell_index: int) -> Any:
             before = self.output_bytes.get(cell_index, 0)
@@ -279,14 +292,16 @@ def _engine(limits: ExecutionLimits, kernel_manager: type) -> Any:
     class LimitedEngine(Engine):
         @classmethod
         def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, **options: Any) -> None:
-            LimitedClient(
+            client = LimitedClient(
                 nb_man,
                 kernel_name=kernel_name,
                 kernel_manager_class=kernel_manager,
                 timeout=limits.cell_seconds,
                 startup_timeout=60,
                 log=logging.getLogger("papermill"),
-            ).execute()
+            )
+            client.on_cell_executed = client.end_if_asked
+            client.execute()
 
     return LimitedEngine
 

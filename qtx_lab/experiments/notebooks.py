@@ -285,6 +285,8 @@ def _language(metadata: Mapping[str, Any]) -> str:
     if stated:
         return str(stated)
     # conda's kernels are named as "conda-env-lab-py", and "conda-env-lab-r" for R.
+    if conda := re.fullmatch(r"conda-(?:env-.+|root|base)-(\w+)", name):
+        return "python" if conda[1].startswith("py") else conda[1]
     if re.search(r"python|(^|[-_.])py([0-9 ]|$)", f"{name} {kernel.get('display_name', '')}".lower()):
         return "python"
     from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel

@@ -54,13 +54,13 @@ def replay(
     Returns
     -------
     RunComparison
-        Of the run (a) and the new one (b). Its `reproduced` says whether all metrics are equal bit for bit,
-        or within their intervals.
+        Of the run (a) and the new one (b). Its `reproduced` says whether both ended alike and all metrics are
+        equal bit for bit, or within their intervals.
 
     Raises
     ------
     ArgumentError
-        If no run fits, or it is of a kind that cannot be run again.
+        If no run fits, it is still running, or it is of a kind that cannot be run again.
     BackendUnavailable
         If `install` is asked for and pip cannot install a distribution.
     RunFailed
@@ -83,6 +83,10 @@ def replay(
     check_flags(install=install, progress=progress)
     check_functions(stop=stop)
     original = run if isinstance(run, Run) else find_run(run, home)
+    if original.status == "running":
+        raise ArgumentError(
+            f"{original.path.name} is still running: only a run that has ended is compared with its replay."
+        )
     where = original.path.parent
     spec = spec_of(original)
     if install and (differing := environment_differences(original)):

@@ -200,7 +200,8 @@ def compare_runs(a: Run | str | Path, b: Run | str | Path, home: str | Path | No
     return RunComparison(
         first.path.name,
         second.path.name,
-        *(str(manifest["status"]) for manifest in manifests),
+        str(manifests[0]["status"]),
+        str(manifests[1]["status"]),
         spec=_differences(_spec_of(manifests[0]), _spec_of(manifests[1])),
         code=(*_notebook_differences(first, second), *_package_differences(first, second)),
         environment=_differences(environment_of(first), environment_of(second)),

@@ -195,6 +195,19 @@ def test_an_error_is_told_by_its_type_and_first_line_and_expected_ones_are_not_t
     assert Path("went on").exists()
 
 
+@pytest.mark.parametrize(
+    ("cell", "error"),
+    [
+        ("raise ExceptionGroup('two', [ValueError(1), KeyError(2)])", r"ExceptionGroup: two \(2 sub-"),
+        ("get_ipython().showtraceback = lambda *args, **options: None\n1 / 0", "ZeroDivisionError: division"),
+    ],
+)
+def test_an_error_that_ipython_does_not_show_is_told(cell, error, tmp_path) -> None:
+    path = notebook(tmp_path / "a.ipynb", "", cell)
+    with pytest.raises(RunFailed, match=error):
+        run_notebook(path, home=tmp_path / "home", progress=False)
+
+
 def test_sys_exit_is_told_and_ends_a_notebook_well(tmp_path) -> None:
     path = notebook(tmp_path / "a.ipynb", "code = 0", "import sys\nsys.exit(code)", "1 / 0")
     run = run_notebook(path, home=tmp_path / "home", progress=False)
@@ -202,6 +215,20 @@ def test_sys_exit_is_told_and_ends_a_notebook_well(tmp_path) -> None:
     assert "called sys.exit(): the cells after it did not run" in run.manifest["results"]["summary"][0]
     with pytest.raises(RunFailed, match=r"cell \[\d\] \(import sys\) with sys.exit\(2\)"):
         run_notebook(path, {"code": 2}, home=tmp_path / "home", progress=False)
+
+
+@pytest.mark.parametrize("call", ["quit()", "exit()", "get_ipython().ask_exit()"])
+def test_quit_is_told_and_ends_a_notebook_as_sys_exit_does(call, tmp_path) -> None:
+    """Jupyter's kernel goes on for a tenth of a second: the cells after it must not begin."""
+    path = notebook(tmp_path / "a.ipynb", "", call, f"open({str(tmp_path / 'began')!r}, 'w')")
+    content = nbformat.read(path, as_version=4)
+    content.cells[1].metadata["tags"] = ["raises-exception"]
+    nbformat.write(content, path)
+    limits = ExecutionLimits(keep_going=True)
+    run = run_notebook(path, home=tmp_path / "home", progress=False, limits=limits)
+    assert run.status == "done"
+    assert "the cells after it did not run" in run.manifest["results"]["summary"][0]
+    assert not (tmp_path / "began").exists()
 
 
 @pytest.mark.parametrize("limits", [{"cell_seconds": 1.5}, {"seconds": 4}])

@@ -293,6 +293,9 @@ def test_a_cell_that_is_not_python_is_told_by_its_line(tmp_path) -> None:
         ({"name": "conda-root-py"}, True),
         ({"name": "venv", "display_name": "Python 3.12 (venv)"}, True),
         ({"name": "conda-env-stats-r", "display_name": "R [conda env:stats]"}, False),
+        ({"name": "conda-env-py311-r", "display_name": ""}, False),
+        ({"name": "conda-env-python-tools-julia"}, False),
+        ({"name": "conda-base-py"}, True),
         ({"name": "julia-1.11", "display_name": "Julia 1.11"}, False),
     ],
 )

@@ -143,6 +143,11 @@ def test_what_cannot_be_replayed_is_refused_and_what_differs_is_named(tmp_path, 
     with pytest.raises(ArgumentError, match="holds no notebook"):
         replay(run)
     assert environment_differences(run) == ()
+    open_run = Run.create(NotebookSpec(notebook="n"), "open", tmp_path)
+    with pytest.raises(ArgumentError, match=f"{open_run.path.name} is still running"):
+        replay(open_run)
+    said = CliRunner().invoke(main, ["replay", str(open_run.path)])
+    assert (said.exit_code, len(said.stderr.splitlines())) == (2, 1)
     file = run.path / "requirements.txt"
     file.write_text(file.read_text().replace("numpy==", "numpy==0.") + "gone==1.0\n")
     assert [difference.name for difference in environment_differences(run)] == ["gone", "numpy"]

@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from ..errors import SpecError
 from .problems import problems_of
@@ -53,6 +53,29 @@ class Spec(BaseModel):
     def groups(cls) -> dict[str, str]:
         """The heading under which a form shows each field."""
         return {name: schema["group"] for name, schema in cls.model_json_schema()["properties"].items()}
+
+    def unused_fields(self) -> dict[str, str]:
+        """The fields that nothing uses while the others are as they are, with what each of them is for."""
+        return {}
+
+    @model_validator(mode="after")
+    def _refuse_unused_fields(self) -> Self:
+        """Refuse fields that were given and would be ignored.
+
+        Where every field is given, as forms, YAML and records of runs give them, those of what is not chosen
+        are no request: a form remembers them until they are chosen again.
+        """
+        if len(self.model_fields_set) == len(type(self).model_fields):
+            return self
+        defaults, given = type(self).model_fields, self.to_parameters()
+        refused = [
+            f"{name}={given[name]!r} is not allowed {reason}."
+            for name, reason in self.unused_fields().items()
+            if dict(self)[name] != defaults[name].default
+        ]
+        if refused:
+            raise ValueError(" ".join(refused))
+        return self
 
     @property
     def identity(self) -> str:

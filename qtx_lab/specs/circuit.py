@@ -30,6 +30,9 @@ IBM_FIELDS = (
 )
 """The fields that go to the backend of an IBM device as they are."""
 
+HYBRID_LIMITS = ("max_qubits", "min_fidelity", "max_pending")
+"""The fields of `HybridPolicy`."""
+
 
 def _loader_name(name: str) -> str:
     from ..circuits import make_loader  # loads qiskit
@@ -66,6 +69,8 @@ LoaderName = Annotated[str, AfterValidator(_loader_name), AnyOf(_loader_names)]
 
 class CircuitSpec(Spec):
     """How rows become circuits, and on which device or simulator those run.
+
+    Limits of the hybrid mode are refused without it, unless all fields are given, as by a form or by YAML.
 
     Examples
     --------
@@ -245,6 +250,12 @@ class CircuitSpec(Spec):
 
     def _changed_fields(self) -> set[str]:
         return {name for name, value in self if value != type(self).model_fields[name].default}
+
+    def unused_fields(self) -> dict[str, str]:
+        """The limits of the hybrid mode where that is off; see `Spec.unused_fields`."""
+        if self.hybrid_mode:
+            return {}
+        return dict.fromkeys(HYBRID_LIMITS, "with hybrid_mode=False: it is a limit of the hybrid mode")
 
     def build(self, **options: Any) -> QiskitQuantumBackend:
         """The backend; `options` go to it too, as `service`, `confirm` and `run_dir` for IBM's devices."""

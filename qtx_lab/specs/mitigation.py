@@ -14,11 +14,15 @@ from .fields import Real, Switch, Whole, each_once, field, python_number, real_n
 if TYPE_CHECKING:
     from ..mitigation import CircuitMitigation, MitigationPlanner, ProbabilisticErrorCancellation
 
+LEVEL_METHODS = ("zne", "shared-decay", "corrected-decay")
+"""The methods that measure at several levels of noise."""
+
 
 class MitigationSpec(Spec):
     """What is done about a device's noise.
 
     Outcomes on masked keys and on padding are always thrown away: that costs nothing, so no field is needed.
+    A field that the method does not use is refused, unless all fields are given, as by a form or by YAML.
 
     Examples
     --------
@@ -104,12 +108,29 @@ class MitigationSpec(Spec):
             raise ValueError(
                 f"instances={self.instances} and precision={self.precision} exclude each other: give one."
             )
-        if self.method in ("zne", "shared-decay", "corrected-decay"):
+        if self.method in LEVEL_METHODS:
             try:
                 self.build(num_keys=2)
             except ArgumentError as error:  # it names noise_levels
                 raise ValueError(str(error)) from None
         return self
+
+    def unused_fields(self) -> dict[str, str]:
+        """The fields of other methods; see `Spec.unused_fields`."""
+        chosen, unused = f"with method={self.method!r}", {}
+        if self.method == "planner":
+            unused["readout"] = f"{chosen}, which decides about readout by itself"
+        if self.method not in LEVEL_METHODS:
+            for name in ("noise_levels", "scaling"):
+                unused[name] = f"{chosen}: it is for {', '.join(LEVEL_METHODS)}"
+        if self.method != "zne":
+            unused["extrapolation"] = f"{chosen}: it is for zne"
+        if self.method != "zne" or self.extrapolation != "polynomial":
+            chosen_curve = f" and extrapolation={self.extrapolation!r}" if self.method == "zne" else ""
+            unused["degree"] = f"{chosen}{chosen_curve}: it is for zne with extrapolation='polynomial'"
+        if self.method != "pec":
+            unused |= dict.fromkeys(("instances", "precision"), f"{chosen}: it is for pec")
+        return unused
 
     def build(
         self, num_keys: int | None = None

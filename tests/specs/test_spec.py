@@ -37,6 +37,7 @@ from qtx_lab.specs import (
     TrainSpec,
 )
 from qtx_lab.training.cluster import open_cluster
+from qtx_lab.widgets.workbench.tabs.code_parts import changed_fields
 
 SOAK = os.environ.get("QTX_LAB_SOAK", "0") not in ("", "0")
 
@@ -288,6 +289,20 @@ def test_each_problem_names_its_field() -> None:
         (MitigationSpec, {"method": "pec", "instances": 8, "precision": 0.1}, "exclude each other"),
         (MitigationSpec, {"method": "pec", "precision": 1}, "precision"),
         (MitigationSpec, {"noise_levels": [float("inf")]}, "finite"),
+        (MitigationSpec, {"method": "pec", "degree": 3}, "degree=3 .* method='pec': it is for zne"),
+        (MitigationSpec, {"noise_levels": [1, 3]}, r"noise_levels=\[1.0, 3.0\] .* method='none': it is for"),
+        (MitigationSpec, {"method": "zne", "precision": 0.1}, "precision=0.1 .* method='zne': .* pec"),
+        (MitigationSpec, {"method": "zne", "degree": 3}, "degree=3 .* extrapolation='linear'"),
+        (
+            MitigationSpec,
+            {"method": "distillation", "scaling": "model"},
+            "scaling='model' .*'distillation': it is for",
+        ),
+        (MitigationSpec, {"method": "shared-decay", "extrapolation": "exponential"}, "it is for zne"),
+        (MitigationSpec, {"method": "planner", "readout": True}, "readout=True .* decides about readout"),
+        (MitigationSpec, {"method": "planner", "instances": 8, "degree": 3}, "degree=3.* instances=8"),
+        (CircuitSpec, {"max_qubits": 3}, "max_qubits=3 .* hybrid_mode=False"),
+        (CircuitSpec, {"hybrid_mode": False, "max_pending": 0}, "max_pending=0 .* limit of the hybrid mode"),
         (ClusterSpec, {"kind": "address"}, "address=None"),
         (ClusterSpec, {"kind": "local", "devices": [0]}, "devices"),
         (ControlSpec, {"names": ["topk", "perform"]}, "Did you mean 'performer'"),
@@ -298,6 +313,23 @@ def test_each_problem_names_its_field() -> None:
 def test_fields_that_contradict_each_other_are_refused(kind, fields, says) -> None:
     with pytest.raises(SpecError, match=says):
         kind(**fields)
+
+
+@pytest.mark.parametrize("method", ["none", "planner", "pec", "distillation", "zne"])
+def test_forms_may_hold_fields_of_what_is_not_chosen(method) -> None:
+    """A form, YAML and a run's record have all fields, also those that were set for another method."""
+    held = {"noise_levels": [1, 3], "degree": 3, "scaling": "model", "instances": 8, "readout": True}
+    every = {**MitigationSpec().to_parameters(), **held, "method": method}
+    spec = MitigationSpec(**every)
+    assert MitigationSpec.from_yaml(spec.to_yaml()) == spec
+    assert MitigationSpec.problems(every) == {}
+    read = MitigationSpec(**changed_fields(spec))  # what a tab gives as Python to copy
+    used = set(every) - set(spec.unused_fields())
+    assert all(dict(read)[name] == dict(spec)[name] for name in used)
+    assert type(read.build(4)) is type(spec.build(4))
+    circuit = CircuitSpec(**{**CircuitSpec().to_parameters(), "max_qubits": 3})
+    assert CircuitSpec.from_yaml(circuit.to_yaml()).max_qubits == 3
+    assert changed_fields(circuit) == {}
 
 
 def test_specs_build_what_they_describe() -> None:

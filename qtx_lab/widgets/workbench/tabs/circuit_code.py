@@ -39,7 +39,9 @@ def mitigation_code(
         The fields of the forms.
     """
     spec = MitigationSpec(**mitigation)
-    fields = changed_fields(spec) | {"readout": spec.readout}  # its default depends on the method
+    fields = changed_fields(spec)
+    if "readout" not in spec.unused_fields():  # its default depends on the method
+        fields["readout"] = spec.readout
     return (
         _rows_code(source, rows, circuit)
         + _counts_code(source["seed"])

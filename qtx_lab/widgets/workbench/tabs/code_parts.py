@@ -37,12 +37,12 @@ def call(function: str, *arguments: Any, **named: Any) -> str:
 
 
 def changed_fields(spec: Spec) -> dict[str, Any]:
-    """The fields of a spec that are not at their defaults, as plain values."""
-    values = spec.to_parameters()
+    """The fields of a spec that are used and not at their defaults, as plain values."""
+    values, unused = spec.to_parameters(), spec.unused_fields()
     return {
         name: value
         for name, value in values.items()
-        if dict(spec)[name] != type(spec).model_fields[name].default
+        if name not in unused and dict(spec)[name] != type(spec).model_fields[name].default
     }
 
 

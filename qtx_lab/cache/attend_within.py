@@ -76,7 +76,7 @@ class _Centre:
     Parameters
     ----------
     offset : Tensor, (h, r, 1)
-        What is taken off all logits, so that no weight overflows.
+        What is taken off all logits, so that no weight overflows, beside the block's `common`.
     masses : Tensor, (h, r, n)
         exp(l_j) of the keys in H, a_j of the others.
     normaliser : Tensor, (h, r, 1)
@@ -108,7 +108,7 @@ class BoundedRows:
     ----------
     output : Tensor, (N, M, d)
     bound : Tensor, (N, M)
-        E; 0 for exact rows.
+        E; for exact rows how far the output's own precision may move it.
     log_sum_exp : Tensor, (N, M)
     keys_read : Tensor, int64, (N, M)
     draws : Tensor, int64, (N, M)
@@ -145,17 +145,25 @@ class _Block:
         self.features = store.features
         self.table = store.table[heads, : store.length]
         self.x = call.rows[block] * call.scale  # [h, r, E]
+        self.block = block
+        # Logits are those of the keys less their centre: a large part that all have in common rounds nothing.
+        self.key_centre = sketch.centre[heads]  # [h, 1, E]
+        self.common = torch.einsum("hre,he->hr", self.x, self.key_centre[:, 0])[..., None]
         self.sinks = None if call.sinks is None else call.sinks[block][..., None]
+        if call.softcap is None and self.sinks is not None:
+            self.sinks = self.sinks - self.common
         self.stream = call.stream(store)[heads, :]
         self.queries = torch.arange(part.start, part.stop, device=self.x.device) % max(1, call.positions)
         self.guessed = value_sketch.values(heads)  # u, [h, n, d]
         self.misses = value_sketch.errors(heads)[:, None]  # e, [h, 1, n]
         self.guessed_square = self.guessed.square().sum(-1)[:, None]
+        # What squares of small numbers may lose below the range of normal numbers, [h, 1, 1].
+        tiny = self.guessed.shape[-1] * torch.finfo(self.guessed.dtype).tiny
+        self.tiny_square = tiny * self.guessed.abs().amax((1, 2)).sign()[:, None, None]
         places = store.places(heads)[:, None]
         scores, slack = sketch.score(self.x, heads), sketch.score_bounds(self.x, heads)
         places = places.expand_as(scores)
-        centre = torch.einsum("hre,he->hr", self.x, sketch.centre[heads, 0])[..., None]
-        self.logits = self._capped(torch.empty_like(scores).scatter_(-1, places, scores) + centre)
+        self.logits = self._capped(torch.empty_like(scores).scatter_(-1, places, scores))
         self.slack = torch.empty_like(scores).scatter_(-1, places, slack)  # b; 0 once a key was read
         self.known = torch.zeros_like(scores, dtype=torch.bool)  # H
         self.read = torch.zeros_like(self.known, dtype=torch.int8)  # 1 for H and what was drawn
@@ -163,9 +171,14 @@ class _Block:
         self.read_valid: list[Tensor] = []
 
     def _capped(self, logits: Tensor) -> Tensor:
-        """The softcap changes no two logits to be farther apart."""
+        """Logits (h, r, T) of centred keys, capped as a whole, which brings no two of them farther apart."""
         cap = self.call.softcap
-        return logits if cap is None else cap * torch.tanh(logits / cap)
+        return logits if cap is None else cap * torch.tanh((logits + self.common) / cap)
+
+    def _logits_of(self, keys: Tensor) -> Tensor:
+        """Logits (h, r, T) of keys (h, r, T, E), as in `logits`."""
+        centred = keys - self.key_centre[:, None]
+        return self._capped(torch.einsum("hre,hrte->hrt", self.x, centred))
 
     # --- Keys that are read for sure ---
 
@@ -173,7 +186,7 @@ class _Block:
         """Read keys (h, r, T) where `valid`: their exact logits (h, r, T), and their values (h, r, T, d)."""
         rows = rows_at(self.table, indices).to(self.x.dtype)
         keys, values = rows[..., : self.features], rows[..., self.features :]
-        logits = self._capped(torch.einsum("hre,hrte->hrt", self.x, keys))
+        logits = self._logits_of(keys)
         # A key that was drawn twice, or read before, is read once.
         ordered, place = indices.masked_fill(~valid, -1).sort(dim=-1, stable=True)
         first = F.pad(ordered[..., 1:] != ordered[..., :-1], (1, 0), value=True)
@@ -214,7 +227,8 @@ class _Block:
         eps = torch.finfo(output.dtype).eps
         square = output.square().sum(-1, keepdim=True)
         distance = self.guessed_square - 2 * output @ self.guessed.mT + square
-        distance = (distance.clamp_min(0) + ROUNDED_SUMS * eps * (self.guessed_square + square)).sqrt()
+        rounded = eps * (self.guessed_square + square) + self.tiny_square
+        distance = (distance.clamp_min(0) + ROUNDED_SUMS * rounded).sqrt()
         usual = (masses * distance).sum(-1, keepdim=True) / some
         shift = SHIFT * usual + self.promise.tolerance * square.sqrt()
         bounds = (upper - masses) * (distance.square() + shift.square()).sqrt() + upper * self.misses
@@ -237,7 +251,12 @@ class _Block:
     def rounding(self, output: Tensor, size: Tensor) -> Tensor:
         """How far rounding may move an output, (h, r)."""
         sums = ROUNDED_SUMS * torch.finfo(output.dtype).eps * (size + output.norm(dim=-1))
-        return sums + torch.finfo(self.table.dtype).eps / 2 * output.norm(dim=-1)
+        return sums + self.stored_rounding(output)
+
+    def stored_rounding(self, output: Tensor) -> Tensor:
+        """How far an output (h, r, d) may move as it is stored in the cache's precision, (h, r)."""
+        about, width = torch.finfo(self.table.dtype), output.shape[-1]
+        return about.eps / 2 * (output.norm(dim=-1) + math.sqrt(width) * about.tiny)
 
     def plan(self, centre: _Centre) -> _Plan:
         """The fewest reads, (h, r): of keys with the largest bounds, and draws from the others."""
@@ -286,6 +305,9 @@ class _Block:
         draws = _DrawnResidual(self, centre, plan)
         output, bound, normaliser, done = draws.until_kept()
         log_sum_exp = normaliser.log() + centre.offset[..., 0]
+        drawn = self._draws(log_sum_exp)
+        if self.call.softcap is None:
+            log_sum_exp = log_sum_exp + self.common[..., 0]
         exact = ~done
         rows = BoundedRows(
             output,
@@ -294,7 +316,7 @@ class _Block:
             self.read.sum(-1),
             draws.count,
             exact,
-            *self._draws(log_sum_exp),
+            *drawn,
         )
         return self._exact(rows) if bool(exact.any()) else rows
 
@@ -305,24 +327,31 @@ class _Block:
             return none.long(), none
         indices, valid = torch.cat(self.read_indices, -1), torch.cat(self.read_valid, -1)
         keys = rows_at(self.table, indices).to(self.x.dtype)[..., : self.features]
-        logits = self._capped(torch.einsum("hre,hrte->hrt", self.x, keys))
+        logits = self._logits_of(keys)
         return indices, (logits - log_sum_exp[..., None]).exp() * valid
 
     def _exact(self, rows: BoundedRows) -> BoundedRows:
-        """The same with exact rows where they are to be exact."""
+        """The same with exact rows where they are to be exact.
+
+        In float64, because a row that draws cannot keep is often one whose values cancel.
+        """
         exact, n = rows.exact, self.logits.shape[-1]
         heads = exact.any(-1)
-        table = self.table[heads].to(self.x.dtype)
-        logits = self._capped(self.x[heads] @ table[..., : self.features].mT)
+        table = self.table[heads].double()
+        logits = self.call.rows[self.block][heads].double() * self.call.scale @ table[..., : self.features].mT
+        if self.call.softcap is not None:
+            logits = self.call.softcap * torch.tanh(logits / self.call.softcap)
         largest = logits.amax(-1, keepdim=True)
-        if self.sinks is not None:
-            largest = torch.maximum(largest, self.sinks[heads])
+        sinks = None if self.call.sinks is None else self.call.sinks[self.block][heads, :, None].double()
+        if sinks is not None:
+            largest = torch.maximum(largest, sinks)
         p = (logits - largest).exp()
         total = p.sum(-1, keepdim=True)
-        if self.sinks is not None:
-            total = total + (self.sinks[heads] - largest).exp()
+        if sinks is not None:
+            total = total + (sinks - largest).exp()
         p, log_sum_exp = p / total, largest + total.log()
-        output = p @ table[..., self.features :]
+        output = (p @ table[..., self.features :]).to(rows.output.dtype)
+        p, log_sum_exp = p.to(rows.weights.dtype), log_sum_exp.to(rows.log_sum_exp.dtype)
         width = rows.indices.shape[-1]
         indices, weights = (F.pad(x, (0, max(0, n - width))) for x in (rows.indices, rows.weights))
         every = torch.arange(n, device=p.device).expand_as(p)
@@ -334,7 +363,7 @@ class _Block:
         weights[heads] = torch.where(this, F.pad(p, padding), weights[heads])
         return replace(
             rows,
-            bound=rows.bound.masked_fill(exact, 0),
+            bound=torch.where(exact, self.stored_rounding(rows.output), rows.bound),
             keys_read=rows.keys_read.masked_fill(exact, n),
             indices=indices,
             weights=weights,
@@ -502,6 +531,12 @@ def _estimate(
         )
     tiny = torch.finfo(rows.bound.dtype).tiny
     relative = rows.bound / rows.output.norm(dim=-1).clamp_min(tiny)
+    small = int((relative > promise.tolerance).sum())
+    if small:
+        fallbacks += (
+            f"{small:,} of {total:,} rows may miss tolerance={promise.tolerance:g} by rounding alone: their "
+            f"outputs are too small for {str(store.table.dtype).removeprefix('torch.')}.",
+        )
     draws = Draws(rows.indices, rows.weights, rows.weights, 1)
     return AttentionEstimate(
         output=rows.output.view(*row_shape, store.width).to(store.table.dtype),

@@ -54,8 +54,9 @@ depend on the sketches and on the keys read alone. A row for which that would ta
 keys is computed exactly.
 
 The probability is over the draws of this call alone: keys, values and queries may be anything, and may have
-been chosen in sight of earlier draws. Exactness is up to the rounding of the logits and sums in the cache's
-precision.
+been chosen in sight of earlier draws. It is up to rounding: logits, of the keys less their mean, and sums are
+rounded in the cache's precision (float32 at the least), of which `rounding` in `attend_within` takes account
+in the bound; rows that are computed exactly are so in float64.
 
 Sources: Pinelis, Optimum bounds for the distributions of martingales in Banach spaces (1994), th. 3.2; Fan,
 Grama and Liu, Exponential inequalities for martingales with applications (2015); Howard, Ramdas, McAuliffe
@@ -103,11 +104,11 @@ def error_bound(radius: Tensor, normaliser: Tensor, moved: Tensor, shift: Tensor
     tensor(0.1000)
     """
     tiny = torch.finfo(radius.dtype).tiny
-    a = radius / normaliser.clamp_min(tiny)
-    slope = (a / shift.clamp_min(tiny)).square()  # (A / rho)^2
+    a, shift = radius / normaliser.clamp_min(tiny), shift.clamp_min(tiny)
+    slope = (a / shift).square()  # (A / rho)^2
     rest = 1 - slope
-    root = (slope.square() * moved.square() + rest * (a.square() + slope * moved.square())).clamp_min(0)
-    bound = (slope * moved + root.sqrt()) / rest.clamp_min(tiny)
+    root = a * ((moved / shift).square() + rest).clamp_min(0).sqrt()  # no square of A, which could be 0
+    bound = (slope * moved + root) / rest.clamp_min(tiny)
     return torch.where((normaliser > 0) & (rest > 0), bound, torch.inf)
 
 

@@ -262,6 +262,52 @@ def test_rows_whose_output_is_nearly_nothing_are_computed_exactly(generator):
     torch.testing.assert_close(est.attention_weights().sum(-1), torch.ones(4, 6))
 
 
+def common_part_of_keys(k, v):
+    """All logits have a large part in common, next to which float32 loses what tells them apart."""
+    k[..., 2] += 1e6
+    v -= 0.3
+
+
+def values_that_cancel(k, v):
+    """Outputs so small beside the values that sums in float32 lose them."""
+    k[:, 1::2] = k[:, ::2]
+    share = torch.linspace(1e-7, 4e-7, k.shape[1] // 2)[:, None]
+    v[:, 1::2] = -v[:, ::2] * (1 + share)
+
+
+def squares_below_all_numbers(k, v):
+    v[:] = (3 + 0.1 * v) * 3e-23
+
+
+ROUNDED = {f.__name__: f for f in (common_part_of_keys, values_that_cancel, squares_below_all_numbers)}
+
+
+@pytest.mark.parametrize("case", ROUNDED)
+def test_rounding_is_no_part_of_an_error(case, generator):
+    k, v = tokens(generator)
+    ROUNDED[case](k, v)
+    q = torch.randn(4, 40, 16, generator=generator)
+    est = qtx.SampledKVCache.build(k, v, proposal="int8").attend(q, tolerance=0.02, generator=generator)
+    expected = exact(q, k, v)
+    error, bound = relative_error(est.output, expected), est.info.predicted_relative_error
+    assert float(error.max()) <= 0.02
+    assert bool((error <= bound / (1 - bound) + 1e-5).all())
+    logits = (q.double() @ k.double().repeat_interleave(2, 0).mT) / 4
+    assert float((est.log_sum_exp - logits.logsumexp(-1)).abs().max() / logits.abs().max()) < 1e-2
+    dense = est.attention_weights().double()
+    where = dense > 0
+    ratio = dense[where] / logits.softmax(-1)[where]
+    assert 0.8 < float(ratio.min()) <= float(ratio.max()) < 1.25
+
+
+def test_outputs_that_a_precision_cannot_hold_are_named(generator):
+    k, v = (x.half() for x in tokens(generator))
+    est = cache_of(k, v * 5e-7).attend(torch.randn(2, 5, 16), tolerance=0.05, generator=generator)
+    assert "10 of 10 rows may miss tolerance=0.05 by rounding alone" in est.info.fallbacks[-1]
+    assert "float16" in est.info.fallbacks[-1]
+    assert float(est.info.predicted_relative_error.min()) > 0.05
+
+
 def test_rows_are_the_same_alone_and_among_others(generator):
     k, v = tokens(generator)
     q = torch.randn(4, 10, 16, generator=generator)

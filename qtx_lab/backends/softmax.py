@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..circuits import SoftmaxLoader
-from ..circuits.softmax import row_vectors
+from ..circuits.softmax import check_vectors, row_vectors
 from ..errors import ArgumentError, DtypeError, FallbackWarning, ShapeError
 from ..estimates import Draws
 from ..problem import AttentionProblem
@@ -26,16 +26,13 @@ from .sampler import all_discarded, deal
 
 def _check_rows(q: Tensor, k: Tensor, allowed: Tensor | None) -> None:
     """Refuse what `SoftmaxCircuitSampler.measure` does not take for queries and keys of rows."""
+    check_vectors(q, k, allowed)
     given = f"q has shape {tuple(q.shape)} and k {tuple(k.shape)}"
     if q.dim() != 2 or k.dim() not in (2, 3) or k.shape[-1] != q.shape[1]:
         raise ShapeError(f"{given}; they must be (R, d) and (R, n, d), or (n, d) for keys of all rows.")
     if k.dim() == 3 and len(k) != len(q):
         raise ShapeError(f"{given}; both must have as many rows.")
-    if allowed is None:
-        return
-    if allowed.dtype != torch.bool:
-        raise DtypeError(f"allowed is of {allowed.dtype}; it must be of torch.bool.")
-    if allowed.shape != (len(q), k.shape[-2]):
+    if allowed is not None and allowed.shape != (len(q), k.shape[-2]):
         raise ShapeError(
             f"allowed has shape {tuple(allowed.shape)}; it must be (R, n) = ({len(q)}, {k.shape[-2]})."
         )

@@ -270,10 +270,8 @@ class SoftmaxLoader(Loader):
 
     def _inputs(self, q: Tensor, k: Tensor, scale: float | None, allowed: Tensor | None) -> _Inputs:
         """Check queries and keys, and normalise them."""
+        check_vectors(q, k, allowed)
         for name, x in (("q", q), ("k", k)):
-            if not isinstance(x, Tensor) or not x.is_floating_point():
-                given = x.dtype if isinstance(x, Tensor) else type(x).__name__
-                raise DtypeError(f"{name} is {given}; it must be a floating-point tensor.")
             if not bool(x.isfinite().all()):
                 raise ArgumentError(f"{name} holds NaN or infinity; it must be finite.")
         if k.ndim == 2:
@@ -284,11 +282,8 @@ class SoftmaxLoader(Loader):
                 f"q has shape {tuple(q.shape)} and k {tuple(k.shape)}; they must be (R, {self.features}) and "
                 f"(R, n, {self.features}) for features={self.features}."
             )
-        if allowed is not None and (allowed.dtype != torch.bool or allowed.shape != k.shape[:2]):
-            raise ShapeError(
-                f"allowed is {allowed.dtype} {tuple(allowed.shape)}; it must be torch.bool "
-                f"{tuple(k.shape[:2])}."
-            )
+        if allowed is not None and allowed.shape != k.shape[:2]:
+            raise ShapeError(f"allowed has shape {tuple(allowed.shape)}; it must be {tuple(k.shape[:2])}.")
         scale = check_scale(scale)
         factor = self.features**-0.5 if scale is None else scale
         query = q.detach().to("cpu", torch.float64) * factor
@@ -339,6 +334,23 @@ class SoftmaxLoader(Loader):
             _multiplexed(circuit, angles, [*wires.block, wires.part], wires.signal)
         circuit.ry(-weight[0], wires.part)
         return circuit
+
+
+def check_vectors(q: object, k: object, allowed: object | None) -> None:
+    """Refuse queries and keys that are no tensors of real numbers, and masks that are none of booleans."""
+    for name, x in (("q", q), ("k", k)):
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            given = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise DtypeError(f"{name} is {given}; it must be a floating-point tensor.")
+        if x.is_meta:
+            raise DtypeError(f"{name} is on the device meta; it must hold numbers.")
+    if allowed is None:
+        return
+    if not isinstance(allowed, Tensor) or allowed.dtype != torch.bool:
+        given = allowed.dtype if isinstance(allowed, Tensor) else type(allowed).__name__
+        raise DtypeError(f"allowed is {given}; it must be a tensor of torch.bool.")
+    if allowed.is_meta:
+        raise DtypeError("allowed is on the device meta; it must hold True and False.")
 
 
 def row_vectors(logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from ..backends.requests import PlannedRun
 from ..checks import check_count, check_generator
 from ..circuits import check_rows
 from ..circuits.base import num_bits
+from ..errors import ArgumentError
 
 
 @dataclass(frozen=True)
@@ -31,13 +32,14 @@ class RandomFlips:
     Parameters
     ----------
     instances : int
-        Number of flips of a row, from 2 to 256, each with an equal share of the shots. They are drawn in
-        pairs of a flip and its opposite, so that every bit is flipped in half of them.
+        Number of flips of a row, even and from 2 to 256, each with an equal share of the shots. They are
+        drawn in pairs of a flip and its opposite, so that every bit is flipped in half of them. Fewer shots
+        than that have a flip each.
 
     Raises
     ------
     ArgumentError
-        If instances is out of its bounds.
+        If instances is odd or out of its bounds.
 
     Source: Smith, Khosla, Self and Kim, Qubit readout error mitigation with bit-flip averaging (2021); Koh,
     Koh and Thompson, Readout error mitigation for mid-circuit measurements and feedforward (2024).
@@ -56,6 +58,10 @@ class RandomFlips:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "instances", check_count("instances", self.instances, 2, 256))
+        if self.instances % 2:
+            raise ArgumentError(
+                f"instances={self.instances} is not allowed: it must be even: flips are drawn in pairs."
+            )
 
     @property
     def name(self) -> str:

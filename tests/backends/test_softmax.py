@@ -1,5 +1,7 @@
 """`SoftmaxCircuitSampler`: attention by circuits that are given queries and keys, on simulators and twins."""
 
+from functools import partial
+
 import pytest
 import torch
 from scipy.stats import binom
@@ -52,6 +54,25 @@ def test_rows_of_another_shape_are_refused(q, k, allowed, error, words):
     sampler = qtx.SoftmaxCircuitSampler(qtx.QiskitQuantumBackend("aer"), degree=5)
     with pytest.raises(error, match=words):
         sampler.measure(torch.zeros(q), torch.zeros(k), 10, allowed=allowed)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "words"),
+    [
+        ("q", [[1.0, 2.0]] * 3, "q is list"),
+        ("q", torch.zeros(3, 2, device="meta"), "q is on the device meta"),
+        ("k", torch.zeros(5, 2).long(), "k is torch.int64"),
+        ("allowed", [[True] * 5] * 3, "allowed is list"),
+        ("allowed", torch.ones(3, 5, device="meta") > 0, "allowed is on the device meta"),
+    ],
+)
+def test_what_is_no_tensor_of_numbers_is_refused(name, given, words):
+    arguments = {"q": torch.zeros(3, 2), "k": torch.zeros(5, 2), "allowed": None, name: given}
+    sampler = qtx.SoftmaxCircuitSampler(qtx.QiskitQuantumBackend("aer"), degree=5)
+    loader = sampler.loader(2)
+    for call in (partial(sampler.measure, shots=10), loader.expected, loader.vector_angles):
+        with pytest.raises(DtypeError, match=words):
+            call(**arguments)
 
 
 def test_it_is_a_sampler_of_attention(problem, generator):

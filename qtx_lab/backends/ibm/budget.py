@@ -58,8 +58,9 @@ class Budget:
     seconds : float
         The quantum time, >= 0.
     days : float or None
-        Only jobs of the last so many days count, as on IBM's Open Plan, which gives 10 minutes per 28 days;
-        None: all jobs count.
+        Only jobs that were recorded in the last so many days count, and those that have not ended, as on
+        IBM's Open Plan, which gives 10 minutes per 28 days; None: all jobs count. A job is recorded just
+        before it is sent: one that waited in the queue leaves the budget that much earlier than IBM's plan.
 
     Examples
     --------

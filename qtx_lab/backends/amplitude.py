@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,6 +22,7 @@ from ..circuits.resources import resources
 from ..errors import ArgumentError, BackendUnavailable, DtypeError, ShapeError, unknown_name
 from .aer import AerEngine
 from .amplitude_fit import (
+    PLANE_PARTS,
     FittedDecay,
     Hits,
     candidates,
@@ -28,10 +31,10 @@ from .amplitude_fit import (
     sum_of_estimates,
 )
 from .amplitude_plan import AmplitudePlan, AmplitudeProbabilities, Measured, best_shares
-from .counts import draw_counts, rows_at_once
+from .counts import draw_counts, rows_at_once, tally
 from .ibm.target import TargetEngine
 from .noise import fake_devices
-from .qiskit import QiskitQuantumBackend
+from .qiskit import MAX_SHOTS_PER_ROW, QiskitQuantumBackend
 from .requests import PlannedRun
 
 MAX_ITERATES = 1024
@@ -43,6 +46,12 @@ MAX_VALUE = 1e150
 SEED_STEP = 4 * MAX_ITERATES
 """Distance of the seeds of two bindings of a circuit: numbers of iterates, in either stage, have seeds beside
 each other."""
+
+LEAST_CONTRAST = 1e-3
+"""Least contrast that is expected: what errors leave of it is below, and the hits say nothing."""
+
+WEAK_NOISE = 0.2
+"""Most errors of a circuit with one iterate for which intervals cover; see `AmplitudeEstimator`."""
 
 PROBED_ITERATES = 4
 """Iterates of the circuit whose errors, less those of the circuit without iterates, predict the decay."""
@@ -114,6 +123,9 @@ class AmplitudeEstimator:
     iterates and measure. Iterates are chosen for the decay of the contrast that the device's calibration
     predicts, and the decay is fitted to the measured hits.
 
+    Where a shot of one iterate has more than .2 errors, as expected by the calibration, a warning says so:
+    what the noise leads to is then not known well enough, and intervals may be too short.
+
     All loads are counted: a shot after k iterates takes 2k + 1 uses of the loader or its inverse. The row is
     known here, so that a classical computer computes the exact output by n multiplications; every result has
     it as `exact`.
@@ -165,7 +177,8 @@ class AmplitudeEstimator:
         v : Tensor, (n,), (n, d) or (R, n, d)
             Values; without d, there is one coordinate.
         loads : int
-            Most uses of the row's loader and its inverse for each output, that is for a row and a coordinate.
+            Most uses of the row's loader and its inverse for each output, that is for a row and a coordinate;
+            16,777,216 at most.
         confidence : float
             Of the intervals, between 0 and 1.
         generator : torch.Generator, optional
@@ -182,8 +195,10 @@ class AmplitudeEstimator:
         """
         confidence = check_number("confidence", confidence, above=0, below=1)
         check_generator(generator)
+        loads = check_count("loads", loads, most=MAX_SHOTS_PER_ROW)
         plan = self.plan(p, v, loads)
         p, v3, shape = _checked(p, v)
+        self._warn_of_strong_noise(plan)
         seed = int(torch.randint(2**31 - 1, (), generator=generator))
         engine, n = self.backend.engine, p.shape[-1]
         with engine.reserved(self._runs(plan, plan.shots, plan.left)):
@@ -283,7 +298,10 @@ class AmplitudeEstimator:
             return centre, centre.clone(), centre.clone(), FittedDecay()
         data = Hits(plan.iterates, hits, measured.shots.double(), plan.mixed)
         fitted = fit_angles(data, expected=plan.expected, confidence=confidence, method=self.method)
-        rest, spread = _residual(plan, counts, fitted.decay[..., 0], confidence)
+        rest, spread = _residual(
+            plan, counts, fitted.decay[..., 0], fitted.decay_std_error[..., 0], confidence
+        )
+        ends = plan.residual.amin(-1), plan.residual.amax(-1)
         starts = torch.cat([torch.ones(1, dtype=torch.bool), plan.output.diff() > 0]).nonzero()[:, 0]
         lengths = torch.diff(starts, append=torch.tensor([len(plan.output)]))
         place = torch.arange(len(plan.output)) - starts.repeat_interleave(lengths)
@@ -291,8 +309,9 @@ class AmplitudeEstimator:
         table = hits.new_zeros(4, *batch, rows * d, int(place.max()) + 2)
         for i, x in enumerate((fitted.value, fitted.lower, fitted.upper, plan.weights)):
             table[i][..., plan.output, place] = x.expand_as(fitted.value)
-        for i, x in enumerate((rest, rest - spread, rest + spread, torch.ones_like(rest))):
-            table[i][..., -1] = x.flatten(-2)
+        for i, x in enumerate((rest, rest - spread, rest + spread)):
+            table[i][..., -1] = torch.minimum(torch.maximum(x, ends[0]), ends[1]).flatten(-2)
+        table[3][..., -1] = 1
         parts = sum_of_estimates(*table)
         values, lower, upper = (plan.centre + x.view(*batch, rows, d) for x in parts)
         contrast, per_iterate, shift = fitted.decay.reshape(-1, 3).mean(0).tolist()
@@ -310,8 +329,14 @@ class AmplitudeEstimator:
 
     def expected_decay(self, n: int) -> FittedDecay:
         """The decay that the calibrated errors of the gates predict for n keys."""
-        errors = [sum(self.backend.engine.errors(self.circuit(n, k))) for k in (0, PROBED_ITERATES)]
-        return FittedDecay(max(0.5, 1 - errors[0]), max(1e-6, (errors[1] - errors[0]) / PROBED_ITERATES))
+        right = [
+            max(
+                LEAST_CONTRAST,
+                float(np.prod([1 - e for e in self.backend.engine.errors(self.circuit(n, k))])),
+            )
+            for k in (0, PROBED_ITERATES)
+        ]
+        return FittedDecay(right[0], max(1e-6, math.log(right[0] / right[1]) / PROBED_ITERATES))
 
     def probabilities(self, plan: AmplitudePlan) -> AmplitudeProbabilities:
         """What the shots of a plan are drawn from, with the simulator's noise.
@@ -332,6 +357,19 @@ class AmplitudeEstimator:
             hits[:, i] = (probabilities * minus).sum(-1)
         keys = engine.probabilities(self.circuit(n, 0), load_angles(plan.rows).numpy())
         return AmplitudeProbabilities(hits.clamp(0, 1), keys)
+
+    def _warn_of_strong_noise(self, plan: AmplitudePlan) -> None:
+        if plan.expected is None or not len(plan.p):
+            return
+        errors = 1 - plan.expected.contrast + plan.expected.per_iterate
+        if errors > WEAK_NOISE:
+            warnings.warn(
+                f"{self.backend.engine.name}: a circuit of one iterate for {plan.p.shape[-1]} keys has "
+                f"{errors:.2g} errors a shot by the calibration. Above {WEAK_NOISE:g} the intervals of "
+                "amplitude estimation may be too short: take fewer keys, or shots of the row.",
+                UserWarning,
+                stacklevel=3,
+            )
 
     def _measured(self, plan: AmplitudePlan, seed: int) -> Measured:
         """Run both stages and the shots for the residual."""
@@ -369,7 +407,7 @@ class AmplitudeEstimator:
             seed_of_part = seed + SEED_STEP * start
             outcomes = self.backend.engine.run(circuit, angles[part.numpy()], unit, seed_of_part)[:, :unit]
             values = torch.from_numpy(unpack_values(outcomes))
-            counts.index_add_(0, part, F.one_hot(values, states).sum(1).double())
+            counts.index_add_(0, part, tally(values, states).double())
         return counts
 
     def _runs(self, plan: AmplitudePlan, shots: Tensor, left: Tensor | None = None) -> list[PlannedRun]:
@@ -440,9 +478,13 @@ def _in_units(shots: Tensor) -> Tensor:
 
 
 def _residual(
-    plan: AmplitudePlan, counts: Tensor, contrast: Tensor, confidence: float
+    plan: AmplitudePlan, counts: Tensor, contrast: Tensor, contrast_error: Tensor, confidence: float
 ) -> tuple[Tensor, Tensor]:
-    """Mean of the residual over a row, without the states that noise mixes in, and half of its interval."""
+    """Mean of the residual over a row, without the states that noise mixes in, and half of its interval.
+
+    `contrast` and its standard error are those of the circuit without iterates.
+    """
+    lost_elsewhere = 0.0 if plan.expected is None else PLANE_PARTS[0] * (1 - plan.expected.contrast)
     states = counts.shape[-1]
     value = F.pad(plan.residual, (0, states - plan.residual.shape[-1]))
     shots = counts.sum(-1)
@@ -464,5 +506,7 @@ def _residual(
         torch.tensor((1 + confidence) / 2, dtype=torch.float64)
     )
     corrected = (mean - (1 - fade) * value.mean(-1)) / fade
+    unsure = contrast_error[..., None, None] / fade * (corrected - value.mean(-1))
+    variance = variance + unsure.square() + (lost_elsewhere / fade) ** 2 * value.var(-1, correction=0)
     measured = shots > 0
     return torch.where(measured, corrected, 0.0), torch.where(measured, quantile * variance.sqrt(), 0.0)

@@ -37,6 +37,10 @@ decay than it may be: at 16 keys and 16,384 loads on the twin of Boston, 95 % in
 by "mle".
 """
 
+PRIOR_PARTS, PLANE_PARTS = (0.6, 0.4), (0.4, 0.3)
+"""The same of the contrast, as a part of the contrast that is predicted to be lost, and of the offset, as a
+part of the errors of a circuit with one iterate, where these are larger: strong noise leads nowhere known."""
+
 GRID = 257
 """Angles at which a likelihood is computed."""
 
@@ -253,7 +257,7 @@ def fit_angles(
         points = nuisance[..., None, :]
     else:
         nuisance, spread = _fit_nuisance(data, expected)
-        own = torch.tensor([PLANE_CONTRAST, PLANE_LOG_DECAY, PLANE_SHIFT], dtype=torch.float64)
+        own = _spread(expected, (PLANE_CONTRAST, PLANE_LOG_DECAY, PLANE_SHIFT), PLANE_PARTS)
         root = torch.linalg.cholesky(spread + torch.diag(own.square())) * math.sqrt(3)
         steps = torch.cat([root.mT, -root.mT], -2)  # [..., 6, 3]
         points = _of_free(_free(nuisance)[..., None, :] + steps)
@@ -405,6 +409,16 @@ def _refined(data: Hits, points: Tensor) -> tuple[Tensor, Tensor]:
     return grid, log_likelihood
 
 
+def _spread(expected: FittedDecay, least: tuple[float, float, float], parts: tuple[float, float]) -> Tensor:
+    """Standard deviations of contrast, logarithm of the decay, and offset: (3,)."""
+    lost = 1 - expected.contrast
+    wrong = min(1.0, lost + expected.per_iterate)
+    contrast, log_decay, shift = least
+    return torch.tensor(
+        [max(contrast, parts[0] * lost), log_decay, max(shift, parts[1] * wrong)], dtype=torch.float64
+    )
+
+
 def _fit_nuisance(data: Hits, expected: FittedDecay) -> tuple[Tensor, Tensor]:
     """Contrast, decay and shift of each call (..., 3), and the covariance of contrast, log decay and shift.
 
@@ -420,7 +434,7 @@ def _fit_nuisance(data: Hits, expected: FittedDecay) -> tuple[Tensor, Tensor]:
         peaks.append(grid.gather(-1, log_likelihood.argmax(-1, keepdim=True))[..., 0])
     theta = torch.cat(peaks, -1)
     mean = _free(start)
-    precision = torch.tensor([PRIOR_CONTRAST, PRIOR_LOG_DECAY, PRIOR_SHIFT], dtype=torch.float64) ** -2
+    precision = _spread(expected, (PRIOR_CONTRAST, PRIOR_LOG_DECAY, PRIOR_SHIFT), PRIOR_PARTS) ** -2
     turns = torch.tensor([2.0 * k + 1 for k in data.iterates], dtype=torch.float64)
     longest = torch.where(data.shots > 0, turns, 1.0).amax(-1)
     free = mean.clone()

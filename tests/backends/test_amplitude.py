@@ -53,6 +53,37 @@ def test_noise_is_fitted_and_intervals_cover(method, generator):
     assert (values - exact).square().mean().sqrt() < 0.5 * shots
 
 
+@pytest.mark.statistical
+@pytest.mark.parametrize(
+    ("noise", "keys"),
+    [
+        (ParametricNoise(readout=0.1), 8),
+        (ParametricNoise(readout=0.3), 4),
+        (ParametricNoise(two_qubit=0.02), 8),
+        (ParametricNoise(phase_damping=0.01), 8),
+    ],
+)
+def test_intervals_cover_where_noise_is_strong(noise, keys):
+    """100 repetitions of 6 rows: with priors as narrow as those of weak noise 80 to 90 % are covered."""
+    estimator = AmplitudeEstimator(qtx.QiskitQuantumBackend("aer", noise=noise))
+    p, v = rows(keys, torch.Generator().manual_seed(keys), 6)
+    exact = torch.einsum("rn,rnd->rd", p, v)
+    plan = estimator.plan(p, v, 4096)
+    measured = estimator.probabilities(plan).draw(plan, 100, torch.Generator().manual_seed(3))
+    _, lower, upper, _ = estimator.fit(plan, measured)
+    assert ((lower <= exact) & (exact <= upper)).double().mean() > 0.91
+
+
+def test_noise_too_strong_to_be_modelled_is_said():
+    p, v = torch.tensor([[0.4, 0.3, 0.2, 0.1]]), torch.tensor([1.0, 0.0, -1.0, 2.0])
+    noise = ParametricNoise(one_qubit=1.0, two_qubit=1.0, readout=0.5)
+    estimator = AmplitudeEstimator(qtx.QiskitQuantumBackend("aer", noise=noise))
+    with pytest.warns(UserWarning, match="intervals of amplitude estimation may be too short"):
+        result = estimator.estimate(p, v, 1024, generator=torch.Generator().manual_seed(0))
+    assert result.upper - result.lower > 0.5 * result.scale  # the hits say nothing
+    assert v.min() <= result.values.min() <= result.values.max() <= v.max()
+
+
 def test_what_is_run_has_the_probabilities_that_repetitions_are_drawn_from(generator):
     noise = ParametricNoise(two_qubit=0.01, readout=0.02)
     estimator = AmplitudeEstimator(qtx.QiskitQuantumBackend("aer", noise=noise))
@@ -108,6 +139,8 @@ def test_bad_input_is_refused():
         IDEAL.estimate(torch.full((1, 17), 1 / 17), torch.ones(17))
     with pytest.raises(ArgumentError, match="loads=3"):
         IDEAL.estimate(p, v, loads=3)
+    with pytest.raises(ArgumentError, match="loads=1000000000"):  # would need more memory than there is
+        IDEAL.estimate(p, v, loads=10**9)
     with pytest.raises(ArgumentError, match="confidence"):
         IDEAL.estimate(p, v, confidence=1.0)
     with pytest.raises(ArgumentError, match="method"):
@@ -133,13 +166,14 @@ def test_shots_of_the_residual_that_agree_are_no_certainty():
     """All of the residual's shots gave one value: the others may be elsewhere all the same."""
     p = torch.tensor([[0.9, 0.05, 0.03, 0.02]], dtype=torch.float64)
     residual = torch.tensor([[[0.0, 1.0, -1.0, 0.0]]], dtype=torch.float64)
-    plan = SimpleNamespace(residual=residual)
+    plan = SimpleNamespace(residual=residual, expected=None)
+    certain, sure = torch.tensor(1.0, dtype=torch.float64), torch.tensor(0.0, dtype=torch.float64)
     for keys in ([20.0, 0.0, 0.0, 0.0], [19.0, 0.0, 0.0, 1.0]):  # the last key has the value of the first
         counts = torch.tensor([[keys]], dtype=torch.float64)
-        mean, half = _residual(plan, counts, torch.tensor(1.0, dtype=torch.float64), 0.95)
+        mean, half = _residual(plan, counts, certain, sure, 0.95)
         assert (mean - (p * residual[0]).sum()).abs() < half < 0.5
     counts = torch.tensor([[[10.0, 5.0, 5.0, 0.0]]], dtype=torch.float64)
-    half = _residual(plan, counts, torch.tensor(1.0, dtype=torch.float64), 0.95)[1]
+    half = _residual(plan, counts, certain, sure, 0.95)[1]
     assert float(half) == pytest.approx(1.959964 * (0.5 / 20) ** 0.5)
 
 

@@ -50,10 +50,25 @@ def test_vattention_gets_the_budget_that_keeps_its_own_promise(capsys):
     assert outcome.budget <= median(outcome.keys_of_heads) <= 1
     ours = bench._row("a sink", ["a sink"], 0.1, 0.05, [bench.keep(kind, 0.1, 0.05, 1)], outcome)
     assert ours.ratio > 2
-    bench.print_table([bench._peer_row("a sink", 0.1, 0.05, outcome), ours])
+    bench.print_table([bench._peer_row("a sink", "vAttention", 0.1, 0.05, outcome), ours])
     output = capsys.readouterr().out
     assert "a sink, ε = 0.1, δ = 0.05" in output
     assert "vAttention" in output
+
+
+def test_vattention_gets_an_epsilon_that_keeps_the_promise_of_outputs():
+    kind = bench.ADVERSARIAL["a sink"]()
+    own = bench.vattention(kind, 0.1, 0.05, (0.05, 0.2))
+    outcome = bench.vattention_for_outputs(kind, 0.1, 0.05, (0.05, 0.2), (1 / 2, 1 / 8))
+    assert outcome.misses <= 0.05 * outcome.rows
+    assert outcome.epsilon in (0.05, 0.0125)
+    assert own.epsilon == 0.1
+    assert own.misses > 0.05 * own.rows  # or it would need no other epsilon
+    assert median(outcome.keys_of_heads) > median(own.keys_of_heads)
+    promise = bench.keep(kind, 0.1, 0.05, 1)
+    row = bench._row("a sink", ["a sink"], 0.1, 0.05, [promise], own, outcome)
+    assert row.details["ratio for outputs"] > row.ratio
+    assert bench.vattention_for_outputs(kind, 0.001, 0.05, (0.01,), (1,)) is None
 
 
 def test_the_peers_denominator_is_read_off_its_output():

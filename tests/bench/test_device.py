@@ -76,6 +76,16 @@ def test_every_stage_runs_on_small_sizes_and_is_not_repeated(tmp_path):
     assert json.loads((tmp_path / "gpu_training.json").read_text())["rows"] == steps["training"]["rows"]
 
 
+def test_no_stage_takes_the_time_of_another(tmp_path):
+    """What tells the most comes first, and the limits of all but the last two stages fit the whole run's."""
+    chosen = device.stages(False, device.torch.device("cpu"), Record(tmp_path / "out.json"))
+    assert tuple(stage.name for stage in chosen) == device.STAGES
+    assert device.STAGES[:4] == ("correctness", "kernels", "model", "training")
+    limits = [stage.seconds + device.GRACE_SECONDS for stage in chosen[:-2]]
+    assert sum(limits) <= device.SECONDS
+    assert device.SECONDS + device.GRACE_SECONDS < 480
+
+
 def test_a_step_that_crashes_costs_only_itself(tmp_path):
     record = run_child(tmp_path, "crash", ["first", "bad", "last"], 60)
     assert [record.status(name) for name in ("first", "bad", "last")] == ["done", "failed", "done"]

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
+import re
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -512,6 +516,38 @@ def test_lossless_generation_gives_the_tokens_of_exact_attention(settings):
         assert generation.report.tokens == 19
         assert cache.get_seq_length() == length + 19
         assert not any(x.verifies for x in cache.layers if isinstance(x, huggingface.SampledLayer))
+
+
+def test_lossless_generation_is_loaded_from_a_folder(tmp_path, monkeypatch):
+    """By the file that the guide shows, as transformers loads any custom generation."""
+    guide = (Path(__file__).parents[2] / "notebooks" / "guides" / "model.md").read_text()
+    (code,) = re.findall(r"^```py\n(.*?)^```", guide, flags=re.M | re.S)
+    model = tiny_llama({"num_samples": 4, "seed": 0})
+    folder = tmp_path / "model"
+    model.save_pretrained(folder)
+    (folder / "custom_generate").mkdir()
+    (folder / "custom_generate" / "generate.py").write_text(code)
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="qtx_sampled")
+    prompt, options = torch.arange(30)[None] % 40, {"max_new_tokens": 20, "do_sample": False}
+    passes = []
+    monkeypatch.setattr(huggingface.LosslessGeneration, "__call__", counted(passes))
+    drafted = model.generate(prompt, custom_generate=str(folder), trust_remote_code=True, rank=2, **options)
+    model.set_attn_implementation("sdpa")
+    assert torch.equal(drafted, model.generate(prompt, **options))
+    assert len(passes) == 1
+
+
+def counted(passes):
+    call = huggingface.LosslessGeneration.__call__
+
+    @functools.wraps(call)
+    def count(self, *args, **kwargs):
+        passes.append(self)
+        return call(self, *args, **kwargs)
+
+    return count
 
 
 def test_lossless_generation_draws_tokens_and_refuses_what_it_does_not_do():

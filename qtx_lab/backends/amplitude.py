@@ -31,7 +31,7 @@ from .amplitude_fit import (
     sum_of_estimates,
 )
 from .amplitude_plan import AmplitudePlan, AmplitudeProbabilities, Measured, best_shares
-from .counts import draw_counts, rows_at_once, tally
+from .counts import draw_counts, mean_and_variance, rows_at_once, tally
 from .ibm.target import TargetEngine
 from .noise import fake_devices
 from .qiskit import MAX_SHOTS_PER_ROW, QiskitQuantumBackend
@@ -198,7 +198,9 @@ class AmplitudeEstimator:
         loads = check_count("loads", loads, most=MAX_SHOTS_PER_ROW)
         plan = self.plan(p, v, loads)
         p, v3, shape = _checked(p, v)
-        self._warn_of_strong_noise(plan)
+        strong_noise = self._strong_noise(plan)
+        for sentence in strong_noise:
+            warnings.warn(sentence, UserWarning, stacklevel=2)
         seed = int(torch.randint(2**31 - 1, (), generator=generator))
         engine, n = self.backend.engine, p.shape[-1]
         with engine.reserved(self._runs(plan, plan.shots, plan.left)):
@@ -225,6 +227,7 @@ class AmplitudeEstimator:
             seconds=self._seconds(runs),
             diagnostics={
                 **engine.facts(),
+                "not_modelled": (*engine.facts().get("not_modelled", ()), *strong_noise),
                 "planes": len(plan.p),
                 "qubits": num_bits(n),
                 "method": self.method,
@@ -358,18 +361,18 @@ class AmplitudeEstimator:
         keys = engine.probabilities(self.circuit(n, 0), load_angles(plan.rows).numpy())
         return AmplitudeProbabilities(hits.clamp(0, 1), keys)
 
-    def _warn_of_strong_noise(self, plan: AmplitudePlan) -> None:
+    def _strong_noise(self, plan: AmplitudePlan) -> tuple[str, ...]:
+        """A sentence where the noise is too strong to be modelled."""
         if plan.expected is None or not len(plan.p):
-            return
+            return ()
         errors = 1 - plan.expected.contrast + plan.expected.per_iterate
-        if errors > WEAK_NOISE:
-            warnings.warn(
-                f"{self.backend.engine.name}: a circuit of one iterate for {plan.p.shape[-1]} keys has "
-                f"{errors:.2g} errors a shot by the calibration. Above {WEAK_NOISE:g} the intervals of "
-                "amplitude estimation may be too short: take fewer keys, or shots of the row.",
-                UserWarning,
-                stacklevel=3,
-            )
+        if errors <= WEAK_NOISE:
+            return ()
+        return (
+            f"A circuit of one iterate for {plan.p.shape[-1]} keys has {errors:.2g} errors a shot by the "
+            f"calibration of {self.backend.engine.name}. Above {WEAK_NOISE:g} the intervals of amplitude "
+            "estimation may be too short: take fewer keys, or shots of the row.",
+        )
 
     def _measured(self, plan: AmplitudePlan, seed: int) -> Measured:
         """Run both stages and the shots for the residual."""
@@ -488,20 +491,9 @@ def _residual(
     states = counts.shape[-1]
     value = F.pad(plan.residual, (0, states - plan.residual.shape[-1]))
     shots = counts.sum(-1)
-    mean = (counts * value).sum(-1) / shots.clamp_min(1)
-    square = (counts * value.square()).sum(-1) / shots.clamp_min(1)
+    mean, spread = mean_and_variance(counts, value)
     fade = contrast[..., None, None]
-    # Shots that all agree do not tell how far others would lie: one more at either end of the values.
-    seen = counts > 0
-    least, largest = (
-        value.masked_fill(~seen, torch.inf).amin(-1),
-        value.masked_fill(~seen, -torch.inf).amax(-1),
-    )
-    ends = torch.stack((value.amin(-1), value.amax(-1)))
-    more_mean = (shots * mean + ends.sum(0)) / (shots + 2)
-    more_square = (shots * square + ends.square().sum(0)) / (shots + 2)
-    spread = torch.where(least == largest, more_square - more_mean.square(), square - mean.square())
-    variance = spread.clamp_min(0) / shots.clamp_min(1) / fade.square()
+    variance = spread / shots.clamp_min(1) / fade.square()
     quantile = torch.distributions.Normal(0.0, 1.0).icdf(
         torch.tensor((1 + confidence) / 2, dtype=torch.float64)
     )

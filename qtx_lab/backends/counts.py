@@ -76,6 +76,24 @@ def tally(keys: Tensor, n: int) -> Tensor:
     return counts.scatter_add_(-1, keys + 1, torch.ones((), dtype=torch.int64).expand_as(keys))[:, 1:]
 
 
+def mean_and_variance(counts: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (...,) of the values (..., n) of counted keys (..., n), and the variance of a shot's value.
+
+    Shots that all agree do not tell how far others would lie: the variance is then that with one more shot at
+    either end of the values.
+    """
+    shots, seen = counts.sum(-1), counts > 0
+    mean = (counts * values).sum(-1) / shots.clamp_min(1)
+    square = (counts * values.square()).sum(-1) / shots.clamp_min(1)
+    least = values.masked_fill(~seen, torch.inf).amin(-1)
+    largest = values.masked_fill(~seen, -torch.inf).amax(-1)
+    ends = torch.stack((values.amin(-1), values.amax(-1)))
+    more_mean = (shots * mean + ends.sum(0)) / (shots + 2)
+    more_square = (shots * square + ends.square().sum(0)) / (shots + 2)
+    variance = torch.where(least == largest, more_square - more_mean.square(), square - mean.square())
+    return mean, variance.clamp_min(0)
+
+
 def draw_outcomes(p: Tensor, shots: int, generator: torch.Generator) -> Tensor:
     """Independent draws, int64 (R, shots), from rows of probabilities, float64 (R, n).
 

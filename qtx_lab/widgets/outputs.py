@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..backends import AmplitudeEstimate, AmplitudeEstimator, CircuitSampler
+from ..backends.counts import mean_and_variance
 from ..errors import ShapeError
 from .numbers import Z95
 
@@ -107,8 +108,7 @@ def estimate_outputs(
 
 def _mean_value(counts: Tensor, values: Tensor) -> Estimates:
     """Mean of the values (R, n) of drawn keys, from their counts (R, n), with its 95 % interval."""
-    share = counts.double() / counts.sum(-1, keepdim=True).clamp_min(1)
-    mean = (share * values).sum(-1)
-    variance = (share * (values - mean[:, None]).square()).sum(-1) / (counts.sum(-1) - 1).clamp_min(1)
+    mean, variance = mean_and_variance(counts.double(), values)
+    variance = variance / (counts.sum(-1) - 1).clamp_min(1)
     half = Z95 * variance.sqrt()
     return Estimates(mean, mean - half, mean + half)

@@ -80,6 +80,7 @@ def test_noise_too_strong_to_be_modelled_is_said():
     estimator = AmplitudeEstimator(qtx.QiskitQuantumBackend("aer", noise=noise))
     with pytest.warns(UserWarning, match="intervals of amplitude estimation may be too short"):
         result = estimator.estimate(p, v, 1024, generator=torch.Generator().manual_seed(0))
+    assert "may be too short" in result.diagnostics["not_modelled"][-1]
     assert result.upper - result.lower > 0.5 * result.scale  # the hits say nothing
     assert v.min() <= result.values.min() <= result.values.max() <= v.max()
 

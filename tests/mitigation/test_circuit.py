@@ -374,6 +374,22 @@ def test_pec_says_nothing_of_rows_whose_signs_cancel(generator):
     assert any("cancel" in fallback for fallback in result.diagnostics["fallbacks"])
 
 
+@pytest.mark.parametrize(
+    ("two_qubit", "by_mitiq"),
+    [(1e-3, 1.0037572764205642), (0.01, 1.0382374885215802), (0.05, 1.207106994459837)],
+)
+def test_the_overhead_of_pec_is_that_of_mitiq(two_qubit, by_mitiq):
+    """Numbers of mitiq 1.1.0, in an environment of its own, for a CZ: the square of the norm of
+    `represent_operation_with_global_depolarizing_noise(circuit, level)`. A level is a probability of a Pauli
+    error: 15/16 of `two_qubit`.
+    """
+    noise = qtx.ParametricNoise(two_qubit=two_qubit)
+    backend = qtx.QiskitQuantumBackend("aer", noise=noise, loader="tree")  # of 4 keys: one CZ
+    for twirled in (True, False):
+        pec = qtx.ProbabilisticErrorCancellation(twirled=twirled)
+        assert pec.overhead(backend, 4) == pytest.approx(by_mitiq, rel=1e-12)
+
+
 def test_pec_works_out_how_many_draws_a_precision_needs(generator):
     """The standard errors keep to it, and fewer shots than it needs are refused before any work."""
     backend = qtx.QiskitQuantumBackend("aer", noise=qtx.ParametricNoise(two_qubit=0.02), loader="tree")

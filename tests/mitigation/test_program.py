@@ -15,7 +15,7 @@ pytest.importorskip("qiskit_noise_learning")
 
 @pytest.mark.statistical
 def test_learned_noise_is_that_of_the_simulator_and_is_cancelled():
-    """Depolarizing noise of 5 % after each CZ has gamma² = 1.16 a gate; what is learned of it from 16 × 256
+    """Depolarizing noise of 5 % after each CZ has gamma² = 1.21 a gate; what is learned of it from 16 × 256
     shots a circuit is within 5 %, and rows of 1,500 randomizations are within their intervals.
     """
     backend = qtx.QiskitQuantumBackend(

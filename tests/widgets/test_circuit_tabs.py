@@ -159,6 +159,17 @@ def test_three_estimates_of_an_output_use_the_row_equally_often_and_cover_it(
         estimate_outputs(sampler, p, v[:3], loads=1024, keys=4, seed=0)
 
 
+def test_shots_that_all_agree_are_no_certainty() -> None:
+    """All of 64 draws of a row often give its key of .99: the interval holds the exact output still."""
+    p = torch.tensor([[0.99, 0.006, 0.004]], dtype=torch.float64)
+    v = torch.tensor([1.0, -1.0, 3.0], dtype=torch.float64)
+    sampler = CircuitSampler(QiskitQuantumBackend("aer"))
+    for seed in range(8):
+        done = estimate_outputs(sampler, p, v, loads=64, keys=3, seed=seed)
+        for name, x in done.methods.items():
+            assert x.lower <= done.exact <= x.upper, (seed, name)
+
+
 def test_measurements_are_runs_that_the_dashboard_shows(tmp_path: Path) -> None:
     pytest.importorskip("panel")
     from qtx_lab.widgets.dashboard.records import Records

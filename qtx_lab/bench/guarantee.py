@@ -46,7 +46,7 @@ PEER_ROWS = 6
 PEER_BUDGETS = (0.005, 0.01, 0.02, 0.05, 0.1)
 """Least shares of the keys that vAttention may read: see `vattention`."""
 
-OUTPUT_BUDGETS, OUTPUT_SHARES = (0.05, 0.1, 0.2, 0.4), (1 / 2, 1 / 4, 1 / 8)
+OUTPUT_BUDGETS, OUTPUT_SHARES = (0.05, 0.1, 0.2, 0.4), (1 / 4, 1 / 8)
 """Least shares of the keys, and shares of epsilon that vAttention is given: see `vattention_for_outputs`."""
 
 RARE_SHARE = 0.13

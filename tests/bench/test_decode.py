@@ -33,6 +33,9 @@ def test_the_rows_hold_the_promised_details(rows):
                 assert row.check == "pass"
         assert part["exact logits"].details["error ratio"] == 1
         assert part["int4"].details["bytes"] < part["exact logits"].details["bytes"]
+        if "mixed 36" in part:
+            assert part["mixed 36"].details["bytes"] < part["int4"].details["bytes"]
+    assert sum(row.method == "mixed 36" for row in rows) == 1  # the other case's keys have 32 features
 
 
 def test_the_fastest_of_several_is_the_baseline():

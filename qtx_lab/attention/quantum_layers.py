@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..checks import check_count
 from ..circuits.orthogonal import (
+    LAYOUTS,
     MAX_KERNEL_QUBITS,
     TWO_TERMS,
     by_shifts,
@@ -73,9 +74,18 @@ class OrthogonalKind(AttentionKind):
     control: bool = False
     name: ClassVar[str] = "orthogonal"
 
+    def __post_init__(self) -> None:
+        if self.layout not in LAYOUTS:
+            raise unknown_name("layout", self.layout, LAYOUTS)
+
     def build(self, embed_dim: int, num_heads: int) -> nn.Module:
         """Make the layer; ArgumentError if the layout does not allow embed_dim."""
-        return OrthogonalHeads(self, embed_dim, num_heads)
+        try:
+            return OrthogonalHeads(self, embed_dim, num_heads)
+        except ArgumentError as error:
+            raise ArgumentError(
+                f"embed_dim={embed_dim} is not allowed with kind={self.name!r}: {error}"
+            ) from None
 
     @property
     def classical(self) -> OrthogonalKind:

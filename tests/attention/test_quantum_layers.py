@@ -125,4 +125,9 @@ def test_what_a_kind_cannot_have_is_refused():
         qtx.QuantumMultiheadAttention(16, 2, kind="quantum-kernel")
     with pytest.raises(qtx.ArgumentError, match="layers"):
         QuantumKernelKind(0)
+    with pytest.raises(qtx.ArgumentError, match="Did you mean 'pyramid'"):
+        OrthogonalKind("pyramd")
+    for embed_dim, kind in ((1, OrthogonalKind()), (6, OrthogonalKind("butterfly"))):
+        with pytest.raises(qtx.ArgumentError, match=f"embed_dim={embed_dim} is not allowed with kind="):
+            qtx.QuantumMultiheadAttention(embed_dim, 1, kind=kind)
     assert make_kind("orthogonal") is KINDS["orthogonal"]

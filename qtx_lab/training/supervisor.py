@@ -363,14 +363,14 @@ class Supervisor:
     def _end_of_attempt(self, workers: Sequence[str], futures: Sequence[Future]) -> RankEnd | None:
         """How the attempt ended; None while it goes on."""
         assert self.cluster is not None
-        ends = [_end_of_rank(future) for future in futures if future.done()]
-        if len(ends) == len(futures) and all(end.ended_well for end in ends):
+        ends = _ends_of_ranks(futures)
+        if len(ends) == len(futures) and all(end.ended_well for end in ends.values()):
             return ends[0]
-        if not all(end.ended_well for end in ends):
+        if not all(end.ended_well for end in ends.values()):
             # A rank may fail because the worker of another one is gone: the scheduler will know in a moment.
             time.sleep(WORKERS_POLL_INTERVAL_S)
-            ends = [_end_of_rank(future) for future in futures if future.done()]
-        step = max([self._last_step(), *(end.step for end in ends)])
+            ends = _ends_of_ranks(futures)
+        step = max([self._last_step(), *(end.step for end in ends.values())])
         try:
             there = self.cluster.workers
         except (OSError, ValueError) as error:
@@ -382,8 +382,10 @@ class Supervisor:
             names = ", ".join(f"rank {workers.index(worker)} at {worker}" for worker in gone)
             return RankEnd("lost", step, RuntimeError(f"The worker of {names} is gone."))
         for how in ("failed", "lost"):
-            for end in ends:
+            for rank, end in ends.items():
                 if end.how == how:
+                    if end.error is not None:  # as of the one worker that has too little memory
+                        end.error.add_note(f"That happened in rank {rank} at {workers[rank]}.")
                     return end
         return None
 
@@ -520,6 +522,11 @@ def _is_leaving(message: Any) -> bool:
         return False
     action = message.get("action")
     return action == "closing-worker" or (action == "remove-worker" and bool(message.get("expected")))
+
+
+def _ends_of_ranks(futures: Sequence[Future]) -> dict[int, RankEnd]:
+    """How the ranks that have ended say that they did, by their numbers."""
+    return {rank: _end_of_rank(future) for rank, future in enumerate(futures) if future.done()}
 
 
 def _end_of_rank(future: Future) -> RankEnd:

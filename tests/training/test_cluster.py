@@ -502,6 +502,40 @@ def test_an_error_of_the_model_comes_back_as_it_is(cluster):
 
 
 @pytest.mark.chaos
+def test_three_workers_of_which_one_is_slow_and_one_has_no_memory():
+    """The slow one is waited for, and changes no loss; the error says which one had too little memory."""
+    alone = QuantumTrainer("small", accumulation=3, **{**FAST, "batch_size": 6}).train()
+
+    def odd(module, inputs):
+        import os
+        import time
+
+        from distributed import get_worker
+
+        if not module.training:  # where the caller checks the model
+            return
+        time.sleep(0.3 if get_worker().name == 0 else 0.01)
+        if "POOR" in os.environ:
+            torch.empty(1 << 50)  # more than any machine has
+
+    model = make_model("small", FAST["seed"])
+    model.register_forward_pre_hook(odd)
+    with open_cluster("local", num_workers=3, timeout=60) as three:
+        _, result = over(three, model, batch_size=6)
+        assert result.ranks == 3
+        assert result.faults == ()
+        assert [row["loss"] for row in result.metrics] == pytest.approx(
+            [row["loss"] for row in alone.metrics], abs=1e-6
+        )
+        names = three.client.run(lambda dask_worker: dask_worker.name)
+        poor = next(address for address, name in names.items() if name == 2)
+        three.client.run(lambda: os.environ.update(POOR="1"), workers=[poor])
+        with pytest.raises(RuntimeError, match="memory") as caught:
+            over(three, model, batch_size=6)
+    assert f"rank {sorted(names).index(poor)} at {poor}" in " ".join(caught.value.__notes__)
+
+
+@pytest.mark.chaos
 def test_a_full_disk_on_a_worker_ends_training(cluster, tmp_path):
     import resource
 
@@ -521,7 +555,9 @@ def test_a_full_disk_on_a_worker_ends_training(cluster, tmp_path):
         cluster.client.run(limit, resource.RLIM_INFINITY)
     steps = checkpoints(tmp_path)
     assert steps
-    assert f"step-{steps[-1]:08d}" in caught.value.__notes__[0]
+    notes = " ".join(caught.value.__notes__)
+    assert f"step-{steps[-1]:08d}" in notes
+    assert "rank 0 at tcp://" in notes
     assert not list(tmp_path.glob(".step-*"))
 
 

@@ -97,10 +97,10 @@ class TokenStore:
     @property
     def nbytes(self) -> int:
         """Bytes held, with the room to grow."""
-        held = [self.table, self.order, self.order_keys, self.value_sums]
+        tensors = [self.table, self.order, self.order_keys, self.value_sums]
         if self.value_order is not None:
-            held += [self.value_order.centre, self.value_order.axes]
-        return sum(x.nbytes for x in held)
+            tensors += [self.value_order.centre, self.value_order.axes]
+        return sum(x.nbytes for x in tensors)
 
     def append(self, k: Tensor, v: Tensor) -> None:
         """Add tokens k (N, m, E) and v (N, m, Ev), at the last places."""

@@ -88,5 +88,5 @@ class ValueSketch:
     @property
     def scanned_nbytes(self) -> int:
         """Bytes of it that one query of each key head reads in full."""
-        held = (self.lines, self.steps, self.misses)
-        return sum(x[:, : self.length].nbytes for x in held)
+        tensors = (self.lines, self.steps, self.misses)
+        return sum(x[:, : self.length].nbytes for x in tensors)

@@ -62,23 +62,23 @@ class _HeavyHitters:
     def __init__(self, policy: H2OPolicy, prompt: LayerPrompt):
         self.policy = policy
         self.scores = attention_received(prompt)  # [N, n]
-        self.kept = torch.ones_like(self.scores, dtype=torch.bool)
+        self.mask = torch.ones_like(self.scores, dtype=torch.bool)
 
     def choose(self, step: DecodeStep) -> KeyChoice:
         n, budget = step.length, self.policy.budget_at(step.length)
         newer = n - self.scores.shape[1]
         self.scores = F.pad(self.scores, (0, newer))
-        self.kept = F.pad(self.kept, (0, newer), value=True)
+        self.mask = F.pad(self.mask, (0, newer), value=True)
         recent = min(budget, max(1, round(self.policy.recent * budget)))
-        older = self.scores[:, : n - recent].masked_fill(~self.kept[:, : n - recent], -torch.inf)
+        older = self.scores[:, : n - recent].masked_fill(~self.mask[:, : n - recent], -torch.inf)
         heavy = older.topk(budget - recent, -1)
-        self.kept[:, : n - recent] = False
-        self.kept.scatter_(1, heavy.indices, heavy.values > -torch.inf)
+        self.mask[:, : n - recent] = False
+        self.mask.scatter_(1, heavy.indices, heavy.values > -torch.inf)
 
-        factors = self.kept[:, None].expand(step.logits.shape).to(step.logits.dtype)
+        factors = self.mask[:, None].expand(step.logits.shape).to(step.logits.dtype)
         given = step.logits.masked_fill(factors == 0, -torch.inf).softmax(-1)
         self.scores = self.scores + given.sum(1)
-        return KeyChoice(factors, other_bytes=float(self.kept.sum()) * SCORE_BYTES)
+        return KeyChoice(factors, other_bytes=float(self.mask.sum()) * SCORE_BYTES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,14 +128,14 @@ class _SeenByTheLast:
         window = min(policy.window, max(1, budget // 2))
         seen = attention_received(prompt, window)[:, : n - window]
         pooled = F.avg_pool1d(seen[:, None], policy.pool, 1, policy.pool // 2)[:, 0]
-        self.kept = torch.ones(len(seen), n, dtype=torch.bool, device=seen.device)
+        self.mask = torch.ones(len(seen), n, dtype=torch.bool, device=seen.device)
         best = pooled.topk(min(budget - window, n - window), -1).indices
-        self.kept[:, : n - window] = False
-        self.kept.scatter_(1, best, True)
+        self.mask[:, : n - window] = False
+        self.mask.scatter_(1, best, True)
 
     def choose(self, step: DecodeStep) -> KeyChoice:
-        self.kept = F.pad(self.kept, (0, step.length - self.kept.shape[1]), value=True)
-        return KeyChoice(self.kept[:, None].expand(step.logits.shape).to(step.logits.dtype))
+        self.mask = F.pad(self.mask, (0, step.length - self.mask.shape[1]), value=True)
+        return KeyChoice(self.mask[:, None].expand(step.logits.shape).to(step.logits.dtype))
 
 
 def attention_received(prompt: LayerPrompt, last: int | None = None) -> Tensor:

@@ -781,6 +781,16 @@ FOREIGN = {
 }  # fmt: skip
 
 
+def test_a_view_that_is_not_drawn_yet_says_so(tmp_path: Path) -> None:
+    """The server may be drawing another view for seconds."""
+    from qtx_lab.widgets.dashboard.page import DashboardPage
+
+    page = DashboardPage(Records(tmp_path), "light")
+    for name, view in page.views.items():
+        texts = [pane.object for pane in view.body.select(lambda x: type(x).__name__ == "HTML")]
+        assert ("Reading and drawing" in texts[0]) == (name != "Runs"), name  # Runs is drawn with the page
+
+
 @pytest.mark.parametrize("kind", FOREIGN)
 def test_anybodys_metrics_are_drawn_or_left_out(kind: str, tmp_path: Path) -> None:
     """Every view of a page over a run whose metrics hold anything."""

@@ -111,7 +111,8 @@ def test_whoever_has_no_mouse_or_no_network_can_use_it(
         path = lens.to_html(tmp_path / "lens.html")
     else:
         with Run.create(ExperimentSpec(), "lens", tmp_path) as run:
-            run.save_figure("lens", lens.figure, lens.frame(), "A lens.", live=lens.live_html())
+            draw = lambda frame, theme: lens.figure(theme)  # noqa: E731
+            run.save_figure("lens", draw, lens.frame(), "A lens.", live=lens.live_html())
         path = write_report(run)
     page.set_viewport_size(dict(zip(("width", "height"), size, strict=True)))
     page.emulate_media(color_scheme=theme)

@@ -10,7 +10,6 @@ import {
   largest,
   levelPower,
   like,
-  NO_GUIDE,
   rounding,
   SINGLES,
   sum,
@@ -224,7 +223,7 @@ export function search(
   else for (let i = 0; i < n; i++) counts[i] = p[i] >= head.least ? (p[i] > 0 ? 1 : 0) : p[i] * head.scale;
   addUp(countsOfRow);
   const total = countsOfRow.cdf[countsOfRow.cdf.length - 1];
-  invert(countsOfRow, NO_GUIDE, at, numSamples, indices, start);
+  invert(countsOfRow, at, numSamples, indices, start);
   const round = rounding(p);
   const [replicates, least] = [at.length / numSamples, tiny(p)];
   for (let t = 0; t < at.length; t++) {

@@ -131,7 +131,7 @@ export const emptyRow = (kind: Floats, length: number): Row => ({
   mass: like(kind, length),
   within: like(kind, length),
   cdf: new Float64Array(length / BLOCK),
-  guide: NO_GUIDE,
+  guide: new Int32Array(0),
 });
 
 /** Writes the running sums of a row's masses. */
@@ -145,10 +145,9 @@ export function addUp({ mass, within, cdf }: Row): void {
 }
 
 /** Writes the keys at some points of a row's running sums into `out`, from its place `start` on; a point of 1
- * stands for `scale`. Without a guide it is fast where each point is above the one before. */
+ * stands for `scale`. It is fast where each point is above the one before; see `invertInAnyOrder`. */
 export function invert(
   { within, cdf }: Row,
-  guide: Int32Array,
   points: Float64Array,
   scale: number,
   out: Int32Array,
@@ -161,10 +160,7 @@ export function invert(
   let [block, key, before] = [0, 0, 0];
   for (let t = 0; t < points.length; t++) {
     const target = Math.min(points[t] * scale, last);
-    if (guide.length > 0) {
-      key = guide[Math.floor(points[t] * guide.length)];
-      block = key >> BLOCK_BITS;
-    } else if (target < before) block = key = 0; // of the next replicate
+    if (target < before) block = key = 0; // of the next replicate
     before = target;
     if (cdf[block] <= target) {
       do block++;
@@ -172,15 +168,37 @@ export function invert(
       key = block << BLOCK_BITS;
     }
     const exact = block > 0 ? target - cdf[block - 1] : target;
-    const rest = isSingle ? Math.fround(exact) : exact;
-    const end = (block + 1) << BLOCK_BITS;
-    while (key < end && within[key] <= rest) key++;
-    if (key === end) {
-      // By rounding the block ends before: the last key with mass is meant.
-      for (key = block << BLOCK_BITS; within[key] < within[end - 1];) key++;
-    }
-    out[start + t] = key;
+    out[start + t] = key = keyIn(within, block, key, isSingle ? Math.fround(exact) : exact);
   }
+}
+
+/** As `invert` for points in any order, each of which is searched for from the row's guide on. */
+export function invertInAnyOrder(row: Row, points: Float64Array, out: Int32Array, start: number): void {
+  const { within, cdf } = row;
+  const total = cdf[cdf.length - 1];
+  if (total === 0) return void out.fill(0, start, start + points.length);
+  if (row.guide.length === 0) makeGuide(row);
+  const { guide } = row;
+  const isSingle = within instanceof Float32Array;
+  const last = below(total, DOUBLES);
+  for (let t = 0; t < points.length; t++) {
+    const target = Math.min(points[t] * total, last);
+    let key = guide[(points[t] * guide.length) | 0];
+    let block = key >> BLOCK_BITS;
+    while (cdf[block] <= target) key = ++block << BLOCK_BITS;
+    const exact = block > 0 ? target - cdf[block - 1] : target;
+    out[start + t] = keyIn(within, block, key, isSingle ? Math.fround(exact) : exact);
+  }
+}
+
+/** The first key of a block, from `key` on, that ends after a part of the block's mass. */
+function keyIn(within: Floats, block: number, key: number, part: number): number {
+  const end = (block + 1) << BLOCK_BITS;
+  while (key < end && within[key] <= part) key++;
+  if (key < end) return key;
+  // By rounding the block ends before: the last key with mass is meant.
+  for (key = block << BLOCK_BITS; within[key] < within[end - 1];) key++;
+  return key;
 }
 
 /** By how much roundings of single precision move the end of a key at most, as a share of its block's mass, and
@@ -246,13 +264,11 @@ function pointsBefore(place: number, offset: Float64Array): number {
   return whole + ((place - whole - offset[whole]) | 0);
 }
 
-export const NO_GUIDE = new Int32Array(0);
-
-/** Notes the keys at evenly spaced points, as many as a power of 2, so that no rounding is between them. */
-export function makeGuide(row: Row): void {
-  const at = new Float64Array(1 << (31 - Math.clz32(row.mass.length)));
+/** Notes the keys at evenly spaced points: a power of 2 of them, so that no rounding is between them, and more than
+ * keys, so that few keys lie between two. */
+function makeGuide(row: Row): void {
+  const at = new Float64Array(2 << (31 - Math.clz32(row.mass.length)));
   for (let g = 0; g < at.length; g++) at[g] = g / at.length;
-  const guide = new Int32Array(at.length);
-  invert(row, NO_GUIDE, at, row.cdf[row.cdf.length - 1], guide, 0);
-  row.guide = guide;
+  row.guide = new Int32Array(at.length);
+  invert(row, at, row.cdf[row.cdf.length - 1], row.guide, 0);
 }

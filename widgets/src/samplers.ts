@@ -1,6 +1,6 @@
 // Samplers as they are in qtx_lab/samplers: from the same masses and stream, the same draws to the bit.
 import { placeHeadTailInto, prepareHeadTail } from "./head_tail";
-import { invert, invertEven, like, makeGuide, NO_GUIDE, prepare, type Floats, type Row } from "./inversion";
+import { invert, invertEven, invertInAnyOrder, like, prepare, type Floats, type Row } from "./inversion";
 import { uniforms, type RowStream } from "./philox";
 
 export const SAMPLERS = ["monte-carlo", "stratified", "systematic", "head-tail"] as const;
@@ -63,11 +63,10 @@ export function placeInto(
 ): void {
   const total = row.cdf[row.cdf.length - 1];
   weights.fill(total === 0 ? 0 : 1 / at.length, start, start + at.length);
-  const isEven = sampler !== "monte-carlo" && at.length === numSamples;
+  if (sampler === "monte-carlo") return invertInAnyOrder(row, at, indices, start);
   const isDense = row.mass.length < KEYS_WALKED_PER_SEARCH * numSamples;
-  if (isEven && isDense && invertEven(row, at, indices, start)) return;
-  if (sampler === "monte-carlo" && row.guide.length === 0) makeGuide(row);
-  invert(row, sampler === "monte-carlo" ? row.guide : NO_GUIDE, at, total, indices, start);
+  if (at.length === numSamples && isDense && invertEven(row, at, indices, start)) return;
+  invert(row, at, total, indices, start);
 }
 
 /** The draws of a row, whose keys stand as the masses do. */

@@ -1,7 +1,7 @@
 // The walks over a row give what a search for each point gives, to the bit, or say that they do not.
 import { describe, expect, it } from "vitest";
 import { headOf, placeHeadTailInto, prepareHeadTail, search, walk } from "./head_tail";
-import { invert, invertEven, masses, NO_GUIDE, prepare } from "./inversion";
+import { invert, invertEven, invertInAnyOrder, masses, prepare } from "./inversion";
 
 /** Numbers in [0, 1) that look random and are the same everywhere. */
 function randomNumbers(seed: number): () => number {
@@ -87,7 +87,9 @@ describe("a walk over a row", { timeout: 60_000 }, () => {
         const scattered = Float64Array.from({ length: count }, (_, t) => (t + random()) / count);
         for (const [i, points] of [scattered, ...combs].entries()) {
           const [expected, found] = [new Int32Array(count), new Int32Array(count)];
-          invert(row, NO_GUIDE, points, total, expected, 0);
+          invert(row, points, total, expected, 0);
+          invertInAnyOrder(row, points.toReversed(), found, 0);
+          expect(firstOther(found.toReversed(), expected)).toBe(-1);
           const isDone = invertEven(row, points, found, 0);
           if (isDone) expect(firstOther(found, expected)).toBe(-1);
           if (i >= 2 || total === 0) continue;

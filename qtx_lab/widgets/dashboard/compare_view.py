@@ -13,7 +13,7 @@ from ...errors import QtxError
 from ...experiments.manifest import read_manifest
 from ...experiments.run_comparison import RunComparison, compare_runs
 from ...theme import with_error
-from .elements import DashboardView, empty_note, html_pane, html_table, status_mark
+from .elements import DRAWING, DashboardView, empty_note, html_pane, html_table, status_mark
 from .records import Listing
 from .run_files import is_folder_name
 from .settings import RESULT, SPEC, half_width, metric_columns, value_text
@@ -52,7 +52,7 @@ class CompareView(DashboardView):
     def __init__(self, page: ViewHost):
         self._runs: list[str] = []
         self._known: tuple[Any, ComparedPair] | None = None
-        self._text = html_pane()
+        self._text = html_pane(DRAWING)
         super().__init__(page, [self._text])
 
     def state(self) -> tuple[str, ...]:

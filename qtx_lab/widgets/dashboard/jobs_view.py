@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from .elements import DashboardView, empty_note, html_pane, html_table
+from .elements import DRAWING, DashboardView, empty_note, html_pane, html_table
 from .records import Listing
 from .view_host import ViewHost
 
@@ -40,7 +40,7 @@ class JobsView(DashboardView):
     uses_run_filters = False
 
     def __init__(self, page: ViewHost):
-        self._table = html_pane()
+        self._table = html_pane(DRAWING)
         super().__init__(page, [self._table])
 
     def prepare(self, listing: Listing, rows: pd.DataFrame) -> pd.DataFrame:

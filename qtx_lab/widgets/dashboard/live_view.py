@@ -17,7 +17,7 @@ from ...errors import QtxError
 from ...experiments.manifest import STATUSES
 from . import figures, frames
 from .cells import Cell, seconds_since
-from .elements import DashboardView, empty_note, html_pane, html_table, status_mark
+from .elements import DRAWING, DashboardView, empty_note, html_pane, html_table, status_mark
 from .records import Listing
 from .settings import RESULT, SPEC, metric_columns, short_name, value_text
 from .view_host import ViewHost
@@ -71,7 +71,7 @@ class LiveView(DashboardView):
     """Curves of the runs that are being written; a run stays on the page when it ends."""
 
     def __init__(self, page: ViewHost):
-        self._table, self._charts = html_pane(), pn.FlexBox(sizing_mode="stretch_width")
+        self._table, self._charts = html_pane(DRAWING), pn.FlexBox(sizing_mode="stretch_width")
         self._followed: dict[str, None] = {}  # seen running: they stay on the page when they end
         self._layout: Any = None  # the runs and charts that are on the page
         self._pipes: dict[tuple[str, str], hv.streams.Pipe] = {}

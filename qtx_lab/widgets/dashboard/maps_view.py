@@ -81,6 +81,6 @@ class MapsView(DashboardView):
             f"<h2>Layer {layer}, head {head}: {draws} {escape(sampler)} draws lie {drawn.distance:.3f} from "
             "the exact row in total variation</h2>"
             f"<p class='note'>Mean over {length} rows of {escape(model)} on documentation, causal, seed 0; "
-            f"the head's output is off by {drawn.error:.1%}. A pixel is the mean of the cells under it: zoom "
-            "in for single ones.</p>"
+            f"the head's output is off by {100 * drawn.error:.1f} %. A pixel is the mean of the cells under "
+            "it: zoom in for single ones.</p>"
         )

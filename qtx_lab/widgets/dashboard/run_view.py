@@ -21,7 +21,7 @@ from ...experiments.manifest import read_manifest
 from ...experiments.runs import Run
 from ...theme import with_error
 from .cells import Cell
-from .elements import CONTROL_WIDTH, DashboardView, empty_note, html_pane, html_table, status_mark
+from .elements import CONTROL_WIDTH, DRAWING, DashboardView, empty_note, html_pane, html_table, status_mark
 from .figures import UNITS
 from .records import Listing
 from .run_files import is_folder_name
@@ -62,7 +62,7 @@ class RunView(DashboardView):
 
     def __init__(self, page: ViewHost):
         self._run, self._loaded = "", ("", Annotations())
-        self._head, self._rest, self._answer = html_pane(), html_pane(), html_pane()
+        self._head, self._rest, self._answer = html_pane(DRAWING), html_pane(), html_pane()
         self._tags = pn.widgets.TextInput(
             label="Tags, separated by commas", width=CONTROL_WIDTH, stylesheets=[FIELD_CSS]
         )

@@ -15,6 +15,7 @@ from scipy import special
 
 from ...theme import with_error
 from .elements import (
+    DRAWING,
     TABLE_ROWS,
     DashboardView,
     empty_note,
@@ -74,7 +75,7 @@ class RunsView(DashboardView):
         self._opened = ""
         self._group = select(label="Rows", options=GROUPS)
         self._columns = multi_select("Columns", none="automatic")
-        self._table, self._range, self._tools = html_pane(), html_pane(), html_pane()
+        self._table, self._range, self._tools = html_pane(DRAWING), html_pane(), html_pane()
         self._newer, self._older = (
             pn.widgets.Button(label=name, width=110) for name in ("◀ Newer", "Older ▶")
         )

@@ -77,10 +77,10 @@ class SweepTab(WorkbenchTab):
         finding = html.escape(result["finding"])
         run = result["run"]
         saved = notes_list([], f"Saved in the run <code>{html.escape(run)}</code>.") if run else ""
+        measured = _wide_table("What was measured", result["measured"])
         self._table.value = (
             headline(finding[:1].upper() + finding[1:] if finding else _how_far(result), _detail(result))
-            + _wide_table("What was measured", result["measured"])
-            + pictures
+            + f"<div class='qtx-wb-beside'>{measured}{pictures}</div>"
             + _wide_table("Notebooks", result["rows"])
             + saved
         )

@@ -19,14 +19,34 @@ from .conftest import free_port, stop, wait_for
 pytestmark = pytest.mark.ui
 
 
+FIGURE = """
+import matplotlib.pyplot as plt, pandas as pd, qtx_lab as qtx
+draw = lambda data, theme: plt.figure(figsize=(2, 1), facecolor={"light": "white", "dark": "black"}[theme])
+run = qtx.Run.create(qtx.ExperimentSpec(), "trial")
+run.save_figure("empty", draw, pd.DataFrame({"x": [1.0]}), "What is drawn.")
+"""
+
+MIDDLE = """(image) => {
+  const canvas = new OffscreenCanvas(image.naturalWidth, image.naturalHeight).getContext("2d");
+  canvas.drawImage(image, 0, 0);
+  return [...canvas.getImageData(image.naturalWidth / 2, image.naturalHeight / 2, 1, 1).data.slice(0, 3)];
+}"""
+
+
 def test_a_notebook_runs_in_both_themes(
     page: Any, open_notebook: Callable[..., Any], run_all: Callable[..., None], set_theme: Callable[..., None]
 ) -> None:
-    open_notebook(page, ["import os; print(6 * 7, os.environ['QTX_LAB_HOME'])"])
+    open_notebook(page, ["import os; print(6 * 7, os.environ['QTX_LAB_HOME'])", FIGURE])
     run_all(page)
     assert page.locator(".jp-OutputArea-output").first.inner_text().startswith("42 ")
-    set_theme(page, "dark")
-    set_theme(page, "light")
+    output = page.locator(".jp-OutputArea-output").last
+    assert "What is drawn." in output.inner_text()
+    middles = {}
+    for theme in ("dark", "light"):
+        set_theme(page, theme)
+        (seen,) = (image for image in output.locator("img").all() if image.is_visible())
+        middles[theme] = seen.evaluate(MIDDLE)
+    assert middles == {"dark": [0, 0, 0], "light": [255, 255, 255]}
 
 
 def test_an_error_in_a_cell_is_noticed(

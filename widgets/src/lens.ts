@@ -1,11 +1,12 @@
 // AttentionLens: the exact, sampled and difference maps of a head, and thumbnails of all heads.
 import { Frame, h, onFrame, unique, type Model } from "./dom";
-import { extremes, paintMap, paintOverlay, roomForAxes, TOP, type Cell, type Geometry } from "./lens_canvas";
+import { extremes, paintMap, paintOverlay, roomForAxes, type Cell, type Geometry } from "./lens_canvas";
+import { gesturesOn, HELP, KEYS_HINT } from "./lens_gestures";
 import { cellText, findingText, mapPanel, NAMES, panelTitles, readFacts, rowText } from "./lens_panels";
 import { LocalHeads } from "./lens_local";
 import type { MapName, MapPanel, RowFacts } from "./lens_panels";
 import { connect, type MapsRequest, type RowRequest } from "./lens_requests";
-import { samplerColour, strip } from "./lens_strip";
+import { measuredStrip, samplerColour } from "./lens_strip";
 import { thumbnailGrid } from "./lens_thumbnails";
 import { tokensPart } from "./lens_tokens";
 import * as maps from "./maps";
@@ -26,12 +27,6 @@ const MAX_HEIGHT_SHARE = 0.85;
 const THUMBNAIL_DELAY_MS = 600;
 /** Repaints whose duration is remembered, for the tests. */
 const MAX_LATENCIES = 200;
-
-const HELP =
-  "Arrows move the cross; Shift with up and down selects rows; plus and minus zoom, 0 shows the whole map, " +
-  "Enter shows this map alone, Escape all three again, or clears the rows.";
-
-const KEYS_HINT = "Keys in a map: arrows move a cross, Shift selects rows, + and − zoom, Enter enlarges.";
 
 /** What is on the screen. */
 interface Shown {
@@ -80,10 +75,6 @@ export function render(model: Model, el: HTMLElement): () => void {
   const wholeMap = (): maps.Viewport => ({ r0: 0, r1: rows, c0: 0, c1: columns });
 
   let view = wholeMap();
-  let cursor: Cell | null = null;
-  let brush: { name: MapName; from: Cell; to: Cell } | null = null;
-  let dragging: "rows" | "zoom" = "rows";
-  let anchor: number | null = null; // the row from which Shift with an arrow selects
   let draws: number = get("num_samples");
   let shown: Shown | null = null;
   let facts = new Map<number, RowFacts>();
@@ -96,6 +87,24 @@ export function render(model: Model, el: HTMLElement): () => void {
     if (!frame.hasRoom()) return; // a level would be chosen for a map of no size
     requestMaps();
     paint();
+  });
+
+  const gestures = gesturesOn({
+    rows,
+    columns,
+    view: () => view,
+    show: (part) => show(part),
+    showWhole: () => showWhole(),
+    holder: (name) => panelOf(name).holder,
+    geometry: (name) => geometry(panelOf(name)),
+    select: (chosen) => {
+      frame.set({ selected_rows: chosen });
+      paintOver();
+    },
+    enlarge: (name) => enlarge(name),
+    isAlone: () => alone,
+    paintOver: () => paintOver(),
+    speak: () => (spoken.textContent = readout.textContent),
   });
 
   // --- controls ---------------------------------------------------------------------------------
@@ -122,8 +131,8 @@ export function render(model: Model, el: HTMLElement): () => void {
   const logBox = h("input", { type: "checkbox", change: setLog });
   const modeName = unique("mode");
   const mode = (value: "rows" | "zoom", name: string) => {
-    const change = () => (dragging = value);
-    const checked = value === dragging;
+    const change = () => (gestures.dragging = value);
+    const checked = value === gestures.dragging;
     return h("label", {}, h("input", { type: "radio", name: modeName, value, checked, change }), name);
   };
   const show = (part: maps.Viewport) => {
@@ -131,8 +140,9 @@ export function render(model: Model, el: HTMLElement): () => void {
     requestMaps();
     paint();
   };
-  const reset = h("button", { type: "button", click: () => show(wholeMap()) }, "Whole map");
-  const clear = h("button", { type: "button", click: () => select([]) }, "Clear rows");
+  const showWhole = () => show(wholeMap());
+  const reset = h("button", { type: "button", click: showWhole }, "Whole map");
+  const clear = h("button", { type: "button", click: () => gestures.select([]) }, "Clear rows");
   const choose = (layer: number, head: number) => frame.set({ layer, head });
   const thumbnails = thumbnailGrid(get("layers"), get("heads"), causal, choose, (drawn) =>
     frame.set({ drawn_heads: drawn }),
@@ -159,41 +169,24 @@ export function render(model: Model, el: HTMLElement): () => void {
   const text: string[] = get("tokens");
   const square = rows === columns;
   const tokenView = text.length === columns ? tokensPart(text, causal, square ? pointAtToken : null) : null;
-  const curves = strip();
-  const curvesPlace = h("div", { class: "qtx-strip-place" }, curves.element);
+  const strip = measuredStrip({
+    frame,
+    view: viewId,
+    rows,
+    shown: () => shown,
+    ask: (request) => void ask(request),
+  });
 
   function pointAtToken(row: number): void {
-    cursor = [row, cursor?.[1] ?? row];
+    gestures.cursor = [row, gestures.cursor?.[1] ?? row];
     paintOver();
   }
 
   // --- layout -----------------------------------------------------------------------------------
 
   const helpId = unique("help");
-  const panels = NAMES.map((name) =>
-    mapPanel(
-      name,
-      helpId,
-      {
-        pointermove: (event: PointerEvent) => point(name, event),
-        pointerleave: () => {
-          if (!brush) cursor = null;
-          paintOver();
-        },
-        pointerdown: (event: PointerEvent) => press(name, event),
-        pointerup: () => release(),
-        pointercancel: () => {
-          brush = null;
-          paintOver();
-        },
-        dblclick: () => reset.click(),
-        wheel: (event: WheelEvent) => turnWheel(name, event),
-        keydown: (event: KeyboardEvent) => pressKey(name, event),
-      },
-      () => enlarge(name),
-    ),
-  );
-  const holder = (name: MapName) => panels.find((panel) => panel.name === name)!.holder;
+  const panels = NAMES.map((name) => mapPanel(name, helpId, gestures.listeners(name), () => enlarge(name)));
+  const panelOf = (name: MapName) => panels.find((panel) => panel.name === name)!;
   const readout = h("p", { class: "qtx-readout" });
   const spoken = h("p", { class: "qtx-hidden", "aria-live": "polite" });
   const status = h("p", { class: "qtx-status", role: "status" });
@@ -205,7 +198,7 @@ export function render(model: Model, el: HTMLElement): () => void {
     "Back to the estimate",
   );
   const places: [string, HTMLElement | undefined][] = [
-    ["Error against draws", curvesPlace],
+    ["Error against draws", strip.element],
     ["All heads", thumbnails.element],
     ["Text", tokenView?.element],
   ];
@@ -238,7 +231,7 @@ export function render(model: Model, el: HTMLElement): () => void {
     h("header", {}, heading, frame.exports(savePage)),
     caption,
     controls,
-    h("div", { class: "qtx-picture" }, boxes, below, curvesPlace),
+    h("div", { class: "qtx-picture" }, boxes, below, strip.element),
     thumbnails.element,
     tokenView?.element ?? "",
     spoken,
@@ -253,15 +246,15 @@ export function render(model: Model, el: HTMLElement): () => void {
     return { view, width, height: Math.round(Math.min(square, most)), rows, columns, ...axes };
   }
   const visiblePanels = () => panels.filter((panel) => panel.holder.clientWidth > 0);
-  const largest = () => geometry(panels.find((panel) => panel.name === main)!);
+  const largest = () => geometry(panelOf(main));
 
   /** Shows a map alone, over the whole width, or all three again. */
   function enlarge(name: MapName): void {
-    const focused = document.activeElement === holder(main);
+    const focused = document.activeElement === panelOf(main).holder;
     alone = !(alone && main === name);
     main = name;
     showLayout();
-    if (focused) holder(main).focus({ preventScroll: true });
+    if (focused) panelOf(main).holder.focus({ preventScroll: true });
     requestMaps();
     paint();
   }
@@ -396,7 +389,7 @@ export function render(model: Model, el: HTMLElement): () => void {
   let askedRow = "";
   function requestRow(): void {
     if (!tokenView || !shown) return;
-    if (cursor) textRow = cursor[0];
+    if (gestures.cursor) textRow = gestures.cursor[0];
     const [layer, head]: [number, number] = [get("layer"), get("head")];
     const name = `${layer} ${head} ${drawing()} ${textRow}`;
     if (name === askedRow) return;
@@ -414,45 +407,6 @@ export function render(model: Model, el: HTMLElement): () => void {
     const { row, first, sampler } = message;
     tokenView.show({ row, first, exact, sampled, norms }, sampler, samplerColour(sampler));
   }
-
-  /** What is being measured for the strip: asked for once it is in sight, and when the head changes. A page without
-   * a kernel measures it anyway, in time that nobody else needs, so that who scrolls to it finds it filled. */
-  const measuresUnseen = get("without_kernel") === true;
-  let inSight = false;
-  let stripSeq = 0;
-  let measuredHead = "";
-  let stripState = { left: 0, note: "" };
-  const sight = new IntersectionObserver((entries) => {
-    inSight = entries.some((entry) => entry.isIntersecting);
-    requestStrip();
-  });
-  sight.observe(curvesPlace);
-  frame.atEnd(() => sight.disconnect());
-
-  function requestStrip(): void {
-    const [layer, head]: [number, number] = [get("layer"), get("head")];
-    const name = `${layer} ${head}`;
-    if ((!inSight && !measuresUnseen) || !shown || name === measuredHead) return;
-    measuredHead = name;
-    stripSeq += 1;
-    ask({ kind: "strip", view: viewId, seq: stripSeq, layer, head, sampler: shown.sampler });
-  }
-
-  let stripOf = 0;
-  function takeStrip(message: any): void {
-    if (message.view !== viewId || message.seq !== stripSeq) return;
-    if (stripOf !== message.seq) curves.clear();
-    stripOf = message.seq;
-    curves.add(message.points);
-    const on = message.rows < rows ? `${whole(message.rows)} of ${whole(rows)} queries` : "all queries";
-    const note = `Layer ${message.layer}, head ${message.head}: ${message.repetitions} repetitions on ${on}.`;
-    stripState = { left: message.left, note };
-    paintStrip();
-  }
-
-  const paintStrip = onFrame(() => {
-    if (frame.hasRoom() && shown) curves.paint({ draws: shown.draws, sampler: shown.sampler, ...stripState });
-  });
 
   let thumbnailTimer = 0;
   /** Asks for thumbnails once the slider rests, because they take the kernel longer than a picture. */
@@ -514,7 +468,7 @@ export function render(model: Model, el: HTMLElement): () => void {
     } else if (message.kind === "thumbnails") takeThumbnails(message, buffers);
     else if (message.kind === "maps") takeMaps(message, buffers);
     else if (message.kind === "row") takeRow(message, buffers);
-    else if (message.kind === "strip") takeStrip(message);
+    else if (message.kind === "strip") strip.take(message);
     else if (message.kind === "inputs" && message.view === viewId) locals.take(message, buffers);
   };
   const ask = connect(frame, get("layers"), take, (request) => {
@@ -543,9 +497,9 @@ export function render(model: Model, el: HTMLElement): () => void {
     if (shown) {
       paintMaps(shown);
       noteLatencies(shown);
-      requestStrip();
+      strip.request();
     }
-    paintStrip();
+    strip.paint();
     paintOver();
     showTitles();
   });
@@ -619,6 +573,7 @@ export function render(model: Model, el: HTMLElement): () => void {
   const paintOver = onFrame(() => {
     if (!frame.hasRoom()) return;
     const selected: number[] = get("selected_rows");
+    const { brush, cursor, dragging } = gestures;
     const live = brush && dragging === "rows" ? maps.brushed(brush.from[0], brush.to[0], rows) : selected;
     const zoom: [Cell, Cell] | null = brush && dragging === "zoom" ? [brush.from, brush.to] : null;
     for (const panel of visiblePanels())
@@ -701,6 +656,7 @@ export function render(model: Model, el: HTMLElement): () => void {
   }
 
   function showReadout(): void {
+    const { cursor } = gestures;
     if (!cursor || !shown) {
       const keys = h("span", { class: "qtx-note" }, KEYS_HINT);
       readout.replaceChildren(h("span", {}, "Point at a cell for its numbers."), keys);
@@ -713,110 +669,6 @@ export function render(model: Model, el: HTMLElement): () => void {
     const values = masked ? "masked" : at ? cellText(at.weights, at.cell) : "";
     const known = facts.get(row);
     readout.replaceChildren(h("span", {}, place, values), h("span", {}, known ? rowText(known) : ""));
-  }
-
-  // --- pointer ----------------------------------------------------------------------------------
-
-  const inside = (index: number, size: number) => Math.min(size - 1, Math.max(0, Math.floor(index)));
-
-  function cellAt(name: MapName, event: MouseEvent): Cell | null {
-    const box = holder(name).getBoundingClientRect();
-    const { width, height, left } = geometry(panels.find((panel) => panel.name === name)!);
-    const row = view.r0 + ((event.clientY - box.top - TOP) / height) * (view.r1 - view.r0);
-    const column = view.c0 + ((event.clientX - box.left - left) / width) * (view.c1 - view.c0);
-    if (!brush && (row < view.r0 || row >= view.r1 || column >= view.c1)) return null;
-    return [inside(row, rows), inside(column, columns)];
-  }
-
-  function point(name: MapName, event: PointerEvent): void {
-    const cell = cellAt(name, event);
-    if (brush && cell) brush.to = cell;
-    cursor = cell;
-    paintOver();
-  }
-
-  function press(name: MapName, event: PointerEvent): void {
-    const cell = event.button === 0 ? cellAt(name, event) : null;
-    if (!cell) return;
-    brush = { name, from: cell, to: cell };
-    holder(name).setPointerCapture(event.pointerId);
-    holder(name).focus({ preventScroll: true });
-    event.preventDefault();
-    paintOver();
-  }
-
-  function release(): void {
-    if (!brush) return;
-    const { from, to } = brush;
-    brush = null;
-    if (dragging === "rows") select(maps.brushed(from[0], to[0], rows));
-    else if (Math.abs(from[0] - to[0]) + Math.abs(from[1] - to[1]) > 1) show(maps.between(from, to));
-    paintOver();
-  }
-
-  function turnWheel(name: MapName, event: WheelEvent): void {
-    if (document.activeElement !== holder(name) && !event.ctrlKey) return;
-    const cell = cellAt(name, event);
-    if (!cell) return;
-    event.preventDefault();
-    zoom(cell, event.deltaY > 0 ? 1.25 : 0.8);
-  }
-
-  function select(chosen: number[]): void {
-    anchor = null;
-    frame.set({ selected_rows: chosen });
-    paintOver();
-  }
-
-  function zoom([row, column]: Cell, factor: number): void {
-    show(maps.zoomed(view, row + 0.5, column + 0.5, factor, rows, columns));
-  }
-
-  // --- keyboard ---------------------------------------------------------------------------------
-
-  function pressKey(name: MapName, event: KeyboardEvent): void {
-    const middle: Cell = [Math.floor((view.r0 + view.r1) / 2), Math.floor((view.c0 + view.c1) / 2)];
-    const cell = cursor ?? middle;
-    const step = event.altKey ? 16 : 1;
-    const move = { ArrowUp: [-step, 0], ArrowDown: [step, 0], ArrowLeft: [0, -step], ArrowRight: [0, step] }[
-      event.key
-    ];
-    if (move) moveCursor(cell, move as Cell, event.shiftKey);
-    else if (event.key === "+" || event.key === "=") zoom(cell, 0.5);
-    else if (event.key === "-") zoom(cell, 2);
-    else if (event.key === "0") reset.click();
-    else if (event.key === "Enter") enlarge(name);
-    else if (event.key === "Escape" && alone) enlarge(name);
-    else if (event.key === "Escape") select([]);
-    else return;
-    event.preventDefault();
-    event.stopPropagation();
-    paintOver();
-  }
-
-  /** Moves the cross from `cell`, or shows it there at first; `selecting` selects the rows on its way. */
-  function moveCursor(cell: Cell, [down, right]: Cell, selecting: boolean): void {
-    const moved: Cell = [
-      inside(cell[0] + (cursor ? down : 0), rows),
-      inside(cell[1] + (cursor ? right : 0), columns),
-    ];
-    cursor = moved;
-    if (selecting && down) {
-      const from = anchor ?? cell[0];
-      select(maps.brushed(from, moved[0], rows));
-      anchor = from;
-    } else anchor = null;
-    follow(moved);
-    setTimeout(() => (spoken.textContent = readout.textContent), 200);
-  }
-
-  /** Shifts the view so that the cross is in it. */
-  function follow([row, column]: Cell): void {
-    const shift = (low: number, high: number, at: number) =>
-      at < low ? at - low : at + 1 > high ? at + 1 - high : 0;
-    const [down, right] = [shift(view.r0, view.r1, row), shift(view.c0, view.c1, column)];
-    if (!down && !right) return;
-    show({ r0: view.r0 + down, r1: view.r1 + down, c0: view.c0 + right, c1: view.c1 + right });
   }
 
   // --- beginning --------------------------------------------------------------------------------

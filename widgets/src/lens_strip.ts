@@ -1,6 +1,7 @@
 // The strip under the maps: error and variance against draws, of all samplers, for the head in view.
 import { axes, line, makePanel, path, resize, text, type Panel } from "./charts";
-import { h, s, unique } from "./dom";
+import { h, onFrame, s, unique, type Frame } from "./dom";
+import type { StripRequest } from "./lens_requests";
 import { scale, whole, type Scale } from "./scale";
 import { SAMPLER_COLOURS } from "./theme";
 
@@ -50,7 +51,7 @@ interface StripState {
   note: string;
 }
 
-export interface Strip {
+interface Strip {
   element: HTMLElement;
   /** Begins anew, for another head. */
   clear(): void;
@@ -59,7 +60,7 @@ export interface Strip {
   paint(state: StripState): void;
 }
 
-export function strip(): Strip {
+function strip(): Strip {
   let points: StripPoint[] = [];
   let state: StripState = { draws: null, sampler: "", left: 0, note: "" };
   const error = makePanel("Error of the output against draws", "qtx-strip-error");
@@ -211,4 +212,74 @@ function spoken(known: StripPoint[], measure: Measure, name: string): string {
     (point) => `${point.sampler} ${point[measure].toPrecision(2)} at ${point.draws} draws`,
   );
   return `${name} against the number of draws: ${ends.join(", ")}`;
+}
+
+/** The lens that a strip belongs to. */
+interface StripHost {
+  frame: Frame;
+  /** Names the lens in requests. */
+  view: string;
+  /** Queries of a head. */
+  rows: number;
+  /** What the maps show; null before there are any. */
+  shown(): { draws: number | null; sampler: string } | null;
+  ask(request: StripRequest): void;
+}
+
+/** The strip of a lens, which asks for what it shows.
+ *
+ * That is asked for once the strip is in sight, and when the head changes. A page without a kernel measures it
+ * anyway, in time that nobody else needs, so that who scrolls to it finds it filled. */
+export interface MeasuredStrip {
+  element: HTMLElement;
+  /** Asks for the head that is shown, unless that is measured already. */
+  request(): void;
+  /** Takes in points that were measured. */
+  take(message: any): void;
+  paint(): void;
+}
+
+export function measuredStrip({ frame, view, rows, shown, ask }: StripHost): MeasuredStrip {
+  const get = (name: string) => frame.model.get(name);
+  const curves = strip();
+  const element = h("div", { class: "qtx-strip-place" }, curves.element);
+  const measuresUnseen = get("without_kernel") === true;
+  let inSight = false;
+  let seq = 0;
+  let drawnSeq = 0; // of the points that are shown
+  let measuredHead = "";
+  let state = { left: 0, note: "" };
+  const sight = new IntersectionObserver((entries) => {
+    inSight = entries.some((entry) => entry.isIntersecting);
+    request();
+  });
+  sight.observe(element);
+  frame.atEnd(() => sight.disconnect());
+
+  function request(): void {
+    const [layer, head]: [number, number] = [get("layer"), get("head")];
+    const [maps, name] = [shown(), `${layer} ${head}`];
+    if ((!inSight && !measuresUnseen) || !maps || name === measuredHead) return;
+    measuredHead = name;
+    seq += 1;
+    ask({ kind: "strip", view, seq, layer, head, sampler: maps.sampler });
+  }
+
+  function take(message: any): void {
+    if (message.view !== view || message.seq !== seq) return;
+    if (drawnSeq !== message.seq) curves.clear();
+    drawnSeq = message.seq;
+    curves.add(message.points);
+    const on = message.rows < rows ? `${whole(message.rows)} of ${whole(rows)} queries` : "all queries";
+    const note = `Layer ${message.layer}, head ${message.head}: ${message.repetitions} repetitions on ${on}.`;
+    state = { left: message.left, note };
+    paint();
+  }
+
+  const paint = onFrame(() => {
+    const maps = shown();
+    if (frame.hasRoom() && maps) curves.paint({ draws: maps.draws, sampler: maps.sampler, ...state });
+  });
+
+  return { element, request, take, paint };
 }

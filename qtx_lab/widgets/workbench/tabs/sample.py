@@ -44,7 +44,7 @@ from .html_parts import form_field, ranges_text
 MAX_ROWS = 16
 """Rows that are sent to the Circuit tab at a time."""
 
-MAX_LIVE_BYTES = 1_900_000
+MAX_LIVE_BYTES = 1_750_000
 """Bytes of the maps that redraw in a report, which stays below 3 MB with its pictures."""
 
 REDRAW_DELAY_S = 0.3

@@ -77,8 +77,6 @@ TILE = 8
 """Rows of a head that read the sketch together."""
 AHEAD = 8
 """Draws whose keys and values are requested in advance."""
-NEAR = 1 << 20
-"""Bytes of keys that are requested while places are looked for: a core's second cache holds them."""
 SUMS = {"contract", "reassoc", "nsz"}
 """What sums may do to be vectorised: change their order, but not overlook infinities."""
 
@@ -638,78 +636,36 @@ def _clipped_eight(x: Any, at: Any, limit: Any) -> Any:
     return np.float64(((a + b) + (c + d)) + ((e + f) + (g + h)))
 
 
-@njit
-def _within_block(mass: Any, limit: Any, begin: Any, below: Any, point: Any) -> Any:
-    """The first key from `begin` on at which the sum of the masses, from `below` on, exceeds the point.
-
-    The last key of the block where rounding lets none exceed it. A whole block is searched without branches,
-    because a processor cannot guess which way they go, and a wrong guess takes as long as ten additions.
-    """
-    n, at, sum_ = mass.shape[0], begin, below
-    if begin + BLOCK > n:
-        sum_ += min(mass[at], limit)
-        while sum_ <= point and at < n - 1:
-            at += 1
-            sum_ += min(mass[at], limit)
-        return at
-    upper = below
-    for eight in range(0, BLOCK, 8):
-        upper += _clipped_eight(mass, begin + eight, limit)
-        passed = upper <= point and eight + 8 < BLOCK
-        at = begin + eight + 8 if passed else at
-        sum_ = upper if passed else sum_
-    first = at
-    for j in range(7):
-        sum_ += min(mass[first + j], limit)
-        at += 1 if sum_ <= point else 0
-    return at
-
-
-@njit
-def _request(at: Any, size: Any) -> None:
-    """Request the cache lines of `size` bytes at an address."""
-    for byte in range(0, size, 64):
-        _prefetch(at + byte)
-
-
 @njit(error_model="numpy")
-def _place(
-    mass: Any,
-    limit: Any,
-    offset: Any,
-    cdf: Any,
-    last: Any,
-    place: Any,
-    order: Any,
-    tokens: Any,
-    table: Any,
-    features: Any,
-) -> Any:
-    """Write the places (S,) of the points (s + offset) / S of the masses cut at `limit`, and their tokens.
+def _place(mass: Any, limit: Any, offset: Any, cdf: Any, last: Any, place: Any) -> Any:
+    """Write the places (S,) of the points (s + offset) / S of the masses cut at `limit`.
 
-    Returns how many of the points lie within the masses. The keys (E features) of the first draws are
-    requested, up to `NEAR` bytes: they arrive while the next places are looked for.
+    Returns how many of the points lie within the masses.
     """
-    draws, address, size = place.shape[0], table.ctypes.data, table.itemsize * table.shape[1]
-    key_size, total = table.itemsize * features, cdf[-1]
-    near = NEAR // key_size
-    below, within, block = np.nextafter(total, 0.0), 0, 0
-    for s in range(draws + AHEAD):
-        if s < draws:
-            point = (s + offset) / draws * last
-            within += 1 if point < total else 0
-            point = min(point, below)
+    n, draws = mass.shape[0], place.shape[0]
+    total = cdf[-1]
+    below, within, block, at, sum_ = np.nextafter(total, 0.0), 0, -1, 0, 0.0
+    for s in range(draws):
+        point = (s + offset) / draws * last
+        if point < total:
+            within += 1
+        point = min(point, below)
+        if block < 0 or cdf[block] <= point:
+            block += 1
             while cdf[block] <= point:
                 block += 1
-            before = cdf[block - 1] if block else 0.0
-            at = _within_block(mass, limit, block * BLOCK, before, point)
-            place[s] = at
-            _prefetch(order[at:].ctypes.data)
-        if s >= AHEAD:
-            token = order[place[s - AHEAD]]
-            tokens[s - AHEAD] = token
-            if s - AHEAD < near:
-                _request(address + token * size, key_size)
+            at = block * BLOCK
+            sum_ = (cdf[block - 1] if block else 0.0) + min(mass[at], limit)
+        end = min(n, (block + 1) * BLOCK) - 1
+        while sum_ <= point and at + 8 <= end:
+            eight = _clipped_eight(mass, at + 1, limit)
+            if sum_ + eight > point:
+                break
+            at, sum_ = at + 8, sum_ + eight
+        while sum_ <= point and at < end:
+            at += 1
+            sum_ += min(mass[at], limit)
+        place[s] = at
     return within
 
 
@@ -717,19 +673,17 @@ def _place(
 def _weigh(
     x: Any, table: Any, tokens: Any, within: Any, pi: Any, weights: Any, output: Any, share: Any
 ) -> None:
-    """Weigh the draws (S,) by their exact logits; `output` gets `share` of their average value.
-
-    `_place` has requested the first keys. Their values, and all that is read of the others, are requested
-    here, while logits are computed.
-    """
+    """Weigh the draws (S,) by their exact logits; `output` gets `share` of their average value."""
     draws, features, width = tokens.shape[0], x.shape[0], table.shape[1]
     address, size = table.ctypes.data, np.int64(table.itemsize * width)
-    key_size = np.int64(table.itemsize * features)
-    near, top = NEAR // key_size, np.float32(-np.inf)
-    for s in range(draws):
+    top = np.float32(-np.inf)
+    for s in range(-AHEAD, draws):
         if s + AHEAD < draws:
-            first = key_size if s + AHEAD < near else np.int64(0)
-            _request(address + tokens[s + AHEAD] * size + first, size - first)
+            line = address + tokens[s + AHEAD] * size
+            for byte in range(0, size, 64):
+                _prefetch(line + byte)
+        if s < 0:
+            continue
         if s >= within or (
             s and tokens[s] == tokens[s - 1]
         ):  # past the last key, or a sure one's second point
@@ -802,13 +756,11 @@ def _attend_row(
     of_own = 1 / total if not t.grouped else 1.0
     for r in range(replicates):
         offset = row_offset(key, t.first_position + m % t.positions, head % t.groups, r)
+        within = _place(mass, limit, offset, cdf, draws * np.float64(limit), place)
         part = slice(r * draws, (r + 1) * draws)
-        of_draws, of_tokens, last = pi[part], tokens[part], draws * np.float64(limit)
-        if t.half:
-            within = _place(mass, limit, offset, cdf, last, place, order, of_tokens, half_table, t.features)
-        else:
-            within = _place(mass, limit, offset, cdf, last, place, order, of_tokens, table, t.features)
+        of_draws, of_tokens = pi[part], tokens[part]
         for s in range(draws):
+            of_tokens[s] = order[place[s]]
             proposed[r * draws + s] = own[place[s]] * of_own
             of_draws[s] = min(mass[place[s]] / limit, one)
         share = one / np.float32(replicates)

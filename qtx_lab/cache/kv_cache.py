@@ -397,6 +397,7 @@ class SampledKVCache:
                 check_finite("q", q)
                 estimate = attend_within(store, self._sketch, self._value_sketch, call, promise)
                 _check_logits(estimate.output)
+                assert estimate.log_sum_exp is not None
                 _check_logits(estimate.log_sum_exp)
             if self._sketch is not None:
                 self._queries.add(rows)

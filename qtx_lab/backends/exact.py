@@ -17,9 +17,10 @@ from itertools import product
 import numpy as np
 import torch
 from qiskit import QuantumCircuit
-from qiskit.circuit import ClassicalRegister, Clbit, Gate, ParameterExpression
-from qiskit.circuit.library import UnitaryGate
+from qiskit.circuit import ClassicalRegister, Clbit, Gate, Instruction, ParameterExpression, Reset
+from qiskit.circuit.library import IGate, PauliGate, UnitaryGate, XGate, YGate, ZGate
 from qiskit.quantum_info import PTM, Pauli
+from qiskit_aer.noise import QuantumError
 from torch import Tensor
 
 GENERATORS = {"rx": "X", "ry": "Y", "rz": "Z", "p": "Z", "rxx": "XX", "ryy": "YY", "rzz": "ZZ"}
@@ -34,6 +35,9 @@ WORKSPACE_NUMBERS = 1 << 19
 MAX_REGISTER_BITS = 62
 """A value of the register is kept in an int64."""
 
+FIXED_OPERATIONS = {"id": IGate, "x": XGate, "y": YGate, "z": ZGate, "pauli": PauliGate, "reset": Reset}
+"""Operations of a device's errors that have no numbers: their matrices are computed once."""
+
 
 @dataclass(frozen=True)
 class Noise:
@@ -42,7 +46,8 @@ class Noise:
     Parameters
     ----------
     gates : mapping
-        From (name of the gate, qubits) to its error channel, a `qiskit_aer.noise.QuantumError`.
+        From (name of the gate, qubits) to its error channel: a `qiskit_aer.noise.QuantumError`, or another of
+        Qiskit's channels.
     readout : mapping
         From a qubit to the 2 × 2 matrix P(read column | true row).
     """
@@ -54,9 +59,51 @@ class Noise:
     def channel(self, gate: str, qubits: tuple[int, ...]) -> Tensor | None:
         """The error after a gate of k qubits in the Pauli basis, (4^k, 4^k); None where there is none."""
         key = (gate, qubits)
-        if key in self.gates and key not in self._channels:  # the conversion is slow
-            self._channels[key] = torch.from_numpy(PTM(self.gates[key]).data.real.copy())
+        if key in self.gates and key not in self._channels:
+            self._channels[key] = torch.from_numpy(pauli_transfer_matrix(self.gates[key]))
         return self._channels.get(key)
+
+
+def pauli_transfer_matrix(channel: object) -> np.ndarray:
+    """A channel of k qubits in the Pauli basis, float64 (4^k, 4^k), as `qiskit.quantum_info.PTM` gives it.
+
+    A `QuantumError` is a mixture of some 80 circuits of the same few operations. `PTM` turns every one of
+    them into a superoperator; here Paulis and resets become matrices once, and Kraus operators once an error.
+    """
+    if not isinstance(channel, QuantumError):
+        return PTM(channel).data.real.copy()
+    k, kraus = channel.num_qubits, dict[tuple[object, ...], np.ndarray]()
+    total = np.zeros((4**k, 4**k))
+    for circuit, probability in zip(channel.circuits, channel.probabilities, strict=True):
+        of_circuit = np.eye(4**k)
+        for instruction in circuit.data:
+            operation = instruction.operation
+            qubits = tuple(circuit.find_bit(q).index for q in instruction.qubits)
+            if operation.name in FIXED_OPERATIONS:
+                matrix = _fixed_matrix(operation.name, tuple(operation.params), qubits, k)
+            elif operation.name == "kraus":  # of one qubit's relaxation, in every circuit
+                key = (qubits, *(x.tobytes() for x in operation.params))
+                if key not in kraus:
+                    kraus[key] = _matrix_on(operation, qubits, k)
+                matrix = kraus[key]
+            else:
+                matrix = _matrix_on(operation, qubits, k)
+            of_circuit = matrix @ of_circuit
+        total += probability * of_circuit
+    return total
+
+
+@cache
+def _fixed_matrix(name: str, parameters: tuple[str, ...], qubits: tuple[int, ...], k: int) -> np.ndarray:
+    return _matrix_on(FIXED_OPERATIONS[name](*parameters), qubits, k)
+
+
+def _matrix_on(operation: Instruction, qubits: tuple[int, ...], k: int) -> np.ndarray:
+    """An operation on some of k qubits, in the Pauli basis."""
+    circuit = QuantumCircuit(k)
+    circuit.append(operation, qubits)
+    matrix: np.ndarray = PTM(circuit).data.real
+    return matrix
 
 
 @dataclass(frozen=True)

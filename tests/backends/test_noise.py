@@ -8,17 +8,21 @@ import numpy as np
 import pytest
 import torch
 from qiskit import QuantumCircuit
-from qiskit.quantum_info import average_gate_fidelity
+from qiskit.quantum_info import PTM, average_gate_fidelity
 from qiskit_aer.noise import (
     NoiseModel,
     ReadoutError,
     amplitude_damping_error,
+    coherent_unitary_error,
     depolarizing_error,
+    pauli_error,
+    reset_error,
     thermal_relaxation_error,
 )
 
 import qtx_lab as qtx
 from qtx_lab.backends import DeviceNoise, ParametricNoise, ThermalNoise, predicted_fidelity
+from qtx_lab.backends.exact import pauli_transfer_matrix
 from qtx_lab.backends.noise import channel_infidelity, fake_device
 from qtx_lab.backends.waiting import with_waits
 from qtx_lab.circuits.fidelity import total_variation_distance
@@ -141,6 +145,22 @@ def test_thermal_noise_relaxes_qubits_while_gates_last():
 def test_the_infidelity_of_a_channel(channel):
     expected = 0 if channel is None else 1 - average_gate_fidelity(channel)
     assert channel_infidelity(channel) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        depolarizing_error(0.02, 2).compose(
+            thermal_relaxation_error(50, 30, 1).expand(thermal_relaxation_error(40, 70, 2))
+        ),
+        depolarizing_error(0.02, 1).compose(amplitude_damping_error(0.1)),
+        coherent_unitary_error(np.array([[0.8, -0.6], [0.6, 0.8]])).expand(amplitude_damping_error(0.2)),
+        pauli_error([("XZ", 0.1), ("YI", 0.05), ("II", 0.85)]),
+        reset_error(0.1, 0.2),
+    ],
+)
+def test_an_error_in_the_pauli_basis_is_that_of_qiskit(error):
+    assert pauli_transfer_matrix(error) == pytest.approx(PTM(error).data.real, abs=1e-14)
 
 
 # --- Waiting ------------------------------------------------------------------------------------------------

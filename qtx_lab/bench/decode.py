@@ -2,7 +2,8 @@
 
 The exact forms are SDPA and two matrix products, with K as it is and with K stored transposed. The baseline
 is the form that was the fastest in the same run. The caches of several layers take turns, as in a model, so
-that none of them stays in the processor's own cache.
+that none of them stays in the processor's own cache; and the methods take turns, so that each begins after
+another one has filled that cache.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from ..attention import sampled_attention
 from ..cache import SampledKVCache
 from ..models.reference import load_reference_model
 from ..models.text import encode, reference_text
-from .base import BenchRow, Method, compare
+from .base import BenchRow, Method, compare, time_in_turns
 
 EXACT_FORMS = ("sdpa", "matmul", "matmul, K transposed")
 ALLOWED = 1.1
@@ -58,7 +59,8 @@ def bench_decode(quick: bool, copy_bandwidth: float) -> list[BenchRow]:
 
     Synthetic keys have a spectrum of variances 1 / i, along random axes for each head. `seconds` is the time
     of one layer; `error` is the root mean squared error over the exact output's root mean square, over 64
-    queries of each head and layer. Further details of the sketches' rows:
+    queries of each head and layer. `repeated seconds` is the median time of calls of the same method in
+    sequence, between which nothing else fills the processor's cache. Further details of the sketches' rows:
 
     - `error ratio`: the error over that of the sketch `exact`, whose keys are drawn by their exact logits. A
       sketch passes if this is at most `ALLOWED`;
@@ -130,6 +132,7 @@ def measure(
             methods.append(started_by_prange(methods[-1]))
     first = exact_outputs[0][:, :1].double()
     rows = compare(case, methods, first, ("/".join(EXACT_FORMS),), turns, copy_bandwidth)
+    repeated = {x.name: time_in_turns({x.name: x.call}, 4 * turns)[x.name].median for x in methods}
     independent_error = relative_error(independent, exact_outputs)
     rows = [
         replace(
@@ -137,6 +140,7 @@ def measure(
             details={
                 **row.details,
                 **details.get(row.method, {}),
+                "repeated seconds": repeated[row.method],
                 "error of i.i.d. draws": independent_error,
             },
         )
@@ -261,6 +265,8 @@ def reference(n: int) -> list[Layer]:
 
 def print_details(rows: Sequence[BenchRow]) -> None:
     """Print what the table of a case has no room for."""
+    repeated = (f"{row.method} {1e3 * row.details['repeated seconds']:.2f}" for row in rows)
+    print(f"  ms in calls of one method in sequence: {'; '.join(repeated)}")
     for row in rows:
         details = row.details
         if "error ratio" in details:

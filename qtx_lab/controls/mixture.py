@@ -159,8 +159,8 @@ class MixedControls:
         """
         r = draws.replicates
         w = draws.weights * self.ratios * self.weights[..., None]  # [C, N, M, R * S]
-        held = w.unflatten(-1, (r, w.shape[-1] // r)).sum(-1)  # [C, N, M, R]
-        known = torch.einsum("cnmr,cnmd->nmrd", held, self.means)
+        replicate_weights = w.unflatten(-1, (r, w.shape[-1] // r)).sum(-1)  # [C, N, M, R]
+        known = torch.einsum("cnmr,cnmd->nmrd", replicate_weights, self.means)
         return r * (draws.average_by_replicate(values, w.sum(0)) - known)
 
 

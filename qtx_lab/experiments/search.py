@@ -241,30 +241,30 @@ def find_best(
         study.enqueue_trial(first)
     tried: dict[str, SearchedCombination] = {}
     while len(tried) < trials:
-        asked: dict[str, Trial] = {}
+        batch: dict[str, Trial] = {}
         for _ in range(PROPOSALS):
             trial = study.ask(distributions)
             key = _key({name: _value(dimensions[name], trial.params[name]) for name in dimensions})
             if key in tried:
                 _tell(study, trial, tried[key])
-            elif key in asked:
+            elif key in batch:
                 study.tell(trial, state=optuna.trial.TrialState.FAIL)
             else:
-                asked[key] = trial
-            if len(asked) == min(BATCH, trials - len(tried)):
+                batch[key] = trial
+            if len(batch) == min(BATCH, trials - len(tried)):
                 break
-        if not asked:
+        if not batch:
             break
-        tried |= {key: SearchedCombination(json.loads(key)) for key in asked}
+        tried |= {key: SearchedCombination(json.loads(key)) for key in batch}
         for repeat in range(repeats):
-            going = [key for key in asked if not (tried[key].stopped or tried[key].failed)]
+            going = [key for key in batch if not (tried[key].stopped or tried[key].failed)]
             objectives = evaluate([(tried[key].combination, repeat) for key in going]) if going else []
             for key, objective in zip(going, objectives, strict=True):
                 tried[key] = _with(tried[key], objective)
             best = best_of(tried.values(), maximize)
             for key in going:
                 tried[key] = _stopped_if_excluded(tried[key], best, sign)
-        for key, trial in asked.items():
+        for key, trial in batch.items():
             _tell(study, trial, tried[key])
     return list(tried.values())
 

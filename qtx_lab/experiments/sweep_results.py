@@ -25,7 +25,7 @@ def write_results(
     spec: SweepSpec,
     notebooks: Sequence[tuple[Path, Mapping[str, Any]]],
     measure: str | None,
-    taken: int = 0,
+    from_earlier_runs: int = 0,
 ) -> str | None:
     """Write the table of all notebooks, the figure and the summary into the sweep's run.
 
@@ -40,7 +40,7 @@ def write_results(
     measure : str or None
         The number in the runs' results that the figure shows; if None, the main one of the notebooks (see
         `Run.declare`), else the first one.
-    taken : int
+    from_earlier_runs : int
         How many of the notebooks are taken from earlier runs.
 
     Returns
@@ -60,8 +60,10 @@ def write_results(
     by_status = ", ".join(f"{count} {status}" for status, count in counts.items())
     failed = table[table["status"] == "failed"]
     summary = [f"{len(notebooks)} notebooks: {by_status}."]
-    if taken:
-        summary.append(f"{taken} of them are taken from earlier runs with the same spec and code.")
+    if from_earlier_runs:
+        summary.append(
+            f"{from_earlier_runs} of them are taken from earlier runs with the same spec and code."
+        )
     note = run.manifest["results"].get("note")
     summary += [note] if note else []
     summary += [f"{row.run}: {row.error}" for row in failed.itertuples()][:MAX_ERRORS]

@@ -298,10 +298,10 @@ def plan(
     repeats, seed = check_count("repeats", repeats), check_count("seed", seed, 0, MAX_SEED)
     fixed = dict(parameters or {})
     declared = declared_parameters(path)
-    taken: dict[str, list[Any]] = {}
+    checked: dict[str, list[Any]] = {}
     for name, values in grid.items():
-        taken[name] = _taken(path, declared, name, values)
-        _check_values(name, taken[name])
+        checked[name] = _taken(path, declared, name, values)
+        _check_values(name, checked[name])
         if name in fixed:
             raise ArgumentError(f"{name!r} is in the grid and in the parameters: give it once.")
     fixed = {name: _taken(path, declared, name, [value])[0] for name, value in fixed.items()}
@@ -311,7 +311,7 @@ def plan(
         raise ArgumentError(f"repeats={repeats} is not allowed: {path.name} {why}, so all would be the same.")
     digest = code_hash(path)
     spec = SweepSpec(
-        notebook=path.stem, sha256=digest, grid=taken, parameters=fixed, repeats=repeats, seed=seed
+        notebook=path.stem, sha256=digest, grid=checked, parameters=fixed, repeats=repeats, seed=seed
     )
     notebooks = []
     for repeat in range(
@@ -573,8 +573,8 @@ def _write_results(
             fields = {"kind": type(notebook.spec).__name__, "fields": notebook.spec.to_parameters()}
             name = run_name(Path(planned.spec.notebook))
             listed.append((Path(), {"name": name, "status": "missing", "spec": fields}))
-    taken = run.manifest["results"].get("kept", 0)
-    return write_results(run, planned.spec, listed, measure, taken)
+    from_earlier_runs = run.manifest["results"].get("kept", 0)
+    return write_results(run, planned.spec, listed, measure, from_earlier_runs)
 
 
 @contextmanager

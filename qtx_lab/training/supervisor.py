@@ -484,8 +484,8 @@ class Supervisor:
             self._new_rows += [{**row, "attempt": self.attempt} for row in rows if "loss" in row]
             for row in rows:
                 if row.get("phase") == "started" and row["step"]:
-                    taken = checkpoint_path(self.job.folder, row["step"])
-                    self._messages += [*row["notes"], f"Training goes on from the checkpoint {taken}."]
+                    checkpoint = checkpoint_path(self.job.folder, row["step"])
+                    self._messages += [*row["notes"], f"Training goes on from the checkpoint {checkpoint}."]
 
     def _add_rows_of(self, step: int) -> None:
         """Add the last rows before a checkpoint that the worker of rank 0, which left, could not send."""

@@ -41,13 +41,13 @@ class Copying(Task):
     def draft(self, model: TextModel, length: int, random: Random) -> Draft:
         """At least two words of the list are given again; the next `copied` are the answers."""
         lists = [random.sample(NOUNS, self.words) for _ in range(self.lists)]
-        asked = random.randrange(self.lists)
-        given = random.randint(2, self.words - self.copied)
-        answers = tuple(lists[asked][given : given + self.copied])
+        repeated = random.randrange(self.lists)
+        shown = random.randint(2, self.words - self.copied)
+        answers = tuple(lists[repeated][shown : shown + self.copied])
         hidden = [f"List {i}: {', '.join(words)}." for i, words in enumerate(lists, 1)]
         request = Request(
             instruction="The following text holds lists of words.",
-            question=f"Once more, list {asked + 1}: {', '.join(lists[asked][:given])}",
+            question=f"Once more, list {repeated + 1}: {', '.join(lists[repeated][:shown])}",
             opening="",
             pieces=((",", False), *listed(answers, last=",")),
             answers=answers,

@@ -93,14 +93,14 @@ def score_prompt(
             f"has {len(prompt.target)}."
         )
     predicted = read_target(start(), prompt.target)  # [T, V]
-    answer = said_by(model, prompt, predicted)
-    if answer is None:
-        answer = generate_answer(model, prompt, start())
-    return make_score(model, prompt, predicted, answer, exact)
+    tokens = said_by(model, prompt, predicted)
+    if tokens is None:
+        tokens = generate_answer(model, prompt, start())
+    return make_score(model, prompt, predicted, tokens, exact)
 
 
 def make_score(
-    model: TextModel, prompt: TaskPrompt, predicted: Tensor, answer: Tensor, exact: TaskScore | None
+    model: TextModel, prompt: TaskPrompt, predicted: Tensor, tokens: Tensor, exact: TaskScore | None
 ) -> TaskScore:
     """The score of log-probabilities (T, V) at the places of the target, and of the tokens that were said."""
     scored = prompt.scored
@@ -112,7 +112,7 @@ def make_score(
         gap = reference.exp() * (reference - predicted[scored].double())
         divergence = gap.sum(-1).mean().item()
         agreement = (reference.argmax(-1) == likeliest[scored]).double().mean().item()
-    generated = model.decode(answer) if prompt.answers else ""
+    generated = model.decode(tokens) if prompt.answers else ""
     return TaskScore(
         log_probability=true[scored].double().sum().item(),
         tokens=int(scored.sum()),
@@ -131,8 +131,8 @@ def said_by(model: TextModel, prompt: TaskPrompt, predicted: Tensor) -> Tensor |
     """
     likeliest = torch.cat([next_tokens(prompt, i, x[None]) for i, x in enumerate(predicted)])
     agreed = (likeliest == prompt.target).long().cumprod(0).sum()
-    answer = likeliest[: agreed + 1]
-    return answer if not prompt.answers or decided(model, prompt, answer) else None
+    tokens = likeliest[: agreed + 1]
+    return tokens if not prompt.answers or decided(model, prompt, tokens) else None
 
 
 def read_target(decoder: Decoder, target: Tensor) -> Tensor:
@@ -145,10 +145,10 @@ def read_target(decoder: Decoder, target: Tensor) -> Tensor:
 
 def generate_answer(model: TextModel, prompt: TaskPrompt, decoder: Decoder) -> Tensor:
     """The likeliest tokens (L,), up to where it is decided which answers they hold."""
-    answer = next_tokens(prompt, 0, decoder.logits)
-    while not decided(model, prompt, answer.cpu()):
-        answer = torch.cat((answer, next_tokens(prompt, len(answer), decoder.step(answer[-1:]))))
-    return answer.cpu()
+    tokens = next_tokens(prompt, 0, decoder.logits)
+    while not decided(model, prompt, tokens.cpu()):
+        tokens = torch.cat((tokens, next_tokens(prompt, len(tokens), decoder.step(tokens[-1:]))))
+    return tokens.cpu()
 
 
 def next_tokens(prompt: TaskPrompt, place: int, logits: Tensor) -> Tensor:
@@ -163,11 +163,11 @@ def share_matched(answers: tuple[str, ...], text: str) -> float:
     return sum(answer.lower() in text.lower() for answer in answers) / len(answers)
 
 
-def decided(model: TextModel, prompt: TaskPrompt, answer: Tensor) -> bool:
+def decided(model: TextModel, prompt: TaskPrompt, tokens: Tensor) -> bool:
     """Whether no further token can change which answers the tokens said so far hold."""
-    left = prompt.answer_tokens - len(answer)
-    text = model.decode(answer)
-    if left <= 0 or "\n" in text or int(answer[-1]) in model.stop_tokens:
+    left = prompt.answer_tokens - len(tokens)
+    text = model.decode(tokens)
+    if left <= 0 or "\n" in text or int(tokens[-1]) in model.stop_tokens:
         return True
     missing = [answer for answer in prompt.answers if answer.lower() not in text.lower()]
     return all(_fewest_tokens(model, answer, text) > left for answer in missing)

@@ -325,9 +325,8 @@ def test_an_address_brings_a_colleague_to_the_same_view(page: Any, served: str, 
     page.get_by_text("tick one more").wait_for()
     boxes[0].uncheck()
     page.get_by_text("Tick two runs to see them").wait_for()
-    page.evaluate(  # faster than the server answers
-        "(boxes) => boxes.forEach((box) => box.click())", [box.element_handle() for box in boxes]
-    )
+    # Faster than the server answers; found and clicked in one go, since the table may just be drawn anew.
+    rows.get_by_role("checkbox").evaluate_all("(boxes) => boxes.forEach((box) => box.click())")
     page.get_by_text("Compare the two ticked runs").click()
     page.get_by_role("heading", name="These runs differ in sampler").wait_for()
     assert axe(page, "body") == []

@@ -158,8 +158,8 @@ def correct(
     draws = sampled.make_draws()
     if draws.probabilities is None:
         raise ArgumentError(
-            "control_variate needs the probabilities of the draws, which "
-            f"sampler={sampled.info.sampler!r} does not know."
+            f"control_variate needs the probabilities of the draws, which sampler={sampled.info.sampler!r} "
+            "does not know."
         )
     queries = _queries_to_fit(problem)
     prepared = [

@@ -254,9 +254,8 @@ class QuantumMultiheadAttention(nn.MultiheadAttention):
                 raise DtypeError(f"{name} is {what}; it must be a dense torch.Tensor.")
             if x.ndim not in (2, 3) or x.ndim != query.ndim or x.shape[-1] != features:
                 raise ShapeError(
-                    f"{name} has shape {tuple(x.shape)}; it must have {features} features and 2 "
-                    "dimensions, or 3 for a "
-                    "batch, all three alike."
+                    f"{name} has shape {tuple(x.shape)}; it must have {features} features and 2 dimensions, "
+                    "or 3 for a batch, all three alike."
                 )
         if key.shape[:-1] != value.shape[:-1]:
             raise ShapeError(

@@ -219,8 +219,7 @@ class _RowsToTolerance:
             mean = (self.spent + self.pilot).double().mean()
             fallbacks += (
                 f"{self.exact_rows:,} of {total:,} rows were computed exactly: to the tolerance they need "
-                "as many draws "
-                f"as they have keys. With pilots a row took {mean:.1f} draws on average.",
+                f"as many draws as they have keys. With pilots a row took {mean:.1f} draws on average.",
             )
         rounded = self._rounded_rows()
         if rounded:

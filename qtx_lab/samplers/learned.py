@@ -385,8 +385,7 @@ class LearnedImportanceSampler(nn.Module, StreamSampler):
             if x.requires_grad and torch.is_grad_enabled():
                 raise ArgumentError(
                     f"{name} requires a gradient, which a sampler's own estimate does not have: use "
-                    "sampled_attention, "
-                    "call it under torch.no_grad(), or pass detached tensors."
+                    "sampled_attention, call it under torch.no_grad(), or pass detached tensors."
                 )
         self._check(problem)
         return problem
@@ -511,8 +510,8 @@ class LearnedImportanceSampler(nn.Module, StreamSampler):
         if steps and self.history.best_step == 0:
             warnings.warn(
                 f"None of {self.history.steps[-1]} steps made the proposal better than the best low-rank "
-                "map, which is kept: "
-                "these queries and keys have no more structure than that, or lr is too large.",
+                "map, which is kept: these queries and keys have no more structure than that, or lr is too "
+                "large.",
                 FallbackWarning,
                 stacklevel=2,
             )

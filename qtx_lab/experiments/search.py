@@ -25,20 +25,10 @@ from .notebook_execution import NO_LIMITS, ExecutionLimits
 from .notebooks import declared_parameters, notebook_path, parameter_schema, parameter_words, run_name
 from .report import write_report
 from .runs import Run
-from .sweeps import (
-    PlannedNotebook,
-    SweepPlan,
-    _check_kinds,
-    _checked_workers,
-    _client,
-    _mark_ended,
-    _mark_interrupted,
-    _run_notebooks,
-    _taken,
-    _write_results,
-    find_done,
-    plan,
-)
+from .sweep_execution import cluster_client, mark_ended, mark_interrupted, run_notebooks
+from .sweep_plan import PlannedNotebook, SweepPlan, listed_values, plan
+from .sweep_results import write_results
+from .sweeps import check_kinds, checked_workers, find_done
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -415,8 +405,8 @@ def search(
     check_flags(maximize=maximize, resume=resume, progress=progress)
     check_functions(stop=stop)
     trials, repeats = check_count("trials", trials), check_count("repeats", repeats)
-    _check_kinds(space, parameters, cluster, "space")
-    workers = _checked_workers(workers, cluster)
+    check_kinds(space, parameters, cluster, "space")
+    workers = checked_workers(workers, cluster)
     if not space:
         raise ArgumentError("space={} is not allowed: a search needs a parameter that varies.")
     dimensions = {name: dimension(name, given) for name, given in space.items()}
@@ -424,7 +414,7 @@ def search(
     declared = declared_parameters(path)
     for name, given in dimensions.items():
         if given.values:  # words as the parameter's kind says: 16 is a number for one, a text for another
-            dimensions[name] = Dimension(values=tuple(_taken(path, declared, name, given.values)))
+            dimensions[name] = Dimension(values=tuple(listed_values(path, declared, name, given.values)))
     for corner in _corners(dimensions):  # what is not allowed is refused before any work
         first = plan(path, corner, parameters=parameters, repeats=repeats, seed=seed).spec
     spec = SearchSpec(
@@ -446,7 +436,7 @@ def search(
     try:
         write_atomic(work.copied, path.read_bytes())
         with (
-            _client(workers, cluster) as client,
+            cluster_client(workers, cluster) as client,
             client.as_current(),
             tqdm(
                 total=trials * repeats, desc=f"search {path.stem}", unit="notebook", disable=not progress
@@ -467,8 +457,8 @@ def search(
         run.finish("failed" if problem else "done", problem)
     except BaseException as error:
         with suppress(QtxError):  # the first error is the one to report
-            _mark_ended(run, error)
-            work.folders = {**_mark_interrupted(run), **work.folders}
+            mark_ended(run, error)
+            work.folders = {**mark_interrupted(run), **work.folders}
             work.write()
             write_report(run)
         raise
@@ -511,7 +501,7 @@ class _SearchRuns:
             self.folders |= {key: path for key, path in earlier.items() if Run(path).status == "done"}
         missing = [notebook for notebook in notebooks if notebook.key not in self.folders]
         bar.update(len(notebooks) - len(missing))
-        _run_notebooks(client, self.run, self.copied, missing, self.folders, stop, bar, limits)
+        run_notebooks(client, self.run, self.copied, missing, self.folders, stop, bar, limits)
         return [self._objective(notebook) for notebook in notebooks]
 
     def _plan(self, combination: Combination, repeat: int) -> PlannedNotebook:
@@ -551,7 +541,7 @@ class _SearchRuns:
         """Write the table and the figure; which notebooks are not done, if any."""
         grid = {name: tuple(sorted(values, key=_order)) for name, values in self.grid.items()}
         spec = self.spec.model_copy(update={"grid": grid})
-        return _write_results(self.run, SweepPlan(spec, self.planned), self.folders, self.objective)
+        return write_results(self.run, SweepPlan(spec, self.planned), self.folders, self.objective)
 
 
 def _command(notebook: str | Path, path: Path, spec: SearchSpec) -> str:

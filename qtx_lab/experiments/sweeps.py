@@ -2,103 +2,30 @@
 
 from __future__ import annotations
 
-import itertools
-import logging
-import os
-import shlex
-import signal
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import chdir, contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from tqdm.auto import tqdm
 
-from ..checks import MAX_SEED, check_count, check_flags, check_functions
-from ..errors import (
-    ArgumentError,
-    BackendUnavailable,
-    DtypeError,
-    QtxError,
-    RunFailed,
-    SpecError,
-    StorageError,
-)
-from ..specs import ClusterSpec, NotebookSpec, Spec, SweepSpec, Word, listed_word, value_of
+from ..checks import check_count, check_flags, check_functions
+from ..errors import ArgumentError, DtypeError, QtxError, StorageError
+from ..specs import ClusterSpec, SweepSpec
 from ..storage import runs_home, write_atomic
-from ..training.cluster import Cluster, open_cluster
+from ..training.cluster import Cluster
 from . import provenance
-from .notebook_code import canonical, cell_key, code_hash
 from .notebook_execution import NO_LIMITS, ExecutionLimits
-from .notebooks import (
-    declared_parameters,
-    execute,
-    notebook_kind,
-    notebook_path,
-    notebook_spec,
-    parameter_schema,
-    parameter_words,
-    result_facts,
-    run_name,
-)
-from .parameters import Parameter
+from .notebooks import notebook_path, result_facts, run_name
 from .report import write_report
 from .runs import Run, read_manifests
+from .sweep_execution import cluster_client, mark_ended, mark_interrupted, run_notebooks
+from .sweep_plan import SweepPlan, plan, sweep_command
 from .sweep_results import write_results
 
 if TYPE_CHECKING:
-    from distributed import Client, Future
-
-NO_WORKERS_TIMEOUT_S = 60.0
-"""Seconds without any worker after which a sweep gives up."""
-
-LOST_CLUSTER = "The scheduler of the cluster went away; --resume runs what is missing."
-
-STOP_TIMEOUT_S = 20.0
-"""Seconds that running notebooks get to end after the sweep was stopped."""
-
-_NOTEBOOK_LOCK = threading.Lock()
-"""Held while a notebook runs: a worker's threads share one working directory, which papermill changes."""
-
-
-@dataclass(frozen=True)
-class PlannedNotebook:
-    """One notebook of a sweep.
-
-    Parameters
-    ----------
-    spec : Spec
-        The spec of its run.
-    repeat : int
-        The number of the repeat, from 0.
-    key : str
-        A hash of the notebook's code cells, their tags and its parameters, equal in all sweeps.
-    """
-
-    spec: Spec
-    repeat: int
-    key: str
-
-
-@dataclass(frozen=True)
-class SweepPlan:
-    """What a sweep will run: its spec, and each notebook."""
-
-    spec: SweepSpec
-    notebooks: list[PlannedNotebook]
-
-
-@dataclass(frozen=True)
-class NotebookEnd:
-    """How a notebook of a sweep ended: the folder of its run, and the run's status."""
-
-    folder: str
-    status: str
+    from distributed import Client
 
 
 def sweep(
@@ -199,12 +126,12 @@ def sweep(
     ...     run.metrics()[["status", "spec.x"]].values.tolist()
     [['done', 1], ['done', 3]]
     """
-    _check_kinds(grid, parameters, cluster)
+    check_kinds(grid, parameters, cluster)
     check_flags(resume=resume, fresh=fresh, progress=progress)
     check_functions(stop=stop)
     path = notebook_path(notebook).resolve()
     planned = plan(path, grid, parameters=parameters, repeats=repeats, seed=seed)
-    workers = _checked_workers(workers, cluster)
+    workers = checked_workers(workers, cluster)
     home = runs_home(home).resolve()
     if resume and fresh:
         raise ArgumentError("resume=True and fresh=True exclude each other.")
@@ -235,7 +162,7 @@ def sweep(
         write_atomic(copied, path.read_bytes())
         if missing:
             with (
-                _client(workers and min(workers, len(missing)), cluster) as client,
+                cluster_client(workers and min(workers, len(missing)), cluster) as client,
                 client.as_current(),  # another thread's sweep may have set another default client
                 tqdm(
                     total=len(planned.notebooks),
@@ -245,23 +172,23 @@ def sweep(
                     disable=not progress,
                 ) as bar,
             ):
-                _run_notebooks(client, run, copied, missing, folders, stop, bar, limits)
-        problem = _write_results(run, planned, folders, measure)
+                run_notebooks(client, run, copied, missing, folders, stop, bar, limits)
+        problem = write_results(run, planned, folders, measure)
         run.finish("failed" if problem else "done", problem)
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt):
             done = f"{len(folders)} of {len(planned.notebooks)} notebooks"
             error.add_note(f"{done} have ended and are kept in {home}; --resume runs the others.")
         with suppress(QtxError):  # the first error is the one to report
-            _mark_ended(run, error)
-            _write_results(run, planned, {**_mark_interrupted(run), **folders}, measure)
+            mark_ended(run, error)
+            write_results(run, planned, {**mark_interrupted(run), **folders}, measure)
             write_report(run)
         raise
     write_report(run)
     return run
 
 
-def _check_kinds(grid: object, parameters: object, cluster: object, name_of_grid: str = "grid") -> None:
+def check_kinds(grid: object, parameters: object, cluster: object, name_of_grid: str = "grid") -> None:
     """Refuse arguments of another type."""
     if not isinstance(cluster, ClusterSpec | Cluster | str | None):
         from distributed import Client
@@ -276,7 +203,7 @@ def _check_kinds(grid: object, parameters: object, cluster: object, name_of_grid
             raise DtypeError(f"{name}={value!r} is not allowed: it must be a mapping by parameter.")
 
 
-def _checked_workers(workers: int | None, cluster: object) -> int | None:
+def checked_workers(workers: int | None, cluster: object) -> int | None:
     """The number of workers, where there is one; it is no number for a cluster, which has its own."""
     if workers is None:
         return None
@@ -284,92 +211,6 @@ def _checked_workers(workers: int | None, cluster: object) -> int | None:
     if cluster is not None:
         raise ArgumentError(f"workers={workers} and a cluster exclude each other: the cluster has its own.")
     return workers
-
-
-def plan(
-    path: Path,
-    grid: Mapping[str, Sequence[Any]],
-    *,
-    parameters: Mapping[str, Any] | None = None,
-    repeats: int = 1,
-    seed: int = 0,
-) -> SweepPlan:
-    """What a sweep will run, checked as a whole; arguments and errors as of `sweep`."""
-    repeats, seed = check_count("repeats", repeats), check_count("seed", seed, 0, MAX_SEED)
-    fixed = dict(parameters or {})
-    declared = declared_parameters(path)
-    checked: dict[str, list[Any]] = {}
-    for name, values in grid.items():
-        checked[name] = _taken(path, declared, name, values)
-        _check_values(name, checked[name])
-        if name in fixed:
-            raise ArgumentError(f"{name!r} is in the grid and in the parameters: give it once.")
-    fixed = {name: _taken(path, declared, name, [value])[0] for name, value in fixed.items()}
-    seeded = "seed" in declared and "seed" not in grid and "seed" not in fixed
-    if repeats > 1 and not seeded:
-        why = "has no parameter `seed`" if "seed" not in declared else "is given its seed"
-        raise ArgumentError(f"repeats={repeats} is not allowed: {path.name} {why}, so all would be the same.")
-    digest = code_hash(path)
-    spec = SweepSpec(
-        notebook=path.stem, sha256=digest, grid=checked, parameters=fixed, repeats=repeats, seed=seed
-    )
-    notebooks = []
-    for repeat in range(
-        repeats
-    ):  # all combinations once, then again, so that an early figure shows all of them
-        for values in itertools.product(*spec.grid.values()):
-            given = {**spec.parameters, **dict(zip(spec.grid, values, strict=True))}
-            if seeded:
-                given["seed"] = repeat_seed(seed, repeat)
-            try:
-                of_notebook = notebook_spec(path, declared, given)
-            except SpecError as error:
-                shown = ", ".join(f"{name}={value!r}" for name, value in given.items() if name in spec.grid)
-                raise SpecError(f"{error} (at {shown or 'the only combination'})") from None
-            key = cell_key(path, of_notebook)
-            notebooks.append(PlannedNotebook(of_notebook, repeat, key))
-    return SweepPlan(spec, notebooks)
-
-
-def _taken(path: Path, declared: Mapping[str, Parameter], name: str, values: object) -> list[Any]:
-    """The values of a parameter as it takes them; they are checked together with all others later."""
-    if isinstance(values, str) or not isinstance(values, Sequence) or not values:
-        raise ArgumentError(f"grid[{name!r}]={values!r} is not allowed: it must be a list of values.")
-    if name not in declared:
-        return [value_of(value, {}) for value in values]
-    schema = parameter_schema(path, declared, name)
-    if all(option.get("type") == "array" for option in schema.get("anyOf", [schema])):
-        values = [value if _is_list(value) else [value] for value in values]
-    if notebook_kind(path) is NotebookSpec:
-        return [declared[name].taken(value) for value in values]
-    return [value_of(value, schema) for value in values]
-
-
-def _is_list(value: object) -> bool:
-    """Whether a value, or the word that was typed for it, is a list."""
-    if isinstance(value, str):
-        return isinstance(value, Word) and value.strip().startswith(("[", "!", "-"))
-    return isinstance(value, Sequence)
-
-
-def _check_values(name: str, values: list[Any]) -> None:
-    """Refuse values of a grid that are not distinct."""
-    texts = [canonical(value) for value in values]
-    for value, text in zip(values, texts, strict=True):
-        if texts.count(text) > 1:
-            raise ArgumentError(
-                f"grid[{name!r}]={list(values)!r} is not allowed: {value!r} is named more than once."
-            )
-
-
-def repeat_seed(seed: int, repeat: int) -> int:
-    """The seed of a repeat, of 52 bits, so that JavaScript and floats hold it exactly.
-
-    >>> repeat_seed(0, 0) == repeat_seed(0, 0) != repeat_seed(0, 1)
-    True
-    """
-    word = np.random.SeedSequence(seed, spawn_key=(repeat,)).generate_state(1, np.uint64)[0]
-    return int(word >> np.uint64(12))
 
 
 def find_results(home: Path, path: Path, planned: SweepPlan) -> dict[str, Path]:
@@ -428,194 +269,3 @@ def find_done(home: Path, keys: set[str]) -> dict[str, Path]:
             running.append((of_sweep["cell"], of_sweep.get("name"), folder))
     # A notebook that died on another machine reads as running for ever: it counts only while its sweep runs.
     return {key: folder for key, name, folder in running if name in running_sweeps} | done
-
-
-def _run_notebooks(
-    client: Client,
-    run: Run,
-    path: Path,
-    notebooks: Sequence[PlannedNotebook],
-    folders: dict[str, Path],
-    stop: Callable[[], bool] | None,
-    bar: tqdm,
-    limits: ExecutionLimits,
-) -> None:
-    """Run the notebooks, and add the folder of each to `folders` as soon as it ends."""
-    logging.getLogger("distributed.client").setLevel(logging.CRITICAL)  # what is lost is told in a sentence
-    from distributed import wait
-    from distributed.client import FuturesCancelledError
-
-    futures: dict[Future, PlannedNotebook] = {}
-    num_failed = 0
-    last_seen = time.monotonic()  # of a worker
-    try:
-        given = str(run.path), os.getcwd(), limits
-        for notebook in notebooks:
-            future = client.submit(run_planned, str(path), notebook, *given, pure=False)
-            futures[future] = notebook
-        while futures:
-            if stop is not None and stop():
-                raise KeyboardInterrupt("The sweep was stopped.")
-            try:
-                ended = wait(list(futures), timeout=0.5, return_when="FIRST_COMPLETED").done
-            except TimeoutError:
-                if sys.stderr.isatty():
-                    bar.refresh()  # so that the time left counts down
-                last_seen = time.monotonic() if _has_workers(client) else last_seen
-                if time.monotonic() - last_seen > NO_WORKERS_TIMEOUT_S:
-                    raise BackendUnavailable(
-                        f"The scheduler at {client.scheduler.address} has had no workers for "
-                        f"{NO_WORKERS_TIMEOUT_S:.0f} s: start some, as `dask worker ADDRESS`; --resume runs "
-                        "what is missing."
-                    ) from None
-                continue
-            except FuturesCancelledError:
-                raise BackendUnavailable(LOST_CLUSTER) from None
-            for future in ended:
-                notebook = futures.pop(future)
-                end = _end_of(future)
-                if end is not None:
-                    folders[notebook.key] = Path(end.folder)
-                num_failed += end is None or end.status != "done"
-                bar.set_postfix(failed=num_failed, refresh=False)
-                bar.update()
-    except BaseException as error:
-        with suppress(QtxError):
-            # Running notebooks see the sweep's status and stop, and those that wait for a worker do not
-            # begin.
-            _mark_ended(run, error)
-        with suppress(TimeoutError, FuturesCancelledError):
-            wait(list(futures), timeout=STOP_TIMEOUT_S)
-        client.cancel(list(futures))
-        raise
-
-
-def _has_workers(client: Client) -> bool:
-    """Whether the scheduler has workers; True while it does not answer, which is another problem."""
-    try:
-        return bool(client.nthreads())
-    except (OSError, TimeoutError, ValueError):
-        return True
-
-
-def _end_of(future: Future) -> NotebookEnd | None:
-    """How a notebook ended, or None if its worker died too often; other errors end the sweep."""
-    if future.status == "finished":
-        return future.result()
-    if future.status == "cancelled":
-        raise BackendUnavailable(LOST_CLUSTER)
-    error = future.exception()
-    if isinstance(error, QtxError):  # such as no room for a run: the other notebooks would fail too
-        raise error
-    tqdm.write(f"A notebook was lost: {error}", file=sys.stderr)
-    return None
-
-
-def run_planned(
-    path: str, notebook: PlannedNotebook, sweep_folder: str, folder: str, limits: ExecutionLimits
-) -> NotebookEnd:
-    """Run one notebook of a sweep in this process, with `folder` as the working directory."""
-    sweep_run, file = Run(Path(sweep_folder)), Path(path)
-
-    def sweep_ended() -> bool:
-        try:
-            return sweep_run.status != "running"
-        except StorageError:  # the folder was deleted
-            return True
-
-    with _NOTEBOOK_LOCK, chdir(folder):
-        if sweep_ended():
-            raise RunFailed(f"{sweep_run.path.name} is over.")
-        name = f"{run_name(file)}-{notebook.key[:8]}"
-        # An earlier worker may have finished this very notebook and died before it could report that.
-        for earlier in sweep_run.path.parent.glob(f"*-{name}-*"):
-            with suppress(StorageError):
-                manifest = Run(earlier).manifest
-                same_sweep = manifest.get("sweep", {}).get("name") == sweep_run.path.name
-                if manifest["status"] == "done" and same_sweep:
-                    return NotebookEnd(str(earlier), "done")
-        of_sweep = {"name": sweep_run.path.name, "cell": notebook.key, "repeat": notebook.repeat}
-        facts = result_facts(file, notebook.spec)
-        run = Run.create(notebook.spec, name, sweep_run.path.parent, sweep=of_sweep, **facts)
-        with suppress(QtxError, KeyboardInterrupt):  # the run's manifest records them
-            execute(run, file, notebook.spec, progress=False, stop=sweep_ended, threads=1, limits=limits)
-        return NotebookEnd(str(run.path), run.status)
-
-
-def _mark_ended(run: Run, error: BaseException) -> None:
-    """Mark a sweep that an error or Ctrl-C ended, unless it is marked already."""
-    if run.status == "running":
-        interrupted = isinstance(error, KeyboardInterrupt)
-        run.finish("interrupted" if interrupted else "failed", None if interrupted else str(error))
-
-
-def _mark_interrupted(run: Run) -> dict[str, Path]:
-    """Mark the notebooks of a sweep whose processes are gone as interrupted; return their folders by key."""
-    folders = {}
-    for folder, manifest in read_manifests(run.path.parent):
-        of_sweep = manifest.get("sweep") or {}
-        if of_sweep.get("name") == run.path.name and manifest["status"] == "interrupted":
-            folders[str(of_sweep.get("cell"))] = folder
-            if "finished" not in manifest:
-                Run(folder).finish("interrupted")
-    return folders
-
-
-def _write_results(
-    run: Run, planned: SweepPlan, folders: Mapping[str, Path], measure: str | None
-) -> str | None:
-    """Write the sweep's table, figure and summary; return which notebooks are not done, if any."""
-    listed: list[tuple[Path, Mapping[str, Any]]] = []
-    for notebook in planned.notebooks:
-        try:
-            listed.append((folders[notebook.key], Run(folders[notebook.key]).manifest))
-        except (KeyError, StorageError):
-            fields = {"kind": type(notebook.spec).__name__, "fields": notebook.spec.to_parameters()}
-            name = run_name(Path(planned.spec.notebook))
-            listed.append((Path(), {"name": name, "status": "missing", "spec": fields}))
-    from_earlier_runs = run.manifest["results"].get("kept", 0)
-    return write_results(run, planned.spec, listed, measure, from_earlier_runs)
-
-
-@contextmanager
-def _client(workers: int | None, cluster: ClusterSpec | Cluster | str | Client | None) -> Iterator[Client]:
-    """A client of the cluster; a cluster that is opened here is closed at the end."""
-    if cluster is None:
-        cluster = ClusterSpec(kind="local", num_workers=workers)
-    elif isinstance(cluster, str):
-        cluster = ClusterSpec(kind="address", address=cluster)
-    if not isinstance(cluster, ClusterSpec):
-        yield cluster.client if isinstance(cluster, Cluster) else cluster
-        return
-    with open_cluster(**cluster.arguments()) as opened:
-        if opened.kind != "address":
-            opened.client.register_worker_callbacks(_ignore_ctrl_c)
-        yield opened.client
-
-
-def _ignore_ctrl_c() -> None:
-    """Leave Ctrl-C to the sweep, which receives it on the same terminal and ends its workers in order."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def sweep_command(notebook: str | Path, path: Path, spec: SweepSpec) -> str:
-    """What to type to run this sweep again."""
-    declared = declared_parameters(path)
-    words = ["qtx-lab", "sweep", str(notebook)]
-    for name, values in spec.grid.items():
-        schema = parameter_schema(path, declared, name)
-        words += ["-g", f"{name}={','.join(listed_word(value, schema) for value in values)}"]
-    words += parameter_words(path, declared, spec.parameters)
-    return shlex.join([*words, "--repeats", str(spec.repeats), "--seed", str(spec.seed)])
-
-
-__all__ = [
-    "NotebookEnd",
-    "PlannedNotebook",
-    "SweepPlan",
-    "find_done",
-    "plan",
-    "repeat_seed",
-    "run_planned",
-    "sweep",
-]

@@ -10,7 +10,7 @@ from scipy import stats
 
 from qtx_lab.experiments.measured_table import NUM_RUNS, measured_table
 from qtx_lab.experiments.notebooks import notebook_path
-from qtx_lab.experiments.sweeps import plan
+from qtx_lab.experiments.sweep_plan import plan
 from qtx_lab.specs import split_words
 from qtx_lab.storage import append_rows
 

@@ -25,7 +25,7 @@ from qtx_lab.experiments.notebooks import (
     parameter_words,
 )
 from qtx_lab.experiments.parameters import UNKNOWN, parameters_of
-from qtx_lab.experiments.sweeps import plan, sweep_command
+from qtx_lab.experiments.sweep_plan import plan, sweep_command
 from qtx_lab.specs import TrainSpec, Word, listed_word, read_yaml, split_words, value_of, word_of, write_yaml
 
 SOAK = os.environ.get("QTX_LAB_SOAK", "0") not in ("", "0")

@@ -188,9 +188,9 @@ def executed(monkeypatch) -> list[dict]:
             folders[notebook.key] = its.path
             done.append(fields)
 
-    monkeypatch.setattr(searches, "_run_notebooks", run_notebooks)
+    monkeypatch.setattr(searches, "run_notebooks", run_notebooks)
     client = SimpleNamespace(as_current=nullcontext)
-    monkeypatch.setattr(searches, "_client", lambda workers, cluster: nullcontext(client))
+    monkeypatch.setattr(searches, "cluster_client", lambda workers, cluster: nullcontext(client))
     return done
 
 

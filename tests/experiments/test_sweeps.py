@@ -23,7 +23,8 @@ from distributed import LocalCluster
 from qtx_lab.errors import ArgumentError, BackendUnavailable, DtypeError, SpecError, StorageError
 from qtx_lab.experiments.notebook_execution import ExecutionLimits
 from qtx_lab.experiments.runs import Run, read_manifests, runs
-from qtx_lab.experiments.sweeps import plan, repeat_seed, sweep
+from qtx_lab.experiments.sweep_plan import plan, repeat_seed
+from qtx_lab.experiments.sweeps import sweep
 from qtx_lab.specs import ClusterSpec, ExperimentSpec
 from qtx_lab.storage import read_frame
 from qtx_lab.training import open_cluster
@@ -424,7 +425,7 @@ def test_no_more_processes_than_notebooks(notebook, tmp_path, monkeypatch) -> No
         num_workers.append(arguments["num_workers"])
         raise BackendUnavailable("not today")
 
-    monkeypatch.setattr("qtx_lab.experiments.sweeps.open_cluster", opening)
+    monkeypatch.setattr("qtx_lab.experiments.sweep_execution.open_cluster", opening)
     with pytest.raises(BackendUnavailable):
         sweep(notebook, {"n": [1, 2]}, workers=10**6, home=tmp_path, progress=False)
     assert num_workers == [2]
@@ -436,10 +437,10 @@ def test_a_scheduler_that_dies_or_has_no_workers_is_told_in_a_sentence(
 ) -> None:
     with LocalCluster(n_workers=0, host="127.0.0.1", dashboard_address=None) as empty:
         address = empty.scheduler_address
-        monkeypatch.setattr("qtx_lab.experiments.sweeps.NO_WORKERS_TIMEOUT_S", 1.0)
+        monkeypatch.setattr("qtx_lab.experiments.sweep_execution.NO_WORKERS_TIMEOUT_S", 1.0)
         with pytest.raises(BackendUnavailable, match=f"{address} has had no workers for 1 s.*--resume"):
             sweep(notebook, {"n": [1]}, cluster=address, home=tmp_path / "home", progress=False)
-        monkeypatch.setattr("qtx_lab.experiments.sweeps.NO_WORKERS_TIMEOUT_S", 600.0)
+        monkeypatch.setattr("qtx_lab.experiments.sweep_execution.NO_WORKERS_TIMEOUT_S", 600.0)
 
         def close_soon() -> bool:
             """Called twice a second while the sweep waits for its notebook."""

@@ -19,7 +19,7 @@ from ....specs import ClusterSpec
 from ..process_server import TaskReport
 
 if TYPE_CHECKING:
-    from ....experiments.sweeps import PlannedNotebook
+    from ....experiments.sweep_plan import PlannedNotebook
 
 MAX_LISTED_RUNS = 200
 """Runs that are listed: the newest."""
@@ -50,8 +50,8 @@ def sweep(
         combination; `rows`, one for each notebook; and its figure as PNG, `light` and `dark`, uint8, with a
         `caption`, where it has one.
     """
+    from ....experiments.sweep_plan import plan as plan_sweep
     from ....experiments.sweeps import find_results
-    from ....experiments.sweeps import plan as plan_sweep
     from ....experiments.sweeps import sweep as run_sweep
 
     settings = {name: plan[name] for name in ("parameters", "repeats", "seed")}

@@ -29,6 +29,7 @@ TYPES: dict[str, Any] = {
     "error": str,
     "finished": str,
     "seed": int,
+    "number": int,
 }
 """Types of the entries that a manifest may leave out."""
 

@@ -14,11 +14,11 @@ from .. import theme as look
 from ..checks import check_flags
 from ..errors import ArgumentError, QtxError, RunFailed
 from ..specs import ClusterSpec, TrainSpec
-from ..storage import runs_home, write_tensors
+from ..storage import write_tensors
 from . import provenance
 from .figures import themed_figure
 from .report import write_report
-from .runs import Run, find_run, read_manifests
+from .runs import ListedRun, Run, find_run, read_manifests
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -71,7 +71,8 @@ def train_run(
     Raises
     ------
     ArgumentError, SpecError, TextError, StorageError, BackendUnavailable, RunFailed
-        As `QuantumTrainer`. The run is kept with what was done, and can be resumed.
+        As `QuantumTrainer`. The run is kept with what was done, and can be resumed. Also an ArgumentError if
+        there is no run to resume, or nothing says which of several runs is the latest.
     """
     from ..training.checkpoints import locked
 
@@ -81,7 +82,9 @@ def train_run(
         spec = spec if resume is None else None
     if resume is None:
         spec = spec or TrainSpec()
-        return _train_in(Run.create(spec, name, home, title="A training"), spec, cluster, progress)
+        number = 1 + max(map(_number, _latest_runs(spec, name, home)), default=0)
+        run = Run.create(spec, name, home, title="A training", number=number)
+        return _train_in(run, spec, cluster, progress)
     if spec is not None:
         raise ArgumentError("resume goes on under the run's own spec: leave spec out.")
     run = find_run(resume, home)
@@ -98,18 +101,42 @@ def train_run(
         return _train_in(run, spec, cluster, progress)
 
 
+def _latest_runs(spec: TrainSpec, name: str, home: str | Path | None) -> list[ListedRun]:
+    """The latest run of this name and spec; several where nothing says which of them is the latest.
+
+    Each run of `train_run` has a number above those that were there when it began, because a clock that was
+    set back would make an earlier run look like the latest one. Runs of older versions have none.
+    """
+    same = [
+        run
+        for run in read_manifests(home)
+        if run.manifest["name"] == name and (run.manifest.get("spec") or {}).get("identity") == spec.identity
+    ]
+    last = max(map(_number, same), default=0)
+    return [run for run in same if _number(run) == last]
+
+
+def _number(run: ListedRun) -> int:
+    return run.manifest.get("number") or 0
+
+
 def _stopped_run(spec: TrainSpec, name: str, home: str | Path | None) -> Path | None:
-    """The latest run of this name and spec, if it stopped early."""
-    latest = None
-    for folder, manifest in read_manifests(runs_home(home)):
-        same = manifest.get("name") == name and (manifest.get("spec") or {}).get("identity") == spec.identity
-        if same and (latest is None or manifest["started"] > latest[1]["started"]):
-            latest = folder, manifest
-    return (
-        latest[0]
-        if latest is not None and latest[1]["status"] in ("interrupted", "cancelled", "failed")
-        else None
-    )
+    """The latest run of this name and spec, if it stopped early.
+
+    Raises
+    ------
+    ArgumentError
+        If there are several, and one of them stopped early.
+    """
+    latest = _latest_runs(spec, name, home)
+    stopped = [run for run in latest if run.manifest["status"] in ("interrupted", "cancelled", "failed")]
+    if stopped and len(latest) > 1:
+        names = ", ".join(run.folder.name for run in latest)
+        raise ArgumentError(
+            f"continue_stopped=True is not allowed here: {names} have the same name and spec, and nothing "
+            "says which of them is the latest; name the one to continue with --resume, or resume=."
+        )
+    return stopped[0].folder if stopped else None
 
 
 def _train_in(run: Run, spec: TrainSpec, cluster: ClusterSpec | None, progress: bool) -> Run:

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import datetime, timedelta
 
 import pytest
 import torch
@@ -169,6 +170,59 @@ def test_the_same_command_again_continues_what_a_signal_stopped(tmp_path, monkey
     assert len(list(tmp_path.iterdir())) == 2
     assert run.status == "done"
     assert run.metrics()["step"].tolist() == list(range(1, 10))
+
+
+def begun(home, status, **facts):
+    run = qtx.Run.create(qtx.TrainSpec(**FAST), "job", home, **facts)
+    run.finish(status)
+    return run
+
+
+def continued(home, monkeypatch, **facts):
+    """The run in which `train_run` with `continue_stopped` trains."""
+    taken = []
+    monkeypatch.setattr(training_run, "_train_in", lambda run, *arguments: taken.append(run) or run)
+    if facts:
+        monkeypatch.setattr("qtx_lab.experiments.runs.datetime", shifted(**facts))
+    train_run(qtx.TrainSpec(**FAST), home=home, name="job", continue_stopped=True, progress=False)
+    return taken[0]
+
+
+def shifted(days):
+    """The class `datetime` on a machine whose clock is wrong by so many days."""
+
+    class Shifted(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return datetime.now(tz) + timedelta(days=days)
+
+    return Shifted
+
+
+def test_the_latest_run_is_continued_whatever_the_clock_said(tmp_path, monkeypatch):
+    first = continued(tmp_path, monkeypatch)
+    first.finish("done")
+    second = continued(tmp_path, monkeypatch, days=-400)  # the clock was set back in the meantime
+    assert second.path != first.path
+    second.finish("interrupted")
+    assert second.manifest["started"] < first.manifest["started"]
+    assert continued(tmp_path, monkeypatch, days=-800).path == second.path
+    second.finish("done")
+    third = continued(tmp_path, monkeypatch, days=-900)
+    assert third.path not in (first.path, second.path)
+
+
+def test_which_of_several_runs_was_the_latest_is_not_guessed(tmp_path, monkeypatch):
+    """Runs of older versions have no number, and two that began together have the same."""
+    old = [begun(tmp_path / "old", status) for status in ("done", "interrupted")]
+    together = [begun(tmp_path / "together", status, number=3) for status in ("failed", "interrupted")]
+    begun(tmp_path / "together", "done", number=2)
+    for home, runs in (("old", old), ("together", together)):
+        with pytest.raises(qtx.ArgumentError, match=r"continue_stopped=True .* --resume") as caught:
+            continued(tmp_path / home, monkeypatch)
+        assert all(run.path.name in str(caught.value) for run in runs)
+    (home,) = {begun(tmp_path / "ended", "done").path.parent for _ in range(2)}
+    assert continued(home, monkeypatch).manifest["number"] == 1  # none of them is to be continued
 
 
 HOLD = """

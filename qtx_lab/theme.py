@@ -206,12 +206,15 @@ def with_error(value: float, half_width: float | None, *, sign: bool = False) ->
     ('0.083 ± 0.004', '0.150 ± 0.021', '0.15')
     >>> with_error(0.00071, 0.00032, sign=True), with_error(-0.0001, 0.003, sign=True)
     ('+0.0007 ± 0.0003', '0.000 ± 0.003')
+    >>> with_error(1.44e-7, None, sign=True)
+    '+1.44e−07'
     """
     if not math.isfinite(value):
         return "–"
     if sign and value > 0:
         text = with_error(value, half_width)
-        return f"+{text}" if float(text.partition(" ")[0]) > 0 else text
+        number = text.partition(" ")[0]
+        return f"+{text}" if number.strip("0.") else text
     if half_width is None or not math.isfinite(half_width) or half_width <= 0:
         return f"{value:.3g}".replace("-", "−") if value else "0"
     exponent = math.floor(math.log10(half_width) + 1e-9)

@@ -6,7 +6,7 @@ import base64
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cache
+from functools import cache, partial
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,16 @@ from ..storage import read_frame, write_atomic
 from ..theme import COLOURS
 from .manifest import spec_values
 from .runs import Run
-from .saved_figure import png_size
+from .saved_figure import compressed, picture_uri, png_size
+
+MAX_BYTES = 3_000_000
+"""Size of a page, unless its text and tables alone are larger: many mail servers refuse larger files."""
+
+MIN_PICTURE_BYTES = 20_000
+"""What is left for each picture when parts that redraw and data are taken into the page, in base64."""
+
+FIGURE_MARKUP_BYTES = 500
+"""What names and links of a figure take in the page, at most, besides its picture, data and caption."""
 
 MAX_CSV_BYTES = 256 << 10
 """Size up to which a figure's data is put into the page."""
@@ -32,7 +41,9 @@ THIN_SPACE = "\N{NARROW NO-BREAK SPACE}"
 def write_report(run: Run, *, stays_open: bool = False) -> Path:
     """Write `report.html` from the content of the run folder, whatever the run's status.
 
-    Parts that are missing or broken are left out of the page, or named in it.
+    Parts that are missing or broken are left out of the page, or named in it. A page takes at most 3 MB, so
+    that it can be sent: where the pictures of a run are larger, the largest are compressed, and where parts
+    that redraw or data do not fit, the page has the pictures alone.
 
     Parameters
     ----------
@@ -68,7 +79,8 @@ def write_report(run: Run, *, stays_open: bool = False) -> Path:
     spec = _spec_fields(run, manifest)
     open_run = stays_open and manifest["status"] == "running"
     figures = [figure for facts in run.figures() if (figure := _figure(run, facts))]
-    page = _template().render(
+    render = partial(
+        _template().render,
         title=manifest.get("title") or manifest["name"],
         manifest={"error": None, "command": None, **manifest},
         started=f"{datetime.fromisoformat(manifest['started']):%-d %B %Y, %H:%M} UTC",
@@ -76,8 +88,6 @@ def write_report(run: Run, *, stays_open: bool = False) -> Path:
         is_whole=open_run or manifest["status"] == "done",
         summary=[str(x) for x in summary] if isinstance(summary, list) else [str(summary)],
         table=_table([row for row in table if isinstance(row, Mapping)] if isinstance(table, list) else []),
-        figures=figures,
-        is_live=any(figure["live"] for figure in figures),
         spec=spec.fields,
         spec_missing=spec.problem,
         provenance=_provenance(manifest),
@@ -85,6 +95,10 @@ def write_report(run: Run, *, stays_open: bool = False) -> Path:
         version=__version__,
         colours={theme: _css(COLOURS[theme]) for theme in ("light", "dark")},
     )
+    bare = [{**figure, "light": "", "dark": "", "csv": "", "live": ""} for figure in figures]
+    text_bytes = len(render(figures=bare, is_live=False).encode()) + FIGURE_MARKUP_BYTES * len(figures)
+    figures = _fitted(figures, MAX_BYTES - text_bytes)
+    page = render(figures=figures, is_live=any(figure["live"] for figure in figures))
     path = run.path / "report.html"
     write_atomic(path, page.encode())
     return path
@@ -109,9 +123,9 @@ def _css(colours: Mapping[str, str]) -> str:
 
 
 def _figure(run: Run, facts: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What the template shows of a figure; None if its picture is missing."""
+    """What the template shows of a figure, but for its pictures as bytes; None if its picture is missing."""
     folder, name = run.path / "figures", facts["name"]
-    light, dark = _bytes(folder / f"{name}.png"), _bytes(folder / f"{name}-dark.png")
+    light = _bytes(folder / f"{name}.png")
     if light is None:
         return None
     caption, title = str(facts.get("caption") or ""), facts.get("title")
@@ -121,13 +135,56 @@ def _figure(run: Run, facts: Mapping[str, Any]) -> dict[str, Any] | None:
         "title": title,
         "caption": caption,
         "alt": f"{title}. {caption}" if title else caption or name,
-        "light": _data_uri("image/png", light),
-        "dark": dark and _data_uri("image/png", dark),
+        "light": light,
+        "dark": _bytes(folder / f"{name}-dark.png"),
         "size": png_size(light),
         "rows": _text(rows) if isinstance(rows, int) else None,
         "csv": _csv(folder / f"{name}.parquet", rows),
         "live": live and live.decode(errors="replace"),
     }
+
+
+def _fitted(figures: list[dict[str, Any]], max_bytes: int) -> list[dict[str, Any]]:
+    """What the template shows of figures in `max_bytes`: what redraws, data, then pictures."""
+    figures = [dict(figure) for figure in figures]
+    pictures = [(figure, theme) for figure in figures for theme in ("light", "dark") if figure[theme]]
+    left = max_bytes - MIN_PICTURE_BYTES * len(pictures)
+    for part in ("live", "csv"):
+        for figure in figures:
+            size = len((figure[part] or "").encode())
+            if size > left:
+                figure[part] = None
+            else:
+                left -= size
+    left += MIN_PICTURE_BYTES * len(pictures)
+    sizes = [len(picture_uri(figure[theme])) for figure, theme in pictures]
+    limit = max(MIN_PICTURE_BYTES, _largest_share(sizes, left))
+    for figure, theme in pictures:
+        figure[theme] = _embedded(figure[theme], limit)
+    return [figure for figure in figures if figure["light"]]
+
+
+def _embedded(png: bytes, max_bytes: int) -> str | None:
+    """A picture as an address of at most `max_bytes` that holds it; None if it is too large and broken."""
+    try:
+        return picture_uri(compressed(png, (max_bytes - len("data:image/webp;base64,")) // 4 * 3))
+    except (OSError, SyntaxError, ValueError):  # SyntaxError: of a broken PNG
+        return None
+
+
+def _largest_share(sizes: list[int], total: int) -> int:
+    """The limit to each of some sizes with which their sum is at most `total`.
+
+    >>> _largest_share([10, 70, 90], 110), _largest_share([10, 20], 110)
+    (50, 110)
+    """
+    sizes = sorted(sizes)
+    for i, size in enumerate(sizes):
+        share = total // (len(sizes) - i)
+        if size > share:
+            return share
+        total -= size
+    return total + sum(sizes)
 
 
 def _csv(path: Path, rows: object) -> str | None:
@@ -138,7 +195,9 @@ def _csv(path: Path, rows: object) -> str | None:
         content = read_frame(path).to_csv(index=False).encode()
     except StorageError:
         return None
-    return _data_uri("text/csv", content) if len(content) <= MAX_CSV_BYTES else None
+    if len(content) > MAX_CSV_BYTES:
+        return None
+    return f"data:text/csv;base64,{base64.b64encode(content).decode()}"
 
 
 def _bytes(path: Path) -> bytes | None:
@@ -147,10 +206,6 @@ def _bytes(path: Path) -> bytes | None:
         return path.read_bytes()
     except OSError:
         return None
-
-
-def _data_uri(kind: str, content: bytes) -> str:
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 @dataclass(frozen=True)

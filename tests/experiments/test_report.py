@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import re
+import shutil
 from html.parser import HTMLParser
 
+import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
 from qtx_lab.experiments.report import write_report
 from qtx_lab.experiments.runs import Run
@@ -105,3 +110,51 @@ def test_a_figure_is_replaced_by_html_that_redraws_it_where_scripts_run(tmp_path
     text = write_report(run).read_text(encoding="utf-8")
     assert live not in text
     assert "runs no script" in text
+
+
+def draw_noise(data: pd.DataFrame, theme: str):
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 4))
+    axes.imshow(np.random.default_rng(0).random((300, 450)), cmap="cividis", interpolation="nearest")
+    return figure
+
+
+def pictures_of(text: str) -> list[tuple[str, Image.Image]]:
+    """The kind of each picture of a page, and the picture."""
+    addresses = re.findall(r'(?:src|srcset)="data:image/(\w+);base64,([^"]+)"', text)
+    return [(kind, Image.open(io.BytesIO(base64.b64decode(content)))) for kind, content in addresses]
+
+
+@pytest.mark.parametrize(("noisy", "live"), [(1, 2_700_000), (8, 0), (1, 2_990_000)])
+def test_a_page_is_below_three_megabytes_whatever_is_drawn(tmp_path, noisy: int, live: int) -> None:
+    data = pd.DataFrame({"x": range(3)})
+    with Run.create(ExperimentSpec(), "trial", tmp_path) as run:
+        run.save_figure("plain", draw, data, "a plain one", live="é" * (live // 2) or None)
+        run.save_figure("noise-0", draw_noise, data, "a large one")
+        for i in range(1, noisy):
+            for file in (run.path / "figures").glob("noise-0*"):
+                text = file.read_text().replace("noise-0", f"noise-{i}") if file.suffix == ".json" else ""
+                new = file.with_name(file.name.replace("noise-0", f"noise-{i}"))
+                new.write_text(text) if text else shutil.copy(file, new)
+        (run.path / "figures" / "noise-0-dark.png").write_bytes(b"\x89PNG" + bytes(3_000_000))  # broken
+    path = write_report(run)
+    text = path.read_text(encoding="utf-8")
+    assert path.stat().st_size < 3_000_000
+    assert Page(text).open == []
+    pictures = pictures_of(text)
+    assert len(pictures) == 2 + 2 * noisy - 1
+    assert [kind for kind, _ in pictures[:2]] == ["png", "png"]  # what is small stays as it is
+    whole = Image.open(run.path / "figures" / "noise-0.png").convert("RGB")
+    for kind, picture in pictures[2:]:
+        assert kind in ("png", "webp")
+        small = whole.resize(picture.size, Image.Resampling.LANCZOS)
+        assert picture.size[0] * 16 >= whole.size[0]
+        shift = np.subtract(
+            picture.convert("L").resize((24, 16)),
+            np.asarray(small.convert("L").resize((24, 16))),
+            dtype=float,
+        )
+        assert np.abs(shift).max() < 8  # of 255
+    assert ("ééé" in text) == (0 < live < 2_900_000)
+    assert "Data (CSV, 3 rows)" in text

@@ -88,6 +88,17 @@ def test_a_zero_has_no_sign(value: float) -> None:
     assert not with_error(value, 0.03).startswith("−")
 
 
+@pytest.mark.parametrize("value", [10.0**e for e in range(-12, 12)])
+@pytest.mark.parametrize("half_width", [None, float("nan"), 0.0, 1e-9, 0.03, 5.0])
+def test_a_difference_of_any_size_has_a_sign_unless_it_is_rounded_to_zero(
+    value: float, half_width: float | None
+) -> None:
+    shown, signed = with_error(value, half_width), with_error(value, half_width, sign=True)
+    is_zero = not any(digit in shown.partition(" ± ")[0] for digit in "123456789")
+    assert signed == (shown if is_zero else f"+{shown}")
+    assert with_error(-value, half_width, sign=True).startswith("−") != is_zero
+
+
 @pytest.mark.statistical
 @pytest.mark.parametrize("mitigation", [None, CircuitMitigation(ZeroNoiseExtrapolation([1, 3]))])
 def test_the_bootstrap_is_the_spread_of_repetitions(mitigation: CircuitMitigation | None) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ...errors import ArgumentError
+from ...experiments.saved_figure import compressed, picture_uri
 from ...samplers import HeadTailSampler, Sampler
 from ...samplers.value_order import ValueOrder
 from ...theme import COLOURS
@@ -41,6 +42,9 @@ PICTURE_DPI = 80
 
 HEAD_BYTES = 24
 """Of what names and separates a head and its keys among the others, at most."""
+
+MAX_PICTURE_BYTES = 200_000
+"""Of such a picture in each theme: those of random inputs would take more than the heads."""
 
 PAGE_BYTES = 2000
 """What a page takes besides the pictures and the lens, at most."""
@@ -132,8 +136,8 @@ def page_html(title: str, figure: Callable[[str], Figure], live: Callable[[int],
     """
     pictures = {}
     for theme in ("light", "dark"):
-        picture = base64.b64encode(render_figure(figure, "png", theme, PICTURE_DPI)).decode()
-        pictures[theme] = f"data:image/png;base64,{picture}"
+        picture = render_figure(figure, "png", theme, PICTURE_DPI)
+        pictures[theme] = picture_uri(compressed(picture, MAX_PICTURE_BYTES))
     colours = {theme: f"color: {c['text']}; background: {c['background']};" for theme, c in COLOURS.items()}
     title = html.escape(title)
     inside = live(max_bytes - sum(map(len, pictures.values())) - PAGE_BYTES)

@@ -84,8 +84,9 @@ class DashboardPage:
     search: str = ""
 
     def __post_init__(self) -> None:
+        self.runs = RunsView(self)
         self.views: dict[str, DashboardView] = {
-            "Runs": RunsView(self),
+            "Runs": self.runs,
             "Sweeps": sweep_view(self),
             "Live": LiveView(self),
             "Error": error_view(self),
@@ -124,9 +125,11 @@ class DashboardPage:
         hide = "".join(f"view{i}.visible = false;" for i in range(len(offered), len(bodies)))
         self.nav.jscallback(args=bodies, value=show + hide)
         self.foot = html_pane()
+        self.presses = pn.widgets.TextAreaInput(css_classes=["presses"], visible=False)
+        self.presses.param.watch(self.follow_presses, "value")
+        self._followed_presses = 0
         self._shown_state: Any = None
         self._refreshing = self._applying = False
-        self._address = ""  # the query as the browser shows it
         self._latest_query: dict[str, str] = {}
         self._search_theme: dict[str, str] = {}
         for widget in (self.nav, self.status, self.since):
@@ -202,23 +205,37 @@ class DashboardPage:
                 self.views[part].apply(query)
         finally:
             self._applying = False
-        self._address, self._latest_query = search, self.query()
+        self._latest_query = self.query()
 
-    async def follow_address(self, event: Any) -> None:
-        """Show what the address in the browser says now."""
-        if event.new != self._address:
-            self.apply(event.new)
-            await self.refresh()
+    async def follow_presses(self, event: Any) -> None:
+        """Do what was pressed in the picture: open the address of a link, tick the run of a box.
+
+        Only the server writes the address, so that no change of it can cross another on its way.
+        """
+        for press in event.new.splitlines():
+            number, what = press.split(" ", 1)
+            if int(number) > self._followed_presses:
+                self._followed_presses = int(number)
+                if what.startswith("?"):
+                    self.apply(what)
+                else:
+                    self.runs.toggle(what)
+        self._show_address()
+        await self.refresh()
 
     async def tick(self) -> None:
         """Renew the view, and give the browser an address of it once nobody changes controls any more."""
         await self.refresh()
         query = self.query()
         settled, self._latest_query = query == self._latest_query, query
-        location = pn.state.location
-        if settled and location is not None and query != dict(parse_qsl(self._address.removeprefix("?"))):
-            self._address = "?" + urlencode(query) if query else ""
-            location.search = self._address
+        if settled:
+            self._show_address()
+
+    def _show_address(self) -> None:
+        """Let the browser show the address of what is open."""
+        location, query = pn.state.location, self.query()
+        if location is not None and query != dict(parse_qsl(location.search.removeprefix("?"))):
+            location.search = "?" + urlencode(query) if query else ""
 
     async def refresh(self) -> None:
         """Prepare and show the open view anew, if anything that it depends on has changed."""
@@ -305,8 +322,6 @@ def make_page(records: Records, prefix: str = "", writable: bool = False) -> Any
     theme = _requested_theme()
     search = "" if pn.state.location is None else pn.state.location.search
     session = DashboardPage(records, theme, prefix, writable, search)
-    if pn.state.location is not None:
-        pn.state.location.param.watch(session.follow_address, "search")
     colours = look.colours_of(theme)
     variables = {f"--house-{name}": colour for name, colour in colours.items()}
     variables["--house-font"] = figures.FONT
@@ -320,6 +335,7 @@ def make_page(records: Records, prefix: str = "", writable: bool = False) -> Any
     template.add_panel("controls", session.controls)
     template.add_panel("picture", session.picture)
     template.add_panel("foot", session.foot)
+    template.add_panel("presses", session.presses)
     other = "dark" if theme == "light" else "light"
     template.add_variable("heading", "qtx_lab dashboard")
     template.add_variable("variables", " ".join(f"{name}: {value};" for name, value in variables.items()))

@@ -109,6 +109,13 @@ class RunsView(DashboardView):
         self._sort, self._opened = query.get("sort", ""), query.get("opened", "")
         self._ticked = [run for run in query.get("ticked", "").split("/") if run]
 
+    def toggle(self, run: str) -> None:
+        """Tick a run, or untick it if it is ticked."""
+        if run in self._ticked:
+            self._ticked.remove(run)
+        else:
+            self._ticked.append(run)
+
     async def _turn_page(self, step: int, event: Any) -> None:
         self._first_row = max(0, self._first_row + step)
         await self.page.on_change(event)
@@ -220,8 +227,8 @@ class RunsView(DashboardView):
         checked = " checked" if run in self._ticked else ""
         name = escape(run)
         return (
-            f"<input type='checkbox'{checked} data-href='{escape(self.page.link())}' data-run='{name}' "
-            f"data-key='tick {name}' aria-label='Compare {name}'>"
+            f"<input type='checkbox'{checked} data-run='{name}' data-key='tick {name}' "
+            f"aria-label='Compare {name}'>"
         )
 
     def _name(self, row: Any) -> str:

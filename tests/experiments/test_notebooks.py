@@ -276,29 +276,40 @@ def test_a_function_stops_a_notebook(tmp_path) -> None:
     assert runs(tmp_path / "home")["status"].tolist() == ["interrupted"]
 
 
+def kernel_at_work(process: subprocess.Popen[str], home: Path) -> psutil.Process:
+    """The kernel of a command that runs a notebook, once a cell has ended."""
+    end = time.monotonic() + 120
+    while time.monotonic() < end:
+        assert process.poll() is None
+        for path in home.glob("*/*.ipynb"):
+            cells = nbformat.read(path, as_version=4).cells
+            if any(cell.metadata.get("papermill", {}).get("status") == "completed" for cell in cells):
+                children = psutil.Process(process.pid).children(recursive=True)
+                return next(child for child in children if "ipykernel_launcher" in child.cmdline())
+        time.sleep(0.05)
+    raise AssertionError("No cell has ended.")
+
+
 @pytest.mark.chaos
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_and_other_ends_interrupt_a_notebook(number, tmp_path) -> None:
-    path = notebook(
-        tmp_path / "a.ipynb",
-        "",
-        f"import os, time\nopen({str(tmp_path / 'pid')!r}, 'w').write(f'{{os.getpid()}}.')\ntime.sleep(60)",
-    )
-    command = [sys.executable, "-m", "qtx_lab.cli", "run", path, "--home", tmp_path / "home"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        end = time.monotonic() + 60
-        kernel = tmp_path / "pid"
-        while not (kernel.exists() and kernel.read_text().endswith(".")) and time.monotonic() < end:
-            assert process.poll() is None
-            time.sleep(0.05)
+@pytest.mark.parametrize(
+    ("command", "number"), [("run", signal.SIGINT), ("run", signal.SIGTERM), ("demo", signal.SIGINT)]
+)
+def test_ctrl_c_and_other_ends_interrupt_a_notebook(command: str, number: int, tmp_path: Path) -> None:
+    name = {"run": "a.ipynb", "demo": "00_quickstart.ipynb"}[command]
+    arguments = [notebook(tmp_path / name, "", "import time\ntime.sleep(60)")] if command == "run" else []
+    words = [sys.executable, "-m", "qtx_lab.cli", command, *arguments, "--home", tmp_path / "home"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        kernel = kernel_at_work(process, tmp_path / "home")
         process.send_signal(number)
-        _, errors = process.communicate(timeout=90)
+        output, errors = process.communicate(timeout=90)
     assert process.returncode == 128 + number
+    assert output == ""
     assert "Traceback" not in errors
+    assert errors.rstrip().splitlines()[-1].startswith("interrupted")
     table = runs(tmp_path / "home")
     assert table["status"].tolist() == ["interrupted"]
-    assert {"a.ipynb", "report.html"} <= {file.name for file in Path(table["path"][0]).iterdir()}
-    assert not psutil.pid_exists(int(kernel.read_text()[:-1]))
+    assert {name, "report.html"} <= {file.name for file in Path(table["path"][0]).iterdir()}
+    assert not kernel.is_running()
 
 
 def test_shipped_notebooks_are_found_by_name() -> None:

@@ -1,7 +1,8 @@
 """Attention over a cache within a tolerance: which keys are read, and how many are drawn.
 
 The keys of which the sketches may leave out most are read for sure. Others are drawn until the bound on the
-error is small enough. `guarantee` has the theorem and the letters.
+error is small enough. `guarantee` has the theorem, the letters and what rounding adds to the bound. All is
+computed in float64: in float32 the worst case of a sum of 65,536 terms would be a part of the tolerance.
 """
 
 from __future__ import annotations
@@ -17,12 +18,22 @@ from ..estimates import AttentionEstimate, Draws, EstimateInfo
 from ..kernels.cpu_decode.reference import rows_at
 from ..problem import blocks
 from .attend import Call
-from .guarantee import Promise, error_bound, planned_draws, psi
+from .guarantee import (
+    DRAWN_ROUNDING,
+    UNIT,
+    Promise,
+    error_bound,
+    logit_rounding,
+    planned_draws,
+    psi,
+    sum_rounding,
+    whole_shares,
+)
 from .sketches import Int8Sketch
 from .store import TokenStore
 from .value_sketch import ValueSketch
 
-BLOCK_ELEMENTS = 1 << 22
+BLOCK_ELEMENTS = 1 << 21
 """Size of a block of rows: its rows times the keys."""
 
 ROUNDS = 3
@@ -52,8 +63,13 @@ SHIFT = 0.25
 CANDIDATES = 1.2
 """The ratio of the numbers of keys to read that are compared."""
 
-ROUNDED_SUMS = 8.0
-"""Units of the last place, in a usual value, by which sums may be rounded."""
+RESOLVED = 2.0**24
+"""Bounds of logits are at least so many times their rounding, which is then next to nothing of a draw's X."""
+
+LEAST_NORMALISER = 2.0**-500
+"""Below it D_0 tells nothing: the bounds of all logits are beyond what weights can hold."""
+
+TINY = torch.finfo(torch.float64).tiny
 
 
 @dataclass(frozen=True)
@@ -87,8 +103,8 @@ class _Centre:
         rho.
     bounds : Tensor, (h, r, n)
         M_j; 0 in H.
-    size : Tensor, (h, r)
-        The root mean square of the values, as the weights have them.
+    rounding : Tensor, (h, r)
+        What rounding adds to R: rho_0 in `guarantee`.
     """
 
     offset: Tensor
@@ -97,18 +113,18 @@ class _Centre:
     output: Tensor
     shift: Tensor
     bounds: Tensor
-    size: Tensor
+    rounding: Tensor
 
 
 @dataclass(frozen=True)
 class BoundedRows:
-    """Rows within a tolerance, (N, M).
+    """Rows within a tolerance, (N, M): in float64 until they are put together.
 
     Parameters
     ----------
     output : Tensor, (N, M, d)
     bound : Tensor, (N, M)
-        E; for exact rows how far the output's own precision may move it.
+        E; for exact rows how far rounding may move them.
     log_sum_exp : Tensor, (N, M)
     keys_read : Tensor, int64, (N, M)
     draws : Tensor, int64, (N, M)
@@ -144,24 +160,28 @@ class _Block:
         self.call, self.promise = call, promise
         self.features = store.features
         self.table = store.table[heads, : store.length]
-        self.x = call.rows[block] * call.scale  # [h, r, E]
+        self.x = call.rows[block].double() * call.scale  # [h, r, E]
         self.block = block
         # Logits are those of the keys less their centre: a large part that all have in common rounds nothing.
-        self.key_centre = sketch.centre[heads]  # [h, 1, E]
+        self.key_centre = sketch.centre[heads].double()  # [h, 1, E]
         self.common = torch.einsum("hre,he->hr", self.x, self.key_centre[:, 0])[..., None]
-        self.sinks = None if call.sinks is None else call.sinks[block][..., None]
+        self.sinks = None if call.sinks is None else call.sinks[block][..., None].double()
+        size = sketch.key_bound(heads)[:, None, None]
+        if call.softcap is not None or self.sinks is not None:  # which see the common part, too
+            size = size + self.key_centre.norm(dim=-1, keepdim=True)
+        self.logit_rounding = logit_rounding(self.x, size, self.sinks)  # omega, [h, r, 1]
+        self.sum_rounding = sum_rounding(store.length + store.width)  # gamma
         if call.softcap is None and self.sinks is not None:
             self.sinks = self.sinks - self.common
         self.stream = call.stream(store)[heads, :]
         self.queries = torch.arange(part.start, part.stop, device=self.x.device) % max(1, call.positions)
-        self.guessed = value_sketch.values(heads)  # u, [h, n, d]
+        self.guessed = value_sketch.values(heads).double()  # u, [h, n, d]
         self.misses = value_sketch.errors(heads)[:, None]  # e, [h, 1, n]
         self.guessed_square = self.guessed.square().sum(-1)[:, None]
-        # What squares of small numbers may lose below the range of normal numbers, [h, 1, 1].
-        tiny = self.guessed.shape[-1] * torch.finfo(self.guessed.dtype).tiny
-        self.tiny_square = tiny * self.guessed.abs().amax((1, 2)).sign()[:, None, None]
         places = store.places(heads)[:, None]
         scores, slack = sketch.score(self.x, heads), sketch.score_bounds(self.x, heads)
+        resolved = RESOLVED * self.logit_rounding
+        slack = slack + torch.where(resolved <= 1, resolved, torch.inf)
         places = places.expand_as(scores)
         self.logits = self._capped(torch.empty_like(scores).scatter_(-1, places, scores))
         self.slack = torch.empty_like(scores).scatter_(-1, places, slack)  # b; 0 once a key was read
@@ -212,51 +232,54 @@ class _Block:
         offset = upper.amax(-1, keepdim=True)
         if self.sinks is not None:
             offset = torch.maximum(offset, self.sinks)
-        masses, upper = (self.logits - offset).exp(), (upper - offset).exp()
+        masses, upper = (self.logits - offset).exp(), (upper - offset).exp() + TINY
         normaliser = masses.sum(-1, keepdim=True)
         if self.sinks is not None:
             normaliser = normaliser + (self.sinks - offset).exp()
-        # A mass of 0 in all keys is a row whose slack is beyond the range of numbers: nothing is known of it.
-        some = normaliser.clamp_min(torch.finfo(normaliser.dtype).tiny)
+        some = normaliser.clamp_min(LEAST_NORMALISER)
         total = masses @ self.guessed
         for indices, valid in zip(self.read_indices, self.read_valid, strict=True):
             values = rows_at(self.table, indices).to(total.dtype)[..., self.features :]
             off = values - rows_at(self.guessed, indices)
             total = total + torch.einsum("hrt,hrtd->hrd", masses.gather(-1, indices) * valid, off)
         output = total / some
-        eps = torch.finfo(output.dtype).eps
         square = output.square().sum(-1, keepdim=True)
         distance = self.guessed_square - 2 * output @ self.guessed.mT + square
-        rounded = eps * (self.guessed_square + square) + self.tiny_square
-        distance = (distance.clamp_min(0) + ROUNDED_SUMS * rounded).sqrt()
+        # The square of a difference, as a difference of squares, is rounded by no more than that.
+        width = output.shape[-1]
+        rounded = 2 * sum_rounding(width) * (self.guessed_square + square) + width * TINY
+        distance = (distance.clamp_min(0) + rounded).sqrt()
         usual = (masses * distance).sum(-1, keepdim=True) / some
         shift = SHIFT * usual + self.promise.tolerance * square.sqrt()
         bounds = (upper - masses) * (distance.square() + shift.square()).sqrt() + upper * self.misses
         bounds = bounds.masked_fill_(self.known, 0)
-        size = ((masses * self.guessed_square).sum(-1) / some[..., 0]).sqrt()
-        return _Centre(offset, masses, normaliser, output, shift, bounds, size)
+        # rho_0: what is off by rounding, in units of the normaliser, and weights too small for a number.
+        size = (masses * (self.guessed_square.sqrt() + self.misses)).sum(-1, keepdim=True) / some
+        share = 4 * (self.logit_rounding + self.sum_rounding)
+        rounding = share * normaliser * (size + usual + 2 * square.sqrt() + shift)
+        lost = masses.shape[-1] * TINY * (distance + self.misses).amax(-1, keepdim=True)
+        return _Centre(offset, masses, normaliser, output, shift, bounds, (rounding + lost)[..., 0])
 
     def allowed(self, centre: _Centre) -> Tensor:
         """The R, (h, r), for which draws are planned."""
-        return self.allowed_radius(centre, centre.output) * centre.normaliser[..., 0]
+        return self.allowed_radius(centre, centre.output, centre.normaliser[..., 0])
 
-    def allowed_radius(self, centre: _Centre, output: Tensor) -> Tensor:
-        """R / D_hat that is planned for, (h, r), where the output will be about this one."""
+    def allowed_radius(self, centre: _Centre, output: Tensor, normaliser: Tensor) -> Tensor:
+        """The R that is planned for, (h, r), where output and D_hat will be about these."""
         tolerance, size = self.promise.tolerance, output.norm(dim=-1)
-        error = tolerance / (1 + tolerance) * size - self.rounding(output, centre.size)
-        error = MARGIN * error.clamp_min(0)
-        shift = centre.shift[..., 0].clamp_min(torch.finfo(error.dtype).tiny)
-        return error / (1 + (error / shift).square()).sqrt()
-
-    def rounding(self, output: Tensor, size: Tensor) -> Tensor:
-        """How far rounding may move an output, (h, r)."""
-        sums = ROUNDED_SUMS * torch.finfo(output.dtype).eps * (size + output.norm(dim=-1))
-        return sums + self.stored_rounding(output)
+        error = MARGIN * (tolerance / (1 + tolerance) * size - self.stored_rounding(output)).clamp_min(0)
+        shift = centre.shift[..., 0].clamp_min(TINY)
+        radius = error / (1 + (error / shift).square()).sqrt() * normaliser
+        return (radius - centre.rounding).clamp_min(0)
 
     def stored_rounding(self, output: Tensor) -> Tensor:
-        """How far an output (h, r, d) may move as it is stored in the cache's precision, (h, r)."""
+        """How far an output (h, r, d) may move as it is stored in the cache's precision, (h, r).
+
+        It may be rounded to float32 before it is to half of that.
+        """
         about, width = torch.finfo(self.table.dtype), output.shape[-1]
-        return about.eps / 2 * (output.norm(dim=-1) + math.sqrt(width) * about.tiny)
+        once = about.eps / 2 * (output.norm(dim=-1) + math.sqrt(width) * about.tiny)
+        return (1 + 2**-12) * once
 
     def plan(self, centre: _Centre) -> _Plan:
         """The fewest reads, (h, r): of keys with the largest bounds, and draws from the others."""
@@ -274,7 +297,7 @@ class _Block:
         left = (centre.bounds.sum(-1, keepdim=True) - heaviest).clamp_min(0)  # G after so many reads
         if most == n:
             left[..., -1] = 0
-        share = self.allowed(centre)[..., None] / left.clamp_min(torch.finfo(left.dtype).tiny)
+        share = self.allowed(centre)[..., None] / left.clamp_min(TINY)
         draws, _ = planned_draws(share, self.promise.risk, USUAL_RATIO**2)
         draws = torch.where(share >= 1, 0, draws.ceil())
         cost, place = (counts + draws).min(-1)
@@ -295,7 +318,8 @@ class _Block:
             self.learn(indices, torch.arange(most, device=indices.device) < plan.reads[..., None])
             centre = self.centre()
             plan = self.plan(centre)
-        return centre, replace(plan, exact=plan.exact | (centre.normaliser[..., 0] == 0))
+        known = centre.normaliser[..., 0] >= LEAST_NORMALISER  # not where it is no number, either
+        return centre, replace(plan, exact=plan.exact | ~known)
 
     # --- Draws ---
 
@@ -333,16 +357,18 @@ class _Block:
     def _exact(self, rows: BoundedRows) -> BoundedRows:
         """The same with exact rows where they are to be exact.
 
-        In float64, because a row that draws cannot keep is often one whose values cancel.
+        A row that draws cannot keep is often one whose values cancel, so that their bound counts rounding.
         """
         exact, n = rows.exact, self.logits.shape[-1]
         heads = exact.any(-1)
-        table = self.table[heads].double()
-        logits = self.call.rows[self.block][heads].double() * self.call.scale @ table[..., : self.features].mT
+        table, x = self.table[heads].double(), self.x[heads]
+        keys, values = table[..., : self.features], table[..., self.features :]
+        logits = x @ keys.mT
         if self.call.softcap is not None:
             logits = self.call.softcap * torch.tanh(logits / self.call.softcap)
         largest = logits.amax(-1, keepdim=True)
         sinks = None if self.call.sinks is None else self.call.sinks[self.block][heads, :, None].double()
+        omega = logit_rounding(x, keys.norm(dim=-1).amax(-1)[:, None, None], sinks)
         if sinks is not None:
             largest = torch.maximum(largest, sinks)
         p = (logits - largest).exp()
@@ -350,24 +376,37 @@ class _Block:
         if sinks is not None:
             total = total + (sinks - largest).exp()
         p, log_sum_exp = p / total, largest + total.log()
-        output = (p @ table[..., self.features :]).to(rows.output.dtype)
-        p, log_sum_exp = p.to(rows.weights.dtype), log_sum_exp.to(rows.log_sum_exp.dtype)
+        output = p @ values
+        share = 8 * (omega[..., 0] + self.sum_rounding)
+        rounding = share * ((p @ values.norm(dim=-1)[..., None])[..., 0] + output.norm(dim=-1))
+        rounding = rounding + n * TINY * values.norm(dim=-1).amax(-1, keepdim=True)
         width = rows.indices.shape[-1]
         indices, weights = (F.pad(x, (0, max(0, n - width))) for x in (rows.indices, rows.weights))
         every = torch.arange(n, device=p.device).expand_as(p)
         this = exact[heads][..., None]
         rows.output[heads] = torch.where(this, output, rows.output[heads])
         rows.log_sum_exp[heads] = torch.where(this[..., 0], log_sum_exp[..., 0], rows.log_sum_exp[heads])
+        bound = rounding + self.stored_rounding(output)
+        rows.bound[heads] = torch.where(exact[heads], bound, rows.bound[heads])
         padding = (0, indices.shape[-1] - n)
         indices[heads] = torch.where(this, F.pad(every, padding), indices[heads])
         weights[heads] = torch.where(this, F.pad(p, padding), weights[heads])
         return replace(
             rows,
-            bound=torch.where(exact, self.stored_rounding(rows.output), rows.bound),
             keys_read=rows.keys_read.masked_fill(exact, n),
             indices=indices,
             weights=weights,
         )
+
+
+def kept(promise: Promise, bound: Tensor, output: Tensor) -> Tensor:
+    """Whether |o_hat - o| <= E implies |o_hat - o| <= eps |o|, for E `bound` (...) and `output` (..., d)."""
+    size = output.norm(dim=-1)
+    return (1 + promise.tolerance) * (1 + 2**-40) * bound <= promise.tolerance * size
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 class _DrawnResidual:
@@ -375,9 +414,11 @@ class _DrawnResidual:
 
     def __init__(self, block: _Block, centre: _Centre, plan: _Plan):
         self.block, self.centre, self.plan = block, centre, plan
-        self.total = centre.bounds.sum(-1)  # G, [h, r]
-        # float64, in which no key of a share of 1e-8 is drawn too often.
-        self.reached = centre.bounds.double().cumsum(-1)
+        self.shares, unit = whole_shares(centre.bounds)
+        self.total = unit * 2.0**UNIT  # G, [h, r]
+        self.bounds = self.shares * unit[..., None]  # M_j as they are drawn by, [h, r, n]
+        self.reached = self.shares.cumsum(-1)
+        self.known_total = (1 + block.sum_rounding) * centre.bounds.sum(-1)  # no less than G without draws
         zero = torch.zeros_like(self.total)
         self.rates, self.spent, self.squares = zero, zero, zero  # L, sum psi |X|^2, sum |X|^2
         self.sums = zero.new_zeros(*zero.shape, centre.output.shape[-1] + 1)  # sum lambda X
@@ -387,8 +428,9 @@ class _DrawnResidual:
         """o_hat, E, D_hat and whether the tolerance is kept, of all rows."""
         block, n = self.block, self.block.logits.shape[-1]
         output, bound, normaliser = self.estimate()
-        done = self._kept(output, bound)
-        more_draws = self.plan.draws.clamp_min(FEWEST_MORE).masked_fill(done | self.plan.exact, 0)
+        done = kept(block.promise, bound, output)
+        nothing = done | self.plan.exact | ~(self.total > 0)
+        more_draws = self.plan.draws.clamp_min(FEWEST_MORE).masked_fill(nothing, 0)
         most = n - block.known.sum(-1)
         for _ in range(MOST_BLOCKS):
             more_draws = torch.where(self.count + more_draws <= most, more_draws, 0)
@@ -400,37 +442,35 @@ class _DrawnResidual:
             output = torch.where(drawn[..., None], new, output)
             bound = torch.where(drawn, new_bound, bound)
             normaliser = torch.where(drawn, new_normaliser, normaliser)
-            done = done | drawn & self._kept(new, new_bound)
+            done = done | drawn & kept(block.promise, new_bound, new)
             more_draws = self._more(output, normaliser).masked_fill(done | ~drawn, 0)
         return output, bound, normaliser, done
-
-    def _kept(self, output: Tensor, bound: Tensor) -> Tensor:
-        tolerance = self.block.promise.tolerance
-        return (1 + tolerance) * bound <= tolerance * output.norm(dim=-1)
 
     def estimate(self) -> tuple[Tensor, Tensor, Tensor]:
         """o_hat (h, r, d), E (h, r) and D_hat (h, r)."""
         centre, block = self.centre, self.block
-        rates = self.rates.clamp_min(torch.finfo(self.rates.dtype).tiny)
+        rates = self.rates.clamp_min(TINY)
         residual = self.total[..., None] * self.sums / rates[..., None]
         log = math.log(2 / block.promise.risk)
-        radius = torch.where(self.count > 0, self.total * (log + self.spent) / rates, self.total)
+        radius = self.total * ((log + self.spent) / rates + DRAWN_ROUNDING)
+        radius = torch.where(self.count > 0, radius, self.known_total)
         shift = centre.shift[..., 0]
-        normaliser = centre.normaliser[..., 0] + residual[..., -1] / shift.clamp_min(
-            torch.finfo(shift.dtype).tiny
-        )
-        moved = residual[..., :-1] / normaliser[..., None]
-        output = centre.output + moved
-        bound = error_bound(radius, normaliser, moved.norm(dim=-1), shift)
-        return output, bound + block.rounding(output, centre.size), normaliser
+        normaliser = centre.normaliser[..., 0] + residual[..., -1] / shift.clamp_min(TINY)
+        change = residual[..., :-1] / normaliser[..., None]
+        output, moved = centre.output + change, change.norm(dim=-1)
+        size = moved + centre.output.norm(dim=-1)
+        rounding = centre.rounding + block.sum_rounding * normaliser.abs() * (size + shift)
+        moved = moved + block.sum_rounding * size  # |o_hat - c| of the rounded output
+        bound = error_bound(radius + rounding, normaliser, moved, shift)
+        return output, bound + block.stored_rounding(output), normaliser
 
     def _more(self, output: Tensor, normaliser: Tensor) -> Tensor:
         """How many more draws are planned, (h, r)."""
         block = self.block
-        share = block.allowed_radius(self.centre, output) * normaliser / self.total
+        share = block.allowed_radius(self.centre, output, normaliser) / self.total
         rate, square = self.rate(share)
         needed = math.log(2 / block.promise.risk) + self.spent - self.rates * share
-        gain = (rate * share - psi(rate) * square).clamp_min(torch.finfo(share.dtype).tiny)
+        gain = (rate * share - psi(rate) * square).clamp_min(TINY)
         most = float(2 * block.logits.shape[-1])
         return (needed / gain).nan_to_num(most).clamp(FEWEST_MORE, most).ceil().long()
 
@@ -450,9 +490,8 @@ class _DrawnResidual:
         turns = torch.arange(most, device=more_draws.device)
         numbers = block.stream.uniform(1, int((self.count + more_draws).max()))[:, block.queries, 0]
         numbers = numbers.gather(-1, (self.count[..., None] + turns).clamp_max(numbers.shape[-1] - 1))
-        points = numbers * self.reached[..., -1:]
-        last = (centre.bounds > 0).long().cumsum(-1).argmax(-1, keepdim=True)  # of those with a bound
-        indices = torch.searchsorted(self.reached, points.contiguous(), right=True).minimum(last)
+        points = (numbers * 2.0**UNIT).long()  # the first bits of each number, all alike
+        indices = torch.searchsorted(self.reached, points, right=True).clamp_max(self.reached.shape[-1] - 1)
         valid = turns < more_draws[..., None]
         logits, values = block.look_up(indices, valid)
         mass, guessed = (logits - centre.offset).exp(), rows_at(block.guessed, indices)
@@ -460,9 +499,9 @@ class _DrawnResidual:
         away, excess = guessed - centre.output[..., None, :], mass - guessed_mass
         residual = excess[..., None] * away + mass[..., None] * (values - guessed)
         residual = torch.cat((residual, (excess * centre.shift)[..., None]), -1)
-        bounds = centre.bounds.gather(-1, indices).clamp_min(torch.finfo(mass.dtype).tiny)
+        bounds = self.bounds.gather(-1, indices).clamp_min(TINY)
         x = residual / bounds[..., None] * valid[..., None]  # X, [h, r, T, d + 1]
-        square = x.square().sum((-2, -1))
+        square = ((x.norm(dim=-1) + DRAWN_ROUNDING) * valid).square().sum(-1)
         drawn = more_draws > 0
         self.rates = self.rates + rate * more_draws
         self.sums = self.sums + rate[..., None] * x.sum(-2)
@@ -497,14 +536,14 @@ def attend_within(
 def _together(
     parts: list[tuple[tuple[slice, slice], BoundedRows]], shape: tuple[int, int], like: Tensor
 ) -> BoundedRows:
-    """The rows of all blocks; `like` is (N, M, d)."""
+    """The rows of all blocks; `like` is (N, M, d), in the precision of the weights."""
     most = max((rows.indices.shape[-1] for _, rows in parts), default=0)
     integers = {"keys_read", "draws", "indices"}
     columns: dict[str, Tensor] = {}
     for name in ("bound", "log_sum_exp", "keys_read", "draws", "exact"):
-        dtype = torch.int64 if name in integers else torch.bool if name == "exact" else like.dtype
+        dtype = torch.int64 if name in integers else torch.bool if name == "exact" else torch.float64
         columns[name] = torch.zeros(shape, dtype=dtype, device=like.device)
-    columns["output"] = like
+    columns["output"] = like.double()
     columns["indices"] = torch.zeros(*shape, most, dtype=torch.int64, device=like.device)
     columns["weights"] = like.new_zeros(*shape, most)
     for block, rows in parts:
@@ -529,14 +568,15 @@ def _estimate(
             f"{exact:,} of {total:,} rows were computed exactly: to keep tolerance={promise.tolerance:g} "
             f"with confidence={1 - promise.risk:g} they need as many reads as there are keys.",
         )
-    tiny = torch.finfo(rows.bound.dtype).tiny
-    relative = rows.bound / rows.output.norm(dim=-1).clamp_min(tiny)
-    small = int((relative > promise.tolerance).sum())
+    small = int((~kept(promise, rows.bound, rows.output)).sum())
     if small:
         fallbacks += (
             f"{small:,} of {total:,} rows may miss tolerance={promise.tolerance:g} by rounding alone: their "
-            f"outputs are too small for {str(store.table.dtype).removeprefix('torch.')}.",
+            f"outputs are too small beside their values, or for {_name(store.table.dtype)}.",
         )
+    size = rows.output.norm(dim=-1)
+    relative = torch.where(size > 0, rows.bound / size.clamp_min(TINY), torch.inf)
+    relative = (relative * (1 + 2**-20)).to(store.dtype)  # not below what it was
     draws = Draws(rows.indices, rows.weights, rows.weights, 1)
     return AttentionEstimate(
         output=rows.output.view(*row_shape, store.width).to(store.table.dtype),
@@ -566,5 +606,5 @@ def _estimate(
             },
             log_sum_exp="estimated",
         ),
-        make_log_sum_exp=lambda: rows.log_sum_exp.view(row_shape),
+        make_log_sum_exp=lambda: rows.log_sum_exp.to(store.dtype).view(row_shape),
     )

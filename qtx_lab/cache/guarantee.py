@@ -54,14 +54,53 @@ depend on the sketches and on the keys read alone. A row for which that would ta
 keys is computed exactly.
 
 The probability is over the draws of this call alone: keys, values and queries may be anything, and may have
-been chosen in sight of earlier draws. It is up to rounding: logits, of the keys less their mean, and sums are
-rounded in the cache's precision (float32 at the least), of which `rounding` in `attend_within` takes account
-in the bound; rows that are computed exactly are so in float64.
+been chosen in sight of earlier draws.
+
+*Rounding.* All is computed in float64. Let u = 2^-53 and gamma_n = n u / (1 - n u). It is assumed that sums
+and products are rounded to the nearest number, that a dot product of n terms adds them up in any order, with
+fused multiply-adds or without (then its error is at most gamma_n sum |a_i b_i|: Higham 2002, eq. 3.5), that
+exp and tanh err by at most 4 units in the last place, and that numbers below 2^-1022 are kept or become 0.
+The words below name the numbers that are computed: weights, sums and so on. The exact output is that of the
+queries, keys and values as they are given, and of the logits without any rounding.
+
+(3) *Logits.* With x the scaled query, the centre taken off the keys, and K >= |k_j - centre| of all keys (and
+the size of the centre added, where a cap or a sink sees it), x . (k_j - centre) errs by at most gamma_(E+3)
+|x| K; adding the common part, a cap (which brings no two logits farther apart), adding b_j and taking the
+largest off by at most 17 u (|x| K + |sink|); exp by 8 u. So the logarithm of a computed weight is within 2
+omega of the exact one, omega = 4 u (E + 32) (1 + |x| K + |sink|) (`logit_rounding`); the score that a_j is
+made of has its own rounding within b_j (`Int8Sketch`), to which 2^24 omega is added here. That is more than
+enough for a_j and for exp(b_j) a_j, and makes (5) small. A row of 2^24 omega > 1 is computed exactly.
+
+(4) *Sums.* gamma = 8 (n + d + 32) u (`sum_rounding`) bounds the relative error of sums of up to 4 n terms.
+The centre c is any vector, here the computed one; then, beside Z, the numerator about c has what the weights
+of H are off, at most 4 omega sum_(j in H) exp(l_j) |(v_j - c, rho)|, and D_0 times the error of c, at most
+gamma D_0 (3 s + m), s and m the weighted means of |u_j| and e_j. The computed D_hat and o_hat are off by at
+most gamma D_hat and gamma D_hat (|o_hat - c| + |c|), as products. With these vectors added to Z_hat - Z in
+(2), the inequality holds for R + rho_0 in place of R, with
+
+    rho_0 = 4 (omega + gamma) D_0 (s + m + a + 2 |c| + rho) + gamma D_hat (|o_hat - c| + |c| + rho),
+
+a the weighted mean of |u_j - c|, and n 2^-1022 max_j (|u_j - c| + e_j) for weights that became 0. Squares of
+distances are differences of squares; twice gamma_(d+4) (|u_j|^2 + |c|^2) is added to them. A row of D_0 below
+2^-500 is computed exactly.
+
+(5) *Draws.* `whole_shares` makes every M_j a whole number of 2^-48 of their sum, none smaller than before, so
+that a key is drawn with the probability M_j / G exactly, by the first 48 bits of a random number. A computed
+z_j is within 3 sqrt(2) omega exp(b_j) a_j |(u_j - c, rho)| + 3 omega exp(b_j) a_j e_j of z_j, at most 2^-20
+M_j because of the 2^24 omega in b_j. So X_i is within 2^-20, the sums of fewer than 2^31 of them and R / G
+within 2^-21 each: 2^-19 is added to every |X_i| in R, and G 2^-19 to R (`DRAWN_ROUNDING`).
+
+(6) Last, the output is stored in the cache's precision, of unit u': by at most u' (|o_hat| + sqrt(d) times
+its least normal number) more. `error_bound` and the comparison with eps |o_hat| have factors 1 + 2^-40 for
+their own rounding. A row that is computed exactly, in float64, is within 8 (omega + gamma) (sum_j p_j |v_j| +
+|o|) before it is stored, omega with K the largest key; where that is more than eps |o| allows, as the values
+cancel, `info.fallbacks` says so.
 
 Sources: Pinelis, Optimum bounds for the distributions of martingales in Banach spaces (1994), th. 3.2; Fan,
 Grama and Liu, Exponential inequalities for martingales with applications (2015); Howard, Ramdas, McAuliffe
 and Sekhon, Time-uniform, nonparametric, nonasymptotic confidence sequences (2021), th. 4; Waudby-Smith and
-Ramdas, Estimating means of bounded random variables by betting (2020), for lambda_i by prediction;
+Ramdas, Estimating means of bounded random variables by betting (2020), for lambda_i by prediction; Higham,
+Accuracy and stability of numerical algorithms (2002), chapter 3, for rounding;
 Martinez-Taboada and Ramdas, Sharp empirical Bernstein bounds in smooth Banach spaces (2024), who bound the
 vectors about a running mean. Here they are taken about 0, as the sketches' own sum has already been taken
 off: a control variate whose sum is known.
@@ -77,6 +116,15 @@ from torch import Tensor
 
 RATES = torch.linspace(0.1, 0.95, 18, dtype=torch.float64)
 """The lambda_i among which the best one is chosen."""
+
+UNIT = 48
+"""Probabilities of draws are whole numbers of 2^-UNIT."""
+
+DRAWN_ROUNDING = 2.0**-19
+"""What rounding may change of |X_i|, and of the mean of the X_i: (5) above."""
+
+UNIT_ROUNDOFF = 2.0**-53
+"""u, of float64."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +143,8 @@ def psi(rate: Tensor) -> Tensor:
 def error_bound(radius: Tensor, normaliser: Tensor, moved: Tensor, shift: Tensor) -> Tensor:
     """The largest E >= 0 with E <= A sqrt(1 + (moved + E)^2 / shift^2), A = radius / normaliser.
 
-    Infinite where there is none. All of the same shape; `moved` is |o_hat - c| and `shift` rho.
+    Infinite where there is none. All of the same shape; `moved` is |o_hat - c| and `shift` rho. In float64 it
+    is not below the exact solution: A is made larger by 2^-40 of itself, of which rounding takes a part.
 
     Examples
     --------
@@ -104,12 +153,66 @@ def error_bound(radius: Tensor, normaliser: Tensor, moved: Tensor, shift: Tensor
     tensor(0.1000)
     """
     tiny = torch.finfo(radius.dtype).tiny
-    a, shift = radius / normaliser.clamp_min(tiny), shift.clamp_min(tiny)
+    a, shift = radius * (1 + 2**-40) / normaliser.clamp_min(tiny), shift.clamp_min(tiny)
     slope = (a / shift).square()  # (A / rho)^2
     rest = 1 - slope
     root = a * ((moved / shift).square() + rest).clamp_min(0).sqrt()  # no square of A, which could be 0
     bound = (slope * moved + root) / rest.clamp_min(tiny)
-    return torch.where((normaliser > 0) & (rest > 0), bound, torch.inf)
+    return torch.where((normaliser > 0) & (rest > 0), bound * (1 + 2**-40), torch.inf)
+
+
+def logit_rounding(x: Tensor, size: Tensor, sinks: Tensor | None) -> Tensor:
+    """omega of (3), half of what rounding may change in the logarithm of a weight: float64, (h, r, 1).
+
+    Parameters
+    ----------
+    x : Tensor, float64, (h, r, E)
+        Scaled queries.
+    size : Tensor, (h, 1, 1)
+        K, no less than any key.
+    sinks : Tensor, (h, r, 1), optional
+    """
+    reach = x.norm(dim=-1, keepdim=True) * size
+    if sinks is not None:
+        reach = reach + torch.where(sinks.isfinite(), sinks.abs(), 0)
+    return 4 * UNIT_ROUNDOFF * (x.shape[-1] + 32) * (1 + reach)
+
+
+def sum_rounding(terms: int) -> float:
+    """gamma of (4), for sums of up to four times so many terms.
+
+    Examples
+    --------
+    >>> sum_rounding(65536) < 1e-10
+    True
+    """
+    return 8 * (terms + 32) * UNIT_ROUNDOFF
+
+
+def whole_shares(bounds: Tensor) -> tuple[Tensor, Tensor]:
+    """Whole numbers m_j with m_j unit >= M_j whose sum is 2^UNIT: see (5).
+
+    Parameters
+    ----------
+    bounds : Tensor, float64, (..., n)
+        M_j >= 0.
+
+    Returns
+    -------
+    tuple of Tensor
+        m_j, int64, (..., n), 0 where M_j is; and the unit, (...), 0 where all M_j are.
+
+    Examples
+    --------
+    >>> shares, unit = whole_shares(torch.tensor([1.0, 0.0, 3.0], dtype=torch.float64))
+    >>> bool((shares * unit >= torch.tensor([1, 0, 3])).all()), int(shares.sum()) == 2**UNIT
+    (True, True)
+    """
+    unit = bounds.sum(-1) / (2.0**UNIT - 4 * bounds.shape[-1])
+    shares = bounds / unit.clamp_min(torch.finfo(bounds.dtype).tiny)[..., None]
+    shares = torch.where(bounds > 0, shares.floor() + 2, 0).long()
+    rest = 2**UNIT - shares.sum(-1, keepdim=True)
+    return shares.scatter_add(-1, bounds.argmax(-1, keepdim=True), rest), unit
 
 
 def planned_draws(share: Tensor, risk: float, square: Tensor | float) -> tuple[Tensor, Tensor]:

@@ -315,8 +315,8 @@ class ComponentSketch(ABC):
         They are in the order of the places.
         """
         levels = self.unpack(self.lines[heads], self.rank).to(x.dtype)
-        scores = torch.bmm(torch.bmm(x, self.weight[heads]), levels.mT)
-        exact = self.exact_keys[heads]
+        scores = torch.bmm(torch.bmm(x, self.weight[heads].to(x.dtype)), levels.mT)
+        exact = self.exact_keys[heads].to(x.dtype)
         scores[..., : exact.shape[1]] = torch.bmm(x, exact.mT)
         return scores
 
@@ -358,13 +358,31 @@ class LowRankSketch(ComponentSketch):
 class Int8Sketch(LowRankSketch):
     """All components of a key, a byte each, and how far each key is from what is stored of it.
 
-    With y = W^T x the query in components and e_j what rounding took from the components of key j, beside
-    r_j = k_j - centre - W (components of k_j), which is 0 but for rounding where the maps have full rank,
+    With y = W^T x the query in components and g_j numbers near the components of key j, of which the whole
+    numbers m_j are stored, let e_j = g_j - m_j and r_j = k_j - centre - W g_j, which is 0 but for rounding
+    where the maps have full rank. Then
 
-        |x . k_j - score_j| <= |y|_1 max_i |e_ji| + |x| |r_j|,
+        x . (k_j - centre) - y . m_j = y . e_j + x . r_j,    at most |y|_1 max_i |e_ji| + |x| |r_j|.
 
-    up to a shift of the row. Both numbers are stored, rounded up, in half precision: 4 bytes a key. The bound
-    holds for every query and every key, also for a later key that is cut off.
+    This holds for every query, every key and any g_j, also for a later key that is cut off. Bounds of both
+    numbers are stored in half precision: 4 bytes a key.
+
+    *Rounding.* Let u be half the distance of 1 from the next number, gamma_n = n u / (1 - n u), E the
+    features, r the components, W_i the columns of W and C = sum_i |W_i|. A computed dot product of n terms
+    is within gamma_n sum |a_i b_i| of the exact one, in any order and with fused multiply-adds or without
+    (Higham 2002, eq. 3.5). So the computed y_i is within gamma_E |x| |W_i| of y_i, and at most
+    (1 + gamma_E) |x| |W_i|; the computed score, with m_j of at most `levels`, is within
+
+        levels |x| C (gamma_E + gamma_r (1 + gamma_E)) <= gamma levels |x| C,    gamma = 2 (E + r + 16) u,
+
+    of y . m_j, and |y|_1 at most (1 + gamma) times its computed value and gamma |x| C. This is larger than
+    rounding of the score itself wherever y cancels: where keys lie far out in a direction that the query
+    hardly has. The keys of exact scores are rounded once, as k_j - centre in the sketch's precision u', which
+    moves their scores by at most (u' + gamma) |x| |k_j - centre|. What is stored, e_j and r_j, is computed in
+    float64, with a bound of the rounding of r_j added; `rounded_up` has room for the rest, and norms and sums
+    of numbers that are not negative err by a factor of at most 1 + gamma.
+
+    Source: Higham, Accuracy and stability of numerical algorithms (2002), chapter 3.
     """
 
     proposal = "int8"
@@ -380,7 +398,7 @@ class Int8Sketch(LowRankSketch):
     def fit(self, keys: Tensor, queries: Tensor) -> Tensor:
         """Fit to keys and queries: see `ComponentSketch.fit`."""
         worst = super().fit(keys, queries)
-        self.slack = self._slack(keys - self.centre, self.lines)
+        self.slack = self._slack(keys, self.lines)
         return worst
 
     def restore(self, tensors: Mapping[str, Tensor], lines: Tensor, fitted_length: int) -> None:
@@ -393,7 +411,7 @@ class Int8Sketch(LowRankSketch):
         start = self.length
         super().extend(keys)
         self.slack = grown(self.slack, start, self.length)
-        self.slack[:, start : self.length] = self._slack(keys - self.centre, self.lines[:, start:])
+        self.slack[:, start : self.length] = self._slack(keys, self.lines[:, start:])
 
     def reorder(self, index: Tensor) -> None:
         """Move what is stored of the keys: see `ComponentSketch.reorder`."""
@@ -414,22 +432,39 @@ class Int8Sketch(LowRankSketch):
     def score_bounds(self, x: Tensor, heads: slice = slice(None)) -> Tensor:
         """The most by which `score` of scaled queries (heads, M, E) may be wrong: (heads, M, n).
 
-        In the order of the places, for the shift x . centre of each row.
+        In the order of the places, for the shift x . centre of each row; rounding of the score in the
+        precision of x is a part of it (see the class).
         """
         slack = self.slack[heads, : self.length].to(x.dtype)
-        size = torch.bmm(x, self.weight[heads]).abs().sum(-1, keepdim=True)
-        # Sums of `rank` products of whole numbers up to `levels` are rounded, too.
-        rounding = 8 * torch.finfo(x.dtype).eps * self.levels
-        rest = x.norm(dim=-1, keepdim=True) * slack[:, None, :, 1]
-        bounds = size * (slack[:, None, :, 0] + rounding) + rest
-        bounds[..., : self.exact_keys.shape[1]] = 0
-        return bounds
+        weight = self.weight[heads].to(x.dtype)
+        gamma = self._gamma(x.dtype)
+        norm = x.norm(dim=-1, keepdim=True)
+        rounding = gamma * norm * weight.norm(dim=1).sum(-1)[:, None, None]  # gamma |x| C
+        size = torch.bmm(x, weight).abs().sum(-1, keepdim=True) + rounding  # |y|_1
+        bounds = size * slack[:, None, :, 0] + norm * slack[:, None, :, 1] + self.levels * rounding
+        exact = self.exact_keys[heads]
+        rounded_once = torch.finfo(exact.dtype).eps / 2 + gamma
+        bounds[..., : exact.shape[1]] = rounded_once * norm * exact.to(x.dtype).norm(dim=-1)[:, None]
+        return bounds * (1 + gamma)
 
-    def _slack(self, centred: Tensor, lines: Tensor) -> Tensor:
-        components = centred @ self.key_map
-        rounded = (components - lines.to(components.dtype)).abs().amax(-1)
-        rest = (centred - components @ self.weight.mT).norm(dim=-1)
-        return rounded_up(torch.stack((rounded, rest), -1))
+    def key_bound(self, heads: slice = slice(None)) -> Tensor:
+        """A bound of |k_j - centre| of all keys, by what is stored: float64, (heads,)."""
+        largest = self.slack[heads, : self.length].double().amax(1)
+        columns = self.weight[heads].double().norm(dim=1).sum(-1)
+        return (columns * (self.levels + largest[:, 0]) + largest[:, 1]) * (1 + self._gamma(torch.float64))
+
+    def _gamma(self, dtype: torch.dtype) -> float:
+        """gamma in this precision."""
+        return (sum(self.weight.shape[-2:]) + 16) * torch.finfo(dtype).eps
+
+    def _slack(self, keys: Tensor, lines: Tensor) -> Tensor:
+        """Bounds of max_i |e_ji| and |r_j| for keys (N, m, E) with these lines: float16, (N, m, 2)."""
+        weight, centred = self.weight.double(), keys.double() - self.centre.double()
+        components = centred @ self.key_map.double()  # g
+        rounded = (components - lines.double()).abs().amax(-1)
+        rest = (centred - components @ weight.mT).norm(dim=-1)
+        size = centred.norm(dim=-1) + (components.abs() @ weight.norm(dim=1)[..., None])[..., 0]
+        return rounded_up(torch.stack((rounded, rest + self._gamma(torch.float64) * size), -1))
 
     @property
     def nbytes(self) -> int:
@@ -443,7 +478,11 @@ class Int8Sketch(LowRankSketch):
 
 
 def rounded_up(x: Tensor) -> Tensor:
-    """Numbers that are not negative, in half precision and not below what they were."""
+    """Numbers that are not negative, in half precision and not below what they were.
+
+    They stay above them by a factor of 1 + 2^-12 at the least, for what rounding took from x before and for
+    what it takes from products with them.
+    """
     return (x * (1 + 2**-10) + 2**-23).to(torch.float16)
 
 

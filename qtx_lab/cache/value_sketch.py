@@ -58,8 +58,9 @@ class ValueSketch:
         steps = (values.abs().amax(-1) / LEVELS).clamp_min(torch.finfo(values.dtype).tiny)
         levels = (values / steps[..., None]).round_().clamp_(-LEVELS, LEVELS)
         self.lines[:, start:end], self.steps[:, start:end] = levels.to(torch.int8), steps
-        misses = (values - levels * steps[..., None]).norm(dim=-1) / steps
-        self.misses[:, start:end] = rounded_up(misses)
+        # In steps before squares are taken, which could be below all numbers.
+        off = (values.double() - (levels * steps[..., None]).double()) / steps.double()[..., None]
+        self.misses[:, start:end] = rounded_up(off.norm(dim=-1))
         self.length = end
 
     def crop(self, length: int) -> None:
@@ -76,9 +77,8 @@ class ValueSketch:
         return self.lines[heads, : self.length].to(steps.dtype) * steps
 
     def errors(self, heads: slice = slice(None)) -> Tensor:
-        """Bounds of |v_j - u_j|, (heads, n)."""
-        steps = self.steps[heads, : self.length]
-        return self.misses[heads, : self.length].to(steps.dtype) * steps
+        """Bounds of |v_j - u_j|, float64, (heads, n)."""
+        return self.misses[heads, : self.length].double() * self.steps[heads, : self.length].double()
 
     @property
     def nbytes(self) -> int:

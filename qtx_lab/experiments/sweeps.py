@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -21,11 +22,14 @@ from .notebooks import notebook_path, result_facts, run_name
 from .report import write_report
 from .runs import Run, read_manifests
 from .sweep_execution import cluster_client, mark_ended, mark_interrupted, run_notebooks
-from .sweep_plan import SweepPlan, plan, sweep_command
+from .sweep_plan import PlannedNotebook, SweepPlan, plan, sweep_command
 from .sweep_results import write_results
 
 if TYPE_CHECKING:
     from distributed import Client
+
+OTHER_SWEEPS_POLL_S = 0.5
+"""Seconds between two looks at notebooks that another sweep is running."""
 
 
 def sweep(
@@ -77,8 +81,9 @@ def sweep(
         Folder of runs; see `runs_home`.
     resume : bool
         Take from `home` the notebooks of the same code cells, tags and parameters that an earlier sweep has
-        done, or that another sweep is running now, and run only the others. They may have been done by
-        another version of qtx_lab; how many were is said on stderr and in the summary.
+        done, or that another sweep is running now, and run only the others, and what the other sweep did not
+        bring to its end. They may have been done by another version of qtx_lab; how many were is said on
+        stderr and in the summary.
     fresh : bool
         Run all notebooks. Otherwise those that are done in `home` with the same spec, code, distributions and
         input files are taken from there, and the summary says so. 1 and 1.0 are the same there, 0 and -0.0
@@ -156,28 +161,39 @@ def sweep(
         },
     )
     folders = dict(earlier)
-    try:
-        # All notebooks execute this copy: the file that was checked, whatever happens to the original.
-        copied = run.path / path.name
-        write_atomic(copied, path.read_bytes())
-        if missing:
+    # All notebooks execute this copy: the file that was checked, whatever happens to the original.
+    copied = run.path / path.name
+
+    def run_here(notebooks: Sequence[PlannedNotebook], bar: tqdm) -> None:
+        if notebooks:
             with (
-                cluster_client(workers and min(workers, len(missing)), cluster) as client,
+                cluster_client(workers and min(workers, len(notebooks)), cluster) as client,
                 client.as_current(),  # another thread's sweep may have set another default client
-                tqdm(
-                    total=len(planned.notebooks),
-                    initial=len(earlier),
-                    desc=f"sweep {path.stem}",
-                    unit="notebook",
-                    disable=not progress,
-                ) as bar,
             ):
-                run_notebooks(client, run, copied, missing, folders, stop, bar, limits)
+                run_notebooks(client, run, copied, notebooks, folders, stop, bar, limits)
+
+    try:
+        write_atomic(copied, path.read_bytes())
+        with tqdm(
+            total=len(planned.notebooks),
+            initial=len(earlier),
+            desc=f"sweep {path.stem}",
+            unit="notebook",
+            disable=not (progress and missing),
+        ) as bar:
+            run_here(missing, bar)
+            if left := _left_by_other_sweeps(earlier, stop):
+                for key in left:
+                    del folders[key]
+                bar.update(-len(left))
+                run.update(results={"kept": len(earlier) - len(left)})
+                run_here([notebook for notebook in planned.notebooks if notebook.key in left], bar)
         problem = write_results(run, planned, folders, measure)
         run.finish("failed" if problem else "done", problem)
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt):
-            done = f"{len(folders)} of {len(planned.notebooks)} notebooks"
+            ended = sum(not _is_running(folder) for folder in folders.values())
+            done = f"{ended} of {len(planned.notebooks)} notebooks"
             error.add_note(f"{done} have ended and are kept in {home}; --resume runs the others.")
         with suppress(QtxError):  # the first error is the one to report
             mark_ended(run, error)
@@ -269,3 +285,32 @@ def find_done(home: Path, keys: set[str]) -> dict[str, Path]:
             running.append((of_sweep["cell"], of_sweep.get("name"), folder))
     # A notebook that died on another machine reads as running for ever: it counts only while its sweep runs.
     return {key: folder for key, name, folder in running if name in running_sweeps} | done
+
+
+def _left_by_other_sweeps(folders: Mapping[str, Path], stop: Callable[[], bool] | None) -> set[str]:
+    """Wait until no other sweep runs these notebooks any more; the keys of those that are not done then."""
+    running = {key for key, folder in folders.items() if _is_running(folder)}
+    if running:
+        tqdm.write(f"Waits for {len(running)} notebook(s) that another sweep is running.", file=sys.stderr)
+    while running:
+        if stop is not None and stop():
+            raise KeyboardInterrupt("The sweep was stopped.")
+        time.sleep(OTHER_SWEEPS_POLL_S)
+        running = {key for key in running if _is_running(folders[key])}
+    return {key for key, folder in folders.items() if _status(folder) != "done"}
+
+
+def _is_running(folder: Path) -> bool:
+    """Whether a notebook of a sweep is running: on another machine that shows only in the sweep's own run."""
+    with suppress(StorageError):
+        manifest = Run(folder).manifest
+        of_sweep = manifest.get("sweep") or {}
+        return manifest["status"] == "running" == _status(folder.with_name(str(of_sweep.get("name"))))
+    return False
+
+
+def _status(folder: Path) -> str | None:
+    """The status of a run; None where it cannot be read."""
+    with suppress(StorageError):
+        return Run(folder).status
+    return None

@@ -21,6 +21,7 @@ import pytest
 from distributed import LocalCluster
 
 from qtx_lab.errors import ArgumentError, BackendUnavailable, DtypeError, SpecError, StorageError
+from qtx_lab.experiments import sweeps
 from qtx_lab.experiments.notebook_execution import ExecutionLimits
 from qtx_lab.experiments.runs import Run, read_manifests, runs
 from qtx_lab.experiments.sweep_plan import plan, repeat_seed
@@ -207,10 +208,10 @@ def test_what_a_resumed_sweep_takes_is_told_by_its_cells(notebook, tmp_path, cap
 
 @pytest.mark.chaos
 def test_two_sweeps_share_a_folder(notebook, cluster, tmp_path) -> None:
-    sweeps: dict[int, Run] = {}
+    by_seed: dict[int, Run] = {}
 
     def work(seed: int) -> None:
-        sweeps[seed] = sweep(
+        by_seed[seed] = sweep(
             notebook, {"n": [1, 2]}, seed=seed, cluster=cluster, home=tmp_path / "home", progress=False
         )
 
@@ -219,7 +220,7 @@ def test_two_sweeps_share_a_folder(notebook, cluster, tmp_path) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    for seed, run in sweeps.items():
+    for seed, run in by_seed.items():
         assert run.status == "done"
         table = run.metrics()
         assert sorted(table["spec.n"]) == [1, 2]
@@ -317,8 +318,8 @@ def complete(notebook: Path, home: Path, cells: int) -> None:
     assert {name: final.get(name) for name in before} == before
     keys = [json.loads(content)["sweep"]["cell"] for content in final.values()]
     assert len(keys) == len(set(keys)) == cells
-    sweeps = runs(home, where="kind = 'SweepSpec' and status = 'done'")
-    assert len(Run(Path(sweeps["path"][0])).metrics()) == cells
+    ended = runs(home, where="kind = 'SweepSpec' and status = 'done'")
+    assert len(Run(Path(ended["path"][0])).metrics()) == cells
     assert not runs(home).attrs["skipped"]
 
 
@@ -349,6 +350,59 @@ def test_nothing_is_lost_when_processes_are_killed_or_interrupted(notebook, tmp_
     assert {name: after.get(name) for name in before} == before
     assert {facts["status"] for _, facts in read_manifests(home)} == {"done", "interrupted"}  # none runs on
     complete(notebook, home, cells)
+
+
+@pytest.mark.chaos
+def test_two_processes_sweep_in_one_folder_at_once(notebook, tmp_path) -> None:
+    """The second waits for the notebook that the first is running, and runs it itself when the first dies."""
+    home, gate = tmp_path / "home", tmp_path / "gate"
+    waits = f"""
+import pathlib, time
+while sampler == "a" and not pathlib.Path({str(gate)!r}).exists():
+    time.sleep(0.1)
+"""
+    write(notebook, PARAMETERS, waits, MEASURE)
+    first = start(notebook, home, 2, "--workers", "1")
+    while not any("cell" in facts.get("sweep", {}) for _, facts in read_manifests(home)):
+        assert first.poll() is None
+        time.sleep(0.1)
+    second = start(notebook, home, 2, "--workers", "1")
+    assert any(b"Waits for 1 notebook(s) that another sweep is running" in line for line in second.stdout)
+    first.kill()
+    first.communicate()
+    gate.touch()
+    output, _ = second.communicate(timeout=1200)
+    assert second.returncode == 0, output.decode()
+    (ended,) = runs(home, where="kind = 'SweepSpec' and status = 'done'").to_dict("records")
+    assert ended["results.kept"] == 0
+    assert Run(Path(ended["path"])).metrics()["status"].tolist() == ["done", "done"]
+
+
+def test_a_notebook_that_another_sweep_brings_to_its_end_is_taken(notebook, tmp_path, monkeypatch) -> None:
+    """It is waited for, unless its sweep is over: then it runs no more, and is left."""
+    planned = plan(notebook, {"n": [1, 2]})
+    folders = {}
+    for cell, status in zip(planned.notebooks, ("running", "failed"), strict=True):
+        other = Run.create(planned.spec, "sweep-tiny", tmp_path)
+        of_sweep = {"name": other.path.name, "cell": cell.key, "repeat": 0}
+        folders[cell.key] = Run.create(cell.spec, "tiny", tmp_path, sweep=of_sweep).path
+        if status == "failed":
+            other.finish(status)
+    running, left = folders
+    looks = []
+
+    def stop() -> bool:
+        looks.append(1)
+        if len(looks) == 2:
+            Run(folders[running]).finish("done")
+        return False
+
+    monkeypatch.setattr(sweeps, "OTHER_SWEEPS_POLL_S", 0.01)
+    assert sweeps._left_by_other_sweeps(folders, stop) == {left}
+    assert len(looks) == 2
+    Run(folders[running]).update(status="running")
+    with pytest.raises(KeyboardInterrupt):
+        sweeps._left_by_other_sweeps(folders, lambda: True)
 
 
 @pytest.mark.chaos

@@ -35,7 +35,7 @@ from ..errors import ArgumentError
 from ..problem import AttentionProblem
 from .huggingface_cache import SampledCache, attends_exactly, has_sampled_cache
 from .huggingface_layer import SampledLayer, arguments_of_a_step, cached_layer
-from .huggingface_lossless import LosslessGeneration
+from .huggingface_lossless import LosslessGeneration, generate_lossless
 from .huggingface_masks import (
     Visibility,
     as_bias,
@@ -63,6 +63,7 @@ __all__ = [
     "SampledCache",
     "SampledLayer",
     "attention_forward",
+    "generate_lossless",
     "read_settings",
     "register",
     "restart",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.cache_utils import DynamicLayer
+from transformers.generation.streamers import BaseStreamer
 
 from ..cache import SampledKVCache
 from ..checks import check_count
@@ -30,6 +31,24 @@ from .speculative import (
     token_probabilities,
 )
 
+OTHER_METHODS: dict[str, tuple[object, ...]] = {
+    "num_beams": (1,),
+    "num_return_sequences": (1,),
+    "guidance_scale": (1,),
+    "penalty_alpha": (0,),
+    "dola_layers": (),
+    "constraints": (),
+    "force_words_ids": (),
+    "prompt_lookup_num_tokens": (),
+    "assistant_early_exit": (),
+    "use_mtp": (False,),
+    "return_dict_in_generate": (False,),
+}
+"""Fields of a generation's config that ask for another method, and the values, beside None, that do not."""
+
+READ_KWARGS = ("past_key_values", "attention_mask", "position_ids", "use_cache", "logits_to_keep")
+"""What `generate` hands on and LosslessGeneration takes account of."""
+
 
 class LosslessGeneration:
     """Give it to `model.generate(..., custom_generate=)` with a `SampledCache`: the text loses nothing.
@@ -38,19 +57,23 @@ class LosslessGeneration:
     them, so that the tokens have the distribution that they have by exact attention; without `do_sample`
     they are the same tokens. Logits processors, warpers and stopping criteria are those of the call, for
     drafts and exact passes alike; a processor may depend on the tokens before and on nothing else. Prompts
-    attend exactly. transformers hands no `streamer` on to a custom generation.
+    attend exactly. transformers hands neither the `streamer` nor the `assistant_model` of `generate` on to a
+    custom generation: a streamer is an argument here, and `generate_lossless` takes it as `generate` does.
 
     Parameters
     ----------
     max_drafts : int, optional
         Tokens that are drafted at most before an exact pass; as many as one pass can verify with keys and
         values read once where None.
+    streamer : transformers.BaseStreamer, optional
+        Is given the prompt and then the tokens, those of an exact pass one after the other.
 
     Raises
     ------
     ArgumentError
-        From `generate`, before any token: without a SampledCache, with several sequences, beams, padding, a
-        cache that is not empty, draws in prompts (`prefill="sampled"`) or layers that cannot be cropped.
+        From `generate`, before any token: without a SampledCache, with several sequences, beams, padding,
+        embeddings or positions in place of plain tokens, another method of generation, a cache that is not
+        empty, draws in prompts (`prefill="sampled"`) or layers that cannot be cropped.
 
     Examples
     --------
@@ -70,8 +93,13 @@ class LosslessGeneration:
     5
     """
 
-    def __init__(self, max_drafts: int | None = None):
+    def __init__(self, max_drafts: int | None = None, streamer: BaseStreamer | None = None):
         self.max_drafts = None if max_drafts is None else check_count("max_drafts", max_drafts)
+        if streamer is not None and not isinstance(streamer, BaseStreamer):
+            raise ArgumentError(
+                f"streamer={streamer!r} is not allowed: it must be a transformers BaseStreamer, or None."
+            )
+        self.streamer = streamer
         self._counts = PassCounts()
 
     @property
@@ -102,11 +130,12 @@ class LosslessGeneration:
 
         def probabilities(text: Sequence[int], logits: Tensor) -> Tensor:
             ids: Any = torch.tensor([text], device=input_ids.device)
-            scores = logits_processor(ids, logits[None].float())[0]
-            return token_probabilities(scores, 1.0 if sampling else 0.0)
+            scores: Any = logits[None].float().to(ids.device)  # where the processors' own tensors are
+            return token_probabilities(logits_processor(ids, scores)[0].cpu(), 1.0 if sampling else 0.0)
 
         temperature = float(generation_config.temperature or 1.0) if sampling else 0.0
         self._counts = PassCounts()
+        self._stream(input_ids)
         drafter = _CacheDrafter(model, cache, input_ids)
         new = speculate(
             drafter,
@@ -119,11 +148,101 @@ class LosslessGeneration:
         try:
             for token in new:
                 input_ids = torch.cat((input_ids, input_ids.new_tensor([[token]])), 1)
+                self._stream(input_ids[:, -1])
                 if bool(stopping_criteria(input_ids, None).all()):
                     break
         finally:
             drafter.leave(input_ids.shape[1] - 1)
+        if self.streamer is not None:
+            self.streamer.end()
         return input_ids
+
+    def _stream(self, tokens: Tensor) -> None:
+        if self.streamer is not None:
+            self.streamer.put(tokens.cpu())
+
+
+def generate_lossless(
+    *args: Any,
+    model: PreTrainedModel,
+    proposal: str | None = None,
+    rank: int | None = None,
+    max_drafts: int | None = None,
+    past_key_values: SampledCache | None = None,
+    streamer: BaseStreamer | None = None,
+    assistant_model: PreTrainedModel | None = None,
+    **options: Any,
+) -> Tensor:
+    """`model.generate` by `LosslessGeneration`, to be called or built into a model's folder.
+
+    A folder's `custom_generate/generate.py` needs two lines:
+
+        from qtx_lab import huggingface
+        generate = huggingface.generate_lossless
+
+    Then `model.generate(ids, custom_generate="the/folder", trust_remote_code=True)` is lossless, and so is
+    `model.generate(ids)` of a model from `from_pretrained("the/folder", trust_remote_code=True,
+    attn_implementation="qtx_sampled")`.
+
+    Parameters
+    ----------
+    *args, **options
+        Those of `transformers.GenerationMixin.generate`, by position or by name.
+    model : transformers.PreTrainedModel
+    proposal, rank : str, int, optional
+        Of a new `SampledCache`, where `past_key_values` is None.
+    max_drafts, streamer : optional
+        As for `LosslessGeneration`.
+    past_key_values : SampledCache, optional
+        An empty one.
+    assistant_model : None
+        Is refused: the cache drafts.
+
+    Returns
+    -------
+    Tensor, int64, (1, L)
+        The prompt and the new tokens.
+
+    Raises
+    ------
+    ArgumentError
+        Before any token: as `SampledCache` and `LosslessGeneration`.
+
+    Examples
+    --------
+    >>> import torch, transformers
+    >>> from qtx_lab import huggingface
+    >>> huggingface.register()
+    >>> config = transformers.LlamaConfig(
+    ...     vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=2,
+    ...     num_attention_heads=4, num_key_value_heads=2, attn_implementation="qtx_sampled")
+    >>> model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    >>> options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+    >>> generate_lossless(torch.arange(12)[None], model=model, rank=2, **options).shape
+    torch.Size([1, 15])
+    """
+    if assistant_model is not None:
+        raise ArgumentError(
+            f"assistant_model={type(assistant_model).__name__} is not allowed: the model's own SampledCache "
+            "drafts."
+        )
+    if past_key_values is None:
+        past_key_values = SampledCache(model.config, proposal, rank)
+    else:
+        for name, given in (("proposal", proposal), ("rank", rank)):
+            if given is not None:
+                raise ArgumentError(
+                    f"{name}={given!r} is not allowed beside past_key_values, which has its own."
+                )
+    kind: Any = type(model)  # whose method it is: `model.generate` may be this function
+    tokens: Tensor = kind.generate(
+        model,
+        *args,
+        past_key_values=past_key_values,
+        custom_generate=LosslessGeneration(max_drafts, streamer),
+        **options,
+    )
+    return tokens
 
 
 def _checked_cache(ids: Tensor, config: GenerationConfig, kwargs: dict[str, Any]) -> SampledCache:
@@ -141,21 +260,37 @@ def _checked_cache(ids: Tensor, config: GenerationConfig, kwargs: dict[str, Any]
             f"past_key_values has {cache.get_seq_length()} tokens; LosslessGeneration starts from an empty "
             "cache."
         )
-    if len(ids) != 1 or config.num_beams not in (None, 1) or config.num_return_sequences not in (None, 1):
-        raise ArgumentError("LosslessGeneration is for a single sequence, without beams.")
+    asked = config.to_dict()
+    for name, usual in OTHER_METHODS.items():
+        given = asked.get(name)
+        if given is not None and given not in usual:
+            raise ArgumentError(
+                f"{name}={given!r} is not allowed: LosslessGeneration gives the tokens of one sequence, by "
+                "what the model's own logits say after those before."
+            )
+    if len(ids) != 1:
+        raise ArgumentError(
+            f"inputs has {len(ids)} sequences: LosslessGeneration is for a single sequence. Call generate "
+            "for each, with a SampledCache of its own."
+        )
+    for name, given in kwargs.items():
+        if name not in READ_KWARGS and given is not None and given is not False:
+            raise ArgumentError(
+                f"{name} is not allowed: LosslessGeneration reads tokens (inputs) and nothing else."
+            )
+    if not ids.shape[1]:
+        raise ArgumentError("inputs has no tokens: LosslessGeneration needs a prompt.")
     if mask is not None and not bool(mask.all()):
         raise ArgumentError(
             "attention_mask hides tokens: LosslessGeneration is for a prompt without padding."
         )
-    for name, nothing in (("guidance_scale", 1), ("penalty_alpha", 0), ("dola_layers", None)):
-        given = config.to_dict().get(name)
-        if given is not None and given != nothing:
-            raise ArgumentError(
-                f"{name}={given!r} is not allowed: LosslessGeneration takes what the model's own logits say "
-                "of the tokens before."
-            )
-    if config.return_dict_in_generate:
-        raise ArgumentError("return_dict_in_generate=True is not allowed: LosslessGeneration gives tokens.")
+    positions = kwargs.get("position_ids")
+    if positions is not None and not bool(
+        (positions == torch.arange(ids.shape[1], device=positions.device)).all()
+    ):
+        raise ArgumentError(
+            f"position_ids is not allowed but as 0 to {ids.shape[1] - 1}: LosslessGeneration counts tokens."
+        )
     other = {type(x).__name__ for x in cache.layers if type(x) not in (SampledLayer, DynamicLayer)}
     if other:
         raise ArgumentError(

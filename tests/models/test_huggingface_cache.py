@@ -518,8 +518,9 @@ def test_lossless_generation_gives_the_tokens_of_exact_attention(settings):
         assert not any(x.verifies for x in cache.layers if isinstance(x, huggingface.SampledLayer))
 
 
-def test_lossless_generation_is_loaded_from_a_folder(tmp_path, monkeypatch):
-    """By the file that the guide shows, as transformers loads any custom generation."""
+@pytest.mark.parametrize("loaded", ["by generate", "by from_pretrained"])
+def test_lossless_generation_is_loaded_from_a_folder(loaded, tmp_path, monkeypatch):
+    """By the file that the guide shows, in both ways in which transformers loads a custom generation."""
     guide = (Path(__file__).parents[2] / "notebooks" / "guides" / "model.md").read_text()
     (code,) = re.findall(r"^```py\n(.*?)^```", guide, flags=re.M | re.S)
     model = tiny_llama({"num_samples": 4, "seed": 0})
@@ -529,14 +530,42 @@ def test_lossless_generation_is_loaded_from_a_folder(tmp_path, monkeypatch):
     (folder / "custom_generate" / "generate.py").write_text(code)
     monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "path", list(sys.path))
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="qtx_sampled")
+    from_folder = {"custom_generate": str(folder), "trust_remote_code": True}
+    trusted = {"trust_remote_code": True} if loaded == "by from_pretrained" else {}
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, attn_implementation="qtx_sampled", **trusted
+    )
     prompt, options = torch.arange(30)[None] % 40, {"max_new_tokens": 20, "do_sample": False}
-    passes = []
+    config = transformers.GenerationConfig(**options)
+    passes, streamer = [], Streamed()
     monkeypatch.setattr(huggingface.LosslessGeneration, "__call__", counted(passes))
-    drafted = model.generate(prompt, custom_generate=str(folder), trust_remote_code=True, rank=2, **options)
+    calls = {} if trusted else from_folder
+    drafted = [
+        model.generate(prompt, rank=2, **options, **calls),
+        model.generate(prompt, config, rank=2, streamer=streamer, **calls),
+        model.generate(input_ids=prompt, proposal="int4", **options, **calls),
+    ]
+    assert len(passes) == 3
+    with pytest.raises(qtx.ArgumentError, match="assistant_model=LlamaForCausalLM is not allowed"):
+        model.generate(prompt, assistant_model=model, **options, **calls)
     model.set_attn_implementation("sdpa")
-    assert torch.equal(drafted, model.generate(prompt, **options))
-    assert len(passes) == 1
+    expected = type(model).generate(model, prompt, **options)
+    assert all(torch.equal(x, expected) for x in drafted)
+    assert streamer.ended
+    assert torch.equal(torch.cat(streamer.parts), expected[0])
+
+
+class Streamed(transformers.generation.BaseStreamer):
+    """Keeps what it is given."""
+
+    def __init__(self):
+        self.parts, self.ended = [], False
+
+    def put(self, value):
+        self.parts.append(value.flatten())
+
+    def end(self):
+        self.ended = True
 
 
 def counted(passes):
@@ -556,16 +585,81 @@ def test_lossless_generation_draws_tokens_and_refuses_what_it_does_not_do():
     assert lossless(model, prompt, do_sample=True, top_k=5).shape == (1, 50)
     with pytest.raises(qtx.ArgumentError, match="drafts with a SampledCache"):
         lossless(model, prompt, transformers.DynamicCache(config=model.config))
-    with pytest.raises(qtx.ArgumentError, match="single sequence"):
-        lossless(model, prompt.repeat(2, 1))
-    with pytest.raises(qtx.ArgumentError, match="padding"):
-        lossless(model, prompt, attention_mask=(torch.arange(30) > 2)[None].long())
     with pytest.raises(qtx.ArgumentError, match="prompt must attend exactly"):
         lossless(model, prompt, huggingface.SampledCache(model.config, rank=2, prefill="sampled"))
     with pytest.raises(qtx.ArgumentError, match="max_drafts=99"):
         lossless(model, prompt, generation=huggingface.LosslessGeneration(99))
-    with pytest.raises(qtx.ArgumentError, match=r"guidance_scale=2\.0 is not allowed"):
-        lossless(model, prompt, guidance_scale=2.0)
+    with pytest.raises(qtx.ArgumentError, match="streamer='text' is not allowed"):
+        huggingface.LosslessGeneration(streamer="text")
+    with pytest.raises(qtx.ArgumentError, match="rank=3 is not allowed beside past_key_values"):
+        huggingface.generate_lossless(
+            prompt, model=model, rank=3, past_key_values=huggingface.SampledCache(model.config, rank=2)
+        )
+
+
+HIDING = (torch.arange(30) > 2)[None].long()
+
+NOT_LOSSLESS = [
+    ({"inputs": torch.arange(60).view(2, 30) % 40}, "inputs has 2 sequences"),
+    ({"attention_mask": HIDING}, "attention_mask hides tokens"),
+    ({"inputs_embeds": torch.zeros(1, 30, SMALL["hidden_size"])}, "inputs_embeds is not allowed"),
+    ({"position_ids": torch.arange(5, 35)[None]}, "position_ids is not allowed but as 0 to 29"),
+    ({"token_type_ids": torch.zeros(1, 30).long()}, "token_type_ids"),
+    ({"num_beams": 3}, "num_beams=3 is not allowed"),
+    ({"num_return_sequences": 2, "do_sample": True}, "num_return_sequences=2 is not allowed"),
+    ({"guidance_scale": 2.0}, r"guidance_scale=2\.0 is not allowed"),
+    ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens=3 is not allowed"),
+    ({"return_dict_in_generate": True}, "return_dict_in_generate=True is not allowed"),
+    (
+        {"streamer": Streamed(), "assistant_model": torch.nn.Identity()},
+        "assistant_model=Identity is not allowed",
+    ),
+]
+
+
+@pytest.mark.parametrize(("given", "match"), NOT_LOSSLESS)
+def test_what_is_not_lossless_is_refused_by_name_before_any_token(given, match):
+    model = tiny_llama({"num_samples": 4, "seed": 0})
+    cache = huggingface.SampledCache(model.config, rank=2)
+    options = {"inputs": torch.arange(30)[None] % 40, "max_new_tokens": 5, "do_sample": False, **given}
+    refused = ValueError if "token_type_ids" in given else qtx.ArgumentError  # the first is transformers' own
+    with pytest.raises(refused, match=match):
+        huggingface.generate_lossless(model=model, past_key_values=cache, **options)
+    assert cache.get_seq_length() == 0
+
+
+def test_processors_criteria_and_embeddings_alone():
+    model, prompt = tiny_llama({"num_samples": 4, "seed": 0}), torch.arange(30)[None] % 40
+    options = {
+        "max_new_tokens": 20,
+        "do_sample": False,
+        "logits_processor": transformers.LogitsProcessorList([OnlyEven()]),
+        "stopping_criteria": transformers.StoppingCriteriaList([LengthOf(41)]),
+        "prefix_allowed_tokens_fn": lambda batch, ids: [x for x in range(40) if x != int(ids[-1])],
+        "attention_mask": torch.ones_like(prompt),
+        "position_ids": torch.arange(30)[None],
+    }
+    drafted = huggingface.generate_lossless(prompt, model=model, rank=2, **options)
+    embedded = model.get_input_embeddings()(prompt)
+    with pytest.raises(qtx.ArgumentError, match="inputs_embeds is not allowed"):
+        huggingface.generate_lossless(model=model, inputs_embeds=embedded, max_new_tokens=3)
+    model.set_attn_implementation("sdpa")
+    assert torch.equal(drafted, model.generate(prompt, **options))
+    assert drafted.shape == (1, 41)
+    assert bool((drafted[0, 30:] % 2 == 0).all())
+
+
+class OnlyEven(transformers.LogitsProcessor):
+    def __call__(self, input_ids, scores):
+        return scores.masked_fill(torch.arange(scores.shape[-1]) % 2 == 1, -torch.inf)
+
+
+class LengthOf(transformers.StoppingCriteria):
+    def __init__(self, length):
+        self.length = length
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.full((len(input_ids),), input_ids.shape[1] >= self.length)
 
 
 def test_a_prompt_that_fails_leaves_a_cache_that_draws():

@@ -214,8 +214,8 @@ class RowPlan:
             lines.append(f"Limit of a call: max_quantum_seconds={self.max_quantum_seconds:g}.")
         if self.budget_left is not None:
             lines.append(
-                f"Budget {self.budget}: {self.budget_left:.0f} s are left, "
-                f"{max(0.0, self.budget_left - self.quantum_seconds):.0f} s after this call."
+                f"Budget {self.budget}: {in_seconds(self.budget_left)} are left, "
+                f"{in_seconds(max(0.0, self.budget_left - self.quantum_seconds))} after this call."
             )
         lines += [f"It would be refused now: {problem}" for problem in self.problems]
         return "\n".join(lines)
@@ -316,8 +316,17 @@ class Bill:
             ]
         lines += [f"Price: {self.price:,.2f}."] if self.price is not None else []
         if self.budget_left is not None:
-            lines.append(f"Budget {self.budget}: {self.budget_left:.0f} s are left.")
+            lines.append(f"Budget {self.budget}: {in_seconds(self.budget_left)} are left.")
         return "\n".join(lines)
+
+
+def in_seconds(left: float) -> str:
+    """Write what is left of a budget: whole seconds, and three digits where it is short.
+
+    >>> in_seconds(3600.0), in_seconds(0.25)
+    ('3600 s', '0.25 s')
+    """
+    return f"{left:.0f} s" if left >= 100 else f"{left:.3g} s"
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

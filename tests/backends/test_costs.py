@@ -19,7 +19,13 @@ import pytest
 import torch
 
 import qtx_lab as qtx
-from qtx_lab.backends import CircuitSampler, HybridPolicy, QiskitQuantumBackend
+from qtx_lab.backends import (
+    AmplitudeEstimator,
+    CircuitSampler,
+    HybridPolicy,
+    QiskitQuantumBackend,
+    SoftmaxCircuitSampler,
+)
 from qtx_lab.backends.ibm import budget
 from qtx_lab.backends.ibm import engine as ibm_engine
 from qtx_lab.backends.ibm.budget import Budget
@@ -274,6 +280,43 @@ def test_a_loop_of_calls_under_the_limit_ends_at_the_budget(cloud: Any, make: An
         result = hybrid.measure(P, 150)
     assert result.counts.sum() == 300
     assert cloud.posts() == 4
+
+
+@hardware
+@pytest.mark.parametrize(
+    ("limits", "reason"),
+    [
+        ({"budget": 0}, "more than the 0 s that are left of the budget of 0 s in "),
+        ({"budget": "0 min per 28 days"}, "more than the 0 s that are left of the budget of 0 s per 28 days"),
+        ({"budget": 0.25}, "more than the 0.25 s that are left of the budget of 0.25 s in "),
+        ({"max_quantum_seconds": 1e-6}, "more than max_quantum_seconds=1e-06"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:400 shots a row do not pay", "ignore:A circuit of one iterate")
+def test_where_no_time_is_left_every_call_is_refused_and_says_why(
+    cloud: Any, make: Any, limits: dict[str, Any], reason: str
+) -> None:
+    """Not even the cheapest of the planner's options can be paid."""
+    backend, planner = make(**limits), MitigationPlanner([ZNE])
+    v, vectors = torch.tensor([1.0, 0.0, 0.0, 2.0]), torch.ones(1, 1, 1)
+    calls: dict[str, Callable[[], Any]] = {
+        "raw": lambda: backend.sample_rows(P, 400),
+        "extrapolation": lambda: ZNE.sample_rows(backend, P, 400),
+        "planner": lambda: planner.sample_rows(backend, P, 400),
+        "planner, one shot": lambda: MitigationPlanner([]).sample_rows(backend, P[:1], 1),
+        "planner of a sampler": lambda: CircuitSampler(backend, mitigation=planner).measure(P, 400),
+        "amplitude estimation": lambda: AmplitudeEstimator(backend).estimate(P, v, 100),
+        "softmax": lambda: SoftmaxCircuitSampler(backend, degree=2).measure(vectors[0], vectors, 100),
+    }
+    for name, call in calls.items():
+        with pytest.raises(CostError) as caught:
+            call()
+        assert str(caught.value).count(reason) == 1, name
+    assert reason in str(backend.plan_rows(P, 400, mitigation=planner))
+    with pytest.warns(qtx.FallbackWarning, match="2 of 2 rows drawn classically"):
+        CircuitSampler(backend, mitigation=planner, hybrid_mode=True).measure(P, 400)
+    assert cloud.posts() == 0
+    assert find_jobs() == []
 
 
 @hardware

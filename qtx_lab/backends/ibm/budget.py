@@ -21,7 +21,7 @@ from ...checks import check_number
 from ...errors import ArgumentError, CostError, StorageError
 from ...storage import json_bytes, runs_home, storage_error, write_atomic
 from ..base import JobState
-from ..costs import BilledJob, Cost, RunCost
+from ..costs import BilledJob, Cost, RunCost, in_seconds
 from .ledger import find_records
 from .records import JobRecord, PartRecord
 
@@ -338,7 +338,9 @@ class CostGuard:
     def _over_budget(self, seconds: float, left: float | None) -> tuple[str, ...]:
         if left is None or seconds <= left + ROUNDING_S:
             return ()
-        return (f"more than the {left:.0f} s that are left of the budget of {self.budget} in {self.home()}",)
+        return (
+            f"more than the {in_seconds(left)} that are left of the budget of {self.budget} in {self.home()}",
+        )
 
     def _reserve(self, hold: Hold, seconds: float, budget_binds: bool) -> tuple[str, ...]:
         """Give leave, unless the budget binds and has less left; then say so."""
@@ -366,7 +368,7 @@ def _answer(confirm: Callable[[Cost], Any], cost: Cost) -> bool:
 
 def _refusal(cost: Cost, hold: Hold, exceeded: tuple[str, ...]) -> str:
     """Why a call is refused, and what to do."""
-    before = f", after {hold.allowed:.0f} s that this call had leave for before" if hold.allowed else ""
+    before = f", after {in_seconds(hold.allowed)} that this call had leave for before" if hold.allowed else ""
     return (
         f"{cost}{before}, {' and '.join(exceeded)}. Nothing of it was sent: take fewer shots or a higher "
         "limit, or allow this call by submit_rows(..., confirm=True)."

@@ -309,12 +309,13 @@ class AmplitudeEstimator:
         lengths = torch.diff(starts, append=torch.tensor([len(plan.output)]))
         place = torch.arange(len(plan.output)) - starts.repeat_interleave(lengths)
         # a table of outputs × planes, and the residual in its last column
-        table = hits.new_zeros(4, *batch, rows * d, int(place.max()) + 2)
-        for i, x in enumerate((fitted.value, fitted.lower, fitted.upper, plan.weights)):
+        table = hits.new_zeros(5, *batch, rows * d, int(place.max()) + 2)
+        columns = (fitted.value, fitted.lower, fitted.upper, fitted.likeliest, plan.weights)
+        for i, x in enumerate(columns):
             table[i][..., plan.output, place] = x.expand_as(fitted.value)
-        for i, x in enumerate((rest, rest - spread, rest + spread)):
+        for i, x in enumerate((rest, rest - spread, rest + spread, rest)):
             table[i][..., -1] = torch.minimum(torch.maximum(x, ends[0]), ends[1]).flatten(-2)
-        table[3][..., -1] = 1
+        table[4][..., -1] = 1
         parts = sum_of_estimates(*table)
         values, lower, upper = (plan.centre + x.view(*batch, rows, d) for x in parts)
         contrast, per_iterate, shift = fitted.decay.reshape(-1, 3).mean(0).tolist()

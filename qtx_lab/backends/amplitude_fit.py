@@ -44,6 +44,9 @@ part of the errors of a circuit with one iterate, where these are larger: strong
 GRID = 257
 """Angles at which a likelihood is computed."""
 
+NODE_STEP, SCORING_STEPS = 4, 6
+"""Every so many of these angles are nodes of the integrals to which the decay is fitted, in so many steps."""
+
 DEPTH_OF_LIKELIHOOD = 16.0
 """A likelihood is computed where its logarithm is above its maximum less this number."""
 
@@ -212,6 +215,8 @@ class Angles:
     ----------
     value, lower, upper : Tensor, float64, (..., I)
         Estimates and the ends of their intervals.
+    likeliest : Tensor, float64, (..., I)
+        Where the likelihood is largest: `value` itself by "mle".
     decay : Tensor, float64, (..., 3)
         Fitted contrast, decay and shift of each call.
     decay_std_error : Tensor, float64, (..., 3)
@@ -220,6 +225,7 @@ class Angles:
     value: Tensor
     lower: Tensor
     upper: Tensor
+    likeliest: Tensor
     decay: Tensor
     decay_std_error: Tensor
 
@@ -270,8 +276,8 @@ def fit_angles(
     for part in _parts(data.hits.shape):
         some = Hits(data.iterates, data.hits[..., part, :], data.shots[..., part, :], data.mixed[part])
         parts.append(_read(*_refined(some, points), confidence, method))
-    value, lower, upper = (torch.cat(x, -1) for x in zip(*parts, strict=True))
-    return Angles(value, lower, upper, nuisance, torch.diagonal(spread, dim1=-2, dim2=-1).sqrt())
+    value, lower, upper, likeliest = (torch.cat(x, -1) for x in zip(*parts, strict=True))
+    return Angles(value, lower, upper, likeliest, nuisance, torch.diagonal(spread, dim1=-2, dim2=-1).sqrt())
 
 
 def second_stage(data: Hits, expected: FittedDecay | None, left: Tensor, most: Tensor) -> Tensor:
@@ -422,66 +428,84 @@ def _spread(expected: FittedDecay, least: tuple[float, float, float], parts: tup
 def _fit_nuisance(data: Hits, expected: FittedDecay) -> tuple[Tensor, Tensor]:
     """Contrast, decay and shift of each call (..., 3), and the covariance of contrast, log decay and shift.
 
-    Fisher scoring of all angles and the three parameters together, whose matrix has the shape of an arrow.
+    Fisher scoring of the likelihood whose angles are integrated out. At the likeliest angles, which follow
+    the noise of their few shots, the likelihood is largest at a contrast that is too large: by .01 for the 37
+    amplitudes of eight rows of 8 keys at 1,024 loads.
+
+    Sources: Neyman and Scott, Consistent estimates based on partially consistent observations (1948), for
+    that; Louis, Finding the observed information matrix when using the EM algorithm (1982).
     """
     start = torch.tensor(
         [expected.contrast, max(expected.per_iterate, 1e-9), expected.shift], dtype=torch.float64
     ).expand(*data.hits.shape[:-2], 3)
-    peaks = []
+    parts = []
     for part in _parts(data.hits.shape):
         some = Hits(data.iterates, data.hits[..., part, :], data.shots[..., part, :], data.mixed[part])
-        grid, log_likelihood = _refined(some, start[..., None, :])
-        peaks.append(grid.gather(-1, log_likelihood.argmax(-1, keepdim=True))[..., 0])
-    theta = torch.cat(peaks, -1)
+        parts.append((some, _refined(some, start[..., None, :])[0][..., ::NODE_STEP]))
     mean = _free(start)
-    precision = _spread(expected, (PRIOR_CONTRAST, PRIOR_LOG_DECAY, PRIOR_SHIFT), PRIOR_PARTS) ** -2
-    turns = torch.tensor([2.0 * k + 1 for k in data.iterates], dtype=torch.float64)
-    longest = torch.where(data.shots > 0, turns, 1.0).amax(-1)
+    deviation = _spread(expected, (PRIOR_CONTRAST, PRIOR_LOG_DECAY, PRIOR_SHIFT), PRIOR_PARTS)
     free = mean.clone()
-    for _ in range(12):
-        gradient, slope, fisher, cross, own = _scores(data, theta, free, turns)
-        gradient = gradient - precision * (free - mean)
-        fisher = fisher + torch.diag(precision)
-        reduced = fisher - torch.einsum("...ia,...ib->...ab", cross, cross / own[..., None])
-        right = gradient - (cross * (slope / own)[..., None]).sum(-2)
-        step = torch.linalg.solve(reduced, right[..., None])[..., 0]
-        free = free + step.clamp(-0.3, 0.3)
-        move = (slope - (cross * step[..., None, :]).sum(-1)) / own
-        limit = 0.3 / longest
-        theta = (theta + torch.minimum(torch.maximum(move, -limit), limit)).clamp(1e-6, math.pi / 2 - 1e-6)
-    return _of_free(free), torch.linalg.inv(reduced)
+    for _ in range(SCORING_STEPS):
+        gradient = (mean - free) / deviation.square()
+        information = torch.diag(deviation**-2).expand(*free.shape, 3)
+        for some, theta in parts:
+            of_part = _marginal_scores(some, theta, free)
+            gradient, information = gradient + of_part[0], information + of_part[1]
+        covariance = _covariance(information, deviation)
+        free = free + (covariance @ gradient[..., None])[..., 0].clamp(-0.3, 0.3)
+    return _of_free(free), covariance
 
 
-def _scores(
-    data: Hits, theta: Tensor, free: Tensor, turns: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients in the free parameters (..., 3) and angles (..., I), and the blocks of Fisher's matrix."""
-    contrast, decay, shift = (x[..., None, None] for x in _of_free(free).unbind(-1))
+def _marginal_scores(data: Hits, theta: Tensor, free: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradient (..., 3) of the log likelihood in the free parameters, and its information (..., 3, 3).
+
+    The angles are integrated out by nodes theta (..., I, G) of equal distances.
+    """
+    point = _of_free(free)
+    contrast, decay, shift = (x[..., None, None] for x in point.unbind(-1))
     offset = (data.mixed[:, None] + shift).clamp(0, 1)
-    fade = (-decay * (turns - 1) / 2).exp()
-    phase = turns * theta[..., None]
-    wave = phase.sin().square() - offset
-    probability = (offset + contrast * fade * wave).clamp(1e-6, 1 - 1e-6)
-    by_angle = contrast * fade * turns * (2 * phase).sin()
-    by_free = torch.stack(
-        [fade * wave, contrast * fade * wave * (-decay * (turns - 1) / 2), 1 - contrast * fade + 0 * wave], -1
-    )
-    weight = data.shots / (probability * (1 - probability))
-    residual = (data.hits / data.shots.clamp_min(1) - probability) * weight
-    return (
-        torch.einsum("...ik,...ika->...a", residual, by_free),
-        (residual * by_angle).sum(-1),
-        torch.einsum("...ik,...ika,...ikb->...ab", weight, by_free, by_free),
-        torch.einsum("...ik,...ik,...ika->...ia", weight, by_angle, by_free),
-        (weight * by_angle.square()).sum(-1) + 4.0,  # the prior of an angle is as wide as all angles
-    )
+    log_likelihood, score = torch.zeros_like(theta), theta.new_zeros(*theta.shape, 3)
+    slopes, weights = [], []
+    for i, k in enumerate(data.iterates):
+        shots, hits = data.shots[..., i, None], data.hits[..., i, None]
+        if not bool(shots.any()):
+            continue
+        fade = (-decay * k).exp()
+        wave = ((2 * k + 1) * theta).sin().square() - offset
+        probability = (offset + contrast * fade * wave).clamp(1e-6, 1 - 1e-6)
+        log_likelihood += hits * probability.log() + (shots - hits) * (-probability).log1p()
+        slope = torch.stack(
+            [fade * wave, -decay * k * contrast * fade * wave, (1 - contrast * fade).expand_as(wave)], -1
+        )
+        weight = 1 / (probability * (1 - probability))
+        score += ((hits - shots * probability) * weight)[..., None] * slope
+        slopes.append(slope)
+        weights.append(shots * weight)
+    mass = (log_likelihood - log_likelihood.amax(-1, keepdim=True)).exp()
+    mass[..., 0] /= 2
+    mass[..., -1] /= 2
+    mass = mass / mass.sum(-1, keepdim=True)
+    mean = (mass[..., None] * score).sum(-2)
+    away = score - mean[..., None, :]
+    information = -torch.einsum("...ig,...iga,...igb->...ab", mass, away, away)
+    for slope, weight in zip(slopes, weights, strict=True):
+        information += torch.einsum("...ig,...iga,...igb->...ab", mass * weight, slope, slope)
+    return mean.sum(-2), information
+
+
+def _covariance(information: Tensor, deviation: Tensor) -> Tensor:
+    """Inverse of the information (..., 3, 3), whose data never make what the prior knows less certain."""
+    scale = deviation[:, None] * deviation
+    known, directions = torch.linalg.eigh(information * scale)
+    return directions @ (directions / known.clamp_min(1)[..., None, :]).mT * scale
 
 
 def _read(
     grid: Tensor, log_likelihood: Tensor, confidence: float, method: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Estimate and interval of cos(2 theta)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Estimate and interval of cos(2 theta), and where it is likeliest."""
     peak, at = log_likelihood.max(-1, keepdim=True)
+    likeliest = (2 * grid.gather(-1, at)[..., 0]).cos()
     if method == "mle":
         drop = torch.distributions.Normal(0.0, 1.0).icdf(
             torch.tensor((1 + confidence) / 2, dtype=torch.float64)
@@ -489,8 +513,8 @@ def _read(
         inside = log_likelihood >= peak - drop.square() / 2
         first = (inside.double().argmax(-1, keepdim=True) - 1).clamp_min(0)
         last = (GRID - inside.flip(-1).double().argmax(-1, keepdim=True)).clamp_max(GRID - 1)
-        value, upper, lower = ((2 * grid.gather(-1, i)[..., 0]).cos() for i in (at, first, last))
-        return value, lower, upper
+        upper, lower = ((2 * grid.gather(-1, i)[..., 0]).cos() for i in (first, last))
+        return likeliest, lower, upper, likeliest
     mass = (log_likelihood - peak).exp()
     mass[..., 0] /= 2
     mass[..., -1] /= 2
@@ -508,20 +532,21 @@ def _read(
     # Where an end of all angles is likeliest, as where no shot hits, equal tails would never hold that end.
     lower = torch.where(at[..., 0] == GRID - 1, (2 * grid[..., -1]).cos(), ends[0])
     upper = torch.where(at[..., 0] == 0, (2 * grid[..., 0]).cos(), ends[1])
-    return value, lower, upper
+    return value, lower, upper, likeliest
 
 
 def sum_of_estimates(
-    value: Tensor, lower: Tensor, upper: Tensor, weights: Tensor
+    value: Tensor, lower: Tensor, upper: Tensor, likeliest: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A weighted sum of independent estimates over the last dimension, and its interval.
 
-    The distances of an estimate to its lower end add by squares, and so do those to its upper end, with
-    weights >= 0.
+    The distances of what is likeliest to its lower end add by squares, and so do those to its upper end, with
+    weights >= 0. Distances of posterior means would make the interval miss on one side: the prior draws each
+    mean towards the middle, by a little, and these little parts add up without squares.
 
     Source: Zou and Donner, Construction of confidence limits about effect measures (2008).
     """
-    total = (weights * value).sum(-1)
-    below = (weights * (value - lower)).square().sum(-1).sqrt()
-    above = (weights * (upper - value)).square().sum(-1).sqrt()
-    return total, total - below, total + above
+    total, centre = (weights * value).sum(-1), (weights * likeliest).sum(-1)
+    below = (weights * (likeliest - lower).clamp_min(0)).square().sum(-1).sqrt()
+    above = (weights * (upper - likeliest).clamp_min(0)).square().sum(-1).sqrt()
+    return total, torch.minimum(total, centre - below), torch.maximum(total, centre + above)

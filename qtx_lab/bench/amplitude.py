@@ -39,8 +39,8 @@ def bench_amplitude(quick: bool, copy_bandwidth: float) -> list[BenchRow]:
     """Estimate outputs of random rows on the twin of Boston, with idling and readout errors.
 
     Logits and values are normal; there is one coordinate. `error` is the root mean square over rows and
-    repetitions, in units of the values' standard deviation. `seconds` is the time of this computer for one
-    repetition of all rows. Details of the rows:
+    repetitions, in units of the values' standard deviation. `seconds` is the time of this computer's
+    processor for one repetition of all rows. Details of the rows:
 
     - `keys`, `loads`: the case; `used`: the loads that were used, in the mean;
     - `error ratio`: the error over that of "shots, ancilla";
@@ -125,7 +125,7 @@ def repeated_estimates(
     probabilities = estimator.probabilities(plan)
     exact = torch.einsum("rn,rnd->rd", p, v)
     generator = torch.Generator().manual_seed(loads)
-    start, errors, covered, used = time.perf_counter(), [], [], []
+    start, errors, covered, used = time.process_time(), [], [], []
     for _ in range(math.ceil(repetitions / TOGETHER)):
         measured = probabilities.draw(plan, TOGETHER, generator)
         values, lower, upper, _ = estimator.fit(plan, measured)
@@ -144,7 +144,7 @@ def repeated_estimates(
         "iterates": plan.iterates[-1],
     }
     error = torch.cat(errors).square().mean().sqrt().item()
-    return RepeatedEstimates(error, (time.perf_counter() - start) / done, details)
+    return RepeatedEstimates(error, (time.process_time() - start) / done, details)
 
 
 def shot_errors(p: Tensor, v: Tensor, loads: int) -> tuple[float, float]:
@@ -159,7 +159,7 @@ def _slope(budgets: tuple[int, ...], repetitions: int) -> BenchRow:
     """Error against loads without noise, from the probabilities sin²((2k + 1) theta)."""
     p, v = problem(4, 4)
     estimator = AmplitudeEstimator(QiskitQuantumBackend("aer"))
-    start, errors = time.perf_counter(), []
+    start, errors = time.process_time(), []
     for loads in budgets:
         plan: AmplitudePlan = estimator.plan(p, v, loads, most_iterates=loads)
         measured = plan.ideal_probabilities().draw(plan, repetitions, torch.Generator().manual_seed(loads))
@@ -170,7 +170,7 @@ def _slope(budgets: tuple[int, ...], repetitions: int) -> BenchRow:
     slope = float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum())
     check = "pass" if slope <= -0.9 else f"slope {slope:.2f}"
     details = {"slope": slope, "loads": list(budgets), "errors": errors}
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     return BenchRow(
         "no noise, keys=4", "amplitude estimation", seconds, "", None, errors[-1], check, details=details
     )

@@ -144,7 +144,7 @@ class SoftmaxCircuitSampler(Sampler):
         allowed = torch.ones(k.shape[:2], dtype=torch.bool) if allowed is None else allowed.cpu()
         running = allowed.any(-1)
         here = (q.cpu()[running], k.cpu()[running])
-        expected = loader.expected(*here, scale=scale, allowed=allowed[running])
+        expected, bindings = loader.computed(*here, scale=scale, allowed=allowed[running])
         p = torch.zeros(k.shape[:2], dtype=torch.float64)
         p[running] = expected.softmax
         backend = self.backend.with_loader(loader)
@@ -160,7 +160,6 @@ class SoftmaxCircuitSampler(Sampler):
             "error_free_probability": float(np.prod([1 - e for e in engine.errors(circuit)])),
         }
         request = RowRequest(p, loader, request.shots, request.seed, facts)
-        bindings = loader.vector_angles(*here, scale=scale, allowed=allowed[running])
         return request.finish_by(engine.run, circuit, bindings)
 
     def draw(

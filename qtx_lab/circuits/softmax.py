@@ -223,7 +223,10 @@ class SoftmaxLoader(Loader):
         ArgumentError
             If a number is not finite, a logit is beyond `max_logit`, or the degree is too low.
         """
-        inputs = self._inputs(q, k, scale, allowed)
+        check_vectors(q, k, allowed)
+        return self._angles(self._inputs(q, k, scale, allowed))
+
+    def _angles(self, inputs: _Inputs) -> np.ndarray:
         rows = len(inputs.query)
         wires = _Wires(num_bits(inputs.key.shape[1]), self.features)
         parts = [_transformed(2 * inputs.key_norm.clamp(-1, 1).acos())]
@@ -240,11 +243,22 @@ class SoftmaxLoader(Loader):
         self, q: Tensor, k: Tensor, *, scale: float | None = None, allowed: Tensor | None = None
     ) -> SoftmaxExpectation:
         """Compute what the circuit measures without noise; arguments and errors as for `vector_angles`."""
+        check_vectors(q, k, allowed)
+        return self._expected(self._inputs(q, k, scale, allowed))
+
+    def computed(
+        self, q: Tensor, k: Tensor, *, scale: float | None = None, allowed: Tensor | None = None
+    ) -> tuple[SoftmaxExpectation, np.ndarray]:
+        """Compute `expected` and `vector_angles` together, of vectors that `check_vectors` has let through.
+
+        Arguments, results and further errors are theirs.
+        """
         inputs = self._inputs(q, k, scale, allowed)
-        n = k.shape[-2]
+        return self._expected(inputs), self._angles(inputs)
+
+    def _expected(self, inputs: _Inputs) -> SoftmaxExpectation:
+        n, visible = inputs.num_keys, inputs.visible
         polynomials = [self._polynomial(alpha) for alpha in inputs.alpha.tolist()]
-        visible = torch.zeros_like(inputs.overlap, dtype=torch.bool)
-        visible[:, :n] = True if allowed is None else allowed.cpu()
         amplitudes = [f(x) for f, x in zip(polynomials, inputs.overlap.numpy(), strict=True)]
         squares = torch.from_numpy(np.array(amplitudes).reshape(inputs.overlap.shape)).square()
         passed = squares.mean(-1)  # of all indices, also those that are discarded
@@ -269,8 +283,7 @@ class SoftmaxLoader(Loader):
         return exponential_polynomial(alpha, self.degree, max_logit=bound, tolerance=self.tolerance)
 
     def _inputs(self, q: Tensor, k: Tensor, scale: float | None, allowed: Tensor | None) -> _Inputs:
-        """Check queries and keys, and normalise them."""
-        check_vectors(q, k, allowed)
+        """Check shapes and numbers of queries and keys, and normalise them."""
         for name, x in (("q", q), ("k", k)):
             if not bool(x.isfinite().all()):
                 raise ArgumentError(f"{name} holds NaN or infinity; it must be finite.")
@@ -297,7 +310,9 @@ class SoftmaxLoader(Loader):
                 f"|scale| |q| max|k| is {float(most.max()):.4g} in row {int(most.argmax())}; it must be at "
                 f"most {MAX_ALPHA:g}, because success falls exponentially with it."
             )
-        inputs = _normalised(query, padded)
+        visible = torch.zeros(padded.shape[:2], dtype=torch.bool)
+        visible[:, : key.shape[1]] = True if allowed is None else allowed.cpu()
+        inputs = _normalised(query, padded, visible, key.shape[1])
         reached = (inputs.overlap * inputs.alpha[:, None]).abs().amax(-1)
         if self.max_logit is not None and bool((reached > self.max_logit * (1 + 1e-9)).any()):
             raise ArgumentError(
@@ -381,9 +396,11 @@ class _Inputs:
     key_norm: Tensor  # [R, 2^m], |k_j| divided so that alpha overlap is the logit; with a sign if d is 1
     alpha: Tensor  # [R]
     overlap: Tensor  # [R, 2^m]
+    visible: Tensor  # [R, 2^m], keys that may be drawn
+    num_keys: int
 
 
-def _normalised(query: Tensor, key: Tensor) -> _Inputs:
+def _normalised(query: Tensor, key: Tensor, visible: Tensor, num_keys: int) -> _Inputs:
     """Divide queries (R, d), which hold the scale, and keys (R, 2^m, d) by norms."""
     query_norm, key_norm = query.norm(dim=-1), key.norm(dim=-1)
     largest = (query_norm * key_norm.amax(-1)).clamp_min(MIN_ALPHA)
@@ -395,7 +412,7 @@ def _normalised(query: Tensor, key: Tensor) -> _Inputs:
     overlap = (unit_key @ unit_query[..., None]).squeeze(-1) * share
     if query.shape[-1] == 1:  # there is no qubit for the only component, whose sign `norm` takes
         share = overlap
-    return _Inputs(unit_query, unit_key, share, alpha, overlap.clamp(-1, 1))
+    return _Inputs(unit_query, unit_key, share, alpha, overlap.clamp(-1, 1), visible, num_keys)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from scipy.stats import binom
 
 import qtx_lab as qtx
 from qtx_lab.circuits.fidelity import total_variation
+from qtx_lab.circuits.softmax import check_vectors
 from qtx_lab.errors import DtypeError, ShapeError
 
 
@@ -112,3 +113,17 @@ def test_what_it_cannot_do_is_refused(problem):
         qtx.SoftmaxCircuitSampler("aer")
     with pytest.raises(qtx.ArgumentError, match="degree"):
         qtx.SoftmaxCircuitSampler(sampler.backend, degree=0)
+
+
+def test_the_vectors_of_a_measurement_are_checked_once(monkeypatch):
+    checked = []
+
+    def recorded(*vectors):
+        checked.append(vectors)
+        check_vectors(*vectors)
+
+    for module in ("circuits", "backends"):
+        monkeypatch.setattr(f"qtx_lab.{module}.softmax.check_vectors", recorded)
+    q, k = torch.ones(2, 1), torch.ones(2, 2, 1)
+    qtx.SoftmaxCircuitSampler(qtx.QiskitQuantumBackend("aer"), degree=2).measure(q, k, 10)
+    assert len(checked) == 1

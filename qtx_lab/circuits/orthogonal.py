@@ -233,7 +233,7 @@ def kernel_features(angles: Tensor) -> Tensor:
         raise ShapeError(f"angles has shape {tuple(angles.shape)}; it must be (..., layers, qubits).")
     *rows, layers, m = angles.shape
     check_count("qubits", m, 1, MAX_KERNEL_QUBITS)
-    signs = _ring_signs(m).to(angles)
+    signs = angles.new_tensor(_ring_signs(m))
     state = torch.zeros(*rows, 1 << m, dtype=angles.dtype, device=angles.device)
     state[..., 0] = 1
     for layer in range(layers):
@@ -247,13 +247,13 @@ def kernel_features(angles: Tensor) -> Tensor:
 
 
 @cache
-def _ring_signs(m: int) -> Tensor:
-    """The diagonal of CZ between all neighbours in a ring of m qubits, (2^m,)."""
-    bits = torch.arange(1 << m)[:, None] >> torch.arange(m) & 1
-    signs = torch.ones(1 << m)
-    for i in range(m if m > 2 else m - 1):
-        signs *= 1 - 2 * bits[:, i] * bits[:, (i + 1) % m]
-    return signs
+def _ring_signs(m: int) -> tuple[int, ...]:
+    """The diagonal of CZ between all neighbours in a ring of m qubits, 2^m numbers.
+
+    They are no tensor, because one that is first made in inference mode could not be trained with later.
+    """
+    neighbours = [(i, (i + 1) % m) for i in range(m if m > 2 else m - 1)]
+    return tuple((-1) ** sum(key >> i & key >> j & 1 for i, j in neighbours) for key in range(1 << m))
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import torch
 
 import qtx_lab as qtx
 from qtx_lab.attention.quantum_layers import KINDS, OrthogonalKind, QuantumKernelKind, make_kind
+from qtx_lab.circuits.orthogonal import _ring_signs, rbs_layers
 
 SETTINGS = [
     OrthogonalKind(),
@@ -45,6 +46,21 @@ def test_gradients_are_those_of_finite_differences(kind, generator):
             flat[place] = value
             slope = (ends[0] - ends[1]) / 2e-5
             assert tensor.grad.view(-1)[place].item() == pytest.approx(slope, abs=1e-7)
+
+
+@pytest.mark.parametrize("kind", SETTINGS, ids=str)
+def test_a_layer_that_was_first_used_in_inference_mode_trains(kind, generator):
+    """What is computed once for a process must not be a tensor of inference mode."""
+    for known in (rbs_layers, _ring_signs):
+        known.cache_clear()
+    attn = module(kind, dtype=torch.float32)
+    x = torch.randn(2, 3, 4, generator=generator)
+    with torch.inference_mode():
+        before = attn(x, x, x)[0]
+    after = attn(x, x, x)[0]
+    after.square().sum().backward()
+    assert torch.equal(before, after)
+    assert all(p.grad is not None for p in attn.parameters())
 
 
 @pytest.mark.parametrize("name", ["orthogonal", "quantum-kernel"])

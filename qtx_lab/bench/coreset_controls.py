@@ -32,6 +32,9 @@ A coreset that is an estimate of its own has so many keys.
 """
 
 CORESET_KEYS = (32, 64)
+BESIDE_TOPK = (8, 32)
+"""Keys of a coreset that is a second control, of the keys that `topk` leaves."""
+
 KERNEL_SCALES = (0.1, 0.3, 1.0)
 """Keys are scaled by the root of this before their kernel is taken, and queries by its inverse."""
 
@@ -50,10 +53,11 @@ def bench_coreset_controls(quick: bool) -> list[BenchRow]:
 
     `error` is the variance that a control leaves of i.i.d. draws over that without a control, as the
     geometric mean over rows and heads, with the best coefficient for each row; a control that reads r values
-    leaves `KEYS_TOUCHED` - r draws. Nothing is sampled: variances are computed from all keys. A coreset
-    passes if it leaves at most `TARGET` of what the best control of the lab leaves on half of the heads, that
-    best one being chosen for each head; `heads within target` is their share. Of coresets alone, `error` is
-    the squared error in place of a variance.
+    leaves `KEYS_TOUCHED` - r draws. Nothing is sampled: variances are computed from all keys. Coresets
+    `beside topk` are a second control, of the keys that `topk` leaves, with the best pair of coefficients. A
+    coreset passes if it leaves at most `TARGET` of what the best control of the lab leaves on half of the
+    heads, that best one being chosen for each head; `heads within target` is their share. Of coresets alone,
+    `error` is the squared error in place of a variance.
     """
     model = load_language_model("reference" if quick else "smollm2-135m")
     layers, n = ((1, 4), 192) if quick else ((0, 3, 8, 15, 22, 29), 1024)
@@ -92,7 +96,7 @@ def _variances(
     n, scale = len(k), q.shape[-1] ** -0.5
     visible = torch.ones(len(q), n, dtype=torch.bool).tril(n - len(q))
     p = (q @ k.mT * scale).masked_fill(~visible, -torch.inf).softmax(-1)
-    result = {"no control": _variance(p, torch.zeros_like(p), v, 0)}
+    result, topk = {"no control": _variance(p, [], v, 0)}, torch.zeros_like(p)
     positions = torch.arange(n - len(q), n)
     for name in ("topk-8", "topk", "linformer", "performer"):
         control = TopKControl(8) if name == "topk-8" else make_control(name)
@@ -103,11 +107,20 @@ def _variances(
         )
         surrogate = dense_weights(prepared, q[None], positions, n)[0] * visible
         seconds[name] = time.perf_counter() - start
-        result[name] = _variance(p, surrogate, v, read)
+        result[name] = _variance(p, [surrogate], v, read)
+        if name == "topk":
+            topk, topk_read = surrogate, read
     x, keys = q * scale, k - k.mean(0)  # which changes no row's probabilities
     for kernel_scale in KERNEL_SCALES:
         balance = kernel_scale * float(x.norm(dim=-1).mean() / keys.norm(dim=-1).mean())
         for choice, choose in (("Cholesky", pivots), ("thinning", thinned)):
+            for size in BESIDE_TOPK:
+                start = time.perf_counter()
+                coreset = choose(keys, size, balance, generator)
+                rest = _nystroem(x, keys, coreset, balance) * visible * (topk == 0)
+                name = f"coreset of {size} by {choice} beside topk, kernel scale {kernel_scale:g}"
+                seconds[name] = time.perf_counter() - start
+                result[name] = _variance(p, [topk, rest], v, topk_read + size)
             for size in (*CORESET_KEYS, KEYS_TOUCHED):
                 start = time.perf_counter()
                 coreset = choose(keys, size, balance, generator)
@@ -115,7 +128,9 @@ def _variances(
                 alone = size == KEYS_TOUCHED
                 name = f"coreset of {size} by {choice}{alone * ' alone'}, kernel scale {kernel_scale:g}"
                 seconds[name] = time.perf_counter() - start
-                result[name] = _squared_error(p, surrogate, v) if alone else _variance(p, surrogate, v, size)
+                result[name] = (
+                    _squared_error(p, surrogate, v) if alone else _variance(p, [surrogate], v, size)
+                )
         weights = torch.zeros_like(p)
         weights[:, coreset] = p[:, coreset]
         name = f"coreset of {KEYS_TOUCHED} by thinning alone, its softmax, kernel scale {kernel_scale:g}"
@@ -130,21 +145,23 @@ def _squared_error(p: Tensor, surrogate: Tensor, v: Tensor) -> Tensor:
     return ((weights - p) @ v).square().sum(-1).clamp_min(tiny).log().mean().exp()
 
 
-def _variance(p: Tensor, surrogate: Tensor, v: Tensor, read: int) -> Tensor:
-    """The variance of an estimate of p v by draws from p, with the best multiple of a control, over rows.
+def _variance(p: Tensor, surrogates: list[Tensor], v: Tensor, read: int) -> Tensor:
+    """The variance of an estimate of p v by draws from p, with the best multiples of controls, over rows.
 
-    It is the least over beta of the variance of v_j (1 - beta p_hat_j / p_j) for one draw, over the draws
-    that are left.
+    It is the least over beta of the variance of v_j (1 - sum_i beta_i p_hat_ij / p_j) for one draw, over the
+    draws that are left. Surrogate weights p_hat_i are (M, n).
     """
-    size = v.square().sum(-1)
-    output, of_surrogate = p @ v, surrogate @ v
-    ratio = surrogate / p.clamp_min(torch.finfo(p.dtype).tiny)
-    plain = p @ size - output.square().sum(-1)
-    both = surrogate @ size - (output * of_surrogate).sum(-1)
-    own = (surrogate * ratio) @ size - of_surrogate.square().sum(-1)
-    left = plain - both.square() / own.clamp_min(torch.finfo(p.dtype).tiny)
-    floor = 1e-9 * plain.clamp_min(torch.finfo(p.dtype).tiny)
-    return (torch.maximum(left, floor) / (KEYS_TOUCHED - read)).log().mean().exp()
+    tiny, size, output = torch.finfo(p.dtype).tiny, v.square().sum(-1), p @ v
+    plain = left = p @ size - output.square().sum(-1)
+    if surrogates:
+        s = torch.stack(surrogates)  # [I, M, n]
+        sums = s @ v
+        both = s @ size - (sums * output).sum(-1)  # covariances with the draws, [I, M]
+        own = torch.einsum("imn,kmn,mn->mik", s, s / p.clamp_min(tiny), size.expand_as(p))
+        own = own - torch.einsum("imd,kmd->mik", sums, sums)
+        beta = torch.linalg.lstsq(own, both.mT[..., None], driver="gelsd").solution[..., 0]
+        left = plain - (beta * both.mT).sum(-1)
+    return (torch.maximum(left, 1e-9 * plain.clamp_min(tiny)) / (KEYS_TOUCHED - read)).log().mean().exp()
 
 
 def _nystroem(x: Tensor, k: Tensor, chosen: Tensor, scale: float) -> Tensor:

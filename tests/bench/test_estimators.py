@@ -132,7 +132,11 @@ def test_coresets_are_measured_beside_the_controls(capsys):
     assert rows["no control"].error == pytest.approx(1)
     assert 0 < rows["topk"].error < 1
     coresets = [row for name, row in rows.items() if name.startswith("coreset")]
-    assert len(coresets) == 21
+    assert len(coresets) == 33
+    for size in coreset_controls.BESIDE_TOPK:  # a second control takes draws away and nothing else
+        pairs = [row for row in coresets if f"of {size} " in row.method and "beside topk" in row.method]
+        assert len(pairs) == 6
+        assert all(row.error * (96 - size) <= 96 * rows["topk"].error * (1 + 1e-9) for row in pairs)
     assert sum("alone" in row.method for row in coresets) == 9
     assert all(row.passed == (row.details["heads within target"] >= 0.5) for row in coresets)
     assert "keys touched" in capsys.readouterr().out

@@ -402,7 +402,8 @@ class _Block:
 def kept(promise: Promise, bound: Tensor, output: Tensor) -> Tensor:
     """Whether |o_hat - o| <= E implies |o_hat - o| <= eps |o|, for E `bound` (...) and `output` (..., d)."""
     size = output.norm(dim=-1)
-    return (1 + promise.tolerance) * (1 + 2**-40) * bound <= promise.tolerance * size
+    # Both may be infinite, where squares of values are beyond all numbers.
+    return ((1 + promise.tolerance) * (1 + 2**-40) * bound <= promise.tolerance * size) & bound.isfinite()
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -576,6 +577,7 @@ def _estimate(
         )
     size = rows.output.norm(dim=-1)
     relative = torch.where(size > 0, rows.bound / size.clamp_min(TINY), torch.inf)
+    relative = relative.nan_to_num(torch.inf, torch.inf)  # of squares beyond all numbers nothing is known
     relative = (relative * (1 + 2**-20)).to(store.dtype)  # not below what it was
     draws = Draws(rows.indices, rows.weights, rows.weights, 1)
     return AttentionEstimate(

@@ -181,6 +181,8 @@ class IBMServer:
             "IAM_URL": self.url,
             "GLOBAL_SEARCH_URL": f"{self.url}/search",
             "GLOBAL_CATALOG_URL": f"{self.url}/catalog",
+            # Otherwise the client looks through the whole stack, and all modules, at each request.
+            "USAGE_DATA_OPT_OUT": "True",
             "NO_PROXY": "127.0.0.1",
             "no_proxy": "127.0.0.1",
         }

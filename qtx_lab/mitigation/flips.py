@@ -91,16 +91,18 @@ class RandomFlips:
         counts = torch.zeros(p.shape, dtype=torch.int64)
         discarded, parts = torch.zeros(len(p), dtype=torch.int64), []
         share, more = divmod(shots, instances)
-        for part, each in ((slice(0, more), share + 1), (slice(more, None), share)):
-            some = flipped[:, part]
-            if not each or not some.shape[1]:
-                continue
-            measured = backend.sample_rows(some.flatten(0, 1), each, generator=generator)
-            parts.append(measured)
-            own = measured.counts.view(some.shape)
-            back = own.gather(-1, order[part].expand(some.shape))  # flips are their own inverses
-            counts += back.sum(1)[:, : p.shape[-1]]
-            discarded += measured.discarded.view(len(p), -1).sum(-1)
+        running = p[p.sum(-1) > 0]
+        with backend.engine.reserved(self.planned_runs(backend, running, shots) if len(running) else ()):
+            for part, each in ((slice(0, more), share + 1), (slice(more, None), share)):
+                some = flipped[:, part]
+                if not each or not some.shape[1]:
+                    continue
+                measured = backend.sample_rows(some.flatten(0, 1), each, generator=generator)
+                parts.append(measured)
+                own = measured.counts.view(some.shape)
+                back = own.gather(-1, order[part].expand(some.shape))  # flips are their own inverses
+                counts += back.sum(1)[:, : p.shape[-1]]
+                discarded += measured.discarded.view(len(p), -1).sum(-1)
         baseline = backend.request(p, shots, generator).baseline()
         facts = {**parts[-1].diagnostics, "mitigation": self.name, "flips": tuple(flips.tolist())}
         return RowCounts(counts, discarded, shots, baseline, facts)

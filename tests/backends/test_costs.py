@@ -34,7 +34,13 @@ from qtx_lab.backends.ibm.target import TargetEngine
 from qtx_lab.backends.noise import fake_device
 from qtx_lab.backends.waiting import TYPICAL_FEED_FORWARD_LATENCY_S, shot_duration
 from qtx_lab.errors import ArgumentError, BackendUnavailable, CostError, DtypeError
-from qtx_lab.mitigation import CircuitMitigation, MitigationPlanner, ZeroNoiseExtrapolation, readout
+from qtx_lab.mitigation import (
+    CircuitMitigation,
+    MitigationPlanner,
+    RandomFlips,
+    ZeroNoiseExtrapolation,
+    readout,
+)
 
 CLIENT = Path(__file__).with_name("ibm_client.py")
 P = torch.tensor([[0.5, 0.25, 0.25, 0.0], [0.25, 0.25, 0.25, 0.25]])
@@ -78,6 +84,17 @@ def test_a_call_is_refused_for_the_sum_of_all_that_it_sends(cloud: Any, make: An
     assert sum(map(cloud.executions, cloud.jobs.values())) == plan.executions
     known = make(max_quantum_seconds=20).plan_rows(P, 400, mitigation=ZNE)  # the calibration is kept
     assert known.quantum_seconds == pytest.approx(plan.quantum_seconds - 12)
+
+
+@hardware
+def test_flips_of_two_sizes_are_refused_together(cloud: Any, make: Any) -> None:
+    """401 shots are two jobs, one of them for the flip that has a shot more; the first alone is below 9 s."""
+    with pytest.raises(CostError, match="more than max_quantum_seconds=9"):
+        RandomFlips(16).sample_rows(make(max_quantum_seconds=9), P, 401)
+    assert cloud.posts() == 0
+    counts = RandomFlips(16).sample_rows(make(max_quantum_seconds=20), P, 401)
+    assert (counts.counts.sum(-1) + counts.discarded).tolist() == [401, 401]
+    assert cloud.posts() == 2
 
 
 @hardware

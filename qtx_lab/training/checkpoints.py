@@ -169,10 +169,11 @@ class CheckpointWriter:
     """Writes the checkpoints of a training, where possible beside it; used as a `with` block around it.
 
     Where every rank holds the whole state, a thread of rank 0 copies it and writes the copy while training
-    goes on. The forward and backward passes of the next step run beside the copying, which leaves the
-    parameters alone; the optimizer's step waits for its end. At most one checkpoint is being written: the
-    next `save` waits for it. An error of the write is raised by the next `check` or `save`, or at the end of
-    the block. Of a sharded module all ranks write their parts at once, and training waits.
+    goes on; beside the second step it has prepared the memory for that. The forward and backward passes of
+    the next step run beside the copying, which leaves the parameters alone; the optimizer's step waits for
+    its end. At most one checkpoint is being written: the next `save` waits for it. An error of the write is
+    raised by the next `check` or `save`, or at the end of the block. Of a sharded module all ranks write
+    their parts at once, and training waits.
 
     Parameters
     ----------
@@ -201,6 +202,7 @@ class CheckpointWriter:
         self._copied = threading.Event()
         self._copied.set()
         self._writing: Future[None] | None = None
+        self._allocating: Future[None] | None = None
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._warnings = warnings.catch_warnings()
         self._pointers: list[int] = []
@@ -212,11 +214,15 @@ class CheckpointWriter:
         # Here and not in the thread: filters of warnings belong to the whole process.
         self._warnings.__enter__()
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        self._hook = self.optimizer.register_step_pre_hook(lambda *_: self._wait_for_copy())
+        self._hooks = [
+            self.optimizer.register_step_pre_hook(lambda *_: self._wait_for_copy()),
+            self.optimizer.register_step_post_hook(lambda *_: self._allocate_beside()),
+        ]
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         self._pool.shutdown(wait=True)
         self._warnings.__exit__(None, None, None)
         if kind is None:
@@ -244,7 +250,7 @@ class CheckpointWriter:
         if self.sharded:
             model, optimizer_state = get_state_dict(self.module, self.optimizer)
             self._write(step, {"model": model, "optimizer": optimizer_state}, about)
-        elif not dist.is_initialized() or dist.get_rank() == 0:
+        elif self._is_lead:
             pairs = self._stage()
             state = self._staged | ({} if replicas is None else {"replicas": replicas})
             self._copied.clear()
@@ -265,32 +271,54 @@ class CheckpointWriter:
         self._copied.wait()
         self.copy_wait += time.monotonic() - started
 
+    @property
+    def _is_lead(self) -> bool:
+        """Whether this is the rank that writes what all ranks have alike."""
+        return not dist.is_initialized() or dist.get_rank() == 0
+
+    def _allocate_beside(self) -> None:
+        """Let the thread prepare the first checkpoint once the optimizer has its state."""
+        if self._allocating is None and self._is_lead and not self.sharded and self.optimizer.state:
+            self._allocating = self._pool.submit(self._allocate, self._pointers_now())
+
+    def _pointers_now(self) -> list[int]:
+        """Where the tensors of the module and its optimizer are."""
+        tensors = (*self.module.parameters(), *self.module.buffers(), *self._optimizer_tensors())
+        return [x.data_ptr() for x in tensors]
+
+    def _optimizer_tensors(self) -> list[Tensor]:
+        states = self.optimizer.state.values()
+        return [x for state in states for x in state.values() if isinstance(x, Tensor)]
+
+    def _allocate(self, pointers: list[int]) -> None:
+        """Prepare `_staged`, the state in main memory, without the content of its tensors."""
+        model, optimizer_state = get_state_dict(self.module, self.optimizer)
+        leaves, structure = tree_flatten({"model": model, "optimizer": optimizer_state})
+        staged = [torch.empty_like(x, device="cpu") if isinstance(x, Tensor) else x for x in leaves]
+        self._staged = tree_unflatten(staged, structure)
+        self._sources = [x.detach() for x in leaves if isinstance(x, Tensor)]
+        self._copies = [x for x in staged if isinstance(x, Tensor)]
+        # They are used again only if all of them are those of the module and its optimizer.
+        self._pointers = pointers if {x.data_ptr() for x in self._sources} <= set(pointers) else []
+
     def _stage(self) -> list[tuple[Tensor, Tensor]]:
-        """Prepare `_staged`, the state in main memory; the pairs (copy, source) that are still to be copied.
+        """Bring `_staged` up to date; the pairs (copy, source) that are still to be copied.
 
         The tensors of the last checkpoint are used again.
         """
-        states = [
-            x for state in self.optimizer.state.values() for x in state.values() if isinstance(x, Tensor)
-        ]
-        buffers = {x.data_ptr() for x in self.module.buffers()}
-        pointers = [x.data_ptr() for x in (*self.module.parameters(), *self.module.buffers(), *states)]
-        if pointers == self._pointers:
-            groups = self._staged["optimizer"]["param_groups"]
-            for group, now in zip(groups, self.optimizer.param_groups, strict=True):
-                group |= {name: now[name] for name in group if name != "params"}
-            pairs = list(zip(self._copies, self._sources, strict=True))
-            _copy([pair for pair in pairs if pair[1].data_ptr() in buffers])  # a forward pass changes them
-            return [pair for pair in pairs if pair[1].data_ptr() not in buffers]
-        model, optimizer_state = get_state_dict(self.module, self.optimizer)
-        leaves, structure = tree_flatten({"model": model, "optimizer": optimizer_state})
-        copied = [x.detach().to("cpu", copy=True) if isinstance(x, Tensor) else x for x in leaves]
-        self._staged = tree_unflatten(copied, structure)
-        self._sources = [x.detach() for x in leaves if isinstance(x, Tensor)]
-        self._copies = [x for x in copied if isinstance(x, Tensor)]
-        # Copied tensors are used again only if all of them are those of the module and its optimizer.
-        self._pointers = pointers if {x.data_ptr() for x in self._sources} <= set(pointers) else []
-        return []
+        if self._allocating is not None:
+            self._allocating.result()
+        pointers = self._pointers_now()
+        if pointers != self._pointers:
+            self._allocate(pointers)
+        groups = self._staged["optimizer"]["param_groups"]
+        for group, now in zip(groups, self.optimizer.param_groups, strict=True):
+            group |= {name: now[name] for name in group if name != "params"}
+        # Only the optimizer's step, which waits, changes these; a forward pass changes buffers.
+        lasting = {x.data_ptr() for x in (*self.module.parameters(), *self._optimizer_tensors())}
+        pairs = list(zip(self._copies, self._sources, strict=True))
+        _copy([pair for pair in pairs if pair[1].data_ptr() not in lasting])
+        return [pair for pair in pairs if pair[1].data_ptr() in lasting]
 
     def _copy_and_write(
         self,
@@ -308,7 +336,7 @@ class CheckpointWriter:
     def _write(self, step: int, state: dict[str, Any], about: Mapping[str, Any]) -> None:
         folder, path = self.folder, checkpoint_path(self.folder, step)
         hidden = folder / f".{path.name}.{self.attempt}.tmp"
-        lead = not self.sharded or not dist.is_initialized() or dist.get_rank() == 0
+        lead = not self.sharded or self._is_lead
         try:
             _dcp(dcp.save, state, hidden, alone=not self.sharded)
             if not lead:

@@ -261,7 +261,10 @@ def test_the_benchmark_trains_what_it_is_compared_with(cluster, monkeypatch, cap
     sent = [row.details["bytes_sent"] for row in rows if row.case == "local updates"]
     assert [sent[0] / x for x in sent] == pytest.approx([1, 5, 20], rel=1e-3)
     assert all(row.seconds > 0 for row in rows)
-    assert "tokens/s" in capsys.readouterr().out
+    assert {"stall", "first_stall"} <= set(rows[5].details)
+    printed = capsys.readouterr().out
+    assert "tokens/s" in printed
+    assert "of a step for a checkpoint" in printed
 
 
 @pytest.mark.skipif(find_gpus()[0] > 0, reason="this machine has GPUs")

@@ -484,7 +484,8 @@ def test_a_flipped_byte_is_found_and_the_checkpoint_before_it_is_taken(tmp_path,
 def test_a_checkpoint_is_written_beside_the_training(tmp_path, monkeypatch):
     """The write after step 3 waits for step 5; what it writes is the state after step 3.
 
-    The checkpoint after step 6 is copied while the gradient of step 7 is computed, and the optimizer waits.
+    That is copied while the gradient of step 4 is computed, and the optimizer waits. The memory for it is
+    prepared before: no checkpoint, not even the first, makes the training wait for that.
     """
     whole, _ = trained(validate_every=0)
     write, seen = CheckpointWriter._write, threading.Event()
@@ -503,6 +504,13 @@ def test_a_checkpoint_is_written_beside_the_training(tmp_path, monkeypatch):
         return cross_entropy(*arguments, **options)
 
     cross_entropy = F.cross_entropy
+
+    def allocate(writer, pointers):
+        allocated.append(threading.current_thread() is threading.main_thread())
+        allocating(writer, pointers)
+
+    allocated, allocating = [], CheckpointWriter._allocate
+    monkeypatch.setattr(CheckpointWriter, "_allocate", allocate)
     monkeypatch.setattr(checkpoint_files, "_copy", slow)
     monkeypatch.setattr(F, "cross_entropy", loss)
 
@@ -521,6 +529,7 @@ def test_a_checkpoint_is_written_beside_the_training(tmp_path, monkeypatch):
     steps = {"validate_every": 0, "keep_checkpoints": 5}
     trained(folder=tmp_path, on_metrics=lambda rows: None if seen.is_set() else on_metrics(rows), **steps)
     assert copied
+    assert allocated == [False]  # once, in the thread
     assert checkpoints(tmp_path) == [3, 6, 8]
     for after in (6, 3):  # also what a later checkpoint was copied to is its own state
         for later in (8, 6):

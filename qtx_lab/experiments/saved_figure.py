@@ -97,7 +97,8 @@ def compressed(png: bytes, max_bytes: int) -> bytes:
     if len(few) <= max_bytes:
         return few
     picture = Image.open(io.BytesIO(png)).convert("RGB")
-    width, height = size = picture.size
+    size = picture.size
+    width, height = map(float, size)
     while True:
         content = io.BytesIO()
         picture.resize(size, Image.Resampling.LANCZOS).save(content, "webp", quality=WEBP_QUALITY)

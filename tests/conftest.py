@@ -8,7 +8,10 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
 import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 # One thread, as in `make test`, unless time is long: where cores are busy, threads of small operations wait
@@ -122,3 +125,15 @@ def generator(seed: int) -> torch.Generator:
 def soak() -> bool:
     """Whether the long schedule runs (`make soak`)."""
     return SOAK
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A folder that is a file system of its own with 80 MiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=80m", "tmpfs", disk]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs root")
+    yield disk
+    subprocess.run(["umount", disk], check=True)

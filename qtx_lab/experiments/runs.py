@@ -573,12 +573,10 @@ def _folders(home: Path) -> list[Path]:
 
 
 def _prepared(home: Path) -> Path:
-    """Create the home if it does not exist; raise StorageError unless it can be written and has room."""
+    """Create the home if it does not exist; raise StorageError unless that can be done and it has room."""
     try:
         home.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(home).free
-        if not os.access(home, os.W_OK | os.X_OK):
-            raise PermissionError(13, "no permission to write in this folder")
     except OSError as error:
         raise storage_error(home, error) from error
     if free < MIN_FREE_BYTES:

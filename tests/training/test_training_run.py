@@ -1,6 +1,7 @@
 """A training as a run, as a person who typed `qtx-lab train` sees it."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -74,8 +75,6 @@ def test_a_spec_and_the_same_flags_are_the_same_training(tmp_path):
     ],
 )
 def test_what_cannot_be_trained_is_refused_in_one_line(arguments, text, tmp_path):
-    import re
-
     done = CliRunner().invoke(main, ["train", *arguments, "--home", str(tmp_path)])
     assert done.exit_code == 2
     assert re.search(text, done.output)
@@ -223,6 +222,68 @@ def test_which_of_several_runs_was_the_latest_is_not_guessed(tmp_path, monkeypat
         assert all(run.path.name in str(caught.value) for run in runs)
     (home,) = {begun(tmp_path / "ended", "done").path.parent for _ in range(2)}
     assert continued(home, monkeypatch).manifest["number"] == 1  # none of them is to be continued
+
+
+FILLED = """
+import sys, time
+from pathlib import Path
+import qtx_lab as qtx
+from qtx_lab.cli import main
+from qtx_lab.training import rank
+
+home, log_many = Path(sys.argv[-1]), qtx.Run.log_many
+
+def fill(run, rows):
+    while rows[-1]["step"] >= 4 and not list(home.glob("*/checkpoints/step-*")):
+        time.sleep(0.01)  # it is written beside the training
+    if rows[-1]["step"] >= 4:
+        with (home / "filler").open("wb", buffering=0) as file:
+            while True:
+                try:
+                    file.write(bytes(1 << 20))
+                except OSError:
+                    break
+    log_many(run, rows)
+
+rank.REPORT_INTERVAL_S, qtx.Run.log_many = 0, fill
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.chaos
+def test_a_full_disk_and_a_read_only_disk(small_disk):
+    """Each ends in one sentence; what was trained before the disk was full is kept, and goes on."""
+
+    def command(*arguments):
+        done = CliRunner().invoke(main, ["train", *arguments, "--home", str(small_disk)])
+        return done.exit_code, done.stderr.splitlines()[-1]
+
+    full = subprocess.run(
+        [sys.executable, "-c", FILLED, "train", *flags(**FAST), "--home", small_disk],
+        capture_output=True,
+        text=True,
+    )
+    assert full.returncode == 2, full.stderr
+    assert "Traceback" not in full.stderr
+    assert re.match(
+        "error: Cannot write .*No space left on device; free some space", full.stderr.splitlines()[-1]
+    )
+    assert "The last checkpoint is" in full.stderr.splitlines()[-1]
+    (run,) = (qtx.Run.open(path) for path in small_disk.iterdir() if path.is_dir())
+    assert run.status == "interrupted"  # as it is read: the disk has no room for how it ended
+    assert checkpoints(run.path / "checkpoints") == [3]
+    code, error = command(*flags(**FAST))
+    assert code == 2
+    assert re.match(r"error: Cannot start a run in .* 0 MiB free, a run needs 64 MiB; free some space", error)
+    (small_disk / "filler").unlink()
+    assert command("--resume", run.path.name)[0] == 0
+    assert run.metrics()["step"].tolist() == list(range(1, 10))
+    run.update(status="interrupted")
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    for arguments in (flags(**FAST), ["--resume", run.path.name]):
+        code, error = command(*arguments)
+        assert code == 2
+        assert re.match("error: Cannot write .*Read-only file system; check", error)
 
 
 HOLD = """

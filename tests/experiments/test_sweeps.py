@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import random
-import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -433,30 +433,22 @@ def test_sweeps_that_are_killed_five_times_lose_nothing(notebook, tmp_path, seed
 
 
 @pytest.mark.chaos
-def test_a_full_disk_and_a_read_only_disk(notebook, cluster, tmp_path) -> None:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=80m", "tmpfs", disk]
-    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting a small file system needs root")
-    try:
-        fill = f"open({str(disk / 'filler')!r}, 'wb').write(bytes(30 << 20))"
-        full = write(tmp_path / "full.ipynb", PARAMETERS, fill)
-        with pytest.raises(StorageError, match=r"MiB free.*needs 64 MiB"):
-            sweep(full, {"n": [1, 2, 3]}, cluster=cluster, home=disk / "home", progress=False)
-        table = runs(disk / "home")
-        assert sorted(table["status"])[-1] != "running"
-        mine = table[table["kind"] == "SweepSpec"].iloc[0]
-        assert mine["status"] == "failed"
-        assert "MiB free" in mine["error"]
-        with pytest.raises(StorageError, match="MiB free"):
-            sweep(full, {"n": [1]}, cluster=cluster, home=disk / "home", progress=False)
-        assert len(runs(disk / "home")) == len(table)
-        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
-        with pytest.raises(StorageError, match="Read-only file system"):
-            sweep(notebook, {"n": [1]}, cluster=cluster, home=disk / "other", progress=False)
-    finally:
-        subprocess.run(["umount", disk], check=True)
+def test_a_full_disk_and_a_read_only_disk(notebook, cluster, small_disk, tmp_path) -> None:
+    fill = f"open({str(small_disk / 'filler')!r}, 'wb').write(bytes(30 << 20))"
+    full = write(tmp_path / "full.ipynb", PARAMETERS, fill)
+    with pytest.raises(StorageError, match=r"MiB free.*needs 64 MiB"):
+        sweep(full, {"n": [1, 2, 3]}, cluster=cluster, home=small_disk / "home", progress=False)
+    table = runs(small_disk / "home")
+    assert sorted(table["status"])[-1] != "running"
+    mine = table[table["kind"] == "SweepSpec"].iloc[0]
+    assert mine["status"] == "failed"
+    assert "MiB free" in mine["error"]
+    with pytest.raises(StorageError, match="MiB free"):
+        sweep(full, {"n": [1]}, cluster=cluster, home=small_disk / "home", progress=False)
+    assert len(runs(small_disk / "home")) == len(table)
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    with pytest.raises(StorageError, match="Read-only file system"):
+        sweep(notebook, {"n": [1]}, cluster=cluster, home=small_disk / "other", progress=False)
 
 
 def test_an_open_cluster_stays_open(notebook, cluster, tmp_path) -> None:
@@ -509,6 +501,46 @@ def test_a_scheduler_that_dies_or_has_no_workers_is_told_in_a_sentence(
     assert runs(tmp_path / "home")["status"].tolist() == ["failed", "failed"]
     with pytest.raises(BackendUnavailable, match=r"tls://127.0.0.1:1.* needs certificates"):
         sweep(notebook, {"n": [1]}, cluster="tls://127.0.0.1:1", home=tmp_path / "home")
+
+
+@pytest.mark.chaos
+def test_a_sweep_whose_scheduler_is_killed_is_resumed_on_the_next_one(notebook, tmp_path) -> None:
+    """Processes of their own, at the same address before and after; what was done is taken."""
+    home, processes = tmp_path / "home", []
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+
+    def start_cluster() -> None:
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        own = ["--host", "127.0.0.1", "--no-dashboard"]
+        ends = ["scheduler", "--port", address.rpartition(":")[2]], ["worker", f"tcp://{address}"]
+        for name, *rest in ends:
+            command = [sys.executable, "-m", f"distributed.cli.dask_{name}", *rest, *own]
+            processes.append(subprocess.Popen(command, **quiet))
+
+    def end_cluster() -> None:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+    def restart_once() -> bool:
+        if len(processes) == 2 and len(done_in(home)) == 1:
+            end_cluster()
+            start_cluster()
+        return False
+
+    where = ClusterSpec(kind="address", address=f"tcp://{address}", num_workers=1)
+    settings = {"grid": {"n": [1, 2]}, "parameters": {"wait": 3}, "cluster": where, "home": home}
+    start_cluster()
+    try:
+        with pytest.raises(BackendUnavailable, match="scheduler of the cluster went away; --resume runs"):
+            sweep(notebook, **settings, stop=restart_once, progress=False)
+        assert len(processes) == 4
+        run = sweep(notebook, **settings, resume=True, progress=False)
+        assert (run.status, run.manifest["results"]["kept"]) == ("done", 1)
+    finally:
+        end_cluster()
 
 
 def test_an_address_without_a_scheduler(notebook, tmp_path) -> None:

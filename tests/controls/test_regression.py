@@ -21,7 +21,7 @@ from qtx_lab.controls.base import masked_logits
 pytestmark = pytest.mark.statistical
 
 FALSE_ALARM = 1e-6
-REPETITIONS = 200_000
+REPETITIONS = 50_000
 
 
 def skewed(rows, replicates, generator):
@@ -41,7 +41,7 @@ def bias_p_value(output):
 
 @pytest.mark.parametrize(("rows", "replicates"), [(12, 1), (2, 6), (1, 12), (8, 2)])
 def test_unbiased(rows, replicates, generator):
-    """200,000 heads; false alarms once in a million."""
+    """50,000 heads; false alarms once in a million."""
     x, y = skewed(rows, replicates, generator)
     fit = regress(x, y, torch.zeros_like(x[:, :, 0]))
     assert bool((fit.coefficients != 0).double().mean() > 0.1)  # it does correct

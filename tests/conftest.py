@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import ipaddress
 import os
@@ -107,6 +108,7 @@ def pytest_collection_finish() -> None:
     # Some libraries collect garbage by themselves, and so does pytest at its end. These million objects stay,
     # and to look at them takes a second each time.
     gc.freeze()
+    atexit.register(gc.unfreeze)
 
 
 @pytest.fixture

@@ -26,15 +26,16 @@ SINGLE = ["head-tail", "monte-carlo", "stratified", "systematic"]
 
 
 @functools.cache
-def learned_attention():
+def learned_attention(heads=tuple(range(8))):
     """(q, k, v, exact output) of all layers of the reference model over 512 held-out bytes."""
     tokens = qtx.encode(qtx.reference_text())[None, 20_000:20_512]
     q, k, v = (torch.cat(x) for x in zip(*qtx.load_reference_model().attention_inputs(tokens), strict=True))
+    q = q[:, heads]
     return q, k, v, F.scaled_dot_product_attention(q.double(), k.double(), v.double(), **CAUSAL)
 
 
-def learned_estimate(seed, **options):
-    q, k, v, exact = learned_attention()
+def learned_estimate(seed, heads=tuple(range(8)), **options):
+    q, k, v, exact = learned_attention(heads)
     g = torch.Generator().manual_seed(seed)
     return qtx.sampled_attention(q, k, v, generator=g, **options, **CAUSAL), exact
 
@@ -46,9 +47,12 @@ def learned_estimate(seed, **options):
     [("monte-carlo", 16, 1), ("monte-carlo", 64, 1), *((name, 16, 8) for name in SINGLE)],
 )
 def test_intervals_cover_every_layer(name, num_samples, replicates, control, seed):
-    """131,072 coordinates a layer. With top-k they are wider: what it leaves is not in random order."""
+    """65,536 coordinates a layer, of the first and the last of the heads that share keys.
+
+    With top-k intervals are wider: what it leaves is not in random order.
+    """
     options = {"sampler": name, "num_samples": num_samples, "replicates": replicates}
-    est, exact = learned_estimate(seed, control_variate=control, **options)
+    est, exact = learned_estimate(seed, (0, 3, 4, 7), control_variate=control, **options)
     low, high = est.confidence_interval(0.95)
     slack = 1e-5 * exact.abs().max()
     share = ((low - slack <= exact) & (exact <= high + slack)).double().mean((1, 2, 3))

@@ -19,19 +19,25 @@ RANDOM = sorted(set(SAMPLERS) - {"exact"})
 JOINT = ["halton", "lattice", "sobol"]  # the rows of a head share their randomness
 SINGLE = sorted(set(RANDOM) - set(JOINT) - {"learned"})
 CAUSAL = {"is_causal": True, "enable_gqa": True}
+ALL = (0, 1, 2, 3, 4, 5, 6, 7)
+"""All heads of the reference model."""
 
 
 @functools.cache
-def learned_attention():
-    """(q, k, v, exact output) of all layers of the reference model over 512 held-out bytes."""
+def learned_attention(heads=(0, 3, 4, 7)):
+    """(q, k, v, exact output) of all layers of the reference model over 512 held-out bytes.
+
+    Of the four heads that share keys, the first and the last, or heads that are named.
+    """
     tokens = qtx.encode(qtx.reference_text())[None, 20_000:20_512]
     q, k, v = (torch.cat(x) for x in zip(*qtx.load_reference_model().attention_inputs(tokens), strict=True))
+    q = q[:, heads]
     return q, k, v, F.scaled_dot_product_attention(q.double(), k.double(), v.double(), **CAUSAL)
 
 
-def coverage(name, num_samples, replicates, seed, level=0.95, first=0):
+def coverage(name, num_samples, replicates, seed, level=0.95, first=0, heads=(0, 3, 4, 7)):
     """Share of coordinates inside their interval, (layers,), of the rows from `first` on."""
-    q, k, v, exact = learned_attention()
+    q, k, v, exact = learned_attention(heads)
     g = torch.Generator().manual_seed(seed)
     est = qtx.sampled_attention(
         q, k, v, sampler=name, num_samples=num_samples, replicates=replicates, generator=g, **CAUSAL
@@ -50,7 +56,7 @@ def coverage(name, num_samples, replicates, seed, level=0.95, first=0):
     ],
 )
 def test_intervals_cover_every_layer(name, replicates, num_samples, seed):
-    """8 heads × 512 rows × 32 coordinates = 131,072 of each layer."""
+    """4 heads × 512 rows × 32 coordinates = 65,536 of each layer."""
     share = coverage(name, num_samples, replicates, seed)
     assert bool(((share >= 0.93) & (share <= 0.97)).all()), share
 
@@ -61,8 +67,8 @@ def test_intervals_of_learned_proposals_err_on_the_safe_side(num_samples, replic
 
     The first 64 rows see too few keys for a map and draw from exact logits: they are covered more often.
     """
-    assert bool((coverage("learned", num_samples, replicates, seed) >= 0.93).all())
-    share = coverage("learned", num_samples, replicates, seed, first=64)
+    assert bool((coverage("learned", num_samples, replicates, seed, heads=ALL) >= 0.93).all())
+    share = coverage("learned", num_samples, replicates, seed, first=64, heads=ALL)
     assert bool(((share >= 0.93) & (share <= 0.99)).all()), share
 
 

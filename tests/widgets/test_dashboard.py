@@ -222,6 +222,11 @@ def fetch(url: str, method: str = "GET", **headers: str) -> tuple[int, str, dict
 # --- In a browser -----------------------------------------------------------------------------------
 
 
+AXIS_OPACITIES = """() => [...Bokeh.documents].flatMap((d) => [...d._all_models.values()])
+  .filter((m) => m.type === "LinearAxis" || m.type === "LogAxis").map((m) => m.axis_line_alpha)"""
+"""How opaque the axes of all figures are."""
+
+
 @pytest.mark.ui
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_every_view_opens_in_both_themes(
@@ -262,8 +267,15 @@ def test_every_view_opens_in_both_themes(
         )
         assert max(tables, default=0) <= 1, f"a table of {view} needs scrolling sideways"
         shoot(page, f"dashboard-{view.lower()}-{theme}")
+        assert page.get_by_text("The dashboard is loading").count() == 0
         if view == "Maps":  # which use the room that a larger window has
             assert page.locator("#picture canvas:visible").first.bounding_box()["width"] > size[0] / 4.5
+            maps_seen = [x.bounding_box() for x in page.locator("#picture .bk-CartesianFrame:visible").all()]
+            assert len({(frame["y"], frame["height"]) for frame in maps_seen}) == 1
+        if view == "Devices":  # two side by side, where there is room
+            tops = [x.bounding_box()["y"] for x in page.locator("#picture .bk-Figure:visible").all()]
+            assert len(set(tops)) == (1 if size[0] > 1500 else 2)
+        assert all(page.evaluate(AXIS_OPACITIES)), f"an axis of {view} is not to be seen"
         if soak or view in checked:
             violations[view] = axe(page, "body")
     assert page.evaluate("() => getComputedStyle(document.body).colorScheme") == theme

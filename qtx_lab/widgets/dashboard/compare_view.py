@@ -227,13 +227,15 @@ def _metric_lines(a: ComparedRun, b: ComparedRun) -> list[str]:
         values = [float(pd.to_numeric(run.row.get(column), errors="coerce")) for run in (a, b)]
         widths = [half_width(run.row, column) for run in (a, b)]
         texts = [
-            "<span class='note'>–</span>" if x != x else with_error(x, w) if w > 0 else f"{x:.5g}"
+            "<span class='note'>–</span>"
+            if x != x
+            else with_error(x, w)
+            if w > 0
+            else f"{x:.5g}".replace("-", "−")
             for x, w in zip(values, widths, strict=True)
         ]
         difference, width = values[1] - values[0], (widths[0] ** 2 + widths[1] ** 2) ** 0.5
-        apart = "" if difference != difference else (
-            with_error(difference, width) if width > 0 else f"{difference:.3g}"
-        )  # fmt: skip
+        apart = "" if difference != difference else with_error(difference, width, sign=True)
         cells = "".join(f"<td>{text}</td>" for text in texts)
         name = escape(column.removeprefix(RESULT))
         lines.append(f"<tr><td>{name}</td>{cells}<td class='number'>{apart}</td></tr>")

@@ -24,7 +24,7 @@ CONTROL_WIDTH = 196
 
 CSS = """
 :host, :host * { font-family: var(--house-font); }
-:host { font-size: 14px; line-height: 1.45; color: var(--house-text); }
+:host { font-size: 14px; line-height: 1.45; color: var(--house-text); accent-color: var(--house-accent); }
 h2 { font-size: 16px; margin: 0 0 4px; } p { margin: 0 0 8px; } .note { color: var(--house-muted); }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th { text-align: left; font-weight: 600; color: var(--house-muted); }
@@ -53,6 +53,7 @@ tr.member td { background: var(--house-panel); }
 h3 { font-size: 14px; margin: 18px 0 4px; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 14px;
   margin: 0; } dt { color: var(--house-muted); } dd { margin: 0; overflow-wrap: anywhere; }
+details { margin: 8px 0; } summary { cursor: pointer; }
 figure { margin: 8px 0 16px; } figure img { max-width: min(100%, 720px); height: auto; display: block; }
 td.differs { font-weight: 600; } pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; }
 """

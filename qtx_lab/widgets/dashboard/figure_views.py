@@ -27,6 +27,9 @@ from .elements import (
 from .records import Listing, Rows, Skipped
 from .view_host import ViewHost
 
+PICTURE_FLEX = "1 1 560px"
+"""How wide a figure is: two stand side by side in a large window."""
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -100,13 +103,14 @@ class FigureView(DashboardView):
             pn.pane.HoloViews(
                 picture,
                 height=figures.HEIGHT,
-                min_width=620 if i < finding.wide else 420,
+                min_width=420,
                 sizing_mode="stretch_width",
+                styles={"flex": "1 1 100%" if i < finding.wide else PICTURE_FLEX},
                 linked_axes=False,
             )
             for i, picture in enumerate(finding.pictures)
         ]
-        self._caption.object = f"{finding.table}<p class='note'>{finding.note}</p>{skipped}"
+        self._caption.object = f"<p class='note'>{finding.note}</p>{finding.table}{skipped}"
 
 
 def drawn_runs(rows: Rows) -> str:

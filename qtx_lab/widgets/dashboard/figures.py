@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -47,6 +48,9 @@ UNITS = {
 LOADERS = ("dynamic", "tree", "unary", "mps")
 """The order of loaders, by which they have the same colours in every figure."""
 
+TITLE_WIDTH = 56
+"""Characters of a line of a title, at most."""
+
 FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "Noto Sans", sans-serif'
 
 
@@ -77,16 +81,18 @@ def _dressed(theme: str) -> Callable[[Any, Any], None]:
         figure.title.text_font, figure.title.text_font_size = FONT, "15px"
         for axis in figure.axis:
             axis.axis_line_color = axis.major_tick_line_color = c["muted"]
+            axis.axis_line_alpha = axis.major_tick_line_alpha = 1.0  # Panel's dark theme hides them
             axis.minor_tick_line_color = None
             axis.axis_label_text_color = axis.major_label_text_color = c["text"]
             axis.axis_label_text_font = axis.major_label_text_font = FONT
             axis.axis_label_text_font_size, axis.major_label_text_font_size = "13px", "12px"
             axis.axis_label_text_font_style = "normal"
         if plot.show_grid:
-            figure.grid.grid_line_color = c["line"]
+            figure.grid.grid_line_color, figure.grid.grid_line_alpha = c["line"], 1.0
         figure.toolbar.logo, figure.toolbar.autohide = None, True
         for bar in figure.select({"type": ColorBar}):
             bar.background_fill_color = c["background"]
+            bar.bar_line_color = bar.major_tick_line_color = c["muted"]
             bar.title_text_color = bar.major_label_text_color = c["text"]
             bar.title_text_font = bar.major_label_text_font = FONT
             bar.title_text_font_style, bar.title_standoff = "normal", 8
@@ -95,7 +101,9 @@ def _dressed(theme: str) -> Callable[[Any, Any], None]:
 
 
 def axes(theme: str, **options: Any) -> dict[str, Any]:
-    """The options that every figure has, together with its own."""
+    """The options that every figure has, together with its own; a long title is broken into lines."""
+    if "title" in options:
+        options["title"] = textwrap.fill(options["title"], TITLE_WIDTH)
     common = {"responsive": True, "height": HEIGHT, "show_legend": False, "show_grid": True}
     return {**common, "active_tools": [], "hooks": [_dressed(theme)], **options}
 
@@ -188,7 +196,7 @@ def error_against_draws(frame: pd.DataFrame, metric: str, theme: str, title: str
         )
         middle = len(counts) // 2
         layers.append(
-            hv.Text(counts[middle] * 1.03, guide[middle] * 1.06, "slope −1/2", halign="left").opts(
+            hv.Text(counts[middle] * 1.03, guide[middle], "slope −1/2", halign="left", valign="bottom").opts(
                 color=muted, text_font_size="12px", text_font=value(FONT)
             )
         )
@@ -323,6 +331,7 @@ def variance_by_head(frame: pd.DataFrame, theme: str) -> hv.Overlay:
     return (tiles * texts).opts(
         **axes(
             theme, show_grid=False, xlabel="query head", ylabel="layer", invert_yaxis=True,
+            xlim=(heads[0] - 0.5, heads[-1] + 0.5), ylim=(layers[0] - 0.5, layers[-1] + 0.5),
             xticks=[(h, f"{h:g}") for h in heads], yticks=[(i, f"{i:g}") for i in layers],
         )
     )  # fmt: skip

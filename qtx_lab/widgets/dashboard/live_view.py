@@ -171,7 +171,7 @@ def _sweep_progress(table: pd.DataFrame, followed: list[str]) -> str:
         left = ""
         if row["status"] == "running" and ended:
             seconds = (datetime.now(UTC) - row["started"]).total_seconds()
-            left = f"; about {seconds / ended * (planned - earlier - ended):.0f} s left"
+            left = f"; about {_in_words(seconds / ended * (planned - earlier - ended))} left"
         so_far = earlier + ended
         lines.append(
             f"<p><b>{escape(str(row['name']))}</b>: {so_far:.0f} of {at_most}{planned:.0f} notebooks have "
@@ -179,6 +179,17 @@ def _sweep_progress(table: pd.DataFrame, followed: list[str]) -> str:
             f"aria-label='Progress of {escape(row['run'])}'></progress></p>"
         )
     return "".join(lines)
+
+
+def _in_words(seconds: float) -> str:
+    """A time to wait, roughly.
+
+    >>> _in_words(80), _in_words(683), _in_words(9000)
+    ('80 s', '11 min', '2.5 h')
+    """
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def _curves(runs: dict[str, LiveRun]) -> Curves:

@@ -155,9 +155,14 @@ def canvas(maps: Maps, theme: str) -> Canvas:
             logz=panel.log_scale, clim=(panel.low, panel.high), clabel=panel.label.removeprefix("attention "),
         )  # fmt: skip
         del options["height"]  # follows from the width
-        if panel.low < 0:
-            ticks = [panel.low, panel.low / 2, 0, panel.high / 2, panel.high]
-            options["colorbar_opts"] = {"ticker": FixedTicker(ticks=ticks)}
+        if panel.log_scale:
+            decades = np.arange(np.log10(panel.low).round(), np.log10(panel.high).round() + 1)
+            ticks = (10**decades).tolist()
+        else:
+            ticks = np.linspace(panel.low, panel.high, 5).tolist()
+        # Plain numbers, so that the three bars, and so the maps, are of one height.
+        texts = {tick: f"{tick:.3g}".replace("-", "−") for tick in ticks}
+        options["colorbar_opts"] = {"ticker": FixedTicker(ticks=ticks), "major_label_overrides": texts}
         seen, bounds = _pixels(pipe.data)
         like = hv.Image(seen, ["key", "query"], "weight", bounds=bounds).opts(**options)
         draw = partial(_image, like=like, least=panel.low if panel.log_scale else -np.inf)

@@ -42,10 +42,11 @@ WINDOW_STEP_S = 30
 
 NAV_CSS = """
 .bk-btn-group { border: 0; } .bk-btn { font: 500 14px var(--house-font); border: 0; background: transparent;
-  color: var(--house-text); border-radius: 6px; padding: 6px 12px; box-shadow: none; }
-:host .bk-btn-group .bk-btn.bk-active { background: var(--house-accent); color: var(--house-background);
-  box-shadow: none; }
-.bk-btn:focus-visible { outline: 2px solid var(--house-accent); outline-offset: 2px; }
+  color: var(--house-text); padding: 6px 12px; }
+:host .bk-btn-group .bk-btn.bk-active { background: var(--house-accent); color: var(--house-background); }
+:host .bk-btn-group .bk-btn.bk-btn { border-radius: 6px; box-shadow: none !important; }
+:host .bk-btn-group .bk-btn:focus { outline: none; }
+:host .bk-btn-group .bk-btn:focus-visible { outline: 2px solid var(--house-accent); outline-offset: 2px; }
 """
 
 DESIGN_COLOURS = {

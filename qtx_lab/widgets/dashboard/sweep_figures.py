@@ -111,12 +111,16 @@ def _places(column: pd.Series) -> _Places:
 
 
 def _apart(ticks: list[tuple[float, str]], room: float = 0.045) -> list[tuple[float, str]]:
-    """Ticks without those that would be written over the one below."""
-    apart: list[tuple[float, str]] = []
-    for height, text in ticks:
-        if not apart or height - apart[-1][0] >= room:
+    """Rising ticks without those that would be written over another; the ends of the axis have theirs.
+
+    >>> _apart([(0.0, "a"), (0.01, "b"), (0.5, "c"), (0.97, "d"), (1.0, "e")])
+    [(0.0, 'a'), (0.5, 'c'), (1.0, 'e')]
+    """
+    apart = ticks[:1]
+    for height, text in ticks[1:-1]:
+        if min(height - apart[-1][0], ticks[-1][0] - height) >= room:
             apart.append((height, text))
-    return apart
+    return apart + ticks[1:][-1:]
 
 
 def importance_bars(table: pd.DataFrame, theme: str) -> hv.Overlay:

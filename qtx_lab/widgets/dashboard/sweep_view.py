@@ -32,6 +32,12 @@ MAX_FACETS = 6
 MAX_ROWS = 200
 """Rows of the table of what was measured."""
 
+MAX_OPEN_ROWS = 24
+"""Rows up to which the table is open at first."""
+
+MIN_NAMED_SHARE = 0.005
+"""Share of the variance from which on a parameter is named in the title."""
+
 MAX_AXES = 7
 """Parameters that have an axis among the parallel coordinates: the most important."""
 
@@ -164,7 +170,9 @@ def _measured_table(table: MeasuredTable) -> str:
         for row in rows[:MAX_ROWS]
     ]
     more = f"<p class='note'>{len(rows) - MAX_ROWS} more rows: the run of the sweep has all.</p>"
-    return html_table(columns, lines) + (more if len(rows) > MAX_ROWS else "")
+    shown = html_table(columns, lines) + (more if len(rows) > MAX_ROWS else "")
+    is_open = " open" if len(rows) <= MAX_OPEN_ROWS else ""
+    return f"<details{is_open}><summary>What was measured: {len(rows)} rows</summary>{shown}</details>"
 
 
 def _by_importance(data: SweepData) -> list[str]:
@@ -174,11 +182,20 @@ def _by_importance(data: SweepData) -> list[str]:
     return [name for name in data.importance.table["name"] if name in data.parameters]
 
 
+def _that_matter(data: SweepData) -> list[str]:
+    """The parameters that the result depends on, the most important first; all where that is not known."""
+    ordered = _by_importance(data)
+    if data.importance is None:
+        return ordered
+    shares = data.importance.table.set_index("name")["share"]
+    return [name for name in ordered if shares[name] >= MIN_NAMED_SHARE] or ordered
+
+
 def _title(data: SweepData) -> str:
     """The most important parameter, and the combination with the smallest result."""
     name = short_name(data.metric)
     best, width, row, count = _smallest(data)
-    setting = ", ".join(f"{short_name(c)} = {value_text(row[c])}" for c in data.parameters[:4])
+    setting = ", ".join(f"{short_name(c)} = {value_text(row[c])}" for c in _that_matter(data)[:4])
     seeds = f" over {count} runs" if count > 1 else ""
     smallest = f"smallest {name} {with_error(best, width)}{seeds}" + (f" at {setting}" if setting else "")
     if data.importance is None:

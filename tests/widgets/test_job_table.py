@@ -57,6 +57,20 @@ def fill(home: Path) -> str:
     return path.stem
 
 
+def test_states_are_not_called_new_where_no_server_answered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("QISKIT_IBM_TOKEN", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))  # where no account is saved
+    fill(tmp_path)
+    table = JobTable(tmp_path)
+    sent = recorded_messages(table)
+    table._receive({"kind": "list", "ask": True})
+    assert table._worker.join(60)
+    assert not sent[0]["from_servers"]
+    assert any("states are those last known" in problem for problem in sent[0]["problems"])
+
+
 def test_all_jobs_and_runs_are_listed_and_broken_records_are_named(tmp_path: Path) -> None:
     tag = fill(tmp_path)
     table = JobTable(tmp_path)
@@ -111,6 +125,14 @@ table
 """
 
 
+LINES = """(e) => {
+  const range = document.createRange();
+  range.selectNodeContents(e);
+  return new Set([...range.getClientRects()].map((box) => box.top)).size;
+}"""
+"""Lines that a text takes."""
+
+
 @pytest.mark.ui
 @pytest.mark.hardware
 def test_in_jupyterlab(
@@ -131,6 +153,7 @@ def test_in_jupyterlab(
     view.scroll_into_view_if_needed()
     shoot(page, "jobs-light")
     assert view.locator("tbody tr").count() == 2
+    assert view.locator("tbody .qtx-device").first.evaluate(LINES) == 1
     view.get_by_role("button", name="open qtx-").first.click()
     view.locator("details pre").wait_for()
     cancel = view.get_by_role("button", name="cancel qtx-")

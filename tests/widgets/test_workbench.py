@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import json
+import re
 import shlex
 import signal
 import subprocess
@@ -816,6 +817,26 @@ def test_the_whole_work_in_a_browser(
     assert "as many shots ±" in page.locator(".qtx-wb-headline:visible").inner_text()
     shoot(page, "workbench-outputs")
     field(page, "gives").locator("select").select_option("rows")
+
+    # A softmax circuit computes rows of few keys from their logits: two of four and of five keys.
+    unfold(page, "loader")
+    loaders = field(page, "loader").locator("select")
+    loaders.select_option("softmax")
+    unfold(page, "rows")
+    for _ in sent[2:]:
+        rows.get_by_role("button", name=re.compile("^Remove rows")).last.click()
+    rows.locator("li").nth(2).wait_for(state="detached")
+    for i in range(2):
+        rows.locator("input").nth(i).fill(str(3 + i))
+        rows.locator("input").nth(i).press("Tab")
+    press(page, "Measure rows")
+    page.locator(".qtx-wb-page:visible").get_by_text(re.compile("^Circuit: softmax loader")).wait_for()
+    bar(page, "done")
+    assert page.locator(".qtx-wb-table:visible tbody tr").count() == 2
+    assert "loader softmax" in page.locator(".qtx-wb-views:visible").inner_text()
+    shoot(page, "workbench-softmax")
+    unfold(page, "loader")
+    loaders.select_option("dynamic")
     open_tab(page, "Hardware")
     press(page, "Submit rows")
     bar(page, "done")

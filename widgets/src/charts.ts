@@ -44,12 +44,12 @@ export function path(points: [number, number][]): string {
   return points.map(([x, y], i) => `${i ? "L" : "M"}${x} ${y}`).join("");
 }
 
-/** Places of labels that want to stand at `wanted`, at least `room` apart, between `top` and `bottom`. */
-export function spread(wanted: number[], room: number, top: number, bottom: number): number[] {
-  const order = wanted.map((_, i) => i).sort((a, b) => wanted[a] - wanted[b]);
-  const places = [...wanted];
+/** Places of labels near those that they point at, at least `room` apart, between `top` and `bottom`. */
+export function spread(targets: number[], room: number, top: number, bottom: number): number[] {
+  const order = targets.map((_, i) => i).sort((a, b) => targets[a] - targets[b]);
+  const places = [...targets];
   let last = top - room;
-  for (const i of order) last = places[i] = Math.max(wanted[i], last + room);
+  for (const i of order) last = places[i] = Math.max(targets[i], last + room);
   let next = bottom + room;
   for (const i of order.reverse()) next = places[i] = Math.min(places[i], next - room);
   return places;

@@ -1,7 +1,7 @@
 import { describe, expect, it } from "vitest";
 import { spread } from "./charts";
-import { keySlots, reweighted } from "./circuit_charts";
-import { fixed, withError } from "./scale";
+import { keySlots, keyTicks, reweighted } from "./circuit_charts";
+import { fixed, scale, withError } from "./scale";
 
 describe("keys of a distribution", () => {
   it("are all drawn where there is room", () => {
@@ -22,6 +22,29 @@ describe("keys of a distribution", () => {
       Math.max(...rest.keys),
     );
     expect(rest.name).toBe(`rest (${rest.keys.length} keys)`);
+  });
+});
+
+describe("ticks of the keys", () => {
+  const names = (exact: number[], width: number) => {
+    const slots = keySlots(exact, null, width);
+    const xs = scale(slots[0].at - 0.6, slots.at(-1)!.at + 0.6, 0, width);
+    return keyTicks(slots, xs).map(([at, name]) => [slots.find((slot) => slot.at === at)?.keys, name]);
+  };
+
+  it("are whole numbers, however few keys there are", () => {
+    for (const count of [1, 2, 4, 8, 64])
+      for (const [, name] of names(Array(count).fill(1 / count), 600)) expect(name).toMatch(/^\d+$/);
+  });
+
+  it("name the keys that stand beside each other, far apart as they are in the row", () => {
+    const exact = Array(1000).fill(0);
+    for (const key of [3, 500, 999]) exact[key] = 1 / 3;
+    expect(names(exact, 600)).toEqual([
+      [[3], "3"],
+      [[500], "500"],
+      [[999], "999"],
+    ]);
   });
 });
 

@@ -1,7 +1,7 @@
 // What was measured of a row: its distribution, its fidelity as shots arrive, and the zero-noise fit.
 import { axes, errorPoint, legendMark, line, path, resize, text, Z95, type Panel } from "./charts";
 import { s } from "./dom";
-import { digits, scale, whole, withError, type Scale } from "./scale";
+import { digits, scale, ticks, whole, withError, type Scale } from "./scale";
 
 export interface FidelityPoint {
   shots: number;
@@ -76,14 +76,13 @@ export function paintDistribution(
   const each = (xs.to - xs.from) / (high - low + 1.2);
   const radius = Math.min(4, Math.max(1.5, each / 5));
   const aside = fit ? each / 6 : 0;
-  const named = rest ? slots.map((slot): [number, string] => [slot.at, slot.name]) : null;
   const nodes: Node[] = axes(
     height,
     xs,
     ys,
     rest ? "key: the most likely ones, and the rest" : "key",
     "probability",
-    named,
+    keyTicks(slots, xs),
   );
   for (const { at, keys } of slots) {
     const [x, p] = [xs(at), Math.min(ys.high, sum(exact, keys))];
@@ -148,6 +147,14 @@ export function keySlots(exact: number[], shares: number[] | null, width: number
   const [first, rest] = [order.slice(0, room).sort((a, b) => a - b), order.slice(room)];
   const slots: Slot[] = first.map((j, at) => ({ at, name: String(j), keys: [j] }));
   return [...slots, { at: first.length + 2, name: `rest (${rest.length} keys)`, keys: rest }];
+}
+
+/** The ticks of the axis of keys: round numbers where all keys stand in their places, else each slot's name. */
+export function keyTicks(slots: Slot[], xs: Scale): [number, string][] {
+  if (!slots.every(({ at, keys }) => keys.length === 1 && at === keys[0]))
+    return slots.map(({ at, name }) => [at, name]);
+  const round = ticks(xs, Math.max(2, (xs.to - xs.from) / 70));
+  return round.filter(Number.isInteger).map((key) => [key, String(key)]);
 }
 
 /** What can be done with a key in the picture of the distribution. */

@@ -158,7 +158,7 @@ export function render(model: Model, el: HTMLElement): () => void {
               {},
               h("th", { scope: "row" }, job.tag),
               h("td", {}, job.run),
-              h("td", {}, job.device),
+              h("td", { class: "qtx-device" }, job.device),
               h("td", {}, mark(job.state, job.reason)),
               h("td", {}, `${job.rows} × ${job.shots}`),
               h("td", { class: "qtx-time" }, job.recorded),

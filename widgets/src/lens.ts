@@ -316,7 +316,7 @@ export function render(model: Model, el: HTMLElement): () => void {
 
   function sharpLevel(): maps.Level {
     const { width, height } = largest();
-    // A cell of a large map, which is dear to compute, may have up to two pixels a side.
+    // A cell of a large map, which takes long to compute, may have up to two pixels a side.
     const ratio = large ? 0.5 : window.devicePixelRatio || 1;
     return maps.levelFor(view, width * ratio, height * ratio, coarsest);
   }
@@ -345,9 +345,9 @@ export function render(model: Model, el: HTMLElement): () => void {
     const stated = given();
     const drawn = { draws: stated ? null : draws, given: stated?.number ?? null, drawing: name };
     const place = { layer, head, level: level.columns, row_level: level.rows };
-    const wanted = JSON.stringify([place, drawn, missing]);
-    if (wanted === unanswered) return;
-    unanswered = wanted;
+    const requestKey = JSON.stringify([place, drawn, missing]);
+    if (requestKey === unanswered) return;
+    unanswered = requestKey;
     seq += 1;
     if (since !== null) startTimes.set(seq, since);
     const request: MapsRequest = { kind: "maps", view: viewId, seq, ...place, ...drawn, ...missing };

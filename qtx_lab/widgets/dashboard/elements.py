@@ -40,6 +40,7 @@ a { color: var(--house-accent); }
 a:focus-visible, summary:focus-visible { outline: 2px solid var(--house-accent); }
 .empty { padding: 28px 0; max-width: 62ch; }
 .warning { border-left: 4px solid #E69F00; padding: 6px 12px; }
+.narrow table { width: auto; min-width: min(100%, 480px); }
 .wide { overflow-x: auto; } .wide td, .wide th { max-width: 24ch; overflow: hidden; text-overflow: ellipsis; }
 .wide td.time { white-space: normal; width: auto; min-width: 11ch; }
 .wide td.range { white-space: normal; } .wide :is(td, th) { padding-right: 8px; }

@@ -271,7 +271,8 @@ def _metrics(data: RunData) -> str:
         value, width = float(row[column]), half_width(row, column)
         text = with_error(value, width) if width > 0 else f"{value:.6g}"
         lines.append(f"<tr><td>{escape(column.removeprefix(RESULT))}</td><td class='number'>{text}</td></tr>")
-    html = html_table({"result": "", "value, 95 % interval": "number"}, lines) if lines else ""
+    results = html_table({"result": "", "value, 95 % interval": "number"}, lines)
+    html = f"<div class='narrow'>{results}</div>" if lines else ""
     table = (data.manifest.get("results") or {}).get("table")
     if isinstance(table, list) and table and all(isinstance(x, Mapping) for x in table):
         html += _frame_html(pd.DataFrame(table))
@@ -287,7 +288,7 @@ def _metrics(data: RunData) -> str:
         part = _with_intervals(part.dropna(axis=1, how="all").drop(columns="figure", errors="ignore"))
         more = f", the first {MAX_METRIC_ROWS}" if len(part) > MAX_METRIC_ROWS else ""
         html += (
-            f"<details><summary>{escape(str(name))}: {len(part)} rows{more}</summary>"
+            f"<details><summary>{escape(str(name))}: {len(part)} row{'s' * (len(part) != 1)}{more}</summary>"
             f"<div class='wide' tabindex='0'>{_frame_html(part)}</div></details>"
         )
     return html

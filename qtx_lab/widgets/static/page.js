@@ -1,4 +1,4 @@
-/* qtx_lab: made from widgets/src by `npm run build`; sources 3615b6c9be7459599770c9ee25fb4b63b3dd882ef5f97066218e92a7f395f872 */
+/* qtx_lab: made from widgets/src by `npm run build`; sources 8b84027b9d9e3e8259658e44b4ee3ee1af91d6c980cc8d88a84bb82af8add945 */
 /* Contains d3-scale, d3-array and the modules of d3 that they need.
 Copyright 2010-2026 Mike Bostock
 

@@ -159,7 +159,7 @@ class JobTable(View):
             self._worker.put("open", partial(self._open, content.get("tag"), content.get("run")))
 
     def _refresh(self, ask: bool) -> None:
-        jobs, server_silent, rows, problems = self._jobs(), False, [], []
+        jobs, answered, server_silent, rows, problems = self._jobs(), ask, False, [], []
         for job in jobs:
             try:
                 facts = self._facts(job)
@@ -167,6 +167,7 @@ class JobTable(View):
                     job.status()
                     facts = self._facts(job)
             except BackendUnavailable as error:
+                answered = False
                 server_silent = isinstance(error, Unreachable)  # each question to a silent server takes long
                 problems.append(f"The server could not be asked; states are those last known. {error}")
             except StorageError as error:  # deleted, or broken, since it was listed
@@ -175,7 +176,8 @@ class JobTable(View):
             rows.append(facts)
         listed = self._runs()
         problems = list(dict.fromkeys([*self._problems, *problems]))
-        self.send({"kind": "table", "jobs": rows, "runs": listed, "from_servers": ask, "problems": problems})
+        table = {"jobs": rows, "runs": listed, "from_servers": answered, "problems": problems}
+        self.send({"kind": "table", **table})
 
     def _cancel_and_list(self, tag: str) -> None:
         try:

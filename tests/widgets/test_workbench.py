@@ -846,12 +846,12 @@ def test_the_whole_work_in_a_browser(
     unfold(page, "noise_levels")
     levels = field(page, "noise_levels")
     levels.get_by_role("button", name="Add").click()
-    page.wait_for_timeout(300)
+    levels.locator("input").nth(2).wait_for()
     assert [x.input_value() for x in levels.locator("input").all()] == ["1", "3", "5"]
     levels.locator("input").last.fill("4")
     levels.locator("input").last.press("Enter")
     levels.get_by_role("button", name="Remove noise levels 2").click()
-    page.wait_for_timeout(300)
+    levels.locator("input").nth(2).wait_for(state="detached")
     assert [x.input_value() for x in levels.locator("input").all()] == ["1", "4"]
     assert field(page, "method").locator("select").input_value() == "planner"
     unfold(page, "method")

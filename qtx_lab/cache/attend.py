@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -130,7 +130,8 @@ def attend(store: TokenStore, sketch: ComponentSketch | None, call: Call) -> Att
             return _attend_compiled(store, sketch, call, KernelUse("cpu", choice.reason, "cpu_decode"))
         kernel = KernelUse("torch", choice.reason)
     check_finite("q", call.q)
-    return _estimate(store, sketch, call, _draw_by_torch(store, sketch, call), kernel, fallbacks)
+    drawn = _draw_by_torch(store, sketch, call)
+    return _estimate(store, call, drawn, _info(store, sketch, call, kernel, fallbacks))
 
 
 # --- The compiled pass and plain torch ----------------------------------------------------------
@@ -158,7 +159,7 @@ def _attend_compiled(
     if drawn is None:
         check_finite("q", call.q)
         raise ArgumentError("logits holds NaN or +inf; only finite numbers and -inf are allowed.")
-    return _estimate(store, sketch, call, drawn, kernel, ())
+    return _estimate(store, call, drawn, _info(store, sketch, call, kernel))
 
 
 def scores_by_place(
@@ -209,63 +210,62 @@ def _draw_by_torch(store: TokenStore, sketch: ComponentSketch | None, call: Call
     return DrawnRows(**columns)
 
 
-def _estimate(
-    store: TokenStore,
-    sketch: ComponentSketch | None,
-    call: Call,
-    drawn: DrawnRows,
-    kernel: KernelUse,
-    fallbacks: tuple[str, ...],
-) -> AttentionEstimate:
+def _estimate(store: TokenStore, call: Call, drawn: DrawnRows, info: EstimateInfo) -> AttentionEstimate:
+    """The estimate of draws; `info` says all of them but how many each row's weights are worth."""
     row_shape = call.q.shape[:-1]
     if call.sinks is not None or call.softcap is not None:
         drawn = _weighed_again(store, call, drawn)
-    output = drawn.output.view(*row_shape, store.width).to(store.table.dtype)
     draws = Draws(drawn.indices, drawn.weights, None, call.rule.replicates)
+    later = _computed_later(store, call, drawn)
+    return AttentionEstimate(
+        output=drawn.output.view(*row_shape, store.width).to(store.table.dtype),
+        num_keys=store.length,
+        degrees_of_freedom=math.inf,
+        make_draws=lambda: draws.view(row_shape),
+        make_std_error=later.std_error,
+        make_reliability=later.reliability,
+        group=call.group,
+        info=replace(info, effective_sample_size=drawn.effective_sample_size.view(row_shape)),
+        make_log_sum_exp=later.log_sum_exp,
+    )
+
+
+class ComputedLater(NamedTuple):
+    """What an estimate computes when it is first read, of the tokens that there were at the call."""
+
+    std_error: Callable[[], Tensor]
+    reliability: Callable[[], Tensor]
+    log_sum_exp: Callable[[], Tensor]
+
+
+def _computed_later(store: TokenStore, call: Call, drawn: DrawnRows) -> ComputedLater:
+    row_shape, device = call.q.shape[:-1], call.q.device
     length, sums, table = store.length, store.value_sums, store.table  # tokens may come later
     refuse_cropped = refuse_after_crop(store)
 
     def errors(with_hidden: bool) -> RowErrors:
         refuse_cropped("std_error")
-        with plain_mode(output.device):
-            moments = _value_moments(store, length, sums, with_radius=with_hidden)
-            return row_errors(table, store.features, drawn, moments, call.rule.replicates)
+        moments = _value_moments(store, length, sums, with_radius=with_hidden)
+        return row_errors(table, store.features, drawn, moments, call.rule.replicates)
 
-    def make_std_error() -> Tensor:
-        with plain_mode(output.device):
+    def std_error() -> Tensor:
+        with plain_mode(device):
             # Squares of large values are numbers in float64 only.
-            size, output_, computed = (sums[1] / length).sqrt(), drawn.output.double(), drawn.output.dtype
-            rounding = rounding_variance(output_, size, call.draws, store.table.dtype, computed)
-            return (errors(False).variance + rounding).sqrt().to(store.dtype).view(output.shape)
+            size, output, computed = (sums[1] / length).sqrt(), drawn.output.double(), drawn.output.dtype
+            rounding = rounding_variance(output, size, call.draws, table.dtype, computed)
+            error = (errors(False).variance + rounding).sqrt().to(store.dtype)
+            return error.view(*row_shape, store.width)
 
-    def make_reliability() -> Tensor:
-        with plain_mode(output.device):
+    def reliability() -> Tensor:
+        with plain_mode(device):
             return errors(True).reliability().to(store.dtype).view(row_shape)
 
-    def make_log_sum_exp() -> Tensor:
+    def log_sum_exp() -> Tensor:
         refuse_cropped("log_sum_exp")
-        with plain_mode(output.device):
+        with plain_mode(device):
             return _log_sum_exp(store, call, drawn).view(row_shape)
 
-    return AttentionEstimate(
-        output=output,
-        num_keys=store.length,
-        degrees_of_freedom=math.inf,
-        make_draws=lambda: draws.view(row_shape),
-        make_std_error=make_std_error,
-        make_reliability=make_reliability,
-        group=call.group,
-        info=_info(
-            store,
-            sketch,
-            call,
-            drawn.effective_sample_size.view(row_shape),
-            kernel,
-            fallbacks,
-            log_sum_exp="estimated",
-        ),
-        make_log_sum_exp=make_log_sum_exp,
-    )
+    return ComputedLater(std_error, reliability, log_sum_exp)
 
 
 def refuse_after_crop(store: TokenStore) -> Callable[[str], None]:
@@ -329,10 +329,8 @@ def _info(
     store: TokenStore,
     sketch: ComponentSketch | None,
     call: Call,
-    effective: Tensor,
     kernel: KernelUse,
-    fallbacks: tuple[str, ...],
-    log_sum_exp: str | None = None,
+    fallbacks: tuple[str, ...] = (),
 ) -> EstimateInfo:
     proposal = "exact" if sketch is None else sketch.proposal
     about: dict[str, Any] = {"proposal": proposal, "tokens": store.length}
@@ -349,11 +347,10 @@ def _info(
         num_samples=call.rule.num_samples,
         replicates=call.rule.replicates,
         draws_per_row=call.draws,
-        effective_sample_size=effective,
         fallbacks=fallbacks,
         kernel=kernel,
         cache=about,
-        log_sum_exp=log_sum_exp,
+        log_sum_exp="estimated",
     )
 
 
@@ -375,8 +372,6 @@ def _value_moments(store: TokenStore, length: int, sums: Tensor, *, with_radius:
 def _not_for_triton(sketch: ComponentSketch | None, call: Call) -> str | None:
     """Why the kernel does not take this call, on whatever machine; None where it does."""
     heads, rows, _ = call.rows.shape
-    if call.sinks is not None:
-        return "sinks are not in the kernel"
     if call.rule.adaptive:
         return "adaptive draws are not in the kernel"
     if sketch is None:
@@ -395,10 +390,17 @@ def _attend_by_triton(
 ) -> AttentionEstimate:
     from ..kernels.sketch_decode.launch import sketch_decode
 
-    k, v, row_shape = store.keys(), store.values(), call.q.shape[:-1]
+    row_shape, device, dtype = call.q.shape[:-1], call.q.device, store.table.dtype
     with out_of_memory_explained():
         x = Inputs(
-            call.rows.contiguous(), k[None], v[None], None, call.positions, call.scale, softcap=call.softcap
+            call.rows.contiguous(),
+            store.keys()[None],
+            store.values()[None],
+            None,
+            call.positions,
+            call.scale,
+            softcap=call.softcap,
+            sinks=call.sinks,
         )
         result = sketch_decode(
             x,
@@ -411,26 +413,34 @@ def _attend_by_triton(
         )
     draws = Draws(result.indices, result.weights(), None, call.rule.replicates).view(row_shape)
     draws_per_row = result.indices.shape[-1]
-    output = result.output.view(*row_shape, store.width)
-    size = (store.value_sums[1] / store.length).sqrt()  # [N, 1, Ev]
+    length, sums = store.length, store.value_sums  # tokens may come later
+    refuse_cropped = refuse_after_crop(store)
 
     def make_std_error() -> Tensor:
-        with plain_mode(output.device):  # the kernel's errors are those of draws; rounding comes on top
-            x, dtype = result.output.double(), store.table.dtype
-            rounding = rounding_variance(x, size, draws_per_row, dtype, torch.float32)
-            error = (result.std_error(v[None]).double().square() + rounding).sqrt()
-            return error.to(torch.float32).view(output.shape)
+        refuse_cropped("std_error")
+        with plain_mode(device):  # the kernel's errors are those of draws; rounding comes on top
+            size, output = (sums[1] / length).sqrt(), result.output.double()  # [N, 1, Ev], [N, M, Ev]
+            rounding = rounding_variance(output, size, draws_per_row, dtype, torch.float32)
+            error = (result.std_error(x).double().square() + rounding).sqrt()
+            return error.to(torch.float32).view(*row_shape, store.width)
+
+    def make_log_sum_exp() -> Tensor:
+        with plain_mode(device):
+            return result.log_sum_exp.view(row_shape)
 
     return AttentionEstimate(
-        output=output,
+        output=result.output.view(*row_shape, store.width),
         num_keys=store.length,
         degrees_of_freedom=math.inf,
         make_draws=lambda: draws,
         make_std_error=make_std_error,
         group=call.group,
         info=replace(
-            _info(store, sketch, call, draws.effective_sample_size(), kernel, ()), draws_per_row=draws_per_row
+            _info(store, sketch, call, kernel),
+            effective_sample_size=draws.effective_sample_size(),
+            draws_per_row=draws_per_row,
         ),
+        make_log_sum_exp=make_log_sum_exp,
     )
 
 

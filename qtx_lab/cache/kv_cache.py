@@ -340,8 +340,8 @@ class SampledKVCache:
             `info.predicted_relative_error` the bound that was kept; `draws` are the keys read with their
             estimated probabilities, beside which the sketches count for the others; no `std_error`.
             Otherwise:
-            `std_error` by the delta method, as for `LearnedImportanceSampler`; an estimated `log_sum_exp`
-            where Triton did not run; indices count tokens as they came. Draws that found no key of their
+            `std_error` by the delta method, as for `LearnedImportanceSampler`; an estimated `log_sum_exp`;
+            indices count tokens as they came. Draws that found no key of their
             own have weight 0. float32 and bfloat16 on the CPU are attended to by a pass that numba
             compiles at the first call of all (some twenty seconds; then it is kept on disk), others by
             Triton or plain torch: `info.kernel` says which and why.

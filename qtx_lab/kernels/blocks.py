@@ -22,6 +22,7 @@ FEW_ROUNDS = tl.constexpr(ROUNDING_ROUNDS)
 TO_BASE_2 = tl.constexpr(LOG2_E)
 KEYS = tl.constexpr(SUBPAGE)
 SUBPAGES = tl.constexpr(PAGE // SUBPAGE)
+PAGE_KEYS = tl.constexpr(PAGE)
 
 
 @triton.jit
@@ -81,6 +82,67 @@ def capped(b_l, softcap):
     b_series = 1 + b_y * (-1 / 3 + b_y * (2 / 15 + b_y * (-17 / 315 + b_y * (62 / 2835))))
     b_tanh = 1 - 2 / (tl.exp2(b_x * (2 * TO_BASE_2)) + 1)
     return softcap * tl.where(tl.abs(b_x) < 0.25, b_x * b_series, b_tanh)
+
+
+@triton.jit
+def find_blocks(block_table_ptr, i_b, b_token, m_token, blocks, block_size, columns):
+    """The blocks that hold tokens [k] of a sequence and their places there, int64; whether they are there.
+
+    Each is [k]. A token is there if the table has a block for it which exists.
+    """
+    b_column = b_token // block_size  # [k]
+    p = block_table_ptr + i_b * columns + b_column  # [k]
+    b_block = tl.load(p, mask=m_token & (b_column < columns), other=-1).to(tl.int64)  # [k]
+    m_known = (b_block >= 0) & (b_block < blocks)  # [k]
+    return tl.where(m_known, b_block, 0), (b_token % block_size).to(tl.int64), m_known
+
+
+@triton.jit
+def visible_range(
+    lengths_ptr,
+    i_b,
+    i_l,
+    length,
+    n,
+    window_first,
+    window_last,
+    BANDED: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr,
+):
+    """The page with the first key that query i_l of a head sees, that key, and the one behind the last.
+
+    Both keys are counted from the first one of the page, and are 0 where the query sees none. See
+    `Inputs.visible_range`.
+    """
+    first_page, low, high = 0, 0, n
+    if BANDED:
+        own = i_l.to(tl.int32)
+        if HAS_LENGTHS:
+            own += tl.load(lengths_ptr + i_b).to(tl.int32) - length
+        start = tl.maximum(window_first + own, 0)
+        end = tl.minimum(window_last + own + 1, n)
+        first_page = tl.where(start < end, start // PAGE_KEYS, 0)
+        low = tl.where(start < end, start - first_page * PAGE_KEYS, 0)
+        high = tl.where(start < end, end - first_page * PAGE_KEYS, 0)
+    return first_page, low, high
+
+
+@triton.jit
+def is_visible(o_key, low, high, BANDED: tl.constexpr):
+    """Whether keys are from low on and before high, where low is 0 unless BANDED."""
+    m_key = o_key < high
+    if BANDED:
+        m_key = m_key & (o_key >= low)
+    return m_key
+
+
+@triton.jit
+def count_visible(o_first, COUNT: tl.constexpr, low, high, BANDED: tl.constexpr):
+    """How many of the COUNT keys from o_first on are visible."""
+    b_keys = tl.minimum(tl.maximum(high - o_first, 0), COUNT)
+    if BANDED:
+        b_keys -= tl.minimum(tl.maximum(low - o_first, 0), COUNT)
+    return b_keys
 
 
 @triton.jit

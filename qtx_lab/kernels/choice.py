@@ -12,7 +12,7 @@ from importlib import metadata, util
 import torch
 from torch import Tensor
 
-from ..errors import BackendUnavailable, FallbackWarning, unknown_name
+from ..errors import BackendUnavailable, DtypeError, FallbackWarning, unknown_name
 
 VARIABLE = "QTX_LAB_KERNELS"
 """The environment variable that overrides the choice."""
@@ -25,6 +25,9 @@ MAX_FEATURES = 256
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """The dtypes that they take."""
+
+CACHE_DTYPES = (*DTYPES, torch.float8_e4m3fn, torch.float8_e5m2)
+"""The dtypes of keys and values that the kernels of decoding take, beside queries of 16 bits or more."""
 
 
 FEWEST_BYTES = 300_000_000
@@ -229,6 +232,26 @@ def device_obstacle(capability: tuple[int, int], version: tuple[int, ...], chain
             "GPUs (3.4.0 to 3.7.0; flash-linear-attention issue 640): install 3.7.1 or newer"
         )
     return None
+
+
+def check_readable(**tensors: Tensor) -> None:
+    """Refuse keys and values that kernels, or this GPU, cannot read.
+
+    Raises
+    ------
+    DtypeError
+    """
+    for name, x in tensors.items():
+        if x.dtype not in CACHE_DTYPES:
+            allowed = ", ".join(str(dtype) for dtype in CACHE_DTYPES)
+            raise DtypeError(f"{name} is {x.dtype}; the kernels take {allowed}.")
+        if x.dtype == torch.float8_e4m3fn and x.is_cuda and not torch.version.hip:
+            major, minor = torch.cuda.get_device_capability(x.device)
+            if (major, minor) < (8, 9):
+                raise DtypeError(
+                    f"{name} is {x.dtype}, which GPUs of a compute capability below 8.9 do not read; "
+                    f"this one has {major}.{minor}: torch.float8_e5m2 is possible."
+                )
 
 
 @functools.cache

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..errors import ShapeError
 from ..streams import Stream
+from .choice import check_readable
 from .inputs import LOG2_E, Inputs
 from .masses import PAGE, SUBPAGE, UNITS, fraction_bits
 from .philox import INTERPRETED
@@ -101,10 +102,34 @@ class InputArguments:
     window_first: int
     """See `Inputs.band`."""
     window_last: int
+    v_scale: float
+    sinks: Tensor
+    block_table: Tensor
+    blocks: int
+    block_size: int
+    """T, the tokens of a block."""
+    columns: int
+    """C, the blocks of a sequence."""
+    DOT: tl.dtype
+    HAS_MASK: int
+    """What kernels do with the mask: 0 nothing, 1 leave out keys where it is 0, 2 add it to the logits."""
+    HAS_SOFTCAP: bool
+    HAS_SINKS: bool
+    HAS_LENGTHS: bool
+    BANDED: bool
+    """Whether the window or lengths hide keys."""
+    PAGED: bool
 
     @classmethod
     def of(cls, x: Inputs) -> InputArguments:
-        """The arguments of these inputs."""
+        """The arguments of these inputs.
+
+        Raises
+        ------
+        DtypeError
+            If this GPU cannot read keys or values of this dtype.
+        """
+        check_readable(k=x.k, v=x.v)
         _, rows, n, width = x.shape
         mask, mask_strides = x.q, (0, 0, 0, 0)  # without a mask nothing reads it
         if x.mask is not None:
@@ -112,10 +137,33 @@ class InputArguments:
             mask = x.mask.view(torch.uint8) if x.mask.dtype == torch.bool else x.mask
             mask_strides = _strides(mask)
         lengths = x.q if x.lengths is None else x.lengths.contiguous()  # likewise
-        tensors = (x.q.contiguous(), x.k, x.v, mask, lengths, x.scale * LOG2_E)
+        sinks = x.q if x.sinks is None else x.sinks.float().contiguous()
+        table = x.q if x.block_table is None else x.block_table.contiguous()
+        tensors = (x.q.contiguous(), x.k, x.v, mask, lengths, x.logit_scale)
         sizes = (x.k.shape[1], rows, x.length, x.first_position, n, x.q.shape[2], width)
         softcap = 0.0 if x.softcap is None else x.softcap * LOG2_E
-        return cls(*tensors, *sizes, *_strides(x.k), *_strides(x.v), *mask_strides, softcap, *x.band)
+        return cls(
+            *tensors,
+            *sizes,
+            *_strides(x.k),
+            *_strides(x.v),
+            *mask_strides,
+            softcap,
+            *x.band,
+            v_scale=x.v_scale,
+            sinks=sinks,
+            block_table=table,
+            blocks=x.k.shape[0],
+            block_size=x.k.shape[2],
+            columns=1 if x.block_table is None else x.block_table.shape[1],
+            DOT=dot_dtype(x.q),
+            HAS_MASK=0 if x.mask is None else 1 if x.mask.dtype == torch.bool else 2,
+            HAS_SOFTCAP=x.softcap is not None,
+            HAS_SINKS=x.sinks is not None,
+            HAS_LENGTHS=x.lengths is not None,
+            BANDED=x.is_banded,
+            PAGED=x.block_table is not None,
+        )
 
 
 def _strides(x: Tensor) -> tuple[int, int, int, int]:
@@ -193,10 +241,11 @@ class MassBuffers:
     """R."""
 
     @classmethod
-    def of(cls, x: Inputs, rows: int, dtype: torch.dtype, num_samples: int, replicates: int) -> MassBuffers:
-        """Empty buffers for the draws of P = `rows` rows of each head of these inputs."""
-        shape, pages = (x.shape[0], rows), -(-x.shape[2] // PAGE)
-        new = x.q.new_empty
+    def of(
+        cls, x: Inputs, rows: int, pages: int, dtype: torch.dtype, num_samples: int, replicates: int
+    ) -> MassBuffers:
+        """Empty buffers for the draws of P = `rows` rows of each head, which see T = `pages` pages."""
+        shape, new = (x.shape[0], rows), x.q.new_empty
         return cls(
             new(*shape, pages * PAGE, dtype=dtype),
             new(*shape, pages * PAGE // SUBPAGE, dtype=torch.int32),
@@ -284,8 +333,3 @@ def dot_dtype(x: Tensor) -> tl.dtype:
     if INTERPRETED or x.dtype == torch.float32:
         return tl.float32
     return tl.float16 if x.dtype == torch.float16 else tl.bfloat16
-
-
-def mask_kind(x: Inputs) -> int:
-    """What kernels do with the mask: 0 nothing, 1 leave out keys where it is 0, 2 add it to the logits."""
-    return 0 if x.mask is None else 1 if x.mask.dtype == torch.bool else 2

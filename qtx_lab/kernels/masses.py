@@ -92,6 +92,8 @@ class Masses:
     dtype: torch.dtype
     min_bits: int
     """The least number of bits of a page's mass where any key is seen."""
+    fraction_bits: int
+    """Bits after the binary point of the row's unit."""
 
     @classmethod
     def of(cls, logits: Tensor, stream: Stream, dtype: torch.dtype) -> Masses:
@@ -101,25 +103,24 @@ class Masses:
         shift = exponent.masked_fill(exponent == -torch.inf, 0)[..., None]
         exact = torch.exp2(logits - shift) * UNITS[dtype]  # [N, M, T, PAGE]
         mass = (exact + rounding_numbers(stream, logits.shape[2])).floor().long()
-        return cls(mass, mass.sum(-1), exponent, dtype, min_mass_bits(dtype))
+        bits = fraction_bits(exponent.shape[2], dtype)
+        return cls(mass, mass.sum(-1), exponent, dtype, min_mass_bits(dtype), bits)
 
     @classmethod
-    def of_groups(cls, logits: Tensor, dtype: torch.dtype) -> Masses:
+    def of_groups(cls, logits: Tensor, dtype: torch.dtype, most_pages: int | None = None) -> Masses:
         """The masses that groups of rows share, of base-2 logits (N, G, L, n), relative to the normalisers.
 
-        A key's mass is the sum of its probabilities in the G rows of a group. It is rounded to the nearest
-        whole number: the probability of drawing a key is known, whatever its mass is.
+        A key's mass is the sum of its probabilities in the G rows of a group, 0 where it has the logit -inf.
+        It is rounded to the nearest whole number: the probability of drawing a key is known, whatever its
+        mass is. No group sees keys of more than `most_pages` pages, T where None.
         """
         units = group_units(logits.shape[1], dtype)
         logits = F.pad(logits, (0, -logits.shape[-1] % PAGE), value=-torch.inf).unflatten(-1, (-1, PAGE))
         exponent = logits.amax((1, -1)).ceil()  # [N, L, T]
-        mass = (torch.exp2(logits - exponent[:, None, ..., None]) * units).round().long().sum(1)
-        return cls(mass, mass.sum(-1), exponent, dtype, int(units / 2).bit_length())
-
-    @property
-    def fraction_bits(self) -> int:
-        """Bits after the binary point of the row's unit."""
-        return fraction_bits(self.page_mass.shape[-1], self.dtype)
+        shift = exponent.masked_fill(exponent == -torch.inf, 0)[:, None, ..., None]
+        mass = (torch.exp2(logits - shift) * units).round().long().sum(1)
+        bits = fraction_bits(most_pages or exponent.shape[2], dtype)
+        return cls(mass, mass.sum(-1), exponent, dtype, int(units / 2).bit_length(), bits)
 
     def shifts(self) -> tuple[Tensor, Tensor]:
         """Bits by which a page's masses are shifted up and down to be in the row's unit, (N, M, T) each."""

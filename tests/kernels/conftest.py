@@ -5,10 +5,12 @@ The interpreter has to be chosen before triton is loaded.
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from qtx_lab.streams import Stream
 
@@ -65,9 +67,9 @@ def few_block_sizes():
         from qtx_lab.kernels.decode import triton as decode
         from qtx_lab.kernels.exact_decode import triton as exact_decode
         from qtx_lab.kernels.prefill import triton as prefill
-        from qtx_lab.kernels.sketch_decode import triton as sketch_decode
+        from qtx_lab.kernels.sketch_decode import triton_plan, triton_scan, triton_weigh
 
-        for module in (decode, exact_decode, prefill, sketch_decode):
+        for module in (decode, exact_decode, prefill, triton_plan, triton_scan, triton_weigh):
             for kernel in vars(module).values():
                 if isinstance(kernel, Autotuner):
                     kernel.configs = [kernel.configs[0], kernel.configs[-1]]
@@ -99,6 +101,35 @@ def stream_of():
         return Stream.of(torch.as_tensor(seed, device=x.q.device), batch, groups, x.length)
 
     return make
+
+
+@pytest.fixture
+def paged(generator):
+    """Put the tokens of inputs into shuffled blocks, some of them unused; NaN is behind each last token."""
+
+    def put(x, block_size):
+        heads, n = x.k.shape[1:3]
+        batch, columns = x.q.shape[0] // heads, -(-n // block_size)
+        table = torch.randperm(batch * columns + 3, generator=generator)[: batch * columns]
+        table = table.view(batch, columns)
+
+        def blocks(y):
+            pages = torch.full((batch * columns + 3, heads, block_size, y.shape[-1]), torch.nan)
+            full = F.pad(y.float().cpu(), (0, 0, 0, columns * block_size - n), value=torch.nan)
+            pages[table] = full.unflatten(2, (columns, block_size)).transpose(1, 2)
+            return pages.to(y.dtype).to(y.device)
+
+        lengths = torch.full((batch,), n) if x.lengths is None else x.lengths
+        device = x.q.device
+        return replace(
+            x,
+            k=blocks(x.k),
+            v=blocks(x.v),
+            block_table=table.to(device, torch.int32),
+            lengths=lengths.to(device),
+        )
+
+    return put
 
 
 @pytest.fixture

@@ -37,6 +37,18 @@ def launch_all(dtype, every):
                 train(q.expand(1, 8, 200, width), k, v, mask, False)
             x = Inputs.of(q, k, v, softcap=2.0)
             sketch_decode.sketch_decode(x, sketch, 64, 1, stream_of(x))
+            paged = paged_inputs(x)
+            decode.decode(paged, 64, 1, stream_of(x))
+            sketch_decode.sketch_decode(paged, sketch.in_order_of_keys(), 64, 1, stream_of(x))
+
+
+def paged_inputs(x):
+    """The same in blocks of 8 tokens and 8 bits, with lengths, a window and sinks."""
+    batch, heads, n, width = x.k.shape
+    pages = torch.zeros(batch * n // 8, heads, 8, width, dtype=torch.float8_e5m2)
+    table, lengths = torch.zeros(batch, n // 8, dtype=torch.int32), torch.zeros(batch, dtype=torch.int32)
+    sinks = torch.zeros(x.q.shape[:2])
+    return replace(x, k=pages, v=pages, lengths=lengths, block_table=table, sinks=sinks, window=(70, 0))
 
 
 def verify(x, every):
@@ -81,6 +93,25 @@ def decode_steps(dtype):
     steps["exact, 8 tokens"] = lambda: exact_decode.exact_decode(tokens)
     for name, sketch in tables.items():
         steps[name] = lambda sketch=sketch: sketch_decode.sketch_decode(x, sketch, 4 * draws, 1, stream)
+    # Blocks of 16 tokens of 8 bits, and all that a model may ask for beside them.
+    pages = torch.empty(8 * n // 16, 8, 16, width, dtype=torch.float8_e5m2)
+    served = replace(
+        lengths,
+        k=pages,
+        v=pages,
+        block_table=torch.empty(8, n // 16, dtype=torch.int32),
+        sinks=torch.empty(heads, 4),
+        k_scale=0.5,
+        v_scale=0.5,
+        window=(4095, 0),
+        softcap=50.0,
+    )
+    in_order = replace(tables["rank 16"], order=None)
+    steps["exact K, served"] = lambda: decode.decode(served, draws, 1, stream)
+    steps["rank 16, served"] = lambda: sketch_decode.sketch_decode(served, in_order, 4 * draws, 1, stream)
+    steps["rank 16, lengths"] = lambda: sketch_decode.sketch_decode(
+        lengths, tables["rank 16"], 4 * draws, 1, stream
+    )
     capped = replace(x, softcap=50.0)
     steps["int4, softcap"] = lambda: sketch_decode.sketch_decode(capped, tables["int4"], 4 * draws, 1, stream)
     return steps

@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy import stats
 
-from qtx_lab import ArgumentError, ShapeError
+from qtx_lab import ArgumentError, DtypeError, ShapeError
 from qtx_lab.kernels.decode import oracle, reference
 from qtx_lab.kernels.decode.launch import decode
 from qtx_lab.kernels.inputs import Inputs
@@ -178,6 +178,20 @@ def test_limits_that_a_kernel_does_not_know_or_nobody_does_are_refused(generator
             prefill(replace(x, window=(3, None)), 8, stream)
         with pytest.raises(ArgumentError, match=r"lengths=\(1,\) is not in this kernel"):
             prefill(replace(x, lengths=torch.tensor([3], device=device)), 8, stream)
+        with pytest.raises(ArgumentError, match=r"sinks=\(1, 2\) is not in this kernel"):
+            prefill(replace(x, sinks=torch.zeros(1, 2, device=device)), 8, stream)
+        with pytest.raises(ArgumentError, match=r"block_table=\(1, 1\) is not in this kernel"):
+            prefill(replace(x, block_table=torch.zeros(1, 1, dtype=torch.int32, device=device)), 8, stream)
+        with pytest.raises(ArgumentError, match=r"v_scale=2\.0 is not in this kernel: it must be 1\.0"):
+            prefill(replace(x, v_scale=2.0), 8, stream)
+        with pytest.raises(DtypeError, match=r"k is torch\.float8_e5m2"):
+            prefill(replace(x, k=x.k.to(torch.float8_e5m2)), 8, stream)
+    with pytest.raises(DtypeError, match=r"v is torch\.float64; the kernels take .*float8_e5m2"):
+        decode(replace(x, v=x.v.double()), 8, 1, stream)
+    with pytest.raises(ShapeError, match=r"sinks has shape \(2,\); it must be \(1, 2\)"):
+        replace(x, sinks=torch.zeros(2))
+    with pytest.raises(ShapeError, match=r"block_table is torch\.int32 \(2, 3\)"):
+        replace(x, block_table=torch.zeros(2, 3, dtype=torch.int32))
     with pytest.raises(ArgumentError, match="first_position=5 is not allowed beside lengths"):
         replace(x, lengths=torch.tensor([3]), first_position=5)
     for lengths in (torch.tensor([3, 4]), torch.tensor([3.0])):
@@ -187,6 +201,64 @@ def test_limits_that_a_kernel_does_not_know_or_nobody_does_are_refused(generator
         replace(x, softcap=-1.0)
     with pytest.raises(ArgumentError, match="window"):
         replace(x, window=(-1, 0))
+
+
+CACHES = [
+    (torch.float32, None, {"window": (40, 0)}, 16),
+    (torch.bfloat16, torch.float8_e4m3fn, {"k_scale": 0.5, "v_scale": 3.0}, None),
+    (torch.float16, torch.float8_e5m2, {"k_scale": 2.0, "softcap": 3.0}, 7),
+]
+if SOAK:
+    CACHES += [(*case, other) for *case, own in CACHES for other in (None, 7, 16) if other != own]
+
+
+@pytest.mark.parametrize(("dtype", "cache_dtype", "options", "block_size"), CACHES)
+def test_caches_in_blocks_of_eight_bits_and_beside_sinks(
+    dtype, cache_dtype, options, block_size, generator, device, compare_draws, stream_of, paged
+):
+    """They draw what the same tokens side by side do, in 16 bits or more and without sinks."""
+    x = attention_inputs((3, 2, 2, 2, 150, 16, 24), dtype, generator, device)
+    k, v = (y.to(cache_dtype or dtype) for y in (x.k, x.v))
+    sinks = torch.randn(x.q.shape[:2], generator=generator).to(device)
+    lengths = torch.tensor([150, 77, 1], device=device)
+    stream = stream_of(x, 3)
+    limits = {name: y for name, y in options.items() if name in ("window", "softcap")}
+    scaled_k, scaled_v = k.float() * options.get("k_scale", 1.0), v.float() * options.get("v_scale", 1.0)
+    plain = replace(x, q=x.q.float(), k=scaled_k, v=scaled_v, lengths=lengths, **limits)
+    expected = reference.decode(plain, 30, 2, stream)
+    x = replace(x, k=k, v=v, lengths=lengths, sinks=sinks, **options)
+    x = x if block_size is None else paged(x, block_size)
+    result = decode(x, 30, 2, stream)
+    share = torch.sigmoid(expected.log_sum_exp - sinks)
+    for other in (result, reference.decode(x, 30, 2, stream)):
+        equal = compare_draws(other.indices, expected.indices)
+        own = other.output[equal]
+        assert relative(own, (expected.output * share[..., None])[equal]) <= TOLERANCE[dtype]
+        torch.testing.assert_close(
+            other.log_sum_exp, torch.logaddexp(expected.log_sum_exp, sinks), rtol=1e-4, atol=2e-3
+        )
+    assert result.visible.view(3, 2, 2, 2)[2, 0, 0].tolist() == [False, True]
+
+
+def test_tokens_that_are_not_there_are_noticed(generator, device, stream_of, paged):
+    """Rows that see a token without a block, or of a sequence of more tokens than there are, are NaN."""
+    x = attention_inputs((2, 1, 2, 1, 150, 16, 16), torch.float32, generator, device)
+    stream, x = stream_of(x, 3), paged(x, 8)
+    expected = decode(x, 30, 2, stream)
+    table = x.block_table.clone()
+    table[1, 2] = 99
+    for wrong in (
+        replace(x, block_table=table),
+        replace(x, lengths=x.lengths + torch.tensor([0, 3]).to(device)),
+    ):
+        result = decode(wrong, 30, 2, stream)
+        assert bool(result.output[1].isnan().all())
+        assert bool(result.log_sum_exp[1].isnan().all())
+        assert torch.equal(result.output[0], expected.output[0])
+        assert int(result.indices.min()) >= 0
+        assert int(result.indices.max()) < 152
+        with pytest.raises(ArgumentError, match=r"block_table names blocks|lengths=.* there are 152"):
+            reference.decode(wrong, 30, 2, stream)
 
 
 @pytest.mark.parametrize("draws", [256, 4200])

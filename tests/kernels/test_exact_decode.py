@@ -9,9 +9,10 @@ import torch.nn.functional as F
 
 import qtx_lab as qtx
 from qtx_lab.errors import ArgumentError, ShapeError
+from qtx_lab.kernels.block_tables import block_table_of
 from qtx_lab.kernels.exact_decode import launch
 from qtx_lab.kernels.exact_decode.launch import exact_decode
-from qtx_lab.kernels.exact_decode.reference import CachedInputs, block_table_of
+from qtx_lab.kernels.exact_decode.reference import CachedInputs
 from qtx_lab.kernels.exact_decode.reference import exact_decode as reference
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}
@@ -25,29 +26,6 @@ def cached_inputs(case, dtype, generator, device, cache_dtype=None, **options):
     q, k, v = (torch.randn(shape, generator=generator).to(device) for shape in shapes)
     k, v = (y.to(cache_dtype or dtype) for y in (k, v))
     return CachedInputs((3 * q).to(dtype), k, v, length, 1 / math.sqrt(e), **options)
-
-
-def paged(x, block_size, generator):
-    """The same tokens in shuffled blocks, some of which nobody uses; with NaN behind each last token."""
-    batch, heads, n, _ = x.k.shape
-    columns = -(-n // block_size)
-    table = torch.randperm(batch * columns + 3, generator=generator)[: batch * columns].view(batch, columns)
-
-    def blocks(y):
-        pages = torch.full((batch * columns + 3, heads, block_size, y.shape[-1]), torch.nan)
-        full = F.pad(y.float().cpu(), (0, 0, 0, columns * block_size - n), value=torch.nan)
-        pages[table] = full.unflatten(2, (columns, block_size)).transpose(1, 2)
-        return pages.to(y.dtype).to(y.device)
-
-    lengths = torch.full((batch,), n) if x.lengths is None else x.lengths.cpu()
-    device = x.q.device
-    return replace(
-        x,
-        k=blocks(x.k),
-        v=blocks(x.v),
-        block_table=table.to(device, torch.int32),
-        lengths=lengths.to(device),
-    )
 
 
 def assert_equal_results(actual, expected, tolerance):
@@ -70,17 +48,17 @@ CASES = [
 
 @pytest.mark.parametrize(("case", "dtype", "options"), CASES)
 @pytest.mark.parametrize("form", ["side by side", "paged", "lengths and sinks"])
-def test_outputs_are_the_references(case, dtype, options, form, generator, device):
+def test_outputs_are_the_references(case, dtype, options, form, generator, device, paged):
     x = cached_inputs(case, dtype, generator, device, **options)
     expected = reference(x)
     if form == "paged":
-        x = paged(x, 16, generator)
+        x = paged(x, 16)
     elif form == "lengths and sinks":
         lengths = torch.randint(0, case[4] + 1, (case[0],), generator=generator)
         sinks = torch.randn(x.q.shape[:2], generator=generator)
         x = replace(x, lengths=lengths.to(device), sinks=sinks.to(device))
         expected = reference(x)
-        x = paged(x, 5, generator)
+        x = paged(x, 5)
     assert_equal_results(exact_decode(x), expected, TOLERANCE[dtype])
 
 
@@ -103,7 +81,7 @@ def test_a_large_softcap_changes_no_logit(generator, device):
 
 
 @pytest.mark.parametrize("cache_dtype", FP8)
-def test_caches_of_eight_bits(cache_dtype, generator, device):
+def test_caches_of_eight_bits(cache_dtype, generator, device, paged):
     """Scales of keys and values belong to what a cache of 8 bits holds."""
     x = cached_inputs(
         (2, 1, 2, 3, 90, 32, 16), torch.bfloat16, generator, device, cache_dtype, k_scale=0.5, v_scale=3.0
@@ -112,7 +90,7 @@ def test_caches_of_eight_bits(cache_dtype, generator, device):
     wide = replace(x, k=x.k.bfloat16() * 0.5, v=x.v.bfloat16() * 3, k_scale=1.0, v_scale=1.0)
     assert_equal_results(reference(wide), expected, TOLERANCE[torch.bfloat16])
     assert_equal_results(exact_decode(x), expected, TOLERANCE[torch.bfloat16])
-    assert_equal_results(exact_decode(paged(x, 16, generator)), expected, TOLERANCE[torch.bfloat16])
+    assert_equal_results(exact_decode(paged(x, 16)), expected, TOLERANCE[torch.bfloat16])
 
 
 def test_parts_of_a_cache_merge_by_their_log_sum_exps(generator, device):
@@ -127,9 +105,9 @@ def test_parts_of_a_cache_merge_by_their_log_sum_exps(generator, device):
     torch.testing.assert_close(merged, reference(x).output, rtol=1e-4, atol=1e-5)
 
 
-def test_tokens_without_a_block_are_noticed(generator, device):
+def test_tokens_without_a_block_are_noticed(generator, device, paged):
     """Rows that would see a block that is not there are NaN; others are as they were."""
-    x = paged(cached_inputs((2, 1, 1, 1, 40, 16, 16), torch.float32, generator, device), 8, generator)
+    x = paged(cached_inputs((2, 1, 1, 1, 40, 16, 16), torch.float32, generator, device), 8)
     expected = exact_decode(x).output
     table = x.block_table.clone()
     table[1, 2] = 99

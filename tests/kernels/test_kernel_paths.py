@@ -347,13 +347,28 @@ def test_a_cache_takes_the_kernel_and_goes_on_growing(proposal, kernels, generat
     assert len(cache) == est.num_keys + 3
 
 
-def test_a_cache_takes_the_kernel_beside_a_softcap(kernels, generator, device):
-    """All keys are drawn, so that the output is that of exact attention."""
+def test_a_cache_takes_the_kernel_beside_a_softcap_and_sinks(kernels, generator, device):
+    """All keys are drawn, so that the output and the log-sum-exp are those of exact attention."""
     q, k, v = heads(generator, device, n=200)
-    est = qtx.SampledKVCache.build(k, v).attend(q, 200, softcap=0.5, generator=generator)
+    limits = {"softcap": 0.5, "sinks": torch.randn(4, generator=generator).to(device)}
+    est = qtx.SampledKVCache.build(k, v).attend(q, 200, generator=generator, **limits)
     assert (est.info.kernel.path, est.info.kernel.name) == ("triton", "sketch_decode")
-    exact = qtx.sampled_attention(q, k, v, sampler="exact", softcap=0.5, enable_gqa=True)
+    exact = qtx.sampled_attention(q, k, v, sampler="exact", enable_gqa=True, **limits)
     torch.testing.assert_close(est.output, exact.output, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(est.log_sum_exp, exact.log_sum_exp, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(est.attention_weights(), exact.attention_weights(), rtol=1e-3, atol=1e-4)
+
+
+def test_error_bars_of_a_cache_are_not_of_tokens_that_took_the_place_of_others(kernels, generator, device):
+    """They are computed when they are read, from values that a crop and new tokens have written over."""
+    q, k, v = heads(generator, device, n=200)
+    cache = qtx.SampledKVCache.build(k, v)
+    est = cache.attend(q, 32, generator=generator)
+    cache.crop(100)
+    cache.append(k[:, :, :100], v[:, :, :100] + 1)
+    with pytest.raises(qtx.ArgumentError, match="std_error is not known any more"):
+        est.std_error.sum()
+    assert bool(est.log_sum_exp.isfinite().all())
 
 
 def test_a_cache_by_the_kernel_reports_rounding_needs_16_draws_and_is_the_same_from_disk(

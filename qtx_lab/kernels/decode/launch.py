@@ -12,15 +12,13 @@ from ..launches import (
     InputArguments,
     MassBuffers,
     StreamArguments,
-    dot_dtype,
     gather_options,
     launch,
-    mask_kind,
     scan_grid,
     scan_options,
     search_levels,
 )
-from ..masses import PAGE, mass_dtype
+from ..masses import PAGE, UNITS, mass_dtype
 from .reference import DecodeResult
 from .triton import mean_kernel, prefix_kernel, scan_kernel
 
@@ -38,6 +36,8 @@ def decode(x: Inputs, num_samples: int, replicates: int, stream: Stream) -> Deco
     ----------
     x : Inputs
         On CUDA, or on the CPU in Triton's interpreter; float32, float16 or bfloat16, up to 256 features.
+        Caches may be in blocks and have 8 bits. A row that sees a token which neither n nor the block table
+        has is NaN; this is not checked before, for which the host would wait.
     num_samples : int
         S, the draws of a row and replicate.
     replicates : int
@@ -49,22 +49,28 @@ def decode(x: Inputs, num_samples: int, replicates: int, stream: Stream) -> Deco
     ------
     ShapeError
         If the stream does not fit.
+    DtypeError
+        If this GPU cannot read keys or values of this dtype.
+
+    Examples
+    --------
+    >>> k = torch.randn(9, 2, 16, 64).bfloat16().cuda()  # doctest: +SKIP
+    >>> table, lengths = torch.tensor([[4, 1, 7], [8, 0, 3]]).cuda(), torch.tensor([40, 33]).cuda()
+    ... # doctest: +SKIP
+    >>> q = torch.randn(4, 4, 64).bfloat16().cuda()  # doctest: +SKIP
+    >>> x = Inputs(q, k, k, None, 1, 0.125, lengths=lengths, block_table=table)  # doctest: +SKIP
+    >>> decode(x, 64, 1, Stream.of(0, 2, 2, 1)).output.shape  # doctest: +SKIP
+    torch.Size([4, 4, 64])
     """
     heads, rows, _, width = x.shape
     inputs, numbers = InputArguments.of(x), StreamArguments.of(stream, x)
-    buffers = MassBuffers.of(x, rows, mass_dtype(num_samples * replicates), num_samples, replicates)
+    dtype, pages = mass_dtype(num_samples * replicates), -(-x.shape[2] // PAGE)
+    buffers = MassBuffers.of(x, rows, pages, dtype, num_samples, replicates)
+    mass_bits = buffers.fraction_bits + math.log2(UNITS[dtype])
     row_mass = x.q.new_empty(heads, rows, dtype=torch.int64)
-    scan = {
-        "HAS_MASK": mask_kind(x),
-        "HAS_SOFTCAP": x.softcap is not None,
-        "HAS_WINDOW": x.is_banded,
-        "HAS_LENGTHS": x.lengths is not None,
-        "DOT": dot_dtype(x.q),
-        **scan_options(x, buffers),
-    }
-    launch(scan_kernel, scan_grid(x), inputs, numbers, buffers, **scan)
+    launch(scan_kernel, scan_grid(x), inputs, numbers, buffers, **scan_options(x, buffers))
     prefix = {"BP": buffers.pages_at_once, "num_warps": 8}
-    launch(prefix_kernel, buffers.row_programs, buffers, row_mass=row_mass, **prefix)
+    launch(prefix_kernel, buffers.row_programs, inputs, buffers, row_mass=row_mass, **prefix)
 
     index = x.q.new_empty(heads, rows, replicates * num_samples, dtype=torch.int64)
     gather = gather_options(x, buffers)
@@ -80,6 +86,8 @@ def decode(x: Inputs, num_samples: int, replicates: int, stream: Stream) -> Deco
         index=index,
         part=part,
         row_mass=row_mass,
+        value_weight=x.v_scale / num_samples,
+        mass_bits=mass_bits,
         PAGE=PAGE,
         MASS_MASK=buffers.mass_mask,
         LEVELS=search_levels(buffers.pages),
@@ -90,5 +98,6 @@ def decode(x: Inputs, num_samples: int, replicates: int, stream: Stream) -> Deco
         index,
         row_mass,
         buffers.row_exponent,
-        buffers.fraction_bits + math.log2(scan["UNITS"]),
+        mass_bits,
+        x.sinks,
     )

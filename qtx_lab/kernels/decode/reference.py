@@ -6,7 +6,7 @@ It gives the draws of `launch.decode`, bit by bit.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,13 +23,16 @@ class DecodeResult:
     Parameters
     ----------
     parts : Tensor, float32, (N, M, R, Ev)
-        The output of each replicate.
+        The output of each replicate, less what the row's sink takes of it.
     indices : Tensor, int64, (N, M, R * S)
     row_mass : Tensor, int64, (N, M)
-        The mass of all keys; 0 where the row attends to none, and then its output is 0.
+        The mass of all keys; 0 where the row attends to none, and then its output is 0; -1 where it sees a
+        token that is not there, and then its output is NaN.
     row_exponent : Tensor, float32, (N, M)
     mass_bits : float
         A key of base-2 logit l has the mass 2^(l - row_exponent + mass_bits), rounded.
+    sinks : Tensor, float32, (N, M), optional
+        Of the inputs.
     """
 
     parts: Tensor
@@ -37,20 +40,22 @@ class DecodeResult:
     row_mass: Tensor
     row_exponent: Tensor
     mass_bits: float
+    sinks: Tensor | None = None
 
     @property
     def log_sum_exp(self) -> Tensor:
-        """The log-sum-exp of each row's natural logits, (N, M), float32; -inf where it sees no key.
+        """The log-sum-exp of each row's natural logits, its sink among them: (N, M), float32.
 
-        Rounded masses make it wrong by some 1e-5.
+        Rounded masses make it wrong by some 1e-5. -inf where the row sees nothing.
         """
         logs = self.row_mass.double().log2() + (self.row_exponent.double() - self.mass_bits)
-        return (logs * math.log(2)).float()
+        logs = logs * math.log(2)
+        return (logs if self.sinks is None else torch.logaddexp(logs, self.sinks.double())).float()
 
     @property
     def visible(self) -> Tensor:
         """Whether a row attends to any key: bool, (N, M)."""
-        return self.row_mass > 0
+        return self.row_mass != 0
 
     @property
     def output(self) -> Tensor:
@@ -82,16 +87,20 @@ def decode(x: Inputs, num_samples: int, replicates: int, stream: Stream) -> Deco
     indices = page * PAGE + (sums <= unit[..., None]).sum(-1)
     indices = indices.masked_fill(~visible[..., None], 0)
 
-    values = x.v.flatten(0, 1).float()
+    values = x.side_by_side().v.flatten(0, 1).float() * x.v_scale
     drawn = values.gather(1, indices.flatten(1)[..., None].expand(-1, -1, width))
     parts = drawn.view(heads, rows, replicates, num_samples, width).mean(-2)
-    return DecodeResult(
-        parts * visible[..., None, None],
+    result = DecodeResult(
+        torch.where(visible[..., None, None], parts, 0),
         indices,
         row_mass,
         masses.page_exponent.amax(-1),
         masses.fraction_bits + math.log2(UNITS[masses.dtype]),
     )
+    if x.sinks is None:
+        return result
+    share = torch.sigmoid(result.log_sum_exp - x.sinks)
+    return replace(result, parts=result.parts * share[..., None, None], sinks=x.sinks)
 
 
 def comb_points(row_mass: Tensor, offsets: Tensor, num_samples: int) -> Tensor:

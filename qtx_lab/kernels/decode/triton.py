@@ -14,6 +14,7 @@ from ..blocks import (
     TO_BASE_2,
     capped,
     comb_offset,
+    find_blocks,
     find_place,
     fold,
     max_exponent,
@@ -35,7 +36,8 @@ from ..launches import GATHER_CONFIGS, tuned
 @triton.jit(do_not_specialize=["window_first", "window_last"])  # every token has others
 def scan_kernel(
     q_ptr,  # (N, M, E)
-    k_ptr,  # (B, Hkv, n, E)
+    k_ptr,  # (B, Hkv, n, E), or (blocks, Hkv, T, E)
+    block_table_ptr,  # (B, C), where PAGED
     mask_ptr,  # (B, H, L, n)
     lengths_ptr,  # (B,), where HAS_LENGTHS
     mass_ptr,  # (N, M, T * PAGE), int16 or int32
@@ -54,6 +56,9 @@ def scan_kernel(
     n,
     pages,
     features,
+    blocks,
+    block_size,
+    columns,
     k_stride_b,
     k_stride_h,
     k_stride_n,
@@ -68,8 +73,9 @@ def scan_kernel(
     UNITS: tl.constexpr,
     HAS_MASK: tl.constexpr,  # 0: none, 1: boolean, 2: to add
     HAS_SOFTCAP: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,  # or lengths
+    BANDED: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
+    PAGED: tl.constexpr,
     DOT: tl.constexpr,
     SIZE: tl.constexpr,
     NP: tl.constexpr,
@@ -77,7 +83,8 @@ def scan_kernel(
 ):
     """Store the masses of LOOP times NP pages.
 
-    Keys are the rows of the product, so that little of it is wasted on few queries.
+    Keys are the rows of the product, so that little of it is wasted on few queries. A page of which a row
+    sees a token that is not there has the exponent inf.
     """
     tiles = tl.cdiv(rows, BM)
     i_n = tl.program_id(0) // tiles
@@ -89,13 +96,16 @@ def scan_kernel(
     i_h = (i_n % kv_heads).to(tl.int64)
     stream_key, head_group = tl.load(stream_key_ptr + i_n), tl.load(head_group_ptr + i_n)
     if HAS_LENGTHS:
-        own = tl.load(lengths_ptr + i_b).to(tl.int32) - length
+        tokens = tl.load(lengths_ptr + i_b).to(tl.int32)
+        own = tokens - length
         window_first += own
         window_last += own
 
     p_q = q_ptr + (i_n.to(tl.int64) * rows + o_m[None, :]) * features + o_d[:, None]  # [BD, BM]
     b_q = tl.load(p_q, mask=m_m[None, :] & m_d[:, None], other=0.0).to(DOT)  # [BD, BM]
-    p_k = k_ptr + i_b * k_stride_b + i_h * k_stride_h + o_d[None, :].to(tl.int64) * k_stride_d  # [1, BD]
+    p_k = k_ptr + i_h * k_stride_h + o_d[None, :].to(tl.int64) * k_stride_d  # [1, BD]
+    if not PAGED:
+        p_k += i_b * k_stride_b
     i_head = i_h * (rows // length) + o_m // length  # [BM]
     p_m = (
         mask_ptr
@@ -108,15 +118,23 @@ def scan_kernel(
         i_page = (tl.program_id(1) * LOOP + i) * NP
         o_n = i_page * PAGE + tl.arange(0, NP * PAGE)  # [NP * PAGE]
         m_n = o_n < n  # [NP * PAGE]
-        if HAS_WINDOW:  # what no row sees is not read
+        if BANDED:  # what no row sees is not read
             m_n = m_n & (o_n >= window_first) & (o_n < window_last + length)
-        p = p_k + o_n[:, None].to(tl.int64) * k_stride_n  # [NP * PAGE, BD]
-        b_k = tl.load(p, mask=m_n[:, None] & m_d[None, :], other=0.0).to(DOT)  # [NP * PAGE, BD]
+        m_read = m_n  # [NP * PAGE]
+        if PAGED:
+            b_block, b_slot, m_known = find_blocks(
+                block_table_ptr, i_b, o_n, m_n, blocks, block_size, columns
+            )  # [NP * PAGE] each
+            p = p_k + (b_block * k_stride_b + b_slot * k_stride_n)[:, None]  # [NP * PAGE, BD]
+            m_read = m_n & m_known
+        else:
+            p = p_k + o_n[:, None].to(tl.int64) * k_stride_n  # [NP * PAGE, BD]
+        b_k = tl.load(p, mask=m_read[:, None] & m_d[None, :], other=0.0).to(DOT)  # [NP * PAGE, BD]
         b_l = tl.dot(b_k, b_q, input_precision="ieee") * logit_scale  # [NP * PAGE, BM]
         if HAS_SOFTCAP:
             b_l = capped(b_l, softcap)
         m_l = m_n[:, None] & m_m[None, :]  # [NP * PAGE, BM]
-        if HAS_WINDOW:
+        if BANDED:
             b_key = o_n[:, None] - o_m[None, :] % length  # [NP * PAGE, BM], as query 0 would see it
             m_l = m_l & (b_key >= window_first) & (b_key <= window_last)
         if HAS_MASK > 0:
@@ -126,6 +144,10 @@ def scan_kernel(
                 m_l = m_l & (b_m != 0)
             else:
                 b_l += b_m.to(tl.float32) * TO_BASE_2
+        if PAGED:
+            b_l = tl.where(m_known[:, None], b_l, float("inf"))
+        if HAS_LENGTHS:
+            b_l = tl.where(tokens > n, float("inf"), b_l)
         b_l = tl.where(m_l, b_l, float("-inf"))
         store_masses(
             b_l,
@@ -166,9 +188,14 @@ def prefix_kernel(
     row_exponent_ptr,  # (N M,), float32
     pages,
     fraction_bits,
+    PAGED: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr,
     BP: tl.constexpr,
 ):
-    """Store where each page of a row starts, in the row's unit."""
+    """Store where each page of a row starts, in the row's unit.
+
+    A row that sees a token that is not there has the mass -1.
+    """
     i_r = tl.program_id(0).to(tl.int64)
     o_p = tl.arange(0, BP)  # [BP]
     row_exponent = max_exponent(page_exponent_ptr + i_r * pages, pages, BP)
@@ -180,9 +207,13 @@ def prefix_kernel(
         b_up, b_down = unit_shifts(b_exponent, row_exponent, fraction_bits)  # [BP]
         b_mass = tl.load(page_mass_ptr + i_r * pages + i + o_p, mask=m_p, other=0).to(tl.int64)  # [BP]
         b_mass = (b_mass << b_up) >> b_down
+        if PAGED or HAS_LENGTHS:
+            b_mass = tl.where(row_exponent == float("inf"), 0, b_mass)
         p_start = page_start_ptr + i_r * pages + i + o_p  # [BP]
         tl.store(p_start, carry + tl.cumsum(b_mass, axis=0) - b_mass, mask=m_p)
         carry += tl.sum(b_mass, axis=0)
+    if PAGED or HAS_LENGTHS:
+        carry = tl.where(row_exponent == float("inf"), carry * 0 - 1, carry)
     tl.store(row_mass_ptr + i_r, carry)
     tl.store(row_exponent_ptr + i_r, row_exponent)
 
@@ -190,7 +221,9 @@ def prefix_kernel(
 @tuned(GATHER_CONFIGS, ["BV", "SIZE", "CHUNK"])
 @triton.jit
 def mean_kernel(
-    v_ptr,  # (B, Hkv, n, Ev)
+    v_ptr,  # (B, Hkv, n, Ev), or (blocks, Hkv, T, Ev)
+    block_table_ptr,  # (B, C), where PAGED
+    sinks_ptr,  # (N M,), where HAS_SINKS
     mass_ptr,
     subpage_mass_ptr,
     page_exponent_ptr,
@@ -205,10 +238,15 @@ def mean_kernel(
     first_replicate,
     index_ptr,  # (N, M, R * S), int64
     part_ptr,  # (N, M, R, chunks, Ev), float32
+    value_weight,  # v_scale / S
+    mass_bits,  # see `DecodeResult`
     kv_heads,
     rows,
     length,
     width,
+    blocks,
+    block_size,
+    columns,
     pages,
     num_samples,
     replicates,
@@ -220,13 +258,19 @@ def mean_kernel(
     PAGE: tl.constexpr,
     MASS_MASK: tl.constexpr,  # the bits of a mass
     LEVELS: tl.constexpr,  # 8^LEVELS pages are all or more
+    PAGED: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
     BV: tl.constexpr,
     SIZE: tl.constexpr,
     CHUNK: tl.constexpr,
     BS: tl.constexpr,
     FOLD: tl.constexpr,
 ):
-    """Store the keys at up to CHUNK points of a row, and what their values add to the mean."""
+    """Store the keys at up to CHUNK points of a row, and what their values add to the mean.
+
+    A sink takes its share of it.
+    """
     i_r = tl.program_id(0).to(tl.int64)
     i_replicate = tl.program_id(1)
     i_chunk = tl.program_id(2)
@@ -258,15 +302,31 @@ def mean_kernel(
 
     o_v = tl.arange(0, BV)  # [BV]
     m_v = o_v < width  # [BV]
-    p_v = v_ptr + (i_n // kv_heads) * v_stride_b + (i_n % kv_heads) * v_stride_h
+    i_b = i_n // kv_heads
+    p_v = v_ptr + (i_n % kv_heads) * v_stride_h
+    if not PAGED:
+        p_v = v_ptr + i_b * v_stride_b + (i_n % kv_heads) * v_stride_h
     p_v = p_v + o_v[None, :].to(tl.int64) * v_stride_d  # [1, BV]
     b_sum = tl.zeros([FOLD, BV], tl.float32)  # [FOLD, BV]
     for i in range(0, CHUNK, BS):
         b_s = i_chunk * CHUNK + i + tl.arange(0, BS)  # [BS]
         m_s = (b_s < num_samples) & (row_mass > 0)  # [BS]
         b_index = tl.load(index_ptr + i_out * num_samples + b_s, mask=m_s, other=0)  # [BS]
-        p = p_v + b_index[:, None] * v_stride_n  # [BS, BV]
+        if PAGED:
+            b_block, b_slot, m_known = find_blocks(
+                block_table_ptr, i_b, b_index, m_s, blocks, block_size, columns
+            )  # [BS] each
+            p = p_v + (b_block * v_stride_b + b_slot * v_stride_n)[:, None]  # [BS, BV]
+            m_s = m_s & m_known
+        else:
+            p = p_v + b_index[:, None] * v_stride_n  # [BS, BV]
         b_v = tl.load(p, mask=m_s[:, None] & m_v[None, :], other=0.0)  # [BS, BV]
         b_sum += fold(b_v.to(tl.float32), FOLD)
     p_part = part_ptr + (i_out * tl.num_programs(2) + i_chunk) * width + o_v  # [BV]
-    tl.store(p_part, tl.sum(b_sum, axis=0) / num_samples, mask=m_v)
+    b_part = tl.sum(b_sum, axis=0) * value_weight  # [BV]
+    if HAS_SINKS:
+        log_sum = tl.log2(row_mass.to(tl.float32)) + tl.load(row_exponent_ptr + i_r) - mass_bits
+        b_part /= 1 + tl.exp2(tl.load(sinks_ptr + i_r) * TO_BASE_2 - log_sum)
+    if PAGED or HAS_LENGTHS:
+        b_part = tl.where(row_mass < 0, float("nan"), b_part)
+    tl.store(p_part, b_part, mask=m_v)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ..choice import check_readable
 from ..inputs import LOG2_E
 from ..launches import dot_dtype, launch, power_of_two
 from ..philox import INTERPRETED
@@ -37,12 +38,18 @@ def exact_decode(x: CachedInputs) -> ExactResult:
         On CUDA, or on the CPU in Triton's interpreter; up to 256 features. A token that the block table does
         not have makes the rows that see it NaN; it is not checked before, for which the host would wait.
 
+    Raises
+    ------
+    DtypeError
+        If this GPU cannot read keys or values of this dtype.
+
     Examples
     --------
     >>> q, k = torch.randn(2, 12, 64), torch.randn(1, 2, 1000, 64)  # 4 query heads at 3 positions
     >>> exact_decode(CachedInputs(q.cuda(), k.cuda(), k.cuda(), 3, 0.125)).output.shape  # doctest: +SKIP
     torch.Size([2, 12, 64])
     """
+    check_readable(k=x.k, v=x.v)
     heads, rows, features = x.q.shape
     width, n, new = x.v.shape[-1], x.num_keys, x.q.new_empty
     options = block_sizes(x)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...errors import ArgumentError, ShapeError
+from ..block_tables import check_per_sequence, side_by_side
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class CachedInputs:
         The tokens of each sequence, its queries' own among them; n, or all of the table's, where None. Rows
         of tokens that a sequence does not have see no key, and their output is 0.
     block_table : Tensor, int32 or int64, (B, C), optional
-        The block that holds each T tokens of a sequence, in their order.
+        The block that holds each T tokens of a sequence, in their order: see `block_tables`.
     window : int, optional
         A query sees the tokens at most this far before its own.
     softcap : float, optional
@@ -73,12 +74,7 @@ class CachedInputs:
                 f"q has {heads} key heads of {rows} rows; it must have those of {sequences} sequences of "
                 f"{kv_heads} key heads, and a multiple of length={self.length} rows of each."
             )
-        for name, x, shape in (
-            ("lengths", self.lengths, (batch,)),
-            ("block_table", table, (batch, 0 if table is None else table.shape[-1])),
-        ):
-            if x is not None and (x.shape != shape or x.dtype not in (torch.int32, torch.int64)):
-                raise ShapeError(f"{name} is {x.dtype} {tuple(x.shape)}; it must be int32 or int64, {shape}.")
+        check_per_sequence(batch, self.lengths, table)
         if self.sinks is not None and self.sinks.shape != (heads, rows):
             raise ShapeError(f"sinks has shape {tuple(self.sinks.shape)}; it must be {(heads, rows)}.")
         if self.window is not None and self.window < 0:
@@ -112,51 +108,10 @@ class CachedInputs:
         ArgumentError
             If the table names a block that is not there.
         """
-        table = self.block_table
-        if table is None:
+        if self.block_table is None:
             return self
-        if bool(((table < 0) | (table >= len(self.k))).any()):
-            raise ArgumentError(
-                f"block_table names blocks that are not there: it must hold 0 to {len(self.k) - 1}."
-            )
-        k, v = (x[table.long()].transpose(1, 2).flatten(2, 3) for x in (self.k, self.v))  # [B, Hkv, C T, ...]
+        k, v = (side_by_side(x, self.block_table) for x in (self.k, self.v))
         return replace(self, k=k, v=v, block_table=None)
-
-
-def block_table_of(
-    indptr: Tensor, indices: Tensor, last_page_len: Tensor, block_size: int
-) -> tuple[Tensor, Tensor]:
-    """The block table and the lengths of B sequences, from FlashInfer's description of their pages.
-
-    Parameters
-    ----------
-    indptr : Tensor, int, (B + 1,)
-        Where the pages of each sequence begin and end in `indices`.
-    indices : Tensor, int, (pages,)
-        The pages of all sequences, one sequence after another.
-    last_page_len : Tensor, int, (B,)
-        The tokens in the last page of each sequence, from 1 to `block_size`.
-    block_size : int
-        T, the tokens of a page.
-
-    Returns
-    -------
-    block_table : Tensor, (B, C)
-        Filled up with 0 behind a sequence's last page.
-    lengths : Tensor, int, (B,)
-
-    Examples
-    --------
-    >>> pages = torch.tensor([4, 1, 7])
-    >>> block_table_of(torch.tensor([0, 2, 3]), pages, torch.tensor([5, 16]), 16)
-    (tensor([[4, 1],
-            [7, 0]]), tensor([21, 16]))
-    """
-    counts = indptr.diff()
-    column = torch.arange(int(counts.max()), device=indices.device)
-    at = (indptr[:-1, None] + column).clamp_max(max(0, len(indices) - 1))
-    table = torch.where(column < counts[:, None], indices[at], 0)
-    return table, (counts - 1) * block_size + last_page_len
 
 
 @dataclass(frozen=True)

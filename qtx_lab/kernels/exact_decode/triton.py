@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..blocks import TO_BASE_2, capped
+from ..blocks import TO_BASE_2, capped, find_blocks
 from ..launches import tuned
 
 
@@ -93,11 +93,9 @@ def split_kernel(
         o_n = i + tl.arange(0, BN)  # [BN]
         m_n = o_n < end  # [BN]
         if PAGED:
-            m_table = m_n & (o_n < n)  # [BN]
-            p_block = block_table_ptr + i_b * columns + o_n // block_size  # [BN]
-            b_block = tl.load(p_block, mask=m_table, other=-1).to(tl.int64)  # [BN]
-            m_known = (b_block >= 0) & (b_block < blocks)  # [BN]
-            b_slot = (o_n % block_size).to(tl.int64)  # [BN]
+            b_block, b_slot, m_known = find_blocks(
+                block_table_ptr, i_b, o_n, m_n, blocks, block_size, columns
+            )  # [BN] each
         else:
             b_block, b_slot, m_known = o_n.to(tl.int64) * 0 + i_b, o_n.to(tl.int64), o_n < n  # [BN] each
         p = p_k + (b_block * k_stride_b + b_slot * k_stride_n)[:, None]  # [BN, BD]

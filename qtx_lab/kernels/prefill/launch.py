@@ -17,14 +17,12 @@ from ..inputs import Inputs
 from ..launches import (
     InputArguments,
     StreamArguments,
-    dot_dtype,
     launch,
-    mask_kind,
     power_of_two,
     size_class,
 )
 from ..masses import PAGE
-from .reference import Gradients
+from .reference import Gradients, refuse_unknown
 from .triton import backward_kv_kernel, backward_q_kernel, forward_kernel
 
 
@@ -62,7 +60,7 @@ def prefill(x: Inputs, num_samples: int, stream: Stream, *, is_causal: bool = Fa
     Parameters
     ----------
     x : Inputs
-        As for `decode`, without softcap, window and lengths.
+        As for `decode`, but with a mask and a `first_position` alone, and without caches of 8 bits.
     num_samples : int
         S, the draws of a row, on average.
     stream : Stream
@@ -74,8 +72,8 @@ def prefill(x: Inputs, num_samples: int, stream: Stream, *, is_causal: bool = Fa
     ------
     ShapeError
         If the stream does not fit.
-    ArgumentError
-        If there are a softcap, a window or lengths.
+    ArgumentError, DtypeError
+        If there is anything else: see `reference.refuse_unknown`.
     """
     heads, rows, _, width = x.shape
     output = x.q.new_empty(heads, rows, width, dtype=torch.float32)
@@ -135,14 +133,12 @@ def gradients(
 
 def _options(x: Inputs, is_causal: bool) -> dict[str, Any]:
     """What all three kernels are specialised for."""
-    x.refuse("softcap", "window", "lengths")
+    refuse_unknown(x)
     _, _, n, width = x.shape
     return {
         "BD": max(16, power_of_two(x.q.shape[2])),
         "BV": max(16, power_of_two(width)),
         "PAGE": PAGE,
-        "HAS_MASK": mask_kind(x),
         "CAUSAL": is_causal,
-        "DOT": dot_dtype(x.q),
         "SIZE": size_class(n),
     }

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...errors import DtypeError
 from ...streams import Purpose, Stream
 from ..inputs import Inputs
 from ..masses import PAGE
@@ -45,9 +46,25 @@ class Gradients:
     v: Tensor
 
 
+def refuse_unknown(x: Inputs) -> None:
+    """Refuse what this operation does not know of inputs, but the others do.
+
+    Raises
+    ------
+    ArgumentError
+        If there are a softcap, a window, lengths, a block table, sinks, or scales of keys and values.
+    DtypeError
+        If keys or values have 8 bits.
+    """
+    x.refuse("softcap", "window", "lengths", "block_table", "sinks", "k_scale", "v_scale")
+    for name, y in (("k", x.k), ("v", x.v)):
+        if y.dtype.itemsize == 1:
+            raise DtypeError(f"{name} is {y.dtype}; this kernel takes 16 bits or more.")
+
+
 def masked_logits(x: Inputs, is_causal: bool) -> Tensor:
     """The natural logits, (N, M, n), float32; -inf where a row does not see a key."""
-    x.refuse("softcap", "window", "lengths")
+    refuse_unknown(x)
     logits = x.logits() * math.log(2)
     if is_causal:
         position = x.first_position + torch.arange(logits.shape[1], device=logits.device) % x.length

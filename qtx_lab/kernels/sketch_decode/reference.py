@@ -7,14 +7,16 @@ head at one position: they read the same keys, and so they share their draws.
 from __future__ import annotations
 
 import math
+import struct
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...errors import ArgumentError, ShapeError
 from ...streams import Stream
-from ..inputs import LOG2_E, Inputs
+from ..inputs import Inputs
 from ..masses import PAGE, Masses, group_dtype, group_offsets, locate_page
 
 UPPER, LOWER = 127, 128
@@ -30,6 +32,8 @@ SMALLEST = 1e-30
 class SketchTable:
     """A small table from which all logits of a row are guessed, up to a shift that the row's logits share.
 
+    It is of the keys as the cache holds them, without a `k_scale`.
+
     Parameters
     ----------
     table : Tensor, (N, n, r) or (N, n, ceil(r / 2))
@@ -43,7 +47,8 @@ class SketchTable:
     num_exact : int
         How many of the first places hold keys whose logits are computed from the keys themselves.
     order : Tensor, int64, (N, n), optional
-        The key at each place; keys lie in the order of the places where None.
+        The key at each place; keys lie in the order of the places where None. The first places of a sequence
+        of m tokens hold these.
     """
 
     table: Tensor
@@ -62,16 +67,20 @@ class SketchTable:
         largest = components.abs().amax(-1, keepdim=True).clamp_min(SMALLEST)
         level = (components / largest * (UPPER * LOWER) + 0.5).floor()
         upper = ((level + LOWER // 2) / LOWER).floor()
-        unit = (largest / (UPPER * LOWER)).float() * (x.scale * LOG2_E)
+        unit = (largest / (UPPER * LOWER)).float() * x.logit_scale
         return upper.char(), (level - LOWER * upper).char(), unit
 
     def logits_at(self, x: Inputs, places: Tensor) -> Tensor:
-        """The base-2 logits of the keys at places (T,), with the shift of the others: (N, M, T), float32."""
-        keys = x.k.flatten(0, 1)
-        at = self.keys_at(places.expand(keys.shape[0], 1, -1)).mT  # [N, T, 1]
-        some = keys.gather(1, at.expand(-1, -1, keys.shape[-1])).float()
+        """The base-2 logits of a group's keys at places (N, L, P), with the shift of the others.
+
+        (N, M, P), float32.
+        """
+        head = torch.arange(len(places), device=places.device)[:, None, None]
+        some = x.k.flatten(0, 1)[head, self.keys_at(places)].float()  # [N, L, P, E]
+        q = x.q.float().unflatten(1, (-1, x.length))  # [N, G, L, E]
+        products = torch.einsum("ngle,nlpe->nglp", q, some).flatten(1, 2)
         shift = torch.bmm(x.q.double(), self.centre.double()[..., None]).float()
-        return (torch.bmm(x.q.float(), some.mT) - shift) * (x.scale * LOG2_E)
+        return (products - shift) * x.logit_scale
 
     def scores(self, x: Inputs) -> Tensor:
         """The guessed logits in base 2, up to a shift of each row, by places: (N, M, n), float32."""
@@ -84,23 +93,23 @@ class SketchTable:
             level_low, level_high = halves(level, 0)
             scores = (torch.bmm(level_low, low) + torch.bmm(level_high, high)).float() * unit
         places = torch.arange(self.num_exact, device=scores.device)
-        scores[..., : self.num_exact] = self.logits_at(x, places)
+        scores[..., : self.num_exact] = self.logits_at(x, places.expand(len(scores), x.length, -1))
         return scores
 
     def log_normalisers(self, x: Inputs) -> Tensor:
         """Base-2 logarithms of the sums of 2^logit of all keys, roughly: (N, M), float32.
 
-        They are estimated from the keys at the exact places and at `SAMPLED_PLACES` others, and need not be
-        near: they only say how much weight each row of a group has in what the group draws. They are rounded,
-        so that the order of a sum does not change them.
+        They are estimated from the visible keys at the exact places and at `SAMPLED_PLACES` others, and need
+        not be near: they only say how much weight each row of a group has in what the group draws. They are
+        rounded, so that the order of a sum does not change them. -inf where a row sees no key.
         """
-        sampled = sampled_places(self.num_exact, self.table.shape[1])
-        places = torch.cat((torch.arange(self.num_exact), sampled)).to(self.table.device)
-        logits = self.logits_at(x, places)
+        places, weight = prepared_places(self.num_exact, *x.visible_range())
+        group = x.q.shape[1] // x.length
+        hidden = (weight == 0).repeat(1, group, 1)
+        logits = self.logits_at(x, places).masked_fill(hidden, -torch.inf)
         largest = logits.amax(-1, keepdim=True)
-        parts = torch.exp2(logits - largest).tensor_split((self.num_exact,), -1)
-        others = (self.table.shape[1] - self.num_exact) / max(1, len(sampled))
-        total = parts[0].sum(-1) + others * parts[1].sum(-1)
+        largest = largest.masked_fill(largest == -torch.inf, 0)
+        total = (torch.exp2(logits - largest) * weight.repeat(1, group, 1)).sum(-1)
         return ((largest[..., 0] + total.log2()) * STEPS_PER_BIT + 0.5).floor() / STEPS_PER_BIT
 
     @property
@@ -113,6 +122,40 @@ class SketchTable:
         if self.order is None:
             return places
         return self.order[:, None].expand(-1, places.shape[1], -1).gather(-1, places)
+
+    def in_order_of_keys(self) -> SketchTable:
+        """The same sketch with each key at its own place, as windows need it; no key has an exact logit."""
+        table = self.table
+        if self.order is not None:
+            table = torch.empty_like(table).scatter_(1, self.order[..., None].expand_as(table), table)
+        return replace(self, table=table, num_exact=0, order=None)
+
+    def check(self, x: Inputs) -> None:
+        """Refuse inputs that the sketch is not of, or that see keys which lie anywhere in its order.
+
+        Raises
+        ------
+        ShapeError
+            If it is not one of N heads of n keys.
+        ArgumentError
+            If there is a mask; if there are, beside an order, a window, or lengths of several queries a head.
+        """
+        x.refuse("mask")
+        heads, _, n, _ = x.shape
+        if self.table.shape[:2] != (heads, n):
+            raise ShapeError(
+                f"sketch has {self.table.shape[1]} places of {self.table.shape[0]} heads; k has {n} keys of "
+                f"{heads}."
+            )
+        if self.order is None:
+            return
+        for name, given in (("window", x.window), ("lengths", x.lengths if x.length > 1 else None)):
+            if given is not None:
+                shown = tuple(given.shape) if isinstance(given, Tensor) else given
+                raise ArgumentError(
+                    f"{name}={shown} is not possible with L={x.length} queries a head and a sketch with an "
+                    "order, in which the keys that a query sees lie anywhere: use sketch.in_order_of_keys()."
+                )
 
 
 def halves(x: Tensor, fill: float) -> tuple[Tensor, Tensor]:
@@ -128,10 +171,39 @@ SAMPLED_PLACES = 1024
 """Places, besides the exact ones, from whose keys a row's normaliser is estimated."""
 
 
-def sampled_places(num_exact: int, num_keys: int) -> Tensor:
-    """Up to `SAMPLED_PLACES` equally spaced places behind the exact ones: int64."""
-    step = max(1, -(-(num_keys - num_exact) // SAMPLED_PLACES))
-    return torch.arange(num_exact, num_keys, step)
+def prepared_places(num_exact: int, start: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
+    """The visible places from whose keys a row's normaliser is estimated, and how many keys each stands for.
+
+    They are those of the first `num_exact` places, and up to `SAMPLED_PLACES` equally spaced others.
+
+    Parameters
+    ----------
+    num_exact : int
+    start, end : Tensor, int64, (N, L)
+        The first place that a group sees, and the one behind the last.
+
+    Returns
+    -------
+    places : Tensor, int64, (N, L, P)
+    weight : Tensor, float32, (N, L, P)
+        0 where a group has fewer than P.
+
+    Examples
+    --------
+    >>> prepared_places(2, torch.tensor([[0]]), torch.tensor([[4]]))
+    (tensor([[[0, 1, 2, 3]]]), tensor([[[1., 1., 1., 1.]]]))
+    """
+    start, end = start[..., None], end[..., None]
+    exact = (end.clamp_max(num_exact) - start).clamp_min(0)
+    others = start.clamp_min(num_exact)
+    left = (end - others).clamp_min(0)
+    step = (-(-left // SAMPLED_PLACES)).clamp_min(1)
+    sampled = -(-left // step)
+    i = torch.arange(int((exact + sampled).max()), device=start.device)
+    places = torch.where(i < exact, start + i, others + (i - exact) * step)
+    weight = torch.where(i < exact, 1.0, (left.double() / sampled.clamp_min(1)).float())
+    exists = i < exact + sampled
+    return torch.where(exists, places, 0), torch.where(exists, weight, 0)
 
 
 @dataclass(frozen=True)
@@ -140,7 +212,8 @@ class SketchDecodeResult:
 
     Parameters
     ----------
-    output : Tensor, (N, M, Ev), v's dtype
+    output : Tensor, (N, M, Ev)
+        In the dtype of the values, or of the queries where values have 8 bits; 0 where a row sees no key.
     group_indices : Tensor, int64, (N, L, R * S)
         The drawn keys, which the G = M / L rows of a group share.
     inclusion : Tensor, float32, (N, L, R * S)
@@ -148,7 +221,8 @@ class SketchDecodeResult:
     log_weights : Tensor, float32, (N, M, R * S)
         In base 2, before normalisation; -inf for a draw without a key.
     log_normaliser : Tensor, float32, (N, M, R)
-        In base 2: the logarithm of the sum of a replicate's weights.
+        In base 2: the logarithm of the sum of a replicate's weights, and of the row's sink; -inf where the
+        row sees nothing.
     """
 
     output: Tensor
@@ -163,23 +237,35 @@ class SketchDecodeResult:
         return self.group_indices.repeat(1, self.output.shape[1] // self.group_indices.shape[1], 1)
 
     def weights(self) -> Tensor:
-        """The weight of each draw, (N, M, R * S), float32; those of a row sum to 1."""
+        """The weight of each draw, (N, M, R * S), float32; those of a row sum to 1, less its sink's."""
         replicates = self.log_normaliser.shape[-1]
-        relative = self.log_weights.unflatten(-1, (replicates, -1)) - self.log_normaliser[..., None]
+        normaliser = self.log_normaliser.masked_fill(self.log_normaliser == -torch.inf, 0)
+        relative = self.log_weights.unflatten(-1, (replicates, -1)) - normaliser[..., None]
         return (torch.exp2(relative) / replicates).flatten(-2)
 
-    def std_error(self, v: Tensor) -> Tensor:
-        """The standard error of the output: (N, M, Ev), float32; `v` (B, Hkv, n, Ev) are the values.
+    @property
+    def log_sum_exp(self) -> Tensor:
+        """The estimated log-sum-exp of each row's natural logits, its sink among them: float32, (N, M).
+
+        That of the mean over the replicates of sum_j exp(l_j) / pi_j; -inf where a row sees nothing.
+        """
+        logs = self.log_normaliser * math.log(2)
+        return logs.logsumexp(-1) - math.log(logs.shape[-1])
+
+    def std_error(self, x: Inputs) -> Tensor:
+        """The standard error of the output: (N, M, Ev), float32; `x` are the inputs of the draws.
 
         The variance is estimated by sum_j (1 - pi_j) w_j^2 (v_j - o)^2, as of independent draws.
         """
         heads, rows, width = self.output.shape
         group = rows // self.group_indices.shape[1]
         a = self.weights().square() * (1 - self.inclusion).repeat(1, group, 1)  # [N, M, R S]
-        variance = torch.empty(heads, rows, width, device=v.device)
-        for i, values in enumerate(v.flatten(0, 1)):  # gathered values are as many as those of a small cache
-            drawn = values[self.group_indices[i]].float().repeat(group, 1, 1)  # [M, R S, Ev]
-            difference = drawn - self.output[i, :, None].float()
+        variance = torch.empty(heads, rows, width, device=self.output.device)
+        drawn = self.inclusion > 0
+        for i in range(heads):  # gathered values are as many as those of a small cache
+            values = x.values_at(i, self.group_indices[i])  # [L, R S, Ev]
+            values = torch.where(drawn[i, ..., None], values, 0).repeat(group, 1, 1)  # [M, R S, Ev]
+            difference = values - self.output[i, :, None].float()
             variance[i] = torch.einsum("mt,mtd->md", a[i], difference.square())
         return variance.sqrt()
 
@@ -194,9 +280,13 @@ NEWTON_STEPS = 6
 """The steps of that search."""
 
 
-def inverse_page_share(pages: int, defensive: float) -> int:
-    """One over the share of the guessed mass that every page gets at least, as a whole number."""
-    return max(1, round(pages * (1 - defensive) / defensive))
+def inverse_page_share(defensive: float) -> float:
+    """(1 - epsilon) / epsilon in single precision, as kernels have it.
+
+    Of a group that sees T pages each gets at least one part in T times this of the guessed mass.
+    """
+    (share,) = struct.unpack("f", struct.pack("f", (1 - defensive) / defensive))
+    return float(share)
 
 
 @dataclass(frozen=True)
@@ -222,12 +312,13 @@ class Proposal:
     max_up: Tensor
 
     @classmethod
-    def of(cls, masses: Masses, defensive: float) -> Proposal:
-        """Raise the masses of a sketch so that the defensive part has the share `defensive`."""
+    def of(cls, masses: Masses, visible: Tensor, defensive: float) -> Proposal:
+        """Raise the masses of visible keys (N, M, T, PAGE), so that the defensive part has its share."""
         up, down = masses.shifts()
         total = torch.where(down == 0, masses.page_mass << up, 0).sum(-1, keepdim=True)
-        share = total.double() / inverse_page_share(up.shape[-1], defensive)
-        page_floor = share.long().clamp_min(1)  # [N, M, 1]
+        pages = visible.any(-1).sum(-1, keepdim=True)
+        share = (pages.double() * inverse_page_share(defensive) + 0.5).floor().clamp_min(1)
+        page_floor = (total.double() / share).long().clamp_min(1)  # [N, M, 1]
         # 2^k s reaches `page_floor` for k the difference of their exponents, or one more.
         exponent = torch.frexp(page_floor.double()).exponent.long()
         missing = (exponent - torch.frexp(masses.page_mass.double()).exponent).clamp_min(0)
@@ -236,7 +327,7 @@ class Proposal:
         max_up = (exponent - masses.min_bits + 1).clamp_min(masses.fraction_bits)
         return cls(up, ((page_floor >> up) // PAGE).clamp_min(1), max_up)
 
-    def certain_mass(self, masses: Masses, exists: Tensor, num_samples: int) -> Tensor:
+    def certain_mass(self, masses: Masses, visible: Tensor, num_samples: int) -> Tensor:
         """The mass c from which a key is drawn with certainty: sum_j min(1, v_j / c) is about S.
 
         It is found by Newton's method for c S - sum_j min(v_j, c), a convex function, from above. No step
@@ -249,8 +340,7 @@ class Proposal:
         Parameters
         ----------
         masses : Masses
-        exists : Tensor, bool, (T, PAGE)
-            False past the last key.
+        visible : Tensor, bool, (N, M, T, PAGE)
         num_samples : int
             S.
 
@@ -259,14 +349,15 @@ class Proposal:
         Tensor, int64, (N, M, 1)
             In the row's unit.
         """
-        pages = self.up.shape[2]
-        stride = -(-pages // SEARCHED_PAGES)
+        seen = visible.any(-1)  # [N, M, T]
+        stride = (-(-seen.sum(-1, keepdim=True) // SEARCHED_PAGES)).clamp_min(1)  # [N, M, 1]
         searched = masses.page_exponent >= searched_exponent(masses.page_exponent)  # [N, M, T]
-        page_mass = masses.page_mass + exists.sum(-1) * self.extra << self.up  # [N, M, T]
+        page_mass = masses.page_mass + visible.sum(-1) * self.extra << self.up  # [N, M, T]
         own = torch.where(
-            exists, masses.mass + self.extra[..., None] << self.up[..., None], 0
+            visible, masses.mass + self.extra[..., None] << self.up[..., None], 0
         )  # [N, M, T, PAGE]
-        sampled = ~searched & (torch.arange(pages, device=own.device) % stride == 0)
+        page = torch.arange(seen.shape[-1], device=own.device) - seen.byte().argmax(-1, keepdim=True)
+        sampled = ~searched & (page % stride == 0)
         rest = torch.where(searched, 0, page_mass).sum(-1, keepdim=True).double()
         sampled_mass = torch.where(sampled, page_mass, 0).sum(-1, keepdim=True).double()
         ratio = torch.where(sampled_mass > 0, rest / sampled_mass, 0.0)  # [N, M, 1]
@@ -330,17 +421,29 @@ def sketch_decode(
     defensive: float = 0.02,
 ) -> SketchDecodeResult:
     """Average the values at draws from a sketch: see `qtx_lab.kernels.sketch_decode.launch.sketch_decode`."""
-    x.refuse("mask", "window", "lengths")
+    sketch.check(x)
+    x = x.side_by_side()
+    start, end = (y[..., None] for y in x.visible_range())  # [N, L, 1] each
+    key = torch.arange(-(-x.shape[2] // PAGE) * PAGE, device=x.q.device)
+    visible = (key >= start) & (key < end)  # [N, L, T PAGE]
     relative = sketch.scores(x) - sketch.log_normalisers(x)[..., None]
-    dtype = group_dtype(num_samples, x.shape[2])
-    masses = Masses.of_groups(relative.unflatten(1, (-1, x.length)), dtype)
+    relative = relative.unflatten(1, (-1, x.length))  # [N, G, L, n]
+    relative = relative.masked_fill(~visible[:, None, :, : x.shape[2]], -torch.inf)
+    masses = Masses.of_groups(relative, group_dtype(num_samples, x.most_visible), most_pages(x))
     offsets = group_offsets(stream, replicates)
-    proposed = draw(masses, x.shape[2], offsets, num_samples, defensive)
+    proposed = draw(masses, visible.unflatten(-1, (-1, PAGE)), offsets, num_samples, defensive)
     proposed = replace(proposed, indices=sketch.keys_at(proposed.indices))
     return weigh(x, proposed, num_samples, replicates)
 
 
-def draw(masses: Masses, num_keys: int, offsets: Tensor, num_samples: int, defensive: float) -> ProposedDraws:
+def most_pages(x: Inputs) -> int:
+    """The most pages of which a query sees keys."""
+    return min(-(-x.shape[2] // PAGE), (x.most_visible + PAGE - 2) // PAGE + 1)
+
+
+def draw(
+    masses: Masses, visible: Tensor, offsets: Tensor, num_samples: int, defensive: float
+) -> ProposedDraws:
     """Draw keys at equally spaced points along their raised masses.
 
     No key counts for more than the certain mass.
@@ -348,8 +451,7 @@ def draw(masses: Masses, num_keys: int, offsets: Tensor, num_samples: int, defen
     Parameters
     ----------
     masses : Masses
-    num_keys : int
-        n.
+    visible : Tensor, bool, (N, L, T, PAGE)
     offsets : Tensor, float64, (N, L, R)
         Where the first point of each replicate lies, in units of the distance of points.
     num_samples : int
@@ -357,16 +459,12 @@ def draw(masses: Masses, num_keys: int, offsets: Tensor, num_samples: int, defen
     defensive : float
         epsilon.
     """
-    *_, pages, _ = masses.mass.shape
-    exists = (torch.arange(pages * PAGE, device=masses.mass.device) < num_keys).view(pages, PAGE)
-    proposal = Proposal.of(masses, defensive)
-    up, extra = proposal.up, proposal.extra[..., None]
-    if num_keys <= num_samples:  # every key is drawn with certainty
-        up, certain = torch.zeros_like(up), torch.ones_like(up[..., :1])
-    else:
-        certain = proposal.certain_mass(masses, exists, num_samples)  # [N, M, 1]
+    proposal = Proposal.of(masses, visible, defensive)
+    extra, certain = proposal.extra[..., None], proposal.certain_mass(masses, visible, num_samples)
+    all_drawn = visible.sum((-2, -1))[..., None] <= num_samples  # [N, M, 1]
+    up, certain = torch.where(all_drawn, 0, proposal.up), torch.where(all_drawn, 1, certain)
     cap = (certain >> up)[..., None]  # [N, M, T, 1]
-    own = torch.where(exists, torch.minimum(masses.mass + extra, cap), 0)  # [N, M, T, PAGE]
+    own = torch.where(visible, torch.minimum(masses.mass + extra, cap), 0)  # [N, M, T, PAGE]
     page_mass = own.sum(-1) << up
     end = page_mass.cumsum(-1)
     row_mass = end[..., -1:]
@@ -380,9 +478,10 @@ def draw(masses: Masses, num_keys: int, offsets: Tensor, num_samples: int, defen
     page, rest = locate_page(end - page_mass, points)
     rest = rest >> up.gather(-1, page)
     inside = own.gather(2, page[..., None].expand(*page.shape, PAGE))  # [N, M, R S, PAGE]
-    place = (inside.cumsum(-1) <= rest[..., None]).sum(-1)
+    place = (inside.cumsum(-1) <= rest[..., None]).sum(-1).clamp_max(PAGE - 1)
     mass = inside.gather(-1, place[..., None])[..., 0] << up.gather(-1, page)
-    return ProposedDraws(page * PAGE + place, (mass.double() / step.double()).float(), drawn)
+    indices = torch.where(row_mass > 0, page * PAGE + place, 0)
+    return ProposedDraws(indices, (mass.double() / step.double()).float(), drawn)
 
 
 def weigh(x: Inputs, proposed: ProposedDraws, num_samples: int, replicates: int) -> SketchDecodeResult:
@@ -392,15 +491,20 @@ def weigh(x: Inputs, proposed: ProposedDraws, num_samples: int, replicates: int)
     keys, values = (y.flatten(0, 1).float() for y in (x.k, x.v))
     at = indices.flatten(1)[..., None]
     drawn_k = keys.gather(1, at.expand(-1, -1, keys.shape[-1])).view(*indices.shape, -1)
-    drawn_v = values.gather(1, at.expand(-1, -1, width)).view(heads, rows, replicates, num_samples, width)
-    logits = x.capped(torch.einsum("nmte,nme->nmt", drawn_k, x.q.float()) * (x.scale * LOG2_E))
+    drawn_v = values.gather(1, at.expand(-1, -1, width)).view(heads, rows, -1, width)
+    drawn_v = torch.where(drawn[..., None], drawn_v, 0).unflatten(2, (replicates, num_samples))
+    logits = x.capped(torch.einsum("nmte,nme->nmt", drawn_k, x.q.float()) * x.logit_scale)
     log_weights = (logits - pi.log2()).masked_fill(~drawn, -torch.inf)
     log_w = log_weights.unflatten(-1, (replicates, num_samples))
-    log_normaliser = (log_w * math.log(2)).logsumexp(-1) / math.log(2)  # [N, M, R]
-    w = torch.exp2(log_w - log_normaliser[..., None])
-    outputs = torch.einsum("nmrs,nmrsd->nmrd", w, drawn_v)
+    log_normaliser = (log_w * math.log(2)).logsumexp(-1)  # [N, M, R]
+    if x.sinks is not None:
+        log_normaliser = torch.logaddexp(log_normaliser, x.sinks.float()[..., None])
+    log_normaliser = log_normaliser / math.log(2)
+    shift = log_normaliser.masked_fill(log_normaliser == -torch.inf, 0)
+    w = torch.exp2(log_w - shift[..., None])
+    outputs = torch.einsum("nmrs,nmrsd->nmrd", w, drawn_v) * x.v_scale
     return SketchDecodeResult(
-        outputs.mean(2).to(x.v.dtype),
+        outputs.mean(2).to(x.output_dtype),
         proposed.indices,
         proposed.inclusion.masked_fill(~proposed.drawn, 0),
         log_weights,

@@ -188,7 +188,8 @@ def correctness(device: torch.device) -> Result:
         if importlib.util.find_spec("papermill") is None:
             command += [f"--ignore={tests / 'test_notebook.py'}"]
         if importlib.util.find_spec("xdist") is not None:
-            command += ["-n", "6"]
+            # Most of the time goes by in compiling.
+            command += ["-n", str(max(1, min(12, (os.cpu_count() or 1) * 3 // 4)))]
     else:
         command += [str(tests / "test_philox.py")]
     process = subprocess.Popen(

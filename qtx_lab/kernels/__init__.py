@@ -17,13 +17,14 @@ key at a point of a row is found in `mean_kernel` of `decode` and `locate_sketch
 `draw_page` of `prefill` counts the draws of every key of a page.
 
 `decode`, `sketch_decode` and `exact_decode` take softcaps, windows, sequences of different lengths, sinks,
-caches in blocks of which a table says where they are (`block_tables`), and caches of 8 bits with a scale. What
-an operation does not take is refused by name before any work:
+caches in blocks of which a table says where they are (`block_tables`), and caches of 8 bits with a scale.
+What an operation does not take is refused by name before any work:
 
-- `sketch_decode` takes no mask, whose bytes for each row and key are as many as those of a small sketch; and
-  beside an order of the keys no window, and lengths for one query a head alone: to look up where each key lies
-  would read 8 bytes more a key. `SketchTable.in_order_of_keys` is the sketch without an order. Its lines lie
-  side by side, in blocks or not: a sketch is fitted to one sequence, which shares none of it.
+- `sketch_decode` takes no mask, whose bytes for each row and key are as many as those of a small sketch.
+  Beside an order of the keys it takes no window, and lengths for one query a head only: to look up where each
+  key lies would read 8 bytes more a key. `SketchTable.in_order_of_keys` is the sketch without an order. Lines
+  of a sketch lie side by side even where keys are in blocks: it is fitted to one sequence, and no other
+  shares any of it.
 - `exact_decode` takes no mask, and windows to the left alone; all of its queries are causal.
 - `prefill` takes masks and causality, and nothing of the above: it reads all keys, which are those of a
   prompt.

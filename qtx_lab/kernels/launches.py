@@ -135,7 +135,7 @@ class InputArguments:
         if x.mask is not None:
             # Kernels read bytes, not truth values.
             mask = x.mask.view(torch.uint8) if x.mask.dtype == torch.bool else x.mask
-            mask_strides = _strides(mask)
+            mask_strides = strides(mask)
         lengths = x.q if x.lengths is None else x.lengths.contiguous()  # likewise
         sinks = x.q if x.sinks is None else x.sinks.float().contiguous()
         table = x.q if x.block_table is None else x.block_table.contiguous()
@@ -145,8 +145,8 @@ class InputArguments:
         return cls(
             *tensors,
             *sizes,
-            *_strides(x.k),
-            *_strides(x.v),
+            *strides(x.k),
+            *strides(x.v),
             *mask_strides,
             softcap,
             *x.band,
@@ -166,7 +166,7 @@ class InputArguments:
         )
 
 
-def _strides(x: Tensor) -> tuple[int, int, int, int]:
+def strides(x: Tensor) -> tuple[int, int, int, int]:
     """The strides of a tensor of four dimensions."""
     b, h, n, d = x.stride()
     return b, h, n, d

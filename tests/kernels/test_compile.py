@@ -80,13 +80,14 @@ def test_a_decode_step_launches_few_kernels(resources):
     """From a sketch three after the scan: the plan, the draws, and what gathers, weighs and combines."""
     _, lines = resources.read_table()
     steps = {(line["capability"], line["step"]): line for line in lines if "step" in line}
-    limited = {"exact K, softcap and window", "exact K, lengths"}
-    sketches = {"int4", "rank 16", "int4, softcap"}
+    limited = {"exact K, softcap and window", "exact K, lengths", "exact K, served"}
+    sketches = {"int4", "rank 16", "int4, softcap", "rank 16, lengths", "rank 16, served"}
     assert {name for _, name in steps} == {"exact K", *limited, "exact, 8 tokens", *sketches}
     for (_, name), step in steps.items():
         if name in sketches:
             after = step["kernels"][step["kernels"].index("scan_sketch_kernel") + 1 :]
             assert after == ["plan_kernel", "locate_sketch_kernel", "weigh_kernel"]
+            assert step["torch"] == []
         if name in limited:
             assert step["kernels"] == ["scan_kernel", "prefix_kernel", "mean_kernel"]
         if name == "exact, 8 tokens":

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..choice import check_readable
 from ..inputs import LOG2_E
-from ..launches import dot_dtype, launch, power_of_two
+from ..launches import dot_dtype, launch, power_of_two, strides
 from ..philox import INTERPRETED
 from .reference import CachedInputs, ExactResult
 from .triton import merge_kernel, split_kernel
@@ -21,6 +23,106 @@ PROGRAMS = 512
 
 FEWEST_KEYS = 256
 """Keys of a program, at least, so that what it writes is little beside what it reads."""
+
+
+@dataclass(frozen=True)
+class CacheArguments:
+    """Tensors, sizes and strides of `CachedInputs`, as kernels name them."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    block_table: Tensor
+    lengths: Tensor
+    sinks: Tensor
+    logit_scale: float
+    """The factor of q · k for logits in base 2."""
+    v_scale: float
+    softcap: float
+    """Of base-2 logits; 0 where there is none."""
+    window: int
+    kv_heads: int
+    rows: int
+    """M, the rows of a key head."""
+    length: int
+    """L, the queries of a query head."""
+    n: int
+    features: int
+    width: int
+    """The features of a value."""
+    blocks: int
+    block_size: int
+    """T, the tokens of a block."""
+    columns: int
+    """C, the blocks of a sequence."""
+    k_stride_b: int
+    k_stride_h: int
+    k_stride_n: int
+    k_stride_d: int
+    v_stride_b: int
+    v_stride_h: int
+    v_stride_n: int
+    v_stride_d: int
+    PAGED: bool
+    HAS_LENGTHS: bool
+    HAS_WINDOW: bool
+    HAS_SOFTCAP: bool
+    HAS_SINKS: bool
+    DOT: Any
+    """The dtype of the factors of products."""
+
+    @classmethod
+    def of(cls, x: CachedInputs) -> CacheArguments:
+        """The arguments of these inputs. What they do not have nothing reads.
+
+        Raises
+        ------
+        DtypeError
+            If this GPU cannot read keys or values of this dtype.
+        """
+        check_readable(k=x.k, v=x.v)
+        _, rows, features = x.q.shape
+        return cls(
+            x.q.contiguous(),
+            x.k,
+            x.v,
+            x.q if x.block_table is None else x.block_table.contiguous(),
+            x.q if x.lengths is None else x.lengths.contiguous(),
+            x.q if x.sinks is None else x.sinks.float().contiguous(),
+            x.scale * x.k_scale * LOG2_E,
+            x.v_scale,
+            0.0 if x.softcap is None else x.softcap * LOG2_E,
+            0 if x.window is None else min(x.window, 1 << 30),
+            x.k.shape[1],
+            rows,
+            x.length,
+            x.num_keys,
+            features,
+            x.v.shape[-1],
+            x.k.shape[0],
+            x.k.shape[2],
+            1 if x.block_table is None else x.block_table.shape[1],
+            *strides(x.k),
+            *strides(x.v),
+            PAGED=x.block_table is not None,
+            HAS_LENGTHS=x.lengths is not None,
+            HAS_WINDOW=x.window is not None,
+            HAS_SOFTCAP=x.softcap is not None,
+            HAS_SINKS=x.sinks is not None,
+            DOT=dot_dtype(x.q),
+        )
+
+
+@dataclass(frozen=True)
+class SplitSums:
+    """What programs leave of their keys for each row."""
+
+    largest: Tensor
+    """(N, M, splits), float32: the largest base-2 logit."""
+    total: Tensor
+    """(N, M, splits), float32: sum of 2^(logit - largest)."""
+    vector: Tensor
+    """(N, M, splits, Ev), float32: sum of that times the value."""
 
 
 def exact_decode(x: CachedInputs) -> ExactResult:
@@ -49,61 +151,27 @@ def exact_decode(x: CachedInputs) -> ExactResult:
     >>> exact_decode(CachedInputs(q.cuda(), k.cuda(), k.cuda(), 3, 0.125)).output.shape  # doctest: +SKIP
     torch.Size([2, 12, 64])
     """
-    check_readable(k=x.k, v=x.v)
-    heads, rows, features = x.q.shape
-    width, n, new = x.v.shape[-1], x.num_keys, x.q.new_empty
-    options = block_sizes(x)
-    splits = -(-n // options["SPLIT"])
-    parts = {
-        "largest": new(heads, rows, splits, dtype=torch.float32),
-        "total": new(heads, rows, splits, dtype=torch.float32),
-        "vector": new(heads, rows, splits, width, dtype=torch.float32),
-        "width": width,
-    }
-    scale, softcap = x.scale * x.k_scale, 0.0 if x.softcap is None else x.softcap
-    tiles = -(-rows // options["BM"])
-    launch(
-        split_kernel,
-        (heads * tiles, splits),
-        **parts,
-        q=x.q.contiguous(),
-        k=x.k,
-        v=x.v,
-        block_table=x.q if x.block_table is None else x.block_table.contiguous(),
-        lengths=x.q if x.lengths is None else x.lengths.contiguous(),
-        logit_scale=scale * LOG2_E,
-        softcap=softcap * LOG2_E,
-        window=0 if x.window is None else min(x.window, 1 << 30),
-        kv_heads=x.k.shape[1],
-        rows=rows,
-        length=x.length,
-        n=n,
-        features=features,
-        blocks=x.k.shape[0],
-        block_size=x.k.shape[2],
-        columns=1 if x.block_table is None else x.block_table.shape[1],
-        **dict(zip(("k_stride_b", "k_stride_h", "k_stride_n", "k_stride_d"), x.k.stride(), strict=True)),
-        **dict(zip(("v_stride_b", "v_stride_h", "v_stride_n", "v_stride_d"), x.v.stride(), strict=True)),
-        PAGED=x.block_table is not None,
-        HAS_LENGTHS=x.lengths is not None,
-        HAS_WINDOW=x.window is not None,
-        HAS_SOFTCAP=x.softcap is not None,
-        DOT=dot_dtype(x.q),
-        **options,
+    arguments, options = CacheArguments.of(x), block_sizes(x)
+    heads, rows, _ = x.q.shape
+    splits, new = -(-arguments.n // options["SPLIT"]), x.q.new_empty
+    parts = SplitSums(
+        new(heads, rows, splits, dtype=torch.float32),
+        new(heads, rows, splits, dtype=torch.float32),
+        new(heads, rows, splits, arguments.width, dtype=torch.float32),
     )
+    tiles = -(-rows // options["BM"])
+    launch(split_kernel, (heads * tiles, splits), arguments, parts, **options)
     # The interpreter cuts bfloat16 off where a GPU rounds.
-    output = new(heads, rows, width, dtype=torch.float32 if INTERPRETED else x.q.dtype)
+    output = new(heads, rows, arguments.width, dtype=torch.float32 if INTERPRETED else x.q.dtype)
     log_sum_exp = new(heads, rows, dtype=torch.float32)
     launch(
         merge_kernel,
         (heads * rows,),
-        **parts,
-        sinks=x.q if x.sinks is None else x.sinks.float().contiguous(),
+        arguments,
+        parts,
         output=output,
         log_sum_exp=log_sum_exp,
-        v_scale=x.v_scale,
         splits=splits,
-        HAS_SINKS=x.sinks is not None,
         BC=min(32, power_of_two(splits)),
         BV=options["BV"],
         num_warps=4,

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 
 from ....experiments.manifest import read_manifest
 from ....experiments.measured_table import differing_parameters, measured_table, parameter_key
@@ -81,7 +80,7 @@ class SweepProgress:
     def __init__(self, report: TaskReport, home: Path, notebooks: Sequence[PlannedNotebook]):
         self.report, self.home, self.notebooks = report, home, notebooks
         self.taken: dict[str, Path] = {}
-        self._started = pd.Timestamp.now("UTC")
+        self._earlier = {folder for folder, _ in read_manifests(home)}
 
     @contextmanager
     def followed(self) -> Iterator[None]:
@@ -162,7 +161,7 @@ class SweepProgress:
         by_key: dict[str, tuple[Path, Mapping[str, Any]]] = {}
         for folder, manifest in read_manifests(self.home):
             key = (manifest.get("sweep") or {}).get("cell")
-            if key in keys and pd.Timestamp(manifest["started"]) >= self._started:
+            if key in keys and folder not in self._earlier:
                 by_key[key] = folder, manifest
         return by_key
 

@@ -74,9 +74,7 @@ def plan(
         notebook=path.stem, sha256=digest, grid=checked, parameters=fixed, repeats=repeats, seed=seed
     )
     notebooks = []
-    for repeat in range(
-        repeats
-    ):  # all combinations once, then again, so that an early figure shows all of them
+    for repeat in range(repeats):  # of all combinations, so that an early figure shows all of them
         for values in itertools.product(*spec.grid.values()):
             given = {**spec.parameters, **dict(zip(spec.grid, values, strict=True))}
             if seeded:

@@ -281,7 +281,7 @@ def kernel_at_work(process: subprocess.Popen[str], home: Path) -> psutil.Process
     end = time.monotonic() + 120
     while time.monotonic() < end:
         assert process.poll() is None
-        for path in home.glob("*/*.ipynb"):
+        for path in home.glob("[!.]*/*.ipynb"):
             cells = nbformat.read(path, as_version=4).cells
             if any(cell.metadata.get("papermill", {}).get("status") == "completed" for cell in cells):
                 children = psutil.Process(process.pid).children(recursive=True)

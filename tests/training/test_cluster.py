@@ -264,7 +264,7 @@ def test_the_benchmark_trains_what_it_is_compared_with(cluster, monkeypatch, cap
     assert {"stall", "first_stall"} <= set(rows[5].details)
     printed = capsys.readouterr().out
     assert "tokens/s" in printed
-    assert "of a step for a checkpoint" in printed
+    assert "training waits for a checkpoint" in printed
 
 
 @pytest.mark.skipif(find_gpus()[0] > 0, reason="this machine has GPUs")

@@ -148,17 +148,17 @@ def _fitted(figures: list[dict[str, Any]], max_bytes: int) -> list[dict[str, Any
     """What the template shows of figures in `max_bytes`: what redraws, data, then pictures."""
     figures = [dict(figure) for figure in figures]
     pictures = [(figure, theme) for figure in figures for theme in ("light", "dark") if figure[theme]]
-    left = max_bytes - MIN_PICTURE_BYTES * len(pictures)
+    free_bytes = max_bytes - MIN_PICTURE_BYTES * len(pictures)
     for part in ("live", "csv"):
         for figure in figures:
             size = len((figure[part] or "").encode())
-            if size > left:
+            if size > free_bytes:
                 figure[part] = None
             else:
-                left -= size
-    left += MIN_PICTURE_BYTES * len(pictures)
+                free_bytes -= size
+    free_bytes += MIN_PICTURE_BYTES * len(pictures)
     sizes = [len(picture_uri(figure[theme])) for figure, theme in pictures]
-    limit = max(MIN_PICTURE_BYTES, _largest_share(sizes, left))
+    limit = max(MIN_PICTURE_BYTES, _largest_share(sizes, free_bytes))
     for figure, theme in pictures:
         figure[theme] = _embedded(figure[theme], limit)
     return [figure for figure in figures if figure["light"]]

@@ -66,9 +66,9 @@ def run_notebooks(
     num_failed = 0
     last_seen = time.monotonic()  # of a worker
     try:
-        given = str(run.path), os.getcwd(), limits
+        common = str(run.path), os.getcwd(), limits
         for notebook in notebooks:
-            future = client.submit(run_planned, str(path), notebook, *given, pure=False)
+            future = client.submit(run_planned, str(path), notebook, *common, pure=False)
             futures[future] = notebook
         while futures:
             if stop is not None and stop():

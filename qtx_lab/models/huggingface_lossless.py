@@ -260,12 +260,12 @@ def _checked_cache(ids: Tensor, config: GenerationConfig, kwargs: dict[str, Any]
             f"past_key_values has {cache.get_seq_length()} tokens; LosslessGeneration starts from an empty "
             "cache."
         )
-    asked = config.to_dict()
+    settings = config.to_dict()
     for name, usual in OTHER_METHODS.items():
-        given = asked.get(name)
-        if given is not None and given not in usual:
+        value = settings.get(name)
+        if value is not None and value not in usual:
             raise ArgumentError(
-                f"{name}={given!r} is not allowed: LosslessGeneration gives the tokens of one sequence, by "
+                f"{name}={value!r} is not allowed: LosslessGeneration gives the tokens of one sequence, by "
                 "what the model's own logits say after those before."
             )
     if len(ids) != 1:
@@ -273,8 +273,8 @@ def _checked_cache(ids: Tensor, config: GenerationConfig, kwargs: dict[str, Any]
             f"inputs has {len(ids)} sequences: LosslessGeneration is for a single sequence. Call generate "
             "for each, with a SampledCache of its own."
         )
-    for name, given in kwargs.items():
-        if name not in READ_KWARGS and given is not None and given is not False:
+    for name, value in kwargs.items():
+        if name not in READ_KWARGS and value is not None and value is not False:
             raise ArgumentError(
                 f"{name} is not allowed: LosslessGeneration reads tokens (inputs) and nothing else."
             )

@@ -34,6 +34,7 @@ class ThrottledCall:
     def __init__(self, action: Callable[[], object], interval_s: float = REPORT_INTERVAL_S):
         self._action, self._interval_s = action, interval_s
         self._last_call, self._pending = -interval_s, False
+        self._callers: list[int] = []  # the threads that are at the action
         self._lock = threading.Lock()
 
     def request(self) -> None:
@@ -44,17 +45,38 @@ class ThrottledCall:
             wait_s = self._last_call + self._interval_s - time.monotonic()
             if wait_s > 0:
                 self._pending = True
-                timer = threading.Timer(wait_s, self.flush)
+                timer = threading.Timer(wait_s, self._call_if_pending)
                 timer.daemon = True
                 timer.start()
                 return
-            self._last_call = time.monotonic()
-        self._action()
+            self._begin()
+        self._call()
 
     def flush(self) -> None:
-        """Call the action now if a request is waiting."""
+        """Call the action now if a request is waiting, or if another thread has not finished its own call.
+
+        So what was requested is done at the return, whichever thread has taken it on.
+        """
+        with self._lock:
+            if not self._pending and set(self._callers) <= {threading.get_ident()}:
+                return
+            self._begin()
+        self._call()
+
+    def _call_if_pending(self) -> None:
         with self._lock:
             if not self._pending:
                 return
-            self._pending, self._last_call = False, time.monotonic()
-        self._action()
+            self._begin()
+        self._call()
+
+    def _begin(self) -> None:
+        self._pending, self._last_call = False, time.monotonic()
+        self._callers.append(threading.get_ident())
+
+    def _call(self) -> None:
+        try:
+            self._action()
+        finally:
+            with self._lock:
+                self._callers.remove(threading.get_ident())

@@ -297,7 +297,7 @@ def _engine(limits: ExecutionLimits, kernel_manager: type) -> Any:
                 kernel_name=kernel_name,
                 kernel_manager_class=kernel_manager,
                 timeout=limits.cell_seconds,
-                startup_timeout=60,
+                startup_timeout=300,  # a machine may be busy; a kernel that dies is noticed at once
                 log=logging.getLogger("papermill"),
             )
             client.on_cell_executed = client.end_if_asked

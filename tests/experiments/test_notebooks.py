@@ -231,7 +231,7 @@ def test_quit_is_told_and_ends_a_notebook_as_sys_exit_does(call, tmp_path) -> No
     assert not (tmp_path / "began").exists()
 
 
-@pytest.mark.parametrize("limits", [{"cell_seconds": 1.5}, {"seconds": 4}])
+@pytest.mark.parametrize("limits", [{"cell_seconds": 8}, {"seconds": 4}])
 def test_a_notebook_that_takes_too_long_is_stopped(limits, tmp_path) -> None:
     path = notebook(tmp_path / "a.ipynb", "", "import time\ntime.sleep(600)")
     (what, seconds), *_ = limits.items()
@@ -278,7 +278,7 @@ def test_a_function_stops_a_notebook(tmp_path) -> None:
 
 def kernel_at_work(process: subprocess.Popen[str], home: Path) -> psutil.Process:
     """The kernel of a command that runs a notebook, once a cell has ended."""
-    end = time.monotonic() + 120
+    end = time.monotonic() + 300
     while time.monotonic() < end:
         assert process.poll() is None
         for path in home.glob("[!.]*/*.ipynb"):
@@ -301,7 +301,7 @@ def test_ctrl_c_and_other_ends_interrupt_a_notebook(command: str, number: int, t
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         kernel = kernel_at_work(process, tmp_path / "home")
         process.send_signal(number)
-        output, errors = process.communicate(timeout=90)
+        output, errors = process.communicate(timeout=240)
     assert process.returncode == 128 + number
     assert output == ""
     assert "Traceback" not in errors

@@ -6,7 +6,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -506,10 +505,10 @@ def test_a_scheduler_that_dies_or_has_no_workers_is_told_in_a_sentence(
 @pytest.mark.chaos
 def test_a_sweep_whose_scheduler_is_killed_is_resumed_on_the_next_one(notebook, tmp_path) -> None:
     """Processes of their own, at the same address before and after; what was done is taken."""
+    from tests.widgets.conftest import free_port
+
     home, processes = tmp_path / "home", []
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
 
     def start_cluster() -> None:
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}

@@ -290,7 +290,7 @@ def test_the_code_of_the_first_document_runs_as_a_script_without_gpus(tmp_path):
         "assert not torch.equal(before, quantum_model.embedding.weight)\n"
     )
     done = subprocess.run(
-        [sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=200
+        [sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=500
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("3 4 ('num_gpus=4: NVML finds no GPU")
@@ -362,7 +362,7 @@ def slowed(pace=None):
 @pytest.mark.chaos
 def test_a_hung_rank_is_reported_and_replaced(cluster, whole):
     on_metrics, hit = hitting(cluster, signal.SIGSTOP, 4)
-    trainer, result = over(replace(cluster, timeout=5), slowed(), on_metrics=on_metrics)
+    trainer, result = over(replace(cluster, timeout=15), slowed(), on_metrics=on_metrics)
     assert len(hit) == 1
     assert "hung" in result.faults[0]
     assert "rank 1 at" in result.faults[0]
@@ -399,8 +399,10 @@ class Schedule:
 
     def __call__(self, rows):
         step, ranks = rows[-1]["step"], rows[-1]["ranks"]
-        # Slow while a rank is missing: the process that comes back needs seconds to start.
-        write_atomic(self.pace, b"0.02" if ranks == 2 else b"0.4")
+        # Slow while a rank is missing: the process that comes back needs seconds to start, on a busy machine
+        # minutes, for which the last steps wait.
+        comes_back = bool(self.done) and self.done[-1][1] != "leave"
+        write_atomic(self.pace, b"0.02" if ranks == 2 else b"4" if comes_back and step >= 40 else b"0.4")
         if not self.due or step < self.due[0][0] or (self.due[0][1] == "leave" and ranks < 2):
             return
         event = self.due.pop(0)[1]
@@ -566,10 +568,17 @@ def test_a_full_disk_on_a_worker_ends_training(cluster, tmp_path):
 
 def test_cancel_stops_within_a_step(cluster):
     trainer = QuantumTrainer(slowed(), distributed=True, cluster=cluster, **{**FAST, "steps": 100_000})
-    threading.Timer(2.0, trainer.cancel).start()
+    steps = []
+
+    def on_metrics(rows):
+        if not steps:
+            threading.Timer(0.2, trainer.cancel).start()
+        steps.extend(row["step"] for row in rows)
+
+    trainer.on_metrics = on_metrics
     result = trainer.train()
     assert result.stopped
-    assert 0 < result.steps < 1000
+    assert steps[0] <= result.steps < 1000
     assert checkpoints(result.folder)[-1] == result.steps == result.metrics[-1]["step"]
 
 
@@ -631,13 +640,13 @@ def test_ctrl_c_leaves_a_checkpoint_and_no_process(tmp_path):
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as process:
-        end = time.monotonic() + 90
+        end = time.monotonic() + 240
         while (
             not list(tmp_path.glob("*/metrics.parquet")) and process.poll() is None and time.monotonic() < end
         ):
             time.sleep(0.1)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it, to the workers too
-        _, errors = process.communicate(timeout=90)
+        _, errors = process.communicate(timeout=240)
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
     (folder,) = tmp_path.iterdir()

@@ -121,10 +121,10 @@ def test_the_first_error_is_raised(tmp_path, monkeypatch):
 @pytest.mark.chaos
 def test_a_killed_training_is_resumed(tmp_path):
     """After kill -9 the run reads as interrupted; resumed, it ends as if nothing had happened."""
-    slow = {**FAST, "steps": 24}
+    slow = {**FAST, "steps": 120}  # it is killed after the first checkpoint, and long before the end
     command = [sys.executable, "-m", "qtx_lab.cli", "train", *flags(**slow), "--home", tmp_path]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        end = time.monotonic() + 90
+        end = time.monotonic() + 300
         while (
             not list(tmp_path.glob("*/checkpoints/step-*"))
             and process.poll() is None
@@ -134,7 +134,7 @@ def test_a_killed_training_is_resumed(tmp_path):
         os.kill(process.pid, signal.SIGKILL)
     (run,) = (qtx.Run.open(path) for path in tmp_path.iterdir())
     assert run.status == "interrupted"
-    assert 0 < checkpoints(run.path / "checkpoints")[-1] < 24
+    assert 0 < checkpoints(run.path / "checkpoints")[-1] < 120
     resumed = train_run(home=tmp_path, resume=run.path.name[-6:], progress=False)
     assert resumed.status == "done"
     whole = train_run(qtx.TrainSpec(**slow), home=tmp_path, progress=False)

@@ -153,7 +153,8 @@ def test_a_row_draws_alike_however_it_is_asked_for(name, n, kind, monkeypatch):
     whole = sampler.estimate_rows(problem, Budget(S, 2), stream).make_draws()
     drawn = sampler.draw_from(stream, logits, S, values=problem.values, replicates=2)
     assert torch.equal(drawn.indices, whole.indices)
-    assert torch.equal(drawn.weights, whole.weights)
+    # Not to the bit: how BLAS rounds a logit depends, on some processors, on the block it is computed in.
+    torch.testing.assert_close(drawn.weights, whole.weights, rtol=1e-6, atol=1e-8)
     row, mask = 4, options.get("attn_mask")
     alone = {"attn_mask": mask if mask is None or mask.ndim == 1 else mask[row : row + 1]}
     if kind == "causal":

@@ -23,6 +23,7 @@ from bokeh.document import Document
 from bokeh.models import ImportedStyleSheet
 from click.testing import CliRunner
 from panel.io.state import set_curdoc
+from playwright.sync_api import expect
 from scipy import stats
 
 import qtx_lab as qtx
@@ -227,6 +228,41 @@ AXIS_OPACITIES = """() => [...Bokeh.documents].flatMap((d) => [...d._all_models.
 """How opaque the axes of all figures are."""
 
 
+LAYOUT = """() => {
+  const box = (e) => e.getBoundingClientRect();
+  const within = (root) => [...root.querySelectorAll("*")].flatMap((e) =>
+    e.shadowRoot ? [e, ...within(e.shadowRoot)] : [e]);
+  const all = (selector) => within(document).filter((e) => e.matches(selector) && box(e).width);
+  return {
+    page: document.documentElement.scrollWidth - innerWidth,
+    tables: all(".wide").map((e) => e.scrollWidth - e.clientWidth),
+    canvas: all("canvas").map((e) => box(e).width)[0],
+    frames: all(".bk-CartesianFrame").map((e) => [box(e).y, box(e).height].join()),
+    figures: all(".bk-Figure").map((e) => box(e).y),
+  };
+}"""
+
+
+def layout_problems(page: Any, view: str, width: int) -> list[str]:
+    """What is wrong with the layout of a view, once it has settled; figures get their places one by one."""
+    for _ in range(150):
+        seen, problems = page.evaluate(LAYOUT), []
+        if seen["page"] > 0:
+            problems.append("the page needs scrolling sideways")
+        if max(seen["tables"], default=0) > 1:
+            problems.append("a table needs scrolling sideways")
+        if view == "Maps" and (seen["canvas"] or 0) <= width / 4.5:
+            problems.append("the maps do not use the room that a larger window has")
+        if view == "Maps" and len(set(seen["frames"])) != 1:
+            problems.append("the maps are not side by side")
+        if view == "Devices" and len(set(seen["figures"])) != (1 if width > 1500 else 2):
+            problems.append("the figures are not placed as there is room")
+        if not problems:
+            break
+        page.wait_for_timeout(400)
+    return problems
+
+
 @pytest.mark.ui
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_every_view_opens_in_both_themes(
@@ -260,21 +296,9 @@ def test_every_view_opens_in_both_themes(
         if view in ("Sweeps", "Error", "Heads", "Devices", "Maps"):
             page.locator("#picture canvas:visible").first.wait_for()
         page.wait_for_timeout(400)
-        width = page.evaluate("() => [document.documentElement.scrollWidth, innerWidth]")
-        assert width[0] <= width[1], f"{view} needs scrolling sideways"
-        tables = page.locator(".wide:visible").evaluate_all(
-            "(all) => all.map((e) => e.scrollWidth - e.clientWidth)"
-        )
-        assert max(tables, default=0) <= 1, f"a table of {view} needs scrolling sideways"
+        assert layout_problems(page, view, size[0]) == [], view
         shoot(page, f"dashboard-{view.lower()}-{theme}")
         assert page.get_by_text("The dashboard is loading").count() == 0
-        if view == "Maps":  # which use the room that a larger window has
-            assert page.locator("#picture canvas:visible").first.bounding_box()["width"] > size[0] / 4.5
-            maps_seen = [x.bounding_box() for x in page.locator("#picture .bk-CartesianFrame:visible").all()]
-            assert len({(frame["y"], frame["height"]) for frame in maps_seen}) == 1
-        if view == "Devices":  # two side by side, where there is room
-            tops = [x.bounding_box()["y"] for x in page.locator("#picture .bk-Figure:visible").all()]
-            assert len(set(tops)) == (1 if size[0] > 1500 else 2)
         assert all(page.evaluate(AXIS_OPACITIES)), f"an axis of {view} is not to be seen"
         if soak or view in checked:
             violations[view] = axe(page, "body")
@@ -288,16 +312,16 @@ def test_filters_and_reports(shared: Any) -> None:
     page.get_by_role("button", name="Runs", exact=True).click()
     rows = page.locator("#picture tbody tr:visible")
     page.get_by_text("boom").wait_for()
-    assert rows.count() == 8  # a sweep is folded into a row
+    expect(rows).to_have_count(8)  # a sweep is folded into a row
     assert page.get_by_text("<b>boom</b> it fell").count() == 1  # as text
     page.get_by_label("Run contains").press_sequentially("CIRC")
-    page.get_by_text("boom").wait_for(state="hidden")
-    assert rows.count() == 2
+    expect(rows).to_have_count(2)  # after "C" alone, which the random end of any run's name may have
+    expect(page.get_by_text("boom")).to_be_hidden()
     page.get_by_label("Run contains").fill("")
     page.get_by_text("boom").wait_for()
     page.get_by_label("failed").uncheck()
     page.get_by_text("boom").wait_for(state="hidden")
-    assert rows.count() == 7
+    expect(rows).to_have_count(7)
     page.get_by_label("Run contains").fill("no such run")
     page.get_by_text("No run passes the filters").wait_for()
     page.get_by_label("Run contains").fill("")
@@ -322,7 +346,7 @@ def test_an_address_brings_a_colleague_to_the_same_view(page: Any, served: str, 
     page.wait_for_url(re.compile("sort=results.error"))
     rows = page.locator("#picture tbody tr:visible")
     rows.nth(0).get_by_text("head-tail").wait_for()
-    assert rows.count() == 2
+    expect(rows).to_have_count(2)
     page.get_by_text("error ▲").wait_for()
     errors = page.locator("#picture thead th").all_inner_texts().index("error ▲")  # seconds are beside it
     mean_of_three_seeds = rows.nth(0).locator("td").nth(errors).inner_text()
@@ -331,8 +355,8 @@ def test_an_address_brings_a_colleague_to_the_same_view(page: Any, served: str, 
     page.get_by_role("link", name="Dark theme").click()  # loads the page anew, at the same view
     page.wait_for_url(re.compile("theme=dark"))
     rows.nth(0).get_by_text("head-tail").wait_for()
-    assert rows.count() == 2
-    assert page.get_by_label("Run contains").input_value() == "num_samples=32"
+    expect(rows).to_have_count(2)
+    expect(page.get_by_label("Run contains")).to_have_value("num_samples=32")
     boxes = [row.get_by_role("checkbox") for row in (rows.nth(0), rows.nth(1))]
     boxes[0].check()
     page.get_by_text("tick one more").wait_for()
@@ -415,7 +439,7 @@ REPAINTS = """async ([steps]) => {
     const before = shot(), start = performance.now();
     const key = { key: "ArrowRight", keyCode: 39, bubbles: true, composed: true };
     knob.dispatchEvent(new KeyboardEvent("keydown", key));
-    while (shot() === before && performance.now() - start < 5000) await new Promise(requestAnimationFrame);
+    while (shot() === before && performance.now() - start < 60000) await new Promise(requestAnimationFrame);
     times.push(performance.now() - start);
     await new Promise((done) => setTimeout(done, 150));
   }
@@ -433,7 +457,7 @@ def test_the_map_follows_the_slider(shared: Any, soak: bool, capsys: Any) -> Non
     steps = 200 if soak else 12
     times = page.evaluate(REPAINTS, [steps])
     page.get_by_text(f"{32 + steps} systematic draws lie").wait_for()
-    assert max(times) < 5000, "a move of the slider did not change the picture"
+    assert max(times) < 60_000, "a move of the slider did not change the picture"
     with capsys.disabled():
         median, p95 = np.percentile(times, [50, 95])
         load = os.getloadavg()[0] / (os.cpu_count() or 1)
@@ -468,11 +492,12 @@ def test_two_people_at_once(shared: Any, browser: Any, served: str) -> None:
         someone.get_by_role("button", name="Runs", exact=True).click()
         someone.get_by_text("boom").wait_for()
         someone.get_by_label("Run contains").fill(text)
-    page.wait_for_timeout(1500)
-    for someone, text, others in ((page, "circuits", "demo"), (other, "demo", "circuits")):
-        shown = someone.locator("#picture tbody:visible").inner_text()
-        assert text in shown
-        assert others not in shown
+    for _ in range(2):  # in the second round, after both pages were drawn
+        for someone, text, others in ((page, "circuits", "demo"), (other, "demo", "circuits")):
+            shown = someone.locator("#picture tbody:visible")
+            expect(shown).to_contain_text(text)
+            expect(shown).not_to_contain_text(others)
+        page.wait_for_timeout(500)
     other.context.close()
     page.get_by_label("Run contains").fill("")
     page.get_by_text("boom").wait_for()

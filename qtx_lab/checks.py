@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._C import _functorch
 from torch.autograd import forward_ad
 
-from .errors import ArgumentError, DtypeError, NumberError, ShapeError, TransformError
+from .errors import ArgumentError, DtypeError, NumberError, ShapeError, TransformError, quoted
 
 MAX_COUNT = 1 << 31
 """No count of draws, replicates, keys or steps may be larger."""
@@ -50,7 +50,9 @@ def check_count(argument: str, given: Any, least: int = 1, most: float = MAX_COU
     if isinstance(count, int) and least <= count <= most:
         return count
     kind = ArgumentError if isinstance(count, int) else NumberError
-    raise kind(f"{argument}={given!r} is not allowed: it must be a whole number from {least} to {most}.")
+    raise kind(
+        f"{argument}={quoted(given)} is not allowed: it must be a whole number from {least} to {most}."
+    )
 
 
 def check_number(
@@ -101,7 +103,7 @@ def check_number(
         noun = noun if single else "a single number"
         kind = NumberError if number is None else ArgumentError
         bounds = _bounds_in_words(least, most, above, below)
-        raise kind(f"{argument}={given!r} is not allowed: it must be {noun}{bounds}.")
+        raise kind(f"{argument}={quoted(given)} is not allowed: it must be {noun}{bounds}.")
     if isinstance(given, Tensor) and (given.requires_grad or has_tangent(given)):
         raise ArgumentError(f"{argument} requires a gradient, which is not given: give its value (float).")
     return value
@@ -146,7 +148,7 @@ def check_flags(**flags: object) -> None:
     """
     for argument, given in flags.items():
         if not isinstance(given, bool):
-            raise DtypeError(f"{argument}={given!r} is not allowed: it must be True or False.")
+            raise DtypeError(f"{argument}={quoted(given)} is not allowed: it must be True or False.")
 
 
 def check_functions(**functions: object) -> None:
@@ -160,7 +162,7 @@ def check_functions(**functions: object) -> None:
     """
     for argument, given in functions.items():
         if given is not None and not callable(given):
-            raise DtypeError(f"{argument}={given!r} is not allowed: it must be a function, or None.")
+            raise DtypeError(f"{argument}={quoted(given)} is not allowed: it must be a function, or None.")
 
 
 def check_progress(progress: object) -> None:
@@ -173,7 +175,7 @@ def check_progress(progress: object) -> None:
     qtx_lab.errors.DtypeError: progress='no' is not allowed: it must be True, False or a function.
     """
     if not isinstance(progress, bool) and not callable(progress):
-        raise DtypeError(f"progress={progress!r} is not allowed: it must be True, False or a function.")
+        raise DtypeError(f"progress={quoted(progress)} is not allowed: it must be True, False or a function.")
 
 
 def check_generator(generator: object) -> None:
@@ -353,7 +355,7 @@ def check_window(
         )
     except ValueError:  # also where there are not two
         raise ArgumentError(
-            f"window={window!r} is not allowed: it must be a whole number >= 0, or (left, right) with two, "
-            "where None is no limit."
+            f"window={quoted(window)} is not allowed: it must be a whole number >= 0, or (left, right) with "
+            "two, where None is no limit."
         ) from None
     return None if left is None and right is None else (left, right)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import difflib
 import re
+import reprlib
 import signal
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
+from typing import Any
 
 
 class QtxError(Exception):
@@ -288,6 +290,51 @@ class CalibrationWarning(UserWarning):
     """
 
 
+class _Quotes(reprlib.Repr):
+    """Shows what was given in one line: the ends of what is long, the shape of what holds many numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel = 3
+        self.maxlist = self.maxtuple = self.maxdict = self.maxset = self.maxfrozenset = self.maxarray = 20
+        self.maxstring = self.maxother = 200
+
+    def repr1(self, x: Any, level: int) -> str:
+        return " ".join(super().repr1(x, level).split())
+
+    def repr_int(self, x: int, level: int) -> str:
+        # Python refuses to write a number of more than 4,300 digits.
+        return repr(x) if x.bit_length() <= 200 else f"<int of {x.bit_length():,} bits>"
+
+    def repr_Tensor(self, x: Any, level: int) -> str:
+        return repr(x) if x.ndim < 2 and x.numel() <= 20 else f"<tensor of shape {tuple(x.shape)}>"
+
+    repr_Parameter = repr_Tensor
+
+    def repr_ndarray(self, x: Any, level: int) -> str:
+        return repr(x) if x.ndim < 2 and x.size <= 20 else f"<array of shape {x.shape}>"
+
+
+_QUOTES = _Quotes()
+
+
+def quoted(given: object) -> str:
+    """What was given, as an error message shows it: one line of bounded length, whatever it is.
+
+    Examples
+    --------
+    >>> quoted("systemtic"), quoted([0.5, None])
+    ("'systemtic'", '[0.5, None]')
+    >>> quoted(list(range(5000)))
+    '[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, ...]'
+    >>> import torch
+    >>> quoted(torch.zeros(2, 4, 512, 32)), quoted(10**5000)
+    ('<tensor of shape (2, 4, 512, 32)>', '<int of 16,610 bits>')
+    """
+    text = _QUOTES.repr(given)
+    return text if len(text) <= 250 else f"{text[:160]} ... {text[-60:]}"
+
+
 def unknown_name(argument: str, given: object, allowed: Iterable[str]) -> ArgumentError:
     """Make the error for an argument that must be one of some names.
 
@@ -306,9 +353,9 @@ def unknown_name(argument: str, given: object, allowed: Iterable[str]) -> Argume
     loader='dinamic' is unknown. Did you mean 'dynamic'? Allowed: tree, dynamic.
     """
     allowed = list(allowed)
-    similar = difflib.get_close_matches(str(given), allowed, n=1)
+    similar = difflib.get_close_matches(given, allowed, n=1) if isinstance(given, str) else []
     hint = f" Did you mean {similar[0]!r}?" if similar else ""
-    return ArgumentError(f"{argument}={given!r} is unknown.{hint} Allowed: {', '.join(allowed)}.")
+    return ArgumentError(f"{argument}={quoted(given)} is unknown.{hint} Allowed: {', '.join(allowed)}.")
 
 
 @contextmanager

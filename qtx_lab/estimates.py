@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .checks import check_number
-from .errors import ArgumentError, ShapeError, unknown_name
+from .errors import ArgumentError, ShapeError, quoted, unknown_name
 
 T = TypeVar("T")
 
@@ -330,6 +330,16 @@ class EstimateInfo:
     predicted_relative_error: Tensor | None = None
     cache: Mapping[str, Any] | None = None
     log_sum_exp: str | None = None
+
+    def __repr__(self) -> str:
+        """The fields that say something; of a tensor its shape."""
+        stated = {f.name: getattr(self, f.name) for f in fields(self)}
+        words = [
+            f"{name}={quoted(x) if isinstance(x, Tensor) else repr(x)}"
+            for name, x in stated.items()
+            if x is not None and x != ()
+        ]
+        return f"EstimateInfo({', '.join(words)})"
 
     def with_fallbacks(self, *reasons: str) -> EstimateInfo:
         """The same with more reasons in `fallbacks`."""

@@ -548,3 +548,47 @@ def test_what_cannot_be_called_is_no_function(argument, use):
     for given in ("no", 1):
         with pytest.raises(qtx.DtypeError, match=f"{argument}={given!r} is not allowed: it must be"):
             use(given)
+
+
+HUGE = {
+    "tensor": torch.ones(300, 300),
+    "parameter": torch.nn.Parameter(torch.ones(2, 2)),
+    "array": np.ones((200, 200)),
+    "list": list(range(5000)),
+    "nested": [[[list(range(30))] * 30] * 30] * 30,
+    "dictionary": dict.fromkeys(range(5000)),
+    "set": set(range(5000)),
+    "text": "x" * 5000,
+    "number": 10**5000,  # Python refuses to write it
+    "module": torch.nn.Sequential(*(torch.nn.Linear(1, 1) for _ in range(100))),
+}
+"""What is long when it is written."""
+
+
+@pytest.mark.parametrize("given", HUGE)
+def test_a_refusal_is_one_line_whatever_was_given(given):
+    """A tensor in the place of a number, say, because an argument was forgotten."""
+    allowed = {
+        ("tensor", "ZeroNoiseExtrapolation(asymptote)"),
+        ("parameter", "ZeroNoiseExtrapolation(asymptote)"),
+        ("number", "sampled_attention(window)"),
+    }
+    uses = {
+        **{name: use for table in (COUNT_ARGUMENTS, NUMBER_ARGUMENTS) for name, (use, _) in table.items()},
+        **FLAG_ARGUMENTS,
+        "sampled_attention(sampler)": lambda x: attend(sampler=x),
+        "sampled_attention(control_variate)": lambda x: attend(control_variate=x),
+        "make_loader(loader)": qtx.make_loader,
+        "load_language_model(source)": qtx.load_language_model,
+        "MultilevelControlVariate(levels)": qtx.MultilevelControlVariate,
+        "CircuitMitigation(loader)": lambda x: qtx.CircuitMitigation(loader=x),
+        "HeadTailSampler(head)": lambda x: qtx.HeadTailSampler(head=x),
+    }
+    for name, use in uses.items():
+        if (given, name) in allowed:
+            continue
+        with pytest.raises(qtx.QtxError) as caught:
+            use(HUGE[given])
+        message = str(caught.value)
+        assert len(message) < 700, name
+        assert "\n" not in message, name

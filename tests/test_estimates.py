@@ -73,3 +73,12 @@ def test_an_estimate_is_pickled_and_copied_with_its_draws_and_error_bars(sampler
     assert again.degrees_of_freedom == estimate.degrees_of_freedom
     assert again.info.sampler == sampler
     assert again.group == estimate.group
+
+
+def test_what_is_known_of_an_estimate_is_printed_in_one_line():
+    q, k, v = torch.randn(3, 2, 400, 4, generator=torch.Generator().manual_seed(0))
+    estimate = qtx.sampled_attention(q, k, v, num_samples=4)
+    assert repr(estimate.info) == (
+        "EstimateInfo(sampler='systematic', unbiased=True, num_samples=4, replicates=1, draws_per_row=4, "
+        "effective_sample_size=<tensor of shape (2, 400)>, log_sum_exp='exact')"
+    )

@@ -21,7 +21,7 @@ from ..circuits.orthogonal import (
     num_rotations,
     rotate,
 )
-from ..errors import ArgumentError, DtypeError, unknown_name
+from ..errors import ArgumentError, DtypeError, quoted, unknown_name
 
 Heads = tuple[Tensor, Tensor, Tensor]
 """Queries, keys and values of all heads, (N, heads, length, features); logits are q·k / sqrt(features)."""
@@ -159,7 +159,9 @@ def make_kind(kind: str | AttentionKind) -> AttentionKind:
             raise unknown_name("kind", kind, ["softmax", *KINDS])
         return KINDS[kind]
     if not isinstance(kind, AttentionKind):
-        raise DtypeError(f"kind={kind!r} is a {type(kind).__name__}; it must be a name or an AttentionKind.")
+        raise DtypeError(
+            f"kind={quoted(kind)} is a {type(kind).__name__}; it must be a name or an AttentionKind."
+        )
     return kind
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ..errors import DtypeError, unknown_name
+from ..errors import DtypeError, quoted, unknown_name
 from .base import Loader, check_rows
 from .dynamic import DynamicLoader
 from .mps import MpsLoader
@@ -47,8 +47,8 @@ def make_loader(loader: str | Loader) -> Loader:
         )
     if not isinstance(loader, Loader):
         raise DtypeError(
-            f"loader={loader!r} is a {type(loader).__name__}; it must be a name ({', '.join(LOADERS)}) or an "
-            "object of a subclass of qtx_lab.Loader."
+            f"loader={quoted(loader)} is a {type(loader).__name__}; it must be a name ({', '.join(LOADERS)}) "
+            "or an object of a subclass of qtx_lab.Loader."
         )
     return loader
 

@@ -117,8 +117,11 @@ def lm_eval(hub: Path | None, arguments: tuple[str, ...]) -> None:
     """
     missing = [name for name in ("lm_eval", "transformers") if importlib.util.find_spec(name) is None]
     if missing:
-        needs = " and ".join(missing)
-        raise ModelUnavailable(f"qtx-lab lm-eval needs {needs}: pip install 'qtx-lab[lm-eval]'.")
+        what = f"qtx-lab lm-eval needs {' and '.join(missing)}: pip install 'qtx-lab[lm-eval]'."
+        if {"-h", "--help"}.isdisjoint(arguments):
+            raise ModelUnavailable(what)
+        click.echo(f"{click.get_current_context().get_help()}\n\n{what}")
+        return
     from ..models import huggingface
     from ..models.lm_evaluation import run_harness
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_flags, check_scale
-from ..errors import ArgumentError, DtypeError, ShapeError
+from ..errors import ArgumentError, DtypeError, ShapeError, quoted
 from ..estimates import Draws
 from ..problem import FIRST_KNOWN
 from .base import Control, masked_logits
@@ -120,7 +120,7 @@ class MultilevelControlVariate:
     def __init__(self, levels: Sequence[str | Control] = ("linformer", "performer", "topk")):
         if isinstance(levels, str) or not isinstance(levels, Sequence) or not levels:
             raise ArgumentError(
-                f"levels={levels!r} is not allowed: it must be a list of at least one control."
+                f"levels={quoted(levels)} is not allowed: it must be a list of at least one control."
             )
         self.controls = [make_control(level) for level in levels]
         self.levels = tuple(control.name for control in self.controls)
@@ -388,8 +388,8 @@ def _from_pairs(x: Tensor, controls: Mapping[str, SamplesAndMean] | Sequence[Sam
     """Return controls that are pairs of samples and mean as LevelDraws with independent draws."""
     if not isinstance(controls, Mapping | list | tuple) or not controls:
         raise ArgumentError(
-            f"controls={controls!r} is not allowed: it must be what evaluate returned, or (samples, mean) "
-            "pairs."
+            f"controls={quoted(controls)} is not allowed: it must be what evaluate returned, or (samples, "
+            "mean) pairs."
         )
     named = controls if isinstance(controls, Mapping) else {str(i): c for i, c in enumerate(controls)}
     noise, means = [], []

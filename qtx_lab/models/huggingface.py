@@ -50,6 +50,7 @@ from .huggingface_settings import (
     DRAWING,
     IMPLEMENTATION,
     given_settings,
+    layer_counts,
     read_settings,
     refuse_cache_settings,
     refuse_recomputing,
@@ -368,8 +369,7 @@ def _check_model(model: PreTrainedModel) -> str:
                 f"from {' or '.join(f'config.{name}' for name in parts)}: put it there."
             )
         return IMPLEMENTATION  # each part of the model is asked by itself
-    known = _layer_numbers(config)
-    by_layer = read_settings(given_settings(config), max(known, default=None))
+    by_layer = read_settings(given_settings(config), max(layer_counts(config), default=None))
     if _has_interface(type(model)):
         _SDPA_CONFIGS[config] = bool(model._supports_sdpa)
         _SDPA_KINDS[type(config)] = _SDPA_KINDS.get(type(config), True) and _SDPA_CONFIGS[config]
@@ -415,14 +415,7 @@ def _switch_softmax(model: PreTrainedModel, implementation: Any) -> bool:
 def has_own_layers(config: Any) -> bool:
     """Whether a model's layers read this config, and not the configs that are parts of it."""
     parts = [name for name in config.sub_configs if getattr(config, name, None) is not None]
-    return not parts or (bool(_layer_numbers(config)) and not TEXT_PARTS.intersection(parts))
-
-
-def _layer_numbers(config: Any) -> list[int]:
-    """How many layers a config says that there are, of the encoder, the decoder, or at all."""
-    names = ("num_hidden_layers", "decoder_layers", "encoder_layers")
-    numbers = [getattr(config, name, None) for name in names]
-    return [number for number in numbers if isinstance(number, int)]
+    return not parts or (bool(layer_counts(config)) and not TEXT_PARTS.intersection(parts))
 
 
 def _has_interface(model: type[PreTrainedModel]) -> bool:

@@ -13,7 +13,7 @@ from torch import nn
 from ..attention.multihead import attention_settings
 from ..cache.sketches import PROPOSALS
 from ..checks import check_count
-from ..errors import ArgumentError, unknown_name
+from ..errors import ArgumentError, quoted, unknown_name
 
 IMPLEMENTATION = "qtx_sampled"
 """The value of `attn_implementation`, and the name of the settings on a model's config."""
@@ -81,6 +81,13 @@ def given_settings(config: Any) -> Any:
     return {} if given is None else given
 
 
+def layer_counts(config: Any) -> list[int]:
+    """How many layers a config says that there are, of the encoder, the decoder, or at all."""
+    names = ("num_hidden_layers", "decoder_layers", "encoder_layers")
+    counts = [getattr(config, name, None) for name in names]
+    return [count for count in counts if isinstance(count, int)]
+
+
 def as_json(given: object) -> str:
     """Settings as JSON.
 
@@ -108,7 +115,7 @@ def settings_of(module: nn.Module, config: Any = None, number: int | None = None
     former_text, settings = DRAWING.get(module, ("", {}))
     if former_text == text:
         return settings
-    by_layer = read_settings(given)
+    by_layer = read_settings(given, max(layer_counts(config), default=None))
     layer = getattr(module, "layer_idx", None)
     if len(by_layer) > 1 and layer is None:
         raise ArgumentError(
@@ -164,20 +171,22 @@ def _cache_settings(proposal: object, rank: object, share_keys: object, where: s
     if rank is not None:
         if proposal is None:
             raise ArgumentError(
-                f"config.{IMPLEMENTATION}{where}['rank']={rank!r} needs a proposal beside it."
+                f"config.{IMPLEMENTATION}{where}['rank']={quoted(rank)} needs a proposal beside it."
             )
         rank = check_count(f"config.{IMPLEMENTATION}{where}['rank']", rank)
     if share_keys is not None and not isinstance(share_keys, bool):
         raise ArgumentError(
-            f"config.{IMPLEMENTATION}{where}['share_keys']={share_keys!r} is not allowed: it must be true or "
-            "false."
+            f"config.{IMPLEMENTATION}{where}['share_keys']={quoted(share_keys)} is not allowed: it must be "
+            "true or false."
         )
     return {"proposal": proposal, "rank": rank, "share_keys": bool(share_keys)}
 
 
 def _mapping(given: object, where: str, allowed: tuple[str, ...] | None) -> dict[Any, Any]:
     if not isinstance(given, Mapping):
-        raise ArgumentError(f"config.{IMPLEMENTATION}{where}={given!r} is not allowed: it must be a mapping.")
+        raise ArgumentError(
+            f"config.{IMPLEMENTATION}{where}={quoted(given)} is not allowed: it must be a mapping."
+        )
     for key in given:
         if allowed is not None and key not in allowed:
             raise unknown_name(f"config.{IMPLEMENTATION}{where}", str(key), allowed)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 
 import torch
 
-from ..errors import ArgumentError, ModelUnavailable
+from ..errors import ArgumentError, ModelUnavailable, quoted
 from .base import LanguageModel
 from .download import PACKAGED_MODELS, fetch_model
 from .reference import load_reference_model
@@ -68,19 +69,19 @@ def load_language_model(
     """
     if not isinstance(source, str | Path):
         raise ArgumentError(
-            f"source={source!r} is not allowed: it must be a name, a folder or a hub identifier."
+            f"source={quoted(source)} is not allowed: it must be a name, a folder or a hub identifier."
         )
     if source == REFERENCE:
         return load_reference_model().to(device, dtype)
     name = str(source)
     if (
         name not in PACKAGED_MODELS
-        and not Path(source).is_dir()
+        and not os.path.isdir(source)  # also for a text too long for a path
         and (isinstance(source, Path) or "/" not in name)
     ):
         known = ", ".join(language_models())
         raise ArgumentError(
-            f"source={name!r} is not allowed: it must be one of {known}, a folder, or a hub identifier "
+            f"source={quoted(name)} is not allowed: it must be one of {known}, a folder, or a hub identifier "
             "owner/name."
         )
     if importlib.util.find_spec("transformers") is None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import ArgumentError, DtypeError, unknown_name
+from ..errors import ArgumentError, DtypeError, quoted, unknown_name
 from ..estimates import Draws
 from .base import Budget, Design, SampledRows, Sampler, StreamSampler
 from .baselines.santa import SantaSampler
@@ -83,7 +83,7 @@ def register_sampler(name: str, factory: Callable[[], Sampler]) -> None:
     >>> unregister_sampler("heaviest")
     """
     if not isinstance(name, str) or not name:
-        raise ArgumentError(f"name={name!r} is not allowed: it must be a text that is not empty.")
+        raise ArgumentError(f"name={quoted(name)} is not allowed: it must be a text that is not empty.")
     if name == "circuit" or (name in SAMPLERS | BASELINES and name not in _REGISTERED):
         raise ArgumentError(f"name={name!r} is taken by a sampler of the lab: choose another.")
     if not callable(factory):
@@ -122,7 +122,8 @@ def make_sampler(sampler: object) -> Sampler:
     if isinstance(sampler, Sampler):
         if not sampler.name or not isinstance(sampler.name, str):
             raise DtypeError(
-                f"name={sampler.name!r} of the sampler {sampler!r} is not allowed: it must be a text."
+                f"name={quoted(sampler.name)} of the sampler {quoted(sampler)} is not allowed: it must "
+                "be a text."
             )
         return sampler
     if not isinstance(sampler, str):
@@ -151,8 +152,8 @@ class ForeignSampler(Sampler):
         if missing or isinstance(wrapped, type):
             what = "a class, not an object" if isinstance(wrapped, type) else f"without {', '.join(missing)}"
             raise DtypeError(
-                f"sampler={wrapped!r} is {what}: it must be a name or an object with name, independent and "
-                "draw."
+                f"sampler={quoted(wrapped)} is {what}: it must be a name or an object with name, independent "
+                "and draw."
             )
         self.wrapped, self.name, self.independent = wrapped, wrapped.name, bool(wrapped.independent)
         self.unbiased = bool(getattr(wrapped, "unbiased", False))

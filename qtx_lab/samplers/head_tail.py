@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_count
-from ..errors import ArgumentError
+from ..errors import ArgumentError, quoted
 from ..estimates import Draws
 from .inversion import FEWEST_LIGHT, invert, row_masses
 from .systematic import SystematicSampler
@@ -53,7 +53,8 @@ class HeadTailSampler(SystematicSampler):
     def __init__(self, head: str | int = "optimal"):
         if isinstance(head, str) and head not in ("optimal", "adaptive"):
             raise ArgumentError(
-                f'head={head!r} is not allowed: it must be "optimal", "adaptive" or a whole number >= 0.'
+                f'head={quoted(head)} is not allowed: it must be "optimal", "adaptive" or a whole number '
+                ">= 0."
             )
         self.head = head if isinstance(head, str) else check_count("head", head, 0)
 

@@ -12,9 +12,12 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from ..errors import SpecError
+from ..errors import SpecError, quoted
 from .problems import problems_of
 from .words import read_words, value_of, write_yaml
+
+MAX_PROBLEMS = 8
+"""How many problems of a spec its error names; a list may have thousands of bad items."""
 
 
 class Spec(BaseModel):
@@ -32,7 +35,10 @@ class Spec(BaseModel):
         try:
             super().__init__(**fields)
         except ValidationError as error:
-            raise SpecError(" ".join(problem.text for problem in problems_of(type(self), error))) from None
+            sentences = [problem.text for problem in problems_of(type(self), error)]
+            more = len(sentences) - MAX_PROBLEMS
+            ending = [f"And {more:,} more."] if more > 0 else []
+            raise SpecError(" ".join([*sentences[:MAX_PROBLEMS], *ending])) from None
 
     @classmethod
     def problems(cls, parameters: Mapping[str, Any]) -> dict[str, str]:
@@ -69,7 +75,7 @@ class Spec(BaseModel):
             return self
         defaults, given = type(self).model_fields, self.to_parameters()
         refused = [
-            f"{name}={given[name]!r} is not allowed {reason}."
+            f"{name}={quoted(given[name])} is not allowed {reason}."
             for name, reason in self.unused_fields().items()
             if dict(self)[name] != defaults[name].default
         ]

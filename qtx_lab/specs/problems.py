@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import difflib
 import re
-import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-_SHORT = reprlib.Repr()
-"""Shows only the ends of a long or nested value: YAML's aliases can make a huge value of a short text."""
-_SHORT.maxlevel = 3
-_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = 20
-_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 200
+from ..errors import quoted
 
 _BOUND_WORDS = {
     "minimum": "from",
@@ -84,7 +79,7 @@ def _problem(kind: str, properties: Mapping[str, Any], detail: Mapping[str, Any]
         given = detail["input"]
         names = [str(name) for name in _without_none(schema).get("enum", ())]
         hint = nearest(given, names) if isinstance(given, str) else ""
-        text = f"{place}={_SHORT.repr(given)} is not allowed: {_allowed(schema, detail['msg'])}.{hint}"
+        text = f"{place}={quoted(given)} is not allowed: {_allowed(schema, detail['msg'])}.{hint}"
     return Problem(str(field), text)
 
 

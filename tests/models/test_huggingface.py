@@ -200,6 +200,10 @@ def test_mistakes_fail_at_load(settings, match, tmp_path, tokens):
     with pytest.raises(qtx.ArgumentError, match=match):
         model.set_attn_implementation(huggingface.IMPLEMENTATION)
     assert model.config._attn_implementation == "eager"
+    later = llama(settings={})
+    later.config.qtx_sampled = settings
+    with pytest.raises(qtx.ArgumentError, match=match):
+        later(tokens)
     if isinstance(settings, dict) and not {"sampler", "layers"} & set(settings):
         llama("eager", settings=settings).save_pretrained(tmp_path)
         with pytest.raises(qtx.ArgumentError, match=match):

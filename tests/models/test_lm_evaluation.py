@@ -111,6 +111,10 @@ def test_without_the_harness_the_command_says_what_to_install():
     done = CliRunner().invoke(main, ["lm-eval", "--tasks", "x"])
     assert done.exit_code == 2
     assert "needs lm_eval: pip install 'qtx-lab[lm-eval]'" in done.output
+    done = CliRunner().invoke(main, ["lm-eval", "--help"])
+    assert done.exit_code == 0
+    for words in ("Usage: ", "--model qtx", "--hub PATH", "needs lm_eval: pip install 'qtx-lab[lm-eval]'"):
+        assert words in done.output
 
 
 def test_settings_come_back_as_policies():

@@ -204,6 +204,13 @@ def test_errors_show_only_the_ends_of_huge_values() -> None:
     assert len(str(caught.value)) < 100_000
 
 
+def test_an_error_of_thousands_of_problems_names_the_first() -> None:
+    with pytest.raises(SpecError) as caught:
+        ExperimentSpec(samplers=list(range(5000)))
+    assert "samplers[7]=7 is not allowed" in str(caught.value)
+    assert str(caught.value).endswith(" And 4,992 more.")
+
+
 def test_the_command_line_names_every_kind() -> None:
     said = CliRunner().invoke(main, ["spec", "--help"]).output
     assert all(kind in said for kind in SPECS)

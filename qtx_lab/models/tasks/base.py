@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...checks import check_count
-from ...errors import ArgumentError
+from ...errors import ArgumentError, quoted
 
 CONTEXT_MARK = "\n[[context]]\n"
 """Stands in a request for the text that fills the prompt, until it is known how many tokens that may have."""
@@ -223,7 +223,7 @@ def check_setting(argument: str, given: Any, low: int, high: int) -> int:
         number = low - 1
     if not low <= number <= high:
         raise ArgumentError(
-            f"{argument}={given!r} is not allowed: it must be a whole number from {low} to {high}."
+            f"{argument}={quoted(given)} is not allowed: it must be a whole number from {low} to {high}."
         )
     return number
 

@@ -225,7 +225,9 @@ def check_tensors(**tensors: Tensor) -> None:
     for name, x in tensors.items():
         if not isinstance(x, Tensor):
             raise DtypeError(f"{name} is a {type(x).__name__}; it must be a torch.Tensor.")
-        if x.layout != torch.strided or x.is_meta or x.is_nested:
+        if x.is_nested:
+            raise DtypeError(f"{name} is a nested tensor; it must be dense: pad it, and hide what was added.")
+        if x.layout != torch.strided or x.is_meta:
             raise DtypeError(
                 f"{name} is a {x.layout} tensor on {x.device}; it must be dense and hold numbers."
             )

@@ -592,3 +592,15 @@ def test_a_refusal_is_one_line_whatever_was_given(given):
         message = str(caught.value)
         assert len(message) < 700, name
         assert "\n" not in message, name
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_tensors_that_are_not_dense_are_called_what_they_are():
+    x = torch.ones(2, 3, 4)
+    for given, says in (
+        (torch.nested.nested_tensor([x[0], x[1, :2]]), "v is a nested tensor"),
+        (x.to_sparse(), "v is a torch.sparse_coo tensor on cpu"),
+        (x.to("meta"), "v is a torch.strided tensor on meta"),
+    ):
+        with pytest.raises(qtx.DtypeError, match=f"{says}; it must be dense"):
+            qtx.sampled_attention(x, x, given)

@@ -4,10 +4,12 @@ import re
 import shutil
 from html.parser import HTMLParser
 
+import pandas as pd
 import pytest
 import torch
 
 import qtx_lab as qtx
+from qtx_lab.experiments.figures import variance_map
 
 pytestmark = pytest.mark.notebooks
 
@@ -50,10 +52,20 @@ def test_the_run_records_everything(run):
     results = run.manifest["results"]
     assert 0.93 <= results["coverage"] <= 0.97
     assert len(results["summary"]) >= 3
+    assert "the shipped model (1.4 M parameters, reads bytes) needs" in results["summary"][0]
+    assert re.search(
+        r"draws a row, and by [\d.]+ times as much with independent ones\.$", results["summary"][1]
+    )
     executed = (run.path / "00_quickstart.ipynb").read_text()
     assert executed.count('"image/png": "') == len(FIGURES)
     assert "widget-state" not in executed
     assert len(executed) < 1_000_000
+
+
+def test_numbers_in_a_map_have_two_digits_each():
+    data = pd.DataFrame({"layer": 0, "head": range(4), "variance": [0.01, 0.07, 0.0043, 12.0]})
+    figure = variance_map(data, "light", title="heads")
+    assert [text.get_text() for text in figure.axes[0].texts] == ["0.010", "0.070", "0.0043", "12"]
 
 
 def test_the_report_needs_neither_network_nor_javascript(run):

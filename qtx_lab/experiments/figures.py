@@ -199,7 +199,8 @@ def variance_map(data: pd.DataFrame, theme: str, *, title: str) -> Figure:
         for (row, column), value in np.ndenumerate(values):
             bright = norm(max(value, low)) > 0.55
             colour = look.COLOURS["light" if bright else "dark"]["exact"]  # black on bright cells, else white
-            ax.text(column, row, f"{value:.2g}", ha="center", va="center", fontsize=9, color=colour)
+            number = f"{value:#.2g}".rstrip(".")  # two digits in each cell, as in 0.010
+            ax.text(column, row, number, ha="center", va="center", fontsize=9, color=colour)
         ax.set_xticks(range(len(table.columns)), [str(h) for h in table.columns])
         ax.set_yticks(range(len(table.index)), [str(i) for i in table.index])
         ax.set_xlabel("query head")

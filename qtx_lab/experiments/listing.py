@@ -13,7 +13,7 @@ from scipy import special
 
 from ..errors import ArgumentError, StorageError, unknown_name
 from ..storage import database, parquet_bytes, read_frame
-from .manifest import spec_values
+from .manifest import creation_order, spec_values
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -243,7 +243,9 @@ def run_table(listed: Iterable[tuple[Path, Mapping[str, Any]]]) -> RunTable:
     rows: list[dict[str, Any]] = []
     specs: list[dict[str, Any]] = []
     measured: list[dict[str, Any]] = []
+    order = []
     for folder, manifest in listed:
+        order.append((creation_order(manifest), folder.name))
         spec = manifest.get("spec") or {}
         row = {key: manifest.get(key) for key in ("name", "status", "started", "seconds", "seed", "error")}
         row |= {"run": folder.name, "path": str(folder), "sweep": (manifest.get("sweep") or {}).get("name")}
@@ -258,7 +260,8 @@ def run_table(listed: Iterable[tuple[Path, Mapping[str, Any]]]) -> RunTable:
     table["started"] = pd.to_datetime(table["started"], utc=True, format="ISO8601", errors="coerce")
     table["seconds"] = table["seconds"].astype("float64")
     table["seed"] = table["seed"].astype("Int64")
-    return RunTable(table.sort_values(["started", "run"], ascending=False, ignore_index=True))
+    newest_first = sorted(range(len(order)), key=order.__getitem__, reverse=True)
+    return RunTable(table.iloc[newest_first].reset_index(drop=True))
 
 
 def _columns(prefix: str, rows: list[dict[str, Any]], index: pd.Index) -> pd.DataFrame:

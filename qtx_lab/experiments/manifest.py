@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ TYPES: dict[str, Any] = {
     "error": str,
     "finished": str,
     "seed": int,
-    "number": int,
+    "sequence": int,
 }
 """Types of the entries that a manifest may leave out."""
 
@@ -83,11 +83,25 @@ def manifest_problem(manifest: object) -> str | None:
             if not isinstance(spec.get(key), kind | None):
                 return f"{MANIFEST} has spec.{key}={spec[key]!r}"
     wrong = [key for key, kind in TYPES.items() if not isinstance(manifest.get(key), kind | None)]
-    if not wrong and not 0 <= (manifest.get("seed") or 0) < 2**63:
-        wrong = ["seed"]
+    if not wrong:
+        wrong = [key for key in ("seed", "sequence") if not 0 <= (manifest.get(key) or 0) < 2**63]
     if not wrong and not 0 <= (manifest.get("seconds") or 0) < MAX_SECONDS:
         wrong = ["seconds"]
     return f"{MANIFEST} has {wrong[0]}={manifest[wrong[0]]!r}" if wrong else None
+
+
+def creation_order(manifest: Mapping[str, Any]) -> tuple[int, int]:
+    """Sort runs by this to have them in the order in which they were created.
+
+    It is a run's sequence number, which grows in a folder of runs whatever its clock says, and then its start
+    in milliseconds since 1970. A run of an older version has its start in place of a sequence number, and one
+    that is not there at all is the oldest.
+    """
+    started = manifest.get("started")
+    since = datetime.fromisoformat(started) - datetime(1970, 1, 1, tzinfo=UTC) if started else timedelta(0)
+    milliseconds = since // timedelta(milliseconds=1)
+    sequence = manifest.get("sequence")
+    return milliseconds if sequence is None else sequence, milliseconds
 
 
 def spec_values(spec: Mapping[str, Any]) -> dict[str, Any]:

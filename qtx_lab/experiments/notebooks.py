@@ -20,6 +20,7 @@ from ..checks import check_flags, check_functions
 from ..errors import ArgumentError, QtxError, RunFailed, SpecError, TextError
 from ..models.text import read_text
 from ..specs import SPECS, ExperimentSpec, NotebookSpec, Spec, nearest, word_of
+from .manifest import creation_order
 from .notebook_code import local_modules, result_key
 from .notebook_execution import NO_LIMITS, ExecutionLimits, execute_notebook
 from .parameters import UNKNOWN, Parameter, parameters_of
@@ -176,9 +177,9 @@ def result_facts(path: Path, spec: Spec) -> dict[str, Any]:
 
 
 def find_result(home: str | Path | None, key: str, name: str | None = None) -> Run | None:
-    """The newest run in `home` that is done with a result of this key, and has this name."""
+    """The run created last in `home` that is done with a result of this key, and has this name."""
     fitting = [
-        (manifest["started"], folder)
+        (creation_order(manifest), folder)
         for folder, manifest in read_manifests(home)
         if manifest["status"] == "done"
         and (manifest.get("code") or {}).get("result") == key

@@ -31,7 +31,7 @@ from ..storage import (
     write_frame,
 )
 from . import provenance
-from .manifest import MANIFEST, STATUSES, manifest_problem, merge, read_manifest
+from .manifest import MANIFEST, STATUSES, creation_order, manifest_problem, merge, read_manifest
 from .saved_figure import SavedFigure, rendered, with_palette
 
 if TYPE_CHECKING:
@@ -50,6 +50,9 @@ REQUIREMENTS = "requirements.txt"
 
 PATCH = "code.patch"
 """The file of a run that holds what its package's code had that its commit has not."""
+
+SEQUENCE = ".sequence"
+"""The file of a folder of runs that holds the sequence number of the run that was created last."""
 
 THEMES = ("light", "dark")
 """The themes in which figures are drawn."""
@@ -142,7 +145,10 @@ class Run:
             patch = provenance.uncommitted() if first.get("git", {}).get("dirty") else None
             if patch is not None:
                 write_atomic(hidden / PATCH, patch)
-            write_atomic(hidden / MANIFEST, json_bytes(merge(first, facts)))
+            manifest = merge(first, facts)
+            json_bytes(manifest)  # refuses what is not Unicode before anything is left in home
+            manifest.setdefault("sequence", _next_sequence(home, first))
+            write_atomic(hidden / MANIFEST, json_bytes(manifest))
             hidden.rename(path)
             sync_folder(home)
         except BaseException as error:
@@ -474,6 +480,7 @@ def runs(home: str | Path | None = None, *, where: str | None = None) -> RunTabl
     then each field of the specs as `spec.NAME`, and each number, text or truth value in the results as
     `results.NAME`. `attrs["skipped"]` lists the (folder name, reason) of what is not a readable run. Each
     manifest is read separately: one that is broken, vanishes or must not be read hides only its own run.
+    The newest run is the one that was created last, also where the clock was set back in the meantime.
 
     Parameters
     ----------
@@ -633,6 +640,23 @@ def _storable(value: Any) -> Any:
     if isinstance(value, list):
         return [_storable(item) for item in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _next_sequence(home: Path, manifest: Mapping[str, Any]) -> int:
+    """The milliseconds since 1970, but more than any earlier run of this home has: the clock may step back.
+
+    This is a hybrid logical clock (Kulkarni et al., Logical physical clocks, OPODIS 2014), so that runs that
+    were copied from another home are sorted in by the clock.
+    """
+    with folder_lock(home):
+        try:
+            last = int((home / SEQUENCE).read_bytes())
+        except (OSError, ValueError):  # the first run here since there are sequence numbers
+            last = max((creation_order(run.manifest)[0] for run in read_manifests(home)), default=0)
+        sequence = max(creation_order(manifest)[0], last + 1)
+        with suppress(StorageError):  # in a shared folder it may be another's file
+            write_atomic(home / SEQUENCE, str(sequence).encode())
+    return sequence
 
 
 def _seed(parameters: Mapping[str, Any]) -> int | None:

@@ -82,8 +82,7 @@ def train_run(
         spec = spec if resume is None else None
     if resume is None:
         spec = spec or TrainSpec()
-        number = 1 + max(map(_number, _latest_runs(spec, name, home)), default=0)
-        run = Run.create(spec, name, home, title="A training", number=number)
+        run = Run.create(spec, name, home, title="A training")
         return _train_in(run, spec, cluster, progress)
     if spec is not None:
         raise ArgumentError("resume goes on under the run's own spec: leave spec out.")
@@ -104,20 +103,16 @@ def train_run(
 def _latest_runs(spec: TrainSpec, name: str, home: str | Path | None) -> list[ListedRun]:
     """The latest run of this name and spec; several where nothing says which of them is the latest.
 
-    Each run of `train_run` has a number above those that were there when it began, because a clock that was
-    set back would make an earlier run look like the latest one. Runs of older versions have none.
+    Their sequence numbers say it, and not the clock: one that was set back would make an earlier run look
+    like the latest one. Runs of older versions have none.
     """
     same = [
         run
         for run in read_manifests(home)
         if run.manifest["name"] == name and (run.manifest.get("spec") or {}).get("identity") == spec.identity
     ]
-    last = max(map(_number, same), default=0)
-    return [run for run in same if _number(run) == last]
-
-
-def _number(run: ListedRun) -> int:
-    return run.manifest.get("number") or 0
+    numbers = [run.manifest.get("sequence") or 0 for run in same]
+    return [run for run, number in zip(same, numbers, strict=True) if number == max(numbers)]
 
 
 def _stopped_run(spec: TrainSpec, name: str, home: str | Path | None) -> Path | None:

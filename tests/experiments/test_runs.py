@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -25,15 +26,18 @@ from qtx_lab.cli import main
 from qtx_lab.cli.options import HomePath, read_parameters
 from qtx_lab.errors import ArgumentError, StorageError
 from qtx_lab.experiments import provenance
+from qtx_lab.experiments.notebooks import find_result
 from qtx_lab.experiments.report import write_report
 from qtx_lab.experiments.ro_crate_export import export_to_ro_crate
-from qtx_lab.experiments.runs import Run, find_run, runs
+from qtx_lab.experiments.runs import SEQUENCE, Run, find_run, runs
 from qtx_lab.experiments.saved_figure import with_palette
+from qtx_lab.experiments.sweeps import find_done
 from qtx_lab.models.text import read_text
 from qtx_lab.specs import ExperimentSpec
 from qtx_lab.storage import read_frame, write_atomic
 from qtx_lab.training import QuantumTrainer
 from qtx_lab.training.data import open_tokens
+from qtx_lab.widgets.workbench.workbench import RUN_NAME, STATE_FILE, _newest
 
 FILES = ("figures", "manifest.json", "requirements.txt", "spec.yaml")
 """What every run has."""
@@ -65,7 +69,7 @@ def test_a_run_records_its_spec_and_results(tmp_path, spec) -> None:
     assert {"python", "qtx_lab", "torch", "numpy"} <= set(manifest["versions"])
     assert manifest["machine"]["cores"] >= 1
     assert manifest["seconds"] >= 0
-    assert names(tmp_path) == {run.path.name}
+    assert names(tmp_path) == {run.path.name, SEQUENCE}
 
 
 @pytest.mark.parametrize(
@@ -332,22 +336,72 @@ def test_a_killed_process_leaves_a_run_that_reads_as_interrupted(tmp_path) -> No
     assert Run.open(path).status == "interrupted"
 
 
-def test_a_clock_that_steps_back_fails_no_run(tmp_path, spec, monkeypatch) -> None:
-    class Back(datetime):
+@pytest.fixture
+def clock(monkeypatch):
+    """The clock that runs read, which shows another day after `clock.shift` was set."""
+
+    class Clock(datetime):
         shift = timedelta(0)
 
         @classmethod
         def now(cls, tz=None):
             return datetime.now(tz) + cls.shift
 
-    monkeypatch.setattr("qtx_lab.experiments.runs.datetime", Back)
+    monkeypatch.setattr("qtx_lab.experiments.runs.datetime", Clock)
+    return Clock
+
+
+def test_a_clock_that_steps_back_fails_no_run(tmp_path, spec, clock) -> None:
     with Run.create(spec, "trial", tmp_path) as run:
-        Back.shift = timedelta(days=-1)
+        clock.shift = timedelta(days=-1)
     assert 0 <= run.manifest["seconds"] < 3600
     with Run.create(spec, "moved", tmp_path) as run:  # ended on another boot of the machine
         run.update(clock={"boot_id": "another"})
-        Back.shift = timedelta(days=-2)
+        clock.shift = timedelta(days=-2)
     assert run.manifest["seconds"] == 0
+
+
+def test_what_was_created_last_is_the_newest_whatever_the_clock_said(tmp_path, spec, clock) -> None:
+    """In listings, for the result that is taken, and for the workbench that is restored."""
+    facts = {"sweep": {"cell": "a cell"}, "code": {"result": "a result"}}
+    created: list[Run] = []
+
+    def create(days: float, **more) -> Run:
+        clock.shift = timedelta(days=days)
+        with Run.create(spec, RUN_NAME, tmp_path, **facts, **more) as run:
+            (run.path / STATE_FILE).write_text("{}")
+        return run
+
+    def check() -> None:
+        newest = created[-1].path
+        assert runs(tmp_path)["run"].tolist() == [run.path.name for run in reversed(created)]
+        assert runs(tmp_path, where="seed = 3")["run"].iloc[0] == newest.name
+        assert find_result(tmp_path, "a result").path == newest
+        assert find_done(tmp_path, {"a cell"}) == {"a cell": newest}
+        assert _newest(tmp_path).path == newest
+
+    for days in (-4, -3):  # of a version that had no sequence numbers
+        created.append(create(days, sequence=None))
+        (tmp_path / SEQUENCE).unlink()
+    for days in (-700, 0, 300, 0, -700):
+        created.append(create(days))
+        check()
+    (tmp_path / SEQUENCE).write_bytes(b"no number")  # it was lost
+    created.append(create(-1))
+    check()
+    foreign = Run.create(spec, RUN_NAME, tmp_path / "elsewhere", **facts)
+    (foreign.path / STATE_FILE).write_text("{}")
+    foreign.finish("done")
+    created.insert(3, Run(foreign.path.rename(tmp_path / foreign.path.name)))  # sorted in by the clock
+    check()
+
+
+def test_runs_that_begin_at_once_have_different_sequence_numbers(tmp_path, spec) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        created = [pool.submit(Run.create, spec, "trial", tmp_path) for _ in range(24)]
+    numbers = {run.result().manifest["sequence"] for run in created}
+    assert len(numbers) == 24
+    assert int((tmp_path / SEQUENCE).read_bytes()) == max(numbers)
 
 
 def test_a_process_is_known_by_its_boot_and_ticks() -> None:

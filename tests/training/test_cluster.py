@@ -649,6 +649,6 @@ def test_ctrl_c_leaves_a_checkpoint_and_no_process(tmp_path):
         _, errors = process.communicate(timeout=240)
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
-    (folder,) = tmp_path.iterdir()
+    (folder,) = tmp_path.glob("*-*")
     assert qtx.Run.open(folder).status == "interrupted"
     assert checkpoints(folder / "checkpoints")

@@ -132,7 +132,7 @@ def test_a_killed_training_is_resumed(tmp_path):
         ):
             time.sleep(0.02)
         os.kill(process.pid, signal.SIGKILL)
-    (run,) = (qtx.Run.open(path) for path in tmp_path.iterdir())
+    (run,) = (qtx.Run.open(path) for path in tmp_path.glob("*-*"))
     assert run.status == "interrupted"
     assert 0 < checkpoints(run.path / "checkpoints")[-1] < 120
     resumed = train_run(home=tmp_path, resume=run.path.name[-6:], progress=False)
@@ -159,14 +159,14 @@ def test_the_same_command_again_continues_what_a_signal_stopped(tmp_path, monkey
     stopped = CliRunner().invoke(main, command)
     assert stopped.exit_code == 128 + signal.SIGUSR1
     assert "interrupted: Stopped by SIGUSR1 after step" in stopped.output
-    (folder,) = tmp_path.iterdir()
+    (folder,) = tmp_path.glob("*-*")
     run = qtx.Run.open(folder)
     assert run.status == "interrupted"
     other = CliRunner().invoke(main, [*command, "--steps", "3"])  # another spec is another run
     assert other.exit_code == 0, other.output
     again = CliRunner().invoke(main, command)
     assert again.exit_code == 0, again.output
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(tmp_path.glob("*-*"))) == 2
     assert run.status == "done"
     assert run.metrics()["step"].tolist() == list(range(1, 10))
 
@@ -212,16 +212,17 @@ def test_the_latest_run_is_continued_whatever_the_clock_said(tmp_path, monkeypat
 
 
 def test_which_of_several_runs_was_the_latest_is_not_guessed(tmp_path, monkeypatch):
-    """Runs of older versions have no number, and two that began together have the same."""
-    old = [begun(tmp_path / "old", status) for status in ("done", "interrupted")]
-    together = [begun(tmp_path / "together", status, number=3) for status in ("failed", "interrupted")]
-    begun(tmp_path / "together", "done", number=2)
+    """Runs of older versions have no sequence number, and two where folders have no locks the same."""
+    old = [begun(tmp_path / "old", status, sequence=None) for status in ("done", "interrupted")]
+    together = [begun(tmp_path / "together", status, sequence=3) for status in ("failed", "interrupted")]
+    begun(tmp_path / "together", "done", sequence=2)
     for home, runs in (("old", old), ("together", together)):
         with pytest.raises(qtx.ArgumentError, match=r"continue_stopped=True .* --resume") as caught:
             continued(tmp_path / home, monkeypatch)
         assert all(run.path.name in str(caught.value) for run in runs)
-    (home,) = {begun(tmp_path / "ended", "done").path.parent for _ in range(2)}
-    assert continued(home, monkeypatch).manifest["number"] == 1  # none of them is to be continued
+    ended = [begun(tmp_path / "ended", "done", sequence=None) for _ in range(2)]
+    begins = continued(tmp_path / "ended", monkeypatch)  # none of them is to be continued
+    assert begins.path not in [run.path for run in ended]
 
 
 FILLED = """
@@ -322,7 +323,7 @@ def test_a_run_that_ended_after_its_last_step_is_resumed_to_its_end(tmp_path, mo
     with pytest.raises(KeyboardInterrupt):
         train_run(qtx.TrainSpec(**FAST), home=tmp_path, progress=False)
     monkeypatch.undo()
-    (folder,) = tmp_path.iterdir()
+    (folder,) = tmp_path.glob("*-*")
     run = train_run(home=tmp_path, resume=folder, progress=False)
     assert run.status == "done"
     assert run.manifest["results"]["loss"] == run.metrics()["loss"].iloc[-1]

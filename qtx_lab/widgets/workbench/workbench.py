@@ -21,6 +21,7 @@ from torch import Tensor
 from ...checks import check_flags
 from ...errors import ArgumentError, QtxError, SpecError, StorageError
 from ...experiments import provenance
+from ...experiments.manifest import creation_order
 from ...experiments.runs import Run
 from ...storage import json_bytes, runs_home, storage_error, write_atomic
 from ..comms import hear_while_busy
@@ -577,7 +578,7 @@ def _close_all() -> None:
 
 
 def _newest(home: str | Path | None) -> Run:
-    """The newest run of a workbench that no other process has open."""
+    """The run of a workbench that was created last and that no other process has open."""
     folder = runs_home(home)
     try:  # without `runs`, whose table takes pandas and DuckDB
         saved = [Run(path) for path in folder.iterdir() if (path / STATE_FILE).exists()]
@@ -585,13 +586,13 @@ def _newest(home: str | Path | None) -> Run:
         saved = []
     except OSError as error:
         raise storage_error(folder, error) from error
-    free: list[tuple[str, Run]] = []
+    free: list[tuple[tuple[int, int], Run]] = []
     for run in saved:
         with suppress(StorageError):  # of what is no run, or a broken one
             manifest = run.manifest
             is_free = manifest["status"] != "running" or run.path.resolve() in _OPEN
             if manifest["name"] == RUN_NAME and is_free:
-                free.append((manifest["started"], run))
+                free.append((creation_order(manifest), run))
     if not free:
         raise ArgumentError("There is no workbench to restore: `Workbench()` starts one.")
     return max(free, key=lambda pair: pair[0])[1]

@@ -39,9 +39,13 @@ def runs_home(home: str | Path | None = None) -> Path:
     Raises
     ------
     ArgumentError
-        If it begins with `~` and a user that does not exist.
+        If it begins with `~` and a user that does not exist, or is not Unicode.
     """
     folder = Path(home or os.environ.get("QTX_LAB_HOME") or "runs")
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        raise ArgumentError(f"home={str(folder)!r} is not allowed: it is not Unicode.") from None
     try:
         return folder.expanduser()
     except RuntimeError as error:

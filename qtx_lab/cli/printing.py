@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,24 @@ def print_run(path: Path, manifest: dict[str, Any]) -> None:
     click.echo(path / "report.html")
 
 
+def printable(text: str) -> str:
+    """A text in one line, without what a terminal would obey, such as escape sequences.
+
+    >>> printable("a name\\nwith \\x1b[2J")
+    'a name\\\\nwith \\\\x1b[2J'
+    """
+    return "".join(x.encode("unicode_escape").decode() if _is_control(x) else x for x in text)
+
+
+def _is_control(letter: str) -> bool:
+    """Whether it is a control, format or surrogate character, or separates lines."""
+    kind = unicodedata.category(letter)
+    return kind[0] == "C" or kind in ("Zl", "Zp")
+
+
 def print_columns(names: list[str], rows: list[list[str]]) -> None:
     """Print a table whose columns are as wide as their texts."""
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(names, *rows, strict=True)]
     for row in (names, *rows):
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import ArgumentError
-from ..storage import runs_home
+from ..errors import ArgumentError, StorageError
+from ..storage import json_bytes, runs_home
+from .group import one_line
 from .options import HomePath, home_option
-from .printing import print_columns
+from .printing import print_columns, printable
 
 if TYPE_CHECKING:
     from ..experiments.listing import RunTable
@@ -55,16 +57,15 @@ def list_runs(
     table = runs(home, where=where)
     skipped, complete = table.attrs["skipped"], True
     if as_json:
-        rows = json.loads(table.to_json(orient="records", date_format="iso"))
         left_out = [{"folder": folder, "reason": reason} for folder, reason in skipped]
-        click.echo(json.dumps({"runs": rows, "skipped": left_out}, indent=2))
+        click.echo(json_bytes({"runs": _records(table), "skipped": left_out}), nl=False)
         return
     if export is not None:
         click.echo(table.export(export), nl=False)
     elif mlflow is not None:
         complete = _copy_to_mlflow(table, mlflow)
     elif ro_crate is not None:
-        _write_crates(table, ro_crate, license)
+        complete = _write_crates(table, ro_crate, license)
     elif table.empty:
         if where:
             click.echo(f"No run fits in {runs_home(home)}.")
@@ -73,9 +74,16 @@ def list_runs(
     else:
         _print_runs(table)
     for folder, reason in skipped:
-        click.echo(f"skipped {folder}: {reason}", err=True)
+        click.echo(f"skipped {printable(folder)}: {printable(reason)}", err=True)
     if not complete:
         sys.exit(1)
+
+
+def _records(table: RunTable) -> list[dict[str, Any]]:
+    """The rows of a table by column, with all digits of their numbers: pandas' own JSON rounds them."""
+    columns = table.assign(started=table["started"].dt.strftime("%Y-%m-%dT%H:%M:%S.%f").str[:-3] + "Z")
+    cells = columns.astype("object")
+    return cells.where(cells.notna(), None).to_dict("records")
 
 
 def _print_runs(table: RunTable) -> None:
@@ -97,16 +105,24 @@ def _copy_to_mlflow(table: RunTable, uri: str) -> bool:
     return not exported.problems
 
 
-def _write_crates(table: RunTable, folder: Path, license: str | None) -> None:
-    """Write the runs that have ended as RO-Crates, and print the files' paths."""
+def _write_crates(table: RunTable, folder: Path, license: str | None) -> bool:
+    """Write the runs that have ended as RO-Crates, print the paths, and return whether all were written."""
     from ..experiments.ro_crate_export import export_to_ro_crate
     from ..experiments.runs import Run
 
+    complete = True
     for row in table.itertuples():
         if row.status == "running":
             click.echo(f"not exported: {row.run}: it is still running", err=True)
-        else:
+            continue
+        try:
             click.echo(export_to_ro_crate(Run(Path(row.path)), folder, license=license))
+        except StorageError as error:
+            click.echo(f"not exported: {row.run}: {one_line(error)}", err=True)
+            complete = False
+            if not (folder.is_dir() and os.access(folder, os.W_OK)):  # the fault is not the run's
+                break
+    return complete
 
 
 @click.command()

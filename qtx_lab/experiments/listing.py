@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,9 @@ COLUMNS = (
     "path",
 )
 """Columns that every listing has."""
+
+PLACE = "place of the run in the table"
+"""A column that conditions in SQL do not need; a parameter may be named `row`, but hardly this."""
 
 SPEC, METRICS = "spec.", "metrics."
 """What may stand before the name of a parameter, and of a column of the metrics."""
@@ -73,11 +77,13 @@ class RunTable(pd.DataFrame):
         Raises
         ------
         ArgumentError
-            If the condition is not valid; the message quotes DuckDB.
+            If the condition is not valid; the message quotes DuckDB. SQL does not tell names apart that
+            differ in case only: no condition is in terms of those.
         """
         import duckdb
 
         parts: dict[str, dict[str, str]] = {"runs": {}, "spec": {}, "results": {}}
+        hidden: list[str] = []
         for column in self.columns:
             if column == "seed" and "spec.seed" in self.columns:
                 continue  # it has the same value, and `seed` alone would be ambiguous
@@ -87,22 +93,29 @@ class RunTable(pd.DataFrame):
         with database() as connection:
             tables = []
             for part, names in parts.items():
-                if names:
-                    frame = pd.DataFrame({name: self[column] for name, column in names.items()})
+                count = Counter(name.lower() for name in names)
+                one_case = [name for name in names if count[name.lower()] == 1]
+                hidden += [column for name, column in names.items() if name not in one_case]
+                if one_case:
+                    frame = pd.DataFrame({name: self[names[name]] for name in one_case})
                     if part == "runs":
-                        frame["row"] = np.arange(len(self))
+                        frame[PLACE] = np.arange(len(self))
                     connection.register(part, frame)
                     tables.append(part)
-            query = f"SELECT runs.row FROM {' POSITIONAL JOIN '.join(tables)} WHERE ({where}\n)"
+            # In two pairs of parentheses nothing but one expression can stand, such as no UNION.
+            joined = " POSITIONAL JOIN ".join(tables)
+            query = f'SELECT runs."{PLACE}" FROM {joined} WHERE CAST(({where}\n) AS BOOLEAN)'
             try:
                 statements = connection.extract_statements(query)
                 if len(statements) != 1:
                     raise ArgumentError(f"where={where!r} is not allowed: it must be one condition.")
-                rows = connection.execute(query).fetchnumpy()["row"]
+                rows = connection.execute(query).fetchnumpy()[PLACE]
             except duckdb.Error as error:
                 reason = str(error).splitlines()[0]
                 if isinstance(error, duckdb.BinderException):
                     reason += f". There are {', '.join(map(str, self.columns))}."
+                if hidden:
+                    reason += f" These differ in case only, which SQL does not see: {', '.join(hidden)}."
                 raise ArgumentError(f"where={where!r} is not a condition on the runs: {reason}") from None
         return self.iloc[np.sort(np.asarray(rows))].reset_index(drop=True)
 
@@ -295,7 +308,9 @@ def _as_text(value: Any) -> str:
     try:
         return value if isinstance(value, str) else json.dumps(value)
     except ValueError:
-        return f"a number of {value.bit_length():,} bits"
+        return f"a number of {value.bit_length():,} bits" if isinstance(value, int) else "a value too long"
+    except RecursionError:
+        return "a value in too many brackets"
 
 
 def _columns_of(frame: pd.DataFrame, y: str, groups: Mapping[str, str | None]) -> dict[str, str | None]:

@@ -5,22 +5,25 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+import sys
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pandas as pd
 
 from ..errors import ArgumentError, BackendUnavailable
+from ..storage import folder_lock
 from .listing import RunTable
 from .manifest import spec_values
 from .runs import Run
 
 TAG = "qtx_lab.run"
-"""Tag of an MLflow run that holds the name of the run folder."""
+"""Tag of an MLflow run: the name of the run folder, percent-encoded, as MLflow's search has no escapes."""
 
 ARTIFACTS = ("report.html", "spec.yaml", "manifest.json", "metrics.parquet")
 
@@ -129,13 +132,13 @@ def _export(client: Any, experiment_id: str, run: Run) -> str:
     manifest = run.manifest
     if manifest["status"] == "running":
         return "running"
-    filter_string = f"tags.`{TAG}` = '{run.path.name}'"
-    for copy in client.search_runs([experiment_id], filter_string, max_results=1):
-        if copy.info.status != "RUNNING":
-            return "already_there"
-        client.delete_run(copy.info.run_id)  # left by an export that was interrupted
-    parameters, metrics = _parameters(manifest), _metrics(run, manifest)
-    _copy(client, experiment_id, run, manifest, parameters, metrics)
+    with folder_lock(run.path):  # another export waits, and then finds what this one copied
+        for copy in client.search_runs([experiment_id], f"tags.`{TAG}` = '{quote(run.path.name)}'"):
+            if (copy.info.status, copy.info.end_time) == (STATES[manifest["status"]], _ended(manifest)):
+                return "already_there"
+            # It was left by an export that was interrupted, or the run went on after it was copied.
+            client.delete_run(copy.info.run_id)
+        _copy(client, experiment_id, run, manifest, _parameters(manifest), _metrics(run, manifest))
     return "copied"
 
 
@@ -149,7 +152,6 @@ def _copy(
 ) -> None:
     """Copy one run, whole or not at all."""
     started = _milliseconds(manifest["started"])
-    ended = _milliseconds(manifest.get("finished") or manifest["started"])
     mlflow_run = client.create_run(
         experiment_id, start_time=started, tags=_tags(run.path.name, manifest), run_name=run.path.name
     )
@@ -164,7 +166,7 @@ def _copy(
                 client.log_artifact(run_id, str(path))
         if (run.path / "figures").is_dir() and any((run.path / "figures").iterdir()):
             client.log_artifacts(run_id, str(run.path / "figures"), "figures")
-        client.set_terminated(run_id, STATES[manifest["status"]], end_time=ended)
+        client.set_terminated(run_id, STATES[manifest["status"]], end_time=_ended(manifest))
     except BaseException:
         with suppress(Exception):  # the first error is the one to report
             client.delete_run(run_id)
@@ -174,7 +176,7 @@ def _copy(
 def _tags(name: str, manifest: Mapping[str, Any]) -> dict[str, str]:
     """What is known about a run besides its parameters and results."""
     facts = {
-        TAG: name,
+        TAG: quote(name),
         "qtx_lab.status": manifest["status"],
         "qtx_lab.spec": (manifest.get("spec") or {}).get("identity"),
         "qtx_lab.seed": manifest.get("seed"),
@@ -183,7 +185,8 @@ def _tags(name: str, manifest: Mapping[str, Any]) -> dict[str, str]:
         "mlflow.source.git.commit": (manifest.get("git") or {}).get("commit"),
         **{f"version.{name}": version for name, version in (manifest.get("versions") or {}).items()},
     }
-    return {key: str(value)[:MAX_VALUE_LENGTH] for key, value in facts.items() if value is not None}
+    keys = clean_names(facts)
+    return {keys[key]: str(value)[:MAX_VALUE_LENGTH] for key, value in facts.items() if value is not None}
 
 
 def _parameters(manifest: Mapping[str, Any]) -> list[Any]:
@@ -199,12 +202,12 @@ def _metrics(run: Run, manifest: Mapping[str, Any]) -> list[Any]:
     """The finite numbers of the results and of the metrics, all of them at the time of the run's end."""
     from mlflow.entities import Metric
 
-    time = _milliseconds(manifest.get("finished") or manifest["started"])
+    time = _ended(manifest)
     rows = run.metrics()
     series: dict[str, list[tuple[int, float]]] = {
         f"results.{name}": [(0, float(value))]
         for name, value in (manifest.get("results") or {}).items()
-        if isinstance(value, int | float)
+        if isinstance(value, int | float) and abs(value) <= sys.float_info.max
     }
     for name in rows.columns:
         if pd.api.types.is_numeric_dtype(rows[name]):
@@ -222,6 +225,11 @@ def _metrics(run: Run, manifest: Mapping[str, Any]) -> list[Any]:
 def _milliseconds(time: str) -> int:
     """An ISO time as MLflow writes it: milliseconds since 1970."""
     return round(1000 * datetime.fromisoformat(time).timestamp())
+
+
+def _ended(manifest: Mapping[str, Any]) -> int:
+    """When a run ended, or began if that is not known."""
+    return _milliseconds(manifest.get("finished") or manifest["started"])
 
 
 def clean_names(names: Iterable[str]) -> dict[str, str]:

@@ -9,9 +9,10 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from ..errors import ArgumentError, StorageError
-from ..storage import storage_error
+from ..storage import storage_error, sync_file
 from .manifest import spec_values
 from .runs import Run
 
@@ -29,8 +30,8 @@ FORMATS = {
 }
 """Media types that Python does not know."""
 
-LEFT_OUT = {"checkpoints"}
-"""Folders of a run that are not exported."""
+LEFT_OUT = {"checkpoints", "ro-crate-metadata.json", "ro-crate-preview.html"}
+"""What of a run is not exported."""
 
 STATES = {"done": "CompletedActionStatus", "failed": "FailedActionStatus"}
 
@@ -38,7 +39,8 @@ STATES = {"done": "CompletedActionStatus", "failed": "FailedActionStatus"}
 def export_to_ro_crate(run: Run, folder: str | Path, *, license: str | None = None) -> Path:
     """Write a run that has ended as an RO-Crate, a zip file with the run's name.
 
-    The crate holds the files of the run but its checkpoints. It says what was run (the notebook, this
+    The crate holds the files of the run but its checkpoints, and but the description of another crate, which
+    a run has that was taken from one. It says what was run (the notebook, this
     package and its version), by which parameters, on which input files (their SHA-256), when, whether it came
     to its end, and which numbers came out. It conforms to RO-Crate 1.1 and to the profile Process Run Crate
     (Leo et al., Recording provenance of workflow runs with RO-Crate, PLoS ONE 2024).
@@ -63,7 +65,8 @@ def export_to_ro_crate(run: Run, folder: str | Path, *, license: str | None = No
     ArgumentError
         If rocrate is not installed, the run has not ended, or the licence is no URL.
     StorageError
-        If the run cannot be read or the file cannot be written.
+        If the run cannot be read, a file of it has a name that is not Unicode, or the crate cannot be
+        written. What was written before under its name is untouched.
     """
     if importlib.util.find_spec("rocrate") is None:
         raise ArgumentError("This Python has no rocrate: pip install 'qtx-lab[ro-crate]'.")
@@ -83,7 +86,10 @@ def export_to_ro_crate(run: Run, folder: str | Path, *, license: str | None = No
     crate.root_dataset["conformsTo"] = _entity(
         crate, PROFILE, "CreativeWork", {"name": "Process Run Crate", "version": "0.5"}
     )
-    files = {name: crate.add_file(path, name, properties=_about(path)) for name, path in _files(run.path)}
+    try:
+        files = {name: crate.add_file(path, name, properties=_about(path)) for name, path in _files(run.path)}
+    except OSError as error:
+        raise error if isinstance(error, StorageError) else _unreadable(error) from error
     action = {
         "name": crate.name,
         "description": str(manifest.get("command") or crate.description),
@@ -104,20 +110,28 @@ def export_to_ro_crate(run: Run, folder: str | Path, *, license: str | None = No
         result=[*(x for x in files.values() if x is not notebook), *_measured(crate, manifest)],
         properties=action,
     )
-    return _write(crate, Path(os.path.expanduser(folder)), run.path.name)
+    return _write(crate, Path(os.path.expanduser(folder)), run.path)
 
 
-def _write(crate: Any, folder: Path, name: str) -> Path:
+def _write(crate: Any, folder: Path, run: Path) -> Path:
     """Write the zip file, whole or not at all."""
-    target = folder / f"{name}.zip"
+    target = folder / f"{run.name}.zip"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".") as hidden:
-            crate.write_zip(Path(hidden) / target.name)
-            os.replace(Path(hidden) / target.name, target)
+            written = Path(hidden) / target.name
+            crate.write_zip(written)
+            sync_file(written)
+            os.replace(written, target)
     except OSError as error:
-        raise error if isinstance(error, StorageError) else storage_error(target, error) from error
+        if error.filename is not None and Path(error.filename).is_relative_to(run):
+            raise _unreadable(error) from error
+        raise storage_error(target, error) from error
     return target
+
+
+def _unreadable(error: OSError) -> StorageError:
+    return StorageError(f"Cannot read {error.filename}: {error.strerror or error}.")
 
 
 def _files(folder: Path) -> Iterator[tuple[str, Path]]:
@@ -125,8 +139,14 @@ def _files(folder: Path) -> Iterator[tuple[str, Path]]:
     for path in sorted(folder.rglob("*")):
         parts = path.relative_to(folder).parts
         hidden = any(part.startswith(".") for part in parts) or path.name == "lock"
-        if path.is_file() and not path.is_symlink() and not hidden and parts[0] not in LEFT_OUT:
-            yield "/".join(parts), path
+        left_out = hidden or parts[0] in LEFT_OUT
+        if not left_out and path.is_file() and not path.is_symlink():
+            name = "/".join(parts)
+            try:
+                name.encode()
+            except UnicodeEncodeError:
+                raise StorageError(f"{folder} has a file whose name is not Unicode: {name!r}.") from None
+            yield name, path
 
 
 def _about(path: Path) -> dict[str, Any]:
@@ -151,9 +171,9 @@ def _package(manifest: Mapping[str, Any]) -> dict[str, str]:
 def _given(crate: Any, manifest: Mapping[str, Any]) -> Iterator[Any]:
     """Parameters and input files, as objects of the action."""
     for name, value in spec_values(manifest.get("spec") or {}).items():
-        yield _property(crate, f"#parameter-{name}", name, value)
+        yield _property(crate, f"parameter-{name}", name, value)
     for name, digest in (manifest.get("inputs") or {}).items():
-        yield _property(crate, f"#input-{name}", f"SHA-256 of {name}", digest)
+        yield _property(crate, f"input-{name}", f"SHA-256 of {name}", digest)
 
 
 def _measured(crate: Any, manifest: Mapping[str, Any]) -> Iterator[Any]:
@@ -163,7 +183,7 @@ def _measured(crate: Any, manifest: Mapping[str, Any]) -> Iterator[Any]:
         if isinstance(value, int | float) and not isinstance(value, bool):
             facts = measures.get(name)
             unit = facts.get("unit") if isinstance(facts, Mapping) else None
-            yield _property(crate, f"#result-{name}", name, value, {"unitText": unit} if unit else {})
+            yield _property(crate, f"result-{name}", name, value, {"unitText": unit} if unit else {})
 
 
 def _property(
@@ -172,7 +192,8 @@ def _property(
     """A named value; what JSON-LD has no type for is written as text."""
     plain = isinstance(value, str | bool | int) or (isinstance(value, float) and abs(value) < float("inf"))
     shown = value if plain else str(value)
-    return _entity(crate, identifier, "PropertyValue", {"name": str(name), "value": shown, **(more or {})})
+    facts = {"name": str(name), "value": shown, **(more or {})}
+    return _entity(crate, f"#{quote(identifier, safe='')}", "PropertyValue", facts)
 
 
 def _entity(crate: Any, identifier: str, kind: str, properties: Mapping[str, Any]) -> Any:

@@ -528,7 +528,12 @@ def read_manifests(
     # cannot skip broken ones.
     for folder in _folders(runs_home(home)):
         try:
+            folder.name.encode()
             manifest = Run(folder).manifest
+        except UnicodeEncodeError:  # no file that lists it could hold its name
+            if skipped is not None:
+                name = folder.name.encode(errors="backslashreplace").decode()
+                skipped.append(SkippedFolder(name, "its name is not Unicode; rename it"))
         except StorageError as error:
             if skipped is not None:
                 skipped.append(SkippedFolder(folder.name, str(error).removeprefix(f"{folder} is ")))

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO, StringIO
 from pathlib import Path
 from urllib.parse import quote
@@ -17,7 +18,8 @@ from click.testing import CliRunner
 from scipy import stats
 
 from qtx_lab.cli import main
-from qtx_lab.errors import ArgumentError, BackendUnavailable
+from qtx_lab.errors import ArgumentError, BackendUnavailable, StorageError
+from qtx_lab.experiments import provenance
 from qtx_lab.experiments.listing import COLUMNS, RunTable
 from qtx_lab.experiments.manifest import spec_values
 from qtx_lab.experiments.report import write_report
@@ -83,11 +85,76 @@ def test_conditions_in_sql(home, where, count) -> None:
 
 
 @pytest.mark.parametrize(
-    "where", ["", "statuss = 'done'", "num_samples >", "true; drop table runs", "error > 0"]
+    "where",
+    [
+        "",
+        "statuss = 'done'",
+        "num_samples >",
+        "true; drop table runs",
+        "error > 0",
+        "true) union select 99 where (true",
+    ],
 )
 def test_invalid_conditions_are_refused(home, where) -> None:
     with pytest.raises(ArgumentError, match="where="):
         runs(home, where=where)
+
+
+def test_no_name_of_a_parameter_is_in_the_way_of_conditions(tmp_path) -> None:
+    for value in (3, 4):
+        names = {"row": value, "place": value, "it's": value, 'a "b"': value, "Case": 1, "case": value}
+        Run.create(NotebookSpec(notebook="n", parameters=names), "t", tmp_path)
+    for where in ("row = 3", "place = 3", '"it\'s" = 3', '"a ""b""" = 3', "spec.row = 3 and name = 't'"):
+        assert len(runs(tmp_path, where=where)) == 1
+    with pytest.raises(ArgumentError, match=r"differ in case only, .*: spec\.Case, spec\.case"):
+        runs(tmp_path, where="case = 3")
+
+
+def test_json_has_all_digits(tmp_path) -> None:
+    exact = {
+        "tiny": 1.2345678901234567e-12,
+        "pi": 3.141592653589793,
+        "large": 2**62,
+        "yes": True,
+        "text": "ü",
+    }
+    with Run.create(NotebookSpec(notebook="n"), "t", tmp_path) as run:
+        run.update(results={**exact, "no": float("nan")})
+    (tmp_path / "other").mkdir()
+    done = CliRunner().invoke(main, ["runs", "--home", str(tmp_path), "--json"])
+    assert done.exit_code == 0, done.output
+    listed = json.loads(done.stdout)
+    (row,) = listed["runs"]
+    assert {n.removeprefix("results."): x for n, x in row.items() if n.startswith("results.")} == exact
+    assert (row["seed"], row["error"], row["status"]) == (None, None, "done")
+    assert pd.Timestamp(row["started"]) == pd.Timestamp(run.manifest["started"])
+    assert row["started"].endswith("Z")
+    assert [left_out["folder"] for left_out in listed["skipped"]] == ["other"]
+
+
+@pytest.mark.parametrize(
+    "form", [[], ["--json"], ["--export", "csv"], ["--export", "parquet"], ["--ro-crate"]]
+)
+def test_a_name_that_is_no_text_costs_only_its_own_run(tmp_path, form) -> None:
+    """Linux takes any bytes for a name; and a name may hold what a terminal would obey."""
+    home = tmp_path / "runs"
+    for name in ("good", "bad"):
+        with Run.create(NotebookSpec(notebook="n"), name, home) as run:
+            pass
+    os.rename(os.fsencode(run.path), os.fsencode(home) + b"/\xff\xfe")
+    (home / "a\x1b[2J\nb").mkdir()
+    if form == ["--ro-crate"]:
+        pytest.importorskip("rocrate")
+        form = [*form, str(tmp_path / "crates")]
+    done = CliRunner().invoke(main, ["runs", "--home", str(home), *form])
+    assert done.exit_code == 0, done.output
+    assert b"good" in done.stdout_bytes
+    told = done.stdout if "--json" in form else done.stderr
+    assert "its name is not Unicode" in told
+    assert not {"\x1b", "\udcff"} & {*told}
+    assert "\nb" not in done.stderr
+    odd = os.fsdecode(os.fsencode(tmp_path) + b"/\xff")
+    assert CliRunner().invoke(main, ["runs", "--home", odd, *form]).exit_code == 2
 
 
 def test_an_unknown_column_is_answered_with_the_known_ones(home) -> None:
@@ -288,6 +355,139 @@ def test_runs_are_exported_as_ro_crates(home, tmp_path) -> None:
     assert "Nobody has stated a licence" in text
     with pytest.raises(ArgumentError, match="license='MIT' is not allowed: it must be a URL"):
         export_to_ro_crate(run, tmp_path, license="MIT")
+
+
+def read_crate(path: Path) -> tuple[set[str], dict[str, dict]]:
+    """The names of the files in a crate, and its entities by their identifiers."""
+    with zipfile.ZipFile(path) as archive:
+        assert archive.testzip() is None
+        graph = json.loads(archive.read("ro-crate-metadata.json"))["@graph"]
+        assert len(archive.namelist()) == len(set(archive.namelist()))
+        return set(archive.namelist()), {entity["@id"]: entity for entity in graph}
+
+
+def deny_reading(path: Path, monkeypatch) -> None:
+    """Let opening a file fail, also for root, whom no permission keeps out."""
+    before = open
+
+    def opened(file, *arguments, **named):
+        if file == path:
+            raise PermissionError(13, "Permission denied", str(path))
+        return before(file, *arguments, **named)
+
+    monkeypatch.setattr("builtins.open", opened)
+
+
+def test_a_run_that_cannot_be_exported_keeps_no_other_from_it(tmp_path, monkeypatch) -> None:
+    pytest.importorskip("rocrate")
+    home, crates = tmp_path / "runs", tmp_path / "crates"
+    for name in ("first", "bytes", "denied", "last"):
+        with Run.create(NotebookSpec(notebook="n", parameters={"a b#?/é": 1}), name, home) as run:
+            (run.path / "empty.txt").write_bytes(b"")
+            (run.path / "a%20b #?.txt").write_bytes(b"1")
+    folders = {row.name: Path(row.path) for row in pd.DataFrame(runs(home)).itertuples()}
+    (Path(os.fsdecode(os.fsencode(folders["bytes"]) + b"/\xff"))).write_bytes(b"")
+    secret = folders["denied"] / "empty.txt"
+    deny_reading(secret, monkeypatch)
+    command = ["runs", "--home", str(home), "--ro-crate", str(crates)]
+    done = CliRunner().invoke(main, command)
+    assert done.exit_code == 1
+    assert {path.name for path in crates.iterdir()} == {f"{folders[n].name}.zip" for n in ("first", "last")}
+    for name, reason in (("bytes", "not Unicode"), ("denied", f"Cannot read {secret}: Permission denied")):
+        assert f"not exported: {folders[name].name}: " in done.stderr
+        assert reason in done.stderr
+    files, entities = read_crate(crates / f"{folders['last'].name}.zip")
+    assert {"empty.txt", "a%20b #?.txt", "spec.yaml", "manifest.json"} <= files
+    assert entities["#parameter-a%20b%23%3F%2F%C3%A9"]["value"] == 1
+    (tmp_path / "file").write_bytes(b"")
+    done = CliRunner().invoke(main, [*command[:-1], str(tmp_path / "file")])
+    assert done.exit_code == 1
+    assert done.stderr.count("not exported: ") == 1  # every other run would fail in the same way
+
+
+def test_a_run_that_was_taken_from_a_crate_has_a_crate_of_its_own(tmp_path) -> None:
+    pytest.importorskip("rocrate")
+    with Run.create(NotebookSpec(notebook="n"), "t", tmp_path / "runs") as run:
+        run.log(a=1.0)
+    crate = export_to_ro_crate(run, tmp_path)
+    taken = tmp_path / "others" / run.path.name
+    with zipfile.ZipFile(crate) as archive:
+        archive.extractall(taken)
+    assert runs(tmp_path / "others")["run"].tolist() == [run.path.name]
+    assert Run(taken).metrics()["a"].tolist() == [1.0]
+    assert read_crate(export_to_ro_crate(Run(taken), tmp_path / "again")) == read_crate(crate)
+
+
+def test_an_export_that_is_stopped_leaves_the_crate_that_was_there(tmp_path, monkeypatch) -> None:
+    pytest.importorskip("rocrate")
+    from qtx_lab.experiments import ro_crate_export
+
+    with Run.create(NotebookSpec(notebook="n"), "t", tmp_path / "runs") as run:
+        pass
+    crates = tmp_path / "crates"
+    before = export_to_ro_crate(run, crates).read_bytes()
+    full = OSError(28, "No space left on device")
+    for error, raised in ((KeyboardInterrupt(), KeyboardInterrupt), (full, StorageError)):
+
+        def stop(path, error=error):
+            assert path.stat().st_size > 0
+            raise error
+
+        monkeypatch.setattr(ro_crate_export, "sync_file", stop)
+        with pytest.raises(raised):
+            export_to_ro_crate(run, crates)
+        (only,) = crates.iterdir()
+        assert only.read_bytes() == before
+
+
+def test_exports_at_once(home, tmp_path, monkeypatch) -> None:
+    """Several that write the same crates, and that copy the same runs to MLflow: each run once, and whole."""
+    pytest.importorskip("rocrate")
+    pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    from mlflow.tracking import MlflowClient
+
+    from qtx_lab.experiments.mlflow_export import export_to_mlflow
+
+    some, uri = runs(home).head(3), f"file://{tmp_path / 'mlflow'}"
+    client = MlflowClient(uri)
+    experiment = client.create_experiment("qtx_lab")
+    with ThreadPoolExecutor(6) as pool:
+        paths = [Path(path) for path in some["path"]] * 2
+        crates = set(pool.map(lambda path: export_to_ro_crate(Run(path), tmp_path / "crates"), paths))
+        exports = list(pool.map(lambda _: export_to_mlflow(some, uri), range(3)))
+    assert sorted((tmp_path / "crates").iterdir()) == sorted(crates)
+    assert all("manifest.json" in read_crate(crate)[0] for crate in crates)
+    assert not [export.problems for export in exports if export.problems]
+    assert sum(export.copied for export in exports) == 3
+    assert len(client.search_runs([experiment])) == 3
+
+
+def test_mlflow_takes_any_name_and_what_went_on_after_its_copy(tmp_path, monkeypatch) -> None:
+    pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    from mlflow.tracking import MlflowClient
+
+    from qtx_lab.experiments.mlflow_export import MlflowExport, export_to_mlflow
+
+    home, uri = tmp_path / "runs", f"file://{tmp_path / 'mlflow'}"
+    for name in ("it's", 'a "b" c', 'it\'s "both" ü%'):
+        with Run.create(NotebookSpec(notebook="n"), "t", home) as run:
+            run.update(results={"huge": 10**400, "one": 1}, versions={"a b$//": "1"})
+        run.path.rename(home / name)
+    run = Run.create(NotebookSpec(notebook="n"), "t", home)
+    run.finish("interrupted")
+    assert export_to_mlflow(runs(home), uri) == MlflowExport(4, 0, 0, {})
+    assert export_to_mlflow(runs(home), uri) == MlflowExport(0, 4, 0, {})
+    run.update(status="running", process=provenance.this_process())  # a training that is resumed
+    assert export_to_mlflow(runs(home), uri) == MlflowExport(0, 3, 1, {})
+    run.update(results={"one": 2})
+    run.finish("done")
+    assert export_to_mlflow(runs(home), uri) == MlflowExport(1, 3, 0, {})
+    client = MlflowClient(uri)
+    copies = client.search_runs([client.get_experiment_by_name("qtx_lab").experiment_id])
+    assert sorted(copy.info.status for copy in copies) == ["FINISHED"] * 4
+    assert sorted(copy.data.metrics["results.one"] for copy in copies) == [1, 1, 1, 2]
 
 
 def test_export_to_mlflow_once_a_run(home, tmp_path, monkeypatch) -> None:

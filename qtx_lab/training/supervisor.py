@@ -314,7 +314,13 @@ class Supervisor:
         # Longer than it takes to notice a hang here, where all ranks are seen, and it is known which of them
         # hangs.
         patience = self.job.timeout + START_TIMEOUT_S
-        port = self._ask(workers[:1], open_store, name, host, patience, timeout=patience)[workers[0]]
+        failures: dict[str, Exception] = {}
+        ports = self._ask(workers[:1], open_store, name, host, patience, timeout=patience, failures=failures)
+        if workers[0] not in ports:
+            error = failures.get(workers[0])
+            reason = f"{type(error).__name__}: {error}" if error else f"no answer in {patience:g} s"
+            raise TimeoutError(f"Rank 0 at {workers[0]} could not open a store for the ranks ({reason}).")
+        port = ports[workers[0]]
         return [
             client.submit(
                 run_in_worker,
@@ -437,14 +443,21 @@ class Supervisor:
         function: Callable[..., Any],
         *args: Any,
         timeout: float = ANSWER_TIMEOUT_S,
+        failures: dict[str, Exception] | None = None,
     ) -> dict[str, Any]:
-        """What a function returns in each worker, beside its tasks, of those that answer in time, seconds."""
+        """What a function returns in each worker, beside its tasks, of those that answer in time, seconds.
+
+        `failures` takes the errors of the others, by worker.
+        """
         assert self.cluster is not None
         client, answers = self.cluster.client, {}
 
         def ask(worker: str) -> None:
-            with suppress(Exception):
+            try:
                 answers.update(client.run(function, *args, workers=[worker]))
+            except Exception as error:
+                if failures is not None:
+                    failures[worker] = error
 
         threads = [threading.Thread(target=ask, args=(worker,), daemon=True) for worker in workers]
         for thread in threads:

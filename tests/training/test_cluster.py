@@ -490,6 +490,18 @@ def test_endless_faults_end_training(cluster, tmp_path):
     assert checkpoints(tmp_path) == []
 
 
+@pytest.mark.chaos
+def test_a_worker_that_cannot_begin_says_why(cluster, monkeypatch):
+    """Before, the error was a worker's address and nothing else."""
+    monkeypatch.setattr("qtx_lab.training.supervisor.open_store", refuse_to_open)
+    with pytest.raises(qtx.RunFailed, match=r"Rank 0 at tcp://.* \(OSError: no port is left\)"):
+        over(cluster, retries=0)
+
+
+def refuse_to_open(*arguments):
+    raise OSError("no port is left")
+
+
 def test_an_error_of_the_model_comes_back_as_it_is(cluster):
     class Odd(Exception):
         pass

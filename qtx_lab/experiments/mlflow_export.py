@@ -6,10 +6,11 @@ import importlib.util
 import math
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -148,7 +149,7 @@ def _copy(
     run: Run,
     manifest: Mapping[str, Any],
     parameters: list[Any],
-    metrics: list[Any],
+    metrics: Iterator[Any],
 ) -> None:
     """Copy one run, whole or not at all."""
     started = _milliseconds(manifest["started"])
@@ -159,8 +160,8 @@ def _copy(
     try:
         for start in range(0, len(parameters), MAX_PARAMETERS):
             client.log_batch(run_id, params=parameters[start : start + MAX_PARAMETERS])
-        for start in range(0, len(metrics), MAX_METRICS):
-            client.log_batch(run_id, metrics=metrics[start : start + MAX_METRICS])
+        while batch := list(islice(metrics, MAX_METRICS)):
+            client.log_batch(run_id, metrics=batch)
         for path in sorted(run.path.iterdir()):
             if path.name in ARTIFACTS or path.suffix == ".ipynb":
                 client.log_artifact(run_id, str(path))
@@ -198,28 +199,27 @@ def _parameters(manifest: Mapping[str, Any]) -> list[Any]:
     return [Param(keys[str(name)], str(value)[:MAX_VALUE_LENGTH]) for name, value in fields.items()]
 
 
-def _metrics(run: Run, manifest: Mapping[str, Any]) -> list[Any]:
+def _metrics(run: Run, manifest: Mapping[str, Any]) -> Iterator[Any]:
     """The finite numbers of the results and of the metrics, all of them at the time of the run's end."""
     from mlflow.entities import Metric
 
     time = _ended(manifest)
     rows = run.metrics()
-    series: dict[str, list[tuple[int, float]]] = {
-        f"results.{name}": [(0, float(value))]
+    series = {
+        f"results.{name}": pd.Series([float(value)])
         for name, value in (manifest.get("results") or {}).items()
         if isinstance(value, int | float) and abs(value) <= sys.float_info.max
     }
     for name in rows.columns:
         if pd.api.types.is_numeric_dtype(rows[name]):
-            numbers = rows[name].dropna().astype("float64")
-            series[str(name)] = list(zip(map(int, numbers.index), numbers, strict=True))
+            series[str(name)] = rows[name].dropna().astype("float64")
     keys = clean_names(series)
-    return [
-        Metric(keys[name], value, time, step)
+    return (  # one after the other: a long training has millions
+        Metric(keys[name], value, time, int(step))
         for name, values in series.items()
-        for step, value in values
+        for step, value in values.items()
         if math.isfinite(value)
-    ]
+    )
 
 
 def _milliseconds(time: str) -> int:

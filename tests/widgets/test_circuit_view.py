@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from qiskit import QuantumCircuit
 
 from qtx_lab import QiskitQuantumBackend, make_loader
 from qtx_lab.backends.noise import fake_device
@@ -86,15 +87,29 @@ def test_shots_arrive_in_parts_and_add_up() -> None:
     assert torch.equal(again.result.counts, result.counts)
 
 
+def plain_work() -> float:
+    """Seconds of a core for 500 compositions of small circuits: 10 ms where a change may take 300 ms."""
+    pair = QuantumCircuit(2)
+    pair.x(0)
+    pair.cx(0, 1)
+    started = time.process_time()
+    for _ in range(500):
+        pair.compose(pair)
+    return time.process_time() - started
+
+
 @pytest.mark.parametrize("changed", ["weights", "noise"])
 @pytest.mark.parametrize("loader", ["tree", "dynamic"])
 def test_a_change_at_six_qubits_takes_less_than_300_ms_of_work(loader: str, changed: str) -> None:
-    """Circuit, counts and fidelity follow while somebody drags a bar or the noise."""
+    """Circuit, counts and fidelity follow while somebody drags a bar or the noise.
+
+    On a core that is slower, the limit is as much higher as other work of this kind takes longer there.
+    """
     p = torch.rand(1, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     view = CircuitView(QiskitQuantumBackend("aer", "fake_fez", loader=loader), p / p.sum(), shots=1024)
     sent = recorded_messages(view)
     view.run()
-    seconds: list[float] = []
+    seconds, plain = [], [plain_work()]
     for step in range(5):
         del sent[:]
         started = time.process_time()
@@ -104,9 +119,10 @@ def test_a_change_at_six_qubits_takes_less_than_300_ms_of_work(loader: str, chan
             view.noise_scale = 1.25 + step / 4
             assert view._worker.join(60)
         seconds.append(time.process_time() - started)
+        plain.append(plain_work())
         assert sent[-1]["shots"] == 1024
         assert sent[-1]["curve"][-1]["fidelity"] > 0.3
-    assert min(seconds) < 0.3, seconds
+    assert min(seconds) < 30 * min(plain), (seconds, plain)
 
 
 def test_another_row_begins_anew_and_cancel_stops() -> None:

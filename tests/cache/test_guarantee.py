@@ -436,7 +436,8 @@ def score_error(seed, decade, features, dtype):
 def test_without_its_rounding_the_bound_of_a_score_is_exceeded(seed, decade, features, monkeypatch):
     """Of keys with exact scores, and of others."""
     monkeypatch.setattr(Int8Sketch, "_gamma", lambda self, dtype: 0.0)
-    assert score_error(seed, decade, features, torch.float32).max() > 1.5
+    # 1.5 to 3.2 times, by how the matrix product of the processor adds up.
+    assert score_error(seed, decade, features, torch.float32).max() > 1.2
 
 
 def test_probabilities_of_draws_are_whole_shares_of_their_bounds(generator):

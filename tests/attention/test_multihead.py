@@ -53,7 +53,8 @@ def close(ours, theirs):
     assert (ours is None) == (theirs is None)
     if ours is not None:
         assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
-        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
+        # Ten roundings of numbers near 1; on processors with AVX2 alone, one of 180 is off by 1.3e-6.
+        torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask:UserWarning")

@@ -128,9 +128,23 @@ def test_dtypes(dtype, name):
     assert relative(est.output, same.output) < {torch.float16: 2e-3, torch.bfloat16: 2e-2}.get(dtype, 1e-12)
 
 
+def products_by_threads(q, k):
+    """Products of a head and of parts of it, for 1 and for 2 threads."""
+    before, products = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            products.append([q[0, 0, :rows] @ k[0, 0, :rows].mT for rows in (17, 32, 63, 64, 100, 300)])
+    finally:
+        torch.set_num_threads(before)
+    return products
+
+
 @pytest.mark.parametrize("name", RANDOM)
 def test_same_seed_same_bits_on_one_thread_and_on_two(name):
+    """On processors whose matrix product rounds by the number of threads: the same draws."""
     q, k, v = tensors([(2, 8, 300, 32), (2, 2, 300, 32), (2, 2, 300, 32)])
+    to_the_bit = all(map(torch.equal, *products_by_threads(q, k)))
     before = torch.get_num_threads()
     results = []
     try:
@@ -145,9 +159,10 @@ def test_same_seed_same_bits_on_one_thread_and_on_two(name):
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
-        assert torch.equal(results[0].output, other.output)
-        assert torch.equal(results[0].std_error, other.std_error)
         assert torch.equal(results[0].draws.indices, other.draws.indices)
+        for mine, others in ((results[0].output, other.output), (results[0].std_error, other.std_error)):
+            torch.testing.assert_close(mine, others, rtol=1e-5, atol=1e-6)
+            assert torch.equal(mine, others) or not to_the_bit
 
 
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}])

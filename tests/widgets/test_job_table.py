@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from playwright.sync_api import expect
 
 from qtx_lab import ExperimentSpec, Run
 from qtx_lab.backends.ibm.ledger import Block, record_job
@@ -152,7 +153,7 @@ def test_in_jupyterlab(
     )
     view.scroll_into_view_if_needed()
     shoot(page, "jobs-light")
-    assert view.locator("tbody tr").count() == 2
+    expect(view.locator("tbody tr")).to_have_count(2)
     assert view.locator("tbody .qtx-device").first.evaluate(LINES) == 1
     view.get_by_role("button", name="open qtx-").first.click()
     view.locator("details pre").wait_for()
@@ -162,10 +163,10 @@ def test_in_jupyterlab(
     view.get_by_role("button", name="really cancel").wait_for()
     page.keyboard.press("Enter")
     view.locator("tbody .qtx-state-cancelled").wait_for()
-    assert cancel.count() == 1
+    expect(cancel).to_have_count(1)
     run_python(page, "assert sorted(str(job.last_known) for job in jobs)[0].startswith('cancelled')")
     view.get_by_label("state").select_option("cancelled")
-    assert view.locator("tbody tr").count() == 1
+    expect(view.locator("tbody tr")).to_have_count(1)
     set_theme(page, "dark")
     shoot(page, "jobs-dark")
     assert axe(page, ".qtx-jobs") == []

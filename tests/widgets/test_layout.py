@@ -43,12 +43,19 @@ def test_map_and_strip_are_in_sight_together(
         for size in ((1280, 800), (1440, 900), (1920, 1080)):
             page.set_viewport_size({"width": size[0], "height": size[1]})
             page.locator(".qtx-strip svg:visible circle").first.wait_for()
+            strips = 2 if size[0] > 1600 else 1
+            page.wait_for_function(  # the parts of the view are laid out one after the other
+                f"""([strips, side]) => {{ const x = ({IN_SIGHT})();
+                return x.strips === strips && x.map >= side && x.level === "0 0" && x.mapHidden <= 1
+                && x.stripHidden <= 1; }}""",
+                arg=[strips, MIN_MAP],
+            )
             page.wait_for_timeout(500)
             shoot(page, f"layout-{size[0]}-{theme}")
             seen = page.evaluate(IN_SIGHT)
             assert seen["map"] >= MIN_MAP, (size, theme, seen)
             assert seen["mapHidden"] <= 1, (size, theme, seen)
-            assert seen["strips"] == (2 if size[0] > 1600 else 1), (size, theme, seen)
+            assert seen["strips"] == strips, (size, theme, seen)
             assert seen["stripHidden"] <= 1, (size, theme, seen)
             # While JupyterLab changes its theme a map has no size for a moment, in which no level is chosen.
             assert seen["level"] == "0 0", (size, theme, seen)

@@ -6,6 +6,7 @@ These are plain tables and functions, so that matplotlib figures, widgets and re
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from .errors import unknown_name
@@ -63,6 +64,11 @@ SAMPLER_MARKERS: dict[str, str] = {
 
 MAX_PLACES = 8
 """Decimal places of a number with an interval, at most."""
+
+MAX_DECADES = 7
+"""Decades of a logarithmic axis of which each has a tick; of more decades every second or third has one."""
+
+SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 QUANTITIES = {
     "num_samples": "draws per row",
@@ -179,6 +185,68 @@ def quantity(name: str) -> str:
     return QUANTITIES.get(name, name.replace("_", " "))
 
 
+def log_ticks(low: float, high: float) -> list[tuple[float, str]]:
+    """Ticks of a logarithmic axis and their labels: 1, 2 and 5 of every decade, only 1 from three decades on.
+
+    Where there is none of these, there is one in the middle.
+
+    Parameters
+    ----------
+    low, high : float
+        The ends of the axis, both positive.
+
+    Examples
+    --------
+    >>> log_ticks(0.04, 0.3)
+    [(0.05, '0.05'), (0.1, '0.1'), (0.2, '0.2')]
+    >>> [text for _, text in log_ticks(3e-7, 0.6)]
+    ['10⁻⁶', '10⁻⁵', '10⁻⁴', '10⁻³', '10⁻²', '10⁻¹']
+    """
+    first, last = math.log10(low), math.log10(high)
+    stride = math.ceil(max(1, last - first) / MAX_DECADES)
+    exponents = [e for e in range(math.floor(first), math.ceil(last) + 1) if e % stride == 0]
+    factors = (1, 2, 5) if last - first < 3 else (1,)
+    ticks = [float(f"{m}e{e}") for e in exponents for m in factors]
+    middle = float(f"{10 ** ((first + last) / 2):.3g}")
+    ticks = [tick for tick in ticks if low <= tick <= high] or [middle]
+    return list(zip(ticks, tick_labels(ticks), strict=True))
+
+
+def tick_labels(ticks: Sequence[float]) -> list[str]:
+    """Labels of the positive ticks of one axis: plain numbers, or all powers where one is small or large.
+
+    >>> tick_labels([0.001, 0.2, 100]), tick_labels([2e-5, 0.001, 1])
+    (['0.001', '0.2', '100'], ['2×10⁻⁵', '10⁻³', '1'])
+    """
+    is_plain = all(1e-4 <= tick < 1e6 for tick in ticks)
+    return [digits(tick, 3) if is_plain else _power(tick, 3) for tick in ticks]
+
+
+def digits(value: float, count: int) -> str:
+    """A number in at most `count` significant digits, with a power of ten where it is small or large.
+
+    The browser's `digits` writes the same.
+
+    >>> digits(0.012345, 3), digits(-1234.5, 3), digits(1.44e-7, 3), digits(0, 3)
+    ('0.0123', '−1230', '1.44×10⁻⁷', '0')
+    """
+    if not math.isfinite(value):
+        return "–"
+    rounded = float(f"{abs(value):.{count}g}")
+    is_plain = rounded == 0 or 1e-4 <= rounded < 1e6
+    text = f"{rounded:.{max(count, 6)}g}" if is_plain else _power(rounded, count)
+    return f"−{text}" if value < 0 < rounded else text
+
+
+def _power(value: float, count: int) -> str:
+    mantissa, exponent = f"{value:.{count - 1}e}".split("e")
+    factor = f"{float(mantissa):g}"
+    if int(exponent) == 0:
+        return factor
+    power = f"10{str(int(exponent)).translate(SUPERSCRIPTS)}"
+    return power if factor == "1" else f"{factor}×{power}"
+
+
 def fixed(value: float, places: int) -> str:
     """A number with some decimal places; what is rounded to zero has no sign.
 
@@ -196,7 +264,7 @@ def with_error(value: float, half_width: float | None, *, sign: bool = False) ->
     ----------
     value : float
     half_width : float or None
-        Half of the 95 % interval; without one the number has three significant digits.
+        Half of the 95 % interval; without one, or where it is 0, the number has three significant digits.
     sign : bool
         Whether a number above 0 has a sign, too, as differences do.
 
@@ -206,8 +274,8 @@ def with_error(value: float, half_width: float | None, *, sign: bool = False) ->
     ('0.083 ± 0.004', '0.150 ± 0.021', '0.15')
     >>> with_error(0.00071, 0.00032, sign=True), with_error(-0.0001, 0.003, sign=True)
     ('+0.0007 ± 0.0003', '0.000 ± 0.003')
-    >>> with_error(1.44e-7, None, sign=True)
-    '+1.44e−07'
+    >>> with_error(1.44e-7, None, sign=True), with_error(0.5, 1e-12)
+    ('+1.44×10⁻⁷', '0.50000000 ± <0.00000001')
     """
     if not math.isfinite(value):
         return "–"
@@ -216,7 +284,9 @@ def with_error(value: float, half_width: float | None, *, sign: bool = False) ->
         number = text.partition(" ")[0]
         return f"+{text}" if number.strip("0.") else text
     if half_width is None or not math.isfinite(half_width) or half_width <= 0:
-        return f"{value:.3g}".replace("-", "−") if value else "0"
+        return digits(value, 3)
+    if half_width < 0.5 * 10.0**-MAX_PLACES:  # a bar of zero would mean that the value is exact
+        return f"{fixed(value, MAX_PLACES)} ± <{10.0**-MAX_PLACES:.{MAX_PLACES}f}"
     exponent = math.floor(math.log10(half_width) + 1e-9)
     one_digit = half_width / 10**exponent >= 3
     places = min(MAX_PLACES, max(0, 1 - exponent - one_digit))

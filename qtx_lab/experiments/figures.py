@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import Formatter, Locator, NullFormatter
 
 from .. import theme as look
 from .attention_maps import attention_panels, draw_attention_maps
@@ -206,7 +206,8 @@ def variance_map(data: pd.DataFrame, theme: str, *, title: str) -> Figure:
         ax.set_xlabel("query head")
         ax.set_ylabel("layer")
         ax.grid(False)
-        figure.colorbar(image, label="relative variance, E‖ô − o‖² / ‖o‖² (log scale)")
+        bar = figure.colorbar(image, label="relative variance, E‖ô − o‖² / ‖o‖² (log scale)")
+        plain_log_labels(bar.ax.yaxis)
         ax.set_title(textwrap.fill(title, 72))
     return figure
 
@@ -275,7 +276,7 @@ def time_per_token(data: pd.DataFrame, theme: str, *, title: str) -> Figure:
             ax.errorbar(row["milliseconds"], position, xerr=error, color=colour, **style)
         for position, value, high in zip(y, data["milliseconds"], data["high"], strict=True):
             ax.annotate(
-                f"{value:.3g}",
+                look.digits(value, 3),
                 (high, position),
                 xytext=(10, 0),
                 textcoords="offset points",
@@ -404,8 +405,30 @@ def _group_style(name: str, place: int, theme: str, *, plain: bool) -> dict[str,
     }
 
 
+class LogTicks(Locator):
+    """Ticks of a logarithmic axis where `theme.log_ticks` has them."""
+
+    def __call__(self) -> Any:
+        """The ticks between the ends of the axis."""
+        assert self.axis is not None  # a locator without an axis has no ends
+        low, high = sorted(self.axis.get_view_interval())
+        return [tick for tick, _ in look.log_ticks(low, high)]
+
+
+class LogLabels(Formatter):
+    """Labels of `LogTicks`."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        """The label of one tick."""
+        return look.tick_labels([x])[0]
+
+    def format_ticks(self, values: Any) -> list[str]:
+        """The labels of all ticks, which are written alike."""
+        return look.tick_labels(values)
+
+
 def plain_log_labels(axis: Axis) -> None:
-    """Label 1, 2 and 5 of each decade by plain numbers."""
-    axis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    """Give a logarithmic axis the ticks and labels of the lab."""
+    axis.set_major_locator(LogTicks())
+    axis.set_major_formatter(LogLabels())
     axis.set_minor_formatter(NullFormatter())

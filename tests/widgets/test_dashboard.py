@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -20,7 +21,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from bokeh.document import Document
-from bokeh.models import ImportedStyleSheet
+from bokeh.models import GlyphRenderer, ImportedStyleSheet, Text
 from click.testing import CliRunner
 from panel.io.state import set_curdoc
 from playwright.sync_api import expect
@@ -31,7 +32,7 @@ from qtx_lab import cli
 from qtx_lab.errors import ArgumentError, StorageError
 from qtx_lab.experiments.annotations import read_annotations
 from qtx_lab.specs import ExperimentSpec, NotebookSpec, SearchSpec, SweepSpec
-from qtx_lab.theme import SAMPLER_MARKERS
+from qtx_lab.theme import MAX_DECADES, SAMPLER_COLOURS, SAMPLER_MARKERS, log_ticks
 from qtx_lab.widgets.dashboard import figures, frames, maps, serve
 from qtx_lab.widgets.dashboard.cells import read_cells
 from qtx_lab.widgets.dashboard.devices_view import raw_and_mitigated
@@ -40,6 +41,7 @@ from qtx_lab.widgets.dashboard.live_view import LiveRun
 from qtx_lab.widgets.dashboard.page import DashboardPage, make_page
 from qtx_lab.widgets.dashboard.records import Records
 from qtx_lab.widgets.dashboard.run_files import find_notebook, read_report
+from qtx_lab.widgets.dashboard.runs_view import RunGroup, _number_cell
 from qtx_lab.widgets.dashboard.server import is_loopback
 from qtx_lab.widgets.dashboard.settings import (
     differing,
@@ -280,6 +282,11 @@ def test_every_view_opens_in_both_themes(
         if soak or theme == "light":  # in the dark theme, another test sees them
             violations[query] = axe(page, "body")
     visit(page, served, theme=theme)
+    buttons = page.locator("nav .bk-btn")
+    assert set(buttons.evaluate_all("(all) => all.map((e) => getComputedStyle(e).borderRadius)")) == {"6px"}
+    places = [box.bounding_box() for box in buttons.all()]
+    gaps = [b["x"] - a["x"] - a["width"] for a, b in itertools.pairwise(places)]
+    assert min(gaps) >= 0, "a button of the navigation covers the edge of the one before"
     expected = {
         "Runs": "2 skipped: not readable",
         "Sweeps": re.compile("num_samples explains .* of the variance; smallest error 0.0"),
@@ -300,6 +307,7 @@ def test_every_view_opens_in_both_themes(
         shoot(page, f"dashboard-{view.lower()}-{theme}")
         assert page.get_by_text("The dashboard is loading").count() == 0
         assert all(page.evaluate(AXIS_OPACITIES)), f"an axis of {view} is not to be seen"
+        assert page.locator("#controls").is_visible() == (view != "Jobs")  # which has none
         if soak or view in checked:
             violations[view] = axe(page, "body")
     assert page.evaluate("() => getComputedStyle(document.body).colorScheme") == theme
@@ -760,10 +768,16 @@ def test_over_runs_is_students_interval_of_the_mean() -> None:
     assert (row["half_width"], row["runs"]) == (9.0, 1)  # the run's own
 
 
-def test_an_axis_has_a_tick_however_short_it_is() -> None:
-    assert figures.log_ticks(0.015, 0.3) == [(0.02, "0.02"), (0.05, "0.05"), (0.1, "0.1"), (0.2, "0.2")]
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_an_axis_has_a_few_ticks_however_short_or_long_it_is() -> None:
+    assert log_ticks(0.015, 0.3) == [(0.02, "0.02"), (0.05, "0.05"), (0.1, "0.1"), (0.2, "0.2")]
+    assert [text for _, text in log_ticks(3e-7, 0.6)] == ["10⁻⁶", "10⁻⁵", "10⁻⁴", "10⁻³", "10⁻²", "10⁻¹"]
+    for low, high in ((1e-300, 1e300), (5e-324, 1.7e308), (1e-12, 1e3), (0.2, 200.0)):
+        ticks = [tick for tick, _ in log_ticks(np.float64(low), np.float64(high))]
+        assert 3 <= len(ticks) <= MAX_DECADES + 1
+        assert low <= ticks[0] < ticks[-1] <= high
     for low, high in ((0.053, 0.096), (0.21, 0.22), (3.0, 4.0)):
-        ((tick, text),) = figures.log_ticks(low, high)
+        ((tick, text),) = log_ticks(low, high)
         assert low <= tick <= high
         assert float(text) == tick
 
@@ -1008,6 +1022,39 @@ def test_live_shows_cells_and_results_and_no_settings(tmp_path: Path) -> None:
         (tmp_path / "broken.ipynb").write_text(text)
         assert read_cells(tmp_path / "broken.ipynb") is None
     run.finish("done")
+
+
+def test_live_curves_of_samplers_have_their_colours_and_names_apart(tmp_path: Path) -> None:
+    run = qtx.Run.create(NotebookSpec(notebook="x"), "x", tmp_path)
+    run.log_many(
+        {"num_samples": n, "sampler": s, "error": 1 / n, "bias": 0.1 - 1 / n}
+        for n in (8, 64) for s in ("sobol", "halton", "head-tail")
+    )  # fmt: skip
+    page = DashboardPage(Records(tmp_path), "light", search="?view=Live")
+    view = page.views["Live"]
+    view.state()
+    view.show(view.prepare(page.records.listing, page.records.listing.table))
+    scales = []
+    for pane in view.body[1].objects:
+        plot = figures.hv.renderer("bokeh").get_plot(pane.object)
+        scales.append([type(scale).__name__ for scale in (plot.state.x_scale, plot.state.y_scale)])
+        drawn = list(plot.state.select({"type": GlyphRenderer}))
+        colours = {x.glyph.line_color for x in drawn if not isinstance(x.glyph, Text)}
+        assert {SAMPLER_COLOURS[name] for name in ("sobol", "halton", "head-tail")} <= colours
+        (names,) = (x.data_source.data for x in drawn if isinstance(x.glyph, Text))
+        assert {name.strip() for name in names["name"]} == {"sobol", "halton", "head-tail"}
+        assert len(set(names["y"])) == 3
+    assert scales == [["LogScale", "LogScale"], ["LogScale", "LinearScale"]]
+    run.finish("done")
+
+
+def test_a_mean_over_seeds_has_its_interval_also_where_it_is_zero() -> None:
+    rows = listing_of(*({"results.error": x, "settings": "a", "seed": i} for i, x in enumerate((0.5, 0.5))))
+    cell = _number_cell(RunGroup(rows.iloc[0], rows), "results.error", several=True)
+    assert ">0.5 ± 0<" in cell
+    rows["results.error"] = [0.5, 0.5 + 1e-11]
+    cell = _number_cell(RunGroup(rows.iloc[0], rows), "results.error", several=True)
+    assert "± <0.00000001" in cell
 
 
 def test_two_runs_are_compared_line_by_line(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pandas as pd
 from ...errors import QtxError
 from ...experiments.manifest import read_manifest
 from ...experiments.run_comparison import RunComparison, compare_runs
-from ...theme import with_error
+from ...theme import digits, with_error
 from .elements import DRAWING, DashboardView, empty_note, html_pane, html_table, status_mark
 from .records import Listing
 from .run_files import is_folder_name
@@ -93,11 +93,11 @@ class CompareView(DashboardView):
             self._text.object = back + TWO_NEEDED
             return
         a, b = data.runs
-        columns = {"": "", **{self._heading(x, mark): "" for x, mark in ((a, "A"), (b, "B"))}}
+        columns = {"": "", "A": "", "B": ""}
         comparison = data.comparison
         sections = {
             "Spec": _pairs(_spec(a), _spec(b)),
-            "Code": _pairs({"version, commit": _code(a)}, {"version, commit": _code(b)}),
+            "Code": _pairs({"version and commit": _code(a)}, {"version and commit": _code(b)}),
             "Environment": _pairs(_environment(a), _environment(b)),
         }
         if comparison is not None:
@@ -110,11 +110,12 @@ class CompareView(DashboardView):
             sections["Environment"] += more
             sections["Inputs"] = [(d.name, value_text(d.a), value_text(d.b)) for d in comparison.inputs]
         html = back + f"<h2>{escape(_finding(sections, comparison))}</h2>"
+        html += f"<p>{self._name(a, 'A')}<br>{self._name(b, 'B')}</p>"
         if data.problem:
             html += f"<p class='warning' role='alert'>Not compared line by line: {escape(data.problem)}</p>"
         metrics = _metric_lines(a, b)
         if metrics:
-            html += "<h3>Metrics</h3>" + html_table({**columns, "B − A": "number"}, metrics)
+            html += "<h3>Metrics</h3>" + html_table({**columns, "B − A": ""}, metrics)
             html += "<p class='note'>± is half of a 95 % interval, where the run has recorded one.</p>"
         html += _numbers(comparison)
         for name, pairs in sections.items():
@@ -129,12 +130,12 @@ class CompareView(DashboardView):
                 html += (
                     f"<details><summary>{len(same)} the same</summary>{html_table(columns, same)}</details>"
                 )
-        self._text.object = html
+        self._text.object = f"<div class='pair'>{html}</div>"
 
-    def _heading(self, run: ComparedRun, mark: str) -> str:
+    def _name(self, run: ComparedRun, mark: str) -> str:
         link = self.page.link(view="Run", run=str(run.row["run"]))
         return (
-            f"{mark}: <a class='run' href='{escape(link)}'>{escape(str(run.row['run']))}</a> "
+            f"<b>{mark}</b>: <a href='{escape(link)}'>{escape(str(run.row['run']))}</a> "
             f"{status_mark(run.row['status'])}"
         )
 
@@ -227,16 +228,12 @@ def _metric_lines(a: ComparedRun, b: ComparedRun) -> list[str]:
         values = [float(pd.to_numeric(run.row.get(column), errors="coerce")) for run in (a, b)]
         widths = [half_width(run.row, column) for run in (a, b)]
         texts = [
-            "<span class='note'>–</span>"
-            if x != x
-            else with_error(x, w)
-            if w > 0
-            else f"{x:.5g}".replace("-", "−")
+            "<span class='note'>–</span>" if x != x else with_error(x, w) if w > 0 else digits(x, 5)
             for x, w in zip(values, widths, strict=True)
         ]
         difference, width = values[1] - values[0], (widths[0] ** 2 + widths[1] ** 2) ** 0.5
         apart = "" if difference != difference else with_error(difference, width, sign=True)
         cells = "".join(f"<td>{text}</td>" for text in texts)
         name = escape(column.removeprefix(RESULT))
-        lines.append(f"<tr><td>{name}</td>{cells}<td class='number'>{apart}</td></tr>")
+        lines.append(f"<tr><td>{name}</td>{cells}<td>{apart}</td></tr>")
     return lines

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ...theme import with_error
+from ...theme import digits, with_error
 from ..numbers import spaced
 from . import figures, frames
 from .elements import empty_note, html_table, multi_select
@@ -41,6 +41,10 @@ COLUMNS = {
     "calibrated (UTC)": "",
     "age when measured": "number",
 }
+
+
+FIGURE_WIDTH = 560
+"""Width of a figure in pixels, at least, where two stand side by side: names of devices are long."""
 
 
 def devices_view(page: ViewHost) -> FigureView:
@@ -83,7 +87,7 @@ def devices_view(page: ViewHost) -> FigureView:
             "pseudo-random draws, over which loading a known row has no advantage."
             f"{facets_left_out(len(parts))}</p>{_measurements(distances, data[2])}<p>"
         )
-        return Finding(title, note, pictures, data[0].skipped)
+        return Finding(title, note, pictures, data[0].skipped, width=FIGURE_WIDTH)
 
     return FigureView(page, {"devices": device, "loaders": loader}, gather, draw, NO_CIRCUITS)
 
@@ -135,7 +139,7 @@ def _measurements(frame: pd.DataFrame, table: pd.DataFrame) -> str:
         cells = [
             escape(str(row.device)), escape(str(row.loader)), escape(str(row.mitigation)) or "raw counts",
             f"{row.shots:,.0f}".replace(",", "\N{NARROW NO-BREAK SPACE}"),
-            with_error(row.distance, row.half_width), "" if base != base else f"{base:.3g}",
+            with_error(row.distance, row.half_width), "" if base != base else digits(base, 3),
             str(row.runs), escape(calibrated) or "not recorded", age,
         ]  # fmt: skip
         classes = COLUMNS.values()

@@ -29,7 +29,7 @@ h2 { font-size: 16px; margin: 0 0 4px; } p { margin: 0 0 8px; } .note { color: v
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th { text-align: left; font-weight: 600; color: var(--house-muted); }
 th, td { padding: 5px 10px 5px 0; border-bottom: 1px solid var(--house-line); vertical-align: top; }
-td.number, th.number { text-align: right; }
+td.number, th.number { text-align: right; } .number + :is(td, th):not(.number) { padding-left: 12px; }
 td.number, td.time { white-space: nowrap; } td.time { width: 1%; } td.folder { overflow-wrap: anywhere; }
 .status::before { content: "●"; margin-right: 6px; color: var(--mark); }
 .done { --mark: #009E73; } .running { --mark: var(--house-accent); } .failed { --mark: #D55E00; }
@@ -42,11 +42,9 @@ a:focus-visible, summary:focus-visible { outline: 2px solid var(--house-accent);
 .warning { border-left: 4px solid #E69F00; padding: 6px 12px; }
 .narrow table { width: auto; min-width: min(100%, 480px); }
 .wide { overflow-x: auto; } .wide td, .wide th { max-width: 24ch; overflow: hidden; text-overflow: ellipsis; }
-.wide td.time { white-space: normal; width: auto; min-width: 11ch; }
 .wide td.range { white-space: normal; } .wide :is(td, th) { padding-right: 8px; }
 th a { color: inherit; text-decoration: none; white-space: nowrap; }
 .wide th a { white-space: normal; }
-th a.run { white-space: normal; overflow-wrap: anywhere; }
 th a:hover { text-decoration: underline; }
 tr.member td { background: var(--house-panel); }
 .tag { background: var(--house-panel); border: 1px solid var(--house-line); border-radius: 9px;
@@ -56,6 +54,10 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 14px;
   margin: 0; } dt { color: var(--house-muted); } dd { margin: 0; overflow-wrap: anywhere; }
 details { margin: 8px 0; } summary { cursor: pointer; }
 figure { margin: 8px 0 16px; } figure img { max-width: min(100%, 720px); height: auto; display: block; }
+.pair table { table-layout: fixed; } .pair :is(td, th) { overflow-wrap: anywhere; }
+.pair th:first-child { width: 20%; } .pair th:not(:first-child, :last-child) { width: 28%; }
+table + p { margin-top: 8px; }
+td code { white-space: nowrap; }
 td.differs { font-weight: 600; } pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; }
 """
 """Style of the HTML panes, which live in shadow roots; the variables come from the page."""
@@ -177,7 +179,7 @@ def select(**options: Any) -> Any:
 def multi_select(name: str, none: str = "all") -> Any:
     """A control that chooses any number of several; `none` says what it means to choose none."""
     return pn.widgets.MultiSelect(
-        label=f"{name} (none chosen: {none})",
+        label=f"{name} (none: {none})",
         options=[],
         size=5,
         width=CONTROL_WIDTH,

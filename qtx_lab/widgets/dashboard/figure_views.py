@@ -27,8 +27,8 @@ from .elements import (
 from .records import Listing, Rows, Skipped
 from .view_host import ViewHost
 
-PICTURE_FLEX = "1 1 560px"
-"""How wide a figure is: two stand side by side in a large window."""
+PICTURE_WIDTH = 460
+"""Width of a figure in pixels, at least, where two stand side by side."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,8 @@ class Finding:
         HoloViews elements; none where there is nothing to draw.
     skipped : tuple of (run, reason)
         Metrics that could not be read.
+    width : int
+        The least width in pixels of a figure that stands beside another.
     wide : int
         How many of the first pictures have a line of their own.
     table : str
@@ -55,6 +57,7 @@ class Finding:
     note: str
     pictures: Sequence[Any]
     skipped: Skipped
+    width: int = PICTURE_WIDTH
     wide: int = 0
     table: str = ""
 
@@ -105,7 +108,7 @@ class FigureView(DashboardView):
                 height=figures.HEIGHT,
                 min_width=420,
                 sizing_mode="stretch_width",
-                styles={"flex": "1 1 100%" if i < finding.wide else PICTURE_FLEX},
+                styles={"flex": f"1 1 {'100%' if i < finding.wide else f'{finding.width}px'}"},
                 linked_axes=False,
             )
             for i, picture in enumerate(finding.pictures)

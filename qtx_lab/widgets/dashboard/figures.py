@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,6 +12,7 @@ import holoviews.plotting.bokeh  # registers the renderer
 import numpy as np
 import pandas as pd
 from bokeh.core.properties import value
+from bokeh.models import BasicTickFormatter
 from bokeh.models.annotations import ColorBar, TeeHead
 
 from ... import theme as look
@@ -20,6 +22,9 @@ hv.Store.set_current_backend("bokeh")
 
 HEIGHT = 430
 """Height of a figure in pixels."""
+
+LIVE_HEIGHT = 280
+"""Height of a figure of the view Live in pixels."""
 
 MARKERS = {"o": "circle", "^": "triangle", "s": "square", "D": "diamond", "v": "inverted_triangle"}
 MARKERS |= {"P": "square_cross", "X": "x", "*": "star", "h": "hex", "": "circle"}
@@ -48,7 +53,7 @@ UNITS = {
 LOADERS = ("dynamic", "tree", "unary", "mps")
 """The order of loaders, by which they have the same colours in every figure."""
 
-TITLE_WIDTH = 56
+TITLE_WIDTH = 42
 """Characters of a line of a title, at most."""
 
 FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "Noto Sans", sans-serif'
@@ -83,6 +88,8 @@ def _dressed(theme: str) -> Callable[[Any, Any], None]:
             axis.axis_line_color = axis.major_tick_line_color = c["muted"]
             axis.axis_line_alpha = axis.major_tick_line_alpha = 1.0  # Panel's dark theme hides them
             axis.minor_tick_line_color = None
+            if isinstance(axis.formatter, BasicTickFormatter):
+                axis.formatter.power_limit_low = -4  # 0.0002, not 2.000e−4
             axis.axis_label_text_color = axis.major_label_text_color = c["text"]
             axis.axis_label_text_font = axis.major_label_text_font = FONT
             axis.axis_label_text_font_size, axis.major_label_text_font_size = "13px", "12px"
@@ -101,19 +108,24 @@ def _dressed(theme: str) -> Callable[[Any, Any], None]:
 
 
 def axes(theme: str, **options: Any) -> dict[str, Any]:
-    """The options that every figure has, together with its own; a long title is broken into lines."""
+    """The options that every figure has, together with its own; a long title is broken at its commas."""
     if "title" in options:
-        options["title"] = textwrap.fill(options["title"], TITLE_WIDTH)
+        title = re.sub("(?<!,) ", "\N{NO-BREAK SPACE}", options["title"])
+        options["title"] = textwrap.fill(title, TITLE_WIDTH)
     common = {"responsive": True, "height": HEIGHT, "show_legend": False, "show_grid": True}
     return {**common, "active_tools": [], "hooks": [_dressed(theme)], **options}
 
 
 def names_at_ends(
-    ends: Mapping[str, tuple[float, float, str]], low: float, high: float, log: bool = True
+    ends: Mapping[str, tuple[float, float, str]],
+    low: float,
+    high: float,
+    log: bool = True,
+    height: int = HEIGHT,
 ) -> hv.Labels:
     """Names behind the last points of lines, {name: (x, y, colour)}, apart on an axis from low to high."""
     scale: Callable[[float], float] = np.log if log else float
-    room = 16 / (HEIGHT - 90) * (scale(high) - scale(low))
+    room = 16 / (height - 90) * (scale(high) - scale(low))
     placed, rows = -np.inf, []
     for name, (x, y, colour) in sorted(ends.items(), key=lambda end: end[1][1]):
         placed = max(scale(y), placed + room)
@@ -132,18 +144,6 @@ def _bars(part: pd.DataFrame, x: str, y: str, colour: str) -> hv.ErrorBars:
     return hv.ErrorBars(data, x, [y, "below", "above"]).opts(
         line_color=colour, line_width=1.3, lower_head=lower, upper_head=upper
     )
-
-
-def log_ticks(low: float, high: float) -> list[tuple[float, str]]:
-    """Ticks at 1, 2 and 5 of every decade between two numbers; only at 1 from three decades on.
-
-    Where there is none of these, there is one in the middle.
-    """
-    decades = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
-    factors = (1, 2, 5) if high / low < 1000 else (1,)
-    ticks = [m * 10.0**e for e in decades for m in factors]
-    middle = float(f"{(low * high) ** 0.5:.3g}")
-    return [(t, f"{t:g}") for t in ticks if low <= t <= high] or [(middle, f"{middle:g}")]
 
 
 def _limits(values: pd.Series, spread: float = 1.35) -> tuple[float, float]:
@@ -214,7 +214,7 @@ def error_against_draws(frame: pd.DataFrame, metric: str, theme: str, title: str
             xlabel=label("num_samples"),
             ylabel=label(metric),
             xticks=[(c, f"{c:g}") for c in counts],
-            yticks=log_ticks(low, high),
+            yticks=look.log_ticks(low, high),
         )
     )
 
@@ -250,7 +250,7 @@ def distance_against_shots(frame: pd.DataFrame, theme: str, title: str = "") -> 
     return hv.Overlay(layers).opts(
         **axes(
             theme, logx=True, logy=True, xlim=(shots.min() / 1.3, right), ylim=(low, high),
-            title=title, xlabel=label("shots"), ylabel=label("distance"), yticks=log_ticks(low, high),
+            title=title, xlabel=label("shots"), ylabel=label("distance"), yticks=look.log_ticks(low, high),
             xticks=[(s, f"{s:,.0f}".replace(",", " ")) for s in shots],
         )
     )  # fmt: skip
@@ -343,37 +343,47 @@ def live_curves(
     x: str,
     metric: str,
     theme: str,
+    log: tuple[bool, bool] = (False, False),
 ) -> hv.Overlay:
-    """A metric of runs that are being written: {"run" or "run/words": (x, y)}; words stand at line ends."""
+    """A metric of runs that are being written: {"run" or "run/words": (x, y)}; words stand at line ends.
+
+    `log` says which of x and y have a logarithmic axis.
+    """
+    (left, right), (low, high) = (_ends([line[i] for line in curves.values()], log[i]) for i in (0, 1))
     lines: list[Any] = []
-    ends = []
+    ends = {}
     for run, (across, up) in curves.items():
         colour = colours[run]
+        dashes = "dashed" if "monte-carlo" in run.partition("/")[2].split(", ") else "solid"
         across, up = frames.thinned(np.asarray(across, float), np.asarray(up, float))
         lines.append(
             hv.Curve((across, up), x, metric).opts(
-                color=colour, line_width=2, tools=["hover"], framewise=True
+                color=colour, line_dash=dashes, line_width=2, tools=["hover"], framewise=True
             )
         )
         lines.append(hv.Scatter((across[-1:], up[-1:]), x, metric).opts(color=colour, size=7, framewise=True))
-        ends.append((across[-1], up[-1], "  " + run.partition("/")[2][:24], colour))
+        ends[run] = (across[-1], up[-1], colour)
     if any("/" in run for run in curves):
-        names = hv.Labels(ends, [x, metric], ["words", "colour"])
-        lines.append(
-            names.opts(
-                text_color="colour", text_align="right", text_baseline="bottom", text_font_size="11px",
-                text_font=value(FONT), framewise=True,
-            )
-        )  # fmt: skip
+        names = {run.partition("/")[2][:24]: end for run, end in ends.items()}
+        lines.append(names_at_ends(names, low, high, log[1], LIVE_HEIGHT).opts(framewise=True))
+        right = right * (right**0.3 / left**0.3) if log[0] else right + 0.3 * (right - left)
+    sides = (("xticks", log[0], left, right), ("yticks", log[1], low, high))
+    ticks = {name: look.log_ticks(start, end) for name, is_log, start, end in sides if is_log}
     return hv.Overlay(lines).opts(
         **axes(
-            theme,
-            responsive=False,
-            width=470,
-            height=280,
-            xlabel=label(x),
-            ylabel=label(metric),
-            padding=0.05,
-            framewise=True,
+            theme, height=LIVE_HEIGHT, logx=log[0], logy=log[1], xlim=(left, right), ylim=(low, high),
+            xlabel=label(x), ylabel=label(metric), framewise=True, **ticks,
         )
-    )
+    )  # fmt: skip
+
+
+def _ends(values: list[np.ndarray], log: bool) -> tuple[float, float]:
+    """The ends of an axis that holds values, with a margin."""
+    together = np.concatenate(values)
+    low, high = float(together.min()), float(together.max())
+    if log:
+        margin = max(high**0.06 / low**0.06, 1.05)  # the quotient itself may overflow
+        limits = np.finfo(float)
+        return max(low / margin, float(limits.tiny)), min(high * margin, float(limits.max))
+    margin = 0.06 * (high - low) or 0.06 * abs(high) or 1.0
+    return low - margin, high + margin

@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from ..numbers import spaced
 from .elements import DRAWING, DashboardView, empty_note, html_pane, html_table
 from .records import Listing
 from .view_host import ViewHost
@@ -48,18 +49,19 @@ class JobsView(DashboardView):
         return listing.jobs
 
     def show(self, data: pd.DataFrame) -> None:
-        """Show the newest jobs."""
+        """Show the newest jobs, each with a link to its run."""
         if data.empty:
             self._table.object = NO_JOBS
             return
-        lines = [_line(job) for job in data.head(MAX_JOBS).itertuples()]
+        lines = [self._line(job) for job in data.head(MAX_JOBS).itertuples()]
         self._table.object = html_table(COLUMNS, lines) + NO_SERVER
 
-
-def _line(job: Any) -> str:
-    recorded = escape(job.recorded[:19].replace("T", " "))
-    return (
-        f"<tr><td><code>{escape(job.tag)}</code></td><td>{escape(job.run)}</td><td>{escape(job.device)}</td>"
-        f"<td>{escape(job.state)}</td><td class='number'>{job.rows:,} × {job.shots:,}</td>"
-        f"<td>{recorded}</td></tr>"
-    )
+    def _line(self, job: Any) -> str:
+        recorded = escape(job.recorded[:19].replace("T", " "))
+        size = f"{spaced(job.rows)} × {spaced(job.shots)}"
+        link = escape(self.page.link(view="Run", run=job.run))
+        run = f"<a href='{link}'>{escape(job.run)}</a>" if job.run else "<span class='note'>–</span>"
+        return (
+            f"<tr><td><code>{escape(job.tag)}</code></td><td>{run}</td><td>{escape(job.device)}</td>"
+            f"<td>{escape(job.state)}</td><td class='number'>{size}</td><td class='time'>{recorded}</td></tr>"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -15,9 +16,11 @@ import panel as pn
 
 from ...errors import QtxError
 from ...experiments.manifest import STATUSES
+from ...theme import SAMPLER_MARKERS, digits, sampler_style
 from . import figures, frames
 from .cells import Cell, seconds_since
 from .elements import DRAWING, DashboardView, empty_note, html_pane, html_table, status_mark
+from .figure_views import PICTURE_WIDTH
 from .records import Listing
 from .settings import RESULT, SPEC, metric_columns, short_name, value_text
 from .view_host import ViewHost
@@ -30,6 +33,9 @@ MAX_CHARTS = 6
 
 X_COLUMNS = ("step", "epoch", "shots", "num_samples")
 """What a live curve is drawn against: the first of these that a run has, else the number of the row."""
+
+LOG_COLUMNS = ("shots", "num_samples")
+"""Those against which a curve is drawn on logarithmic axes."""
 
 NOT_DRAWN = {*X_COLUMNS, "layer", "head", "seed", "half_width", "row", "run", "name", "time"}
 
@@ -117,23 +123,36 @@ class LiveView(DashboardView):
         lines = [self._line(name, run, colours[name]) for name, run in data.runs.items()]
         self._table.object = data.sweeps + html_table(COLUMNS, lines)
         curves = _curves(data.runs)
-        layout = (tuple(data.runs), {chart: tuple(lines) for chart, lines in curves.items()})
+        logs = {chart: _log_axes(chart[1], lines) for chart, lines in curves.items()}
+        layout = (tuple(data.runs), logs, {chart: tuple(lines) for chart, lines in curves.items()})
         if layout == self._layout:
             for chart, points in curves.items():
                 self._pipes[chart].send(points)
             return
         self._layout = layout
         self._pipes = {chart: hv.streams.Pipe(data=points) for chart, points in curves.items()}
-        self._charts.objects = [self._chart(*chart, colours, list(curves[chart])) for chart in curves]
+        self._charts.objects = [
+            self._chart(*chart, logs[chart], colours, list(curves[chart])) for chart in curves
+        ]
 
-    def _chart(self, metric: str, x: str, of_runs: dict[str, str], labels: list[str]) -> Any:
+    def _chart(
+        self, metric: str, x: str, log: tuple[bool, bool], of_runs: dict[str, str], labels: list[str]
+    ) -> Any:
         colours = {label: of_runs[label.split("/")[0]] for label in labels}
-        if len(of_runs) == 1:  # then colours tell the lines of the run apart
-            shades = figures.curve_colours(self.page.theme, len(labels))
-            colours = dict(zip(labels, shades, strict=True))
-        draw = partial(figures.live_curves, colours=colours, x=x, metric=metric, theme=self.page.theme)
+        if len({label.split("/")[0] for label in labels}) == 1:  # then colours tell the run's lines apart
+            colours = _line_colours(labels, self.page.theme)
+        draw = partial(
+            figures.live_curves, colours=colours, x=x, metric=metric, theme=self.page.theme, log=log
+        )
         picture = hv.DynamicMap(lambda data: draw(data), streams=[self._pipes[metric, x]])
-        return pn.pane.HoloViews(picture, margin=(6, 12, 6, 0), linked_axes=False)
+        return pn.pane.HoloViews(
+            picture,
+            height=figures.LIVE_HEIGHT,
+            min_width=420,
+            sizing_mode="stretch_width",
+            styles={"flex": f"1 1 {PICTURE_WIDTH}px"},
+            linked_axes=False,
+        )
 
     def _line(self, name: str, run: LiveRun, colour: str) -> str:
         """A line of the table of followed runs."""
@@ -215,6 +234,23 @@ def _curves(runs: dict[str, LiveRun]) -> Curves:
     return curves
 
 
+def _log_axes(x: str, lines: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> tuple[bool, bool]:
+    """Whether the axes of a chart are logarithmic: against draws or shots, where all numbers are positive."""
+    log_x, log_y = (x in LOG_COLUMNS and all((line[i] > 0).all() for line in lines.values()) for i in (0, 1))
+    return log_x, log_y
+
+
+def _line_colours(labels: list[str], theme: str) -> dict[str, str]:
+    """Colours of the lines of one run: samplers have their own, if no two lines are of the same one."""
+    words = [label.partition("/")[2].split(", ") for label in labels]
+    samplers = [next((word for word in line if word in SAMPLER_MARKERS), "") for line in words]
+    if "" not in samplers and len(set(samplers)) == len(samplers):
+        shades = [sampler_style(sampler, theme)["color"] for sampler in samplers]
+    else:
+        shades = figures.curve_colours(theme, len(labels))
+    return dict(zip(labels, shades, strict=True))
+
+
 def _is_measured(field: str, value: Any, metrics: pd.DataFrame | QtxError) -> bool:
     """Whether the metrics have a column with the name of a field, and other values in it."""
     if not isinstance(metrics, pd.DataFrame) or short_name(field) not in metrics:
@@ -272,12 +308,14 @@ def _measured(run: LiveRun) -> str:
     if isinstance(metrics, QtxError):
         return f"<span class='why'>metrics cannot be read: {escape(str(metrics))}</span>"
     columns = metric_columns(run.row.to_frame().T.infer_objects())
-    results = [f"{c.removeprefix(RESULT)} {run.row[c]:.4g}" for c in columns if c != "results.kept"]
+    results = [f"{c.removeprefix(RESULT)} {digits(run.row[c], 4)}" for c in columns if c != "results.kept"]
     result_line = f"<b>{escape(', '.join(results[:6]))}</b> " if results else ""
     if metrics.empty:
         return result_line or "nothing measured yet"
     last = metrics.iloc[-1].dropna()
     shown = [c for c in X_COLUMNS if c in last.index and c not in run.settings]
     shown += [c for c in last.index if c in _results(metrics, run.settings)]
-    numbers = [f"{key} {last[key]:.4g}" for key in shown if isinstance(last[key], int | float | np.number)]
+    numbers = [
+        f"{key} {digits(last[key], 4)}" for key in shown if isinstance(last[key], int | float | np.number)
+    ]
     return f"{result_line}{len(metrics)} rows; last: {escape(', '.join(numbers[:6]))}"

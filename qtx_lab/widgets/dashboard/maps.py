@@ -15,6 +15,7 @@ from bokeh.models import FixedTicker
 from matplotlib import colormaps
 from matplotlib.colors import to_hex
 
+from ... import theme as look
 from ...attention import sampled_attention
 from ...experiments.attention_maps import attention_panels
 from ...models.base import LanguageModel
@@ -161,7 +162,7 @@ def canvas(maps: Maps, theme: str) -> Canvas:
         else:
             ticks = np.linspace(panel.low, panel.high, 5).tolist()
         # Plain numbers, so that the three bars, and so the maps, are of one height.
-        texts = {tick: f"{tick:.3g}".replace("-", "−") for tick in ticks}
+        texts = {tick: look.digits(tick, 3) for tick in ticks}
         options["colorbar_opts"] = {"ticker": FixedTicker(ticks=ticks), "major_label_overrides": texts}
         seen, bounds = _pixels(pipe.data)
         like = hv.Image(seen, ["key", "query"], "weight", bounds=bounds).opts(**options)

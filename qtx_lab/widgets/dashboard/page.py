@@ -44,7 +44,8 @@ NAV_CSS = """
 .bk-btn-group { border: 0; } .bk-btn { font: 500 14px var(--house-font); border: 0; background: transparent;
   color: var(--house-text); padding: 6px 12px; }
 :host .bk-btn-group .bk-btn.bk-active { background: var(--house-accent); color: var(--house-background); }
-:host .bk-btn-group .bk-btn.bk-btn { border-radius: 6px; box-shadow: none !important; }
+:host .bk-btn-group { gap: 2px; }
+:host .bk-btn { border-radius: 6px !important; margin: 0 !important; box-shadow: none !important; }
 :host .bk-btn-group .bk-btn:focus { outline: none; }
 :host .bk-btn-group .bk-btn:focus-visible { outline: 2px solid var(--house-accent); outline-offset: 2px; }
 """
@@ -103,7 +104,7 @@ class DashboardPage:
         self.nav = pn.widgets.RadioButtonGroup(options=offered, value="Runs", stylesheets=[NAV_CSS])
         self.text = pn.widgets.TextInput(
             label="Run contains",
-            placeholder="name, tag, sampler=sobol",
+            placeholder="name, tag, error<0.1",
             description="Words that the run's name, tags or note contain, and conditions such as "
             "num_samples>=64, error<0.1 or sweep=NAME.",
             width=CONTROL_WIDTH,
@@ -288,6 +289,9 @@ class DashboardPage:
 
     def _show_open_view(self) -> None:
         self._filters.visible = self.view.uses_run_filters
+        self.controls.css_classes = (
+            [] if self._filters.visible or self.view.controls or self.view.side else ["empty"]
+        )
         for name, view in self.views.items():
             self._boxes[name].visible = view.body.visible = name == self.open_name
 

@@ -19,7 +19,7 @@ from ...errors import QtxError
 from ...experiments.annotations import Annotations, write_annotations
 from ...experiments.manifest import read_manifest
 from ...experiments.runs import Run
-from ...theme import with_error
+from ...theme import digits, with_error
 from .cells import Cell
 from .elements import CONTROL_WIDTH, DRAWING, DashboardView, empty_note, html_pane, html_table, status_mark
 from .figures import UNITS
@@ -73,7 +73,7 @@ class RunView(DashboardView):
         self._save.on_click(self._write)
         self._editor = pn.Column(self._tags, self._note, self._save, self._answer, visible=False, margin=0)
         super().__init__(page, [self._head, self._rest])
-        self.side = [self._editor]
+        self.side = [self._editor] if page.writable else []
 
     def state(self) -> Any:
         """Changes with the run, and whenever its metrics or its notebook do."""
@@ -269,7 +269,7 @@ def _metrics(data: RunData) -> str:
     lines = []
     for column in names:
         value, width = float(row[column]), half_width(row, column)
-        text = with_error(value, width) if width > 0 else f"{value:.6g}"
+        text = with_error(value, width) if width > 0 else digits(value, 6)
         lines.append(f"<tr><td>{escape(column.removeprefix(RESULT))}</td><td class='number'>{text}</td></tr>")
     results = html_table({"result": "", "value, 95 % interval": "number"}, lines)
     html = f"<div class='narrow'>{results}</div>" if lines else ""
@@ -385,7 +385,7 @@ def _cost(data: RunData) -> list[tuple[str, str]]:
     if len(data.jobs):
         shots = int((data.jobs["rows"] * data.jobs["shots"]).sum())
         facts.append(("shots sent to devices", f"{shots:,}".replace(",", "\N{THIN SPACE}")))
-        seconds = f"{data.jobs['seconds'].sum():.3g} s, charged or else estimated"
+        seconds = f"{digits(data.jobs['seconds'].sum(), 3)} s, charged or else estimated"
         facts.append(("time on quantum processors", seconds))
     for key in ("shots", "planned_quantum_seconds", "charged_quantum_seconds", "tokens_per_second"):
         if isinstance(results.get(key), int | float):

@@ -13,7 +13,7 @@ import pandas as pd
 import panel as pn
 from scipy import special
 
-from ...theme import with_error
+from ...theme import digits, with_error
 from .elements import (
     DRAWING,
     TABLE_ROWS,
@@ -72,7 +72,7 @@ class RunsView(DashboardView):
 
     def __init__(self, page: ViewHost):
         self._first_row, self._sort, self._ticked = 0, "", list[str]()
-        self._opened = ""
+        self._opened, self._clock = "", ""
         self._group = select(label="Rows", options=GROUPS)
         self._columns = multi_select("Columns", none="automatic")
         self._table, self._range, self._tools = html_pane(DRAWING), html_pane(), html_pane()
@@ -157,6 +157,8 @@ class RunsView(DashboardView):
             self._table.object = empty_note("No run passes the filters", "Loosen them on the left.")
         else:
             self._first_row = data.start
+            several_years = data.listing.table["started"].dt.year.nunique() > 1
+            self._clock = "%Y-%m-%d<br>%H:%M" if several_years else "%m-%d %H:%M"
             lines = [line for group in data.groups for line in self._lines(group, data.columns)]
             table = html_table(self._headings(data.columns), lines)
             self._table.object = f"<div class='wide' tabindex='0'>{table}</div>{skipped}"
@@ -210,14 +212,14 @@ class RunsView(DashboardView):
         run, error = str(row["run"]), row.get("error")
         why = f"<span class='why'>{escape(error[:300])}</span>" if isinstance(error, str) else ""
         several = len(group.members) > 1 or (len(group.members) == 1 and group.members.index[0] != row.name)
-        started = "" if pd.isna(row["started"]) else f"{row['started']:%Y-%m-%d %H:%M}"
+        started = "" if pd.isna(row["started"]) else row["started"].strftime(self._clock)
         cells = [
             f"<td>{self._tick(run)}</td>",
             f"<td class='time'>{started}</td>",
             f"<td>{self._name(row)}{self._count(group) if several else ''}</td>",
             f"<td>{status_mark(row['status'])}{_ends(group) if several else why}</td>",
             *(_cell(group, column, several) for column in columns),
-            _number_cell(group, "seconds", several, "{:.1f}"),
+            _number_cell(group, "seconds", several),
             f"<td class='number'>{_seeds(group, row)}</td>",
             f"<td>{self._report(row)}</td>",
         ]
@@ -297,28 +299,34 @@ def _ends(group: RunGroup) -> str:
 def _cell(group: RunGroup, column: str, several: bool) -> str:
     """A setting or a metric of a group."""
     if column.startswith(RESULT) and pd.api.types.is_numeric_dtype(group.members[column].infer_objects()):
-        return _number_cell(group, column, several, "{:.4g}")
+        return _number_cell(group, column, several)
     values = group.members[column].dropna().map(value_text)
     texts = list(dict.fromkeys(values)) or [value_text(group.leader.get(column))]
     text = texts[0] if len(texts) == 1 else f"{len(texts)} values"
     return f"<td title='{escape(', '.join(texts)[:300])}'>{escape(text)}</td>"
 
 
-def _number_cell(group: RunGroup, column: str, several: bool, form: str) -> str:
+def _number_cell(group: RunGroup, column: str, several: bool) -> str:
     """A number: of one run with its own interval, of runs that differ in the seed with that of their mean."""
     values = pd.to_numeric(group.members[column], errors="coerce").dropna().astype("float64")
     if values.empty:
         values = pd.Series([pd.to_numeric(group.leader.get(column), errors="coerce")]).dropna()
     if values.empty:
         return "<td class='number'></td>"
+
+    def number(value: float) -> str:
+        return digits(value, 3 if column == "seconds" else 4)
+
     if not several or len(values) == 1:
         width = half_width(group.members.iloc[0], column) if len(values) == 1 else np.nan
-        text = with_error(values.iloc[0], width) if width > 0 else form.format(values.iloc[0])
+        text = with_error(values.iloc[0], width) if width > 0 else number(values.iloc[0])
         return f"<td class='number'>{text}</td>"
     if "settings" in group.members and group.members["settings"].nunique() == 1:
         width = special.stdtrit(len(values) - 1, 0.975) * values.std() / np.sqrt(len(values))
         title = f"Mean of {len(values)} runs that differ in nothing but the seed, with its 95 % interval"
-        return f"<td class='number' title='{title}'>{with_error(values.mean(), width)}</td>"
-    low, high = form.format(values.min()), form.format(values.max())
+        text = with_error(values.mean(), width) if width > 0 else f"{number(values.mean())} ± 0"
+        return f"<td class='number' title='{title}'>{text}</td>"
+    low, high = number(values.min()), number(values.max())
     title = f"Smallest and largest of {len(values)} runs"
-    return f"<td class='number range' title='{title}'>{low}&nbsp;– {high}</td>"
+    text = low if low == high else f"{low}&nbsp;– {high}"
+    return f"<td class='number range' title='{title}'>{text}</td>"

@@ -13,7 +13,7 @@ from bokeh.core.properties import value
 
 from ... import theme as look
 from . import frames
-from .figures import FONT, axes, curve_colours, label, log_ticks, names_at_ends
+from .figures import FONT, axes, curve_colours, label, names_at_ends
 from .settings import SPEC, short_name, value_text
 
 MAX_TICKS = 12
@@ -101,7 +101,7 @@ def _places(column: pd.Series) -> _Places:
             distinct = np.quantile(numbers, [0, 0.25, 0.5, 0.75, 1.0], method="nearest")
             distinct = np.unique(distinct)
         at = (np.log(distinct) if log else distinct) - low
-        ticks = [(float(a / spread), f"{x:.3g}") for a, x in zip(at, distinct, strict=True)]
+        ticks = [(float(a / spread), look.digits(x, 3)) for a, x in zip(at, distinct, strict=True)]
         return _Places((scaled - low) / spread, _apart(ticks), True)
     texts = column.map(value_text)
     names = sorted(texts.unique())
@@ -191,7 +191,7 @@ def means_against(
     ticks = np.unique(across)
     options: dict[str, Any] = {"xticks": [(t, f"{t:g}") for t in ticks]} if len(ticks) <= MAX_TICKS else {}
     if log_y:
-        options["yticks"] = log_ticks(low, high)
+        options["yticks"] = look.log_ticks(low, high)
     return hv.Overlay(layers).opts(
         **axes(
             theme, logx=log_x, logy=log_y, xlim=(left, right), ylim=(low, high), title=title,

@@ -10,6 +10,7 @@ from typing import Any
 import ipywidgets as widgets
 
 from ....specs import ClusterSpec, Spec, Switch, TrainSpec, field
+from ....theme import digits
 from ...forms import SpecForm
 from ...numbers import spaced
 from ...views.stream import MetricStream
@@ -157,7 +158,7 @@ class TrainTab(WorkbenchTab):
         """List the metrics of the last step."""
         last = result["rows"][-1]
         cells = "".join(
-            f"<tr><th scope='row'>{label}</th><td>{last[metric]:.4g}</td></tr>"
+            f"<tr><th scope='row'>{label}</th><td>{digits(last[metric], 4)}</td></tr>"
             for metric, label in LAST_STEP.items()
             if last.get(metric) is not None
         )

@@ -161,12 +161,18 @@ def bench_training(quick: bool, copy_bandwidth: float) -> list[BenchRow]:
                     details={"tokens_per_second": spec.batch_size * spec.num_tokens / timing.median},
                 )
             )
-    rows += bench_checkpoints(spec, 2 if quick else 5)
-    rows += bench_local_updates(160 if quick else 640)
     print(
         f"{'case':<14}{'method':<18}{'ms/step':>9}{'(low–high)':>18}{'tokens/s':>10}{'ratio':>8}"
         f"{'loss off by':>13}  check"
     )
+    _print_rows(rows)
+    rows += _print_rows(bench_checkpoints(spec, 2 if quick else 5))
+    rows += _print_rows(bench_local_updates(160 if quick else 640))
+    return rows
+
+
+def _print_rows(rows: list[BenchRow]) -> list[BenchRow]:
+    """Print the rows of a case as soon as it is done, and return them."""
     for row in rows:
         print(
             f"{row.case:<14}{row.method:<18}{1e3 * row.seconds:>9.1f}{span(row, 1e3):>18}"

@@ -247,8 +247,13 @@ def test_the_benchmark_trains_what_it_is_compared_with(cluster, monkeypatch, cap
     short = {"num_tokens": 32, "batch_size": 4}
     monkeypatch.setattr(bench_training, "SETTINGS", bench_training.SETTINGS | short)
     monkeypatch.setattr(bench_training, "LOCAL_SETTINGS", bench_training.LOCAL_SETTINGS | short)
-    bench_local_updates = bench_training.bench_local_updates
-    monkeypatch.setattr(bench_training, "bench_local_updates", lambda steps: bench_local_updates(20))
+    bench_local_updates, printed = bench_training.bench_local_updates, []
+
+    def shorter(steps):
+        printed.append(capsys.readouterr().out)  # of the cases before, each of which takes minutes
+        return bench_local_updates(20)
+
+    monkeypatch.setattr(bench_training, "bench_local_updates", shorter)
     rows = bench_training.bench_training(True, 1e9)
     assert [(row.case, row.method) for row in rows] == [
         ("overhead", "bare DDP loop"), ("overhead", "trainer, 2 ranks"),
@@ -262,9 +267,9 @@ def test_the_benchmark_trains_what_it_is_compared_with(cluster, monkeypatch, cap
     assert [sent[0] / x for x in sent] == pytest.approx([1, 5, 20], rel=1e-3)
     assert all(row.seconds > 0 for row in rows)
     assert {"stall", "first_stall"} <= set(rows[5].details)
-    printed = capsys.readouterr().out
-    assert "tokens/s" in printed
-    assert "training waits for a checkpoint" in printed
+    assert "tokens/s" in printed[0]
+    assert "training waits for a checkpoint" in printed[0]
+    assert capsys.readouterr().out.count("local updates") == 3
 
 
 @pytest.mark.skipif(find_gpus()[0] > 0, reason="this machine has GPUs")

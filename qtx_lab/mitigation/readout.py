@@ -45,7 +45,8 @@ def readout_errors(backend: QiskitQuantumBackend, n: int, *, seed: int = 0) -> T
 
     The qubits are prepared in 0...0, in 1...1, and in the two patterns that alternate. Errors of the
     preparation count as readout errors. The result is kept under `<runs>/.cache/readout`; with a new
-    calibration of the device, or for other qubits, it is measured again.
+    calibration of the device, for other qubits, or with other options of IBM's Sampler, as twirled
+    measurements, it is measured again.
 
     Parameters
     ----------
@@ -383,6 +384,8 @@ def _cache_path(backend: QiskitQuantumBackend, circuit: QuantumCircuit) -> Path:
         f"{(circuit.metadata or {}).get('region')} {calibration_qubits(circuit)}",
         f"{facts.get('device')} {facts.get('calibration')} {facts.get('noise')} {facts.get('noise_scale')}",
         f"{CALIBRATION_SHOTS}",
+        # Twirled measurements misread 0 and 1 equally often, so that their errors are not those without.
+        *([json.dumps(facts["options"], sort_keys=True)] if facts.get("options") else []),
     )
     digest = hashlib.sha256("\n".join(key).encode()).hexdigest()[:20]
     return runs_home() / ".cache" / "readout" / f"{backend.engine.name}-{digest}.json"

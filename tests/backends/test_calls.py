@@ -108,6 +108,17 @@ def test_a_call_says_what_its_jobs_are(noisy: Any) -> None:
         call.jobs[-1].counts()
 
 
+def test_readout_errors_are_measured_anew_with_other_options_of_the_sampler(noisy: Any) -> None:
+    """Twirled measurements misread 0 and 1 equally often: the errors of others would not undo theirs."""
+    options = {"twirling": {"enable_measure": True}}, {"dynamical_decoupling": {"enable": True}}, {}
+    for given in options:
+        backend = qtx.QiskitQuantumBackend("ibm", "ibm_lagos", loader="tree", optimization_level=1, **given)
+        assert readout.known_errors(backend, 4).errors is None
+        readout.readout_errors(backend, 4)
+        assert readout.known_errors(backend, 4).errors is not None
+        assert backend.engine.facts()["options"] == given
+
+
 @pytest.mark.parametrize(("post", "accepted"), [(0, False), (1, True), (4, False), (5, True)])
 def test_a_call_that_is_killed_at_any_post_is_rebuilt(
     noisy: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, post: int, accepted: bool

@@ -11,7 +11,7 @@ import shutil
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -490,6 +490,34 @@ def test_limits_are_waited_for_and_said(split: DeviceJob, machine: Machine) -> N
     assert len(notes) == 2
     assert all("took no more jobs" in note for note in notes)
     assert len(machine.jobs) == 3
+
+
+@pytest.mark.parametrize("answer", ["busy", "refused", "accepted"])
+def test_what_is_cancelled_while_parts_are_sent_is_not_sent(
+    split: DeviceJob, machine: Machine, answer: str
+) -> None:
+    """Another process cancels while the second part waits for room, is refused, or is accepted."""
+    machine.answers = [None, {"busy": Busy("429"), "refused": Refused("no more.")}.get(answer)]
+    post = machine.post
+
+    def queued(*arguments: Any, **tags: Any) -> str:
+        if len(machine.posts) == 1 and answer != "busy":
+            assert again(split).cancel().cancelled == (0, 2)
+        id = post(*arguments, **tags)
+        machine.states[id] = "queued"
+        return id
+
+    def cancel_while_busy(status: JobStatus) -> None:
+        assert again(split).cancel().cancelled == (0, 1, 2)
+
+    machine.post = queued  # type: ignore[method-assign]
+    refused = pytest.raises(BackendUnavailable, match="no more")
+    with refused if answer == "refused" else nullcontext():
+        split.send_rest(progress=cancel_while_busy)
+    assert len(machine.posts) == 2
+    assert split.record.parts[2].state == "cancelled"
+    split.send_rest(progress=False)
+    assert f"{split.tag}.2" not in machine.posts
 
 
 def test_a_busy_server_that_gives_no_list_is_sent_nothing(split: DeviceJob, machine: Machine) -> None:

@@ -179,6 +179,7 @@ class IBMEngine(Engine):
             "noise": "device",
             "num_qubits": self._device.num_qubits,
             "fractional_gates": self.fractional_gates,
+            "options": {name: given for name, given in self.options.items() if given},
         }
 
     def problems(self) -> tuple[str, ...]:

@@ -144,17 +144,27 @@ class _PartSubmission:
         return self.path.stem
 
     def send(self) -> None:
-        """Post the part until the server has it; errors as `submit_parts`."""
+        """Post the part until the server has it, or it is cancelled; errors as `submit_parts`."""
         id = self._id_of_earlier_post()
         while id is None:
-            self._write(
-                attempted=datetime.now(UTC), state=JobState.RECORDED, reason=None, charged_seconds=None
-            )
+            if not self._may_post():
+                return
             try:
                 id = self.post(self.part)
             except Exception as error:
                 id = self._id_after_error(error)
         self._write(id=id, state=JobState.SUBMITTED, reason=None)
+
+    def _may_post(self) -> bool:
+        """Mark the part as posted, unless another thread or process has cancelled it meanwhile."""
+
+        def attempt(record: JobRecord) -> None:
+            part = record.parts[self.i]
+            if part.state != JobState.CANCELLED:
+                part.attempted, part.state = datetime.now(UTC), JobState.RECORDED
+                part.reason, part.charged_seconds = None, None
+
+        return update_record(self.path, attempt).parts[self.i].state != JobState.CANCELLED
 
     def _id_of_earlier_post(self) -> str | None:
         """The server's id, where an earlier post of the part was accepted; None where it may be posted."""
@@ -195,8 +205,10 @@ class _PartSubmission:
         """Sleep before the part is posted again; its id, where it was accepted after all."""
         if self.busy_since is None:
             self.busy_since = time.monotonic()
-        parts = read_record(self.path).parts
         while True:
+            parts = read_record(self.path).parts
+            if parts[self.i].state == JobState.CANCELLED:
+                return None
             left = self.busy_since + self.patience - time.monotonic()
             if left <= 0:
                 reason = f"the server took no more jobs for {self.patience:g} s"
@@ -230,7 +242,7 @@ class _PartSubmission:
             part, *later = record.parts[self.i :]
             part.state, part.reason = JobState.FAILED, f"{error} Nothing was submitted."
             for other in later:
-                if other.id is None:
+                if other.id is None and other.state != JobState.CANCELLED:
                     other.state = JobState.FAILED
                     other.reason = "not submitted, since a part before it was refused"
 

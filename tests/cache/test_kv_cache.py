@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import qtx_lab as qtx
+from qtx_lab.cache import exact_pass
 from qtx_lab.cache.sketches import PROPOSALS
 from qtx_lab.cache.store import FIRST_KEY
 
@@ -286,6 +287,32 @@ def test_the_newest_tokens_attend_exactly(dtype, generator):
         cache.attend_exactly(q[:, :, :0])
     with pytest.raises(qtx.ArgumentError, match="return_log_sum_exp=1 must be True or False"):
         cache.attend_exactly(q, return_log_sum_exp=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("n", [1536, 1537, 1600, 2051])
+def test_an_exact_pass_cuts_the_keys_where_threads_would_wait_for_each_other(
+    n, dtype, generator, monkeypatch
+):
+    """Three heads on two threads, or on four: all rows see the same keys as in one piece."""
+    k, v = (x.to(dtype) for x in tokens(generator, heads=3, n=n, width=16))
+    q = torch.randn(9, 9, 16, generator=generator, dtype=torch.float64).to(dtype)
+    cache = qtx.SampledKVCache.build(k, v, proposal="exact")
+    hidden = torch.ones(9, n, dtype=torch.bool).tril(n - 9)
+    wide = [x.double() for x in (q, k, v)]
+    expected = F.scaled_dot_product_attention(*(x[None] for x in wide), hidden, scale=0.3, enable_gqa=True)[0]
+    limit = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
+    cut = []
+    by_parts = exact_pass._by_parts
+    monkeypatch.setattr(exact_pass, "_by_parts", lambda *args: cut.append(args[-1]) or by_parts(*args))
+    for threads in (1, 2, 4):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        for positions in (1, 5, 9):
+            actual = cache.attend_exactly(q[:, -positions:], scale=0.3)
+            assert actual.dtype == dtype
+            torch.testing.assert_close(actual.double(), expected[:, -positions:], atol=limit, rtol=limit)
+    assert cut == [2] * 3 + [4] * 3 * (n >= 5 * exact_pass.FEWEST_KEYS_APART)
+    assert exact_pass._parts(cache._store, 3) == 1
 
 
 def test_an_exact_pass_knows_sinks_and_softcap_and_gives_its_log_sum_exp(generator):

@@ -63,11 +63,19 @@ describe("numbers", () => {
     expect(withError(0.5, null)).toBe("0.5");
     expect(withError(NaN, 1)).toBe("–");
     expect(withError(-0.00012, 0.004)).toBe("0.000 ± 0.004");
+    expect(withError(0.5, 1e-12)).toBe("0.50000000 ± <0.00000001");
   });
 
   it("are short", () => {
-    expect([0, 12, 12000, 1e6, 2.5e9, 0.0001].map(label)).toEqual(["0", "12", "12k", "1M", "2.5G", "1e-4"]);
+    expect([0, 12, 12000, 1e6, 2.5e9, 0.0001].map(label)).toEqual(["0", "12", "12k", "1M", "2.5G", "10⁻⁴"]);
     expect(whole(1000000)).toBe("1\u2009000\u2009000");
     expect(digits(0.012345, 3)).toBe("0.0123");
+    expect([1.44e-7, -1234.5, 999999.9, 0].map((x) => digits(x, 3))).toEqual([
+      "1.44×10⁻⁷",
+      "−1230",
+      "10⁶",
+      "0",
+    ]);
+    expect([-0.5, -2e-5, -12000].map(label)).toEqual(["−0.5", "−2×10⁻⁵", "−12k"]);
   });
 });

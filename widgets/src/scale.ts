@@ -43,20 +43,28 @@ export function label(x: number): string {
   if (x === 0) return "0";
   const size = Math.abs(x);
   if (size >= 1e4 && size < 1e15) {
-    const power = Math.floor(Math.log10(size) / 3 + 1e-9);
-    return `${Number((x / 1000 ** power).toPrecision(4))}${PREFIXES[power]}`;
+    const prefix = Math.floor(Math.log10(size) / 3 + 1e-9);
+    return `${x < 0 ? "−" : ""}${Number((size / 1000 ** prefix).toPrecision(4))}${PREFIXES[prefix]}`;
   }
-  if (size < 1e-3 || size >= 1e15)
-    return x.toExponential(0) === x.toExponential(2).replace(".00", "")
-      ? x.toExponential(0)
-      : x.toExponential(1);
-  return String(Number(x.toPrecision(4)));
+  const sign = x < 0 ? "−" : "";
+  if (size < 1e-3 || size >= 1e15) return sign + power(size, 2);
+  return sign + String(Number(size.toPrecision(4)));
+}
+
+const SUPERSCRIPTS = "⁰¹²³⁴⁵⁶⁷⁸⁹";
+
+/** A positive number with a power of ten: 2×10⁻⁵. */
+function power(x: number, count: number): string {
+  const [mantissa = "", exponent = ""] = x.toExponential(count - 1).split("e");
+  const raised = [...exponent].map((c) => (c === "-" ? "⁻" : (SUPERSCRIPTS[Number(c)] ?? ""))).join("");
+  return Number(mantissa) === 1 ? `10${raised}` : `${Number(mantissa)}×10${raised}`;
 }
 
 /** A number with as many digits as its error bar allows: 0.083 ± 0.004. */
 export function withError(x: number, error: number | null | undefined): string {
   if (!Number.isFinite(x)) return "–";
   if (error === null || error === undefined || !Number.isFinite(error) || error <= 0) return digits(x, 3);
+  if (error < 0.5e-8) return `${fixed(x, 8)} ± <0.00000001`; // a bar of zero would mean that x is exact
   const places = Math.min(
     8,
     Math.max(
@@ -76,10 +84,9 @@ export function fixed(x: number, places: number): string {
 /** A number in `count` significant digits. */
 export function digits(x: number, count: number): string {
   if (!Number.isFinite(x)) return "–";
-  if (x === 0) return "0";
-  const size = Math.abs(x);
-  const text = size < 1e-4 || size >= 1e6 ? x.toExponential(count - 1) : String(Number(x.toPrecision(count)));
-  return text.replace(/^-/, "−");
+  const size = Number(Math.abs(x).toPrecision(count));
+  const plain = size === 0 || (size >= 1e-4 && size < 1e6);
+  return `${x < 0 ? "−" : ""}${plain ? size : power(size, count)}`;
 }
 
 /** A whole number with thin spaces between thousands. */

@@ -373,7 +373,7 @@ def best_region(target: Target, size: int, two_qubit_gates: int) -> list[int]:
     for x, y in edges:
         neighbours.setdefault(x, set()).add(y)
         neighbours.setdefault(y, set()).add(x)
-    weight = two_qubit_gates / (size * (size - 1) / 2)
+    weight = two_qubit_gates / max(size * (size - 1) / 2, 1)
     best, best_cost = None, np.inf
     for start in neighbours:
         region, cost, border = [start], readout[start], set(neighbours[start])

@@ -6,7 +6,7 @@ IBM's executor runs the programs, on a device or, for simulators, on this machin
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from ..backends import QiskitQuantumBackend
 from ..checks import check_count
 from ..circuits import check_rows
 from ..circuits.resources import resources
-from ..errors import ArgumentError, ShapeError
+from ..errors import ArgumentError, DtypeError, ShapeError
 from .register import LoaderRegister
 from .results import MitigatedRows, check_backend
 from .scaling import is_static
@@ -121,6 +121,8 @@ class LoaderProgram:
         """
         randomizations = check_count("randomizations", randomizations)
         shots = check_count("shots", shots)
+        if not isinstance(depths, Sequence):
+            raise DtypeError(f"depths={depths!r} is not allowed: it must be a tuple of whole numbers.")
         depths = tuple(check_count("depths", depth, 0) for depth in depths)
         if len(set(depths)) < 2:
             raise ArgumentError(
@@ -243,6 +245,10 @@ class LoaderProgram:
 
     def _check_noise(self, noise: Mapping[str, PauliLindbladMap]) -> None:
         """Refuse noise of other layers than there are."""
+        if not isinstance(noise, Mapping):
+            raise DtypeError(
+                f"noise is a {type(noise).__name__}; it must be a mapping, which `learned_noise` returns."
+            )
         missing = sorted(set(self.layers) - set(noise))
         if missing:
             raise ArgumentError(

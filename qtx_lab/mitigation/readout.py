@@ -27,6 +27,7 @@ from ..circuits.base import unpack_values
 from ..errors import ArgumentError, BackendUnavailable, DtypeError, ShapeError, StorageError
 from ..storage import runs_home, write_atomic
 from .register import RegisterEstimate
+from .results import check_backend
 
 CALIBRATION_SHOTS = 1 << 14
 """Shots of each prepared state. Readout errors of 1 % are then known to 6 % of their value. On the twins of
@@ -63,6 +64,8 @@ def readout_errors(backend: QiskitQuantumBackend, n: int, *, seed: int = 0) -> T
 
     Raises
     ------
+    DtypeError
+        If backend is not a QiskitQuantumBackend.
     BackendUnavailable
         If the errors cannot be measured, or if a bit reads the same whatever its qubit is.
 
@@ -72,6 +75,7 @@ def readout_errors(backend: QiskitQuantumBackend, n: int, *, seed: int = 0) -> T
     tensor([[[1., 0.],
              [0., 1.]]], dtype=torch.float64)
     """
+    check_backend(backend)
     seed = check_count("seed", seed, 0, MAX_SEED)
     circuit = backend.transpiled(n)
     bits = circuit.num_clbits
@@ -138,9 +142,12 @@ def calibrated_readout_errors(backend: QiskitQuantumBackend, n: int) -> Tensor:
 
     Raises
     ------
+    DtypeError
+        If backend is not a QiskitQuantumBackend.
     BackendUnavailable
         If a bit reads the same whatever its qubit is.
     """
+    check_backend(backend)
     circuit, noise = backend.engine.calibrated(backend.transpiled(n))
     matrices = [noise.readout.get(qubit, np.eye(2)) for qubit in calibration_qubits(circuit)]
     errors = torch.from_numpy(np.stack(matrices)).double()
@@ -168,8 +175,9 @@ def undo_readout(shares: Tensor, errors: Tensor) -> Tensor:
 
     Raises
     ------
-    ShapeError
-        If errors are not (bits, 2, 2), or shares not (..., 2^bits).
+    ShapeError, DtypeError
+        If errors are not (bits, 2, 2), or shares not (..., 2^bits); if either holds anything but real
+        numbers.
     ArgumentError
         If shares hold NaN or infinity, if errors are no probabilities that sum to 1 for each true value, or
         if a bit reads the same whatever its qubit is: then the matrix of its errors has no inverse.
@@ -183,7 +191,7 @@ def undo_readout(shares: Tensor, errors: Tensor) -> Tensor:
     >>> undo_readout(torch.tensor([[0.5625, 0.4375]]), errors)
     tensor([[0.5000, 0.5000]])
     """
-    errors, shares = _checked_errors(errors), torch.as_tensor(shares)
+    errors, shares = _checked_errors(errors), _real_numbers("shares", shares)
     shares = shares.double() if not shares.is_floating_point() else shares
     if shares.ndim < 1 or shares.shape[-1] != 1 << len(errors):
         raise ShapeError(
@@ -277,9 +285,7 @@ def _apply_to_bits(matrices: Tensor, x: Tensor) -> Tensor:
 
 def _checked_errors(errors: Tensor) -> Tensor:
     """Readout errors (bits, 2, 2) as floating-point numbers, or an error if they cannot be undone."""
-    if not isinstance(errors, Tensor | np.ndarray | Sequence):
-        raise DtypeError(f"errors is a {type(errors).__name__}; it must be a tensor (bits, 2, 2).")
-    errors = torch.as_tensor(errors)
+    errors = _real_numbers("errors", errors)
     if errors.ndim != 3 or errors.shape[1:] != (2, 2):
         raise ShapeError(f"errors has shape {tuple(errors.shape)}; it must be (bits, 2, 2).")
     errors = errors if errors.is_floating_point() else errors.double()
@@ -296,6 +302,17 @@ def _checked_errors(errors: Tensor) -> Tensor:
             "inverse)."
         )
     return errors
+
+
+def _real_numbers(argument: str, given: Tensor | np.ndarray | Sequence[float]) -> Tensor:
+    """A tensor of what was given, or a DtypeError that names the argument."""
+    try:
+        numbers = torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError):
+        raise DtypeError(f"{argument} is a {type(given).__name__}; it must hold real numbers.") from None
+    if numbers.is_complex():
+        raise DtypeError(f"{argument} is {numbers.dtype}; it must hold real numbers.")
+    return numbers
 
 
 def check_contrast(errors: Tensor, device: str) -> None:

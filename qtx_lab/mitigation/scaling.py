@@ -25,6 +25,7 @@ from ..backends.requests import PlannedRun, Request
 from ..checks import check_number
 from ..errors import ArgumentError, DtypeError, unknown_name
 from .pauli import TwirledEngine
+from .results import check_backend
 
 FOLDINGS = ("two-qubit", "local", "global")
 """Ways to fold the gates of a circuit; see `fold`."""
@@ -62,6 +63,8 @@ def scale_noise(backend: QiskitQuantumBackend, level: float, how: str = "two-qub
 
     Raises
     ------
+    DtypeError
+        If backend is not a QiskitQuantumBackend.
     ArgumentError
         If `how` is unknown, if level is negative, or below 1 for another way than "model", or if "model" or
         "pauli" is asked of a device.
@@ -72,6 +75,7 @@ def scale_noise(backend: QiskitQuantumBackend, level: float, how: str = "two-qub
     >>> scale_noise(noisy, 2, "model").engine.noise_scale
     2.0
     """
+    check_backend(backend)
     if how not in SCALINGS:
         raise unknown_name("how", how, SCALINGS)
     if how in FOLDINGS:

@@ -15,7 +15,7 @@ from qtx_lab.backends.requests import CalibrationRequest
 from qtx_lab.bench.mitigation import synthetic_rows
 from qtx_lab.circuits.base import pack_values
 from qtx_lab.circuits.fidelity import total_variation_distance
-from qtx_lab.mitigation import readout
+from qtx_lab.mitigation import readout, scale_noise
 from qtx_lab.mitigation.planner import Rehearsal
 from qtx_lab.mitigation.readout import (
     calibrated_readout_errors,
@@ -157,6 +157,23 @@ def test_readout_errors_that_cannot_be_undone_are_refused(errors, error):
                 estimate_register(
                     torch.tensor([[3, 5]]), torch.tensor(errors).double(), feeds_forward=feeds_forward
                 )
+
+
+@pytest.mark.parametrize("wrong", [None, "aer", 3])
+def test_what_is_no_backend_and_holds_no_real_numbers_is_refused_by_name(wrong):
+    for call in (
+        lambda: readout_errors(wrong, 4),
+        lambda: calibrated_readout_errors(wrong, 4),
+        lambda: scale_noise(wrong, 2),
+    ):
+        with pytest.raises(qtx.DtypeError, match="backend is a"):
+            call()
+    errors = torch.eye(2)[None]
+    for numbers in ("ab", [["a"]], torch.tensor([1j, 1.0]), None):
+        with pytest.raises(qtx.DtypeError, match="shares is"):
+            undo_readout(numbers, errors)
+        with pytest.raises(qtx.DtypeError, match="errors is"):
+            undo_readout(torch.tensor([0.5, 0.5]), numbers)
 
 
 def test_a_level_that_is_measured_twice_counts_twice(generator):

@@ -88,6 +88,14 @@ def test_what_is_not_measured_is_refused_by_name():
             program.learning_program(device, **wrong)
 
 
+def test_depths_and_noise_of_the_wrong_type_are_refused_by_name():
+    program = LoaderProgram.of(qtx.QiskitQuantumBackend("aer", loader="tree"), 4)
+    with pytest.raises(qtx.DtypeError, match="depths=5 is not allowed"):
+        program.learning_program(None, depths=5)
+    with pytest.raises(qtx.DtypeError, match="noise is a NoneType"):
+        program.overhead(None)
+
+
 @pytest.mark.parametrize(("loader", "n"), [("tree", 1), ("unary", 1), ("mps", 1), ("mps", 2)])
 def test_a_circuit_without_two_qubit_gates_is_refused(loader, n):
     backend = qtx.QiskitQuantumBackend("aer", noise=qtx.ParametricNoise(two_qubit=0.01), loader=loader)

@@ -91,8 +91,8 @@ class SpecForm(anywidget.AnyWidget):
     _title = traitlets.Unicode().tag(sync=True)
     _fields: Any = traitlets.List().tag(sync=True)
     _arrangement = traitlets.Dict({"kind": "page", "accordion": "", "open": ""}).tag(sync=True)
-    # The only trait that the browser sets: field -> [number of its edits, what was typed]. It never shrinks,
-    # so that no edit is lost where messages are merged.
+    # What the browser sends in messages: field -> [number of its edits, what was typed]. It is a trait because
+    # a page that is loaded anew goes on counting.
     _edits = traitlets.Dict().tag(sync=True, echo_update=False)
     _shown = traitlets.Dict().tag(sync=True)
 
@@ -115,6 +115,7 @@ class SpecForm(anywidget.AnyWidget):
         shown = [described[name] for name in fields or described]
         super().__init__(_title=title or self._kind.__name__, _fields=shown, spec=spec)
         hear_while_busy(self)
+        self.on_msg(lambda _, content, buffers: self.set_state({"_edits": content["edits"]}))
 
     def arrange(self, kind: str, *, accordion: str = "", open_first: bool = False) -> None:
         """Say how the fields lie on the page.

@@ -1184,12 +1184,14 @@ def test_the_proxy_starts_what_the_command_line_has(tmp_path: Path) -> None:
         word.format(unix_socket=tmp_path / "socket", base_url="/user/me/")
         for word in entry_settings["command"]
     ]
-    process = subprocess.Popen([*command, "--home", str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    pipe = subprocess.PIPE
+    process = subprocess.Popen([*command, "--home", str(tmp_path)], stdout=pipe, stderr=pipe, text=True)
     try:
         assert process.stdout is not None
         assert "unix socket" in process.stdout.readline()
         assert os.stat(tmp_path / "socket").st_mode & 0o077 == 0, "others may open the socket"
     finally:
         process.terminate()
-        process.wait(60)
+        _, errors = process.communicate(timeout=60)
+    assert "leaked" not in errors  # as DuckDB says of what is open at the end
     assert json.dumps(entry_settings)

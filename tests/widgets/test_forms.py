@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -246,3 +247,33 @@ def test_few_messages_leave_the_kernel() -> None:
     form._publish_call.flush()
     assert len(sent) < 200
     assert form._shown["values"]["num_samples"] == "2000"
+
+
+SLOW_FORM = """
+import time, ipywidgets, qtx_lab as qtx
+from qtx_lab.widgets.comms import hear_while_busy
+from qtx_lab.widgets.forms import SpecForm
+form, button, label = SpecForm(qtx.SamplerSpec), ipywidgets.Button(description="Start"), ipywidgets.Label()
+form.observe(lambda _: time.sleep(2), "spec")
+def start(_):
+    label.value = f"started with {form.spec.num_samples} draws"
+button.on_click(start)
+hear_while_busy(button)
+ipywidgets.VBox([form, button, label])
+"""
+
+
+@pytest.mark.ui
+def test_a_button_that_is_pressed_after_an_edit_finds_it_though_the_kernel_is_at_an_earlier_one(
+    page: Any, open_notebook: Callable[..., Any], run_all: Callable[..., None]
+) -> None:
+    open_notebook(page, [SLOW_FORM])
+    run_all(page)
+    draws = page.locator("[data-field=num_samples] input")
+    for number in ("100", "200", "300"):
+        draws.fill(number)
+        draws.press("Tab")
+    page.get_by_role("button", name="Start", exact=True).click()
+    started = page.get_by_text(re.compile("^started with"))
+    started.wait_for()
+    assert started.inner_text() == "started with 300 draws"

@@ -740,15 +740,6 @@ def unfold(page: Any, name: str) -> None:
         group.locator("summary").click()
 
 
-def is_known(page: Any, name: str, value: str) -> None:
-    """Wait until the kernel knows what a field holds, as the line of its group says.
-
-    While a form's last edit is on its way, Jupyter keeps the next one back, but not the click on a button.
-    """
-    group = page.locator(".qtx-wb-page:visible details").filter(has=page.locator(f"[data-field={name}]"))
-    expect(group.locator(".qtx-form-values")).to_contain_text(value)
-
-
 def cut_off(page: Any) -> list[str]:
     """What of the workbench needs scrolling sideways, or lies over something else, once all has its place."""
     for _ in range(100):
@@ -884,8 +875,6 @@ def test_the_whole_work_in_a_browser(
     for i in range(2):
         rows.locator("input").nth(i).fill(str(3 + i))
         rows.locator("input").nth(i).press("Tab")
-    is_known(page, "rows", "3, 4")
-    is_known(page, "loader", "softmax")
     complete(page, "Measure rows")
     page.locator(".qtx-wb-page:visible").get_by_text(re.compile("^Circuit: softmax loader")).wait_for()
     expect(page.locator(".qtx-wb-table:visible tbody tr")).to_have_count(2)
@@ -911,7 +900,6 @@ def test_the_whole_work_in_a_browser(
     assert field(page, "method").locator("select").input_value() == "planner"
     unfold(page, "method")
     field(page, "method").locator("select").select_option("zne")
-    is_known(page, "method", "zne")
     complete(page, "Mitigate rows")
     verdict = page.locator(".qtx-wb-headline:visible").inner_text()
     assert verdict.startswith(("Mitigation h", "No difference that these shots can show")), verdict
@@ -929,7 +917,6 @@ def test_the_whole_work_in_a_browser(
         unfold(page, name)
         field(page, name).locator("input").fill(number)
         field(page, name).locator("input").press("Tab")
-        is_known(page, name, number)
     complete(page, "Train")
 
     for theme in ("light", "dark"):

@@ -480,7 +480,13 @@ function draw(model: AnyModel<Model>, el: HTMLElement): () => void {
     const edits = { ...model.get("_edits") };
     for (const [name, value] of Object.entries(values)) edits[name] = [(edits[name]?.[0] ?? 0) + 1, value];
     model.set("_edits", edits);
-    model.save_changes();
+    // In a message, because ipywidgets would keep a trait back until the last edit is answered, and send the click
+    // of a button at once: the work would start with the value from before.
+    try {
+      model.send({ edits });
+    } catch {
+      // There is no kernel any more, and what is typed goes nowhere.
+    }
   };
   const type = (name: string, value: Typed) => typeAll({ [name]: value });
   const controls = new Map<string, Control>();

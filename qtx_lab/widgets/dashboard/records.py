@@ -7,11 +7,11 @@ import threading
 import time
 import warnings
 from collections import OrderedDict
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import yaml
@@ -24,6 +24,9 @@ from ...storage import database, runs_home
 from .cells import Cell, read_cells
 from .run_files import find_notebook
 from .settings import calibrations_of, code_of, declared_half_widths, facets, settings_of
+
+if TYPE_CHECKING:
+    import duckdb
 
 RUNNING_POLL_S = 0.5
 """Seconds between two looks at what is running, however many people watch."""
@@ -98,26 +101,37 @@ class Records:
     _files: OrderedDict[Path, tuple[tuple[int, int], Any]] = field(default_factory=OrderedDict)
     _turn: threading.Lock = field(default_factory=threading.Lock)
     _reading: threading.Lock = field(default_factory=threading.Lock)
+    _database: duckdb.DuckDBPyConnection | None = None
 
     def __post_init__(self) -> None:
-        self._database = database()  # stays open, because opening takes longer than reading
-        self._database.execute(
-            "SET enable_external_file_cache = false"
-        )  # files change while they are watched
+        connection = database()
+        connection.execute("SET enable_external_file_cache = false")  # files change while they are watched
+        self._database = connection  # stays open, because opening takes longer than reading
         self.home = runs_home(self.home).resolve()
         self.listing = Listing(0, pd.DataFrame(columns=[*COLUMNS, *OWN_COLUMNS]), (), pd.DataFrame())
         self.look()
 
-    def watch(self) -> None:
-        """Renew `listing` in a thread that ends with the process."""
-        threading.Thread(target=self._watch, name="qtx-lab records", daemon=True).start()
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Renew `listing` in a thread of its own while the block runs; no metrics are read after it."""
+        ended = threading.Event()
+        thread = threading.Thread(target=self._watch, args=(ended,), name="qtx-lab records")
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+            with self._reading:
+                self._database = None  # Panel keeps its pages, and DuckDB lists at the end what is open
 
-    def _watch(self) -> None:
-        while True:
+    def _watch(self, ended: threading.Event) -> None:
+        pause = 0.0
+        while not ended.wait(pause):
             start = time.monotonic()
             self.look()
             took = time.monotonic() - start
-            time.sleep(max(LISTING_POLL_S - took, 4 * took))
+            pause = max(LISTING_POLL_S - took, 4 * took)
 
     def look(self) -> None:
         """List the folder now; `listing` is replaced if anything differs."""
@@ -205,6 +219,8 @@ class Records:
         import duckdb
 
         with self._reading:
+            if self._database is None:
+                raise StorageError(f"{path} is not read: the dashboard has been stopped.")
             try:
                 return self._database.execute("FROM read_parquet(?)", [str(path)]).df()
             except duckdb.Error as error:

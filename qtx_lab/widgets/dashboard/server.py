@@ -255,14 +255,14 @@ def serve(
     except OSError as error:
         given = f"socket={str(socket)!r}" if socket else f"port={port} of {address}"
         raise ArgumentError(f"{given} cannot be used: {error.strerror or error}. Try another.") from error
-    records.watch()
     warming = threading.Thread(target=maps.warm_up)
     warming.start()
     shown = f"[{address}]" if ":" in address else address
     entry = f"/login?token={quote(token)}" if token else "/"
     started(f"unix socket {socket}" if socket else f"http://{shown}:{server.port}{prefix}{entry}")
     try:
-        server.run_until_shutdown()
+        with records.watched():
+            server.run_until_shutdown()
     finally:
         warming.join()  # torch aborts a process that ends in the middle of its work
         if socket:

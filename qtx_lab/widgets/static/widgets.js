@@ -1,4 +1,4 @@
-/* qtx_lab: made from widgets/src by `npm run build`; sources 17b97cfcba455f2e96cd4ce2d983e99193d1bec6dccd0cea0a647a8ceea6ad16 */
+/* qtx_lab: made from widgets/src by `npm run build`; sources 57529e1c7b96bc69523ac9840cf77221337859888d15c58ba380ee7d8d9f5b3e */
 /* Contains d3-scale, d3-array and the modules of d3 that they need.
 Copyright 2010-2026 Mike Bostock
 

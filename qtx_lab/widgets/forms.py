@@ -91,8 +91,8 @@ class SpecForm(anywidget.AnyWidget):
     _title = traitlets.Unicode().tag(sync=True)
     _fields: Any = traitlets.List().tag(sync=True)
     _arrangement = traitlets.Dict({"kind": "page", "accordion": "", "open": ""}).tag(sync=True)
-    # What the browser sends in messages: field -> [number of its edits, what was typed]. It is a trait because
-    # a page that is loaded anew goes on counting.
+    # What the browser sends in messages: field -> [number of its edits, what was typed]. It is a trait so
+    # that a page that is loaded anew goes on counting.
     _edits = traitlets.Dict().tag(sync=True, echo_update=False)
     _shown = traitlets.Dict().tag(sync=True)
 

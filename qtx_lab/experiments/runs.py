@@ -541,6 +541,11 @@ def read_manifests(
             yield ListedRun(folder, manifest)
 
 
+def oldest_first(home: str | Path | None) -> list[ListedRun]:
+    """The readable runs of `home` in the order in which they were created, whatever the clock said."""
+    return sorted(read_manifests(home), key=lambda run: creation_order(run.manifest))
+
+
 def find_run(run: str | Path, home: str | Path | None = None) -> Run:
     """The run at a path, or the run in `home` whose folder name is or contains the text.
 

@@ -17,11 +17,10 @@ from ..specs import ClusterSpec, SweepSpec
 from ..storage import runs_home, write_atomic
 from ..training.cluster import Cluster
 from . import provenance
-from .manifest import creation_order
 from .notebook_execution import NO_LIMITS, ExecutionLimits
 from .notebooks import notebook_path, result_facts, run_name
 from .report import write_report
-from .runs import ListedRun, Run, read_manifests
+from .runs import Run, oldest_first, read_manifests
 from .sweep_execution import cluster_client, mark_ended, mark_interrupted, run_notebooks
 from .sweep_plan import PlannedNotebook, SweepPlan, plan, sweep_command
 from .sweep_results import write_results
@@ -234,7 +233,7 @@ def find_results(home: Path, path: Path, planned: SweepPlan) -> dict[str, Path]:
     """The run folders, by key, of notebooks that are done with the same spec, code and inputs."""
     done = {
         (manifest.get("code") or {}).get("result"): folder
-        for folder, manifest in _oldest_first(home)
+        for folder, manifest in oldest_first(home)
         if manifest["status"] == "done" and (manifest.get("sweep") or {}).get("cell")
     }
     if not done:
@@ -243,11 +242,6 @@ def find_results(home: Path, path: Path, planned: SweepPlan) -> dict[str, Path]:
         notebook.key: result_facts(path, notebook.spec)["code"]["result"] for notebook in planned.notebooks
     }
     return {key: done[result] for key, result in keys.items() if result in done}
-
-
-def _oldest_first(home: Path) -> list[ListedRun]:
-    """The runs of a folder in the order in which they were created, whatever the clock said."""
-    return sorted(read_manifests(home), key=lambda run: creation_order(run.manifest))
 
 
 def _of_other_code(folders: Iterable[Path]) -> str:
@@ -281,7 +275,7 @@ def _of_other_cells(home: Path, spec: SweepSpec) -> str:
 def find_done(home: Path, keys: set[str]) -> dict[str, Path]:
     """The run folders, by key, of notebooks that other sweeps have done or are running now."""
     running_sweeps, done, running = set(), {}, []
-    for folder, manifest in _oldest_first(home):
+    for folder, manifest in oldest_first(home):
         of_sweep = manifest.get("sweep") or {}
         if manifest["status"] == "running" and "cell" not in of_sweep:
             running_sweeps.add(folder.name)

@@ -1,5 +1,6 @@
 // A form made from the description of a spec's fields. What is typed goes to Python, which checks it.
 import type { AnyModel } from "@anywidget/types";
+import { post } from "./dom";
 import "./form.css";
 
 export interface Field {
@@ -482,11 +483,7 @@ function draw(model: AnyModel<Model>, el: HTMLElement): () => void {
     model.set("_edits", edits);
     // In a message, because ipywidgets would keep a trait back until the last edit is answered, and send the click
     // of a button at once: the work would start with the value from before.
-    try {
-      model.send({ edits });
-    } catch {
-      // There is no kernel any more, and what is typed goes nowhere.
-    }
+    post(model, { edits });
   };
   const type = (name: string, value: Typed) => typeAll({ [name]: value });
   const controls = new Map<string, Control>();

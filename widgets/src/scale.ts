@@ -41,12 +41,11 @@ const PREFIXES = ["", "k", "M", "G", "T"];
 /** A tick's label: SI prefixes above ten thousand, powers of ten below a thousandth. */
 export function label(x: number): string {
   if (x === 0) return "0";
-  const size = Math.abs(x);
+  const [sign, size] = [x < 0 ? "−" : "", Math.abs(x)];
   if (size >= 1e4 && size < 1e15) {
     const prefix = Math.floor(Math.log10(size) / 3 + 1e-9);
-    return `${x < 0 ? "−" : ""}${Number((size / 1000 ** prefix).toPrecision(4))}${PREFIXES[prefix]}`;
+    return `${sign}${Number((size / 1000 ** prefix).toPrecision(4))}${PREFIXES[prefix]}`;
   }
-  const sign = x < 0 ? "−" : "";
   if (size < 1e-3 || size >= 1e15) return sign + power(size, 2);
   return sign + String(Number(size.toPrecision(4)));
 }

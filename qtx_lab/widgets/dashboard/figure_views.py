@@ -103,17 +103,22 @@ class FigureView(DashboardView):
             return
         self._title.object = f"<h2>{escape(finding.title)}</h2>"
         self._plots.objects = [
-            pn.pane.HoloViews(
-                picture,
-                height=figures.HEIGHT,
-                min_width=420,
-                sizing_mode="stretch_width",
-                styles={"flex": f"1 1 {'100%' if i < finding.wide else f'{finding.width}px'}"},
-                linked_axes=False,
-            )
+            picture_pane(picture, figures.HEIGHT, "100%" if i < finding.wide else f"{finding.width}px")
             for i, picture in enumerate(finding.pictures)
         ]
         self._caption.object = f"<p class='note'>{finding.note}</p>{finding.table}{skipped}"
+
+
+def picture_pane(picture: Any, height: int, room: str) -> Any:
+    """A pane that shares a line with others where there is as much room, in CSS, for each of them."""
+    return pn.pane.HoloViews(
+        picture,
+        height=height,
+        min_width=420,
+        sizing_mode="stretch_width",
+        styles={"flex": f"1 1 {room}"},
+        linked_axes=False,
+    )
 
 
 def drawn_runs(rows: Rows) -> str:

@@ -20,7 +20,7 @@ from ...theme import SAMPLER_MARKERS, digits, sampler_style
 from . import figures, frames
 from .cells import Cell, seconds_since
 from .elements import DRAWING, DashboardView, empty_note, html_pane, html_table, status_mark
-from .figure_views import PICTURE_WIDTH
+from .figure_views import PICTURE_WIDTH, picture_pane
 from .records import Listing
 from .settings import RESULT, SPEC, metric_columns, short_name, value_text
 from .view_host import ViewHost
@@ -145,14 +145,7 @@ class LiveView(DashboardView):
             figures.live_curves, colours=colours, x=x, metric=metric, theme=self.page.theme, log=log
         )
         picture = hv.DynamicMap(lambda data: draw(data), streams=[self._pipes[metric, x]])
-        return pn.pane.HoloViews(
-            picture,
-            height=figures.LIVE_HEIGHT,
-            min_width=420,
-            sizing_mode="stretch_width",
-            styles={"flex": f"1 1 {PICTURE_WIDTH}px"},
-            linked_axes=False,
-        )
+        return picture_pane(picture, figures.LIVE_HEIGHT, f"{PICTURE_WIDTH}px")
 
     def _line(self, name: str, run: LiveRun, colour: str) -> str:
         """A line of the table of followed runs."""

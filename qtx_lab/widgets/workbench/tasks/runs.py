@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ....experiments.manifest import creation_order, read_manifest
+from ....experiments.manifest import read_manifest
 from ....experiments.measured_table import differing_parameters, measured_table, parameter_key
 from ....experiments.notebooks import notebook_path
-from ....experiments.runs import Run, read_manifests, runs
+from ....experiments.runs import Run, oldest_first, read_manifests, runs
 from ....specs import ClusterSpec
 from ..process_server import TaskReport
 
@@ -159,8 +159,7 @@ class SweepProgress:
         """The runs of this sweep so far, by the keys of their notebooks."""
         keys = {notebook.key for notebook in self.notebooks}
         by_key: dict[str, tuple[Path, Mapping[str, Any]]] = {}
-        oldest_first = sorted(read_manifests(self.home), key=lambda run: creation_order(run.manifest))
-        for folder, manifest in oldest_first:  # the last run of a notebook that began again counts
+        for folder, manifest in oldest_first(self.home):  # the last run of a notebook that began again counts
             key = (manifest.get("sweep") or {}).get("cell")
             if key in keys and folder not in self._earlier:
                 by_key[key] = folder, manifest
